@@ -1,0 +1,49 @@
+# Everything runs in .venv; a recipe stops at its first failing command.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.setup-done
+
+.PHONY: help setup model lint typecheck test demo bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## create .venv with every dependency at its pinned version
+
+# torch goes first and alone, so that a machine's own choice of torch build is kept by everything after it.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+		|| { echo "PYTHON=$(PYTHON): older than Python 3.11 or missing; run make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q -c constraints.txt torch==2.13.0
+	$(PY) -m pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+model: setup ## fetch the demo's base model, smollm2-135m, into the cache folder
+	@$(PY) -m parallelmind.model.base
+
+lint: setup ## ruff: style and formatting rules
+	@$(PY) -m ruff check .
+
+typecheck: setup ## mypy
+	@$(PY) -m mypy
+
+test: setup lint typecheck model ## lint, typecheck and every test
+	@$(PY) -m pytest
+
+demo: setup model ## train a small adapter and decode with it
+	@$(PY) -m workloads.demo
+
+bench: setup model ## print the benchmark table; ONLY=decoding runs one part
+	@$(PY) -m workloads.bench $(if $(ONLY),--only $(ONLY))
+
+clean: ## remove .venv, caches and build outputs, not runs
+	rm -rf $(VENV) build dist platform/*.egg-info *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find platform workloads serving experiments tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,44 @@
+"""Branch-parallel language models: train, sweep, track and serve them on Ray.
+
+The public names load on first use, so that `import parallelmind.config` stays fast.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from parallelmind.errors import UserError
+
+if TYPE_CHECKING:
+    from parallelmind.decoding.engine import Event, Sample, generate, generate_text, stream
+    from parallelmind.decoding.sampling import SamplingParams
+    from parallelmind.model.adapter import load_model_with_lora
+
+try:
+    __version__ = version("parallelmind")
+except PackageNotFoundError:  # run from the source tree, as `ray job submit` does
+    __version__ = "source"
+
+__all__ = ["Event", "Sample", "SamplingParams", "UserError", "generate", "generate_text", "load_model_with_lora", "stream"]
+
+_HOMES = {
+    "Event": "parallelmind.decoding.engine",
+    "Sample": "parallelmind.decoding.engine",
+    "SamplingParams": "parallelmind.decoding.sampling",
+    "generate": "parallelmind.decoding.engine",
+    "generate_text": "parallelmind.decoding.engine",
+    "load_model_with_lora": "parallelmind.model.adapter",
+    "stream": "parallelmind.decoding.engine",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'parallelmind' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,205 @@
+"""Every setting of a run: frozen, strict, one line of meaning each; YAML and `key=value` in, one hash out.
+
+A run's configuration is one flat namespace (the published field names), assembled from small parts so that each
+function asks for the part that it needs and no more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from yaml import YAMLError
+
+from parallelmind.errors import UserError
+
+Dtype = Literal["float32", "bfloat16"]
+Pairs = Literal["low", "mid", "spread"]
+Positions = Literal["flat", "time"]
+Visibility = Literal["columnar", "isolated"]
+Alignment = Literal["left", "right"]
+
+PartT = TypeVar("PartT", bound="Part")
+
+
+class Part(BaseModel):
+    """A frozen, strict group of fields; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+
+    def part(self, kind: type[PartT]) -> PartT:
+        """The fields of `kind` alone, for a configuration that includes them."""
+        return kind(**{name: getattr(self, name) for name in kind.model_fields})
+
+    def fingerprint(self) -> str:
+        """First 12 hex digits of the SHA-256 over all fields: the same settings give the same text anywhere."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+class RopeConfig(Part):
+    """How tokens of parallel branches are placed and what they may see."""
+
+    patch_rope: bool = Field(True, description="patch the model with 2D RoPE; false trains plain sequences of one branch")
+    rope_2d_ratio: float = Field(
+        0.5, ge=0, le=1, description="share of rotary pairs driven by (branch, time); the branch gets about half of it"
+    )
+    pairs: Pairs = Field("low", description="which pairs the ratio selects: lowest frequencies, middle ones, or spread evenly")
+    branch_stride: int = Field(128, ge=1, description="distance between the branch coordinates of neighbouring branches")
+    positions: Positions = Field("time", description="drives the other pairs: the time coordinate, or the flat index (published)")
+    visibility: Visibility = Field("columnar", description="columnar (published): branches see each other's past; isolated: main")
+    align_to: Alignment = Field("left", description="left: branches start together after main; right: they end together")
+
+
+class LoraConfig(Part):
+    """The low-rank adapter that peft trains."""
+
+    lora_rank: int = Field(16, ge=1, description="rank of the LoRA update")
+    lora_alpha: int = Field(32, ge=1, description="LoRA scale; the update is multiplied by alpha / rank")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the LoRA input while training")
+    lora_targets: str = Field("all-linear", min_length=1, description="module names to adapt, comma-separated, or all-linear")
+
+
+class BaseConfig(Part):
+    """The pretrained model underneath."""
+
+    base_model: str = Field("smollm2-135m", min_length=1, description="smollm2-135m, a local folder, or a hub id")
+    dtype: Dtype = Field("float32", description="compute type of the base weights; LoRA weights stay float32")
+    trust_remote_code: bool = Field(False, description="allow a hub model to run its own code")
+
+
+class DataConfig(Part):
+    """Where the text comes from and how it becomes samples and batches."""
+
+    data_path: str = Field(min_length=1, description="parallel JSONL to train on")
+    validation_path: str | None = Field(None, description="parallel JSONL to measure on; none skips validation")
+    branches_per_sample: int | None = Field(None, ge=1, description="group this many lone records into one sample")
+    min_branches_per_sample: int = Field(1, ge=1, description="fewest branches of a randomly grouped sample")
+    max_branches_per_sample: int = Field(8, ge=1, description="most branches of a sample; a record with more is split")
+    batch_size: int = Field(4, ge=1, description="samples (or branches) per forward pass of one worker")
+    batch_by_samples: bool = Field(True, description="batch_size counts samples; false counts branches")
+    random_time_offset: int = Field(0, ge=0, description="start each branch up to this many time steps late, drawn anew")
+    max_branch_tokens: int = Field(512, ge=2, description="longest main or branch, in tokens")
+    max_sample_tokens: int = Field(4096, ge=4, description="longest sample, in tokens; branches over it are skipped")
+    overlong: Literal["truncate", "skip"] = Field("truncate", description="what happens to a main or branch over the limit")
+    strict: bool = Field(False, description="stop at the first malformed record instead of counting it")
+    shuffle_window: int = Field(1024, ge=1, description="samples held in the seeded shuffle buffer; 1 keeps the file's order")
+
+    @model_validator(mode="after")
+    def _branch_range(self) -> Self:
+        if self.min_branches_per_sample > self.max_branches_per_sample:
+            raise ValueError(
+                f"min_branches_per_sample={self.min_branches_per_sample} exceeds "
+                f"max_branches_per_sample={self.max_branches_per_sample}: lower the one or raise the other"
+            )
+        if self.branches_per_sample is not None and self.branches_per_sample > self.max_branches_per_sample:
+            raise ValueError(
+                f"branches_per_sample={self.branches_per_sample} exceeds "
+                f"max_branches_per_sample={self.max_branches_per_sample}: lower the one or raise the other"
+            )
+        return self
+
+
+class OptimizerConfig(Part):
+    """How the adapter learns."""
+
+    epochs: int = Field(1, ge=1, description="passes over the data")
+    max_steps: int | None = Field(None, ge=1, description="stop after this many optimizer steps")
+    learning_rate: float = Field(2e-4, gt=0, description="peak learning rate of AdamW")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="how the rate falls after the warm-up")
+    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the rate rises")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
+    gradient_clip: float = Field(1.0, gt=0, description="largest gradient norm of a step")
+    accumulation_steps: int = Field(1, ge=1, description="batches per worker and optimizer step")
+    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
+    seed: int = Field(0, ge=0, description="seed of grouping, shuffling, initialisation and dropout")
+
+
+class RunConfig(Part):
+    """Where a run happens and what it leaves behind."""
+
+    name: str = Field("train", pattern=r"^[A-Za-z0-9._-]+$", description="name of the run; its folder is name-confighash")
+    output_dir: str = Field("runs", min_length=1, description="folder that holds the runs")
+    num_workers: int = Field(1, ge=1, description="Ray Train workers")
+    use_gpu: bool = Field(False, description="give every worker one GPU")
+    checkpoint_every: int = Field(100, ge=1, description="optimizer steps between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept on disk")
+    log_every: int = Field(5, ge=1, description="optimizer steps between progress lines and metrics")
+    validate_every: int = Field(100, ge=1, description="optimizer steps between validations")
+    validation_branches: list[int] = Field([1, 4, 8], min_length=1, description="branch counts to measure validation loss at")
+    validation_samples: int = Field(32, ge=1, description="validation samples per branch count")
+    mlflow_uri: str = Field("sqlite:///mlflow.db", min_length=1, description="MLflow tracking URI")
+    mlflow_experiment: str = Field("parallelmind", min_length=1, description="MLflow experiment")
+    ray_address: str | None = Field(None, description="Ray cluster to join; none starts a local one")
+
+
+class TrainConfig(RunConfig, OptimizerConfig, DataConfig, LoraConfig, RopeConfig, BaseConfig):
+    """A whole training run."""
+
+    @model_validator(mode="after")
+    def _plain_sequences(self) -> Self:
+        if not self.patch_rope and (self.branches_per_sample or self.max_branches_per_sample) != 1:
+            raise ValueError("patch_rope=false reads one branch per sample: set branches_per_sample=1 max_branches_per_sample=1")
+        return self
+
+
+def resolve(kind: type[PartT], values: dict[str, Any], dotlist: Sequence[str] = (), source: str = "config") -> PartT:
+    """`values` overridden by `key=value` items, validated as `kind`. Raises UserError with one line per problem."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.create(values), OmegaConf.from_dotlist(list(dotlist)))
+        plain = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, YAMLError) as error:
+        given = " ".join(dotlist)
+        raise UserError(f"{source}: cannot read the overrides {given} ({_first_line(error)}); write key=value") from error
+    try:
+        return kind.model_validate(plain)
+    except ValidationError as error:
+        raise UserError("; ".join(_explain(kind, item) for item in error.errors())) from error
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises UserError where there is none."""
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except FileNotFoundError as error:
+        raise UserError(f"config={path}: no such file; give the path of a YAML file or of an experiment") from error
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"config={path}: not readable as YAML: {_first_line(error)}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"config={path}: holds no mapping; write one `field: value` per line")
+    return {str(key): value for key, value in values.items()}
+
+
+def save_yaml(config: Part, path: Path) -> None:
+    """Write every field, so that the file gives the same run again."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))), encoding="utf-8")
+
+
+def _explain(kind: type[Part], problem: Any) -> str:
+    """One pydantic error as one line: field, value, remedy."""
+    field = ".".join(str(part) for part in problem["loc"]) or "config"
+    if problem["type"] == "extra_forbidden":
+        return f"{field}: unknown field{_did_you_mean(field, kind)}; --help lists them all"
+    if problem["type"] == "missing":
+        return f"{field}: required and not given; add {field}=…"
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    remedy = problem["msg"].removeprefix("Input ").removeprefix("String ")
+    return f"{field}={problem['input']!r}: {remedy}"
+
+
+def _did_you_mean(field: str, kind: type[Part]) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(field, kind.model_fields, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

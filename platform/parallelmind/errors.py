@@ -1,0 +1,5 @@
+"""Errors that a user can cause. Workloads turn them into exit 2 and one line; a server turns them into a 4xx."""
+
+
+class UserError(ValueError):
+    """A wrong value, named in one line with its field and its remedy."""

@@ -1,0 +1,176 @@
+"""Samples to coordinates, physical order, labels and batches. NumPy only, no loop over tokens.
+
+A sample is an optional `main` and N branches of token ids. Sequence 0 is always main (it may be empty) and branches are
+sequences 1..N, so a mask can tell main from a branch. The *branch coordinate* counts from main where there is one and
+from the first branch otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from parallelmind.config import Alignment, RopeConfig
+from parallelmind.errors import UserError
+
+Ints = NDArray[np.int64]
+
+IGNORE = -100
+MAIN = 0
+PADDING = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A tokenised sample.
+
+    ids: `[total]` token ids, main first, then the branches one after another.
+    lengths: `[1 + N]` tokens of main (may be 0) and of every branch (at least 1).
+    answer_offsets: `[N]` index of the first target token within each branch.
+    """
+
+    ids: Ints
+    lengths: Ints
+    answer_offsets: Ints
+
+    @staticmethod
+    def of(main: Sequence[int], branches: Sequence[Sequence[int]], answer_offsets: Sequence[int] | None = None) -> Tokens:
+        """From plain lists. Raises UserError if there is no branch or an empty one."""
+        if not branches:
+            raise UserError("branches=[]: a sample needs at least one branch")
+        lengths = np.array([len(main), *map(len, branches)], dtype=np.int64)
+        if (lengths[1:] == 0).any():
+            empty = int(np.flatnonzero(lengths[1:] == 0)[0])
+            raise UserError(f"branches[{empty}]: holds no token; give it text, or move the end of main into it")
+        ids = np.concatenate([np.asarray(part, dtype=np.int64) for part in (main, *branches)])
+        offsets = np.zeros(len(branches), np.int64) if answer_offsets is None else np.asarray(answer_offsets, np.int64)
+        return Tokens(ids, lengths, offsets)
+
+    @property
+    def branches(self) -> int:
+        return len(self.lengths) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """One sample in physical order; every array is `[tokens]`.
+
+    sequence: 0 for main, 1..N for the branches. branch, time: the pos2d coordinates. position: what drives the pairs
+    that pos2d does not. labels: the token that each one predicts, or -100.
+    """
+
+    ids: Ints
+    sequence: Ints
+    branch: Ints
+    time: Ints
+    position: Ints
+    labels: Ints
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Padded layouts: `ids`, `sequence` (-1 where padded), `position`, `labels` are `[batch, seq]`, `pos2d` is `[batch, seq, 2]`."""
+
+    ids: Ints
+    sequence: Ints
+    pos2d: Ints
+    position: Ints
+    labels: Ints
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens, padding left out."""
+        return int((self.sequence != PADDING).sum())
+
+    @property
+    def targets(self) -> int:
+        return int((self.labels != IGNORE).sum())
+
+
+def branch_coordinates(sequence: Ints, has_main: bool, stride: int) -> Ints:
+    """Sequence index × stride; without a main the first branch is at 0. Main itself is always at 0."""
+    return (sequence - (0 if has_main else 1)) * stride
+
+
+def start_times(lengths: Ints, align_to: Alignment) -> Ints:
+    """`[1 + N]`: time coordinate of the first token of main and of every branch."""
+    main, branches = lengths[0], lengths[1:]
+    starts = np.full(len(lengths), main)
+    if align_to == "right":
+        starts[1:] += branches.max(initial=0) - branches
+    starts[0] = 0
+    return starts
+
+
+def arrange(tokens: Tokens, config: RopeConfig, delays: Ints | None = None) -> Layout:
+    """Place every token of one sample.
+
+    delays: `[N]` extra time steps before each branch (the random time offset), none if absent.
+    """
+    lengths = tokens.lengths
+    ends = np.cumsum(lengths)
+    sequence = np.repeat(np.arange(len(lengths)), lengths)
+    index = np.arange(len(sequence)) - (ends - lengths)[sequence]  # k: place within its own sequence
+    starts = start_times(lengths, config.align_to)
+    if delays is not None:
+        starts[1:] += delays
+    time = starts[sequence] + index
+    labels = next_tokens(tokens.ids, sequence, index, tokens.answer_offsets)
+    order = physical_order(time, sequence, config)
+    time, sequence = time[order], sequence[order]
+    return Layout(
+        ids=tokens.ids[order],
+        sequence=sequence,
+        branch=branch_coordinates(sequence, bool(lengths[0]), config.branch_stride),
+        time=time,
+        position=time if config.positions == "time" else np.arange(len(time)),
+        labels=labels[order],
+    )
+
+
+def next_tokens(ids: Ints, sequence: Ints, index: Ints, answer_offsets: Ints) -> Ints:
+    """`[tokens]` labels in logical order: token k predicts token k+1 of its own branch, from `answer_offset` on."""
+    labels = np.full(len(ids), IGNORE)
+    same = (sequence[1:] == sequence[:-1]) & (sequence[1:] != MAIN)
+    offsets = np.concatenate([[0], answer_offsets])
+    target = same & (index[1:] >= offsets[sequence[1:]])
+    labels[:-1][target] = ids[1:][target]
+    return labels
+
+
+def physical_order(time: Ints, sequence: Ints, config: RopeConfig) -> Ints:
+    """Indices that sort logical order into physical order.
+
+    Columns (time, then sequence) make the columnar mask nearly causal. When neither mask nor positions depend on
+    where siblings stand, branches stay one after another, which keeps the isolated mask block-sparse.
+    """
+    if is_free_order(config):
+        return np.arange(len(time))
+    return np.lexsort((sequence, time))
+
+
+def is_free_order(config: RopeConfig) -> bool:
+    """Whether a branch's tokens can be stored, and decoded, without regard to its siblings' progress."""
+    return config.visibility == "isolated" and config.positions == "time"
+
+
+def collate(layouts: Sequence[Layout], pad_id: int) -> Batch:
+    """Right-pad layouts to one length. Padding has sequence -1, label -100 and coordinates 0."""
+    lengths = np.array([len(layout.ids) for layout in layouts])
+    real = np.arange(lengths.max(initial=0)) < lengths[:, None]  # [batch, seq]
+
+    def pad(field: str, value: int) -> Ints:
+        out = np.full(real.shape, value, dtype=np.int64)
+        out[real] = np.concatenate([getattr(layout, field) for layout in layouts])
+        return out
+
+    return Batch(
+        ids=pad("ids", pad_id),
+        sequence=pad("sequence", PADDING),
+        pos2d=np.stack([pad("branch", 0), pad("time", 0)], axis=-1),
+        position=pad("position", 0),
+        labels=pad("labels", IGNORE),
+    )

@@ -1,0 +1,49 @@
+"""2D RoPE as pure functions: which rotary pair follows which coordinate, and how angles are picked.
+
+Source: the ParallelMind scheme (a share of the lowest frequencies alternates between branch and time), generalised in
+where the share lies. No formula of a rotary embedding is repeated here: angles come from the model's own module.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from parallelmind.config import Pairs
+
+FLAT, BRANCH, TIME = 0, 1, 2
+
+
+def selected_pairs(pairs: int, ratio: float, where: Pairs) -> NDArray[np.int64]:
+    """Rising indices of the `clamp(round(pairs * ratio), 1, pairs)` pairs driven by pos2d; none for ratio 0.
+
+    pairs: rotary frequency pairs of a head, highest frequency first.
+    """
+    if ratio == 0 or pairs == 0:
+        return np.empty(0, dtype=np.int64)
+    count = min(max(round(pairs * ratio), 1), pairs)
+    if where == "low":
+        return np.arange(pairs - count, pairs)
+    if where == "mid":
+        return np.arange(count) + (pairs - count) // 2
+    return (np.arange(1, count + 1) * pairs) // count - 1
+
+
+def pair_axes(pairs: int, ratio: float, where: Pairs) -> NDArray[np.int64]:
+    """`[pairs]`: FLAT, BRANCH or TIME for every pair; the selected ones alternate, branch first."""
+    axes = np.full(pairs, FLAT)
+    chosen = selected_pairs(pairs, ratio, where)
+    axes[chosen[0::2]] = BRANCH
+    axes[chosen[1::2]] = TIME
+    return axes
+
+
+def pick_columns(table: Tensor, axes: Tensor) -> Tensor:
+    """Columns of one table out of three.
+
+    table: `[3, batch, seq, columns]` for the flat, branch and time coordinate. axes: `[columns]`. Returns `[batch, seq, columns]`.
+    """
+    flat, branch, time = table.unbind(0)
+    return torch.where(axes == BRANCH, branch, torch.where(axes == TIME, time, flat))

@@ -1,0 +1,115 @@
+"""MLflow, and the only file that imports it: one run per training run, found again by its id.
+
+The plain client is used, not the fluent API: no global state, no messages on the terminal.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+from mlflow.entities import Metric, Param, RunStatus, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from sqlalchemy.exc import SQLAlchemyError
+
+from parallelmind.config import Part
+from parallelmind.errors import UserError
+
+_SQLITE = "sqlite:///"
+_PARAMS_AT_ONCE = 100  # MLflow's limit for one request
+
+for _name in ("alembic", "mlflow.store.db.utils"):
+    logging.getLogger(_name).setLevel(logging.WARNING)
+
+
+def absolute_uri(uri: str) -> str:
+    """The same database from any working directory: a relative SQLite path counts from the current one."""
+    path = uri.removeprefix(_SQLITE)
+    if path == uri or path.startswith((":", "/")) or not path:
+        return uri
+    return f"{_SQLITE}{Path(path).absolute()}"
+
+
+class Tracker:
+    """One MLflow run. Create it in the driver; workers attach with `Tracker(uri, run_id)`."""
+
+    def __init__(self, uri: str, run_id: str) -> None:
+        self.uri, self.run_id = uri, run_id
+        self._client = MlflowClient(uri)
+
+    @classmethod
+    def start(cls, uri: str, experiment: str, name: str, config: Part, run_id: str | None = None) -> Self:
+        """Create the database if need be, then go on with `run_id` where it is known there, else begin a run.
+
+        config: its fields become parameters, its fingerprint the tag `config_hash`. `uri` should be absolute (see
+        `absolute_uri`). Raises UserError if the tracking store cannot be used.
+        """
+        try:
+            client = MlflowClient(uri)
+            experiment_id = _experiment_id(client, uri, experiment)
+            if run_id is not None and _known(client, run_id):
+                client.update_run(run_id, status=RunStatus.to_string(RunStatus.RUNNING))
+                return cls(uri, run_id)
+            run = client.create_run(experiment_id, run_name=name, tags={"config_hash": config.fingerprint()})
+            _log_params(client, run.info.run_id, config.model_dump(mode="json"))
+            return cls(uri, run.info.run_id)
+        except (MlflowException, SQLAlchemyError, OSError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0]
+            remedy = "give sqlite:///FILE or a server's http address"
+            raise UserError(f"mlflow_uri={uri}: cannot be used ({reason}); {remedy}") from error
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """One point per metric; values that are not finite are left out (MLflow's SQL store would refuse or bend them)."""
+        now = time.time_ns() // 1_000_000
+        points = [Metric(key, float(value), now, step) for key, value in metrics.items() if math.isfinite(value)]
+        self._client.log_batch(self.run_id, metrics=points)
+
+    def log_folder(self, folder: Path, name: str) -> None:
+        """Store every file of a folder as artifacts under `name`."""
+        self._client.log_artifacts(self.run_id, str(folder), name)
+
+    def log_file(self, path: Path) -> None:
+        self._client.log_artifact(self.run_id, str(path))
+
+    def set_tags(self, tags: Mapping[str, Any]) -> None:
+        self._client.log_batch(self.run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
+
+    def finish(self, status: str = "FINISHED") -> None:
+        """status: FINISHED, FAILED or KILLED."""
+        self._client.set_terminated(self.run_id, status)
+
+
+def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
+    found = client.get_experiment_by_name(name)
+    if found is not None and found.lifecycle_stage != "active":
+        raise UserError(f"mlflow_experiment={name}: was deleted there; restore it in MLflow or choose another name")
+    return found.experiment_id if found is not None else client.create_experiment(name, _artifacts(uri))
+
+
+def _artifacts(uri: str) -> str | None:
+    """Beside a SQLite file, absolute, so that workers anywhere on the machine agree; a server has its own place."""
+    path = uri.removeprefix(_SQLITE)
+    return None if path == uri else (Path(path).absolute().parent / "mlartifacts").as_uri()
+
+
+def _known(client: MlflowClient, run_id: str) -> bool:
+    try:
+        return client.get_run(run_id).info.lifecycle_stage == "active"
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return False
+        raise
+
+
+def _log_params(client: MlflowClient, run_id: str, values: Mapping[str, Any]) -> None:
+    params = [Param(key, str(value)) for key, value in values.items()]
+    for first in range(0, len(params), _PARAMS_AT_ONCE):
+        client.log_batch(run_id, params=params[first : first + _PARAMS_AT_ONCE])

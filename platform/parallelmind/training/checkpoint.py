@@ -1,0 +1,91 @@
+"""A training checkpoint: a folder that is whole or does not count.
+
+Adapter weights (safetensors), optimizer state (tensors only) and `state.json`, which holds the checksum of both. Random
+states are not saved: every random choice is drawn from (seed, epoch or step, rank).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+_WEIGHTS, _OPTIMIZER, _STATE = "adapter.safetensors", "optimizer.pt", "state.json"
+_FORMAT = 1
+
+
+@dataclass(slots=True)
+class State:
+    """Where a run stands. batches: taken from every worker's stream in this epoch. skipped: steps without a finite gradient."""
+
+    config_hash: str
+    run_id: str | None = None
+    step: int = 0
+    epoch: int = 0
+    batches: int = 0
+    skipped: int = 0
+
+
+def save(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer, state: State) -> None:
+    """Write `folder` under another name beside it, flush it, then rename. Replaces an older one."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        built = Path(scratch) / "new"
+        built.mkdir()
+        weights = {name: value.detach().cpu().contiguous() for name, value in get_peft_model_state_dict(model).items()}
+        save_file(weights, built / _WEIGHTS)
+        torch.save(optimizer.state_dict(), built / _OPTIMIZER)
+        files = {name: _checksum(built / name) for name in (_WEIGHTS, _OPTIMIZER)}
+        (built / _STATE).write_text(json.dumps({"format": _FORMAT, "files": files, **asdict(state)}, indent=2), encoding="utf-8")
+        for path in built.iterdir():
+            with open(path, "rb") as stream:
+                os.fsync(stream.fileno())
+        if folder.exists():
+            shutil.rmtree(folder)
+        built.rename(folder)
+
+
+def load(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer) -> State:
+    """Put a complete checkpoint (see `read_state`) back into model and optimizer."""
+    state = read_state(folder)
+    assert state is not None, folder
+    set_peft_model_state_dict(model, load_file(folder / _WEIGHTS))
+    device = next(model.parameters()).device
+    optimizer.load_state_dict(torch.load(folder / _OPTIMIZER, map_location=device, weights_only=True))
+    return state
+
+
+def read_state(folder: Path) -> State | None:
+    """The state of a complete checkpoint, or None if a file is missing, cut short or changed."""
+    try:
+        values: dict[str, Any] = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        files = values.pop("files")
+        if values.pop("format") != _FORMAT or any(_checksum(folder / name) != known for name, known in files.items()):
+            return None
+        return State(**values)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def newest(parent: Path, config_hash: str) -> Path | None:
+    """The complete checkpoint of this configuration with the most steps, among the folders in `parent`."""
+    found = []
+    for folder in parent.iterdir() if parent.is_dir() else ():
+        state = read_state(folder)
+        if state is not None and state.config_hash == config_hash:
+            found.append((state.step, folder.name, folder))
+    return max(found)[2] if found else None
+
+
+def _checksum(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

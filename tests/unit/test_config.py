@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from parallelmind.config import LoraConfig, RopeConfig, TrainConfig, load_yaml, resolve, save_yaml
+from parallelmind.errors import UserError
+
+
+def train(*dotlist: str, **values: object) -> TrainConfig:
+    return resolve(TrainConfig, {"data_path": "facts.jsonl", **values}, dotlist)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("rope_2d_ratoi=0.5", ["rope_2d_ratoi", "rope_2d_ratio", "--help"]),
+        ("rope_2d_ratio=1.5", ["rope_2d_ratio=1.5", "less than or equal to 1"]),
+        ("lora_rank=many", ["lora_rank='many'", "integer"]),
+        ("dtype=float16", ["dtype='float16'", "'float32' or 'bfloat16'"]),
+        ("align_to=top", ["align_to='top'", "'left' or 'right'"]),
+        ("min_branches_per_sample=9", ["min_branches_per_sample=9", "max_branches_per_sample=8", "lower"]),
+        ("branches_per_sample=9", ["branches_per_sample=9", "max_branches_per_sample=8", "raise"]),
+        ("patch_rope=false", ["patch_rope=false", "branches_per_sample=1"]),
+        ("name=a/b", ["name='a/b'", "pattern"]),
+        ("learning_rate=0", ["learning_rate=0", "greater than 0"]),
+    ],
+)
+def test_an_error_names_field_value_and_remedy(override: str, told: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        train(override)
+    assert all(part in str(error.value) for part in told)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_required_field_is_named() -> None:
+    with pytest.raises(UserError, match=r"data_path: required and not given; add data_path="):
+        resolve(TrainConfig, {})
+
+
+def test_every_problem_is_told_at_once() -> None:
+    with pytest.raises(UserError, match=r"lora_rank=0.*; .*batch_size=0"):
+        train("lora_rank=0", "batch_size=0")
+
+
+def test_a_malformed_override_is_one_line() -> None:
+    with pytest.raises(UserError, match="write key=value") as error:
+        train("lora_rank=[1,")
+    assert "\n" not in str(error.value)
+
+
+def test_the_dotlist_wins_over_the_values_and_keeps_types() -> None:
+    config = train("lora_rank=4", "learning_rate=1e-3", "validation_branches=[1,2]", "max_steps=null", lora_rank=8, max_steps=3)
+    assert (config.lora_rank, config.learning_rate, config.validation_branches, config.max_steps) == (4, 1e-3, [1, 2], None)
+
+
+def test_yaml_gives_the_same_run_again(tmp_path: Path) -> None:
+    config = train("rope_2d_ratio=0.25", "learning_rate=3e-5", "pairs=spread", data_path="ünï 数据.jsonl")
+    save_yaml(config, tmp_path / "config.yaml")
+    again = resolve(TrainConfig, load_yaml(tmp_path / "config.yaml"))
+    assert again == config
+    assert again.fingerprint() == config.fingerprint()
+
+
+def test_the_fingerprint_tells_settings_apart_and_nothing_else() -> None:
+    assert train("lora_rank=4").fingerprint() == train(lora_rank=4).fingerprint() != train().fingerprint()
+    assert len(train().fingerprint()) == 12
+
+
+def test_part_gives_the_fields_of_one_kind_alone() -> None:
+    config = train("lora_rank=4", "branch_stride=7")
+    assert config.part(LoraConfig) == LoraConfig(lora_rank=4)
+    assert config.part(RopeConfig) == RopeConfig(branch_stride=7)
+
+
+def test_a_config_is_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        train().lora_rank = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("text", "told"), [(None, "no such file"), ("- a\n", "no mapping"), ("a: [", "not readable as YAML")])
+def test_an_unreadable_file_is_named(tmp_path: Path, text: str | None, told: str) -> None:
+    path = tmp_path / "run.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=told) as error:
+        load_yaml(path)
+    assert str(path) in str(error.value)
+
+
+def test_every_field_says_what_it_means() -> None:
+    assert [name for name, field in TrainConfig.model_fields.items() if not field.description] == []

@@ -1,0 +1,1 @@
+"""What `ray job submit` runs, one script per kind of work: `python -m workloads.NAME`."""

@@ -1,0 +1,113 @@
+"""What every command line of this project has in common: `key=value` fields, `--help`, one-line errors, exit codes."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from pydantic.fields import FieldInfo
+
+from parallelmind.config import Part, resolve
+from parallelmind.errors import UserError
+
+PartT = TypeVar("PartT", bound=Part)
+
+_OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Call `main` with the command line. A UserError becomes one line on stderr and exit 2; Ctrl-C is exit 130."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def wants_help(argv: Sequence[str]) -> bool:
+    return any(item in ("-h", "--help", "help") for item in argv)
+
+
+def print_help(usage: str, kind: type[Part]) -> None:
+    """`usage` (a module's docstring, mostly) and every field of `kind`, on stdout."""
+    print(f"{usage.strip()}\n\nFields (key=value):\n{field_help(kind)}")
+
+
+def field_help(kind: type[Part]) -> str:
+    """One line per field: name, type, default, meaning, in aligned columns."""
+    rows = [
+        (name, _type_name(field.annotation), _default(field), field.description or "")
+        for name, field in kind.model_fields.items()
+    ]
+    name, kinds, default = (max((len(row[column]) for row in rows), default=0) for column in range(3))
+    return "\n".join(f"  {row[0]:{name}}  {row[1]:{kinds}}  {row[2]:{default}}  {row[3]}" for row in rows)
+
+
+def split_args(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Positionals and `key=value` overrides, each in the order given; `--key=value` counts as `key=value`.
+
+    Raises UserError for any other flag.
+    """
+    positionals, dotlist = [], []
+    for item in argv:
+        bare = item.removeprefix("--")
+        if _OVERRIDE.match(bare):
+            dotlist.append(bare)
+        elif item.startswith("-") and item != "-":
+            raise UserError(f"{item}: there are no flags; write {bare.lstrip('-') or 'key'}=VALUE, and --help lists the fields")
+        else:
+            positionals.append(item)
+    return positionals, dotlist
+
+
+def parse(kind: type[PartT], argv: Sequence[str]) -> PartT:
+    """The fields of a command that takes `key=value` only. Raises UserError for anything else."""
+    positionals, dotlist = split_args(argv)
+    if positionals:
+        raise UserError(f"{positionals[0]}: not understood; write key=value, and --help lists the fields")
+    return resolve(kind, {}, quote_text(kind, dotlist), source="command line")
+
+
+def quote_text(kind: type[Part], dotlist: Sequence[str]) -> list[str]:
+    """The same overrides with the values of text fields quoted: `prompt=1: why?` is text, whatever YAML would make of it."""
+    return [_quoted(item) if _is_text(kind, item.partition("=")[0]) else item for item in dotlist]
+
+
+def _quoted(item: str) -> str:
+    key, _, value = item.partition("=")
+    if value == "null":  # how an optional text is switched off
+        return item
+    escaped = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # no interpolation of what a user typed
+    return f"{key}={json.dumps(escaped)}"
+
+
+def _is_text(kind: type[Part], name: str) -> bool:
+    annotation = kind.model_fields[name].annotation if name in kind.model_fields else None
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return annotation is str or (union and str in typing.get_args(annotation))
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value: Any = field.get_default(call_default_factory=True)
+    return str(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
+
+
+def _type_name(annotation: Any) -> str:
+    """`int`, `str | null`, `low | mid | spread`, `list[int]`: what to write, in as few words as possible."""
+    if typing.get_origin(annotation) is typing.Literal:
+        return " | ".join(map(str, typing.get_args(annotation)))
+    if typing.get_origin(annotation) in (list, tuple):
+        return f"list[{_type_name(typing.get_args(annotation)[0])}]"
+    if arguments := typing.get_args(annotation):
+        return " | ".join(_type_name(argument) for argument in arguments)
+    return "null" if annotation is type(None) else getattr(annotation, "__name__", str(annotation))

@@ -1,0 +1,49 @@
+"""Starting or joining Ray, quietly."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import workloads.ray_env  # noqa: F401  (before Ray)
+
+# isort: split
+import ray
+import ray.data
+
+from parallelmind.errors import UserError
+
+
+def connect(address: str | None) -> None:
+    """Join the cluster at `address` or at $RAY_ADDRESS (set under `ray job submit`); without either, start a local one.
+
+    Never attaches to whatever cluster happens to run on this machine. Raises UserError if the cluster is not there.
+    """
+    where = address or os.environ.get("RAY_ADDRESS") or "local"
+    options: dict[str, Any] = {"include_dashboard": False} if where == "local" else {}
+    try:
+        ray.init(where, logging_level=logging.WARNING, log_to_driver=True, configure_logging=True, **options)
+    except (ConnectionError, ValueError) as error:
+        remedy = "start it with `ray start --head`, or leave ray_address out"
+        raise UserError(f"ray_address={where}: {_first_line(error)}; {remedy}") from error
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def cpus() -> float:
+    return float(ray.cluster_resources().get("CPU", 1))
+
+
+def require_gpus(count: int) -> None:
+    """Raises UserError if the cluster has fewer GPUs, which would otherwise wait for them for ever."""
+    found = ray.cluster_resources().get("GPU", 0)
+    if found < count:
+        raise UserError(f"use_gpu=true: num_workers={count} needs {count} GPUs and the cluster has {found:g}; set use_gpu=false")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -1,0 +1,21 @@
+"""Ray's settings for every workload, in the environment. Import this before Ray: it reads some of them only then."""
+
+from __future__ import annotations
+
+import os
+
+for _name, _value in {
+    "RAY_DISABLE_WORKER_LOG_PREFIX": "1",  # a worker's progress lines read like our own
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # under `uv run` Ray would upload the working directory
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # print prints
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # six seconds less for a short run
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers stay where the user is
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+}.items():
+    os.environ.setdefault(_name, _value)
+if not os.environ.get("RAY_ADDRESS"):
+    os.environ.setdefault("RAY_AUTH_MODE", "token")  # a cluster that is joined has made its own choice
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # raylets of a local cluster listen on 127.0.0.1 only
