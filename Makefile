@@ -42,7 +42,7 @@ demo: setup model ## train a small adapter and decode with it
 	@$(PY) -m workloads.demo
 
 bench: setup model ## print the benchmark table; ONLY=decoding runs one part
-	@$(PY) -m workloads.bench $(if $(ONLY),--only $(ONLY))
+	@$(PY) -m benchmarks $(ONLY)
 
 clean: ## remove .venv, caches and build outputs, not runs
 	rm -rf $(VENV) build dist platform/*.egg-info *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -21,9 +21,10 @@ def connect(address: str | None) -> None:
     Never attaches to whatever cluster happens to run on this machine. Raises UserError if the cluster is not there.
     """
     where = address or os.environ.get("RAY_ADDRESS") or "local"
-    options: dict[str, Any] = {"include_dashboard": False} if where == "local" else {}
+    # Ray Train asks the dashboard whether its controller lives, and complains every second where there is none.
+    options: dict[str, Any] = {"include_dashboard": True} if where == "local" else {}
     try:
-        ray.init(where, logging_level=logging.WARNING, log_to_driver=True, configure_logging=True, **options)
+        ray.init(where, logging_level=logging.WARNING, **options)
     except (ConnectionError, ValueError) as error:
         remedy = "start it with `ray start --head`, or leave ray_address out"
         raise UserError(f"ray_address={where}: {_first_line(error)}; {remedy}") from error
@@ -31,7 +32,7 @@ def connect(address: str | None) -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     for name in ("ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger(name).setLevel(logging.ERROR)  # warnings there are about progress bars and retries
 
 
 def cpus() -> float:

@@ -13,7 +13,8 @@ for _name, _value in {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # print prints
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # six seconds less for a short run
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers stay where the user is
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_DATA_LOG_LEVEL": "ERROR",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # lost workers are replaced all the same, see workloads.train
 }.items():
     os.environ.setdefault(_name, _value)
 if not os.environ.get("RAY_ADDRESS"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,9 +27,7 @@ from parallelmind.tracking import Tracker
 from parallelmind.training import checkpoint
 from parallelmind.training.loop import Job, Outcome, Save, train
 from parallelmind.training.loss import refuse_unusual_head
-
-CHECKPOINTS, STOP, ADAPTER = "checkpoints", "STOP", "adapter"
-MANIFEST = "parallelmind.json"  # makes an adapter folder complete
+from workloads.train import ADAPTER, CHECKPOINTS, STOP
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +74,8 @@ class RayHooks:
 def run_worker(task: Task) -> Outcome:
     """Train on this worker's share; rank 0 writes the adapter at the end. Raises UserError for what the model refuses."""
     torch.set_num_threads(task.threads)
+    logging.getLogger().setLevel(logging.WARNING)  # Ray tells every report at INFO
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     config, context = task.config, ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     model, tokenizer = build_model(config)

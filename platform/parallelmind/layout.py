@@ -72,7 +72,7 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Padded layouts: `ids`, `sequence` (-1 where padded), `position`, `labels` are `[batch, seq]`, `pos2d` is `[batch, seq, 2]`."""
+    """Padded layouts: all `[batch, seq]`, pos2d `[batch, seq, 2]`; sequence is -1 where there is only padding."""
 
     ids: Ints
     sequence: Ints

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from tiny import tiny_llama
+
 from parallelmind.config import RopeConfig
 from parallelmind.errors import UserError
 from parallelmind.layout import Tokens, arrange, collate
 from parallelmind.model.mask import for_attention, visible
 from parallelmind.model.patch import patch, rope_config, unpatch
-from tiny import tiny_llama
 
 MAIN = [5, 6, 7, 8, 9]
 BRANCHES = [[20, 21, 22, 23], [30, 31, 32, 33, 34, 35], [40, 41]]

@@ -5,11 +5,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import reference_sample
+
 from parallelmind.config import RopeConfig
 from parallelmind.errors import UserError
 from parallelmind.layout import IGNORE, PADDING, Tokens, arrange, collate
 from parallelmind.model.mask import for_attention, visible
-from reference import reference_sample
 
 TEXT = st.lists(st.integers(0, 99), min_size=1, max_size=7)
 CONFIGS = st.builds(

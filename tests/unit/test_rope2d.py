@@ -1,6 +1,7 @@
 """Which pairs the ratio selects, and which coordinate drives each."""
 
 import pytest
+
 from parallelmind.model.rope2d import BRANCH, FLAT, TIME, pair_axes, selected_pairs
 
 

@@ -1,7 +1,8 @@
 """JSONL files through Ray Data: a survey that finds every malformed line first, then a stream of tokenised records.
 
 Both read byte ranges in parallel; a line belongs to the range in which it begins. Lines end at a newline byte and
-nowhere else. Records travel as Arrow lists, so there is no Python object per token.
+nowhere else. Records travel as Arrow lists, so there is no Python object per token. Nothing here imports torch or
+transformers before a tokenizer is needed: every reading process would pay seconds for it.
 """
 
 from __future__ import annotations
@@ -12,24 +13,26 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import ray.data
 from ray.train import DataConfig as RayDataConfig
-from transformers import PreTrainedTokenizerBase
 
 from parallelmind.config import BaseConfig, DataConfig
 from parallelmind.data.grouping import Row
 from parallelmind.data.records import RecordError, parse_line
-from parallelmind.data.tokenise import Tokenised, tokenise
 from parallelmind.errors import UserError
 from parallelmind.layout import Tokens
-from parallelmind.model.base import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from parallelmind.data.tokenise import Tokenised
 
 _TASK_CPUS = 0.25  # workers hold 0.5 each, so that on two CPUs two of them still leave room to read
-_SMALLEST, _LARGEST = 16 << 10, 4 << 20
+_SMALLEST, _LARGEST = 1 << 10, 4 << 20
 _RANGES_PER_WORKER = 8
 
 _SURVEY = pa.schema([("lines", pa.int64()), ("records", pa.int64()), ("branches", pa.int64()), ("lone", pa.int64()),
@@ -73,6 +76,14 @@ class Survey:
     branches: int = 0
     lone: int = 0
     bad: list[BadLine] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)  # records of every byte range
+
+    def largest_share(self, workers: int) -> float:
+        """Share of the records that the busiest worker gets (see `OrderedSplit`); the number of steps depends on it."""
+        rows = [0] * workers
+        for records in self.blocks:
+            rows[rows.index(min(rows))] += records
+        return max(rows) / max(self.records, 1)
 
     def samples(self, config: DataConfig) -> float:
         """About how many samples an epoch holds, before anything is skipped or split for its length."""
@@ -108,7 +119,7 @@ def survey(files: Sequence[str], workers: int, strict: bool, vocab_size: int | N
     found = Survey()
     before = lines = 0
     if ranges:
-        dataset = _dataset(ranges, functools.partial(_survey_range, vocab_size=vocab_size))
+        dataset = _dataset(ranges, workers, functools.partial(_survey_range, vocab_size=vocab_size))
         dataset.context.execution_options.preserve_order = True
         for place, row in zip(ranges, dataset.take_all(), strict=True):
             before = 0 if place.start == 0 else before + lines  # lines of this file in earlier ranges
@@ -122,11 +133,12 @@ def survey(files: Sequence[str], workers: int, strict: bool, vocab_size: int | N
     return found
 
 
-def _dataset(ranges: Sequence[ByteRange], function: Any) -> ray.data.Dataset:
-    """One block per range, mapped to one Arrow table each."""
+def _dataset(ranges: Sequence[ByteRange], workers: int, function: Any) -> ray.data.Dataset:
+    """One block per range, mapped to one Arrow table each, by one process per worker; by more where there is much to read."""
+    readers = ray.data.TaskPoolStrategy(size=max(workers, len(ranges) // (2 * _RANGES_PER_WORKER)))
     items = [{"file": place.file, "start": place.start, "end": place.end} for place in ranges]
     dataset = ray.data.from_items(items, override_num_blocks=len(items))
-    return dataset.map_batches(function, batch_size=1, batch_format="pyarrow", num_cpus=_TASK_CPUS)
+    return dataset.map_batches(function, batch_size=1, batch_format="pyarrow", num_cpus=_TASK_CPUS, compute=readers)
 
 
 def _range_of(table: pa.Table) -> ByteRange:
@@ -154,28 +166,37 @@ def _survey_range(table: pa.Table, vocab_size: int | None) -> pa.Table:
 def _add(found: Survey, row: dict[str, Any], file: str, before: int) -> None:
     for name in ("lines", "records", "branches", "lone"):
         setattr(found, name, getattr(found, name) + row[name])
+    found.blocks.append(row["records"])
     found.bad += [BadLine(file, before + number, why) for number, why in zip(row["bad_lines"], row["bad_reasons"], strict=True)]
 
 
 def sample_rows(files: Sequence[str], workers: int, data: DataConfig, base: BaseConfig) -> ray.data.Dataset:
     """One row per good record: token ids, lengths, answer offsets, and what the length limits cost."""
-    return _dataset(byte_ranges(files, workers), functools.partial(_tokenise_range, data=data, base=base))
+    return _dataset(byte_ranges(files, workers), workers, functools.partial(_tokenise_range, data=data, base=base))
 
 
 def _tokenise_range(table: pa.Table, data: DataConfig, base: BaseConfig) -> pa.Table:
     return to_table(read_range(_range_of(table), _tokenizer(base), data))
 
 
-_tokenizer = functools.cache(load_tokenizer)  # once per process, not once per range
+@functools.cache
+def _tokenizer(base: BaseConfig) -> PreTrainedTokenizerBase:
+    """Loaded once per process, not once per range."""
+    from parallelmind.model.base import load_tokenizer
+
+    return load_tokenizer(base)
 
 
 def read_range(place: ByteRange, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> Iterator[tuple[Tokenised, bool]]:
     """Every good record of a range, tokenised, and whether it is a lone one. Bad lines were reported by the survey."""
+    from parallelmind.data.tokenise import tokenise
+
+    vocab_size = len(tokenizer)
     for raw in place.lines():
         if not raw.strip():
             continue
         try:
-            record = parse_line(raw, len(tokenizer))
+            record = parse_line(raw, vocab_size)
         except RecordError:
             continue
         yield tokenise(record, tokenizer, data), record.lone

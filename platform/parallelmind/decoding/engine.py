@@ -167,7 +167,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: Text, first: bool) -> list
 
 
 def _check_ids(model: Model, tokens: Tokens) -> None:
-    size = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[arg-type]
+    embeddings: Any = model.get_input_embeddings()
+    size = len(embeddings.weight)
     wrong = tokens.ids[(tokens.ids < 0) | (tokens.ids >= size)]
     if len(wrong):
         raise UserError(f"token id {wrong[0]}: the model knows 0..{size - 1}; encode the sample with the model's own tokenizer")

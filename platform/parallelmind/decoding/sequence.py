@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 
 from parallelmind.config import RopeConfig
-from parallelmind.layout import MAIN, Ints, Tokens, arrange, branch_coordinates, is_free_order, start_times
+from parallelmind.layout import MAIN, Ints, Layout, Tokens, arrange, branch_coordinates, is_free_order, start_times
 
 FinishReason = Literal["stop", "length"]
 
@@ -118,7 +118,9 @@ class Decoding:
         ids = self._ids[branches, :longest]
         return np.where(np.arange(longest) < self.lengths[branches, None], ids, ids[:, :1])
 
-    def final_tokens(self) -> Tokens:
-        """Main and every branch as they stand now, prompt and decoded ids together."""
+    def final_layout(self) -> Layout:
+        """Main and every branch as they stand now, placed as one sequence: branches stay where they have begun."""
         main = self._tokens.ids[: self._tokens.lengths[MAIN]]
-        return Tokens.of(main.tolist(), [row[:length].tolist() for row, length in zip(self._ids, self.lengths, strict=True)])
+        branches = [row[:length].tolist() for row, length in zip(self._ids, self.lengths, strict=True)]
+        begun = self._config.model_copy(update={"align_to": "left"})
+        return arrange(Tokens.of(main.tolist(), branches), begun, delays=self._starts - len(main))

@@ -152,8 +152,8 @@ def load_model_with_lora(
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """A patched model with its adapter, and the tokenizer; without `lora_path` the patched base model alone.
 
-    base_model: by default the adapter's own. settings: fields of RopeConfig, `dtype` (a name or torch's), `trust_remote_code`; with an
-    adapter they follow it. Raises UserError for an unknown field and for a value that contradicts the adapter.
+    base_model: by default the adapter's own. settings: fields of RopeConfig, by default the adapter's; `dtype` (a name or
+    torch's own); `trust_remote_code`. Raises UserError for an unknown field and for a value that contradicts the adapter.
     """
     if isinstance(settings.get("dtype"), torch.dtype):
         settings["dtype"] = str(settings["dtype"]).removeprefix("torch.")

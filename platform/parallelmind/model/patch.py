@@ -11,14 +11,15 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from parallelmind.config import RopeConfig
+from parallelmind.config import Positions, RopeConfig
 from parallelmind.errors import UserError
 from parallelmind.model.rope2d import pair_axes, pick_columns
 
@@ -31,6 +32,14 @@ class _Call:
 
     pos2d: Tensor | None
     outer: _Call | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Patch:
+    """What a patched model carries: its settings, and the hooks to take away again."""
+
+    config: RopeConfig
+    handles: tuple[RemovableHandle, ...]
 
 
 _current: ContextVar[_Call | None] = ContextVar("parallelmind_pos2d", default=None)
@@ -69,28 +78,24 @@ def patch(model: PreTrainedModel, config: RopeConfig) -> None:
     if config.rope_2d_ratio > 0:
         for name, module in modules.items():
             module.register_buffer("pos2d_axes", axes[name], persistent=False)
-            module.__class__ = _branch_class(type(module))
+            module.__class__ = _branch_class(type(module))  # type: ignore[arg-type]  # mypy takes a class for its instances
     handles = []
-    for module in {id(part): part for part in (model, model.base_model)}.values():
-        handles.append(module.register_forward_pre_hook(_enter, with_kwargs=True))
-        handles.append(module.register_forward_hook(_leave, always_call=True))
-    model._pos2d = (config, handles)
-    model.base_model._pos2d_positions = config.positions
-    model._pos2d_positions = config.positions
+    # peft calls the whole model's forward past its hooks, training calls the decoder alone: both take pos2d.
+    for entrance in {id(part): part for part in (model, model.base_model)}.values():
+        handles.append(entrance.register_forward_pre_hook(partial(_enter, config.positions), with_kwargs=True))
+        handles.append(entrance.register_forward_hook(_leave, always_call=True))
+    object.__setattr__(model, "_pos2d", _Patch(config, tuple(handles)))
 
 
 def unpatch(model: PreTrainedModel) -> None:
     """Undo `patch`: classes, buffers and hooks are as they were. Raises UserError if the model is not patched."""
-    _, handles = _patch_of(model)
-    for handle in handles:
+    for handle in _patch_of(model).handles:
         handle.remove()
     for module in model.modules():
         if isinstance(module, BranchRotary):
             del module.pos2d_axes
             module.__class__ = type(module).__mro__[2]
-    del model._pos2d
-    for module in {id(part): part for part in (model, model.base_model)}.values():
-        del module._pos2d_positions
+    object.__delattr__(model, "_pos2d")
 
 
 def is_patched(model: nn.Module) -> bool:
@@ -99,13 +104,14 @@ def is_patched(model: nn.Module) -> bool:
 
 def rope_config(model: nn.Module) -> RopeConfig:
     """The settings that the model (or the model inside a PeftModel) was patched with."""
-    return _patch_of(model)[0]
+    return _patch_of(model).config
 
 
-def _patch_of(model: nn.Module) -> tuple[RopeConfig, list[Any]]:
-    if not is_patched(model):
+def _patch_of(model: nn.Module) -> _Patch:
+    found = getattr(model, "_pos2d", None)
+    if not isinstance(found, _Patch):
         raise UserError("model: is not patched; call patch(model, RopeConfig(...)) or load_model_with_lora first")
-    return model._pos2d  # type: ignore[return-value]
+    return found
 
 
 @cache
@@ -122,7 +128,7 @@ def _rotary_modules(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _column_axes(rotary: nn.Module, config: RopeConfig, model_type: str) -> Tensor:
+def _column_axes(rotary: Any, config: RopeConfig, model_type: str) -> Tensor:
     """`[columns]` axis of every column of the cos table.
 
     At position 1 a column's angle is the frequency itself, so one probe tells which frequency each column holds, in
@@ -133,7 +139,8 @@ def _column_axes(rotary: nn.Module, config: RopeConfig, model_type: str) -> Tens
     try:
         cos, sin = rotary(torch.zeros(1, 1, 1, device=frequencies.device), probe)
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        raise UserError(f"base_model: the rotary embedding of {model_type} is not understood ({error}); set patch_rope=false") from error
+        remedy = "choose another model, or set patch_rope=false"
+        raise UserError(f"base_model: the rotary embedding of {model_type} is not understood ({error}); {remedy}") from error
     angles = torch.atan2(sin.float(), cos.float()).flatten()
     distance = (angles[:, None] - frequencies[None, :]).abs()
     nearest = distance.min(dim=1)
@@ -143,7 +150,9 @@ def _column_axes(rotary: nn.Module, config: RopeConfig, model_type: str) -> Tens
     return axes[nearest.indices]
 
 
-def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _enter(
+    positions: Positions, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Take pos2d out of the call; what it is nested in keeps its own."""
     outer = _current.get()
     if "pos2d" not in kwargs:
@@ -155,14 +164,14 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         if kwargs.get("attention_mask") is None:
             raise ValueError("attention_mask: pos2d needs the mask of its layout; build it with parallelmind.model.mask.visible")
         if kwargs.get("position_ids") is None:
-            kwargs["position_ids"] = _positions(module, pos2d, kwargs.get("past_key_values"))
+            kwargs["position_ids"] = _positions(positions, pos2d, kwargs.get("past_key_values"))
     _current.set(_Call(pos2d, outer))
     return args, kwargs
 
 
-def _positions(module: nn.Module, pos2d: Tensor, past: Any) -> Tensor:
+def _positions(positions: Positions, pos2d: Tensor, past: Any) -> Tensor:
     """`[batch, seq]` 1D positions of a call that names only pos2d."""
-    if module._pos2d_positions == "time":
+    if positions == "time":
         return pos2d[..., 1]
     start = past.get_seq_length() if past is not None else 0
     return torch.arange(start, start + pos2d.shape[1], device=pos2d.device).expand(pos2d.shape[:2])

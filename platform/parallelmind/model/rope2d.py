@@ -43,7 +43,8 @@ def pair_axes(pairs: int, ratio: float, where: Pairs) -> NDArray[np.int64]:
 def pick_columns(table: Tensor, axes: Tensor) -> Tensor:
     """Columns of one table out of three.
 
-    table: `[3, batch, seq, columns]` for the flat, branch and time coordinate. axes: `[columns]`. Returns `[batch, seq, columns]`.
+    table: `[3, batch, seq, columns]` for the flat, branch and time coordinate. axes: `[columns]`.
+    Returns `[batch, seq, columns]`.
     """
     flat, branch, time = table.unbind(0)
     return torch.where(axes == BRANCH, branch, torch.where(axes == TIME, time, flat))

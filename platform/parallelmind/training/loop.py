@@ -78,6 +78,7 @@ def train(job: Job, resume: Path | None = None) -> Outcome:
         run.epoch()
     if not run.stopped and run.state.step == run.state.skipped:
         raise UserError("data_path: no step had a finite loss on any target; check answer_offset, the limits and learning_rate")
+    run.log()  # the steps since the last line
     run.report(run.metrics, validate=not run.stopped, save=True)
     return Outcome(not run.stopped, run.state.step, run.metrics)
 
@@ -118,13 +119,13 @@ class _Run:
         own = backward(self.model, stream, self.config.accumulation_steps, self.config.visibility)
         own.stop = float(self.job.hooks.should_stop())
         totals = own.everywhere(self.device)
+        self.stopped = totals.stop > 0
         if not totals.batches:
             return False
         rate = learning_rate(self.config, self.state.step, self.job.planned)
         norm = self.apply(totals, rate)
         self.state.step += 1
         self.state.batches += self.config.accumulation_steps
-        self.stopped = totals.stop > 0
         self.after_step(totals, rate, norm)
         return True
 
@@ -147,19 +148,20 @@ class _Run:
             for name in ("loss", "targets", "tokens", "places"):
                 setattr(self.window, name, getattr(self.window, name) + getattr(totals, name))
         step = self.state.step
-        if self.window.targets and (step % self.config.log_every == 0 or self.ended):
-            self.log(rate, norm)
+            self.metrics |= {"learning_rate": rate, "gradient_norm": norm}
+        if step % self.config.log_every == 0:
+            self.log()
         save, validate = step % self.config.checkpoint_every == 0, step % self.config.validate_every == 0
         if (save or validate) and not self.ended:
             self.report(self.metrics, validate, save)
 
-    def log(self, rate: float, norm: float) -> None:
+    def log(self) -> None:
+        if not self.window.targets:
+            return
         now = time.perf_counter()
         window, speed = self.window, self.window.tokens / max(now - self.window_start, 1e-9)
         self.metrics |= {
             "loss": window.loss / window.targets,
-            "learning_rate": rate,
-            "gradient_norm": norm,
             "tokens_per_second": speed,
             "padding_share": 1 - window.tokens / window.places,
             "skipped_steps": self.state.skipped,
@@ -168,7 +170,7 @@ class _Run:
         self.job.hooks.log(self.metrics, self.state.step)
         left = max(self.job.planned - self.state.step, 0) * (now - self.start) / (self.state.step - self.first_step)
         self.job.hooks.say(
-            f"step {self.state.step}/{max(self.job.planned, self.state.step)}  loss {self.metrics['loss']:.3f}  lr {rate:.1e}  "
+            f"step {self.state.step}/{max(self.job.planned, self.state.step)}  loss {self.metrics['loss']:.3f}  lr {self.metrics['learning_rate']:.1e}  "
             f"{speed:.0f} tok/s  ETA {_clock(left)}"
         )
         self.window, self.window_start = Totals(), now

@@ -1,0 +1,109 @@
+"""A benchmark is a function that returns a number; a row is that number beside its target."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+
+RESULTS = Path(__file__).resolve().parent.parent / "experiments" / "results" / "bench.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What a measurement is called and held against. target: none where a figure is only reported."""
+
+    name: str
+    target: float | None
+    better: Literal["higher", "lower"]
+    unit: str
+    measure: Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of `bench.json`."""
+
+    name: str
+    value: float
+    target: float | None
+    better: str
+    unit: str
+    machine: str
+    date: str
+    command: str
+
+    @property
+    def met(self) -> bool | None:
+        if self.target is None:
+            return None
+        return self.value >= self.target if self.better == "higher" else self.value <= self.target
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Wall clock of one call."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def ratio(numerator: Callable[[], object], denominator: Callable[[], object], repeats: int) -> float:
+    """Median of time(numerator) / time(denominator), taken in pairs so that both see the same machine; one warm-up each."""
+    numerator()
+    denominator()
+    return median(seconds(numerator) / seconds(denominator) for _ in range(repeats))
+
+
+def run(benches: list[Bench], only: str, command: str) -> list[Row]:
+    """Measure, print and record every benchmark whose name begins with `only`; earlier rows of others are kept."""
+    rows = []
+    for bench in benches:
+        if not bench.name.startswith(only):
+            continue
+        print(f"{bench.name} …", end=" ", file=sys.stderr, flush=True)
+        start = time.perf_counter()
+        value = round(bench.measure(), 3)
+        print(f"{value:g} {bench.unit} ({time.perf_counter() - start:.0f} s)", file=sys.stderr, flush=True)
+        rows.append(Row(bench.name, value, bench.target, bench.better, bench.unit, machine(), str(date.today()), command))
+        record(rows)
+    return rows
+
+
+def record(rows: list[Row]) -> None:
+    """Merge into `bench.json` by name."""
+    known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else []
+    merged = {row["name"]: row for row in known} | {row.name: asdict(row) for row in rows}
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    RESULTS.write_text(json.dumps([merged[name] for name in sorted(merged)], indent=1) + "\n", encoding="utf-8")
+
+
+def show(rows: list[Row]) -> None:
+    table = Table("name", "value", "target", "unit", "met")
+    for row in rows:
+        sign = "≥" if row.better == "higher" else "≤"
+        target = "" if row.target is None else f"{sign} {row.target:g}"
+        table.add_row(row.name, f"{row.value:g}", target, row.unit, {None: "", True: "yes", False: "NO"}[row.met])
+    Console(width=None if sys.stdout.isatty() else 110).print(table)
+
+
+def machine() -> str:
+    model = next(
+        (line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor() or "CPU"
+    )
+    return f"{os.cpu_count()} × {model}, {platform.system()}"
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []

@@ -1,0 +1,43 @@
+"""The text that benchmarks run on: XQuAD where a copy is given, generated passages elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import cache
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from parallelmind.config import BaseConfig
+from parallelmind.evaluation.facts import facts_records
+from parallelmind.model.base import load_tokenizer
+
+BRANCHES = 8
+
+
+@cache
+def tokenizer() -> PreTrainedTokenizerBase:
+    return load_tokenizer(BaseConfig())
+
+
+def passages(count: int) -> list[tuple[list[int], list[list[int]]]]:
+    """`count` samples of token ids: a passage, and eight questions of its article."""
+    path = os.environ.get("XQUAD")
+    texts = _xquad(Path(path)) if path else _generated(count)
+    encode = tokenizer().encode
+    return [(encode(main), [encode(question) for question in questions]) for main, questions in texts[:count]]
+
+
+def _xquad(path: Path) -> list[tuple[str, list[str]]]:
+    samples = []
+    for article in json.loads(path.read_text(encoding="utf-8"))["data"]:
+        questions = [item["question"] for paragraph in article["paragraphs"] for item in paragraph["qas"]]
+        for index, paragraph in enumerate(article["paragraphs"]):
+            turned = questions[index:] + questions[:index]
+            samples.append((paragraph["context"], turned[:BRANCHES]))
+    return samples
+
+
+def _generated(count: int) -> list[tuple[str, list[str]]]:
+    return [(record["main"], [branch["prompt"] for branch in record["branches"]]) for record in facts_records(count, seed=0)]

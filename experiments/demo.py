@@ -1,0 +1,20 @@
+"""Can SmolLM2 learn, in minutes on two cores, to answer eight questions about a passage in parallel branches?"""
+
+from parallelmind.config import TrainConfig
+
+
+def config() -> TrainConfig:
+    return TrainConfig(
+        name="demo",
+        data_path="runs/demo-data/train.jsonl",
+        validation_path="runs/demo-data/held_out.jsonl",
+        visibility="isolated",
+        rope_2d_ratio=0.5,
+        lora_rank=16,
+        learning_rate=1e-3,
+        batch_size=4,
+        validation_branches=[1, 8],
+        validation_samples=32,
+        validate_every=1000,
+        checkpoint_every=25,
+    )

@@ -1,0 +1,144 @@
+"""`python -m workloads.train` as a user runs it: real Ray, a real MLflow database, a tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow.tracking import MlflowClient
+from tiny import save_tiny
+
+from parallelmind.model.adapter import load_model_with_lora
+
+ROOT = Path(__file__).resolve().parents[2]
+LONE, RECORDS, BRANCHES = 60, 12, 84
+BAD = b'{"text": 3}\n{"text": "half\n\xff\xfe\n'
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A working directory with a model, data with three bad lines from line 21 on, and settings."""
+    folder = tmp_path_factory.mktemp("train")
+    save_tiny(folder / "tiny")
+    lines = [{"text": f"Question: {i % 5} Answer: the {i % 5}\u2028lives", "answer_offset": 4} for i in range(LONE)]
+    lines += [{"main": "the passage", "branches": [{"prompt": "who ", "completion": "lives"}, "works"]} for _ in range(RECORDS)]
+    encoded = [json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines]
+    (folder / "data.jsonl").write_bytes(b"".join([*encoded[:20], BAD, *encoded[20:]]))
+    (folder / "held_out.jsonl").write_bytes(b"".join(encoded[::5]))
+    settings = {
+        "base_model": "tiny",
+        "data_path": "data.jsonl",
+        "validation_path": "held_out.jsonl",
+        "validation_branches": "[1, 4]",
+        "learning_rate": 0.01,
+        "batch_size": 4,
+        "branches_per_sample": 3,
+        "epochs": 2,
+        "log_every": 1,
+        "checkpoint_every": 5,
+    }
+    (folder / "run.yaml").write_text("".join(f"{key}: {value}\n" for key, value in settings.items()))
+    yield folder
+
+
+def environment() -> dict[str, str]:
+    paths = os.pathsep.join([str(ROOT / "platform"), str(ROOT)])
+    return {**os.environ, "PYTHONPATH": paths, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def train(place: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "workloads.train", *arguments]
+    return subprocess.run(command, cwd=place, env=environment(), capture_output=True, text=True, timeout=400, check=False)
+
+
+def run_of(place: Path, name: str) -> Path:
+    (folder,) = (place / "runs").glob(f"{name}-*")
+    return folder
+
+
+def losses(output: str) -> list[float]:
+    return [float(value) for value in re.findall(r"^step \d+/\d+  loss (\S+)", output, re.MULTILINE)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_run_from_start_to_adapter(place: Path, workers: int) -> None:
+    done = train(place, "run.yaml", f"name=w{workers}", f"num_workers={workers}")
+    assert done.returncode == 0, done.stderr
+    assert f"{LONE + RECORDS} records, {BRANCHES} branches, 3 malformed lines" in done.stdout
+    for line, reason in ((21, "is a JSON number"), (22, "is not JSON"), (23, "is not UTF-8")):
+        assert re.search(rf"data\.jsonl:{line}: .*{reason}", done.stderr)
+    found = losses(done.stdout)
+    assert found[-1] < found[0]
+    folder = run_of(place, f"w{workers}")
+    model, _ = load_model_with_lora(base_model=str(place / "tiny"), lora_path=folder / "adapter")
+    assert all(torch.isfinite(weight).all() for weight in model.parameters())
+    run_id = json.loads((folder / "run.json").read_text())["mlflow_run"]
+    run = MlflowClient(f"sqlite:///{place}/mlflow.db").get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert {"validation/loss_1", "validation/branch_tax_4"} <= run.data.metrics.keys()
+    # Every branch of the file was trained on in each epoch, however many workers shared them.
+    assert run.data.metrics["branches"] == 2 * BRANCHES
+    again = train(place, str(folder / "config.yaml"))
+    assert again.returncode == 0
+    assert "finished before" in again.stdout
+
+
+def test_strict_stops_at_the_first_bad_line(place: Path) -> None:
+    done = train(place, "run.yaml", "name=strict", "strict=true")
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: data_path: \S+data\.jsonl:21: .*strict=false.*\n", done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data_path=nowhere.jsonl", "data_path=nowhere.jsonl: no such file"),
+        ("validation_path=nowhere.jsonl", "validation_path=nowhere.jsonl: no such file"),
+        ("learning_rat=1", "did you mean learning_rate?"),
+        ("base_model=./nowhere", "base_model='./nowhere': no such folder"),
+    ],
+)
+def test_user_errors_are_one_line_and_exit_2(place: Path, override: str, message: str) -> None:
+    done = train(place, "run.yaml", "name=wrong", override)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_an_error_that_only_a_worker_sees_is_one_line_too(place: Path) -> None:
+    done = train(place, "run.yaml", "name=targets", "lora_targets=nothing", "validation_path=null")
+    assert done.returncode == 2
+    assert "error: lora_targets='nothing'" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_the_same_command_goes_on(place: Path) -> None:
+    arguments = ("run.yaml", "name=cut", "epochs=40", "max_steps=150", "validation_path=null")
+    command = [sys.executable, "-m", "workloads.train", *arguments]
+    running = subprocess.Popen(command, cwd=place, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert running.stdout is not None
+    for line in running.stdout:
+        if line.startswith("step 3/"):
+            running.send_signal(signal.SIGINT)
+            break
+    output, _ = running.communicate(timeout=120)
+    assert running.returncode == 130
+    match = re.search(r"stopped at step (\d+); checkpoint: (\S+)", output)
+    assert match is not None
+    assert Path(match[2]).is_dir()
+    done = train(place, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert f"resuming from {match[2]}" in done.stdout
+    assert f"step {int(match[1]) + 1}/150" in done.stdout
+    assert "step 150/150" in done.stdout
+    assert (run_of(place, "cut") / "adapter" / "parallelmind.json").is_file()

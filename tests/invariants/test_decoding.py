@@ -1,0 +1,124 @@
+"""Law 3: what cached decoding computes is what one full forward over the final tokens computes, logit for logit."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import peft
+import pytest
+import torch
+from tiny import tiny_llama, tiny_tokenizer
+from torch import Tensor
+
+from parallelmind.config import RopeConfig
+from parallelmind.decoding.engine import Engine, Sample, generate, generate_text, stream
+from parallelmind.decoding.sampling import SamplingParams
+from parallelmind.decoding.sequence import Feed
+from parallelmind.layout import Layout, Tokens
+from parallelmind.model.mask import for_attention, visible
+from parallelmind.model.patch import patch
+
+MAIN = [5, 6, 7]
+BRANCHES = [[11, 12, 13, 14, 15, 16], [21], [31, 32, 33, 34], [41]]
+ENDS = [5, 3, 6, 1]  # tokens that each branch says before it ends
+
+RULES = list(product(("columnar", "isolated"), ("left", "right"), ("time", "flat"), (0.0, 0.5, 1.0)))
+
+
+class Recorder(Engine):
+    """Keeps the logits that each decoded token was drawn from, by branch."""
+
+    def forward(self, feed: Feed) -> Tensor:
+        logits = super().forward(feed)
+        for branch, row in zip(feed.sampled.tolist(), logits, strict=True):
+            self.seen.setdefault(branch, []).append(row)
+        return logits
+
+
+def decode(model: torch.nn.Module, main: list[int]) -> Recorder:
+    engine = Recorder(model, Tokens.of(main, BRANCHES), SamplingParams(max_new_tokens=max(ENDS)))
+    engine.seen = {}
+    while not engine.state.done:
+        branches, _ = engine.advance()
+        for branch in branches.tolist():
+            if len(engine.state.generated(branch)) == ENDS[branch]:
+                engine.state.finish(branch, "length")
+    return engine
+
+
+@torch.inference_mode()
+def full_forward(model: torch.nn.Module, layout: Layout, config: RopeConfig) -> list[Tensor]:
+    """`[branch length, vocab]` logits of every branch, from one pass over everything."""
+    time, sequence, branch, position, ids = (
+        torch.from_numpy(part)[None] for part in (layout.time, layout.sequence, layout.branch, layout.position, layout.ids)
+    )
+    mask = for_attention(visible(time, sequence, config.visibility), model.config._attn_implementation, torch.float32)
+    pos2d = torch.stack([branch, time], dim=-1)
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=position, pos2d=pos2d, use_cache=False).logits[0]
+    return [logits[sequence[0] == 1 + number] for number in range(len(BRANCHES))]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("main", [[], MAIN], ids=["bare", "main"])
+@pytest.mark.parametrize(("visibility", "align_to", "positions", "ratio"), RULES)
+def test_cached_decoding_equals_one_full_forward(visibility, align_to, positions, ratio, main, attention):
+    config = RopeConfig(rope_2d_ratio=ratio, visibility=visibility, align_to=align_to, positions=positions)
+    model = tiny_llama(attn_implementation=attention)
+    patch(model, config)
+    engine = decode(model, main)
+    whole = full_forward(model, engine.state.final_layout(), config)
+    for branch, prompt in enumerate(BRANCHES):
+        stepwise = torch.stack(engine.seen[branch])
+        expected = whole[branch][len(prompt) - 1 : -1]
+        torch.testing.assert_close(stepwise, expected, atol=1e-4, rtol=0)
+        assert engine.state.generated(branch).tolist() == expected.argmax(-1).tolist()
+
+
+def test_one_branch_is_what_transformers_generates():
+    model = tiny_llama()
+    patch(model, RopeConfig())
+    prompt = torch.tensor([BRANCHES[0]])
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+    sample = Sample(branches=[BRANCHES[0]])
+    ours = [event.token for event in stream(model, tiny_tokenizer(), sample, max_new_tokens=12, ignore_eos=True)]
+    assert ours == expected[0, len(BRANCHES[0]) :].tolist()
+
+
+def test_isolated_branches_are_what_each_generates_alone():
+    """Main and branch in one go, with r = 0 and time positions: a plain prompt, token for token."""
+    model = tiny_llama()
+    patch(model, RopeConfig(rope_2d_ratio=0, visibility="isolated", positions="time"))
+    tokenizer = tiny_tokenizer()
+    together = generate(model, tokenizer, Sample(main=MAIN, branches=BRANCHES), max_new_tokens=8)
+    assert together == [generate_text(model, tokenizer, MAIN + branch, max_new_tokens=8) for branch in BRANCHES]
+
+
+def test_an_unpatched_model_continues_one_branch():
+    plain, patched = tiny_llama(), tiny_llama()
+    patch(patched, RopeConfig(rope_2d_ratio=0))
+    sample = Sample(main="the passage", branches=["who lives"])
+    texts = [generate(model, tiny_tokenizer(), sample, max_new_tokens=8) for model in (plain, patched)]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("wrap", [False, True], ids=["patched", "peft"])
+def test_transformers_generate_still_works(wrap):
+    """A left-padded batch through the chat template gives each prompt what it gets alone, and what ours gives it."""
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    tokenizer.padding_side = "left"
+    patch(model, RopeConfig())
+    if wrap:
+        torch.manual_seed(0)
+        settings = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
+        model = peft.get_peft_model(model, settings).eval()
+    chats = [[{"role": "user", "content": text}] for text in ("who?", "where is the passage")]
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    batch = tokenizer.apply_chat_template(chats, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt")
+    together = model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :]
+    for chat, row in zip(chats, together, strict=True):
+        alone = tokenizer.apply_chat_template([chat], add_generation_prompt=True, return_dict=True, return_tensors="pt")
+        prompt = alone["input_ids"][0].tolist()
+        said = model.generate(**alone, **options)[0, len(prompt) :].tolist()
+        assert row.tolist()[: len(said)] == said
+        assert [event.token for event in stream(model, tokenizer, Sample(branches=[prompt]), max_new_tokens=8)] == said

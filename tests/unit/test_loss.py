@@ -1,0 +1,123 @@
+"""The gathered loss against full logits, and the mean over all targets against one big batch."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import tiny_llama
+from torch import Tensor, nn
+
+from parallelmind.config import LoraConfig, OptimizerConfig, RopeConfig
+from parallelmind.data.grouping import make_batch
+from parallelmind.errors import UserError
+from parallelmind.layout import Batch, Tokens
+from parallelmind.model.adapter import add_lora
+from parallelmind.model.patch import patch
+from parallelmind.training import loss as loss_module
+from parallelmind.training.loss import causal_lm, decoder_inputs, refuse_unusual_head, target_loss, to_tensors
+from parallelmind.training.step import backward, learning_rate, trainable
+
+ROPE = RopeConfig()
+
+
+def lora_model(rope: RopeConfig = ROPE) -> nn.Module:
+    model = tiny_llama()
+    if rope.patch_rope:
+        patch(model, rope)
+    wrapped = add_lora(model, LoraConfig(lora_rank=4), seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in trainable(wrapped):
+            weight.normal_(0, 0.05, generator=generator)  # fresh LoRA adds nothing: then inactive layers would go unseen
+    return wrapped.eval()
+
+
+def sample(seed: int, main: int, lengths: list[int]) -> Tokens:
+    draw = np.random.default_rng(seed)
+    main_ids, *branches = (draw.integers(3, 300, n).tolist() for n in (main, *lengths))
+    return Tokens.of(main_ids, branches, [1] * len(lengths))
+
+
+def batch_of(*samples: Tokens, rope: RopeConfig = ROPE) -> Batch:
+    return make_batch(samples, rope, pad_id=0)
+
+
+def full_loss(model: nn.Module, batch: Batch, rope: RopeConfig = ROPE) -> Tensor:
+    tensors = to_tensors(batch)
+    logits = model(**decoder_inputs(causal_lm(model), tensors, rope.visibility)).logits
+    return F.cross_entropy(logits.float().flatten(0, 1), tensors.labels.flatten(), reduction="sum")
+
+
+@pytest.mark.parametrize("rope", [ROPE, RopeConfig(visibility="isolated", positions="flat"), RopeConfig(patch_rope=False)])
+def test_equals_the_cross_entropy_of_full_logits(rope: RopeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "_CHUNK", 5)
+    model = lora_model(rope)
+    lengths = [4, 6] if rope.patch_rope else [6]
+    batch = batch_of(sample(0, 5, lengths), sample(1, 0, lengths[:1]), rope=rope)
+    loss, targets = target_loss(model, to_tensors(batch), rope.visibility)
+    expected = full_loss(model, batch, rope)
+    assert targets == batch.targets
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    found = [weight.grad for weight in trainable(model)]
+    model.zero_grad()
+    expected.backward()
+    for gradient, weight in zip(found, trainable(model), strict=True):
+        torch.testing.assert_close(gradient, weight.grad)
+
+
+def test_a_batch_without_targets_is_zero() -> None:
+    tokens = Tokens.of([5, 6], [[7, 8]], [9])
+    loss, targets = target_loss(lora_model(), to_tensors(batch_of(tokens)), "columnar")
+    assert (float(loss.detach()), targets) == (0.0, 0)
+
+
+def gradients(model: nn.Module, parts: list[list[Batch]]) -> list[Tensor]:
+    """What `update` does, with the workers one after another: sums of gradients over the sum of targets."""
+    sums = [torch.zeros_like(weight) for weight in trainable(model)]
+    targets = 0.0
+    for batches in parts:
+        model.zero_grad()
+        targets += backward(model, iter(batches), len(batches), "columnar").targets
+        for total, weight in zip(sums, trainable(model), strict=True):
+            total += 0 if weight.grad is None else weight.grad
+    return [total / targets for total in sums]
+
+
+def test_mean_over_targets_does_not_depend_on_the_split() -> None:
+    samples = [sample(0, 4, [3, 9]), sample(1, 0, [2]), sample(2, 6, [5, 5, 5])]
+    model = lora_model()
+    together = gradients(model, [[batch_of(*samples)]])
+    ways = [[[batch_of(samples[0])], [batch_of(samples[1]), batch_of(samples[2])]], [[batch_of(*samples)], []]]
+    for way in ways:
+        for one, other in zip(together, gradients(model, way), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_soft_capped_head_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama()
+    refuse_unusual_head(model)
+    forward = model.forward
+
+    def capped(*args: object, **kwargs: object) -> object:
+        output = forward(*args, **kwargs)
+        output.logits = 2 * torch.tanh(output.logits / 2)
+        return output
+
+    monkeypatch.setattr(model, "forward", capped)
+    with pytest.raises(UserError, match="caps or scales"):
+        refuse_unusual_head(model)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_learning_rate_rises_then_falls(schedule: str) -> None:
+    config = OptimizerConfig.model_validate({"learning_rate": 1.0, "warmup_ratio": 0.1, "schedule": schedule})
+    rates = [learning_rate(config, step, 100) for step in range(120)]
+    assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert rates[10] == 1.0
+    assert rates[110] == (1.0 if schedule == "constant" else 0.0)
+    assert all(later <= earlier for earlier, later in pairwise(rates[10:]))

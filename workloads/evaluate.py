@@ -1,0 +1,73 @@
+"""Measure a model or its adapter on held-out text.
+
+    python -m workloads.evaluate answers data_path=held_out.jsonl lora_path=runs/demo/adapter
+    python -m workloads.evaluate answers data_path=held_out.jsonl patch_rope=false
+
+answers: every record's questions (branches with prompt and completion) are answered in parallel branches of one sequence;
+exact match and F1 are those of SQuAD. The answer is the first line that the model writes.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from pydantic import Field
+from rich.console import Console
+from rich.table import Table
+
+from parallelmind.errors import UserError
+from parallelmind.evaluation.answering import Answered, Scores, answer, question_records, score
+from workloads import cli
+from workloads.generate import ModelPart
+
+
+class AnswersConfig(ModelPart):
+    """One run of `evaluate answers`."""
+
+    data_path: str = Field(min_length=1, description="parallel JSONL; every branch has a prompt and a completion")
+    max_records: int = Field(16, ge=1, description="records to answer, from the start of the file")
+    max_new_tokens: int = Field(12, ge=1, description="longest answer, in tokens")
+    show: int = Field(1, ge=0, description="records to print with passage, questions and answers")
+    output_path: str | None = Field(None, description="JSON file for the scores")
+
+
+def main(argv: list[str]) -> None:
+    if cli.wants_help(argv):
+        return cli.print_help(__doc__ or "", AnswersConfig)
+    if argv[:1] != ["answers"]:
+        raise UserError(f"{argv[0] if argv else 'evaluate'}: unknown evaluation; write evaluate answers key=value …")
+    config = cli.parse(AnswersConfig, argv[1:])
+    records = question_records(config.data_path, config.max_records)
+    model, tokenizer = config.load()
+    items, scores = score(answer(model, tokenizer, records, max_new_tokens=config.max_new_tokens))
+    console = Console(highlight=False, width=None if Console().is_terminal else 120)
+    for item in items[: config.show]:
+        console.print(table(item))
+    print(line(scores), flush=True)
+    if config.output_path:
+        Path(config.output_path).write_text(json.dumps(asdict(scores), indent=2) + "\n", encoding="utf-8")
+    return None
+
+
+def table(item: Answered) -> Table:
+    """Passage and answers of one record, for a terminal."""
+    drawn = Table(title=item.main or None, title_justify="left", title_style="italic", expand=False)
+    for header in ("branch", "question", "answer", "expected"):
+        drawn.add_column(header)
+    for index, (question, found, expected) in enumerate(zip(item.questions, item.predictions, item.references, strict=True)):
+        short = question.removeprefix("Question: ").removesuffix("\nAnswer:")
+        drawn.add_row(str(index), short, found, expected)
+    return drawn
+
+
+def line(scores: Scores) -> str:
+    return (
+        f"exact match {scores.exact_match:.1%}  F1 {scores.f1:.1%}  over {scores.questions} questions, "
+        f"{scores.tokens_per_second:.1f} tokens/s"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,201 @@
+"""One training run, from checked data to a finished adapter: what the driver does, with Ray Train doing the work."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import workloads.ray_env  # noqa: F401  (before Ray)
+
+# isort: split
+import ray.train
+from ray.train.torch import TorchTrainer
+
+from parallelmind.config import BaseConfig, DataConfig, TrainConfig, save_yaml
+from parallelmind.data.pipeline import OrderedSplit, Survey, find_files, sample_rows, survey
+from parallelmind.errors import UserError
+from parallelmind.model.base import load_tokenizer
+from parallelmind.tracking import Tracker, absolute_uri
+from parallelmind.training import checkpoint
+from parallelmind.training.loop import Outcome
+from workloads import cluster
+from workloads.train import ADAPTER, CHECKPOINTS, STOP
+from workloads.train_worker import Task, run_worker
+
+_RESTARTS = 3  # how often lost workers are replaced before the run is given up
+_SHOWN_BAD_LINES = 10
+
+
+def execute(config: TrainConfig, folder: Path) -> None:
+    """Check the data, start Ray, train, and say where everything is. See `workloads.train.run_training` for what it raises."""
+    save_yaml(config, folder / "config.yaml")
+    (folder / STOP).unlink(missing_ok=True)
+    files = find_files(config.data_path)
+    held_out = find_files(config.validation_path, "validation_path") if config.validation_path else []
+    vocabulary = len(load_tokenizer(config.part(BaseConfig)))
+    cluster.connect(config.ray_address)
+    if config.use_gpu:
+        cluster.require_gpus(config.num_workers)
+    found = _survey(config, files, held_out, vocabulary)
+    tracker = _tracker(config, folder)
+    threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, int(cluster.cpus()) // config.num_workers)
+    task = Task(config, folder, tuple(held_out), tracker.uri, tracker.run_id, planned_steps(config, found), threads)
+    tracker.set_tags({"bad_lines": len(found.bad), "folder": folder})
+    status = "FAILED"
+    try:
+        outcome = _stoppable(lambda: _fit(task, files), folder / STOP)
+        status = "FINISHED" if outcome.finished else "KILLED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        tracker.finish(status)
+    _conclude(task, outcome, tracker)
+
+
+def planned_steps(config: TrainConfig, found: Survey) -> int:
+    """About how many optimizer steps the run takes."""
+    units = found.samples(config) if config.batch_by_samples else found.branches
+    share = found.largest_share(config.num_workers)
+    steps = max(1, math.ceil(units * share / (config.batch_size * config.accumulation_steps))) * config.epochs
+    return steps if config.max_steps is None else min(steps, config.max_steps)
+
+
+def _survey(config: TrainConfig, files: list[str], held_out: list[str], vocabulary: int) -> Survey:
+    """Check every line of every file before training; what is malformed is printed, with file, line and reason."""
+    found = survey(files, config.num_workers, config.strict, vocabulary)
+    bad = list(found.bad)
+    if held_out:
+        bad += survey(held_out, 1, config.strict, vocabulary, "validation_path").bad
+    for line in bad[:_SHOWN_BAD_LINES]:
+        print(f"malformed, left out: {line}", file=sys.stderr)
+    if bad:
+        print(f"{len(bad)} malformed lines left out; strict=true stops at the first", file=sys.stderr)
+    print(f"data: {found.records} records, {found.branches} branches, {len(found.bad)} malformed lines", flush=True)
+    return found
+
+
+def _tracker(config: TrainConfig, folder: Path) -> Tracker:
+    """The run's MLflow run: begun once, gone on with after an interruption."""
+    note = folder / "run.json"
+    known = json.loads(note.read_text(encoding="utf-8"))["mlflow_run"] if note.is_file() else None
+    tracker = Tracker.start(absolute_uri(config.mlflow_uri), config.mlflow_experiment, folder.name, config, known)
+    note.write_text(json.dumps({"mlflow_run": tracker.run_id}) + "\n", encoding="utf-8")
+    tracker.log_file(folder / "config.yaml")
+    return tracker
+
+
+def _fit(task: Task, files: list[str]) -> Outcome:
+    """Ray Train, again from the newest checkpoint where workers were lost. An error that a worker raised is final."""
+    for restart in range(_RESTARTS + 1):
+        _keep_newest(task.folder / CHECKPOINTS, task.config.fingerprint())
+        try:
+            result = _trainer(task, files).fit()
+        except ray.train.WorkerGroupError as error:
+            causes = list(error.worker_failures.values())
+            if user_error := next((cause for cause in map(_root, causes) if isinstance(cause, UserError)), None):
+                raise user_error from error
+            if restart == _RESTARTS or not any(isinstance(_root(cause), ray.exceptions.RayError) for cause in causes):
+                raise
+            print(f"lost a worker; starting again ({restart + 1} of {_RESTARTS})", file=sys.stderr, flush=True)
+        else:
+            outcome = result.return_value  # type: ignore[attr-defined]  # Ray types its V1 classes
+            assert isinstance(outcome, Outcome)
+            return outcome
+    raise AssertionError("the last restart returns or raises")
+
+
+def _root(error: BaseException) -> BaseException:
+    """What a worker raised, under Ray's wrappers."""
+    while (inner := getattr(error, "_base_exc", None) or getattr(error, "health_check_failure", None)) is not None:
+        error = inner
+    return error
+
+
+def _trainer(task: Task, files: list[str]) -> TorchTrainer:
+    config = task.config
+    # Half of the CPUs at most: the readers of Ray Data need some too, or everything waits for ever.
+    share = max(0.01, round(min(0.5, cluster.cpus() / (2 * config.num_workers)), 2))
+    return TorchTrainer(
+        functools.partial(run_worker, task),  # type: ignore[arg-type]
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.num_workers,
+            use_gpu=config.use_gpu,
+            resources_per_worker={"CPU": share, "GPU": int(config.use_gpu)},
+        ),
+        run_config=ray.train.RunConfig(  # type: ignore[call-arg]
+            name=CHECKPOINTS,
+            storage_path=str(task.folder),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.keep_checkpoints),
+            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+        ),
+        datasets={"train": sample_rows(files, config.num_workers, config.part(DataConfig), config.part(BaseConfig))},
+        dataset_config=OrderedSplit(),
+    )
+
+
+def _keep_newest(folder: Path, config_hash: str) -> None:
+    """Leave only the newest whole checkpoint, and no record of Ray's, which a crash may have cut short."""
+    kept = checkpoint.newest(folder, config_hash)
+    for item in folder.iterdir() if folder.is_dir() else ():
+        if item.is_dir() and item != kept:
+            shutil.rmtree(item)
+        elif item.is_file():
+            item.unlink()
+
+
+def _stoppable(work: Callable[[], Outcome], stop_file: Path) -> Outcome:
+    """Run `work` in a thread (so that Ray leaves our signal handlers alone). The first Ctrl-C or SIGTERM asks the workers
+    to save and end, a second one ends at once."""
+    done: list[Outcome] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            done.append(work())
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    with _signals_to(stop_file):
+        thread.start()
+        while thread.is_alive():
+            thread.join(0.2)
+    if failed:
+        raise failed[0]
+    return done[0]
+
+
+@contextmanager
+def _signals_to(stop_file: Path) -> Iterator[None]:
+    def handle(number: int, frame: object) -> None:
+        if stop_file.exists():
+            raise KeyboardInterrupt
+        stop_file.touch()
+        print("stopping after this step, with a checkpoint; once more ends at once", file=sys.stderr, flush=True)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _conclude(task: Task, outcome: Outcome, tracker: Tracker) -> None:
+    (task.folder / STOP).unlink(missing_ok=True)
+    if not outcome.finished:
+        saved = checkpoint.newest(task.folder / CHECKPOINTS, task.config.fingerprint())
+        print(f"stopped at step {outcome.step}; checkpoint: {saved}\nthe same command goes on from there", flush=True)
+        raise KeyboardInterrupt
+    print(f"run      {task.folder}\nadapter  {task.folder / ADAPTER}\nmlflow   run {tracker.run_id}")
+    print(f"         mlflow ui --backend-store-uri {tracker.uri}", flush=True)
