@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,7 @@ BAD = b'{"text": 3}\n{"text": "half\n\xff\xfe\n'
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory with a model, data with three bad lines from line 21 on, and settings."""
     folder = tmp_path_factory.mktemp("train")
     save_tiny(folder / "tiny")
@@ -46,7 +45,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         "checkpoint_every": 5,
     }
     (folder / "run.yaml").write_text("".join(f"{key}: {value}\n" for key, value in settings.items()))
-    yield folder
+    return folder
 
 
 def environment() -> dict[str, str]:

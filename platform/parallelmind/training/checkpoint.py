@@ -25,7 +25,8 @@ _FORMAT = 1
 
 @dataclass(slots=True)
 class State:
-    """Where a run stands. batches: taken from every worker's stream in this epoch. skipped: steps without a finite gradient."""
+    """Where a run stands. batches: taken from every worker's stream in this epoch. skipped: steps without a finite
+    gradient. branches: trained on so far, by all workers."""
 
     config_hash: str
     run_id: str | None = None
@@ -33,6 +34,7 @@ class State:
     epoch: int = 0
     batches: int = 0
     skipped: int = 0
+    branches: int = 0
 
 
 def save(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer, state: State) -> None:

@@ -126,6 +126,7 @@ class _Run:
         norm = self.apply(totals, rate)
         self.state.step += 1
         self.state.batches += self.config.accumulation_steps
+        self.state.branches += int(totals.branches)
         self.after_step(totals, rate, norm)
         return True
 
@@ -147,8 +148,8 @@ class _Run:
         if math.isfinite(norm):  # one bad step must not turn the whole line into nan
             for name in ("loss", "targets", "tokens", "places"):
                 setattr(self.window, name, getattr(self.window, name) + getattr(totals, name))
-        step = self.state.step
             self.metrics |= {"learning_rate": rate, "gradient_norm": norm}
+        step = self.state.step
         if step % self.config.log_every == 0:
             self.log()
         save, validate = step % self.config.checkpoint_every == 0, step % self.config.validate_every == 0
@@ -166,12 +167,13 @@ class _Run:
             "padding_share": 1 - window.tokens / window.places,
             "skipped_steps": self.state.skipped,
             "epoch": self.state.epoch,
+            "branches": self.state.branches,
         }
         self.job.hooks.log(self.metrics, self.state.step)
         left = max(self.job.planned - self.state.step, 0) * (now - self.start) / (self.state.step - self.first_step)
+        loss, rate, planned = self.metrics["loss"], self.metrics["learning_rate"], max(self.job.planned, self.state.step)
         self.job.hooks.say(
-            f"step {self.state.step}/{max(self.job.planned, self.state.step)}  loss {self.metrics['loss']:.3f}  lr {self.metrics['learning_rate']:.1e}  "
-            f"{speed:.0f} tok/s  ETA {_clock(left)}"
+            f"step {self.state.step}/{planned}  loss {loss:.3f}  lr {rate:.1e}  {speed:.0f} tok/s  ETA {_clock(left)}"
         )
         self.window, self.window_start = Totals(), now
 

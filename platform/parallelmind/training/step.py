@@ -27,6 +27,7 @@ class Totals:
     targets: float = 0.0
     tokens: float = 0.0
     places: float = 0.0
+    branches: float = 0.0
     batches: float = 0.0
     stop: float = 0.0
 
@@ -82,6 +83,7 @@ def _losses(model: nn.Module, batches: Iterable[Batch], visibility: Visibility, 
         totals.targets += targets
         totals.tokens += batch.tokens
         totals.places += batch.ids.size
+        totals.branches += int(batch.sequence.max(axis=1).sum())
         totals.batches += 1
         yield batch, loss
 
