@@ -1,4 +1,4 @@
-"""The gathered loss against full logits, and the mean over all targets against one big batch."""
+"""The gathered loss against full logits, the mean over all targets against one big batch, and what a step never holds."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from tiny import tiny_llama
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from parallelmind.config import LoraConfig, OptimizerConfig, RopeConfig
 from parallelmind.data.grouping import make_batch
@@ -121,3 +123,36 @@ def test_learning_rate_rises_then_falls(schedule: str) -> None:
     assert rates[10] == 1.0
     assert rates[110] == (1.0 if schedule == "constant" else 0.0)
     assert all(later <= earlier for earlier, later in pairwise(rates[10:]))
+
+
+class Outputs(TorchDispatchMode):
+    """Every tensor that any operation returns, gradients included; kept, so that no storage is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: list[Tensor] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.tensors += [item for item in tree_leaves(out) if isinstance(item, Tensor)]
+        return out
+
+
+def answers_only(tokens: Tokens) -> Tokens:
+    """The same text with one target per branch."""
+    return Tokens(tokens.ids, tokens.lengths, np.maximum(tokens.lengths[1:] - 1, 0))
+
+
+def test_no_logits_without_a_target_and_one_mask_for_all_layers():
+    model = lora_model()
+    vocabulary = model.config.vocab_size
+    batch = make_batch([answers_only(sample(n, 40, [9, 7, 8, 6])) for n in range(2)], ROPE, pad_id=0)
+    tokens = batch.ids.shape[1]
+    with Outputs() as outputs:
+        backward(model, iter([batch]), 1, ROPE.visibility)
+    weights = {shape for weight in model.parameters() for shape in (weight.shape, weight.shape[::-1])}
+    logits = [out for out in outputs.tensors if out.dim() > 1 and out.shape[-1] == vocabulary and out.shape not in weights]
+    assert max(out.shape[:-1].numel() for out in logits) == batch.targets
+    squares = [out for out in outputs.tensors if out.is_floating_point() and out.shape[-2:] == (tokens, tokens)]
+    assert {out.shape for out in squares} == {(2, 1, tokens, tokens)}  # not one per head
+    assert len({out.untyped_storage().data_ptr() for out in squares}) == 1  # not one per layer

@@ -44,13 +44,13 @@ def visible(time: Tensor, sequence: Tensor, visibility: Visibility, queries: int
 
 
 def for_attention(seen: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
-    """The mask in the form that the model's attention takes.
+    """The mask in the form that the model's attention takes, made once for all layers.
 
-    sdpa takes bool; eager silently ignores bool and needs additive floats. Raises ValueError for any other kind.
+    sdpa takes bool; on a CPU its kernel turns bool into additive floats again in every layer, and keeps each of them for
+    the backward pass. eager silently ignores bool. Raises ValueError for any other kind.
     """
-    if implementation == "sdpa":
+    if implementation not in ("sdpa", "eager"):
+        raise ValueError(f"attn_implementation={implementation!r}: branch masks need sdpa or eager")
+    if implementation == "sdpa" and seen.device.type != "cpu":
         return seen
-    if implementation == "eager":
-        blocked = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-        return blocked.masked_fill_(~seen, torch.finfo(dtype).min)
-    raise ValueError(f"attn_implementation={implementation!r}: branch masks need sdpa or eager")
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
