@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import shutil
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import workloads.ray_env  # noqa: F401  (before Ray)
@@ -23,16 +27,38 @@ def connect(address: str | None) -> None:
     where = address or os.environ.get("RAY_ADDRESS") or "local"
     # Ray Train asks the dashboard whether its controller lives, and complains every second where there is none.
     options: dict[str, Any] = {"include_dashboard": True} if where == "local" else {}
+    if where == "local" and "RAY_TMPDIR" not in os.environ:
+        os.environ["RAY_TMPDIR"] = _scratch()
     try:
         ray.init(where, logging_level=logging.WARNING, **options)
     except (ConnectionError, ValueError) as error:
         remedy = "start it with `ray start --head`, or leave ray_address out"
         raise UserError(f"ray_address={where}: {_first_line(error)}; {remedy}") from error
+    if where == "local":
+        _name_cluster(Path(os.environ["RAY_TMPDIR"]))
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)  # warnings there are about progress bars and retries
+
+
+def _scratch() -> str:
+    """Ray's folder for this process alone. In the common one, parts of Ray would find other clusters' addresses."""
+    folder = tempfile.mkdtemp(prefix="pm-")  # short: socket paths may have 107 characters
+
+    def remove() -> None:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
+    return folder
+
+
+def _name_cluster(folder: Path) -> None:
+    """Leave the address where `ray start` would: parts of Ray look there for the cluster that they are in."""
+    (folder / "ray").mkdir(exist_ok=True)
+    (folder / "ray" / "ray_current_cluster").write_text(ray.get_runtime_context().gcs_address)
 
 
 def cpus() -> float:

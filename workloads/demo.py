@@ -16,13 +16,12 @@ import sys
 import time
 from pathlib import Path
 
-from experiments.demo import config as demo_config
 from parallelmind.config import TrainConfig
 from parallelmind.evaluation.facts import write_facts
 from parallelmind.tracking import absolute_uri
 from workloads import cli
-from workloads.train import run_folder
-from workloads.train_worker import ADAPTER
+from workloads.settings import read_config
+from workloads.train import ADAPTER, run_folder
 
 _TRAIN_PASSAGES, _HELD_OUT_PASSAGES = 240, 16
 
@@ -32,7 +31,7 @@ def main(argv: list[str]) -> None:
         print((__doc__ or "").strip())
         return
     started = time.monotonic()
-    config = demo_config()
+    config = read_config(TrainConfig, ["demo"])
     folder = run_folder(config)
     _say("writing the data")
     write_facts(config.data_path, _TRAIN_PASSAGES, seed=1)

@@ -15,6 +15,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from parallelmind.config import TrainConfig
+from parallelmind.data.files import find_files
 from parallelmind.errors import UserError
 from workloads import cli
 from workloads.settings import read_config
@@ -41,6 +42,9 @@ def run_training(config: TrainConfig) -> Path:
     if (folder / ADAPTER / _COMPLETE).is_file():
         print(f"finished before: {folder / ADAPTER}; change a field or the name to train another")
         return folder
+    find_files(config.data_path)
+    if config.validation_path is not None:
+        find_files(config.validation_path, "validation_path")
     from workloads.train_driver import execute  # imports Ray, torch and MLflow, which takes seconds
 
     folder.mkdir(parents=True, exist_ok=True)

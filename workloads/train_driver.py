@@ -21,7 +21,8 @@ import ray.train
 from ray.train.torch import TorchTrainer
 
 from parallelmind.config import BaseConfig, DataConfig, TrainConfig, save_yaml
-from parallelmind.data.pipeline import OrderedSplit, Survey, find_files, sample_rows, survey
+from parallelmind.data.files import find_files
+from parallelmind.data.pipeline import OrderedSplit, Survey, sample_rows, survey
 from parallelmind.errors import UserError
 from parallelmind.model.base import load_tokenizer
 from parallelmind.tracking import Tracker, absolute_uri

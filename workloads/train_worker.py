@@ -17,8 +17,9 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from parallelmind.config import BaseConfig, DataConfig, LoraConfig, RopeConfig, TrainConfig
+from parallelmind.data.files import byte_ranges
 from parallelmind.data.grouping import Row, Seeds, batched, batches, make_batch, regrouped
-from parallelmind.data.pipeline import byte_ranges, read_range, to_rows
+from parallelmind.data.pipeline import read_range, to_rows
 from parallelmind.layout import Batch
 from parallelmind.model.adapter import add_lora, save_adapter
 from parallelmind.model.base import load_base

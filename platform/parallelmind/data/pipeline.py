@@ -8,11 +8,9 @@ transformers before a tokenizer is needed: every reading process would pay secon
 from __future__ import annotations
 
 import functools
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +19,7 @@ import ray.data
 from ray.train import DataConfig as RayDataConfig
 
 from parallelmind.config import BaseConfig, DataConfig
+from parallelmind.data.files import ByteRange, byte_ranges
 from parallelmind.data.grouping import Row
 from parallelmind.data.records import RecordError, parse_line
 from parallelmind.errors import UserError
@@ -32,29 +31,12 @@ if TYPE_CHECKING:
     from parallelmind.data.tokenise import Tokenised
 
 _TASK_CPUS = 0.25  # workers hold 0.5 each, so that on two CPUs two of them still leave room to read
-_SMALLEST, _LARGEST = 1 << 10, 4 << 20
-_RANGES_PER_WORKER = 8
+_RANGES_PER_READER = 16
 
 _SURVEY = pa.schema([("lines", pa.int64()), ("records", pa.int64()), ("branches", pa.int64()), ("lone", pa.int64()),
                      ("bad_lines", pa.list_(pa.int64())), ("bad_reasons", pa.list_(pa.string()))])  # fmt: skip
 _ROWS = pa.schema([("ids", pa.list_(pa.int32())), ("lengths", pa.list_(pa.int32())), ("answer_offsets", pa.list_(pa.int32())),
                    ("lone", pa.bool_()), ("truncated", pa.int32()), ("skipped", pa.int32())])  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class ByteRange:
-    file: str
-    start: int
-    end: int
-
-    def lines(self) -> Iterator[bytes]:
-        """The lines that begin in this range, in order, without their newline."""
-        with open(self.file, "rb") as stream:
-            if self.start:
-                stream.seek(self.start - 1)
-                stream.readline()  # the end of a line that an earlier range reads, or one newline
-            while stream.tell() < self.end:
-                yield stream.readline().removesuffix(b"\n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,35 +73,13 @@ class Survey:
         return self.lone / mean + max(self.records - self.lone, (self.branches - self.lone) / config.max_branches_per_sample)
 
 
-def find_files(path: str, name: str = "data_path") -> list[str]:
-    """The file itself, or every *.jsonl in a folder, sorted. Raises UserError where there is none."""
-    place = Path(path).expanduser().absolute()
-    if place.is_dir():
-        files = sorted(str(file) for file in place.glob("*.jsonl"))
-        if not files:
-            raise UserError(f"{name}={path}: the folder holds no *.jsonl; give a file of parallel JSONL or a folder of them")
-        return files
-    if not place.is_file():
-        raise UserError(f"{name}={path}: no such file; give a file of parallel JSONL or a folder of them")
-    if not os.access(place, os.R_OK):
-        raise UserError(f"{name}={path}: not readable; give it read permission")
-    return [str(place)]
-
-
-def byte_ranges(files: Sequence[str], workers: int) -> list[ByteRange]:
-    """Ranges that cover the files, several for each worker; the same for the same files and worker count."""
-    sizes = {file: os.path.getsize(file) for file in files}
-    size = min(max(sum(sizes.values()) // (_RANGES_PER_WORKER * workers), _SMALLEST), _LARGEST)
-    return [ByteRange(file, at, min(at + size, total)) for file, total in sizes.items() for at in range(0, total, size)]
-
-
 def survey(files: Sequence[str], workers: int, strict: bool, vocab_size: int | None = None, name: str = "data_path") -> Survey:
     """Parse every line once. Raises UserError without a single good record and, if strict, at the first bad one."""
     ranges = byte_ranges(files, workers)
     found = Survey()
     before = lines = 0
     if ranges:
-        dataset = _dataset(ranges, workers, functools.partial(_survey_range, vocab_size=vocab_size))
+        dataset = _dataset(ranges, functools.partial(_survey_range, vocab_size=vocab_size))
         dataset.context.execution_options.preserve_order = True
         for place, row in zip(ranges, dataset.take_all(), strict=True):
             before = 0 if place.start == 0 else before + lines  # lines of this file in earlier ranges
@@ -133,9 +93,9 @@ def survey(files: Sequence[str], workers: int, strict: bool, vocab_size: int | N
     return found
 
 
-def _dataset(ranges: Sequence[ByteRange], workers: int, function: Any) -> ray.data.Dataset:
-    """One block per range, mapped to one Arrow table each, by one process per worker; by more where there is much to read."""
-    readers = ray.data.TaskPoolStrategy(size=max(workers, len(ranges) // (2 * _RANGES_PER_WORKER)))
+def _dataset(ranges: Sequence[ByteRange], function: Any) -> ray.data.Dataset:
+    """One block per range, mapped to one Arrow table each; as many reading processes as there is work for."""
+    readers = ray.data.TaskPoolStrategy(size=max(1, len(ranges) // _RANGES_PER_READER))
     items = [{"file": place.file, "start": place.start, "end": place.end} for place in ranges]
     dataset = ray.data.from_items(items, override_num_blocks=len(items))
     return dataset.map_batches(function, batch_size=1, batch_format="pyarrow", num_cpus=_TASK_CPUS, compute=readers)
@@ -172,7 +132,7 @@ def _add(found: Survey, row: dict[str, Any], file: str, before: int) -> None:
 
 def sample_rows(files: Sequence[str], workers: int, data: DataConfig, base: BaseConfig) -> ray.data.Dataset:
     """One row per good record: token ids, lengths, answer offsets, and what the length limits cost."""
-    return _dataset(byte_ranges(files, workers), workers, functools.partial(_tokenise_range, data=data, base=base))
+    return _dataset(byte_ranges(files, workers), functools.partial(_tokenise_range, data=data, base=base))
 
 
 def _tokenise_range(table: pa.Table, data: DataConfig, base: BaseConfig) -> pa.Table:

@@ -2,11 +2,14 @@
 
 transformers' own dynamic layers copy the whole cache at every step, and its sliding layers drop by storage order, which
 is not the order of time here. These layers keep everything; windows belong into the mask.
+
+Branches that see neither siblings nor a main can part after the prompt, one cache row for each: then a step's attention
+reads every key once, instead of once for each branch.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -38,6 +41,17 @@ class GrowingLayer(CacheLayerMixin):
         self._values[..., start : self.length, :] = value_states
         self.keys, self.values = self._keys[..., : self.length, :], self._values[..., : self.length, :]
         return self.keys, self.values
+
+    def gather(self, index: Tensor) -> None:
+        """From one row to `[rows, …]`. index: `[rows, longest]` places in the one row."""
+        rows, longest = index.shape
+        for name in ("_keys", "_values"):
+            parted = getattr(self, name)[0].index_select(1, index.flatten()).unflatten(1, (rows, longest))
+            setattr(self, name, parted.transpose(0, 1).contiguous())  # [rows, heads, longest, dim]
+        self.length = longest
+
+    def select(self, rows: Tensor) -> None:
+        self._keys, self._values = self._keys.index_select(0, rows), self._values.index_select(0, rows)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -74,6 +88,22 @@ class BranchCache(Cache):
         self._where[1, :, start : self._length] = sequence
         filled = self._where[..., : self._length]
         return filled[0], filled[1]
+
+    def part(self, index: Tensor) -> None:
+        """Give every branch a row of its own. index: `[rows, longest]` places in the one row so far, -1 for padding."""
+        filled = torch.where(index >= 0, self._where[:, 0, index.clamp(min=0)], PADDING)
+        self._where, self._length = filled, index.shape[1]
+        for layer in self._growing():
+            layer.gather(index.clamp(min=0))
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but these."""
+        self._where = self._where.index_select(1, rows)
+        for layer in self._growing():
+            layer.select(rows)
+
+    def _growing(self) -> list[GrowingLayer]:
+        return cast(list[GrowingLayer], self.layers)
 
 
 def _grown(buffer: Tensor, needed: int, dim: int, fill: int = 0) -> Tensor:

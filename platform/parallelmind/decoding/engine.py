@@ -19,7 +19,7 @@ from parallelmind.decoding.sampling import SamplingParams, generators, processor
 from parallelmind.decoding.sequence import Decoding, Feed, FinishReason
 from parallelmind.decoding.text import BranchWriter
 from parallelmind.errors import UserError
-from parallelmind.layout import MAIN, Ints, Tokens
+from parallelmind.layout import MAIN, Ints, Tokens, is_free_order
 from parallelmind.model.mask import for_attention, visible
 from parallelmind.model.patch import is_patched, rope_config
 
@@ -114,12 +114,16 @@ class Engine:
         self._processors = processors(params)
         self._generators = generators(params, tokens.branches)
         self._started = False
+        self._parts = is_free_order(self.config) and not tokens.lengths[MAIN] and tokens.branches > 1
+        self._rows = np.zeros(0, dtype=np.int64)  # the branch in each row of the cache, once they have parted
 
     def advance(self) -> tuple[Ints, Ints]:
         """One forward pass; returns the branches that have got a token, and these tokens, `[sampled]` each."""
         feed = self.state.step() if self._started else self.state.prefill()
-        self._started = True
         logits = self.forward(feed)
+        if self._parts and not self._started:
+            self._part(feed)
+        self._started = True
         ids = self._draw(logits, feed.sampled)
         self.state.accept(feed.sampled, ids)
         return feed.sampled, ids
@@ -128,22 +132,37 @@ class Engine:
     def forward(self, feed: Feed) -> Tensor:
         """`[sampled, vocab]` logits after the rows of the feed that ask for them; all of the feed enters the cache."""
         device = self._model.device
-        ids, sequence, branch, time, position = torch.from_numpy(
-            np.stack([feed.ids, feed.sequence, feed.branch, feed.time, feed.position])
-        ).to(device)[:, None]  # [1, tokens] each, in one transfer
-        seen = visible(*self._cache.note(time, sequence), self.config.visibility, queries=len(feed.ids))
+        columns = torch.from_numpy(np.stack([feed.ids, feed.sequence, feed.branch, feed.time, feed.position])).to(device)
+        if len(self._rows):
+            self._keep(feed.sequence - 1)
+        ids, sequence, branch, time, position = columns[..., None] if len(self._rows) else columns[:, None]
+        seen = visible(*self._cache.note(time, sequence), self.config.visibility, queries=ids.shape[1])
         inputs: dict[str, Any] = {
-            "input_ids": ids,
+            "input_ids": ids,  # [1, tokens], or [live branches, 1] once they have parted
             "attention_mask": for_attention(seen, self._model.config._attn_implementation, self._model.dtype),
             "position_ids": position,
             "past_key_values": self._cache,
             "use_cache": True,
-            "logits_to_keep": torch.from_numpy(feed.rows).to(device),
+            "logits_to_keep": 1 if len(self._rows) else torch.from_numpy(feed.rows).to(device),
         }
         if self._patched:
-            inputs["pos2d"] = torch.stack([branch, time], dim=-1)  # [1, tokens, 2]
+            inputs["pos2d"] = torch.stack([branch, time], dim=-1)  # [batch, tokens, 2]
         logits: Tensor = self._model(**inputs).logits
-        return logits[0]
+        return logits.flatten(0, 1)
+
+    def _part(self, prompt: Feed) -> None:
+        """Branches stand one after another in the prompt; each moves to the right end of a row of its own."""
+        self._rows, lengths = np.arange(len(prompt.rows)), np.diff(prompt.rows, prepend=-1)
+        places = prompt.rows[:, None] - np.arange(lengths.max())[::-1]
+        places[places <= (prompt.rows - lengths)[:, None]] = -1
+        self._cache.part(torch.from_numpy(places).to(self._model.device))
+
+    def _keep(self, branches: Ints) -> None:
+        """Drop the rows of branches that have ended."""
+        if len(branches) < len(self._rows):
+            rows = np.searchsorted(self._rows, branches)
+            self._rows = self._rows[rows]
+            self._cache.keep(torch.from_numpy(rows).to(self._model.device))
 
     @torch.inference_mode()
     def _draw(self, logits: Tensor, branches: Ints) -> Ints:
