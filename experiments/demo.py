@@ -14,7 +14,7 @@ def config() -> TrainConfig:
         learning_rate=1e-3,
         batch_size=4,
         validation_branches=[1, 8],
-        validation_samples=32,
+        validation_samples=16,
         validate_every=1000,
         checkpoint_every=25,
     )

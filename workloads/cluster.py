@@ -30,7 +30,7 @@ def connect(address: str | None) -> None:
     if where == "local" and "RAY_TMPDIR" not in os.environ:
         os.environ["RAY_TMPDIR"] = _scratch()
     try:
-        ray.init(where, logging_level=logging.WARNING, **options)
+        ray.init(where, logging_level=logging.ERROR, logging_config=ray.LoggingConfig(log_level="ERROR"), **options)
     except (ConnectionError, ValueError) as error:
         remedy = "start it with `ray start --head`, or leave ray_address out"
         raise UserError(f"ray_address={where}: {_first_line(error)}; {remedy}") from error

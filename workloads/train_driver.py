@@ -137,7 +137,8 @@ def _trainer(task: Task, files: list[str]) -> TorchTrainer:
             name=CHECKPOINTS,
             storage_path=str(task.folder),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.keep_checkpoints),
-            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+            # An error comes back to the driver with its traceback; Ray would print that a second time.
+            logging_config=ray.train.LoggingConfig(log_level="CRITICAL"),
         ),
         datasets={"train": sample_rows(files, config.num_workers, config.part(DataConfig), config.part(BaseConfig))},
         dataset_config=OrderedSplit(),

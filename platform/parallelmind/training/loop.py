@@ -99,7 +99,7 @@ class _Run:
         self.metrics: dict[str, float] = {}
         self.stopped = False
         self.window, self.window_start = Totals(), time.perf_counter()
-        self.start, self.first_step = time.perf_counter(), self.state.step
+        self.warm: tuple[float, int] | None = None  # since when, and which step: the first one waits for the data to start
 
     @property
     def ended(self) -> bool:
@@ -128,6 +128,7 @@ class _Run:
         self.state.batches += self.config.accumulation_steps
         self.state.branches += int(totals.branches)
         self.after_step(totals, rate, norm)
+        self.warm = self.warm or (time.perf_counter(), self.state.step)
         return True
 
     def apply(self, totals: Totals, rate: float) -> float:
@@ -170,7 +171,8 @@ class _Run:
             "branches": self.state.branches,
         }
         self.job.hooks.log(self.metrics, self.state.step)
-        left = max(self.job.planned - self.state.step, 0) * (now - self.start) / (self.state.step - self.first_step)
+        since, first = self.warm or (self.window_start, self.state.step - 1)
+        left = max(self.job.planned - self.state.step, 0) * (now - since) / max(self.state.step - first, 1)
         loss, rate, planned = self.metrics["loss"], self.metrics["learning_rate"], max(self.job.planned, self.state.step)
         self.job.hooks.say(
             f"step {self.state.step}/{planned}  loss {loss:.3f}  lr {rate:.1e}  {speed:.0f} tok/s  ETA {_clock(left)}"

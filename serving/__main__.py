@@ -1,0 +1,127 @@
+"""Serve an adapter on this machine, for this machine: HTTP on 127.0.0.1, until Ctrl-C.
+
+    python -m serving lora_path=runs/NAME/adapter port=8000
+    python -m serving base_model=smollm2-135m
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import signal
+import socket
+import sys
+from typing import Any
+
+import serving.ray_env  # noqa: F401  (before Ray)
+
+# isort: split
+import ray
+from pydantic import Field
+from ray import serve
+
+from parallelmind.errors import UserError
+from serving.app import build
+from serving.settings import AppConfig
+
+HOST = "127.0.0.1"
+
+
+class ServerConfig(AppConfig):
+    """An application and where it listens."""
+
+    port: int = Field(8000, ge=1, le=65535, description=f"port on {HOST}")
+
+
+def main(argv: list[str]) -> None:
+    """Serve until interrupted. Raises UserError for bad fields, a taken port and what cannot be loaded."""
+    if any(item in ("-h", "--help", "help") for item in argv):
+        print(f"{(__doc__ or '').strip()}\n\nFields (key=value):\n{_field_help()}")
+        return
+    config = ServerConfig.of(dict(map(_split, argv)))
+    _require_free(config.port)
+    if config.lora_path:
+        _require_adapter(config.lora_path)
+    try:
+        _start(config)
+        print(_greeting(config), flush=True)
+        signal.pause()
+    except KeyboardInterrupt:
+        print("stopping", flush=True)
+    finally:
+        _on_stop(signal.SIG_IGN)  # a second Ctrl-C would leave half of Ray behind
+        ray.shutdown()  # the cluster is ours alone, so Serve goes with it
+
+
+def _start(config: ServerConfig) -> None:
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    ray.init("local", include_dashboard=False, logging_level=logging.WARNING)
+    _on_stop(signal.default_int_handler)  # not before Ray, which puts a handler of its own there
+    quiet = {"log_level": "WARNING", "enable_access_log": False}
+    serve.start(http_options={"host": HOST, "port": config.port}, logging_config=quiet)
+    fields = {name: getattr(config, name) for name in AppConfig.model_fields}
+    try:
+        serve.run(build(fields), logging_config=quiet)
+    except RuntimeError as error:
+        # Serve reports what a deployment raised as a traceback in text.
+        reason = re.findall(r"UserError: (.+)", str(error))
+        if reason:
+            raise UserError(reason[-1]) from error
+        raise
+
+
+def _on_stop(handler: Any) -> None:
+    """Ctrl-C, also where a shell has put it out of action for background jobs, and `kill`."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
+def _split(item: str) -> tuple[str, str]:
+    key, equals, value = item.removeprefix("--").partition("=")
+    if not equals:
+        raise UserError(f"{item}: not understood; write key=value, and --help lists the fields")
+    return key, value
+
+
+def _require_free(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise UserError(f"port={port}: {error.strerror}; give another, such as port={port + 1}") from error
+
+
+def _require_adapter(lora_path: str) -> None:
+    """The likeliest mistake, found before Ray starts."""
+    from parallelmind.model.manifest import read_manifest  # takes seconds: not for --help
+
+    read_manifest(lora_path)
+
+
+def _greeting(config: ServerConfig) -> str:
+    body: dict[str, Any] = {
+        "model": config.name,
+        "prompt": ["The sky is", "The sea is"],
+        "max_tokens": 16,
+        "temperature": 0,
+    }
+    url = f"http://{HOST}:{config.port}/v1"
+    return (
+        f"serving {config.name} at {url} (Ctrl-C ends it). Two branches of one sample:\n"
+        f"  curl {url}/completions -H 'content-type: application/json' -d '{json.dumps(body)}'"
+    )
+
+
+def _field_help() -> str:
+    fields = ServerConfig.model_fields.items()
+    return "\n".join(f"  {name:18} {field.description} (default: {field.default})" for name, field in fields)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
