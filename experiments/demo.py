@@ -12,9 +12,9 @@ def config() -> TrainConfig:
         rope_2d_ratio=0.5,
         lora_rank=16,
         learning_rate=1e-3,
-        batch_size=4,
+        batch_size=2,
         validation_branches=[1, 8],
         validation_samples=16,
         validate_every=1000,
-        checkpoint_every=25,
+        checkpoint_every=50,
     )

@@ -12,6 +12,8 @@ import re
 import signal
 import socket
 import sys
+from contextlib import redirect_stderr
+from io import StringIO
 from typing import Any
 
 import serving.ray_env  # noqa: F401  (before Ray)
@@ -51,7 +53,8 @@ def main(argv: list[str]) -> None:
         print("stopping", flush=True)
     finally:
         _on_stop(signal.SIG_IGN)  # a second Ctrl-C would leave half of Ray behind
-        ray.shutdown()  # the cluster is ours alone, so Serve goes with it
+        with redirect_stderr(StringIO()):  # Serve's controller complains that its cluster is going
+            ray.shutdown()  # the cluster is ours alone, so Serve goes with it
 
 
 def _start(config: ServerConfig) -> None:

@@ -23,7 +23,7 @@ from workloads import cli
 from workloads.settings import read_config
 from workloads.train import ADAPTER, run_folder
 
-_TRAIN_PASSAGES, _HELD_OUT_PASSAGES = 112, 6
+_TRAIN_PASSAGES, _HELD_OUT_PASSAGES = 96, 6
 
 
 def main(argv: list[str]) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 
 import psutil
 import pytest
-from tiny import save_tiny
+import torch
+from tiny import tiny_llama, tiny_tokenizer
 
 import parallelmind as pm
 
@@ -28,7 +29,14 @@ GREEDY = {"model": "tiny", "prompt": PROMPTS, "max_tokens": 24, "temperature": 0
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny(tmp_path_factory.mktemp("serving") / "tiny")
+    """A tiny model that never prefers the end-of-text token, so that an answer is as long as it may be."""
+    folder = tmp_path_factory.mktemp("serving") / "tiny"
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.eos_token_id] = 0
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +85,9 @@ def test_prompts_are_branches_of_one_sample(port: int, expected: list[str]) -> N
     assert answer["object"] == "text_completion"
     assert [choice["index"] for choice in answer["choices"]] == [0, 1]
     assert [choice["text"] for choice in answer["choices"]] == expected
-    assert all(choice["finish_reason"] in ("stop", "length") for choice in answer["choices"])
+    assert [choice["finish_reason"] for choice in answer["choices"]] == ["length", "length"]
     usage = answer["usage"]
-    assert 2 <= usage["completion_tokens"] <= 48
+    assert usage["completion_tokens"] == 48
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
 
 
@@ -91,14 +99,13 @@ def test_a_stream_says_the_same(port: int, expected: list[str]) -> None:
         lines = [line.decode().removeprefix("data: ").strip() for line in response if line.strip()]
     assert lines[-1] == "[DONE]"
     *parts, last = [json.loads(line) for line in lines[:-1]]
-    texts, reasons = ["", ""], {}
+    texts, reasons = ["", ""], [None, None]
     for part in parts:
         (choice,) = part["choices"]
         texts[choice["index"]] += choice["text"]
-        if choice["finish_reason"]:
-            reasons[choice["index"]] = choice["finish_reason"]
+        reasons[choice["index"]] = choice["finish_reason"]
     assert texts == expected
-    assert set(reasons) == {0, 1}
+    assert reasons == ["length", "length"]
     assert len({part["id"] for part in parts}) == 1
     assert last["usage"] == post(port, GREEDY)[1]["usage"]
 
@@ -133,15 +140,15 @@ def test_a_refusal_has_openais_shape(port: int, change: dict[str, Any], status: 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_who_leaves_ends_the_decoding(port: int, stream: bool) -> None:
-    long = {**GREEDY, "prompt": [*PROMPTS, *PROMPTS], "max_tokens": 4000}
+    long = {**GREEDY, "max_tokens": 500}
     started = time.monotonic()
-    status, answer = post(port, long)
+    assert post(port, long)[0] == 200
     whole = time.monotonic() - started
-    assert (status, answer["usage"]["completion_tokens"] > 1000) == (200, True)
 
     leaver = _connect(port, "POST", "/v1/completions", json.dumps({**long, "stream": stream}))
     if stream:
-        leaver.getresponse().readline()
+        with leaver.getresponse() as response:
+            response.readline()
     else:
         time.sleep(whole / 10)
     leaver.close()

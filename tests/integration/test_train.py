@@ -131,7 +131,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(place: Path) -> None:
         if line.startswith("step 3/"):
             running.send_signal(signal.SIGINT)
             break
-    output, _ = running.communicate(timeout=120)
+    output, _ = running.communicate(timeout=400)
     assert running.returncode == 130
     match = re.search(r"stopped at step (\d+); checkpoint: (\S+)", output)
     assert match is not None
