@@ -9,8 +9,10 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-done
+ADAPTER ?= $(shell ls -td runs/demo-*/adapter 2>/dev/null | head -n 1)
+PORT ?= 8000
 
-.PHONY: help setup model lint typecheck test demo bench clean
+.PHONY: help setup model lint typecheck test demo serve bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +42,10 @@ test: setup lint typecheck model ## lint, typecheck and every test
 
 demo: setup model ## train a small adapter and decode with it
 	@$(PY) -m workloads.demo
+
+serve: setup ## serve the newest demo adapter on 127.0.0.1:8000; ADAPTER=folder and PORT=number choose others
+	@test -n "$(ADAPTER)" || { echo "ADAPTER: there is no runs/demo-*/adapter; run make demo first, or give ADAPTER=folder" >&2; exit 1; }
+	@$(PY) -m serving lora_path="$(ADAPTER)" port="$(PORT)"
 
 bench: setup model ## print the benchmark table; ONLY=decoding runs one part
 	@$(PY) -m benchmarks $(ONLY)

@@ -69,7 +69,7 @@ def test_equals_the_cross_entropy_of_full_logits(rope: RopeConfig, monkeypatch: 
     model.zero_grad()
     expected.backward()
     for gradient, weight in zip(found, trainable(model), strict=True):
-        torch.testing.assert_close(gradient, weight.grad)
+        torch.testing.assert_close(gradient, weight.grad, rtol=1e-4, atol=1e-4)  # float32 sums, added up in another order
 
 
 def test_a_batch_without_targets_is_zero() -> None:
