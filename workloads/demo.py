@@ -81,6 +81,7 @@ def _summary(config: TrainConfig, folder: Path, scores: tuple[dict[str, float], 
   adapter   {adapter}
   metrics   .venv/bin/mlflow ui --host 127.0.0.1 --backend-store-uri {uri}
   chat      .venv/bin/python -m workloads.chat lora_path={adapter}
+  serve     .venv/bin/python -m serving lora_path={adapter} port=8000
   generate  .venv/bin/python -m workloads.generate lora_path={adapter} prompt="The sky is"
 """)
 

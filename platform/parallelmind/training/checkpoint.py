@@ -43,7 +43,9 @@ def save(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer, state
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         built = Path(scratch) / "new"
         built.mkdir()
-        weights = {name: value.detach().cpu().contiguous() for name, value in get_peft_model_state_dict(model).items()}
+        # Left to choose, peft asks the hub whether the embeddings were resized.
+        trained = get_peft_model_state_dict(model, save_embedding_layers=False)
+        weights = {name: value.detach().cpu().contiguous() for name, value in trained.items()}
         save_file(weights, built / _WEIGHTS)
         torch.save(optimizer.state_dict(), built / _OPTIMIZER)
         files = {name: _checksum(built / name) for name in (_WEIGHTS, _OPTIMIZER)}
