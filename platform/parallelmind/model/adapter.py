@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
@@ -52,7 +54,16 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel
     )
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        return get_peft_model(model, settings)
+        with _peft_warnings_off():
+            return get_peft_model(model, settings)
+
+
+@contextmanager
+def _peft_warnings_off() -> Iterator[None]:
+    """peft still asks for an attribute that transformers has renamed, which is neither our user's business nor ours."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def _refuse_unknown_targets(model: nn.Module, targets: list[str], given: str) -> None:
@@ -139,7 +150,8 @@ def load_adapter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
     _refuse_contradictions(rope.model_dump(), manifest)
     _refuse_other("base config", base_config_hash(model.config), manifest.base_config_sha256, manifest)
     _refuse_other("chat template", chat_template_hash(tokenizer), manifest.chat_template_sha256, manifest)
-    return PeftModel.from_pretrained(model, str(folder)).eval()
+    with _peft_warnings_off():
+        return PeftModel.from_pretrained(model, str(folder)).eval()
 
 
 def load_model_with_lora(

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
+from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -85,6 +86,8 @@ def load_tokenizer(config: BaseConfig) -> PreTrainedTokenizerBase:
 @contextmanager
 def _load_errors(name: str) -> Iterator[None]:
     """Whatever transformers cannot load becomes one line."""
+    hub = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()  # a dozen lines of retries would hide the one that says what to do
     try:
         yield
     except UserError:
@@ -95,6 +98,8 @@ def _load_errors(name: str) -> Iterator[None]:
             f"base_model={name!r}: cannot be loaded ({reason}); "
             f"give {SMOLLM2}, a folder with config.json and weights, or a hub id that this machine can reach"
         ) from error
+    finally:
+        hub_logging.set_verbosity(hub)
 
 
 @contextmanager
