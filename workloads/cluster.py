@@ -16,7 +16,7 @@ import workloads.ray_env  # noqa: F401  (before Ray)
 import ray
 import ray.data
 
-from parallelmind.errors import UserError
+from parallelmind.errors import UserError, first_line
 
 
 def connect(address: str | None) -> None:
@@ -33,7 +33,7 @@ def connect(address: str | None) -> None:
         ray.init(where, logging_level=logging.ERROR, logging_config=ray.LoggingConfig(log_level="ERROR"), **options)
     except (ConnectionError, ValueError) as error:
         remedy = "start it with `ray start --head`, or leave ray_address out"
-        raise UserError(f"ray_address={where}: {_first_line(error)}; {remedy}") from error
+        raise UserError(f"ray_address={where}: {first_line(error).rstrip('.')}; {remedy}") from error
     if where == "local":
         _name_cluster(Path(os.environ["RAY_TMPDIR"]))
     context = ray.data.DataContext.get_current()
@@ -70,7 +70,3 @@ def require_gpus(count: int) -> None:
     found = ray.cluster_resources().get("GPU", 0)
     if found < count:
         raise UserError(f"use_gpu=true: num_workers={count} needs {count} GPUs and the cluster has {found:g}; set use_gpu=false")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -42,15 +42,14 @@ def run_training(config: TrainConfig) -> Path:
     if (folder / ADAPTER / _COMPLETE).is_file():
         print(f"finished before: {folder / ADAPTER}; change a field or the name to train another")
         return folder
-    find_files(config.data_path)
-    if config.validation_path is not None:
-        find_files(config.validation_path, "validation_path")
+    files = find_files(config.data_path)
+    held_out = find_files(config.validation_path, "validation_path") if config.validation_path else []
     from workloads.train_driver import execute  # imports Ray, torch and MLflow, which takes seconds
 
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
-            execute(config, folder)
+            execute(config, folder, files, held_out)
     except Timeout as error:
         remedy = "wait for it, or choose another name"
         raise UserError(f"name={config.name}: another process is training {folder}; {remedy}") from error

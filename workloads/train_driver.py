@@ -21,7 +21,6 @@ import ray.train
 from ray.train.torch import TorchTrainer
 
 from parallelmind.config import BaseConfig, DataConfig, TrainConfig, save_yaml
-from parallelmind.data.files import find_files
 from parallelmind.data.pipeline import OrderedSplit, Survey, sample_rows, survey
 from parallelmind.errors import UserError
 from parallelmind.model.base import load_tokenizer
@@ -36,12 +35,10 @@ _RESTARTS = 3  # how often lost workers are replaced before the run is given up
 _SHOWN_BAD_LINES = 10
 
 
-def execute(config: TrainConfig, folder: Path) -> None:
+def execute(config: TrainConfig, folder: Path, files: list[str], held_out: list[str]) -> None:
     """Check the data, start Ray, train, and say where everything is. See `workloads.train.run_training` for what it raises."""
     save_yaml(config, folder / "config.yaml")
     (folder / STOP).unlink(missing_ok=True)
-    files = find_files(config.data_path)
-    held_out = find_files(config.validation_path, "validation_path") if config.validation_path else []
     vocabulary = len(load_tokenizer(config.part(BaseConfig)))
     cluster.connect(config.ray_address)
     if config.use_gpu:

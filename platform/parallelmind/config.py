@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from yaml import YAMLError
 
-from parallelmind.errors import UserError
+from parallelmind.errors import UserError, first_line
 
 Dtype = Literal["float32", "bfloat16"]
 Pairs = Literal["low", "mid", "spread"]
@@ -133,7 +133,7 @@ class RunConfig(Part):
     log_every: int = Field(5, ge=1, description="optimizer steps between progress lines and metrics")
     validate_every: int = Field(100, ge=1, description="optimizer steps between validations")
     validation_branches: list[int] = Field([1, 4, 8], min_length=1, description="branch counts to measure validation loss at")
-    validation_samples: int = Field(32, ge=1, description="validation samples per branch count")
+    validation_samples: int = Field(32, ge=1, description="held-out branches to measure on, the same at every branch count")
     mlflow_uri: str = Field("sqlite:///mlflow.db", min_length=1, description="MLflow tracking URI")
     mlflow_experiment: str = Field("parallelmind", min_length=1, description="MLflow experiment")
     ray_address: str | None = Field(None, description="Ray cluster to join; none starts a local one")
@@ -156,7 +156,7 @@ def resolve(kind: type[PartT], values: dict[str, Any], dotlist: Sequence[str] = 
         plain = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, YAMLError) as error:
         given = " ".join(dotlist)
-        raise UserError(f"{source}: cannot read the overrides {given} ({_first_line(error)}); write key=value") from error
+        raise UserError(f"{source}: cannot read the overrides {given} ({first_line(error)}); write key=value") from error
     try:
         return kind.model_validate(plain)
     except ValidationError as error:
@@ -170,7 +170,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UserError(f"config={path}: no such file; give the path of a YAML file or of an experiment") from error
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"config={path}: not readable as YAML: {_first_line(error)}") from error
+        raise UserError(f"config={path}: not readable as YAML: {first_line(error)}") from error
     if not isinstance(values, dict):
         raise UserError(f"config={path}: holds no mapping; write one `field: value` per line")
     return {str(key): value for key, value in values.items()}
@@ -199,7 +199,3 @@ def _did_you_mean(field: str, kind: type[Part]) -> str:
 
     near = difflib.get_close_matches(field, kind.model_fields, n=1)
     return f" (did you mean {near[0]}?)" if near else ""
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

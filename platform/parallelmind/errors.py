@@ -3,3 +3,8 @@
 
 class UserError(ValueError):
     """A wrong value, named in one line with its field and its remedy."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -21,7 +21,7 @@ from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
 from parallelmind.config import Part
-from parallelmind.errors import UserError
+from parallelmind.errors import UserError, first_line
 
 _SQLITE = "sqlite:///"
 _PARAMS_AT_ONCE = 100  # MLflow's limit for one request
@@ -62,7 +62,7 @@ class Tracker:
             _log_params(client, run.info.run_id, config.model_dump(mode="json"))
             return cls(uri, run.info.run_id)
         except (MlflowException, SQLAlchemyError, OSError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0]
+            reason = first_line(error).partition(". ")[0]
             remedy = "give sqlite:///FILE or a server's http address"
             raise UserError(f"mlflow_uri={uri}: cannot be used ({reason}); {remedy}") from error
 

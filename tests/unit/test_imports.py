@@ -14,9 +14,10 @@ ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = ROOT / "platform" / "parallelmind"
 OURS = ("parallelmind", "workloads", "serving", "experiments")
 
-_GROUND = {"errors", "config", "layout"}
+_GROUND = {"errors", "config", "layout", "storage"}
 MAY_IMPORT = {
     "errors": set(),
+    "storage": set(),
     "config": {"errors"},
     "layout": {"errors", "config"},
     "tracking": {"errors", "config"},

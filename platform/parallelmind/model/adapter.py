@@ -5,9 +5,6 @@ An adapter folder is what peft writes (safetensors only) plus `parallelmind.json
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,8 +21,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from parallelmind.config import BaseConfig, LoraConfig, RopeConfig, resolve
 from parallelmind.errors import UserError
 from parallelmind.model.base import load_base
-from parallelmind.model.manifest import FORMAT, MANIFEST, Manifest, base_config_hash, chat_template_hash, file_hash, read_manifest
+from parallelmind.model.manifest import FORMAT, MANIFEST, Manifest, base_config_hash, chat_template_hash, read_manifest
 from parallelmind.model.patch import is_patched, patch, rope_config
+from parallelmind.storage import sha256, whole_folder
 
 __all__ = ["Manifest", "add_lora", "load_adapter", "load_model_with_lora", "read_manifest", "save_adapter"]
 
@@ -92,9 +90,7 @@ def save_adapter(
     folder = Path(folder)
     if folder.exists() and not (folder / MANIFEST).is_file() and (folder.is_file() or any(folder.iterdir())):
         raise UserError(f"adapter folder {folder}: holds other files; give a new or empty folder, or an adapter's to replace it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        built = Path(scratch) / "new"
+    with whole_folder(folder) as built:
         _save_peft(model, built, base.base_model)
         manifest = Manifest(
             format_version=FORMAT,
@@ -104,12 +100,10 @@ def save_adapter(
             rope=rope,
             lora=lora,
             versions=_versions(),
-            files={name: file_hash(built / name) for name in _WEIGHTS},
+            files={name: sha256(built / name) for name in _WEIGHTS},
             extra=dict(extra or {}),
         )
         (built / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        _flush(built)
-        _replace(built, folder, Path(scratch) / "old")
 
 
 def _save_peft(model: PeftModel, folder: Path, base_model: str) -> None:
@@ -119,25 +113,6 @@ def _save_peft(model: PeftModel, folder: Path, base_model: str) -> None:
     model.peft_config[model.active_adapter].base_model_name_or_path = base_model
     # Left to choose, peft asks the hub whether the embeddings were resized.
     model.save_pretrained(str(folder), save_embedding_layers=False)
-
-
-def _flush(folder: Path) -> None:
-    for path in folder.iterdir():
-        with open(path, "rb") as stream:
-            os.fsync(stream.fileno())
-
-
-def _replace(built: Path, folder: Path, old: Path) -> None:
-    """Rename `built` to `folder`; what was there is moved away first, and back if that fails."""
-    if folder.exists():
-        folder.rename(old)
-    try:
-        built.rename(folder)
-    except OSError:
-        if old.exists():
-            old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def load_adapter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> PeftModel:

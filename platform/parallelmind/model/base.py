@@ -6,7 +6,6 @@ saved as safetensors in a cache folder, `$PARALLELMIND_CACHE` or `~/.cache/paral
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -27,7 +26,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as transformers_logging
 
 from parallelmind.config import BaseConfig
-from parallelmind.errors import UserError
+from parallelmind.errors import UserError, first_line
+from parallelmind.storage import flush, sha256
 
 SMOLLM2 = "smollm2-135m"
 ATTENTION = ("sdpa", "eager", "flex_attention")  # flash attention takes no mask of two coordinates
@@ -93,7 +93,7 @@ def _load_errors(name: str) -> Iterator[None]:
     except UserError:
         raise
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        reason = first_line(error).rstrip(".")
         raise UserError(
             f"base_model={name!r}: cannot be loaded ({reason}); "
             f"give {SMOLLM2}, a folder with config.json and weights, or a hub id that this machine can reach"
@@ -167,8 +167,7 @@ def _download(target: Path) -> Path:
 
 
 def _check(file: Path, expected: str) -> None:
-    with open(file, "rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    found = sha256(file)
     if found != expected:
         raise UserError(
             f"base_model={SMOLLM2!r}: {file.name} has SHA-256 {found[:12]}…, not {expected[:12]}…; "
@@ -188,9 +187,7 @@ def _convert(source: Path, built: Path) -> None:
     with _no_progress_bars():
         model.save_pretrained(built)
         tokenizer.save_pretrained(built)
-    for file in built.iterdir():
-        with open(file, "rb") as stream:
-            os.fsync(stream.fileno())
+    flush(built)
 
 
 if __name__ == "__main__":

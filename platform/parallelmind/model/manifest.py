@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from parallelmind.config import LoraConfig, Part, RopeConfig
 from parallelmind.errors import UserError
+from parallelmind.storage import sha256
 
 MANIFEST = "parallelmind.json"
 FORMAT = 1
@@ -54,7 +55,7 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise UserError(f"lora_path={folder}: no such folder; give the adapter folder of a run")
     manifest = _parse(folder)
     for name, expected in manifest.files.items():
-        found = file_hash(folder / name) if (folder / name).is_file() else "missing"
+        found = sha256(folder / name) if (folder / name).is_file() else "missing"
         if found != expected:
             raise UserError(f"lora_path={folder}: {name} is {found[:12]}, not {expected[:12]} as saved; copy the adapter again")
     return manifest
@@ -91,9 +92,3 @@ def chat_template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """SHA-256 of the chat template, or None where there is none."""
     template = tokenizer.chat_template
     return hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest() if template else None
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

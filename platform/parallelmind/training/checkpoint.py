@@ -6,11 +6,7 @@ states are not saved: every random choice is drawn from (seed, epoch or step, ra
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +14,8 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+
+from parallelmind.storage import sha256, whole_folder
 
 _WEIGHTS, _OPTIMIZER, _STATE = "adapter.safetensors", "optimizer.pt", "state.json"
 _FORMAT = 1
@@ -39,23 +37,14 @@ class State:
 
 def save(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer, state: State) -> None:
     """Write `folder` under another name beside it, flush it, then rename. Replaces an older one."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        built = Path(scratch) / "new"
-        built.mkdir()
+    with whole_folder(folder) as built:
         # Left to choose, peft asks the hub whether the embeddings were resized.
         trained = get_peft_model_state_dict(model, save_embedding_layers=False)
         weights = {name: value.detach().cpu().contiguous() for name, value in trained.items()}
         save_file(weights, built / _WEIGHTS)
         torch.save(optimizer.state_dict(), built / _OPTIMIZER)
-        files = {name: _checksum(built / name) for name in (_WEIGHTS, _OPTIMIZER)}
+        files = {name: sha256(built / name) for name in (_WEIGHTS, _OPTIMIZER)}
         (built / _STATE).write_text(json.dumps({"format": _FORMAT, "files": files, **asdict(state)}, indent=2), encoding="utf-8")
-        for path in built.iterdir():
-            with open(path, "rb") as stream:
-                os.fsync(stream.fileno())
-        if folder.exists():
-            shutil.rmtree(folder)
-        built.rename(folder)
 
 
 def load(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer) -> State:
@@ -73,7 +62,7 @@ def read_state(folder: Path) -> State | None:
     try:
         values: dict[str, Any] = json.loads((folder / _STATE).read_text(encoding="utf-8"))
         files = values.pop("files")
-        if values.pop("format") != _FORMAT or any(_checksum(folder / name) != known for name, known in files.items()):
+        if values.pop("format") != _FORMAT or any(sha256(folder / name) != known for name, known in files.items()):
             return None
         return State(**values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -88,8 +77,3 @@ def newest(parent: Path, config_hash: str) -> Path | None:
         if state is not None and state.config_hash == config_hash:
             found.append((state.step, folder.name, folder))
     return max(found)[2] if found else None
-
-
-def _checksum(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
