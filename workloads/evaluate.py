@@ -1,15 +1,21 @@
-"""Measure a model or its adapter on held-out text.
+"""Measure a model or its adapter on held-out text, or see which models can hold parallel branches.
 
     python -m workloads.evaluate answers data_path=held_out.jsonl lora_path=runs/demo/adapter
     python -m workloads.evaluate answers data_path=held_out.jsonl patch_rope=false
+    python -m workloads.evaluate support
+    python -m workloads.evaluate support model_types=llama,gptj,mamba --csv
 
 answers: every record's questions (branches with prompt and completion) are answered in parallel branches of one sequence;
 exact match and F1 are those of SQuAD. The answer is the first line that the model writes.
+
+support: a tiny random model of every causal-LM type of the installed transformers is built, patched and held against
+every law, which takes some minutes for all of them.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,10 +23,12 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
+from parallelmind.config import Part
 from parallelmind.errors import UserError
 from parallelmind.evaluation.answering import Answered, Scores, answer, question_records, score
 from workloads import cli
 from workloads.generate import ModelPart
+from workloads.support import SupportConfig, support
 
 
 class AnswersConfig(ModelPart):
@@ -34,11 +42,21 @@ class AnswersConfig(ModelPart):
 
 
 def main(argv: list[str]) -> None:
-    if cli.wants_help(argv):
-        return cli.print_help(__doc__ or "", AnswersConfig)
-    if argv[:1] != ["answers"]:
-        raise UserError(f"{argv[0] if argv else 'evaluate'}: unknown evaluation; write evaluate answers key=value …")
-    config = cli.parse(AnswersConfig, argv[1:])
+    kinds: dict[str, tuple[type[Part], Callable[[list[str]], None]]] = {
+        "answers": (AnswersConfig, answers),
+        "support": (SupportConfig, support),
+    }
+    kind = argv[0] if argv else ""
+    if kind not in kinds:
+        if cli.wants_help(argv):
+            return print(f"{(__doc__ or '').strip()}\n\nevaluate answers --help and evaluate support --help list the fields.")
+        raise UserError(f"{f'evaluate {kind}'.strip()}: unknown evaluation; choose one of {', '.join(kinds)}")
+    fields, run = kinds[kind]
+    return cli.print_help(__doc__ or "", fields) if cli.wants_help(argv) else run(argv[1:])
+
+
+def answers(argv: list[str]) -> None:
+    config = cli.parse(AnswersConfig, argv)
     records = question_records(config.data_path, config.max_records)
     model, tokenizer = config.load()
     items, scores = score(answer(model, tokenizer, records, max_new_tokens=config.max_new_tokens))
@@ -48,7 +66,6 @@ def main(argv: list[str]) -> None:
     print(line(scores), flush=True)
     if config.output_path:
         Path(config.output_path).write_text(json.dumps(asdict(scores), indent=2) + "\n", encoding="utf-8")
-    return None
 
 
 def table(item: Answered) -> Table:

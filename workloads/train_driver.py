@@ -23,7 +23,8 @@ from ray.train.torch import TorchTrainer
 from parallelmind.config import BaseConfig, DataConfig, TrainConfig, save_yaml
 from parallelmind.data.pipeline import OrderedSplit, Survey, sample_rows, survey
 from parallelmind.errors import UserError
-from parallelmind.model.base import load_tokenizer
+from parallelmind.model.base import load_structure, load_tokenizer
+from parallelmind.model.support import refuse_unsupported
 from parallelmind.tracking import Tracker, absolute_uri
 from parallelmind.training import checkpoint
 from parallelmind.training.loop import Outcome
@@ -39,7 +40,10 @@ def execute(config: TrainConfig, folder: Path, files: list[str], held_out: list[
     """Check the data, start Ray, train, and say where everything is. See `workloads.train.run_training` for what it raises."""
     save_yaml(config, folder / "config.yaml")
     (folder / STOP).unlink(missing_ok=True)
-    vocabulary = len(load_tokenizer(config.part(BaseConfig)))
+    base = config.part(BaseConfig)
+    vocabulary = len(load_tokenizer(base))
+    if config.patch_rope:
+        refuse_unsupported(load_structure(base))
     cluster.connect(config.ray_address)
     if config.use_gpu:
         cluster.require_gpus(config.num_workers)

@@ -23,11 +23,11 @@ from parallelmind.data.pipeline import read_range, to_rows
 from parallelmind.layout import Batch
 from parallelmind.model.adapter import add_lora, save_adapter
 from parallelmind.model.base import load_base
+from parallelmind.model.head import refuse_unknown_head
 from parallelmind.model.patch import patch
 from parallelmind.tracking import Tracker
 from parallelmind.training import checkpoint
 from parallelmind.training.loop import Job, Outcome, Save, train
-from parallelmind.training.loss import refuse_unusual_head
 from workloads.train import ADAPTER, CHECKPOINTS, STOP
 
 
@@ -106,7 +106,7 @@ def run_worker(task: Task) -> Outcome:
 
 def build_model(config: TrainConfig) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     model, tokenizer = load_base(config.part(BaseConfig))
-    refuse_unusual_head(model)
+    refuse_unknown_head(model)
     if config.patch_rope:
         patch(model, config.part(RopeConfig))
     return add_lora(model, config.part(LoraConfig), config.seed).to(ray.train.torch.get_device()), tokenizer

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from parallelmind.errors import UserError
 
 if TYPE_CHECKING:
-    from parallelmind.decoding.engine import Event, Sample, generate, generate_text, stream
+    from parallelmind.decoding.generate import Event, Sample, generate, generate_text, stream
     from parallelmind.decoding.sampling import SamplingParams
     from parallelmind.model.adapter import load_model_with_lora
 
@@ -24,13 +24,13 @@ except PackageNotFoundError:  # run from the source tree, as `ray job submit` do
 __all__ = ["Event", "Sample", "SamplingParams", "UserError", "generate", "generate_text", "load_model_with_lora", "stream"]
 
 _HOMES = {
-    "Event": "parallelmind.decoding.engine",
-    "Sample": "parallelmind.decoding.engine",
+    "Event": "parallelmind.decoding.generate",
+    "Sample": "parallelmind.decoding.generate",
     "SamplingParams": "parallelmind.decoding.sampling",
-    "generate": "parallelmind.decoding.engine",
-    "generate_text": "parallelmind.decoding.engine",
+    "generate": "parallelmind.decoding.generate",
+    "generate_text": "parallelmind.decoding.generate",
     "load_model_with_lora": "parallelmind.model.adapter",
-    "stream": "parallelmind.decoding.engine",
+    "stream": "parallelmind.decoding.generate",
 }
 
 

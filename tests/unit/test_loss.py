@@ -18,9 +18,11 @@ from parallelmind.data.grouping import make_batch
 from parallelmind.errors import UserError
 from parallelmind.layout import Batch, Tokens
 from parallelmind.model.adapter import add_lora
+from parallelmind.model.head import refuse_unknown_head
 from parallelmind.model.patch import patch
+from parallelmind.model.structure import causal_lm
 from parallelmind.training import loss as loss_module
-from parallelmind.training.loss import causal_lm, decoder_inputs, refuse_unusual_head, target_loss, to_tensors
+from parallelmind.training.loss import decoder_inputs, target_loss, to_tensors
 from parallelmind.training.step import backward, learning_rate, trainable
 
 ROPE = RopeConfig()
@@ -100,9 +102,9 @@ def test_mean_over_targets_does_not_depend_on_the_split() -> None:
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-def test_a_soft_capped_head_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_that_its_class_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_llama()
-    refuse_unusual_head(model)
+    refuse_unknown_head(model)
     forward = model.forward
 
     def capped(*args: object, **kwargs: object) -> object:
@@ -111,8 +113,8 @@ def test_a_soft_capped_head_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         return output
 
     monkeypatch.setattr(model, "forward", capped)
-    with pytest.raises(UserError, match="caps or scales"):
-        refuse_unusual_head(model)
+    with pytest.raises(UserError, match="not its own forward"):
+        refuse_unknown_head(model)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])

@@ -10,7 +10,8 @@ from tiny import tiny_llama, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models
 
 from parallelmind.config import RopeConfig
-from parallelmind.decoding.engine import Engine, Event, Sample, encode_sample, generate, generate_text, stream
+from parallelmind.decoding.engine import Engine
+from parallelmind.decoding.generate import Event, Sample, encode_sample, generate, generate_text, stream
 from parallelmind.decoding.sampling import SamplingParams
 from parallelmind.decoding.text import BranchWriter, Detokenizer, StopText
 from parallelmind.errors import UserError

@@ -24,6 +24,7 @@ class GrowingLayer(CacheLayerMixin):
     """Keys and values of one layer, `[batch, heads, filled, dim]` views into buffers with room for more."""
 
     is_sliding = False
+    indexer_keys: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -42,16 +43,26 @@ class GrowingLayer(CacheLayerMixin):
         self.keys, self.values = self._keys[..., : self.length, :], self._values[..., : self.length, :]
         return self.keys, self.values
 
+    def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
+        """Keys of an attention that chooses its tokens by a smaller attention first, `[batch, tokens, dim]`."""
+        known = [] if self.indexer_keys is None else [self.indexer_keys]
+        self.indexer_keys = torch.cat([*known, indexer_key_states], dim=1)
+        return self.indexer_keys
+
     def gather(self, index: Tensor) -> None:
         """From one row to `[rows, …]`. index: `[rows, longest]` places in the one row."""
         rows, longest = index.shape
         for name in ("_keys", "_values"):
             parted = getattr(self, name)[0].index_select(1, index.flatten()).unflatten(1, (rows, longest))
             setattr(self, name, parted.transpose(0, 1).contiguous())  # [rows, heads, longest, dim]
+        if self.indexer_keys is not None:
+            self.indexer_keys = self.indexer_keys[0][index]
         self.length = longest
 
     def select(self, rows: Tensor) -> None:
         self._keys, self._values = self._keys.index_select(0, rows), self._values.index_select(0, rows)
+        if self.indexer_keys is not None:
+            self.indexer_keys = self.indexer_keys.index_select(0, rows)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -63,7 +74,7 @@ class GrowingLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self.keys = self.values = None
+        self.keys = self.values = self.indexer_keys = None
         self.is_initialized = False
 
 

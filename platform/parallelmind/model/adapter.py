@@ -15,19 +15,22 @@ from typing import Any, cast
 import peft
 import torch
 from peft import PeftModel, get_peft_model
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parallelmind.config import BaseConfig, LoraConfig, RopeConfig, resolve
 from parallelmind.errors import UserError
-from parallelmind.model.base import load_base
+from parallelmind.model.base import load_base, load_structure
 from parallelmind.model.manifest import FORMAT, MANIFEST, Manifest, base_config_hash, chat_template_hash, read_manifest
 from parallelmind.model.patch import is_patched, patch, rope_config
+from parallelmind.model.structure import text_modules
+from parallelmind.model.support import refuse_unsupported
 from parallelmind.storage import sha256, whole_folder
 
 __all__ = ["Manifest", "add_lora", "load_adapter", "load_model_with_lora", "read_manifest", "save_adapter"]
 
-_WEIGHTS = ("adapter_config.json", "adapter_model.safetensors")
+WEIGHTS = "adapter_model.safetensors"
 
 
 class _Loading(RopeConfig, BaseConfig):
@@ -49,6 +52,7 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=targets,
+        exclude_modules=_not_adaptable(model) or None,
     )
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
@@ -56,11 +60,29 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel
             return get_peft_model(model, settings)
 
 
+def _not_adaptable(model: PreTrainedModel) -> list[str]:
+    """Linear layers that LoRA must leave alone: those of other towers, which text never passes, and routers of experts
+    that are built as linear layers but return more than one tensor."""
+    text = text_modules(model)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return [name for name, module in linears.items() if name not in text or _is_router(module)]
+
+
+@torch.no_grad()
+def _is_router(linear: nn.Linear) -> bool:
+    if type(linear).forward is nn.Linear.forward:
+        return False
+    probe = torch.zeros(1, linear.in_features, dtype=linear.weight.dtype, device=linear.weight.device)
+    return not isinstance(linear(probe), Tensor)
+
+
 @contextmanager
 def _peft_warnings_off() -> Iterator[None]:
-    """peft still asks for an attribute that transformers has renamed, which is neither our user's business nor ours."""
+    """peft still asks for an attribute that transformers has renamed, and sets ranks of its own for fused experts, of which
+    it then finds none: neither is our user's business or ours."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
         yield
 
 
@@ -100,7 +122,7 @@ def save_adapter(
             rope=rope,
             lora=lora,
             versions=_versions(),
-            files={name: sha256(built / name) for name in _WEIGHTS},
+            files={name: sha256(built / name) for name in ("adapter_config.json", WEIGHTS)},
             extra=dict(extra or {}),
         )
         (built / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -126,7 +148,23 @@ def load_adapter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
     _refuse_other("base config", base_config_hash(model.config), manifest.base_config_sha256, manifest)
     _refuse_other("chat template", chat_template_hash(tokenizer), manifest.chat_template_sha256, manifest)
     with _peft_warnings_off():
-        return PeftModel.from_pretrained(model, str(folder)).eval()
+        adapted = cast(PeftModel, get_peft_model(model, peft.PeftConfig.from_pretrained(str(folder))))
+    _fill(adapted, load_file(Path(folder) / WEIGHTS), folder)
+    return adapted.eval()
+
+
+@torch.no_grad()
+def _fill(model: PeftModel, saved: Mapping[str, Tensor], folder: str | Path) -> None:
+    """Copy saved weights into the model, all of them and by their own names.
+
+    peft's own loading renames them as transformers renames old base checkpoints, and only warns of those that it loses.
+    """
+    own = peft.get_peft_model_state_dict(model)
+    if own.keys() != saved.keys():
+        odd = min(own.keys() ^ saved.keys())
+        raise UserError(f"lora_path={folder}: the adapter and the model do not both have {odd}; load the base it was trained on")
+    for name, weight in own.items():
+        weight.copy_(saved[name])
 
 
 def load_model_with_lora(
@@ -134,7 +172,7 @@ def load_model_with_lora(
     lora_path: str | Path | None = None,
     lora_rank: int | None = None,
     *,
-    attn_implementation: str = "sdpa",
+    attn_implementation: str | None = None,
     **settings: Any,
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """A patched model with its adapter, and the tokenizer; without `lora_path` the patched base model alone.
@@ -153,7 +191,10 @@ def load_model_with_lora(
     elif lora_rank is not None:
         raise UserError(f"lora_rank={lora_rank}: needs lora_path, the adapter of that rank; without one leave lora_rank out")
     config = resolve(_Loading, given, source="load_model_with_lora")
-    model, tokenizer = load_base(config.part(BaseConfig), attn_implementation)
+    base = config.part(BaseConfig)
+    if config.patch_rope:
+        refuse_unsupported(load_structure(base))  # before any weight is read
+    model, tokenizer = load_base(base, attn_implementation)
     if config.patch_rope:
         patch(model, config.part(RopeConfig))
     return (model if lora_path is None else load_adapter(model, tokenizer, lora_path)), tokenizer

@@ -22,7 +22,14 @@ import torch
 from filelock import FileLock
 from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from parallelmind.config import BaseConfig
@@ -56,12 +63,15 @@ def resolve_base(name: str) -> str:
     return name
 
 
-def load_base(config: BaseConfig, attn_implementation: str = "sdpa") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model in eval mode and in `config.dtype`, and its tokenizer. Raises UserError where it cannot be loaded."""
-    if attn_implementation not in ATTENTION:
+def load_base(config: BaseConfig, attn_implementation: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model in eval mode and in `config.dtype`, and its tokenizer. Raises UserError where it cannot be loaded.
+
+    attn_implementation: by default sdpa where the model has it, else eager.
+    """
+    if attn_implementation not in (None, *ATTENTION):
         raise UserError(f"attn_implementation={attn_implementation!r}: not supported; choose one of {', '.join(ATTENTION)}")
     source = resolve_base(config.base_model)
-    with _load_errors(config.base_model), _no_progress_bars():
+    with _load_errors(config.base_model), no_progress_bars():
         model = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=getattr(torch, config.dtype),
@@ -71,6 +81,20 @@ def load_base(config: BaseConfig, attn_implementation: str = "sdpa") -> tuple[Pr
     # What is saved later names the model as the user did, never a cache path of this machine.
     model.config._name_or_path = model.name_or_path = config.base_model
     return model.eval(), load_tokenizer(config)
+
+
+def load_structure(config: BaseConfig) -> PreTrainedModel:
+    """The model without its weights, on the meta device: enough to see what it can do. Raises UserError as `load_base`."""
+    source, trusted = resolve_base(config.base_model), config.trust_remote_code
+    with _load_errors(config.base_model):
+        return meta_model(AutoConfig.from_pretrained(source, trust_remote_code=trusted), trusted)
+
+
+def meta_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The structure that a configuration describes, on the meta device."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return model
 
 
 def load_tokenizer(config: BaseConfig) -> PreTrainedTokenizerBase:
@@ -103,7 +127,7 @@ def _load_errors(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -177,14 +201,14 @@ def _check(file: Path, expected: str) -> None:
 
 def _convert(source: Path, built: Path) -> None:
     """GGUF to float32 safetensors with tokenizer, chat template and generation config, flushed to disk."""
-    with redirect_stderr(StringIO()), _no_progress_bars():  # its progress bars know no other switch
+    with redirect_stderr(StringIO()), no_progress_bars():  # its progress bars know no other switch
         model = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
     # transformers refuses to save a model as long as its quantization is on record.
     del model.config.quantization_config
     model.hf_quantizer = None  # type: ignore[assignment]
     model.config._name_or_path = model.name_or_path = SMOLLM2
-    with _no_progress_bars():
+    with no_progress_bars():
         model.save_pretrained(built)
         tokenizer.save_pretrained(built)
     flush(built)

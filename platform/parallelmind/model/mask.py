@@ -1,14 +1,24 @@
-"""Visibility: one function per policy, used by training, prefill and every decode step alike."""
+"""Visibility: one function per policy, used by training, prefill and every decode step alike.
+
+A layer's own window or chunk narrows it further, measured in time: what is near in storage may be far in a branch.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+from peft import PeftModel
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from parallelmind.config import Visibility
 from parallelmind.layout import MAIN, PADDING
+from parallelmind.model.structure import causal_lm, decoder
+
+_WINDOWED = "create_sliding_window_causal_mask"  # what a module of transformers imports for its windows
 
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -24,6 +34,55 @@ def isolated(q_time: Tensor, q_sequence: Tensor, k_time: Tensor, k_sequence: Ten
 
 
 RULES: dict[Visibility, Rule] = {"columnar": columnar, "isolated": isolated}
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """How far back a kind of layer looks, in time: the last `window` tokens, or its own chunk of `chunk` tokens."""
+
+    window: int | None = None
+    chunk: int | None = None
+
+    def near(self, q_time: Tensor, k_time: Tensor) -> Tensor | None:
+        """Which keys are near enough; None if all are."""
+        if self.chunk is not None:
+            return q_time // self.chunk == k_time // self.chunk
+        return None if self.window is None else q_time - k_time < self.window
+
+
+def layer_reaches(model: PreTrainedModel | PeftModel) -> dict[str, Reach]:
+    """The reach of every layer type of a model."""
+    config = model.config.get_text_config(decoder=True)
+    window, chunk = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    known = {"sliding_attention": Reach(window=window), "chunked_attention": Reach(chunk=chunk)}
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        # Some configurations carry a window that the model, asking for full masks only, never applies.
+        inner = decoder(causal_lm(model))
+        window = window if hasattr(sys.modules[type(inner).__module__], _WINDOWED) else None
+        types = ["sliding_attention" if window else "chunked_attention" if chunk else "full_attention"]
+    return {kind: known.get(kind, Reach()) for kind in dict.fromkeys(types)}
+
+
+def attention_masks(
+    model: PreTrainedModel | PeftModel, time: Tensor, sequence: Tensor, visibility: Visibility, queries: int | None = None
+) -> Tensor | dict[str, Tensor]:
+    """The masks of a call as the model takes them: one tensor where its layers reach equally far, else one per layer type.
+
+    Arguments are those of `visible`. Raises ValueError for an attention implementation that takes no such mask.
+    """
+    seen = visible(time, sequence, visibility, queries)
+    q_time, k_time = time[:, None, time.shape[-1] - seen.shape[-2] :, None], time[:, None, None, :]
+    reaches = layer_reaches(model)
+    masks: dict[Reach, Tensor] = {}
+    for reach in reaches.values():
+        if reach not in masks:
+            near = reach.near(q_time, k_time)
+            whole = seen if near is None else seen & near
+            masks[reach] = for_attention(whole, str(model.config._attn_implementation), model.dtype)
+    if len(masks) == 1:
+        return masks.popitem()[1]
+    return {kind: masks[reach] for kind, reach in reaches.items()}
 
 
 def visible(time: Tensor, sequence: Tensor, visibility: Visibility, queries: int | None = None) -> Tensor:

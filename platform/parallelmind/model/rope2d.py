@@ -40,11 +40,9 @@ def pair_axes(pairs: int, ratio: float, where: Pairs) -> NDArray[np.int64]:
     return axes
 
 
-def pick_columns(table: Tensor, axes: Tensor) -> Tensor:
+def mix(flat: Tensor, branch: Tensor, time: Tensor, axes: Tensor) -> Tensor:
     """Columns of one table out of three.
 
-    table: `[3, batch, seq, columns]` for the flat, branch and time coordinate. axes: `[columns]`.
-    Returns `[batch, seq, columns]`.
+    flat, branch, time: `[..., columns]`, the table at each coordinate. axes: `[columns]`. Returns `[..., columns]`.
     """
-    flat, branch, time = table.unbind(0)
     return torch.where(axes == BRANCH, branch, torch.where(axes == TIME, time, flat))

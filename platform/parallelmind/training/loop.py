@@ -8,8 +8,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import copy_context
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,9 +20,9 @@ from peft import PeftModel
 from parallelmind.config import TrainConfig
 from parallelmind.errors import UserError
 from parallelmind.layout import Batch
+from parallelmind.model.structure import causal_lm
 from parallelmind.training import checkpoint
 from parallelmind.training.checkpoint import State
-from parallelmind.training.loss import causal_lm
 from parallelmind.training.step import Totals, backward, learning_rate, make_optimizer, measure, update
 
 Save = Callable[[Path], None]
@@ -89,7 +87,7 @@ class _Run:
     def __init__(self, job: Job, resume: Path | None) -> None:
         self.job, self.config, self.model = job, job.config, job.model
         if self.config.gradient_checkpointing:
-            _enable_checkpointing(job.model)
+            causal_lm(job.model).activation_checkpointing_enable()
         self.model.train()
         self.optimizer = make_optimizer(job.model, job.config)
         self.state = State(job.config.fingerprint(), job.run_id)
@@ -204,28 +202,6 @@ def validate_at(
             found[branches] = totals.loss / totals.targets
     taxes = {f"validation/branch_tax_{n}": loss - found[1] for n, loss in found.items() if n > 1 and 1 in found}
     return {f"validation/loss_{n}": loss for n, loss in found.items()} | taxes
-
-
-def _enable_checkpointing(model: PeftModel) -> None:
-    inner = causal_lm(model)
-    inner.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": _same_context})
-
-
-def _same_context() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Recompute with the context variables of the forward pass: pos2d travels in one, and without it the recomputed
-    angles, and so the gradients, would be wrong without a word."""
-    seen = copy_context()
-
-    @contextmanager
-    def restored() -> Iterator[None]:
-        tokens = [(variable, variable.set(value)) for variable, value in seen.items()]
-        try:
-            yield
-        finally:
-            for variable, token in reversed(tokens):
-                variable.reset(token)
-
-    return nullcontext(), restored()
 
 
 def _rank() -> int:

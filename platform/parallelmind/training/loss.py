@@ -7,20 +7,20 @@ vocabulary of 150,000 would otherwise cost 0.6 MB of float32 logits for every to
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from parallelmind.config import Visibility
-from parallelmind.errors import UserError
-from parallelmind.layout import IGNORE, Batch
-from parallelmind.model.mask import for_attention, visible
+from parallelmind.layout import IGNORE, PADDING, Batch
+from parallelmind.model.head import head_logits
+from parallelmind.model.mask import attention_masks
 from parallelmind.model.patch import is_patched
+from parallelmind.model.structure import causal_lm, decoder
 
 _CHUNK = 1024  # targets whose logits exist at one time
 
@@ -40,46 +40,30 @@ def to_tensors(batch: Batch, device: torch.device | str = "cpu") -> Tensors:
     return Tensors(*(torch.from_numpy(getattr(batch, name)).to(device) for name in Tensors.__slots__))
 
 
-def causal_lm(model: nn.Module) -> PreTrainedModel:
-    """The Hugging Face model inside; LoRA layers live in it, so they stay active."""
-    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
-
-
 def target_loss(model: nn.Module, batch: Tensors, visibility: Visibility) -> tuple[Tensor, int]:
     """Summed float32 cross entropy over the target tokens (a scalar with gradients), and how many there are."""
     inner = causal_lm(model)
-    hidden = inner.base_model(**decoder_inputs(inner, batch, visibility)).last_hidden_state  # [batch, seq, width]
+    hidden = decoder(inner)(**decoder_inputs(inner, batch, visibility)).last_hidden_state  # [batch, seq, width]
     wanted = batch.labels != IGNORE
     hidden, labels = hidden[wanted], batch.labels[wanted]  # [targets, width], [targets]
     total = hidden.new_zeros((), dtype=torch.float32)
     for part, target in zip(hidden.split(_CHUNK), labels.split(_CHUNK), strict=True):
-        total = total + checkpoint(_chunk_loss, inner.get_output_embeddings(), part, target, use_reentrant=False)
+        total = total + checkpoint(_chunk_loss, inner, part, target, use_reentrant=False)
     return total, len(labels)
 
 
-def _chunk_loss(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(head(hidden).float(), labels, reduction="sum")
+def _chunk_loss(model: PreTrainedModel, hidden: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(head_logits(model, hidden).float(), labels, reduction="sum")
 
 
 def decoder_inputs(model: PreTrainedModel, batch: Tensors, visibility: Visibility) -> dict[str, Any]:
-    """What the decoder is called with: ids, mask and coordinates of the layout."""
-    seen = visible(batch.pos2d[..., 1], batch.sequence, visibility)
-    inputs = {
+    """What the decoder is called with: ids, and mask and coordinates of the layout if it is patched."""
+    if not is_patched(model):  # one branch per row: plain sequences, padded on the right
+        return {"input_ids": batch.ids, "attention_mask": (batch.sequence != PADDING).long(), "use_cache": False}
+    return {
         "input_ids": batch.ids,
-        "attention_mask": for_attention(seen, str(model.config._attn_implementation), model.dtype),
+        "attention_mask": attention_masks(model, batch.pos2d[..., 1], batch.sequence, visibility),
         "position_ids": batch.position,
+        "pos2d": batch.pos2d,
         "use_cache": False,
     }
-    return {**inputs, "pos2d": batch.pos2d} if is_patched(model) else inputs
-
-
-@torch.no_grad()
-def refuse_unusual_head(model: nn.Module) -> None:
-    """Raises UserError if the model's logits are not its head applied to its hidden states (soft-capped or scaled ones)."""
-    inner = causal_lm(model)
-    ids = torch.tensor([[1, 2]], device=inner.device)
-    hidden = inner.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    plain = inner.get_output_embeddings()(hidden)
-    if not torch.allclose(inner(input_ids=ids, use_cache=False).logits.float(), plain.float(), rtol=1e-2, atol=1e-2):
-        kind = inner.config.model_type
-        raise UserError(f"base_model: {kind} caps or scales its logits, which this loss does not; choose another model")

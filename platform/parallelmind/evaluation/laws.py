@@ -1,0 +1,171 @@
+"""The laws that a patched model obeys, as checks on a model: each raises LawBroken with the figure that broke it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import product
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+
+from parallelmind.config import BaseConfig, LoraConfig, RopeConfig
+from parallelmind.evaluation.probes import (
+    BRANCHES,
+    CLOSE,
+    ENDLESS,
+    MAIN,
+    LawBroken,
+    Recorded,
+    RecordedRows,
+    agree,
+    differ,
+    layout_logits,
+    patched,
+    plain_logits,
+    sample_logits,
+)
+from parallelmind.evaluation.tiny import tiny_tokenizer
+from parallelmind.layout import Tokens, arrange
+from parallelmind.model.adapter import add_lora, load_model_with_lora, save_adapter
+from parallelmind.model.base import no_progress_bars
+from parallelmind.model.structure import causal_lm
+
+_FAR = 100_003  # a move that turns even the slowest pair of a long-context model
+_SHIFT = 600  # past the longest text of a tiny model, where scaled frequencies would change
+
+
+def settings(**values: Sequence[Any]) -> list[RopeConfig]:
+    """Every combination of the values of some fields."""
+    return [RopeConfig.model_validate(dict(zip(values, chosen, strict=True))) for chosen in product(*values.values())]
+
+
+EVERY_SETTING = settings(
+    visibility=("columnar", "isolated"), positions=("time", "flat"), align_to=("left", "right"), rope_2d_ratio=(0.0, 0.5, 1.0)
+)
+FEW_SETTINGS = [*EVERY_SETTING[2::4], EVERY_SETTING[16]]  # every value of every field, and each way of laying out
+
+
+def restored(model: PreTrainedModel) -> None:
+    """Law 1: unpatch restores the model bit for bit."""
+    before = [(type(module), sorted(module._buffers)) for module in model.modules()]
+    logits = plain_logits(model, MAIN)
+    with patched(model, RopeConfig(rope_2d_ratio=1.0)):
+        differ(plain_logits(model, MAIN + BRANCHES[0]), plain_logits(model, MAIN[::-1] + BRANCHES[0]), "two texts")
+    if [(type(module), sorted(module._buffers)) for module in model.modules()] != before:
+        raise LawBroken("classes or buffers are not what they were")
+    if not torch.equal(plain_logits(model, MAIN), logits):
+        raise LawBroken("logits are not what they were")
+
+
+def base(model: PreTrainedModel) -> None:
+    """Law 1: with r = 0, positions = time and one branch it is the unpatched model."""
+    text = MAIN + BRANCHES[1]
+    expected = plain_logits(model, text)
+    with patched(model, RopeConfig(rope_2d_ratio=0)) as config:
+        if not torch.equal(plain_logits(model, text), expected):
+            raise LawBroken("a call without pos2d is not what it was")
+        agree(torch.cat(sample_logits(model, config, BRANCHES[1:2])), expected, "one branch and the unpatched model")
+
+
+def alone(model: PreTrainedModel) -> None:
+    """Law 2: isolated branches with r = 0 and time positions are main and branch run alone."""
+    expected = [plain_logits(model, MAIN + branch)[len(MAIN) :] for branch in BRANCHES]
+    with patched(model, RopeConfig(rope_2d_ratio=0, visibility="isolated")) as config:
+        for found, lone in zip(sample_logits(model, config)[1:], expected, strict=True):
+            agree(found, lone, "a branch beside siblings and alone")
+
+
+def cached(model: PreTrainedModel, among: Iterable[RopeConfig] = FEW_SETTINGS) -> None:
+    """Law 3: cached incremental decoding is one full forward, for every visibility, ratio and alignment."""
+    for setting in among:
+        with patched(model, setting) as config:
+            for main in ([], MAIN):
+                _decoding_equals_one_forward(model, main, config)
+
+
+def _decoding_equals_one_forward(model: PreTrainedModel, main: list[int], config: RopeConfig) -> None:
+    engine = Recorded(model, Tokens.of(main, BRANCHES), ENDLESS)
+    engine.run()
+    whole = layout_logits(model, engine.state.final_layout(), config)[1:]
+    for branch, prompt in enumerate(BRANCHES):
+        agree(torch.stack(engine.seen[branch]), whole[branch][len(prompt) - 1 : -1], f"cached and full logits ({config})")
+
+
+def rows(model: PreTrainedModel) -> None:
+    """The fallback of a model that cannot be patched: every branch, in a row of its own, says what it says alone.
+
+    A scan over a text and steps along it round differently, by more than attention does.
+    """
+    for main in ([], MAIN):
+        engine = RecordedRows(model, Tokens.of(main, BRANCHES), ENDLESS)
+        engine.run()
+        for branch, prompt in enumerate(BRANCHES):
+            lone = plain_logits(model, [*main, *prompt, *engine.state.generated(branch).tolist()])
+            first = len(main) + len(prompt) - 1
+            agree(torch.stack(engine.seen[branch]), lone[first:-1], "a branch in a row of its own and alone", 10 * CLOSE)
+
+
+def siblings(model: PreTrainedModel) -> None:
+    """Law 4: isolated, no branch changes another; columnar, it changes only what is later in time."""
+    changed = [[*BRANCHES[0][:1], 99, *BRANCHES[0][2:]], *BRANCHES[1:]]
+    for setting in settings(visibility=("isolated", "columnar"), align_to=("left", "right"), rope_2d_ratio=(0.0, 0.5)):
+        with patched(model, setting) as config:
+            layout = arrange(Tokens.of(MAIN, BRANCHES), config)
+            at = int(layout.time[layout.sequence == 1][1])  # when the changed token stands
+            before, after = sample_logits(model, config), sample_logits(model, config, changed)
+        differ(before[1][1:], after[1][1:], "a branch whose token was changed")
+        for number in (0, 2, 3):
+            time = torch.from_numpy(np.sort(layout.time[layout.sequence == number]))
+            unmoved = time <= at if config.visibility == "columnar" else time >= 0
+            agree(before[number][unmoved], after[number][unmoved], f"a sibling of a changed branch ({config})")
+        if config.visibility == "columnar":
+            differ(before[2], after[2], "a sibling of a changed branch")
+
+
+def shifted(model: PreTrainedModel) -> None:
+    """Law 5: a shift of all branch coordinates changes nothing, moving one branch changes logits."""
+    chosen = settings(pairs=("low", "mid", "spread"), rope_2d_ratio=(0.25, 1.0), positions=("time", "flat"), branch_stride=(3,))
+    for setting in chosen[::2] + chosen[-1:]:  # each choice of pairs at each ratio
+        with patched(model, setting) as config:
+            still = torch.cat(sample_logits(model, config))
+            agree(torch.cat(sample_logits(model, config, shift=_SHIFT)), still, f"shifted branches ({config})")
+            differ(torch.cat(sample_logits(model, config, move=2, by=_FAR)), still, f"a moved branch ({config})")
+
+
+def saved(model: PreTrainedModel) -> None:
+    """Law 6: base model and adapter, saved and loaded, give the same logits."""
+    rope, lora, attention = RopeConfig(visibility="isolated"), LoraConfig(lora_rank=2), model.config._attn_implementation
+    with TemporaryDirectory() as folder:
+        _save_base(model, f"{folder}/base")
+        base = BaseConfig(base_model=f"{folder}/base")
+        copy, _ = load_model_with_lora(base_model=base.base_model, attn_implementation=attention, **rope.model_dump())
+        adapted = add_lora(causal_lm(copy), lora, seed=0)
+        with torch.no_grad():
+            for weight in adapted.parameters():
+                if weight.requires_grad:
+                    weight.normal_(0, 0.1)
+        save_adapter(adapted, tiny_tokenizer(), f"{folder}/adapter", base, rope, lora)
+        loaded, _ = load_model_with_lora(lora_path=f"{folder}/adapter", attn_implementation=attention)
+        expected = torch.cat(sample_logits(adapted.eval(), rope))
+        agree(torch.cat(sample_logits(loaded, rope)), expected, "a saved and a loaded model")
+        with patched(model, rope):
+            differ(torch.cat(sample_logits(model, rope)), expected, "a base model and its adapter")
+
+
+def _save_base(model: PreTrainedModel, folder: str) -> None:
+    with no_progress_bars():
+        model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    # Where a type's causal LM is built from the text part of its configuration alone, checkpoints carry the whole.
+    kinds: list[Any] = list(MODEL_FOR_CAUSAL_LM_MAPPING)
+    if type(model.config) not in kinds:
+        whole = next(kind for kind in kinds if kind.sub_configs.get("text_config") is type(model.config))
+        whole(text_config=model.config.to_dict()).save_pretrained(folder)
+
+
+LAWS: dict[str, Callable[[PreTrainedModel], None]] = {
+    law.__name__: law for law in (restored, base, alone, cached, siblings, shifted, saved)
+}

@@ -1,0 +1,42 @@
+"""One of two processes: its half of a batch, through DistributedDataParallel, against the whole batch in one process."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from families import variant
+from torch.nn.parallel import DistributedDataParallel
+
+from parallelmind.config import LoraConfig, RopeConfig
+from parallelmind.evaluation.probes import BRANCHES, MAIN
+from parallelmind.layout import Tokens, arrange, collate
+from parallelmind.model.adapter import add_lora
+from parallelmind.model.patch import patch
+from parallelmind.training.loss import decoder_inputs, to_tensors
+
+
+def lora_gradients(model: torch.nn.Module, run: torch.nn.Module, mains: list[list[int]]) -> torch.Tensor:
+    samples = [arrange(Tokens.of(main, BRANCHES), CONFIG) for main in mains]
+    inputs = decoder_inputs(model.get_base_model(), to_tensors(collate(samples, pad_id=0)), CONFIG.visibility)
+    model.zero_grad()
+    run(**inputs).logits.log_softmax(-1)[..., 5].mean().backward()
+    return torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.requires_grad])
+
+
+CONFIG = RopeConfig()
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    halves = [[MAIN], [MAIN[::-1]]]
+    for family in ("shared", "in each attention"):
+        model = variant(family)
+        patch(model, CONFIG)
+        adapted = add_lora(model, LoraConfig(lora_rank=2), seed=0)
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.constant_(weight, 0.1)
+        whole = lora_gradients(adapted, adapted, halves[0] + halves[1])
+        half = lora_gradients(adapted, DistributedDataParallel(adapted), halves[dist.get_rank()])
+        torch.testing.assert_close(half, whole, rtol=1e-4, atol=1e-6)
+    print("gradients agree", flush=True)
+    dist.destroy_process_group()

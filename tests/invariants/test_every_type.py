@@ -1,0 +1,43 @@
+"""Every causal-LM type of transformers against the table in the docs: what it promises holds, and it is complete."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from parallelmind.evaluation.laws import LAWS
+from parallelmind.evaluation.support import COLUMNS, Row, examine
+from parallelmind.evaluation.tiny import causal_lm_types
+
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "models.md"
+
+
+def documented() -> list[Row]:
+    lines = DOCS.read_text(encoding="utf-8").split("| " + " | ".join(COLUMNS) + " |\n")[1].splitlines()[1:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [Row(kind, family, held == "yes", reason, tuple(laws.split())) for kind, family, held, reason, laws in cells]
+
+
+def name(row: Row) -> str:
+    return row.model_type if row.supported else f"{row.model_type}: {row.reason}"
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("row", documented(), ids=name)
+def test_type(row):
+    (found,) = examine([row.model_type])
+    assert found.texts() == tuple(text.replace("|", "/") for text in row.texts())
+
+
+def test_the_table_is_complete():
+    assert [row.model_type for row in documented()] == causal_lm_types()
+    assert all(row.laws == tuple(LAWS) for row in documented() if row.supported)
+
+
+def test_nearly_every_rotary_type_is_supported():
+    """Of the types that turn positions into angles, whose layers are all attention, and that can be built."""
+    rows = documented()
+    held = sum(row.supported for row in rows)
+    refused = [row.model_type for row in rows if row.family in ("pooled",)]
+    assert held / (held + len(refused)) >= 0.95, refused
