@@ -7,13 +7,14 @@ import re
 import sys
 import types
 import typing
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from pydantic.fields import FieldInfo
 
 from parallelmind.config import Part, resolve
-from parallelmind.errors import UserError
+from parallelmind.errors import Notice, UserError
 
 PartT = TypeVar("PartT", bound=Part)
 
@@ -22,6 +23,7 @@ _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 
 def run(main: Callable[[list[str]], None]) -> None:
     """Call `main` with the command line. A UserError becomes one line on stderr and exit 2; Ctrl-C is exit 130."""
+    warnings.formatwarning = _one_line
     try:
         main(sys.argv[1:])
     except UserError as error:
@@ -30,6 +32,14 @@ def run(main: Callable[[list[str]], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+_formatted = warnings.formatwarning
+
+
+def _one_line(message: Warning | str, category: type[Warning], *place: Any, **line: Any) -> str:
+    """Notices without the place in the code that they come from; other people's warnings as they are."""
+    return f"note: {message}\n" if issubclass(category, Notice) else _formatted(message, category, *place, **line)
 
 
 def wants_help(argv: Sequence[str]) -> bool:

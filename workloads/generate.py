@@ -40,6 +40,7 @@ class ModelPart(Part):
     lora_path: str | None = Field(None, description="adapter folder; null: the base model alone")
     dtype: Dtype | None = Field(None, description="compute type of the base weights")
     trust_remote_code: bool = Field(False, description="allow a hub model to run its own code")
+    patch_rope: bool | None = Field(None, description="false: leave the model as it is, without 2D RoPE")
     rope_2d_ratio: float | None = Field(None, ge=0, le=1, description="share of rotary pairs driven by (branch, time)")
     pairs: Pairs | None = Field(None, description="which pairs the ratio selects")
     branch_stride: int | None = Field(None, ge=1, description="distance between neighbouring branch coordinates")

@@ -5,6 +5,10 @@ class UserError(ValueError):
     """A wrong value, named in one line with its field and its remedy."""
 
 
+class Notice(UserWarning):
+    """Something that a user should know and need not mend; workloads print it as one line."""
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, in one line; its type where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

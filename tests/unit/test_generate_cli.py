@@ -6,9 +6,10 @@ import json
 import sys
 
 import pytest
-from tiny import save_tiny
+from tiny import save_tiny, tiny_tokenizer
 
-from parallelmind.errors import UserError
+from parallelmind.errors import Notice, UserError
+from parallelmind.evaluation import tiny as model_tiny
 from workloads import chat, cli, generate
 
 
@@ -33,6 +34,22 @@ def test_prompts_are_branches_of_one_sample(tiny, capsys):
     generate.main([f"base_model={tiny}", "main=the passage", "prompts=[who, where is]", "max_new_tokens=3"])
     (row,) = rows(capsys.readouterr().out)
     assert (row["main"], row["branches"], len(row["outputs"])) == ("the passage", ["who", "where is"], 2)
+
+
+def test_a_model_without_branches_is_refused_with_a_remedy_that_works(tmp_path, capsys):
+    model_tiny.tiny_model("jamba", vocab_size=300).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    given = [f"base_model={tmp_path}", "main=the passage", "prompts=[who, where]", "max_new_tokens=3", "ignore_eos=true"]
+    with pytest.raises(UserError, match="recurrent .*patch_rope=false"):
+        generate.main(given)
+    with pytest.warns(Notice, match="jamba keeps a recurrent"):
+        generate.main([*given, "patch_rope=false"])
+    assert len(rows(capsys.readouterr().out)[0]["outputs"]) == 2
+
+
+def test_a_notice_is_one_line_without_a_place_in_the_code():
+    assert cli._one_line(Notice("mind this"), Notice, "file.py", 3) == "note: mind this\n"
+    assert "file.py:3" in cli._one_line(UserWarning("theirs"), UserWarning, "file.py", 3, line="code")
 
 
 def test_bad_lines_are_reported_and_the_job_goes_on(tiny, tmp_path, capsys):

@@ -10,17 +10,19 @@ import torch
 from families import FAMILIES, variant
 from torch import nn
 
-from parallelmind.config import LoraConfig, RopeConfig
+from parallelmind.config import BaseConfig, LoraConfig, RopeConfig
 from parallelmind.decoding.generate import Sample, generate, generate_text
-from parallelmind.errors import UserError
+from parallelmind.errors import Notice, UserError
 from parallelmind.evaluation.tiny import causal_lm_types, tiny_config, tiny_model, tiny_tokenizer
-from parallelmind.model.adapter import add_lora, load_model_with_lora
-from parallelmind.model.base import meta_model
+from parallelmind.layout import Tokens, arrange, collate
+from parallelmind.model.adapter import add_lora, load_model_with_lora, save_adapter
+from parallelmind.model.base import load_base, meta_model
 from parallelmind.model.head import head_logits
 from parallelmind.model.mask import Reach, layer_reaches
 from parallelmind.model.patch import is_patched, patch
 from parallelmind.model.structure import decoder
 from parallelmind.model.support import assess
+from parallelmind.training.loss import target_loss, to_tensors
 from workloads import evaluate
 from workloads.support import Row, _write_markdown
 
@@ -59,7 +61,7 @@ def test_refused_models_still_decode_branches_in_rows_of_their_own(tmp_path, mod
     tiny_tokenizer().save_pretrained(tmp_path)
     model, tokenizer = load_model_with_lora(base_model=str(tmp_path), patch_rope=False)
     branches, options = [[20, 21], [30]], {"max_new_tokens": 4, "ignore_eos": True}
-    with pytest.warns(UserWarning, match=f"{model_type} .*isolated, each in a row of its own"):
+    with pytest.warns(Notice, match=f"{model_type} .*isolated, each in a row of its own"):
         together = generate(model, tokenizer, Sample(main=[5, 6, 7], branches=branches), **options)
     assert together == [generate_text(model, tokenizer, [5, 6, 7, *branch], **options) for branch in branches]
 
@@ -114,6 +116,33 @@ def test_adapters_leave_towers_and_routers_alone():
     assert layers
     assert not [name for name in layers if "vision" in name]
     assert not [name for name in adapted_layers("llama4_text") if "router" in name]
+
+
+def test_an_adapter_of_a_model_without_branches(tmp_path):
+    """patch_rope=false: trained, saved and loaded like any other, on single branches."""
+    rope, lora, folder = RopeConfig(patch_rope=False), LoraConfig(lora_rank=2), tmp_path / "base"
+    tiny_model("mamba").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    base = BaseConfig(base_model=str(folder))
+    model, tokenizer = load_base(base)
+    adapted = add_lora(model, lora, seed=0)
+    batch = to_tensors(collate([arrange(Tokens.of([], [text]), rope) for text in ([5, 6, 7], [8, 9])], pad_id=0))
+    loss, targets = target_loss(adapted, batch, "isolated")
+    loss.backward()
+    assert targets == 3
+    moved = [weight for weight in adapted.parameters() if weight.grad is not None and weight.grad.any()]
+    assert moved
+    with torch.no_grad():
+        for weight in moved:
+            weight.sub_(weight.grad.sign())
+    save_adapter(adapted, tokenizer, tmp_path / "adapter", base, rope, lora)
+    loaded, _ = load_model_with_lora(lora_path=tmp_path / "adapter")
+    torch.testing.assert_close(loaded(torch.tensor([[5, 6, 7]])).logits, adapted.eval()(torch.tensor([[5, 6, 7]])).logits)
+
+
+def test_what_peft_refuses_is_one_line():
+    with pytest.raises(UserError, match="lora_targets='out_proj': .*incompatible with Mamba"):
+        add_lora(tiny_model("mamba"), LoraConfig(lora_targets="out_proj"), seed=0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

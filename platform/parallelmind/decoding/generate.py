@@ -16,7 +16,7 @@ from parallelmind.decoding.rows import RowEngine
 from parallelmind.decoding.sampling import SamplingParams
 from parallelmind.decoding.sequence import FinishReason
 from parallelmind.decoding.text import BranchWriter
-from parallelmind.errors import UserError
+from parallelmind.errors import Notice, UserError
 from parallelmind.layout import Tokens
 from parallelmind.model.patch import is_patched
 from parallelmind.model.structure import causal_lm
@@ -101,7 +101,7 @@ def _engine(model: Model, tokens: Tokens, params: SamplingParams) -> Engine:
     engine = RowEngine(model, tokens, params)
     if tokens.branches > 1:
         kind = causal_lm(model).config.model_type
-        warnings.warn(f"{kind} {reason}; its branches are decoded isolated, each in a row of its own", stacklevel=3)
+        warnings.warn(f"{kind} {reason}; its branches are decoded isolated, each in a row of its own", Notice, stacklevel=3)
     return engine
 
 

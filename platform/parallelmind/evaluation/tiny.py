@@ -33,8 +33,8 @@ _SIZES: dict[int, str] = {
     "adapter_hidden_dim adapter_out_dim adapter_input_size",
     16: "head_dim swa_head_dim global_head_dim kv_channels dim_head d_head v_head_dim qk_nope_head_dim qk_rope_head_dim "
     "qk_head_dim index_head_dim indexer_head_dim rotary_dim linear_head_dim linear_key_head_dim linear_value_head_dim "
-    "mamba_d_head mamba_head_dim swa_v_head_dim swa_qk_nope_head_dim swa_qk_rope_head_dim kv_lora_rank q_lora_rank "
-    "o_lora_rank laurel_rank adapter_rank gated_norm_rank router_hidden_size hc_lowrank swa_q_lora_rank swa_kv_lora_rank "
+    "mamba_d_head mamba_head_dim kv_lora_rank q_lora_rank "
+    "o_lora_rank laurel_rank adapter_rank gated_norm_rank router_hidden_size hc_lowrank "
     "hidden_size_per_layer_input attention_head_size num_centroids image_size index_n_heads",
     WINDOW: "sliding_window sliding_window_size attention_window_size attention_chunk_size local_attention window_size "
     "keep_window_size",
@@ -63,6 +63,11 @@ _BY_TYPE: dict[str, dict[str, Any]] = {
     "dbrx": {
         "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0},
         "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 64},
+    },
+    "dots3_note_text": {
+        **dict.fromkeys(("swa_num_attention_heads", "swa_num_key_value_heads"), 4),
+        **dict.fromkeys(("swa_q_lora_rank", "swa_kv_lora_rank", "swa_qk_nope_head_dim", "swa_v_head_dim"), 16),
+        "swa_head_dim": 32,
     },
     "falcon_h1": {"mamba_d_ssm": 128},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},

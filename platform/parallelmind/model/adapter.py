@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parallelmind.config import BaseConfig, LoraConfig, RopeConfig, resolve
-from parallelmind.errors import UserError
+from parallelmind.errors import UserError, first_line
 from parallelmind.model.base import load_base, load_structure
 from parallelmind.model.manifest import FORMAT, MANIFEST, Manifest, base_config_hash, chat_template_hash, read_manifest
 from parallelmind.model.patch import is_patched, patch, rope_config
@@ -52,20 +52,28 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=targets,
-        exclude_modules=_not_adaptable(model) or None,
+        exclude_modules=_not_adaptable(model, every=targets == "all-linear") or None,
     )
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        with _peft_warnings_off():
-            return get_peft_model(model, settings)
+        try:
+            with _peft_warnings_off():
+                return get_peft_model(model, settings)
+        except ValueError as error:
+            raise UserError(f"lora_targets={config.lora_targets!r}: {first_line(error)}") from error
 
 
-def _not_adaptable(model: PreTrainedModel) -> list[str]:
-    """Linear layers that LoRA must leave alone: those of other towers, which text never passes, and routers of experts
-    that are built as linear layers but return more than one tensor."""
+def _not_adaptable(model: PreTrainedModel, every: bool) -> list[str]:
+    """Linear layers that LoRA must leave alone: those of other towers, which text never passes. Where every layer is asked
+    for, also routers of experts, which are built as linear layers but return more than one tensor, and the last layer of a
+    recurrent mixer, whose kernels read the weight past the layer."""
     text = text_modules(model)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    return [name for name, module in linears.items() if name not in text or _is_router(module)]
+    odd = {name for name in linears if name not in text}
+    if every:
+        fused = "out_proj" if model._is_stateful else None
+        odd |= {name for name, module in linears.items() if name.rpartition(".")[2] == fused or _is_router(module)}
+    return sorted(odd)
 
 
 @torch.no_grad()

@@ -84,7 +84,8 @@ def base_config_hash(config: PreTrainedConfig) -> str:
     text = config.get_text_config(decoder=True)
     written = text.to_dict()  # attributes that differ between layers cannot be asked for one by one
     fields = {name: written.get(text.attribute_map.get(name, name)) for name in _ARCHITECTURE}
-    fields["head_dim"] = fields["head_dim"] or text.hidden_size // text.num_attention_heads
+    if fields["head_dim"] is None and fields["num_attention_heads"]:
+        fields["head_dim"] = fields["hidden_size"] // fields["num_attention_heads"]
     numbers = json.loads(json.dumps(fields), parse_int=float)  # 10000 and 10000.0 are the same theta
     return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()
 

@@ -43,7 +43,7 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
     """Raises UserError with the reason and the remedy if the model cannot hold parallel branches."""
     support = assess(model)
     if support.reason:
-        remedy = "choose another model, or train single branches with patch_rope=false"
+        remedy = "choose another model, or set patch_rope=false for single branches"
         raise UserError(f"base_model: {model.config.model_type} {support.reason}; {remedy}")
 
 
