@@ -145,6 +145,12 @@ def _save_peft(model: PeftModel, folder: Path, base_model: str) -> None:
     model.save_pretrained(str(folder), save_embedding_layers=False)
 
 
+def trained_weights(model: PeftModel) -> dict[str, Tensor]:
+    """What LoRA trains, by the names it is saved under."""
+    # Left to choose, peft asks the hub whether the embeddings were resized.
+    return peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+
+
 def load_adapter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> PeftModel:
     """Put a saved adapter on a base model that is patched as the adapter's was; eval mode.
 
@@ -157,17 +163,18 @@ def load_adapter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
     _refuse_other("chat template", chat_template_hash(tokenizer), manifest.chat_template_sha256, manifest)
     with _peft_warnings_off():
         adapted = cast(PeftModel, get_peft_model(model, peft.PeftConfig.from_pretrained(str(folder))))
-    _fill(adapted, load_file(Path(folder) / WEIGHTS), folder)
+    fill(adapted, load_file(Path(folder) / WEIGHTS), folder)
     return adapted.eval()
 
 
 @torch.no_grad()
-def _fill(model: PeftModel, saved: Mapping[str, Tensor], folder: str | Path) -> None:
+def fill(model: PeftModel, saved: Mapping[str, Tensor], folder: str | Path) -> None:
     """Copy saved weights into the model, all of them and by their own names.
 
     peft's own loading renames them as transformers renames old base checkpoints, and only warns of those that it loses.
+    Raises UserError, naming the folder, where the names are not the same.
     """
-    own = peft.get_peft_model_state_dict(model)
+    own = trained_weights(model)
     if own.keys() != saved.keys():
         odd = min(own.keys() ^ saved.keys())
         raise UserError(f"lora_path={folder}: the adapter and the model do not both have {odd}; load the base it was trained on")

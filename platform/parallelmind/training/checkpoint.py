@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from parallelmind.model.adapter import fill, trained_weights
 from parallelmind.storage import sha256, whole_folder
 
 _WEIGHTS, _OPTIMIZER, _STATE = "adapter.safetensors", "optimizer.pt", "state.json"
@@ -38,9 +39,7 @@ class State:
 def save(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer, state: State) -> None:
     """Write `folder` under another name beside it, flush it, then rename. Replaces an older one."""
     with whole_folder(folder) as built:
-        # Left to choose, peft asks the hub whether the embeddings were resized.
-        trained = get_peft_model_state_dict(model, save_embedding_layers=False)
-        weights = {name: value.detach().cpu().contiguous() for name, value in trained.items()}
+        weights = {name: value.detach().cpu().contiguous() for name, value in trained_weights(model).items()}
         save_file(weights, built / _WEIGHTS)
         torch.save(optimizer.state_dict(), built / _OPTIMIZER)
         files = {name: sha256(built / name) for name in (_WEIGHTS, _OPTIMIZER)}
@@ -51,7 +50,7 @@ def load(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer) -> St
     """Put a complete checkpoint (see `read_state`) back into model and optimizer."""
     state = read_state(folder)
     assert state is not None, folder
-    set_peft_model_state_dict(model, load_file(folder / _WEIGHTS))
+    fill(model, load_file(folder / _WEIGHTS), folder)
     device = next(model.parameters()).device
     optimizer.load_state_dict(torch.load(folder / _OPTIMIZER, map_location=device, weights_only=True))
     return state
