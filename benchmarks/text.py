@@ -23,10 +23,18 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 def passages(count: int) -> list[tuple[list[int], list[list[int]]]]:
     """`count` samples of token ids: a passage, and eight questions of its article."""
-    path = os.environ.get("XQUAD")
-    texts = _xquad(Path(path)) if path else _generated(count)
     encode = tokenizer().encode
-    return [(encode(main), [encode(question) for question in questions]) for main, questions in texts[:count]]
+    return [(encode(main), [encode(question) for question in questions]) for main, questions in _samples(count)[:count]]
+
+
+def texts() -> list[str]:
+    """240 passages, as text."""
+    return [main for main, _ in _samples(240)]
+
+
+def _samples(count: int) -> list[tuple[str, list[str]]]:
+    path = os.environ.get("XQUAD")
+    return _xquad(Path(path)) if path else _generated(count)
 
 
 def _xquad(path: Path) -> list[tuple[str, list[str]]]:

@@ -14,8 +14,8 @@ import workloads.ray_env  # noqa: F401  (before Ray)
 
 # isort: split
 import ray
-import ray.data
 
+from parallelmind.data.pipeline import quiet_data
 from parallelmind.errors import UserError, first_line
 
 
@@ -36,11 +36,8 @@ def connect(address: str | None) -> None:
         raise UserError(f"ray_address={where}: {first_line(error).rstrip('.')}; {remedy}") from error
     if where == "local":
         _name_cluster(Path(os.environ["RAY_TMPDIR"]))
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    for name in ("ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.ERROR)  # warnings there are about progress bars and retries
+    quiet_data()
+    logging.getLogger("ray.train").setLevel(logging.ERROR)  # warnings there are about retries
 
 
 def _scratch() -> str:

@@ -20,7 +20,7 @@ from parallelmind.errors import UserError
 from workloads import cli
 from workloads.settings import read_config
 
-CHECKPOINTS, STOP, ADAPTER = "checkpoints", "STOP", "adapter"  # in a run's folder
+CHECKPOINTS, STOP, ADAPTER, QUARANTINE = "checkpoints", "STOP", "adapter", "quarantine.jsonl"  # in a run's folder
 _COMPLETE = "parallelmind.json"  # the adapter folder appears whole, this file with it
 
 

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import workloads.ray_env  # noqa: F401  (before Ray)
 
@@ -21,7 +22,8 @@ import ray.train
 from ray.train.torch import TorchTrainer
 
 from parallelmind.config import BaseConfig, DataConfig, TrainConfig, save_yaml
-from parallelmind.data.pipeline import OrderedSplit, Survey, sample_rows, survey
+from parallelmind.data.pipeline import start_feeder, survey
+from parallelmind.data.survey import Survey, write_quarantine
 from parallelmind.errors import UserError
 from parallelmind.model.base import load_structure, load_tokenizer
 from parallelmind.model.support import refuse_unsupported
@@ -29,11 +31,11 @@ from parallelmind.tracking import Tracker, absolute_uri
 from parallelmind.training import checkpoint
 from parallelmind.training.loop import Outcome
 from workloads import cluster
-from workloads.train import ADAPTER, CHECKPOINTS, STOP
+from workloads.train import ADAPTER, CHECKPOINTS, QUARANTINE, STOP
 from workloads.train_worker import Task, run_worker
 
 _RESTARTS = 3  # how often lost workers are replaced before the run is given up
-_SHOWN_BAD_LINES = 10
+_SHOWN_BAD_LINES, _SHOWN_KEYS = 10, 5
 
 
 def execute(config: TrainConfig, folder: Path, files: list[str], held_out: list[str]) -> None:
@@ -47,7 +49,7 @@ def execute(config: TrainConfig, folder: Path, files: list[str], held_out: list[
     cluster.connect(config.ray_address)
     if config.use_gpu:
         cluster.require_gpus(config.num_workers)
-    found = _survey(config, files, held_out, vocabulary)
+    found = _survey(config, folder, files, held_out, vocabulary)
     tracker = _tracker(config, folder)
     threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, int(cluster.cpus()) // config.num_workers)
     task = Task(config, folder, tuple(held_out), tracker.uri, tracker.run_id, planned_steps(config, found), threads)
@@ -66,23 +68,24 @@ def execute(config: TrainConfig, folder: Path, files: list[str], held_out: list[
 
 def planned_steps(config: TrainConfig, found: Survey) -> int:
     """About how many optimizer steps the run takes."""
-    units = found.samples(config) if config.batch_by_samples else found.branches
-    share = found.largest_share(config.num_workers)
-    steps = max(1, math.ceil(units * share / (config.batch_size * config.accumulation_steps))) * config.epochs
+    steps = max(1, math.ceil(found.batches(config) / (config.num_workers * config.accumulation_steps))) * config.epochs
     return steps if config.max_steps is None else min(steps, config.max_steps)
 
 
-def _survey(config: TrainConfig, files: list[str], held_out: list[str], vocabulary: int) -> Survey:
-    """Check every line of every file before training; what is malformed is printed, with file, line and reason."""
-    found = survey(files, config.num_workers, config.strict, vocabulary)
+def _survey(config: TrainConfig, folder: Path, files: list[str], held_out: list[str], vocabulary: int) -> Survey:
+    """Check every line of every file before training; what is bad is printed and written to the run's quarantine."""
+    found = survey(files, config, vocabulary)
     bad = list(found.bad)
     if held_out:
-        bad += survey(held_out, 1, config.strict, vocabulary, "validation_path").bad
+        bad += survey(held_out, config, vocabulary, "validation_path").bad
     for line in bad[:_SHOWN_BAD_LINES]:
         print(f"malformed, left out: {line}", file=sys.stderr)
+    write_quarantine(folder / QUARANTINE, bad)
     if bad:
-        print(f"{len(bad)} malformed lines left out; strict=true stops at the first", file=sys.stderr)
-    print(f"data: {found.records} records, {found.branches} branches, {len(found.bad)} malformed lines", flush=True)
+        where = folder / QUARANTINE
+        print(f"{len(bad)} malformed lines left out, all in {where}; strict=true stops at the first", file=sys.stderr)
+    ignored = "".join(f", key {key!r} ignored in {count}" for key, count in found.extra.most_common(_SHOWN_KEYS))
+    print(f"data: {found.records} records, {found.branches} branches, {len(found.bad)} malformed lines{ignored}", flush=True)
     return found
 
 
@@ -98,10 +101,12 @@ def _tracker(config: TrainConfig, folder: Path) -> Tracker:
 
 def _fit(task: Task, files: list[str]) -> Outcome:
     """Ray Train, again from the newest checkpoint where workers were lost. An error that a worker raised is final."""
+    data, base = task.config.part(DataConfig), task.config.part(BaseConfig)
     for restart in range(_RESTARTS + 1):
         _keep_newest(task.folder / CHECKPOINTS, task.config.fingerprint())
+        feeder = start_feeder(files, data, base, task.config.seed, task.config.num_workers)
         try:
-            result = _trainer(task, files).fit()
+            result = _trainer(task, feeder).fit()
         except ray.train.WorkerGroupError as error:
             causes = list(error.worker_failures.values())
             if user_error := next((cause for cause in map(_root, causes) if isinstance(cause, UserError)), None):
@@ -113,6 +118,8 @@ def _fit(task: Task, files: list[str]) -> Outcome:
             outcome = result.return_value  # type: ignore[attr-defined]  # Ray types its V1 classes
             assert isinstance(outcome, Outcome)
             return outcome
+        finally:
+            ray.kill(feeder)
     raise AssertionError("the last restart returns or raises")
 
 
@@ -123,12 +130,12 @@ def _root(error: BaseException) -> BaseException:
     return error
 
 
-def _trainer(task: Task, files: list[str]) -> TorchTrainer:
+def _trainer(task: Task, feeder: Any) -> TorchTrainer:
     config = task.config
     # Half of the CPUs at most: the readers of Ray Data need some too, or everything waits for ever.
     share = max(0.01, round(min(0.5, cluster.cpus() / (2 * config.num_workers)), 2))
     return TorchTrainer(
-        functools.partial(run_worker, task),  # type: ignore[arg-type]
+        functools.partial(run_worker, task, feeder),  # type: ignore[arg-type]
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.num_workers,
             use_gpu=config.use_gpu,
@@ -141,8 +148,6 @@ def _trainer(task: Task, files: list[str]) -> TorchTrainer:
             # An error comes back to the driver with its traceback; Ray would print that a second time.
             logging_config=ray.train.LoggingConfig(log_level="CRITICAL"),
         ),
-        datasets={"train": sample_rows(files, config.num_workers, config.part(DataConfig), config.part(BaseConfig))},
-        dataset_config=OrderedSplit(),
     )
 
 

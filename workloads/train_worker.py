@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray.train
 import ray.train.torch
@@ -17,9 +18,9 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from parallelmind.config import BaseConfig, DataConfig, LoraConfig, RopeConfig, TrainConfig
-from parallelmind.data.files import byte_ranges
-from parallelmind.data.grouping import Row, Seeds, batched, batches, make_batch, regrouped
-from parallelmind.data.pipeline import read_range, to_rows
+from parallelmind.data.files import file_parts
+from parallelmind.data.grouping import Row, Seeds, batched, make_batch, regrouped
+from parallelmind.data.pipeline import feed, read_part
 from parallelmind.layout import Batch
 from parallelmind.model.adapter import add_lora, save_adapter
 from parallelmind.model.base import load_base
@@ -72,8 +73,11 @@ class RayHooks:
             ray.train.report(values, checkpoint=ray.train.Checkpoint.from_directory(Path(scratch) / "checkpoint"))
 
 
-def run_worker(task: Task) -> Outcome:
-    """Train on this worker's share; rank 0 writes the adapter at the end. Raises UserError for what the model refuses."""
+def run_worker(task: Task, feeder: Any) -> Outcome:
+    """Train on this worker's turns of the feeder's batches; rank 0 writes the adapter at the end.
+
+    Raises UserError for what the model refuses.
+    """
     torch.set_num_threads(task.threads)
     logging.getLogger().setLevel(logging.WARNING)  # Ray tells every report at INFO
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
@@ -81,15 +85,13 @@ def run_worker(task: Task) -> Outcome:
     rank, workers = context.get_world_rank(), context.get_world_size()
     model, tokenizer = build_model(config)
     hooks = RayHooks(task, leads=rank == 0)
-    counts: Counter[str] = Counter()
 
-    def stream(epoch: int) -> Iterator[Batch]:
-        counts.clear()
-        tables = ray.train.get_dataset_shard("train").iter_batches(batch_size=None, batch_format="pyarrow")
-        seeds = Seeds(config.seed, epoch, rank)
-        yield from batches(to_rows(tables, counts), config, config.part(RopeConfig), tokenizer.pad_token_id or 0, seeds)
+    def stream(epoch: int, first: int) -> Iterator[Batch]:
+        counts: Counter[str] = Counter()
+        for group in feed(feeder, epoch, first, workers, rank, counts):
+            yield group.batch(config.part(RopeConfig), tokenizer.pad_token_id or 0)
         if any(counts.values()):
-            print(f"worker {rank}: {counts['truncated']} texts truncated, {counts['skipped']} branches skipped", flush=True)
+            hooks.say(f"epoch {epoch}: {counts['truncated']} texts truncated, {counts['skipped']} branches skipped")
 
     job = Job(config, model, stream, hooks, task.planned, validation_sets(task, tokenizer, rank, workers), task.mlflow_run)
     resume = checkpoint.newest(task.folder / CHECKPOINTS, config.fingerprint())
@@ -121,15 +123,15 @@ def validation_sets(task: Task, tokenizer: PreTrainedTokenizerBase, rank: int, w
     found = {}
     for branches in config.validation_branches if config.patch_rope else [1]:
         samples = regrouped(rows, branches, config.validation_samples, config)
-        groups = list(batched(samples, config.batch_size, config.batch_by_samples))[rank::workers]
-        found[branches] = [make_batch(group, config.part(RopeConfig), tokenizer.pad_token_id or 0) for group in groups]
+        chosen = list(batched(samples, config, Seeds(config.seed).generator()))[rank::workers]
+        found[branches] = [make_batch(group, config.part(RopeConfig), tokenizer.pad_token_id or 0) for group in chosen]
     return found
 
 
 def _first_rows(task: Task, tokenizer: PreTrainedTokenizerBase) -> Iterator[Row]:
     left = task.config.validation_samples
-    for place in byte_ranges(task.validation_files, workers=1):
-        for item, lone in read_range(place, tokenizer, task.config.part(DataConfig)):
+    for part in file_parts(task.validation_files):
+        for item, lone in read_part(part, tokenizer, task.config.part(DataConfig)):
             if item.tokens is not None and left > 0:
                 yield Row(item.tokens, lone)
                 left -= item.tokens.branches

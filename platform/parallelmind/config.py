@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -37,9 +37,11 @@ class Part(BaseModel):
         """The fields of `kind` alone, for a configuration that includes them."""
         return kind(**{name: getattr(self, name) for name in kind.model_fields})
 
+    WHERE: ClassVar[frozenset[str]] = frozenset()  # fields that say where something happens, not what
+
     def fingerprint(self) -> str:
-        """First 12 hex digits of the SHA-256 over all fields: the same settings give the same text anywhere."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        """First 12 hex digits of the SHA-256 over all fields but `WHERE`: the same settings give the same text anywhere."""
+        canonical = json.dumps(self.model_dump(mode="json", exclude=set(self.WHERE)), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
@@ -77,18 +79,24 @@ class BaseConfig(Part):
 class DataConfig(Part):
     """Where the text comes from and how it becomes samples and batches."""
 
-    data_path: str = Field(min_length=1, description="parallel JSONL to train on")
-    validation_path: str | None = Field(None, description="parallel JSONL to measure on; none skips validation")
+    data_path: str = Field(
+        min_length=1, description="parallel JSONL (plain, .gz, .zst) or Parquet: file, folder, glob, URL, or several with commas"
+    )
+    validation_path: str | None = Field(None, description="the same, to measure on; none skips validation")
     branches_per_sample: int | None = Field(None, ge=1, description="group this many lone records into one sample")
     min_branches_per_sample: int = Field(1, ge=1, description="fewest branches of a randomly grouped sample")
-    max_branches_per_sample: int = Field(8, ge=1, description="most branches of a sample; a record with more is split")
+    max_branches_per_sample: int = Field(8, ge=1, description="most branches of a sample")
+    overfull: Literal["split", "refuse"] = Field("split", description="a record with more: split, main repeated, or called bad")
     batch_size: int = Field(4, ge=1, description="samples (or branches) per forward pass of one worker")
     batch_by_samples: bool = Field(True, description="batch_size counts samples; false counts branches")
+    batch_tokens: int | None = Field(None, ge=4, description="fill batches up to this many tokens, padding included, not by size")
+    length_window: int = Field(32, ge=1, description="batches whose samples are sorted by length together; 1 keeps their order")
     random_time_offset: int = Field(0, ge=0, description="start each branch up to this many time steps late, drawn anew")
     max_branch_tokens: int = Field(512, ge=2, description="longest main or branch, in tokens")
     max_sample_tokens: int = Field(4096, ge=4, description="longest sample, in tokens; branches over it are skipped")
     overlong: Literal["truncate", "skip"] = Field("truncate", description="what happens to a main or branch over the limit")
     strict: bool = Field(False, description="stop at the first malformed record instead of counting it")
+    max_bad_records: float | None = Field(None, ge=0, description="stop at more bad records: a count, or a share below 1")
     shuffle_window: int = Field(1024, ge=1, description="samples held in the seeded shuffle buffer; 1 keeps the file's order")
 
     @model_validator(mode="after")
@@ -140,7 +148,9 @@ class RunConfig(Part):
 
 
 class TrainConfig(RunConfig, OptimizerConfig, DataConfig, LoraConfig, RopeConfig, BaseConfig):
-    """A whole training run."""
+    """A whole training run. It may be gone on with on other workers than it was begun on."""
+
+    WHERE: ClassVar[frozenset[str]] = frozenset({"num_workers", "use_gpu", "ray_address"})
 
     @model_validator(mode="after")
     def _plain_sequences(self) -> Self:

@@ -58,6 +58,20 @@ def train(place: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=place, env=environment(), capture_output=True, text=True, timeout=400, check=False)
 
 
+def interrupted(place: Path, at: str, *arguments: str) -> str:
+    """What a run says that gets Ctrl-C as soon as a line begins with `at`."""
+    command = [sys.executable, "-m", "workloads.train", *arguments]
+    running = subprocess.Popen(command, cwd=place, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert running.stdout is not None
+    for line in running.stdout:
+        if line.startswith(at):
+            running.send_signal(signal.SIGINT)
+            break
+    output, _ = running.communicate(timeout=400)
+    assert running.returncode == 130
+    return output
+
+
 def run_of(place: Path, name: str) -> Path:
     (folder,) = (place / "runs").glob(f"{name}-*")
     return folder
@@ -72,12 +86,15 @@ def losses(output: str) -> list[float]:
 def test_a_run_from_start_to_adapter(place: Path, workers: int) -> None:
     done = train(place, "run.yaml", f"name=w{workers}", f"num_workers={workers}")
     assert done.returncode == 0, done.stderr
+    assert "MapBatches" not in done.stderr
     assert f"{LONE + RECORDS} records, {BRANCHES} branches, 3 malformed lines" in done.stdout
     for line, reason in ((21, "is a JSON number"), (22, "is not JSON"), (23, "is not UTF-8")):
         assert re.search(rf"data\.jsonl:{line}: .*{reason}", done.stderr)
     found = losses(done.stdout)
     assert found[-1] < found[0]
     folder = run_of(place, f"w{workers}")
+    quarantine = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
+    assert [(row["line"], Path(row["file"]).name) for row in quarantine] == [(n, "data.jsonl") for n in (21, 22, 23)]
     model, _ = load_model_with_lora(base_model=str(place / "tiny"), lora_path=folder / "adapter")
     assert all(torch.isfinite(weight).all() for weight in model.parameters())
     run_id = json.loads((folder / "run.json").read_text())["mlflow_run"]
@@ -122,17 +139,19 @@ def test_an_error_that_only_a_worker_sees_is_one_line_too(place: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_run_goes_on_with_the_rest_of_the_data_on_other_workers(place: Path) -> None:
+    interrupted(place, "step 3/", "run.yaml", "name=again", "validation_path=null", "num_workers=2")
+    done = train(place, "run.yaml", "name=again", "validation_path=null", "num_workers=1")
+    assert done.returncode == 0, done.stderr
+    assert "resuming from" in done.stdout
+    run_id = json.loads((run_of(place, "again") / "run.json").read_text())["mlflow_run"]
+    assert MlflowClient(f"sqlite:///{place}/mlflow.db").get_run(run_id).data.metrics["branches"] == 2 * BRANCHES
+
+
+@pytest.mark.slow
 def test_ctrl_c_saves_and_the_same_command_goes_on(place: Path) -> None:
     arguments = ("run.yaml", "name=cut", "epochs=40", "max_steps=150", "validation_path=null")
-    command = [sys.executable, "-m", "workloads.train", *arguments]
-    running = subprocess.Popen(command, cwd=place, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert running.stdout is not None
-    for line in running.stdout:
-        if line.startswith("step 3/"):
-            running.send_signal(signal.SIGINT)
-            break
-    output, _ = running.communicate(timeout=400)
-    assert running.returncode == 130
+    output = interrupted(place, "step 3/", *arguments)
     match = re.search(r"stopped at step (\d+); checkpoint: (\S+)", output)
     assert match is not None
     assert Path(match[2]).is_dir()

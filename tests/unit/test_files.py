@@ -1,42 +1,60 @@
-"""Byte ranges: every line in exactly one, wherever the cuts fall."""
+"""What a data path means, and parts that cover it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import fsspec
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from parallelmind.data.files import ByteRange, byte_ranges, find_files
+from parallelmind.data import files as files_module
+from parallelmind.data.files import file_parts, find_files, open_file
 from parallelmind.errors import UserError
 
 
-@given(content=st.lists(st.sampled_from([b"a", b"\n", b"\r", "\u2028".encode(), b"\xff"]), max_size=40), size=st.integers(1, 12))
-def test_every_line_is_read_once(tmp_path_factory: pytest.TempPathFactory, content: list[bytes], size: int) -> None:
-    file = tmp_path_factory.mktemp("ranges") / "data"
-    data = b"".join(content)
-    file.write_bytes(data)
-    ranges = [ByteRange(str(file), at, min(at + size, len(data))) for at in range(0, len(data), size)]
-    expected = data.removesuffix(b"\n").split(b"\n") if data else []
-    assert [line for place in ranges for line in place.lines()] == expected
+def names(path: str) -> list[str]:
+    return [Path(file).name for file in find_files(path)]
 
 
-def test_ranges_cover_the_files_and_give_every_worker_several(tmp_path: Path) -> None:
-    sizes = {"one": 100_000, "two": 30, "empty": 0}
-    for name, size in sizes.items():
-        (tmp_path / name).write_bytes(b"x" * size)
-    files = [str(tmp_path / name) for name in sizes]
-    ranges = byte_ranges(files, workers=2)
-    assert sum(place.end - place.start for place in ranges) == sum(sizes.values())
-    assert len(ranges) >= 16
-
-
-def test_a_folder_means_its_jsonl_files(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data_path=.*holds no \*\.jsonl"):
+def test_a_path_is_a_file_a_folder_a_glob_or_several(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data_path=.*no such file.*\*\.jsonl"):
         find_files(str(tmp_path))
-    for name in ("b.jsonl", "a.jsonl", "notes.txt"):
+    for name in ("b.jsonl", "a.jsonl", "c.jsonl.gz", "d.jsonl.zst", "e.parquet", "notes.txt"):
         (tmp_path / name).touch()
-    assert [Path(file).name for file in find_files(str(tmp_path))] == ["a.jsonl", "b.jsonl"]
-    with pytest.raises(UserError, match="validation_path=nowhere: no such file"):
-        find_files("nowhere", "validation_path")
+    every = ["a.jsonl", "b.jsonl", "c.jsonl.gz", "d.jsonl.zst", "e.parquet"]
+    assert names(str(tmp_path)) == every
+    assert names(f"{tmp_path}/[ab].jsonl") == ["a.jsonl", "b.jsonl"]
+    assert names(f"{tmp_path}/notes.txt") == ["notes.txt"]
+    assert names(f"{tmp_path}/b.jsonl, {tmp_path}/*.jsonl") == ["b.jsonl", "a.jsonl"]
+
+
+@pytest.mark.parametrize("path", ["nowhere", "no*where", "memory://nowhere", " , "])
+def test_what_means_no_file_is_refused(path: str) -> None:
+    with pytest.raises(UserError, match=r"validation_path=.*(no such file|names no file)"):
+        find_files(path, "validation_path")
+
+
+def test_a_place_that_cannot_be_reached_is_one_line() -> None:
+    with pytest.raises(UserError, match="data_path=nosuch://bucket/a.jsonl: cannot be reached"):
+        find_files("nosuch://bucket/a.jsonl")
+
+
+def test_urls_of_any_filesystem() -> None:
+    system = fsspec.filesystem("memory")
+    for name in ("one", "two"):
+        system.pipe(f"/data/{name}.jsonl", b'{"text": "x"}\n')
+    found = find_files("memory://data")
+    assert found == ["memory:///data/one.jsonl", "memory:///data/two.jsonl"]
+    with open_file(found[0]) as stream:
+        assert stream.read() == b'{"text": "x"}\n'
+    assert [part.end for part in file_parts(found)] == [14, 14]
+
+
+def test_parts_cover_the_files_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files_module, "_PART_BYTES", 1000)
+    for name, size in {"one.jsonl": 2500, "two.jsonl": 30, "empty.jsonl": 0, "whole.jsonl.gz": 5000}.items():
+        (tmp_path / name).write_bytes(b"x" * size)
+    paths = [str(tmp_path / name) for name in ("one.jsonl", "empty.jsonl", "two.jsonl", "whole.jsonl.gz")]
+    parts = [(Path(part.file).name, part.start, part.end) for part in file_parts(paths)]
+    one = [("one.jsonl", 0, 1000), ("one.jsonl", 1000, 2000), ("one.jsonl", 2000, 2500)]
+    assert parts == [*one, ("two.jsonl", 0, 30), ("whole.jsonl.gz", 0, 5000)]

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parallelmind.config import DataConfig, RopeConfig
-from parallelmind.data.grouping import Row, Seeds, batched, batches, grouped, make_batch, regrouped, shuffled, split
+from parallelmind.data.grouping import Row, Seeds, batched, grouped, groups, make_batch, regrouped, shuffled, split
 from parallelmind.layout import IGNORE, PADDING, Tokens
 
 ROPE = RopeConfig()
@@ -68,18 +68,50 @@ def test_shuffle_keeps_rows_and_window_one_keeps_order() -> None:
     assert sorted(mixed) == sorted(order)
 
 
-def test_batches_by_samples_and_by_branches() -> None:
+def cut(samples: list[Tokens], **settings: object) -> list[list[Tokens]]:
+    return list(batched(samples, config(**settings), np.random.default_rng(0)))
+
+
+def test_batches_by_samples_by_branches_and_by_tokens() -> None:
     samples = [record_row(count).tokens for count in (3, 1, 2, 5, 1)]
-    assert [len(group) for group in batched(samples, 2, by_samples=True)] == [2, 2, 1]
-    assert [[sample.branches for sample in group] for group in batched(samples, 4, by_samples=False)] == [[3, 1], [2], [5], [1]]
+    assert [len(group) for group in cut(samples, batch_size=2, length_window=1)] == [2, 2, 1]
+    by_branches = cut(samples, batch_size=4, batch_by_samples=False, length_window=1)
+    assert [[sample.branches for sample in group] for group in by_branches] == [[3, 1], [2], [5], [1]]
+    by_tokens = cut(samples, batch_tokens=24, length_window=1)
+    assert [[len(sample.ids) for sample in group] for group in by_tokens] == [[12, 5], [8], [23], [5]]
 
 
-@pytest.mark.parametrize("other", [Seeds(1), Seeds(0, epoch=1), Seeds(0, rank=1)])
-def test_batches_depend_on_seed_epoch_and_rank_alone(other: Seeds) -> None:
+lengths = st.lists(st.integers(2, 60), max_size=80)
+
+
+@given(lengths=lengths, tokens=st.integers(60, 200), window=st.integers(1, 5), seed=st.integers(0, 5))
+def test_a_token_budget_is_kept_and_nothing_is_lost(lengths: list[int], tokens: int, window: int, seed: int) -> None:
+    samples = [Tokens.of([], [[number] * length]) for number, length in enumerate(lengths)]
+    settings = config(batch_tokens=tokens, length_window=window)
+    found = list(batched(samples, settings, np.random.default_rng(seed)))
+    assert all(len(group) * max(len(sample.ids) for sample in group) <= tokens for group in found)
+    assert contents([sample for group in found for sample in group]) == contents(samples)
+
+
+@pytest.mark.parametrize("budget", [{}, {"batch_tokens": 2000}], ids=["size", "tokens"])
+def test_samples_of_like_length_share_a_batch(budget: dict[str, int]) -> None:
+    generator = np.random.default_rng(0)
+    samples = [Tokens.of([], [[1] * int(length)]) for length in generator.lognormal(4, 0.8, 2000).clip(2, 500)]
+
+    def padding(window: int) -> float:
+        shapes = [make_batch(group, ROPE, 0) for group in cut(samples, length_window=window, **budget)]
+        return 1 - sum(batch.tokens for batch in shapes) / sum(batch.ids.size for batch in shapes)
+
+    assert padding(32) < 0.1 < padding(1)
+
+
+@pytest.mark.parametrize("other", [Seeds(1), Seeds(0, epoch=1)])
+def test_batches_depend_on_seed_and_epoch_alone(other: Seeds) -> None:
     settings = config(random_time_offset=5, max_branches_per_sample=4)
 
     def ids(seeds: Seeds) -> list[list[object]]:
-        return [batch.pos2d.tolist() + batch.ids.tolist() for batch in batches(lone_rows(40), settings, ROPE, 0, seeds)]
+        made = [group.batch(ROPE, 0) for group in groups(lone_rows(40), settings, seeds)]
+        return [batch.pos2d.tolist() + batch.ids.tolist() for batch in made]
 
     assert ids(Seeds(0)) == ids(Seeds(0))
     assert ids(Seeds(0)) != ids(other)
@@ -87,9 +119,10 @@ def test_batches_depend_on_seed_epoch_and_rank_alone(other: Seeds) -> None:
 
 def test_delays_start_branches_late_within_the_limit() -> None:
     settings = config(random_time_offset=5, branches_per_sample=4, shuffle_window=1)
+    made = [group.batch(ROPE, 0) for group in groups(lone_rows(40), settings, Seeds(0))]
     starts = [
         int(batch.pos2d[row, batch.sequence[row] == branch, 1].min())
-        for batch in batches(lone_rows(40), settings, ROPE, 0, Seeds(0))
+        for batch in made
         for row in range(len(batch.ids))
         for branch in range(1, 5)
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from tiny import tiny_llama
 
 from parallelmind.config import LoraConfig, RopeConfig, TrainConfig
-from parallelmind.data.grouping import Row, Seeds, batches, make_batch, regrouped
+from parallelmind.data.grouping import Row, Seeds, groups, make_batch, regrouped
 from parallelmind.errors import UserError
 from parallelmind.layout import Batch, Tokens
 from parallelmind.model.adapter import add_lora
@@ -74,8 +75,9 @@ def fresh_model(settings: TrainConfig) -> PeftModel:
 def job(settings: TrainConfig, hooks: Recorder, model: PeftModel | None = None) -> Job:
     rope = settings.part(RopeConfig)
 
-    def stream(epoch: int) -> Iterator[Batch]:
-        return batches(ROWS, settings, rope, 0, Seeds(settings.seed, epoch))
+    def stream(epoch: int, first: int) -> Iterator[Batch]:
+        for group in islice(groups(ROWS, settings, Seeds(settings.seed, epoch)), first, None):
+            yield group.batch(rope, 0)
 
     validation = {n: [make_batch(regrouped(ROWS, n, 8, settings), rope, 0)] for n in settings.validation_branches}
     return Job(settings, model or fresh_model(settings), stream, hooks, planned=6, validation=validation)
@@ -135,7 +137,7 @@ def test_a_step_without_a_finite_loss_is_left_out_and_counted(tmp_path: Path) ->
 
 def test_no_finite_step_at_all_is_an_error(tmp_path: Path) -> None:
     empty = job(config(), Recorder(tmp_path))
-    empty.batches = lambda epoch: []
+    empty.batches = lambda epoch, first: []
     with pytest.raises(UserError, match="data_path: no step"):
         train(empty)
 

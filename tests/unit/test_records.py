@@ -30,6 +30,7 @@ def test_every_form() -> None:
         "passage",
         (Branch("plain"), Branch("with offset", answer_offset=2), Branch("q", "a"), Branch([3, 4], answer_offset=1)),
         lone=False,
+        extra=("id",),
     )
     assert parse({"text": "alone", "answer_offset": 1}) == Record("", (Branch("alone", answer_offset=1),), lone=True)
     assert parse({"input_ids": [1, 2]}).branches[0].body == [1, 2]

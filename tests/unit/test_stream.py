@@ -174,9 +174,16 @@ def test_flat_positions_count_every_token_against_the_context(tokenizer):
 
 def test_bos_opens_the_first_sequence_only(tokenizer, monkeypatch):
     bare = encode_sample(tokenizer, Sample(main="who", branches=["is", "in"]))
-    adds_bos = type("Bos", (), {"bos_token_id": 1, "__call__": lambda _, text, add_special_tokens=True, verbose=True: (
-        SimpleNamespace(input_ids=[1] * add_special_tokens + tokenizer(text).input_ids)
-    )})()
+
+    class AddsBos:
+        bos_token_id = 1
+
+        def __call__(self, text, add_special_tokens=True, **options):
+            if isinstance(text, list):
+                return SimpleNamespace(input_ids=[self(one, add_special_tokens).input_ids for one in text])
+            return SimpleNamespace(input_ids=[1] * add_special_tokens + tokenizer(text).input_ids)
+
+    adds_bos = AddsBos()
     with_main = encode_sample(adds_bos, Sample(main="who", branches=["is", "in"]))
     assert with_main.ids.tolist() == [1, *bare.ids.tolist()]
     without = encode_sample(adds_bos, Sample(branches=["is", "<s>in"]))

@@ -18,7 +18,8 @@ EOS = TOKENIZER.eos_token_id
 
 def run(value: object, **settings: object) -> Tokenised:
     config = DataConfig.model_validate({"data_path": "-", **settings})
-    return tokenise(parse_line(json.dumps(value).encode()), TOKENIZER, config)
+    (done,) = tokenise([parse_line(json.dumps(value).encode())], TOKENIZER, config)
+    return done
 
 
 def test_the_prompt_is_what_decoding_reads_and_the_completion_ends() -> None:
@@ -70,3 +71,21 @@ def test_a_branch_that_does_not_fit_beside_main_is_skipped() -> None:
     done = run(value, max_sample_tokens=10)
     assert done.tokens is not None
     assert (done.tokens.lengths.tolist(), done.skipped) == ([6, 4], 1)
+
+
+def test_many_records_are_what_each_is_alone() -> None:
+    values = [
+        {"main": "passage", "branches": [{"prompt": "", "completion": "lives"}, "who", {"input_ids": [5, 6]}]},
+        {"text": "lives"},
+        {"main": {"input_ids": [7, 8]}, "branches": [{"prompt": "who", "completion": " lives"}]},
+        {"main": {"text": "in"}, "branches": ["x"]},
+    ]
+    config = DataConfig(data_path="-")
+    together = tokenise([parse_line(json.dumps(value).encode()) for value in values], TOKENIZER, config)
+    for found, value in zip(together, values, strict=True):
+        alone = run(value).tokens
+        assert found.tokens is not None
+        assert alone is not None
+        assert found.tokens.ids.tolist() == alone.ids.tolist()
+        assert found.tokens.lengths.tolist() == alone.lengths.tolist()
+        assert found.tokens.answer_offsets.tolist() == alone.answer_offsets.tolist()

@@ -11,8 +11,20 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, first: bool) -> l
     first: `text` opens the sample (main, or every branch where there is no main), so it gets the BOS that this
     tokenizer would add, unless the text (a chat template's, say) begins with it already.
     """
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    bos = opening(tokenizer) if first else []
+    (ids,) = encode_texts(tokenizer, [text])
+    return opened_by(ids, opening(tokenizer)) if first else ids
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Token ids of many texts in one call, without special tokens around them."""
+    if not texts:
+        return []
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
+    return ids
+
+
+def opened_by(ids: list[int], bos: list[int]) -> list[int]:
+    """`ids` with BOS in front, once."""
     return ids if ids[: len(bos)] == bos else bos + ids
 
 

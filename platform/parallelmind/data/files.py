@@ -1,51 +1,89 @@
-"""Which files a data path means, and cutting them into byte ranges that can be read in parallel."""
+"""Which files a data path means, wherever they lie, and cutting them into parts that can be read in parallel."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO, cast
 
-from parallelmind.errors import UserError
+import fsspec
+import pyarrow.fs
+import pyarrow.parquet as pq
+from fsspec.implementations.arrow import ArrowFSWrapper
 
-_SMALLEST, _LARGEST = 1 << 10, 4 << 20
-_RANGES_PER_WORKER = 8
+from parallelmind.errors import UserError, first_line
+
+ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+_PART_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class ByteRange:
+class Part:
+    """A stretch of one file: bytes start..end of plain JSONL, row groups of Parquet, the whole of a compressed file."""
+
     file: str
     start: int
     end: int
 
-    def lines(self) -> Iterator[bytes]:
-        """The lines that begin in this range, in order, without their newline."""
-        with open(self.file, "rb") as stream:
-            if self.start:
-                stream.seek(self.start - 1)
-                stream.readline()  # the end of a line that an earlier range reads, or one newline
-            while stream.tell() < self.end:
-                yield stream.readline().removesuffix(b"\n")
-
 
 def find_files(path: str, name: str = "data_path") -> list[str]:
-    """The file itself, or every *.jsonl in a folder, sorted. Raises UserError where there is none."""
-    place = Path(path).expanduser().absolute()
-    if place.is_dir():
-        files = sorted(str(file) for file in place.glob("*.jsonl"))
-        if not files:
-            raise UserError(f"{name}={path}: the folder holds no *.jsonl; give a file of parallel JSONL or a folder of them")
-        return files
-    if not place.is_file():
-        raise UserError(f"{name}={path}: no such file; give a file of parallel JSONL or a folder of them")
-    if not os.access(place, os.R_OK):
-        raise UserError(f"{name}={path}: not readable; give it read permission")
-    return [str(place)]
+    """Every file that a path means, in a fixed order: a file, a folder, a glob, a URL of any of them, or several of these
+    with commas between. Raises UserError where one of them means none."""
+    found = [file for item in path.split(",") if item.strip() for file in _find(item.strip(), name)]
+    if not found:
+        raise UserError(f"{name}={path!r}: names no file; give parallel JSONL or Parquet")
+    return list(dict.fromkeys(found))
 
 
-def byte_ranges(files: Sequence[str], workers: int) -> list[ByteRange]:
-    """Ranges that cover the files, several for each worker; the same for the same files and worker count."""
-    sizes = {file: os.path.getsize(file) for file in files}
-    size = min(max(sum(sizes.values()) // (_RANGES_PER_WORKER * workers), _SMALLEST), _LARGEST)
-    return [ByteRange(file, at, min(at + size, total)) for file, total in sizes.items() for at in range(0, total, size)]
+def _find(path: str, name: str) -> list[str]:
+    place = path if "://" in path else str(Path(path).expanduser().absolute())
+    try:
+        system, inner = filesystem(place)
+        if system.isfile(inner):
+            files = [inner]
+        elif system.isdir(inner):
+            files = sorted(file for file in system.ls(inner, detail=False) if file.endswith(ENDINGS))
+        else:
+            files = sorted(system.glob(inner)) if any(mark in inner for mark in "*?[") else []
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"{name}={path}: cannot be reached ({first_line(error)}); check address and credentials") from error
+    if not files:
+        kinds = ", ".join(f"*{ending}" for ending in ENDINGS)
+        raise UserError(f"{name}={path}: no such file; give a file, a folder that holds {kinds}, or a glob")
+    if "://" not in place and (closed := [file for file in files if not os.access(file, os.R_OK)]):
+        raise UserError(f"{name}={closed[0]}: not readable; give it read permission")
+    return [file if "://" not in place else system.unstrip_protocol(file) for file in files]
+
+
+def filesystem(file: str) -> tuple[Any, str]:
+    """The fsspec filesystem of a path or URL, and the path in it. What fsspec lacks a driver for, pyarrow may have."""
+    try:
+        return cast(tuple[Any, str], fsspec.core.url_to_fs(file))
+    except ImportError:
+        system, inner = pyarrow.fs.FileSystem.from_uri(file)
+        return ArrowFSWrapper(system), inner
+
+
+def open_file(file: str) -> BinaryIO:
+    if "://" not in file:
+        return open(file, "rb")
+    system, inner = filesystem(file)
+    return cast(BinaryIO, system.open(inner, "rb"))
+
+
+def file_parts(files: Sequence[str]) -> list[Part]:
+    """Parts that cover the files, in order; the same for the same files."""
+    return [part for file in files for part in _parts(file)]
+
+
+def _parts(file: str) -> list[Part]:
+    if file.endswith(".parquet"):
+        with open_file(file) as stream:
+            return [Part(file, group, group + 1) for group in range(pq.ParquetFile(stream).num_row_groups)]
+    system, inner = filesystem(file)
+    size = int(system.size(inner))
+    if file.endswith((".gz", ".zst")):  # can be read from the beginning only
+        return [Part(file, 0, size)] if size else []
+    return [Part(file, at, min(at + _PART_BYTES, size)) for at in range(0, size, _PART_BYTES)]

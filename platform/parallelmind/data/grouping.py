@@ -1,6 +1,8 @@
 """Tokenised records to samples to batches: seeded, in one pass, nothing lost.
 
-Every random choice comes from (seed, epoch, rank), so the same worker sees the same batches again after a restart.
+The batches of an epoch are one sequence, which depends on the data, the settings and (seed, epoch) alone. Workers take
+turns, so how many there are changes who trains on a batch, never which batches there are; and the number of batches
+taken so far says, whoever has taken them, exactly what is left.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import numpy as np
 from parallelmind.config import DataConfig, RopeConfig
 from parallelmind.layout import Batch, Ints, Tokens, arrange, collate
 
-_SHUFFLE, _GROUP, _DELAY = range(3)  # streams of their own: a change of one setting leaves the others' draws alone
+_SHUFFLE, _GROUP, _DELAY, _BATCH = range(4)  # streams of their own: a change of one setting leaves the others' draws alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,20 +32,30 @@ class Seeds:
 
     seed: int
     epoch: int = 0
-    rank: int = 0
 
-    def generator(self, stream: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, self.epoch, self.rank, stream])
+    def generator(self, *stream: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, self.epoch, *stream])
 
 
-def batches(rows: Iterable[Row], data: DataConfig, rope: RopeConfig, pad_id: int, seeds: Seeds) -> Iterator[Batch]:
-    """Shuffle, group, batch and lay out the rows of one worker's epoch."""
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The samples of one batch. delays: `[branches]` extra time before the branches of each sample."""
+
+    samples: list[Tokens]
+    delays: list[Ints]
+
+    def batch(self, rope: RopeConfig, pad_id: int) -> Batch:
+        return make_batch(self.samples, rope, pad_id, self.delays)
+
+
+def groups(rows: Iterable[Row], data: DataConfig, seeds: Seeds) -> Iterator[Group]:
+    """Shuffle, group and batch the rows of an epoch."""
     rows = shuffled(rows, data.shuffle_window, seeds.generator(_SHUFFLE))
     samples = grouped(rows, data, seeds.generator(_GROUP))
-    delays = seeds.generator(_DELAY)
-    for group in batched(samples, data.batch_size, data.batch_by_samples):
-        drawn = [delays.integers(0, data.random_time_offset, size=sample.branches, endpoint=True) for sample in group]
-        yield make_batch(group, rope, pad_id, drawn)
+    for number, chosen in enumerate(batched(samples, data, seeds.generator(_BATCH))):
+        delays = seeds.generator(_DELAY, number)
+        late = [delays.integers(0, data.random_time_offset, size=sample.branches, endpoint=True) for sample in chosen]
+        yield Group(chosen, late)
 
 
 def shuffled(rows: Iterable[Row], window: int, generator: np.random.Generator) -> Iterator[Row]:
@@ -124,19 +136,45 @@ def _cut(tokens: Tokens, first: int, last: int) -> Tokens:
     )
 
 
-def batched(samples: Iterable[Tokens], size: int, by_samples: bool) -> Iterator[list[Tokens]]:
-    """Lists of `size` samples, or of at most `size` branches (one sample at least). The last may be small."""
+def batched(samples: Iterable[Tokens], config: DataConfig, generator: np.random.Generator) -> Iterator[list[Tokens]]:
+    """Samples of like length in batches of `batch_size` samples (or branches), or of at most `batch_tokens` places.
+
+    `length_window` batches' worth of samples are held, sorted by length, cut, and their batches given out in random order.
+    """
     held: list[Tokens] = []
-    count = 0
+    places = 0
     for sample in samples:
-        weight = 1 if by_samples else sample.branches
-        if held and count + weight > size:
-            yield held
-            held, count = [], 0
         held.append(sample)
-        count += weight
-    if held:
-        yield held
+        places += len(sample.ids)
+        if config.batch_tokens is None:
+            full = len(held) >= config.length_window * config.batch_size
+        else:
+            full = places >= config.length_window * config.batch_tokens
+        if full:
+            yield from _cut_by_length(held, config, generator)
+            held, places = [], 0
+    yield from _cut_by_length(held, config, generator)
+
+
+def _cut_by_length(held: list[Tokens], config: DataConfig, generator: np.random.Generator) -> Iterator[list[Tokens]]:
+    if config.length_window > 1:
+        held = sorted(held, key=lambda sample: -len(sample.ids))
+    batches: list[list[Tokens]] = []
+    for sample in held:
+        if not batches or not _fits(batches[-1], sample, config):
+            batches.append([])
+        batches[-1].append(sample)
+    order = generator.permutation(len(batches)) if config.length_window > 1 else range(len(batches))
+    yield from (batches[index] for index in order)
+
+
+def _fits(batch: list[Tokens], sample: Tokens, config: DataConfig) -> bool:
+    if config.batch_tokens is not None:
+        longest = max(len(sample.ids), *(len(other.ids) for other in batch))
+        return (len(batch) + 1) * longest <= config.batch_tokens
+    if config.batch_by_samples:
+        return len(batch) < config.batch_size
+    return sum(other.branches for other in batch) + sample.branches <= config.batch_size
 
 
 def make_batch(samples: Sequence[Tokens], rope: RopeConfig, pad_id: int, delays: Sequence[Ints] | None = None) -> Batch:

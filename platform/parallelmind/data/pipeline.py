@@ -1,28 +1,29 @@
-"""JSONL files through Ray Data: a survey that finds every malformed line first, then a stream of tokenised records.
+"""Files through Ray Data: a survey of every line first, then one stream of batches that all workers share.
 
-Both read byte ranges in parallel; a line belongs to the range in which it begins. Lines end at a newline byte and
-nowhere else. Records travel as Arrow lists, so there is no Python object per token. Nothing here imports torch or
-transformers before a tokenizer is needed: every reading process would pay seconds for it.
+Parts of files are read and tokenised in parallel, in order, by Ray Data; a feeder takes the records, shuffles, groups and
+batches them, and gives the batches out in turns. Records travel as Arrow lists, so there is no Python object per token.
+Nothing here imports torch or transformers before a tokenizer is needed: every reading process would pay seconds for it.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
+import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from queue import Full, Queue
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import ray
 import ray.data
-from ray.train import DataConfig as RayDataConfig
 
 from parallelmind.config import BaseConfig, DataConfig
-from parallelmind.data.files import ByteRange, byte_ranges
-from parallelmind.data.grouping import Row
-from parallelmind.data.records import RecordError, parse_line
-from parallelmind.errors import UserError
+from parallelmind.data.files import Part, file_parts
+from parallelmind.data.grouping import Group, Row, Seeds, groups
+from parallelmind.data.survey import Survey, combine, records, survey_part
 from parallelmind.layout import Tokens
 
 if TYPE_CHECKING:
@@ -31,142 +32,87 @@ if TYPE_CHECKING:
     from parallelmind.data.tokenise import Tokenised
 
 _TASK_CPUS = 0.25  # workers hold 0.5 each, so that on two CPUs two of them still leave room to read
-_RANGES_PER_READER = 16
+_PARTS_PER_READER = 16
+_ENCODED_TOGETHER = 256  # records whose texts are tokenised in one call
+_AHEAD = 4  # batches that wait for each worker
+_IN_FLIGHT = 256 << 20  # bytes of records between reading and batching; Ray Data would fill its whole store with them
 
-_SURVEY = pa.schema([("lines", pa.int64()), ("records", pa.int64()), ("branches", pa.int64()), ("lone", pa.int64()),
-                     ("bad_lines", pa.list_(pa.int64())), ("bad_reasons", pa.list_(pa.string()))])  # fmt: skip
 _ROWS = pa.schema([("ids", pa.list_(pa.int32())), ("lengths", pa.list_(pa.int32())), ("answer_offsets", pa.list_(pa.int32())),
                    ("lone", pa.bool_()), ("truncated", pa.int32()), ("skipped", pa.int32())])  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class BadLine:
-    file: str
-    line: int
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.reason}"
+def quiet_data() -> None:
+    """No progress bars from Ray Data in this process, and no warnings about them."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
-@dataclass(slots=True)
-class Survey:
-    """What the files hold. `lone` counts the records that grouping will gather."""
-
-    lines: int = 0
-    records: int = 0
-    branches: int = 0
-    lone: int = 0
-    bad: list[BadLine] = field(default_factory=list)
-    blocks: list[int] = field(default_factory=list)  # records of every byte range
-
-    def largest_share(self, workers: int) -> float:
-        """Share of the records that the busiest worker gets (see `OrderedSplit`); the number of steps depends on it."""
-        rows = [0] * workers
-        for records in self.blocks:
-            rows[rows.index(min(rows))] += records
-        return max(rows) / max(self.records, 1)
-
-    def samples(self, config: DataConfig) -> float:
-        """About how many samples an epoch holds, before anything is skipped or split for its length."""
-        mean = config.branches_per_sample or (config.min_branches_per_sample + config.max_branches_per_sample) / 2
-        return self.lone / mean + max(self.records - self.lone, (self.branches - self.lone) / config.max_branches_per_sample)
-
-
-def survey(files: Sequence[str], workers: int, strict: bool, vocab_size: int | None = None, name: str = "data_path") -> Survey:
-    """Parse every line once. Raises UserError without a single good record and, if strict, at the first bad one."""
-    ranges = byte_ranges(files, workers)
-    found = Survey()
-    before = lines = 0
-    if ranges:
-        dataset = _dataset(ranges, functools.partial(_survey_range, vocab_size=vocab_size))
-        dataset.context.execution_options.preserve_order = True
-        for place, row in zip(ranges, dataset.take_all(), strict=True):
-            before = 0 if place.start == 0 else before + lines  # lines of this file in earlier ranges
-            lines = row["lines"]
-            _add(found, row, place.file, before)
-    if found.bad and strict:
-        raise UserError(f"{name}: {found.bad[0]}; mend the line, or set strict=false to leave out bad lines ({len(found.bad)})")
-    if not found.records:
-        example = f"; the first: {found.bad[0]}" if found.bad else ""
-        raise UserError(f"{name}={files[0]}: no record in it ({len(found.bad)} bad lines{example}); write one JSON object a line")
+def survey(files: Sequence[str], config: DataConfig, vocab_size: int | None = None, name: str = "data_path") -> Survey:
+    """Parse every line once. Raises UserError for no good record and for more bad ones than the settings allow."""
+    parts = file_parts(files)
+    rows = _dataset(parts, functools.partial(_survey_table, config=config, vocab_size=vocab_size)).take_all() if parts else []
+    found = combine(parts, rows)
+    found.refuse_too_many(config, name)
     return found
 
 
-def _dataset(ranges: Sequence[ByteRange], function: Any) -> ray.data.Dataset:
-    """One block per range, mapped to one Arrow table each; as many reading processes as there is work for."""
-    readers = ray.data.TaskPoolStrategy(size=max(1, len(ranges) // _RANGES_PER_READER))
-    items = [{"file": place.file, "start": place.start, "end": place.end} for place in ranges]
+def _dataset(parts: Sequence[Part], function: Any) -> ray.data.Dataset:
+    """One block per part, mapped in order to one Arrow table each; as many reading processes as there is work for.
+
+    Each holds a tokenizer and the libraries under it, so there is never more than one for each CPU.
+    """
+    cpus = int(ray.cluster_resources().get("CPU", 1))
+    readers = ray.data.TaskPoolStrategy(size=max(1, min(len(parts) // _PARTS_PER_READER, cpus)))
+    items = [{"file": part.file, "start": part.start, "end": part.end} for part in parts]
     dataset = ray.data.from_items(items, override_num_blocks=len(items))
-    return dataset.map_batches(function, batch_size=1, batch_format="pyarrow", num_cpus=_TASK_CPUS, compute=readers)
+    mapped = dataset.map_batches(function, batch_size=1, batch_format="pyarrow", num_cpus=_TASK_CPUS, compute=readers)
+    options = mapped.context.execution_options
+    options.preserve_order = True
+    options.resource_limits = options.resource_limits.copy(object_store_memory=_IN_FLIGHT)
+    return mapped
 
 
-def _range_of(table: pa.Table) -> ByteRange:
-    return ByteRange(**table.to_pylist()[0])
+def _part_of(table: pa.Table) -> Part:
+    return Part(**table.to_pylist()[0])
 
 
-def _survey_range(table: pa.Table, vocab_size: int | None) -> pa.Table:
-    counts: Counter[str] = Counter()
-    bad_lines, bad_reasons = [], []
-    for number, raw in enumerate(_range_of(table).lines(), start=1):
-        counts["lines"] = number
-        if not raw.strip():
-            continue
-        try:
-            record = parse_line(raw, vocab_size)
-        except RecordError as error:
-            bad_lines.append(number)
-            bad_reasons.append(str(error))
-        else:
-            counts.update(records=1, branches=len(record.branches), lone=int(record.lone))
-    row = {name: counts[name] for name in ("lines", "records", "branches", "lone")}
-    return pa.Table.from_pylist([{**row, "bad_lines": bad_lines, "bad_reasons": bad_reasons}], schema=_SURVEY)
+def _survey_table(table: pa.Table, config: DataConfig, vocab_size: int | None) -> pa.Table:
+    return pa.Table.from_pylist([survey_part(_part_of(table), config, vocab_size)])
 
 
-def _add(found: Survey, row: dict[str, Any], file: str, before: int) -> None:
-    for name in ("lines", "records", "branches", "lone"):
-        setattr(found, name, getattr(found, name) + row[name])
-    found.blocks.append(row["records"])
-    found.bad += [BadLine(file, before + number, why) for number, why in zip(row["bad_lines"], row["bad_reasons"], strict=True)]
+def sample_rows(files: Sequence[str], data: DataConfig, base: BaseConfig) -> ray.data.Dataset:
+    """One row per good record, in the order of the files: token ids, lengths, answer offsets, what the length limits cost."""
+    return _dataset(file_parts(files), functools.partial(_tokenise_part, data=data, base=base))
 
 
-def sample_rows(files: Sequence[str], workers: int, data: DataConfig, base: BaseConfig) -> ray.data.Dataset:
-    """One row per good record: token ids, lengths, answer offsets, and what the length limits cost."""
-    return _dataset(byte_ranges(files, workers), functools.partial(_tokenise_range, data=data, base=base))
-
-
-def _tokenise_range(table: pa.Table, data: DataConfig, base: BaseConfig) -> pa.Table:
-    return to_table(read_range(_range_of(table), _tokenizer(base), data))
+def _tokenise_part(table: pa.Table, data: DataConfig, base: BaseConfig) -> pa.Table:
+    return to_table(read_part(_part_of(table), _tokenizer(base), data))
 
 
 @functools.cache
 def _tokenizer(base: BaseConfig) -> PreTrainedTokenizerBase:
-    """Loaded once per process, not once per range."""
+    """Loaded once per process, not once per part."""
     from parallelmind.model.base import load_tokenizer
 
     return load_tokenizer(base)
 
 
-def read_range(place: ByteRange, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> Iterator[tuple[Tokenised, bool]]:
-    """Every good record of a range, tokenised, and whether it is a lone one. Bad lines were reported by the survey."""
+def read_part(part: Part, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> Iterator[tuple[Tokenised, bool]]:
+    """Every good record of a part, tokenised, and whether it is a lone one. Bad lines were reported by the survey."""
     from parallelmind.data.tokenise import tokenise
 
-    vocab_size = len(tokenizer)
-    for raw in place.lines():
-        if not raw.strip():
-            continue
-        try:
-            record = parse_line(raw, vocab_size)
-        except RecordError:
-            continue
-        yield tokenise(record, tokenizer, data), record.lone
+    good = records(part, data, len(tokenizer))
+    while held := [record for _, record in zip(range(_ENCODED_TOGETHER), good, strict=False)]:
+        yield from zip(tokenise(held, tokenizer, data), (record.lone for record in held), strict=True)
 
 
-def to_table(records: Iterable[tuple[Tokenised, bool]]) -> pa.Table:
+def to_table(tokenised: Iterable[tuple[Tokenised, bool]]) -> pa.Table:
     """Tokenised records as Arrow lists; a record without a branch left has empty ones."""
     none = Tokens(*(np.empty(0, np.int64) for _ in range(3)))
     columns: dict[str, list[Any]] = {name: [] for name in _ROWS.names}
-    for item, lone in records:
+    for item, lone in tokenised:
         tokens = item.tokens or none
         for name in ("ids", "lengths", "answer_offsets"):
             columns[name].append(getattr(tokens, name).astype(np.int32))
@@ -195,17 +141,84 @@ def _arrays(column: pa.ChunkedArray) -> list[Any]:
     return np.split(combined.values.to_numpy().astype(np.int64)[offsets[0] : offsets[-1]], (offsets - offsets[0])[1:-1])
 
 
-class OrderedSplit(RayDataConfig):
-    """Hands the ordered blocks to whichever worker has the fewest rows: the same split every time, no dropped tail.
+class Feeder:
+    """The batches of an epoch, given out in turns: batch k goes to worker (k - first) mod workers. Run it as an actor.
 
-    Workers may get unequal numbers of rows; the training loop expects that.
+    Where a restart finds `first` batches already taken, by however many workers, it goes on with exactly the others.
     """
 
-    def configure(self, datasets: dict[str, Any], world_size: int, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
-        shards: list[dict[str, Any]] = [{} for _ in range(world_size)]
-        for name, dataset in datasets.items():
-            dataset = dataset.copy(dataset)
-            dataset.context.execution_options.preserve_order = True
-            for shard, part in zip(shards, dataset.streaming_split(world_size, equal=False), strict=True):
-                shard[name] = part
-        return shards
+    def __init__(self, read: Callable[[], Iterable[pa.Table]], data: DataConfig, seed: int) -> None:
+        self._read, self._config, self._seed = read, data, seed
+        self._lock = threading.Lock()
+        self._run: _Run | None = None
+
+    def next(self, epoch: int, first: int, workers: int, rank: int) -> Group | Counter[str]:
+        """The worker's next batch; after its last, what the length limits cost. Raises what the reading raised."""
+        with self._lock:
+            if self._run is None or self._run.key != (epoch, first, workers):
+                if self._run:
+                    self._run.stop.set()
+                self._run = _Run((epoch, first, workers), self._groups)
+            queue = self._run.queues[rank]
+        found = queue.get()
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    def _groups(self, epoch: int, counts: Counter[str]) -> Iterator[Group]:
+        return groups(to_rows(self._read(), counts), self._config, Seeds(self._seed, epoch))
+
+
+class _Run:
+    """One epoch on its way: a thread that fills a short queue for each worker."""
+
+    def __init__(self, key: tuple[int, int, int], groups_of: Any) -> None:
+        self.key, self._groups_of = key, groups_of
+        self.stop = threading.Event()
+        self.queues: list[Queue[Any]] = [Queue(_AHEAD) for _ in range(key[2])]
+        threading.Thread(target=self._fill, daemon=True).start()
+
+    def _fill(self) -> None:
+        epoch, first, workers = self.key
+        counts: Counter[str] = Counter()
+        last: Counter[str] | BaseException = counts
+        try:
+            for number, group in enumerate(self._groups_of(epoch, counts)):
+                if number >= first and not self._put((number - first) % workers, group):
+                    return
+        except BaseException as error:  # for whoever asks next
+            last = error
+        for rank in range(workers):
+            self._put(rank, last)
+
+    def _put(self, rank: int, item: Any) -> bool:
+        """Wait until the worker has room; false once the run is over."""
+        while not self.stop.is_set():
+            try:
+                self.queues[rank].put(item, timeout=0.2)
+                return True
+            except Full:
+                continue
+        return False
+
+
+def feed(feeder: Any, epoch: int, first: int, workers: int, rank: int, counts: Counter[str]) -> Iterator[Group]:
+    """This worker's batches of an epoch from the `Feeder` actor; the next one is on its way while one is trained on."""
+    waiting = feeder.next.remote(epoch, first, workers, rank)
+    while isinstance(found := ray.get(waiting), Group):
+        waiting = feeder.next.remote(epoch, first, workers, rank)
+        yield found
+    counts.update(found)
+
+
+def start_feeder(files: Sequence[str], data: DataConfig, base: BaseConfig, seed: int, workers: int) -> Any:
+    """A `Feeder` actor; every worker may wait in it at once."""
+    options = {"num_cpus": _TASK_CPUS, "max_concurrency": 2 * workers + 2}
+    read = functools.partial(_tables, list(files), data, base)
+    return ray.remote(Feeder).options(**options).remote(read, data, seed)
+
+
+def _tables(files: Sequence[str], data: DataConfig, base: BaseConfig) -> Iterable[pa.Table]:
+    quiet_data()
+    tables: Iterable[pa.Table] = sample_rows(files, data, base).iter_batches(batch_size=None, batch_format="pyarrow")
+    return tables

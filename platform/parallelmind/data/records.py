@@ -28,30 +28,36 @@ class Branch:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """`lone` records hold one branch and no main; the pipeline groups them into samples."""
+    """`lone` records hold one branch and no main; the pipeline groups them into samples. extra: keys that mean nothing here."""
 
     main: Piece
     branches: tuple[Branch, ...]
     lone: bool
+    extra: tuple[str, ...] = ()
 
 
 def parse_line(raw: bytes, vocab_size: int | None = None) -> Record:
-    """The record in one line.
+    """The record in one line of JSON. Raises RecordError with the reason."""
+    return parse_value(_parse_json(raw), vocab_size)
+
+
+def parse_value(value: Any, vocab_size: int | None = None) -> Record:
+    """The record in one JSON value or row of Parquet.
 
     vocab_size: token ids given in place of text must be below it, where it is known. Keys that mean nothing here (an id,
-    a source) are left alone, but a misspelt one is an error. Raises RecordError with the reason.
+    a source) are kept apart, but a misspelt one is an error. Raises RecordError with the reason.
     """
-    value = _parse_json(raw)
     if not isinstance(value, dict):
         raise RecordError(f"is a JSON {_kind(value)}, not an object")
     _refuse_misspelt(value)
+    extra = tuple(key for key in value if key not in _KEYS)
     if "branches" not in value:
-        return Record("", (_branch(value, "record", vocab_size),), lone=True)
+        return Record("", (_branch(value, "record", vocab_size),), True, extra)
     branches = value["branches"]
     if not isinstance(branches, list) or not branches:
         raise RecordError("branches must be a list of at least one branch")
     main = _main(value.get("main", ""), vocab_size)
-    return Record(main, tuple(_branch(item, f"branches[{i}]", vocab_size) for i, item in enumerate(branches)), lone=False)
+    return Record(main, tuple(_branch(item, f"branches[{i}]", vocab_size) for i, item in enumerate(branches)), False, extra)
 
 
 def _parse_json(raw: bytes) -> Any:
@@ -131,7 +137,7 @@ def _text(value: Any, where: str) -> str:
 
 
 def _ids(value: Any, where: str, vocab_size: int | None) -> list[int]:
-    if not isinstance(value, list) or any(type(item) is not int or item < 0 for item in value):
+    if not isinstance(value, list) or set(map(type, value)) - {int} or min(value, default=0) < 0:
         raise RecordError(f"{where} must be a list of token ids")
     limit = 2**31 if vocab_size is None else vocab_size
     if value and max(value) >= limit:

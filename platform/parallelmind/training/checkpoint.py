@@ -24,8 +24,8 @@ _FORMAT = 1
 
 @dataclass(slots=True)
 class State:
-    """Where a run stands. batches: taken from every worker's stream in this epoch. skipped: steps without a finite
-    gradient. branches: trained on so far, by all workers."""
+    """Where a run stands. epoch, batches: the data's cursor, batches taken in this epoch by all workers together. skipped:
+    steps without a finite gradient. branches: trained on so far, by all workers."""
 
     config_hash: str
     run_id: str | None = None

@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -43,14 +42,15 @@ class Hooks(Protocol):
 
 @dataclass(slots=True)
 class Job:
-    """What `train` works on. batches: the stream of an epoch for this worker. planned: about how many optimizer steps.
+    """What `train` works on. batches: this worker's turns of an epoch's batches, from the given one on. planned: about how
+    many optimizer steps.
 
     validation: this worker's share of the held-out batches, by branches per sample.
     """
 
     config: TrainConfig
     model: PeftModel
-    batches: Callable[[int], Iterable[Batch]]
+    batches: Callable[[int, int], Iterable[Batch]]
     hooks: Hooks
     planned: int
     validation: Mapping[int, list[Batch]]
@@ -104,8 +104,7 @@ class _Run:
         return self.stopped or (self.config.max_steps is not None and self.state.step >= self.config.max_steps)
 
     def epoch(self) -> None:
-        stream = iter(self.job.batches(self.state.epoch))
-        next(islice(stream, self.state.batches, self.state.batches), None)  # what was trained on before a restart
+        stream = iter(self.job.batches(self.state.epoch, self.state.batches))
         while not self.ended:
             if not self.step(stream):
                 self.state.epoch, self.state.batches = self.state.epoch + 1, 0
@@ -123,7 +122,7 @@ class _Run:
         rate = learning_rate(self.config, self.state.step, self.job.planned)
         norm = self.apply(totals, rate)
         self.state.step += 1
-        self.state.batches += self.config.accumulation_steps
+        self.state.batches += int(totals.batches)
         self.state.branches += int(totals.branches)
         self.after_step(totals, rate, norm)
         self.warm = self.warm or (time.perf_counter(), self.state.step)

@@ -1,0 +1,89 @@
+"""The cursor: whoever takes batches, and wherever they stop, what is left is exactly what was not taken."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import tiny_tokenizer
+
+from parallelmind.config import DataConfig
+from parallelmind.data.grouping import Group
+from parallelmind.data.pipeline import Feeder, to_table
+from parallelmind.data.records import parse_line
+from parallelmind.data.tokenise import tokenise
+
+CONFIG = DataConfig(data_path="-", shuffle_window=8, batch_size=2, max_branches_per_sample=3, length_window=2)
+RECORDS = [parse_line(json.dumps({"text": f"record {number} " + "who " * (number % 7)}).encode()) for number in range(60)]
+DONE = tokenise(RECORDS, tiny_tokenizer(), CONFIG)
+TABLES = [to_table((done, True) for done in DONE[at : at + 13]) for at in range(0, len(DONE), 13)]
+
+
+def feeder() -> Feeder:
+    return Feeder(lambda: iter(TABLES), CONFIG, seed=3)
+
+
+def take(source: Feeder, first: int, workers: int, rounds: int | None = None) -> list[list[bytes]]:
+    """What all workers together take from `first` on, in turns, for some rounds or to the end."""
+    taken = []
+    open_ranks = list(range(workers))
+    while open_ranks and (rounds is None or rounds > 0):
+        for rank in list(open_ranks):
+            found = source.next(0, first, workers, rank)
+            if isinstance(found, Group):
+                taken.append([sample.ids.tobytes() for sample in found.samples])
+            else:
+                open_ranks.remove(rank)
+        rounds = None if rounds is None else rounds - 1
+    return taken
+
+
+def exhaust(source: Feeder, workers: int, rank: int) -> None:
+    while isinstance(source.next(0, 0, workers, rank), Group):
+        pass
+
+
+EVERYTHING = take(feeder(), 0, 1)
+
+
+def test_every_record_is_in_exactly_one_batch() -> None:
+    texts: Counter[bytes] = Counter()
+    source = feeder()
+    while isinstance(group := source.next(0, 0, 1, 0), Group):
+        for sample in group.samples:
+            ends = sample.lengths.cumsum()
+            texts.update(sample.ids[a:b].tobytes() for a, b in pairwise(ends))
+    assert sum(texts.values()) == len(RECORDS)
+    assert set(texts.values()) == {1}
+    assert group["skipped"] == 0
+
+
+@given(rounds=st.integers(0, 12), before=st.integers(1, 4), after=st.integers(1, 4))
+def test_a_restart_on_any_number_of_workers_goes_on_with_the_rest(rounds: int, before: int, after: int) -> None:
+    taken = take(feeder(), 0, before, rounds)
+    assert taken == EVERYTHING[: len(taken)]
+    assert taken + take(feeder(), len(taken), after) == EVERYTHING
+
+
+def test_a_new_run_of_the_same_feeder_starts_where_it_is_told() -> None:
+    source = feeder()
+    take(source, 0, 2, 3)
+    assert take(source, 6, 1) == EVERYTHING[6:]
+    epoch = source.next(1, 0, 1, 0)
+    assert isinstance(epoch, Group)
+    assert [sample.ids.tobytes() for sample in epoch.samples] != EVERYTHING[0]
+
+
+def test_what_the_reading_raises_reaches_every_worker() -> None:
+    def broken():
+        yield TABLES[0]
+        raise OSError("disk gone")
+
+    source = Feeder(broken, CONFIG, seed=3)
+    for rank in range(2):
+        with pytest.raises(OSError, match="disk gone"):
+            exhaust(source, 2, rank)
