@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tiny import tiny_tokenizer
 
 from parallelmind.config import DataConfig
+from parallelmind.data import pipeline
 from parallelmind.data.grouping import Group
 from parallelmind.data.pipeline import Feeder, to_table
 from parallelmind.data.records import parse_line
@@ -76,6 +77,24 @@ def test_a_new_run_of_the_same_feeder_starts_where_it_is_told() -> None:
     epoch = source.next(1, 0, 1, 0)
     assert isinstance(epoch, Group)
     assert [sample.ids.tobytes() for sample in epoch.samples] != EVERYTHING[0]
+
+
+@pytest.mark.parametrize(("room", "reads"), [(1 << 20, 1), (100, 3)])
+def test_small_data_is_read_once_for_all_epochs(monkeypatch: pytest.MonkeyPatch, room: int, reads: int) -> None:
+    monkeypatch.setattr(pipeline, "_KEPT", room)
+    begun = []
+
+    def read():
+        begun.append(1)
+        return iter(TABLES)
+
+    source = Feeder(read, CONFIG, seed=3)
+    for epoch in range(3):
+        sizes = 0
+        while isinstance(group := source.next(epoch, 0, 1, 0), Group):
+            sizes += sum(sample.branches for sample in group.samples)
+        assert sizes == len(RECORDS)
+    assert len(begun) == reads
 
 
 def test_what_the_reading_raises_reaches_every_worker() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+from contextlib import nullcontext
 from pathlib import Path
 
 import pyarrow as pa
@@ -42,6 +43,32 @@ def test_every_line_is_read_once_wherever_the_cuts_fall(tmp_path_factory, conten
         else:
             assert len(raw) + 1 > longest
             assert "more than the" in line.problem
+
+
+def test_a_very_long_line_is_passed_over_once_and_not_held(tmp_path, monkeypatch):
+    """The parts in the middle of it look no further than their own end."""
+    file = tmp_path / "data.jsonl"
+    file.write_bytes(b'{"text": "a"}\n' + b"x" * (20 << 20) + b'\n{"text": "b"}\n')
+    monkeypatch.setattr(lines_module, "LONGEST", 1000)
+    read = []
+
+    class Counting:
+        def __init__(self, stream):
+            self.stream = stream
+
+        def readline(self, limit):
+            read.append(self.stream.readline(limit))
+            assert len(read[-1]) <= 1 << 20
+            return read[-1]
+
+        def __getattr__(self, name):
+            return getattr(self.stream, name)
+
+    monkeypatch.setattr(lines_module, "open_file", lambda name: nullcontext(Counting(open(name, "rb"))))  # noqa: SIM115
+    first, long, last = all_lines(file)
+    assert (first.raw, last.raw) == (b'{"text": "a"}', b'{"text": "b"}')
+    assert "20,971,521 bytes" in long.problem
+    assert sum(map(len, read)) < 3 * file.stat().st_size
 
 
 TEXT = b"".join(b'{"text": "%d"}\n' % number for number in range(2000))

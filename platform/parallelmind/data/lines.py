@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,7 +51,8 @@ def _plain(stream: BinaryIO, part: Part) -> Iterator[Line]:
     offset = part.start
     if part.start:
         stream.seek(part.start - 1)
-        offset += _pass_over(stream) - 1  # the end of a line that an earlier part reads, or one newline
+        # The end of a line that an earlier part reads, or one newline; of a very long line no more than this part holds.
+        offset += _pass_over(stream, part.end - part.start + 1) - 1
     while offset < part.end:
         line, length = _line(stream, offset)
         yield line
@@ -76,14 +78,14 @@ def _line(stream: BinaryIO, offset: int) -> tuple[Line, int]:
     raw = stream.readline(LONGEST + 1)
     if len(raw) <= LONGEST:
         return Line(offset, raw.removesuffix(b"\n")), len(raw)
-    length = len(raw) + (0 if raw.endswith(b"\n") else _pass_over(stream))
+    length = len(raw) + (0 if raw.endswith(b"\n") else _pass_over(stream, sys.maxsize))
     return Line(offset, problem=f"has {length:,} bytes, more than the {LONGEST:,} that a line may have"), length
 
 
-def _pass_over(stream: BinaryIO) -> int:
-    """Read to the end of the line without holding it; returns the bytes read."""
+def _pass_over(stream: BinaryIO, limit: int) -> int:
+    """Read to the end of the line, or at most `limit` bytes, without holding them; returns the bytes read."""
     total = 0
-    while piece := stream.readline(1 << 20):
+    while total < limit and (piece := stream.readline(min(1 << 20, limit - total))):
         total += len(piece)
         if piece.endswith(b"\n"):
             break

@@ -35,6 +35,7 @@ _TASK_CPUS = 0.25  # workers hold 0.5 each, so that on two CPUs two of them stil
 _PARTS_PER_READER = 16
 _ENCODED_TOGETHER = 256  # records whose texts are tokenised in one call
 _AHEAD = 4  # batches that wait for each worker
+_KEPT = 64 << 20  # bytes of tokenised records that the feeder keeps for later epochs
 _IN_FLIGHT = 256 << 20  # bytes of records between reading and batching; Ray Data would fill its whole store with them
 
 _ROWS = pa.schema([("ids", pa.list_(pa.int32())), ("lengths", pa.list_(pa.int32())), ("answer_offsets", pa.list_(pa.int32())),
@@ -149,6 +150,7 @@ class Feeder:
 
     def __init__(self, read: Callable[[], Iterable[pa.Table]], data: DataConfig, seed: int) -> None:
         self._read, self._config, self._seed = read, data, seed
+        self._kept: list[pa.Table] | None = None  # of an earlier epoch, where all of it is small
         self._lock = threading.Lock()
         self._run: _Run | None = None
 
@@ -166,7 +168,18 @@ class Feeder:
         return found
 
     def _groups(self, epoch: int, counts: Counter[str]) -> Iterator[Group]:
-        return groups(to_rows(self._read(), counts), self._config, Seeds(self._seed, epoch))
+        tables = self._keeping() if self._kept is None else self._kept
+        return groups(to_rows(tables, counts), self._config, Seeds(self._seed, epoch))
+
+    def _keeping(self) -> Iterator[pa.Table]:
+        """The tables as they are read; if they are few, later epochs need not read and tokenise them again."""
+        kept, size = [], 0
+        for table in self._read():
+            size += table.nbytes
+            kept = [*kept, table] if size <= _KEPT else []
+            yield table
+        if size <= _KEPT:
+            self._kept = kept
 
 
 class _Run:

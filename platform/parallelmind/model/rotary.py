@@ -28,7 +28,6 @@ Angles = Tensor | tuple[Tensor, Tensor]  # complex, or cos and sin
 _FREQUENCIES = "inv_freq"
 _TABLE = "embed_positions"
 
-
 _SETTLING = Lock()
 
 
@@ -88,14 +87,15 @@ class BranchTable(Pos2dModule):
         return self._buffers[_TABLE] if rows is None else rows  # type: ignore[return-value]
 
     def forward(self, *args: Any, position_ids: Tensor, **kwargs: Any) -> Any:
-        flat, branch, time = (part.flatten() for part in coordinates(position_ids))
+        placed = coordinates(position_ids)
+        flat, branch, time = (part.flatten() for part in placed)
         table: Tensor = self._buffers[_TABLE]  # type: ignore[assignment]
         frequencies = table_frequencies(table)
         angles = branch[:, None].to(frequencies) * frequencies  # branch coordinates run past the end of the table
         away = torch.cat([angles.sin(), angles.cos()], dim=-1).to(table.dtype)
         _ROWS.set(mix(table[flat], away, table[time], self.pos2d_axes))
         try:
-            numbers = torch.arange(len(flat), device=flat.device).view(position_ids.shape)
+            numbers = torch.arange(len(flat), device=flat.device).view(placed[0].shape)
             return super().forward(*args, position_ids=numbers, **kwargs)
         finally:
             _ROWS.set(None)
