@@ -173,7 +173,8 @@ class Feeder:
 
     def _keeping(self) -> Iterator[pa.Table]:
         """The tables as they are read; if they are few, later epochs need not read and tokenise them again."""
-        kept, size = [], 0
+        kept: list[pa.Table] = []
+        size = 0
         for table in self._read():
             size += table.nbytes
             kept = [*kept, table] if size <= _KEPT else []
