@@ -6,6 +6,7 @@ Each figure comes from a process of its own: Ray keeps what it has once taken. T
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -21,7 +22,7 @@ from benchmarks.harness import Bench
 from benchmarks.text import texts, tokenizer
 from parallelmind.config import BaseConfig, DataConfig, RopeConfig
 from parallelmind.data.files import file_parts
-from parallelmind.data.pipeline import feed, start_feeder, survey
+from parallelmind.data.pipeline import feed, quiet_data, start_feeder, survey
 from parallelmind.data.survey import records
 
 _SPEED_BYTES = 24 << 20
@@ -34,6 +35,13 @@ _BAD = [
     b"[1]", b'"text"', b"null", b"{}", b'{"main": "m", "branches": []}', b'{"branches": "a"}', b'{"main": 5, "branches": ["a"]}',
     b'{"text": ""}', b'{"input_ids": [-2]}', b'{"prompt": "a"}',
 ]  # fmt: skip
+
+
+def start_ray(cpus: int) -> None:
+    import ray
+
+    ray.init("local", num_cpus=cpus, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
+    quiet_data()
 
 
 def write_records(path: Path, size: int, field: str, values: Sequence[str | list[int]]) -> None:
@@ -77,7 +85,7 @@ def share_of_tokenizer() -> float:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "text.jsonl"
         write_records(path, _SPEED_BYTES, "text", texts())
-        ray.init("local", num_cpus=2, log_to_driver=False, include_dashboard=False)
+        start_ray(cpus=2)
         config = DataConfig(data_path=str(path), batch_size=16)
         read_everything(path, config)  # starts the reading processes
         tokens, rows, seconds = read_everything(path, config)
@@ -144,7 +152,7 @@ def quarantine(parallelism: int) -> float:
                 else:
                     good.append(json.loads(line)["text"])
                 offset += file.write(line + b"\n")
-        ray.init("local", num_cpus=parallelism, log_to_driver=False, include_dashboard=False)
+        start_ray(parallelism)
         config = DataConfig(data_path=str(path))
         found = survey([str(path)], config)
         ray.shutdown()
@@ -177,9 +185,7 @@ BENCHES = [
 
 if __name__ == "__main__":
     if sys.argv[1] == "read":
-        import ray
-
-        ray.init("local", num_cpus=2, log_to_driver=False, include_dashboard=False)
+        start_ray(cpus=2)
         read_everything(Path(sys.argv[2]), DataConfig(data_path=sys.argv[2], batch_size=16))
     else:
         print(_MEASURES[sys.argv[1]]())
