@@ -5,18 +5,24 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 import types
 import typing
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from pydantic.fields import FieldInfo
+from rich.console import Console
+from rich.progress import track
 
 from parallelmind.config import Part, resolve
 from parallelmind.errors import Notice, UserError
 
 PartT = TypeVar("PartT", bound=Part)
+T = TypeVar("T")
+
+_SECONDS_BETWEEN_LINES = 10.0
 
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 
@@ -40,6 +46,19 @@ _formatted = warnings.formatwarning
 def _one_line(message: Warning | str, category: type[Warning], *place: Any, **line: Any) -> str:
     """Notices without the place in the code that they come from; other people's warnings as they are."""
     return f"note: {message}\n" if issubclass(category, Notice) else _formatted(message, category, *place, **line)
+
+
+def tracked(items: Iterable[T], doing: str, total: int | None, line: Callable[[int], str]) -> Iterator[T]:
+    """The items, with a bar on a terminal, and elsewhere `line(items so far)` on stderr now and then."""
+    if sys.stderr.isatty():
+        yield from track(items, doing, total, console=Console(stderr=True))
+        return
+    told = time.monotonic()
+    for count, item in enumerate(items):
+        if time.monotonic() - told > _SECONDS_BETWEEN_LINES:
+            told = time.monotonic()
+            print(line(count), file=sys.stderr, flush=True)
+        yield item
 
 
 def wants_help(argv: Sequence[str]) -> bool:

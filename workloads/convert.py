@@ -24,28 +24,24 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self, TextIO
 
 from pydantic import Field, model_validator
-from rich.console import Console
-from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
 from parallelmind.config import BaseConfig
 from parallelmind.data.convert.converter import Converter, ConvertSettings
 from parallelmind.data.convert.items import Bad
 from parallelmind.data.convert.reading import dataset_items
-from parallelmind.data.convert.writing import whole_file
 from parallelmind.data.files import find_files
 from parallelmind.errors import UserError
 from parallelmind.model.base import load_tokenizer
+from parallelmind.storage import whole_file
 from workloads import cli
 
 _SHOWN = 10
-_SECONDS_BETWEEN_LINES = 10.0
 _ENDINGS = (".jsonl", ".jsonl.gz")
 
 
@@ -99,7 +95,7 @@ class Job:
         results = self.results()
         try:
             with whole_file(Path(self.config.output_path).expanduser()) as out:
-                for result in self.tracked(results):
+                for result in cli.tracked(results, "converting", None, lambda _: self.counts()):
                     self.take(result, out)
                 if self.bad > _SHOWN:
                     print(f"… and {self.bad - _SHOWN} more bad records", file=sys.stderr)
@@ -142,18 +138,6 @@ class Job:
         without = self.converter.unanswered
         left_out = f", {without} questions without an answer left out" if without else ""
         return f"{self.converter.read} records in, {self.written} records out, {self.branches} branches, {self.bad} bad{left_out}"
-
-    def tracked(self, results: Iterable[dict[str, Any] | Bad]) -> Iterator[dict[str, Any] | Bad]:
-        """A bar on a terminal; elsewhere a line now and then."""
-        if sys.stderr.isatty():
-            yield from track(results, description="converting", total=None, console=Console(stderr=True))
-            return
-        told = time.monotonic()
-        for result in results:
-            if time.monotonic() - told > _SECONDS_BETWEEN_LINES:
-                told = time.monotonic()
-                print(self.counts(), file=sys.stderr, flush=True)
-            yield result
 
 
 if __name__ == "__main__":

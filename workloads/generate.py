@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import Any, Self, TextIO
 
 from pydantic import Field, model_validator
-from rich.console import Console
-from rich.progress import track
 
 import parallelmind as pm
 from parallelmind.config import Alignment, Dtype, Pairs, Part, Positions, Visibility
@@ -29,8 +27,6 @@ from parallelmind.data.encode import encode_text
 from parallelmind.data.records import Branch, Record, RecordError, parse_line
 from parallelmind.errors import UserError
 from workloads import cli
-
-_SECONDS_BETWEEN_LINES = 10.0
 
 
 class ModelPart(Part):
@@ -193,15 +189,8 @@ def _tracked(path: Path, total: int, job: Job) -> Iterator[tuple[int, bytes]]:
     """Numbered lines that are not blank: a bar with rate and ETA on a terminal, a line now and then elsewhere."""
     with path.open("rb") as lines:
         numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
-        if sys.stderr.isatty():
-            yield from track(numbered, description="generating", total=total, console=Console(stderr=True))
-            return
-        told = time.monotonic()
-        for item in numbered:
-            if time.monotonic() - told > _SECONDS_BETWEEN_LINES:
-                told = time.monotonic()
-                print(f"{job.samples + job.bad} of {total} lines; {job.rate()}", file=sys.stderr, flush=True)
-            yield item
+        told = f"of {total} lines"
+        yield from cli.tracked(numbered, "generating", total, lambda _: f"{job.samples + job.bad} {told}; {job.rate()}")
 
 
 if __name__ == "__main__":

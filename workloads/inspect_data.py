@@ -15,14 +15,13 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic import Field
 from rich.console import Console
-from rich.progress import track
 from rich.text import Text
 
 from parallelmind.config import BaseConfig, DataConfig, RopeConfig, resolve
@@ -32,7 +31,7 @@ from parallelmind.data.inspect import Statistics, buckets, percentiles
 from parallelmind.data.lines import Line, read_lines
 from parallelmind.data.records import Record
 from parallelmind.data.survey import BadLine, Survey, check
-from parallelmind.data.tokenise import tokenise
+from parallelmind.data.tokenise import tokenised
 from parallelmind.errors import UserError
 from parallelmind.layout import Ints, Layout, Tokens, arrange
 from parallelmind.model.base import load_tokenizer
@@ -43,8 +42,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from transformers import PreTrainedTokenizerBase
 
-_ENCODED_TOGETHER = 256  # records whose texts are tokenised in one call
-_SECONDS_BETWEEN_LINES = 10.0
 _PLAIN_WIDTH = 120  # where the output is no terminal
 _BATCH_BARS = 40
 
@@ -77,11 +74,10 @@ class Look:
         return groups(rows, self.config, Seeds(0))
 
     def _rows(self, records: Iterator[Record]) -> Iterator[Row]:
-        while held := list(islice(records, _ENCODED_TOGETHER)):
-            for record, item in zip(held, tokenise(held, self.tokenizer, self.config), strict=True):
-                self.statistics.add_record(item)
-                if item.tokens is not None:
-                    yield Row(item.tokens, record.lone)
+        for record, item in tokenised(records, self.tokenizer, self.config):
+            self.statistics.add_record(item)
+            if item.tokens is not None:
+                yield Row(item.tokens, record.lone)
 
     def _records(self, lines: Iterable[tuple[str, int, Line]]) -> Iterator[Record]:
         survey = self.survey
@@ -161,15 +157,8 @@ def numbered_lines(files: Sequence[str]) -> Iterator[tuple[str, int, Line]]:
 
 def _tracked(lines: Iterable[tuple[str, int, Line]], total: int | None) -> Iterator[tuple[str, int, Line]]:
     """A bar on a terminal, a line now and then elsewhere."""
-    if sys.stderr.isatty():
-        yield from track(lines, "reading", total, console=Console(stderr=True), transient=True)
-        return
-    started = told = time.monotonic()
-    for count, item in enumerate(lines):
-        if (now := time.monotonic()) - told > _SECONDS_BETWEEN_LINES:
-            told = now
-            print(f"{count} lines read; {count / (now - started):.0f} lines/s", file=sys.stderr, flush=True)
-        yield item
+    started = time.monotonic()
+    return cli.tracked(lines, "reading", total, lambda n: f"{n} lines read; {n / (time.monotonic() - started):.0f} lines/s")
 
 
 def write_png(found: Statistics, title: str, path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from converting import TOKENIZER, bad_reason, made
 from tiny import tiny_tokenizer
 from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing
 from transformers import PreTrainedTokenizerBase
@@ -16,24 +17,6 @@ from parallelmind.data.convert.items import Bad, Item
 from parallelmind.data.records import parse_value
 from parallelmind.data.tokenise import tokenise
 from parallelmind.errors import UserError
-
-TOKENIZER = tiny_tokenizer()
-
-
-def made(values: list[Any], **settings: Any) -> list[dict[str, Any] | Bad]:
-    """What records become; all that is written must be records of parallel JSONL."""
-    converter = Converter(ConvertSettings.model_validate(settings), lambda: TOKENIZER)
-    results = list(converter.items(Item(str(index), value) for index, value in enumerate(values)))
-    for result in results:
-        if not isinstance(result, Bad):
-            assert parse_value(result).extra == ()
-    return results
-
-
-def bad_reason(value: Any, **settings: Any) -> str:
-    (result,) = made([value], **settings)
-    assert isinstance(result, Bad)
-    return result.reason
 
 
 def test_pairs_are_taken_as_they_are_and_questions_worded() -> None:

@@ -5,20 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from converting import TOKENIZER, bad_reason, made
 from tiny import tiny_tokenizer
 from tokenizers.processors import ByteLevel, TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
 from parallelmind.config import BaseConfig, DataConfig
 from parallelmind.data.convert.chat import Chat
-from parallelmind.data.convert.converter import Converter, ConvertSettings
-from parallelmind.data.convert.items import Bad, Item
 from parallelmind.data.records import RecordError, parse_value
 from parallelmind.data.tokenise import tokenise
 from parallelmind.errors import UserError
 from parallelmind.model.base import load_tokenizer
 
-TOKENIZER = tiny_tokenizer()
 USER, ASSISTANT, SYSTEM = ({"role": role} for role in ("user", "assistant", "system"))
 TALK = [
     {**SYSTEM, "content": "Be brief."},
@@ -27,22 +25,6 @@ TALK = [
     {**USER, "content": "où est Zoë 😀"},
     {**ASSISTANT, "content": " où: the passage 😀"},
 ]
-
-
-def made(values: list[Any], **settings: Any) -> list[dict[str, Any] | Bad]:
-    """What records become; all that is written must be records of parallel JSONL."""
-    converter = Converter(ConvertSettings.model_validate(settings), lambda: TOKENIZER)
-    results = list(converter.items(Item(str(index), value) for index, value in enumerate(values)))
-    for result in results:
-        if not isinstance(result, Bad):
-            assert parse_value(result).extra == ()
-    return results
-
-
-def bad_reason(value: Any, **settings: Any) -> str:
-    (result,) = made([value], **settings)
-    assert isinstance(result, Bad)
-    return result.reason
 
 
 def target(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 _TASK_CPUS = 0.25  # workers hold 0.5 each, so that on two CPUs two of them still leave room to read
 _PARTS_PER_READER = 16
-_ENCODED_TOGETHER = 256  # records whose texts are tokenised in one call
 _AHEAD = 4  # batches that wait for each worker
 _KEPT = 64 << 20  # bytes of tokenised records that the feeder keeps for later epochs
 _IN_FLIGHT = 256 << 20  # bytes of records between reading and batching; Ray Data would fill its whole store with them
@@ -102,11 +101,10 @@ def _tokenizer(base: BaseConfig) -> PreTrainedTokenizerBase:
 
 def read_part(part: Part, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> Iterator[tuple[Tokenised, bool]]:
     """Every good record of a part, tokenised, and whether it is a lone one. Bad lines were reported by the survey."""
-    from parallelmind.data.tokenise import tokenise
+    from parallelmind.data.tokenise import tokenised
 
-    good = records(part, data, len(tokenizer))
-    while held := [record for _, record in zip(range(_ENCODED_TOGETHER), good, strict=False)]:
-        yield from zip(tokenise(held, tokenizer, data), (record.lone for record in held), strict=True)
+    for record, item in tokenised(records(part, data, len(tokenizer)), tokenizer, data):
+        yield item, record.lone
 
 
 def to_table(tokenised: Iterable[tuple[Tokenised, bool]]) -> pa.Table:

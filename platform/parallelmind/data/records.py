@@ -131,9 +131,14 @@ def _body(value: dict[str, Any], where: str, vocab_size: int | None) -> Piece:
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise RecordError(f"{where} is a JSON {_kind(value)}, not text")
-    if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise RecordError(f"{where} holds half of a surrogate pair, which is no character")
+    refuse_surrogates(value, where)
     return value
+
+
+def refuse_surrogates(text: str, where: str) -> None:
+    """Raises RecordError for text that holds half of a surrogate pair, which no tokenizer takes."""
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise RecordError(f"{where} holds half of a surrogate pair, which is no character")
 
 
 def _ids(value: Any, where: str, vocab_size: int | None) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from transformers import PreTrainedTokenizerBase
 
@@ -20,6 +21,17 @@ class Tokenised:
     tokens: Tokens | None
     truncated: int
     skipped: int
+
+
+_TOGETHER = 256  # records whose texts are encoded in one call
+
+
+def tokenised(
+    records: Iterator[Record], tokenizer: PreTrainedTokenizerBase, config: DataConfig
+) -> Iterator[tuple[Record, Tokenised]]:
+    """Each record of a stream with its token ids."""
+    while held := list(islice(records, _TOGETHER)):
+        yield from zip(held, tokenise(held, tokenizer, config), strict=True)
 
 
 def tokenise(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> list[Tokenised]:

@@ -30,7 +30,6 @@ class Engine:
 
     def __init__(self, model: Model, tokens: Tokens, params: SamplingParams) -> None:
         patched = is_patched(model)
-        self._refuse_several(patched, tokens)
         self.config = rope_config(model) if patched else _PLAIN
         _check_ids(model, tokens)
         _check_context(model, tokens, self.config, params)
@@ -42,10 +41,6 @@ class Engine:
         self._started = False
         self._parts = is_free_order(self.config) and not tokens.lengths[MAIN] and tokens.branches > 1
         self._rows = np.zeros(0, dtype=np.int64)  # the branch in each row of the cache, once they have parted
-
-    def _refuse_several(self, patched: bool, tokens: Tokens) -> None:
-        if not patched and tokens.branches > 1:
-            raise UserError(f"branches: {tokens.branches} given, but the model is not patched; load it with load_model_with_lora")
 
     def advance(self) -> tuple[Ints, Ints]:
         """One forward pass; returns the branches that have got a token, and these tokens, `[sampled]` each."""

@@ -95,8 +95,12 @@ def end_ids(model: Model, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 
 
 def _engine(model: Model, tokens: Tokens, params: SamplingParams) -> Engine:
-    reason = None if is_patched(model) else assess(causal_lm(model)).reason
+    if is_patched(model):
+        return Engine(model, tokens, params)
+    reason = assess(causal_lm(model)).reason
     if reason is None:
+        if tokens.branches > 1:
+            raise UserError(f"branches: {tokens.branches} given, but the model is not patched; load it with load_model_with_lora")
         return Engine(model, tokens, params)
     engine = RowEngine(model, tokens, params)
     if tokens.branches > 1:

@@ -39,9 +39,6 @@ class RowEngine(Engine):
         self._memory_name, self._stateful = names[0], inner._is_stateful
         self._memories: dict[int, Any] = {}  # by sequence
 
-    def _refuse_several(self, patched: bool, tokens: Tokens) -> None:
-        """Several branches are what this engine is for."""
-
     @torch.inference_mode()
     def forward(self, feed: Feed) -> Tensor:
         """`[sampled, vocab]` logits after the newest token of each branch in the feed."""

@@ -18,8 +18,8 @@ from parallelmind.evaluation.probes import (
     ENDLESS,
     MAIN,
     LawBroken,
-    Recorded,
     RecordedRows,
+    Recorder,
     agree,
     differ,
     layout_logits,
@@ -86,7 +86,7 @@ def cached(model: PreTrainedModel, among: Iterable[RopeConfig] = FEW_SETTINGS) -
 
 
 def _decoding_equals_one_forward(model: PreTrainedModel, main: list[int], config: RopeConfig) -> None:
-    engine = Recorded(model, Tokens.of(main, BRANCHES), ENDLESS)
+    engine = Recorder(model, Tokens.of(main, BRANCHES), ENDLESS)
     engine.run()
     whole = layout_logits(model, engine.state.final_layout(), config)[1:]
     for branch, prompt in enumerate(BRANCHES):

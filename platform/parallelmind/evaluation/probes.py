@@ -110,10 +110,6 @@ class Recorder(Engine):
                     self.state.finish(branch, "length")
 
 
-class Recorded(Recorder, Engine):
-    pass
-
-
 class RecordedRows(Recorder, RowEngine):
     pass
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from parallelmind.data.records import RecordError
+from parallelmind.data.records import RecordError, refuse_surrogates
 
 Converted = dict[str, Any]  # one record of parallel JSONL
 
@@ -62,6 +62,5 @@ def checked_text(text: Any, name: str) -> str:
         raise RecordError(f"{name} is not text")
     if not text.strip():
         raise RecordError(f"{name} is empty")
-    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise RecordError(f"{name} holds half of a surrogate pair, which is no character")
+    refuse_surrogates(text, name)
     return text
