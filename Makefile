@@ -12,10 +12,10 @@ STAMP := $(VENV)/.setup-done
 ADAPTER ?= $(shell ls -td runs/demo-*/adapter 2>/dev/null | head -n 1)
 PORT ?= 8000
 
-.PHONY: help setup model lint typecheck test demo serve bench clean
+.PHONY: help setup model lint typecheck test demo serve bench bench-gpu clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## create .venv with every dependency at its pinned version
 
@@ -49,6 +49,9 @@ serve: setup ## serve the newest demo adapter on 127.0.0.1:8000; ADAPTER=folder 
 
 bench: setup model ## print the benchmark table; ONLY=decoding runs one part
 	@$(PY) -m benchmarks $(ONLY)
+
+bench-gpu: setup ## print tokens/s and MFU of training on this machine's GPU
+	@$(PY) -m benchmarks.gpu
 
 clean: ## remove .venv, caches and build outputs, not runs
 	rm -rf $(VENV) build dist platform/*.egg-info *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -14,6 +14,7 @@ from parallelmind.layout import IGNORE, Batch, Tokens
 from parallelmind.model.adapter import add_lora
 from parallelmind.model.base import load_base
 from parallelmind.model.patch import patch
+from parallelmind.training.loss import TargetLoss
 from parallelmind.training.step import backward, make_optimizer, update
 
 _SAMPLES, _LONGEST = 2, 512
@@ -31,11 +32,11 @@ def _step(patched: bool, batch: Batch) -> Callable[[], float]:
     lora = add_lora(model, LoraConfig(), seed=0)
     lora.train()
     optimizer = make_optimizer(lora, OptimizerConfig())
-    config = RopeConfig()
+    learner = TargetLoss(lora, RopeConfig().visibility)
 
     def patched_step() -> float:
-        totals = backward(lora, iter([batch]), 1, config.visibility)
-        return update(lora, optimizer, totals.targets, clip=1.0)
+        totals = backward(learner, iter([batch]), 1)
+        return update(learner, optimizer, totals.targets, clip=1.0)
 
     ids = torch.from_numpy(batch.ids)
     wanted = torch.from_numpy(batch.labels) != IGNORE
@@ -45,7 +46,7 @@ def _step(patched: bool, batch: Batch) -> Callable[[], float]:
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[wanted]
         logits = model.get_output_embeddings()(hidden).float()
         torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
-        return update(lora, optimizer, len(labels), clip=1.0)
+        return update(learner, optimizer, len(labels), clip=1.0)
 
     return patched_step if patched else plain_step
 

@@ -1,7 +1,7 @@
 """Serve an adapter on this machine, for this machine: HTTP on 127.0.0.1, until Ctrl-C.
 
-    python -m serving lora_path=runs/NAME/adapter port=8000
-    python -m serving base_model=smollm2-135m
+python -m serving lora_path=runs/NAME/adapter port=8000
+python -m serving base_model=smollm2-135m
 """
 
 from __future__ import annotations
@@ -98,9 +98,9 @@ def _require_free(port: int) -> None:
 
 def _require_adapter(lora_path: str) -> None:
     """The likeliest mistake, found before Ray starts."""
-    from parallelmind.model.manifest import read_manifest  # takes seconds: not for --help
+    from parallelmind.model.manifest import read_adapter  # takes seconds: not for --help
 
-    read_manifest(lora_path)
+    read_adapter(lora_path)
 
 
 def _greeting(config: ServerConfig) -> str:

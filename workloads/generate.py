@@ -22,7 +22,7 @@ from typing import Any, Self, TextIO
 from pydantic import Field, model_validator
 
 import parallelmind as pm
-from parallelmind.config import Alignment, Dtype, Pairs, Part, Positions, Visibility
+from parallelmind.config import Alignment, Dtype, Pairs, Part, Positions, Quantize, Visibility
 from parallelmind.data.encode import encode_text
 from parallelmind.data.records import Branch, Record, RecordError, parse_line
 from parallelmind.errors import UserError
@@ -35,6 +35,7 @@ class ModelPart(Part):
     base_model: str | None = Field(None, description="smollm2-135m, a local folder, or a hub id; null: the adapter's own")
     lora_path: str | None = Field(None, description="adapter folder; null: the base model alone")
     dtype: Dtype | None = Field(None, description="compute type of the base weights")
+    quantize: Quantize | None = Field(None, description="keep the base weights in fewer bits (bitsandbytes)")
     trust_remote_code: bool = Field(False, description="allow a hub model to run its own code")
     patch_rope: bool | None = Field(None, description="false: leave the model as it is, without 2D RoPE")
     rope_2d_ratio: float | None = Field(None, ge=0, le=1, description="share of rotary pairs driven by (branch, time)")

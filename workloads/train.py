@@ -14,13 +14,14 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from parallelmind.config import TrainConfig
+from parallelmind.config import TrainConfig, load_yaml
 from parallelmind.data.files import find_files
 from parallelmind.errors import UserError
 from workloads import cli
 from workloads.settings import read_config
 
-CHECKPOINTS, STOP, ADAPTER, QUARANTINE = "checkpoints", "STOP", "adapter", "quarantine.jsonl"  # in a run's folder
+# In a run's folder.
+CHECKPOINTS, STOP, ADAPTER, MODEL, QUARANTINE = "checkpoints", "STOP", "adapter", "model", "quarantine.jsonl"
 _COMPLETE = "parallelmind.json"  # the adapter folder appears whole, this file with it
 
 
@@ -39,9 +40,11 @@ def run_training(config: TrainConfig) -> Path:
     Raises UserError for what the user can mend, and KeyboardInterrupt when stopped, with a checkpoint saved.
     """
     folder = run_folder(config)
-    if (folder / ADAPTER / _COMPLETE).is_file():
-        print(f"finished before: {folder / ADAPTER}; change a field or the name to train another")
+    result = result_folder(config, folder)
+    if (result / _COMPLETE).is_file():
+        print(f"finished before: {result}; change a field or the name to train another")
         return folder
+    _refuse_changed(config, folder)
     files = find_files(config.data_path)
     held_out = find_files(config.validation_path, "validation_path") if config.validation_path else []
     from workloads.train_driver import execute  # imports Ray, torch and MLflow, which takes seconds
@@ -59,6 +62,28 @@ def run_training(config: TrainConfig) -> Path:
 def run_folder(config: TrainConfig) -> Path:
     """`output_dir/name-hash`, absolute."""
     return Path(config.output_dir).expanduser().absolute() / f"{config.name}-{config.fingerprint()[:8]}"
+
+
+def result_folder(config: TrainConfig, folder: Path) -> Path:
+    """Where a finished run leaves what it trained."""
+    return folder / (ADAPTER if config.tuning == "lora" else MODEL)
+
+
+def _refuse_changed(config: TrainConfig, folder: Path) -> None:
+    """Raises UserError, naming the fields, if an unfinished run of the same name was begun with other settings."""
+    ours = config.model_dump(mode="json")
+    for other in folder.parent.glob(f"{config.name}-*/config.yaml"):
+        begun, left = load_yaml(other), other.parent
+        results = [left / name / _COMPLETE for name in (ADAPTER, MODEL)]
+        if left == folder or begun.get("name") != config.name or not any(left.glob(f"{CHECKPOINTS}/step-*")):
+            continue
+        if not any(result.is_file() for result in results):
+            fields = [name for name, value in begun.items() if name in ours and name not in config.WHERE and ours[name] != value]
+            told = ", ".join(f"{name}={begun[name]} (now {ours[name]})" for name in fields)
+            raise UserError(
+                f"name={config.name}: the unfinished run {left} has {told}; "
+                "give it these values to go on with it, choose another name, or remove its folder"
+            )
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import workloads.ray_env  # noqa: F401  (before Ray)
 
@@ -21,20 +22,25 @@ import workloads.ray_env  # noqa: F401  (before Ray)
 import ray.train
 from ray.train.torch import TorchTrainer
 
-from parallelmind.config import BaseConfig, DataConfig, TrainConfig, save_yaml
+from parallelmind.config import BaseConfig, DataConfig, LoraConfig, RopeConfig, TrainConfig, save_yaml
 from parallelmind.data.pipeline import start_feeder, survey
 from parallelmind.data.survey import Survey, write_quarantine
 from parallelmind.errors import UserError
 from parallelmind.model.base import load_structure, load_tokenizer
+from parallelmind.model.manifest import read_adapter
 from parallelmind.model.support import refuse_unsupported
+from parallelmind.storage import whole_file
 from parallelmind.tracking import Tracker, absolute_uri
 from parallelmind.training import checkpoint
 from parallelmind.training.loop import Outcome
 from workloads import cluster
-from workloads.train import ADAPTER, CHECKPOINTS, QUARANTINE, STOP
+from workloads.record import code_version, draw_losses
+from workloads.train import CHECKPOINTS, QUARANTINE, STOP, result_folder
 from workloads.train_worker import Task, run_worker
 
-_RESTARTS = 3  # how often lost workers are replaced before the run is given up
+_RESTARTS = 3  # how often what was lost is replaced before the run is given up
+_LOST = (ray.exceptions.RayError, ray.train.ControllerError)
+_RAY = ".ray"  # Ray Train's folder in the run's
 _SHOWN_BAD_LINES, _SHOWN_KEYS = 10, 5
 
 
@@ -46,14 +52,18 @@ def execute(config: TrainConfig, folder: Path, files: list[str], held_out: list[
     vocabulary = len(load_tokenizer(base))
     if config.patch_rope:
         refuse_unsupported(load_structure(base))
+    if config.resume_adapter is not None:
+        asked = {**config.part(RopeConfig).model_dump(), **config.part(LoraConfig).model_dump(exclude={"lora_dropout"})}
+        read_adapter(config.resume_adapter).refuse_other_settings(asked)
     cluster.connect(config.ray_address)
     if config.use_gpu:
         cluster.require_gpus(config.num_workers)
     found = _survey(config, folder, files, held_out, vocabulary)
-    tracker = _tracker(config, folder)
+    tracker = _tracker(config, folder, found.fingerprint)
     threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, int(cluster.cpus()) // config.num_workers)
-    task = Task(config, folder, tuple(held_out), tracker.uri, tracker.run_id, planned_steps(config, found), threads)
-    tracker.set_tags({"bad_lines": len(found.bad), "folder": folder})
+    per_epoch = max(1, math.ceil(found.batches(config)))
+    task = Task(config, folder, tuple(held_out), tracker.uri, tracker.run_id, per_epoch, threads)
+    tracker.set_tags({"bad_lines": len(found.bad), "folder": folder, "data_sha256": found.fingerprint, **code_version()})
     status = "FAILED"
     try:
         outcome = _stoppable(lambda: _fit(task, files), folder / STOP)
@@ -64,12 +74,6 @@ def execute(config: TrainConfig, folder: Path, files: list[str], held_out: list[
     finally:
         tracker.finish(status)
     _conclude(task, outcome, tracker)
-
-
-def planned_steps(config: TrainConfig, found: Survey) -> int:
-    """About how many optimizer steps the run takes."""
-    steps = max(1, math.ceil(found.batches(config) / (config.num_workers * config.accumulation_steps))) * config.epochs
-    return steps if config.max_steps is None else min(steps, config.max_steps)
 
 
 def _survey(config: TrainConfig, folder: Path, files: list[str], held_out: list[str], vocabulary: int) -> Survey:
@@ -89,37 +93,48 @@ def _survey(config: TrainConfig, folder: Path, files: list[str], held_out: list[
     return found
 
 
-def _tracker(config: TrainConfig, folder: Path) -> Tracker:
-    """The run's MLflow run: begun once, gone on with after an interruption."""
+def _tracker(config: TrainConfig, folder: Path, data: str) -> Tracker:
+    """The run's MLflow run: begun once, gone on with after an interruption. Raises UserError if the data has changed since."""
     note = folder / "run.json"
-    known = json.loads(note.read_text(encoding="utf-8"))["mlflow_run"] if note.is_file() else None
-    tracker = Tracker.start(absolute_uri(config.mlflow_uri), config.mlflow_experiment, folder.name, config, known)
-    note.write_text(json.dumps({"mlflow_run": tracker.run_id}) + "\n", encoding="utf-8")
+    if note.is_file():
+        known = json.loads(note.read_text(encoding="utf-8"))
+    else:  # on the disk before the run begins: a run whose begin is cut short is found by this key
+        known = {"mlflow_key": uuid4().hex, "data_sha256": data}
+    if known["data_sha256"] != data and checkpoint.by_step(folder / CHECKPOINTS):
+        raise UserError(
+            f"data_path={config.data_path}: its records are not those that {folder} was begun on "
+            f"({data}, not {known['data_sha256']}); restore them, or choose another name"
+        )
+    with whole_file(note) as file:
+        file.write(json.dumps({**known, "data_sha256": data}) + "\n")
+    uri = absolute_uri(config.mlflow_uri)
+    tracker = Tracker.start(uri, config.mlflow_experiment, folder.name, config, known["mlflow_key"])
     tracker.log_file(folder / "config.yaml")
     return tracker
 
 
 def _fit(task: Task, files: list[str]) -> Outcome:
-    """Ray Train, again from the newest checkpoint where workers were lost. An error that a worker raised is final."""
+    """Ray Train, again from the newest checkpoint where it was lost. An error that a worker raised is final."""
     data, base = task.config.part(DataConfig), task.config.part(BaseConfig)
     for restart in range(_RESTARTS + 1):
-        _keep_newest(task.folder / CHECKPOINTS, task.config.fingerprint())
         feeder = start_feeder(files, data, base, task.config.seed, task.config.num_workers)
         try:
             result = _trainer(task, feeder).fit()
-        except ray.train.WorkerGroupError as error:
-            causes = list(error.worker_failures.values())
-            if user_error := next((cause for cause in map(_root, causes) if isinstance(cause, UserError)), None):
+        except (ray.train.WorkerGroupError, ray.train.ControllerError, ray.exceptions.RayActorError) as error:
+            causes = [_root(cause) for cause in getattr(error, "worker_failures", {}).values()] or [error]
+            if user_error := next((cause for cause in causes if isinstance(cause, UserError)), None):
                 raise user_error from error
-            if restart == _RESTARTS or not any(isinstance(_root(cause), ray.exceptions.RayError) for cause in causes):
+            if restart == _RESTARTS or not any(isinstance(cause, _LOST) for cause in causes):
                 raise
-            print(f"lost a worker; starting again ({restart + 1} of {_RESTARTS})", file=sys.stderr, flush=True)
+            lost = "worker" if isinstance(error, ray.train.WorkerGroupError) else "controller"
+            print(f"lost a {lost}; starting again ({restart + 1} of {_RESTARTS})", file=sys.stderr, flush=True)
         else:
             outcome = result.return_value  # type: ignore[attr-defined]  # Ray types its V1 classes
             assert isinstance(outcome, Outcome)
             return outcome
         finally:
             ray.kill(feeder)
+            shutil.rmtree(task.folder / _RAY, ignore_errors=True)  # its notes of this start, which a crash may have cut short
     raise AssertionError("the last restart returns or raises")
 
 
@@ -134,31 +149,22 @@ def _trainer(task: Task, feeder: Any) -> TorchTrainer:
     config = task.config
     # Half of the CPUs at most: the readers of Ray Data need some too, or everything waits for ever.
     share = max(0.01, round(min(0.5, cluster.cpus() / (2 * config.num_workers)), 2))
+    workers = config.num_workers if config.min_workers is None else (config.min_workers, config.num_workers)
+    # Checkpoints are our own: written in the background, hashed, and passed over when damaged, which Ray's are not.
     return TorchTrainer(
         functools.partial(run_worker, task, feeder),  # type: ignore[arg-type]
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.num_workers,
+            num_workers=workers,  # type: ignore[arg-type]  # Ray types its V1 classes
             use_gpu=config.use_gpu,
             resources_per_worker={"CPU": share, "GPU": int(config.use_gpu)},
         ),
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]
-            name=CHECKPOINTS,
+            name=_RAY,
             storage_path=str(task.folder),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.keep_checkpoints),
             # An error comes back to the driver with its traceback; Ray would print that a second time.
             logging_config=ray.train.LoggingConfig(log_level="CRITICAL"),
         ),
     )
-
-
-def _keep_newest(folder: Path, config_hash: str) -> None:
-    """Leave only the newest whole checkpoint, and no record of Ray's, which a crash may have cut short."""
-    kept = checkpoint.newest(folder, config_hash)
-    for item in folder.iterdir() if folder.is_dir() else ():
-        if item.is_dir() and item != kept:
-            shutil.rmtree(item)
-        elif item.is_file():
-            item.unlink()
 
 
 def _stoppable(work: Callable[[], Outcome], stop_file: Path) -> Outcome:
@@ -201,9 +207,12 @@ def _signals_to(stop_file: Path) -> Iterator[None]:
 
 def _conclude(task: Task, outcome: Outcome, tracker: Tracker) -> None:
     (task.folder / STOP).unlink(missing_ok=True)
+    draw_losses(tracker, task.folder / "loss.png")
+    tracker.log_file(task.folder / "loss.png")
     if not outcome.finished:
         saved = checkpoint.newest(task.folder / CHECKPOINTS, task.config.fingerprint())
         print(f"stopped at step {outcome.step}; checkpoint: {saved}\nthe same command goes on from there", flush=True)
         raise KeyboardInterrupt
-    print(f"run      {task.folder}\nadapter  {task.folder / ADAPTER}\nmlflow   run {tracker.run_id}")
+    result = result_folder(task.config, task.folder)
+    print(f"run      {task.folder}\n{result.name:8} {result}\nloss     {task.folder / 'loss.png'}\nmlflow   run {tracker.run_id}")
     print(f"         mlflow ui --backend-store-uri {tracker.uri}", flush=True)

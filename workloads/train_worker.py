@@ -3,45 +3,47 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import ray.train
 import ray.train.torch
 import torch
-from peft import PeftModel
+from ray.train.collective import broadcast_from_rank_zero
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from parallelmind.config import BaseConfig, DataConfig, LoraConfig, RopeConfig, TrainConfig
+from parallelmind.data.feeder import Turns
 from parallelmind.data.files import file_parts
 from parallelmind.data.grouping import Row, Seeds, batched, make_batch, regrouped
 from parallelmind.data.pipeline import feed, read_part
 from parallelmind.layout import Batch
-from parallelmind.model.adapter import add_lora, save_adapter
+from parallelmind.model.adapter import add_lora, resume_adapter, save_trained, trained_weights
 from parallelmind.model.base import load_base
 from parallelmind.model.head import refuse_unknown_head
 from parallelmind.model.patch import patch
 from parallelmind.tracking import Tracker
-from parallelmind.training import checkpoint
-from parallelmind.training.loop import Job, Outcome, Save, train
-from workloads.train import ADAPTER, CHECKPOINTS, STOP
+from parallelmind.training.checkpoint import Store, whole
+from parallelmind.training.loop import Job, Outcome, train
+from workloads.train import CHECKPOINTS, STOP, result_folder
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What the driver settled; paths and the tracking URI are absolute. threads: of each worker."""
+    """What the driver settled; paths and the tracking URI are absolute. per_epoch: batches, about. threads: of each worker."""
 
     config: TrainConfig
     folder: Path
     validation_files: tuple[str, ...]
     mlflow_uri: str
     mlflow_run: str
-    planned: int
+    per_epoch: int
     threads: int
 
 
@@ -63,18 +65,12 @@ class RayHooks:
     def should_stop(self) -> bool:
         return self.leads and self.stop_file.exists()
 
-    def report(self, metrics: Mapping[str, float], step: int, save: Save | None) -> None:
-        values = {**metrics, "step": step}
-        if save is None or not self.leads:
-            ray.train.report(values)
-            return
-        with tempfile.TemporaryDirectory() as scratch:
-            save(Path(scratch) / "checkpoint")
-            ray.train.report(values, checkpoint=ray.train.Checkpoint.from_directory(Path(scratch) / "checkpoint"))
+    def report(self, metrics: Mapping[str, float], step: int) -> None:
+        ray.train.report({**metrics, "step": step})
 
 
 def run_worker(task: Task, feeder: Any) -> Outcome:
-    """Train on this worker's turns of the feeder's batches; rank 0 writes the adapter at the end.
+    """Train on this worker's turns of the feeder's batches; rank 0 writes checkpoints, and the adapter at the end.
 
     Raises UserError for what the model refuses.
     """
@@ -83,35 +79,56 @@ def run_worker(task: Task, feeder: Any) -> Outcome:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     config, context = task.config, ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
-    model, tokenizer = build_model(config)
     hooks = RayHooks(task, leads=rank == 0)
+    store = Store(task.folder / CHECKPOINTS, config.keep_checkpoints) if rank == 0 else None
+    try:
+        found = store.resume(config.fingerprint(), hooks.say) if store else None
+        group, resume = broadcast_from_rank_zero((uuid4().hex, found))
+        if resume is not None:
+            hooks.say(f"resuming from {resume}")
+        model, tokenizer = build_model(config)
 
-    def stream(epoch: int, first: int) -> Iterator[Batch]:
-        counts: Counter[str] = Counter()
-        for group in feed(feeder, epoch, first, workers, rank, counts):
-            yield group.batch(config.part(RopeConfig), tokenizer.pad_token_id or 0)
-        if any(counts.values()):
-            hooks.say(f"epoch {epoch}: {counts['truncated']} texts truncated, {counts['skipped']} branches skipped")
+        def stream(epoch: int, first: int) -> Iterator[Batch]:
+            counts: Counter[str] = Counter()
+            for chosen in feed(feeder, Turns(group, epoch, first, workers), rank, counts):
+                yield chosen.batch(config.part(RopeConfig), tokenizer.pad_token_id or 0)
+            if any(counts.values()):
+                hooks.say(f"epoch {epoch}: {counts['truncated']} texts truncated, {counts['skipped']} branches skipped")
 
-    job = Job(config, model, stream, hooks, task.planned, validation_sets(task, tokenizer, rank, workers), task.mlflow_run)
-    resume = checkpoint.newest(task.folder / CHECKPOINTS, config.fingerprint())
-    if resume is not None:
-        hooks.say(f"resuming from {resume}")
-    outcome = train(job, resume)
-    if outcome.finished and hooks.tracker:
-        parts = config.part(BaseConfig), config.part(RopeConfig), config.part(LoraConfig)
-        extra = {"run": task.folder.name, "mlflow_run": task.mlflow_run}
-        save_adapter(model, tokenizer, task.folder / ADAPTER, *parts, extra=extra)
-        hooks.tracker.log_folder(task.folder / ADAPTER, ADAPTER)
+        held_out = validation_sets(task, tokenizer, rank, workers)
+        outcome = train(Job(config, model, stream, hooks, task.per_epoch, held_out, store, task.mlflow_run), resume)
+    finally:
+        if store:
+            store.close()
+    if outcome.finished:
+        keep(task, model, tokenizer, hooks, outcome)
     return outcome
 
 
-def build_model(config: TrainConfig) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    model, tokenizer = load_base(config.part(BaseConfig))
+def keep(task: Task, model: nn.Module, tokenizer: PreTrainedTokenizerBase, hooks: RayHooks, outcome: Outcome) -> None:
+    """Write what was trained, in the run's folder and to MLflow."""
+    weights = {name: whole(value) for name, value in trained_weights(model).items()}  # by every worker: they may hold shards
+    if hooks.tracker is None:
+        return
+    extra = {"run": task.folder.name, "mlflow_run": task.mlflow_run, "metrics": outcome.metrics}
+    folder = result_folder(task.config, task.folder)
+    save_trained(model, tokenizer, folder, task.config, extra, weights)
+    hooks.tracker.log_folder(folder, folder.name)
+
+
+def build_model(config: TrainConfig) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """The patched model with what is to be trained, float32 there, on this worker's device."""
+    base = config.part(BaseConfig)
+    model, tokenizer = load_base(base if config.tuning == "lora" else base.model_copy(update={"dtype": "float32"}))
     refuse_unknown_head(model)
     if config.patch_rope:
         patch(model, config.part(RopeConfig))
-    return add_lora(model, config.part(LoraConfig), config.seed).to(ray.train.torch.get_device()), tokenizer
+    learner: nn.Module = model
+    if config.resume_adapter is not None:
+        learner = resume_adapter(model, tokenizer, config.resume_adapter, config.part(LoraConfig))
+    elif config.tuning == "lora":
+        learner = add_lora(model, config.part(LoraConfig), config.seed)
+    return learner.to(ray.train.torch.get_device()), tokenizer
 
 
 def validation_sets(task: Task, tokenizer: PreTrainedTokenizerBase, rank: int, workers: int) -> dict[int, list[Batch]]:

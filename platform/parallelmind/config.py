@@ -19,7 +19,8 @@ from yaml import YAMLError
 
 from parallelmind.errors import UserError, first_line
 
-Dtype = Literal["float32", "bfloat16"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+Quantize = Literal["none", "8bit", "4bit"]
 Pairs = Literal["low", "mid", "spread"]
 Positions = Literal["flat", "time"]
 Visibility = Literal["columnar", "isolated"]
@@ -66,13 +67,17 @@ class LoraConfig(Part):
     lora_alpha: int = Field(32, ge=1, description="LoRA scale; the update is multiplied by alpha / rank")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the LoRA input while training")
     lora_targets: str = Field("all-linear", min_length=1, description="module names to adapt, comma-separated, or all-linear")
+    lora_init: Literal["zero", "pissa"] = Field("zero", description="zero: starts as the base; pissa: its principal directions")
+    use_rslora: bool = Field(False, description="divide alpha by the root of the rank instead of the rank")
+    use_dora: bool = Field(False, description="train the norm of every adapted weight as well (DoRA)")
 
 
 class BaseConfig(Part):
     """The pretrained model underneath."""
 
     base_model: str = Field("smollm2-135m", min_length=1, description="smollm2-135m, a local folder, or a hub id")
-    dtype: Dtype = Field("float32", description="compute type of the base weights; LoRA weights stay float32")
+    dtype: Dtype = Field("float32", description="type to compute in; trained weights stay float32")
+    quantize: Quantize = Field("none", description="keep the base weights in fewer bits (bitsandbytes)")
     trust_remote_code: bool = Field(False, description="allow a hub model to run its own code")
 
 
@@ -115,8 +120,10 @@ class DataConfig(Part):
 
 
 class OptimizerConfig(Part):
-    """How the adapter learns."""
+    """How the model learns."""
 
+    tuning: Literal["lora", "full"] = Field("lora", description="train an adapter, or every parameter of the model")
+    resume_adapter: str | None = Field(None, description="adapter folder to go on from, with a fresh optimizer")
     epochs: int = Field(1, ge=1, description="passes over the data")
     max_steps: int | None = Field(None, ge=1, description="stop after this many optimizer steps")
     learning_rate: float = Field(2e-4, gt=0, description="peak learning rate of AdamW")
@@ -125,6 +132,7 @@ class OptimizerConfig(Part):
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
     gradient_clip: float = Field(1.0, gt=0, description="largest gradient norm of a step")
     accumulation_steps: int = Field(1, ge=1, description="batches per worker and optimizer step")
+    max_bad_steps: int = Field(10, ge=1, description="give up after this many steps in a row without a finite gradient")
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
     seed: int = Field(0, ge=0, description="seed of grouping, shuffling, initialisation and dropout")
 
@@ -135,9 +143,11 @@ class RunConfig(Part):
     name: str = Field("train", pattern=r"^[A-Za-z0-9._-]+$", description="name of the run; its folder is name-confighash")
     output_dir: str = Field("runs", min_length=1, description="folder that holds the runs")
     num_workers: int = Field(1, ge=1, description="Ray Train workers")
+    min_workers: int | None = Field(None, ge=1, description="go on with as few when others are lost, until they are back")
+    sharding: Literal["none", "full"] = Field("none", description="full: split the model over the workers (FSDP2)")
     use_gpu: bool = Field(False, description="give every worker one GPU")
     checkpoint_every: int = Field(100, ge=1, description="optimizer steps between checkpoints")
-    keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept on disk")
+    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept on disk, beside the best one")
     log_every: int = Field(5, ge=1, description="optimizer steps between progress lines and metrics")
     validate_every: int = Field(100, ge=1, description="optimizer steps between validations")
     validation_branches: list[int] = Field([1, 4, 8], min_length=1, description="branch counts to measure validation loss at")
@@ -148,14 +158,34 @@ class RunConfig(Part):
 
 
 class TrainConfig(RunConfig, OptimizerConfig, DataConfig, LoraConfig, RopeConfig, BaseConfig):
-    """A whole training run. It may be gone on with on other workers than it was begun on."""
+    """A whole training run. It may be gone on with on other workers than it was begun on, and told of otherwise."""
 
-    WHERE: ClassVar[frozenset[str]] = frozenset({"num_workers", "use_gpu", "ray_address"})
+    WHERE: ClassVar[frozenset[str]] = frozenset(
+        "num_workers min_workers sharding use_gpu ray_address output_dir mlflow_uri mlflow_experiment "
+        "log_every checkpoint_every keep_checkpoints".split()
+    )
 
     @model_validator(mode="after")
-    def _plain_sequences(self) -> Self:
+    def _consistent(self) -> Self:
         if not self.patch_rope and (self.branches_per_sample or self.max_branches_per_sample) != 1:
             raise ValueError("patch_rope=false reads one branch per sample: set branches_per_sample=1 max_branches_per_sample=1")
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(
+                f"min_workers={self.min_workers} exceeds num_workers={self.num_workers}: lower the one or raise the other"
+            )
+        if self.quantize != "none" and (self.tuning == "full" or self.sharding == "full"):
+            field = "tuning" if self.tuning == "full" else "sharding"
+            raise ValueError(
+                f"quantize={self.quantize}: weights in few bits can be neither trained nor split; drop it or {field}=full"
+            )
+        if self.quantize != "none" and self.lora_init == "pissa":
+            raise ValueError(
+                f"lora_init=pissa: cannot split weights in few bits; set lora_init=zero or drop quantize={self.quantize}"
+            )
+        if self.quantize == "8bit" and self.use_dora:
+            raise ValueError("use_dora=true: loses the scales of 8-bit weights; set quantize=4bit or quantize=none")
+        if self.tuning == "full" and self.resume_adapter:
+            raise ValueError("resume_adapter: tuning=full trains no adapter; name the folder to go on from as base_model")
         return self
 
 

@@ -6,11 +6,14 @@ import gzip
 import hashlib
 import io
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, TextIO, cast
+
+_SCRATCH = "-part-"  # in the names of folders that are being written
 
 
 def sha256(file: Path) -> str:
@@ -20,10 +23,23 @@ def sha256(file: Path) -> str:
 
 
 def flush(folder: Path) -> None:
-    """Put the files of a folder, not those of its subfolders, on the disk."""
-    for path in folder.iterdir():
-        with open(path, "rb") as stream:
-            os.fsync(stream.fileno())
+    """Put a folder and the files in it, not those of its subfolders, on the disk."""
+    for path in (*folder.iterdir(), folder):
+        _flush(path)
+
+
+def _flush(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def clear_scratch(parent: Path) -> None:
+    """Remove what writers of whole folders left behind in `parent` when they were killed. None may be at work there."""
+    for left in parent.glob(f".*{_SCRATCH}*"):
+        shutil.rmtree(left)
 
 
 @contextmanager
@@ -33,12 +49,13 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     After an exception `folder` is as it was.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}{_SCRATCH}") as scratch:
         built = Path(scratch) / "new"
         built.mkdir()
         yield built
         flush(built)
         _replace(folder, built, Path(scratch) / "old")
+        _flush(folder.parent)
 
 
 def _replace(folder: Path, built: Path, old: Path) -> None:
@@ -67,8 +84,8 @@ def whole_file(path: Path) -> Iterator[TextIO]:
             packed = gzip.GzipFile("", "wb", fileobj=file, mtime=0) if path.name.endswith(".gz") else file
             with io.TextIOWrapper(cast(BinaryIO, packed), encoding="utf-8", newline="\n") as text:
                 yield text
-        with open(scratch, "rb") as written:
-            os.fsync(written.fileno())
+        _flush(scratch)
         os.replace(scratch, path)
+        _flush(path.parent)
     finally:
         scratch.unlink(missing_ok=True)

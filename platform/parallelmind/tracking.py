@@ -24,6 +24,7 @@ from parallelmind.config import Part
 from parallelmind.errors import UserError, first_line
 
 _SQLITE = "sqlite:///"
+_KEY = "run_key"  # a tag by which a run is found again, even if its begin was cut short
 _PARAMS_AT_ONCE = 100  # MLflow's limit for one request
 
 for _name in ("alembic", "mlflow.store.db.utils"):
@@ -39,15 +40,19 @@ def absolute_uri(uri: str) -> str:
 
 
 class Tracker:
-    """One MLflow run. Create it in the driver; workers attach with `Tracker(uri, run_id)`."""
+    """One MLflow run. Create it in the driver; workers attach with `Tracker(uri, run_id)`.
+
+    No metric gets two points at one step: what a run repeats after an interruption is left out.
+    """
 
     def __init__(self, uri: str, run_id: str) -> None:
         self.uri, self.run_id = uri, run_id
         self._client = MlflowClient(uri)
+        self._logged = {key: self.history(key)[-1][0] for key in self.metric_names()}
 
     @classmethod
-    def start(cls, uri: str, experiment: str, name: str, config: Part, run_id: str | None = None) -> Self:
-        """Create the database if need be, then go on with `run_id` where it is known there, else begin a run.
+    def start(cls, uri: str, experiment: str, name: str, config: Part, key: str) -> Self:
+        """Create the database if need be, then go on with the run tagged `key`, else begin one.
 
         config: its fields become parameters, its fingerprint the tag `config_hash`. `uri` should be absolute (see
         `absolute_uri`). Raises UserError if the tracking store cannot be used.
@@ -55,10 +60,13 @@ class Tracker:
         try:
             client = MlflowClient(uri)
             experiment_id = _experiment_id(client, uri, experiment)
-            if run_id is not None and _known(client, run_id):
-                client.update_run(run_id, status=RunStatus.to_string(RunStatus.RUNNING))
-                return cls(uri, run_id)
-            run = client.create_run(experiment_id, run_name=name, tags={"config_hash": config.fingerprint()})
+            found = client.search_runs([experiment_id], f"tags.{_KEY} = '{key}'", max_results=1)
+            run = (
+                found[0]
+                if found
+                else client.create_run(experiment_id, run_name=name, tags={"config_hash": config.fingerprint(), _KEY: key})
+            )
+            client.update_run(run.info.run_id, status=RunStatus.to_string(RunStatus.RUNNING))
             _log_params(client, run.info.run_id, config.model_dump(mode="json"))
             return cls(uri, run.info.run_id)
         except (MlflowException, SQLAlchemyError, OSError) as error:
@@ -69,8 +77,18 @@ class Tracker:
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """One point per metric; values that are not finite are left out (MLflow's SQL store would refuse or bend them)."""
         now = time.time_ns() // 1_000_000
-        points = [Metric(key, float(value), now, step) for key, value in metrics.items() if math.isfinite(value)]
-        self._client.log_batch(self.run_id, metrics=points)
+        new = {key: value for key, value in metrics.items() if math.isfinite(value) and step > self._logged.get(key, -1)}
+        if new:
+            points = [Metric(key, float(value), now, step) for key, value in new.items()]
+            self._client.log_batch(self.run_id, metrics=points)
+        self._logged |= dict.fromkeys(new, step)
+
+    def metric_names(self) -> list[str]:
+        return sorted(self._client.get_run(self.run_id).data.metrics)
+
+    def history(self, key: str) -> list[tuple[int, float]]:
+        """(step, value) of every point of a metric, by step."""
+        return sorted((point.step, point.value) for point in self._client.get_metric_history(self.run_id, key))
 
     def log_folder(self, folder: Path, name: str) -> None:
         """Store every file of a folder as artifacts under `name`."""
@@ -98,15 +116,6 @@ def _artifacts(uri: str) -> str | None:
     """Beside a SQLite file, absolute, so that workers anywhere on the machine agree; a server has its own place."""
     path = uri.removeprefix(_SQLITE)
     return None if path == uri else (Path(path).absolute().parent / "mlartifacts").as_uri()
-
-
-def _known(client: MlflowClient, run_id: str) -> bool:
-    try:
-        return client.get_run(run_id).info.lifecycle_stage == "active"
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return False
-        raise
 
 
 def _log_params(client: MlflowClient, run_id: str, values: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 from tiny import save_tiny
 
@@ -77,6 +78,15 @@ def run_of(place: Path, name: str) -> Path:
     return folder
 
 
+def mlflow_run(place: Path, folder: Path) -> Run:
+    """The one MLflow run of a training run."""
+    client = MlflowClient(f"sqlite:///{place}/mlflow.db")
+    experiment = client.get_experiment_by_name("parallelmind")
+    assert experiment is not None
+    (found,) = [run for run in client.search_runs([experiment.experiment_id]) if run.info.run_name == folder.name]
+    return found
+
+
 def losses(output: str) -> list[float]:
     return [float(value) for value in re.findall(r"^step \d+/\d+  loss (\S+)", output, re.MULTILINE)]
 
@@ -97,9 +107,10 @@ def test_a_run_from_start_to_adapter(place: Path, workers: int) -> None:
     assert [(row["line"], Path(row["file"]).name) for row in quarantine] == [(n, "data.jsonl") for n in (21, 22, 23)]
     model, _ = load_model_with_lora(base_model=str(place / "tiny"), lora_path=folder / "adapter")
     assert all(torch.isfinite(weight).all() for weight in model.parameters())
-    run_id = json.loads((folder / "run.json").read_text())["mlflow_run"]
-    run = MlflowClient(f"sqlite:///{place}/mlflow.db").get_run(run_id)
+    run = mlflow_run(place, folder)
     assert run.info.status == "FINISHED"
+    assert {"data_sha256", "code_sha256", "version.torch"} <= run.data.tags.keys()
+    assert (folder / "loss.png").stat().st_size > 10_000
     assert {"validation/loss_1", "validation/branch_tax_4"} <= run.data.metrics.keys()
     # Every branch of the file was trained on in each epoch, however many workers shared them.
     assert run.data.metrics["branches"] == 2 * BRANCHES
@@ -144,8 +155,7 @@ def test_a_run_goes_on_with_the_rest_of_the_data_on_other_workers(place: Path) -
     done = train(place, "run.yaml", "name=again", "validation_path=null", "num_workers=1")
     assert done.returncode == 0, done.stderr
     assert "resuming from" in done.stdout
-    run_id = json.loads((run_of(place, "again") / "run.json").read_text())["mlflow_run"]
-    assert MlflowClient(f"sqlite:///{place}/mlflow.db").get_run(run_id).data.metrics["branches"] == 2 * BRANCHES
+    assert mlflow_run(place, run_of(place, "again")).data.metrics["branches"] == 2 * BRANCHES
 
 
 @pytest.mark.slow

@@ -1,17 +1,16 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
+from adapting import logits, logits_elsewhere
 from peft import PeftModel
 from tiny import save_tiny, tiny_llama, tiny_tokenizer
 
@@ -45,14 +44,6 @@ def trained(base: Any, config: LoraConfig = LORA, seed: int = 0) -> PeftModel:
 
 def lora_weights(model: PeftModel) -> dict[str, torch.Tensor]:
     return {name: weight for name, weight in model.named_parameters() if "lora_" in name}
-
-
-def logits(model: Any) -> torch.Tensor:
-    """`[1, 6, vocab]` of two branches of three tokens; the mask is causal, the coordinates are not."""
-    pos2d = torch.tensor([[[0, 0], [0, 1], [0, 2], [16, 0], [16, 1], [16, 2]]])
-    mask = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
-    with torch.no_grad():
-        return model(input_ids=torch.arange(10, 16)[None], pos2d=pos2d, attention_mask=mask).logits
 
 
 @pytest.fixture(scope="module")
@@ -94,16 +85,8 @@ def test_an_unknown_target_is_refused(targets: str) -> None:
         add_lora(tiny_llama(), LoraConfig(lora_targets=targets), seed=0)
 
 
-def test_a_fresh_process_computes_the_same_logits(saved: Path, tmp_path: Path) -> None:
-    script = (
-        "import sys, torch, test_adapter; from parallelmind.model.adapter import load_model_with_lora;"
-        "model, _ = load_model_with_lora(lora_path=sys.argv[1]); torch.save(test_adapter.logits(model), sys.argv[2])"
-    )
-    here = Path(__file__).resolve()
-    paths = [here.parent, here.parents[1], here.parents[2] / "platform"]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
-    subprocess.run([sys.executable, "-c", script, saved, tmp_path / "logits.pt"], env=env, check=True)
-    there = torch.load(tmp_path / "logits.pt")
+def test_a_fresh_process_computes_the_same_logits(saved: Path) -> None:
+    there = logits_elsewhere(lora_path=str(saved))
     assert torch.equal(there, logits(trained(patched())))
     assert (there - logits(patched())).abs().max() > 0.1
 
@@ -161,7 +144,7 @@ def edit(**fields: Any) -> Spoil:
         (lambda folder: (folder / "parallelmind.json").write_text('{"rope"'), "is damaged"),
         (lambda folder: (folder / "parallelmind.json").write_text("[]"), "is damaged"),
         (edit(format_version=2), "format_version=2, but 1 is read here"),
-        (edit(surprise=1), r"is damaged, save the adapter again \(surprise"),
+        (edit(surprise=1), r"is damaged, save the folder again \(surprise"),
         (edit(lora={"lora_rank": "4"}), r"lora\.lora_rank"),
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), r"adapter_model\.safetensors is missing, not"),
         (lambda folder: (folder / "adapter_config.json").write_text("{}"), r"adapter_config\.json is 44136fa355b3, not"),
@@ -175,6 +158,40 @@ def test_a_damaged_adapter_is_refused(saved: Path, tmp_path: Path, spoil: Spoil,
         load_model_with_lora(lora_path=folder)
     assert str(folder) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_pickled_adapter_is_refused(saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    shutil.copytree(saved, folder)
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(UserError, match=r"adapter_model\.bin is a pickle") as error:
+        load_model_with_lora(lora_path=folder)
+    assert "\n" not in str(error.value)
+
+
+def card(base_model: str, folder: Path, rope: RopeConfig = ROPE, **extra: Any) -> tuple[dict[str, Any], str]:
+    save_adapter(trained(patched()), tiny_tokenizer(), folder, BaseConfig(base_model=base_model), rope, LORA, extra)
+    _, front, text = (folder / "README.md").read_text().split("---\n", 2)
+    return yaml.safe_load(front), text
+
+
+def test_the_card_says_what_the_adapter_is_and_how_to_load_it(tmp_path: Path) -> None:
+    front, text = card("org/name", tmp_path / "adapter", metrics={"validation/loss_4": 1.23456, "step": 7}, run="demo-1234")
+    assert (front["base_model"], front["library_name"], front["pipeline_tag"]) == ("org/name", "peft", "text-generation")
+    assert {"lora", "parallelmind"} <= set(front["tags"])
+    assert 'pm.load_model_with_lora(base_model="org/name", lora_path=' in text
+    for row in ("rope_2d_ratio | 0.5", "visibility | isolated", "lora_rank | 4", "validation/loss_4 | 1.235", "step | 7"):
+        assert f"| {row} |" in text
+    assert f"| torch | {torch.__version__} |" in text
+    assert "several branches" in text
+
+
+def test_the_card_names_no_path_and_no_metrics_that_are_not_there(base_folder: str, tmp_path: Path) -> None:
+    front, text = card(base_folder, tmp_path / "adapter", ROPE.model_copy(update={"patch_rope": False}))
+    assert front["base_model"] == Path(base_folder).name
+    assert str(Path(base_folder).parent) not in text
+    assert "Metrics" not in text
+    assert "plain sequences" in text
 
 
 def test_another_architecture_is_refused(saved: Path) -> None:
@@ -191,20 +208,20 @@ def test_another_chat_template_is_refused(saved: Path) -> None:
 
 def test_another_patch_is_refused(saved: Path) -> None:
     model = tiny_llama()
-    with pytest.raises(UserError, match="patch_rope=False: the adapter was trained with patch_rope=True"):
+    with pytest.raises(UserError, match="patch_rope=False: the adapter has patch_rope=True"):
         load_adapter(model, tiny_tokenizer(), saved)
     patch(model, ROPE.model_copy(update={"rope_2d_ratio": 0.25}))
-    with pytest.raises(UserError, match=r"rope_2d_ratio=0\.25: the adapter was trained with rope_2d_ratio=0\.5"):
+    with pytest.raises(UserError, match=r"rope_2d_ratio=0\.25: the adapter has rope_2d_ratio=0\.5"):
         load_adapter(model, tiny_tokenizer(), saved)
 
 
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"rope_2d_ratio": 0.25}, "rope_2d_ratio=0.25: the adapter was trained with rope_2d_ratio=0.5"),
-        ({"lora_rank": 8}, "lora_rank=8: the adapter was trained with lora_rank=4"),
-        ({"positions": "flat"}, "positions=flat: the adapter was trained with positions=time"),
-        ({"visibility": "columnar"}, "visibility=columnar: the adapter was trained with visibility=isolated"),
+        ({"rope_2d_ratio": 0.25}, "rope_2d_ratio=0.25: the adapter has rope_2d_ratio=0.5"),
+        ({"lora_rank": 8}, "lora_rank=8: the adapter has lora_rank=4"),
+        ({"positions": "flat"}, "positions=flat: the adapter has positions=time"),
+        ({"visibility": "columnar"}, "visibility=columnar: the adapter has visibility=isolated"),
         ({"rope_ratio": 0.5}, "rope_ratio: unknown field"),
         ({"dtype": "int8"}, "dtype='int8'"),
     ],

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import pytest
@@ -12,10 +14,11 @@ from hypothesis import strategies as st
 from tiny import tiny_tokenizer
 
 from parallelmind.config import DataConfig
-from parallelmind.data import pipeline
+from parallelmind.data import feeder as feeding
+from parallelmind.data.feeder import Feeder, Turns
 from parallelmind.data.grouping import Group
-from parallelmind.data.pipeline import Feeder, to_table
 from parallelmind.data.records import parse_line
+from parallelmind.data.tables import to_table
 from parallelmind.data.tokenise import tokenise
 
 CONFIG = DataConfig(data_path="-", shuffle_window=8, batch_size=2, max_branches_per_sample=3, length_window=2)
@@ -34,7 +37,7 @@ def take(source: Feeder, first: int, workers: int, rounds: int | None = None) ->
     open_ranks = list(range(workers))
     while open_ranks and (rounds is None or rounds > 0):
         for rank in list(open_ranks):
-            found = source.next(0, first, workers, rank)
+            found = source.next(Turns("", 0, first, workers), rank)
             if isinstance(found, Group):
                 taken.append([sample.ids.tobytes() for sample in found.samples])
             else:
@@ -43,9 +46,10 @@ def take(source: Feeder, first: int, workers: int, rounds: int | None = None) ->
     return taken
 
 
-def exhaust(source: Feeder, workers: int, rank: int) -> None:
-    while isinstance(source.next(0, 0, workers, rank), Group):
-        pass
+def exhaust(source: Feeder, workers: int, rank: int, group: str = "", begun: threading.Event | None = None) -> None:
+    while isinstance(source.next(Turns(group, 0, 0, workers), rank), Group):
+        if begun:
+            begun.set()
 
 
 EVERYTHING = take(feeder(), 0, 1)
@@ -54,7 +58,7 @@ EVERYTHING = take(feeder(), 0, 1)
 def test_every_record_is_in_exactly_one_batch() -> None:
     texts: Counter[bytes] = Counter()
     source = feeder()
-    while isinstance(group := source.next(0, 0, 1, 0), Group):
+    while isinstance(group := source.next(Turns("", 0, 0, 1), 0), Group):
         for sample in group.samples:
             ends = sample.lengths.cumsum()
             texts.update(sample.ids[a:b].tobytes() for a, b in pairwise(ends))
@@ -74,14 +78,34 @@ def test_a_new_run_of_the_same_feeder_starts_where_it_is_told() -> None:
     source = feeder()
     take(source, 0, 2, 3)
     assert take(source, 6, 1) == EVERYTHING[6:]
-    epoch = source.next(1, 0, 1, 0)
+    epoch = source.next(Turns("", 1, 0, 1), 0)
     assert isinstance(epoch, Group)
     assert [sample.ids.tobytes() for sample in epoch.samples] != EVERYTHING[0]
 
 
+def test_workers_that_start_again_get_the_same_batches_again() -> None:
+    """The same turns, by another group: what the lost one had taken is given out once more, and its waiters let go."""
+    source = feeder()
+    lost, new = Turns("lost", 0, 0, 2), Turns("new", 0, 0, 2)
+    waiting = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        taken = pool.submit(exhaust, source, 2, 1, "lost", waiting)
+        assert waiting.wait(30)
+        first = source.next(new, 0)
+        assert isinstance(first, Group)
+        assert first.samples[0].ids.tobytes() == EVERYTHING[0][0]
+        with pytest.raises(RuntimeError, match="over"):
+            taken.result(timeout=30)
+    with pytest.raises(RuntimeError, match="over"):  # also those who come late
+        source.next(lost, 0)
+    second = source.next(new, 1)
+    assert isinstance(second, Group)
+    assert second.samples[0].ids.tobytes() == EVERYTHING[1][0]
+
+
 @pytest.mark.parametrize(("room", "reads"), [(1 << 20, 1), (100, 3)])
 def test_small_data_is_read_once_for_all_epochs(monkeypatch: pytest.MonkeyPatch, room: int, reads: int) -> None:
-    monkeypatch.setattr(pipeline, "_KEPT", room)
+    monkeypatch.setattr(feeding, "_KEPT", room)
     begun = []
 
     def read():
@@ -91,7 +115,7 @@ def test_small_data_is_read_once_for_all_epochs(monkeypatch: pytest.MonkeyPatch,
     source = Feeder(read, CONFIG, seed=3)
     for epoch in range(3):
         sizes = 0
-        while isinstance(group := source.next(epoch, 0, 1, 0), Group):
+        while isinstance(group := source.next(Turns("", epoch, 0, 1), 0), Group):
             sizes += sum(sample.branches for sample in group.samples)
         assert sizes == len(RECORDS)
     assert len(begun) == reads

@@ -22,7 +22,7 @@ from parallelmind.model.head import refuse_unknown_head
 from parallelmind.model.patch import patch
 from parallelmind.model.structure import causal_lm
 from parallelmind.training import loss as loss_module
-from parallelmind.training.loss import decoder_inputs, target_loss, to_tensors
+from parallelmind.training.loss import TargetLoss, decoder_inputs, target_loss, to_tensors
 from parallelmind.training.step import backward, learning_rate, trainable
 
 ROPE = RopeConfig()
@@ -86,7 +86,7 @@ def gradients(model: nn.Module, parts: list[list[Batch]]) -> list[Tensor]:
     targets = 0.0
     for batches in parts:
         model.zero_grad()
-        targets += backward(model, iter(batches), len(batches), "columnar").targets
+        targets += backward(TargetLoss(model, "columnar"), iter(batches), len(batches)).targets
         for total, weight in zip(sums, trainable(model), strict=True):
             total += 0 if weight.grad is None else weight.grad
     return [total / targets for total in sums]
@@ -151,7 +151,7 @@ def test_no_logits_without_a_target_and_one_mask_for_all_layers():
     batch = make_batch([answers_only(sample(n, 40, [9, 7, 8, 6])) for n in range(2)], ROPE, pad_id=0)
     tokens = batch.ids.shape[1]
     with Outputs() as outputs:
-        backward(model, iter([batch]), 1, ROPE.visibility)
+        backward(TargetLoss(model, ROPE.visibility), iter([batch]), 1)
     weights = {shape for weight in model.parameters() for shape in (weight.shape, weight.shape[::-1])}
     logits = [out for out in outputs.tensors if out.dim() > 1 and out.shape[-1] == vocabulary and out.shape not in weights]
     assert max(out.shape[:-1].numel() for out in logits) == batch.targets

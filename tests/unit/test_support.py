@@ -185,5 +185,3 @@ def test_unknown_types_and_evaluations_are_refused():
     with pytest.raises(UserError, match="evaluate tables: unknown evaluation; choose one of answers, support"):
         evaluate.main(["tables"])
     assert "llama" in causal_lm_types()
-
-

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
+from parallelmind import tracking
 from parallelmind.config import TrainConfig
 from parallelmind.errors import UserError
 from parallelmind.tracking import Tracker, absolute_uri
@@ -24,14 +25,14 @@ def test_a_relative_database_becomes_absolute(tmp_path: Path, monkeypatch: pytes
 
 def test_a_run_is_kept_and_gone_on_with(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    tracker = Tracker.start(uri, "tests", "one", CONFIG)
+    tracker = Tracker.start(uri, "tests", "one", CONFIG, "key")
     tracker.log_metrics({"loss": 1.5, "validation/loss_4": 2.0, "gradient_norm": math.nan}, step=3)
     tracker.set_tags({"bad_lines": 2})
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "weights").write_text("w")
     Tracker(uri, tracker.run_id).log_folder(tmp_path / "adapter", "adapter")
     tracker.finish("KILLED")
-    assert Tracker.start(uri, "tests", "one", CONFIG, tracker.run_id).run_id == tracker.run_id
+    assert Tracker.start(uri, "tests", "one", CONFIG, "key").run_id == tracker.run_id
     run = MlflowClient(uri).get_run(tracker.run_id)
     assert run.info.status == "RUNNING"
     assert run.data.params["learning_rate"] == str(CONFIG.learning_rate)
@@ -43,13 +44,40 @@ def test_a_run_is_kept_and_gone_on_with(tmp_path: Path, capfd: pytest.CaptureFix
     assert capfd.readouterr() == ("", "")
 
 
-def test_an_unknown_run_id_begins_a_new_run(tmp_path: Path) -> None:
+def test_a_begin_that_was_cut_short_is_found_by_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after the run was created and before anything was noted of it."""
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    assert Tracker.start(uri, "tests", "one", CONFIG, "0" * 32).run_id != "0" * 32
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tracking, "_log_params", killed)
+        with pytest.raises(KeyboardInterrupt):
+            Tracker.start(uri, "tests", "one", CONFIG, "key")
+    tracker = Tracker.start(uri, "tests", "one", CONFIG, "key")
+    assert Tracker.start(uri, "tests", "one", CONFIG, "other").run_id != tracker.run_id
+    client = MlflowClient(uri)
+    assert len(client.search_runs([client.get_run(tracker.run_id).info.experiment_id])) == 2
+    assert client.get_run(tracker.run_id).data.params["seed"] == "0"
+
+
+def test_what_is_repeated_after_an_interruption_is_logged_once(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    tracker = Tracker.start(uri, "tests", "one", CONFIG, "key")
+    for step in (1, 2, 3):
+        tracker.log_metrics({"loss": float(step)}, step)
+    again = Tracker(uri, tracker.run_id)
+    for step in (2, 3, 4):
+        again.log_metrics({"loss": 10.0 + step, "validation/loss_1": 1.0}, step)
+        again.log_metrics({"loss": 20.0}, step)
+    assert again.history("loss") == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 14.0)]
+    assert [step for step, _ in again.history("validation/loss_1")] == [2, 3, 4]
+    assert again.metric_names() == ["loss", "validation/loss_1"]
 
 
 @pytest.mark.parametrize("uri", ["sqlite:////proc/nowhere/x.db", "file:///tmp/mlruns", "nonsense://x"])
 def test_a_store_that_cannot_be_used_is_a_user_error(uri: str) -> None:
     with pytest.raises(UserError, match="mlflow_uri=") as caught:
-        Tracker.start(uri, "tests", "one", CONFIG)
+        Tracker.start(uri, "tests", "one", CONFIG, "key")
     assert "\n" not in str(caught.value)

@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import functools
 import logging
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from queue import Full, Queue
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
 
 from parallelmind.config import BaseConfig, DataConfig
+from parallelmind.data.feeder import Feeder, Turns
 from parallelmind.data.files import Part, file_parts
-from parallelmind.data.grouping import Group, Row, Seeds, groups
+from parallelmind.data.grouping import Group
 from parallelmind.data.survey import Survey, combine, records, survey_part
-from parallelmind.layout import Tokens
+from parallelmind.data.tables import to_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,12 +31,8 @@ if TYPE_CHECKING:
 
 _TASK_CPUS = 0.25  # workers hold 0.5 each, so that on two CPUs two of them still leave room to read
 _PARTS_PER_READER = 16
-_AHEAD = 4  # batches that wait for each worker
-_KEPT = 64 << 20  # bytes of tokenised records that the feeder keeps for later epochs
+_FEW_PARTS = 4  # are read on the spot: starting processes for them takes longer
 _IN_FLIGHT = 256 << 20  # bytes of records between reading and batching; Ray Data would fill its whole store with them
-
-_ROWS = pa.schema([("ids", pa.list_(pa.int32())), ("lengths", pa.list_(pa.int32())), ("answer_offsets", pa.list_(pa.int32())),
-                   ("lone", pa.bool_()), ("truncated", pa.int32()), ("skipped", pa.int32())])  # fmt: skip
 
 
 def quiet_data() -> None:
@@ -52,7 +46,10 @@ def quiet_data() -> None:
 def survey(files: Sequence[str], config: DataConfig, vocab_size: int | None = None, name: str = "data_path") -> Survey:
     """Parse every line once. Raises UserError for no good record and for more bad ones than the settings allow."""
     parts = file_parts(files)
-    rows = _dataset(parts, functools.partial(_survey_table, config=config, vocab_size=vocab_size)).take_all() if parts else []
+    if len(parts) <= _FEW_PARTS:
+        rows = [survey_part(part, config, vocab_size) for part in parts]
+    else:
+        rows = _dataset(parts, functools.partial(_survey_table, config=config, vocab_size=vocab_size)).take_all()
     found = combine(parts, rows)
     found.refuse_too_many(config, name)
     return found
@@ -107,118 +104,11 @@ def read_part(part: Part, tokenizer: PreTrainedTokenizerBase, data: DataConfig) 
         yield item, record.lone
 
 
-def to_table(tokenised: Iterable[tuple[Tokenised, bool]]) -> pa.Table:
-    """Tokenised records as Arrow lists; a record without a branch left has empty ones."""
-    none = Tokens(*(np.empty(0, np.int64) for _ in range(3)))
-    columns: dict[str, list[Any]] = {name: [] for name in _ROWS.names}
-    for item, lone in tokenised:
-        tokens = item.tokens or none
-        for name in ("ids", "lengths", "answer_offsets"):
-            columns[name].append(getattr(tokens, name).astype(np.int32))
-        for name, value in (("lone", lone), ("truncated", item.truncated), ("skipped", item.skipped)):
-            columns[name].append(value)
-    return pa.table(columns, schema=_ROWS)
-
-
-def to_rows(tables: Iterable[pa.Table], counts: Counter[str]) -> Iterator[Row]:
-    """The records of Arrow tables; adds what was truncated and skipped to `counts`."""
-    for table in tables:
-        if not table.num_rows:
-            continue
-        lists = [_arrays(table.column(name)) for name in ("ids", "lengths", "answer_offsets")]
-        for *parts, lone in zip(*lists, table.column("lone").to_pylist(), strict=True):
-            if len(parts[0]):
-                yield Row(Tokens(*parts), lone)
-        for name in ("truncated", "skipped"):
-            counts[name] += int(np.sum(table.column(name).to_numpy()))
-
-
-def _arrays(column: pa.ChunkedArray) -> list[Any]:
-    """One integer array per row of a list column."""
-    combined = column.combine_chunks()
-    offsets = combined.offsets.to_numpy()
-    return np.split(combined.values.to_numpy().astype(np.int64)[offsets[0] : offsets[-1]], (offsets - offsets[0])[1:-1])
-
-
-class Feeder:
-    """The batches of an epoch, given out in turns: batch k goes to worker (k - first) mod workers. Run it as an actor.
-
-    Where a restart finds `first` batches already taken, by however many workers, it goes on with exactly the others.
-    """
-
-    def __init__(self, read: Callable[[], Iterable[pa.Table]], data: DataConfig, seed: int) -> None:
-        self._read, self._config, self._seed = read, data, seed
-        self._kept: list[pa.Table] | None = None  # of an earlier epoch, where all of it is small
-        self._lock = threading.Lock()
-        self._run: _Run | None = None
-
-    def next(self, epoch: int, first: int, workers: int, rank: int) -> Group | Counter[str]:
-        """The worker's next batch; after its last, what the length limits cost. Raises what the reading raised."""
-        with self._lock:
-            if self._run is None or self._run.key != (epoch, first, workers):
-                if self._run:
-                    self._run.stop.set()
-                self._run = _Run((epoch, first, workers), self._groups)
-            queue = self._run.queues[rank]
-        found = queue.get()
-        if isinstance(found, BaseException):
-            raise found
-        return found
-
-    def _groups(self, epoch: int, counts: Counter[str]) -> Iterator[Group]:
-        tables = self._keeping() if self._kept is None else self._kept
-        return groups(to_rows(tables, counts), self._config, Seeds(self._seed, epoch))
-
-    def _keeping(self) -> Iterator[pa.Table]:
-        """The tables as they are read; if they are few, later epochs need not read and tokenise them again."""
-        kept: list[pa.Table] = []
-        size = 0
-        for table in self._read():
-            size += table.nbytes
-            kept = [*kept, table] if size <= _KEPT else []
-            yield table
-        if size <= _KEPT:
-            self._kept = kept
-
-
-class _Run:
-    """One epoch on its way: a thread that fills a short queue for each worker."""
-
-    def __init__(self, key: tuple[int, int, int], groups_of: Any) -> None:
-        self.key, self._groups_of = key, groups_of
-        self.stop = threading.Event()
-        self.queues: list[Queue[Any]] = [Queue(_AHEAD) for _ in range(key[2])]
-        threading.Thread(target=self._fill, daemon=True).start()
-
-    def _fill(self) -> None:
-        epoch, first, workers = self.key
-        counts: Counter[str] = Counter()
-        last: Counter[str] | BaseException = counts
-        try:
-            for number, group in enumerate(self._groups_of(epoch, counts)):
-                if number >= first and not self._put((number - first) % workers, group):
-                    return
-        except BaseException as error:  # for whoever asks next
-            last = error
-        for rank in range(workers):
-            self._put(rank, last)
-
-    def _put(self, rank: int, item: Any) -> bool:
-        """Wait until the worker has room; false once the run is over."""
-        while not self.stop.is_set():
-            try:
-                self.queues[rank].put(item, timeout=0.2)
-                return True
-            except Full:
-                continue
-        return False
-
-
-def feed(feeder: Any, epoch: int, first: int, workers: int, rank: int, counts: Counter[str]) -> Iterator[Group]:
+def feed(feeder: Any, turns: Turns, rank: int, counts: Counter[str]) -> Iterator[Group]:
     """This worker's batches of an epoch from the `Feeder` actor; the next one is on its way while one is trained on."""
-    waiting = feeder.next.remote(epoch, first, workers, rank)
+    waiting = feeder.next.remote(turns, rank)
     while isinstance(found := ray.get(waiting), Group):
-        waiting = feeder.next.remote(epoch, first, workers, rank)
+        waiting = feeder.next.remote(turns, rank)
         yield found
     counts.update(found)
 
@@ -227,10 +117,15 @@ def start_feeder(files: Sequence[str], data: DataConfig, base: BaseConfig, seed:
     """A `Feeder` actor; every worker may wait in it at once."""
     options = {"num_cpus": _TASK_CPUS, "max_concurrency": 2 * workers + 2}
     read = functools.partial(_tables, list(files), data, base)
-    return ray.remote(Feeder).options(**options).remote(read, data, seed)
+    feeder: Any = ray.remote(Feeder).options(**options).remote(read, data, seed, functools.partial(_tokenizer, base))
+    feeder.prepare.remote()
+    return feeder
 
 
 def _tables(files: Sequence[str], data: DataConfig, base: BaseConfig) -> Iterable[pa.Table]:
+    parts = file_parts(files)
+    if len(parts) <= _FEW_PARTS:
+        return (to_table(read_part(part, _tokenizer(base), data)) for part in parts)
     quiet_data()
     tables: Iterable[pa.Table] = sample_rows(files, data, base).iter_batches(batch_size=None, batch_format="pyarrow")
     return tables

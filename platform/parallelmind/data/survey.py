@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -36,6 +37,7 @@ class Survey:
     """What the files hold. lines: that are not blank; each is a record or bad. lone: records that grouping will gather.
 
     bytes: of all records, from which the number of tokens is guessed. extra: records by each key that means nothing here.
+    fingerprint: 12 hex digits of the SHA-256 of all lines, in order.
     """
 
     lines: int = 0
@@ -45,6 +47,7 @@ class Survey:
     bytes: int = 0
     bad: list[BadLine] = field(default_factory=list)
     extra: Counter[str] = field(default_factory=Counter)
+    fingerprint: str = ""
 
     def batches(self, config: DataConfig) -> float:
         """About how many batches an epoch holds, before anything is skipped or split for its length."""
@@ -98,8 +101,10 @@ def survey_part(part: Part, config: DataConfig, vocab_size: int | None) -> dict[
     counts: Counter[str] = Counter()
     extra: Counter[str] = Counter()
     bad: list[tuple[int, int, str]] = []
+    digest = hashlib.sha256()
     for number, line in enumerate(read_lines(part), start=1):
         counts["numbered"] = number
+        digest.update(b"\n" + (line.raw if line.raw is not None else repr(line.value).encode()))
         found = check(line, config, vocab_size)
         if isinstance(found, Record):
             counts.update(lines=1, records=1, branches=len(found.branches), lone=int(found.lone), bytes=len(line.raw or b""))
@@ -108,7 +113,7 @@ def survey_part(part: Part, config: DataConfig, vocab_size: int | None) -> dict[
             counts["lines"] += 1
             bad.append((line.offset, number, found))
     row = {name: counts[name] for name in (*_COUNTS, "numbered")}
-    return {**row, "bad": json.dumps(bad), "extra": json.dumps(extra)}
+    return {**row, "bad": json.dumps(bad), "extra": json.dumps(extra), "digest": digest.hexdigest()}
 
 
 def combine(parts: Sequence[Part], rows: Sequence[dict[str, Any]]) -> Survey:
@@ -122,6 +127,7 @@ def combine(parts: Sequence[Part], rows: Sequence[dict[str, Any]]) -> Survey:
         found.extra.update(json.loads(row["extra"]))
         found.bad += [BadLine(file, offset, before + number, why) for offset, number, why in json.loads(row["bad"])]
         before += row["numbered"]
+    found.fingerprint = hashlib.sha256("".join(row["digest"] for row in rows).encode()).hexdigest()[:12]
     return found
 
 

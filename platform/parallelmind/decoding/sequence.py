@@ -72,9 +72,7 @@ class Decoding:
         last = (sequence != MAIN) & (time == (self._starts + self.lengths - 1)[branch])
         rows = np.flatnonzero(last)
         self._cached = count
-        return Feed(
-            layout.ids[:count], sequence, layout.branch[:count], time, layout.position[:count], rows, sequence[rows] - 1
-        )
+        return Feed(layout.ids[:count], sequence, layout.branch[:count], time, layout.position[:count], rows, sequence[rows] - 1)
 
     def step(self) -> Feed:
         """The next token of every branch that has one; call it while not `done`."""

@@ -1,36 +1,57 @@
-"""LoRA adapters: adding, saving and loading them, together with everything that must match when they are loaded.
+"""LoRA adapters: adding, saving, loading and resuming them, together with everything that must match when they are loaded.
 
-An adapter folder is what peft writes (safetensors only) plus `parallelmind.json`, the manifest.
+An adapter folder is what peft reads (safetensors only) plus `parallelmind.json`, the manifest, and README.md, its card.
 """
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import peft
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from parallelmind.config import BaseConfig, LoraConfig, RopeConfig, resolve
+from parallelmind.config import BaseConfig, LoraConfig, RopeConfig, TrainConfig, resolve
 from parallelmind.errors import UserError, first_line
+from parallelmind.model import pissa
 from parallelmind.model.base import load_base, load_structure
-from parallelmind.model.manifest import FORMAT, MANIFEST, Manifest, base_config_hash, chat_template_hash, read_manifest
+from parallelmind.model.card import write_card
+from parallelmind.model.full import save_model
+from parallelmind.model.manifest import (
+    WEIGHTS,
+    Manifest,
+    read_adapter,
+    read_manifest,
+    read_model,
+    refuse_to_replace,
+    write_manifest,
+)
 from parallelmind.model.patch import is_patched, patch, rope_config
-from parallelmind.model.structure import text_modules
 from parallelmind.model.support import refuse_unsupported
-from parallelmind.storage import sha256, whole_folder
+from parallelmind.model.targets import named_targets, not_adaptable
+from parallelmind.model.weights import fill, to_save, trained_weights
+from parallelmind.storage import whole_folder
 
-__all__ = ["Manifest", "add_lora", "load_adapter", "load_model_with_lora", "read_manifest", "save_adapter"]
-
-WEIGHTS = "adapter_model.safetensors"
+__all__ = [
+    "Manifest",
+    "add_lora",
+    "fill",
+    "load_adapter",
+    "load_model_with_lora",
+    "read_adapter",
+    "read_manifest",
+    "resume_adapter",
+    "save_adapter",
+    "save_trained",
+    "trained_weights",
+]
 
 
 class _Loading(RopeConfig, BaseConfig):
@@ -40,68 +61,46 @@ class _Loading(RopeConfig, BaseConfig):
 def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
     """Wrap `model` with fresh float32 LoRA weights, the same for the same seed; the caller's generator is left alone.
 
-    Raises UserError for a target that the model does not have.
+    lora_init=pissa changes the base's weights too, the same way every time. Raises UserError for a target that the model
+    does not have, and for what its layers cannot do.
     """
-    targets: str | list[str] = config.lora_targets
-    if targets != "all-linear":
-        targets = [name.strip() for name in config.lora_targets.split(",") if name.strip()]
-        _refuse_unknown_targets(model, targets, config.lora_targets)
+    _refuse_dora_on_8bit(model, config)
+    every = config.lora_targets == "all-linear"
     settings = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=targets,
-        exclude_modules=_not_adaptable(model, every=targets == "all-linear") or None,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        target_modules="all-linear" if every else named_targets(model, config.lora_targets),
+        exclude_modules=not_adaptable(model, every) or None,
     )
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         try:
-            with _peft_warnings_off():
-                return get_peft_model(model, settings)
+            adapted = _wrap(model, settings)
         except ValueError as error:
-            raise UserError(f"lora_targets={config.lora_targets!r}: {first_line(error)}") from error
+            reason = first_line(error).rstrip(".")
+            raise UserError(f"lora_targets={config.lora_targets!r}: {reason}; choose other layers") from error
+        if config.lora_init == "pissa":
+            pissa.start(adapted)
+    return adapted
 
 
-def _not_adaptable(model: PreTrainedModel, every: bool) -> list[str]:
-    """Linear layers that LoRA must leave alone: those of other towers, which text never passes. Where every layer is asked
-    for, also routers of experts, which are built as linear layers but return more than one tensor, and the last layer of a
-    recurrent mixer, whose kernels read the weight past the layer."""
-    text = text_modules(model)
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    odd = {name for name in linears if name not in text}
-    if every:
-        fused = "out_proj" if model._is_stateful else None
-        odd |= {name for name, module in linears.items() if name.rpartition(".")[2] == fused or _is_router(module)}
-    return sorted(odd)
-
-
-@torch.no_grad()
-def _is_router(linear: nn.Linear) -> bool:
-    if type(linear).forward is nn.Linear.forward:
-        return False
-    probe = torch.zeros(1, linear.in_features, dtype=linear.weight.dtype, device=linear.weight.device)
-    return not isinstance(linear(probe), Tensor)
-
-
-@contextmanager
-def _peft_warnings_off() -> Iterator[None]:
-    """peft still asks for an attribute that transformers has renamed, and sets ranks of its own for fused experts, of which
-    it then finds none: neither is our user's business or ours."""
+def _wrap(model: PreTrainedModel, settings: peft.LoraConfig) -> PeftModel:
+    """peft still asks for an attribute that transformers has renamed, tells which way round GPT-2's weights lie, and sets
+    ranks of its own for fused experts, of which it then finds none: none of it is our user's business or ours."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
-        yield
+        return cast(PeftModel, get_peft_model(model, settings))
 
 
-def _refuse_unknown_targets(model: nn.Module, targets: list[str], given: str) -> None:
-    # peft is content when one name of several matches, so a misspelt one would be left out in silence.
-    layers = [name.removesuffix(".weight") for name, weight in model.named_parameters() if weight.dim() == 2]
-    unknown = [target for target in targets if not any(name == target or name.endswith(f".{target}") for name in layers)]
-    if unknown or not targets:
-        known = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
-        missing = ", ".join(unknown) or "that"
-        raise UserError(f"lora_targets={given!r}: no layer is named {missing}; choose from {known}, or all-linear")
+def _refuse_dora_on_8bit(model: PreTrainedModel, config: LoraConfig | None) -> None:
+    if config is not None and config.use_dora and getattr(model, "is_loaded_in_8bit", False):
+        raise UserError("use_dora=True: loses the scales of 8-bit weights; set quantize=4bit or quantize=none")
 
 
 def save_adapter(
@@ -112,74 +111,80 @@ def save_adapter(
     rope: RopeConfig,
     lora: LoraConfig,
     extra: Mapping[str, Any] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write the adapter folder; it appears whole, in place of an older adapter if there is one.
+    """Write the adapter folder; it appears whole, in place of what parallelmind wrote there before.
 
-    Raises UserError if `folder` holds something other than an adapter.
+    weights: to write in place of the model's own, by the names of `trained_weights`. The manifest tells the adapter as it
+    is stored: one that began as PiSSA is a plain one of twice the rank. Raises UserError if `folder` holds something else.
     """
     folder = Path(folder)
-    if folder.exists() and not (folder / MANIFEST).is_file() and (folder.is_file() or any(folder.iterdir())):
-        raise UserError(f"adapter folder {folder}: holds other files; give a new or empty folder, or an adapter's to replace it")
+    refuse_to_replace(folder)
+    stored, lora = pissa.as_plain(model, trained_weights(model) if weights is None else weights, lora)
+    settings = cast(peft.LoraConfig, copy.copy(model.peft_config[model.active_adapter]))
+    settings.r, settings.inference_mode = lora.lora_rank, True
+    settings.base_model_name_or_path = base.base_model  # as the user named it, not the path it was loaded from
     with whole_folder(folder) as built:
-        _save_peft(model, built, base.base_model)
-        manifest = Manifest(
-            format_version=FORMAT,
-            base_model=base.base_model,
-            base_config_sha256=base_config_hash(cast(PreTrainedModel, model.get_base_model()).config),
-            chat_template_sha256=chat_template_hash(tokenizer),
-            rope=rope,
-            lora=lora,
-            versions=_versions(),
-            files={name: sha256(built / name) for name in ("adapter_config.json", WEIGHTS)},
-            extra=dict(extra or {}),
-        )
-        (built / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        save_file(to_save(stored), built / WEIGHTS, metadata={"format": "pt"})
+        settings.save_pretrained(str(built))
+        config = cast(PreTrainedModel, model.get_base_model()).config
+        manifest = write_manifest(built, base.base_model, config, tokenizer, rope, lora, extra)
+        write_card(built, manifest, base)
 
 
-def _save_peft(model: PeftModel, folder: Path, base_model: str) -> None:
-    """peft's own files, naming the base as the user did: peft would write the path it was loaded from."""
-    inner = cast(PreTrainedModel, model.get_base_model())
-    inner.config._name_or_path = inner.name_or_path = base_model
-    model.peft_config[model.active_adapter].base_model_name_or_path = base_model
-    # Left to choose, peft asks the hub whether the embeddings were resized.
-    model.save_pretrained(str(folder), save_embedding_layers=False)
-
-
-def trained_weights(model: PeftModel) -> dict[str, Tensor]:
-    """What LoRA trains, by the names it is saved under."""
-    # Left to choose, peft asks the hub whether the embeddings were resized.
-    return peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+def save_trained(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    config: TrainConfig,
+    extra: Mapping[str, Any] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write what a run trained: the adapter (`save_adapter`) or, where there is none, the whole model (`save_model`)."""
+    base, rope = config.part(BaseConfig), config.part(RopeConfig)
+    if isinstance(model, PeftModel):
+        save_adapter(model, tokenizer, folder, base, rope, config.part(LoraConfig), extra, weights)
+    else:
+        save_model(cast(PreTrainedModel, model), tokenizer, folder, base, rope, extra, weights)
 
 
 def load_adapter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> PeftModel:
-    """Put a saved adapter on a base model that is patched as the adapter's was; eval mode.
+    """Put a saved adapter on a base model that is patched as the adapter's was; frozen, eval mode.
 
     Raises UserError naming both values where base architecture, chat template or a rope field differ.
     """
-    manifest = read_manifest(folder)
-    rope = rope_config(model) if is_patched(model) else manifest.rope.model_copy(update={"patch_rope": False})
-    _refuse_contradictions(rope.model_dump(), manifest)
-    _refuse_other("base config", base_config_hash(model.config), manifest.base_config_sha256, manifest)
-    _refuse_other("chat template", chat_template_hash(tokenizer), manifest.chat_template_sha256, manifest)
-    with _peft_warnings_off():
-        adapted = cast(PeftModel, get_peft_model(model, peft.PeftConfig.from_pretrained(str(folder))))
-    fill(adapted, load_file(Path(folder) / WEIGHTS), folder)
-    return adapted.eval()
+    return _put_on(model, tokenizer, folder, read_adapter(folder), {}).eval()
 
 
-@torch.no_grad()
-def fill(model: PeftModel, saved: Mapping[str, Tensor], folder: str | Path) -> None:
-    """Copy saved weights into the model, all of them and by their own names.
+def resume_adapter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, lora: LoraConfig) -> PeftModel:
+    """Put a saved adapter on the base, as `load_adapter` does, to train it further in float32.
 
-    peft's own loading renames them as transformers renames old base checkpoints, and only warns of those that it loses.
-    Raises UserError, naming the folder, where the names are not the same.
+    Raises UserError as `load_adapter`, and where a field of `lora` differs; the dropout alone may be another.
     """
-    own = trained_weights(model)
-    if own.keys() != saved.keys():
-        odd = min(own.keys() ^ saved.keys())
-        raise UserError(f"lora_path={folder}: the adapter and the model do not both have {odd}; load the base it was trained on")
-    for name, weight in own.items():
-        weight.copy_(saved[name])
+    manifest = read_adapter(folder)
+    manifest.refuse_other_settings(lora.model_dump(exclude={"lora_dropout"}))
+    return _put_on(model, tokenizer, folder, manifest, {"inference_mode": False, "lora_dropout": lora.lora_dropout})
+
+
+def _put_on(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    manifest: Manifest,
+    changes: Mapping[str, Any],
+) -> PeftModel:
+    """`changes`: fields of peft's settings that are not to be as they were saved."""
+    rope = rope_config(model) if is_patched(model) else manifest.rope.model_copy(update={"patch_rope": False})
+    manifest.refuse_other_settings(rope.model_dump())
+    manifest.refuse_other_base(model.config, tokenizer)
+    _refuse_dora_on_8bit(model, manifest.lora)
+    settings = cast(peft.LoraConfig, peft.PeftConfig.from_pretrained(str(folder)))
+    settings.base_model_name_or_path = model.name_or_path or None  # the manifest has told that it is the right one
+    for name, value in changes.items():
+        setattr(settings, name, value)
+    adapted = _wrap(model, settings)
+    fill(adapted, load_file(Path(folder) / WEIGHTS), f"lora_path={folder}")
+    return adapted
 
 
 def load_model_with_lora(
@@ -192,19 +197,22 @@ def load_model_with_lora(
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """A patched model with its adapter, and the tokenizer; without `lora_path` the patched base model alone.
 
-    base_model: by default the adapter's own. settings: fields of RopeConfig, by default the adapter's; `dtype` (a name or
-    torch's own); `trust_remote_code`. Raises UserError for an unknown field and for a value that contradicts the adapter.
+    base_model: by default the adapter's own. settings: fields of RopeConfig, by default those of the adapter, or of the
+    training of the whole model in the folder `base_model`; `dtype` (a name or torch's own); `quantize`;
+    `trust_remote_code`. Raises UserError for an unknown field and for a value that contradicts what was trained.
     """
     if isinstance(settings.get("dtype"), torch.dtype):
         settings["dtype"] = str(settings["dtype"]).removeprefix("torch.")
     given = settings if base_model is None else {**settings, "base_model": str(base_model)}
-    manifest = None
     if lora_path is not None:
-        manifest = read_manifest(lora_path)
-        _refuse_contradictions(settings if lora_rank is None else {**settings, "lora_rank": lora_rank}, manifest)
+        manifest = read_adapter(lora_path)
+        manifest.refuse_other_settings(settings if lora_rank is None else {**settings, "lora_rank": lora_rank})
         given = {"base_model": manifest.base_model, **manifest.rope.model_dump(), **given}
     elif lora_rank is not None:
         raise UserError(f"lora_rank={lora_rank}: needs lora_path, the adapter of that rank; without one leave lora_rank out")
+    elif base_model is not None and (tuned := read_model(base_model)):
+        tuned.refuse_other_settings(settings)
+        given = {**tuned.rope.model_dump(), **given}
     config = resolve(_Loading, given, source="load_model_with_lora")
     base = config.part(BaseConfig)
     if config.patch_rope:
@@ -213,26 +221,3 @@ def load_model_with_lora(
     if config.patch_rope:
         patch(model, config.part(RopeConfig))
     return (model if lora_path is None else load_adapter(model, tokenizer, lora_path)), tokenizer
-
-
-def _refuse_contradictions(given: Mapping[str, Any], manifest: Manifest) -> None:
-    trained = {**manifest.rope.model_dump(), **manifest.lora.model_dump()}
-    for field, value in given.items():
-        if field in trained and value != trained[field]:
-            raise UserError(f"{field}={value}: the adapter was trained with {field}={trained[field]}; use that value")
-
-
-def _refuse_other(what: str, found: str | None, expected: str | None, manifest: Manifest) -> None:
-    if found != expected:
-        ours, theirs = (value[:12] if value else "none" for value in (found, expected))
-        raise UserError(f"base_model: its {what} {ours} is not the adapter's {theirs}; load {manifest.base_model} instead")
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in ("parallelmind", "torch", "transformers", "peft"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # run from the source tree, as `ray job submit` does
-            found[name] = "source"
-    return found

@@ -34,6 +34,7 @@ from transformers.utils import logging as transformers_logging
 
 from parallelmind.config import BaseConfig
 from parallelmind.errors import UserError, first_line
+from parallelmind.model.quantize import quantization
 from parallelmind.storage import flush, sha256
 
 SMOLLM2 = "smollm2-135m"
@@ -58,23 +59,31 @@ def resolve_base(name: str) -> str:
         if not (folder / "config.json").is_file():
             raise UserError(f"base_model={name!r}: the folder holds no config.json; give the folder that save_pretrained wrote")
         return str(folder)
-    if not _HUB_ID.fullmatch(name):
+    if not is_hub_id(name):
         raise UserError(f"base_model={name!r}: no such folder and no hub id; give {SMOLLM2}, a local folder or org/name")
     return name
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether the name can be one of the hub, and is no folder here."""
+    return _HUB_ID.fullmatch(name) is not None and not Path(name).expanduser().is_dir()
 
 
 def load_base(config: BaseConfig, attn_implementation: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in eval mode and in `config.dtype`, and its tokenizer. Raises UserError where it cannot be loaded.
 
+    It is on the CPU, or quantised on the current accelerator, if there is one.
     attn_implementation: by default sdpa where the model has it, else eager.
     """
     if attn_implementation not in (None, *ATTENTION):
         raise UserError(f"attn_implementation={attn_implementation!r}: not supported; choose one of {', '.join(ATTENTION)}")
+    bits = quantization(config)
     source = resolve_base(config.base_model)
     with _load_errors(config.base_model), no_progress_bars():
         model = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=getattr(torch, config.dtype),
+            quantization_config=bits,
             attn_implementation=attn_implementation,
             trust_remote_code=config.trust_remote_code,
         )

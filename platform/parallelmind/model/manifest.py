@@ -1,9 +1,11 @@
-"""`parallelmind.json`: what an adapter was trained as, and whether its files are still as they were written."""
+"""`parallelmind.json`: what an adapter or a model was trained as, and whether its files are still as they were written."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from parallelmind.errors import UserError
 from parallelmind.storage import sha256
 
 MANIFEST = "parallelmind.json"
+WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 FORMAT = 1
 
 # What LoRA weights depend on. Fixed by us, so that no path and no version of transformers is in the hash.
@@ -32,51 +35,121 @@ _ARCHITECTURE = (
 
 
 class Manifest(Part):
-    """What an adapter was trained as; its `parallelmind.json`."""
+    """What an adapter or a whole model was trained as; its `parallelmind.json`."""
 
     format_version: int = Field(description="layout of this file")
     base_model: str = Field(description="base model, as the user named it")
     base_config_sha256: str = Field(description="hash of the base model's architecture fields")
     chat_template_sha256: str | None = Field(description="hash of the tokenizer's chat template; none: it has none")
     rope: RopeConfig = Field(description="how the base was patched")
-    lora: LoraConfig = Field(description="the adapter's shape")
+    lora: LoraConfig | None = Field(description="the adapter as it is stored; none: a whole model")
     versions: dict[str, str] = Field(description="libraries that wrote it")
-    files: dict[str, str] = Field(description="SHA-256 of each adapter file")
-    extra: dict[str, Any] = Field(description="what the writer adds, such as the run's id")
+    files: dict[str, str] = Field(description="SHA-256 of each file")
+    extra: dict[str, Any] = Field(description="what the writer adds: the run's id, metrics")
+
+    def refuse_other_settings(self, given: Mapping[str, Any]) -> None:
+        """Raises UserError, naming both values, for a field of rope or lora that is not as given here."""
+        trained = {**self.rope.model_dump(), **(self.lora.model_dump() if self.lora else {})}
+        for field, value in given.items():
+            if field in trained and value != trained[field]:
+                what = "adapter" if self.lora else "model"
+                raise UserError(f"{field}={value}: the {what} has {field}={trained[field]}; use that value")
+
+    def refuse_other_base(self, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raises UserError where architecture or chat template are not those of the base it was trained on."""
+        found = {"base config": base_config_hash(config), "chat template": chat_template_hash(tokenizer)}
+        expected = {"base config": self.base_config_sha256, "chat template": self.chat_template_sha256}
+        for what, value in found.items():
+            if value != expected[what]:
+                ours, theirs = (text[:12] if text else "none" for text in (value, expected[what]))
+                raise UserError(f"base_model: its {what} {ours} is not the adapter's {theirs}; load {self.base_model} instead")
 
 
-def read_manifest(folder: str | Path) -> Manifest:
-    """The manifest of an adapter folder whose files are as they were written.
+def read_adapter(folder: str | Path) -> Manifest:
+    """The manifest of an adapter folder. Raises UserError as `read_manifest`, and for what is no adapter in safetensors."""
+    folder = Path(folder)
+    if (folder / PICKLE).is_file() and not (folder / WEIGHTS).is_file():
+        raise UserError(f"lora_path={folder}: {PICKLE} is a pickle, which could run code; save the adapter as safetensors")
+    manifest = read_manifest(folder)
+    if manifest.lora is None:
+        raise UserError(f"lora_path={folder}: holds a whole model, not an adapter; give it as base_model")
+    return manifest
+
+
+def read_model(base_model: str | Path) -> Manifest | None:
+    """The manifest of a whole model that was trained, None for any other base. Raises UserError as `read_manifest`."""
+    folder = Path(base_model).expanduser()
+    if not (folder / MANIFEST).is_file():
+        return None
+    manifest = read_manifest(folder, "base_model")
+    if manifest.lora is not None:
+        raise UserError(f"base_model={folder}: holds an adapter, not a model; give it as lora_path")
+    return manifest
+
+
+def read_manifest(folder: str | Path, field: str = "lora_path") -> Manifest:
+    """The manifest of a folder whose files are as they were written; `field` names the folder in errors.
 
     Raises UserError for a missing folder or manifest, a malformed one, and a file that was changed.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"lora_path={folder}: no such folder; give the adapter folder of a run")
-    manifest = _parse(folder)
+        raise UserError(f"{field}={folder}: no such folder; give the one that a run wrote")
+    manifest = _parse(folder, field)
     for name, expected in manifest.files.items():
         found = sha256(folder / name) if (folder / name).is_file() else "missing"
         if found != expected:
-            raise UserError(f"lora_path={folder}: {name} is {found[:12]}, not {expected[:12]} as saved; copy the adapter again")
+            raise UserError(f"{field}={folder}: {name} is {found[:12]}, not {expected[:12]} as saved; copy the folder again")
     return manifest
 
 
-def _parse(folder: Path) -> Manifest:
-    damaged = f"lora_path={folder}: {MANIFEST} is damaged, save the adapter again"
+def _parse(folder: Path, field: str) -> Manifest:
+    damaged = f"{field}={folder}: {MANIFEST} is damaged, save the folder again"
     try:
         values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         written = values["format_version"]
     except FileNotFoundError as error:
-        raise UserError(f"lora_path={folder}: no {MANIFEST} in it; give a folder that parallelmind saved") from error
+        raise UserError(f"{field}={folder}: no {MANIFEST} in it; give a folder that parallelmind saved") from error
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{damaged} ({error!r})") from error
     if written != FORMAT:
-        raise UserError(f"lora_path={folder}: format_version={written}, but {FORMAT} is read here; use the version that wrote it")
+        raise UserError(f"{field}={folder}: format_version={written}, but {FORMAT} is read here; use the version that wrote it")
     try:
         return Manifest.model_validate(values)
     except ValidationError as error:
         problem = error.errors()[0]
         raise UserError(f"{damaged} ({'.'.join(map(str, problem['loc']))}: {problem['msg']})") from error
+
+
+def refuse_to_replace(folder: Path) -> None:
+    """Raises UserError if `folder` is there and holds anything but what parallelmind wrote."""
+    if folder.exists() and not (folder / MANIFEST).is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise UserError(f"{folder}: holds other files; give a new or empty folder, or one that parallelmind wrote to replace it")
+
+
+def write_manifest(
+    folder: Path,
+    base_model: str,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    rope: RopeConfig,
+    lora: LoraConfig | None,
+    extra: Mapping[str, Any] | None,
+) -> Manifest:
+    """Describe what lies in `folder`, every file of it, in its manifest. config: the model's."""
+    manifest = Manifest(
+        format_version=FORMAT,
+        base_model=base_model,
+        base_config_sha256=base_config_hash(config),
+        chat_template_sha256=chat_template_hash(tokenizer),
+        rope=rope,
+        lora=lora,
+        versions=_versions(),
+        files={path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()},
+        extra=dict(extra or {}),
+    )
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return manifest
 
 
 def base_config_hash(config: PreTrainedConfig) -> str:
@@ -94,3 +167,13 @@ def chat_template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """SHA-256 of the chat template, or None where there is none."""
     template = tokenizer.chat_template
     return hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest() if template else None
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("parallelmind", "torch", "transformers", "peft"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # run from the source tree, as `ray job submit` does
+            found[name] = "source"
+    return found

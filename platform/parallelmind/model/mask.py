@@ -10,16 +10,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 
 from parallelmind.config import Visibility
 from parallelmind.layout import MAIN, PADDING
+from parallelmind.model.attention import FLEX, attention_for, compute_dtype
 from parallelmind.model.structure import causal_lm, decoder
+
+BLOCK = 128  # tokens; the block of FlexAttention
+_SLICE = 4 * BLOCK  # queries whose pairs are looked at together
 
 _WINDOWED = "create_sliding_window_causal_mask"  # what a module of transformers imports for its windows
 
+Mask = Tensor | BlockMask
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -58,28 +65,31 @@ def layer_reaches(model: PreTrainedModel | PeftModel) -> dict[str, Reach]:
     types = getattr(config, "layer_types", None)
     if types is None:
         # Some configurations carry a window that the model, asking for full masks only, never applies.
-        inner = decoder(causal_lm(model))
-        window = window if hasattr(sys.modules[type(inner).__module__], _WINDOWED) else None
+        sources = (sys.modules[kind.__module__] for kind in type(decoder(causal_lm(model))).__mro__)
+        window = window if any(hasattr(source, _WINDOWED) for source in sources) else None
         types = ["sliding_attention" if window else "chunked_attention" if chunk else "full_attention"]
     return {kind: known.get(kind, Reach()) for kind in dict.fromkeys(types)}
 
 
 def attention_masks(
     model: PreTrainedModel | PeftModel, time: Tensor, sequence: Tensor, visibility: Visibility, queries: int | None = None
-) -> Tensor | dict[str, Tensor]:
-    """The masks of a call as the model takes them: one tensor where its layers reach equally far, else one per layer type.
+) -> Mask | dict[str, Mask]:
+    """The masks of a call as the model takes them: one where its layers reach equally far, else one per layer type.
 
-    Arguments are those of `visible`. Raises ValueError for an attention implementation that takes no such mask.
+    Arguments are those of `visible`. Dense, or for a whole sequence that FlexAttention reads, in blocks. Raises ValueError
+    for an attention implementation that takes no such mask.
     """
-    seen = visible(time, sequence, visibility, queries)
-    q_time, k_time = time[:, None, time.shape[-1] - seen.shape[-2] :, None], time[:, None, None, :]
+    keys, own = time.shape[-1], str(model.config._attn_implementation)
+    reader = attention_for(model, keys, compute_dtype(model)) if queries is None else own
     reaches = layer_reaches(model)
-    masks: dict[Reach, Tensor] = {}
-    for reach in reaches.values():
-        if reach not in masks:
-            near = reach.near(q_time, k_time)
-            whole = seen if near is None else seen & near
-            masks[reach] = for_attention(whole, str(model.config._attn_implementation), model.dtype)
+    masks: dict[Reach, Mask]
+    if reader == FLEX:
+        masks = {reach: blocks(time, sequence, visibility, reach, queries) for reach in set(reaches.values())}
+    else:
+        seen = visible(time, sequence, visibility, queries)
+        q_time, k_time = time[:, None, keys - seen.shape[-2] :, None], time[:, None, None, :]
+        near = {reach: reach.near(q_time, k_time) for reach in reaches.values()}
+        masks = {reach: for_attention(seen if part is None else seen & part, own, model.dtype) for reach, part in near.items()}
     if len(masks) == 1:
         return masks.popitem()[1]
     return {kind: masks[reach] for kind, reach in reaches.items()}
@@ -95,11 +105,51 @@ def visible(time: Tensor, sequence: Tensor, visibility: Visibility, queries: int
     keys = time.shape[-1]
     first = keys - (keys if queries is None else queries)
     q_time, q_sequence = time[:, first:, None], sequence[:, first:, None]
-    k_time, k_sequence = time[:, None, :], sequence[:, None, :]
-    seen = RULES[visibility](q_time, q_sequence, k_time, k_sequence)
-    seen &= (k_sequence != PADDING) & (q_sequence != PADDING)
+    seen = _others(visibility, q_time, q_sequence, time[:, None, :], sequence[:, None, :])
     seen.diagonal(offset=first, dim1=-2, dim2=-1).fill_(True)
     return seen[:, None]
+
+
+def _others(visibility: Visibility, q_time: Tensor, q_sequence: Tensor, k_time: Tensor, k_sequence: Tensor) -> Tensor:
+    """What real tokens see of other real tokens."""
+    seen = RULES[visibility](q_time, q_sequence, k_time, k_sequence)
+    return seen & (k_sequence != PADDING) & (q_sequence != PADDING)
+
+
+def blocks(time: Tensor, sequence: Tensor, visibility: Visibility, reach: Reach, queries: int | None = None) -> BlockMask:
+    """The mask as FlexAttention takes it: which blocks of tokens hold visible pairs, and the rule within a block.
+
+    Arguments are those of `visible`. Pairs are looked at in slices: no `[queries, keys]` tensor ever exists.
+    """
+    time, sequence = time.int(), sequence.int()  # the kernel reads them for every pair, in every layer
+    place = torch.arange(time.shape[1], device=time.device)
+    first = 0 if queries is None else len(place) - queries
+    q_time, q_sequence, q_place = time[:, first:], sequence[:, first:], place[first:]
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        times = q_time[batch, query], time[batch, key]
+        seen = _others(visibility, times[0], q_sequence[batch, query], times[1], sequence[batch, key])
+        seen = seen | (q_place[query] == key)
+        near = reach.near(*times)
+        return seen if near is None else seen & near
+
+    batch = torch.arange(len(time), device=time.device)[:, None, None]
+    rows = place[: len(q_place)].split(_SLICE)
+    pairs = torch.cat([_pairs(sees(batch, batch, query[:, None], place)) for query in rows], dim=1)[:, None]
+    full = pairs == BLOCK * BLOCK
+    listed = (*_listed((pairs > 0) & ~full), *_listed(full))
+    return BlockMask.from_kv_blocks(*listed, BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(len(q_place), len(place)))
+
+
+def _pairs(seen: Tensor) -> Tensor:
+    """`[batch, blocks, blocks]`: how many pairs are visible in each block of bool `[batch, queries, keys]`."""
+    padded = F.pad(seen, (0, -seen.shape[2] % BLOCK, 0, -seen.shape[1] % BLOCK))
+    return padded.unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK)).sum((2, 4))
+
+
+def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks are chosen in each row, and the numbers of all, chosen ones first; int32."""
+    return chosen.sum(-1, dtype=torch.int32), chosen.byte().argsort(dim=-1, descending=True, stable=True).int()
 
 
 def for_attention(seen: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:

@@ -1,31 +1,48 @@
 """A training checkpoint: a folder that is whole or does not count.
 
-Adapter weights (safetensors), optimizer state (tensors only) and `state.json`, which holds the checksum of both. Random
-states are not saved: every random choice is drawn from (seed, epoch or step, rank).
+Weights and optimizer state (safetensors, named after the parameters) and `state.json`, which holds the SHA-256 of both and
+of itself.
+Nothing else is needed to go on bit for bit: checkpoints are taken between steps, where no gradient is held, and the
+learning rate and every random generator are functions of the configuration, the step and the worker.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import asdict, dataclass
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from filelock import FileLock
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from parallelmind.model.adapter import fill, trained_weights
-from parallelmind.storage import sha256, whole_folder
+from parallelmind.errors import UserError, first_line
+from parallelmind.model.adapter import trained_weights
+from parallelmind.storage import clear_scratch, sha256, whole_folder
+from parallelmind.training.step import Totals
 
-_WEIGHTS, _OPTIMIZER, _STATE = "adapter.safetensors", "optimizer.pt", "state.json"
-_FORMAT = 1
+_WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+_PREFIX = "step-"
+_FORMAT = 2
 
 
 @dataclass(slots=True)
 class State:
-    """Where a run stands. epoch, batches: the data's cursor, batches taken in this epoch by all workers together. skipped:
-    steps without a finite gradient. branches: trained on so far, by all workers."""
+    """Where a run stands.
+
+    epoch, batches: the data's cursor, batches taken in this epoch by all workers together. skipped: steps without a finite
+    gradient, bad: the last so many in a row. branches: trained on so far, by all workers. scale: of the loss, and clean:
+    finite steps since it last changed (float16 only). best: lowest validation loss, seen at best_step. window: sums since the
+    last log line. metrics: the last ones.
+    """
 
     config_hash: str
     run_id: str | None = None
@@ -33,46 +50,154 @@ class State:
     epoch: int = 0
     batches: int = 0
     skipped: int = 0
+    bad: int = 0
     branches: int = 0
+    scale: float = 1.0
+    clean: int = 0
+    best: float | None = None
+    best_step: int | None = None
+    window: Totals = field(default_factory=Totals)
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
-def save(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer, state: State) -> None:
-    """Write `folder` under another name beside it, flush it, then rename. Replaces an older one."""
-    with whole_folder(folder) as built:
-        weights = {name: value.detach().cpu().contiguous() for name, value in trained_weights(model).items()}
-        save_file(weights, built / _WEIGHTS)
-        torch.save(optimizer.state_dict(), built / _OPTIMIZER)
-        files = {name: sha256(built / name) for name in (_WEIGHTS, _OPTIMIZER)}
-        (built / _STATE).write_text(json.dumps({"format": _FORMAT, "files": files, **asdict(state)}, indent=2), encoding="utf-8")
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Everything of one moment, on the CPU, untouched by later steps."""
+
+    weights: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+    state: State
 
 
-def load(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer) -> State:
-    """Put a complete checkpoint (see `read_state`) back into model and optimizer."""
+def take(model: nn.Module, optimizer: torch.optim.Optimizer, state: State) -> Snapshot:
+    """A copy of the moment. Where the model is sharded every worker must call it, and each gets the whole of it."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    moments = {
+        f"{key}/{names[parameter]}": whole(value)
+        for parameter, values in optimizer.state.items()
+        for key, value in values.items()
+    }
+    weights = {name: whole(value) for name, value in trained_weights(model).items()}
+    return Snapshot(weights, moments, replace(state, window=replace(state.window), metrics=dict(state.metrics)))
+
+
+def whole(value: Tensor) -> Tensor:
+    """A copy on the CPU, of all shards if it is sharded."""
+    value = value.full_tensor() if isinstance(value, DTensor) else value
+    return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor]) -> None:
+    """Put a snapshot's optimizer state back, sharded as the parameters are now."""
+    parameters = dict(model.named_parameters())
+    for label, value in saved.items():
+        key, _, name = label.partition("/")
+        parameter = parameters[name]
+        if value.shape == parameter.shape:
+            value = value.to(parameter.device)
+            if isinstance(parameter, DTensor):
+                value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+        optimizer.state[parameter][key] = value
+
+
+def read(folder: Path) -> Snapshot:
+    """A complete checkpoint (see `read_state`)."""
     state = read_state(folder)
     assert state is not None, folder
-    fill(model, load_file(folder / _WEIGHTS), folder)
-    device = next(model.parameters()).device
-    optimizer.load_state_dict(torch.load(folder / _OPTIMIZER, map_location=device, weights_only=True))
-    return state
+    return Snapshot(load_file(folder / _WEIGHTS), load_file(folder / _OPTIMIZER), state)
 
 
 def read_state(folder: Path) -> State | None:
     """The state of a complete checkpoint, or None if a file is missing, cut short or changed."""
     try:
-        values: dict[str, Any] = json.loads((folder / _STATE).read_text(encoding="utf-8"))
-        files = values.pop("files")
-        if values.pop("format") != _FORMAT or any(sha256(folder / name) != known for name, known in files.items()):
+        note: dict[str, Any] = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        if note.pop("sha256") != _digest(note) or note["format"] != _FORMAT:
             return None
-        return State(**values)
+        if any(sha256(folder / name) != known for name, known in note["files"].items()):
+            return None
+        return State(**{**note["state"], "window": Totals(**note["state"]["window"])})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
+def _digest(note: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(note, sort_keys=True).encode()).hexdigest()
+
+
 def newest(parent: Path, config_hash: str) -> Path | None:
     """The complete checkpoint of this configuration with the most steps, among the folders in `parent`."""
-    found = []
-    for folder in parent.iterdir() if parent.is_dir() else ():
-        state = read_state(folder)
-        if state is not None and state.config_hash == config_hash:
-            found.append((state.step, folder.name, folder))
-    return max(found)[2] if found else None
+    return next((folder for folder in reversed(by_step(parent)) if _counts(folder, config_hash)), None)
+
+
+def _counts(folder: Path, config_hash: str) -> bool:
+    state = read_state(folder)
+    return state is not None and state.config_hash == config_hash
+
+
+def by_step(parent: Path) -> list[Path]:
+    """Checkpoint folders, oldest first, whole or not."""
+    numbers = {folder: folder.name.removeprefix(_PREFIX) for folder in parent.glob(f"{_PREFIX}*")}
+    return sorted((folder for folder in numbers if numbers[folder].isdecimal()), key=lambda folder: int(numbers[folder]))
+
+
+class Store:
+    """The checkpoints of a run, written in the background by the one worker that holds the folder's lock.
+
+    keep: how many of the newest stay; the best stays as well.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self._keep = folder, keep
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(folder / ".writer")
+        self._lock.acquire()  # waits until a writer that was given up for lost is gone
+        clear_scratch(folder)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def resume(self, config_hash: str, say: Callable[[str], None]) -> Path | None:
+        """The newest complete checkpoint. Newer ones that are not are told and put aside under another name."""
+        found = newest(self.folder, config_hash)
+        for folder in by_step(self.folder):
+            if found is None or int(folder.name.removeprefix(_PREFIX)) > int(found.name.removeprefix(_PREFIX)):
+                aside = folder.with_name(f"damaged-{folder.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
+                say(f"{folder} is damaged or of other settings; put aside as {aside.name}")
+        return found
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Begin to write; first waits for the save before. Raises UserError if that one failed."""
+        self.wait()
+        self._pending = self._thread.submit(self._write, snapshot)
+
+    def wait(self) -> None:
+        """Until the last save is on the disk. Raises UserError, naming what is still good, if it failed."""
+        pending, self._pending = self._pending, None
+        try:
+            if pending is not None:
+                pending.result()
+        except (OSError, SafetensorError) as error:
+            reason = f"a checkpoint cannot be written ({first_line(error)})"
+            kept = ", ".join(folder.name for folder in by_step(self.folder)) or "none"
+            raise UserError(f"output_dir: {reason}; make room in {self.folder}; whole checkpoints there: {kept}") from error
+
+    def close(self) -> None:
+        """Wait as above, and let the next writer in."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._lock.release()
+
+    def _write(self, snapshot: Snapshot) -> None:
+        with whole_folder(self.folder / f"{_PREFIX}{snapshot.state.step}") as built:
+            save_file(dict(snapshot.weights), built / _WEIGHTS)
+            save_file(dict(snapshot.optimizer), built / _OPTIMIZER)
+            files = {name: sha256(built / name) for name in (_WEIGHTS, _OPTIMIZER)}
+            note = {"format": _FORMAT, "files": files, "state": asdict(snapshot.state)}
+            (built / _STATE).write_text(json.dumps({**note, "sha256": _digest(note)}, indent=2), encoding="utf-8")
+        best = self.folder / f"{_PREFIX}{snapshot.state.best_step}"
+        for folder in by_step(self.folder)[: -self._keep]:
+            if folder != best:
+                shutil.rmtree(folder)

@@ -6,7 +6,6 @@ All workers decide alike, because each decision (the data has ended, stop, skip 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +13,23 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from peft import PeftModel
+from torch import nn
+from transformers import set_seed
 
 from parallelmind.config import TrainConfig
 from parallelmind.errors import UserError
 from parallelmind.layout import Batch
+from parallelmind.model.adapter import fill
+from parallelmind.model.attention import Announcer
 from parallelmind.model.structure import causal_lm
 from parallelmind.training import checkpoint
-from parallelmind.training.checkpoint import State
+from parallelmind.training.checkpoint import State, Store
+from parallelmind.training.loss import TargetLoss
+from parallelmind.training.meter import Meter
+from parallelmind.training.sharding import shard
 from parallelmind.training.step import Totals, backward, learning_rate, make_optimizer, measure, update
 
-Save = Callable[[Path], None]
+_FIRST_SCALE, _CLEAN_STEPS = 2.0**8, 1000  # float16: the scale of loss sums to begin with, doubled after so many steps
 
 
 class Hooks(Protocol):
@@ -34,26 +39,27 @@ class Hooks(Protocol):
 
     def say(self, line: str) -> None: ...
 
-    def report(self, metrics: Mapping[str, float], step: int, save: Save | None) -> None:
-        """At validations and checkpoints; `save` writes a checkpoint folder and is None where none is due."""
+    def report(self, metrics: Mapping[str, float], step: int) -> None:
+        """At validations and checkpoints."""
 
     def should_stop(self) -> bool: ...
 
 
 @dataclass(slots=True)
 class Job:
-    """What `train` works on. batches: this worker's turns of an epoch's batches, from the given one on. planned: about how
-    many optimizer steps.
+    """What `train` works on.
 
-    validation: this worker's share of the held-out batches, by branches per sample.
+    batches: this worker's turns of an epoch's batches, from the given one on. per_epoch: about how many an epoch has, of all
+    workers. validation: this worker's share of the held-out batches, by branches per sample. store: on the first worker.
     """
 
     config: TrainConfig
-    model: PeftModel
+    model: nn.Module
     batches: Callable[[int, int], Iterable[Batch]]
     hooks: Hooks
-    planned: int
+    per_epoch: int
     validation: Mapping[int, list[Batch]]
+    store: Store | None = None
     run_id: str | None = None
 
 
@@ -67,44 +73,55 @@ class Outcome:
 
 
 def train(job: Job, resume: Path | None = None) -> Outcome:
-    """Train to the end, or until a hook asks to stop; either way the last report carries a checkpoint.
+    """Train to the end, or until a hook asks to stop; either way with a checkpoint at the end.
 
-    Raises UserError if the data gives no target at all.
+    Raises UserError if the data gives no target at all, for too many steps in a row without a finite gradient, and for
+    memory or a disk that is too small.
     """
     run = _Run(job, resume)
     while run.state.epoch < job.config.epochs and not run.ended:
         run.epoch()
     if not run.stopped and run.state.step == run.state.skipped:
         raise UserError("data_path: no step had a finite loss on any target; check answer_offset, the limits and learning_rate")
-    run.log()  # the steps since the last line
-    run.report(run.metrics, validate=not run.stopped, save=True)
-    return Outcome(not run.stopped, run.state.step, run.metrics)
+    if not run.stopped:  # what a stopped run has not told yet it tells when it goes on
+        run.meter.tell(run.state, run.planned)
+    run.report(validate=not run.stopped, save=True)
+    if job.store:
+        job.store.wait()
+    return Outcome(not run.stopped, run.state.step, run.state.metrics)
 
 
 class _Run:
-    """The moving parts: optimizer, position and what was measured since the last log line."""
+    """The moving parts: loss, optimizer and position."""
 
     def __init__(self, job: Job, resume: Path | None) -> None:
-        self.job, self.config, self.model = job, job.config, job.model
+        self.job, self.config = job, job.config
         if self.config.gradient_checkpointing:
             causal_lm(job.model).activation_checkpointing_enable()
-        self.model.train()
-        self.optimizer = make_optimizer(job.model, job.config)
-        self.state = State(job.config.fingerprint(), job.run_id)
-        if resume is not None:
-            self.state = checkpoint.load(resume, job.model, self.optimizer)
-        self.device = next(job.model.parameters()).device
-        self.metrics: dict[str, float] = {}
+        scale = _FIRST_SCALE if self.config.dtype == "float16" else 1.0
+        self.state = State(self.config.fingerprint(), job.run_id, scale=scale)
+        saved = checkpoint.read(resume) if resume is not None else None
+        if saved is not None:
+            fill(job.model, saved.weights, str(resume))
+            self.state = saved.state
+        self.loss = TargetLoss(job.model, self.config.visibility, getattr(torch, self.config.dtype)).train()
+        if self.config.sharding == "full":
+            shard(self.loss)
+        self.optimizer = make_optimizer(self.loss, self.config)
+        if saved is not None:
+            checkpoint.restore_optimizer(job.model, self.optimizer, saved.optimizer)
         self.stopped = False
-        self.window, self.window_start = Totals(), time.perf_counter()
-        self.warm: tuple[float, int] | None = None  # since when, and which step: the first one waits for the data to start
+        self.validated_at: int | None = None
+        self.planned = planned_steps(self.config, job.per_epoch, _workers())
+        self.meter = Meter(job.hooks)
+        self.announce = Announcer(job.model, self.loss.dtype, job.hooks.say)
 
     @property
     def ended(self) -> bool:
         return self.stopped or (self.config.max_steps is not None and self.state.step >= self.config.max_steps)
 
     def epoch(self) -> None:
-        stream = iter(self.job.batches(self.state.epoch, self.state.batches))
+        stream = iter(self.announce(self.job.batches(self.state.epoch, self.state.batches)))
         while not self.ended:
             if not self.step(stream):
                 self.state.epoch, self.state.batches = self.state.epoch + 1, 0
@@ -112,21 +129,26 @@ class _Run:
 
     def step(self, stream: Iterator[Batch]) -> bool:
         """One optimizer step; false where no worker has data left."""
-        torch.manual_seed(hash((self.config.seed, self.state.step, _rank())) % 2**63)  # dropout, the same after a restart
-        own = backward(self.model, stream, self.config.accumulation_steps, self.config.visibility)
+        set_seed(hash((self.config.seed, self.state.step, _rank())) % 2**32)  # dropout, the same after a restart
+        own = backward(self.loss, stream, self.config.accumulation_steps, self.state.scale)
         own.stop = float(self.job.hooks.should_stop())
-        totals = own.everywhere(self.device)
+        totals = own.everywhere(self.loss.device)
         self.stopped = totals.stop > 0
         if not totals.batches:
             return False
-        rate = learning_rate(self.config, self.state.step, self.job.planned)
+        rate = learning_rate(self.config, self.position(), self.planned)
         norm = self.apply(totals, rate)
         self.state.step += 1
         self.state.batches += int(totals.batches)
         self.state.branches += int(totals.branches)
-        self.after_step(totals, rate, norm)
-        self.warm = self.warm or (time.perf_counter(), self.state.step)
+        self.meter.add(self.state, totals, rate, norm)
+        self.after_step()
         return True
+
+    def position(self) -> float:
+        """How far the run is, in steps of as many batches as there are workers now: the same data, the same rate."""
+        done = (self.state.epoch + min(self.state.batches / self.job.per_epoch, 1)) / self.config.epochs
+        return max(done * self.planned, float(self.state.step if self.config.max_steps else 0))
 
     def apply(self, totals: Totals, rate: float) -> float:
         """Move the weights, unless there is no target or no finite gradient: such a step is counted and left out."""
@@ -136,78 +158,90 @@ class _Run:
         else:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            norm = update(self.model, self.optimizer, totals.targets, self.config.gradient_clip)
-        if not math.isfinite(norm):
-            self.state.skipped += 1
-            self.job.hooks.say(f"step {self.state.step + 1}: no finite gradient over {totals.targets:.0f} targets; step left out")
+            norm = update(self.loss, self.optimizer, totals.targets * self.state.scale, self.config.gradient_clip)
+        if math.isfinite(norm):
+            self.state.bad = 0
+        else:
+            self.skip(totals)
+        if self.config.dtype == "float16":
+            self.rescale(math.isfinite(norm))
         return norm
 
-    def after_step(self, totals: Totals, rate: float, norm: float) -> None:
-        if math.isfinite(norm):  # one bad step must not turn the whole line into nan
-            for name in ("loss", "targets", "tokens", "places"):
-                setattr(self.window, name, getattr(self.window, name) + getattr(totals, name))
-            self.metrics |= {"learning_rate": rate, "gradient_norm": norm}
+    def skip(self, totals: Totals) -> None:
+        state = self.state
+        state.skipped += 1
+        state.bad += 1 if state.scale == 1 or not math.isfinite(totals.loss) else 0  # float16 overflows while it finds its scale
+        self.job.hooks.say(f"step {state.step + 1}: no finite gradient over {totals.targets:.0f} targets; step left out")
+        if state.bad >= self.config.max_bad_steps:
+            if self.job.store:
+                self.job.store.wait()
+            good = self.job.store and checkpoint.newest(self.job.store.folder, state.config_hash)
+            raise UserError(
+                f"learning_rate={self.config.learning_rate}: {state.bad} steps in a row without a finite gradient, up to step "
+                f"{state.step + 1}; lower it, or look at the data; last good checkpoint: {good or 'none'}"
+            )
+
+    def rescale(self, finite: bool) -> None:
+        """float16 gradients vanish or overflow unless the loss is scaled to where they fit, which is found by trying."""
+        state = self.state
+        state.clean = state.clean + 1 if finite else 0
+        if not finite:
+            state.scale = max(state.scale / 2, 1.0)
+        elif state.clean % _CLEAN_STEPS == 0:
+            state.scale *= 2
+
+    def after_step(self) -> None:
         step = self.state.step
         if step % self.config.log_every == 0:
-            self.log()
+            self.meter.tell(self.state, self.planned)
         save, validate = step % self.config.checkpoint_every == 0, step % self.config.validate_every == 0
-        if (save or validate) and not self.ended:
-            self.report(self.metrics, validate, save)
+        if save or validate:
+            self.report(validate, save)
 
-    def log(self) -> None:
-        if not self.window.targets:
-            return
-        now = time.perf_counter()
-        window, speed = self.window, self.window.tokens / max(now - self.window_start, 1e-9)
-        self.metrics |= {
-            "loss": window.loss / window.targets,
-            "tokens_per_second": speed,
-            "padding_share": 1 - window.tokens / window.places,
-            "skipped_steps": self.state.skipped,
-            "epoch": self.state.epoch,
-            "branches": self.state.branches,
-        }
-        self.job.hooks.log(self.metrics, self.state.step)
-        since, first = self.warm or (self.window_start, self.state.step - 1)
-        left = max(self.job.planned - self.state.step, 0) * (now - since) / max(self.state.step - first, 1)
-        loss, rate, planned = self.metrics["loss"], self.metrics["learning_rate"], max(self.job.planned, self.state.step)
-        self.job.hooks.say(
-            f"step {self.state.step}/{planned}  loss {loss:.3f}  lr {rate:.1e}  {speed:.0f} tok/s  ETA {_clock(left)}"
-        )
-        self.window, self.window_start = Totals(), now
+    def report(self, validate: bool, save: bool) -> None:
+        """Measure on held-out text, write a checkpoint, tell. The best measurement so far is always written."""
+        if validate and self.job.validation and self.validated_at != self.state.step:
+            improved = self.validate()
+            save = save or improved
+        if save:
+            moment = checkpoint.take(self.job.model, self.optimizer, self.state)
+            if self.job.store:
+                self.job.store.save(moment)
+        self.job.hooks.report(self.state.metrics, self.state.step)
 
-    def report(self, metrics: dict[str, float], validate: bool, save: bool) -> None:
-        if validate and self.job.validation:
-            measured = validate_at(self.model, self.job.validation, self.config, self.device)
-            metrics |= measured
-            self.job.hooks.log(measured, self.state.step)
-            shown = (f"{name.removeprefix('validation/')} {value:.3f}" for name, value in measured.items())
-            self.job.hooks.say("validation  " + "  ".join(shown))
-            self.window_start = time.perf_counter()
-        self.job.hooks.report(metrics, self.state.step, self.save if save else None)
-
-    def save(self, folder: Path) -> None:
-        checkpoint.save(folder, self.model, self.optimizer, self.state)
+    def validate(self) -> bool:
+        """True where the mean of the validation losses is the lowest so far."""
+        self.validated_at = self.state.step
+        measured = validate_at(self.loss, self.job.validation)
+        self.meter.validated(self.state, measured)
+        losses = [value for name, value in measured.items() if name.startswith("validation/loss_")]
+        mean = sum(losses) / max(len(losses), 1)
+        if not losses or not (self.state.best is None or mean < self.state.best):
+            return False
+        self.state.best, self.state.best_step = mean, self.state.step
+        return True
 
 
-def validate_at(
-    model: PeftModel, sets: Mapping[int, list[Batch]], config: TrainConfig, device: torch.device
-) -> dict[str, float]:
+def planned_steps(config: TrainConfig, per_epoch: int, workers: int) -> int:
+    """About how many optimizer steps a run takes."""
+    steps = max(1, math.ceil(per_epoch / (workers * config.accumulation_steps))) * config.epochs
+    return steps if config.max_steps is None else min(steps, config.max_steps)
+
+
+def validate_at(loss: TargetLoss, sets: Mapping[int, list[Batch]]) -> dict[str, float]:
     """Mean loss at each branch count over the same text, and the branch tax: that loss minus the loss of lone branches."""
     found = {}
     for branches, own in sorted(sets.items()):
-        totals = measure(model, own, config.visibility).everywhere(device)
+        totals = measure(loss, own).everywhere(loss.device)
         if totals.targets:
             found[branches] = totals.loss / totals.targets
-    taxes = {f"validation/branch_tax_{n}": loss - found[1] for n, loss in found.items() if n > 1 and 1 in found}
-    return {f"validation/loss_{n}": loss for n, loss in found.items()} | taxes
+    taxes = {f"validation/branch_tax_{n}": value - found[1] for n, value in found.items() if n > 1 and 1 in found}
+    return {f"validation/loss_{n}": value for n, value in found.items()} | taxes
 
 
 def _rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+def _workers() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

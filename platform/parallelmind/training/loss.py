@@ -40,13 +40,32 @@ def to_tensors(batch: Batch, device: torch.device | str = "cpu") -> Tensors:
     return Tensors(*(torch.from_numpy(getattr(batch, name)).to(device) for name in Tensors.__slots__))
 
 
+class TargetLoss(nn.Module):
+    """`target_loss` as a module, whose forward is where a sharded model gathers its weights.
+
+    dtype: what to compute in, where that is not the type of the weights.
+    """
+
+    def __init__(self, model: nn.Module, visibility: Visibility, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.model, self.visibility, self.dtype = model, visibility, dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def forward(self, batch: Tensors) -> tuple[Tensor, int]:
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return target_loss(self.model, batch, self.visibility)
+
+
 def target_loss(model: nn.Module, batch: Tensors, visibility: Visibility) -> tuple[Tensor, int]:
     """Summed float32 cross entropy over the target tokens (a scalar with gradients), and how many there are."""
     inner = causal_lm(model)
     hidden = decoder(inner)(**decoder_inputs(inner, batch, visibility)).last_hidden_state  # [batch, seq, width]
     wanted = batch.labels != IGNORE
     hidden, labels = hidden[wanted], batch.labels[wanted]  # [targets, width], [targets]
-    total = hidden.new_zeros((), dtype=torch.float32)
+    total = hidden[:0].sum(dtype=torch.float32)  # zero, and with a backward pass even where there is no target
     for part, target in zip(hidden.split(_CHUNK), labels.split(_CHUNK), strict=True):
         total = total + checkpoint(_chunk_loss, inner, part, target, use_reentrant=False)
     return total, len(labels)

@@ -7,16 +7,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import islice
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from parallelmind.config import OptimizerConfig, Visibility
-from parallelmind.layout import Batch
-from parallelmind.training.loss import target_loss, to_tensors
+from parallelmind.config import OptimizerConfig, RopeConfig
+from parallelmind.data.grouping import make_batch
+from parallelmind.errors import UserError
+from parallelmind.layout import Batch, Tokens
+from parallelmind.training.loss import TargetLoss, to_tensors
+from parallelmind.training.sharding import is_sharded
+
+_NO_MEMORY = ("can't allocate memory", "not enough memory")  # how torch says so on a CPU
 
 
 @dataclass(slots=True)
@@ -35,6 +42,14 @@ class Totals:
         values = torch.tensor([getattr(self, item.name) for item in fields(self)], dtype=torch.float64, device=device)
         return Totals(*sum_over_workers(values).tolist())
 
+    def count(self, batch: Batch, loss: float) -> None:
+        self.loss += loss
+        self.targets += batch.targets
+        self.tokens += batch.tokens
+        self.places += batch.ids.size
+        self.branches += int(batch.sequence.max(axis=1).sum())
+        self.batches += 1
+
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -44,66 +59,100 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
     return torch.optim.AdamW(trainable(model), lr=config.learning_rate, weight_decay=config.weight_decay)
 
 
-def learning_rate(config: OptimizerConfig, step: int, planned: int) -> float:
-    """The rate of step 0, 1, … of about `planned`: a pure function, so a resumed run needs no scheduler state."""
+def learning_rate(config: OptimizerConfig, position: float, planned: int) -> float:
+    """The rate at step 0, 1, … of about `planned`: a pure function, so a resumed run needs no scheduler state."""
     warmup = math.ceil(config.warmup_ratio * planned)
-    if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
-    progress = min((step - warmup) / max(planned - warmup, 1), 1.0)
+    if position < warmup:
+        return config.learning_rate * min((position + 1) / warmup, 1.0)
+    progress = min((position - warmup) / max(planned - warmup, 1), 1.0)
     shape = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
     return config.learning_rate * shape[config.schedule]
 
 
-def backward(model: nn.Module, stream: Iterator[Batch], count: int, visibility: Visibility) -> Totals:
-    """Add the gradients of up to `count` batches; fewer, or none, where the stream ends."""
+def backward(loss: TargetLoss, stream: Iterator[Batch], count: int, scale: float = 1.0) -> Totals:
+    """Add the gradients of up to `count` batches, times `scale`; fewer, or none, where the stream ends."""
     totals = Totals()
-    for batch, loss in _losses(model, islice(stream, count), visibility, totals):
-        if batch.targets:
-            loss.backward()
+    for batch in _in_step(loss, list(islice(stream, count))):
+        with _memory_for(batch):
+            value, _ = loss(to_tensors(batch, loss.device))
+            (value * scale).backward()
+        if batch is not _BLANK:
+            totals.count(batch, value.item())
     return totals
 
 
 @torch.no_grad()
-def measure(model: nn.Module, batches: Iterable[Batch], visibility: Visibility) -> Totals:
+def measure(loss: TargetLoss, batches: Iterable[Batch]) -> Totals:
     """The same sums without gradients, in eval mode."""
-    training = model.training
-    model.eval()
+    training = loss.training
+    loss.eval()
     totals = Totals()
-    for _ in _losses(model, batches, visibility, totals):
-        pass
-    model.train(training)
+    for batch in _in_step(loss, list(batches)):
+        with _memory_for(batch):
+            value, _ = loss(to_tensors(batch, loss.device))
+        if batch is not _BLANK:
+            totals.count(batch, value.item())
+    loss.train(training)
     return totals
 
 
-def _losses(model: nn.Module, batches: Iterable[Batch], visibility: Visibility, totals: Totals) -> Iterator[tuple[Batch, Tensor]]:
-    device = next(model.parameters()).device
-    for batch in batches:
-        loss, targets = target_loss(model, to_tensors(batch, device), visibility)
-        totals.loss += loss.item()
-        totals.targets += targets
-        totals.tokens += batch.tokens
-        totals.places += batch.ids.size
-        totals.branches += int(batch.sequence.max(axis=1).sum())
-        totals.batches += 1
-        yield batch, loss
+_BLANK = make_batch([Tokens.of([], [[0, 0]], [2])], RopeConfig(), pad_id=0)  # no target
 
 
-def update(model: nn.Module, optimizer: torch.optim.Optimizer, targets: float, clip: float) -> float:
+def _in_step(loss: TargetLoss, batches: list[Batch]) -> list[Batch]:
+    """The batches; where the model is sharded, filled up to as many as the worker with the most has.
+
+    A forward pass of a sharded model needs every worker.
+    """
+    if not is_sharded(loss):
+        return batches
+    most = torch.tensor(len(batches), device=loss.device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return batches + [_BLANK] * (int(most) - len(batches))
+
+
+@contextmanager
+def _memory_for(batch: Batch) -> Iterator[None]:
+    """Running out of memory becomes one line that says on what, and what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and not any(text in str(error) for text in _NO_MEMORY):
+            raise
+        rows, tokens = batch.ids.shape
+        branches = int(batch.sequence.max())
+        raise UserError(
+            f"batch_size: out of memory on a batch of {rows} x {tokens} tokens, up to {branches} branches each; "
+            "lower batch_size, max_branches_per_sample or max_sample_tokens, or set gradient_checkpointing=true"
+        ) from error
+
+
+def update(loss: TargetLoss, optimizer: torch.optim.Optimizer, targets: float, clip: float) -> float:
     """Mean gradient over all workers' targets, clipped, one step. Returns the gradient norm before clipping.
 
-    A norm that is not finite leaves the weights and the optimizer's state as they were.
+    targets: times the scale that the losses had. A norm that is not finite leaves the weights and the optimizer's state as
+    they were.
     """
-    parameters = trainable(model)
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten().float() for p in parameters])
-    flat = sum_over_workers(flat) / targets
-    norm = float(flat.norm())
+    parts = [_own_part(parameter) for parameter in trainable(loss)]
+    flat = torch.cat([part.flatten().float() for part in parts])
+    if not is_sharded(loss):  # there the backward pass has added the workers up
+        sum_over_workers(flat)
+    flat /= targets
+    norm = float(sum_over_workers(flat.norm() ** 2).sqrt() if is_sharded(loss) else flat.norm())
     if math.isfinite(norm):
         flat *= min(clip / (norm + 1e-6), 1.0)
-        for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            parameter.grad = gradient.view_as(parameter).to(parameter.dtype)
+        for part, gradient in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
+            part.copy_(gradient.view_as(part))
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+def _own_part(parameter: nn.Parameter) -> Tensor:
+    """This worker's part of a gradient, to read and to write; zeros where no pass has touched the parameter."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
 
 
 def sum_over_workers(values: Tensor) -> Tensor:

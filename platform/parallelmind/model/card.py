@@ -1,0 +1,63 @@
+"""The README.md of what was trained: what it is, how it was placed, how to load it. No path of a machine is in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from parallelmind.config import BaseConfig
+from parallelmind.model.base import is_hub_id
+from parallelmind.model.manifest import Manifest
+
+CARD = "README.md"
+_PARALLEL = "It reads and writes several branches of text in one sequence, in one forward pass."
+_PLAIN = "It was trained on plain sequences, one branch each, without 2D RoPE."
+
+
+def write_card(folder: Path, manifest: Manifest, base: BaseConfig) -> None:
+    (folder / CARD).write_text(model_card(manifest, base), encoding="utf-8")
+
+
+def model_card(manifest: Manifest, base: BaseConfig) -> str:
+    """Markdown with the hub's front matter. Metrics are taken from `manifest.extra["metrics"]`."""
+    name = manifest.base_model if is_hub_id(manifest.base_model) else Path(manifest.base_model).name
+    whole = manifest.lora is None
+    front = ModelCardData(
+        base_model=name,
+        library_name="transformers" if whole else "peft",
+        pipeline_tag="text-generation",
+        tags=["parallelmind", "branch-parallel", *(() if whole else ("lora",))],
+    )
+    tables = {
+        "Placement": manifest.rope.model_dump(),
+        "LoRA": {} if manifest.lora is None else manifest.lora.model_dump(),
+        "Metrics": manifest.extra.get("metrics", {}),
+        "Versions": manifest.versions,
+    }
+    what = f"{'All parameters' if whole else 'A LoRA adapter'} of {name}. {_PARALLEL if manifest.rope.patch_rope else _PLAIN}"
+    parts = [
+        f"---\n{front.to_yaml()}\n---",
+        f"# {name}, branch-parallel",
+        f"{what} Trained with dtype={base.dtype} and quantize={base.quantize}.",
+        _usage(name, whole),
+        *(_table(title, rows) for title, rows in tables.items() if rows),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _usage(name: str, whole: bool) -> str:
+    source = 'base_model="this folder"' if whole else f'base_model="{name}", lora_path="this folder"'
+    return f"""```python
+import parallelmind as pm
+
+model, tokenizer = pm.load_model_with_lora({source})
+print(pm.generate_text(model, tokenizer, "Hello"))
+```"""
+
+
+def _table(title: str, rows: Mapping[str, Any]) -> str:
+    lines = [f"| {name} | {f'{value:.4g}' if isinstance(value, float) else value} |" for name, value in rows.items()]
+    return "\n".join([f"## {title}", "", "| | |", "| --- | --- |", *lines])

@@ -1,0 +1,90 @@
+"""An adapter merged into plain weights, which transformers loads without parallelmind: only where that is exact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from parallelmind.config import BaseConfig, RopeConfig
+from parallelmind.errors import UserError
+from parallelmind.layout import Tokens, arrange, collate
+from parallelmind.model.adapter import load_model_with_lora
+from parallelmind.model.base import no_progress_bars
+from parallelmind.model.full import write_model
+from parallelmind.model.manifest import read_adapter, refuse_to_replace
+from parallelmind.model.mask import attention_masks
+from parallelmind.model.patch import is_patched, unpatch
+from parallelmind.storage import whole_folder
+
+TOLERANCE = 5e-4  # of the largest logit
+_PROBED = 32  # tokens
+
+
+def export(
+    lora_path: str | Path, output_path: str | Path, base_model: str | None = None, trust_remote_code: bool = False
+) -> None:
+    """Write base and adapter as one float32 model; the folder appears whole, and only if its logits are the adapter's.
+
+    The base is loaded in float32 whatever the adapter was trained on, a quantised base among it. Raises UserError where
+    plain weights cannot compute what the adapter does, and where `output_path` holds other things.
+    """
+    output = Path(output_path)
+    manifest = read_adapter(lora_path)
+    _refuse_inexact(lora_path, manifest.rope)
+    refuse_to_replace(output)
+    base = BaseConfig(base_model=base_model or manifest.base_model, trust_remote_code=trust_remote_code)
+    model, tokenizer = load_model_with_lora(
+        base.base_model, lora_path, dtype=base.dtype, trust_remote_code=base.trust_remote_code
+    )
+    ids = _probe(tokenizer)
+    expected = _branch_logits(model, manifest.rope, ids)
+    merged: PreTrainedModel = model.merge_and_unload()  # type: ignore[operator]
+    if is_patched(merged):
+        unpatch(merged)
+    with whole_folder(output) as built:
+        write_model(merged, tokenizer, built, base, manifest.rope, manifest.extra)
+        _verify(built, lora_path, ids, expected)
+
+
+def _refuse_inexact(lora_path: str | Path, rope: RopeConfig) -> None:
+    if rope.patch_rope and rope.rope_2d_ratio > 0:
+        why = f"rope_2d_ratio={rope.rope_2d_ratio}, and plain weights cannot turn by the branch"
+    elif rope.patch_rope and rope.positions == "flat":
+        why = "positions=flat, and plain weights do not know where the other branches lie"
+    else:
+        return
+    remedy = "load it with load_model_with_lora, or train with rope_2d_ratio=0 positions=time"
+    raise UserError(f"lora_path={lora_path}: was trained with {why}; {remedy}")
+
+
+def _probe(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """`[tokens]` ids, the same every time."""
+    return torch.randint(len(tokenizer), (_PROBED,), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def _branch_logits(model: PreTrainedModel | PeftModel, rope: RopeConfig, ids: Tensor) -> Tensor:
+    """`[tokens, vocab]` logits of a lone branch, as the adapter was trained to read it."""
+    if not rope.patch_rope:
+        return model(input_ids=ids[None]).logits[0]
+    batch = collate([arrange(Tokens.of([], [ids.tolist()]), rope)], pad_id=0)
+    pos2d, sequence = torch.from_numpy(batch.pos2d), torch.from_numpy(batch.sequence)
+    masks = attention_masks(model, pos2d[..., 1], sequence, rope.visibility)
+    return model(input_ids=ids[None], pos2d=pos2d, attention_mask=masks).logits[0]
+
+
+@torch.no_grad()
+def _verify(folder: Path, lora_path: str | Path, ids: Tensor, expected: Tensor) -> None:
+    with no_progress_bars():
+        plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    found = plain.eval()(input_ids=ids[None]).logits[0]
+    error = ((found - expected).abs().max() / expected.abs().max()).item()
+    if not error <= TOLERANCE:
+        raise UserError(
+            f"lora_path={lora_path}: merged, its logits are off by {error:.2g} of the largest, over {TOLERANCE}; "
+            "load it with load_model_with_lora"
+        )

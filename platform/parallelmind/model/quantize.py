@@ -1,0 +1,30 @@
+"""Base weights in fewer bits, by bitsandbytes. LoRA on top stays in float32."""
+
+from __future__ import annotations
+
+import logging
+from importlib.util import find_spec
+
+import torch
+from transformers import BitsAndBytesConfig
+
+from parallelmind.config import BaseConfig
+from parallelmind.errors import UserError
+
+
+def quantization(config: BaseConfig) -> BitsAndBytesConfig | None:
+    """How bitsandbytes should hold the linear layers. Raises UserError where it is not installed."""
+    if config.quantize == "none":
+        return None
+    if find_spec("bitsandbytes") is None:
+        raise UserError(f"quantize={config.quantize}: needs bitsandbytes; pip install bitsandbytes, or set quantize=none")
+    if config.quantize == "8bit":
+        # Its layers compute in float16 and say so on every call.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, config.dtype),
+    )

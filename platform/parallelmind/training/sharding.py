@@ -1,0 +1,26 @@
+"""A model split over all workers (FSDP2): each holds a part of every weight and gathers a layer's when it needs them."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from parallelmind.model.structure import causal_lm
+from parallelmind.training.loss import TargetLoss
+
+
+def shard(loss: TargetLoss) -> None:
+    """Split in place, a decoder layer at a time and the rest as one. The process group must exist, weights be loaded.
+
+    Gradients come out as sums over the workers, like everywhere here, not as means.
+    """
+    layers = set(getattr(causal_lm(loss.model), "_no_split_modules", None) or ())
+    units = [module for module in loss.model.modules() if type(module).__name__ in layers]
+    for unit in (*units, loss):
+        sharded = fully_shard(unit)
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+
+
+def is_sharded(module: nn.Module) -> bool:
+    return isinstance(module, FSDPModule)
