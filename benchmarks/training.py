@@ -1,12 +1,18 @@
-"""A LoRA step on SmolLM2 over the same tokens: patched and columnar against unpatched and plainly causal."""
+"""LoRA steps on SmolLM2: what the patch, the shared main, the gathered loss, checkpoints and the platform around it cost."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Callable
+from pathlib import Path
+from statistics import median
 
 import torch
 
-from benchmarks.harness import Bench, ratio
+from benchmarks.harness import Bench, ratio, seconds
 from benchmarks.text import passages
 from parallelmind.config import BaseConfig, LoraConfig, OptimizerConfig, RopeConfig
 from parallelmind.data.grouping import make_batch
@@ -14,10 +20,40 @@ from parallelmind.layout import IGNORE, Batch, Tokens
 from parallelmind.model.adapter import add_lora
 from parallelmind.model.base import load_base
 from parallelmind.model.patch import patch
+from parallelmind.training import checkpoint
+from parallelmind.training.checkpoint import State, Store
 from parallelmind.training.loss import TargetLoss
 from parallelmind.training.step import backward, make_optimizer, update
 
-_SAMPLES, _LONGEST = 2, 512
+_SAMPLES, _LONGEST, _MAIN, _BRANCH = 2, 512, 512, 32
+_DEFAULT_INTERVAL = 100  # steps between checkpoints
+
+
+class Learner:
+    """SmolLM2 with a fresh adapter, and a step on a batch."""
+
+    def __init__(self, rope: RopeConfig) -> None:
+        self.base, _ = load_base(BaseConfig())
+        if rope.patch_rope:
+            patch(self.base, rope)
+        self.model = add_lora(self.base, LoraConfig(), seed=0)
+        self.loss = TargetLoss(self.model, rope.visibility).train()
+        self.optimizer = make_optimizer(self.model, OptimizerConfig())
+
+    def step(self, *batches: Batch) -> float:
+        totals = backward(self.loss, iter(batches), len(batches))
+        return update(self.loss, self.optimizer, totals.targets, clip=1.0)
+
+
+def _tokens(count: int) -> list[Tokens]:
+    """Samples of a 512-token main and eight branches of 32, from as many passages as it takes."""
+    ids = [token for main, _ in passages(6 * count) for token in main]
+    samples = []
+    for index in range(count):
+        own = ids[index * (_MAIN + 8 * _BRANCH) :]
+        branches = [own[_MAIN + at * _BRANCH : _MAIN + (at + 1) * _BRANCH] for at in range(8)]
+        samples.append(Tokens.of(own[:_MAIN], branches))
+    return samples
 
 
 def _batch() -> Batch:
@@ -25,36 +61,97 @@ def _batch() -> Batch:
     return make_batch([Tokens.of(main, branches) for main, branches in samples], RopeConfig(), pad_id=0)
 
 
-def _step(patched: bool, batch: Batch) -> Callable[[], float]:
-    model, _ = load_base(BaseConfig())
-    if patched:
-        patch(model, RopeConfig())
-    lora = add_lora(model, LoraConfig(), seed=0)
-    lora.train()
-    optimizer = make_optimizer(lora, OptimizerConfig())
-    learner = TargetLoss(lora, RopeConfig().visibility)
-
-    def patched_step() -> float:
-        totals = backward(learner, iter([batch]), 1)
-        return update(learner, optimizer, totals.targets, clip=1.0)
-
-    ids = torch.from_numpy(batch.ids)
-    wanted = torch.from_numpy(batch.labels) != IGNORE
-    labels = torch.from_numpy(batch.labels)[wanted]
-
-    def plain_step() -> float:
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[wanted]
-        logits = model.get_output_embeddings()(hidden).float()
-        torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
-        return update(learner, optimizer, len(labels), clip=1.0)
-
-    return patched_step if patched else plain_step
-
-
 def step_overhead() -> float:
     """Time of the patched step over time of the plain one: same weights, tokens, targets and optimizer."""
     batch = _batch()
-    return ratio(_step(True, batch), _step(False, batch), repeats=5)
+    patched, plain = Learner(RopeConfig()), Learner(RopeConfig(patch_rope=False))
+    ids, wanted = torch.from_numpy(batch.ids), torch.from_numpy(batch.labels) != IGNORE
+    labels = torch.from_numpy(batch.labels)[wanted]
+
+    def plain_step() -> float:
+        hidden = plain.base.base_model(input_ids=ids, use_cache=False).last_hidden_state[wanted]
+        logits = plain.base.get_output_embeddings()(hidden).float()
+        torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+        return update(plain.loss, plain.optimizer, len(labels), clip=1.0)
+
+    return ratio(lambda: patched.step(batch), plain_step, repeats=7)
 
 
-BENCHES = [Bench("training.step_vs_plain", 1.10, "lower", "ratio", step_overhead)]
+def shared_main() -> float:
+    """Branches a second of one sample of eight branches, over those of eight rows that each hold main and one branch."""
+    rope = RopeConfig(visibility="isolated")
+    learner = Learner(rope)
+    sample = _tokens(1)[0]
+    main, *branches = torch.from_numpy(sample.ids).split(sample.lengths.tolist())
+    rows = [Tokens.of(main.tolist(), [branch.tolist()]) for branch in branches]
+    together, apart = make_batch([sample], rope, pad_id=0), make_batch(rows, rope, pad_id=0)
+    return ratio(lambda: learner.step(apart), lambda: learner.step(together), repeats=3)
+
+
+def peak_memory() -> float:
+    """Peak of a step on 2 x 1,024 tokens over that of the same step with float32 logits for every token, in own processes."""
+    return _peak("gathered") / _peak("full")
+
+
+def _peak(kind: str) -> float:
+    """Bytes that a step takes at its peak beyond what the process holds before it."""
+    done = subprocess.run([sys.executable, "-m", "benchmarks.step_memory", kind], capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def save_cost() -> float:
+    """What a checkpoint adds to the steps around it, as a share of all steps from one to the next at the default interval."""
+    learner, batch = Learner(RopeConfig()), _batch()
+    learner.step(batch)
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(Path(folder), 2)
+        numbers = iter(range(100))
+
+        def saving() -> None:
+            store.save(checkpoint.take(learner.model, learner.optimizer, State("", step=next(numbers))))
+            learner.step(batch)
+            learner.step(batch)
+
+        def stepping() -> None:
+            learner.step(batch)
+            learner.step(batch)
+
+        pairs = [(seconds(saving), seconds(stepping)) for _ in range(5)]
+        store.close()
+    plain = median(without for _, without in pairs)
+    return median(with_save - without for with_save, without in pairs) / (plain / 2 * _DEFAULT_INTERVAL)
+
+
+def platform_speed() -> float:
+    """Tokens/s of `workloads.train` after its start-up, over those of a bare loop on the same batches."""
+    return _run("platform") / _run("bare")
+
+
+def _run(kind: str) -> float:
+    done = subprocess.run([sys.executable, "-m", "benchmarks.platform_speed", kind], capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def first_step() -> float:
+    """Seconds from the command to the line of the first step, with the model in the cache."""
+    from benchmarks.platform_speed import training_lines
+
+    start = time.perf_counter()
+    for line in training_lines(max_steps=1):
+        if line.startswith("step 1/"):
+            return time.perf_counter() - start
+    raise RuntimeError("the run ended without a step")
+
+
+def _bench(name: str, target: float, better: str, measure: Callable[[], float], unit: str = "ratio") -> Bench:
+    return Bench(f"training.{name}", target, better, unit, measure)  # type: ignore[arg-type]
+
+
+BENCHES = [
+    _bench("step_vs_plain", 1.05, "lower", step_overhead),
+    _bench("shared_main_vs_rows", 4.0, "higher", shared_main),
+    _bench("memory_vs_full_logits", 0.60, "lower", peak_memory),
+    _bench("save_share", 0.02, "lower", save_cost),
+    _bench("platform_vs_bare_loop", 0.95, "higher", platform_speed),
+    _bench("seconds_to_first_step", 20.0, "lower", first_step, "s"),
+]

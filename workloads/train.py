@@ -10,6 +10,7 @@ again resumes an interrupted run from its newest checkpoint, and leaves a finish
 from __future__ import annotations
 
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -47,12 +48,15 @@ def run_training(config: TrainConfig) -> Path:
     _refuse_changed(config, folder)
     files = find_files(config.data_path)
     held_out = find_files(config.validation_path, "validation_path") if config.validation_path else []
-    from workloads.train_driver import execute  # imports Ray, torch and MLflow, which takes seconds
-
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / ".lock", timeout=0):
-            execute(config, folder, files, held_out)
+        with FileLock(folder / ".lock", timeout=0), ThreadPoolExecutor(1) as beside:
+            from workloads import cluster
+
+            connecting = beside.submit(cluster.connect, config.ray_address)
+            from workloads.train_driver import execute  # imports torch and MLflow, which takes as long as Ray to start
+
+            execute(config, folder, files, held_out, connecting.result)
     except Timeout as error:
         remedy = "wait for it, or choose another name"
         raise UserError(f"name={config.name}: another process is training {folder}; {remedy}") from error

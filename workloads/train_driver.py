@@ -44,8 +44,11 @@ _RAY = ".ray"  # Ray Train's folder in the run's
 _SHOWN_BAD_LINES, _SHOWN_KEYS = 10, 5
 
 
-def execute(config: TrainConfig, folder: Path, files: list[str], held_out: list[str]) -> None:
-    """Check the data, start Ray, train, and say where everything is. See `workloads.train.run_training` for what it raises."""
+def execute(config: TrainConfig, folder: Path, files: list[str], held_out: list[str], connected: Callable[[], None]) -> None:
+    """Check model and data, train, and say where everything is. See `workloads.train.run_training` for what it raises.
+
+    connected: waits for Ray.
+    """
     save_yaml(config, folder / "config.yaml")
     (folder / STOP).unlink(missing_ok=True)
     base = config.part(BaseConfig)
@@ -55,7 +58,7 @@ def execute(config: TrainConfig, folder: Path, files: list[str], held_out: list[
     if config.resume_adapter is not None:
         asked = {**config.part(RopeConfig).model_dump(), **config.part(LoraConfig).model_dump(exclude={"lora_dropout"})}
         read_adapter(config.resume_adapter).refuse_other_settings(asked)
-    cluster.connect(config.ray_address)
+    connected()
     if config.use_gpu:
         cluster.require_gpus(config.num_workers)
     found = _survey(config, folder, files, held_out, vocabulary)

@@ -54,6 +54,24 @@ def test_gradient_checkpointing_changes_no_gradient(family, reentrant):
 
 
 @families
+def test_a_shared_main_is_paid_once_and_teaches_what_separate_rows_do(family):
+    """M + sum of L tokens in place of sum of (M + L), and, isolated, the same gradient."""
+    config = RopeConfig(visibility="isolated", rope_2d_ratio=0)
+    model = variant(family)
+    patch(model, config)
+    rows = [[Tokens.of(MAIN, BRANCHES)], [Tokens.of(MAIN, [branch]) for branch in BRANCHES]]
+    found = []
+    for samples in rows:
+        batch = collate([arrange(sample, config) for sample in samples], pad_id=0)
+        model.zero_grad()
+        target_loss(model, to_tensors(batch), "isolated")[0].backward()
+        found.append(torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None]))
+        lengths = [len(branch) for branch in BRANCHES]
+        assert batch.tokens == len(samples) * len(MAIN) + sum(lengths)
+    assert float((found[0] - found[1]).norm() / found[1].norm()) <= 1e-3
+
+
+@families
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_step_is_the_eager_step(family):
     """Traced whole, without a break: the hooks and the coordinates become part of the graph."""
@@ -135,9 +153,20 @@ def test_threads_settle_their_own_frequencies():
         agree(logits, expected[turn % 2], "a text read beside another thread's and alone")
 
 
-def test_two_processes_average_the_gradients_of_one():
+def in_two_processes(*arguments: str) -> str:
+    """What a module of these tests prints when two processes run it together."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'platform'}{os.pathsep}{ROOT / 'tests'}"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "ddp_step"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", *arguments]
     done = subprocess.run(command, cwd=ROOT / "tests", env=env, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("gradients agree") == 2
+    return done.stdout
+
+
+def test_two_processes_average_the_gradients_of_one():
+    assert in_two_processes("ddp_step").count("gradients agree") == 2
+
+
+@pytest.mark.parametrize("case", ["gradients", "resume"])
+def test_two_workers_do_what_one_does(case, tmp_path):
+    """Whole or sharded, adapter or full model: the same gradient to 1e-5, and after a stop the same run bit for bit."""
+    assert in_two_processes("workers", case, str(tmp_path)).count("agrees") == 8

@@ -65,8 +65,8 @@ def layer_reaches(model: PreTrainedModel | PeftModel) -> dict[str, Reach]:
     types = getattr(config, "layer_types", None)
     if types is None:
         # Some configurations carry a window that the model, asking for full masks only, never applies.
-        sources = (sys.modules[kind.__module__] for kind in type(decoder(causal_lm(model))).__mro__)
-        window = window if any(hasattr(source, _WINDOWED) for source in sources) else None
+        inner = decoder(causal_lm(model))
+        window = window if hasattr(sys.modules[type(inner).__module__], _WINDOWED) else None
         types = ["sliding_attention" if window else "chunked_attention" if chunk else "full_attention"]
     return {kind: known.get(kind, Reach()) for kind in dict.fromkeys(types)}
 

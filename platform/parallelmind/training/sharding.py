@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 
 from parallelmind.model.structure import causal_lm
 from parallelmind.training.loss import TargetLoss
@@ -20,7 +19,3 @@ def shard(loss: TargetLoss) -> None:
         sharded = fully_shard(unit)
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no other
-
-
-def is_sharded(module: nn.Module) -> bool:
-    return isinstance(module, FSDPModule)

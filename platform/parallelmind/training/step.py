@@ -14,6 +14,7 @@ from itertools import islice
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from parallelmind.config import OptimizerConfig, RopeConfig
@@ -21,7 +22,6 @@ from parallelmind.data.grouping import make_batch
 from parallelmind.errors import UserError
 from parallelmind.layout import Batch, Tokens
 from parallelmind.training.loss import TargetLoss, to_tensors
-from parallelmind.training.sharding import is_sharded
 
 _NO_MEMORY = ("can't allocate memory", "not enough memory")  # how torch says so on a CPU
 
@@ -93,6 +93,8 @@ def measure(loss: TargetLoss, batches: Iterable[Batch]) -> Totals:
         if batch is not _BLANK:
             totals.count(batch, value.item())
     loss.train(training)
+    if isinstance(loss, FSDPModule):
+        loss.reshard()  # a backward pass, which would do it, doesn't follow
     return totals
 
 
@@ -104,7 +106,7 @@ def _in_step(loss: TargetLoss, batches: list[Batch]) -> list[Batch]:
 
     A forward pass of a sharded model needs every worker.
     """
-    if not is_sharded(loss):
+    if not isinstance(loss, FSDPModule):
         return batches
     most = torch.tensor(len(batches), device=loss.device)
     dist.all_reduce(most, dist.ReduceOp.MAX)
@@ -135,10 +137,10 @@ def update(loss: TargetLoss, optimizer: torch.optim.Optimizer, targets: float, c
     """
     parts = [_own_part(parameter) for parameter in trainable(loss)]
     flat = torch.cat([part.flatten().float() for part in parts])
-    if not is_sharded(loss):  # there the backward pass has added the workers up
+    if not isinstance(loss, FSDPModule):  # there the backward pass has added the workers up
         sum_over_workers(flat)
     flat /= targets
-    norm = float(sum_over_workers(flat.norm() ** 2).sqrt() if is_sharded(loss) else flat.norm())
+    norm = float(sum_over_workers(flat.norm() ** 2).sqrt() if isinstance(loss, FSDPModule) else flat.norm())
     if math.isfinite(norm):
         flat *= min(clip / (norm + 1e-6), 1.0)
         for part, gradient in zip(parts, flat.split([part.numel() for part in parts]), strict=True):

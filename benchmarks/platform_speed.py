@@ -1,0 +1,83 @@
+"""`python -m benchmarks.platform_speed platform|bare`: tokens/s of the training command, and of a loop without it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from statistics import fmean
+
+import torch
+
+from benchmarks.text import tokenizer
+from benchmarks.training import Learner
+from parallelmind.config import TrainConfig
+from parallelmind.data.files import file_parts, find_files
+from parallelmind.data.grouping import Seeds, groups
+from parallelmind.data.pipeline import read_part
+from parallelmind.data.tables import to_rows, to_table
+from parallelmind.evaluation.facts import write_facts
+
+_STEPS, _WARM = 30, 6
+
+
+def _config(folder: str, max_steps: int) -> TrainConfig:
+    write_facts(f"{folder}/data.jsonl", 96, seed=1)
+    return TrainConfig(
+        name="speed",
+        data_path=f"{folder}/data.jsonl",
+        output_dir=f"{folder}/runs",
+        mlflow_uri=f"sqlite:///{folder}/mlflow.db",
+        batch_size=2,
+        max_steps=max_steps,
+        epochs=9,
+        log_every=min(_WARM, max_steps),
+    )
+
+
+def training_lines(max_steps: int) -> Iterator[str]:
+    """Every line that the training command prints."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = _config(folder, max_steps)
+        given = [f"{name}={getattr(config, name)}" for name in config.model_fields_set]
+        path = Path(folder) / "config.yaml"
+        path.write_text("".join(item.replace("=", ": ", 1) + "\n" for item in given))
+        command = [sys.executable, "-m", "workloads.train", str(path)]
+        env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
+        assert running.stdout is not None
+        yield from running.stdout
+        if running.wait():
+            raise RuntimeError("the training command failed")
+
+
+def platform() -> float:
+    found = [float(speed) for line in training_lines(_STEPS) for speed in re.findall(r"^step \d+/.* ([\d.]+) tok/s", line)]
+    return fmean(found[1:])
+
+
+def bare() -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        config = _config(folder, _STEPS)
+        tables = [to_table(read_part(part, tokenizer(), config)) for part in file_parts(find_files(config.data_path))]
+    grouped = groups(to_rows(tables, Counter()), config, Seeds(config.seed))
+    ready = [group.batch(config, 0) for group in islice(grouped, _STEPS)]
+    learner = Learner(config)
+    for batch in ready[:_WARM]:
+        learner.step(batch)
+    start = time.perf_counter()
+    for batch in ready[_WARM:]:
+        learner.step(batch)
+    return sum(batch.tokens for batch in ready[_WARM:]) / (time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    print({"platform": platform, "bare": bare}[sys.argv[1]]())

@@ -1,0 +1,145 @@
+"""One of several processes that train together; `python -m torch.distributed.run … -m workers CASE FOLDER`.
+
+Each case compares what the group finds with what one process finds on the same tokens, and prints a line if they agree.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tiny import tiny_llama
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from parallelmind.config import LoraConfig, RopeConfig, TrainConfig
+from parallelmind.data.grouping import Row, Seeds, groups, make_batch
+from parallelmind.layout import Batch, Tokens
+from parallelmind.model.adapter import add_lora, trained_weights
+from parallelmind.model.patch import patch
+from parallelmind.training.checkpoint import Store, whole
+from parallelmind.training.loop import Job, train
+from parallelmind.training.loss import TargetLoss
+from parallelmind.training.sharding import shard
+from parallelmind.training.step import backward, sum_over_workers, trainable
+
+ROWS = [Row(Tokens.of([], [[5 + i % 7, 20, *range(30, 31 + i % 9), 40, 2]]), lone=True) for i in range(44)]
+
+
+def fresh(settings: TrainConfig) -> nn.Module:
+    model = tiny_llama()
+    patch(model, settings.part(RopeConfig))
+    return model if settings.tuning == "full" else add_lora(model, settings.part(LoraConfig), seed=0)
+
+
+def settings(**values: object) -> TrainConfig:
+    given = {"data_path": "-", "batch_size": 3, "branches_per_sample": 2, "lora_rank": 4, "accumulation_steps": 2}
+    return TrainConfig.model_validate({**given, "learning_rate": 0.01, "checkpoint_every": 2, "log_every": 1, **values})
+
+
+def batches(config: TrainConfig) -> list[Batch]:
+    return [group.batch(config.part(RopeConfig), 0) for group in groups(ROWS, config, Seeds(config.seed))]
+
+
+def gradients(loss: TargetLoss, own: list[Batch]) -> Tensor:
+    """Mean gradient over the targets of all workers, as `update` takes it."""
+    totals = backward(loss, iter(own), len(own)).everywhere(loss.device)
+    found = [weight.grad for weight in trainable(loss)]
+    parts = [
+        grad.full_tensor() if isinstance(grad, DTensor) else sum_over_workers(grad.clone()) for grad in found if grad is not None
+    ]
+    return torch.cat([part.flatten() for part in parts]) / totals.targets
+
+
+def wake(model: nn.Module) -> nn.Module:
+    """Fresh LoRA adds nothing, and half of its gradients are zero."""
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.constant_(weight, 0.05)
+    return model
+
+
+def token_exact(config: TrainConfig) -> None:
+    """Each worker with two batches, unlike in size, against all of them in one forward pass of one process."""
+    rank, workers = dist.get_rank(), dist.get_world_size()
+    chosen = batches(config)[: 2 * workers - 1]  # the last worker has one less
+    samples = [sample for group in islice(groups(ROWS, config, Seeds(config.seed)), len(chosen)) for sample in group.samples]
+    loss = TargetLoss(wake(fresh(config)), config.visibility)
+    alone = backward(loss, iter([make_batch(samples, config.part(RopeConfig), 0)]), 1)
+    expected = torch.cat([weight.grad.flatten() for weight in trainable(loss) if weight.grad is not None]) / alone.targets
+    together = TargetLoss(wake(fresh(config)), config.visibility)
+    if config.sharding == "full":
+        shard(together)
+    found = gradients(together, chosen[rank::workers])
+    off = float((found - expected).norm() / expected.norm())
+    assert off <= 1e-5, off
+
+
+class Silent:
+    """Hooks that say nothing; ask to stop at a step."""
+
+    def __init__(self, stop_at: int | None) -> None:
+        self.polled, self.stop_at, self.losses = 0, stop_at, dict[int, float]()
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        if "loss" in metrics:
+            self.losses[step] = metrics["loss"]
+
+    def say(self, line: str) -> None: ...
+
+    def report(self, metrics: Mapping[str, float], step: int) -> None: ...
+
+    def should_stop(self) -> bool:
+        self.polled += 1
+        return self.polled == self.stop_at
+
+
+def run(config: TrainConfig, folder: Path, stop_at: int | None = None) -> tuple[dict[int, float], dict[str, Tensor]]:
+    rank, workers = dist.get_rank(), dist.get_world_size()
+    model, hooks = fresh(config), Silent(stop_at)
+    store = Store(folder, 2) if rank == 0 else None
+    found = [store.resume(config.fingerprint(), print) if store else None]
+    dist.broadcast_object_list(found)
+
+    def stream(epoch: int, first: int) -> Iterator[Batch]:
+        yield from batches(config)[first + rank :: workers]
+
+    held_out = {1: batches(config)[rank :: workers + 1]}  # one worker may have more than another
+    train(Job(config, model, stream, hooks, 8, held_out, store), found[0])
+    weights = {name: whole(value) for name, value in trained_weights(model).items()}
+    if store:
+        store.close()
+    dist.barrier()
+    return hooks.losses, weights
+
+
+def resumed(config: TrainConfig, folder: Path) -> None:
+    """Stopped and gone on with, against undisturbed: bit for bit; and, where sharded, against unsharded: closely."""
+    losses, weights = run(config, folder / "whole")
+    first, _ = run(config, folder / "cut", stop_at=2)
+    second, found = run(config, folder / "cut")
+    assert first | second == losses
+    assert all(torch.equal(found[name], value) for name, value in weights.items())
+    if config.sharding == "full":
+        _, other = run(config.model_copy(update={"sharding": "none"}), folder / "plain")
+        for name, value in other.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    case, place = sys.argv[1], Path(sys.argv[2])
+    for sharding in ("none", "full"):
+        for tuning in ("lora", "full"):
+            asked = settings(sharding=sharding, tuning=tuning, lora_dropout=0.0 if sharding == "full" else 0.1)
+            if case == "gradients":
+                token_exact(asked.model_copy(update={"lora_dropout": 0.0}))
+            else:
+                resumed(asked, place / f"{sharding}-{tuning}")
+            print(f"{sharding} {tuning} agrees", flush=True)
+    dist.destroy_process_group()
