@@ -118,3 +118,11 @@ def test_the_standard_platform_module_is_not_shadowed() -> None:
     env = {**os.environ, "PYTHONPATH": "platform"}
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     assert not done.stdout.startswith(str(ROOT / "platform"))
+
+
+def test_nothing_unpickles() -> None:
+    """Weights come as safetensors and states as JSON: a pickle would run whatever code its writer put in."""
+    for package in OURS:
+        for path in sources(package):
+            assert roots(path).isdisjoint({"pickle", "cloudpickle", "joblib", "dill"}), path
+            assert "torch.load(" not in path.read_text(encoding="utf-8"), path

@@ -1,0 +1,95 @@
+"""What the training command refuses before anything starts, and what it leaves in MLflow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from parallelmind.config import TrainConfig, save_yaml
+from parallelmind.errors import UserError
+from parallelmind.tracking import Tracker
+from workloads import train, train_driver
+from workloads.record import code_version, draw_losses
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> TrainConfig:
+    """The settings of a run that was interrupted after its first checkpoint."""
+    (tmp_path / "data.jsonl").write_text('{"text": "one"}\n')
+    config = TrainConfig(name="mine", data_path=str(tmp_path / "data.jsonl"), output_dir=str(tmp_path / "runs"))
+    folder = train.run_folder(config)
+    (folder / "checkpoints" / "step-100").mkdir(parents=True)
+    save_yaml(config, folder / "config.yaml")
+    return config
+
+
+def changed(config: TrainConfig, **values: object) -> TrainConfig:
+    return TrainConfig.model_validate({**config.model_dump(), **values})
+
+
+def test_other_settings_are_refused_by_name(begun: TrainConfig) -> None:
+    with pytest.raises(
+        UserError, match=r"name=mine: .* has lora_rank=16 \(now 8\), learning_rate=0.0002 \(now 0.1\); "
+    ) as caught:
+        train.run_training(changed(begun, lora_rank=8, learning_rate=0.1, log_every=1))
+    assert "log_every" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("values", [{"num_workers": 4, "min_workers": 2}, {"sharding": "full"}, {"keep_checkpoints": 9}])
+def test_where_and_how_it_is_told_may_change(begun: TrainConfig, values: dict[str, object]) -> None:
+    assert train.run_folder(changed(begun, **values)) == train.run_folder(begun)
+
+
+@pytest.mark.parametrize("values", [{"name": "other"}, {"name": "mine-2"}])
+def test_another_name_is_another_run(begun: TrainConfig, values: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = changed(begun, lora_rank=8, **values)
+    train._refuse_changed(config, train.run_folder(config))
+
+
+def test_a_finished_run_refuses_nothing(begun: TrainConfig) -> None:
+    adapter = train.run_folder(begun) / train.ADAPTER
+    adapter.mkdir()
+    (adapter / "parallelmind.json").write_text("{}")
+    config = changed(begun, lora_rank=8)
+    train._refuse_changed(config, train.run_folder(config))
+
+
+def test_other_records_under_the_same_path_are_refused(begun: TrainConfig, tmp_path: Path) -> None:
+    config = changed(begun, mlflow_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    folder = train.run_folder(config)
+    first = train_driver._tracker(config, folder, "aaa")
+    with pytest.raises(UserError, match="data_path=.*its records are not those"):
+        train_driver._tracker(config, folder, "bbb")
+    (folder / "checkpoints" / "step-100").rmdir()  # nothing was trained on them yet
+    assert train_driver._tracker(config, folder, "bbb").run_id == first.run_id
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"min_workers": 2}, "min_workers=2 exceeds num_workers=1"),
+        ({"quantize": "4bit", "tuning": "full"}, "quantize=4bit"),
+        ({"quantize": "4bit", "sharding": "full"}, "quantize=4bit"),
+        ({"quantize": "4bit", "lora_init": "pissa"}, "lora_init=pissa"),
+        ({"quantize": "8bit", "use_dora": True}, "use_dora=true"),
+        ({"tuning": "full", "resume_adapter": "x"}, "resume_adapter: tuning=full"),
+    ],
+)
+def test_settings_that_contradict_each_other(begun: TrainConfig, values: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        changed(begun, **values)
+
+
+def test_code_and_losses_are_on_record(tmp_path: Path) -> None:
+    tags = code_version()
+    assert len(tags["code_sha256"]) == 12
+    assert tags == code_version()
+    assert "version.torch" in tags
+    config = TrainConfig(data_path="data.jsonl")
+    tracker = Tracker.start(f"sqlite:///{tmp_path}/mlflow.db", "tests", "one", config, "key")
+    for step in range(1, 9):
+        tracker.log_metrics({"loss": 3 / step, **({"validation/loss_4": 4 / step} if step % 4 == 0 else {})}, step)
+    draw_losses(tracker, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
