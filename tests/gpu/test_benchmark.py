@@ -1,0 +1,78 @@
+"""The GPU benchmark: its arithmetic, and all of it in small."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.gpu import SHAPES, Shape, Work, _qwen, benches, build, measure, peak, random_batch, step_flops
+from parallelmind.model.base import meta_model
+from parallelmind.model.mask import visible
+from parallelmind.model.structure import causal_lm
+from parallelmind.training.loss import TargetLoss, to_tensors
+
+TINY = Shape(_qwen(300, 64, 128, 4, 4, 2, tied=True), checkpointing=False)
+SMALL = Work("columnar", 8, 4, rows=2)
+
+
+@pytest.mark.parametrize("visibility", ["columnar", "isolated"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+def test_a_small_run(device, visibility, checkpointing):
+    speed = measure(build(replace(TINY, checkpointing=checkpointing), device), replace(SMALL, visibility=visibility))
+    assert speed.tokens > 0
+    assert speed.flops > 1e5 * speed.tokens
+
+
+def test_flops_are_those_of_the_matrices(device):
+    """The counter sees every pair of tokens, visible or not."""
+    model, visibility = build(TINY, device), "columnar"
+    inner = causal_lm(model)
+    inner.set_attn_implementation("eager")
+    batch = random_batch(SMALL, 2, 300)
+    with FlopCounterMode(display=False) as counter:
+        TargetLoss(model, visibility, torch.bfloat16)(to_tensors(batch, device))[0].backward()
+    placed = to_tensors(batch)
+    unseen = int((~visible(placed.pos2d[..., 1], placed.sequence, visibility)).sum())
+    attention = 12 * unseen * inner.config.num_hidden_layers * inner.config.hidden_size
+    assert step_flops(inner, batch, visibility) + attention == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_peaks_go_by_whole_words():
+    names = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA GeForce RTX 4090": 165e12}
+    assert {name: peak(name) for name in names} == names
+    assert peak("NVIDIA L4") == 121e12
+    assert peak("NVIDIA L40S") is None
+
+
+def test_no_share_without_a_peak():
+    known, unknown = ({bench.name for bench in benches(name)} for name in ("NVIDIA H200", "Tesla T4"))
+    assert {"training.gpu_05b_tokens_per_s", "training.gpu_7b_tokens_per_s"} <= unknown
+    assert {name.removesuffix("_mfu") for name in known - unknown} == {name.removesuffix("_tokens_per_s") for name in unknown}
+
+
+def test_shapes_are_those_of_their_names():
+    for shape, size in (("05b", 0.494e9), ("7b", 7.62e9)):
+        model = meta_model(SHAPES[shape].config)
+        assert sum(weight.numel() for weight in model.parameters()) == pytest.approx(size, rel=0.01)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has an accelerator")
+def test_one_line_where_there_is_no_gpu():
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu"],
+        cwd=root,
+        env={"PYTHONPATH": "platform"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("no GPU here: ")
+    assert done.stderr.count("\n") == 1
