@@ -6,9 +6,10 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import ray.train
@@ -28,10 +29,12 @@ from parallelmind.model.adapter import add_lora, resume_adapter, save_trained, t
 from parallelmind.model.base import load_base
 from parallelmind.model.head import refuse_unknown_head
 from parallelmind.model.patch import patch
-from parallelmind.tracking import Tracker
 from parallelmind.training.checkpoint import Store, whole
 from parallelmind.training.loop import Job, Outcome, train
 from workloads.train import CHECKPOINTS, STOP, result_folder
+
+if TYPE_CHECKING:
+    from parallelmind.tracking import Tracker
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,11 @@ class RayHooks:
 
     def __init__(self, task: Task, leads: bool) -> None:
         self.leads, self.stop_file = leads, task.folder / STOP
-        self.tracker = Tracker(task.mlflow_uri, task.mlflow_run) if leads else None
+        self._opening = ThreadPoolExecutor(1).submit(_open_tracker, task) if leads else None
+
+    @property
+    def tracker(self) -> Tracker | None:
+        return self._opening.result() if self._opening else None
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         if self.tracker:
@@ -67,6 +74,13 @@ class RayHooks:
 
     def report(self, metrics: Mapping[str, float], step: int) -> None:
         ray.train.report({**metrics, "step": step})
+
+
+def _open_tracker(task: Task) -> Tracker:
+    """While the first step runs: importing MLflow and opening its database takes seconds."""
+    from parallelmind.tracking import Tracker
+
+    return Tracker(task.mlflow_uri, task.mlflow_run)
 
 
 def run_worker(task: Task, feeder: Any) -> Outcome:

@@ -36,19 +36,12 @@ class Feeder:
     Where a restart finds `first` batches already taken, by however many workers, it goes on with exactly the others.
     """
 
-    def __init__(
-        self, read: Callable[[], Iterable[pa.Table]], data: DataConfig, seed: int, warm: Callable[[], object] = object
-    ) -> None:
-        self._read, self._config, self._seed, self._warm = read, data, seed, warm
+    def __init__(self, read: Callable[[], Iterable[pa.Table]], data: DataConfig, seed: int) -> None:
+        self._read, self._config, self._seed = read, data, seed
         self._kept: list[pa.Table] | None = None  # of an earlier epoch, where all of it is small
         self._lock = threading.Lock()
         self._run: _Run | None = None
         self._over: set[str] = set()  # groups of workers that others have taken the place of
-
-    def prepare(self) -> None:
-        """Load the tokenizer, while the workers load their models."""
-        with self._lock:
-            self._warm()
 
     def next(self, turns: Turns, rank: int) -> Group | Counter[str]:
         """The worker's next batch; after its last, what the length limits cost. Raises what the reading raised."""

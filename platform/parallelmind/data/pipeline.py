@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -115,17 +115,15 @@ def feed(feeder: Any, turns: Turns, rank: int, counts: Counter[str]) -> Iterator
 
 def start_feeder(files: Sequence[str], data: DataConfig, base: BaseConfig, seed: int, workers: int) -> Any:
     """A `Feeder` actor; every worker may wait in it at once."""
+    parts = file_parts(files)
+    read: Callable[[], Iterable[pa.Table]] = functools.partial(_tables, list(files), data, base)
+    if len(parts) <= _FEW_PARTS:
+        read = functools.partial(iter, [to_table(read_part(part, _tokenizer(base), data)) for part in parts])
     options = {"num_cpus": _TASK_CPUS, "max_concurrency": 2 * workers + 2}
-    read = functools.partial(_tables, list(files), data, base)
-    feeder: Any = ray.remote(Feeder).options(**options).remote(read, data, seed, functools.partial(_tokenizer, base))
-    feeder.prepare.remote()
-    return feeder
+    return ray.remote(Feeder).options(**options).remote(read, data, seed)
 
 
 def _tables(files: Sequence[str], data: DataConfig, base: BaseConfig) -> Iterable[pa.Table]:
-    parts = file_parts(files)
-    if len(parts) <= _FEW_PARTS:
-        return (to_table(read_part(part, _tokenizer(base), data)) for part in parts)
     quiet_data()
     tables: Iterable[pa.Table] = sample_rows(files, data, base).iter_batches(batch_size=None, batch_format="pyarrow")
     return tables
