@@ -53,6 +53,9 @@ def main(kind: str) -> None:
         samples.append(Tokens.of(own[:_MAIN], [own[at : at + _BRANCH] for at in range(_MAIN, size, _BRANCH)]))
     batch = make_batch(samples, rope, pad_id=0)
     tensors = to_tensors(batch)
+    learner.step(
+        make_batch([Tokens.of(ids[:8], [ids[8:16]])], rope, pad_id=0)
+    )  # the weights are mapped, and read when first used
     with Peak() as peak:
         if kind == "gathered":
             learner.step(batch)

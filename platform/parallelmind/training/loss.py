@@ -22,7 +22,7 @@ from parallelmind.model.mask import attention_masks
 from parallelmind.model.patch import is_patched
 from parallelmind.model.structure import causal_lm, decoder
 
-_CHUNK = 1024  # targets whose logits exist at one time
+_LOGITS = 1 << 24  # that exist at one time: 64 MiB in float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +65,11 @@ def target_loss(model: nn.Module, batch: Tensors, visibility: Visibility) -> tup
     hidden = decoder(inner)(**decoder_inputs(inner, batch, visibility)).last_hidden_state  # [batch, seq, width]
     wanted = batch.labels != IGNORE
     hidden, labels = hidden[wanted], batch.labels[wanted]  # [targets, width], [targets]
-    total = hidden[:0].sum(dtype=torch.float32)  # zero, and with a backward pass even where there is no target
-    for part, target in zip(hidden.split(_CHUNK), labels.split(_CHUNK), strict=True):
+    size = max(_LOGITS // inner.config.get_text_config(decoder=True).vocab_size, 1)
+    *before, last = zip(hidden.split(size), labels.split(size), strict=True)
+    # The backward pass begins with the last chunk, so its logits can stay: one chunk's exist at a time all the same.
+    total = _chunk_loss(inner, *last)
+    for part, target in before:
         total = total + checkpoint(_chunk_loss, inner, part, target, use_reentrant=False)
     return total, len(labels)
 
