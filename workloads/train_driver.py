@@ -25,7 +25,7 @@ from ray.train.torch import TorchTrainer
 from parallelmind.config import BaseConfig, DataConfig, LoraConfig, RopeConfig, TrainConfig, save_yaml
 from parallelmind.data.pipeline import start_feeder, survey
 from parallelmind.data.survey import Survey, write_quarantine
-from parallelmind.errors import UserError
+from parallelmind.errors import UserError, first_line
 from parallelmind.model.base import load_structure, load_tokenizer
 from parallelmind.model.manifest import read_adapter
 from parallelmind.model.support import refuse_unsupported
@@ -38,7 +38,7 @@ from workloads.record import code_version, draw_losses
 from workloads.train import CHECKPOINTS, QUARANTINE, STOP, result_folder
 from workloads.train_worker import Task, run_worker
 
-_RESTARTS = 3  # how often what was lost is replaced before the run is given up
+_RESTARTS = 3  # how often what was lost is replaced, without a new checkpoint between, before the run is given up
 _LOST = (ray.exceptions.RayError, ray.train.ControllerError)
 _RAY = ".ray"  # Ray Train's folder in the run's
 _SHOWN_BAD_LINES, _SHOWN_KEYS = 10, 5
@@ -117,20 +117,19 @@ def _tracker(config: TrainConfig, folder: Path, data: str) -> Tracker:
 
 
 def _fit(task: Task, files: list[str]) -> Outcome:
-    """Ray Train, again from the newest checkpoint where it was lost. An error that a worker raised is final."""
+    """Ray Train, again from the newest checkpoint whenever a part of it was lost. An error that a worker raised is final."""
     data, base = task.config.part(DataConfig), task.config.part(BaseConfig)
-    for restart in range(_RESTARTS + 1):
+    lost, reached = 0, checkpoint.by_step(task.folder / CHECKPOINTS)
+    while True:
         feeder = start_feeder(files, data, base, task.config.seed, task.config.num_workers)
         try:
             result = _trainer(task, feeder).fit()
         except (ray.train.WorkerGroupError, ray.train.ControllerError, ray.exceptions.RayActorError) as error:
-            causes = [_root(cause) for cause in getattr(error, "worker_failures", {}).values()] or [error]
-            if user_error := next((cause for cause in causes if isinstance(cause, UserError)), None):
-                raise user_error from error
-            if restart == _RESTARTS or not any(isinstance(cause, _LOST) for cause in causes):
-                raise
-            lost = "worker" if isinstance(error, ray.train.WorkerGroupError) else "controller"
-            print(f"lost a {lost}; starting again ({restart + 1} of {_RESTARTS})", file=sys.stderr, flush=True)
+            before, reached = reached, checkpoint.by_step(task.folder / CHECKPOINTS)
+            lost = lost + 1 if before == reached else 1
+            _end_if_final(error, lost)
+            what = "worker" if isinstance(error, ray.train.WorkerGroupError) else "controller"
+            print(f"lost a {what}; starting again from the newest checkpoint", file=sys.stderr, flush=True)
         else:
             outcome = result.return_value  # type: ignore[attr-defined]  # Ray types its V1 classes
             assert isinstance(outcome, Outcome)
@@ -138,7 +137,20 @@ def _fit(task: Task, files: list[str]) -> Outcome:
         finally:
             ray.kill(feeder)
             shutil.rmtree(task.folder / _RAY, ignore_errors=True)  # its notes of this start, which a crash may have cut short
-    raise AssertionError("the last restart returns or raises")
+
+
+def _end_if_final(error: Exception, lost: int) -> None:
+    """Raise what cannot be mended by starting again. lost: how often in a row something was lost before a new checkpoint."""
+    causes = [_root(cause) for cause in getattr(error, "worker_failures", {}).values()] or [error]
+    if user_error := next((cause for cause in causes if isinstance(cause, UserError)), None):
+        raise user_error from error
+    if not any(isinstance(cause, _LOST) for cause in causes):
+        raise error
+    if lost > _RESTARTS:
+        raise UserError(
+            f"num_workers: lost {lost} times without a new checkpoint between ({first_line(causes[0])}); if memory ran out, "
+            "lower batch_size, max_branches_per_sample or max_sample_tokens, or set gradient_checkpointing=true"
+        ) from error
 
 
 def _root(error: BaseException) -> BaseException:
