@@ -67,7 +67,9 @@ class Tracker:
                 else client.create_run(experiment_id, run_name=name, tags={"config_hash": config.fingerprint(), _KEY: key})
             )
             client.update_run(run.info.run_id, status=RunStatus.to_string(RunStatus.RUNNING))
-            _log_params(client, run.info.run_id, config.model_dump(mode="json"))
+            # A run that is gone on with elsewhere keeps the workers and the like that it began with on record.
+            new = {key: value for key, value in config.model_dump(mode="json").items() if key not in run.data.params}
+            _log_params(client, run.info.run_id, new)
             return cls(uri, run.info.run_id)
         except (MlflowException, SQLAlchemyError, OSError) as error:
             reason = first_line(error).partition(". ")[0]

@@ -150,24 +150,15 @@ def test_an_error_that_only_a_worker_sees_is_one_line_too(place: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_the_rest_of_the_data_on_other_workers(place: Path) -> None:
-    interrupted(place, "step 3/", "run.yaml", "name=again", "validation_path=null", "num_workers=2")
-    done = train(place, "run.yaml", "name=again", "validation_path=null", "num_workers=1")
-    assert done.returncode == 0, done.stderr
-    assert "resuming from" in done.stdout
-    assert mlflow_run(place, run_of(place, "again")).data.metrics["branches"] == 2 * BRANCHES
-
-
-@pytest.mark.slow
-def test_ctrl_c_saves_and_the_same_command_goes_on(place: Path) -> None:
-    arguments = ("run.yaml", "name=cut", "epochs=40", "max_steps=150", "validation_path=null")
-    output = interrupted(place, "step 3/", *arguments)
-    match = re.search(r"stopped at step (\d+); checkpoint: (\S+)", output)
+def test_ctrl_c_saves_and_the_same_command_goes_on_with_the_rest_of_the_data_on_other_workers(place: Path) -> None:
+    arguments = ("run.yaml", "name=cut", "validation_path=null")
+    match = re.search(r"stopped at step (\d+); checkpoint: (\S+)", interrupted(place, "step 3/", *arguments, "num_workers=2"))
     assert match is not None
     assert Path(match[2]).is_dir()
-    done = train(place, *arguments)
+    done = train(place, *arguments, "num_workers=1")
     assert done.returncode == 0, done.stderr
     assert f"resuming from {match[2]}" in done.stdout
-    assert f"step {int(match[1]) + 1}/150" in done.stdout
-    assert "step 150/150" in done.stdout
-    assert (run_of(place, "cut") / "adapter" / "parallelmind.json").is_file()
+    assert f"step {int(match[1]) + 1}/" in done.stdout
+    folder = run_of(place, "cut")
+    assert mlflow_run(place, folder).data.metrics["branches"] == 2 * BRANCHES
+    assert (folder / "adapter" / "parallelmind.json").is_file()

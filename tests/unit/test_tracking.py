@@ -32,7 +32,8 @@ def test_a_run_is_kept_and_gone_on_with(tmp_path: Path, capfd: pytest.CaptureFix
     (tmp_path / "adapter" / "weights").write_text("w")
     Tracker(uri, tracker.run_id).log_folder(tmp_path / "adapter", "adapter")
     tracker.finish("KILLED")
-    assert Tracker.start(uri, "tests", "one", CONFIG, "key").run_id == tracker.run_id
+    elsewhere = CONFIG.model_copy(update={"num_workers": 4})
+    assert Tracker.start(uri, "tests", "one", elsewhere, "key").run_id == tracker.run_id
     run = MlflowClient(uri).get_run(tracker.run_id)
     assert run.info.status == "RUNNING"
     assert run.data.params["learning_rate"] == str(CONFIG.learning_rate)
