@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.text import tokenizer
 from benchmarks.training import Learner
-from parallelmind.config import TrainConfig
+from parallelmind.config import TrainConfig, save_yaml
 from parallelmind.data.files import file_parts, find_files
 from parallelmind.data.grouping import Seeds, groups
 from parallelmind.data.pipeline import read_part
@@ -46,9 +46,8 @@ def training_lines(max_steps: int) -> Iterator[str]:
     """Every line that the training command prints."""
     with tempfile.TemporaryDirectory() as folder:
         config = _config(folder, max_steps)
-        given = [f"{name}={getattr(config, name)}" for name in config.model_fields_set]
         path = Path(folder) / "config.yaml"
-        path.write_text("".join(item.replace("=", ": ", 1) + "\n" for item in given))
+        save_yaml(config, path)
         command = [sys.executable, "-m", "workloads.train", str(path)]
         env = {**os.environ, "PYTHONUNBUFFERED": "1"}
         running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)

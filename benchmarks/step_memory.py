@@ -10,15 +10,14 @@ import psutil
 import torch
 import torch.nn.functional as F
 
-from benchmarks.text import passages
-from benchmarks.training import Learner
+from benchmarks.training import Learner, long_samples
 from parallelmind.config import RopeConfig
 from parallelmind.data.grouping import make_batch
 from parallelmind.layout import IGNORE, Tokens
 from parallelmind.model.structure import causal_lm
 from parallelmind.training.loss import decoder_inputs, to_tensors
 
-_ROWS, _MAIN, _BRANCHES, _BRANCH = 2, 512, 8, 64
+_ROWS, _BRANCH = 2, 64
 
 
 class Peak:
@@ -45,17 +44,10 @@ def main(kind: str) -> None:
     rope = RopeConfig(visibility="isolated")
     learner = Learner(rope)
     causal_lm(learner.model).activation_checkpointing_enable()
-    ids = [token for text, _ in passages(40) for token in text]
-    size = _MAIN + _BRANCHES * _BRANCH
-    samples = []
-    for row in range(_ROWS):
-        own = ids[row * size : (row + 1) * size]
-        samples.append(Tokens.of(own[:_MAIN], [own[at : at + _BRANCH] for at in range(_MAIN, size, _BRANCH)]))
-    batch = make_batch(samples, rope, pad_id=0)
+    batch = make_batch(long_samples(_ROWS, _BRANCH), rope, pad_id=0)
     tensors = to_tensors(batch)
-    learner.step(
-        make_batch([Tokens.of(ids[:8], [ids[8:16]])], rope, pad_id=0)
-    )  # the weights are mapped, and read when first used
+    small = Tokens.of(list(range(8)), [list(range(8, 16))])
+    learner.step(make_batch([small], rope, pad_id=0))  # the weights are mapped, and read when first used
     with Peak() as peak:
         if kind == "gathered":
             learner.step(batch)

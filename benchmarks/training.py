@@ -46,14 +46,14 @@ class Learner:
         return update(self.loss, self.optimizer, totals.targets, clip=1.0)
 
 
-def _tokens(count: int) -> list[Tokens]:
-    """Samples of a 512-token main and eight branches of 32, from as many passages as it takes."""
-    ids = [token for main, _ in passages(6 * count) for token in main]
+def long_samples(count: int, branch: int) -> list[Tokens]:
+    """Samples of a 512-token main and eight branches of so many tokens, from as many passages as it takes."""
+    ids = [token for main, _ in passages(20 * count) for token in main]
+    size = _MAIN + 8 * branch
     samples = []
-    for index in range(count):
-        own = ids[index * (_MAIN + 8 * _BRANCH) :]
-        branches = [own[_MAIN + at * _BRANCH : _MAIN + (at + 1) * _BRANCH] for at in range(8)]
-        samples.append(Tokens.of(own[:_MAIN], branches))
+    for first in range(0, count * size, size):
+        own = ids[first : first + size]
+        samples.append(Tokens.of(own[:_MAIN], [own[at : at + branch] for at in range(_MAIN, size, branch)]))
     return samples
 
 
@@ -82,7 +82,7 @@ def shared_main() -> float:
     """Branches a second of one sample of eight branches, over those of eight rows that each hold main and one branch."""
     rope = RopeConfig(visibility="isolated")
     learner = Learner(rope)
-    sample = _tokens(1)[0]
+    sample = long_samples(1, _BRANCH)[0]
     main, *branches = torch.from_numpy(sample.ids).split(sample.lengths.tolist())
     rows = [Tokens.of(main.tolist(), [branch.tolist()]) for branch in branches]
     together, apart = make_batch([sample], rope, pad_id=0), make_batch(rows, rope, pad_id=0)

@@ -19,9 +19,9 @@ from torch.distributed.tensor import DTensor
 from parallelmind.config import LoraConfig, RopeConfig, TrainConfig
 from parallelmind.data.grouping import Row, Seeds, groups, make_batch
 from parallelmind.layout import Batch, Tokens
-from parallelmind.model.adapter import add_lora, trained_weights
+from parallelmind.model.adapter import add_lora
 from parallelmind.model.patch import patch
-from parallelmind.training.checkpoint import Store, whole
+from parallelmind.training.checkpoint import Store, whole_weights
 from parallelmind.training.loop import Job, train
 from parallelmind.training.loss import TargetLoss
 from parallelmind.training.sharding import shard
@@ -110,7 +110,7 @@ def run(config: TrainConfig, folder: Path, stop_at: int | None = None) -> tuple[
 
     held_out = {1: batches(config)[rank :: workers + 1]}  # one worker may have more than another
     train(Job(config, model, stream, hooks, 8, held_out, store), found[0])
-    weights = {name: whole(value) for name, value in trained_weights(model).items()}
+    weights = whole_weights(model)
     if store:
         store.close()
     dist.barrier()

@@ -25,11 +25,11 @@ from parallelmind.data.files import file_parts
 from parallelmind.data.grouping import Row, Seeds, batched, make_batch, regrouped
 from parallelmind.data.pipeline import feed, read_part
 from parallelmind.layout import Batch
-from parallelmind.model.adapter import add_lora, resume_adapter, save_trained, trained_weights
+from parallelmind.model.adapter import add_lora, resume_adapter, save_trained
 from parallelmind.model.base import load_base
 from parallelmind.model.head import refuse_unknown_head
 from parallelmind.model.patch import patch
-from parallelmind.training.checkpoint import Store, whole
+from parallelmind.training.checkpoint import Store, whole_weights
 from parallelmind.training.loop import Job, Outcome, train
 from workloads.train import CHECKPOINTS, STOP, result_folder
 
@@ -121,7 +121,7 @@ def run_worker(task: Task, feeder: Any) -> Outcome:
 
 def keep(task: Task, model: nn.Module, tokenizer: PreTrainedTokenizerBase, hooks: RayHooks, outcome: Outcome) -> None:
     """Write what was trained, in the run's folder and to MLflow."""
-    weights = {name: whole(value) for name, value in trained_weights(model).items()}  # by every worker: they may hold shards
+    weights = whole_weights(model)  # by every worker: they may hold shards
     if hooks.tracker is None:
         return
     extra = {"run": task.folder.name, "mlflow_run": task.mlflow_run, "metrics": outcome.metrics}

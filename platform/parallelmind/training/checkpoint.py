@@ -77,8 +77,12 @@ def take(model: nn.Module, optimizer: torch.optim.Optimizer, state: State) -> Sn
         for parameter, values in optimizer.state.items()
         for key, value in values.items()
     }
-    weights = {name: whole(value) for name, value in trained_weights(model).items()}
-    return Snapshot(weights, moments, replace(state, window=replace(state.window), metrics=dict(state.metrics)))
+    return Snapshot(whole_weights(model), moments, replace(state, window=replace(state.window), metrics=dict(state.metrics)))
+
+
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of what is trained, by name. Where the model is sharded every worker must call it."""
+    return {name: whole(value) for name, value in trained_weights(model).items()}
 
 
 def whole(value: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ So a target token weighs the same wherever it lies, whatever the lengths of the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import islice
@@ -71,14 +71,7 @@ def learning_rate(config: OptimizerConfig, position: float, planned: int) -> flo
 
 def backward(loss: TargetLoss, stream: Iterator[Batch], count: int, scale: float = 1.0) -> Totals:
     """Add the gradients of up to `count` batches, times `scale`; fewer, or none, where the stream ends."""
-    totals = Totals()
-    for batch in _in_step(loss, list(islice(stream, count))):
-        with _memory_for(batch):
-            value, _ = loss(to_tensors(batch, loss.device))
-            (value * scale).backward()
-        if batch is not _BLANK:
-            totals.count(batch, value.item())
-    return totals
+    return _passes(loss, list(islice(stream, count)), lambda value: (value * scale).backward())
 
 
 @torch.no_grad()
@@ -86,15 +79,22 @@ def measure(loss: TargetLoss, batches: Iterable[Batch]) -> Totals:
     """The same sums without gradients, in eval mode."""
     training = loss.training
     loss.eval()
-    totals = Totals()
-    for batch in _in_step(loss, list(batches)):
-        with _memory_for(batch):
-            value, _ = loss(to_tensors(batch, loss.device))
-        if batch is not _BLANK:
-            totals.count(batch, value.item())
+    totals = _passes(loss, list(batches))
     loss.train(training)
     if isinstance(loss, FSDPModule):
         loss.reshard()  # a backward pass, which would do it, doesn't follow
+    return totals
+
+
+def _passes(loss: TargetLoss, batches: list[Batch], then: Callable[[Tensor], None] = lambda value: None) -> Totals:
+    """The sums over the batches; `then` gets each loss."""
+    totals = Totals()
+    for batch in _in_step(loss, batches):
+        with _memory_for(batch):
+            value, _ = loss(to_tensors(batch, loss.device))
+            then(value)
+        if batch is not _BLANK:
+            totals.count(batch, value.item())
     return totals
 
 
