@@ -11,21 +11,22 @@ import torch
 import parallelmind as pm
 from benchmarks.harness import Bench, ratio, seconds
 from benchmarks.text import passages, tokenizer
-from parallelmind.config import BaseConfig, Visibility
+from parallelmind.config import BaseConfig, Dtype, Visibility
+from parallelmind.decoding.forward import PoolForward
 from parallelmind.model.base import load_base
 
-NEW_TOKENS, MAIN_TOKENS = 64, 1024
+NEW_TOKENS, MAIN_TOKENS, BRANCHES = 64, 1024, 16
 
 
 @cache
-def patched(visibility: Visibility) -> Any:
-    model, _ = pm.load_model_with_lora(base_model=BaseConfig().base_model, visibility=visibility)
+def patched(visibility: Visibility, dtype: Dtype) -> Any:
+    model, _ = pm.load_model_with_lora(base_model=BaseConfig().base_model, visibility=visibility, dtype=dtype)
     return model
 
 
 @cache
-def plain() -> Any:
-    return load_base(BaseConfig())[0]
+def plain(dtype: Dtype) -> Any:
+    return load_base(BaseConfig(dtype=dtype))[0]
 
 
 def prompts(count: int) -> list[list[int]]:
@@ -34,65 +35,83 @@ def prompts(count: int) -> list[list[int]]:
     return [question[:24] for question in questions[:count]]
 
 
-def shared_main() -> list[int]:
-    ids = [token for main, _ in passages(16) for token in main]
-    return ids[:MAIN_TOKENS]
+def shared_main(tokens: int = MAIN_TOKENS) -> list[int]:
+    ids = [token for main, _ in passages(64) for token in main]
+    return ids[:tokens]
 
 
-def branches(main: list[int], texts: list[list[int]], visibility: Visibility = "isolated") -> Callable[[], Any]:
+def branches(
+    main: list[int], texts: list[list[int]], dtype: Dtype, visibility: Visibility = "isolated"
+) -> Callable[[], list[str]]:
     """Isolated branches do what a batch does; columnar ones, the default, also read each other."""
     sample = pm.Sample(main, texts)
-    return lambda: pm.generate(patched(visibility), tokenizer(), sample, max_new_tokens=NEW_TOKENS, ignore_eos=True)
+    return lambda: pm.generate(patched(visibility, dtype), tokenizer(), sample, max_new_tokens=NEW_TOKENS, ignore_eos=True)
 
 
-def one_by_one(texts: list[list[int]]) -> Callable[[], Any]:
-    return lambda: [_generate(torch.tensor([text])) for text in texts]
+def one_by_one(texts: list[list[int]], dtype: Dtype) -> Callable[[], Any]:
+    return lambda: [_generate(torch.tensor([text]), None, dtype) for text in texts]
 
 
-def padded(texts: list[list[int]]) -> Callable[[], Any]:
+def padded(texts: list[list[int]], dtype: Dtype) -> Callable[[], Any]:
     longest = max(map(len, texts))
     pad = tokenizer().pad_token_id
     ids = torch.tensor([[pad] * (longest - len(text)) + text for text in texts])
     mask = torch.tensor([[0] * (longest - len(text)) + [1] * len(text) for text in texts])
-    return lambda: _generate(ids, mask)
+    return lambda: _generate(ids, mask, dtype)
 
 
-def _generate(ids: torch.Tensor, mask: torch.Tensor | None = None) -> Any:
+def _generate(ids: torch.Tensor, mask: torch.Tensor | None, dtype: Dtype) -> Any:
     mask = torch.ones_like(ids) if mask is None else mask
     length = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
     with torch.inference_mode():
-        return plain().generate(ids, attention_mask=mask, do_sample=False, **length)
+        return plain(dtype).generate(ids, attention_mask=mask, do_sample=False, return_dict_in_generate=True, **length)
 
 
-def _vs_one_by_one(count: int) -> float:
+def _vs_one_by_one(count: int, dtype: Dtype) -> float:
     texts = prompts(count)
-    return ratio(one_by_one(texts), branches([], texts), repeats=3)
+    return ratio(one_by_one(texts, dtype), branches([], texts, dtype), repeats=3)
 
 
-def _vs_batch(count: int, visibility: Visibility = "isolated") -> float:
+def _vs_batch(count: int, dtype: Dtype, visibility: Visibility = "isolated") -> float:
     texts = prompts(count)
-    return ratio(padded(texts), branches([], texts, visibility), repeats=3)
+    return ratio(padded(texts, dtype), branches([], texts, dtype, visibility), repeats=3)
 
 
-def _rate(count: int) -> float:
-    work = branches([], prompts(count))
+def _rate(count: int, dtype: Dtype = "float32") -> float:
+    work = branches([], prompts(count), dtype)
     work()
     return count * NEW_TOKENS / min(seconds(work) for _ in range(3))
 
 
 def _shared_main_vs_batch() -> float:
-    main, texts = shared_main(), prompts(16)
+    main, texts = shared_main(), prompts(BRANCHES)
     full = [main + text for text in texts]
-    return ratio(padded(full), branches(main, texts), repeats=3)
+    return ratio(padded(full, "float32"), branches(main, texts, "float32"), repeats=3)
+
+
+def _memory_vs_batch() -> float:
+    """Bytes of keys and values at the end: Hugging Face's batch over the pool's blocks that were ever written."""
+    main, texts = shared_main(), prompts(BRANCHES)
+    theirs: Any = padded([main + text for text in texts], "float32")().past_key_values
+    tensors: list[torch.Tensor] = [tensor for layer in theirs.layers for tensor in (layer.keys, layer.values)]
+    engine = pm.Engine(patched("isolated", "float32"), tokenizer())
+    engine.submit(pm.Sample(main, texts), max_new_tokens=NEW_TOKENS, ignore_eos=True)
+    while engine.busy:
+        engine.step()
+    assert isinstance(engine.forward, PoolForward)
+    return sum(tensor.nbytes for tensor in tensors) / engine.forward.cache.bytes()
 
 
 BENCHES = [
     *(Bench(f"decoding.batch{n}_tokens_per_s", None, "higher", "tokens/s", partial(_rate, n)) for n in (1, 4, 16)),
-    Bench("decoding.batch1_vs_one_by_one", None, "higher", "ratio", partial(_vs_one_by_one, 1)),
-    Bench("decoding.batch4_vs_one_by_one", None, "higher", "ratio", partial(_vs_one_by_one, 4)),
-    Bench("decoding.batch4_vs_hf", None, "higher", "ratio", partial(_vs_batch, 4)),
-    Bench("decoding.batch16_vs_one_by_one", 5, "higher", "ratio", partial(_vs_one_by_one, 16)),
-    Bench("decoding.batch16_vs_hf", 1, "higher", "ratio", partial(_vs_batch, 16)),
-    Bench("decoding.columnar16_vs_hf", 1, "higher", "ratio", partial(_vs_batch, 16, "columnar")),
-    Bench("decoding.shared_main_vs_hf", 3, "higher", "ratio", _shared_main_vs_batch),
+    Bench("decoding.batch1_vs_one_by_one", None, "higher", "ratio", partial(_vs_one_by_one, 1, "float32")),
+    Bench("decoding.batch4_vs_one_by_one", None, "higher", "ratio", partial(_vs_one_by_one, 4, "float32")),
+    Bench("decoding.batch4_vs_hf", None, "higher", "ratio", partial(_vs_batch, 4, "float32")),
+    Bench("decoding.batch16_vs_one_by_one", 5, "higher", "ratio", partial(_vs_one_by_one, BRANCHES, "float32")),
+    Bench("decoding.batch16_vs_hf", 1, "higher", "ratio", partial(_vs_batch, BRANCHES, "float32")),
+    Bench("decoding.columnar16_vs_hf", 1, "higher", "ratio", partial(_vs_batch, BRANCHES, "float32", "columnar")),
+    Bench("decoding.bf16_batch16_vs_one_by_one", 8, "higher", "ratio", partial(_vs_one_by_one, BRANCHES, "bfloat16")),
+    Bench("decoding.bf16_batch16_vs_hf", 1.5, "higher", "ratio", partial(_vs_batch, BRANCHES, "bfloat16")),
+    Bench("decoding.shared_main_vs_hf", 4, "higher", "ratio", _shared_main_vs_batch),
+    Bench("decoding.shared_main_memory_vs_hf", 8, "higher", "ratio", _memory_vs_batch),
 ]

@@ -1,4 +1,4 @@
-"""`make bench-gpu`: a LoRA step on one GPU, in tokens per second and as a share of what the GPU can compute.
+"""`make bench-gpu`: a LoRA step on one GPU, in tokens per second and as a share of what the GPU can compute; and decoding.
 
 The models have the shapes of Qwen2.5 and random weights, so nothing is downloaded; speed does not depend on what weights
 say. Batches are as large as memory allows.
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
-from benchmarks import harness
+from benchmarks import gpu_decoding, harness
 from benchmarks.harness import Bench, seconds
 from parallelmind.config import LoraConfig, OptimizerConfig, RopeConfig, Visibility
 from parallelmind.data.grouping import make_batch
@@ -188,7 +188,8 @@ def main() -> None:
         print("no GPU here: torch finds no CUDA device; run make bench-gpu on a machine that has one", file=sys.stderr)
         sys.exit(2)
     device = torch.cuda.get_device_name()
-    rows = harness.run(benches(device), "", "make bench-gpu")
+    every = [*benches(device), *gpu_decoding.benches(SHAPES["05b"].config)]
+    rows = harness.run(every, "", "make bench-gpu")
     rows = [replace(row, machine=f"{device}, {row.machine}") for row in rows]
     harness.record(rows)
     harness.show(rows)

@@ -76,7 +76,7 @@ class _Decoding:
 
     def run(self) -> None:
         """The thread's part."""
-        from parallelmind.decoding.generate import encode_sample
+        from parallelmind.decoding.samples import encode_sample
 
         _, tokenizer, sample = self._given
         try:

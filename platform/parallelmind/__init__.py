@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from parallelmind.errors import UserError
 
 if TYPE_CHECKING:
-    from parallelmind.decoding.generate import Event, Sample, generate, generate_text, stream
+    from parallelmind.decoding.engine import Engine
+    from parallelmind.decoding.generate import generate, generate_text, stream
+    from parallelmind.decoding.samples import Event, Sample
     from parallelmind.decoding.sampling import SamplingParams
     from parallelmind.model.adapter import load_model_with_lora
 
@@ -21,11 +23,22 @@ try:
 except PackageNotFoundError:  # run from the source tree, as `ray job submit` does
     __version__ = "source"
 
-__all__ = ["Event", "Sample", "SamplingParams", "UserError", "generate", "generate_text", "load_model_with_lora", "stream"]
+__all__ = [
+    "Engine",
+    "Event",
+    "Sample",
+    "SamplingParams",
+    "UserError",
+    "generate",
+    "generate_text",
+    "load_model_with_lora",
+    "stream",
+]
 
 _HOMES = {
-    "Event": "parallelmind.decoding.generate",
-    "Sample": "parallelmind.decoding.generate",
+    "Engine": "parallelmind.decoding.engine",
+    "Event": "parallelmind.decoding.samples",
+    "Sample": "parallelmind.decoding.samples",
     "SamplingParams": "parallelmind.decoding.sampling",
     "generate": "parallelmind.decoding.generate",
     "generate_text": "parallelmind.decoding.generate",

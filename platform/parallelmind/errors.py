@@ -5,6 +5,10 @@ class UserError(ValueError):
     """A wrong value, named in one line with its field and its remedy."""
 
 
+class Overloaded(UserError):  # noqa: N818
+    """Nothing is wrong with it, but there is no room now."""
+
+
 class Notice(UserWarning):
     """Something that a user should know and need not mend; workloads print it as one line."""
 

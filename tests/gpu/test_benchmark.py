@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import gpu_decoding
 from benchmarks.gpu import SHAPES, Shape, Work, _qwen, benches, build, measure, peak, random_batch, step_flops
 from parallelmind.model.base import meta_model
 from parallelmind.model.mask import visible
@@ -80,3 +81,8 @@ def test_one_line_where_there_is_no_gpu():
     assert done.returncode == 2
     assert done.stderr.startswith("no GPU here: ")
     assert done.stderr.count("\n") == 1
+
+
+def test_decoding_in_small(device):
+    rows = gpu_decoding.benches(TINY.config, device, main=32, tokens=2)
+    assert all(row.measure() > 0 for row in rows)

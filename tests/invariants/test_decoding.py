@@ -8,7 +8,8 @@ import torch
 from tiny import tiny_llama, tiny_tokenizer
 
 from parallelmind.config import RopeConfig
-from parallelmind.decoding.generate import Sample, generate, generate_text, stream
+from parallelmind.decoding.generate import generate, generate_text, stream
+from parallelmind.decoding.samples import Sample
 from parallelmind.model.patch import patch
 
 MAIN = [5, 6, 7]

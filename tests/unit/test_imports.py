@@ -14,12 +14,13 @@ ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = ROOT / "platform" / "parallelmind"
 OURS = ("parallelmind", "workloads", "serving", "experiments")
 
-_GROUND = {"errors", "config", "layout", "storage"}
+_GROUND = {"errors", "config", "layout", "storage", "visibility"}
 MAY_IMPORT = {
     "errors": set(),
     "storage": set(),
     "config": {"errors"},
     "layout": {"errors", "config"},
+    "visibility": {"config", "layout"},
     "tracking": {"errors", "config"},
     "model": _GROUND,
     "data": {*_GROUND, "model"},  # the pipeline's workers load the base model's tokenizer
@@ -27,7 +28,7 @@ MAY_IMPORT = {
     "decoding": {*_GROUND, "model", "data"},
     "evaluation": {*_GROUND, "model", "data", "training", "decoding", "tracking"},
 }
-WITHOUT_TORCH = ("config.py", "layout.py", "decoding/sequence.py", "decoding/scheduler.py")
+WITHOUT_TORCH = ("config.py", "layout.py", "decoding/sequence.py", "decoding/scheduler.py", "visibility.py")
 
 
 def sources(package: str) -> list[Path]:

@@ -15,7 +15,8 @@ from parallelmind.layout import PADDING, Tokens, arrange, collate
 from parallelmind.model import attention
 from parallelmind.model.adapter import add_lora
 from parallelmind.model.attention import FLEX, FLEX_ABOVE, Announcer, attention_for, bucket
-from parallelmind.model.mask import Reach, attention_masks, blocks, visible
+from parallelmind.model.mask import attention_masks, blocks, visible
+from parallelmind.visibility import Reach
 
 FIELDS = [f"{full}{axis}_{what}" for full in ("", "full_") for axis in ("kv", "q") for what in ("num_blocks", "indices")]
 

@@ -29,7 +29,7 @@ def ids(feed: Feed) -> list[int]:
 
 
 def test_columns_are_read_up_to_the_first_word_decoded():
-    feed = start(COLUMNAR).prefill()
+    feed = start(COLUMNAR).feed(100)
     assert ids(feed) == [1, 2, 11, 21, 31]
     assert feed.time.tolist() == [0, 1, 2, 2, 2]
     assert feed.branch.tolist() == [0, 0, 10, 20, 30]
@@ -39,10 +39,10 @@ def test_columns_are_read_up_to_the_first_word_decoded():
 
 def test_longer_prompts_are_fed_in_their_columns():
     state = start(COLUMNAR)
-    say(state, state.prefill())
+    say(state, state.feed(100))
     fed = []
     for _ in range(3):
-        feed = state.step()
+        feed = state.feed(100)
         say(state, feed)
         fed.append((ids(feed), feed.sampled.tolist(), set(feed.time.tolist()), feed.position.tolist()))
     assert fed == [
@@ -54,36 +54,36 @@ def test_longer_prompts_are_fed_in_their_columns():
 
 def test_the_last_token_of_an_ended_branch_is_still_seen_by_the_others():
     state = start(COLUMNAR)
-    say(state, state.prefill())
+    say(state, state.feed(100))
     state.finish(1, "stop")
-    assert [ids(state.step()) for _ in range(2)] == [[12, 201, 32], [13, 33]]
+    assert ids(state.feed(100)) == [12, 201, 32, 13, 33]
 
 
 def test_right_aligned_prompts_end_together():
     state = start(COLUMNAR.model_copy(update={"align_to": "right"}))
-    feed = state.prefill()
+    feed = state.feed(100)
     assert len(feed.ids) == 2 + 4 + 1 + 3
     assert feed.sampled.tolist() == [0, 1, 2]
     say(state, feed)
-    assert set(state.step().time.tolist()) == {6}
+    assert set(state.feed(100).time.tolist()) == {6}
 
 
 def test_free_order_reads_everything_at_once_and_keeps_own_times():
     state = start(FREE, main=[])
-    feed = state.prefill()
+    feed = state.feed(100)
     assert ids(feed) == [11, 12, 13, 14, 21, 31, 32, 33]
     assert feed.branch.tolist() == [0] * 4 + [10] + [20] * 3
     assert (feed.rows.tolist(), feed.sampled.tolist()) == ([3, 4, 7], [0, 1, 2])
     say(state, feed)
-    step = state.step()
+    step = state.feed(100)
     assert (ids(step), step.time.tolist(), step.position.tolist()) == ([104, 201, 303], [4, 1, 3], [4, 1, 3])
 
 
 def test_an_ended_branch_is_not_fed_where_nobody_sees_it():
     state = start(FREE)
-    say(state, state.prefill())
+    say(state, state.feed(100))
     state.finish(0, "length")
-    assert state.step().sampled.tolist() == [1, 2]
+    assert state.feed(100).sampled.tolist() == [1, 2]
     assert state.finish_reasons == ["length", None, None]
     state.finish(1, "stop")
     state.finish(2, "stop")
@@ -94,10 +94,10 @@ def test_an_ended_branch_is_not_fed_where_nobody_sees_it():
 def test_what_was_fed_is_the_final_layout(config):
     """Columns come in the physical order of the final layout; in free order only the coordinates must agree."""
     state = start(config)
-    feeds = [state.prefill()]
+    feeds = [state.feed(100)]
     say(state, feeds[0])
     for _ in range(20):  # more than the id buffer began with
-        feeds.append(state.step())
+        feeds.append(state.feed(100))
         say(state, feeds[-1])
     layout = state.final_layout()
     fed, final = (
@@ -114,6 +114,6 @@ def test_what_was_fed_is_the_final_layout(config):
 
 def test_history_is_the_branch_alone():
     state = start(COLUMNAR)
-    say(state, state.prefill())
-    assert state.history(np.array([0, 1])).tolist() == [[11, 12, 13, 14], [21, 201, 21, 21]]
+    say(state, state.feed(100))
+    assert [state.history(branch).tolist() for branch in (0, 1)] == [[11, 12, 13, 14], [21, 201]]
     assert state.generated(1).tolist() == [201]

@@ -10,12 +10,11 @@ from tiny import tiny_llama, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models
 
 from parallelmind.config import RopeConfig
-from parallelmind.decoding.engine import Engine
-from parallelmind.decoding.generate import Event, Sample, encode_sample, generate, generate_text, stream
+from parallelmind.decoding.generate import generate, generate_text, stream
+from parallelmind.decoding.samples import Event, Sample, encode_sample
 from parallelmind.decoding.sampling import SamplingParams
 from parallelmind.decoding.text import BranchWriter, Detokenizer, StopText
 from parallelmind.errors import UserError
-from parallelmind.layout import Tokens
 from parallelmind.model.patch import patch
 
 EOS = 2
@@ -168,8 +167,8 @@ def test_flat_positions_count_every_token_against_the_context(tokenizer):
     model = tiny_llama(max_position_embeddings=40)
     patch(model, RopeConfig(positions="flat"))
     with pytest.raises(UserError, match="exceed the model's 40 positions"):
-        Engine(model, Tokens.of([], [[5], [6]]), SamplingParams(max_new_tokens=20))
-    Engine(model, Tokens.of([], [[5], [6]]), SamplingParams(max_new_tokens=19))
+        stream(model, tokenizer, Sample(branches=[[5], [6]]), max_new_tokens=20)
+    stream(model, tokenizer, Sample(branches=[[5], [6]]), max_new_tokens=19)
 
 
 def test_bos_opens_the_first_sequence_only(tokenizer, monkeypatch):

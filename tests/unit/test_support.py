@@ -11,18 +11,20 @@ from families import FAMILIES, variant
 from torch import nn
 
 from parallelmind.config import BaseConfig, LoraConfig, RopeConfig
-from parallelmind.decoding.generate import Sample, generate, generate_text
+from parallelmind.decoding.generate import generate, generate_text
+from parallelmind.decoding.samples import Sample
 from parallelmind.errors import Notice, UserError
 from parallelmind.evaluation.tiny import causal_lm_types, tiny_config, tiny_model, tiny_tokenizer
 from parallelmind.layout import Tokens, arrange, collate
 from parallelmind.model.adapter import add_lora, load_model_with_lora, save_adapter
 from parallelmind.model.base import load_base, meta_model
 from parallelmind.model.head import head_logits
-from parallelmind.model.mask import Reach, layer_reaches
+from parallelmind.model.mask import layer_reaches
 from parallelmind.model.patch import is_patched, patch
 from parallelmind.model.structure import decoder
 from parallelmind.model.support import assess
 from parallelmind.training.loss import target_loss, to_tensors
+from parallelmind.visibility import Reach
 from workloads import evaluate
 from workloads.support import Row, _write_markdown
 

@@ -1,126 +1,105 @@
-"""The key-value cache of one sample: buffers that grow by doubling and are written in place.
+"""The key-value pool of all samples: one row of slots for each layer, written and read by slot.
 
 transformers' own dynamic layers copy the whole cache at every step, and its sliding layers drop by storage order, which
-is not the order of time here. These layers keep everything; windows belong into the mask.
-
-Branches that see neither siblings nor a main can part after the prompt, one cache row for each: then a step's attention
-reads every key once, instead of once for each branch.
+is not the order of time here. These layers keep everything where `blocks` says; windows belong into the mask.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from parallelmind.layout import PADDING
 
-_FIRST_CAPACITY = 64
-
-
-class GrowingLayer(CacheLayerMixin):
-    """Keys and values of one layer, `[batch, heads, filled, dim]` views into buffers with room for more."""
+class PoolLayer(CacheLayerMixin):
+    """Keys and values of one layer, `[slots, heads, dim]` each; a model sees them as `[1, heads, slots, dim]`."""
 
     is_sliding = False
-    indexer_keys: Tensor | None = None
+
+    def __init__(self, pool: PoolCache) -> None:
+        super().__init__()
+        self._pool = pool
+        self._parts: dict[str, Tensor] = {}
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.length = 0
-        self._keys, self._values = key_states[..., :0, :], value_states[..., :0, :]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """What the layer has to read: the slots that the call asks for, or, for a mask that reads by itself, all."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        start, self.length = self.length, self.length + key_states.shape[-2]
-        if self.length > self._keys.shape[-2]:
-            self._keys, self._values = (_grown(part, self.length, dim=-2) for part in (self._keys, self._values))
-        self._keys[..., start : self.length, :] = key_states
-        self._values[..., start : self.length, :] = value_states
-        self.keys, self.values = self._keys[..., : self.length, :], self._values[..., : self.length, :]
+        keys, values = (
+            self._enter(name, states[0].transpose(0, 1)) for name, states in (("keys", key_states), ("values", value_states))
+        )
+        self.keys, self.values = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
         return self.keys, self.values
 
     def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
-        """Keys of an attention that chooses its tokens by a smaller attention first, `[batch, tokens, dim]`."""
-        known = [] if self.indexer_keys is None else [self.indexer_keys]
-        self.indexer_keys = torch.cat([*known, indexer_key_states], dim=1)
-        return self.indexer_keys
+        """Keys of an attention that chooses its tokens by a smaller attention first, `[1, tokens, dim]`."""
+        return self._enter("indexer", indexer_key_states[0])[None]
 
-    def gather(self, index: Tensor) -> None:
-        """From one row to `[rows, …]`. index: `[rows, longest]` places in the one row."""
-        rows, longest = index.shape
-        for name in ("_keys", "_values"):
-            parted = getattr(self, name)[0].index_select(1, index.flatten()).unflatten(1, (rows, longest))
-            setattr(self, name, parted.transpose(0, 1).contiguous())  # [rows, heads, longest, dim]
-        if self.indexer_keys is not None:
-            self.indexer_keys = self.indexer_keys[0][index]
-        self.length = longest
+    def _enter(self, name: str, states: Tensor) -> Tensor:
+        """Write `[tokens, …]` to the call's slots; returns what is to be read."""
+        part = self._parts.get(name)
+        if part is None or len(part) < self._pool.slots_needed:
+            part = self._parts[name] = _grown(part, states, self._pool.slots_needed)
+        part.index_copy_(0, self._pool.written, states)
+        return part if self._pool.read is None else part.index_select(0, self._pool.read)
 
-    def select(self, rows: Tensor) -> None:
-        self._keys, self._values = self._keys.index_select(0, rows), self._values.index_select(0, rows)
-        if self.indexer_keys is not None:
-            self.indexer_keys = self.indexer_keys.index_select(0, rows)
+    def bytes_per_slot(self) -> int:
+        return sum(part[0].numel() * part.element_size() for part in self._parts.values())
+
+    def slots(self) -> int:
+        return max((len(part) for part in self._parts.values()), default=0)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
+        return self._pool.past + query_length, 0
 
     def get_seq_length(self) -> int:
-        return self.length if self.is_initialized else 0
+        return self._pool.past
 
     def get_max_length(self) -> int:
         return -1
 
     def reset(self) -> None:
-        self.keys = self.values = self.indexer_keys = None
+        self._parts.clear()
         self.is_initialized = False
 
 
-class BranchCache(Cache):
-    """A full-length cache that also knows the time and the sequence of every token in it, for the mask."""
+class PoolCache(Cache):
+    """The layers of a model, and which slots the running call writes and reads."""
 
     def __init__(self) -> None:
-        super().__init__(layer_class_to_replicate=GrowingLayer)
-        self._where = torch.empty(2, 1, 0, dtype=torch.long)
-        self._length = 0
+        super().__init__(layer_class_to_replicate=cast(type[PoolLayer], partial(PoolLayer, self)))
+        self.written = torch.zeros(0, dtype=torch.long)
+        self.read: Tensor | None = None
+        self.slots_needed = self.past = 0
 
-    def note(self, time: Tensor, sequence: Tensor) -> tuple[Tensor, Tensor]:
-        """Enter the tokens that the next forward pass will add; returns time and sequence of all, `[batch, keys]` each.
+    def reserve(self, slots: int) -> None:
+        """The pool is going to need so many slots."""
+        self.slots_needed = max(self.slots_needed, slots)
 
-        time, sequence: `[batch, tokens]` integers; sequence is -1 for padding.
-        """
-        start, self._length = self._length, self._length + time.shape[-1]
-        if self._length > self._where.shape[-1]:
-            empty = self._where.to(time.device).expand(2, time.shape[0], -1)
-            self._where = _grown(empty, self._length, dim=-1, fill=PADDING)
-        self._where[0, :, start : self._length] = time
-        self._where[1, :, start : self._length] = sequence
-        filled = self._where[..., : self._length]
-        return filled[0], filled[1]
+    def address(self, written: Tensor, read: Tensor | None) -> None:
+        """Before a call. written: `[tokens]` slots of its tokens; read: `[keys]` slots to see, or all."""
+        self.written, self.read = written, read
+        self.past = max((0 if read is None else len(read)) - len(written), 0)
 
-    def part(self, index: Tensor) -> None:
-        """Give every branch a row of its own. index: `[rows, longest]` places in the one row so far, -1 for padding."""
-        filled = torch.where(index >= 0, self._where[:, 0, index.clamp(min=0)], PADDING)
-        self._where, self._length = filled, index.shape[1]
-        for layer in self._growing():
-            layer.gather(index.clamp(min=0))
+    def bytes_per_token(self) -> int:
+        return sum(layer.bytes_per_slot() for layer in self.layers if isinstance(layer, PoolLayer))
 
-    def keep(self, rows: Tensor) -> None:
-        """Drop all rows but these."""
-        self._where = self._where.index_select(1, rows)
-        for layer in self._growing():
-            layer.select(rows)
-
-    def _growing(self) -> list[GrowingLayer]:
-        return cast(list[GrowingLayer], self.layers)
+    def bytes(self) -> int:
+        """What the pool holds on to, filled or not."""
+        return sum(layer.bytes_per_slot() * layer.slots() for layer in self.layers if isinstance(layer, PoolLayer))
 
 
-def _grown(buffer: Tensor, needed: int, dim: int, fill: int = 0) -> Tensor:
-    """A copy of `buffer` with room for `needed` entries along `dim` and as many again."""
-    shape = list(buffer.shape)
-    shape[dim] = max(2 * needed, _FIRST_CAPACITY)
-    grown = buffer.new_full(shape, fill)
-    grown.narrow(dim, 0, buffer.shape[dim]).copy_(buffer)
+def _grown(part: Tensor | None, like: Tensor, slots: int) -> Tensor:
+    """A pool of one kind with room for `slots`, what it held, and at least half as many again."""
+    known = 0 if part is None else len(part)
+    grown = like.new_zeros((max(slots, known + known // 2), *like.shape[1:]))
+    if part is not None:
+        grown[:known] = part
     return grown

@@ -1,117 +1,249 @@
-"""Decode all branches of a sample in one sequence: read the prompt once, then one forward pass per step for all of them."""
+"""The decoding engine: samples come and go at any step, and one forward pass serves all of their branches.
+
+    engine = Engine(model, tokenizer)
+    number = engine.submit(Sample(main, branches), max_new_tokens=64)
+    while engine.busy:
+        for event in engine.step(): ...
+
+`submit`, `join` and `cancel` may be called from any thread while another one calls `step`.
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import numpy as np
-import torch
-from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase
 
 from parallelmind.config import RopeConfig
-from parallelmind.decoding.cache import BranchCache
-from parallelmind.decoding.sampling import SamplingParams, generators, processors, sample
-from parallelmind.decoding.sequence import Decoding, Feed
+from parallelmind.decoding.adapters import Adapters
+from parallelmind.decoding.checks import Asked, Follower, check_joining, check_sample
+from parallelmind.decoding.forward import Model, Part, PoolForward
+from parallelmind.decoding.rows import RowForward
+from parallelmind.decoding.running import Reduction, Running
+from parallelmind.decoding.samples import (
+    Event,
+    Sample,
+    Text,
+    encode,
+    encode_sample,
+    end_ids,
+    settings_of,
+)
+from parallelmind.decoding.sampling import Choice, Row, SamplingParams, choose, fresh_seed
+from parallelmind.decoding.scheduler import Limits, Load, Scheduler
+from parallelmind.decoding.sequence import FinishReason
+from parallelmind.decoding.text import BranchWriter
 from parallelmind.errors import UserError
-from parallelmind.layout import MAIN, Ints, Tokens, is_free_order
-from parallelmind.model.mask import attention_masks
 from parallelmind.model.patch import is_patched, rope_config
-
-Model = PreTrainedModel | PeftModel
+from parallelmind.model.structure import causal_lm
+from parallelmind.model.support import assess
 
 # What an unpatched model does anyway, where there is one branch.
 _PLAIN = RopeConfig(patch_rope=False, rope_2d_ratio=0, visibility="isolated", positions="time")
 
 
+@dataclass(slots=True)
+class _Branch:
+    """What is said of a branch, beside its tokens."""
+
+    params: SamplingParams
+    seed: int
+    writer: BranchWriter
+
+
+@dataclass(eq=False, slots=True)
+class _Sample:
+    entry: Running
+    seed: int
+    branches: list[_Branch] = field(default_factory=list)
+    reducing: Follower | None = None
+
+
 class Engine:
-    """The tensors behind a `Decoding`: the model, its cache, and the draw of the next tokens."""
+    """One model, its pool of keys and values, and the samples that share them."""
 
-    def __init__(self, model: Model, tokens: Tokens, params: SamplingParams) -> None:
-        patched = is_patched(model)
-        self.config = rope_config(model) if patched else _PLAIN
-        _check_ids(model, tokens)
-        _check_context(model, tokens, self.config, params)
-        self.state = Decoding(tokens, self.config)
-        self._model, self._patched = model, patched
-        self._cache = BranchCache()
-        self._processors = processors(params)
-        self._generators = generators(params, tokens.branches)
-        self._started = False
-        self._parts = is_free_order(self.config) and not tokens.lengths[MAIN] and tokens.branches > 1
-        self._rows = np.zeros(0, dtype=np.int64)  # the branch in each row of the cache, once they have parted
+    def __init__(self, model: Model, tokenizer: PreTrainedTokenizerBase, limits: Limits | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.adapters = Adapters(model, tokenizer)
+        self.config = rope_config(model) if is_patched(model) else _PLAIN
+        # Why branches cannot share a sequence here, if so; an unpatched model could, but has not been taught how.
+        self.apart = None if is_patched(model) else assess(causal_lm(model)).reason
+        self.forward = RowForward(model) if self.apart else PoolForward(model)
+        self.limits = limits or Limits(cache_tokens=self.forward.tokens_that_fit(self.config))
+        self.scheduler = Scheduler(self.limits)
+        self._lock, self._turn = RLock(), RLock()  # for the samples, and for the model
+        self._samples: dict[Running, _Sample] = {}
+        self._numbers: dict[int, _Sample] = {}
+        self._ends = end_ids(model, tokenizer)
+        self._said: list[Event] = []  # of branches that have ended outside of a step
 
-    def advance(self) -> tuple[Ints, Ints]:
-        """One forward pass; returns the branches that have got a token, and these tokens, `[sampled]` each."""
-        feed = self.state.step() if self._started else self.state.prefill()
-        logits = self.forward(feed)
-        if self._parts and not self._started:
-            self._part(feed)
-        self._started = True
-        ids = self._draw(logits, feed.sampled)
-        self.state.accept(feed.sampled, ids)
-        return feed.sampled, ids
+    @property
+    def model(self) -> Model:
+        return self.adapters.model
 
-    @torch.inference_mode()
-    def forward(self, feed: Feed) -> Tensor:
-        """`[sampled, vocab]` logits after the rows of the feed that ask for them; all of the feed enters the cache."""
-        device = self._model.device
-        columns = torch.from_numpy(np.stack([feed.ids, feed.sequence, feed.branch, feed.time, feed.position])).to(device)
-        if len(self._rows):
-            self._keep(feed.sequence - 1)
-        ids, sequence, branch, time, position = columns[..., None] if len(self._rows) else columns[:, None]
-        where = self._cache.note(time, sequence)
-        inputs: dict[str, Any] = {
-            "input_ids": ids,  # [1, tokens], or [live branches, 1] once they have parted
-            "attention_mask": attention_masks(self._model, *where, self.config.visibility, queries=ids.shape[1]),
-            "position_ids": position,
-            "past_key_values": self._cache,
-            "use_cache": True,
-            "logits_to_keep": 1 if len(self._rows) else torch.from_numpy(feed.rows).to(device),
-        }
-        if self._patched:
-            inputs["pos2d"] = torch.stack([branch, time], dim=-1)  # [batch, tokens, 2]
-        logits: Tensor = self._model(**inputs).logits
-        return logits.flatten(0, 1)
+    def load_adapter(self, name: str, folder: str | Path) -> None:
+        """Let samples ask for an adapter by this name; those that have begun with an older one of the name end with it.
 
-    def _part(self, prompt: Feed) -> None:
-        """Branches stand one after another in the prompt; each moves to the right end of a row of its own."""
-        self._rows, lengths = np.arange(len(prompt.rows)), np.diff(prompt.rows, prepend=-1)
-        places = prompt.rows[:, None] - np.arange(lengths.max())[::-1]
-        places[places <= (prompt.rows - lengths)[:, None]] = -1
-        self._cache.part(torch.from_numpy(places).to(self._model.device))
+        Raises UserError for a folder that is no adapter of this base, or whose rope settings are not the model's.
+        """
+        with self._turn, self._lock:
+            self.adapters.load(name, folder)
+            self.forward.use(self.adapters.model)
 
-    def _keep(self, branches: Ints) -> None:
-        """Drop the rows of branches that have ended."""
-        if len(branches) < len(self._rows):
-            rows = np.searchsorted(self._rows, branches)
-            self._rows = self._rows[rows]
-            self._cache.keep(torch.from_numpy(rows).to(self._model.device))
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; samples that have begun with it end with it."""
+        with self._turn, self._lock:
+            self.adapters.unload(name)
 
-    @torch.inference_mode()
-    def _draw(self, logits: Tensor, branches: Ints) -> Ints:
-        history = torch.from_numpy(self.state.history(branches)).to(logits.device) if self._processors and len(branches) else None
-        draws = [self._generators[branch] for branch in branches] if self._generators else []
-        return sample(logits, self._processors, history, draws).cpu().numpy()
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to do or to tell."""
+        return bool(self._numbers or self._said)
+
+    def load(self) -> Load:
+        """What the engine is busy with at this moment."""
+        with self._lock:
+            return self.scheduler.load()
+
+    def submit(
+        self,
+        sample: Sample,
+        *,
+        per_branch: Sequence[dict[str, Any]] | None = None,
+        reduce: Text | None = None,
+        adapter: str | None = None,
+        **sampling: Any,
+    ) -> int:
+        """Queue a sample; returns its number.
+
+        sampling: fields of `SamplingParams`; per_branch: other values of them for each branch. reduce: the prompt of one
+        more branch, which follows when all others have ended and reads main and all of them. adapter: one that
+        `adapters.load` has named. Raises UserError, before any computing, for a bad setting, an empty branch, several
+        branches on an unpatched model, and what the model's context or the engine's cache cannot hold.
+        """
+        tokens = encode_sample(self.tokenizer, sample)
+        params = settings_of(sampling, per_branch, tokens.branches)
+        last = None if reduce is None else Follower(encode(self.tokenizer, reduce, first=False), SamplingParams.of(sampling))
+        asked = Asked(tokens, params, last)
+        check_sample(self.model, self.config, asked, self.apart)
+        with self._lock:
+            return self._queue(asked, self.adapters.version(adapter))
+
+    def _queue(self, asked: Asked, version: str) -> int:
+        tokens, params, last = asked.tokens, asked.params, asked.last
+        reduction = None if last is None else Reduction(last.ids, last.params.max_new_tokens)
+        most = [each.max_new_tokens for each in params]
+        entry = self.scheduler.submit(tokens, self.config, most, version, reduction)
+        found = _Sample(entry, fresh_seed(), reducing=last)
+        prompts = np.split(tokens.ids, np.cumsum(tokens.lengths)[:-1])[1:]
+        for prompt, each in zip(prompts, params, strict=True):
+            self._begin(found, prompt.tolist(), each)
+        self._samples[entry] = self._numbers[entry.number] = found
+        self.adapters.hold(version)
+        return entry.number
+
+    def join(self, number: int, text: Text, **sampling: Any) -> int:
+        """Add a branch to a sample that is going on; returns the branch's number.
+
+        Raises UserError if the sample has ended or the branch does not fit, Overloaded if it does not fit now.
+        """
+        ids, params = encode(self.tokenizer, text, first=False), SamplingParams.of(sampling)
+        with self._lock:
+            found = self._of(number)
+            check_joining(self.model, self.config, found.entry, ids, params, self.apart)
+            branch = self.scheduler.join(found.entry, ids, params.max_new_tokens)
+            self._begin(found, ids, params)
+            return branch
+
+    def cancel(self, number: int, branch: int | None = None) -> None:
+        """End a sample, or one of its branches, before the next step; what has ended already is left as it is."""
+        with self._lock:
+            found = self._numbers.get(number)
+            if found is None:
+                return
+            live = np.flatnonzero(found.entry.decoding.live).tolist()
+            if branch is None:
+                self._said += [Event(each, "", None, "cancelled", sample=number) for each in live]
+                self.scheduler.drop(found.entry)
+                self._forget(found, live)
+            elif branch in live:
+                self._said.append(Event(branch, "", None, "cancelled", sample=number))
+                self._end(found, branch, "cancelled")
+
+    def step(self) -> list[Event]:
+        """One forward pass for every live branch (one for each adapter in use); returns what has been said."""
+        with self._turn:
+            return self._step()
+
+    def _step(self) -> list[Event]:
+        with self._lock:
+            events, self._said = self._said, []
+            groups: dict[Any, list[Part]] = defaultdict(list)
+            for entry, feed in self.scheduler.schedule():
+                groups[entry.version, entry.number if self.forward.alone else None].append((entry, feed))
+        for (version, _), parts in groups.items():
+            with self.adapters.active(version):
+                logits = self.forward(parts)
+            with self._lock:
+                events += self._accept(parts, logits)
+        return events
+
+    def _accept(self, parts: Sequence[Part], logits: Tensor) -> list[Event]:
+        """Draw and enter the next tokens. A branch that was cancelled during the forward pass says nothing more."""
+        asked = [(self._samples.get(entry), branch) for entry, feed in parts for branch in feed.sampled.tolist()]
+        for entry, _ in parts:
+            if entry in self._samples:
+                self.scheduler.computed(entry)
+        live = [(sample, branch) for sample, branch in asked if sample is not None and sample.entry.decoding.live[branch]]
+        if not live:
+            return []
+        if len(live) < len(asked):
+            logits = logits[[row for row, pair in enumerate(asked) if pair in live]]
+        choices = self.choose(logits, [_row(sample, branch) for sample, branch in live])
+        return [self._say(sample, branch, choice) for (sample, branch), choice in zip(live, choices, strict=True)]
+
+    def choose(self, logits: Tensor, rows: Sequence[Row]) -> list[Choice]:
+        """The next token of every row."""
+        return choose(logits, rows)
+
+    def _say(self, sample: _Sample, branch: int, choice: Choice) -> Event:
+        decoding = sample.entry.decoding
+        decoding.accept(np.array([branch]), np.array([choice.token]))
+        text, reason = sample.branches[branch].writer.write(choice.token)
+        if reason:
+            self._end(sample, branch, reason)
+        return Event(branch, text, choice.token, reason, choice.logprob, choice.top, sample.entry.number)
+
+    def _begin(self, sample: _Sample, prompt: list[int], params: SamplingParams) -> None:
+        seed = sample.seed if params.seed is None else params.seed
+        sample.branches.append(_Branch(params, seed, BranchWriter(self.tokenizer, prompt, params, self._ends)))
+
+    def _end(self, sample: _Sample, branch: int, reason: FinishReason) -> None:
+        follows = self.scheduler.finish(sample.entry, branch, reason)
+        if follows is not None and sample.reducing is not None:
+            self._begin(sample, sample.reducing.ids, sample.reducing.params)
+        self._forget(sample, [branch])
+
+    def _forget(self, sample: _Sample, branches: Sequence[int]) -> None:
+        for branch in branches:
+            self.forward.forget(sample.entry, branch)
+        if sample.entry.decoding.done:
+            del self._samples[sample.entry], self._numbers[sample.entry.number]
+            self.adapters.release(sample.entry.version)
+
+    def _of(self, number: int) -> _Sample:
+        if number not in self._numbers:
+            raise UserError(f"sample {number}: has ended or never was; begin another one")
+        return self._numbers[number]
 
 
-def _check_ids(model: Model, tokens: Tokens) -> None:
-    embeddings: Any = model.get_input_embeddings()
-    size = len(embeddings.weight)
-    wrong = tokens.ids[(tokens.ids < 0) | (tokens.ids >= size)]
-    if len(wrong):
-        raise UserError(f"token id {wrong[0]}: the model knows 0..{size - 1}; encode the sample with the model's own tokenizer")
-
-
-def _check_context(model: Model, tokens: Tokens, config: RopeConfig, params: SamplingParams) -> None:
-    """Refuse what would run past the positions that the model was made for."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or -1  # -1: as long as one likes
-    flat = config.positions == "flat"
-    prompt = int(tokens.lengths.sum() if flat else tokens.lengths[MAIN] + tokens.lengths[1:].max())
-    new = params.max_new_tokens * (tokens.branches if flat else 1)
-    if 0 <= limit < prompt + new:
-        raise UserError(
-            f"max_new_tokens={params.max_new_tokens}: {prompt} prompt tokens and {new} new ones exceed "
-            f"the model's {limit} positions; shorten the sample or lower max_new_tokens"
-        )
+def _row(sample: _Sample, branch: int) -> Row:
+    decoding, said = sample.entry.decoding, sample.branches[branch]
+    return Row(said.params, said.seed, branch, len(decoding.generated(branch)), decoding.history(branch))

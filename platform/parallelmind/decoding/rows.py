@@ -7,29 +7,32 @@ branch. What each branch then says is what it says alone; the price is one forwa
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from parallelmind.decoding.engine import Engine, Model
-from parallelmind.decoding.sampling import SamplingParams
-from parallelmind.decoding.sequence import Feed
+from parallelmind.config import RopeConfig
+from parallelmind.decoding.forward import Model, Part
+from parallelmind.decoding.running import Running
 from parallelmind.errors import UserError
-from parallelmind.layout import MAIN, Ints, Tokens
+from parallelmind.layout import MAIN, Ints
 from parallelmind.model.structure import causal_lm
 
 _MEMORIES = ("past_key_values", "cache_params", "state")  # what a forward pass calls the memory that it takes and returns
 
+_TOKENS = 1 << 16
 
-class RowEngine(Engine):
-    """An engine for isolated branches that see main and themselves, on any causal LM whose memory can be copied."""
 
-    def __init__(self, model: Model, tokens: Tokens, params: SamplingParams) -> None:
-        super().__init__(model, tokens, params)
-        self._parts = False
+class RowForward:
+    """One forward pass for each isolated branch, which sees main and itself, on any causal LM whose memory can be copied."""
+
+    alone = False
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
         inner = causal_lm(model)
         known = inspect.signature(type(inner).forward).parameters
         names = [name for name in _MEMORIES if name in known]
@@ -37,25 +40,42 @@ class RowEngine(Engine):
             kind = inner.config.model_type
             raise UserError(f"base_model: {kind} remembers nothing between forward passes; choose another model")
         self._memory_name, self._stateful = names[0], inner._is_stateful
-        self._memories: dict[int, Any] = {}  # by sequence
+        self._memories: dict[Running, dict[int, Any]] = {}  # of each sequence of a sample
+
+    def use(self, model: Model) -> None:
+        """The same model, once an adapter has been put on it or taken off."""
+        self.model = model
+
+    def tokens_that_fit(self, config: RopeConfig) -> int:
+        """A number to count by: what a memory takes is the model's own affair."""
+        return _TOKENS
 
     @torch.inference_mode()
-    def forward(self, feed: Feed) -> Tensor:
-        """`[sampled, vocab]` logits after the newest token of each branch in the feed."""
-        parts = {int(sequence): feed.ids[feed.sequence == sequence] for sequence in np.unique(feed.sequence)}
-        if MAIN in parts:
-            self._read(MAIN, parts.pop(MAIN))
-        logits = {sequence - 1: self._read(sequence, ids) for sequence, ids in parts.items()}
-        return torch.stack([logits[branch] for branch in feed.sampled.tolist()])
+    def __call__(self, parts: Sequence[Part]) -> Tensor:
+        """`[sampled, vocab]` logits after the newest token of each branch that asks, sample by sample."""
+        logits = []
+        for entry, feed in parts:
+            memories, last = self._memories.setdefault(entry, {}), {}
+            for sequence in sorted(set(feed.sequence.tolist())):
+                last[sequence - 1] = self._read(memories, sequence, feed.ids[feed.sequence == sequence])
+            logits += [last[branch] for branch in feed.sampled.tolist()]
+        return torch.stack(logits) if logits else torch.empty(0, 1)
 
-    def _read(self, sequence: int, ids: Ints) -> Tensor:
+    def _read(self, memories: dict[int, Any], sequence: int, ids: Ints) -> Tensor:
         """`[vocab]` logits after the last of these tokens; the sequence's memory holds them from now on."""
-        memory = self._memories[sequence] if sequence in self._memories else deepcopy(self._memories.get(MAIN))
+        memory = memories[sequence] if sequence in memories else deepcopy(memories.get(MAIN))
         # A recurrence that has begun goes on by one token: some models scan several from the beginning only.
         one_by_one = self._stateful and memory is not None
-        for part in torch.from_numpy(ids)[None].to(self._model.device).split(1 if one_by_one else len(ids), dim=1):
-            out = self._model(input_ids=part, use_cache=True, **{self._memory_name: memory})
+        for part in torch.from_numpy(ids)[None].to(self.model.device).split(1 if one_by_one else len(ids), dim=1):
+            out = self.model(input_ids=part, use_cache=True, **{self._memory_name: memory})
             memory = getattr(out, self._memory_name)
-        self._memories[sequence] = memory
+        memories[sequence] = memory
         logits: Tensor = out.logits[0, -1]
         return logits
+
+    def forget(self, entry: Running, branch: int) -> None:
+        """A branch has ended: so does its memory, and with the last one that of main."""
+        memories = self._memories.get(entry, {})
+        memories.pop(branch + 1, None)
+        if entry.decoding.done:
+            self._memories.pop(entry, None)

@@ -12,8 +12,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from parallelmind.data.records import Record, RecordError, parse_line
-from parallelmind.decoding.engine import Model
-from parallelmind.decoding.generate import Sample, stream
+from parallelmind.decoding.forward import Model
+from parallelmind.decoding.generate import stream
+from parallelmind.decoding.samples import Sample
 from parallelmind.errors import UserError
 from parallelmind.evaluation.answers import exact_match, f1
 

@@ -15,10 +15,8 @@ from parallelmind.config import BaseConfig, LoraConfig, RopeConfig
 from parallelmind.evaluation.probes import (
     BRANCHES,
     CLOSE,
-    ENDLESS,
     MAIN,
     LawBroken,
-    RecordedRows,
     Recorder,
     agree,
     differ,
@@ -86,7 +84,7 @@ def cached(model: PreTrainedModel, among: Iterable[RopeConfig] = FEW_SETTINGS) -
 
 
 def _decoding_equals_one_forward(model: PreTrainedModel, main: list[int], config: RopeConfig) -> None:
-    engine = Recorder(model, Tokens.of(main, BRANCHES), ENDLESS)
+    engine = Recorder(model, main)
     engine.run()
     whole = layout_logits(model, engine.state.final_layout(), config)[1:]
     for branch, prompt in enumerate(BRANCHES):
@@ -99,7 +97,7 @@ def rows(model: PreTrainedModel) -> None:
     A scan over a text and steps along it round differently, by more than attention does.
     """
     for main in ([], MAIN):
-        engine = RecordedRows(model, Tokens.of(main, BRANCHES), ENDLESS)
+        engine = Recorder(model, main)
         engine.run()
         for branch, prompt in enumerate(BRANCHES):
             lone = plain_logits(model, [*main, *prompt, *engine.state.generated(branch).tolist()])

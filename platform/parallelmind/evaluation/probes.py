@@ -6,11 +6,10 @@ needs weights wide enough for one token to matter, as `evaluation.tiny` makes th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
@@ -18,10 +17,11 @@ from transformers import PreTrainedModel
 
 from parallelmind.config import RopeConfig
 from parallelmind.decoding.engine import Engine
-from parallelmind.decoding.rows import RowEngine
-from parallelmind.decoding.sampling import SamplingParams
-from parallelmind.decoding.sequence import Feed
-from parallelmind.layout import Ints, Layout, Tokens, arrange
+from parallelmind.decoding.samples import Sample
+from parallelmind.decoding.sampling import Choice, Row
+from parallelmind.decoding.scheduler import Limits
+from parallelmind.evaluation.tiny import tiny_tokenizer
+from parallelmind.layout import Layout, Tokens, arrange
 from parallelmind.model.mask import attention_masks
 from parallelmind.model.patch import patch, unpatch
 
@@ -29,7 +29,7 @@ MAIN = [5, 6, 7, 8, 9, 10, 11, 12]
 BRANCHES = [[20, 21, 22, 23], [30, 31, 32, 33, 34, 35], [40, 41]]
 CLOSE = 5e-4  # what float32 rounding may do, as a share of the largest logit
 LEAK = 1e-2  # what a visible token does at least
-ENDLESS = SamplingParams(max_new_tokens=4)
+_MOST = 4  # new tokens of the branch that talks longest
 
 Branches = list[list[int]]
 
@@ -84,34 +84,26 @@ def plain_logits(model: PreTrainedModel, ids: list[int]) -> Tensor:
 
 
 class Recorder(Engine):
-    """Keeps the logits of every decoding step by branch, and says a new token each time.
+    """Keeps the logits of every token that was drawn, by branch, and says a new token each time; branches end one by one.
 
     Equal tokens would be ties for an attention that keeps the best few, and hide a mistaken place for any other.
     """
 
-    def __init__(self, model: PreTrainedModel, tokens: Tokens, params: SamplingParams) -> None:
-        super().__init__(model, tokens, params)
-        self.seen: list[list[Tensor]] = [[] for _ in range(tokens.branches)]
+    def __init__(self, model: PreTrainedModel, main: list[int]) -> None:
+        super().__init__(model, tiny_tokenizer(), Limits(cache_tokens=512, step_tokens=5))
+        self.seen: list[list[Tensor]] = [[] for _ in BRANCHES]
+        lengths = [{"max_new_tokens": _MOST - branch} for branch in range(len(BRANCHES))]
+        number = self.submit(Sample(main, BRANCHES), per_branch=lengths, ignore_eos=True)
+        self.state = self._numbers[number].entry.decoding
 
-    def forward(self, feed: Feed) -> Tensor:
-        logits = super().forward(feed)
-        for branch, row in zip(feed.sampled.tolist(), logits, strict=True):
-            self.seen[branch].append(row)
-        return logits
-
-    def _draw(self, logits: Tensor, branches: Ints) -> Ints:
-        return np.array([60 + 10 * branch + len(self.seen[branch]) for branch in branches.tolist()])
+    def choose(self, logits: Tensor, rows: Sequence[Row]) -> list[Choice]:
+        for row, found in zip(rows, logits, strict=True):
+            self.seen[row.branch].append(found)
+        return [Choice(60 + 10 * row.branch + row.index + 1, None) for row in rows]
 
     def run(self) -> None:
-        """To the end of all branches; they end one after another."""
-        while not self.state.done:
-            for branch in self.advance()[0].tolist():
-                if len(self.state.generated(branch)) == ENDLESS.max_new_tokens - branch:
-                    self.state.finish(branch, "length")
-
-
-class RecordedRows(Recorder, RowEngine):
-    pass
+        while self.busy:
+            self.step()
 
 
 def agree(found: Tensor, expected: Tensor, what: str, share: float = CLOSE) -> None:

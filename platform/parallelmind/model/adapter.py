@@ -36,11 +36,12 @@ from parallelmind.model.manifest import (
 from parallelmind.model.patch import is_patched, patch, rope_config
 from parallelmind.model.support import refuse_unsupported
 from parallelmind.model.targets import named_targets, not_adaptable
-from parallelmind.model.weights import fill, to_save, trained_weights
+from parallelmind.model.weights import ADAPTER, fill, to_save, trained_weights
 from parallelmind.storage import whole_folder
 
 __all__ = [
     "Manifest",
+    "add_adapter",
     "add_lora",
     "fill",
     "load_adapter",
@@ -88,17 +89,20 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel
     return adapted
 
 
-def _wrap(model: PreTrainedModel, settings: peft.LoraConfig) -> PeftModel:
+def _wrap(model: PreTrainedModel | PeftModel, settings: peft.LoraConfig, name: str = ADAPTER) -> PeftModel:
     """peft still asks for an attribute that transformers has renamed, tells which way round GPT-2's weights lie, and sets
     ranks of its own for fused experts, of which it then finds none: none of it is our user's business or ours."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
-        return cast(PeftModel, get_peft_model(model, settings))
+        if isinstance(model, PeftModel):
+            model.add_adapter(name, settings)
+            return model
+        return cast(PeftModel, get_peft_model(model, settings, adapter_name=name))
 
 
-def _refuse_dora_on_8bit(model: PreTrainedModel, config: LoraConfig | None) -> None:
+def _refuse_dora_on_8bit(model: PreTrainedModel | PeftModel, config: LoraConfig | None) -> None:
     if config is not None and config.use_dora and getattr(model, "is_loaded_in_8bit", False):
         raise UserError("use_dora=True: loses the scales of 8-bit weights; set quantize=4bit or quantize=none")
 
@@ -156,6 +160,13 @@ def load_adapter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
     return _put_on(model, tokenizer, folder, read_adapter(folder), {}).eval()
 
 
+def add_adapter(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, name: str
+) -> PeftModel:
+    """Put a saved adapter beside those that the model has, under a name of its own. Raises UserError as `load_adapter`."""
+    return _put_on(model, tokenizer, folder, read_adapter(folder), {}, name).eval()
+
+
 def resume_adapter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, lora: LoraConfig) -> PeftModel:
     """Put a saved adapter on the base, as `load_adapter` does, to train it further in float32.
 
@@ -167,11 +178,12 @@ def resume_adapter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, f
 
 
 def _put_on(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     folder: str | Path,
     manifest: Manifest,
     changes: Mapping[str, Any],
+    name: str = ADAPTER,
 ) -> PeftModel:
     """`changes`: fields of peft's settings that are not to be as they were saved."""
     rope = rope_config(model) if is_patched(model) else manifest.rope.model_copy(update={"patch_rope": False})
@@ -182,8 +194,8 @@ def _put_on(
     settings.base_model_name_or_path = model.name_or_path or None  # the manifest has told that it is the right one
     for name, value in changes.items():
         setattr(settings, name, value)
-    adapted = _wrap(model, settings)
-    fill(adapted, load_file(Path(folder) / WEIGHTS), f"lora_path={folder}")
+    adapted = _wrap(model, settings, name)
+    fill(adapted, load_file(Path(folder) / WEIGHTS), f"lora_path={folder}", name)
     return adapted
 
 

@@ -38,10 +38,31 @@ _SHARED_MEMORY = 160 * 1024  # bytes that its default tiles take: A100 and the H
 torch._dynamo.config.recompile_limit = 64
 
 
+class Reading(BlockMask):
+    """A mask that knows better how to read keys and values than any kernel: it attends by itself.
+
+    A BlockMask by name only, which is what models hand to their attention as it is.
+    """
+
+    def __init__(self, queries: int) -> None:
+        self._queries = queries
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return 1, 1, self._queries, self._queries
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """`[1, tokens, heads, dim]` of queries `[1, heads, tokens, dim]`; key and value are what the cache has returned."""
+        raise NotImplementedError
+
+
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | BlockMask | None, **settings: Any
 ) -> tuple[Tensor, Tensor | None]:
     """Attention as layers of transformers call it: `[batch, heads, tokens, dim]` in, `[batch, tokens, heads, dim]` out."""
+    if isinstance(attention_mask, Reading):
+        scale = settings.get("scaling")
+        return attention_mask.attend(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale), None
     if isinstance(attention_mask, BlockMask):
         query, key = query.to(value.dtype), key.to(value.dtype)  # autocast does so for SDPA alone
         return flex_attention_forward(module, query, key, value, attention_mask, **settings)
@@ -81,18 +102,23 @@ def _fits_device(device: torch.device, dtype: torch.dtype) -> bool:
     return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor >= _SHARED_MEMORY
 
 
-def _fits_model(model: PreTrainedModel) -> bool:
-    """Whether every layer hands mask, queries and keys to FlexAttention as they are, in a shape that it takes."""
+def hands_over_masks(model: PreTrainedModel) -> bool:
+    """Whether every layer hands mask, queries and keys as they are to the attention that the model is set to, and sdpa is it."""
     modules = text_modules(model).values()
     layers = [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
-    dims, dropouts = _set_on(modules, "head_dim", "head_size", "qk_head_dim", "v_head_dim"), _set_on(modules, "attention_dropout")
     return (
-        all(module._supports_flex_attn for module in modules if isinstance(module, PreTrainedModel))
+        str(model.config._attn_implementation) == "sdpa"
+        and all(module._supports_flex_attn for module in modules if isinstance(module, PreTrainedModel))
         and len(layers) > 0
         and all(_interface(layer) is ALL_ATTENTION_FUNCTIONS for layer in layers)
-        and dims <= set(_HEAD_DIMS)
-        and not any(dropouts)
     )
+
+
+def _fits_model(model: PreTrainedModel) -> bool:
+    """Whether FlexAttention takes the shapes of every layer."""
+    modules = text_modules(model).values()
+    dims, dropouts = _set_on(modules, "head_dim", "head_size", "qk_head_dim", "v_head_dim"), _set_on(modules, "attention_dropout")
+    return hands_over_masks(model) and dims <= set(_HEAD_DIMS) and not any(dropouts)
 
 
 def _set_on(modules: Iterable[nn.Module], *names: str) -> set[Any]:

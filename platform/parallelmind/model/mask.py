@@ -1,13 +1,8 @@
-"""Visibility: one function per policy, used by training, prefill and every decode step alike.
-
-A layer's own window or chunk narrows it further, measured in time: what is near in storage may be far in a branch.
-"""
+"""Masks of a whole sequence: what the rules of visibility let its tokens see, dense or in blocks."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +12,10 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 
 from parallelmind.config import Visibility
-from parallelmind.layout import MAIN, PADDING
+from parallelmind.layout import PADDING
 from parallelmind.model.attention import FLEX, attention_for, compute_dtype
 from parallelmind.model.structure import causal_lm, decoder
+from parallelmind.visibility import RULES, Reach
 
 BLOCK = 128  # tokens; the block of FlexAttention
 _SLICE = 4 * BLOCK  # queries whose pairs are looked at together
@@ -27,34 +23,6 @@ _SLICE = 4 * BLOCK  # queries whose pairs are looked at together
 _WINDOWED = "create_sliding_window_causal_mask"  # what a module of transformers imports for its windows
 
 Mask = Tensor | BlockMask
-Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-def columnar(q_time: Tensor, q_sequence: Tensor, k_time: Tensor, k_sequence: Tensor) -> Tensor:
-    """Everything earlier in time, whoever wrote it."""
-    return k_time < q_time
-
-
-def isolated(q_time: Tensor, q_sequence: Tensor, k_time: Tensor, k_sequence: Tensor) -> Tensor:
-    """Everything earlier in main or in the own branch."""
-    return (k_time < q_time) & ((k_sequence == MAIN) | (k_sequence == q_sequence))
-
-
-RULES: dict[Visibility, Rule] = {"columnar": columnar, "isolated": isolated}
-
-
-@dataclass(frozen=True, slots=True)
-class Reach:
-    """How far back a kind of layer looks, in time: the last `window` tokens, or its own chunk of `chunk` tokens."""
-
-    window: int | None = None
-    chunk: int | None = None
-
-    def near(self, q_time: Tensor, k_time: Tensor) -> Tensor | None:
-        """Which keys are near enough; None if all are."""
-        if self.chunk is not None:
-            return q_time // self.chunk == k_time // self.chunk
-        return None if self.window is None else q_time - k_time < self.window
 
 
 def layer_reaches(model: PreTrainedModel | PeftModel) -> dict[str, Reach]:
@@ -112,7 +80,7 @@ def visible(time: Tensor, sequence: Tensor, visibility: Visibility, queries: int
 
 def _others(visibility: Visibility, q_time: Tensor, q_sequence: Tensor, k_time: Tensor, k_sequence: Tensor) -> Tensor:
     """What real tokens see of other real tokens."""
-    seen = RULES[visibility](q_time, q_sequence, k_time, k_sequence)
+    seen: Tensor = RULES[visibility](q_time, q_sequence, k_time, k_sequence)
     return seen & (k_sequence != PADDING) & (q_sequence != PADDING)
 
 

@@ -207,6 +207,13 @@ def _at_one(rotary: Any, layer_type: str) -> Angles:
     return found
 
 
+def depends_on_length(model: nn.Module) -> bool:
+    """Whether the longest position of a call decides about everybody's frequencies in it."""
+    kinds = (getattr(module, "rope_type", None) for module in rotary_modules(model).values())
+    named = {name for kind in kinds for name in (kind.values() if isinstance(kind, dict) else [kind])}
+    return bool(named & {"dynamic", "longrope"})
+
+
 def is_complex(rotary: nn.Module) -> bool:
     """Whether the module speaks in complex numbers; a module on the meta device will do."""
     found = _at_one(rotary, layer_types(rotary)[0])

@@ -12,23 +12,25 @@ from torch import Tensor, nn
 
 from parallelmind.errors import UserError
 
+ADAPTER = "default"  # what peft calls a model's first adapter
 
-def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+
+def trained_weights(model: nn.Module, name: str = ADAPTER) -> dict[str, Tensor]:
     """An adapter's weights, or all parameters of a model without one, tied ones once. They share the model's memory."""
     if isinstance(model, PeftModel):
         # Left to choose, peft asks the hub whether the embeddings were resized.
-        return peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+        return peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     return {name: weight.detach() for name, weight in model.named_parameters()}
 
 
 @torch.no_grad()
-def fill(model: nn.Module, saved: Mapping[str, Tensor], origin: str | Path) -> None:
-    """Copy saved weights into the model, all of them and by their own names.
+def fill(model: nn.Module, saved: Mapping[str, Tensor], origin: str | Path, name: str = ADAPTER) -> None:
+    """Copy saved weights into the model (into its adapter of this name), all of them and by their own names.
 
     peft's own loading renames them as transformers renames old base checkpoints, and only warns of those that it loses.
     Raises UserError, which begins with `origin`, where names or shapes are not the same.
     """
-    own = trained_weights(model)
+    own = trained_weights(model, name)
     expected, found = ({name: weight.shape for name, weight in weights.items()} for weights in (own, saved))
     if expected != found:
         odd = min(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))

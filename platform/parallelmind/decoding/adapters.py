@@ -1,0 +1,88 @@
+"""The adapters that one base model carries: which are known by name, which is at work, and which are still needed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from parallelmind.decoding.forward import Model
+from parallelmind.errors import UserError
+from parallelmind.model.adapter import add_adapter
+from parallelmind.model.weights import ADAPTER
+
+BASE = "base"
+
+
+class Adapters:
+    """Every load of an adapter is a version of its own: samples that have begun with an older one end with it.
+
+    The base model alone is `BASE`; what the model was loaded with goes by no name, and needs none.
+    """
+
+    def __init__(self, model: Model, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model, self._tokenizer = model, tokenizer
+        self._versions: dict[str, str] = {BASE: BASE}
+        self._users: Counter[str] = Counter()
+        self._own = self._active = ADAPTER if isinstance(model, PeftModel) else BASE
+        self._loads = 0
+
+    def load(self, name: str, folder: str | Path) -> str:
+        """Make an adapter available under this name, in place of what had it; returns its version.
+
+        Raises UserError for a folder that is no adapter of this base, or whose rope settings are not the model's.
+        """
+        if name == BASE:
+            raise UserError(f"adapter={name!r}: is the name of the model without an adapter; choose another name")
+        self._loads += 1
+        version = f"{ADAPTER}-{self._loads}"
+        self.model = add_adapter(self.model, self._tokenizer, folder, version)
+        self._use(version if self._active == BASE else self._active)
+        before, self._versions[name] = self._versions.get(name), version
+        self._retire(before)
+        return version
+
+    def unload(self, name: str) -> None:
+        """Forget a name; samples that use its adapter go on."""
+        self._retire(self._versions.pop(name) if name != BASE else None)
+
+    def version(self, name: str | None) -> str:
+        """What a sample that asks for this name gets. Raises UserError for an unknown one."""
+        if name is None:
+            return self._own
+        if name not in self._versions:
+            raise UserError(f"adapter={name!r}: not loaded; choose from {', '.join(sorted(self._versions))}")
+        return self._versions[name]
+
+    def hold(self, version: str) -> None:
+        self._users[version] += 1
+
+    def release(self, version: str) -> None:
+        self._users[version] -= 1
+        self._retire(version)
+
+    @contextmanager
+    def active(self, version: str) -> Iterator[None]:
+        """While this lasts the model computes with that version."""
+        if version == BASE and isinstance(self.model, PeftModel):
+            with self.model.disable_adapter():
+                yield
+            return
+        if version != self._active:
+            self._use(version)
+        yield
+
+    def _use(self, version: str) -> None:
+        if isinstance(self.model, PeftModel) and version != BASE:
+            self.model.set_adapter(version, inference_mode=True)
+        self._active = version
+
+    def _retire(self, version: str | None) -> None:
+        if version in (None, BASE, ADAPTER) or version in self._versions.values() or self._users[str(version)]:
+            return
+        assert isinstance(self.model, PeftModel)
+        self.model.delete_adapter(str(version))

@@ -1,0 +1,108 @@
+"""The tensors of decoding: one forward pass of the model over a step."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from parallelmind.config import RopeConfig
+from parallelmind.decoding.blocks import BLOCK, Stream
+from parallelmind.decoding.cache import PoolCache
+from parallelmind.decoding.reading import PoolReading, dense
+from parallelmind.decoding.running import Running
+from parallelmind.decoding.sequence import Decoding, Feed
+from parallelmind.decoding.step import Step, Storage
+from parallelmind.layout import Tokens
+from parallelmind.model.attention import hands_over_masks
+from parallelmind.model.few_rows import few_rows, plain_linears
+from parallelmind.model.mask import for_attention, layer_reaches
+from parallelmind.model.patch import is_patched
+from parallelmind.model.rotary import depends_on_length
+from parallelmind.model.structure import causal_lm
+
+Model = PreTrainedModel | PeftModel
+Part = tuple[Running, Feed]
+
+_MOST_TOKENS = 1 << 20  # of a pool whose size nobody has named
+
+
+class PoolForward:
+    """Samples side by side in one sequence, over one pool of keys and values."""
+
+    def __init__(self, model: Model) -> None:
+        self.use(model)
+        inner = causal_lm(model)
+        self.alone = depends_on_length(inner)  # the longest text of a call sets everybody's frequencies
+        self.cache = PoolCache()
+        self._patched = is_patched(inner)
+        self._reaches = layer_reaches(model)
+        self._reads_itself = hands_over_masks(inner)
+
+    def use(self, model: Model) -> None:
+        """The same model, once an adapter has been put on it or taken off."""
+        self.model, self._layers = model, plain_linears(model)
+
+    @torch.inference_mode()
+    def __call__(self, parts: Sequence[Part]) -> Tensor:
+        """`[sampled, vocab]` logits after the tokens that ask for them, sample by sample; all others enter the pool alone."""
+        self.cache.reserve(max(entry.stored().extent for entry, _ in parts))
+        step = Step.of([(entry.decoding, feed, entry.stored()) for entry, feed in parts])
+        device = self.model.device
+        columns = torch.from_numpy(np.stack([step.ids, step.branch, step.time, step.position, step.slots])).to(device)
+        ids, branch, time, position, slots = columns
+        inputs: dict[str, Any] = {
+            "input_ids": ids[None],
+            "attention_mask": self._address(step, slots),
+            "position_ids": position[None],
+            "past_key_values": self.cache,
+            "use_cache": True,
+            "logits_to_keep": torch.from_numpy(step.rows).to(device),
+        }
+        if self._patched:
+            inputs["pos2d"] = torch.stack([branch, time], dim=-1)[None]
+        with few_rows(self._layers):
+            logits: Tensor = self.model(**inputs).logits
+        return logits[0]
+
+    def _address(self, step: Step, slots: Tensor) -> Any:
+        """Tell the cache where this call writes and reads; returns the masks as the model takes them."""
+        tokens, dtype, device = len(step.ids), self.model.dtype, self.model.device
+        masks: dict[Any, Any]
+        if self._reads_itself:
+            self.cache.address(slots, None)
+            masks = {reach: PoolReading(step.stretches, tokens, reach, dtype, device) for reach in set(self._reaches.values())}
+        else:
+            read, seen = dense(step.stretches, tokens, list(set(self._reaches.values())))
+            self.cache.address(slots, torch.from_numpy(read).to(device))
+            own = str(self.model.config._attn_implementation)
+            masks = {
+                reach: for_attention(torch.from_numpy(mask)[None, None].to(device), own, dtype) for reach, mask in seen.items()
+            }
+        if len(masks) == 1:
+            return masks.popitem()[1]
+        return {kind: masks[reach] for kind, reach in self._reaches.items()}
+
+    def forget(self, entry: Running, branch: int) -> None:
+        """A branch has ended; its blocks are the scheduler's concern."""
+
+    def tokens_that_fit(self, config: RopeConfig) -> int:
+        """How many tokens the half of the memory that is free now can hold, by what one of them takes."""
+        decoding = Decoding(Tokens.of([], [[0]]), config)
+        entry = Running(0, "", decoding, [1], storage=Storage(Stream([0]), [Stream([1])] if decoding.free else None))
+        self([(entry, decoding.feed(1))])
+        size = self.cache.bytes_per_token()
+        self.cache.reset()
+        free = torch.cuda.mem_get_info()[0] if self.model.device.type == "cuda" else _free_memory()
+        return min(max(free // 2 // size, BLOCK), _MOST_TOKENS)
+
+
+def _free_memory() -> int:
+    """Bytes that this machine has left."""
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

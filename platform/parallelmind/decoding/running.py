@@ -1,0 +1,68 @@
+"""A sample in the engine's hands: what it may grow to, and where it is stored. Plain Python and NumPy, no tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from parallelmind.decoding.blocks import blocks_for
+from parallelmind.decoding.sequence import Decoding
+from parallelmind.decoding.step import Storage
+
+
+@dataclass(frozen=True, slots=True)
+class Reduction:
+    """A branch that follows when all others have ended, and reads main and all of them."""
+
+    ids: list[int]
+    most: int  # new tokens
+
+
+@dataclass(eq=False, slots=True)
+class Running:
+    """A sample that is being decoded, or waits for it. most: new tokens that each branch may be given."""
+
+    number: int
+    version: str
+    decoding: Decoding
+    most: list[int]
+    reduction: Reduction | None = None
+    storage: Storage | None = None
+    keys: list[bytes] = field(default_factory=list)  # of main's full blocks
+    shared: int = 0  # how many of them are shared
+    reserved: list[int] = field(default_factory=list)  # blocks of the reducing branch, where it has a stream of its own
+
+    def tokens_of(self, branch: int) -> int:
+        """All that a branch can ever hold, its prompt and the newest token included."""
+        return int(self.decoding.prompt_lengths[branch]) + self.most[branch]
+
+    def trunk_tokens(self) -> int:
+        """The length that the trunk can still come to: main and, unless the order is free, everything else."""
+        state, after = self.decoding, self.reduction
+        if state.free:
+            return len(state.main)
+        going = sum(self.tokens_of(branch) for branch in np.flatnonzero(state.live).tolist())
+        coming = len(after.ids) + after.most if after else 0
+        return len(state.main) + int(state.lengths[~state.live].sum()) + going + coming
+
+    def branch_tokens(self) -> list[int]:
+        """Where the order is free: the length that each branch can come to, the reducing one last."""
+        if not self.decoding.free:
+            return []
+        after = [len(self.reduction.ids) + self.reduction.most] if self.reduction else []
+        return [self.tokens_of(branch) for branch in range(len(self.most))] + after
+
+    def blocks(self) -> int:
+        """All that it can ever fill."""
+        return sum(map(blocks_for, [self.trunk_tokens(), *self.branch_tokens()]))
+
+    def stored(self) -> Storage:
+        assert self.storage is not None, "only what has been admitted is fed"
+        return self.storage
+
+    @property
+    def talking(self) -> bool:
+        """Whether some branch has read its prompt."""
+        state = self.decoding
+        return bool((state.live & (state.fed >= state.prompt_lengths)).any())
