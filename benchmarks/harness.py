@@ -59,8 +59,12 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def ratio(numerator: Callable[[], object], denominator: Callable[[], object], repeats: int) -> float:
-    """Median of time(numerator) / time(denominator), taken in pairs so that both see the same machine; one warm-up each."""
-    numerator()
+    """Median of time(numerator) / time(denominator), taken in pairs so that both see the same machine.
+
+    One warm-up each, but none for the numerator of a lone pair, which takes minutes.
+    """
+    if repeats > 1:
+        numerator()
     denominator()
     return median(seconds(numerator) / seconds(denominator) for _ in range(repeats))
 

@@ -10,11 +10,14 @@ import types
 import typing
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 from pydantic.fields import FieldInfo
 from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from parallelmind.config import Part, resolve
 from parallelmind.errors import Notice, UserError
@@ -48,17 +51,38 @@ def _one_line(message: Warning | str, category: type[Warning], *place: Any, **li
     return f"note: {message}\n" if issubclass(category, Notice) else _formatted(message, category, *place, **line)
 
 
-def tracked(items: Iterable[T], doing: str, total: int | None, line: Callable[[int], str]) -> Iterator[T]:
-    """The items, with a bar on a terminal, and elsewhere `line(items so far)` on stderr now and then."""
+Tell = Callable[[int, Callable[[], str]], None]
+
+
+@contextmanager
+def progress(doing: str, total: int | None) -> Iterator[Tell]:
+    """A function to call with the items done so far and a line about them: it moves a bar on a terminal, and elsewhere
+    prints the line on stderr now and then, with the time left where the total is known."""
     if sys.stderr.isatty():
-        yield from track(items, doing, total, console=Console(stderr=True))
+        columns = (TextColumn(doing), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task("", total=total)
+            yield lambda done, line: bar.update(task, completed=done, description=line())
         return
-    told = time.monotonic()
-    for count, item in enumerate(items):
-        if time.monotonic() - told > _SECONDS_BETWEEN_LINES:
-            told = time.monotonic()
-            print(line(count), file=sys.stderr, flush=True)
-        yield item
+    started = told = time.monotonic()
+
+    def tell(done: int, line: Callable[[], str]) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if now - told > _SECONDS_BETWEEN_LINES:
+            told = now
+            left = f", {timedelta(seconds=round((now - started) / done * (total - done)))} left" if total and done else ""
+            print(f"{line()}{left}", file=sys.stderr, flush=True)
+
+    yield tell
+
+
+def tracked(items: Iterable[T], doing: str, total: int | None, line: Callable[[int], str]) -> Iterator[T]:
+    """The items, with `progress`; line: of the items so far."""
+    with progress(doing, total) as tell:
+        for count, item in enumerate(items):
+            tell(count, partial(line, count))
+            yield item
 
 
 def wants_help(argv: Sequence[str]) -> bool:

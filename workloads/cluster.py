@@ -7,8 +7,12 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 import workloads.ray_env  # noqa: F401  (before Ray)
 
@@ -26,7 +30,8 @@ def connect(address: str | None) -> None:
     """
     where = address or os.environ.get("RAY_ADDRESS") or "local"
     # Ray Train asks the dashboard whether its controller lives, and complains every second where there is none.
-    options: dict[str, Any] = {"include_dashboard": True} if where == "local" else {}
+    elsewhere = {"runtime_env": {"worker_process_setup_hook": _entering(os.getcwd())}}
+    options: dict[str, Any] = {"include_dashboard": True} if where == "local" else elsewhere
     if where == "local" and "RAY_TMPDIR" not in os.environ:
         os.environ["RAY_TMPDIR"] = _scratch()
     try:
@@ -35,21 +40,36 @@ def connect(address: str | None) -> None:
         remedy = "start it with `ray start --head`, or leave ray_address out"
         raise UserError(f"ray_address={where}: {first_line(error).rstrip('.')}; {remedy}") from error
     if where == "local":
+        atexit.register(_end)  # after Ray's own, so as to come before them
         _name_cluster(Path(os.environ["RAY_TMPDIR"]))
     quiet_data()
     logging.getLogger("ray.train").setLevel(logging.ERROR)  # warnings there are about retries
 
 
+def _entering(folder: str) -> Callable[[], None]:
+    """For processes of a cluster that was started elsewhere: relative paths mean there what they mean here, if they exist."""
+
+    def enter() -> None:
+        if os.path.isdir(folder):
+            os.chdir(folder)
+
+    return enter
+
+
 def _scratch() -> str:
     """Ray's folder for this process alone. In the common one, parts of Ray would find other clusters' addresses."""
     folder = tempfile.mkdtemp(prefix="pm-")  # short: socket paths may have 107 characters
-
-    def remove() -> None:
-        ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
-
-    atexit.register(remove)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
+
+
+def _end() -> None:
+    """End the local cluster. Some of its processes lock themselves up as they exit, and would stay for ever."""
+    processes = psutil.Process().children(recursive=True)
+    ray.shutdown()
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _name_cluster(folder: Path) -> None:
@@ -60,6 +80,22 @@ def _name_cluster(folder: Path) -> None:
 
 def cpus() -> float:
     return float(ray.cluster_resources().get("CPU", 1))
+
+
+def share(workers: int) -> float:
+    """CPUs for each worker: half of all at most, because the readers of Ray Data need some too, or everything waits for ever."""
+    return max(0.01, round(min(0.5, cpus() / (2 * workers)), 2))
+
+
+def share_of_a_node(workers: int) -> float:
+    """CPUs for each worker where their number follows the nodes: over half of what is its own of a node.
+
+    So another one, of a lost node, does not fit beside it; and the readers still do.
+    """
+    nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+    parts = {found / part for found in nodes if found for part in range(1, workers + 1)}
+    own = max((size for size in parts if sum((found + 1e-6) // size for found in nodes) >= workers), default=1.0)
+    return max(0.01, round(0.6 * own, 2))
 
 
 def require_gpus(count: int) -> None:

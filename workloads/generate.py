@@ -3,10 +3,19 @@
     python -m workloads.generate prompt="Once upon a time"
     python -m workloads.generate main="A passage." prompts="[Who is it?, Where is it?]" max_new_tokens=32
     python -m workloads.generate lora_path=runs/demo/adapter data_path=samples.jsonl output_path=out.jsonl
+    python -m workloads.generate lora_path=runs/demo/adapter data_path="in/*.jsonl.gz" output_path=out num_workers=2
 
-`prompts` are branches of one sample that share `main`. `data_path` is parallel JSONL (every line a sample, continued after
-its prompts), or a .txt file (every line a prompt of its own). Results are JSONL, {"main", "branches", "outputs"}, on stdout
-or in `output_path`; a single prompt is answered on stdout in plain text. Everything else goes to stderr.
+`prompts` are branches of one sample that share `main`. `data_path` is parallel JSONL or Parquet (every line a sample, continued
+after its prompts), or .txt (every line a prompt of its own), each also .gz or .zst. Many samples are decoded side by side.
+
+A single prompt is answered on stdout in plain text. All else gives JSONL, {"line", "main", "branches", "outputs",
+"finish_reasons"} in the order of the lines, on stdout or in `output_path`; "line" counts from 1 through all files, and with
+`reduce` the last output is that of one more branch, which reads the others. Everything else goes to stderr. A line that
+cannot be continued is reported with its place and left out.
+
+The same command again goes on where an interrupted one has stopped, and leaves a finished output as it is; one that was begun
+with other settings or data (OUTPUT.run.json tells) is refused. With `num_workers` the lines are cut into parts, whatever the
+number of workers, and `output_path` is a folder of part-00000.jsonl and so on, each of which is there whole or not at all.
 """
 
 from __future__ import annotations
@@ -14,18 +23,15 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
 import parallelmind as pm
 from parallelmind.config import Alignment, Dtype, Pairs, Part, Positions, Quantize, Visibility
-from parallelmind.data.encode import encode_text
-from parallelmind.data.records import Branch, Record, RecordError, parse_line
 from parallelmind.errors import UserError
+from parallelmind.storage import whole_file
 from workloads import cli
 
 
@@ -45,10 +51,14 @@ class ModelPart(Part):
     visibility: Visibility | None = Field(None, description="what branches see of each other")
     align_to: Alignment | None = Field(None, description="whether prompts start or end together")
 
+    def given(self) -> dict[str, Any]:
+        """Keywords for `parallelmind.load_model_with_lora`."""
+        values = {name: getattr(self, name) for name in ModelPart.model_fields}
+        return {name: value for name, value in values.items() if value is not None}
+
     def load(self) -> tuple[Any, Any]:
         """Model and tokenizer. Raises UserError for what cannot be loaded or contradicts the adapter."""
-        given = {name: getattr(self, name) for name in ModelPart.model_fields}
-        return pm.load_model_with_lora(**{name: value for name, value in given.items() if value is not None})
+        return pm.load_model_with_lora(**self.given())
 
 
 class SamplingPart(Part):
@@ -77,8 +87,13 @@ class GenerateConfig(SamplingPart, ModelPart):
     prompt: str | None = Field(None, description="one text to continue")
     prompts: list[str] = Field([], description="texts to continue side by side, as branches of one sample")
     main: str = Field("", description="text that all prompts share")
-    data_path: str | None = Field(None, description="parallel JSONL, or .txt with one prompt per line")
-    output_path: str | None = Field(None, description="JSONL file for the results; null: stdout")
+    data_path: str | None = Field(
+        None, description="parallel JSONL, Parquet or .txt (a prompt a line): file, folder, glob, URL, or several with commas"
+    )
+    reduce: str | None = Field(None, min_length=1, description="prompt of a last branch, which reads main and all the others")
+    output_path: str | None = Field(None, description="JSONL file for the results, a folder with num_workers; null: stdout")
+    num_workers: int = Field(0, ge=0, description="Ray workers that share data_path, an engine in each; 0: this process")
+    ray_address: str | None = Field(None, description="Ray cluster to join; null starts a local one")
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -87,6 +102,8 @@ class GenerateConfig(SamplingPart, ModelPart):
             raise ValueError(f"{' and '.join(given) or 'prompt'}: give exactly one of prompt=…, prompts=[…,…] and data_path=…")
         if self.main and self.data_path:
             raise ValueError(f"main={self.main!r}: every line of data_path brings its own; write main into the lines")
+        if self.num_workers and not (self.data_path and self.output_path):
+            raise ValueError(f"num_workers={self.num_workers}: shares data_path and writes files; give data_path and output_path")
         return self
 
 
@@ -94,104 +111,50 @@ def main(argv: list[str]) -> None:
     if cli.wants_help(argv):
         return cli.print_help(__doc__ or "", GenerateConfig)
     config = cli.parse(GenerateConfig, argv)
-    sampling = config.sampling()
-    if config.data_path and not Path(config.data_path).is_file():
-        raise UserError(f"data_path={config.data_path}: no such file; give parallel JSONL or a .txt file")
-    model, tokenizer = config.load()
-    if config.prompt and not config.output_path:
-        return _answer(model, tokenizer, pm.Sample(config.main, [config.prompt]), sampling)
-    with _output(config.output_path) as out:
-        Job(model, tokenizer, sampling, out).run(config)
-    return None
+    config.sampling()  # before anything is loaded
+    if config.data_path is None:
+        return _continue_prompts(config)
+    if config.num_workers:
+        from workloads import generate_ray  # starts no Ray yet, but imports it
+
+        return generate_ray.continue_files(config)
+    from workloads import generate_file
+
+    return generate_file.continue_files(config)
 
 
-class Job:
-    """Samples in, JSONL out; a bad line is reported, counted and left out."""
+def _continue_prompts(config: GenerateConfig) -> None:
+    """One sample: the text as it comes for a single prompt on stdout, else a row."""
+    from workloads.generate_batch import Continued, speed
 
-    def __init__(self, model: Any, tokenizer: Any, sampling: dict[str, Any], out: TextIO) -> None:
-        self.model, self.tokenizer, self.sampling, self.out = model, tokenizer, sampling, out
-        self.samples = self.tokens = self.bad = 0
-        self.started = time.monotonic()
-
-    def run(self, config: GenerateConfig) -> None:
-        if config.data_path is None:
-            self.write(pm.Sample(config.main, config.prompts or [config.prompt or ""]))
-        else:
-            self.run_file(Path(config.data_path))
-        print(self.rate(), file=sys.stderr)
-
-    def run_file(self, path: Path) -> None:
-        with path.open("rb") as lines:
-            total = sum(1 for line in lines if line.strip())
-        for number, line in _tracked(path, total, self):
-            try:
-                self.write(self.read(path, line))
-            except (RecordError, UserError) as error:
-                self.bad += 1
-                print(f"{path}:{number}: skipped: {error}", file=sys.stderr)
-        if self.bad:
-            print(f"{path}: {self.bad} of {total} lines skipped", file=sys.stderr)
-        if not self.samples:
-            raise UserError(f"data_path={path}: holds no usable line; give one sample per line")
-
-    def read(self, path: Path, line: bytes) -> pm.Sample:
-        if path.suffix == ".txt":
-            return pm.Sample(branches=[line.decode("utf-8", errors="replace").rstrip("\r\n")])
-        return prompt_of(parse_line(line), self.tokenizer)
-
-    def write(self, sample: pm.Sample) -> None:
-        texts = [""] * len(sample.branches)
-        for event in pm.stream(self.model, self.tokenizer, sample, **self.sampling):
-            texts[event.branch] += event.text
-            self.tokens += 1
-        row = {"main": sample.main, "branches": list(sample.branches), "outputs": texts}
-        print(json.dumps(row, ensure_ascii=False), file=self.out, flush=True)
-        self.samples += 1
-
-    def rate(self) -> str:
-        seconds = time.monotonic() - self.started
-        return f"{self.samples} samples, {self.tokens} tokens in {seconds:.1f} s: {self.tokens / max(seconds, 1e-9):.1f} tokens/s"
-
-
-def prompt_of(record: Record, tokenizer: Any) -> pm.Sample:
-    """What a record gives to continue: prompts without completions, texts up to their answer offset."""
-    return pm.Sample(record.main, [_prompt(branch, tokenizer, first=not record.main) for branch in record.branches])
-
-
-def _prompt(branch: Branch, tokenizer: Any, first: bool) -> str | list[int]:
-    if branch.completion is not None or branch.answer_offset == 0:
-        return branch.body
-    ids = encode_text(tokenizer, branch.body, first) if isinstance(branch.body, str) else branch.body
-    return ids[: branch.answer_offset]
-
-
-def _answer(model: Any, tokenizer: Any, sample: pm.Sample, sampling: dict[str, Any]) -> None:
-    """Plain text, as it comes."""
+    output = Path(config.output_path).expanduser() if config.output_path else None
+    if output and output.exists():
+        raise UserError(f"output_path={output}: is there already; choose another name, or remove it")
+    plain = bool(config.prompt) and output is None and config.reduce is None
+    found = Continued.of(pm.Sample(config.main, config.prompts or [config.prompt or ""]), config.reduce)
+    events = pm.stream(*config.load(), found.sample, reduce=config.reduce, **config.sampling())
     started, tokens = time.monotonic(), 0
-    for event in pm.stream(model, tokenizer, sample, **sampling):
+    for event in events:
+        found.add(event)
         tokens += 1
-        print(event.text, end="", flush=True)
-    print(flush=True)
-    seconds = time.monotonic() - started
-    print(f"{tokens} tokens in {seconds:.1f} s: {tokens / max(seconds, 1e-9):.1f} tokens/s", file=sys.stderr)
+        if plain:
+            print(event.text, end="", flush=True)
+    text = "" if plain else json.dumps(found.row(), ensure_ascii=False)
+    if output:
+        _write(output, text)
+    else:
+        print(text, flush=True)
+    print(speed(1, tokens, time.monotonic() - started), file=sys.stderr)
 
 
-def _output(path: str | None) -> Any:
-    if path is None:
-        return nullcontext(sys.stdout)
+def _write(output: Path, text: str) -> None:
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        return open(path, "w", encoding="utf-8")
+        with whole_file(output) as file:
+            file.write(text + "\n")
     except OSError as error:
-        raise UserError(f"output_path={path}: cannot be written ({error.strerror}); give a file in a writable folder") from error
-
-
-def _tracked(path: Path, total: int, job: Job) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines that are not blank: a bar with rate and ETA on a terminal, a line now and then elsewhere."""
-    with path.open("rb") as lines:
-        numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
-        told = f"of {total} lines"
-        yield from cli.tracked(numbered, "generating", total, lambda _: f"{job.samples + job.bad} {told}; {job.rate()}")
+        raise UserError(
+            f"output_path={output}: cannot be written ({error.strerror}); give a file in a writable folder"
+        ) from error
 
 
 if __name__ == "__main__":

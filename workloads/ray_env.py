@@ -12,6 +12,7 @@ for _name, _value in {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # print prints
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # five seconds less for a short run, and less work beside it than at 0.1
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",  # then tried again, on fewer nodes if one was lost, else as before
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers stay where the user is
     "RAY_DATA_LOG_LEVEL": "ERROR",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # lost workers are replaced all the same, see workloads.train

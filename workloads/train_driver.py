@@ -20,6 +20,7 @@ import workloads.ray_env  # noqa: F401  (before Ray)
 
 # isort: split
 import ray.train
+import torch.distributed
 from ray.train.torch import TorchTrainer
 
 from parallelmind.config import BaseConfig, DataConfig, LoraConfig, RopeConfig, TrainConfig, save_yaml
@@ -39,7 +40,7 @@ from workloads.train import CHECKPOINTS, QUARANTINE, STOP, result_folder
 from workloads.train_worker import Task, run_worker
 
 _RESTARTS = 3  # how often what was lost is replaced, without a new checkpoint between, before the run is given up
-_LOST = (ray.exceptions.RayError, ray.train.ControllerError)
+_LOST = (ray.exceptions.RayError, ray.train.ControllerError, torch.distributed.DistError)
 _RAY = ".ray"  # Ray Train's folder in the run's
 _SHOWN_BAD_LINES, _SHOWN_KEYS = 10, 5
 
@@ -118,12 +119,14 @@ def _tracker(config: TrainConfig, folder: Path, data: str) -> Tracker:
 
 def _fit(task: Task, files: list[str]) -> Outcome:
     """Ray Train, again from the newest checkpoint whenever a part of it was lost. An error that a worker raised is final."""
-    data, base = task.config.part(DataConfig), task.config.part(BaseConfig)
+    config = task.config
+    elastic = config.min_workers is not None and not config.use_gpu
+    of_a_node = cluster.share_of_a_node(config.num_workers) if elastic else None
     lost, reached = 0, checkpoint.by_step(task.folder / CHECKPOINTS)
     while True:
-        feeder = start_feeder(files, data, base, task.config.seed, task.config.num_workers)
+        feeder = start_feeder(files, config.part(DataConfig), config.part(BaseConfig), config.seed, config.num_workers)
         try:
-            result = _trainer(task, feeder).fit()
+            result = _trainer(task, feeder, of_a_node or cluster.share(config.num_workers)).fit()
         except (ray.train.WorkerGroupError, ray.train.ControllerError, ray.exceptions.RayActorError) as error:
             before, reached = reached, checkpoint.by_step(task.folder / CHECKPOINTS)
             lost = lost + 1 if before == reached else 1
@@ -144,13 +147,18 @@ def _end_if_final(error: Exception, lost: int) -> None:
     causes = [_root(cause) for cause in getattr(error, "worker_failures", {}).values()] or [error]
     if user_error := next((cause for cause in causes if isinstance(cause, UserError)), None):
         raise user_error from error
-    if not any(isinstance(cause, _LOST) for cause in causes):
+    if not any(map(_is_loss, causes)):
         raise error
     if lost > _RESTARTS:
         raise UserError(
             f"num_workers: lost {lost} times without a new checkpoint between ({first_line(causes[0])}); if memory ran out, "
             "lower batch_size, max_branches_per_sample or max_sample_tokens, or set gradient_checkpointing=true"
         ) from error
+
+
+def _is_loss(error: BaseException) -> bool:
+    """Whether it tells of a loss: of whatever raised it, or of another worker, for which gloo has no error of its own."""
+    return isinstance(error, _LOST) or "gloo/transport" in str(error)
 
 
 def _root(error: BaseException) -> BaseException:
@@ -160,10 +168,9 @@ def _root(error: BaseException) -> BaseException:
     return error
 
 
-def _trainer(task: Task, feeder: Any) -> TorchTrainer:
+def _trainer(task: Task, feeder: Any, cpus: float) -> TorchTrainer:
+    """cpus: of each worker."""
     config = task.config
-    # Half of the CPUs at most: the readers of Ray Data need some too, or everything waits for ever.
-    share = max(0.01, round(min(0.5, cluster.cpus() / (2 * config.num_workers)), 2))
     workers = config.num_workers if config.min_workers is None else (config.min_workers, config.num_workers)
     # Checkpoints are our own: written in the background, hashed, and passed over when damaged, which Ray's are not.
     return TorchTrainer(
@@ -171,7 +178,8 @@ def _trainer(task: Task, feeder: Any) -> TorchTrainer:
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers,  # type: ignore[arg-type]  # Ray types its V1 classes
             use_gpu=config.use_gpu,
-            resources_per_worker={"CPU": share, "GPU": int(config.use_gpu)},
+            resources_per_worker={"CPU": cpus, "GPU": int(config.use_gpu)},
+            placement_strategy="PACK" if config.use_gpu else "SPREAD",  # GPUs near each other, CPU workers on all nodes
         ),
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]
             name=_RAY,

@@ -100,6 +100,8 @@ def run_worker(task: Task, feeder: Any) -> Outcome:
         group, resume = broadcast_from_rank_zero((uuid4().hex, found))
         if resume is not None:
             hooks.say(f"resuming from {resume}")
+        if config.min_workers is not None:
+            hooks.say(f"{workers} of {config.num_workers} workers")
         model, tokenizer = build_model(config)
 
         def stream(epoch: int, first: int) -> Iterator[Batch]:

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 from tiny import save_tiny
 
+from parallelmind.data.files import file_parts, find_files
 from parallelmind.model.adapter import load_model_with_lora
+from parallelmind.storage import sha256
 
 ROOT = Path(__file__).resolve().parents[2]
 LONE, RECORDS, BRANCHES = 60, 12, 84
@@ -59,6 +62,12 @@ def train(place: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=place, env=environment(), capture_output=True, text=True, timeout=400, check=False)
 
 
+@cache
+def trained(place: Path, workers: int) -> subprocess.CompletedProcess[str]:
+    """The run of the settings as they are, named w and the number of workers."""
+    return train(place, "run.yaml", f"name=w{workers}", f"num_workers={workers}")
+
+
 def interrupted(place: Path, at: str, *arguments: str) -> str:
     """What a run says that gets Ctrl-C as soon as a line begins with `at`."""
     command = [sys.executable, "-m", "workloads.train", *arguments]
@@ -94,7 +103,7 @@ def losses(output: str) -> list[float]:
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_run_from_start_to_adapter(place: Path, workers: int) -> None:
-    done = train(place, "run.yaml", f"name=w{workers}", f"num_workers={workers}")
+    done = trained(place, workers)
     assert done.returncode == 0, done.stderr
     assert "MapBatches" not in done.stderr
     assert f"{LONE + RECORDS} records, {BRANCHES} branches, 3 malformed lines" in done.stdout
@@ -162,3 +171,32 @@ def test_ctrl_c_saves_and_the_same_command_goes_on_with_the_rest_of_the_data_on_
     folder = run_of(place, "cut")
     assert mlflow_run(place, folder).data.metrics["branches"] == 2 * BRANCHES
     assert (folder / "adapter" / "parallelmind.json").is_file()
+
+
+def points(place: Path, folder: Path) -> list[tuple[str, int, float]]:
+    """Everything that a training run logged, but for what the clock and the machine say."""
+    client, run = MlflowClient(f"sqlite:///{place}/mlflow.db"), mlflow_run(place, folder)
+    names = sorted(run.data.metrics.keys() - {"tokens_per_second", "peak_memory_gib"})
+    return [(name, at.step, at.value) for name in names for at in client.get_metric_history(run.info.run_id, name)]
+
+
+@pytest.mark.slow
+def test_many_files_go_through_ray_data_and_train_as_one_file_does_also_when_interrupted(place: Path) -> None:
+    """The batches depend on the records in their order, not on the parts that they are read in, nor on who reads them."""
+    lines = (place / "data.jsonl").read_bytes().splitlines(keepends=True)
+    parts = place / "parts"
+    parts.mkdir()
+    for first in range(0, len(lines), 9):
+        (parts / f"{first:03}.jsonl").write_bytes(b"".join(lines[first : first + 9]))
+    assert len(file_parts(find_files(str(parts)))) > 4  # fewer would be read without Ray Data
+    many = ("run.yaml", "name=many", "data_path=parts")
+    assert "stopped at step" in interrupted(place, "step 3/", *many)
+    done = train(place, *many)
+    assert done.returncode == 0, done.stderr
+    assert "resuming from" in done.stdout
+    assert re.search(r"parts/018\.jsonl:3: .*is a JSON number", done.stderr)
+    assert trained(place, 1).returncode == 0
+    one, rest = run_of(place, "w1"), run_of(place, "many")
+    assert points(place, one) == points(place, rest)
+    weights = [sha256(folder / "adapter" / "adapter_model.safetensors") for folder in (one, rest)]
+    assert weights[0] == weights[1]

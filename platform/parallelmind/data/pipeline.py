@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from parallelmind.data.tokenise import Tokenised
 
-_TASK_CPUS = 0.25  # workers hold 0.5 each, so that on two CPUs two of them still leave room to read
+_TASK_CPUS = 0.2  # workers leave 0.4 of a CPU at least, which is room for the feeder and a reader
 _PARTS_PER_READER = 16
 _FEW_PARTS = 4  # are read on the spot: starting processes for them takes longer
 _IN_FLIGHT = 256 << 20  # bytes of records between reading and batching; Ray Data would fill its whole store with them

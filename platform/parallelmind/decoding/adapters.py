@@ -42,13 +42,17 @@ class Adapters:
         version = f"{ADAPTER}-{self._loads}"
         self.model = add_adapter(self.model, self._tokenizer, folder, version)
         self._use(version if self._active == BASE else self._active)
-        before, self._versions[name] = self._versions.get(name), version
-        self._retire(before)
+        self._versions[name] = version
+        self.tidy()
         return version
 
     def unload(self, name: str) -> None:
-        """Forget a name; samples that use its adapter go on."""
-        self._retire(self._versions.pop(name) if name != BASE else None)
+        """Forget a name; samples that use its adapter go on. Raises UserError for an unknown one."""
+        if name == BASE:
+            raise UserError(f"adapter={name!r}: is the name of the model without an adapter, and stays")
+        self.version(name)
+        del self._versions[name]
+        self.tidy()
 
     def version(self, name: str | None) -> str:
         """What a sample that asks for this name gets. Raises UserError for an unknown one."""
@@ -63,7 +67,6 @@ class Adapters:
 
     def release(self, version: str) -> None:
         self._users[version] -= 1
-        self._retire(version)
 
     @contextmanager
     def active(self, version: str) -> Iterator[None]:
@@ -81,8 +84,15 @@ class Adapters:
             self.model.set_adapter(version, inference_mode=True)
         self._active = version
 
-    def _retire(self, version: str | None) -> None:
-        if version in (None, BASE, ADAPTER) or version in self._versions.values() or self._users[str(version)]:
+    def tidy(self) -> None:
+        """Take off the model what neither a name nor a sample asks for. To be called by whoever computes, in between."""
+        if not isinstance(self.model, PeftModel):
             return
-        assert isinstance(self.model, PeftModel)
-        self.model.delete_adapter(str(version))
+        needed = {ADAPTER, *self._versions.values(), *(version for version, users in self._users.items() if users)}
+        spare = [version for version in self.model.peft_config if version not in needed]
+        if len(spare) == len(self.model.peft_config):
+            spare.pop()  # peft cannot compute with a model that has lost all of its adapters
+        for version in spare:
+            if version == self._active:
+                self._use(next(known for known in self.model.peft_config if known not in spare))
+            self.model.delete_adapter(version)

@@ -61,6 +61,8 @@ def check_sample(model: Model, config: RopeConfig, asked: Asked, apart: str | No
     others = everything - int(prompts[worst] + most[worst])
     _check_context(model, config, int(starts[worst]), others, int(prompts[worst]), int(most[worst]))
     if last:
+        if not last.ids:
+            raise UserError("reduce: holds no token; give it text, or leave it out")
         check_ids(model, last.ids, [last.params])
         end = int((starts + prompts + most).max())
         _check_context(model, config, end, everything, len(last.ids), last.params.max_new_tokens)
@@ -72,6 +74,8 @@ def check_joining(
     """Raises UserError as `check_sample`, for one branch more of a sample that is going on."""
     if not ids:
         raise UserError("branches: the new one holds no token; give it text")
+    if entry.decoding.free and entry.decoding.reads_all.any():
+        raise UserError("branches: the one that reads all others has begun; begin another sample")
     _refuse_untaught(model, "one more given", apart)
     check_ids(model, ids, [params])
     others = len(entry.decoding.main) + sum(map(entry.tokens_of, range(len(entry.most))))

@@ -27,15 +27,7 @@ from parallelmind.decoding.checks import Asked, Follower, check_joining, check_s
 from parallelmind.decoding.forward import Model, Part, PoolForward
 from parallelmind.decoding.rows import RowForward
 from parallelmind.decoding.running import Reduction, Running
-from parallelmind.decoding.samples import (
-    Event,
-    Sample,
-    Text,
-    encode,
-    encode_sample,
-    end_ids,
-    settings_of,
-)
+from parallelmind.decoding.samples import Event, Sample, Text, encode, encode_sample, end_ids, settings_of
 from parallelmind.decoding.sampling import Choice, Row, SamplingParams, choose, fresh_seed
 from parallelmind.decoding.scheduler import Limits, Load, Scheduler
 from parallelmind.decoding.sequence import FinishReason
@@ -77,7 +69,7 @@ class Engine:
         self.apart = None if is_patched(model) else assess(causal_lm(model)).reason
         self.forward = RowForward(model) if self.apart else PoolForward(model)
         self.limits = limits or Limits(cache_tokens=self.forward.tokens_that_fit(self.config))
-        self.scheduler = Scheduler(self.limits)
+        self.scheduler = Scheduler(self.limits, shares=not self.apart)
         self._lock, self._turn = RLock(), RLock()  # for the samples, and for the model
         self._samples: dict[Running, _Sample] = {}
         self._numbers: dict[int, _Sample] = {}
@@ -98,7 +90,7 @@ class Engine:
             self.forward.use(self.adapters.model)
 
     def unload_adapter(self, name: str) -> None:
-        """Forget an adapter; samples that have begun with it end with it."""
+        """Forget an adapter; samples that have begun with it end with it. Raises UserError for an unknown one."""
         with self._turn, self._lock:
             self.adapters.unload(name)
 
@@ -188,11 +180,14 @@ class Engine:
             groups: dict[Any, list[Part]] = defaultdict(list)
             for entry, feed in self.scheduler.schedule():
                 groups[entry.version, entry.number if self.forward.alone else None].append((entry, feed))
-        for (version, _), parts in groups.items():
+            entered: list[Any] = [self.forward.enter(parts) for parts in groups.values()]
+        for ((version, _), parts), step in zip(groups.items(), entered, strict=True):
             with self.adapters.active(version):
-                logits = self.forward(parts)
+                logits = self.forward(step)
             with self._lock:
                 events += self._accept(parts, logits)
+        with self._lock:
+            self.adapters.tidy()
         return events
 
     def _accept(self, parts: Sequence[Part], logits: Tensor) -> list[Event]:

@@ -49,11 +49,14 @@ class PoolForward:
         """The same model, once an adapter has been put on it or taken off."""
         self.model, self._layers = model, plain_linears(model)
 
-    @torch.inference_mode()
-    def __call__(self, parts: Sequence[Part]) -> Tensor:
-        """`[sampled, vocab]` logits after the tokens that ask for them, sample by sample; all others enter the pool alone."""
+    def enter(self, parts: Sequence[Part]) -> Step:
+        """Give the tokens of these feeds their places. Nothing of the samples is looked at any more afterwards."""
         self.cache.reserve(max(entry.stored().extent for entry, _ in parts))
-        step = Step.of([(entry.decoding, feed, entry.stored()) for entry, feed in parts])
+        return Step.of([(entry.decoding, feed, entry.stored()) for entry, feed in parts])
+
+    @torch.inference_mode()
+    def __call__(self, step: Step) -> Tensor:
+        """`[sampled, vocab]` logits after the tokens that ask for them, sample by sample; all others enter the pool alone."""
         device = self.model.device
         columns = torch.from_numpy(np.stack([step.ids, step.branch, step.time, step.position, step.slots])).to(device)
         ids, branch, time, position, slots = columns
@@ -96,7 +99,7 @@ class PoolForward:
         """How many tokens the half of the memory that is free now can hold, by what one of them takes."""
         decoding = Decoding(Tokens.of([], [[0]]), config)
         entry = Running(0, "", decoding, [1], storage=Storage(Stream([0]), [Stream([1])] if decoding.free else None))
-        self([(entry, decoding.feed(1))])
+        self(self.enter([(entry, decoding.feed(1))]))
         size = self.cache.bytes_per_token()
         self.cache.reset()
         free = torch.cuda.mem_get_info()[0] if self.model.device.type == "cuda" else _free_memory()

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,6 +51,10 @@ class RowForward:
         """A number to count by: what a memory takes is the model's own affair."""
         return _TOKENS
 
+    def enter(self, parts: Sequence[Part]) -> Sequence[Part]:
+        """Nothing to prepare: each sequence keeps a memory of its own."""
+        return parts
+
     @torch.inference_mode()
     def __call__(self, parts: Sequence[Part]) -> Tensor:
         """`[sampled, vocab]` logits after the newest token of each branch that asks, sample by sample."""
@@ -59,11 +64,14 @@ class RowForward:
             for sequence in sorted(set(feed.sequence.tolist())):
                 last[sequence - 1] = self._read(memories, sequence, feed.ids[feed.sequence == sequence])
             logits += [last[branch] for branch in feed.sampled.tolist()]
+            for branch in np.flatnonzero(~entry.decoding.live).tolist():
+                self.forget(entry, branch)  # it may have ended meanwhile
         return torch.stack(logits) if logits else torch.empty(0, 1)
 
     def _read(self, memories: dict[int, Any], sequence: int, ids: Ints) -> Tensor:
         """`[vocab]` logits after the last of these tokens; the sequence's memory holds them from now on."""
-        memory = memories[sequence] if sequence in memories else deepcopy(memories.get(MAIN))
+        memory = memories.get(sequence)
+        memory = deepcopy(memories.get(MAIN)) if memory is None else memory
         # A recurrence that has begun goes on by one token: some models scan several from the beginning only.
         one_by_one = self._stateful and memory is not None
         for part in torch.from_numpy(ids)[None].to(self.model.device).split(1 if one_by_one else len(ids), dim=1):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from parallelmind.decoding.blocks import blocks_for
 from parallelmind.decoding.sequence import Decoding
 from parallelmind.decoding.step import Storage
@@ -34,24 +32,30 @@ class Running:
     reserved: list[int] = field(default_factory=list)  # blocks of the reducing branch, where it has a stream of its own
 
     def tokens_of(self, branch: int) -> int:
-        """All that a branch can ever hold, its prompt and the newest token included."""
-        return int(self.decoding.prompt_lengths[branch]) + self.most[branch]
+        """All that a branch can still come to hold, its prompt and the newest token included."""
+        state = self.decoding
+        return int(state.prompt_lengths[branch]) + self.most[branch] if state.live[branch] else int(state.lengths[branch])
 
     def trunk_tokens(self) -> int:
         """The length that the trunk can still come to: main and, unless the order is free, everything else."""
         state, after = self.decoding, self.reduction
         if state.free:
             return len(state.main)
-        going = sum(self.tokens_of(branch) for branch in np.flatnonzero(state.live).tolist())
         coming = len(after.ids) + after.most if after else 0
-        return len(state.main) + int(state.lengths[~state.live].sum()) + going + coming
+        return len(state.main) + sum(map(self.tokens_of, range(len(self.most)))) + coming
 
     def branch_tokens(self) -> list[int]:
-        """Where the order is free: the length that each branch can come to, the reducing one last."""
+        """Where the order is free: the length that each branch can come to be read at, the reducing one last."""
         if not self.decoding.free:
             return []
         after = [len(self.reduction.ids) + self.reduction.most] if self.reduction else []
-        return [self.tokens_of(branch) for branch in range(len(self.most))] + after
+        live = self.decoding.live
+        return [self.tokens_of(branch) if self.keeps_ended or live[branch] else 0 for branch in range(len(live))] + after
+
+    @property
+    def keeps_ended(self) -> bool:
+        """Where the order is free: whether anybody is to read branches that have ended."""
+        return self.reduction is not None or bool(self.decoding.reads_all.any())
 
     def blocks(self) -> int:
         """All that it can ever fill."""

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
+from reprlib import repr as short
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from parallelmind.data.encode import encode_text
 from parallelmind.decoding.forward import Model
 from parallelmind.decoding.sampling import SamplingParams
 from parallelmind.decoding.sequence import FinishReason
-from parallelmind.errors import UserError
+from parallelmind.errors import UserError, first_line
 from parallelmind.layout import Tokens
 
 Text = str | Sequence[int]
@@ -55,8 +58,13 @@ def encode_sample(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> Tokens:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: Text, first: bool) -> list[int]:
-    """`first`: whether it opens the sample."""
-    return encode_text(tokenizer, text, first) if isinstance(text, str) else list(text)
+    """`first`: whether it opens the sample. Raises UserError for what is neither text nor token ids."""
+    if isinstance(text, str):
+        return encode_text(tokenizer, text, first)
+    try:
+        return np.array([index(token) for token in text], dtype=np.int64).tolist()
+    except (TypeError, OverflowError) as error:
+        raise UserError(f"tokens={short(text)}: give text, or a list of token ids ({first_line(error)})") from error
 
 
 def end_ids(model: Model, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

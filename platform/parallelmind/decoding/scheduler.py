@@ -51,8 +51,9 @@ class Load:
 class Scheduler:
     """Samples from their arrival to their end."""
 
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
+    def __init__(self, limits: Limits, shares: bool = True) -> None:
+        """shares: whether what is computed of one sample's main can be read by others."""
+        self.limits, self._shares = limits, shares
         self.blocks = Blocks(limits.cache_tokens // BLOCK)
         self.waiting: deque[Running] = deque()
         self.running: list[Running] = []
@@ -99,14 +100,14 @@ class Scheduler:
         for entry in self.running:
             if room <= 0 and not entry.talking:
                 continue
-            before = entry.decoding.waiting
+            before = entry.decoding.prompts_fed
             feed = entry.decoding.feed(max(room, 0))
-            room -= before - entry.decoding.waiting
+            room -= entry.decoding.prompts_fed - before
             yield entry, feed
 
     def computed(self, entry: Running) -> None:
         """After the forward pass: full blocks of main may be read by others from now on."""
-        full = entry.decoding.main_fed // BLOCK
+        full = min(entry.decoding.main_fed // BLOCK, len(entry.keys))
         for place in range(entry.shared, full):
             self.blocks.share(entry.keys[place], entry.stored().trunk.blocks[place])
         entry.shared = max(entry.shared, full)
@@ -114,17 +115,17 @@ class Scheduler:
     def finish(self, entry: Running, branch: int, reason: FinishReason) -> int | None:
         """A branch has ended; what nobody can read any more is free. Returns the number of a reducing branch that begins now."""
         entry.decoding.finish(branch, reason)
-        if not entry.decoding.done:
-            self._shrink(entry, branch)
+        if entry.decoding.done and entry.reduction is None:
+            self._leave(entry)
             return None
-        if entry.reduction is not None:
-            reduction, entry.reduction = entry.reduction, None
-            if entry.storage is not None and entry.decoding.free:
-                entry.storage.grow(entry.reserved)
-            entry.most.append(reduction.most)
-            return entry.decoding.join(reduction.ids, reads_all=True)
-        self._leave(entry)
-        return None
+        self._shrink(entry, branch)
+        if not entry.decoding.done or entry.reduction is None:
+            return None
+        reduction, entry.reduction = entry.reduction, None
+        if entry.storage is not None and entry.decoding.free:
+            entry.storage.grow(entry.reserved)
+        entry.most.append(reduction.most)
+        return entry.decoding.join(reduction.ids, reads_all=True)
 
     def drop(self, entry: Running) -> None:
         """Cancel whatever of a sample still goes on, or is still to come."""
@@ -145,7 +146,7 @@ class Scheduler:
         )
 
     def _admit(self, entry: Running) -> bool:
-        entry.keys = prefix_keys(entry.decoding.main, entry.version)
+        entry.keys = prefix_keys(entry.decoding.main, entry.version) if self._shares else []
         found = self.blocks.find(entry.keys)
         trunk, branches = blocks_for(entry.trunk_tokens()), [blocks_for(tokens) for tokens in entry.branch_tokens()]
         blocks = self.blocks.take(trunk - len(found) + sum(branches))
@@ -174,9 +175,8 @@ class Scheduler:
         if not entry.decoding.free:
             self.blocks.give(entry.storage.trunk.give_up(entry.trunk_tokens()))
         elif entry.storage.branches is not None:
-            keeps = entry.reduction is not None or bool(entry.decoding.reads_all.any())
             stream = entry.storage.branches[branch]
-            self.blocks.give(stream.give_up(int(entry.decoding.lengths[branch])) if keeps else stream.give_up_all())
+            self.blocks.give(stream.give_up(entry.tokens_of(branch)) if entry.keeps_ended else stream.give_up_all())
 
     def _leave(self, entry: Running) -> None:
         if entry.storage is None:

@@ -73,6 +73,11 @@ class Decoding:
         """Prompt tokens that are still to be read."""
         return len(self.main) - self._main_fed + int(np.maximum(self.prompt_lengths - self.fed, 0)[self.live].sum())
 
+    @property
+    def prompts_fed(self) -> int:
+        """Prompt tokens that have been read, those of ended branches included."""
+        return self._main_fed + int(np.minimum(self.fed, self.prompt_lengths).sum())
+
     def skip_main(self, tokens: int) -> None:
         """The beginning of main is in the cache already."""
         self._main_fed = self._column = tokens

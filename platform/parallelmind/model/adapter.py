@@ -192,8 +192,8 @@ def _put_on(
     _refuse_dora_on_8bit(model, manifest.lora)
     settings = cast(peft.LoraConfig, peft.PeftConfig.from_pretrained(str(folder)))
     settings.base_model_name_or_path = model.name_or_path or None  # the manifest has told that it is the right one
-    for name, value in changes.items():
-        setattr(settings, name, value)
+    for field, value in changes.items():
+        setattr(settings, field, value)
     adapted = _wrap(model, settings, name)
     fill(adapted, load_file(Path(folder) / WEIGHTS), f"lora_path={folder}", name)
     return adapted

@@ -1,0 +1,69 @@
+"""Engines over a tiny model, and what their samples have said."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+from tiny import tiny_llama, tiny_tokenizer
+
+from parallelmind.config import RopeConfig
+from parallelmind.decoding.engine import Engine
+from parallelmind.decoding.samples import Event
+from parallelmind.decoding.scheduler import Limits
+from parallelmind.model.patch import patch
+
+COLUMNAR, ISOLATED = RopeConfig(visibility="columnar"), RopeConfig(visibility="isolated")
+
+
+def tiny_engine(config: RopeConfig = ISOLATED, kind: type[Engine] = Engine, **limits: int) -> Engine:
+    model = tiny_llama()
+    patch(model, config)
+    return kind(model, tiny_tokenizer(), Limits(**{"cache_tokens": 4096, **limits}))
+
+
+class Interrupted:
+    """A forward pass before whose first computation something happens, as from another thread."""
+
+    def __init__(self, forward: Any, act: Callable[[], object]) -> None:
+        self._forward, self._act = forward, act
+
+    def __call__(self, *args: Any) -> Any:
+        self._act()
+        return self._forward(*args)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._forward, name)
+
+
+def step_interrupted(engine: Engine, act: Callable[[], object]) -> list[Event]:
+    """A step in which `act` comes when the work has been chosen and nothing is computed yet."""
+    forward = engine.forward
+    engine.forward = Interrupted(forward, act)  # type: ignore[assignment]
+    events = engine.step()
+    engine.forward = forward
+    return events
+
+
+def run(engine: Engine) -> list[Event]:
+    """All that is said until nothing is left to say."""
+    events = []
+    while engine.busy:
+        events += engine.step()
+    return events
+
+
+def said(events: list[Event]) -> dict[tuple[int, int], list[int]]:
+    """The tokens of every (sample, branch)."""
+    tokens = defaultdict(list)
+    for event in events:
+        tokens[event.sample, event.branch] += [] if event.token is None else [event.token]
+    return tokens
+
+
+def answers(engine: Engine, *args: Any, **settings: Any) -> list[list[int]]:
+    """What the branches of one sample say, with nobody else about."""
+    number = engine.submit(*args, **settings)
+    tokens = said(run(engine))
+    return [tokens[sample, branch] for sample, branch in sorted(tokens) if sample == number]
