@@ -1,10 +1,10 @@
-"""Linear layers for the few tokens of a decoding step, on a CPU.
+"""Linear layers as decoding needs them on a CPU.
 
 There, a product of few rows with a large matrix takes its time from the way in which it is asked for, not from its size.
-On AVX2, `weight @ x.T` takes 0.75 of the time of `x @ weight.T` at 16 rows and 0.35 at 4, and as it is for one. Where the
+On AVX2, `weight @ x.T` takes 0.75 of the time of `x @ weight.T` at 16 rows and 0.35 at 4, and as long for one. Where the
 processor has no arithmetic of its own for half precision, torch multiplies such numbers at a quarter of the speed of
-float32: here a slice of the weight at a time becomes float32, in the processor's cache, and is multiplied as such. The
-product is summed in float32 and rounded once, as half precision hardware does.
+float32 and less: here a slice of the weight at a time becomes float32, in the processor's cache, and is multiplied as such.
+The product is summed in float32 and rounded once, as half precision hardware does.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-_MOST_ROWS = 64  # above, both ways of asking take the same time
+_FEW = range(2, 65)  # rows; above, both ways of asking take the same time
 _SLICE = 1 << 20  # numbers of a weight that become float32 together: 4 MiB
+_SLOW_HALVES = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
 
 
 class _FewRows(nn.Linear):
     """What `nn.Linear` computes, asked for the other way round."""
 
     def forward(self, input: Tensor) -> Tensor:
-        rows = input.reshape(-1, self.in_features)
-        if not 2 <= len(rows) <= _MOST_ROWS:
+        rows, half = input.reshape(-1, self.in_features), self.weight.dtype != torch.float32
+        if not (_SLOW_HALVES and len(rows) > 1 if half else len(rows) in _FEW):
             return super().forward(input)
-        half = self.weight.dtype != torch.float32
         columns = rows.float().t()
         parts = self.weight.split(max(1, _SLICE // self.in_features)) if half else (self.weight,)
         product = torch.cat([part.float() @ columns for part in parts]).t().contiguous()
