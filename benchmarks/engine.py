@@ -16,7 +16,7 @@ from benchmarks.text import tokenizer
 from parallelmind.decoding.forward import PoolForward
 
 _CONTEXTS = (256, 1024, 4096)
-_STEPS, _MOST = 12, 4096
+_STEPS, _MOST = 12, 512
 _REQUESTS, _BATCH = 32, 8
 
 

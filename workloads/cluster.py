@@ -40,7 +40,6 @@ def connect(address: str | None) -> None:
         remedy = "start it with `ray start --head`, or leave ray_address out"
         raise UserError(f"ray_address={where}: {first_line(error).rstrip('.')}; {remedy}") from error
     if where == "local":
-        atexit.register(_end)  # after Ray's own, so as to come before them
         _name_cluster(Path(os.environ["RAY_TMPDIR"]))
     quiet_data()
     logging.getLogger("ray.train").setLevel(logging.ERROR)  # warnings there are about retries
@@ -59,17 +58,17 @@ def _entering(folder: str) -> Callable[[], None]:
 def _scratch() -> str:
     """Ray's folder for this process alone. In the common one, parts of Ray would find other clusters' addresses."""
     folder = tempfile.mkdtemp(prefix="pm-")  # short: socket paths may have 107 characters
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
+    def remove() -> None:
+        ray.shutdown()
+        for process in psutil.process_iter():  # some of Ray's lock themselves up as they exit, and would stay for ever
+            with suppress(psutil.Error):
+                if process.pid != os.getpid() and process.environ().get("RAY_TMPDIR") == folder:
+                    process.kill()
+        shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
     return folder
-
-
-def _end() -> None:
-    """End the local cluster. Some of its processes lock themselves up as they exit, and would stay for ever."""
-    processes = psutil.Process().children(recursive=True)
-    ray.shutdown()
-    for process in processes:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
 
 
 def _name_cluster(folder: Path) -> None:
