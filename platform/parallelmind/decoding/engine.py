@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -69,6 +69,8 @@ class Engine:
         self.apart = None if is_patched(model) else assess(causal_lm(model)).reason
         self.forward = RowForward(model) if self.apart else PoolForward(model)
         self.limits = limits or Limits(cache_tokens=self.forward.tokens_that_fit(self.config))
+        if self.apart:  # a recurrence reads a prompt at once, or token by token
+            self.limits = replace(self.limits, step_tokens=self.limits.cache_tokens)
         self.scheduler = Scheduler(self.limits, shares=not self.apart)
         self._lock, self._turn = RLock(), RLock()  # for the samples, and for the model
         self._samples: dict[Running, _Sample] = {}

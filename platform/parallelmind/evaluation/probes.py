@@ -90,7 +90,7 @@ class Recorder(Engine):
     """
 
     def __init__(self, model: PreTrainedModel, main: list[int]) -> None:
-        super().__init__(model, tiny_tokenizer(), Limits(cache_tokens=512, step_tokens=5))
+        super().__init__(model, tiny_tokenizer(), Limits(cache_tokens=512))
         self.seen: list[list[Tensor]] = [[] for _ in BRANCHES]
         lengths = [{"max_new_tokens": _MOST - branch} for branch in range(len(BRANCHES))]
         number = self.submit(Sample(main, BRANCHES), per_branch=lengths, ignore_eos=True)

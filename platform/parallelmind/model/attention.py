@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -69,7 +69,17 @@ def _attend(
     return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
 
 
+def _attend_in_blocks(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | BlockMask | None, **settings: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The same for a model that is set to FlexAttention."""
+    if isinstance(attention_mask, Reading):
+        return _attend(module, query, key, value, attention_mask, **settings)
+    return flex_attention_forward(module, query, key, value, cast(BlockMask, attention_mask), **settings)
+
+
 AttentionInterface.register("sdpa", _attend)
+AttentionInterface.register(FLEX, _attend_in_blocks)
 
 
 def bucket(length: int) -> int:
@@ -103,11 +113,11 @@ def _fits_device(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def hands_over_masks(model: PreTrainedModel) -> bool:
-    """Whether every layer hands mask, queries and keys as they are to the attention that the model is set to, and sdpa is it."""
+    """Whether every layer hands mask, queries and keys as they are to the attention that the model is set to, sdpa or flex."""
     modules = text_modules(model).values()
     layers = [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
     return (
-        str(model.config._attn_implementation) == "sdpa"
+        str(model.config._attn_implementation) in ("sdpa", FLEX)
         and all(module._supports_flex_attn for module in modules if isinstance(module, PreTrainedModel))
         and len(layers) > 0
         and all(_interface(layer) is ALL_ATTENTION_FUNCTIONS for layer in layers)

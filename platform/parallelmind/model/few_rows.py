@@ -24,12 +24,14 @@ class _FewRows(nn.Linear):
     """What `nn.Linear` computes, asked for the other way round."""
 
     def forward(self, input: Tensor) -> Tensor:
-        rows, half = input.reshape(-1, self.in_features), self.weight.dtype != torch.float32
+        rows, half = input.reshape(-1, self.in_features), self.weight.dtype in (torch.bfloat16, torch.float16)
         if not (_SLOW_HALVES and len(rows) > 1 if half else len(rows) in _FEW):
             return super().forward(input)
-        columns = rows.float().t()
-        parts = self.weight.split(max(1, _SLICE // self.in_features)) if half else (self.weight,)
-        product = torch.cat([part.float() @ columns for part in parts]).t().contiguous()
+        if half:
+            parts, columns = self.weight.split(max(1, _SLICE // self.in_features)), rows.float().t()
+            product = torch.cat([part.float() @ columns for part in parts]).t().contiguous()
+        else:
+            product = (self.weight @ rows.t()).t().contiguous()
         if self.bias is not None:
             product = product + self.bias
         return product.to(input.dtype).reshape(*input.shape[:-1], self.out_features)
