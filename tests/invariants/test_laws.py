@@ -8,13 +8,14 @@ from families import FAMILIES, VARIANTS, model_class, variant
 from tiny import tiny_llama
 from torch import nn
 
+from parallelmind import visibility
 from parallelmind.config import RopeConfig
 from parallelmind.errors import UserError
 from parallelmind.evaluation.laws import EVERY_SETTING, LAWS, cached
 from parallelmind.evaluation.probes import BRANCHES, MAIN, LawBroken, agree, patched, sample_logits
 from parallelmind.evaluation.support import attentions
 from parallelmind.evaluation.tiny import WINDOW
-from parallelmind.model import mask, rope2d, rotary
+from parallelmind.model import rope2d, rotary
 from parallelmind.model.patch import patch, rope_config, unpatch
 from parallelmind.model.rope2d import BRANCH, TIME
 from parallelmind.model.support import assess
@@ -105,7 +106,7 @@ def test_a_wrong_column_map_is_noticed(monkeypatch):
 
 @pytest.mark.parametrize("name", ["windows in every layer", "windows beside full attention", "layer types", "complex"])
 def test_a_forgotten_window_is_noticed(monkeypatch, name):
-    monkeypatch.setattr(mask.Reach, "near", lambda *args: None)
+    monkeypatch.setattr(visibility.Reach, "near", lambda *args: None)
     assert broken("base", name)
 
 
@@ -114,7 +115,7 @@ def test_a_window_in_storage_order_is_noticed(monkeypatch):
         place = torch.arange(k_time.shape[-1])
         return place[-q_time.shape[-2] :, None] - place < reach.window
 
-    monkeypatch.setattr(mask.Reach, "near", near)
+    monkeypatch.setattr(visibility.Reach, "near", near)
     assert broken("alone", "windows in every layer")
 
 
@@ -133,7 +134,7 @@ def test_a_woken_trigger_is_noticed(monkeypatch, name):
 
 
 def test_a_leak_between_branches_is_noticed(monkeypatch):
-    monkeypatch.setitem(mask.RULES, "isolated", mask.columnar)
+    monkeypatch.setitem(visibility.RULES, "isolated", visibility.columnar)
     assert broken("siblings", "shared")
     assert broken("alone", "shared")
 
