@@ -65,7 +65,7 @@ class Stream:
     @property
     def extent(self) -> int:
         """The pool must have so many slots to hold it at its longest."""
-        return int(self._slots.max(initial=-1)) + 1
+        return BLOCK * (max(self.blocks, default=-1) + 1)
 
     @property
     def slots(self) -> Ints:

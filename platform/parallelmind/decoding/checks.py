@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from parallelmind.config import RopeConfig
+from parallelmind.decoding.blocks import BLOCK
 from parallelmind.decoding.forward import Model
 from parallelmind.decoding.running import Running
+from parallelmind.decoding.samples import Sample, Text, encode, encode_sample, settings_of
 from parallelmind.decoding.sampling import SamplingParams
+from parallelmind.decoding.scheduler import Limits
 from parallelmind.errors import UserError
 from parallelmind.layout import Tokens, start_times
 from parallelmind.model.patch import is_patched
@@ -32,6 +36,28 @@ class Asked:
     tokens: Tokens
     params: list[SamplingParams]
     last: Follower | None = None
+
+    @classmethod
+    def of(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        sample: Sample,
+        per_branch: Sequence[dict[str, Any]] | None,
+        reduce: Text | None,
+        sampling: dict[str, Any],
+    ) -> Self:
+        """Raises UserError for a bad setting, and for an empty branch."""
+        tokens = encode_sample(tokenizer, sample)
+        params = settings_of(sampling, per_branch, tokens.branches)
+        last = None if reduce is None else Follower(encode(tokenizer, reduce, first=False), SamplingParams.of(sampling))
+        return cls(tokens, params, last)
+
+    def limits(self) -> Limits:
+        """Of a cache that holds this sample and no more."""
+        streams = [(len(self.tokens.ids), sum(each.max_new_tokens for each in self.params))]
+        streams += [(len(self.last.ids), self.last.params.max_new_tokens)] if self.last else []
+        branches = self.tokens.branches + (self.last is not None)
+        return Limits(cache_tokens=sum(map(sum, streams)) + BLOCK * (branches + 1), max_branches=branches)
 
 
 def check_ids(model: Model, ids: Sequence[int], params: Sequence[SamplingParams]) -> None:

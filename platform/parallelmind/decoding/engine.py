@@ -27,7 +27,7 @@ from parallelmind.decoding.checks import Asked, Follower, check_joining, check_s
 from parallelmind.decoding.forward import Model, Part, PoolForward
 from parallelmind.decoding.rows import RowForward
 from parallelmind.decoding.running import Reduction, Running
-from parallelmind.decoding.samples import Event, Sample, Text, encode, encode_sample, end_ids, settings_of
+from parallelmind.decoding.samples import Event, Sample, Text, encode, end_ids
 from parallelmind.decoding.sampling import Choice, Row, SamplingParams, choose, fresh_seed
 from parallelmind.decoding.scheduler import Limits, Load, Scheduler
 from parallelmind.decoding.sequence import FinishReason
@@ -122,10 +122,10 @@ class Engine:
         `adapters.load` has named. Raises UserError, before any computing, for a bad setting, an empty branch, several
         branches on an unpatched model, and what the model's context or the engine's cache cannot hold.
         """
-        tokens = encode_sample(self.tokenizer, sample)
-        params = settings_of(sampling, per_branch, tokens.branches)
-        last = None if reduce is None else Follower(encode(self.tokenizer, reduce, first=False), SamplingParams.of(sampling))
-        asked = Asked(tokens, params, last)
+        return self.enqueue(Asked.of(self.tokenizer, sample, per_branch, reduce, sampling), adapter)
+
+    def enqueue(self, asked: Asked, adapter: str | None = None) -> int:
+        """`submit` for what has been put in tokens already."""
         check_sample(self.model, self.config, asked, self.apart)
         with self._lock:
             return self._queue(asked, self.adapters.version(adapter))

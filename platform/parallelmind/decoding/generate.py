@@ -8,12 +8,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from parallelmind.decoding.blocks import BLOCK
+from parallelmind.decoding.checks import Asked
 from parallelmind.decoding.engine import Engine
 from parallelmind.decoding.forward import Model
-from parallelmind.decoding.samples import Event, Sample, Text, encode, encode_sample, settings_of
-from parallelmind.decoding.sampling import SamplingParams
-from parallelmind.decoding.scheduler import Limits
+from parallelmind.decoding.samples import Event, Sample, Text
 from parallelmind.errors import Notice
 from parallelmind.model.structure import causal_lm
 
@@ -35,12 +33,13 @@ def stream(
     context cannot hold. A model that no patch can teach parallel branches decodes them isolated, one row each, and a
     warning says so. Closing the iterator early ends the work.
     """
-    engine = Engine(model, tokenizer, _room_for(tokenizer, sample, per_branch, reduce, sampling))
+    asked = Asked.of(tokenizer, sample, per_branch, reduce, sampling)
+    engine = Engine(model, tokenizer, asked.limits())
     if engine.apart and len(sample.branches) > 1:
         kind = causal_lm(model).config.model_type
         said = f"{kind} {engine.apart}; its branches are decoded isolated, each in a row of its own"
         warnings.warn(said, Notice, stacklevel=2)
-    engine.submit(sample, per_branch=per_branch, reduce=reduce, **sampling)
+    engine.enqueue(asked)
     return _events(engine)
 
 
@@ -60,19 +59,3 @@ def generate_text(model: Model, tokenizer: PreTrainedTokenizerBase, text: Text, 
 def _events(engine: Engine) -> Iterator[Event]:
     while engine.busy:
         yield from engine.step()
-
-
-def _room_for(
-    tokenizer: PreTrainedTokenizerBase,
-    sample: Sample,
-    per_branch: Sequence[dict[str, Any]] | None,
-    reduce: Text | None,
-    sampling: dict[str, Any],
-) -> Limits:
-    """A cache that holds this sample and no more: the model's context is the only limit."""
-    tokens = encode_sample(tokenizer, sample)
-    params = settings_of(sampling, per_branch, tokens.branches)
-    count, room = tokens.branches, len(tokens.ids) + sum(each.max_new_tokens for each in params)
-    if reduce is not None:
-        count, room = count + 1, room + len(encode(tokenizer, reduce, first=False)) + SamplingParams.of(sampling).max_new_tokens
-    return Limits(cache_tokens=room + BLOCK * (count + 1), max_branches=count)

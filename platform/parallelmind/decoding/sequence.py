@@ -58,29 +58,25 @@ class Decoding:
         self.finish_reasons: list[FinishReason | None] = [None] * len(self.lengths)
         self._ids = np.zeros((len(self.lengths), 2 * int(self.lengths.max())), dtype=np.int64)
         self._ids[np.arange(self._ids.shape[1]) < self.lengths[:, None]] = tokens.ids[len(self.main) :]
-        self._main_fed = self._column = 0  # _column: of the next token to feed, where they go in by columns
+        self.main_fed = self._column = 0  # tokens of main; the next column to feed, where tokens go in by columns
 
     @property
     def done(self) -> bool:
         return not self.live.any()
 
     @property
-    def main_fed(self) -> int:
-        return self._main_fed
-
-    @property
     def waiting(self) -> int:
         """Prompt tokens that are still to be read."""
-        return len(self.main) - self._main_fed + int(np.maximum(self.prompt_lengths - self.fed, 0)[self.live].sum())
+        return len(self.main) - self.main_fed + int(np.maximum(self.prompt_lengths - self.fed, 0)[self.live].sum())
 
     @property
     def prompts_fed(self) -> int:
         """Prompt tokens that have been read, those of ended branches included."""
-        return self._main_fed + int(np.minimum(self.fed, self.prompt_lengths).sum())
+        return self.main_fed + int(np.minimum(self.fed, self.prompt_lengths).sum())
 
     def skip_main(self, tokens: int) -> None:
         """The beginning of main is in the cache already."""
-        self._main_fed = self._column = tokens
+        self.main_fed = self._column = tokens
 
     def join(self, ids: Sequence[int], reads_all: bool = False) -> int:
         """Add a branch; returns its number. It begins where alignment puts it, in the next column, or after what it reads."""
@@ -107,7 +103,7 @@ class Decoding:
         Newest tokens of branches that are already talking go in, however many they are.
         """
         begin, count = self.fed, self._free_counts(room) if self.free else self._column_counts(room)
-        main = np.arange(self._main_fed, self._main_fed + self._main_counts(room))
+        main = np.arange(self.main_fed, self.main_fed + self._main_counts(room))
         branches = np.repeat(np.arange(len(count)), count)
         index = np.arange(len(branches)) + np.repeat(begin - np.cumsum(count) + count, count)
         sequence = np.concatenate([np.zeros_like(main), branches + 1])
@@ -117,8 +113,8 @@ class Decoding:
         if not self.free:
             order = np.lexsort((sequence, time))
             sequence, time, ids, asks = sequence[order], time[order], ids[order], asks[order]
-        flat = self._main_fed + int(self.fed.sum())  # tokens before these
-        self._main_fed += len(main)
+        flat = self.main_fed + int(self.fed.sum())  # tokens before these
+        self.main_fed += len(main)
         self.fed = begin + count
         rows = np.flatnonzero(asks)
         return Feed(
@@ -132,15 +128,15 @@ class Decoding:
         )
 
     def _main_counts(self, room: int) -> int:
-        left = len(self.main) - self._main_fed
-        return min(left, room) if self.free else min(left, max(self._column - self._main_fed, 0))
+        left = len(self.main) - self.main_fed
+        return min(left, room) if self.free else min(left, max(self._column - self.main_fed, 0))
 
     def _free_counts(self, room: int) -> Ints:
         """`[branches]` tokens of each branch to feed, where the order is free: newest ones, and prompts one after another."""
         left = self.lengths - self.fed
         # Nobody will read the end of a branch that has ended, unless somebody reads them all.
         left[~self.live & ~(self.reads_all & self.live).any()] = 0
-        room -= len(self.main) - self._main_fed
+        room -= len(self.main) - self.main_fed
         prompts = np.where(self.fed < self.prompt_lengths, left, 0)
         before = np.cumsum(prompts) - prompts
         return np.where(prompts > 0, np.clip(room - before, 0, prompts), left) if room >= 0 else np.zeros_like(left)

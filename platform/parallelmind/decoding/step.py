@@ -117,15 +117,14 @@ class Storage:
         """What the tokens that have just been entered read; `start`: index of the first of them in the step."""
         queries, rule = np.arange(len(places.slots)), decoding.config.visibility
         wide = np.append(False, decoding.reads_all)[places.sequence]
-        everything = Places.of([self.trunk, *(self.branches or [])])
-        found = []
+        found, narrow = [], queries[~wide]
         if wide.any():
+            everything = Places.of([self.trunk, *(self.branches or [])])
             found.append(_stretch(queries[wide], places, everything, "columnar", start))
-        if self.branches is None:
-            return [*found, *([] if wide.all() else [_stretch(queries[~wide], places, everything, rule, start)])]
-        narrow = queries[~wide]
         if self.trunk.length and len(narrow):
             found.append(_stretch(narrow, places, Places.of([self.trunk]), rule, start))
+        if self.branches is None:
+            return found
         for sequence, index in _runs(places.sequence):
             if sequence != MAIN and not decoding.reads_all[sequence - 1]:
                 keys = Places.of([self.branches[sequence - 1]])

@@ -7,6 +7,7 @@ switched on the model, so layers that the backward pass recomputes, decoding and
 from __future__ import annotations
 
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
@@ -38,7 +39,7 @@ _SHARED_MEMORY = 160 * 1024  # bytes that its default tiles take: A100 and the H
 torch._dynamo.config.recompile_limit = 64
 
 
-class Reading(BlockMask):
+class Reading(BlockMask, ABC):
     """A mask that knows better how to read keys and values than any kernel: it attends by itself.
 
     A BlockMask by name only, which is what models hand to their attention as it is.
@@ -51,9 +52,9 @@ class Reading(BlockMask):
     def shape(self) -> tuple[int, ...]:
         return 1, 1, self._queries, self._queries
 
+    @abstractmethod
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """`[1, tokens, heads, dim]` of queries `[1, heads, tokens, dim]`; key and value are what the cache has returned."""
-        raise NotImplementedError
 
 
 def _attend(
