@@ -46,7 +46,7 @@ chaos: setup ## every fault test: processes of real runs are killed
 demo: setup model ## train a small adapter and decode with it
 	@$(PY) -m workloads.demo
 
-serve: setup ## serve the newest demo adapter on 127.0.0.1:8000; ADAPTER=folder and PORT=number choose others
+serve: setup ## serve the newest demo adapter at http://127.0.0.1:8000; ADAPTER=folder and PORT=number choose others
 	@test -n "$(ADAPTER)" || { echo "ADAPTER: there is no runs/demo-*/adapter; run make demo first, or give ADAPTER=folder" >&2; exit 1; }
 	@$(PY) -m serving lora_path="$(ADAPTER)" port="$(PORT)"
 

@@ -1,7 +1,9 @@
-"""Serve an adapter on this machine, for this machine: HTTP on 127.0.0.1, until Ctrl-C.
+"""Serve a model and its adapters on this machine, for this machine: HTTP on 127.0.0.1, until Ctrl-C.
 
-python -m serving lora_path=runs/NAME/adapter port=8000
-python -m serving base_model=smollm2-135m
+    python -m serving lora_path=runs/NAME/adapter port=8000
+    python -m serving base_model=smollm2-135m rope_2d_ratio=0 visibility=isolated max_replicas=2
+
+A page to try it is at /, an OpenAI-compatible interface under /v1, Prometheus' metrics at /metrics.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ import logging
 import re
 import signal
 import socket
-import sys
 from contextlib import redirect_stderr
 from io import StringIO
 from typing import Any
@@ -23,6 +24,7 @@ import ray
 from pydantic import Field
 from ray import serve
 
+from parallelmind import cli
 from parallelmind.errors import UserError
 from serving.app import build
 from serving.settings import AppConfig
@@ -38,10 +40,9 @@ class ServerConfig(AppConfig):
 
 def main(argv: list[str]) -> None:
     """Serve until interrupted. Raises UserError for bad fields, a taken port and what cannot be loaded."""
-    if any(item in ("-h", "--help", "help") for item in argv):
-        print(f"{(__doc__ or '').strip()}\n\nFields (key=value):\n{_field_help()}")
-        return
-    config = ServerConfig.of(dict(map(_split, argv)))
+    if cli.wants_help(argv):
+        return cli.print_help(__doc__ or "", ServerConfig)
+    config = cli.parse(ServerConfig, argv)
     _require_free(config.port)
     if config.lora_path:
         _require_adapter(config.lora_path)
@@ -55,13 +56,14 @@ def main(argv: list[str]) -> None:
         _on_stop(signal.SIG_IGN)  # a second Ctrl-C would leave half of Ray behind
         with redirect_stderr(StringIO()):  # Serve's controller complains that its cluster is going
             ray.shutdown()  # the cluster is ours alone, so Serve goes with it
+    return None
 
 
 def _start(config: ServerConfig) -> None:
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     ray.init("local", include_dashboard=False, logging_level=logging.WARNING)
     _on_stop(signal.default_int_handler)  # not before Ray, which puts a handler of its own there
-    quiet = {"log_level": "WARNING", "enable_access_log": False}
+    quiet = {"log_level": "ERROR", "enable_access_log": False}
     serve.start(http_options={"host": HOST, "port": config.port}, logging_config=quiet)
     fields = {name: getattr(config, name) for name in AppConfig.model_fields}
     try:
@@ -78,13 +80,6 @@ def _on_stop(handler: Any) -> None:
     """Ctrl-C, also where a shell has put it out of action for background jobs, and `kill`."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
-
-
-def _split(item: str) -> tuple[str, str]:
-    key, equals, value = item.removeprefix("--").partition("=")
-    if not equals:
-        raise UserError(f"{item}: not understood; write key=value, and --help lists the fields")
-    return key, value
 
 
 def _require_free(port: int) -> None:
@@ -110,21 +105,12 @@ def _greeting(config: ServerConfig) -> str:
         "max_tokens": 16,
         "temperature": 0,
     }
-    url = f"http://{HOST}:{config.port}/v1"
+    url = f"http://{HOST}:{config.port}"
     return (
-        f"serving {config.name} at {url} (Ctrl-C ends it). Two branches of one sample:\n"
-        f"  curl {url}/completions -H 'content-type: application/json' -d '{json.dumps(body)}'"
+        f"serving {config.name} at {url}/v1, with a page to try it at {url} (Ctrl-C ends it). Two branches of one sample:\n"
+        f"  curl {url}/v1/completions -H 'content-type: application/json' -d '{json.dumps(body)}'"
     )
 
 
-def _field_help() -> str:
-    fields = ServerConfig.model_fields.items()
-    return "\n".join(f"  {name:18} {field.description} (default: {field.default})" for name, field in fields)
-
-
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
+    cli.run(main)

@@ -1,70 +1,54 @@
-"""The application, one engine behind an HTTP front: `serve run --address local serving.app:build lora_path=…`.
+"""The application, engines behind an HTTP front: `serve run --address local serving.app:build lora_path=…`.
 
 Without an address `serve run` joins whatever cluster this machine has last started. `python -m serving` never does.
 """
 
-# Serve copies the routes by value as soon as it sees them. So their annotations are real objects here (names in text would
-# mean nothing to FastAPI in a replica), and their helpers lie in other modules.
+from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from fastapi import FastAPI
-from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray import serve
 from ray.serve import Application
-from ray.serve.handle import DeploymentHandle
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
-from serving.answer import resumed, server_sent, whole
-from serving.engine import Engine, Refusal
-from serving.errors import RequestError, install, refusal
-from serving.ports import keep_on_node_address
-from serving.schema import CompletionRequest, ModelCard, ModelList, Problem
+from serving.engine import EngineReplica
+from serving.front import Front
+from serving.scaling import ByBranches
 from serving.settings import AppConfig
 
-# Requests that wait for the engine are open ones; Serve's own limit of 5 would keep /health waiting behind them.
-_OPEN_REQUESTS = 256
+# How many requests may be open is the gate's business, which answers in OpenAI's shape; Serve's own limits must not come first.
+_NO_LIMIT = 100_000
+# A frozen process is replaced after about three of these.
+_HEALTH: dict[str, Any] = {"health_check_period_s": 1.0, "health_check_timeout_s": 4.0}
+_LEAVE_S = 20.0  # for the samples of an engine that is to leave; after that they move to another
+_DRAIN_S = 300.0  # for the requests of a front that is to leave; they cannot move
 
-api = FastAPI(title="parallelmind", docs_url=None, redoc_url=None)  # the docs pages load scripts from elsewhere
-install(api)
 
-
-def build(args: dict[str, str]) -> Application:
+def build(args: Mapping[str, Any]) -> Application:
     """The application for these fields of `AppConfig`. Raises UserError for an unknown one and for nothing to serve."""
     config = AppConfig.of(args)
-    engine = serve.deployment(max_ongoing_requests=_OPEN_REQUESTS)(Engine)
-    front = serve.deployment(max_ongoing_requests=_OPEN_REQUESTS, ray_actor_options={"num_cpus": 0.1})(Front)
-    return front.bind(engine.bind(config), config.name)
+    engine = serve.deployment(
+        max_ongoing_requests=_NO_LIMIT,
+        autoscaling_config=_scaling(config),
+        graceful_shutdown_timeout_s=_LEAVE_S,
+        ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
+        **_HEALTH,
+    )(EngineReplica)
+    front = serve.deployment(
+        max_ongoing_requests=_NO_LIMIT, graceful_shutdown_timeout_s=_DRAIN_S, ray_actor_options={"num_cpus": 0.1}, **_HEALTH
+    )(serve.ingress()(Front))
+    return front.bind(engine.bind(config), config)
 
 
-@serve.ingress(api)
-class Front:
-    """Speaks HTTP and OpenAI's shapes; holds no model."""
-
-    def __init__(self, engine: DeploymentHandle, name: str) -> None:
-        keep_on_node_address()
-        self._engine = engine.options(stream=True)
-        self._card = ModelCard(id=name)
-
-    @api.get("/health")
-    def health(self) -> dict[str, str]:
-        """Whether requests are taken. That the engine lives is Serve's own concern: it checks and replaces it."""
-        return {"status": "ok"}
-
-    @api.get("/v1/models")
-    def models(self) -> ModelList:
-        return ModelList(data=[self._card])
-
-    @api.post("/v1/completions", response_model=None)
-    async def completions(self, request: CompletionRequest) -> Response:
-        """Continue one prompt, or several as the branches of one sample."""
-        if request.model != self._card.id:
-            message = f"model={request.model!r}: not served here; use {self._card.id!r}"
-            raise RequestError(404, Problem(message=message, param="model", code="model_not_found"))
-        steps: Any = self._engine.decode.remote("", request.prompt, request.sampling())
-        first = await anext(steps)  # before any answer: a refusal must not become a 200
-        if isinstance(first, Refusal):
-            raise refusal(first.message)
-        all_steps = resumed(first, steps)
-        if request.stream:
-            return StreamingResponse(server_sent(request, all_steps), media_type="text/event-stream")
-        return JSONResponse((await whole(request, all_steps)).model_dump())
+def _scaling(config: AppConfig) -> AutoscalingConfig:
+    return AutoscalingConfig(
+        min_replicas=config.min_replicas,
+        initial_replicas=config.min_replicas,
+        max_replicas=config.max_replicas,
+        upscale_delay_s=min(2.0, config.idle_s),
+        downscale_delay_s=config.idle_s,
+        metrics_interval_s=1.0,
+        look_back_period_s=3.0,
+        policy=AutoscalingPolicy(policy_function=ByBranches, policy_kwargs={"branches_per_replica": config.branches_per_replica}),
+    )

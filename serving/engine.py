@@ -1,104 +1,103 @@
-"""Holds the model and decodes one sample at a time. Knows no Ray: the application turns it into a deployment."""
+"""The deployment that holds the model: one decoding engine, whose steps are shared by all requests."""
 
 from __future__ import annotations
 
-import asyncio
-import threading
+import os
 from collections.abc import AsyncIterator
-from typing import Any, NamedTuple
 
-import parallelmind as pm  # loads torch on use only: the ingress imports this module too, and needs none
+from ray import serve
+
+import parallelmind as pm
+from parallelmind.decoding.sampling import SamplingParams
+from parallelmind.decoding.scheduler import Limits
+from parallelmind.errors import Overloaded
+from serving.adapters import Shelf
+from serving.log import set_up
+from serving.meters import EngineMeters, Family
 from serving.ports import keep_on_node_address
 from serving.settings import AppConfig
+from serving.stepper import Stepper
+from serving.work import Begun, Packed, Refusal, Step, Work, packed
 
 
-class Piece(NamedTuple):
-    """What one decoded token adds to one branch; finish_reason is set on a branch's last."""
-
-    branch: int
-    text: str
-    finish_reason: str | None
-
-
-class Step(NamedTuple):
-    """The pieces that have come since the last step, and the length of the whole prompt in tokens."""
-
-    prompt_tokens: int
-    pieces: list[Piece]
-
-
-class Refusal(NamedTuple):
-    """Why a sample is not decoded. A value and no exception: Serve would log each one's traceback as a failure."""
-
-    message: str
-
-
-class Engine:
-    """One model behind one lock: the branches of a sample share each forward pass, samples take turns."""
+class EngineReplica:
+    """Decodes samples for whoever asks; closing an iterator, or the death of who reads it, ends its sample."""
 
     def __init__(self, config: AppConfig) -> None:
         import torch
 
         keep_on_node_address()
+        set_up(config.log_level)
         torch.seed()  # torch's own first seed is fixed: requests without a seed would repeat after every restart
-        self._model, self._tokenizer = config.load()
-        self._turn = asyncio.Lock()
+        model, tokenizer = config.load()
+        limits = Limits(cache_tokens=config.cache_tokens) if config.cache_tokens else None
+        self._engine = pm.Engine(model, tokenizer, limits)
+        self._shelf = Shelf(self._engine, config)
+        self._meters = EngineMeters(self._engine.load, self._shelf.loaded)
+        threads = config.num_threads or max(1, (os.cpu_count() or 1) // config.max_replicas)
+        self._stepper = Stepper(self._engine, self._meters.stepped, config.stuck_s, threads)
+        self._numbers: dict[str, int] = {}
+        self._name = serve.get_replica_context().replica_id.unique_id
 
-    async def decode(self, main: str, branches: list[str], sampling: dict[str, Any]) -> AsyncIterator[Step | Refusal]:
-        """Continue every branch. Closing the iterator, or cancelling the task that reads it, ends the decoding.
-
-        sampling: fields of `pm.SamplingParams`. What `pm.stream` raises a UserError for is a lone Refusal here.
-        """
-        async with self._turn:
-            decoding = _Decoding(self._model, self._tokenizer, pm.Sample(main, branches), sampling)
-            work = asyncio.ensure_future(asyncio.to_thread(decoding.run))
-            try:
-                while pieces := await decoding.arrived():
-                    yield Step(decoding.prompt_tokens, pieces)
-                await work  # raises what the thread has raised
-            except pm.UserError as error:
-                yield Refusal(str(error))
-            finally:
-                decoding.stop()
-                await asyncio.wait([work])  # the next sample's turn comes when the model is free: one forward pass at most
-
-
-class _Decoding:
-    """One sample on its way: a thread decodes and the event loop collects, so that it is free for other requests."""
-
-    def __init__(self, model: Any, tokenizer: Any, sample: pm.Sample, sampling: dict[str, Any]) -> None:
-        self.prompt_tokens = 0
-        self._given = (model, tokenizer, sample)
-        self._sampling = sampling
-        self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[Piece | None] = asyncio.Queue()
-        self._stopped = threading.Event()
-
-    def run(self) -> None:
-        """The thread's part."""
-        from parallelmind.decoding.samples import encode_sample
-
-        _, tokenizer, sample = self._given
+    async def decode(self, work: Work) -> AsyncIterator[Packed | Refusal]:
+        """What is added to a sample, step by step; first how its branches begin. A Refusal is all there is of a wrong one."""
         try:
-            self.prompt_tokens = len(encode_sample(tokenizer, sample).ids)
-            for event in pm.stream(*self._given, **self._sampling):
-                self._put(Piece(event.branch, event.text, event.finish_reason))
-                if self._stopped.is_set():
-                    break
+            number = self._stepper.begin(work, await self._shelf.ready(work.model))
+        except pm.UserError as error:
+            yield Refusal(str(error), 429 if isinstance(error, Overloaded) else 400)
+            return
+        self._numbers[work.id] = number
+        try:
+            yield packed(Step([], self._begun(number, work)))
+            while (step := await self._stepper.next(number)) is not None:
+                yield packed(step)
         finally:
-            self._put(None)
+            del self._numbers[work.id]
+            self._stepper.drop(number)
 
-    def stop(self) -> None:
-        self._stopped.set()
+    def _begun(self, number: int, work: Work) -> list[Begun]:
+        tokens = work.asked.tokens
+        ends = tokens.lengths.cumsum()
+        prompts = [tokens.ids[end - length : end].tolist() for end, length in zip(ends, tokens.lengths, strict=True)][1:]
+        places = self._engine.places(number)[: len(prompts)]
+        return [Begun(branch, *given) for branch, given in enumerate(zip(prompts, work.asked.params, places, strict=True))]
 
-    async def arrived(self) -> list[Piece]:
-        """Waits for a piece and takes along what else is there: one message per step, not per token. Empty at the end."""
-        items = [await self._queue.get()]
-        while not self._queue.empty():
-            items.append(self._queue.get_nowait())
-        if items[-1] is None and len(items) > 1:
-            self._queue.put_nowait(None)  # for the next call
-        return [item for item in items if item is not None]
+    async def join(self, sample: str, ids: list[int], params: SamplingParams) -> int | Refusal | None:
+        """Add a branch; returns its number, and None if the sample is not here."""
+        number = self._numbers.get(sample)
+        if number is None:
+            return None
+        try:
+            branch = self._engine.join(number, ids, **{name: getattr(params, name) for name in params.__slots__})
+        except pm.UserError as error:
+            return Refusal(str(error), 429 if isinstance(error, Overloaded) else 400)
+        self._stepper.tell_begun(number, Begun(branch, ids, params, self._engine.places(number)[branch]))
+        return branch
 
-    def _put(self, item: Piece | None) -> None:
-        self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
+    async def cancel(self, sample: str, branch: int | None) -> bool:
+        """End a sample or one of its branches; says whether the sample is here."""
+        number = self._numbers.get(sample)
+        if number is not None:
+            self._stepper.cancel(number, branch)
+        return number is not None
+
+    async def alive(self) -> None:
+        """Raises Stuck if the engine computes no more."""
+        self._stepper.check()
+
+    def __del__(self) -> None:
+        """Serve calls this once the last request has ended."""
+        self._stepper.stop()
+
+    async def check_health(self) -> None:
+        """Serve asks now and then, and replaces a replica that raises or does not answer."""
+        self._stepper.check()
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What the number of replicas follows, see `serving.scaling`."""
+        load = self._engine.load()
+        return {"live_branches": load.live_branches, "waiting_branches": load.waiting_branches}
+
+    async def meters(self) -> tuple[str, list[Family]]:
+        """This process' name, and its meters."""
+        return self._name, self._meters.families()

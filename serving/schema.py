@@ -1,4 +1,7 @@
-"""OpenAI's shapes, as far as they are served. Ranges of sampling settings are `pm.SamplingParams`' business alone."""
+"""Bodies of requests and answers in OpenAI's shapes, as far as they are served.
+
+Ranges of sampling settings are `pm.SamplingParams`' business alone, and so are their messages.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,40 @@ import time
 import uuid
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 
 def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-Texts = Annotated[list[str], BeforeValidator(_listed, json_schema_input_type=str | list[str])]
+def _prompts(value: Any) -> Any:
+    """OpenAI's four forms as one: a text, texts, token ids, lists of token ids."""
+    one = isinstance(value, str) or (isinstance(value, list) and value and all(type(item) is int for item in value))
+    return [value] if one else value
+
+
+def _by_id(value: Any) -> Any:
+    """JSON has no other keys than texts."""
+    if not isinstance(value, dict) or not all(isinstance(key, str) and key.isascii() and key.isdigit() for key in value):
+        return value
+    return {int(key): bias for key, bias in value.items()}
+
+
+LogitBias = Annotated[dict[int, float], BeforeValidator(_by_id, json_schema_input_type=dict[str, float])]
+
+
+def _encodable(value: str) -> str:
+    """JSON can spell half a character, which is none."""
+    if any("\ud800" <= char <= "\udfff" for char in value):
+        raise ValueError("holds half a character (a lone surrogate); send whole ones")
+    return value
+
+
+Str = Annotated[str, AfterValidator(_encodable)]
+Text = Str | list[int]
+Texts = Annotated[list[Str], BeforeValidator(_listed, json_schema_input_type=str | list[str])]
+Prompts = Annotated[list[Text], BeforeValidator(_prompts, json_schema_input_type=Text | list[Text])]
 
 
 class Request(BaseModel):
@@ -26,38 +55,36 @@ class StreamOptions(Request):
     include_usage: bool = False
 
 
-class CompletionRequest(Request):
-    """Several prompts are the branches of one sample. Defaults are OpenAI's."""
+class Sampling(Request):
+    """What all requests have in common. Defaults are OpenAI's; the second group is known to many servers beside it."""
 
-    model: str
-    prompt: Texts = Field(min_length=1)
-    max_tokens: int = 16
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int | None = None
     stop: Texts | None = None
+    logit_bias: LogitBias | None = None
+
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    ignore_eos: bool = False
+
+    def settings(self, max_new_tokens: int, logprobs: int | None) -> dict[str, Any]:
+        """As fields of `pm.SamplingParams`."""
+        fields = {name: getattr(self, name) for name in Sampling.model_fields}
+        fields |= {"stop": self.stop or [], "logit_bias": self.logit_bias or {}}
+        return {**fields, "max_new_tokens": max_new_tokens, "logprobs": logprobs}
+
+
+class OpenAIRequest(Sampling):
+    model: str
+    n: int = Field(1, ge=1)
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
     # Not served; clients that send every field at its default are answered all the same.
-    n: Literal[1] = 1
-    best_of: Literal[1] | None = None
-    echo: Literal[False] = False
-    suffix: None = None
-    logprobs: None = None
-    logit_bias: None = None
     frequency_penalty: float = Field(0, ge=0, le=0)
     presence_penalty: float = Field(0, ge=0, le=0)
-
-    def sampling(self) -> dict[str, Any]:
-        """As fields of `pm.SamplingParams`."""
-        return {
-            "max_new_tokens": self.max_tokens,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "seed": self.seed,
-            "stop": self.stop or [],
-        }
 
     @property
     def wants_usage(self) -> bool:
@@ -65,13 +92,57 @@ class CompletionRequest(Request):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-class Choice(BaseModel):
-    """Text of one branch: all of it, or in a stream what is new."""
+class CompletionRequest(OpenAIRequest):
+    """Several prompts are the branches of one sample, and so are the n answers to each."""
 
-    index: int
-    text: str
-    logprobs: None = None
-    finish_reason: str | None
+    prompt: Prompts = Field(min_length=1)
+    max_tokens: int = 16
+    logprobs: int | None = None
+    best_of: Literal[1] | None = None
+    echo: Literal[False] = False
+    suffix: None = None
+
+
+class TextPart(Request):
+    type: Literal["text"]
+    text: Str
+
+
+class Message(Request):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Str | list[TextPart]
+    name: str | None = None
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ResponseFormat(Request):
+    type: Literal["text"]
+
+
+class ChatRequest(OpenAIRequest):
+    """n branches that share the conversation."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    logprobs: bool = False
+    top_logprobs: int | None = None
+    response_format: ResponseFormat | None = None
+    tools: None = None
+    tool_choice: Literal["none"] | None = None
+
+
+class TokenizeRequest(Request):
+    model: str | None = None
+    prompt: Str
+
+
+class DetokenizeRequest(Request):
+    model: str | None = None
+    tokens: list[int]
 
 
 class Usage(BaseModel):
@@ -82,17 +153,6 @@ class Usage(BaseModel):
     @classmethod
     def of(cls, prompt: int, completion: int) -> Usage:
         return cls(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
-
-
-class Completion(BaseModel):
-    """An answer, or one part of a streamed one."""
-
-    id: str = Field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
-    object: Literal["text_completion"] = "text_completion"
-    created: int = Field(default_factory=lambda: int(time.time()))
-    model: str
-    choices: list[Choice] = []
-    usage: Usage | None = None
 
 
 class ModelCard(BaseModel):
@@ -111,10 +171,14 @@ class Problem(BaseModel):
     """What went wrong. param: the field of the request that is to blame, if one is."""
 
     message: str
-    type: Literal["invalid_request_error", "server_error"] = "invalid_request_error"
+    type: str = "invalid_request_error"
     param: str | None = None
     code: str | None = None
 
 
 class ErrorBody(BaseModel):
     error: Problem
+
+
+def fresh_id(prefix: str) -> str:
+    return f"{prefix}-{uuid.uuid4().hex}"

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from tiny import tiny_llama, tiny_tokenizer
+import torch
+from tiny import save_tiny, tiny_llama, tiny_tokenizer
 
-from parallelmind.config import RopeConfig
+from parallelmind.config import BaseConfig, LoraConfig, RopeConfig
 from parallelmind.decoding.engine import Engine
 from parallelmind.decoding.samples import Event
 from parallelmind.decoding.scheduler import Limits
+from parallelmind.model.adapter import add_lora, save_adapter
 from parallelmind.model.patch import patch
 
 COLUMNAR, ISOLATED = RopeConfig(visibility="columnar"), RopeConfig(visibility="isolated")
+LORA = LoraConfig(lora_rank=2)
 
 
 def tiny_engine(config: RopeConfig = ISOLATED, kind: type[Engine] = Engine, **limits: int) -> Engine:
@@ -67,3 +71,24 @@ def answers(engine: Engine, *args: Any, **settings: Any) -> list[list[int]]:
     number = engine.submit(*args, **settings)
     tokens = said(run(engine))
     return [tokens[sample, branch] for sample, branch in sorted(tokens) if sample == number]
+
+
+def save_random_adapter(folder: Path, base: BaseConfig, seed: int) -> None:
+    """An adapter that changes what the tiny model says, as training would."""
+    model = tiny_llama()
+    patch(model, ISOLATED)
+    adapted = add_lora(model, LORA, seed)
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(0, 0.2)
+    save_adapter(adapted, tiny_tokenizer(), folder, base, ISOLATED, LORA)
+
+
+def saved_adapters(root: Path) -> list[Path]:
+    """Two adapters of one base, which is there too."""
+    base = BaseConfig(base_model=save_tiny(root / "base"))
+    for seed in range(2):
+        save_random_adapter(root / str(seed), base, seed)
+    return [root / "0", root / "1"]

@@ -20,8 +20,8 @@ from rich.panel import Panel
 from rich.text import Text
 
 import parallelmind as pm
+from parallelmind import cli
 from parallelmind.errors import UserError
-from workloads import cli
 from workloads.generate import ModelPart, SamplingPart
 
 COMMANDS = """/main TEXT   set the passage that all prompts share; /main alone removes it

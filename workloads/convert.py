@@ -31,6 +31,7 @@ from typing import Any, Self, TextIO
 from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
+from parallelmind import cli
 from parallelmind.config import BaseConfig
 from parallelmind.data.convert.converter import Converter, ConvertSettings
 from parallelmind.data.convert.items import Bad
@@ -39,7 +40,6 @@ from parallelmind.data.files import find_files
 from parallelmind.errors import UserError
 from parallelmind.model.base import load_tokenizer
 from parallelmind.storage import whole_file
-from workloads import cli
 
 _SHOWN = 10
 _ENDINGS = (".jsonl", ".jsonl.gz")

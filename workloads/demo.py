@@ -16,10 +16,10 @@ import sys
 import time
 from pathlib import Path
 
+from parallelmind import cli
 from parallelmind.config import TrainConfig
 from parallelmind.evaluation.facts import write_facts
 from parallelmind.tracking import absolute_uri
-from workloads import cli
 from workloads.settings import read_config
 from workloads.train import ADAPTER, run_folder
 

@@ -23,10 +23,10 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
+from parallelmind import cli
 from parallelmind.config import Part
 from parallelmind.errors import UserError
 from parallelmind.evaluation.answering import Answered, Scores, answer, question_records, score
-from workloads import cli
 from workloads.generate import ModelPart
 from workloads.support import SupportConfig, support
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from parallelmind import cli
 from parallelmind.config import Part
-from workloads import cli
 
 
 class ExportConfig(Part):

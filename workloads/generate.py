@@ -29,10 +29,10 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 import parallelmind as pm
+from parallelmind import cli
 from parallelmind.config import Alignment, Dtype, Pairs, Part, Positions, Quantize, Visibility
 from parallelmind.errors import UserError
 from parallelmind.storage import whole_file
-from workloads import cli
 
 
 class ModelPart(Part):

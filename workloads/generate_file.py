@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from parallelmind import cli
 from parallelmind.errors import UserError
-from workloads import cli
 from workloads.generate_batch import Decoder, Result, Tally
 from workloads.generate_input import Source
 from workloads.generate_output import Note, cut_back, read_source, settings_of, unwritable, writing

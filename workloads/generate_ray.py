@@ -19,10 +19,11 @@ import pyarrow as pa
 import ray.data
 import torch
 
+from parallelmind import cli
 from parallelmind.data.files import Part
 from parallelmind.errors import UserError
 from parallelmind.storage import whole_file
-from workloads import cli, cluster
+from workloads import cluster
 from workloads.generate_batch import Decoder, Tally
 from workloads.generate_input import Source, Stretch
 from workloads.generate_output import Note, read_source, settings_of, unwritable, writing

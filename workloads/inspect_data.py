@@ -24,6 +24,7 @@ from pydantic import Field
 from rich.console import Console
 from rich.text import Text
 
+from parallelmind import cli
 from parallelmind.config import BaseConfig, DataConfig, RopeConfig, resolve
 from parallelmind.data.files import file_parts, find_files
 from parallelmind.data.grouping import Group, Row, Seeds, groups
@@ -35,7 +36,6 @@ from parallelmind.data.tokenise import tokenised
 from parallelmind.errors import UserError
 from parallelmind.layout import Ints, Layout, Tokens, arrange
 from parallelmind.model.base import load_tokenizer
-from workloads import cli
 from workloads.inspect_report import print_lengths, print_lines, print_samples
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ import importlib.util
 from pathlib import Path
 from typing import Any, TypeVar
 
+from parallelmind import cli
 from parallelmind.config import Part, load_yaml, resolve
 from parallelmind.errors import UserError
-from workloads import cli
 
 PartT = TypeVar("PartT", bound=Part)
 

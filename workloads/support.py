@@ -13,11 +13,11 @@ from rich.progress import track
 from rich.table import Table
 from transformers.utils import logging
 
+from parallelmind import cli
 from parallelmind.config import Part
 from parallelmind.errors import UserError
 from parallelmind.evaluation.support import COLUMNS, Row, examine
 from parallelmind.evaluation.tiny import causal_lm_types
-from workloads import cli
 
 _GENERATED = "<!-- generated: everything below comes from `python -m workloads.evaluate support` -->"
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from parallelmind import cli
 from parallelmind.config import TrainConfig, load_yaml
 from parallelmind.data.files import find_files
 from parallelmind.errors import UserError
-from workloads import cli
 from workloads.settings import read_config
 
 # In a run's folder.

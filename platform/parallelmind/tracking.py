@@ -10,11 +10,13 @@ import math
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
+from mlflow.artifacts import download_artifacts
 from mlflow.entities import Metric, Param, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
@@ -124,3 +126,43 @@ def _log_params(client: MlflowClient, run_id: str, values: Mapping[str, Any]) ->
     params = [Param(key, str(value)) for key, value in values.items()]
     for first in range(0, len(params), _PARAMS_AT_ONCE):
         client.log_batch(run_id, params=params[first : first + _PARAMS_AT_ONCE])
+
+
+class Registered(NamedTuple):
+    """A version of a registered model, and the artifact that it is."""
+
+    version: str
+    source: str
+
+
+def register(uri: str, run_id: str, artifact: str, name: str, alias: str) -> str:
+    """Make a run's folder the newest version of a registered model, under an alias too; returns the version."""
+    client = MlflowClient(uri)
+    with suppress(MlflowException):  # it is there
+        client.create_registered_model(name)
+    version = client.create_model_version(name, source=f"runs:/{run_id}/{artifact}", run_id=run_id).version
+    client.set_registered_model_alias(name, alias, version)
+    return str(version)
+
+
+def registered(uri: str, model: str) -> Registered:
+    """What models:/NAME@ALIAS or models:/NAME/VERSION means now. Raises UserError where nothing has that name."""
+    name, at, alias = model.removeprefix("models:/").partition("@")
+    client = MlflowClient(uri)
+    try:
+        if at:
+            found = client.get_model_version_by_alias(name, alias)
+        else:
+            name, _, version = name.partition("/")
+            found = client.get_model_version(name, version)
+        return Registered(str(found.version), client.get_model_version_download_uri(found.name, found.version))
+    except (MlflowException, SQLAlchemyError) as error:
+        raise UserError(f"model={model!r}: not in the registry ({first_line(error)}); give models:/NAME@ALIAS") from error
+
+
+def fetch(uri: str, source: str, folder: Path) -> Path:
+    """Copy an artifact into a folder; returns where it is. Raises UserError if it cannot be read."""
+    try:
+        return Path(download_artifacts(artifact_uri=source, dst_path=str(folder), tracking_uri=uri))
+    except (MlflowException, OSError) as error:
+        raise UserError(f"model: {source} cannot be fetched ({first_line(error)}); check the artifact store") from error

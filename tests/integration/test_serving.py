@@ -1,122 +1,127 @@
-"""`python -m serving` as a user runs it: real Ray Serve on a loopback port, a tiny model, plain HTTP."""
+"""The server as its clients see it: OpenAI's own client, plain HTTP, and whoever leaves early."""
 
 from __future__ import annotations
 
-import http.client
-import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import psutil
 import pytest
-import torch
-from tiny import tiny_llama, tiny_tokenizer
+from servers import Server, save_talker, serving
 
 import parallelmind as pm
-from serving.settings import AppConfig
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
-STARTUP_S = 120
 PROMPTS = ["the question is", " who works in the passage?"]
-GREEDY = {"model": "tiny", "prompt": PROMPTS, "max_tokens": 24, "temperature": 0}
+GREEDY = {"model": "talker", "prompt": PROMPTS, "max_tokens": 24, "temperature": 0}
+MAIN, QUESTIONS = "the passage says who works where.", [" who?", " where is the work?"]
+BRANCHES = {"model": "talker", "main": MAIN, "branches": [{"text": text} for text in QUESTIONS], "max_tokens": 12}
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny model that never prefers the end-of-text token, so that an answer is as long as it may be."""
-    folder = tmp_path_factory.mktemp("serving") / "tiny"
-    model, tokenizer = tiny_llama(), tiny_tokenizer()
-    with torch.no_grad():
-        model.lm_head.weight[tokenizer.eos_token_id] = 0
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return save_talker(tmp_path_factory.mktemp("serving") / "talker")
 
 
 @pytest.fixture(scope="module")
-def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-@pytest.fixture(scope="module", autouse=True)
-def server(base: str, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """Afterwards Ctrl-C must end it cleanly, and all of its Ray with it."""
-    log = Path(base).parent / "log"
-    command = [sys.executable, "-m", "serving", f"base_model={base}", f"port={port}"]
-    with open(log, "wb") as output:
-        process = subprocess.Popen(command, cwd=ROOT, env=_environment(), stdout=output, stderr=subprocess.STDOUT)
-    try:
-        _wait_for_greeting(process, log)
-        yield process
-        family = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 0
-        assert psutil.wait_procs(family, timeout=30)[1] == []
-        assert "Traceback" not in log.read_text()
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
+def server(base: str) -> Iterator[Server]:
+    with serving(Path(base).parent / "server", base_model=base, max_requests=16, max_body_bytes=65536) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
-def expected(base: str) -> list[str]:
-    model, tokenizer = pm.load_model_with_lora(base)
-    return pm.generate(model, tokenizer, pm.Sample(branches=PROMPTS), max_new_tokens=24)
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
 
-def test_health_and_models(port: int) -> None:
-    assert get(port, "/health") == (200, {"status": "ok"})
-    status, models = get(port, "/v1/models")
-    assert (status, [model["id"] for model in models["data"]]) == (200, ["tiny"])
+@pytest.fixture(scope="module")
+def model(base: str) -> Any:
+    return pm.load_model_with_lora(base)
 
 
-def test_prompts_are_branches_of_one_sample(port: int, expected: list[str]) -> None:
-    status, answer = post(port, GREEDY)
+@pytest.fixture(scope="module")
+def expected(model: Any) -> list[str]:
+    return pm.generate(*model, pm.Sample(branches=PROMPTS), max_new_tokens=24)
+
+
+def test_openais_client_lists_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["talker", "base"]
+
+
+def test_prompts_are_branches_of_one_sample(client: openai.OpenAI, expected: list[str]) -> None:
+    found = client.completions.create(**GREEDY)
+    assert [(choice.index, choice.text, choice.finish_reason) for choice in found.choices] == [
+        (0, expected[0], "length"),
+        (1, expected[1], "length"),
+    ]
+    assert found.usage is not None
+    assert found.usage.completion_tokens == 48
+
+
+def test_a_stream_says_the_same(client: openai.OpenAI, expected: list[str]) -> None:
+    texts, reasons, usage = ["", ""], [None, None], None
+    for part in client.completions.create(**GREEDY, stream=True, stream_options={"include_usage": True}):
+        usage = part.usage or usage
+        for choice in part.choices:
+            texts[choice.index] += choice.text
+            reasons[choice.index] = choice.finish_reason
+    assert (texts, reasons) == (expected, ["length", "length"])
+    assert usage == client.completions.create(**GREEDY).usage
+
+
+def test_a_seed_repeats_and_its_absence_does_not(client: openai.OpenAI) -> None:
+    def texts(**seed: Any) -> list[str]:
+        return [choice.text for choice in client.completions.create(**{**GREEDY, "temperature": 1.0, "n": 2, **seed}).choices]
+
+    assert texts(seed=7) == texts(seed=7)
+    assert texts() != texts()
+    assert len(set(texts(seed=7))) == 4
+
+
+def test_logprobs_are_those_of_the_library(client: openai.OpenAI, model: Any) -> None:
+    found = client.completions.create(**{**GREEDY, "prompt": PROMPTS[0], "max_tokens": 4}, logprobs=3).choices[0].logprobs
+    events = list(pm.stream(*model, pm.Sample(branches=PROMPTS[:1]), max_new_tokens=4, logprobs=3))
+    assert found is not None
+    assert found.token_logprobs == pytest.approx([event.logprob for event in events], abs=1e-4)
+    assert [len(each) for each in found.top_logprobs or []] == [3] * 4
+
+
+def test_branches_have_settings_of_their_own_and_coordinates(server: Server, model: Any) -> None:
+    own = {**BRANCHES, "branches": [{"text": QUESTIONS[0], "max_tokens": 3}, {"text": QUESTIONS[1]}], "reduce": " so"}
+    status, found = server.post("/v1/branches", own)
+    settings: list[dict[str, Any]] = [{"max_new_tokens": 3}, {}]
+    expected = pm.generate(*model, pm.Sample(MAIN, QUESTIONS), per_branch=settings, reduce=" so", max_new_tokens=12)
     assert status == 200
-    assert answer["object"] == "text_completion"
-    assert [choice["index"] for choice in answer["choices"]] == [0, 1]
-    assert [choice["text"] for choice in answer["choices"]] == expected
-    assert [choice["finish_reason"] for choice in answer["choices"]] == ["length", "length"]
-    usage = answer["usage"]
-    assert usage["completion_tokens"] == 48
-    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    assert [branch["text"] for branch in found["branches"]] == expected
+    assert [len(branch["tokens"]) for branch in found["branches"]] == [3, 12, 12]
+    assert [branch["branch"] for branch in found["branches"]] == [128, 256, 384]
 
 
-def test_a_stream_says_the_same(port: int, expected: list[str]) -> None:
-    body = {**GREEDY, "stream": True, "stream_options": {"include_usage": True}}
-    with opened(port, body) as response:
-        assert response.status == 200
-        assert response.headers["content-type"].startswith("text/event-stream")
-        lines = [line.decode().removeprefix("data: ").strip() for line in response if line.strip()]
-    assert lines[-1] == "[DONE]"
-    *parts, last = [json.loads(line) for line in lines[:-1]]
-    texts, reasons = ["", ""], [None, None]
-    for part in parts:
-        (choice,) = part["choices"]
-        texts[choice["index"]] += choice["text"]
-        reasons[choice["index"]] = choice["finish_reason"]
-    assert texts == expected
-    assert reasons == ["length", "length"]
-    assert len({part["id"] for part in parts}) == 1
-    assert last["usage"] == post(port, GREEDY)[1]["usage"]
+def test_one_branch_is_stopped_and_another_joins_while_a_sample_goes_on(server: Server) -> None:
+    sample, reasons, tokens = "", {}, dict[int, int]()
+    for event in server.stream("/v1/branches", {**BRANCHES, "max_tokens": 200}):
+        if event == "[DONE]":
+            break
+        for delta in event.get("deltas", []):
+            tokens[delta["index"]] = tokens.get(delta["index"], 0) + (delta["token"] is not None)
+            reasons[delta["index"]] = delta["finish_reason"]
+        if event["object"] == "branches.begun":
+            sample = event["id"]
+            assert server.post(f"/v1/branches/{sample}/branches", {"text": " when?", "max_tokens": 5})[0] == 201
+            assert server.request("DELETE", f"/v1/branches/{sample}/branches/0").status == 204
+    assert reasons == {0: "cancelled", 1: "length", 2: "length"}
+    assert (tokens[1], tokens[2]) == (200, 5)
+    assert tokens[0] < 200
+    assert server.request("DELETE", f"/v1/branches/{sample}").status == 404
 
 
-def test_a_seed_repeats_and_its_absence_does_not(port: int) -> None:
-    sampled = {**GREEDY, "temperature": 1.0}
-    once, again = (post(port, {**sampled, "seed": 7})[1]["choices"] for _ in range(2))
-    assert once == again
-    assert post(port, sampled)[1]["choices"] != post(port, sampled)[1]["choices"]
+def test_text_comes_back_from_its_tokens(server: Server) -> None:
+    _, found = server.post("/tokenize", {"prompt": PROMPTS[0]})
+    assert found["count"] == len(found["tokens"])
+    assert server.post("/detokenize", {"tokens": found["tokens"]})[1] == {"prompt": PROMPTS[0]}
 
 
 @pytest.mark.parametrize(
@@ -126,95 +131,62 @@ def test_a_seed_repeats_and_its_absence_does_not(port: int) -> None:
         ({"temperature": -1, "stream": True}, 400, "temperature", "invalid_value"),
         ({"temperature": "hot"}, 400, "temperature", "invalid_value"),
         ({"max_tokens": 5000}, 400, "max_tokens", "invalid_value"),
-        ({"prompt": ["a", ""]}, 400, "prompt", "invalid_value"),
-        ({"n": 2}, 400, "n", "invalid_value"),
+        ({"prompt": ["a", ""]}, 400, "prompt[1]", "invalid_value"),
+        ({"prompt": [[5, 10**6]]}, 400, None, "invalid_value"),
+        ({"n": 99}, 400, "n", "invalid_value"),
         ({"temprature": 1}, 400, "temprature", "unknown_parameter"),
         ({"model": "other"}, 404, "model", "model_not_found"),
     ],
 )
-def test_a_refusal_has_openais_shape(port: int, change: dict[str, Any], status: int, param: str, code: str) -> None:
-    found, answer = post(port, {**GREEDY, **change})
-    error = answer["error"]
+def test_a_refusal_has_openais_shape(server: Server, change: dict[str, Any], status: int, param: str, code: str) -> None:
+    found, body = server.post("/v1/completions", {**GREEDY, **change})
+    error = body["error"]
     assert (found, error["type"], error["param"], error["code"]) == (status, "invalid_request_error", param, code)
-    assert param in error["message"]
+    assert param is None or param in error["message"]
     assert "\n" not in error["message"]
 
 
+def test_too_many_at_once_are_told_to_come_again(server: Server) -> None:
+    working = [server.connect("POST", "/v1/completions", {**GREEDY, "max_tokens": 200}) for _ in range(16)]
+    deadline = time.monotonic() + 20
+    while server.meter("open_requests") <= 16 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    with server.request("POST", "/v1/completions", GREEDY) as refused:
+        assert (refused.status, refused.headers["retry-after"]) == (429, "1")
+    assert [connection.getresponse().status for connection in working] == [200] * 16
+    assert server.post("/v1/completions", GREEDY)[0] == 200
+
+
 @pytest.mark.parametrize("stream", [True, False])
-def test_who_leaves_ends_the_decoding(port: int, stream: bool) -> None:
-    long = {**GREEDY, "max_tokens": 500}
-    started = time.monotonic()
-    assert post(port, long)[0] == 200
-    whole = time.monotonic() - started
-
-    leaver = _connect(port, "POST", "/v1/completions", json.dumps({**long, "stream": stream}))
-    if stream:
-        with leaver.getresponse() as response:
-            response.readline()
-    else:
-        time.sleep(whole / 10)
+def test_who_leaves_frees_the_engine(server: Server, stream: bool) -> None:
+    leaver = server.connect("POST", "/v1/completions", {**GREEDY, "max_tokens": 400, "stream": stream})
+    deadline = time.monotonic() + 20
+    while not server.meter("live_branches"):
+        assert time.monotonic() < deadline
     leaver.close()
-    started = time.monotonic()
-    assert post(port, {**GREEDY, "max_tokens": 1})[0] == 200
-    assert time.monotonic() - started < whole / 2  # the model takes one sample at a time: it has dropped the long one
+    left = time.monotonic()
+    while server.meter("live_branches"):
+        assert time.monotonic() < left + 2
+    assert server.meter("open_requests") == 1  # the one that asks
 
 
-def test_nothing_listens_beyond_this_machine(server: subprocess.Popen[bytes], port: int) -> None:
+def test_a_body_that_is_too_long_is_not_read(server: Server) -> None:
+    status, body = server.post("/v1/completions", {**GREEDY, "prompt": "x" * 70000})
+    assert (status, body["error"]["code"]) == (413, "too_large")
+
+
+def test_meters_and_health_are_open_to_see(server: Server) -> None:
+    assert server.get("/health") == (200, {"status": "ok"})
+    for name in ("requests_total", "time_to_first_token_seconds_count", "step_seconds_count", "cache_tokens", "tokens_total"):
+        assert server.meter(name) > 0, name
+
+
+def test_nothing_listens_beyond_this_machine(server: Server) -> None:
     addresses = {
         connection.laddr.ip
-        for process in [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+        for process in [psutil.Process(server.process.pid), *server.family()]
         for connection in process.net_connections("inet")
         if connection.status == psutil.CONN_LISTEN
     }
     assert addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
     assert addresses
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [({"lora_pat": "x"}, "lora_pat: unknown field .did you mean lora_path"), ({}, "lora_path: required and not given")],
-)
-def test_an_application_says_what_is_wrong_with_its_fields(given: dict[str, str], message: str) -> None:
-    with pytest.raises(pm.UserError, match=message):
-        AppConfig.of(given)
-
-
-def get(port: int, path: str) -> tuple[int, Any]:
-    return _answer(_request(port, "GET", path))
-
-
-def post(port: int, body: dict[str, Any]) -> tuple[int, Any]:
-    return _answer(opened(port, body))
-
-
-def opened(port: int, body: dict[str, Any]) -> http.client.HTTPResponse:
-    return _request(port, "POST", "/v1/completions", json.dumps(body))
-
-
-def _request(port: int, method: str, path: str, body: str | None = None) -> http.client.HTTPResponse:
-    return _connect(port, method, path, body).getresponse()
-
-
-def _connect(port: int, method: str, path: str, body: str | None = None) -> http.client.HTTPConnection:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.request(method, path, body, {"content-type": "application/json", "connection": "close"})
-    return connection
-
-
-def _answer(response: http.client.HTTPResponse) -> tuple[int, Any]:
-    with response:
-        return response.status, json.load(response)
-
-
-def _wait_for_greeting(process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + STARTUP_S
-    while time.monotonic() < deadline and process.poll() is None:
-        if "Ctrl-C" in log.read_text():
-            return
-        time.sleep(0.2)
-    raise TimeoutError(f"no server after {STARTUP_S} s:\n{log.read_text()}")
-
-
-def _environment() -> dict[str, str]:
-    paths = os.pathsep.join([str(ROOT / "platform"), str(ROOT)])
-    return {**os.environ, "PYTHONPATH": paths, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}

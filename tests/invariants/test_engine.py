@@ -127,7 +127,7 @@ class ComingAndGoing(RuleBasedStateMachine):
         reduce = prompt(last, number, PADDING) if last else None
         found = self.engine.submit(Sample(main, prompts), per_branch=most, reduce=reduce, max_new_tokens=4, seed=number)
         assert found == number
-        self.states[number] = self.engine._numbers[number].entry.decoding
+        self.states[number] = self.engine._samples[number].entry.decoding
         self.step(then)
 
     @precondition(lambda self: self.open())
@@ -165,9 +165,9 @@ class ComingAndGoing(RuleBasedStateMachine):
             self.every_block_has_one_holder()
 
     def open(self) -> list[int]:
-        """Samples that can be joined: in free order nobody may come before one who reads them all."""
+        """Samples that can be joined: nobody may come before one who reads them all."""
         fits = {number: state for number, state in self.states.items() if len(state.lengths) < MOST_BRANCHES - 1}
-        return [number for number, state in fits.items() if not (state.free and state.reads_all.any())]
+        return [number for number, state in fits.items() if not state.reads_all.any()]
 
     @invariant()
     def what_has_ended_was_one_forward(self) -> None:

@@ -5,21 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
-from engines import ISOLATED, answers, run, said, tiny_engine
-from tiny import save_tiny, tiny_llama, tiny_tokenizer
+from engines import ISOLATED, answers, run, said, saved_adapters, tiny_engine
+from tiny import tiny_llama, tiny_tokenizer
 
-from parallelmind.config import BaseConfig, LoraConfig
 from parallelmind.decoding.engine import Engine
 from parallelmind.decoding.samples import Sample
 from parallelmind.decoding.scheduler import Limits
 from parallelmind.errors import UserError
-from parallelmind.model.adapter import add_lora, load_adapter, save_adapter
+from parallelmind.model.adapter import load_adapter
 from parallelmind.model.patch import patch
 
 SAMPLE = Sample(list(range(50, 90)), [[5, 6, 7], [8]])
 SETTINGS = {"max_new_tokens": 8, "ignore_eos": True}
-LORA = LoraConfig(lora_rank=2)
 
 
 def patched():
@@ -30,18 +27,7 @@ def patched():
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two trained adapters of one base."""
-    root = tmp_path_factory.mktemp("adapters")
-    base = BaseConfig(base_model=save_tiny(root / "base"))
-    for seed in range(2):
-        model = add_lora(patched(), LORA, seed)
-        with torch.no_grad(), torch.random.fork_rng():
-            torch.manual_seed(seed)
-            for name, weight in model.named_parameters():
-                if "lora_B" in name:
-                    weight.normal_(0, 0.2)
-        save_adapter(model, tiny_tokenizer(), root / str(seed), base, ISOLATED, LORA)
-    return [root / "0", root / "1"]
+    return saved_adapters(tmp_path_factory.mktemp("adapters"))
 
 
 @pytest.fixture(scope="module")

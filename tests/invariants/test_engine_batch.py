@@ -127,7 +127,7 @@ def test_each_branch_ends_for_its_own_reason() -> None:
 def test_logprobs_are_those_of_one_full_forward(config: RopeConfig) -> None:
     engine = tiny_engine(config, step_tokens=10)
     number = engine.submit(SAMPLE, max_new_tokens=6, logprobs=3, temperature=1.0, seed=1, ignore_eos=True)
-    state = engine._numbers[number].entry.decoding
+    state = engine._samples[number].entry.decoding
     events = run(engine)
     whole = layout_logits(engine.model, state.final_layout(), config)[1:]
     for branch, logits in enumerate(whole):

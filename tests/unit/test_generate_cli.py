@@ -9,9 +9,10 @@ import pytest
 from generating import rows
 from tiny import save_tiny, tiny_tokenizer
 
+from parallelmind import cli
 from parallelmind.errors import Notice, UserError
 from parallelmind.evaluation import tiny as model_tiny
-from workloads import chat, cli, generate
+from workloads import chat, generate
 
 
 @pytest.fixture(scope="module")

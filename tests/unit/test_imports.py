@@ -21,6 +21,8 @@ MAY_IMPORT = {
     "config": {"errors"},
     "layout": {"errors", "config"},
     "visibility": {"config", "layout"},
+    "cli": {"errors", "config"},
+    "ray_env": set(),
     "tracking": {"errors", "config"},
     "model": _GROUND,
     "data": {*_GROUND, "model"},  # the pipeline's workers load the base model's tokenizer

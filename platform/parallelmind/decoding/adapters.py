@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,20 +30,29 @@ class Adapters:
         self._users: Counter[str] = Counter()
         self._own = self._active = ADAPTER if isinstance(model, PeftModel) else BASE
         self._loads = 0
+        self._carried: set[str] = set()  # versions that have been put on the model from here
 
-    def load(self, name: str, folder: str | Path) -> str:
+    def load(self, name: str, folder: str | Path, check: Callable[[Model], None] | None = None) -> str:
         """Make an adapter available under this name, in place of what had it; returns its version.
 
-        Raises UserError for a folder that is no adapter of this base, or whose rope settings are not the model's.
+        check: looks at the model with the adapter at work, and may raise. Raises UserError for a folder that is no adapter of
+        this base, or whose rope settings are not the model's. In either case everything is as it was.
         """
         if name == BASE:
             raise UserError(f"adapter={name!r}: is the name of the model without an adapter; choose another name")
         self._loads += 1
         version = f"{ADAPTER}-{self._loads}"
         self.model = add_adapter(self.model, self._tokenizer, folder, version)
-        self._use(version if self._active == BASE else self._active)
-        self._versions[name] = version
-        self.tidy()
+        self._carried.add(version)
+        active = version if self._active == BASE else self._active
+        try:
+            if check is not None:
+                self._use(version)
+                check(self.model)
+            self._versions[name] = version
+        finally:
+            self._use(active)
+            self.tidy()
         return version
 
     def unload(self, name: str) -> None:
@@ -89,10 +98,11 @@ class Adapters:
         if not isinstance(self.model, PeftModel):
             return
         needed = {ADAPTER, *self._versions.values(), *(version for version, users in self._users.items() if users)}
-        spare = [version for version in self.model.peft_config if version not in needed]
+        spare = sorted(self._carried - needed)
         if len(spare) == len(self.model.peft_config):
             spare.pop()  # peft cannot compute with a model that has lost all of its adapters
         for version in spare:
             if version == self._active:
                 self._use(next(known for known in self.model.peft_config if known not in spare))
             self.model.delete_adapter(version)
+            self._carried.remove(version)

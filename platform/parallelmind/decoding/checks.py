@@ -100,7 +100,7 @@ def check_joining(
     """Raises UserError as `check_sample`, for one branch more of a sample that is going on."""
     if not ids:
         raise UserError("branches: the new one holds no token; give it text")
-    if entry.decoding.free and entry.decoding.reads_all.any():
+    if entry.decoding.reads_all.any():
         raise UserError("branches: the one that reads all others has begun; begin another sample")
     _refuse_untaught(model, "one more given", apart)
     check_ids(model, ids, [params])

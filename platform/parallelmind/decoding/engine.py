@@ -1,20 +1,16 @@
 """The decoding engine: samples come and go at any step, and one forward pass serves all of their branches.
 
-    engine = Engine(model, tokenizer)
-    number = engine.submit(Sample(main, branches), max_new_tokens=64)
-    while engine.busy:
-        for event in engine.step(): ...
-
 `submit`, `join` and `cancel` may be called from any thread while another one calls `step`.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from threading import RLock
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -23,14 +19,15 @@ from transformers import PreTrainedTokenizerBase
 
 from parallelmind.config import RopeConfig
 from parallelmind.decoding.adapters import Adapters
-from parallelmind.decoding.checks import Asked, Follower, check_joining, check_sample
+from parallelmind.decoding.checks import Asked, check_joining, check_sample
 from parallelmind.decoding.forward import Model, Part, PoolForward
 from parallelmind.decoding.rows import RowForward
-from parallelmind.decoding.running import Reduction, Running
+from parallelmind.decoding.running import Reduction
 from parallelmind.decoding.samples import Event, Sample, Text, encode, end_ids
 from parallelmind.decoding.sampling import Choice, Row, SamplingParams, choose, fresh_seed
 from parallelmind.decoding.scheduler import Limits, Load, Scheduler
-from parallelmind.decoding.sequence import FinishReason
+from parallelmind.decoding.sequence import FinishReason, Progress
+from parallelmind.decoding.speech import Speech
 from parallelmind.decoding.text import BranchWriter
 from parallelmind.errors import UserError
 from parallelmind.model.patch import is_patched, rope_config
@@ -39,23 +36,6 @@ from parallelmind.model.support import assess
 
 # What an unpatched model does anyway, where there is one branch.
 _PLAIN = RopeConfig(patch_rope=False, rope_2d_ratio=0, visibility="isolated", positions="time")
-
-
-@dataclass(slots=True)
-class _Branch:
-    """What is said of a branch, beside its tokens."""
-
-    params: SamplingParams
-    seed: int
-    writer: BranchWriter
-
-
-@dataclass(eq=False, slots=True)
-class _Sample:
-    entry: Running
-    seed: int
-    branches: list[_Branch] = field(default_factory=list)
-    reducing: Follower | None = None
 
 
 class Engine:
@@ -73,23 +53,26 @@ class Engine:
             self.limits = replace(self.limits, step_tokens=self.limits.cache_tokens)
         self.scheduler = Scheduler(self.limits, shares=not self.apart)
         self._lock, self._turn = RLock(), RLock()  # for the samples, and for the model
-        self._samples: dict[Running, _Sample] = {}
-        self._numbers: dict[int, _Sample] = {}
+        self._samples: dict[int, Speech] = {}  # by number
         self._ends = end_ids(model, tokenizer)
+        self.seconds_in_model = 0.0
         self._said: list[Event] = []  # of branches that have ended outside of a step
 
     @property
     def model(self) -> Model:
         return self.adapters.model
 
-    def load_adapter(self, name: str, folder: str | Path) -> None:
+    def load_adapter(self, name: str, folder: str | Path, check: Callable[[Model], None] | None = None) -> None:
         """Let samples ask for an adapter by this name; those that have begun with an older one of the name end with it.
 
-        Raises UserError for a folder that is no adapter of this base, or whose rope settings are not the model's.
+        check: looks at the model with the adapter at work; what it raises leaves the older one in place. Raises UserError for
+        a folder that is no adapter of this base, or whose rope settings are not the model's.
         """
         with self._turn, self._lock:
-            self.adapters.load(name, folder)
-            self.forward.use(self.adapters.model)
+            try:
+                self.adapters.load(name, folder, check)
+            finally:
+                self.forward.use(self.adapters.model)
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter; samples that have begun with it end with it. Raises UserError for an unknown one."""
@@ -99,7 +82,11 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether there is anything to do or to tell."""
-        return bool(self._numbers or self._said)
+        return bool(self._samples or self._said)
+
+    def holds(self, number: int) -> bool:
+        """Whether a sample is still going on."""
+        return number in self._samples
 
     def load(self) -> Load:
         """What the engine is busy with at this moment."""
@@ -118,28 +105,47 @@ class Engine:
         """Queue a sample; returns its number.
 
         sampling: fields of `SamplingParams`; per_branch: other values of them for each branch. reduce: the prompt of one
-        more branch, which follows when all others have ended and reads main and all of them. adapter: one that
-        `adapters.load` has named. Raises UserError, before any computing, for a bad setting, an empty branch, several
-        branches on an unpatched model, and what the model's context or the engine's cache cannot hold.
+        more branch, which follows when all others have ended and reads main and all of them. adapter: a name that one was
+        loaded by. Raises UserError, before any computing, for a bad setting, an empty branch, several branches on an
+        unpatched model, and what the model's context or the engine's cache cannot hold.
         """
         return self.enqueue(Asked.of(self.tokenizer, sample, per_branch, reduce, sampling), adapter)
 
-    def enqueue(self, asked: Asked, adapter: str | None = None) -> int:
-        """`submit` for what has been put in tokens already."""
+    def enqueue(self, asked: Asked, adapter: str | None = None, progress: Progress | None = None) -> int:
+        """`submit` for what has been put in tokens already.
+
+        progress: how far another engine had come with it. Branches that joined it late stand among the others then, and what
+        has been told is not told again; tokens are those that the other engine would have drawn, where they are greedy or
+        seeded.
+        """
         check_sample(self.model, self.config, asked, self.apart)
         with self._lock:
-            return self._queue(asked, self.adapters.version(adapter))
+            number = self._queue(asked, self.adapters.version(adapter))
+            if progress is not None:
+                self._go_on(self._samples[number], progress)
+            return number
+
+    def _go_on(self, sample: Speech, progress: Progress) -> None:
+        begun = len(progress.starts)
+        sample.entry.decoding.starts[:] = progress.starts
+        for branch in range(begun):
+            sample.has_said(branch, progress.said[branch])
+        for branch, reason in enumerate(progress.ended[:begun]):
+            if reason is not None:
+                self._end(sample, branch, reason)  # the last one makes way for the branch that reads them all
+        for branch in range(begun, len(progress.said)):
+            sample.has_said(branch, progress.said[branch])
 
     def _queue(self, asked: Asked, version: str) -> int:
         tokens, params, last = asked.tokens, asked.params, asked.last
         reduction = None if last is None else Reduction(last.ids, last.params.max_new_tokens)
         most = [each.max_new_tokens for each in params]
         entry = self.scheduler.submit(tokens, self.config, most, version, reduction)
-        found = _Sample(entry, fresh_seed(), reducing=last)
+        found = Speech(entry, fresh_seed(), last)
         prompts = np.split(tokens.ids, np.cumsum(tokens.lengths)[:-1])[1:]
         for prompt, each in zip(prompts, params, strict=True):
             self._begin(found, prompt.tolist(), each)
-        self._samples[entry] = self._numbers[entry.number] = found
+        self._samples[entry.number] = found
         self.adapters.hold(version)
         return entry.number
 
@@ -156,19 +162,24 @@ class Engine:
             self._begin(found, ids, params)
             return branch
 
+    def places(self, number: int) -> list[tuple[int, int]]:
+        """The branch and time coordinates of the first token of every branch. Raises UserError if the sample has ended."""
+        with self._lock:
+            return self._of(number).places()
+
     def cancel(self, number: int, branch: int | None = None) -> None:
         """End a sample, or one of its branches, before the next step; what has ended already is left as it is."""
         with self._lock:
-            found = self._numbers.get(number)
-            if found is None:
+            if not self.holds(number):
                 return
-            live = np.flatnonzero(found.entry.decoding.live).tolist()
+            found = self._samples[number]
+            live = found.live
+            told = live if branch is None else [each for each in live if each == branch]
+            self._said += map(found.cancelled, told)
             if branch is None:
-                self._said += [Event(each, "", None, "cancelled", sample=number) for each in live]
                 self.scheduler.drop(found.entry)
                 self._forget(found, live)
-            elif branch in live:
-                self._said.append(Event(branch, "", None, "cancelled", sample=number))
+            elif told:
                 self._end(found, branch, "cancelled")
 
     def step(self) -> list[Event]:
@@ -184,8 +195,10 @@ class Engine:
                 groups[entry.version, entry.number if self.forward.alone else None].append((entry, feed))
             entered: list[Any] = [self.forward.enter(parts) for parts in groups.values()]
         for ((version, _), parts), step in zip(groups.items(), entered, strict=True):
+            began = perf_counter()
             with self.adapters.active(version):
                 logits = self.forward(step)
+            self.seconds_in_model += perf_counter() - began
             with self._lock:
                 events += self._accept(parts, logits)
         with self._lock:
@@ -194,53 +207,43 @@ class Engine:
 
     def _accept(self, parts: Sequence[Part], logits: Tensor) -> list[Event]:
         """Draw and enter the next tokens. A branch that was cancelled during the forward pass says nothing more."""
-        asked = [(self._samples.get(entry), branch) for entry, feed in parts for branch in feed.sampled.tolist()]
+        asked = [(self._samples.get(entry.number), branch) for entry, feed in parts for branch in feed.sampled.tolist()]
         for entry, _ in parts:
-            if entry in self._samples:
+            if entry.number in self._samples:
                 self.scheduler.computed(entry)
         live = [(sample, branch) for sample, branch in asked if sample is not None and sample.entry.decoding.live[branch]]
-        if not live:
-            return []
         if len(live) < len(asked):
             logits = logits[[row for row, pair in enumerate(asked) if pair in live]]
-        choices = self.choose(logits, [_row(sample, branch) for sample, branch in live])
+        choices = self.choose(logits, [sample.row(branch) for sample, branch in live]) if live else []
         return [self._say(sample, branch, choice) for (sample, branch), choice in zip(live, choices, strict=True)]
 
     def choose(self, logits: Tensor, rows: Sequence[Row]) -> list[Choice]:
         """The next token of every row."""
         return choose(logits, rows)
 
-    def _say(self, sample: _Sample, branch: int, choice: Choice) -> Event:
-        decoding = sample.entry.decoding
-        decoding.accept(np.array([branch]), np.array([choice.token]))
-        text, reason = sample.branches[branch].writer.write(choice.token)
-        if reason:
-            self._end(sample, branch, reason)
-        return Event(branch, text, choice.token, reason, choice.logprob, choice.top, sample.entry.number)
+    def _say(self, sample: Speech, branch: int, choice: Choice) -> Event:
+        event = sample.say(branch, choice)
+        if event.finish_reason:
+            self._end(sample, branch, event.finish_reason)
+        return event
 
-    def _begin(self, sample: _Sample, prompt: list[int], params: SamplingParams) -> None:
-        seed = sample.seed if params.seed is None else params.seed
-        sample.branches.append(_Branch(params, seed, BranchWriter(self.tokenizer, prompt, params, self._ends)))
+    def _begin(self, sample: Speech, prompt: list[int], params: SamplingParams) -> None:
+        sample.add(params, BranchWriter(self.tokenizer, prompt, params, self._ends))
 
-    def _end(self, sample: _Sample, branch: int, reason: FinishReason) -> None:
+    def _end(self, sample: Speech, branch: int, reason: FinishReason) -> None:
         follows = self.scheduler.finish(sample.entry, branch, reason)
         if follows is not None and sample.reducing is not None:
             self._begin(sample, sample.reducing.ids, sample.reducing.params)
         self._forget(sample, [branch])
 
-    def _forget(self, sample: _Sample, branches: Sequence[int]) -> None:
+    def _forget(self, sample: Speech, branches: Sequence[int]) -> None:
         for branch in branches:
             self.forward.forget(sample.entry, branch)
         if sample.entry.decoding.done:
-            del self._samples[sample.entry], self._numbers[sample.entry.number]
+            del self._samples[sample.entry.number]
             self.adapters.release(sample.entry.version)
 
-    def _of(self, number: int) -> _Sample:
-        if number not in self._numbers:
+    def _of(self, number: int) -> Speech:
+        if not self.holds(number):
             raise UserError(f"sample {number}: has ended or never was; begin another one")
-        return self._numbers[number]
-
-
-def _row(sample: _Sample, branch: int) -> Row:
-    decoding, said = sample.entry.decoding, sample.branches[branch]
-    return Row(said.params, said.seed, branch, len(decoding.generated(branch)), decoding.history(branch))
+        return self._samples[number]

@@ -69,4 +69,4 @@ class Running:
     def talking(self) -> bool:
         """Whether some branch has read its prompt."""
         state = self.decoding
-        return bool((state.live & (state.fed >= state.prompt_lengths)).any())
+        return bool((state.live & (state.fed >= state.known)).any())

@@ -40,6 +40,7 @@ class Event:
     branch: 0..N-1, as in the sample. text: new text to show, often empty while a character or a stop text is incomplete.
     token: the decoded id, None where a branch ends without one. finish_reason: set on a branch's last event; stop is an
     end-of-text token or a stop text. logprob, top: as `SamplingParams.logprobs` asks. sample: the engine's number of it.
+    pos2d: the branch and time coordinates of the token.
     """
 
     branch: int
@@ -49,6 +50,7 @@ class Event:
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
     sample: int = 0
+    pos2d: tuple[int, int] | None = None
 
 
 def encode_sample(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> Tokens:

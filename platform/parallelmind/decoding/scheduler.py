@@ -40,6 +40,7 @@ class Load:
     """What an engine is busy with. waiting_tokens: of prompts, still to be read. reused_share: of mains, found in the cache."""
 
     waiting_samples: int
+    waiting_branches: int
     running_samples: int
     live_branches: int
     waiting_tokens: int
@@ -137,6 +138,7 @@ class Scheduler:
         everyone = [*self.waiting, *self.running]
         return Load(
             waiting_samples=len(self.waiting),
+            waiting_branches=sum(len(entry.most) for entry in self.waiting),
             running_samples=len(self.running),
             live_branches=sum(int(entry.decoding.live.sum()) for entry in self.running),
             waiting_tokens=sum(entry.decoding.waiting for entry in everyone),

@@ -27,6 +27,19 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 
 @dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a sample had come, so that another engine can go on with it. Each is by branch, late ones included.
+
+    starts: the time of its first token. said: the ids that it has been given. ended: why it says no more, None if it does.
+    A branch that reads all others is not counted among the starts, which it follows from, but among the rest.
+    """
+
+    starts: list[int]
+    said: list[list[int]]
+    ended: list[FinishReason | None]
+
+
+@dataclass(frozen=True, slots=True)
 class Feed:
     """What one forward pass reads of a sample. The first five are `[tokens]`, in physical order.
 
@@ -52,6 +65,7 @@ class Decoding:
         self.main = tokens.ids[: tokens.lengths[MAIN]]
         self.starts = start_times(tokens.lengths, config.align_to)[1:]
         self.lengths, self.prompt_lengths = tokens.lengths[1:].copy(), tokens.lengths[1:].copy()
+        self.known = tokens.lengths[1:].copy()  # to be read before the branch talks: its prompt, and what it said elsewhere
         self.fed = np.zeros_like(self.lengths)
         self.live = np.ones(len(self.lengths), dtype=bool)
         self.reads_all = np.zeros(len(self.lengths), dtype=bool)  # by the columnar rule, whatever the others do
@@ -66,17 +80,23 @@ class Decoding:
 
     @property
     def waiting(self) -> int:
-        """Prompt tokens that are still to be read."""
-        return len(self.main) - self.main_fed + int(np.maximum(self.prompt_lengths - self.fed, 0)[self.live].sum())
+        """Tokens that are still to be read before their branches talk."""
+        return len(self.main) - self.main_fed + int(np.maximum(self.known - self.fed, 0)[self.live].sum())
 
     @property
     def prompts_fed(self) -> int:
-        """Prompt tokens that have been read, those of ended branches included."""
-        return self.main_fed + int(np.minimum(self.fed, self.prompt_lengths).sum())
+        """How many of them have been read, those of ended branches included."""
+        return self.main_fed + int(np.minimum(self.fed, self.known).sum())
 
     def skip_main(self, tokens: int) -> None:
         """The beginning of main is in the cache already."""
         self.main_fed = self._column = tokens
+
+    def has_said(self, branch: int, ids: Sequence[int]) -> None:
+        """Before anything is fed: a branch has said this elsewhere."""
+        for token in ids:
+            self.accept(np.array([branch]), np.array([token]))
+        self.known[branch] = self.lengths[branch]
 
     def join(self, ids: Sequence[int], reads_all: bool = False) -> int:
         """Add a branch; returns its number. It begins where alignment puts it, in the next column, or after what it reads."""
@@ -85,7 +105,8 @@ class Decoding:
         self._ids = np.pad(self._ids, ((0, 1), (0, size)))
         self._ids[number, : len(ids)] = ids
         self.starts, self.lengths = np.append(self.starts, start), np.append(self.lengths, len(ids))
-        self.prompt_lengths, self.fed = np.append(self.prompt_lengths, len(ids)), np.append(self.fed, 0)
+        self.prompt_lengths, self.known = np.append(self.prompt_lengths, len(ids)), np.append(self.known, len(ids))
+        self.fed = np.append(self.fed, 0)
         self.live, self.reads_all = np.append(self.live, True), np.append(self.reads_all, reads_all)
         self.finish_reasons.append(None)
         return number
@@ -137,7 +158,7 @@ class Decoding:
         # Nobody will read the end of a branch that has ended, unless somebody reads them all.
         left[~self.live & ~(self.reads_all & self.live).any()] = 0
         room -= len(self.main) - self.main_fed
-        prompts = np.where(self.fed < self.prompt_lengths, left, 0)
+        prompts = np.where(self.fed < self.known, left, 0)
         before = np.cumsum(prompts) - prompts
         return np.where(prompts > 0, np.clip(room - before, 0, prompts), left) if room >= 0 else np.zeros_like(left)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from parallelmind.config import BaseConfig, LoraConfig, RopeConfig
@@ -80,15 +81,20 @@ def cached(model: PreTrainedModel, among: Iterable[RopeConfig] = FEW_SETTINGS) -
     """Law 3: cached incremental decoding is one full forward, for every visibility, ratio and alignment; main comes and goes."""
     for number, setting in enumerate(among):
         with patched(model, setting) as config:
-            _decoding_equals_one_forward(model, MAIN if number % 2 else [], config)
+            decodes_as_trained(model, MAIN if number % 2 else [], config)
 
 
-def _decoding_equals_one_forward(model: PreTrainedModel, main: list[int], config: RopeConfig) -> None:
+def decodes_as_trained(model: PreTrainedModel | PeftModel, main: list[int], config: RopeConfig, share: float = CLOSE) -> None:
+    """Law 3 for one sample on a patched model: logits of cached decoding are those of one forward pass in training's layout.
+
+    share: how far apart they may be, as a share of the largest logit.
+    """
     engine = Recorder(model, main)
     engine.run()
     whole = layout_logits(model, engine.state.final_layout(), config)[1:]
     for branch, prompt in enumerate(BRANCHES):
-        agree(torch.stack(engine.seen[branch]), whole[branch][len(prompt) - 1 : -1], f"cached and full logits ({config})")
+        found = torch.stack(engine.seen[branch])
+        agree(found, whole[branch][len(prompt) - 1 : -1], f"cached and full logits ({config})", share)
 
 
 def rows(model: PreTrainedModel) -> None:

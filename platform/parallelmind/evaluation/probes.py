@@ -89,12 +89,12 @@ class Recorder(Engine):
     Equal tokens would be ties for an attention that keeps the best few, and hide a mistaken place for any other.
     """
 
-    def __init__(self, model: PreTrainedModel, main: list[int]) -> None:
+    def __init__(self, model: PreTrainedModel | PeftModel, main: list[int]) -> None:
         super().__init__(model, tiny_tokenizer(), Limits(cache_tokens=512))
         self.seen: list[list[Tensor]] = [[] for _ in BRANCHES]
         lengths = [{"max_new_tokens": _MOST - branch} for branch in range(len(BRANCHES))]
         number = self.submit(Sample(main, BRANCHES), per_branch=lengths, ignore_eos=True)
-        self.state = self._numbers[number].entry.decoding
+        self.state = self._samples[number].entry.decoding
 
     def choose(self, logits: Tensor, rows: Sequence[Row]) -> list[Choice]:
         for row, found in zip(rows, logits, strict=True):

@@ -94,9 +94,16 @@ def load_base(config: BaseConfig, attn_implementation: str | None = None) -> tup
 
 def load_structure(config: BaseConfig) -> PreTrainedModel:
     """The model without its weights, on the meta device: enough to see what it can do. Raises UserError as `load_base`."""
-    source, trusted = resolve_base(config.base_model), config.trust_remote_code
+    found = load_config(config)
     with _load_errors(config.base_model):
-        return meta_model(AutoConfig.from_pretrained(source, trust_remote_code=trusted), trusted)
+        return meta_model(found, config.trust_remote_code)
+
+
+def load_config(config: BaseConfig) -> PreTrainedConfig:
+    """What the model says of itself. Raises UserError as `load_base`."""
+    source = resolve_base(config.base_model)
+    with _load_errors(config.base_model):
+        return AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
 
 
 def meta_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:

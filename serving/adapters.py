@@ -1,0 +1,96 @@
+"""Adapters by name: loaded when first asked for, watched for new versions, and put away when others need the room."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import monotonic
+from typing import Any
+
+import parallelmind as pm
+from parallelmind.storage import sha256
+from serving.settings import BASE, MANIFEST, REGISTRY, AppConfig
+
+_ROUNDING = {"float32": 5e-4}  # how far decoded logits may be from those of training's layout, as a share of the largest
+_COARSE = 5e-2  # in half precision
+
+
+@dataclass(slots=True)
+class _Loaded:
+    """stamp: what tells one version of an adapter from another. looked: when it was last compared."""
+
+    stamp: str
+    looked: float
+
+
+class Shelf:
+    """The adapters of one engine. A new version serves the samples that begin after it; others end with theirs."""
+
+    def __init__(self, engine: pm.Engine, config: AppConfig) -> None:
+        self._engine, self._config = engine, config
+        self._loaded: OrderedDict[str, _Loaded] = OrderedDict()  # least lately used first
+        self._turn = asyncio.Lock()
+
+    def loaded(self) -> int:
+        return len(self._loaded)
+
+    async def ready(self, model: str) -> str | None:
+        """The name that the engine knows this model by, once it is loaded.
+
+        Raises UserError for an unknown model, and for an adapter that is damaged, of another base, or decodes other than it
+        was trained.
+        """
+        if model == self._config.name:
+            return None
+        if model == BASE:
+            return BASE
+        async with self._turn:
+            known = self._loaded.get(model)
+            if known is None or monotonic() - known.looked > self._config.refresh_s:
+                await asyncio.to_thread(self._refresh, model)
+            self._loaded.move_to_end(model)
+            await asyncio.to_thread(self._make_room)
+        return model
+
+    def _refresh(self, model: str) -> None:
+        stamp, fetch = self._find(model)
+        known = self._loaded.get(model)
+        if known is None or known.stamp != stamp:
+            with TemporaryDirectory(prefix="pm-adapter-") as scratch:
+                self._engine.load_adapter(model, fetch(Path(scratch)), check=self._check)
+        self._loaded[model] = _Loaded(stamp, monotonic())
+
+    def _find(self, model: str) -> tuple[str, Callable[[Path], Path]]:
+        """What tells this version from others, and how to get its folder, given one for what has to be fetched."""
+        where = self._config.locate(model)
+        if where is None:
+            raise pm.UserError(f"model={model!r}: not served here; /v1/models lists what is")
+        if where.startswith(REGISTRY):
+            from parallelmind import tracking
+
+            uri = self._config.mlflow_uri or ""
+            version, source = tracking.registered(uri, where)
+            return version, lambda scratch: tracking.fetch(uri, source, scratch)
+        manifest = Path(where) / MANIFEST
+        return sha256(manifest) if manifest.is_file() else "", lambda _: Path(where)
+
+    def _check(self, model: Any) -> None:
+        """Refuse an adapter that decodes other than it was trained."""
+        from parallelmind.evaluation.laws import decodes_as_trained
+        from parallelmind.evaluation.probes import MAIN, LawBroken
+
+        if self._engine.apart or not self._engine.config.patch_rope:
+            return
+        try:
+            decodes_as_trained(model, MAIN, self._engine.config, _ROUNDING.get(self._config.dtype, _COARSE))
+        except LawBroken as error:
+            raise pm.UserError(f"model: is not served, since {error}; train it with the installed versions") from error
+
+    def _make_room(self) -> None:
+        while len(self._loaded) > self._config.max_adapters:
+            model, _ = self._loaded.popitem(last=False)
+            self._engine.unload_adapter(model)

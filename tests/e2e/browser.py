@@ -1,0 +1,133 @@
+"""The playground in a real browser: Chromium as the system has it, driven by playwright without a download of its own."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Locator, Page, Route
+
+_NAMES = ("chromium", "chromium-browser", "google-chrome")
+_ENDED = re.compile("^(stop|length|cancelled|error)$")
+WAIT = 120_000  # milliseconds; the machine may be busy with other tests
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    """Skips the test where there is no playwright or no Chromium."""
+    api = pytest.importorskip("playwright.sync_api")
+    path = next(filter(None, map(shutil.which, _NAMES)), None)
+    if path is None:
+        pytest.skip(f"none of {', '.join(_NAMES)} is installed")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+class Playground:
+    """What a person sees and does, by the names that they see."""
+
+    def __init__(self, page: Page, site: str) -> None:
+        self.page, self.site = page, site.rstrip("/")
+        self.alert = page.get_by_role("alert")
+        self.status = page.get_by_role("status")
+        self.card = page.get_by_role("tooltip")
+        self.run_button = page.get_by_role("button", name="Run")
+        page.set_default_timeout(WAIT)
+
+    def open(self) -> None:
+        self.page.goto(f"{self.site}/")
+        self.field("Model").locator("option").first.wait_for(state="attached")
+
+    def field(self, label: str) -> Locator:
+        return self.page.get_by_label(label, exact=True)
+
+    def branch_field(self, number: int) -> Locator:
+        return self.page.get_by_role("textbox", name=f"Branch {number}", exact=True)
+
+    def write(self, main: str, *branches: str, **settings: str) -> None:
+        """Fill in the form. A setting goes by its label, in lower case and with underscores."""
+        self.field("Main").fill(main)
+        for number, text in enumerate(branches, 1):
+            if not self.branch_field(number).count():
+                self.page.get_by_role("button", name="Add branch").click()
+            self.branch_field(number).fill(text)
+        for name, value in settings.items():
+            self.field(name.replace("_", " ").capitalize()).fill(value)
+
+    def run(self) -> None:
+        self.run_button.click()
+
+    def column(self, number: int) -> Locator:
+        return self.page.get_by_role("article", name=f"Branch {number}", exact=True)
+
+    def state(self, number: int) -> Locator:
+        return self.column(number).locator(".state")
+
+    def tokens(self, number: int) -> Locator:
+        return self.column(number).locator("[title]")
+
+    def stop_button(self, number: int) -> Locator:
+        return self.page.get_by_role("button", name=f"Stop branch {number}", exact=True)
+
+    def reason(self, number: int) -> str:
+        """Wait until the branch has ended, and say why it has."""
+        self.state(number).filter(has_text=_ENDED).wait_for()
+        return self.state(number).inner_text()
+
+    def tab_to(self, target: Locator, at_most: int = 40) -> None:
+        """Press Tab until the target has the focus. Every stop on the way must be visibly focused."""
+        for _ in range(at_most):
+            self.page.keyboard.press("Tab")
+            outline = self.page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+            assert outline != "none", self.page.evaluate("document.activeElement.outerHTML")
+            if has_focus(target):
+                return
+        pytest.fail(f"Tab does not reach {target}")
+
+    def answer(self, body: str = "", status: int = 200, **headers: str) -> None:
+        """Let every new sample have this answer, whatever the server would say."""
+
+        def fulfil(route: Route) -> None:
+            kind = "text/event-stream" if status == 200 else "application/json"
+            route.fulfill(status=status, headers={"Content-Type": kind, **headers}, body=body)
+
+        self.page.route("**/v1/branches", fulfil)
+
+    def overflow(self) -> int:
+        """By how many pixels the page is wider than the window."""
+        return self.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+
+
+def has_focus(target: Locator) -> bool:
+    return target.count() == 1 and target.evaluate("node => node === document.activeElement")
+
+
+def begun(branches: int = 1) -> dict[str, Any]:
+    places = [{"index": index, "prompt_tokens": 2, "branch": index + 1, "time": 3} for index in range(branches)]
+    return {"id": "smp-1", "object": "branches.begun", "model": "tiny", "branches": places}
+
+
+def step(*texts: str, time: int = 5, reason: str | None = None) -> dict[str, Any]:
+    """One decoding step, with one text for each branch."""
+    deltas = [
+        {"index": index, "text": text, "token": 7, "branch": index + 1, "time": time, "finish_reason": reason}
+        for index, text in enumerate(texts)
+    ]
+    return {"id": "smp-1", "object": "branches.step", "deltas": deltas}
+
+
+def stream(*events: dict[str, Any], done: bool = True) -> str:
+    return "".join(f"data: {json.dumps(event)}\n\n" for event in events) + ("data: [DONE]\n\n" if done else "")
+
+
+def error(message: str, param: str | None = None) -> str:
+    return json.dumps({"error": {"message": message, "type": "invalid_request_error", "param": param, "code": None}})

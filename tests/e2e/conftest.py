@@ -1,0 +1,61 @@
+"""The site that the browser visits: a real server whose model takes its time, so that a person's clicks find it talking."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from e2e.browser import Playground, chromium
+from servers import serving
+from tiny import tiny_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
+
+@pytest.fixture(scope="package")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("site")
+    with serving(folder / "server", base_model=_save_slow_talker(folder / "tiny"), served_name="tiny") as server:
+        yield server.url
+
+
+def _save_slow_talker(folder: Path) -> str:
+    """About 60 million random weights: some 40 steps a second; it never ends a text."""
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=8,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.eos_token_id] = 0
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as started:
+        yield started
+
+
+@pytest.fixture
+def playground(browser: Browser, site: str, request: pytest.FixtureRequest) -> Iterator[Playground]:
+    width, height = getattr(request, "param", (1280, 800))
+    context = browser.new_context(viewport={"width": width, "height": height}, reduced_motion="reduce")
+    shown = Playground(context.new_page(), site)
+    shown.open()
+    yield shown
+    context.close()

@@ -1,0 +1,191 @@
+"""The playground, used as a person uses it. `site` is a server with a model named tiny that can write some hundred tokens."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import pytest
+from e2e.browser import Playground, has_focus
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Route
+
+pytestmark = pytest.mark.slow
+
+MAIN = "For lunch Ada likes rice."
+QUESTIONS = ("What does Ada eat?", "Who likes rice?")
+FEW, MANY = "8", "200"  # tokens: seen to the end; still running while the test does something
+PLACE = re.compile(r"branch (\d+), time (\d+)\ntoken \d+")
+POLICY = {"Content-Security-Policy": "default-src 'self'"}
+
+
+def test_page_loads_without_errors_or_foreign_requests(browser: Browser, site: str) -> None:
+    page = browser.new_page()
+    urls: list[str] = []
+    wrong: list[str] = []
+    page.on("request", lambda sent: urls.append(sent.url))
+    # Chromium calls a stream aborted that has come to its end, if its answer must not be stored.
+    page.on("requestfailed", lambda sent: wrong.append(sent.url) if sent.failure != "net::ERR_ABORTED" else None)
+    page.on("response", lambda got: wrong.append(got.url) if got.status >= 400 else None)
+    page.on("pageerror", lambda raised: wrong.append(str(raised)))
+    page.on("console", lambda said: wrong.append(f"{said.text} {said.location['url']}") if said.type == "error" else None)
+
+    def with_policy(route: Route) -> None:
+        answer = route.fetch()
+        route.fulfill(response=answer, headers={**answer.headers, **POLICY})
+
+    page.route(f"{site.rstrip('/')}/", with_policy)
+    shown = Playground(page, site)
+    shown.open()
+    shown.write(MAIN, *QUESTIONS, max_tokens=FEW)
+    shown.run()
+    shown.status.filter(has_text="Done").wait_for()
+    shown.tokens(1).first.hover()
+    page.close()
+    assert [url for url in urls if not url.startswith(site)] == []
+    assert wrong == []
+
+
+def test_branches_stream_side_by_side_and_end_with_a_reason(playground: Playground) -> None:
+    playground.write(MAIN, *QUESTIONS, max_tokens="24")
+    playground.run()
+    playground.stop_button(1).wait_for()
+    lengths = {playground.tokens(1).count() for _ in range(500) if playground.stop_button(1).is_visible()}
+    reasons = {playground.reason(1), playground.reason(2)}
+    assert len(lengths) > 1  # it came in pieces
+    assert reasons <= {"stop", "length"}
+    assert QUESTIONS[1] in playground.column(2).inner_text()
+    left, right = (playground.column(number).bounding_box() for number in (1, 2))
+    assert left is not None
+    assert right is not None
+    assert left["y"] == right["y"]
+    assert left["x"] + left["width"] <= right["x"]
+    assert playground.page.get_by_text(re.compile(r"\d+ tokens, \d+\.\d tokens/s")).is_visible()
+    assert playground.status.inner_text() == "Done"
+    assert playground.alert.inner_text() == ""
+
+
+def test_token_under_the_pointer_or_the_focus_tells_its_coordinates(playground: Playground) -> None:
+    playground.write(MAIN, *QUESTIONS, max_tokens=FEW)
+    playground.run()
+    playground.reason(2)
+    first, second = playground.tokens(2).nth(0), playground.tokens(2).nth(1)
+    first.hover()
+    branch, time = map(int, PLACE.search(playground.card.inner_text()).groups())  # type: ignore[union-attr]
+    assert first.get_attribute("title") == playground.card.inner_text()
+    playground.page.mouse.move(0, 0)
+    playground.card.wait_for(state="hidden")
+    first.focus()
+    playground.card.wait_for()
+    playground.page.keyboard.press("ArrowRight")
+    assert has_focus(second)
+    after = list(map(int, PLACE.search(playground.card.inner_text()).groups()))  # type: ignore[union-attr]
+    assert after[0] == branch
+    assert after[1] > time  # by more than one where several tokens make one character
+    playground.page.keyboard.press("Escape")
+    playground.card.wait_for(state="hidden")
+
+
+def test_one_branch_is_stopped_while_the_other_goes_on_to_its_end(playground: Playground) -> None:
+    playground.write(MAIN, *QUESTIONS, max_tokens=MANY)
+    playground.run()
+    playground.tokens(1).nth(2).wait_for()
+    playground.stop_button(1).click()
+    assert playground.reason(1) == "cancelled"
+    written = playground.tokens(2).count()
+    assert playground.reason(2) in {"stop", "length"}
+    assert playground.tokens(2).count() > written
+    assert playground.tokens(1).count() < playground.tokens(2).count()
+
+
+def test_stop_all_stops_every_branch_and_another_sample_can_run(playground: Playground) -> None:
+    playground.write(MAIN, *QUESTIONS, max_tokens=MANY)
+    playground.run()
+    playground.tokens(1).nth(2).wait_for()
+    playground.page.get_by_role("button", name="Stop all").click()
+    assert [playground.reason(1), playground.reason(2)] == ["cancelled", "cancelled"]
+    playground.status.filter(has_text="Done").wait_for()
+    playground.write(MAIN, max_tokens=FEW)
+    playground.run()
+    playground.state(1).filter(has_text=re.compile("stop|length")).wait_for()
+
+
+@pytest.mark.parametrize(("label", "value", "valid"), [("Max tokens", "0", FEW), ("Temperature", "-1", "0.7")])
+def test_refused_value_is_explained_and_its_field_marked(playground: Playground, label: str, value: str, valid: str) -> None:
+    playground.write(MAIN, *QUESTIONS, max_tokens=FEW)
+    playground.field(label).fill(value)
+    playground.run()
+    playground.alert.filter(has_text=value).wait_for()
+    marked = playground.page.locator("[aria-invalid=true]")
+    assert marked.count() == 1
+    assert has_focus(playground.field(label))
+    assert playground.field(label).get_attribute("aria-invalid") == "true"
+    playground.field(label).fill(valid)
+    playground.run()
+    assert playground.reason(1) in {"stop", "length"}
+    assert playground.alert.inner_text() == ""
+    assert marked.count() == 0
+
+
+def test_keyboard_alone_is_enough(playground: Playground) -> None:
+    keyboard = playground.page.keyboard
+    entries = [
+        (playground.field("Main"), MAIN),
+        (playground.branch_field(1), QUESTIONS[0]),
+        (playground.field("Max tokens"), MANY),
+        (playground.field("Seed"), "1"),
+    ]
+    for field, text in entries:
+        playground.tab_to(field)
+        keyboard.press("Control+a")
+        keyboard.type(text)
+    keyboard.press("Control+Enter")
+    playground.stop_button(1).wait_for()
+    playground.tab_to(playground.stop_button(1))
+    playground.tokens(1).first.wait_for()
+    keyboard.press("Enter")
+    assert playground.reason(1) == "cancelled"
+    assert has_focus(playground.column(1))
+    playground.tab_to(playground.tokens(1).first, at_most=1)
+    assert playground.reason(2) in {"stop", "length"}
+
+
+def test_branch_is_added_to_the_running_sample(playground: Playground) -> None:
+    playground.write(MAIN, *QUESTIONS, max_tokens=MANY)
+    playground.run()
+    playground.field("Add to the running sample").fill("Where is lunch?")
+    playground.field("Max tokens").fill(FEW)
+    playground.page.get_by_role("button", name="Add", exact=True).click()
+    playground.tokens(3).first.wait_for()
+    assert "Where is lunch?" in playground.column(3).inner_text()
+    assert playground.reason(3) in {"stop", "length"}
+    assert playground.reason(1) in {"stop", "length"}
+    assert playground.tokens(3).count() <= int(FEW)
+
+
+@pytest.mark.parametrize("playground", [(360, 740)], indirect=True)
+def test_narrow_screen_stacks_columns_and_never_scrolls_sideways(playground: Playground) -> None:
+    assert playground.overflow() == 0
+    playground.write(MAIN * 8, "unbroken" * 30, QUESTIONS[1], max_tokens="24")
+    playground.run()
+    assert {playground.reason(1), playground.reason(2)} <= {"stop", "length"}
+    upper, lower = (playground.column(number).bounding_box() for number in (1, 2))
+    assert upper is not None
+    assert lower is not None
+    assert upper["y"] + upper["height"] <= lower["y"]
+    for token in (playground.tokens(1).first, playground.tokens(2).last):
+        token.hover()
+        card = playground.card.bounding_box()
+        assert card is not None
+        assert card["x"] >= 0
+        assert card["x"] + card["width"] <= 360
+        assert card["y"] >= 0
+    playground.field("Temperature").fill("-1")
+    playground.run()
+    playground.alert.filter(has_text="-1").wait_for()
+    for needed in (playground.alert, playground.field("Temperature"), playground.run_button):
+        box = needed.bounding_box()
+        assert box is not None
+        assert 0 <= box["y"] <= 740 - box["height"]
+    assert playground.overflow() == 0

@@ -1,0 +1,145 @@
+"""`python -m serving` as a user runs it: real Ray Serve on a loopback port, plain HTTP."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from tiny import tiny_llama, tiny_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+_STARTUP_S = 180
+_WAIT_S = 120
+
+
+def save_talker(folder: Path) -> str:
+    """A tiny model that never prefers the end-of-text token, so that an answer is as long as it may be."""
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.eos_token_id] = 0
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server. log: what it has printed."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    log: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def family(self, name: str = "") -> list[psutil.Process]:
+        """Its processes, children of children too, whose command names this."""
+        found = psutil.Process(self.process.pid).children(recursive=True)
+        return [each for each in found if name in _command(each)]
+
+    def get(self, path: str) -> tuple[int, Any]:
+        return answer(self.request("GET", path))
+
+    def post(self, path: str, body: Any, **headers: str) -> tuple[int, Any]:
+        return answer(self.request("POST", path, body, **headers))
+
+    def request(self, method: str, path: str, body: Any = None, **headers: str) -> http.client.HTTPResponse:
+        return self.connect(method, path, body, **headers).getresponse()
+
+    def connect(self, method: str, path: str, body: Any = None, **headers: str) -> http.client.HTTPConnection:
+        """A connection on which the request has been sent."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=_WAIT_S)
+        content = json.dumps(body) if isinstance(body, (dict, list)) else body
+        connection.request(method, path, content, {"content-type": "application/json", "connection": "close", **headers})
+        return connection
+
+    def stream(self, path: str, body: dict[str, Any]) -> Iterator[Any]:
+        """The bodies of all events; the last is "[DONE]", unless the stream was cut off."""
+        with self.request("POST", path, {**body, "stream": True}) as response:
+            assert response.status == 200, response.read()
+            for line in response:
+                text = line.decode().removeprefix("data: ").strip()
+                if text:
+                    yield text if text == "[DONE]" else json.loads(text)
+
+    def meter(self, name: str) -> float:
+        """The sum of a meter over all processes and labels."""
+        with self.request("GET", "/metrics") as response:
+            lines = response.read().decode().splitlines()
+        return sum(
+            float(line.split()[-1]) for line in lines if line.startswith((f"parallelmind_{name}{{", f"parallelmind_{name} "))
+        )
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it has gone meanwhile
+        return ""
+
+
+def answer(response: http.client.HTTPResponse) -> tuple[int, Any]:
+    with response:
+        text = response.read()
+        return response.status, json.loads(text) if text else None
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextmanager
+def serving(folder: Path, complaints: bool = False, **fields: Any) -> Iterator[Server]:
+    """A server until the end of the block, where Ctrl-C must end it cleanly, and all of its Ray with it.
+
+    complaints: whether Ray may have printed tracebacks, as it does when its processes are killed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    log, port = folder / "log", free_port()
+    command = [sys.executable, "-m", "serving", f"port={port}", *(f"{name}={value}" for name, value in fields.items())]
+    with open(log, "wb") as output:
+        process = subprocess.Popen(command, cwd=ROOT, env=_environment(), stdout=output, stderr=subprocess.STDOUT)
+    server = Server(process, port, log)
+    try:
+        _wait_for_greeting(server)
+        yield server
+        family = server.family()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 0
+        assert psutil.wait_procs(family, timeout=30)[1] == []
+        assert complaints or "Traceback" not in log.read_text()
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+def _wait_for_greeting(server: Server) -> None:
+    deadline = time.monotonic() + _STARTUP_S
+    while time.monotonic() < deadline and server.process.poll() is None:
+        if "Ctrl-C" in server.log.read_text():
+            return
+        time.sleep(0.2)
+    raise TimeoutError(f"no server after {_STARTUP_S} s:\n{server.log.read_text()}")
+
+
+def _environment() -> dict[str, str]:
+    paths = os.pathsep.join([str(ROOT / "platform"), str(ROOT)])
+    return {**os.environ, "PYTHONPATH": paths, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
