@@ -110,29 +110,30 @@ class Stepper:
                 self._wake.wait()
                 self._wake.clear()
                 while self._engine.busy and not self._stopped:
-                    self._loop.call_soon_threadsafe(self._hand_out, self._step())
+                    self._loop.call_soon_threadsafe(self._hand_out, *self._step())
         except Exception as error:
             self._failure = error
             self._loop.call_soon_threadsafe(self._end_all)
             raise
 
-    def _step(self) -> list[pm.Event]:
+    def _step(self) -> tuple[dict[int, list[pm.Event]], set[int]]:
+        """What has been said, by sample, and which samples are over; a moment later the next step may have ended others."""
         self._began, began, inside = monotonic(), perf_counter(), self._engine.seconds_in_model
         events = self._engine.step()
         self._began = None
         self._timed(perf_counter() - began, self._engine.seconds_in_model - inside)
-        return events
-
-    def _hand_out(self, events: list[pm.Event]) -> None:
-        found: dict[int, list[pm.Event]] = defaultdict(list)
+        said: dict[int, list[pm.Event]] = defaultdict(list)
         for event in events:
-            found[event.sample].append(event)
-        for number, said in found.items():
+            said[event.sample].append(event)
+        return said, {number for number in said if self._engine.is_over(number)}
+
+    def _hand_out(self, said: dict[int, list[pm.Event]], over: set[int]) -> None:
+        for number, events in said.items():
             queue = self._queues.get(number)
             if queue is None:  # whoever waited has gone
                 continue
-            queue.put_nowait(Step(said, []))
-            if not self._engine.holds(number):
+            queue.put_nowait(Step(events, []))
+            if number in over:
                 queue.put_nowait(None)
 
     def _end_all(self) -> None:

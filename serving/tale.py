@@ -39,10 +39,13 @@ class Tale:
         self._ended: list[FinishReason | None] = []
 
     @property
+    def quiet(self) -> bool:
+        """Nobody who has begun goes on; after a cancel the branch that reads all others need not have."""
+        return bool(self._ended) and all(self._ended)
+
+    @property
     def done(self) -> bool:
-        return (
-            bool(self._ended) and all(self._ended) and len(self._ended) == len(self.begun) + (self._work.asked.last is not None)
-        )
+        return self.quiet and len(self._ended) == len(self.begun) + (self._work.asked.last is not None)
 
     def heard(self, step: Step) -> Step:
         """Take note of a step; returns what of it is new."""
@@ -89,7 +92,9 @@ async def follow(engine: DeploymentHandle, work: Work, meters: FrontMeters) -> A
                 tries = 0
                 if any(step):
                     yield tale.heard(unpacked(step))
-            return
+            if tale.quiet:
+                return
+            log.warning("sample %s was left by its engine midway", work.id)
         except _LOST as error:
             log.warning("sample %s has lost its engine (%s)", work.id, type(error).__name__)
             tries -= isinstance(error, _NotStarted)

@@ -54,13 +54,13 @@ class Playground:
         return self.page.get_by_role("textbox", name=f"Branch {number}", exact=True)
 
     def write(self, main: str, *branches: str, **settings: str) -> None:
-        """Fill in the form. A setting goes by its label, in lower case and with underscores."""
+        """Fill in the form. A setting goes by its label, in lower case and with underscores; greedy, as the model never ends."""
         self.field("Main").fill(main)
         for number, text in enumerate(branches, 1):
             if not self.branch_field(number).count():
                 self.page.get_by_role("button", name="Add branch").click()
             self.branch_field(number).fill(text)
-        for name, value in settings.items():
+        for name, value in {"temperature": "0", **settings}.items():
             self.field(name.replace("_", " ").capitalize()).fill(value)
 
     def run(self) -> None:

@@ -134,6 +134,7 @@ def test_keyboard_alone_is_enough(playground: Playground) -> None:
         (playground.field("Main"), MAIN),
         (playground.branch_field(1), QUESTIONS[0]),
         (playground.field("Max tokens"), MANY),
+        (playground.field("Temperature"), "0"),
         (playground.field("Seed"), "1"),
     ]
     for field, text in entries:

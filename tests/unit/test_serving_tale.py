@@ -16,6 +16,8 @@ from tiny import tiny_tokenizer
 
 from parallelmind.config import RopeConfig
 from parallelmind.decoding.checks import Asked
+from parallelmind.decoding.engine import Engine
+from parallelmind.decoding.samples import Event as Said
 from parallelmind.decoding.samples import Sample
 from parallelmind.errors import UserError
 from serving.errors import EngineLost, RequestError
@@ -44,10 +46,13 @@ def started(engine: Any, stuck_s: float = 60) -> Iterator[Stepper]:
 
 
 class Engines:
-    """Stands in for Serve's handle, which cannot die on command: real engines, each of which dies after so many steps."""
+    """Stands in for Serve's handle, which cannot die on command: real engines, each of which dies after so many steps.
 
-    def __init__(self, config: RopeConfig, lives: list[int]) -> None:
-        self._config, self._lives = config, lives
+    quietly: they say no more, as if all had been said.
+    """
+
+    def __init__(self, config: RopeConfig, lives: list[int], quietly: bool = False) -> None:
+        self._config, self._lives, self._quietly = config, lives, quietly
         self.asked: list[Work] = []
 
     @property
@@ -75,6 +80,8 @@ class Engines:
                 life -= 1
                 if life == 0:
                     stepper.drop(number)
+                    if self._quietly:
+                        return
                     raise ActorDiedError
                 yield packed(step)
             stepper.drop(number)
@@ -114,9 +121,10 @@ def heard(engines: Engines, asked: Work) -> tuple[list[Any], str, FrontMeters]:
 @pytest.mark.parametrize("config", [COLUMNAR, ISOLATED], ids=["columnar", "isolated"])
 @pytest.mark.parametrize("reduce", [False, True], ids=["", "reduced"])
 @pytest.mark.parametrize("lives", [[1], [0, 0, 4, 2], [2, 2, 2, 2, 2, 2]], ids=str)
-def test_nobody_notices_that_engines_die(config: RopeConfig, reduce: bool, lives: list[int]) -> None:
+@pytest.mark.parametrize("quietly", [False, True], ids=["", "quietly"])
+def test_nobody_notices_that_engines_die(config: RopeConfig, reduce: bool, lives: list[int], quietly: bool) -> None:
     whole = heard(Engines(config, []), work(reduce))
-    parts = heard(Engines(config, lives), work(reduce))
+    parts = heard(Engines(config, lives, quietly), work(reduce))
     assert parts[:2] == whole[:2]
     assert parts[2].moved._value.get() >= 1
 
@@ -212,3 +220,35 @@ def test_who_leaves_is_forgotten_by_the_engine() -> None:
             assert engine.load().live_branches == 0
 
     asyncio.run(use())
+
+
+class Ahead(Engine):
+    """Has computed its last step by the time that anybody looks at the one before, and tells of it later still."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.computed, self.tell = Event(), Event()
+
+    def step(self) -> list[Said]:
+        events = super().step()
+        if not self._samples:
+            self.computed.set()
+            self.tell.wait(10)
+        return events
+
+
+def test_a_sample_is_not_over_before_its_last_word_has_been_told() -> None:
+    async def use() -> list[int | None]:
+        engine = tiny_engine(ISOLATED, Ahead)
+        assert isinstance(engine, Ahead)
+        with started(engine) as stepper:
+            sample = Work("smp-1", "base", Asked.of(tiny_tokenizer(), Sample([], [[5, 6]]), None, None, {"max_new_tokens": 2}))
+            number = stepper.begin(sample, None)
+            engine.computed.wait(10)  # and nobody listens meanwhile
+            heard = []
+            while (step := await stepper.next(number)) is not None:
+                heard += [event.token for event in step.events]
+                engine.tell.set()
+            return heard
+
+    assert len(asyncio.run(use())) == 2

@@ -88,6 +88,11 @@ class Engine:
         """Whether a sample is still going on."""
         return number in self._samples
 
+    def is_over(self, number: int) -> bool:
+        """Whether a sample has ended, and steps have told all of it. For the thread that calls `step`."""
+        with self._lock:
+            return not self.holds(number) and all(event.sample != number for event in self._said)
+
     def load(self) -> Load:
         """What the engine is busy with at this moment."""
         with self._lock:
