@@ -11,6 +11,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-done
 ADAPTER ?= $(shell ls -td runs/demo-*/adapter 2>/dev/null | head -n 1)
 PORT ?= 8000
+WORKERS ?= 2
 
 .PHONY: help setup model lint typecheck test chaos demo serve bench bench-gpu clean
 
@@ -37,8 +38,9 @@ lint: setup ## ruff: style and formatting rules
 typecheck: setup ## mypy
 	@$(PY) -m mypy
 
-test: setup lint typecheck model ## lint, typecheck and every test but the longest fault tests
-	@$(PY) -m pytest -m "not chaos"
+test: setup lint typecheck model ## lint, typecheck and every test but the longest fault tests, the quick ones in WORKERS=2 processes
+	@$(PY) -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not chaos"
+	@$(PY) -m pytest -m "slow and not chaos"
 
 chaos: setup ## every fault test: processes of real runs are killed
 	@$(PY) -m pytest tests/chaos

@@ -73,12 +73,6 @@ async def together(clients: Sequence[Client]) -> list[Answer]:
         return await asyncio.gather(*(client(session) for client in clients))
 
 
-async def in_turn(client: Client, count: int) -> list[Answer]:
-    """One after another, on one connection."""
-    async with aiohttp.ClientSession() as session:
-        return [await client(session) for _ in range(count)]
-
-
 async def steadily(next_client: Callable[[int], Client], each_s: float, for_s: float) -> list[Answer]:
     """A new client every `each_s` seconds, whether the others have ended or not; returns when all have."""
     connector = aiohttp.TCPConnector(limit=0)

@@ -25,6 +25,7 @@ SERVE = {
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "4",
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "1",  # at its default of a tenth the controller takes half a core
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+    "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "2000",  # ten times a second otherwise, in every process
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
 }
 

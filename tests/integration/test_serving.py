@@ -72,6 +72,20 @@ def test_a_stream_says_the_same(client: openai.OpenAI, expected: list[str]) -> N
     assert usage == client.completions.create(**GREEDY).usage
 
 
+def test_answers_to_a_conversation_are_branches_that_share_it(client: openai.OpenAI, model: Any) -> None:
+    asked: Any = {"model": "talker", "messages": [{"role": "user", "content": "who works?"}], "temperature": 0, "max_tokens": 9}
+    found = client.chat.completions.create(**asked, n=2)
+    text = model[1].apply_chat_template(asked["messages"], tokenize=False, add_generation_prompt=True)
+    main, turn = text[: -len("<s>assistant\n")], "<s>assistant\n"
+    expected = pm.generate(*model, pm.Sample(main, [turn] * 2), max_new_tokens=9)
+    assert [choice.message.content for choice in found.choices] == expected
+    streamed = ["", ""]
+    for part in client.chat.completions.create(**asked, n=2, stream=True):
+        for choice in part.choices:
+            streamed[choice.index] += choice.delta.content or ""
+    assert streamed == expected
+
+
 def test_a_seed_repeats_and_its_absence_does_not(client: openai.OpenAI) -> None:
     def texts(**seed: Any) -> list[str]:
         return [choice.text for choice in client.completions.create(**{**GREEDY, "temperature": 1.0, "n": 2, **seed}).choices]

@@ -190,25 +190,22 @@ class Engine:
     def step(self) -> list[Event]:
         """One forward pass for every live branch (one for each adapter in use); returns what has been said."""
         with self._turn:
-            return self._step()
-
-    def _step(self) -> list[Event]:
-        with self._lock:
-            events, self._said = self._said, []
-            groups: dict[Any, list[Part]] = defaultdict(list)
-            for entry, feed in self.scheduler.schedule():
-                groups[entry.version, entry.number if self.forward.alone else None].append((entry, feed))
-            entered: list[Any] = [self.forward.enter(parts) for parts in groups.values()]
-        for ((version, _), parts), step in zip(groups.items(), entered, strict=True):
-            began = perf_counter()
-            with self.adapters.active(version):
-                logits = self.forward(step)
-            self.seconds_in_model += perf_counter() - began
             with self._lock:
-                events += self._accept(parts, logits)
-        with self._lock:
-            self.adapters.tidy()
-        return events
+                events, self._said = self._said, []
+                groups: dict[Any, list[Part]] = defaultdict(list)
+                for entry, feed in self.scheduler.schedule():
+                    groups[entry.version, entry.number if self.forward.alone else None].append((entry, feed))
+                entered: list[Any] = [self.forward.enter(parts) for parts in groups.values()]
+            for ((version, _), parts), step in zip(groups.items(), entered, strict=True):
+                began = perf_counter()
+                with self.adapters.active(version):
+                    logits = self.forward(step)
+                self.seconds_in_model += perf_counter() - began
+                with self._lock:
+                    events += self._accept(parts, logits)
+            with self._lock:
+                self.adapters.tidy()
+            return events
 
     def _accept(self, parts: Sequence[Part], logits: Tensor) -> list[Event]:
         """Draw and enter the next tokens. A branch that was cancelled during the forward pass says nothing more."""
