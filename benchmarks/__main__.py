@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import data, decoding, engine, harness, layout, serving, training
+from benchmarks import data, decoding, engine, fuzz, harness, layout, serving, training
 
 
 def main() -> None:
     only = sys.argv[1] if len(sys.argv) > 1 else ""
-    benches = [*layout.BENCHES, *data.BENCHES, *training.BENCHES, *decoding.BENCHES, *engine.BENCHES, *serving.BENCHES]
+    parts = [layout, data, training, decoding, engine, serving, fuzz]
+    benches = [bench for part in parts for bench in part.BENCHES]
     if not any(bench.name.startswith(only) for bench in benches):
         names = "\n  ".join(bench.name for bench in benches)
         print(f"error: ONLY={only}: no benchmark's name begins so; there are\n  {names}", file=sys.stderr)

@@ -36,7 +36,11 @@ def build(args: Mapping[str, Any]) -> Application:
         **_HEALTH,
     )(EngineReplica)
     front = serve.deployment(
-        max_ongoing_requests=_NO_LIMIT, graceful_shutdown_timeout_s=_DRAIN_S, ray_actor_options={"num_cpus": 0.1}, **_HEALTH
+        max_ongoing_requests=_NO_LIMIT,
+        max_surge_percent=100,  # in an update a new one is up before the old one goes
+        graceful_shutdown_timeout_s=_DRAIN_S,
+        ray_actor_options={"num_cpus": 0.1},
+        **_HEALTH,
     )(serve.ingress()(Front))
     return front.bind(engine.bind(config), config)
 

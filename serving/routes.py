@@ -61,13 +61,13 @@ def _openai(app: FastAPI, front: Front) -> None:
     @app.post("/v1/completions", response_model=None)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue one prompt, or several as the branches of one sample."""
-        work = await front.work(front.asker.completion, body, _size(request))
+        work = await front.work(front.asker.completion, body, await _size(request))
         return await _answer(front, body, work, answer.CompletionShape(work.id, body.model, spell))
 
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation, n times as n branches that share it."""
-        work = await front.work(front.asker.chat, body, _size(request))
+        work = await front.work(front.asker.chat, body, await _size(request))
         return await _answer(front, body, work, answer.ChatShape(work.id, body.model, spell))
 
 
@@ -91,7 +91,7 @@ def _branches(app: FastAPI, front: Front) -> None:
     @app.post("/v1/branches", response_model=BranchesAnswer)
     async def branches(body: BranchesRequest, request: Request) -> Response:
         """Continue branches that share a main, each with settings of its own."""
-        work = await front.work(front.asker.branches, body, _size(request))
+        work = await front.work(front.asker.branches, body, await _size(request))
         steps = await front.begin(work)
         if body.stream:
             return _stream(branch_answer.parts(work, steps))
@@ -100,7 +100,7 @@ def _branches(app: FastAPI, front: Front) -> None:
     @app.post("/v1/branches/{sample}/branches", status_code=201)
     async def join(sample: str, body: Joining, request: Request) -> Joined:
         """Add a branch to a sample that is going on; its stream tells what it says."""
-        ids, params = await front.work(front.asker.joining, body, _size(request))
+        ids, params = await front.work(front.asker.joining, body, await _size(request))
         return Joined(id=sample, index=await front.join(sample, ids, params))
 
     @app.delete("/v1/branches/{sample}/branches/{index}", status_code=204)
@@ -117,12 +117,12 @@ def _branches(app: FastAPI, front: Front) -> None:
 def _tokens(app: FastAPI, front: Front) -> None:
     @app.post("/tokenize", response_model=None)
     async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
-        tokens = await front.work(front.asker.tokenize, body, _size(request))
+        tokens = await front.work(front.asker.tokenize, body, await _size(request))
         return {"tokens": tokens, "count": len(tokens), "max_model_len": front.asker.context}
 
     @app.post("/detokenize", response_model=None)
     async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, Any]:
-        return {"prompt": await front.work(front.asker.detokenize, body, _size(request))}
+        return {"prompt": await front.work(front.asker.detokenize, body, await _size(request))}
 
 
 def _operation(app: FastAPI, front: Front) -> None:
@@ -146,6 +146,6 @@ def _page(app: FastAPI) -> None:
     app.mount("/web", StaticFiles(directory=_WEB), name="web")
 
 
-def _size(request: Request) -> int:
-    length = request.headers.get("content-length", "")
-    return int(length) if length.isdigit() else 0
+async def _size(request: Request) -> int:
+    """Of the body, which has been read. Its length need not be in the headers."""
+    return len(await request.body())

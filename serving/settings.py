@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from os.path import isfile
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -112,7 +113,7 @@ class AppConfig(Limits):
         if self.adapter_root is None or not _FOLDER.fullmatch(name):
             return None
         folder = Path(self.adapter_root) / name
-        found = [each for each in (folder / _ADAPTER, folder) if (each / MANIFEST).is_file()]
+        found = [each for each in (folder / _ADAPTER, folder) if isfile(each / MANIFEST)]  # Path.is_file raises for long names
         return str(found[0]) if found else None
 
     def load(self) -> tuple[Any, Any]:

@@ -111,8 +111,10 @@ def test_nobody_gets_out_of_the_root(tmp_path: Path, name: str) -> None:
     assert (served.locate(f"base:{name}"), served.locate(name)) == (None, None)
 
 
-def test_a_name_that_no_folder_can_have_is_unknown(tmp_path: Path) -> None:
-    assert config(adapter_root=str(tmp_path)).locate("base:" + "x" * 300) is None
+@pytest.mark.parametrize("name", ["x" * 300, "漢" * 100])
+def test_a_name_that_no_folder_can_have_is_unknown(tmp_path: Path, name: str) -> None:
+    """Of characters few enough, and of bytes too many for a file system."""
+    assert config(adapter_root=str(tmp_path)).locate(f"base:{name}") is None
 
 
 def test_the_registry_is_open_only_if_it_is_named(tmp_path: Path) -> None:

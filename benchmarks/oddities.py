@@ -1,0 +1,144 @@
+"""Requests made by hand: broken, extreme and strange ones, as they go over the wire."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+LIVE = "LIVE"  # in a path: a sample that is going on
+_JOIN = f"/v1/branches/{LIVE}/branches"
+
+_COMPLETION = """{"model": "base", "prompt": ["The sky is", [5, 6, 7]], "max_tokens": 4, "n": 2, "seed": 1, "temperature": 0.8,
+    "top_p": 0.9, "top_k": 40, "min_p": 0.01, "repetition_penalty": 1.1, "stop": ["x", "\\n"], "logit_bias": {"5": 1, "6": -1.5},
+    "logprobs": 2, "ignore_eos": true, "stream": true, "stream_options": {"include_usage": true}, "user": "me"}"""
+_CHAT = """{"model": "base", "max_completion_tokens": 4, "n": 2, "logprobs": true, "top_logprobs": 3, "seed": 1, "messages": [
+    {"role": "system", "content": "Be brief.", "name": "me"},
+    {"role": "user", "content": [{"type": "text", "text": "Name a colour."}]}]}"""
+_BRANCHES = """{"model": "base", "main": "The sea", "reduce": " So", "stream": true, "temperature": 1, "max_tokens": 4,
+    "branches": [{"text": " is", "seed": 1, "logprobs": 3}, {"text": [5, 6], "stop": "x", "max_tokens": 2}]}"""
+VALID: dict[str, dict[str, Any]] = {
+    "/v1/completions": json.loads(_COMPLETION),
+    "/v1/chat/completions": json.loads(_CHAT),
+    "/v1/branches": json.loads(_BRANCHES),
+    _JOIN: {"text": " was", "max_tokens": 4, "temperature": 0.5, "seed": 1},
+    "/tokenize": {"prompt": "The sky is", "model": "base"},
+    "/detokenize": {"tokens": [5, 6, 7], "model": "base"},
+}
+
+VALUES: list[Any] = [
+    *(None, True, False, "", " ", "x", "\x00", "\ud800", "\udfff\ud800", "💥" * 9, "a" * 5000, "user"),
+    *("base", "base:x", "base:" + "漢" * 100, "base:\x00", "base:..", "models:/x@y", "models:/x/" + "9" * 30),
+    *(0, 1, -1, 20, 21, 64, 65, 2**31, 2**53 + 1, 2**63 - 1, 2**63, 2**64, -(2**64), 10**400, 10**4000),
+    *(0.0, -0.0, 0.5, 1.5, 5e-324, 1e-45, 1e-38, 1e39, 1.7e308, float("nan"), float("inf"), float("-inf")),
+    *([], {}, [[]], [None], [0], [-1], [2**63], ["x"] * 300, [0] * 300, {"": {}}, {"0": 1}, {"-1": 1}, {"9" * 30: 1}),
+]
+
+
+def wire(method: str, target: str, body: bytes = b"", *lines: str) -> bytes:
+    """lines: of the head."""
+    head = [f"{method} {target} HTTP/1.1", "host: localhost", "connection: close", *lines]
+    return "\r\n".join([*head, "", ""]).encode("latin-1") + body
+
+
+def post(path: str, body: bytes, *lines: str, kind: str = "application/json") -> bytes:
+    return wire("POST", path, body, f"content-type: {kind}", f"content-length: {len(body)}", *lines)
+
+
+def oddities() -> Iterator[bytes]:
+    """All of them, always the same."""
+    yield from _odd_values()
+    yield from _odd_bodies()
+    yield from _odd_targets()
+    yield from _odd_heads()
+
+
+def _odd_values() -> Iterator[bytes]:
+    for path, body in VALID.items():
+        for name in body:
+            yield from (post(path, json.dumps({**body, name: value}).encode()) for value in VALUES)
+
+
+def _odd_bodies() -> Iterator[bytes]:
+    for path, body in VALID.items():
+        whole = json.dumps(body)
+        first = whole.split(":")[0]
+        deep = [f"{first}: {nested}}}" for nested in _NESTED]
+        twice = [f"{first}: 0, {whole[1:]}", f'{whole[:-1]}, "max_tokens": 2, "max_tokens": 1}}']
+        yield from (post(path, text.encode()) for text in (*_TEXTS, *deep, *twice, whole[:-1], whole + ",", whole * 2))
+        yield from (post(path, text) for text in (b"\xff\xfe", b"\xef\xbb\xbf{}", whole.encode("utf-16"), whole.encode("utf-32")))
+        yield post(path, whole.replace("a", "\xff").encode("latin-1"))
+        yield from (post(path, whole.encode(), kind=kind) for kind in _KINDS)
+        yield from (wire("POST", path, part, *_AS_CHUNKS) for part in _CHUNKED)
+
+
+_TEXTS = ["", " ", "null", "[]", "0", '""', "{}", "{", "}", "{'a': 1}", "NaN", "-Infinity", "1e999999"]
+_TEXTS += ["9" * 5000, "\x00", "\ufeff{}", " " * 60_000, "[" * 100_000, '{"a":' * 100_000]
+_TEXTS += ["[" * 50_000 + "]" * 50_000, '["', "{} // so", '{"a": 1,}', '{"__proto__": {}}']
+# At some depth what Python has read it can no longer print.
+_NESTED = ["[" * depth + "]" * depth for depth in range(100, 1000, 60)]
+_NESTED += ['{"a":' * depth + "0" + "}" * depth for depth in (400, 900)]
+_KINDS = ["", "/", "\xfc", "a" * 300, "application/json; charset=x", "application/json, text/html", "application/vnd.x+json"]
+_KINDS += ["text/plain", "multipart/form-data", "multipart/form-data; boundary=x", "application/x-www-form-urlencoded"]
+_AS_CHUNKS = ["content-type: application/json", "transfer-encoding: chunked"]
+_CHUNKED = [b"0\r\n\r\n", b"2\r\n{}\r\n0\r\n\r\n", b"1\r\n{\r\n1\r\n}\r\n0\r\nx: y\r\n\r\n", b"zz\r\n{}\r\n", b"f" * 40]
+
+
+def _odd_targets() -> Iterator[bytes]:
+    for path in [*_PATHS, *VALID]:
+        yield from (wire(method, path) for method in _METHODS)
+
+
+_METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "FOO", "get"]
+_PATHS = "/ // /v1 /v1/ /v1/completions/ /v1//completions /v1/models /v1/models/x /health /metrics /metrics/ /docs".split()
+_PATHS += "/openapi.json /-/routes /%00 /%ff /% /%zz * x http://x/ http://localhost/health /../etc /%2e%2e/etc".split()
+_PATHS += [f"/web/{rest}" for rest in ("", "%00", ".", "%2e%2e/app.py", "a" * 300, "a/" * 3000, "/etc/passwd", "%ed%a0%80")]
+_PATHS += [f"/v1/branches/{rest}" for rest in ("", "%00", "%ed%a0%80", "%2f/branches/0", "a" * 5000, LIVE, f"{LIVE}/x/0")]
+_PATHS += [f"{_JOIN}/{index}" for index in ("", "-1", "0", "1", "2", "9" * 20, "9" * 5000, "1.0", "true", "%00", "%ed%a0%80")]
+_PATHS += ["/health?" + "x=%00&" * 900]
+
+
+def _odd_heads() -> Iterator[bytes]:
+    whole = json.dumps(VALID["/v1/completions"]).encode()
+    for line in _LINES:
+        yield post("/v1/completions", whole, line)
+        yield from (wire("GET", path, b"", line) for path in ("/health", "/", "/v1/models"))
+    yield from (post("/v1/completions", whole)[:-9], post("/v1/completions", whole) * 2, b"POST /v1/branches HTTP/1.1\r\n\r\n")
+    for size in (1 << 19, 1 << 20):
+        long = json.dumps({**VALID["/v1/completions"], "prompt": "a " * (size // 2)}).encode()
+        yield post("/v1/completions", long)
+        yield wire("POST", "/v1/completions", b"%x\r\n%b\r\n0\r\n\r\n" % (len(long), long), *_AS_CHUNKS)
+    yield from (b"GET / HTTP/9.9\r\n\r\n", b"GET /health HTTP/1.0\r\n\r\n", b"GET /health\r\n\r\n")
+    yield from (b"\x16\x03\x01\x02\x00\r\n\r\n", b"\x00" * 99 + b"\r\n\r\n", b"\r\n" * 99 + wire("GET", "/health"))
+
+
+_LINES = """no colon
+: no name
+two words: x
+name\x00: x
+value: \x00
+x-request-id: \t
+x-request-id: \xfc\x01
+authorization: Basic \xfc
+cookie: \x7f=\xff
+origin: null
+host: x
+te: trailers
+expect: 100-continue
+upgrade: websocket
+connection: x-request-id
+transfer-encoding: gzip
+transfer-encoding: chunked
+content-length: -1
+content-length: 5
+content-length: \xb2
+content-type: text/plain
+content-encoding: gzip
+accept: x/y
+accept-encoding: \xff
+range: bytes=x
+if-none-match: *
+if-modified-since: x
+x-forwarded-for: \x01""".split("\n")
+_LINES += ["content-length: " + "9" * 40, "authorization: Bearer " + "x" * 9000, "range: bytes=0-" + ",0-" * 900]
+_LINES += ["x: y\r\n folded", "x:" * 2000, "x: " + "y" * 5000, "x: " + "y" * 20_000]

@@ -1,0 +1,158 @@
+"""A one-node Ray cluster on loopback whose Python has the dependencies but not the project, and what is deployed on it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import urllib.request
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+from servers import ROOT, Server, free_port
+
+_STARTUP_S, _WAIT_S = 60, 120
+# Serve's settings that `ray start` needs in its environment, by whoever has the project.
+_SETTLED = "import os, sys, serving.ray_env; os.execv(sys.argv[1], sys.argv[1:])"
+
+
+def bare_python(folder: Path) -> Path:
+    """A virtual environment that sees the installed packages, but not the editable install of this project.
+
+    A folder named in a .pth file is searched, while the .pth files in it (ours among them) are not read.
+    """
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    (folder / "lib" / version / "site-packages" / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    python = folder / "bin" / "python"
+    found = subprocess.run([python, "-c", "import ray, torch; import parallelmind"], capture_output=True, text=True, cwd=folder)
+    assert "No module named 'parallelmind'" in found.stderr
+    return python
+
+
+def environment(python: Path) -> dict[str, str]:
+    """`python` of a job resolves through the PATH of the shell that started the cluster."""
+    ours = {"RAY_AUTH_MODE": "disabled", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "OMP_NUM_THREADS": "1"}
+    kept = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "PYTHONPATH")}
+    return {**kept, **ours, "PATH": f"{python.parent}:{os.environ['PATH']}"}
+
+
+@contextmanager
+def cluster(python: Path, cpus: int = 2, serves: bool = False) -> Iterator[Server]:
+    """A cluster until the end of the block, as a server of its dashboard; only its own processes are ended afterwards.
+
+    serves: with the settings of serving/ray_env.py.
+    """
+    port = free_port()
+    line: list[str | Path] = [
+        *((sys.executable, "-c", _SETTLED) if serves else ()),
+        *(python, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--num-cpus={cpus}", "--node-ip-address=127.0.0.1"),
+        *(f"--port={free_port()}", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}", "--disable-usage-stats"),
+        *(f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}"),
+        *(f"--object-store-memory={2**28}", "--include-dashboard=true"),
+    ]
+    with tempfile.TemporaryDirectory(prefix="pm-ray-") as folder:  # a short path: Ray has sockets in it
+        log = Path(folder) / "log"
+        place = ROOT if serves else python.parent
+        with open(log, "wb") as output:
+            line.append(f"--temp-dir={folder}")
+            process = subprocess.Popen(line, cwd=place, env=environment(python), stdout=output, stderr=output)
+        server = Server(process, port, log)
+        try:
+            _wait_for(server)
+            yield server
+        finally:
+            _end(server)
+
+
+def command(python: Path, module: str, *arguments: str | Path, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+    """One of Ray's command lines, from the project's root, to its end."""
+    line = [python, "-m", module, *arguments]
+    return subprocess.run(line, cwd=ROOT, env=environment(python), capture_output=True, text=True, timeout=timeout_s)
+
+
+class Application:
+    """`serving/serve.yaml` on a cluster without the project, with a port and arguments of our own."""
+
+    def __init__(self, python: Path, dashboard: Server, folder: Path) -> None:
+        self._python, self._dashboard, self._file = python, dashboard, folder / "serve.yaml"
+        self._config = yaml.safe_load((ROOT / "serving" / "serve.yaml").read_text(encoding="utf-8"))
+        self._config["http_options"]["port"] = port = free_port()
+        self._only["runtime_env"]["working_dir"] = _zipped(folder / "parallelmind.zip").as_uri()
+        self.server = Server(dashboard.process, port, dashboard.log)
+        self._known: dict[str, set[str]] = {}
+
+    @property
+    def _only(self) -> Any:
+        return self._config["applications"][0]
+
+    def deploy(self, **args: Any) -> None:
+        """With these arguments, if they are new to it; returns once all processes are new. There is a front all the time."""
+        if args.items() <= self._only["args"].items():
+            return
+        before = self.running("Front") | self.running("EngineReplica")
+        self._only["args"] |= args
+        self._file.write_text(yaml.safe_dump(self._config), encoding="utf-8")
+        done = command(self._python, "ray.serve.scripts", "deploy", self._file, "--address", self._dashboard.url)
+        assert done.returncode == 0, done.stderr
+        wait_until(lambda: self._replaced(before))
+
+    def _replaced(self, before: set[str]) -> bool:
+        fronts, engines = self.running("Front"), self.running("EngineReplica")
+        assert fronts or not before
+        return self._status()["status"] == "RUNNING" and (fronts | engines).isdisjoint(before)
+
+    def running(self, deployment: str) -> set[str]:
+        """Its replicas that are up, as last known: nothing is told of them while the application is being built."""
+        for name, found in self._status().get("deployments", {}).items():
+            self._known[name] = {each["replica_id"] for each in found["replicas"] if each["state"] == "RUNNING"}
+        return self._known.get(deployment, set())
+
+    def _status(self) -> Any:
+        return self._dashboard.get("/api/serve/applications/")[1]["applications"].get("parallelmind", {})
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + _WAIT_S
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def _zipped(path: Path) -> Path:
+    """What `working_dir` needs of the project."""
+    with zipfile.ZipFile(path, "w") as file:
+        for part in ("platform/parallelmind", "serving"):
+            for source in (ROOT / part).rglob("*"):
+                if "__pycache__" not in source.parts:
+                    file.write(source, source.relative_to(ROOT))
+    return path
+
+
+def _wait_for(server: Server) -> None:
+    deadline = time.monotonic() + _STARTUP_S
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"{server.url}/api/version", timeout=2):
+                return
+        except OSError:
+            time.sleep(0.5)
+    raise TimeoutError(f"no cluster after {_STARTUP_S} s:\n{server.log.read_text()}")
+
+
+def _end(server: Server) -> None:
+    """At once: a raylet that is asked to end waits half a minute for its actors."""
+    processes = [psutil.Process(server.process.pid), *server.family()]
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    server.process.wait(timeout=30)
+    assert psutil.wait_procs(processes, timeout=30)[1] == []
