@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from serving.schema import Sampling, Text, Usage
+from serving.schema import Items, Sampling, Text, Usage
 
 
 class BranchSettings(Sampling):
@@ -35,7 +35,7 @@ class BranchesRequest(BranchSettings):
 
     model: str
     main: Text = ""
-    branches: list[Branch] = Field(min_length=1)
+    branches: Items[Branch] = Field(min_length=1)
     reduce: Text | None = None
     stream: bool = False
 

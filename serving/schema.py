@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import time
 import uuid
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 def _listed(value: Any) -> Any:
@@ -23,9 +23,12 @@ def _prompts(value: Any) -> Any:
 
 
 def _by_id(value: Any) -> Any:
-    """JSON has no other keys than texts."""
-    if not isinstance(value, dict) or not all(isinstance(key, str) and key.isascii() and key.isdigit() for key in value):
+    """JSON has no other keys than texts. Of wrong entries one is told, as of `Items`."""
+    if not isinstance(value, dict):
         return value
+    for key, bias in value.items():
+        if not (isinstance(key, str) and key.isascii() and key.isdigit() and isinstance(bias, (int, float))):
+            return {key: bias}
     return {int(key): bias for key, bias in value.items()}
 
 
@@ -34,21 +37,32 @@ LogitBias = Annotated[dict[int, float], BeforeValidator(_by_id, json_schema_inpu
 
 def _encodable(value: str) -> str:
     """JSON can spell half a character, which is none."""
-    if any("\ud800" <= char <= "\udfff" for char in value):
-        raise ValueError("holds half a character (a lone surrogate); send whole ones")
+    try:
+        value.encode()  # a look at every character would hold up everybody else
+    except UnicodeEncodeError:
+        raise ValueError("holds half a character (a lone surrogate); send whole ones") from None
     return value
 
 
+ItemT = TypeVar("ItemT")
 Str = Annotated[str, AfterValidator(_encodable)]
-Text = Str | list[int]
-Texts = Annotated[list[Str], BeforeValidator(_listed, json_schema_input_type=str | list[str])]
-Prompts = Annotated[list[Text], BeforeValidator(_prompts, json_schema_input_type=Text | list[Text])]
+Items = Annotated[list[ItemT], Field(fail_fast=True)]  # one wrong item is told; to find them all in a long list takes seconds
+Text = Str | Items[int]
+Texts = Annotated[Items[Str], BeforeValidator(_listed, json_schema_input_type=str | list[str])]
+Prompts = Annotated[Items[Text], BeforeValidator(_prompts, json_schema_input_type=Text | list[Text])]
 
 
 class Request(BaseModel):
     """Unknown fields are refused: a setting that is quietly ignored is worse than an error."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_one_unknown(cls, value: Any) -> Any:
+        """As of `Items`, one is told."""
+        unknown = [name for name in value if name not in cls.model_fields] if isinstance(value, dict) else []
+        return {name: value[name] for name in [*cls.model_fields, unknown[0]] if name in value} if unknown else value
 
 
 class StreamOptions(Request):
@@ -110,7 +124,7 @@ class TextPart(Request):
 
 class Message(Request):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Str | list[TextPart]
+    content: Str | Items[TextPart]
     name: str | None = None
 
     @property
@@ -125,7 +139,7 @@ class ResponseFormat(Request):
 class ChatRequest(OpenAIRequest):
     """n branches that share the conversation."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Items[Message] = Field(min_length=1)
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool = False
@@ -142,7 +156,7 @@ class TokenizeRequest(Request):
 
 class DetokenizeRequest(Request):
     model: str | None = None
-    tokens: list[int]
+    tokens: Items[int]
 
 
 class Usage(BaseModel):
