@@ -51,6 +51,7 @@ def oddities() -> Iterator[bytes]:
     yield from _odd_bodies()
     yield from _odd_targets()
     yield from _odd_heads()
+    yield from _long_bodies()
 
 
 def _odd_values() -> Iterator[bytes]:
@@ -104,10 +105,6 @@ def _odd_heads() -> Iterator[bytes]:
         yield post("/v1/completions", whole, line)
         yield from (wire("GET", path, b"", line) for path in ("/health", "/", "/v1/models"))
     yield from (post("/v1/completions", whole)[:-9], post("/v1/completions", whole) * 2, b"POST /v1/branches HTTP/1.1\r\n\r\n")
-    for size in (1 << 19, 1 << 20):
-        long = json.dumps({**VALID["/v1/completions"], "prompt": "a " * (size // 2)}).encode()
-        yield post("/v1/completions", long)
-        yield wire("POST", "/v1/completions", b"%x\r\n%b\r\n0\r\n\r\n" % (len(long), long), *_AS_CHUNKS)
     yield from (b"GET / HTTP/9.9\r\n\r\n", b"GET /health HTTP/1.0\r\n\r\n", b"GET /health\r\n\r\n")
     yield from (b"\x16\x03\x01\x02\x00\r\n\r\n", b"\x00" * 99 + b"\r\n\r\n", b"\r\n" * 99 + wire("GET", "/health"))
 
@@ -142,3 +139,26 @@ if-modified-since: x
 x-forwarded-for: \x01""".split("\n")
 _LINES += ["content-length: " + "9" * 40, "authorization: Bearer " + "x" * 9000, "range: bytes=0-" + ",0-" * 900]
 _LINES += ["x: y\r\n folded", "x:" * 2000, "x: " + "y" * 5000, "x: " + "y" * 20_000]
+
+
+def _long_bodies() -> Iterator[bytes]:
+    """As long as they may be, and one that is longer."""
+    yield post("/tokenize", b" " * (1 << 20 | 1))
+    for path, begin, item, end in _FILLED:
+        body = (begin + item * ((_MOST - len(begin) - len(end)) // len(item)) + item[:-1] + end).encode()
+        yield post(path, body)
+        yield wire("POST", path, b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body), *_AS_CHUNKS)
+
+
+_MOST = 1_000_000
+_FILLED = [
+    ("/v1/completions", '{"model": "base", "prompt": "', "a ", '"}'),
+    ("/v1/completions", '{"model": "base", "prompt": [', '"a",', "]}"),
+    ("/v1/completions", '{"model": "base", "prompt": "a", "stop": [', "1,", "]}"),
+    ("/v1/chat/completions", '{"model": "base", "messages": [', "{},", "]}"),
+    ("/v1/chat/completions", '{"model": "base", "messages": [{"role": "user", "content": [', "{},", "]}]}"),
+    ("/v1/branches", '{"model": "base", "branches": [', '{"text": 1},', "]}"),
+    ("/detokenize", '{"tokens": [', "-1,", "]}"),
+    ("/tokenize", '{"prompt": "', "1", '"}'),
+    ("/tokenize", " ", "  ", "{}"),
+]

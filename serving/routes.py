@@ -116,13 +116,14 @@ def _branches(app: FastAPI, front: Front) -> None:
 
 def _tokens(app: FastAPI, front: Front) -> None:
     @app.post("/tokenize", response_model=None)
-    async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
+    async def tokenize(body: TokenizeRequest, request: Request) -> Response:
         tokens = await front.work(front.asker.tokenize, body, await _size(request))
-        return {"tokens": tokens, "count": len(tokens), "max_model_len": front.asker.context}
+        # Written at once: FastAPI would look at every token.
+        return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": front.asker.context})
 
     @app.post("/detokenize", response_model=None)
-    async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, Any]:
-        return {"prompt": await front.work(front.asker.detokenize, body, await _size(request))}
+    async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
+        return JSONResponse({"prompt": await front.work(front.asker.detokenize, body, await _size(request))})
 
 
 def _operation(app: FastAPI, front: Front) -> None:

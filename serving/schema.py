@@ -22,14 +22,16 @@ def _prompts(value: Any) -> Any:
     return [value] if one else value
 
 
+def _is_id(key: Any) -> bool:
+    return isinstance(key, str) and key.isascii() and key.isdigit()
+
+
 def _by_id(value: Any) -> Any:
     """JSON has no other keys than texts. Of wrong entries one is told, as of `Items`."""
     if not isinstance(value, dict):
         return value
-    for key, bias in value.items():
-        if not (isinstance(key, str) and key.isascii() and key.isdigit() and isinstance(bias, (int, float))):
-            return {key: bias}
-    return {int(key): bias for key, bias in value.items()}
+    wrong = [key for key, bias in value.items() if not (_is_id(key) and type(bias) in (int, float))]
+    return {int(key) if _is_id(key) else key: value[key] for key in wrong[:1] or value}
 
 
 LogitBias = Annotated[dict[int, float], BeforeValidator(_by_id, json_schema_input_type=dict[str, float])]

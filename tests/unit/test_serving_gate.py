@@ -6,7 +6,6 @@ import asyncio
 from base64 import b64encode
 from contextlib import suppress
 from pathlib import Path
-from threading import current_thread, main_thread
 from typing import Any
 
 import pytest
@@ -227,26 +226,6 @@ def routed(folder: Path, *args: Any, **kwargs: Any) -> Reply:
 def test_real_routes_let_the_word_of_the_gate_stand(tmp_path: Path, rest: list[bytes], status: int, code: str) -> None:
     reply = routed(tmp_path, "POST", WORK, JSON, [b'{"model": ', *rest], whole=False)
     assert (reply.status, reply.error["code"]) == (status, code)
-
-
-@pytest.mark.parametrize("says_how_long", [True, False])
-@pytest.mark.parametrize(("size", "aside"), [(100, False), (30_000, True)])
-def test_a_long_body_is_encoded_aside_whether_it_says_how_long_it_is_or_not(
-    tmp_path: Path, size: int, aside: bool, says_how_long: bool
-) -> None:
-    """In the event loop it would hold up everybody else, and many of them would look like the death of the process."""
-    served, threads = front(tmp_path, TOLD), list[Any]()
-    encode = served.asker.completion
-
-    def noted(body: Any) -> Any:
-        threads.append(current_thread())
-        return encode(body)
-
-    served.asker.completion = noted
-    body = b'{"model": "tiny", "prompt": "%s"}' % (b"who " * (size // 4))
-    headers = {**JSON, "content-length": str(len(body))} if says_how_long else JSON
-    asyncio.run(ask(served.__serve_build_asgi_app__(), "POST", WORK, headers, [body[:50], body[50:]]))
-    assert [thread is main_thread() for thread in threads] == [not aside]
 
 
 @pytest.mark.parametrize("stream", ["true", "false"])
