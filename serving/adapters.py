@@ -19,6 +19,10 @@ _ROUNDING = {"float32": 5e-4}  # how far decoded logits may be from those of tra
 _COARSE = 5e-2  # in half precision
 
 
+class Replaced(pm.UserError):
+    """A sample cannot go on with the version that it has begun with."""
+
+
 @dataclass(slots=True)
 class _Loaded:
     """stamp: what tells one version of an adapter from another. looked: when it was last compared."""
@@ -38,11 +42,11 @@ class Shelf:
     def loaded(self) -> int:
         return len(self._loaded)
 
-    async def ready(self, model: str) -> str | None:
+    async def ready(self, model: str, version: str | None = None) -> str | None:
         """The name that the engine knows this model by, once it is loaded.
 
-        Raises UserError for an unknown model, and for an adapter that is damaged, of another base, or decodes other than it
-        was trained.
+        version: what a sample has begun with elsewhere. Raises UserError for an unknown model, and for an adapter that is
+        damaged, of another base, or decodes other than it was trained; Replaced if that version is not to be had any more.
         """
         if model == self._config.name:
             return None
@@ -52,9 +56,24 @@ class Shelf:
             known = self._loaded.get(model)
             if known is None or monotonic() - known.looked > self._config.refresh_s:
                 await asyncio.to_thread(self._refresh, model)
+            if version is not None and version != self._loaded[model].stamp:
+                model = self._pinned(model, version)
+                await asyncio.to_thread(self._refresh, model)
             self._loaded.move_to_end(model)
             await asyncio.to_thread(self._make_room)
         return model
+
+    def version(self, name: str | None) -> str:
+        """Which one a name stands for now, as `ready` has given it."""
+        return self._loaded[name].stamp if name is not None and name in self._loaded else ""
+
+    def _pinned(self, model: str, version: str) -> str:
+        """By which name the registry still has a version that the model's own name does not mean any more."""
+        where = self._config.locate(model) or ""
+        if not where.startswith(REGISTRY):
+            raise Replaced(f"model={model!r}: has a new version, and the old one is gone with its engine; ask again")
+        name = where.removeprefix(REGISTRY).partition("@")[0].partition("/")[0]
+        return f"{REGISTRY}{name}/{version}"
 
     def _refresh(self, model: str) -> None:
         stamp, fetch = self._find(model)

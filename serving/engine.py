@@ -11,7 +11,7 @@ import parallelmind as pm
 from parallelmind.decoding.sampling import SamplingParams
 from parallelmind.decoding.scheduler import Limits
 from parallelmind.errors import Overloaded
-from serving.adapters import Shelf
+from serving.adapters import Replaced, Shelf
 from serving.log import set_up
 from serving.meters import EngineMeters, Family
 from serving.ports import keep_on_node_address
@@ -42,13 +42,14 @@ class EngineReplica:
     async def decode(self, work: Work) -> AsyncIterator[Packed | Refusal]:
         """What is added to a sample, step by step; first how its branches begin. A Refusal is all there is of a wrong one."""
         try:
-            number = self._stepper.begin(work, await self._shelf.ready(work.model))
+            adapter = await self._shelf.ready(work.model, work.version)
+            number = self._stepper.begin(work, adapter)
         except pm.UserError as error:
-            yield Refusal(str(error), 429 if isinstance(error, Overloaded) else 400)
+            yield _refusal(error)
             return
         self._numbers[work.id] = number
         try:
-            yield packed(Step([], self._begun(number, work)))
+            yield packed(Step([], self._begun(number, work), self._shelf.version(adapter)))
             while (step := await self._stepper.next(number)) is not None:
                 yield packed(step)
         finally:
@@ -70,7 +71,7 @@ class EngineReplica:
         try:
             branch = self._engine.join(number, ids, **{name: getattr(params, name) for name in params.__slots__})
         except pm.UserError as error:
-            return Refusal(str(error), 429 if isinstance(error, Overloaded) else 400)
+            return _refusal(error)
         self._stepper.tell_begun(number, Begun(branch, ids, params, self._engine.places(number)[branch]))
         return branch
 
@@ -101,3 +102,7 @@ class EngineReplica:
     async def meters(self) -> tuple[str, list[Family]]:
         """This process' name, and its meters."""
         return self._name, self._meters.families()
+
+
+def _refusal(error: pm.UserError) -> Refusal:
+    return Refusal(str(error), 429 if isinstance(error, Overloaded) else 503 if isinstance(error, Replaced) else 400)

@@ -61,6 +61,8 @@ def refusal(message: str, status: int = 400) -> RequestError:
         return RequestError(404, Problem(message=message, param="model", code="model_not_found"))
     if status == 429:
         return busy(message)
+    if status == 503:
+        return RequestError(503, LOST.model_copy(update={"message": message}), {"retry-after": "1"})
     return RequestError(status, Problem(message=message, param=field[1] if field else None, code="invalid_value"))
 
 

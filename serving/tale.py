@@ -37,6 +37,7 @@ class Tale:
         self.begun: list[Begun] = []
         self._said: list[list[int]] = []
         self._ended: list[FinishReason | None] = []
+        self._version: str | None = None
 
     @property
     def quiet(self) -> bool:
@@ -49,6 +50,7 @@ class Tale:
 
     def heard(self, step: Step) -> Step:
         """Take note of a step; returns what of it is new."""
+        self._version = step.version if self._version is None else self._version
         new = step.begun[max(len(self.begun) - step.begun[0].branch, 0) :] if step.begun else []
         for begun in new:
             self.begun.append(begun)
@@ -71,9 +73,8 @@ class Tale:
         asked = self._work.asked
         tokens = Tokens.of(asked.tokens.ids[: asked.tokens.lengths[MAIN]].tolist(), [begun.prompt for begun in self.begun])
         asked = Asked(tokens, [begun.params for begun in self.begun], asked.last)
-        return replace(
-            self._work, asked=asked, progress=Progress([begun.place[1] for begun in self.begun], self._said, self._ended)
-        )
+        progress = Progress([begun.place[1] for begun in self.begun], self._said, self._ended)
+        return replace(self._work, asked=asked, progress=progress, version=self._version)
 
 
 async def follow(engine: DeploymentHandle, work: Work, meters: FrontMeters) -> AsyncGenerator[Step, None]:

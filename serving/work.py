@@ -16,12 +16,16 @@ _FIELDS = [field.name for field in fields(Event)]
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A sample to decode. id: unique, by which it can be joined and cancelled. progress: how far a lost engine had come."""
+    """A sample to decode. id: unique, by which it can be joined and cancelled.
+
+    progress, version: how far a lost engine had come, and with which version of the model's adapter.
+    """
 
     id: str
     model: str
     asked: Asked
     progress: Progress | None = None
+    version: str | None = None
 
 
 class Begun(NamedTuple):
@@ -34,22 +38,27 @@ class Begun(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What one step of the engine adds to one sample; begun: branches that joined before it."""
+    """What one step of the engine adds to one sample.
+
+    begun: branches that joined before it. version: which one of the adapter is at work; told with the first branches.
+    """
 
     events: list[Event]
     begun: list[Begun]
+    version: str | None = None
 
 
-Packed = tuple[list[tuple[Any, ...]], list[Begun]]
+Packed = tuple[list[tuple[Any, ...]], list[Begun], str | None]
 
 
 def packed(step: Step) -> Packed:
     """A step as it travels: of plain tuples, which Serve's pickler writes ten times as fast as objects."""
-    return [attrgetter(*_FIELDS)(event) for event in step.events], step.begun
+    return [attrgetter(*_FIELDS)(event) for event in step.events], step.begun, step.version
 
 
 def unpacked(step: Packed) -> Step:
-    return Step([Event(*values) for values in step[0]], step[1])
+    events, begun, version = step
+    return Step([Event(*values) for values in events], begun, version)
 
 
 class Refusal(NamedTuple):

@@ -16,7 +16,7 @@ from parallelmind.decoding.engine import Engine
 from parallelmind.decoding.forward import PoolForward
 from parallelmind.decoding.samples import Sample
 from parallelmind.errors import UserError
-from serving.adapters import Shelf
+from serving.adapters import Replaced, Shelf
 from serving.settings import AppConfig
 
 SAMPLE = Sample(list(range(50, 90)), [[5, 6, 7], [8]])
@@ -32,8 +32,8 @@ def shelf(engine: Engine, folders: list[Path], **fields: Any) -> Shelf:
     return Shelf(engine, AppConfig.of({"base_model": str(folders[0].parent / "base"), "refresh_s": 0, **fields}))
 
 
-def ready(found: Shelf, model: str) -> str | None:
-    return asyncio.run(found.ready(model))
+def ready(found: Shelf, model: str, version: str | None = None) -> str | None:
+    return asyncio.run(found.ready(model, version))
 
 
 def names(folders: list[Path]) -> dict[str, str]:
@@ -117,6 +117,18 @@ def test_a_damaged_adapter_leaves_the_old_one_in_place(folders: list[Path], tmp_
     assert answers(engine, SAMPLE, adapter="live", **SETTINGS) == before
 
 
+def test_a_sample_does_not_go_on_with_another_version_of_a_folder(folders: list[Path], tmp_path: Path) -> None:
+    folder = tmp_path / "live"
+    shutil.copytree(folders[0], folder)
+    found = shelf(tiny_engine(ISOLATED), folders, adapter_root=str(tmp_path))
+    begun = found.version(ready(found, "base:live"))
+    assert ready(found, "base:live", begun) == "base:live"
+    save_random_adapter(folder, BaseConfig(base_model=str(folders[0].parent / "base")), seed=1)
+    with pytest.raises(Replaced, match="model='base:live': has a new version"):
+        ready(found, "base:live", begun)
+    assert [found.version(ready(found, name, "")) for name in ("base", "base")] == ["", ""]
+
+
 class Nothing(Part):
     """A run without settings."""
 
@@ -135,5 +147,8 @@ def test_the_registry_says_which_version_an_alias_means(folders: list[Path], tmp
     assert answers(engine, SAMPLE, adapter=ready(found, "models:/demo/2"), **SETTINGS) == expected[1]
     tracking.MlflowClient(uri).set_registered_model_alias("demo", "champion", "2")
     assert answers(engine, SAMPLE, adapter=ready(found, "models:/demo@champion"), **SETTINGS) == expected[1]
+    moved = ready(found, "models:/demo@champion", version="1")  # by a sample that had begun with it on another engine
+    assert (moved, found.version(moved)) == ("models:/demo/1", "1")
+    assert answers(engine, SAMPLE, adapter=moved, **SETTINGS) == expected[0]
     with pytest.raises(UserError, match="model='models:/demo@nobody': not in the registry"):
         ready(found, "models:/demo@nobody")

@@ -3,46 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator
 from itertools import pairwise
-from threading import Event
 from typing import Any
 
 import pytest
 from engines import COLUMNAR, ISOLATED, tiny_engine
 from ray.exceptions import ActorDiedError
+from stepping import BRANCHES, MAIN, started, work
 from tiny import tiny_tokenizer
 
 from parallelmind.config import RopeConfig
 from parallelmind.decoding.checks import Asked
-from parallelmind.decoding.engine import Engine
-from parallelmind.decoding.samples import Event as Said
 from parallelmind.decoding.samples import Sample
 from parallelmind.errors import UserError
 from serving.errors import EngineLost, RequestError
 from serving.meters import FrontMeters
-from serving.stepper import Stepper, Stuck
 from serving.tale import follow, within
 from serving.work import Begun, Packed, Refusal, Step, Work, packed
-
-MAIN, BRANCHES = list(range(50, 70)), [[5, 6, 7], [8], list(range(100, 112))]
-
-
-def work(reduce: bool = False, **settings: Any) -> Work:
-    each = [{"max_new_tokens": most} for most in (9, 4, 6)]
-    sampling = {"temperature": 1.0, "seed": 3, "ignore_eos": True, "max_new_tokens": 5, **settings}
-    last = [41, 42] if reduce else None
-    return Work("smp-1", "base", Asked.of(tiny_tokenizer(), Sample(MAIN, BRANCHES), each, last, sampling))
-
-
-@contextmanager
-def started(engine: Any, stuck_s: float = 60) -> Iterator[Stepper]:
-    stepper = Stepper(engine, lambda *_: None, stuck_s, threads=1)
-    try:
-        yield stepper
-    finally:
-        stepper.stop()
 
 
 class Engines:
@@ -75,7 +53,8 @@ class Engines:
                 return
             places = stepper._engine.places(number)[: work.asked.tokens.branches]
             given = zip(self._prompts(work), work.asked.params, places, strict=True)
-            yield packed(Step([], [Begun(branch, *each) for branch, each in enumerate(given)]))
+            version = work.version or f"version {len(self.asked)}"
+            yield packed(Step([], [Begun(branch, *each) for branch, each in enumerate(given)], version))
             while (step := await stepper.next(number)) is not None:
                 life -= 1
                 if life == 0:
@@ -129,6 +108,12 @@ def test_nobody_notices_that_engines_die(config: RopeConfig, reduce: bool, lives
     assert parts[2].moved._value.get() >= 1
 
 
+def test_a_sample_goes_on_with_the_version_that_it_has_begun_with() -> None:
+    engines = Engines(ISOLATED, [0, 3, 2])
+    heard(engines, work())
+    assert [asked.version for asked in engines.asked] == [None, None, "version 2", "version 2"]
+
+
 def test_a_sample_that_kills_every_engine_is_given_up() -> None:
     engines = Engines(ISOLATED, [0] * 100)
     with pytest.raises(EngineLost):
@@ -160,95 +145,3 @@ def test_steps_that_take_too_long_end_in_a_timeout() -> None:
     with pytest.raises(TimeoutError):
         asyncio.run(listen())
     assert ended
-
-
-def failing_engine(act: Callable[[], object]) -> Any:
-    engine = tiny_engine(ISOLATED)
-
-    def fail(*_: Any) -> Any:
-        act()
-        raise ValueError("no such luck")
-
-    engine.forward.__class__ = type("Failing", (type(engine.forward),), {"__call__": fail})
-    return engine
-
-
-UNHANDLED = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-
-
-@UNHANDLED
-def test_an_engine_that_fails_tells_everybody_and_takes_no_more() -> None:
-    async def use() -> None:
-        with started(failing_engine(lambda: None)) as stepper:
-            number = stepper.begin(work(), None)
-            with pytest.raises(Stuck, match="no such luck"):
-                await asyncio.wait_for(stepper.next(number), 10)
-            with pytest.raises(Stuck):
-                stepper.begin(work(), None)
-            with pytest.raises(Stuck):
-                stepper.check()
-
-    asyncio.run(use())
-
-
-@UNHANDLED
-def test_an_engine_that_does_not_come_back_from_a_step_is_not_healthy() -> None:
-    go_on = Event()
-
-    async def use() -> None:
-        with started(failing_engine(lambda: go_on.wait(10)), stuck_s=0.05) as stepper:
-            stepper.check()
-            number = stepper.begin(work(), None)
-            await asyncio.sleep(0.3)
-            with pytest.raises(Stuck, match=r"more than 0.05 s"):
-                stepper.check()
-            go_on.set()
-            with suppress(Stuck):
-                await asyncio.wait_for(stepper.next(number), 10)
-
-    asyncio.run(use())
-
-
-def test_who_leaves_is_forgotten_by_the_engine() -> None:
-    async def use() -> None:
-        engine = tiny_engine(ISOLATED)
-        with started(engine) as stepper:
-            number = stepper.begin(work(max_new_tokens=200), None)
-            await stepper.next(number)
-            stepper.drop(number)
-            assert not engine.holds(number)
-            assert engine.load().live_branches == 0
-
-    asyncio.run(use())
-
-
-class Ahead(Engine):
-    """Has computed its last step by the time that anybody looks at the one before, and tells of it later still."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.computed, self.tell = Event(), Event()
-
-    def step(self) -> list[Said]:
-        events = super().step()
-        if not self._samples:
-            self.computed.set()
-            self.tell.wait(10)
-        return events
-
-
-def test_a_sample_is_not_over_before_its_last_word_has_been_told() -> None:
-    async def use() -> list[int | None]:
-        engine = tiny_engine(ISOLATED, Ahead)
-        assert isinstance(engine, Ahead)
-        with started(engine) as stepper:
-            sample = Work("smp-1", "base", Asked.of(tiny_tokenizer(), Sample([], [[5, 6]]), None, None, {"max_new_tokens": 2}))
-            number = stepper.begin(sample, None)
-            engine.computed.wait(10)  # and nobody listens meanwhile
-            heard = []
-            while (step := await stepper.next(number)) is not None:
-                heard += [event.token for event in step.events]
-                engine.tell.set()
-            return heard
-
-    assert len(asyncio.run(use())) == 2
