@@ -43,13 +43,15 @@ class EngineReplica:
         """What is added to a sample, step by step; first how its branches begin. A Refusal is all there is of a wrong one."""
         try:
             adapter = await self._shelf.ready(work.model, work.version)
-            number = self._stepper.begin(work, adapter)
+            with self._engine.lock:  # it may end within the next millisecond
+                number = self._stepper.begin(work, adapter)
+                begun = self._begun(number, work)
         except pm.UserError as error:
             yield _refusal(error)
             return
         self._numbers[work.id] = number
         try:
-            yield packed(Step([], self._begun(number, work), self._shelf.version(adapter)))
+            yield packed(Step([], begun, self._shelf.version(adapter)))
             while (step := await self._stepper.next(number)) is not None:
                 yield packed(step)
         finally:
@@ -69,10 +71,12 @@ class EngineReplica:
         if number is None:
             return None
         try:
-            branch = self._engine.join(number, ids, **{name: getattr(params, name) for name in params.__slots__})
+            with self._engine.lock:
+                branch = self._engine.join(number, ids, **{name: getattr(params, name) for name in params.__slots__})
+                begun = Begun(branch, ids, params, self._engine.places(number)[branch])
         except pm.UserError as error:
             return _refusal(error)
-        self._stepper.tell_begun(number, Begun(branch, ids, params, self._engine.places(number)[branch]))
+        self._stepper.tell_begun(number, begun)
         return branch
 
     async def cancel(self, sample: str, branch: int | None) -> bool:

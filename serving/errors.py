@@ -106,7 +106,7 @@ def _failed(_: Request, __: Exception) -> Response:
 
 def _first_problem(found: dict[str, Any]) -> Problem:
     """One of FastAPI's validation errors. Its place is ("body", field, …)."""
-    where = [str(part) for part in found["loc"][1:]]
+    where = [str(part) for part in found["loc"][1:] if "[" not in str(part) and part not in ("str", "int")]  # names of types
     if found["type"] == "json_invalid":
         return Problem(message=f"the body is not JSON: {found['ctx']['error']}", code="invalid_json")
     if not where:

@@ -52,7 +52,7 @@ class Engine:
         if self.apart:  # a recurrence reads a prompt at once, or token by token
             self.limits = replace(self.limits, step_tokens=self.limits.cache_tokens)
         self.scheduler = Scheduler(self.limits, shares=not self.apart)
-        self._lock, self._turn = RLock(), RLock()  # for the samples, and for the model
+        self.lock, self._turn = RLock(), RLock()  # of the samples (hold it for calls that belong together), and of the model
         self._samples: dict[int, Speech] = {}  # by number
         self._ends = end_ids(model, tokenizer)
         self.seconds_in_model = 0.0
@@ -68,7 +68,7 @@ class Engine:
         check: looks at the model with the adapter at work; what it raises leaves the older one in place. Raises UserError for
         a folder that is no adapter of this base, or whose rope settings are not the model's.
         """
-        with self._turn, self._lock:
+        with self._turn, self.lock:
             try:
                 self.adapters.load(name, folder, check)
             finally:
@@ -76,7 +76,7 @@ class Engine:
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter; samples that have begun with it end with it. Raises UserError for an unknown one."""
-        with self._turn, self._lock:
+        with self._turn, self.lock:
             self.adapters.unload(name)
 
     @property
@@ -90,12 +90,12 @@ class Engine:
 
     def is_over(self, number: int) -> bool:
         """Whether a sample has ended, and steps have told all of it. For the thread that calls `step`."""
-        with self._lock:
+        with self.lock:
             return not self.holds(number) and all(event.sample != number for event in self._said)
 
     def load(self) -> Load:
         """What the engine is busy with at this moment."""
-        with self._lock:
+        with self.lock:
             return self.scheduler.load()
 
     def submit(
@@ -124,7 +124,7 @@ class Engine:
         seeded.
         """
         check_sample(self.model, self.config, asked, self.apart)
-        with self._lock:
+        with self.lock:
             number = self._queue(asked, self.adapters.version(adapter))
             if progress is not None:
                 self._go_on(self._samples[number], progress)
@@ -160,7 +160,7 @@ class Engine:
         Raises UserError if the sample has ended or the branch does not fit, Overloaded if it does not fit now.
         """
         ids, params = encode(self.tokenizer, text, first=False), SamplingParams.of(sampling)
-        with self._lock:
+        with self.lock:
             found = self._of(number)
             check_joining(self.model, self.config, found.entry, ids, params, self.apart)
             branch = self.scheduler.join(found.entry, ids, params.max_new_tokens)
@@ -169,12 +169,12 @@ class Engine:
 
     def places(self, number: int) -> list[tuple[int, int]]:
         """The branch and time coordinates of the first token of every branch. Raises UserError if the sample has ended."""
-        with self._lock:
+        with self.lock:
             return self._of(number).places()
 
     def cancel(self, number: int, branch: int | None = None) -> None:
         """End a sample, or one of its branches, before the next step; what has ended already is left as it is."""
-        with self._lock:
+        with self.lock:
             if not self.holds(number):
                 return
             found = self._samples[number]
@@ -190,7 +190,7 @@ class Engine:
     def step(self) -> list[Event]:
         """One forward pass for every live branch (one for each adapter in use); returns what has been said."""
         with self._turn:
-            with self._lock:
+            with self.lock:
                 events, self._said = self._said, []
                 groups: dict[Any, list[Part]] = defaultdict(list)
                 for entry, feed in self.scheduler.schedule():
@@ -201,9 +201,9 @@ class Engine:
                 with self.adapters.active(version):
                     logits = self.forward(step)
                 self.seconds_in_model += perf_counter() - began
-                with self._lock:
+                with self.lock:
                     events += self._accept(parts, logits)
-            with self._lock:
+            with self.lock:
                 self.adapters.tidy()
             return events
 
