@@ -13,7 +13,7 @@ from time import monotonic, perf_counter
 import parallelmind as pm
 from serving.work import Begun, Step, Work
 
-_NICE = 5
+_NICE = 15  # at 5 whoever wakes up to answer waits some milliseconds for the engine's threads
 _BEAT_S = 1.0
 _SWITCH_S = 1e-4  # by default each of a step's thousand small calls waits 5 ms for whoever hands out what was said
 
