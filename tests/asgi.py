@@ -15,10 +15,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tiny import tiny_tokenizer
 from transformers import LlamaConfig
 
+from parallelmind.decoding.samples import Event
+from parallelmind.decoding.sampling import SamplingParams
 from serving.front import Front
 from serving.meters import Meters
 from serving.settings import AppConfig
-from serving.work import Step, packed
+from serving.work import Begun, Step, packed
+
+# One branch that says one letter.
+TOLD = [Step([], [Begun(0, [5], SamplingParams(), (0, 0))]), Step([Event(0, "A", 65, "stop")], [])]
 
 
 @dataclass

@@ -17,7 +17,9 @@ from typing import Any
 
 import psutil
 import yaml
-from servers import ROOT, Server, free_port
+from servers import ROOT, Server
+
+from serving.ports import free_port
 
 _STARTUP_S, _WAIT_S = 60, 120
 # Serve's settings that `ray start` needs in its environment, by whoever has the project.

@@ -6,7 +6,6 @@ import http.client
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,8 @@ from typing import Any
 import psutil
 import torch
 from tiny import tiny_llama, tiny_tokenizer
+
+from serving.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 _STARTUP_S = 180
@@ -97,13 +98,6 @@ def answer(response: http.client.HTTPResponse) -> tuple[int, Any]:
     with response:
         text = response.read()
         return response.status, json.loads(text) if text else None
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @contextmanager

@@ -9,15 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from asgi import App, Reply, ask, counted, front
+from asgi import TOLD, App, Reply, ask, counted, front
 from starlette.types import Message, Receive, Scope, Send
 
-from parallelmind.decoding.samples import Event
-from parallelmind.decoding.sampling import SamplingParams
 from serving.gate import Gate, Keys
 from serving.meters import FrontMeters
 from serving.settings import Limits
-from serving.work import Begun, Step
 
 WORK = "/v1/completions"
 LIMITS = Limits(max_requests=2, max_body_bytes=1024, max_header_bytes=1024, slow_client_s=0.05)
@@ -212,7 +209,6 @@ def test_answers_and_refusals_are_counted_by_route_status_and_reason() -> None:
     asyncio.run(play())
 
 
-TOLD = [Step([], [Begun(0, [5], SamplingParams(), (0, 0))]), Step([Event(0, "A", 65, "stop")], [])]
 JSON = {"content-type": "application/json"}
 
 

@@ -9,14 +9,10 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
-from asgi import ask, front
+from asgi import TOLD, ask, front
 
-from parallelmind.decoding.samples import Event
-from parallelmind.decoding.sampling import SamplingParams
 from serving.log import log, set_up
-from serving.work import Begun, Step
 
-TOLD = [Step([], [Begun(0, [5], SamplingParams(), (0, 0))]), Step([Event(0, "A", 65, "stop")], [])]
 BODY = b'{"model": "tiny", "prompt": "a quiet word"}'
 
 

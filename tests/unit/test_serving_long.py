@@ -9,14 +9,11 @@ from threading import current_thread, main_thread
 from typing import Any
 
 import pytest
-from asgi import ask, front, post
+from asgi import TOLD, ask, front, post
 from pydantic import ValidationError
 
-from parallelmind.decoding.samples import Event
-from parallelmind.decoding.sampling import SamplingParams
 from serving.branches import BranchesRequest
 from serving.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from serving.work import Begun, Step
 
 MANY: list[Any] = [{}] * 1000
 
@@ -49,8 +46,7 @@ def test_of_many_unknown_fields_one_is_told() -> None:
 def test_a_long_body_is_encoded_aside_whether_it_says_how_long_it_is_or_not(
     tmp_path: Path, size: int, aside: bool, says_how_long: bool
 ) -> None:
-    told = [Step([], [Begun(0, [5], SamplingParams(), (0, 0))]), Step([Event(0, "A", 65, "stop")], [])]
-    served, threads = front(tmp_path, told), list[Any]()
+    served, threads = front(tmp_path, TOLD), list[Any]()
     encode = served.asker.completion
 
     def noted(body: Any) -> Any:
