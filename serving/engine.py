@@ -59,9 +59,7 @@ class EngineReplica:
             self._stepper.drop(number)
 
     def _begun(self, number: int, work: Work) -> list[Begun]:
-        tokens = work.asked.tokens
-        ends = tokens.lengths.cumsum()
-        prompts = [tokens.ids[end - length : end].tolist() for end, length in zip(ends, tokens.lengths, strict=True)][1:]
+        prompts = work.asked.tokens.split()[1:]
         places = self._engine.places(number)[: len(prompts)]
         return [Begun(branch, *given) for branch, given in enumerate(zip(prompts, work.asked.params, places, strict=True))]
 

@@ -71,7 +71,7 @@ class Tale:
         if not self.begun:
             return self._work
         asked = self._work.asked
-        tokens = Tokens.of(asked.tokens.ids[: asked.tokens.lengths[MAIN]].tolist(), [begun.prompt for begun in self.begun])
+        tokens = Tokens.of(asked.tokens.split()[MAIN], [begun.prompt for begun in self.begun])
         asked = Asked(tokens, [begun.params for begun in self.begun], asked.last)
         progress = Progress([begun.place[1] for begun in self.begun], self._said, self._ended)
         return replace(self._work, asked=asked, progress=progress, version=self._version)

@@ -53,6 +53,10 @@ class Tokens:
     def branches(self) -> int:
         return len(self.lengths) - 1
 
+    def split(self) -> list[list[int]]:
+        """The ids of main, and of every branch."""
+        return [part.tolist() for part in np.split(self.ids, np.cumsum(self.lengths)[:-1])]
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -52,7 +51,7 @@ class Engines:
                 yield Refusal(str(error))
                 return
             places = stepper._engine.places(number)[: work.asked.tokens.branches]
-            given = zip(self._prompts(work), work.asked.params, places, strict=True)
+            given = zip(work.asked.tokens.split()[1:], work.asked.params, places, strict=True)
             version = work.version or f"version {len(self.asked)}"
             yield packed(Step([], [Begun(branch, *each) for branch, each in enumerate(given)], version))
             while (step := await stepper.next(number)) is not None:
@@ -64,11 +63,6 @@ class Engines:
                     raise ActorDiedError
                 yield packed(step)
             stepper.drop(number)
-
-    @staticmethod
-    def _prompts(work: Work) -> list[list[int]]:
-        ends = work.asked.tokens.lengths.cumsum()
-        return [work.asked.tokens.ids[start:end].tolist() for start, end in pairwise(ends)]
 
 
 class _Steps:

@@ -13,7 +13,6 @@ from threading import RLock
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -147,9 +146,8 @@ class Engine:
         most = [each.max_new_tokens for each in params]
         entry = self.scheduler.submit(tokens, self.config, most, version, reduction)
         found = Speech(entry, fresh_seed(), last)
-        prompts = np.split(tokens.ids, np.cumsum(tokens.lengths)[:-1])[1:]
-        for prompt, each in zip(prompts, params, strict=True):
-            self._begin(found, prompt.tolist(), each)
+        for prompt, each in zip(tokens.split()[1:], params, strict=True):
+            self._begin(found, prompt, each)
         self._samples[entry.number] = found
         self.adapters.hold(version)
         return entry.number
