@@ -2,42 +2,20 @@
 
 from __future__ import annotations
 
-import gc
 import sys
-import threading
 
-import psutil
 import torch
 import torch.nn.functional as F
 
 from benchmarks.training import Learner, long_samples
 from parallelmind.config import RopeConfig
 from parallelmind.data.grouping import make_batch
+from parallelmind.evaluation.memory import Peak, held
 from parallelmind.layout import IGNORE, Tokens
 from parallelmind.model.structure import causal_lm
 from parallelmind.training.loss import decoder_inputs, to_tensors
 
 _ROWS, _BRANCH = 2, 64
-
-
-class Peak:
-    """The most resident memory of this process while it runs, above what it was before."""
-
-    def __enter__(self) -> Peak:
-        gc.collect()
-        self._process, self._over = psutil.Process(), threading.Event()
-        self.before = self.most = self._process.memory_info().rss
-        self._watch = threading.Thread(target=self._look)
-        self._watch.start()
-        return self
-
-    def _look(self) -> None:
-        while not self._over.wait(0.002):
-            self.most = max(self.most, self._process.memory_info().rss)
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._watch.join()
 
 
 def main(kind: str) -> None:
@@ -48,13 +26,14 @@ def main(kind: str) -> None:
     tensors = to_tensors(batch)
     small = Tokens.of(list(range(8)), [list(range(8, 16))])
     learner.step(make_batch([small], rope, pad_id=0))  # the weights are mapped, and read when first used
+    before = held()
     with Peak() as peak:
         if kind == "gathered":
             learner.step(batch)
         else:
             logits = learner.model(**decoder_inputs(causal_lm(learner.model), tensors, rope.visibility)).logits.float()
             F.cross_entropy(logits.flatten(0, 1), tensors.labels.flatten(), ignore_index=IGNORE, reduction="sum").backward()
-    print(peak.most - peak.before)
+    print(peak.most - before)
 
 
 if __name__ == "__main__":

@@ -23,10 +23,11 @@ from parallelmind.data.pipeline import quiet_data
 from parallelmind.errors import UserError, first_line
 
 
-def connect(address: str | None) -> None:
+def connect(address: str | None, forward_output: bool = True) -> None:
     """Join the cluster at `address` or at $RAY_ADDRESS (set under `ray job submit`); without either, start a local one.
 
-    Never attaches to whatever cluster happens to run on this machine. Raises UserError if the cluster is not there.
+    forward_output: print here what workers print. Never attaches to whatever cluster happens to run on this machine.
+    Raises UserError if the cluster is not there.
     """
     where = address or os.environ.get("RAY_ADDRESS") or "local"
     # Ray Train asks the dashboard whether its controller lives, and complains every second where there is none.
@@ -35,7 +36,8 @@ def connect(address: str | None) -> None:
     if where == "local" and "RAY_TMPDIR" not in os.environ:
         os.environ["RAY_TMPDIR"] = _scratch()
     try:
-        ray.init(where, logging_level=logging.ERROR, logging_config=ray.LoggingConfig(log_level="ERROR"), **options)
+        level = ray.LoggingConfig(log_level="ERROR")
+        ray.init(where, logging_level=logging.ERROR, logging_config=level, log_to_driver=forward_output, **options)
     except (ConnectionError, ValueError) as error:
         remedy = "start it with `ray start --head`, or leave ray_address out"
         raise UserError(f"ray_address={where}: {first_line(error).rstrip('.')}; {remedy}") from error
@@ -95,6 +97,18 @@ def share_of_a_node(workers: int) -> float:
     parts = {found / part for found in nodes if found for part in range(1, workers + 1)}
     own = max((size for size in parts if sum((found + 1e-6) // size for found in nodes) >= workers), default=1.0)
     return max(0.01, round(0.6 * own, 2))
+
+
+def slots(cpus_per_run: int, workers: int, use_gpu: bool, most: int | None) -> int:
+    """How many runs fit on the cluster at a time. Raises UserError if none does."""
+    found = ray.cluster_resources()
+    fit = int(found.get("CPU", 0) // cpus_per_run)
+    if fit < 1:
+        raise UserError(f"cpus_per_trial={cpus_per_run}: the cluster has {found.get('CPU', 0):g}; lower it, or add nodes")
+    if use_gpu:
+        require_gpus(workers)
+        fit = min(fit, int(found["GPU"] // workers))
+    return min(fit, most or fit)
 
 
 def require_gpus(count: int) -> None:

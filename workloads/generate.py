@@ -30,7 +30,7 @@ from pydantic import Field, model_validator
 
 import parallelmind as pm
 from parallelmind import cli
-from parallelmind.config import Alignment, Dtype, Pairs, Part, Positions, Quantize, Visibility
+from parallelmind.config import Alignment, BranchAngle, Dtype, Pairs, Part, Positions, Quantize, Visibility
 from parallelmind.errors import UserError
 from parallelmind.storage import whole_file
 
@@ -46,6 +46,7 @@ class ModelPart(Part):
     patch_rope: bool | None = Field(None, description="false: leave the model as it is, without 2D RoPE")
     rope_2d_ratio: float | None = Field(None, ge=0, le=1, description="share of rotary pairs driven by (branch, time)")
     pairs: Pairs | None = Field(None, description="which pairs the ratio selects")
+    branch_angle: BranchAngle | None = Field(None, description="whether branch pairs follow the branch alone, or branch + time")
     branch_stride: int | None = Field(None, ge=1, description="distance between neighbouring branch coordinates")
     positions: Positions | None = Field(None, description="what drives the other pairs")
     visibility: Visibility | None = Field(None, description="what branches see of each other")

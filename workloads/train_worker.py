@@ -21,9 +21,9 @@ from transformers import PreTrainedTokenizerBase
 
 from parallelmind.config import BaseConfig, DataConfig, LoraConfig, RopeConfig, TrainConfig
 from parallelmind.data.feeder import Turns
-from parallelmind.data.files import file_parts
-from parallelmind.data.grouping import Row, Seeds, batched, make_batch, regrouped
-from parallelmind.data.pipeline import feed, read_part
+from parallelmind.data.grouping import make_batch
+from parallelmind.data.held_out import HeldOut
+from parallelmind.data.pipeline import feed
 from parallelmind.layout import Batch
 from parallelmind.model.adapter import add_lora, resume_adapter, save_trained
 from parallelmind.model.base import load_base
@@ -126,7 +126,7 @@ def keep(task: Task, model: nn.Module, tokenizer: PreTrainedTokenizerBase, hooks
     weights = whole_weights(model)  # by every worker: they may hold shards
     if hooks.tracker is None:
         return
-    extra = {"run": task.folder.name, "mlflow_run": task.mlflow_run, "metrics": outcome.metrics}
+    extra = {"run": task.folder.name, "mlflow_run": task.mlflow_run, "step": outcome.step, "metrics": outcome.metrics}
     folder = result_folder(task.config, task.folder)
     save_trained(model, tokenizer, folder, task.config, extra, weights)
     hooks.tracker.log_folder(folder, folder.name)
@@ -151,22 +151,7 @@ def validation_sets(task: Task, tokenizer: PreTrainedTokenizerBase, rank: int, w
     """This worker's batches of the same held-out text at every branch count."""
     if not task.validation_files:
         return {}
-    config = task.config
-    rows = list(_first_rows(task, tokenizer))
-    found = {}
-    for branches in config.validation_branches if config.patch_rope else [1]:
-        samples = regrouped(rows, branches, config.validation_samples, config)
-        chosen = list(batched(samples, config, Seeds(config.seed).generator()))[rank::workers]
-        found[branches] = [make_batch(group, config.part(RopeConfig), tokenizer.pad_token_id or 0) for group in chosen]
-    return found
-
-
-def _first_rows(task: Task, tokenizer: PreTrainedTokenizerBase) -> Iterator[Row]:
-    left = task.config.validation_samples
-    for part in file_parts(task.validation_files):
-        for item, lone in read_part(part, tokenizer, task.config.part(DataConfig)):
-            if item.tokens is not None and left > 0:
-                yield Row(item.tokens, lone)
-                left -= item.tokens.branches
-        if left <= 0:
-            return
+    config, rope, pad = task.config, task.config.part(RopeConfig), tokenizer.pad_token_id or 0
+    held_out = HeldOut.read(task.validation_files, config.validation_samples, tokenizer, config.part(DataConfig))
+    counts = config.validation_branches if config.patch_rope else [1]
+    return {n: [make_batch(group, rope, pad) for group in held_out.batches(n, config.seed)[rank::workers]] for n in counts}

@@ -21,7 +21,8 @@ from parallelmind.errors import UserError, first_line
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Quantize = Literal["none", "8bit", "4bit"]
-Pairs = Literal["low", "mid", "spread"]
+Pairs = Literal["high", "mid", "low", "spread"]
+BranchAngle = Literal["alone", "added"]
 Positions = Literal["flat", "time"]
 Visibility = Literal["columnar", "isolated"]
 Alignment = Literal["left", "right"]
@@ -51,9 +52,12 @@ class RopeConfig(Part):
 
     patch_rope: bool = Field(True, description="patch the model with 2D RoPE; false trains plain sequences of one branch")
     rope_2d_ratio: float = Field(
-        0.5, ge=0, le=1, description="share of rotary pairs driven by (branch, time); the branch gets about half of it"
+        0.5, ge=0, le=1, description="share of rotary pairs driven by (branch, time); alone, the branch gets about half of it"
     )
-    pairs: Pairs = Field("low", description="which pairs the ratio selects: lowest frequencies, middle ones, or spread evenly")
+    pairs: Pairs = Field("low", description="which pairs the ratio selects: highest, middle or lowest (published) frequencies")
+    branch_angle: BranchAngle = Field(
+        "alone", description="alone (published): a branch pair follows the branch; added: branch + time, on all selected pairs"
+    )
     branch_stride: int = Field(128, ge=1, description="distance between the branch coordinates of neighbouring branches")
     positions: Positions = Field("time", description="drives the other pairs: the time coordinate, or the flat index (published)")
     visibility: Visibility = Field("columnar", description="columnar (published): branches see each other's past; isolated: main")
@@ -225,7 +229,7 @@ def _explain(kind: type[Part], problem: Any) -> str:
     """One pydantic error as one line: field, value, remedy."""
     field = ".".join(str(part) for part in problem["loc"]) or "config"
     if problem["type"] == "extra_forbidden":
-        return f"{field}: unknown field{_did_you_mean(field, kind)}; --help lists them all"
+        return f"{field}: unknown field{did_you_mean(field, kind)}; --help lists them all"
     if problem["type"] == "missing":
         return f"{field}: required and not given; add {field}=…"
     if problem["type"] == "value_error":
@@ -234,7 +238,8 @@ def _explain(kind: type[Part], problem: Any) -> str:
     return f"{field}={problem['input']!r}: {remedy}"
 
 
-def _did_you_mean(field: str, kind: type[Part]) -> str:
+def did_you_mean(field: str, kind: type[Part]) -> str:
+    """A field of `kind` that is spelt almost so, as a parenthesis; nothing where there is none."""
     import difflib
 
     near = difflib.get_close_matches(field, kind.model_fields, n=1)

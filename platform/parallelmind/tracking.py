@@ -20,6 +20,7 @@ from mlflow.artifacts import download_artifacts
 from mlflow.entities import Metric, Param, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from sqlalchemy.exc import SQLAlchemyError
 
 from parallelmind.config import Part
@@ -53,21 +54,19 @@ class Tracker:
         self._logged = {key: self.history(key)[-1][0] for key in self.metric_names()}
 
     @classmethod
-    def start(cls, uri: str, experiment: str, name: str, config: Part, key: str) -> Self:
+    def start(cls, uri: str, experiment: str, name: str, config: Part, key: str, parent: str | None = None) -> Self:
         """Create the database if need be, then go on with the run tagged `key`, else begin one.
 
-        config: its fields become parameters, its fingerprint the tag `config_hash`. `uri` should be absolute (see
+        config: its fields become parameters, its fingerprint the tag `config_hash`. parent: id of the run that it is a child
+        of. `uri` should be absolute (see
         `absolute_uri`). Raises UserError if the tracking store cannot be used.
         """
         try:
             client = MlflowClient(uri)
             experiment_id = _experiment_id(client, uri, experiment)
             found = client.search_runs([experiment_id], f"tags.{_KEY} = '{key}'", max_results=1)
-            run = (
-                found[0]
-                if found
-                else client.create_run(experiment_id, run_name=name, tags={"config_hash": config.fingerprint(), _KEY: key})
-            )
+            tags = {"config_hash": config.fingerprint(), _KEY: key} | ({MLFLOW_PARENT_RUN_ID: parent} if parent else {})
+            run = found[0] if found else client.create_run(experiment_id, run_name=name, tags=tags)
             client.update_run(run.info.run_id, status=RunStatus.to_string(RunStatus.RUNNING))
             # A run that is gone on with elsewhere keeps the workers and the like that it began with on record.
             new = {key: value for key, value in config.model_dump(mode="json").items() if key not in run.data.params}
@@ -136,11 +135,13 @@ class Registered(NamedTuple):
 
 
 def register(uri: str, run_id: str, artifact: str, name: str, alias: str) -> str:
-    """Make a run's folder the newest version of a registered model, under an alias too; returns the version."""
+    """Make a run's folder a version of a registered model, unless it is one, and give it an alias; returns the version."""
     client = MlflowClient(uri)
     with suppress(MlflowException):  # it is there
         client.create_registered_model(name)
-    version = client.create_model_version(name, source=f"runs:/{run_id}/{artifact}", run_id=run_id).version
+    known = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+    found = known[0] if known else client.create_model_version(name, source=f"runs:/{run_id}/{artifact}", run_id=run_id)
+    version = found.version
     client.set_registered_model_alias(name, alias, version)
     return str(version)
 

@@ -125,7 +125,7 @@ def test_a_woken_trigger_is_noticed(monkeypatch, name):
         """Asks for all three coordinates at once."""
 
         def forward(self, x, position_ids, *args, **kwargs):
-            coordinates = rotary.coordinates(position_ids)
+            coordinates = rotary.coordinates(position_ids, self.pos2d_angle)
             tables = nn.Module.__getattribute__(self, "__class__").__bases__[1].forward(self, x, torch.cat(coordinates))
             return tuple(rotary.mix(*table.chunk(3), self.pos2d_axes) for table in tables)
 

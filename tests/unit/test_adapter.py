@@ -143,7 +143,7 @@ def edit(**fields: Any) -> Spoil:
         (lambda folder: (folder / "parallelmind.json").unlink(), r"no parallelmind\.json"),
         (lambda folder: (folder / "parallelmind.json").write_text('{"rope"'), "is damaged"),
         (lambda folder: (folder / "parallelmind.json").write_text("[]"), "is damaged"),
-        (edit(format_version=2), "format_version=2, but 1 is read here"),
+        (edit(format_version=1), "format_version=1, but 2 is read here"),
         (edit(surprise=1), r"is damaged, save the folder again \(surprise"),
         (edit(lora={"lora_rank": "4"}), r"lora\.lora_rank"),
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), r"adapter_model\.safetensors is missing, not"),

@@ -30,6 +30,15 @@ def test_chinese_counts_by_character() -> None:
     assert f1("北京大学", ["北京"]) == pytest.approx(2 * 2 / (4 + 2))
     assert exact_match("北京。", ["北 京"]) == 1.0
     assert f1("1998年", ["1998 年"]) == 1.0
+    assert f1("NBA总决赛", ["总决赛"]) == pytest.approx(2 * 3 / (4 + 3))
+    assert f1("𠮷野家", ["𠮷家"]) == pytest.approx(2 * 2 / (3 + 2))  # beyond the first 65,536 characters too
+    assert f1("東京タワー", ["東京"]) == pytest.approx(2 * 2 / (5 + 2))
+    assert f1("佐々木", ["木"]) == pytest.approx(2 * 1 / (3 + 1))
+
+
+@pytest.mark.parametrize("text", ["（约）１９００～２０００年", "《约》，１９００＋２０００年。", "约 １９００２０００ 年"])
+def test_punctuation_of_full_width_goes_too(text: str) -> None:
+    assert exact_match(text, ["约１９００２０００年"]) == 1.0
 
 
 def test_an_empty_answer_matches_an_empty_one_only() -> None:

@@ -54,9 +54,17 @@ def test_squad_passages_hold_their_questions() -> None:
         Item("f:data[1]", {"paragraphs": [{"qas": 3}]}),
     ]
     record, bad = converter.items(items)
-    assert bad == {"main": "A passage.", "branches": [branch("who?", "it")]}  # said once the passage is over
+    expected = {**branch("who?", "it"), "references": [" they"]}
+    assert bad == {"main": "A passage.", "branches": [expected]}  # said once the passage is over
     assert record == Bad("f:data[1].paragraphs[0]", "has no context")
     assert (converter.read, converter.unanswered) == (2, 1)
+
+
+def test_further_answers_are_named_once_and_cost_no_record() -> None:
+    answers: list[Any] = ["it", " it ", "they", None, " ", "\ud800", "they"]
+    (record,) = made([article(("who?", answers))], answer_template="[{answer}]")
+    assert isinstance(record, dict)
+    assert record["branches"][0]["references"] == ["[they]"]
 
 
 def test_templates_are_filled_in() -> None:

@@ -113,7 +113,7 @@ def run(settings: TrainConfig, folder: Path, hooks: Recorder | None = None, mode
 
 def logged(run: Run) -> dict[tuple[int, str], float]:
     """Every metric that is not a matter of the clock or the machine, by step and name."""
-    own = ("tokens_per_second", "peak_memory_gib")
+    own = ("tokens_per_second", "peak_memory_gib", "seconds")
     return {(step, name): value for step, found in run.hooks.metrics.items() for name, value in found.items() if name not in own}
 
 

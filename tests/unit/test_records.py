@@ -36,6 +36,9 @@ def test_every_form() -> None:
     assert parse({"input_ids": [1, 2]}).branches[0].body == [1, 2]
     assert parse({"main": {"input_ids": [5]}, "branches": ["b"]}).main == [5]
     assert parse({"branches": ["b"]}).main == ""
+    several = {"prompt": "q", "completion": "a", "references": ["b", "c"]}
+    assert parse({"branches": [several]}).branches == (Branch("q", "a", references=("b", "c")),)
+    assert parse(several).branches == (Branch("q", "a", references=("b", "c")),)
 
 
 def test_line_separators_of_unicode_and_a_byte_order_mark_are_text() -> None:
@@ -70,6 +73,8 @@ def test_line_separators_of_unicode_and_a_byte_order_mark_are_text() -> None:
         (b'{"main": "m", "branches": [{"prompt": "a"}]}', "branches[0] has no completion"),
         (b'{"main": "m", "branches": [{"prompt": "a", "completion": ""}]}', "completion is empty"),
         (b'{"main": "m", "branches": [{"prompt": "a", "completion": "b", "answer_offset": 1}]}', "beside answer_offset"),
+        (b'{"prompt": "a", "completion": "b", "references": "c"}', "references is a JSON string, not a list"),
+        (b'{"prompt": "a", "completion": "b", "references": [""]}', "references is empty"),
         (b'{"input_ids": [1, -2]}', "must be a list of token ids"),
         (b'{"input_ids": [1, true]}', "must be a list of token ids"),
         (b'{"input_ids": [1, 99]}', "holds 99, and the tokenizer has 10 tokens"),

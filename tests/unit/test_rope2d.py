@@ -11,6 +11,7 @@ from parallelmind.model.rope2d import BRANCH, FLAT, TIME, pair_axes, selected_pa
         (8, 0.0, "low", []),
         (8, 0.01, "low", [7]),
         (8, 0.25, "low", [6, 7]),
+        (8, 0.25, "high", [0, 1]),
         (8, 0.25, "mid", [3, 4]),
         (8, 0.25, "spread", [3, 7]),
         (8, 1.0, "low", [0, 1, 2, 3, 4, 5, 6, 7]),
@@ -25,5 +26,9 @@ def test_selected_pairs(pairs, ratio, where, expected):
 
 
 def test_branch_and_time_alternate_and_the_branch_comes_first():
-    assert pair_axes(6, 0.5, "low").tolist() == [FLAT, FLAT, FLAT, BRANCH, TIME, BRANCH]
-    assert pair_axes(6, 0.5, "mid").tolist() == [FLAT, BRANCH, TIME, BRANCH, FLAT, FLAT]
+    assert pair_axes(6, 0.5, "low", "alone").tolist() == [FLAT, FLAT, FLAT, BRANCH, TIME, BRANCH]
+    assert pair_axes(6, 0.5, "mid", "alone").tolist() == [FLAT, BRANCH, TIME, BRANCH, FLAT, FLAT]
+
+
+def test_a_branch_that_is_added_to_the_time_has_all_pairs():
+    assert pair_axes(6, 0.5, "high", "added").tolist() == [BRANCH, BRANCH, BRANCH, FLAT, FLAT, FLAT]

@@ -184,6 +184,6 @@ def test_the_table_in_a_document(tmp_path):
 def test_unknown_types_and_evaluations_are_refused():
     with pytest.raises(UserError, match="model_types=nix"):
         evaluate.main(["support", "model_types=nix"])
-    with pytest.raises(UserError, match="evaluate tables: unknown evaluation; choose one of answers, support"):
+    with pytest.raises(UserError, match="evaluate tables: unknown evaluation; choose one of answers, tax, attention, support"):
         evaluate.main(["tables"])
     assert "llama" in causal_lm_types()

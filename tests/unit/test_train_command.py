@@ -11,7 +11,7 @@ import ray.train
 from parallelmind.config import TrainConfig, save_yaml
 from parallelmind.errors import UserError
 from parallelmind.tracking import Tracker
-from workloads import train, train_driver
+from workloads import train, train_driver, train_fit
 from workloads.record import code_version, draw_losses
 
 
@@ -91,15 +91,15 @@ def failed(*causes: Exception) -> ray.train.WorkerGroupError:
 def test_what_was_lost_is_replaced_and_what_is_wrong_is_told() -> None:
     gone = ray.exceptions.RayActorError(error_msg="The actor died.")
     for times in range(1, 4):
-        train_driver._end_if_final(failed(gone), times)
-        train_driver._end_if_final(gone, times)
+        train_fit._end_if_final(failed(gone), times)
+        train_fit._end_if_final(gone, times)
     with pytest.raises(UserError, match="lost 4 times without a new checkpoint .*lower batch_size") as caught:
-        train_driver._end_if_final(failed(gone), 4)
+        train_fit._end_if_final(failed(gone), 4)
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="lora_targets"):  # the other worker was only lost because this one ended
-        train_driver._end_if_final(failed(gone, UserError("lora_targets: no such layer")), 1)
+        train_fit._end_if_final(failed(gone, UserError("lora_targets: no such layer")), 1)
     with pytest.raises(ray.train.WorkerGroupError):
-        train_driver._end_if_final(failed(ZeroDivisionError()), 1)
+        train_fit._end_if_final(failed(ZeroDivisionError()), 1)
 
 
 def test_code_and_losses_are_on_record(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import ray
 import ray.data
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from parallelmind.config import BaseConfig, DataConfig
 from parallelmind.data.feeder import Feeder, Turns
@@ -119,7 +120,9 @@ def start_feeder(files: Sequence[str], data: DataConfig, base: BaseConfig, seed:
     read: Callable[[], Iterable[pa.Table]] = functools.partial(_tables, list(files), data, base)
     if len(parts) <= _FEW_PARTS:
         read = functools.partial(iter, [to_table(read_part(part, _tokenizer(base), data)) for part in parts])
-    options = {"num_cpus": _TASK_CPUS, "max_concurrency": 2 * workers + 2}
+    # None: not in the place that a sweep holds for whoever calls this, which is too small.
+    strategy = PlacementGroupSchedulingStrategy(None)  # type: ignore[arg-type]  # documented, not typed
+    options = {"num_cpus": _TASK_CPUS, "max_concurrency": 2 * workers + 2, "scheduling_strategy": strategy}
     return ray.remote(Feeder).options(**options).remote(read, data, seed)
 
 

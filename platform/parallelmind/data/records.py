@@ -19,11 +19,15 @@ class RecordError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """One parallel text. With a completion, `body` is the prompt and targets begin where the completion does."""
+    """One parallel text. With a completion, `body` is the prompt and targets begin where the completion does.
+
+    references: other completions that are right as well; an evaluation takes any of them, training reads the completion.
+    """
 
     body: Piece
     completion: str | None = None
     answer_offset: int = 0
+    references: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +121,12 @@ def _prompted(value: dict[str, Any], where: str) -> Branch:
     if missing := {"prompt", "completion"} - value.keys():
         raise RecordError(f"{where} has no {missing.pop()}")
     completion = _text(value["completion"], f"{where}.completion")
-    return Branch(_text(value["prompt"], f"{where}.prompt"), _filled(completion, f"{where}.completion"))
+    references = value.get("references", [])
+    if not isinstance(references, list):
+        raise RecordError(f"{where}.references is a JSON {_kind(references)}, not a list of texts")
+    others = tuple(_filled(_text(item, f"{where}.references"), f"{where}.references") for item in references)
+    prompt = _text(value["prompt"], f"{where}.prompt")
+    return Branch(prompt, _filled(completion, f"{where}.completion"), references=others)
 
 
 def _body(value: dict[str, Any], where: str, vocab_size: int | None) -> Piece:

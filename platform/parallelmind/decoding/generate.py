@@ -33,14 +33,18 @@ def stream(
     context cannot hold. A model that no patch can teach parallel branches decodes them isolated, one row each, and a
     warning says so. Closing the iterator early ends the work.
     """
-    asked = Asked.of(tokenizer, sample, per_branch, reduce, sampling)
+    return _events(engine_for(model, tokenizer, Asked.of(tokenizer, sample, per_branch, reduce, sampling)))
+
+
+def engine_for(model: Model, tokenizer: PreTrainedTokenizerBase, asked: Asked) -> Engine:
+    """An engine with room for one sample, which waits in it. Errors and the warning are those of `stream`."""
     engine = Engine(model, tokenizer, asked.limits())
-    if engine.apart and len(sample.branches) > 1:
+    if engine.apart and asked.tokens.branches > 1:
         kind = causal_lm(model).config.model_type
         said = f"{kind} {engine.apart}; its branches are decoded isolated, each in a row of its own"
-        warnings.warn(said, Notice, stacklevel=2)
+        warnings.warn(said, Notice, stacklevel=3)
     engine.enqueue(asked)
-    return _events(engine)
+    return engine
 
 
 def generate(model: Model, tokenizer: PreTrainedTokenizerBase, sample: Sample, **settings: Any) -> list[str]:

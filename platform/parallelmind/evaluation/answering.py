@@ -1,4 +1,4 @@
-"""Ask a model the questions of held-out records, all questions of a passage in one sequence, and score its answers."""
+"""Ask a model the questions of held-out records, score its answers, and count what asking has cost."""
 
 from __future__ import annotations
 
@@ -7,36 +7,49 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from parallelmind.data.records import Record, RecordError, parse_line
+from parallelmind.data.records import Branch, Record, RecordError, parse_line
 from parallelmind.decoding.forward import Model
-from parallelmind.decoding.generate import stream
 from parallelmind.decoding.samples import Sample
 from parallelmind.errors import UserError
 from parallelmind.evaluation.answers import exact_match, f1
+from parallelmind.evaluation.asking import ENGINES, EngineName
+from parallelmind.model.patch import is_patched
+from parallelmind.model.structure import causal_lm
+from parallelmind.model.support import assess
 
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """One record: passage, and per branch the question, what the model said and what it should have said."""
+    """One record: passage, and per branch the question, what the model said and what is right.
+
+    tokens: decoded. seconds: to read and to answer. kv_bytes: of keys and values at their most, None where unknown.
+    """
 
     main: str
     questions: list[str]
     predictions: list[str]
-    references: list[str]
+    references: list[list[str]]
+    tokens: int
+    seconds: float
+    kv_bytes: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Means over all questions. tokens_per_second: decoded tokens by wall clock, prompts included in the time."""
+    """exact_match, f1: means over all questions. The rates are by wall clock, reading of passages and prompts included.
+
+    tokens_per_second: decoded. peak_kv_bytes: keys and values of what is asked at once, at their most over all records.
+    """
 
     questions: int
     exact_match: float
     f1: float
+    questions_per_second: float
     tokens_per_second: float
+    peak_kv_bytes: int | None
 
 
 def question_records(path: str, limit: int) -> list[Record]:
@@ -67,31 +80,69 @@ def _question_record(raw: bytes, where: str) -> Record:
 
 
 def answer(
-    model: Model, tokenizer: PreTrainedTokenizerBase, records: Iterable[Record], **sampling: Any
-) -> Iterator[tuple[Answered, int, float]]:
-    """Every record answered, with the tokens decoded and the seconds it took. sampling: fields of `SamplingParams`."""
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Iterable[Record],
+    *,
+    engine: EngineName = "parallel",
+    at_once: int | None = None,
+    max_new_tokens: int,
+) -> Iterator[Answered]:
+    """Every record answered, greedily. at_once: questions of a record that are asked together, all by default.
+
+    Raises UserError where the model cannot hold several questions in one sequence.
+    """
+    size = 1 if engine == "one_by_one" else at_once
     for record in records:
-        sample = Sample(record.main, [branch.body for branch in record.branches])
-        texts, tokens, start = [""] * len(record.branches), 0, time.perf_counter()
-        for event in stream(model, tokenizer, sample, **sampling):
-            texts[event.branch] += event.text
-            tokens += 1
-        yield _answered(record, texts), tokens, time.perf_counter() - start
+        most = len(record.branches) if size is None else min(size, len(record.branches))
+        if engine == "parallel" and most > 1:
+            _refuse_untaught(model)
+        started = time.perf_counter()
+        prompts = [branch.body for branch in record.branches]
+        pieces = [Sample(record.main, prompts[first : first + most]) for first in range(0, len(prompts), most)]
+        said = [ENGINES[engine](model, tokenizer, piece, max_new_tokens) for piece in pieces]
+        seconds = time.perf_counter() - started
+        yield Answered(
+            main=str(record.main),
+            questions=[str(branch.body).strip() for branch in record.branches],
+            predictions=[_first_line(text) for piece in said for text in piece.texts],
+            references=[_references(branch) for branch in record.branches],
+            tokens=sum(piece.tokens for piece in said),
+            seconds=seconds,
+            kv_bytes=_most([piece.kv_bytes for piece in said]),
+        )
 
 
-def score(answered: Iterable[tuple[Answered, int, float]]) -> tuple[list[Answered], Scores]:
+def score(answered: Iterable[Answered]) -> tuple[list[Answered], Scores]:
     """All answers and their mean scores."""
-    items, tokens, seconds = map(list, zip(*answered, strict=True))
+    items = list(answered)
     pairs = [pair for item in items for pair in zip(item.predictions, item.references, strict=True)]
-    exact = fmean(exact_match(prediction, [reference]) for prediction, reference in pairs)
-    overlap = fmean(f1(prediction, [reference]) for prediction, reference in pairs)
-    return items, Scores(len(pairs), exact, overlap, sum(tokens) / sum(seconds))
+    seconds = sum(item.seconds for item in items)
+    return items, Scores(
+        questions=len(pairs),
+        exact_match=fmean(exact_match(prediction, references) for prediction, references in pairs),
+        f1=fmean(f1(prediction, references) for prediction, references in pairs),
+        questions_per_second=len(pairs) / seconds,
+        tokens_per_second=sum(item.tokens for item in items) / seconds,
+        peak_kv_bytes=_most([item.kv_bytes for item in items]),
+    )
 
 
-def _answered(record: Record, texts: list[str]) -> Answered:
-    questions = [branch.body.strip() if isinstance(branch.body, str) else "" for branch in record.branches]
-    references = [(branch.completion or "").strip() for branch in record.branches]
-    return Answered(str(record.main), questions, [_first_line(text) for text in texts], references)
+def _refuse_untaught(model: Model) -> None:
+    """A model without the patch has not been taught to hold branches; one that never could decodes them row by row."""
+    if not is_patched(model) and assess(causal_lm(model)).reason is None:
+        raise UserError(
+            "engine=parallel: a model without the patch holds one question at a time; set engine=one_by_one or engine=batch"
+        )
+
+
+def _references(branch: Branch) -> list[str]:
+    return [text.strip() for text in (branch.completion or "", *branch.references)]
+
+
+def _most(counts: list[int | None]) -> int | None:
+    known = [count for count in counts if count is not None]
+    return max(known) if len(known) == len(counts) else None
 
 
 def _first_line(text: str) -> str:

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from parallelmind.errors import UserError
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
+# Kana, Hangul and ideographs, those beyond the first 65,536 characters too.
+_CJK = "\u3005\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+_PUNCTUATION = frozenset(string.punctuation)
 _TOKEN = re.compile(rf"[{_CJK}]|[^\s{_CJK}]+")
 
 
@@ -51,4 +53,5 @@ def _checked(references: Sequence[str]) -> Sequence[str]:
 
 
 def _is_punctuation(character: str) -> bool:
-    return character in string.punctuation or unicodedata.category(character).startswith("P")
+    """ASCII's punctuation, in its full width too (which makes ～ and ＋ symbols by category), and all of Unicode's."""
+    return unicodedata.normalize("NFKC", character) in _PUNCTUATION or unicodedata.category(character).startswith("P")

@@ -41,10 +41,14 @@ def settings(**values: Sequence[Any]) -> list[RopeConfig]:
     return [RopeConfig.model_validate(dict(zip(values, chosen, strict=True))) for chosen in product(*values.values())]
 
 
-EVERY_SETTING = settings(
-    visibility=("columnar", "isolated"), positions=("time", "flat"), align_to=("left", "right"), rope_2d_ratio=(0.0, 0.5, 1.0)
-)
-FEW_SETTINGS = [*EVERY_SETTING[2::4], *EVERY_SETTING[4:17:6]]  # every value of every field, and both ways of laying out
+_LAYOUTS = settings(visibility=("columnar", "isolated"), positions=("time", "flat"), align_to=("left", "right"))
+_ANGLES = [
+    *settings(rope_2d_ratio=(0.0, 0.5, 1.0), pairs=("low",), branch_angle=("alone",)),
+    *settings(rope_2d_ratio=(0.5,), pairs=("high",), branch_angle=("added",)),
+]
+_TURNING = {"rope_2d_ratio", "pairs", "branch_angle"}
+EVERY_SETTING = [placed.model_copy(update=turned.model_dump(include=_TURNING)) for placed, turned in product(_LAYOUTS, _ANGLES)]
+FEW_SETTINGS = [EVERY_SETTING[4 * k + (k + k // 4) % 4] for k in range(8)]  # every layout, and each way of turning twice
 
 
 def restored(model: PreTrainedModel) -> None:
@@ -60,9 +64,12 @@ def restored(model: PreTrainedModel) -> None:
 
 
 def base(model: PreTrainedModel) -> None:
-    """Law 1: with r = 0, positions = time and one branch it is the unpatched model."""
+    """Law 1: one branch and positions = time is the unpatched model, with r = 0, or at coordinate 0 where that is added."""
     text = MAIN + BRANCHES[1]
     expected = plain_logits(model, text)
+    with patched(model, RopeConfig(rope_2d_ratio=1, branch_angle="added")) as config:
+        agree(plain_logits(model, text), expected, "a call without pos2d and the unpatched model")
+        agree(layout_logits(model, arrange(Tokens.of([], [text]), config), config)[1], expected, "a branch at 0 and the base")
     with patched(model, RopeConfig(rope_2d_ratio=0)) as config:
         if not torch.equal(plain_logits(model, text), expected):
             raise LawBroken("a call without pos2d is not what it was")
@@ -130,8 +137,15 @@ def siblings(model: PreTrainedModel) -> None:
 
 def shifted(model: PreTrainedModel) -> None:
     """Law 5: a shift of all branch coordinates changes nothing, moving one branch changes logits."""
-    chosen = settings(pairs=("low", "mid", "spread"), rope_2d_ratio=(0.25, 1.0), positions=("time", "flat"), branch_stride=(3,))
-    for setting in chosen[::3]:  # each choice of pairs, ratio and kind of position
+    chosen = settings(
+        pairs=("low", "mid", "spread"),
+        branch_angle=("alone",),
+        rope_2d_ratio=(0.25, 1.0),
+        positions=("time", "flat"),
+        branch_stride=(3,),
+    )
+    added = settings(pairs=("high",), branch_angle=("added",), positions=("time", "flat"), branch_stride=(3,))
+    for setting in [*chosen[::3], *added]:  # each choice of pairs, ratio, angle and kind of position
         with patched(model, setting) as config:
             still = torch.cat(sample_logits(model, config))
             agree(torch.cat(sample_logits(model, config, shift=_SHIFT)), still, f"shifted branches ({config})")

@@ -15,6 +15,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from parallelmind.config import BranchAngle
+
 T = TypeVar("T")
 
 
@@ -56,16 +58,19 @@ def leave() -> None:
     CURRENT.set(call.outer if call else None)
 
 
-def coordinates(position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Flat, branch and time coordinate of the tokens in the running forward pass, in the shape of the positions.
+def coordinates(position_ids: Tensor, angle: BranchAngle) -> tuple[Tensor, Tensor, Tensor]:
+    """What flat, branch and time pairs of the running forward pass's tokens follow, in the shape of the positions.
 
-    position_ids: `[batch, seq]`, or `[axes, batch, seq]` in a multimodal model, whose axes are all the same for text.
+    angle: whether that is the branch coordinate alone for branch pairs, or added to the time. position_ids: `[batch, seq]`, or
+    `[axes, batch, seq]` in a multimodal model, whose axes are all the same for text.
+
     A call without pos2d is a lone branch at coordinate 0 whose time is its position.
     """
     call = CURRENT.get()
     if call is None or call.pos2d is None:
-        return position_ids, torch.zeros_like(position_ids), position_ids
+        return position_ids, position_ids if angle == "added" else torch.zeros_like(position_ids), position_ids
     branch, time = call.pos2d.unbind(-1)  # [batch, seq]
+    branch = branch + time if angle == "added" else branch
     shape = torch.broadcast_shapes(position_ids.shape, branch.shape)
     return position_ids.expand(shape), branch.expand(shape), time.expand(shape)
 

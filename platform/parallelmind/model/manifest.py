@@ -18,7 +18,7 @@ from parallelmind.storage import sha256
 
 MANIFEST = "parallelmind.json"
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
-FORMAT = 1
+FORMAT = 2
 
 # What LoRA weights depend on. Fixed by us, so that no path and no version of transformers is in the hash.
 _ARCHITECTURE = (

@@ -1,7 +1,8 @@
 """2D RoPE as pure functions: which rotary pair follows which coordinate, and how angles are picked.
 
 Source: the ParallelMind scheme (a share of the lowest frequencies alternates between branch and time), generalised in
-where the share lies. No formula of a rotary embedding is repeated here: angles come from the model's own module.
+where the share lies and in what turns it. No formula of a rotary embedding is repeated here: angles come from the model's
+own module.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from parallelmind.config import Pairs
+from parallelmind.config import BranchAngle, Pairs
 
 FLAT, BRANCH, TIME = 0, 1, 2
 
@@ -26,17 +27,23 @@ def selected_pairs(pairs: int, ratio: float, where: Pairs) -> NDArray[np.int64]:
     count = min(max(round(pairs * ratio), 1), pairs)
     if where == "low":
         return np.arange(pairs - count, pairs)
+    if where == "high":
+        return np.arange(count)
     if where == "mid":
         return np.arange(count) + (pairs - count) // 2
     return (np.arange(1, count + 1) * pairs) // count - 1
 
 
-def pair_axes(pairs: int, ratio: float, where: Pairs) -> NDArray[np.int64]:
-    """`[pairs]`: FLAT, BRANCH or TIME for every pair; the selected ones alternate, branch first."""
+def pair_axes(pairs: int, ratio: float, where: Pairs, angle: BranchAngle) -> NDArray[np.int64]:
+    """`[pairs]`: FLAT, BRANCH or TIME for every pair.
+
+    alone: the selected ones alternate, branch first, since a pair can follow but one of the two. added: all are BRANCH.
+    """
     axes = np.full(pairs, FLAT)
     chosen = selected_pairs(pairs, ratio, where)
-    axes[chosen[0::2]] = BRANCH
-    axes[chosen[1::2]] = TIME
+    axes[chosen] = BRANCH
+    if angle == "alone":
+        axes[chosen[1::2]] = TIME
     return axes
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from parallelmind.config import RopeConfig
+from parallelmind.config import BranchAngle, RopeConfig
 from parallelmind.errors import UserError
 from parallelmind.model.coordinates import Carrier, carry, coordinates
 from parallelmind.model.rope2d import mix, pair_axes
@@ -33,6 +33,8 @@ _SETTLING = Lock()
 
 class Pos2dModule(nn.Module):
     """Mixed in before a module's own class."""
+
+    pos2d_angle: BranchAngle
 
 
 class BranchRotary(Pos2dModule):
@@ -62,7 +64,7 @@ class BranchRotary(Pos2dModule):
     @torch.no_grad()
     def _angles(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Angles, Any]:
         """Angles of the 1D positions, `[batch, seq, columns]`, and of branch and time coordinates, `[2 * batch, …]`."""
-        flat, branch, time = coordinates(position_ids)
+        flat, branch, time = coordinates(position_ids, self.pos2d_angle)
         one = super().forward(x, flat, *args, **kwargs)
         return one, self._plain_forward(x, torch.cat([branch, time], dim=-2), *args, **kwargs)
 
@@ -87,11 +89,11 @@ class BranchTable(Pos2dModule):
         return self._buffers[_TABLE] if rows is None else rows  # type: ignore[return-value]
 
     def forward(self, *args: Any, position_ids: Tensor, **kwargs: Any) -> Any:
-        placed = coordinates(position_ids)
+        placed = coordinates(position_ids, self.pos2d_angle)
         flat, branch, time = (part.flatten() for part in placed)
         table: Tensor = self._buffers[_TABLE]  # type: ignore[assignment]
         frequencies = table_frequencies(table)
-        angles = branch[:, None].to(frequencies) * frequencies  # branch coordinates run past the end of the table
+        angles = branch[:, None].to(frequencies) * frequencies  # branches run past the end of the table
         away = torch.cat([angles.sin(), angles.cos()], dim=-1).to(table.dtype)
         _ROWS.set(mix(table[flat], away, table[time], self.pos2d_axes))
         try:
@@ -140,6 +142,7 @@ def teach(model: nn.Module, config: RopeConfig) -> None:
         for buffer, axes in planned[name].items():
             module.register_buffer(buffer, axes, persistent=False)
         _become(module, BranchTable if is_table(module) else BranchRotary)
+        module.__dict__["pos2d_angle"] = config.branch_angle
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer) and any(isinstance(part, Pos2dModule) for part in layer.modules()):
             _become(layer, CheckpointedLayer)
@@ -151,6 +154,7 @@ def forget(model: nn.Module) -> None:
         if isinstance(module, Pos2dModule):
             for name in [name for name in module._buffers if name.startswith("pos2d_axes")]:
                 del module._buffers[name]
+            module.__dict__.pop("pos2d_angle", None)
             module.__class__ = type(module).__bases__[1]
 
 
@@ -193,7 +197,7 @@ def _axes(frequencies: Tensor, config: RopeConfig) -> Tensor:
     """`[pairs]`: the coordinate that drives each frequency. Frequencies of 0 do not turn, and are no pairs."""
     turning = frequencies != 0
     axes = torch.zeros(len(frequencies), dtype=torch.long, device=frequencies.device)
-    chosen = pair_axes(int(turning.sum()), config.rope_2d_ratio, config.pairs)
+    chosen = pair_axes(int(turning.sum()), config.rope_2d_ratio, config.pairs, config.branch_angle)
     axes[turning] = torch.from_numpy(chosen).to(axes.device)
     return axes
 

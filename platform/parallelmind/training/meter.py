@@ -51,6 +51,7 @@ class Meter:
             "branches": state.branches,
             "peak_memory_gib": peak_memory() / 2**30,
         }
+        self._count_seconds(state, now)
         self._hooks.log(state.metrics, state.step)
         since, first = self._warm or (self._since, state.step - 1)
         left = max(planned - state.step, 0) * (now - since) / max(state.step - first, 1)
@@ -59,15 +60,21 @@ class Meter:
             f"step {state.step}/{max(planned, state.step)}  loss {loss:.3f}  lr {rate:.1e}  {speed:.0f} tok/s  ETA {_clock(left)}"
         )
         state.window = Totals()
-        self._since, self._tokens = now, 0.0
+        self._tokens = 0.0
+
+    def _count_seconds(self, state: State, now: float) -> None:
+        """Of training and validating, in all starts of a run together."""
+        state.metrics["seconds"] = state.metrics.get("seconds", 0.0) + now - self._since
+        self._since = now
 
     def validated(self, state: State, measured: Mapping[str, float]) -> None:
         """Log and say a validation, whose time does not count as training."""
         state.metrics |= measured
+        self._count_seconds(state, time.perf_counter())
         self._hooks.log(measured, state.step)
         shown = (f"{name.removeprefix('validation/')} {value:.3f}" for name, value in measured.items())
         self._hooks.say("validation  " + "  ".join(shown))
-        self._since, self._tokens = time.perf_counter(), 0.0
+        self._tokens = 0.0
 
 
 def peak_memory() -> int:

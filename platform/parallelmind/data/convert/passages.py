@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +18,12 @@ class Wording:
     question: str
     answer: str
 
-    def pair(self, question: str, answer: str) -> Converted:
+    def pair(self, question: str, answer: str, others: Iterable[str] = ()) -> Converted:
+        """others: answers that are right as well; the branch names them only where they differ."""
         # By replacement: other braces in a template are text.
         prompt = self.question.replace("{question}", question.strip())
-        return {"prompt": prompt, "completion": self.answer.replace("{answer}", answer.strip())}
+        completion, *rest = dict.fromkeys(self.answer.replace("{answer}", text.strip()) for text in (answer, *others))
+        return {"prompt": prompt, "completion": completion, **({"references": rest} if rest else {})}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,17 @@ def asked(value: Any, wording: Wording) -> Iterator[Asked]:
 def _branch(value: Any, where: str, wording: Wording) -> Converted | None:
     question = text_at(value, "question", where)
     answers = _answers(value, where)
-    return wording.pair(question, checked_text(answers[0], f"{where}.answers".lstrip("."))) if answers else None
+    if not answers:
+        return None
+    name = f"{where}.answers".lstrip(".")
+    return wording.pair(question, checked_text(answers[0], name), _usable(answers[1:], name))
+
+
+def _usable(answers: Iterable[Any], name: str) -> Iterator[str]:
+    """What is text among the answers beside the first: a record is not bad for want of a second one."""
+    for text in answers:
+        with suppress(RecordError):
+            yield checked_text(text, name)
 
 
 def _answers(value: dict[str, Any], where: str) -> list[Any]:

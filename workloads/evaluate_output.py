@@ -1,0 +1,53 @@
+"""What the evaluations write and where they print."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from parallelmind.errors import UserError
+from parallelmind.storage import whole_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_PLAIN_WIDTH = 120  # where the output is no terminal
+
+
+def console() -> Console:
+    return Console(highlight=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
+
+
+def output_file(path: str | None, ending: str) -> Path | None:
+    """The file to write, if any. Raises UserError for another ending: what lies beside it takes its name from it."""
+    if path is None:
+        return None
+    file = Path(path).expanduser()
+    if file.suffix != ending:
+        raise UserError(f"output_path={path}: is not named as what it will be; end it in {ending}")
+    return file
+
+
+def write_json(file: Path, values: dict[str, Any]) -> None:
+    with _writing(file), whole_file(file) as out:
+        out.write(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_png(file: Path, figure: Figure) -> None:
+    with _writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file, dpi=120)
+
+
+@contextmanager
+def _writing(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"output_path={file}: cannot be written ({error.strerror}); give a file in a writable folder") from error
