@@ -1,0 +1,191 @@
+"""Search a space of training runs, on this machine or on a Ray cluster.
+
+    python -m workloads.sweep EXPERIMENT|SWEEP.yaml [key=value …]
+
+EXPERIMENT is a file in experiments/ whose config() returns a SweepConfig: the settings of a training run (train), what differs
+between its trials (space, points, seeds), who chooses (search) and what is made small (metrics). train.FIELD=VALUE overrides a
+setting of the run. The sweep's folder is train.output_dir/name-hash; it holds the trials' own folders, report.html, its plots,
+trials.csv and trials.parquet, and journal.jsonl, from which the same command goes on after an interruption: trials that ended
+are not repeated, others go on from their checkpoints. The best adapter becomes a version of the registered model `register_as`.
+"""
+
+from __future__ import annotations
+
+import shlex
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+from filelock import FileLock, Timeout
+
+from parallelmind import cli
+from parallelmind.config import TrainConfig, save_yaml
+from parallelmind.data.files import find_files
+from parallelmind.errors import UserError
+from workloads.settings import read_config
+from workloads.stopping import stoppable
+from workloads.sweep_config import SweepConfig, check
+from workloads.sweep_journal import Journal
+from workloads.sweep_table import Trial
+from workloads.train import ADAPTER, STOP, result_folder
+
+if TYPE_CHECKING:
+    from parallelmind.tracking import Tracker
+    from workloads.sweep_trial import Sweep
+
+
+def main(argv: list[str]) -> None:
+    if cli.wants_help(argv):
+        return cli.print_help(__doc__ or "", SweepConfig)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    run_sweep(read_config(SweepConfig, argv))
+    return None
+
+
+def run_sweep(config: SweepConfig) -> Path:
+    """Every trial that is not over yet, then report and registration; returns the sweep's folder.
+
+    Raises UserError, before anything starts, for a space that cannot be trained or does not fit on the cluster, and
+    KeyboardInterrupt when stopped, with the trials' checkpoints saved.
+    """
+    check(config)
+    find_files(config.train.data_path)
+    if config.train.validation_path:
+        find_files(config.train.validation_path, "validation_path")
+    folder = sweep_folder(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            _run(config, folder)
+    except Timeout as error:
+        raise UserError(f"name={config.name}: another process is at {folder}; wait for it, or choose another name") from error
+    return folder
+
+
+def sweep_folder(config: SweepConfig) -> Path:
+    """`output_dir/name-hash`, absolute. The hash leaves out how many trials there are, and where they run."""
+    fields = TrainConfig.model_fields
+    nowhere = {name: fields[name].default for name in (*TrainConfig.WHERE, "name")}
+    what = config.model_copy(update={"train": config.train.model_copy(update=nowhere)})
+    return Path(config.train.output_dir).expanduser().absolute() / f"{config.name}-{what.fingerprint()[:8]}"
+
+
+def _run(config: SweepConfig, folder: Path) -> None:
+    from workloads import cluster
+
+    cluster.connect(config.train.ray_address, forward_output=False)
+    slots = cluster.slots(config.cpus_per_trial, config.train.num_workers, config.train.use_gpu, config.max_concurrent)
+
+    from workloads import sweep_trial
+
+    save_yaml(config, folder / "config.yaml")
+    journal = Journal.read(folder / "journal.jsonl")
+    tracker = _tracker(config, folder, journal)
+    sweep = sweep_trial.Sweep(config, str(folder), tracker.run_id, slots)
+    status = "FAILED"
+    try:
+        whole = _try(sweep, journal)
+        status = "FINISHED" if whole else "KILLED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        _settle(journal, tracker)
+        _conclude(sweep, journal, tracker, last=status == "FINISHED")
+        tracker.finish(status)
+    if not whole:
+        print("stopped; the same command goes on from there", flush=True)
+        raise KeyboardInterrupt
+
+
+def _try(sweep: Sweep, journal: Journal) -> bool:
+    """Run the trials; whether all of them are over."""
+    from workloads.sweep_tune import run_trials
+    from workloads.sweep_view import View
+
+    held = list[Callable[[], None]]()
+
+    def stop() -> None:
+        for hold in held:
+            hold()
+        for trial in journal.trials.values():
+            if trial.folder and not trial.over:
+                (Path(trial.folder) / STOP).touch()
+
+    points = None if sweep.config.search == "grid" else sweep.config.trials
+    planned = (sum(1 for _ in sweep.config.grid()) if points is None else points) * len(sweep.config.seeds)
+    told = "stopping the trials after their next steps, with checkpoints"
+    with View(sweep.config, journal, planned, sweep.slots) as view:
+        stoppable(lambda: run_trials(sweep, journal, view.show, held.append), stop, told)
+    return len(journal.trials) == planned and all(trial.over for trial in journal.trials.values())
+
+
+def _tracker(config: SweepConfig, folder: Path, journal: Journal) -> Tracker:
+    """The MLflow run that the trials' runs are children of."""
+    from parallelmind.tracking import Tracker, absolute_uri
+
+    if "mlflow_key" not in journal.notes:
+        journal.note(mlflow_key=uuid4().hex)
+    uri = absolute_uri(config.train.mlflow_uri)
+    tracker = Tracker.start(uri, config.train.mlflow_experiment, folder.name, config, journal.notes["mlflow_key"])
+    tracker.log_file(folder / "config.yaml")
+    return tracker
+
+
+def _settle(journal: Journal, tracker: Tracker) -> None:
+    """Runs whose process was ended in the middle cannot say so themselves."""
+    from parallelmind.tracking import Tracker
+
+    ends = {"finished": "FINISHED", "stopped": "FINISHED", "failed": "FAILED"}
+    for trial in journal.trials.values():
+        if trial.run_id:
+            run = Tracker(tracker.uri, trial.run_id)
+            run.set_tags({"trial": trial.number, "trial_status": trial.status})
+            run.finish(ends.get(trial.status, "KILLED"))
+
+
+def _conclude(sweep: Sweep, journal: Journal, tracker: Tracker, last: bool) -> None:
+    """Report and, where all trials are over, the winner into the registry. Told on stdout."""
+    from workloads.sweep_report import write_report
+    from workloads.sweep_search import winner
+
+    config, folder, trials = sweep.config, Path(sweep.folder), list(journal.trials.values())
+    best = winner(config, trials) if last else None
+    report = write_report(folder, config.name, trials, config.metrics, best.number if best else None, command)
+    for name in ("report.html", "trials.csv", "trials.parquet", "journal.jsonl", *(path.name for path in folder.glob("*.png"))):
+        if (folder / name).is_file():
+            tracker.log_file(folder / name)
+    if best:
+        _register(sweep, best, journal, tracker)
+    counts = {status: sum(trial.status == status for trial in trials) for status in ("finished", "stopped", "failed")}
+    print(f"trials   {', '.join(f'{count} {status}' for status, count in counts.items() if count) or 'none over'}")
+    print(f"report   {report}\nmlflow   run {tracker.run_id}", flush=True)
+
+
+def _register(sweep: Sweep, best: Trial, journal: Journal, tracker: Tracker) -> None:
+    from parallelmind.tracking import register
+
+    config, run_id = sweep.config, best.run_id
+    assert run_id is not None
+    tracker.log_metrics({name: best.metrics[name] for name in config.metrics}, 0)
+    tracker.set_tags({"winner": best.number, "winner_run": run_id})
+    told = "  ".join(f"{name.removeprefix('validation/')} {best.metrics[name]:.3f}" for name in config.metrics)
+    print(f"winner   trial {best.number}: {best.told()}  {told}")
+    result = result_folder(sweep.trial(best.number, best.settings), Path(str(best.folder)))
+    if config.register_as and result.name == ADAPTER:
+        version = register(tracker.uri, run_id, ADAPTER, config.register_as, config.alias)
+        print(f"model    models:/{config.register_as}@{config.alias}, version {version}")
+    print(f"{result.name:8} {result}")
+
+
+def command(trial: Trial) -> str:
+    """The training run of a trial by itself."""
+    where = Path(str(trial.folder)) / "config.yaml"
+    return shlex.join(["python", "-m", "workloads.train", str(where), "output_dir=runs"]) if trial.folder else ""
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,169 @@
+"""The trials of a sweep under Ray Tune, which places them; what is tried, kept and stopped rests on the journal alone."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # its CSV, JSON and TensorBoard copies of every result
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # nor its tables on the terminal
+os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "3600")  # its own state, which nothing reads
+
+import workloads.ray_env  # noqa: F401  (before Ray)
+
+# isort: split
+from ray import tune
+from ray.tune.experiment import Trial as TuneTrial
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.search import Searcher
+
+from workloads.sweep_config import SweepConfig
+from workloads.sweep_journal import Journal
+from workloads.sweep_search import point
+from workloads.sweep_trial import Sweep, run_trial
+
+_TUNE = ".tune"  # Ray Tune's folder in the sweep's
+_RESTARTS = 3  # of a trial whose process is lost
+_EVERYTHING = 1 << 40  # steps: more than any trial takes
+
+
+class _Forgotten:
+    """Ray Tune pickles its parts when it starts and now and then. Of these nothing is kept: all is in the journal."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class Suggestions(_Forgotten, Searcher):
+    """Hands out what was begun and not ended first, then new points, each once with every seed."""
+
+    def __init__(self, config: SweepConfig, journal: Journal) -> None:
+        super().__init__()
+        self._config, self._journal = config, journal
+        self._left = [trial for trial in journal.trials.values() if not trial.over]
+        self.ending = False  # nothing new is begun
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]  # FINISHED is a text
+        if self.ending:
+            return Searcher.FINISHED
+        if self._left:
+            trial = self._left.pop(0)
+            return {"number": trial.number, "settings": trial.settings}
+        number, seeds = len(self._journal.trials), self._config.seeds
+        if number % len(seeds):
+            settings = self._journal.trials[number - 1].point
+        else:
+            found = point(self._config, number // len(seeds), list(self._journal.trials.values()))
+            if found is None:
+                return Searcher.FINISHED
+            settings = found
+        settings = {**settings, "seed": seeds[number % len(seeds)]}
+        self._journal.begin(number, settings)
+        return {"number": number, "settings": settings}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """What ended is in the journal."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """So is all else that is known."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError("a sweep is gone on with from its journal")
+
+
+@dataclass(eq=False, slots=True)
+class _Runner:
+    """What a scheduler of Ray Tune's needs of a trial. One for each of ours, through all its restarts."""
+
+    trial_id: str
+
+
+class Referee(_Forgotten, FIFOScheduler):
+    """Writes down what trials tell, and asks a scheduler of Ray Tune's who is to stop: one that has seen all reports so far."""
+
+    def __init__(self, config: SweepConfig, journal: Journal, changed: Callable[[], None]) -> None:
+        super().__init__()
+        self._journal, self._changed = journal, changed
+        self._inner = _scheduler(config)
+        self._runners: dict[int, _Runner] = {}
+        for report in journal.reports:
+            if self._judge(report.number, report.step, report.metrics) == TrialScheduler.STOP:
+                journal.end(report.number, "stopped")
+
+    def on_trial_result(self, controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
+        number, journal = trial.config["number"], self._journal
+        if "folder" in result:
+            journal.placed(number, result["folder"], result["run_id"])
+        decision = TrialScheduler.CONTINUE
+        found = result.get("metrics") or {name: value for name, value in result.items() if _is_metric(name)}
+        if found and "step" in result:
+            metrics = {name: value for name, value in found.items() if math.isfinite(value)}
+            fresh = journal.report(number, result["step"], metrics)
+            decision = self._judge(number, result["step"], metrics) if fresh and "status" not in result else decision
+        if result.get("status") in ("finished", "failed"):
+            journal.end(number, result["status"], result.get("error"))
+        elif decision == TrialScheduler.STOP:
+            journal.end(number, "stopped")
+        self._changed()
+        return decision
+
+    def on_trial_error(self, controller: Any, trial: TuneTrial) -> None:
+        self._journal.end(trial.config["number"], "failed", f"its process was lost {_RESTARTS + 1} times")
+        self._changed()
+
+    def _judge(self, number: int, step: int, metrics: dict[str, float]) -> str:
+        if number not in self._runners:
+            self._runners[number] = _Runner(str(number))
+            self._inner.on_trial_add(None, self._runners[number])  # type: ignore[arg-type]
+        result = {**metrics, "step": step}
+        return self._inner.on_trial_result(None, self._runners[number], result)  # type: ignore[arg-type]
+
+
+def _is_metric(name: str) -> bool:
+    return name == "loss" or name == "seconds" or name.startswith("validation/")
+
+
+def _scheduler(config: SweepConfig) -> TrialScheduler:
+    about: dict[str, Any] = {"time_attr": "step", "metric": config.metrics[0], "mode": "min"}
+    if config.stopping == "asha":
+        most = config.train.max_steps or _EVERYTHING
+        return AsyncHyperBandScheduler(
+            **about,
+            grace_period=min(config.grace_steps, most),
+            max_t=most,
+            reduction_factor=config.reduction_factor,
+            stop_last_trials=False,
+        )
+    if config.stopping == "median":
+        return MedianStoppingRule(**about, grace_period=config.grace_steps, min_time_slice=_EVERYTHING)
+    return FIFOScheduler()
+
+
+def run_trials(sweep: Sweep, journal: Journal, changed: Callable[[], None], hold: Callable[[Callable[[], None]], None]) -> None:
+    """Every trial to its end. changed: called after each event. hold: is given a function that lets no new trial begin."""
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    referee = Referee(sweep.config, journal, changed)  # first: it may find that a trial that was begun is to stop
+    suggestions = Suggestions(sweep.config, journal)
+    hold(functools.partial(setattr, suggestions, "ending", True))
+    folder = Path(sweep.folder)
+    shutil.rmtree(folder / _TUNE, ignore_errors=True)
+    trainable = tune.with_resources(functools.partial(run_trial, sweep=sweep), {"CPU": 0.1})
+    tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(search_alg=suggestions, scheduler=referee, num_samples=-1, max_concurrent_trials=sweep.slots),
+        run_config=tune.RunConfig(
+            name=_TUNE,
+            storage_path=str(folder),
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=_RESTARTS),
+            log_to_file=True,
+        ),
+    ).fit()
+    shutil.rmtree(folder / _TUNE, ignore_errors=True)
