@@ -49,6 +49,7 @@ class ModelPart(Part):
     branch_angle: BranchAngle | None = Field(None, description="whether branch pairs follow the branch alone, or branch + time")
     branch_stride: int | None = Field(None, ge=1, description="distance between neighbouring branch coordinates")
     positions: Positions | None = Field(None, description="what drives the other pairs")
+    sibling_penalty: float | None = Field(None, ge=0, description="columnar: taken off the attention scores of other branches")
     visibility: Visibility | None = Field(None, description="what branches see of each other")
     align_to: Alignment | None = Field(None, description="whether prompts start or end together")
 

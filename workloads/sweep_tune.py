@@ -85,13 +85,21 @@ class _Runner:
     trial_id: str
 
 
+class _NobodyWaits:
+    """A scheduler's view of Ray Tune: with no trial that waits, it pauses none to make room."""
+
+    def get_live_trials(self) -> list[TuneTrial]:
+        return []
+
+
 class Referee(_Forgotten, FIFOScheduler):
     """Writes down what trials tell, and asks a scheduler of Ray Tune's who is to stop: one that has seen all reports so far."""
 
     def __init__(self, config: SweepConfig, journal: Journal, changed: Callable[[], None]) -> None:
         super().__init__()
         self._journal, self._changed = journal, changed
-        self._inner = _scheduler(config)
+        self._inner: Any = _scheduler(config)
+        self._tune = _NobodyWaits()
         self._runners: dict[int, _Runner] = {}
         for report in journal.reports:
             if self._judge(report.number, report.step, report.metrics) == TrialScheduler.STOP:
@@ -121,9 +129,9 @@ class Referee(_Forgotten, FIFOScheduler):
     def _judge(self, number: int, step: int, metrics: dict[str, float]) -> str:
         if number not in self._runners:
             self._runners[number] = _Runner(str(number))
-            self._inner.on_trial_add(None, self._runners[number])  # type: ignore[arg-type]
+            self._inner.on_trial_add(self._tune, self._runners[number])
         result = {**metrics, "step": step}
-        return self._inner.on_trial_result(None, self._runners[number], result)  # type: ignore[arg-type]
+        return self._inner.on_trial_result(self._tune, self._runners[number], result)
 
 
 def _is_metric(name: str) -> bool:

@@ -61,6 +61,9 @@ class RopeConfig(Part):
     branch_stride: int = Field(128, ge=1, description="distance between the branch coordinates of neighbouring branches")
     positions: Positions = Field("time", description="drives the other pairs: the time coordinate, or the flat index (published)")
     visibility: Visibility = Field("columnar", description="columnar (published): branches see each other's past; isolated: main")
+    sibling_penalty: float = Field(
+        0.0, ge=0, description="columnar: taken off the attention score of other branches' tokens, in nats; 0: published"
+    )
     align_to: Alignment = Field("left", description="left: branches start together after main; right: they end together")
 
 

@@ -25,6 +25,11 @@ def isolated(q_time: Array, q_sequence: Array, k_time: Array, k_sequence: Array)
     return (k_time < q_time) & ((k_sequence == MAIN) | (k_sequence == q_sequence))
 
 
+def siblings(q_sequence: Array, k_sequence: Array) -> Array:
+    """Tokens of another branch, as a branch sees them."""
+    return (q_sequence > MAIN) & (k_sequence > MAIN) & (k_sequence != q_sequence)
+
+
 RULES: dict[Visibility, Callable[..., Any]] = {"columnar": columnar, "isolated": isolated}
 
 

@@ -76,6 +76,24 @@ def test_a_mask_for_each_layer_type_that_reaches_as_far():
         assert all(isinstance(mask, BlockMask) for mask in (masks.values() if kinds else [masks]))
 
 
+def test_a_penalty_divides_the_weight_of_siblings_and_of_nobody_else():
+    model = variant("shared", "eager")
+    text = [Tokens.of([5, 6], [[7, 8, 9], [10, 11, 12]])]
+    shares = []
+    for penalty in (0.0, 2.0):
+        with patched(model, RopeConfig(rope_2d_ratio=0, sibling_penalty=penalty)) as config:
+            layout = arrange(text[0], config)
+            batch = collate([layout], pad_id=0)
+            time, sequence = torch.from_numpy(batch.pos2d[..., 1]), torch.from_numpy(batch.sequence)
+            added = attention_masks(model, time, sequence, "columnar")
+            shares.append(torch.softmax(added[0, 0], dim=-1))
+    away = (sequence[0, :, None] != sequence[0]) & (sequence[0] > 0) & (sequence[0, :, None] > 0)
+    relative = shares[1] / shares[1].diagonal()[:, None]  # as much as what a token says to itself
+    expected = torch.where(away, torch.e**-2, 1.0) * (shares[0] > 0)
+    torch.testing.assert_close(relative, expected)
+    assert (away & (shares[0] > 0)).any()
+
+
 def test_a_new_length_is_not_compiled_anew():
     """Twice in all: for the first length, and then for any."""
     torch.compiler.reset()

@@ -15,14 +15,14 @@ from transformers import PreTrainedModel
 from parallelmind.config import RopeConfig
 from parallelmind.decoding.blocks import BLOCK, Stream
 from parallelmind.decoding.cache import PoolCache
-from parallelmind.decoding.reading import PoolReading, dense
+from parallelmind.decoding.reading import PoolReading, additive, dense
 from parallelmind.decoding.running import Running
 from parallelmind.decoding.sequence import Decoding, Feed
 from parallelmind.decoding.step import Step, Storage
 from parallelmind.layout import Tokens
 from parallelmind.model.attention import hands_over_masks
 from parallelmind.model.few_rows import few_rows, plain_linears
-from parallelmind.model.mask import for_attention, layer_reaches
+from parallelmind.model.mask import layer_reaches
 from parallelmind.model.patch import is_patched
 from parallelmind.model.rotary import depends_on_length
 from parallelmind.model.structure import causal_lm
@@ -82,12 +82,9 @@ class PoolForward:
             self.cache.address(slots, None)
             masks = {reach: PoolReading(step.stretches, tokens, reach, dtype, device) for reach in set(self._reaches.values())}
         else:
-            read, seen = dense(step.stretches, tokens, list(set(self._reaches.values())))
+            read, added = dense(step.stretches, tokens, list(set(self._reaches.values())))
             self.cache.address(slots, torch.from_numpy(read).to(device))
-            own = str(self.model.config._attn_implementation)
-            masks = {
-                reach: for_attention(torch.from_numpy(mask)[None, None].to(device), own, dtype) for reach, mask in seen.items()
-            }
+            masks = {reach: additive(bias[None, None], dtype, device) for reach, bias in added.items()}
         if len(masks) == 1:
             return masks.popitem()[1]
         return {kind: masks[reach] for kind, reach in self._reaches.items()}

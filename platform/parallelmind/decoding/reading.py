@@ -75,19 +75,19 @@ class Bundle:
         counts = [len(stretch.queries) for stretch in group]
         most, longest = max(counts), max(len(stretch.keys.slots) for stretch in group)
         queries, keys = np.zeros((len(group), most), np.int64), np.zeros((len(group), longest), np.int64)
-        seen = np.zeros((len(group), most, longest), dtype=bool)
+        bias = np.full((len(group), most, longest), -np.inf, np.float32)
         for row, stretch in enumerate(group):
             count, length = len(stretch.queries), len(stretch.keys.slots)
             queries[row, :count], queries[row, count:] = stretch.queries, stretch.queries[0]
             keys[row, :length] = stretch.keys.slots
-            seen[row, :count, :length] = stretch.seen(reach)
-            seen[row, count:] = seen[row, 0]  # padding reads what the first query reads, and is dropped
+            bias[row, :count, :length] = stretch.bias(reach)
+            bias[row, count:] = bias[row, 0]  # padding reads what the first query reads, and is dropped
         real = None if min(counts) == most else np.flatnonzero(np.arange(most) < np.array(counts)[:, None])
         targets = queries.ravel() if real is None else queries.ravel()[real]
         return Bundle(
             queries=torch.from_numpy(queries).to(device),
             keys=_side_by_side(keys) or torch.from_numpy(keys).to(device),
-            bias=None if seen.all() else _bias(seen[:, None], dtype, device),
+            bias=additive(bias[:, None], dtype, device) if bias.any() else None,
             real=None if real is None else torch.from_numpy(real).to(device),
             targets=torch.from_numpy(targets).to(device),
         )
@@ -130,20 +130,20 @@ class Bundle:
         return rows if self.real is None else rows[self.real]
 
 
-def dense(stretches: Sequence[Stretch], tokens: int, reaches: Sequence[Reach]) -> tuple[Ints, dict[Reach, NDArray[np.bool_]]]:
-    """All slots that a step reads, `[keys]`, and for each reach what every token sees of them, `[tokens, keys]`."""
+def dense(stretches: Sequence[Stretch], tokens: int, reaches: Sequence[Reach]) -> tuple[Ints, dict[Reach, NDArray[np.float32]]]:
+    """All slots that a step reads, `[keys]`, and for each reach what is added to every token's scores, `[tokens, keys]`."""
     slots = np.unique(np.concatenate([stretch.keys.slots for stretch in stretches]))
-    masks = {reach: np.zeros((tokens, len(slots)), dtype=bool) for reach in reaches}
+    masks = {reach: np.full((tokens, len(slots)), -np.inf, np.float32) for reach in reaches}
     for stretch in stretches:
         where = np.ix_(stretch.queries, np.searchsorted(slots, stretch.keys.slots))
         for reach, mask in masks.items():
-            mask[where] = stretch.seen(reach)
+            mask[where] = stretch.bias(reach)
     return slots, masks
 
 
-def _bias(seen: NDArray[np.bool_], dtype: torch.dtype, device: torch.device) -> Tensor:
-    hidden = torch.from_numpy(~seen).to(device)
-    return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, torch.finfo(dtype).min)
+def additive(bias: NDArray[np.float32], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """For an attention that takes no infinity: a row without any key would be nan."""
+    return torch.from_numpy(bias).to(device).clamp(min=torch.finfo(dtype).min).to(dtype)
 
 
 def _side_by_side(keys: Ints) -> slice | None:

@@ -17,7 +17,7 @@ from parallelmind.config import Visibility
 from parallelmind.decoding.blocks import Stream
 from parallelmind.decoding.sequence import Decoding, Feed
 from parallelmind.layout import MAIN, Ints
-from parallelmind.visibility import RULES, Reach
+from parallelmind.visibility import RULES, Reach, siblings
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,8 @@ class Places:
 class Stretch:
     """queries: `[n]` indices into the step. asking, keys: the places of these tokens, and of all that they choose from.
 
-    own: whether it is a branch of its own that they read, after main. No token is in two stretches of the same kind.
+    own: whether it is a branch of its own that they read, after main. No token is in two stretches of the same kind. penalty:
+    taken off the scores of siblings.
     """
 
     queries: Ints
@@ -50,6 +51,12 @@ class Stretch:
     keys: Places
     rule: Visibility
     own: bool
+    penalty: float
+
+    def bias(self, reach: Reach) -> NDArray[np.float32]:
+        """`[n, keys]`: what is added to the score of each query and key; minus infinity where it is not seen."""
+        away = siblings(self.asking.sequence[:, None], self.keys.sequence) if self.penalty else False
+        return np.where(self.seen(reach), np.where(away, np.float32(-self.penalty), np.float32(0)), np.float32(-np.inf))
 
     def seen(self, reach: Reach) -> NDArray[np.bool_]:
         """`[n, keys]`: which key each query sees."""
@@ -116,24 +123,27 @@ class Storage:
     def stretches(self, decoding: Decoding, places: Places, start: int) -> list[Stretch]:
         """What the tokens that have just been entered read; `start`: index of the first of them in the step."""
         queries, rule = np.arange(len(places.slots)), decoding.config.visibility
+        penalty = decoding.config.sibling_penalty if rule == "columnar" else 0.0
         wide = np.append(False, decoding.reads_all)[places.sequence]
         found, narrow = [], queries[~wide]
         if wide.any():
             everything = Places.of([self.trunk, *(self.branches or [])])
-            found.append(_stretch(queries[wide], places, everything, "columnar", start))
+            found.append(_stretch(queries[wide], places, everything, "columnar", start, penalty))
         if self.trunk.length and len(narrow):
-            found.append(_stretch(narrow, places, Places.of([self.trunk]), rule, start))
+            found.append(_stretch(narrow, places, Places.of([self.trunk]), rule, start, penalty))
         if self.branches is None:
             return found
         for sequence, index in _runs(places.sequence):
             if sequence != MAIN and not decoding.reads_all[sequence - 1]:
                 keys = Places.of([self.branches[sequence - 1]])
-                found.append(_stretch(queries[index], places, keys, rule, start, own=True))
+                found.append(_stretch(queries[index], places, keys, rule, start, penalty, own=True))
         return found
 
 
-def _stretch(queries: Ints, places: Places, keys: Places, rule: Visibility, start: int, own: bool = False) -> Stretch:
-    return Stretch(start + queries, places.at(queries), keys, rule, own)
+def _stretch(
+    queries: Ints, places: Places, keys: Places, rule: Visibility, start: int, penalty: float, own: bool = False
+) -> Stretch:
+    return Stretch(start + queries, places.at(queries), keys, rule, own, penalty)
 
 
 def _runs(sequence: Ints) -> list[tuple[int, slice]]:

@@ -44,9 +44,9 @@ def settings(**values: Sequence[Any]) -> list[RopeConfig]:
 _LAYOUTS = settings(visibility=("columnar", "isolated"), positions=("time", "flat"), align_to=("left", "right"))
 _ANGLES = [
     *settings(rope_2d_ratio=(0.0, 0.5, 1.0), pairs=("low",), branch_angle=("alone",)),
-    *settings(rope_2d_ratio=(0.5,), pairs=("high",), branch_angle=("added",)),
+    *settings(rope_2d_ratio=(0.5,), pairs=("high",), branch_angle=("added",), sibling_penalty=(1.5,)),
 ]
-_TURNING = {"rope_2d_ratio", "pairs", "branch_angle"}
+_TURNING = {"rope_2d_ratio", "pairs", "branch_angle", "sibling_penalty"}
 EVERY_SETTING = [placed.model_copy(update=turned.model_dump(include=_TURNING)) for placed, turned in product(_LAYOUTS, _ANGLES)]
 FEW_SETTINGS = [EVERY_SETTING[4 * k + (k + k // 4) % 4] for k in range(8)]  # every layout, and each way of turning twice
 

@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from parallelmind.layout import Batch
-from parallelmind.model.patch import is_patched
+from parallelmind.model.patch import is_patched, sibling_penalty
 from parallelmind.model.structure import causal_lm, text_modules
 
 FLEX = "flex_attention"
@@ -101,8 +101,9 @@ def attention_for(model: nn.Module, length: int, dtype: torch.dtype) -> str:
     """
     inner = causal_lm(model)
     own = str(inner.config._attn_implementation)
-    # An unpatched model makes masks of its own; on eager, a model's attention does something that sdpa does not.
-    long = own == "sdpa" and bucket(length) > FLEX_ABOVE and is_patched(inner)
+    # An unpatched model makes masks of its own; on eager, a model's attention does something that sdpa does not; and a mask in
+    # blocks says who sees whom, not how well.
+    long = own == "sdpa" and bucket(length) > FLEX_ABOVE and is_patched(inner) and not sibling_penalty(inner)
     return FLEX if long and _fits_device(inner.device, dtype) and _fits_model(inner) else own
 
 

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from parallelmind.config import Visibility
 from parallelmind.layout import PADDING
 from parallelmind.model.attention import FLEX, attention_for, compute_dtype
+from parallelmind.model.patch import sibling_penalty
 from parallelmind.model.structure import causal_lm, decoder
-from parallelmind.visibility import RULES, Reach
+from parallelmind.visibility import RULES, Reach, siblings
 
 BLOCK = 128  # tokens; the block of FlexAttention
 _SLICE = 4 * BLOCK  # queries whose pairs are looked at together
@@ -57,7 +58,12 @@ def attention_masks(
         seen = visible(time, sequence, visibility, queries)
         q_time, k_time = time[:, None, keys - seen.shape[-2] :, None], time[:, None, None, :]
         near = {reach: reach.near(q_time, k_time) for reach in reaches.values()}
-        masks = {reach: for_attention(seen if part is None else seen & part, own, model.dtype) for reach, part in near.items()}
+        penalty = sibling_penalty(model)
+        away = siblings(sequence[:, None, keys - seen.shape[-2] :, None], sequence[:, None, None, :]) if penalty else None
+        masks = {
+            reach: for_attention(seen if part is None else seen & part, own, model.dtype, penalty, away)
+            for reach, part in near.items()
+        }
     if len(masks) == 1:
         return masks.popitem()[1]
     return {kind: masks[reach] for kind, reach in reaches.items()}
@@ -120,14 +126,20 @@ def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
     return chosen.sum(-1, dtype=torch.int32), chosen.byte().argsort(dim=-1, descending=True, stable=True).int()
 
 
-def for_attention(seen: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
+def for_attention(
+    seen: Tensor, implementation: str, dtype: torch.dtype, penalty: float = 0.0, away: Tensor | None = None
+) -> Tensor:
     """The mask in the form that the model's attention takes, made once for all layers.
 
-    sdpa takes bool; on a CPU its kernel turns bool into additive floats again in every layer, and keeps each of them for
-    the backward pass. eager silently ignores bool. Raises ValueError for any other kind.
+    away: where `penalty` is taken off the score, bool in the shape of `seen`; None: nowhere. sdpa takes bool; on a CPU its kernel
+    turns bool into additive floats again in every layer, and keeps each of them for the backward pass. eager silently
+    ignores bool. Raises ValueError for any other kind.
     """
     if implementation not in ("sdpa", "eager"):
         raise ValueError(f"attn_implementation={implementation!r}: branch masks need sdpa or eager")
-    if implementation == "sdpa" and seen.device.type != "cpu":
+    if implementation == "sdpa" and seen.device.type != "cpu" and away is None:
         return seen
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+    added = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    if away is not None:
+        added.masked_fill_(away, -penalty)
+    return added.masked_fill_(~seen, torch.finfo(dtype).min)

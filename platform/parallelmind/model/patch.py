@@ -63,6 +63,11 @@ def rope_config(model: nn.Module) -> RopeConfig:
     return _patch_of(model).config
 
 
+def sibling_penalty(model: nn.Module) -> float:
+    """What is taken off the attention scores of siblings; nothing in a model that is not patched."""
+    return rope_config(model).sibling_penalty if is_patched(model) else 0.0
+
+
 def _patch_of(model: nn.Module) -> _Patch:
     found = getattr(model, "_pos2d", None)
     if not isinstance(found, _Patch):
