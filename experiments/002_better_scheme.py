@@ -1,0 +1,30 @@
+"""Is there a scheme whose branches cost nothing, alone or beside fifteen others?
+
+control: the plain model with a plain LoRA; its branches are rows of their own. All others are columnar.
+"""
+
+from typing import Any
+
+from experiments._gsm8k import PUBLISHED, run
+from workloads.sweep_config import SweepConfig
+
+CONTROL = {"rope_2d_ratio": 0.0, "visibility": "isolated", "max_branches_per_sample": 1}
+ADDED: dict[str, Any] = {"rope_2d_ratio": 0.5, "pairs": "high", "branch_angle": "added"}
+
+
+def config() -> SweepConfig:
+    return SweepConfig(
+        name="scheme",
+        train=run(max_steps=80, positions="time", visibility="columnar", branch_stride=128),
+        points=[
+            CONTROL,
+            {**ADDED, "sibling_penalty": 3.0},
+            {**ADDED, "sibling_penalty": 0.0},
+            {**PUBLISHED, "rope_2d_ratio": 0.5},
+            {**PUBLISHED, "rope_2d_ratio": 1.0},
+            {**ADDED, "rope_2d_ratio": 0.0, "sibling_penalty": 3.0},
+            {**ADDED, "sibling_penalty": 2.0},
+            {**PUBLISHED, "positions": "time", "rope_2d_ratio": 0.5, "sibling_penalty": 3.0},
+        ],
+        register_as="scheme",
+    )
