@@ -15,16 +15,14 @@ ADDED: dict[str, Any] = {"rope_2d_ratio": 0.5, "pairs": "high", "branch_angle": 
 def config() -> SweepConfig:
     return SweepConfig(
         name="scheme",
-        train=run(max_steps=80, positions="time", visibility="columnar", branch_stride=128),
+        train=run(max_steps=64, positions="time", visibility="columnar", branch_stride=16),
         points=[
             CONTROL,
             {**ADDED, "sibling_penalty": 3.0},
-            {**ADDED, "sibling_penalty": 0.0},
             {**PUBLISHED, "rope_2d_ratio": 0.5},
             {**PUBLISHED, "rope_2d_ratio": 1.0},
+            {**ADDED, "sibling_penalty": 0.0},
             {**ADDED, "rope_2d_ratio": 0.0, "sibling_penalty": 3.0},
-            {**ADDED, "sibling_penalty": 2.0},
-            {**PUBLISHED, "positions": "time", "rope_2d_ratio": 0.5, "sibling_penalty": 3.0},
         ],
         register_as="scheme",
     )
