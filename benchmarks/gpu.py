@@ -90,7 +90,7 @@ def build(shape: Shape, device: str) -> nn.Module:
     """A patched bfloat16 model with LoRA on every linear layer, built where it will run."""
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(shape.config, dtype=torch.bfloat16)
-        patch(model, RopeConfig())
+        patch(model, RopeConfig(sibling_penalty=0))
         if shape.checkpointing:
             model.activation_checkpointing_enable()
         return add_lora(model, LoraConfig(), seed=0).train()
@@ -100,7 +100,9 @@ def random_batch(work: Work, rows: int, vocabulary: int) -> Batch:
     random = np.random.default_rng(0)
     lengths = [work.main, *[work.branch] * _BRANCHES]
     texts = [[random.integers(0, vocabulary, length).tolist() for length in lengths] for _ in range(rows)]
-    return make_batch([Tokens.of(text[0], text[1:]) for text in texts], RopeConfig(visibility=work.visibility), pad_id=0)
+    return make_batch(
+        [Tokens.of(text[0], text[1:]) for text in texts], RopeConfig(visibility=work.visibility, sibling_penalty=0), pad_id=0
+    )
 
 
 def step_flops(model: PreTrainedModel, batch: Batch, visibility: Visibility) -> float:

@@ -54,15 +54,15 @@ class RopeConfig(Part):
     rope_2d_ratio: float = Field(
         0.5, ge=0, le=1, description="share of rotary pairs driven by (branch, time); alone, the branch gets about half of it"
     )
-    pairs: Pairs = Field("low", description="which pairs the ratio selects: highest, middle or lowest (published) frequencies")
+    pairs: Pairs = Field("high", description="which pairs the ratio selects: highest, middle or lowest (published) frequencies")
     branch_angle: BranchAngle = Field(
-        "alone", description="alone (published): a branch pair follows the branch; added: branch + time, on all selected pairs"
+        "added", description="alone (published): a branch pair follows the branch; added: branch + time, on all selected pairs"
     )
-    branch_stride: int = Field(128, ge=1, description="distance between the branch coordinates of neighbouring branches")
+    branch_stride: int = Field(16, ge=1, description="distance between the branch coordinates of neighbouring branches")
     positions: Positions = Field("time", description="drives the other pairs: the time coordinate, or the flat index (published)")
     visibility: Visibility = Field("columnar", description="columnar (published): branches see each other's past; isolated: main")
     sibling_penalty: float = Field(
-        0.0, ge=0, description="columnar: taken off the attention score of other branches' tokens, in nats; 0: published"
+        3.0, ge=0, description="columnar: taken off the attention scores of other branches, in nats; 0: nothing (published)"
     )
     align_to: Alignment = Field("left", description="left: branches start together after main; right: they end together")
 

@@ -66,7 +66,7 @@ def test_three_attentions_read_the_same(device, name, config):
 @pytest.mark.parametrize("visibility", ["columnar", "isolated"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 def test_three_attentions_learn_the_same(device, name, visibility, checkpointing):
-    config = RopeConfig(visibility=visibility)
+    config = RopeConfig(visibility=visibility, sibling_penalty=0)
     batch = long_batch(config, shapes(device), device=device)
     eager, sdpa = (learner(variant(name, kind).to(device), config, checkpointing) for kind in ("eager", "sdpa"))
     expected = gradients(eager, batch, visibility)
@@ -79,7 +79,7 @@ def test_three_attentions_learn_the_same(device, name, visibility, checkpointing
 @pytest.mark.parametrize("visibility", ["columnar", "isolated"])
 def test_bfloat16_with_heads_of_real_models(device, heads, kv_heads, size, visibility):
     """Weights and adapter as a run has them: a bfloat16 base, float32 adapters, autocast."""
-    config = RopeConfig(visibility=visibility)
+    config = RopeConfig(visibility=visibility, sibling_penalty=0)
     if device == "cpu":  # where bfloat16 is slow
         heads, kv_heads, size = heads // kv_heads, 1, size // 4
     width = {"hidden_size": heads * size, "intermediate_size": 256, "vocab_size": 128}
@@ -104,7 +104,7 @@ def test_bfloat16_with_heads_of_real_models(device, heads, kv_heads, size, visib
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_loss_is_the_eager_loss(device):
     torch.compiler.reset()
-    config = RopeConfig()
+    config = RopeConfig(sibling_penalty=0)
     model = learner(variant("windows in every layer", "sdpa").to(device), config)
     batch = long_batch(config, shapes(device), device=device)
     compiled = torch.compile(target_loss, backend="inductor" if device == "cuda" else "aot_eager")
@@ -132,7 +132,7 @@ def test_new_lengths_are_not_compiled_anew(device):
 
 def test_two_steps_give_the_same_bits(device):
     """A resumed run repeats its steps."""
-    config = RopeConfig()
+    config = RopeConfig(sibling_penalty=0)
     model = learner(variant("shared", "sdpa").to(device), config)
     batch = long_batch(config, shapes(device), device=device)
     with chosen():
@@ -141,7 +141,7 @@ def test_two_steps_give_the_same_bits(device):
 
 
 def test_the_choice_is_told(device):
-    config, lines = RopeConfig(), []
+    config, lines = RopeConfig(sibling_penalty=0), []
     model = variant("shared", "sdpa").to(device)
     batches = [collate([arrange(Tokens.of([], [[1] * n]), config)], pad_id=0) for n in (FLEX_ABOVE, FLEX_ABOVE + 1)]
     with patched(model, config):

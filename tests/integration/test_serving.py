@@ -111,7 +111,7 @@ def test_branches_have_settings_of_their_own_and_coordinates(server: Server, mod
     assert status == 200
     assert [branch["text"] for branch in found["branches"]] == expected
     assert [len(branch["tokens"]) for branch in found["branches"]] == [3, 12, 12]
-    assert [branch["branch"] for branch in found["branches"]] == [128, 256, 384]
+    assert [branch["branch"] for branch in found["branches"]] == [16, 32, 48]
 
 
 def test_one_branch_is_stopped_and_another_joins_while_a_sample_goes_on(server: Server) -> None:

@@ -30,7 +30,7 @@ names = pytest.mark.parametrize("name", [*FAMILIES, *VARIANTS])
 mechanisms = pytest.mark.parametrize("name", MECHANISMS)
 every_mask = pytest.mark.parametrize(
     "config",
-    settings(visibility=("columnar", "isolated"), align_to=("left", "right")),
+    settings(visibility=("columnar", "isolated"), align_to=("left", "right"), sibling_penalty=(0.0,)),
     ids=lambda config: f"{config.visibility} {config.align_to}",
 )
 
@@ -72,7 +72,7 @@ def test_a_model_that_is_set_to_flex_attention_agrees_with_eager(name):
 @pytest.mark.parametrize("visibility", ["columnar", "isolated"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 def test_adapters_get_the_same_gradients(name, visibility, checkpointing):
-    config = RopeConfig(visibility=visibility)
+    config = RopeConfig(visibility=visibility, sibling_penalty=0)
     model = variant(name, "sdpa")
     patch(model, config)
     adapted = add_lora(model, LoraConfig(lora_rank=2), seed=0).train()

@@ -66,7 +66,7 @@ def test_isolated_branches_leave_most_blocks_out():
 
 
 def test_a_mask_for_each_layer_type_that_reaches_as_far():
-    config = RopeConfig()
+    config = RopeConfig(sibling_penalty=0)
     batch = long_batch(config)
     for name, kinds in (("windows beside full attention", ["full_attention", "sliding_attention"]), ("shared", None)):
         model = variant(name, "sdpa")
@@ -116,7 +116,7 @@ def test_buckets_are_powers_of_two():
 def test_flex_attention_is_chosen_for_long_sequences_on_a_card_it_is_made_for(monkeypatch):
     model = variant("shared", "sdpa")
     lengths, half = (FLEX_ABOVE, FLEX_ABOVE + 1), torch.bfloat16
-    with patched(model, RopeConfig()):
+    with patched(model, RopeConfig(sibling_penalty=0)):
         assert [attention_for(model, length, half) for length in lengths] == ["sdpa", "sdpa"]  # no card
         monkeypatch.setattr(attention, "_fits_device", lambda device, dtype: dtype == half)
         assert [attention_for(model, length, half) for length in lengths] == ["sdpa", FLEX]
@@ -135,14 +135,16 @@ def test_heads_of_a_size_that_the_kernel_refuses_keep_sdpa():
     for size, reader in ((16, FLEX), (8, "sdpa")):
         model = variant("shared", "sdpa")
         model.model.layers[0].self_attn.head_dim = size
-        with patched(model, RopeConfig()), chosen():
+        with patched(model, RopeConfig(sibling_penalty=0)), chosen():
             assert attention_for(model, 100, model.dtype) == reader
 
 
 def test_each_bucket_is_announced_once():
     model, lines = variant("shared", "sdpa"), []
-    batches = [collate([arrange(Tokens.of([], [[1] * n]), RopeConfig())], pad_id=0) for n in (9, 16, 17, 12, 30, 5)]
-    with patched(model, RopeConfig()), chosen():
+    batches = [
+        collate([arrange(Tokens.of([], [[1] * n]), RopeConfig(sibling_penalty=0))], pad_id=0) for n in (9, 16, 17, 12, 30, 5)
+    ]
+    with patched(model, RopeConfig(sibling_penalty=0)), chosen():
         announced = Announcer(model, torch.bfloat16, lines.append)
         first = announced(batches[:3])
         assert lines == []

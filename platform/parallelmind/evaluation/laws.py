@@ -43,7 +43,7 @@ def settings(**values: Sequence[Any]) -> list[RopeConfig]:
 
 _LAYOUTS = settings(visibility=("columnar", "isolated"), positions=("time", "flat"), align_to=("left", "right"))
 _ANGLES = [
-    *settings(rope_2d_ratio=(0.0, 0.5, 1.0), pairs=("low",), branch_angle=("alone",)),
+    *settings(rope_2d_ratio=(0.0, 0.5, 1.0), pairs=("low",), branch_angle=("alone",), sibling_penalty=(0.0,)),
     *settings(rope_2d_ratio=(0.5,), pairs=("high",), branch_angle=("added",), sibling_penalty=(1.5,)),
 ]
 _TURNING = {"rope_2d_ratio", "pairs", "branch_angle", "sibling_penalty"}
@@ -121,7 +121,16 @@ def rows(model: PreTrainedModel) -> None:
 def siblings(model: PreTrainedModel) -> None:
     """Law 4: isolated, no branch changes another; columnar, it changes only what is later in time."""
     changed = [[*BRANCHES[0][:1], 99, *BRANCHES[0][2:]], *BRANCHES[1:]]
-    for setting in settings(visibility=("isolated", "columnar"), align_to=("left", "right"), rope_2d_ratio=(0.0, 0.5)):
+    heard = settings(
+        visibility=("columnar", "isolated"),
+        align_to=("left", "right"),
+        rope_2d_ratio=(0.0, 0.5),
+        pairs=("low",),
+        branch_angle=("alone",),
+        branch_stride=(128,),
+        sibling_penalty=(0.0,),
+    )
+    for setting in heard:
         with patched(model, setting) as config:
             layout = arrange(Tokens.of(MAIN, BRANCHES), config)
             at = int(layout.time[layout.sequence == 1][1])  # when the changed token stands

@@ -26,6 +26,7 @@ from parallelmind.model.patch import is_patched, sibling_penalty
 from parallelmind.model.structure import causal_lm, text_modules
 
 FLEX = "flex_attention"
+BIAS = "sibling_bias"  # what a mask in blocks carries: it says by itself who sees whom, not how well
 
 # Tokens: between two measured points. On an H200 FlexAttention is 0.72 times as fast as SDPA at 512 tokens and 2.34 times at
 # 8,192. A constant, and no timing on the spot, because a run that is resumed must choose as it did before.
@@ -66,7 +67,7 @@ def _attend(
         return attention_mask.attend(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale), None
     if isinstance(attention_mask, BlockMask):
         query, key = query.to(value.dtype), key.to(value.dtype)  # autocast does so for SDPA alone
-        return flex_attention_forward(module, query, key, value, attention_mask, **settings)
+        return _attend_blocks(module, query, key, value, attention_mask, **settings)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
 
 
@@ -76,7 +77,16 @@ def _attend_in_blocks(
     """The same for a model that is set to FlexAttention."""
     if isinstance(attention_mask, Reading):
         return _attend(module, query, key, value, attention_mask, **settings)
-    return flex_attention_forward(module, query, key, value, cast(BlockMask, attention_mask), **settings)
+    return _attend_blocks(module, query, key, value, cast(BlockMask, attention_mask), **settings)
+
+
+def _attend_blocks(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, **settings: Any
+) -> tuple[Tensor, Tensor | None]:
+    """FlexAttention, with what the mask adds to the scores of those that it lets through, if anything."""
+    if bias := getattr(mask, BIAS, None):
+        settings["position_bias"] = bias
+    return flex_attention_forward(module, query, key, value, mask, **settings)
 
 
 AttentionInterface.register("sdpa", _attend)
@@ -101,8 +111,8 @@ def attention_for(model: nn.Module, length: int, dtype: torch.dtype) -> str:
     """
     inner = causal_lm(model)
     own = str(inner.config._attn_implementation)
-    # An unpatched model makes masks of its own; on eager, a model's attention does something that sdpa does not; and a mask in
-    # blocks says who sees whom, not how well.
+    # An unpatched model makes masks of its own; on eager, a model's attention does something that sdpa does not; and not every
+    # compiler takes a penalty together with changing lengths.
     long = own == "sdpa" and bucket(length) > FLEX_ABOVE and is_patched(inner) and not sibling_penalty(inner)
     return FLEX if long and _fits_device(inner.device, dtype) and _fits_model(inner) else own
 

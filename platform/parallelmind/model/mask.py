@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from parallelmind.config import Visibility
 from parallelmind.layout import PADDING
-from parallelmind.model.attention import FLEX, attention_for, compute_dtype
+from parallelmind.model.attention import BIAS, FLEX, attention_for, compute_dtype
 from parallelmind.model.patch import sibling_penalty
 from parallelmind.model.structure import causal_lm, decoder
 from parallelmind.visibility import RULES, Reach, siblings
@@ -50,15 +50,16 @@ def attention_masks(
     """
     keys, own = time.shape[-1], str(model.config._attn_implementation)
     reader = attention_for(model, keys, compute_dtype(model)) if queries is None else own
-    reaches = layer_reaches(model)
+    reaches, penalty = layer_reaches(model), sibling_penalty(model)
     masks: dict[Reach, Mask]
     if reader == FLEX:
         masks = {reach: blocks(time, sequence, visibility, reach, queries) for reach in set(reaches.values())}
+        for mask in masks.values() if penalty else ():
+            setattr(mask, BIAS, SiblingBias(sequence[:, -(queries or keys) :], sequence, penalty))
     else:
         seen = visible(time, sequence, visibility, queries)
         q_time, k_time = time[:, None, keys - seen.shape[-2] :, None], time[:, None, None, :]
         near = {reach: reach.near(q_time, k_time) for reach in reaches.values()}
-        penalty = sibling_penalty(model)
         away = siblings(sequence[:, None, keys - seen.shape[-2] :, None], sequence[:, None, None, :]) if penalty else None
         masks = {
             reach: for_attention(seen if part is None else seen & part, own, model.dtype, penalty, away)
@@ -67,6 +68,17 @@ def attention_masks(
     if len(masks) == 1:
         return masks.popitem()[1]
     return {kind: masks[reach] for kind, reach in reaches.items()}
+
+
+class SiblingBias:
+    """What FlexAttention adds to a score, where transformers reads it from a table: computed, so that no table exists."""
+
+    def __init__(self, q_sequence: Tensor, k_sequence: Tensor, penalty: float) -> None:
+        self._q_sequence, self._k_sequence, self._penalty = q_sequence, k_sequence, penalty
+
+    def __getitem__(self, place: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+        batch, _, query, key = place
+        return -self._penalty * siblings(self._q_sequence[batch, query], self._k_sequence[batch, key])
 
 
 def visible(time: Tensor, sequence: Tensor, visibility: Visibility, queries: int | None = None) -> Tensor:

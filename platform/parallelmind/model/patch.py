@@ -64,8 +64,9 @@ def rope_config(model: nn.Module) -> RopeConfig:
 
 
 def sibling_penalty(model: nn.Module) -> float:
-    """What is taken off the attention scores of siblings; nothing in a model that is not patched."""
-    return rope_config(model).sibling_penalty if is_patched(model) else 0.0
+    """What is taken off the attention scores of siblings; nothing where they are not seen."""
+    config = rope_config(model) if is_patched(model) else None
+    return config.sibling_penalty if config and config.visibility == "columnar" else 0.0
 
 
 def _patch_of(model: nn.Module) -> _Patch:
