@@ -89,11 +89,12 @@ def loss_vs_branches(trials: Sequence[Trial]) -> Figure | None:
 
 
 def _lines(trials: Sequence[Trial], fields: Sequence[str]) -> list[tuple[str, Line]]:
-    """One line per `rope_2d_ratio` where that was swept, otherwise one per point, with what tells it from the others.
+    """One line per point, with what tells it from the others; of more points than can be named, one per `rope_2d_ratio`.
 
     A trial without a loss at every number of branches is left out: the means would be of different trials.
     """
-    fields = ["rope_2d_ratio"] if "rope_2d_ratio" in fields else fields
+    points = {tuple(_value(trial, field) for field in fields) for trial in trials}
+    fields = ["rope_2d_ratio"] if "rope_2d_ratio" in fields and len(points) > _NAMED_LINES else fields
     names = {int(found[1]): name for trial in trials for name in trial.metrics if (found := _LOSS.fullmatch(name))}
     lines: dict[tuple[Value, ...], Line] = {}
     for trial in trials:

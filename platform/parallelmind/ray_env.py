@@ -28,4 +28,6 @@ OWN_CLUSTER = {
     "RAY_metrics_report_interval_ms": "60000",
     "RAY_enable_metrics_collection": "0",
     "RAY_event_stats": "0",
+    # A run is a dozen processes that mostly wait; with as few cores as processes Ray would warn of so many.
+    "RAY_worker_maximum_startup_concurrency": "8",
 }

@@ -103,12 +103,20 @@ def test_one_trial_shows_its_branches_and_nothing_to_compare(tmp_path):
     assert [path.name for path in tmp_path.glob("*.png")] == ["loss_vs_branches.png"]
 
 
-def test_one_line_per_ratio_with_its_seeds_and_ranks_averaged(grid):
+def test_one_line_per_point_with_its_seeds_averaged(grid):
     grid[9].metrics["validation/loss_1"] = 9.0  # lacks the loss at 8: its place in the mean at 1 would bend the line
     lines = sweep_plots.loss_vs_branches(grid).axes[0].lines
-    assert [line.get_label() for line in lines] == ["rope_2d_ratio=0.5, n = 4", "rope_2d_ratio=1, n = 2"]
-    assert lines[0].get_ydata() == pytest.approx([2.25, 3.25])
-    assert lines[1].get_ydata() == pytest.approx([2.4, 3.4])
+    points = ("rope_2d_ratio=0.5, lora_rank=8", "rope_2d_ratio=0.5, lora_rank=16", "rope_2d_ratio=1, lora_rank=8")
+    assert [line.get_label() for line in lines] == [f"{point}, n = 2" for point in points]
+    assert lines[0].get_ydata() == pytest.approx([2.2, 3.2])
+    assert lines[2].get_ydata() == pytest.approx([2.4, 3.4])
+
+
+def test_one_line_per_ratio_where_there_are_too_many_points():
+    trials = [trial(n, 3.0 + n % 7, rope_2d_ratio=n // 7, lora_rank=n % 7) for n in range(14)]
+    lines = sweep_plots.loss_vs_branches(trials).axes[0].lines
+    assert [line.get_label() for line in lines] == ["rope_2d_ratio=0, n = 7", "rope_2d_ratio=1, n = 7"]
+    assert lines[0].get_ydata() == pytest.approx([5.0, 6.0])
 
 
 def test_many_lines_have_colours_in_place_of_a_legend():
