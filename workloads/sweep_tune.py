@@ -56,17 +56,24 @@ class Suggestions(_Forgotten, Searcher):
         if self._left:
             trial = self._left.pop(0)
             return {"number": trial.number, "settings": trial.settings}
-        number, seeds = len(self._journal.trials), self._config.seeds
-        if number % len(seeds):
-            settings = self._journal.trials[number - 1].point
-        else:
-            found = point(self._config, number // len(seeds), list(self._journal.trials.values()))
-            if found is None:
-                return Searcher.FINISHED
-            settings = found
-        settings = {**settings, "seed": seeds[number % len(seeds)]}
+        number, settings = len(self._journal.trials), self._next()
+        if settings is None:
+            return Searcher.FINISHED
         self._journal.begin(number, settings)
         return {"number": number, "settings": settings}
+
+    def over(self) -> bool:
+        """Whether there is nothing to hand out."""
+        return not self._left and self._next() is None
+
+    def _next(self) -> dict[str, Any] | None:
+        """The settings of the first trial that was never begun; None where the last one was."""
+        number, seeds = len(self._journal.trials), self._config.seeds
+        if number % len(seeds):
+            found: dict[str, Any] | None = self._journal.trials[number - 1].point
+        else:
+            found = point(self._config, number // len(seeds), list(self._journal.trials.values()))
+        return None if found is None else {**found, "seed": seeds[number % len(seeds)]}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """What ended is in the journal."""
@@ -160,6 +167,8 @@ def run_trials(sweep: Sweep, journal: Journal, changed: Callable[[], None], hold
     referee = Referee(sweep.config, journal, changed)  # first: it may find that a trial that was begun is to stop
     suggestions = Suggestions(sweep.config, journal)
     hold(functools.partial(setattr, suggestions, "ending", True))
+    if suggestions.over():  # Ray Tune fails where it has nothing to do
+        return
     folder = Path(sweep.folder)
     shutil.rmtree(folder / _TUNE, ignore_errors=True)
     trainable = tune.with_resources(functools.partial(run_trial, sweep=sweep), {"CPU": 0.1})
