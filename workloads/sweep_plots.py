@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from statistics import fmean
+from textwrap import fill
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -16,56 +16,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
 from workloads.sweep_table import Trial
+from workloads.sweep_values import MISSING, Value, in_order, label, measured, setting, varied, wants_log
 
-Value = float | str  # of a setting: numbers can be scaled, all else is a category
 Line = dict[int, list[float]]  # branches -> the losses of the trials that it stands for
 
 _LOSS = re.compile(r"validation/loss_(\d+)")
-_LOG_SPAN = 30  # largest over smallest value from which a scale is logarithmic
 _NAMED_LINES = 12  # more do not fit into a legend
 _MOST_ROWS = 12  # values of a field in the heat map; a continuous search has a value per trial and would leave it empty
 _TICK_GAP = 0.06  # of an axis' height: closer ticks would overlap
-_LABEL_WIDTH = 24
+_LEGEND_WIDTH = 105  # characters
 _COLOURS = colormaps["viridis"]  # dark is low, and low is good
 _BOX = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.8}  # behind text, so that lines let it be read
 _GREY, _DOT, _FRONT = "#8a8a8a", "#31688e", "#d1495b"
-
-
-def varied(trials: Sequence[Trial]) -> list[str]:
-    """The swept fields of which the trials have two values or more, without the seed."""
-    fields = dict.fromkeys(field for trial in trials for field in trial.point)
-    return [field for field in fields if len({_value(trial, field) for trial in trials}) > 1]
-
-
-def measured(trial: Trial, metric: str) -> float | None:
-    """None where it is missing or not finite: it has no place in a picture then."""
-    value = trial.metrics.get(metric)
-    return value if value is not None and math.isfinite(value) else None
-
-
-def _value(trial: Trial, field: str) -> Value:
-    """Something to group, sort and compare by, whatever was swept."""
-    value = trial.settings.get(field)
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
-    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
-
-
-def _sorted(values: Iterable[Value]) -> list[Value]:
-    """Each value once; numbers first."""
-    return sorted(set(values), key=lambda value: (isinstance(value, str), value))
-
-
-def _label(value: Value) -> str:
-    """Short, and without what cannot be drawn: a `$`, which would begin a formula, and lone surrogates."""
-    if isinstance(value, float):
-        return f"{value:.0f}" if value.is_integer() and abs(value) < 1e6 else f"{value:.4g}"
-    cut = value if len(value) <= _LABEL_WIDTH else f"…{value[1 - _LABEL_WIDTH :]}"
-    return cut.encode(errors="replace").decode().replace("$", r"\$")
-
-
-def _wants_log(values: Collection[float]) -> bool:
-    return min(values) > 0 and max(values) / min(values) > _LOG_SPAN
 
 
 def loss_vs_branches(trials: Sequence[Trial]) -> Figure | None:
@@ -83,7 +45,7 @@ def loss_vs_branches(trials: Sequence[Trial]) -> Figure | None:
     axes.set_xticks(counts, labels=[str(count) for count in counts])
     axes.minorticks_off()
     every = [loss for _, line in lines for losses in line.values() for loss in losses]
-    axes.set_yscale("log" if _wants_log(every) else "linear")
+    axes.set_yscale("log" if wants_log(every) else "linear")
     axes.grid(alpha=0.3)
     return figure
 
@@ -93,13 +55,13 @@ def _lines(trials: Sequence[Trial], fields: Sequence[str]) -> list[tuple[str, Li
 
     A trial without a loss at every number of branches is left out: the means would be of different trials.
     """
-    points = {tuple(_value(trial, field) for field in fields) for trial in trials}
+    points = {tuple(setting(trial, field) for field in fields) for trial in trials}
     fields = ["rope_2d_ratio"] if "rope_2d_ratio" in fields and len(points) > _NAMED_LINES else fields
     names = {int(found[1]): name for trial in trials for name in trial.metrics if (found := _LOSS.fullmatch(name))}
     lines: dict[tuple[Value, ...], Line] = {}
     for trial in trials:
         if names and all(measured(trial, name) is not None for name in names.values()):
-            line = lines.setdefault(tuple(_value(trial, field) for field in fields), {count: [] for count in sorted(names)})
+            line = lines.setdefault(tuple(setting(trial, field) for field in fields), {count: [] for count in sorted(names)})
             for count in line:
                 line[count].append(trial.metrics[names[count]])
     ordered = sorted(lines, key=lambda key: [(isinstance(value, str), value) for value in key])
@@ -107,8 +69,8 @@ def _lines(trials: Sequence[Trial], fields: Sequence[str]) -> list[tuple[str, Li
 
 
 def _line_name(fields: Sequence[str], values: Sequence[Value], line: Line) -> str:
-    told = [f"{field}={_label(value)}" for field, value in zip(fields, values, strict=True)]
-    return ", ".join([*told, f"n = {len(next(iter(line.values())))}"])
+    told = [f"{field}={label(value)}" for field, value in zip(fields, values, strict=True) if value != MISSING]
+    return fill(", ".join([*told, f"n = {len(next(iter(line.values())))}"]), _LEGEND_WIDTH)
 
 
 def _draw_named(figure: Figure, axes: Axes, lines: Sequence[tuple[str, Line]]) -> None:
@@ -118,7 +80,7 @@ def _draw_named(figure: Figure, axes: Axes, lines: Sequence[tuple[str, Line]]) -
         means, lows, highs = ([pick(losses) for losses in line.values()] for pick in (fmean, min, max))
         axes.plot(list(line), means, color=colour, marker="osD^v<>pPX*h"[index], ms=5, label=name)
         axes.fill_between(list(line), lows, highs, color=colour, alpha=0.12, linewidth=0)
-    columns = max(1, min(4, 110 // max(len(name) for name, _ in lines)))
+    columns = max(1, min(4, _LEGEND_WIDTH // max(len(name) for name, _ in lines)))
     figure.legend(loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
 
 
@@ -134,7 +96,7 @@ def _draw_by_tax(figure: Figure, axes: Axes, lines: Sequence[Line]) -> None:
 
 def heat_map(trials: Sequence[Trial], objective: str) -> Figure | None:
     """The objective over two swept fields: `rope_2d_ratio` and `lora_rank` where both were, else the most varied ones."""
-    rows = {field: _sorted(_value(trial, field) for trial in trials) for field in varied(trials)}
+    rows = {field: in_order(setting(trial, field) for trial in trials) for field in varied(trials)}
     fields = sorted((field for field in rows if len(rows[field]) <= _MOST_ROWS), key=lambda field: -len(rows[field]))
     if {"rope_2d_ratio", "lora_rank"} <= set(fields):
         fields = ["rope_2d_ratio", "lora_rank"]
@@ -143,15 +105,15 @@ def heat_map(trials: Sequence[Trial], objective: str) -> Figure | None:
     across, up = fields[:2]
     figure = Figure(figsize=(2.6 + 0.85 * len(rows[across]), 1.9 + 0.5 * len(rows[up])), layout="constrained")
     axes = figure.add_subplot(xlabel=across, ylabel=up)
-    norm = (LogNorm if _wants_log(cells.values()) else Normalize)(min(cells.values()), max(cells.values()))
+    norm = (LogNorm if wants_log(cells.values()) else Normalize)(min(cells.values()), max(cells.values()))
     axes.patch.set(hatch="////", edgecolor="#cccccc", facecolor="white")  # shows through where nothing was measured
     grid = [[cells.get((x, y), math.nan) for x in rows[across]] for y in rows[up]]
     image = axes.imshow(grid, cmap=_COLOURS, norm=norm, origin="lower", aspect="auto")
     for (x, y), value in cells.items():
         spot, colour = (rows[across].index(x), rows[up].index(y)), "white" if norm(value) < 0.6 else "black"
         axes.text(*spot, f"{value:#.4g}", ha="center", va="center", size=9, color=colour)
-    axes.set_xticks(range(len(rows[across])), map(_label, rows[across]), rotation=30 * isinstance(rows[across][-1], str))
-    axes.set_yticks(range(len(rows[up])), map(_label, rows[up]))
+    axes.set_xticks(range(len(rows[across])), map(label, rows[across]), rotation=30 * isinstance(rows[across][-1], str))
+    axes.set_yticks(range(len(rows[up])), map(label, rows[up]))
     figure.colorbar(image, label=objective)
     return figure
 
@@ -160,7 +122,7 @@ def _cells(trials: Sequence[Trial], fields: Sequence[str], objective: str) -> di
     """The mean objective of the finished trials by their values of the fields."""
     found: dict[tuple[Value, ...], list[float]] = {}
     for trial in _scored(trials, objective):
-        found.setdefault(tuple(_value(trial, field) for field in fields), []).append(trial.metrics[objective])
+        found.setdefault(tuple(setting(trial, field) for field in fields), []).append(trial.metrics[objective])
     return {key: fmean(values) for key, values in found.items()}
 
 
@@ -176,12 +138,12 @@ def parallel_coordinates(trials: Sequence[Trial], objective: str) -> Figure | No
         return None
     unscored = [trial for trial in trials if trial.status in ("stopped", "failed")]
     shown = [*unscored, *sorted(scored, key=lambda trial: -trial.metrics[objective])]  # the best on top
-    columns = [_places(_value(trial, field) for trial in shown) for field in fields]
+    columns = [_places(setting(trial, field) for trial in shown) for field in fields]
     columns.append(_places(value for trial in shown if (value := measured(trial, objective)) is not None))
     figure = Figure(figsize=(max(7.0, 1.9 * len(columns)), 5), layout="constrained")
     axes = figure.add_subplot(xlim=(-0.5, len(columns) - 0.5), ylim=(-0.04, 1.06))
     for index, trial in enumerate(shown):
-        values: list[Value | None] = [*(_value(trial, field) for field in fields), measured(trial, objective)]
+        values: list[Value | None] = [*(setting(trial, field) for field in fields), measured(trial, objective)]
         heights = [column[value] for column, value in zip(columns, values, strict=True) if value is not None]
         if index < len(unscored):
             axes.plot(heights, color=_GREY, linewidth=0.7, linestyle="--")
@@ -195,11 +157,11 @@ def parallel_coordinates(trials: Sequence[Trial], objective: str) -> Figure | No
 
 def _places(values: Iterable[Value]) -> dict[Value, float]:
     """Where each value stands on its axis, 0..1: numbers to scale, in logarithms over a long span; categories in order."""
-    ordered = _sorted(values)
+    ordered = in_order(values)
     places = [value for value in ordered if isinstance(value, float)]
     if len(places) < len(ordered):
         places = [float(index) for index in range(len(ordered))]
-    elif _wants_log(places):
+    elif wants_log(places):
         places = [math.log(place) for place in places]
     low, span = min(places), max(places) - min(places)
     return {value: (place - low) / span if span else 0.5 for value, place in zip(ordered, places, strict=True)}
@@ -214,7 +176,7 @@ def _draw_axis(axes: Axes, x: int, name: str, places: dict[Value, float], labels
     for value, place in places.items():
         if place - top >= _TICK_GAP and (place == 1 or 1 - place >= _TICK_GAP):
             top = place
-            axes.text(x + shift, place, _label(value), ha=side, va="center", size=8, bbox=_BOX, zorder=4)
+            axes.text(x + shift, place, label(value), ha=side, va="center", size=8, bbox=_BOX, zorder=4)
 
 
 def cost_vs_quality(trials: Sequence[Trial], objective: str) -> Figure | None:
@@ -225,9 +187,9 @@ def cost_vs_quality(trials: Sequence[Trial], objective: str) -> Figure | None:
     stopped = [t for t in trials if t.status == "stopped" and t.seconds > 0 and measured(t, objective) is not None]
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot(xlabel="seconds in training", ylabel=objective, xscale="log")
-    for label, group, fill, edge in (("stopped early", stopped, "none", _GREY), ("finished", scored, _DOT, _DOT)):
+    for status, group, face, edge in (("stopped early", stopped, "none", _GREY), ("finished", scored, _DOT, _DOT)):
         x, y = [t.seconds for t in group], [t.metrics[objective] for t in group]
-        axes.scatter(x, y, s=28, facecolors=fill, edgecolors=edge, label=label if group else "", zorder=3)
+        axes.scatter(x, y, s=28, facecolors=face, edgecolors=edge, label=status if group else "", zorder=3)
         for t in group:
             axes.annotate(str(t.number), (t.seconds, t.metrics[objective]), (4, 4), textcoords="offset points", size=8)
     front = _front(scored, objective)
@@ -235,7 +197,7 @@ def cost_vs_quality(trials: Sequence[Trial], objective: str) -> Figure | None:
     axes.step([*x, max(t.seconds for t in scored)], [*y, y[-1]], where="post", color=_FRONT, label="Pareto front")
     axes.xaxis.set_major_formatter(LogFormatter())
     axes.xaxis.set_minor_formatter(LogFormatter())
-    axes.set_yscale("log" if _wants_log([t.metrics[objective] for t in (*scored, *stopped)]) else "linear")
+    axes.set_yscale("log" if wants_log([t.metrics[objective] for t in (*scored, *stopped)]) else "linear")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
     return figure

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from parallelmind.storage import whole_file
 from workloads import sweep_plots
 from workloads.sweep_table import Status, Trial
+from workloads.sweep_values import measured
 
 Command = Callable[[Trial], str]
 
@@ -224,7 +225,7 @@ def _rows(trials: Sequence[Trial], metrics: Sequence[str], winner: int | None) -
 
 
 def _rank(trial: Trial, objective: str) -> tuple[bool, float, int]:
-    score = sweep_plots.measured(trial, objective) if trial.status == "finished" else None
+    score = measured(trial, objective) if trial.status == "finished" else None
     return (score is None, score or 0.0, trial.number)
 
 
