@@ -153,7 +153,9 @@ def shifted(model: PreTrainedModel) -> None:
         positions=("time", "flat"),
         branch_stride=(3,),
     )
-    added = settings(pairs=("high",), branch_angle=("added",), positions=("time", "flat"), branch_stride=(3,))
+    added = settings(
+        pairs=("high",), branch_angle=("added",), rope_2d_ratio=(0.25,), positions=("time", "flat"), branch_stride=(3,)
+    )
     for setting in [*chosen[::3], *added]:  # each choice of pairs, ratio, angle and kind of position
         with patched(model, setting) as config:
             still = torch.cat(sample_logits(model, config))
