@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from parallelmind.errors import UserError
-from parallelmind.storage import whole_file
+from parallelmind.storage import whole_bytes, whole_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,9 +40,8 @@ def write_json(file: Path, values: dict[str, Any]) -> None:
 
 
 def write_png(file: Path, figure: Figure) -> None:
-    with _writing(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file, dpi=120)
+    with _writing(file), whole_bytes(file) as out:
+        figure.savefig(out, format="png", dpi=120)
 
 
 @contextmanager

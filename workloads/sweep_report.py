@@ -6,7 +6,6 @@ import base64
 import csv
 import io
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -18,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
-from parallelmind.storage import whole_file
+from parallelmind.storage import whole_bytes, whole_file
 from workloads import sweep_plots
 from workloads.sweep_table import Status, Trial
 from workloads.sweep_values import measured
@@ -79,15 +78,6 @@ def write_report(
     return folder / "report.html"
 
 
-def _write_whole(path: Path, content: bytes) -> None:
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        scratch.write_bytes(content)
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
 def _utf8(text: str) -> str:
     """Without the lone surrogates that file names and errors may bring along: they cannot be written."""
     return text.encode(errors="replace").decode()
@@ -110,16 +100,16 @@ def _write_pictures(folder: Path, trials: Sequence[Trial], objective: str) -> di
         drawn = io.BytesIO()
         figure.savefig(drawn, format="png", dpi=_DPI)
         pictures[name] = drawn.getvalue()
-        _write_whole(path, pictures[name])
+        with whole_bytes(path) as file:
+            file.write(pictures[name])
     return pictures
 
 
 def _write_table(folder: Path, trials: Sequence[Trial], metrics: Sequence[str], command: Command) -> None:
     """`trials.parquet` and `trials.csv`: what is missing is null there and empty here."""
     table = _table(trials, metrics, command)
-    packed = io.BytesIO()
-    pq.write_table(table, packed)
-    _write_whole(folder / "trials.parquet", packed.getvalue())
+    with whole_bytes(folder / "trials.parquet") as packed:
+        pq.write_table(table, packed)
     with whole_file(folder / "trials.csv") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(table.column_names)

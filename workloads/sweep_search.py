@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from statistics import fmean
 from typing import Any
 
@@ -24,7 +25,7 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 def point(config: SweepConfig, index: int, trials: Sequence[Trial]) -> dict[str, Any] | None:
     """The settings of a point, None after the last. trials: all that have been begun."""
     if config.search == "grid":
-        return dict(enumerate(config.grid())).get(index)
+        return next(islice(config.grid(), index, None), None)
     assert config.trials is not None
     if index >= config.trials:
         return None

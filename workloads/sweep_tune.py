@@ -81,9 +81,6 @@ class Suggestions(_Forgotten, Searcher):
     def save(self, checkpoint_path: str) -> None:
         """So is all else that is known."""
 
-    def restore(self, checkpoint_path: str) -> None:
-        raise NotImplementedError("a sweep is gone on with from its journal")
-
 
 @dataclass(eq=False, slots=True)
 class _Runner:

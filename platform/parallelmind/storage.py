@@ -72,7 +72,17 @@ def _replace(folder: Path, built: Path, old: Path) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[TextIO]:
-    """UTF-8 text to write, compressed where `path` ends in .gz; at the end it is flushed and takes the name `path`.
+    """UTF-8 text to write, compressed where `path` ends in .gz; otherwise as `whole_bytes`."""
+    with whole_bytes(path) as file:
+        # Without name and time in its header, the same records give the same bytes.
+        packed = gzip.GzipFile("", "wb", fileobj=file, mtime=0) if path.name.endswith(".gz") else file
+        with io.TextIOWrapper(cast(BinaryIO, packed), encoding="utf-8", newline="\n") as text:
+            yield text
+
+
+@contextmanager
+def whole_bytes(path: Path) -> Iterator[BinaryIO]:
+    """A file to write; at the end it is flushed and takes the name `path`.
 
     After an exception `path` is as it was. Raises OSError where the file cannot be written.
     """
@@ -80,10 +90,7 @@ def whole_file(path: Path) -> Iterator[TextIO]:
     scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(scratch, "wb") as file:
-            # Without name and time in its header, the same records give the same bytes.
-            packed = gzip.GzipFile("", "wb", fileobj=file, mtime=0) if path.name.endswith(".gz") else file
-            with io.TextIOWrapper(cast(BinaryIO, packed), encoding="utf-8", newline="\n") as text:
-                yield text
+            yield file
         _flush(scratch)
         os.replace(scratch, path)
         _flush(path.parent)

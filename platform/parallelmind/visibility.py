@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from parallelmind.config import Visibility
+from parallelmind.config import RopeConfig, Visibility
 from parallelmind.layout import MAIN
 
 Array = TypeVar("Array", bound=Any)  # of NumPy or torch
@@ -28,6 +28,11 @@ def isolated(q_time: Array, q_sequence: Array, k_time: Array, k_sequence: Array)
 def siblings(q_sequence: Array, k_sequence: Array) -> Array:
     """Tokens of another branch, as a branch sees them."""
     return (q_sequence > MAIN) & (k_sequence > MAIN) & (k_sequence != q_sequence)
+
+
+def penalty(config: RopeConfig) -> float:
+    """What is taken off the scores of siblings: nothing where they are not seen."""
+    return config.sibling_penalty if config.visibility == "columnar" else 0.0
 
 
 RULES: dict[Visibility, Callable[..., Any]] = {"columnar": columnar, "isolated": isolated}

@@ -17,7 +17,7 @@ from parallelmind.config import Visibility
 from parallelmind.decoding.blocks import Stream
 from parallelmind.decoding.sequence import Decoding, Feed
 from parallelmind.layout import MAIN, Ints
-from parallelmind.visibility import RULES, Reach, siblings
+from parallelmind.visibility import RULES, Reach, penalty, siblings
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,20 +123,20 @@ class Storage:
     def stretches(self, decoding: Decoding, places: Places, start: int) -> list[Stretch]:
         """What the tokens that have just been entered read; `start`: index of the first of them in the step."""
         queries, rule = np.arange(len(places.slots)), decoding.config.visibility
-        penalty = decoding.config.sibling_penalty if rule == "columnar" else 0.0
+        taken = penalty(decoding.config)
         wide = np.append(False, decoding.reads_all)[places.sequence]
         found, narrow = [], queries[~wide]
         if wide.any():
             everything = Places.of([self.trunk, *(self.branches or [])])
-            found.append(_stretch(queries[wide], places, everything, "columnar", start, penalty))
+            found.append(_stretch(queries[wide], places, everything, "columnar", start, taken))
         if self.trunk.length and len(narrow):
-            found.append(_stretch(narrow, places, Places.of([self.trunk]), rule, start, penalty))
+            found.append(_stretch(narrow, places, Places.of([self.trunk]), rule, start, taken))
         if self.branches is None:
             return found
         for sequence, index in _runs(places.sequence):
             if sequence != MAIN and not decoding.reads_all[sequence - 1]:
                 keys = Places.of([self.branches[sequence - 1]])
-                found.append(_stretch(queries[index], places, keys, rule, start, penalty, own=True))
+                found.append(_stretch(queries[index], places, keys, rule, start, taken, own=True))
         return found
 
 

@@ -21,6 +21,7 @@ from parallelmind.errors import UserError
 from parallelmind.model import coordinates, rotary
 from parallelmind.model.structure import decoder
 from parallelmind.model.support import refuse_unsupported
+from parallelmind.visibility import penalty
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +65,8 @@ def rope_config(model: nn.Module) -> RopeConfig:
 
 
 def sibling_penalty(model: nn.Module) -> float:
-    """What is taken off the attention scores of siblings; nothing where they are not seen."""
-    config = rope_config(model) if is_patched(model) else None
-    return config.sibling_penalty if config and config.visibility == "columnar" else 0.0
+    """What is taken off the attention scores of siblings; nothing in a model that is not patched."""
+    return penalty(rope_config(model)) if is_patched(model) else 0.0
 
 
 def _patch_of(model: nn.Module) -> _Patch:
