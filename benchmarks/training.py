@@ -18,6 +18,7 @@ from benchmarks.text import passages
 from parallelmind.config import BaseConfig, LoraConfig, OptimizerConfig, RopeConfig
 from parallelmind.data.grouping import make_batch
 from parallelmind.layout import IGNORE, Batch, Tokens
+from parallelmind.mirror import Mirror
 from parallelmind.model.adapter import add_lora
 from parallelmind.model.base import load_base
 from parallelmind.model.patch import patch
@@ -110,7 +111,7 @@ def save_cost() -> float:
     learner, batch = Learner(RopeConfig()), _batch()
     learner.step(batch)
     with tempfile.TemporaryDirectory() as folder:
-        store = Store(Path(folder), 2)
+        store = Store(Mirror(Path(folder)), 2)
         numbers = iter(range(100))
 
         def saving() -> None:

@@ -6,13 +6,14 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import monotonic
 from typing import Any
 
 import parallelmind as pm
-from parallelmind.storage import sha256
+from parallelmind.mirror import Mirror
 from serving.settings import BASE, MANIFEST, REGISTRY, AppConfig
 
 _ROUNDING = {"float32": 5e-4}  # how far decoded logits may be from those of training's layout, as a share of the largest
@@ -83,7 +84,7 @@ class Shelf:
                 self._engine.load_adapter(model, fetch(Path(scratch)), check=self._check)
         self._loaded[model] = _Loaded(stamp, monotonic())
 
-    def _find(self, model: str) -> tuple[str, Callable[[Path], Path]]:
+    def _find(self, model: str) -> tuple[str, Callable[[Path], str | Path]]:
         """What tells this version from others, and how to get its folder, given one for what has to be fetched."""
         where = self._config.locate(model)
         if where is None:
@@ -94,8 +95,8 @@ class Shelf:
             uri = self._config.mlflow_uri or ""
             version, source = tracking.registered(uri, where)
             return version, lambda scratch: tracking.fetch(uri, source, scratch)
-        manifest = Path(where) / MANIFEST
-        return sha256(manifest) if manifest.is_file() else "", lambda _: Path(where)
+        note = Mirror.at(where, "model").inner(MANIFEST).read()
+        return sha256(note).hexdigest() if note else "", lambda _: where
 
     def _check(self, model: Any) -> None:
         """Refuse an adapter that decodes other than it was trained."""

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from parallelmind.config import LoraConfig, RopeConfig, TrainConfig
 from parallelmind.data.grouping import Row, Seeds, groups, make_batch
 from parallelmind.layout import Batch, Tokens
+from parallelmind.mirror import Mirror
 from parallelmind.model.adapter import add_lora
 from parallelmind.model.patch import patch
 from parallelmind.training.checkpoint import Store, whole_weights
@@ -101,7 +102,7 @@ class Silent:
 def run(config: TrainConfig, folder: Path, stop_at: int | None = None) -> tuple[dict[int, float], dict[str, Tensor]]:
     rank, workers = dist.get_rank(), dist.get_world_size()
     model, hooks = fresh(config), Silent(stop_at)
-    store = Store(folder, 2) if rank == 0 else None
+    store = Store(Mirror(folder), 2) if rank == 0 else None
     found = [store.resume(config.fingerprint(), print) if store else None]
     dist.broadcast_object_list(found)
 

@@ -21,7 +21,7 @@ from parallelmind.config import TrainConfig
 from parallelmind.evaluation.facts import write_facts
 from parallelmind.tracking import absolute_uri
 from workloads.settings import read_config
-from workloads.train import ADAPTER, run_folder
+from workloads.train import ADAPTER, run_place
 
 _TRAIN_PASSAGES, _HELD_OUT_PASSAGES = 96, 6
 
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
         return
     started = time.monotonic()
     config = read_config(TrainConfig, ["demo"])
-    folder = run_folder(config)
+    folder = run_place(config).folder
     _say("writing the data")
     write_facts(config.data_path, _TRAIN_PASSAGES, seed=1)
     held_out = str(config.validation_path)

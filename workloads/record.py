@@ -8,6 +8,7 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
+from parallelmind.mirror import Mirror
 from parallelmind.tracking import Tracker
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -27,7 +28,16 @@ def code_version() -> dict[str, str]:
     return tags
 
 
-def draw_losses(tracker: Tracker, path: Path) -> None:
+def keep_losses(place: Mirror, tracker: Tracker) -> Mirror:
+    """The losses of a run as loss.png, in its folder and in MLflow."""
+    picture = place.inner("loss.png")
+    _draw_losses(tracker, picture.folder)
+    picture.push()
+    tracker.log_file(picture.folder)
+    return picture
+
+
+def _draw_losses(tracker: Tracker, path: Path) -> None:
     """A PNG of the training loss and of every validation loss, by step."""
     from matplotlib.figure import Figure
 

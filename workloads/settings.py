@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from parallelmind import cli
-from parallelmind.config import Part, load_yaml, resolve
+from parallelmind.config import Part, load_yaml, resolve, yaml_values
 from parallelmind.errors import UserError
+from parallelmind.mirror import Mirror, is_uri
 
 PartT = TypeVar("PartT", bound=Part)
 
@@ -29,12 +30,19 @@ def read_config(kind: type[PartT], argv: list[str]) -> PartT:
 
 def _values(kind: type[Part], name: str) -> dict[str, Any]:
     if name.endswith((".yaml", ".yml")):
-        return load_yaml(Path(name))
+        return load_yaml(Path(name)) if not is_uri(name) else _yaml_there(name)
     path = _experiment_file(name)
     config = _load(path)
     if not isinstance(config, kind):
         raise UserError(f"experiment={name}: config() returns {type(config).__name__}, not {kind.__name__}")
     return config.model_dump(mode="json")
+
+
+def _yaml_there(uri: str) -> dict[str, Any]:
+    found = Mirror.at(uri, "config").read()
+    if found is None:
+        raise UserError(f"config={uri}: no such file; give the config.yaml of a run")
+    return yaml_values(found.decode(), uri)
 
 
 def _experiment_file(name: str) -> Path:

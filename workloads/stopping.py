@@ -1,15 +1,56 @@
-"""Ctrl-C and SIGTERM as a request to save and end."""
+"""Ctrl-C and SIGTERM as a request to save and end, and the file that carries it to whoever trains."""
 
 from __future__ import annotations
 
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
+from parallelmind.errors import UserError
+from parallelmind.mirror import Mirror
+
 T = TypeVar("T")
+
+_LOOK_EVERY_S = 1.0  # for a file at a URI
+
+
+class StopFile:
+    """A file in a run's folder that asks it to stop: who writes it need not know who trains, or where."""
+
+    def __init__(self, file: Mirror) -> None:
+        self._file = file
+        self._looking: Future[bool] | None = None
+
+    def ask(self) -> None:
+        self._file.folder.touch()
+        self._file.push()
+
+    def forget(self) -> None:
+        self._file.folder.unlink(missing_ok=True)
+        self._file.remove()
+
+    def found(self) -> bool:
+        """Without waiting: at a URI the file is looked for beside the training."""
+        if self._file.uri is None:
+            return self._file.folder.exists()
+        before = self._looking
+        if before is None or before.done():
+            thread = ThreadPoolExecutor(1)
+            self._looking = thread.submit(self._look)
+            thread.shutdown(wait=False)
+        return before is not None and before.done() and before.result()
+
+    def _look(self) -> bool:
+        time.sleep(_LOOK_EVERY_S)
+        try:
+            return self._file.read() is not None
+        except UserError:  # out of reach for a moment: what is trained is worth more than the wish, which is looked for again
+            return False
 
 
 def stoppable(work: Callable[[], T], stop: Callable[[], None], told: str) -> T:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import shlex
 import signal
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
@@ -24,12 +23,13 @@ from parallelmind import cli
 from parallelmind.config import TrainConfig, save_yaml
 from parallelmind.data.files import find_files
 from parallelmind.errors import UserError
+from parallelmind.mirror import Mirror
 from workloads.settings import read_config
-from workloads.stopping import stoppable
+from workloads.stopping import StopFile, stoppable
 from workloads.sweep_config import SweepConfig, check
 from workloads.sweep_journal import Journal
 from workloads.sweep_table import Trial
-from workloads.train import ADAPTER, STOP, result_folder
+from workloads.train import ADAPTER, STOP, result_place
 
 if TYPE_CHECKING:
     from parallelmind.tracking import Tracker
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     return None
 
 
-def run_sweep(config: SweepConfig) -> Path:
+def run_sweep(config: SweepConfig) -> Mirror:
     """Every trial that is not over yet, then report and registration; returns the sweep's folder.
 
     Raises UserError, before anything starts, for a space that cannot be trained or does not fit on the cluster, and
@@ -55,25 +55,25 @@ def run_sweep(config: SweepConfig) -> Path:
     find_files(config.train.data_path)
     if config.train.validation_path:
         find_files(config.train.validation_path, "validation_path")
-    folder = sweep_folder(config)
-    folder.mkdir(parents=True, exist_ok=True)
+    place = sweep_place(config)
+    place.folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / ".lock", timeout=0):
-            _run(config, folder)
+        with FileLock(place.folder / ".lock", timeout=0):
+            _run(config, place)
     except Timeout as error:
-        raise UserError(f"name={config.name}: another process is at {folder}; wait for it, or choose another name") from error
-    return folder
+        raise UserError(f"name={config.name}: another process is at {place}; wait for it, or choose another name") from error
+    return place
 
 
-def sweep_folder(config: SweepConfig) -> Path:
-    """`output_dir/name-hash`, absolute. The hash leaves out how many trials there are, and where they run."""
+def sweep_place(config: SweepConfig) -> Mirror:
+    """`output_dir/name-hash`. The hash leaves out how many trials there are, and where they run."""
     fields = TrainConfig.model_fields
     nowhere = {name: fields[name].default for name in (*TrainConfig.WHERE, "name")}
     what = config.model_copy(update={"train": config.train.model_copy(update=nowhere)})
-    return Path(config.train.output_dir).expanduser().absolute() / f"{config.name}-{what.fingerprint()[:8]}"
+    return Mirror.at(config.train.output_dir).inner(f"{config.name}-{what.fingerprint()[:8]}")
 
 
-def _run(config: SweepConfig, folder: Path) -> None:
+def _run(config: SweepConfig, place: Mirror) -> None:
     from workloads import cluster
 
     cluster.connect(config.train.ray_address, forward_output=False)
@@ -81,10 +81,12 @@ def _run(config: SweepConfig, folder: Path) -> None:
 
     from workloads import sweep_trial
 
-    save_yaml(config, folder / "config.yaml")
-    journal = Journal.read(folder / "journal.jsonl")
-    tracker = _tracker(config, folder, journal)
-    sweep = sweep_trial.Sweep(config, str(folder), tracker.run_id, slots)
+    settings = place.inner("config.yaml")
+    save_yaml(config, settings.folder)
+    settings.push()
+    journal = Journal.read(place.inner("journal.jsonl"))
+    tracker = _tracker(config, settings, journal)
+    sweep = sweep_trial.Sweep(config, place, tracker.run_id, slots)
     status = "FAILED"
     try:
         whole = _try(sweep, journal)
@@ -113,7 +115,7 @@ def _try(sweep: Sweep, journal: Journal) -> bool:
             hold()
         for trial in journal.trials.values():
             if trial.folder and not trial.over:
-                (Path(trial.folder) / STOP).touch()
+                StopFile(Mirror.at(trial.folder).inner(STOP)).ask()
 
     points = None if sweep.config.search == "grid" else sweep.config.trials
     planned = (sum(1 for _ in sweep.config.grid()) if points is None else points) * len(sweep.config.seeds)
@@ -123,15 +125,15 @@ def _try(sweep: Sweep, journal: Journal) -> bool:
     return len(journal.trials) == planned and all(trial.over for trial in journal.trials.values())
 
 
-def _tracker(config: SweepConfig, folder: Path, journal: Journal) -> Tracker:
+def _tracker(config: SweepConfig, settings: Mirror, journal: Journal) -> Tracker:
     """The MLflow run that the trials' runs are children of."""
     from parallelmind.tracking import Tracker, absolute_uri
 
     if "mlflow_key" not in journal.notes:
         journal.note(mlflow_key=uuid4().hex)
     uri = absolute_uri(config.train.mlflow_uri)
-    tracker = Tracker.start(uri, config.train.mlflow_experiment, folder.name, config, journal.notes["mlflow_key"])
-    tracker.log_file(folder / "config.yaml")
+    tracker = Tracker.start(uri, config.train.mlflow_experiment, settings.folder.parent.name, config, journal.notes["mlflow_key"])
+    tracker.log_file(settings.folder)
     return tracker
 
 
@@ -152,17 +154,19 @@ def _conclude(sweep: Sweep, journal: Journal, tracker: Tracker, last: bool) -> N
     from workloads.sweep_report import write_report
     from workloads.sweep_search import winner
 
-    config, folder, trials = sweep.config, Path(sweep.folder), list(journal.trials.values())
+    config, place, trials = sweep.config, sweep.place, list(journal.trials.values())
     best = winner(config, trials) if last else None
-    report = write_report(folder, config.name, trials, config.metrics, best.number if best else None, command)
-    for name in ("report.html", "trials.csv", "trials.parquet", "journal.jsonl", *(path.name for path in folder.glob("*.png"))):
-        if (folder / name).is_file():
-            tracker.log_file(folder / name)
+    write_report(place.folder, config.name, trials, config.metrics, best.number if best else None, command)
+    pictures = [path.name for path in place.folder.glob("*.png")]
+    for file in map(place.inner, ("report.html", "trials.csv", "trials.parquet", "journal.jsonl", *pictures)):
+        if file.folder.is_file():
+            file.push()
+            tracker.log_file(file.folder)
     if best:
         _register(sweep, best, journal, tracker)
     counts = {status: sum(trial.status == status for trial in trials) for status in ("finished", "stopped", "failed")}
     print(f"trials   {', '.join(f'{count} {status}' for status, count in counts.items() if count) or 'none over'}")
-    print(f"report   {report}\nmlflow   run {tracker.run_id}", flush=True)
+    print(f"report   {place.inner('report.html')}\nmlflow   run {tracker.run_id}", flush=True)
 
 
 def _register(sweep: Sweep, best: Trial, journal: Journal, tracker: Tracker) -> None:
@@ -174,17 +178,17 @@ def _register(sweep: Sweep, best: Trial, journal: Journal, tracker: Tracker) -> 
     tracker.set_tags({"winner": best.number, "winner_run": run_id})
     told = "  ".join(f"{name.removeprefix('validation/')} {best.metrics[name]:.3f}" for name in config.metrics)
     print(f"winner   trial {best.number}: {best.told()}  {told}")
-    result = result_folder(sweep.trial(best.number, best.settings), Path(str(best.folder)))
-    if config.register_as and result.name == ADAPTER:
+    result = result_place(sweep.trial(best.number, best.settings), Mirror.at(str(best.folder)))
+    if config.register_as and result.folder.name == ADAPTER:
         version = register(tracker.uri, run_id, ADAPTER, config.register_as, config.alias)
         print(f"model    models:/{config.register_as}@{config.alias}, version {version}")
-    print(f"{result.name:8} {result}")
+    print(f"{result.folder.name:8} {result}")
 
 
 def command(trial: Trial) -> str:
     """The training run of a trial by itself."""
-    where = Path(str(trial.folder)) / "config.yaml"
-    return shlex.join(["python", "-m", "workloads.train", str(where), "output_dir=runs"]) if trial.folder else ""
+    where = f"{trial.folder}/config.yaml"
+    return shlex.join(["python", "-m", "workloads.train", where, "output_dir=runs"]) if trial.folder else ""
 
 
 if __name__ == "__main__":

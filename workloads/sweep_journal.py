@@ -10,9 +10,9 @@ import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from parallelmind.mirror import Mirror
 from workloads.sweep_table import Status, Trial
 
 
@@ -29,16 +29,18 @@ class Report:
 class Journal:
     """Opened by `read`. Its methods may be called from any thread."""
 
-    path: Path
+    file: Mirror
     trials: dict[int, Trial] = field(default_factory=dict)
     reports: list[Report] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
-    def read(cls, path: Path) -> Journal:
+    def read(cls, file: Mirror) -> Journal:
         """What is known. A last line that was cut short by a crash is removed: what it told has not happened."""
-        journal = cls(path)
+        journal, path = cls(file), file.folder
+        if file.uri is not None:
+            path.write_bytes(file.read() or b"")
         if path.is_file():
             whole, _, cut = path.read_bytes().rpartition(b"\n")
             if cut:
@@ -71,10 +73,11 @@ class Journal:
 
     def _write(self, event: dict[str, Any]) -> None:
         with self._lock:
-            with open(self.path, "a", encoding="utf-8") as file:
+            with open(self.file.folder, "a", encoding="utf-8") as file:
                 file.write(json.dumps(event) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
+            self.file.push()
             self._apply(event)
 
     def _apply(self, event: dict[str, Any]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import workloads.ray_env  # noqa: F401  (before Ray)
@@ -18,25 +17,26 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from parallelmind.config import TrainConfig
 from parallelmind.data.files import find_files
 from parallelmind.errors import UserError, first_line
+from parallelmind.mirror import Mirror
 from parallelmind.model.manifest import MANIFEST
-from workloads.record import draw_losses
+from workloads.record import keep_losses
 from workloads.sweep_config import SweepConfig
-from workloads.train import result_folder, run_folder
+from workloads.train import result_place, run_place
 from workloads.train_driver import Share, begin, ended, prepare
 from workloads.train_fit import fit
 
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """What all trials share. folder: the sweep's. parent: its MLflow run. slots: trials at a time."""
+    """What all trials share. place: the sweep's folder. parent: its MLflow run. slots: trials at a time."""
 
     config: SweepConfig
-    folder: str
+    place: Mirror
     parent: str
     slots: int
 
     def trial(self, number: int, settings: dict[str, Any]) -> TrainConfig:
-        return self.config.trial(number, settings, str(Path(self.folder) / "trials"))
+        return self.config.trial(number, settings, str(self.place.inner("trials")))
 
 
 def run_trial(chosen: dict[str, Any], sweep: Sweep) -> None:
@@ -54,22 +54,22 @@ def run_trial(chosen: dict[str, Any], sweep: Sweep) -> None:
 
 
 def _trained(config: TrainConfig, sweep: Sweep) -> dict[str, Any]:
-    folder = run_folder(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):  # a process that was given up for lost may still be there
-        manifest = result_folder(config, folder) / MANIFEST
-        if manifest.is_file():  # it ended, and the sweep before it heard of it
-            note = json.loads(manifest.read_text(encoding="utf-8"))["extra"]
-            tune.report({"folder": str(folder), "run_id": note["mlflow_run"]})
+    place = run_place(config)
+    place.folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(place.folder / ".lock"):  # a process that was given up for lost may still be there
+        manifest = result_place(config, place).inner(MANIFEST).read()
+        if manifest is not None:  # it ended, and the sweep before it heard of it
+            note = json.loads(manifest)["extra"]
+            tune.report({"folder": str(place), "run_id": note["mlflow_run"]})
             return {"status": "finished", "step": note["step"], "metrics": note["metrics"]}
-        vocabulary = begin(config, folder)
+        place.pull(leave_out="*.safetensors")
+        vocabulary = begin(config, place)
         files, held_out = find_files(config.data_path), find_files(config.validation_path) if config.validation_path else []
-        task, tracker = prepare(config, folder, files, held_out, vocabulary, Share(sweep.slots, sweep.parent))
-        tune.report({"folder": str(folder), "run_id": tracker.run_id})
+        task, tracker = prepare(config, place, files, held_out, vocabulary, Share(sweep.slots, sweep.parent))
+        tune.report({"folder": str(place), "run_id": tracker.run_id})
         with ended(tracker) as end:
             outcome = fit(task, files, sweep.slots, [TuneReportCallback()])
             end(outcome)
-        draw_losses(tracker, folder / "loss.png")
-        tracker.log_file(folder / "loss.png")
+        keep_losses(place, tracker)
     status = "finished" if outcome.finished else "interrupted"
     return {"status": status, "step": outcome.step, "metrics": outcome.metrics}

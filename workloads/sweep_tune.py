@@ -6,10 +6,8 @@ import functools
 import logging
 import math
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # its CSV, JSON and TensorBoard copies of every result
@@ -166,18 +164,20 @@ def run_trials(sweep: Sweep, journal: Journal, changed: Callable[[], None], hold
     hold(functools.partial(setattr, suggestions, "ending", True))
     if suggestions.over():  # Ray Tune fails where it has nothing to do
         return
-    folder = Path(sweep.folder)
-    shutil.rmtree(folder / _TUNE, ignore_errors=True)
+    where, system = sweep.place.storage()
+    notes = sweep.place.inner(_TUNE)
+    notes.clear()
     trainable = tune.with_resources(functools.partial(run_trial, sweep=sweep), {"CPU": 0.1})
     tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(search_alg=suggestions, scheduler=referee, num_samples=-1, max_concurrent_trials=sweep.slots),
         run_config=tune.RunConfig(
             name=_TUNE,
-            storage_path=str(folder),
+            storage_path=where,
+            storage_filesystem=system,
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=_RESTARTS),
             log_to_file=True,
         ),
     ).fit()
-    shutil.rmtree(folder / _TUNE, ignore_errors=True)
+    notes.clear()

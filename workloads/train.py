@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import signal
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from parallelmind import cli
-from parallelmind.config import TrainConfig, load_yaml
+from parallelmind.config import TrainConfig, yaml_values
 from parallelmind.data.files import find_files
 from parallelmind.errors import UserError
+from parallelmind.mirror import Mirror
 from workloads.settings import read_config
 
 # In a run's folder.
 CHECKPOINTS, STOP, ADAPTER, MODEL, QUARANTINE = "checkpoints", "STOP", "adapter", "model", "quarantine.jsonl"
-_COMPLETE = "parallelmind.json"  # the adapter folder appears whole, this file with it
+COMPLETE = "parallelmind.json"  # the adapter folder appears whole, this file with it
 
 
 def main(argv: list[str]) -> None:
@@ -35,53 +35,57 @@ def main(argv: list[str]) -> None:
     run_training(read_config(TrainConfig, argv))
 
 
-def run_training(config: TrainConfig) -> Path:
+def run_training(config: TrainConfig) -> Mirror:
     """Train `config` to the end, unless that is done already; returns the run's folder.
 
     Raises UserError for what the user can mend, and KeyboardInterrupt when stopped, with a checkpoint saved.
     """
-    folder = run_folder(config)
-    result = result_folder(config, folder)
-    if (result / _COMPLETE).is_file():
+    place = run_place(config)
+    result = result_place(config, place)
+    if result.inner(COMPLETE).read():
         print(f"finished before: {result}; change a field or the name to train another")
-        return folder
-    _refuse_changed(config, folder)
+        return place
+    _refuse_changed(config)
     files = find_files(config.data_path)
     held_out = find_files(config.validation_path, "validation_path") if config.validation_path else []
-    folder.mkdir(parents=True, exist_ok=True)
+    place.folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / ".lock", timeout=0), ThreadPoolExecutor(1) as beside:
+        with FileLock(place.folder / ".lock", timeout=0), ThreadPoolExecutor(1) as beside:
+            place.pull(leave_out="*.safetensors")
             from workloads import cluster
 
             connecting = beside.submit(cluster.connect, config.ray_address)
             from workloads.train_driver import execute  # imports torch and MLflow, which takes as long as Ray to start
 
-            execute(config, folder, files, held_out, connecting.result)
+            execute(config, place, files, held_out, connecting.result)
     except Timeout as error:
         remedy = "wait for it, or choose another name"
-        raise UserError(f"name={config.name}: another process is training {folder}; {remedy}") from error
-    return folder
+        raise UserError(f"name={config.name}: another process is training {place}; {remedy}") from error
+    return place
 
 
-def run_folder(config: TrainConfig) -> Path:
-    """`output_dir/name-hash`, absolute."""
-    return Path(config.output_dir).expanduser().absolute() / f"{config.name}-{config.fingerprint()[:8]}"
+def run_place(config: TrainConfig) -> Mirror:
+    """`output_dir/name-hash`."""
+    return Mirror.at(config.output_dir).inner(f"{config.name}-{config.fingerprint()[:8]}")
 
 
-def result_folder(config: TrainConfig, folder: Path) -> Path:
+def result_place(config: TrainConfig, place: Mirror) -> Mirror:
     """Where a finished run leaves what it trained."""
-    return folder / (ADAPTER if config.tuning == "lora" else MODEL)
+    return place.inner(ADAPTER if config.tuning == "lora" else MODEL)
 
 
-def _refuse_changed(config: TrainConfig, folder: Path) -> None:
+def _refuse_changed(config: TrainConfig) -> None:
     """Raises UserError, naming the fields, if an unfinished run of the same name was begun with other settings."""
-    ours = config.model_dump(mode="json")
-    for other in folder.parent.glob(f"{config.name}-*/config.yaml"):
-        begun, left = load_yaml(other), other.parent
-        results = [left / name / _COMPLETE for name in (ADAPTER, MODEL)]
-        if left == folder or begun.get("name") != config.name or not any(left.glob(f"{CHECKPOINTS}/step-*")):
+    ours, runs, place = config.model_dump(mode="json"), Mirror.at(config.output_dir), run_place(config)
+    for left in [runs.inner(name) for name in runs.names() if name.startswith(f"{config.name}-")]:
+        settings = left.inner("config.yaml").read()
+        if left == place or settings is None:
             continue
-        if not any(result.is_file() for result in results):
+        begun = yaml_values(settings.decode(), f"{left}/config.yaml")
+        begun_there = any(name.startswith("step-") for name in left.inner(CHECKPOINTS).names())
+        if begun.get("name") != config.name or not begun_there:
+            continue
+        if not any(left.inner(name).inner(COMPLETE).read() for name in (ADAPTER, MODEL)):
             fields = [name for name, value in begun.items() if name in ours and name not in config.WHERE and ours[name] != value]
             told = ", ".join(f"{name}={begun[name]} (now {ours[name]})" for name in fields)
             raise UserError(

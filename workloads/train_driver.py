@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from uuid import uuid4
 
 import workloads.ray_env  # noqa: F401  (before Ray)
@@ -19,6 +18,7 @@ from parallelmind.config import BaseConfig, LoraConfig, RopeConfig, TrainConfig,
 from parallelmind.data.pipeline import survey
 from parallelmind.data.survey import Survey, write_quarantine
 from parallelmind.errors import UserError
+from parallelmind.mirror import Mirror
 from parallelmind.model.base import load_structure, load_tokenizer
 from parallelmind.model.manifest import read_adapter
 from parallelmind.model.support import refuse_unsupported
@@ -27,9 +27,9 @@ from parallelmind.tracking import Tracker, absolute_uri
 from parallelmind.training import checkpoint
 from parallelmind.training.loop import Outcome
 from workloads import cluster
-from workloads.record import code_version, draw_losses
-from workloads.stopping import stoppable
-from workloads.train import CHECKPOINTS, QUARANTINE, STOP, result_folder
+from workloads.record import code_version, keep_losses
+from workloads.stopping import StopFile, stoppable
+from workloads.train import CHECKPOINTS, QUARANTINE, STOP, result_place
 from workloads.train_fit import fit
 from workloads.train_worker import Task
 
@@ -47,25 +47,27 @@ class Share:
 ALONE = Share()
 
 
-def execute(config: TrainConfig, folder: Path, files: list[str], held_out: list[str], connected: Callable[[], None]) -> None:
+def execute(config: TrainConfig, place: Mirror, files: list[str], held_out: list[str], connected: Callable[[], None]) -> None:
     """Check model and data, train, and say where everything is. See `workloads.train.run_training` for what it raises.
 
     connected: waits for Ray.
     """
-    vocabulary = begin(config, folder)
+    vocabulary = begin(config, place)
     connected()
-    task, tracker = prepare(config, folder, files, held_out, vocabulary)
-    stop = folder / STOP
+    task, tracker = prepare(config, place, files, held_out, vocabulary)
     with ended(tracker) as end:
-        outcome = stoppable(lambda: fit(task, files), stop.touch, "stopping after this step, with a checkpoint")
+        stop = StopFile(place.inner(STOP))
+        outcome = stoppable(lambda: fit(task, files), stop.ask, "stopping after this step, with a checkpoint")
         end(outcome)
     _conclude(task, outcome, tracker)
 
 
-def begin(config: TrainConfig, folder: Path) -> int:
+def begin(config: TrainConfig, place: Mirror) -> int:
     """Put the settings on record; returns how many token ids there are. Raises UserError for a model or adapter of others."""
-    save_yaml(config, folder / "config.yaml")
-    (folder / STOP).unlink(missing_ok=True)
+    settings = place.inner("config.yaml")
+    save_yaml(config, settings.folder)
+    settings.push()
+    StopFile(place.inner(STOP)).forget()
     base = config.part(BaseConfig)
     vocabulary = len(load_tokenizer(base))
     if config.patch_rope:
@@ -77,17 +79,17 @@ def begin(config: TrainConfig, folder: Path) -> int:
 
 
 def prepare(
-    config: TrainConfig, folder: Path, files: list[str], held_out: list[str], vocabulary: int, share: Share = ALONE
+    config: TrainConfig, place: Mirror, files: list[str], held_out: list[str], vocabulary: int, share: Share = ALONE
 ) -> tuple[Task, Tracker]:
     """Read all data once, and open the MLflow run. Raises UserError for bad data, and for GPUs that are not there."""
     if config.use_gpu:
         cluster.require_gpus(config.num_workers)
-    found = _survey(config, folder, files, held_out, vocabulary)
-    tracker = _tracker(config, folder, found.fingerprint, share.parent)
+    found = _survey(config, place, files, held_out, vocabulary)
+    tracker = _tracker(config, place, found.fingerprint, share.parent)
     threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, int(cluster.cpus()) // (config.num_workers * share.runs))
     per_epoch = max(1, math.ceil(found.batches(config)))
-    task = Task(config, folder, tuple(held_out), tracker.uri, tracker.run_id, per_epoch, threads)
-    tracker.set_tags({"bad_lines": len(found.bad), "folder": folder, "data_sha256": found.fingerprint, **code_version()})
+    task = Task(config, place, tuple(held_out), tracker.uri, tracker.run_id, per_epoch, threads)
+    tracker.set_tags({"bad_lines": len(found.bad), "folder": place, "data_sha256": found.fingerprint, **code_version()})
     return task, tracker
 
 
@@ -109,7 +111,7 @@ def ended(tracker: Tracker) -> Iterator[Callable[[Outcome], None]]:
         tracker.finish(status)
 
 
-def _survey(config: TrainConfig, folder: Path, files: list[str], held_out: list[str], vocabulary: int) -> Survey:
+def _survey(config: TrainConfig, place: Mirror, files: list[str], held_out: list[str], vocabulary: int) -> Survey:
     """Check every line of every file before training; what is bad is printed and written to the run's quarantine."""
     found = survey(files, config, vocabulary)
     bad = list(found.bad)
@@ -117,43 +119,46 @@ def _survey(config: TrainConfig, folder: Path, files: list[str], held_out: list[
         bad += survey(held_out, config, vocabulary, "validation_path").bad
     for line in bad[:_SHOWN_BAD_LINES]:
         print(f"malformed, left out: {line}", file=sys.stderr)
-    write_quarantine(folder / QUARANTINE, bad)
+    where = place.inner(QUARANTINE)
+    write_quarantine(where.folder, bad)
+    where.push()
     if bad:
-        where = folder / QUARANTINE
         print(f"{len(bad)} malformed lines left out, all in {where}; strict=true stops at the first", file=sys.stderr)
     ignored = "".join(f", key {key!r} ignored in {count}" for key, count in found.extra.most_common(_SHOWN_KEYS))
     print(f"data: {found.records} records, {found.branches} branches, {len(found.bad)} malformed lines{ignored}", flush=True)
     return found
 
 
-def _tracker(config: TrainConfig, folder: Path, data: str, parent: str | None = None) -> Tracker:
+def _tracker(config: TrainConfig, place: Mirror, data: str, parent: str | None = None) -> Tracker:
     """The run's MLflow run: begun once, gone on with after an interruption. Raises UserError if the data has changed since."""
-    note = folder / "run.json"
-    if note.is_file():
-        known = json.loads(note.read_text(encoding="utf-8"))
+    note = place.inner("run.json")
+    if note.folder.is_file():
+        known = json.loads(note.folder.read_text(encoding="utf-8"))
     else:  # on the disk before the run begins: a run whose begin is cut short is found by this key
         known = {"mlflow_key": uuid4().hex, "data_sha256": data}
-    if known["data_sha256"] != data and checkpoint.by_step(folder / CHECKPOINTS):
+    if known["data_sha256"] != data and checkpoint.written(place.inner(CHECKPOINTS)):
         raise UserError(
-            f"data_path={config.data_path}: its records are not those that {folder} was begun on "
+            f"data_path={config.data_path}: its records are not those that {place} was begun on "
             f"({data}, not {known['data_sha256']}); restore them, or choose another name"
         )
-    with whole_file(note) as file:
+    with whole_file(note.folder) as file:
         file.write(json.dumps({**known, "data_sha256": data}) + "\n")
+    note.push()
     uri = absolute_uri(config.mlflow_uri)
-    tracker = Tracker.start(uri, config.mlflow_experiment, folder.name, config, known["mlflow_key"], parent)
-    tracker.log_file(folder / "config.yaml")
+    tracker = Tracker.start(uri, config.mlflow_experiment, place.folder.name, config, known["mlflow_key"], parent)
+    tracker.log_file(place.inner("config.yaml").folder)
     return tracker
 
 
 def _conclude(task: Task, outcome: Outcome, tracker: Tracker) -> None:
-    (task.folder / STOP).unlink(missing_ok=True)
-    draw_losses(tracker, task.folder / "loss.png")
-    tracker.log_file(task.folder / "loss.png")
+    place = task.place
+    StopFile(place.inner(STOP)).forget()
+    losses = keep_losses(place, tracker)
     if not outcome.finished:
-        saved = checkpoint.newest(task.folder / CHECKPOINTS, task.config.fingerprint())
+        saved = place.inner(CHECKPOINTS)
+        saved = saved.inner(checkpoint.written(saved)[-1])
         print(f"stopped at step {outcome.step}; checkpoint: {saved}\nthe same command goes on from there", flush=True)
         raise KeyboardInterrupt
-    result = result_folder(task.config, task.folder)
-    print(f"run      {task.folder}\n{result.name:8} {result}\nloss     {task.folder / 'loss.png'}\nmlflow   run {tracker.run_id}")
+    result = result_place(task.config, place)
+    print(f"run      {place}\n{result.folder.name:8} {result}\nloss     {losses}\nmlflow   run {tracker.run_id}")
     print(f"         mlflow ui --backend-store-uri {tracker.uri}", flush=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import shutil
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -38,13 +37,14 @@ def fit(task: Task, files: list[str], beside: int = 1, callbacks: Sequence[UserC
     config = task.config
     elastic = config.min_workers is not None and not config.use_gpu
     of_a_node = cluster.share_of_a_node(config.num_workers) if elastic else None
-    lost, reached = 0, checkpoint.by_step(task.folder / CHECKPOINTS)
+    saved = task.place.inner(CHECKPOINTS)
+    lost, reached = 0, checkpoint.written(saved)
     while True:
         feeder = start_feeder(files, config.part(DataConfig), config.part(BaseConfig), config.seed, config.num_workers)
         try:
             result = _trainer(task, feeder, of_a_node or cluster.share(config.num_workers * beside), callbacks).fit()
         except (ray.train.WorkerGroupError, ray.train.ControllerError, ray.exceptions.RayActorError) as error:
-            before, reached = reached, checkpoint.by_step(task.folder / CHECKPOINTS)
+            before, reached = reached, checkpoint.written(saved)
             lost = lost + 1 if before == reached else 1
             _end_if_final(error, lost)
             what = "worker" if isinstance(error, ray.train.WorkerGroupError) else "controller"
@@ -55,7 +55,7 @@ def fit(task: Task, files: list[str], beside: int = 1, callbacks: Sequence[UserC
             return outcome
         finally:
             ray.kill(feeder)
-            shutil.rmtree(task.folder / _RAY, ignore_errors=True)  # its notes of this start, which a crash may have cut short
+            task.place.inner(_RAY).clear()  # its notes of this start, which a crash may have cut short
 
 
 def _end_if_final(error: Exception, lost: int) -> None:
@@ -88,6 +88,7 @@ def _trainer(task: Task, feeder: Any, cpus: float, callbacks: Sequence[UserCallb
     """cpus: of each worker."""
     config = task.config
     workers = config.num_workers if config.min_workers is None else (config.min_workers, config.num_workers)
+    where, system = task.place.storage()
     # Checkpoints are our own: written in the background, hashed, and passed over when damaged, which Ray's are not.
     return TorchTrainer(
         functools.partial(run_worker, task, feeder),  # type: ignore[arg-type]
@@ -99,7 +100,8 @@ def _trainer(task: Task, feeder: Any, cpus: float, callbacks: Sequence[UserCallb
         ),
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]
             name=_RAY,
-            storage_path=str(task.folder),
+            storage_path=where,
+            storage_filesystem=system,
             callbacks=list(callbacks),  # type: ignore[arg-type]
             # An error comes back to the driver with its traceback; Ray would print that a second time.
             logging_config=ray.train.LoggingConfig(log_level="CRITICAL"),

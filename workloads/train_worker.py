@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -25,13 +24,15 @@ from parallelmind.data.grouping import make_batch
 from parallelmind.data.held_out import HeldOut
 from parallelmind.data.pipeline import feed
 from parallelmind.layout import Batch
+from parallelmind.mirror import Mirror
 from parallelmind.model.adapter import add_lora, resume_adapter, save_trained
 from parallelmind.model.base import load_base
 from parallelmind.model.head import refuse_unknown_head
 from parallelmind.model.patch import patch
-from parallelmind.training.checkpoint import Store, whole_weights
+from parallelmind.training.checkpoint import Store, bring, whole_weights
 from parallelmind.training.loop import Job, Outcome, train
-from workloads.train import CHECKPOINTS, STOP, result_folder
+from workloads.stopping import StopFile
+from workloads.train import CHECKPOINTS, COMPLETE, STOP, result_place
 
 if TYPE_CHECKING:
     from parallelmind.tracking import Tracker
@@ -39,10 +40,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What the driver settled; paths and the tracking URI are absolute. per_epoch: batches, about. threads: of each worker."""
+    """What the driver settled; paths and the tracking URI are absolute. place: the run's folder. per_epoch: batches, about.
+
+    threads: of each worker.
+    """
 
     config: TrainConfig
-    folder: Path
+    place: Mirror
     validation_files: tuple[str, ...]
     mlflow_uri: str
     mlflow_run: str
@@ -54,7 +58,7 @@ class RayHooks:
     """Metrics to MLflow and lines to the terminal from rank 0; reports, which are a barrier, from every worker."""
 
     def __init__(self, task: Task, leads: bool) -> None:
-        self.leads, self.stop_file = leads, task.folder / STOP
+        self.leads, self._stop = leads, StopFile(task.place.inner(STOP)) if leads else None
         self._opening = ThreadPoolExecutor(1).submit(_open_tracker, task) if leads else None
 
     @property
@@ -70,7 +74,7 @@ class RayHooks:
             print(line, flush=True)
 
     def should_stop(self) -> bool:
-        return self.leads and self.stop_file.exists()
+        return self._stop is not None and self._stop.found()
 
     def report(self, metrics: Mapping[str, float], step: int) -> None:
         ray.train.report({**metrics, "step": step})
@@ -94,12 +98,15 @@ def run_worker(task: Task, feeder: Any) -> Outcome:
     config, context = task.config, ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     hooks = RayHooks(task, leads=rank == 0)
-    store = Store(task.folder / CHECKPOINTS, config.keep_checkpoints) if rank == 0 else None
+    store = Store(task.place.inner(CHECKPOINTS), config.keep_checkpoints) if rank == 0 else None
     try:
         found = store.resume(config.fingerprint(), hooks.say) if store else None
-        group, resume = broadcast_from_rank_zero((uuid4().hex, found))
-        if resume is not None:
-            hooks.say(f"resuming from {resume}")
+        group, newest = broadcast_from_rank_zero((uuid4().hex, found and found.name))
+        resume = None
+        if newest is not None:
+            saved = task.place.inner(CHECKPOINTS).inner(newest)
+            hooks.say(f"resuming from {saved}")
+            resume = bring(saved)
         if config.min_workers is not None:
             hooks.say(f"{workers} of {config.num_workers} workers")
         model, tokenizer = build_model(config)
@@ -126,10 +133,11 @@ def keep(task: Task, model: nn.Module, tokenizer: PreTrainedTokenizerBase, hooks
     weights = whole_weights(model)  # by every worker: they may hold shards
     if hooks.tracker is None:
         return
-    extra = {"run": task.folder.name, "mlflow_run": task.mlflow_run, "step": outcome.step, "metrics": outcome.metrics}
-    folder = result_folder(task.config, task.folder)
-    save_trained(model, tokenizer, folder, task.config, extra, weights)
-    hooks.tracker.log_folder(folder, folder.name)
+    extra = {"run": task.place.folder.name, "mlflow_run": task.mlflow_run, "step": outcome.step, "metrics": outcome.metrics}
+    result = result_place(task.config, task.place)
+    save_trained(model, tokenizer, result.folder, task.config, extra, weights)
+    hooks.tracker.log_folder(result.folder, result.folder.name)
+    result.push(last=COMPLETE)
 
 
 def build_model(config: TrainConfig) -> tuple[nn.Module, PreTrainedTokenizerBase]:

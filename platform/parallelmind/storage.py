@@ -16,6 +16,12 @@ from typing import BinaryIO, TextIO, cast
 _SCRATCH = "-part-"  # in the names of folders that are being written
 
 
+def cache_folder() -> Path:
+    """`$PARALLELMIND_CACHE` or `~/.cache/parallelmind`."""
+    root = os.environ.get("PARALLELMIND_CACHE")
+    return Path(root or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/parallelmind").expanduser()
+
+
 def sha256(file: Path) -> str:
     """SHA-256 of a file, in hex. Raises OSError if it cannot be read."""
     with open(file, "rb") as stream:

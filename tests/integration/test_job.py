@@ -1,10 +1,14 @@
 """`ray job submit` against a cluster whose Python has the dependencies but not this project."""
 
 import json
+import zipfile
 from pathlib import Path
 
 import clusters
 import pytest
+import yaml
+from ray._private.runtime_env.packaging import create_package
+from servers import ROOT
 from tiny import save_tiny
 
 
@@ -30,25 +34,31 @@ def tiny_run(tmp_path):
     return tmp_path
 
 
-def submit(python, address, *overrides):
-    options = ["--address", address, "--working-dir", ".", "--runtime-env", "runtime_env.yaml"]
-    line = ["job", "submit", *options, "--", "python", "-m", "workloads.train", *overrides]
+def submit(python, address, workload, *arguments, options=()):
+    given = ["--address", address, "--working-dir", ".", "--runtime-env", "runtime_env.yaml", *options]
+    line = ["job", "submit", *given, "--", "python", "-m", f"workloads.{workload}", *arguments]
     return clusters.command(python, "ray.scripts.scripts", *line)
+
+
+def settings(tiny_run, **more):
+    """Of a training run, all paths absolute: a job's working directory is a copy of the project."""
+    where = {
+        "base_model": tiny_run / "base",
+        "data_path": tiny_run / "train.jsonl",
+        "output_dir": tiny_run / "runs",
+        "mlflow_uri": f"sqlite:///{tiny_run / 'mlflow.db'}",
+    }
+    return {**where, "max_steps": 3, "log_every": 1, **more}
+
+
+def dotlist(**values):
+    return [f"{name}={value}" for name, value in values.items()]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_same_job_runs_on_a_cluster_without_the_project(cluster, bare_python, tiny_run, workers):
-    overrides = [
-        f"base_model={tiny_run / 'base'}",
-        f"data_path={tiny_run / 'train.jsonl'}",
-        f"output_dir={tiny_run / 'runs'}",
-        f"mlflow_uri=sqlite:///{tiny_run / 'mlflow.db'}",
-        f"num_workers={workers}",
-        "max_steps=3",
-        "log_every=1",
-    ]
-    done = submit(bare_python, cluster, *overrides)
+    done = submit(bare_python, cluster, "train", *dotlist(**settings(tiny_run, num_workers=workers)))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert "step 3/3" in done.stdout
     assert len(list((tiny_run / "runs").glob("*/adapter/parallelmind.json"))) == 1
@@ -56,6 +66,63 @@ def test_the_same_job_runs_on_a_cluster_without_the_project(cluster, bare_python
 
 @pytest.mark.slow
 def test_a_wrong_field_fails_the_job_with_one_line(cluster, bare_python):
-    done = submit(bare_python, cluster, "data_path=x", "lora_rnk=3")
+    done = submit(bare_python, cluster, "train", "data_path=x", "lora_rnk=3")
     assert done.returncode != 0
     assert "lora_rnk: unknown field (did you mean lora_rank?)" in done.stdout + done.stderr
+
+
+def finished(done):
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_every_workload_runs_as_a_job(cluster, bare_python, tiny_run):
+    """From source records to a sweep, and from its best adapter to answers and texts."""
+    articles = [{"question": f"what is {n} + {k}?", "answer": f"{n + k}"} for n in range(24) for k in range(3)]
+    (tiny_run / "source.jsonl").write_text("".join(json.dumps(each) + "\n" for each in articles))
+    converted = tiny_run / "converted.jsonl"
+    convert = dotlist(data_path=tiny_run / "source.jsonl", output_path=converted, base_model=tiny_run / "base")
+    assert "72 records in" in finished(submit(bare_python, cluster, "convert", *convert))
+    run = settings(tiny_run, data_path=converted, base_model=str(tiny_run / "base"))
+    sweep = {"name": "jobs", "train": {name: value if isinstance(value, int) else str(value) for name, value in run.items()}}
+    sweep |= {"space": {"lora_rank": [2, 4]}, "metrics": ["loss"]}
+    (tiny_run / "sweep.yaml").write_text(json.dumps(sweep))  # JSON is YAML
+    told = finished(submit(bare_python, cluster, "sweep", tiny_run / "sweep.yaml"))
+    assert "trials   2 finished" in told
+    adapter = next(line.split()[1] for line in told.splitlines() if line.startswith("adapter "))
+    answers = dotlist(data_path=tiny_run / "train.jsonl", lora_path=adapter, max_records=2, output_path=tiny_run / "scores.json")
+    assert "over 6 questions" in finished(submit(bare_python, cluster, "evaluate", "answers", *answers))
+    assert json.loads((tiny_run / "scores.json").read_text())["questions"] == 6
+    generate = dotlist(lora_path=adapter, data_path=tiny_run / "train.jsonl", output_path=tiny_run / "out", num_workers=2)
+    finished(submit(bare_python, cluster, "generate", *generate, "max_new_tokens=2"))
+    lines = [line for part in (tiny_run / "out").glob("part-*.jsonl") for line in part.read_text().splitlines()]
+    assert len(lines) == 48
+
+
+@pytest.mark.slow
+def test_a_stopped_job_has_saved_a_checkpoint(cluster, bare_python, tiny_run):
+    run = settings(tiny_run, max_steps=100000, epochs=100000, checkpoint_every=100000)
+    submitted = submit(bare_python, cluster, "train", *dotlist(**run), options=("--submission-id", "stopped", "--no-wait"))
+    assert submitted.returncode == 0, submitted.stderr
+    logs = ["job", "logs", "--address", cluster, "stopped"]
+    clusters.wait_until(lambda: "step 3/" in clusters.command(bare_python, "ray.scripts.scripts", *logs).stdout)
+    stopped = clusters.command(bare_python, "ray.scripts.scripts", "job", "stop", "--address", cluster, "stopped")
+    assert stopped.returncode == 0, stopped.stderr
+    told = clusters.command(bare_python, "ray.scripts.scripts", *logs).stdout
+    assert "stopping after this step, with a checkpoint" in told
+    (saved,) = (tiny_run / "runs").glob("*/checkpoints/step-*/state.json")
+    assert f"checkpoint: {saved.parent}" in told
+
+
+def test_what_is_uploaded_is_small_and_whole(tmp_path):
+    excluded = yaml.safe_load((ROOT / "runtime_env.yaml").read_text())["excludes"]
+    target = tmp_path / "package.zip"
+    create_package(str(ROOT), target, include_gitignore=True, excludes=excluded)
+    assert target.stat().st_size < 2**20
+    with zipfile.ZipFile(target) as package:
+        names = set(package.namelist())
+    for folder in ("platform/parallelmind", "workloads", "serving", "experiments"):
+        sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*.py")}
+        assert sources <= names
+    assert not [name for name in names if name.startswith((".venv", ".git/", "tests", "runs", "docs"))]

@@ -15,6 +15,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 from tiny import save_tiny
 
+from parallelmind.mirror import Mirror
 from parallelmind.model.adapter import load_model_with_lora
 from parallelmind.tracking import registered
 from workloads.sweep_journal import Journal
@@ -84,7 +85,7 @@ def test_a_killed_sweep_goes_on_and_every_trial_is_there_once(place: Path) -> No
     assert "trials   1 finished, 1 failed" in told
     assert "lora_targets" in told  # why the other one failed
     folder = next((place / "runs").glob("tiny-*"))
-    journal = Journal.read(folder / "journal.jsonl")
+    journal = Journal.read(Mirror(folder / "journal.jsonl"))
     counts = Counter((event["trial"], event["step"]) for event in events(place) if "metrics" in event)
     assert set(counts.values()) == {1}
     assert Counter(event["trial"] for event in events(place) if "status" in event) == {0: 1, 1: 1}
@@ -92,7 +93,7 @@ def test_a_killed_sweep_goes_on_and_every_trial_is_there_once(place: Path) -> No
     assert (folder / "report.html").read_text().count("<html")
     again = end(start(place))
     assert "winner   trial 0" in again
-    assert len(events(place)) == len(journal.path.read_text().splitlines())
+    assert len(events(place)) == len(journal.file.folder.read_text().splitlines())
 
 
 def _check_tracking(place: Path, journal: Journal) -> None:

@@ -14,10 +14,11 @@ ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = ROOT / "platform" / "parallelmind"
 OURS = ("parallelmind", "workloads", "serving", "experiments")
 
-_GROUND = {"errors", "config", "layout", "storage", "visibility"}
+_GROUND = {"errors", "config", "layout", "storage", "mirror", "visibility"}
 MAY_IMPORT = {
     "errors": set(),
     "storage": set(),
+    "mirror": {"errors", "storage"},
     "config": {"errors"},
     "layout": {"errors", "config"},
     "visibility": {"config", "layout"},

@@ -23,6 +23,7 @@ from parallelmind.config import LoraConfig, RopeConfig, TrainConfig
 from parallelmind.data.grouping import Row, Seeds, groups, make_batch, regrouped
 from parallelmind.errors import UserError
 from parallelmind.layout import Batch, Tokens
+from parallelmind.mirror import Mirror
 from parallelmind.model.adapter import add_lora
 from parallelmind.model.patch import patch
 from parallelmind.training import checkpoint, loop
@@ -103,7 +104,7 @@ def job(settings: TrainConfig, hooks: Recorder, model: PeftModel | None = None, 
 def run(settings: TrainConfig, folder: Path, hooks: Recorder | None = None, model: PeftModel | None = None) -> Run:
     """Train with a store in `folder`, from its newest checkpoint if there is one."""
     hooks = hooks or Recorder()
-    store = Store(folder, settings.keep_checkpoints)
+    store = Store(Mirror(folder), settings.keep_checkpoints)
     work = job(settings, hooks, model, store)
     try:
         return Run(train(work, store.resume(settings.fingerprint(), hooks.say)), hooks, weights(work.model))
@@ -259,7 +260,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(tmp_path: Path,
         state = checkpoint.read_state(newest)
         assert state is not None
         state.config_hash = "0" * 12
-        other = Store(tmp_path, 2)
+        other = Store(Mirror(tmp_path), 2)
         other.save(checkpoint.Snapshot({}, {}, state))
         other.close()
     elif damage == "missing":

@@ -12,6 +12,7 @@ from ray.tune.schedulers import TrialScheduler
 from parallelmind import cli
 from parallelmind.config import resolve
 from parallelmind.errors import UserError
+from parallelmind.mirror import Mirror
 from workloads import sweep
 from workloads.sweep_config import SweepConfig, check
 from workloads.sweep_journal import Journal
@@ -127,32 +128,32 @@ def test_the_winner_has_the_lowest_sum_over_its_seeds() -> None:
 
 
 def test_a_journal_is_read_back_and_a_cut_line_never_was(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "journal.jsonl")
+    journal = Journal(Mirror(tmp_path / "journal.jsonl"))
     journal.note(mlflow_key="k")
     journal.begin(0, {"lora_rank": 4, "seed": 0})
     journal.placed(0, "folder", "run")
     assert journal.report(0, 5, {"loss": 1.0, "seconds": 2.0})
     assert not journal.report(0, 5, {"loss": 9.0})
-    with open(journal.path, "a") as file:
+    with open(journal.file.folder, "a") as file:
         file.write('{"trial": 0, "status": "fin')
-    again = Journal.read(journal.path)
+    again = Journal.read(journal.file)
     assert again.trials == journal.trials
     assert again.notes == {"mlflow_key": "k"}
     again.end(0, "finished")
     again.end(0, "failed", "too late")
-    assert Journal.read(journal.path).trials[0].status == "finished"
-    assert [json.loads(line) for line in journal.path.read_text().splitlines()]
+    assert Journal.read(journal.file).trials[0].status == "finished"
+    assert [json.loads(line) for line in journal.file.folder.read_text().splitlines()]
 
 
 def test_what_was_begun_is_gone_on_with_before_anything_new(tmp_path: Path) -> None:
-    settings, journal = config(seeds=[1, 2]), Journal(tmp_path / "journal.jsonl")
+    settings, journal = config(seeds=[1, 2]), Journal(Mirror(tmp_path / "journal.jsonl"))
     first = Suggestions(settings, journal)
     begun = [first.suggest("") for _ in range(3)]
     assert [each["settings"] for each in begun] == [  # type: ignore[index]
         {"lora_rank": 4, "seed": 1}, {"lora_rank": 4, "seed": 2}, {"lora_rank": 8, "seed": 1}
     ]  # fmt: skip
     journal.end(1, "finished")
-    again = Suggestions(settings, Journal.read(journal.path))
+    again = Suggestions(settings, Journal.read(journal.file))
     handed = [again.suggest("") for _ in range(4)]
     assert [each["number"] for each in handed[:3]] == [0, 2, 3]  # type: ignore[index]
     assert handed[3] == "FINISHED"
@@ -183,7 +184,7 @@ def test_who_is_stopped_does_not_depend_on_an_interruption(tmp_path: Path, stopp
 
     ends = []
     for name, parts in (("whole", [_reports(8)]), ("cut", [_reports(8)[:cut], _reports(8)[cut:]])):
-        path = tmp_path / f"{name}.jsonl"
+        path = Mirror(tmp_path / f"{name}.jsonl")
         begun = Suggestions(settings, Journal.read(path))
         for _ in range(8):
             begun.suggest("")

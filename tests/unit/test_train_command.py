@@ -10,9 +10,10 @@ import ray.train
 
 from parallelmind.config import TrainConfig, save_yaml
 from parallelmind.errors import UserError
+from parallelmind.mirror import Mirror
 from parallelmind.tracking import Tracker
 from workloads import train, train_driver, train_fit
-from workloads.record import code_version, draw_losses
+from workloads.record import code_version, keep_losses
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def begun(tmp_path: Path) -> TrainConfig:
     """The settings of a run that was interrupted after its first checkpoint."""
     (tmp_path / "data.jsonl").write_text('{"text": "one"}\n')
     config = TrainConfig(name="mine", data_path=str(tmp_path / "data.jsonl"), output_dir=str(tmp_path / "runs"))
-    folder = train.run_folder(config)
+    folder = train.run_place(config).folder
     (folder / "checkpoints" / "step-100").mkdir(parents=True)
     save_yaml(config, folder / "config.yaml")
     return config
@@ -41,31 +42,31 @@ def test_other_settings_are_refused_by_name(begun: TrainConfig) -> None:
 
 @pytest.mark.parametrize("values", [{"num_workers": 4, "min_workers": 2}, {"sharding": "full"}, {"keep_checkpoints": 9}])
 def test_where_and_how_it_is_told_may_change(begun: TrainConfig, values: dict[str, object]) -> None:
-    assert train.run_folder(changed(begun, **values)) == train.run_folder(begun)
+    assert train.run_place(changed(begun, **values)) == train.run_place(begun)
 
 
 @pytest.mark.parametrize("values", [{"name": "other"}, {"name": "mine-2"}])
 def test_another_name_is_another_run(begun: TrainConfig, values: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     config = changed(begun, lora_rank=8, **values)
-    train._refuse_changed(config, train.run_folder(config))
+    train._refuse_changed(config)
 
 
 def test_a_finished_run_refuses_nothing(begun: TrainConfig) -> None:
-    adapter = train.run_folder(begun) / train.ADAPTER
+    adapter = train.run_place(begun).folder / train.ADAPTER
     adapter.mkdir()
     (adapter / "parallelmind.json").write_text("{}")
     config = changed(begun, lora_rank=8)
-    train._refuse_changed(config, train.run_folder(config))
+    train._refuse_changed(config)
 
 
 def test_other_records_under_the_same_path_are_refused(begun: TrainConfig, tmp_path: Path) -> None:
     config = changed(begun, mlflow_uri=f"sqlite:///{tmp_path}/mlflow.db")
-    folder = train.run_folder(config)
-    first = train_driver._tracker(config, folder, "aaa")
+    place = train.run_place(config)
+    first = train_driver._tracker(config, place, "aaa")
     with pytest.raises(UserError, match="data_path=.*its records are not those"):
-        train_driver._tracker(config, folder, "bbb")
-    (folder / "checkpoints" / "step-100").rmdir()  # nothing was trained on them yet
-    assert train_driver._tracker(config, folder, "bbb").run_id == first.run_id
+        train_driver._tracker(config, place, "bbb")
+    (place.folder / "checkpoints" / "step-100").rmdir()  # nothing was trained on them yet
+    assert train_driver._tracker(config, place, "bbb").run_id == first.run_id
 
 
 @pytest.mark.parametrize(
@@ -111,5 +112,5 @@ def test_code_and_losses_are_on_record(tmp_path: Path) -> None:
     tracker = Tracker.start(f"sqlite:///{tmp_path}/mlflow.db", "tests", "one", config, "key")
     for step in range(1, 9):
         tracker.log_metrics({"loss": 3 / step, **({"validation/loss_4": 4 / step} if step % 4 == 0 else {})}, step)
-    draw_losses(tracker, tmp_path / "loss.png")
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    picture = keep_losses(Mirror(tmp_path), tracker)
+    assert picture.folder.read_bytes().startswith(b"\x89PNG")

@@ -6,14 +6,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
-import fsspec
-import pyarrow.fs
 import pyarrow.parquet as pq
-from fsspec.implementations.arrow import ArrowFSWrapper
 
 from parallelmind.errors import UserError, first_line
+from parallelmind.mirror import filesystem
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 _PART_BYTES = 1 << 20
@@ -55,15 +53,6 @@ def _find(path: str, name: str) -> list[str]:
     if "://" not in place and (closed := [file for file in files if not os.access(file, os.R_OK)]):
         raise UserError(f"{name}={closed[0]}: not readable; give it read permission")
     return [file if "://" not in place else system.unstrip_protocol(file) for file in files]
-
-
-def filesystem(file: str) -> tuple[Any, str]:
-    """The fsspec filesystem of a path or URL, and the path in it. What fsspec lacks a driver for, pyarrow may have."""
-    try:
-        return cast(tuple[Any, str], fsspec.core.url_to_fs(file))
-    except ImportError:
-        system, inner = pyarrow.fs.FileSystem.from_uri(file)
-        return ArrowFSWrapper(system), inner
 
 
 def open_file(file: str) -> BinaryIO:

@@ -27,6 +27,7 @@ from parallelmind.model.full import save_model
 from parallelmind.model.manifest import (
     WEIGHTS,
     Manifest,
+    adapter_folder,
     read_adapter,
     read_manifest,
     read_model,
@@ -186,6 +187,7 @@ def _put_on(
     name: str = ADAPTER,
 ) -> PeftModel:
     """`changes`: fields of peft's settings that are not to be as they were saved."""
+    folder = adapter_folder(folder)
     rope = rope_config(model) if is_patched(model) else manifest.rope.model_copy(update={"patch_rope": False})
     manifest.refuse_other_settings(rope.model_dump())
     manifest.refuse_other_base(model.config, tokenizer)
@@ -195,7 +197,7 @@ def _put_on(
     for field, value in changes.items():
         setattr(settings, field, value)
     adapted = _wrap(model, settings, name)
-    fill(adapted, load_file(Path(folder) / WEIGHTS), f"lora_path={folder}", name)
+    fill(adapted, load_file(folder / WEIGHTS), f"lora_path={folder}", name)
     return adapted
 
 

@@ -35,7 +35,7 @@ from transformers.utils import logging as transformers_logging
 from parallelmind.config import BaseConfig
 from parallelmind.errors import UserError, first_line
 from parallelmind.model.quantize import quantization
-from parallelmind.storage import flush, sha256
+from parallelmind.storage import cache_folder, flush, sha256
 
 SMOLLM2 = "smollm2-135m"
 ATTENTION = ("sdpa", "eager")  # sdpa hands long sequences to FlexAttention; flash attention takes no mask of two coordinates
@@ -153,16 +153,9 @@ def no_progress_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _cache_root() -> Path:
-    root = os.environ.get("PARALLELMIND_CACHE")
-    if root:
-        return Path(root).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "parallelmind"
-
-
 def _smollm2_folder() -> Path:
     """The converted model, fetched by the first process that asks; others wait for its lock."""
-    folder = _cache_root() / f"{SMOLLM2}-{_GGUF_SHA256[:8]}"
+    folder = cache_folder() / f"{SMOLLM2}-{_GGUF_SHA256[:8]}"
     if (folder / "config.json").is_file():  # the folder appears whole, by one rename
         return folder
     try:

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from parallelmind.config import LoraConfig, Part, RopeConfig
 from parallelmind.errors import UserError
+from parallelmind.mirror import fetched
 from parallelmind.storage import sha256
 
 MANIFEST = "parallelmind.json"
@@ -65,9 +66,17 @@ class Manifest(Part):
                 raise UserError(f"base_model: its {what} {ours} is not the adapter's {theirs}; load {self.base_model} instead")
 
 
-def read_adapter(folder: str | Path) -> Manifest:
-    """The manifest of an adapter folder. Raises UserError as `read_manifest`, and for what is no adapter in safetensors."""
-    folder = Path(folder)
+def adapter_folder(path: str | Path) -> Path:
+    """An adapter's folder; one at a URI is copied here first. Raises UserError where it cannot be reached."""
+    return fetched(path, MANIFEST, "lora_path")
+
+
+def read_adapter(path: str | Path) -> Manifest:
+    """The manifest of an adapter, in a folder or at a URI.
+
+    Raises UserError as `read_manifest` and `adapter_folder`, and for what is no adapter in safetensors.
+    """
+    folder = adapter_folder(path)
     if (folder / PICKLE).is_file() and not (folder / WEIGHTS).is_file():
         raise UserError(f"lora_path={folder}: {PICKLE} is a pickle, which could run code; save the adapter as safetensors")
     manifest = read_manifest(folder)

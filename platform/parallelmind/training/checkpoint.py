@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from parallelmind.errors import UserError, first_line
+from parallelmind.mirror import Mirror
 from parallelmind.model.adapter import trained_weights
 from parallelmind.storage import clear_scratch, sha256, whole_folder
 from parallelmind.training.step import Totals
@@ -140,18 +141,39 @@ def _counts(folder: Path, config_hash: str) -> bool:
 
 def by_step(parent: Path) -> list[Path]:
     """Checkpoint folders, oldest first, whole or not."""
-    numbers = {folder: folder.name.removeprefix(_PREFIX) for folder in parent.glob(f"{_PREFIX}*")}
-    return sorted((folder for folder in numbers if numbers[folder].isdecimal()), key=lambda folder: int(numbers[folder]))
+    return [parent / name for name in written(Mirror(parent))]
+
+
+def written(parent: Mirror) -> list[str]:
+    """Names of the checkpoint folders, oldest first, whole or not."""
+    return sorted((name for name in parent.names() if _number(name) >= 0), key=_number)
+
+
+def _number(name: str) -> int:
+    """The step in the name of a checkpoint folder, -1 for what is none."""
+    number = name.removeprefix(_PREFIX)
+    return int(number) if name != number and number.isdecimal() else -1
+
+
+def bring(checkpoint: Mirror) -> Path:
+    """The folder of a checkpoint on this machine, copied here unless it is here whole."""
+    if checkpoint.uri is not None:
+        checkpoint.folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(checkpoint.folder.parent / ".bringing"):  # one worker of a machine brings it for all
+            if read_state(checkpoint.folder) is None:
+                checkpoint.pull(last=_STATE)
+    return checkpoint.folder
 
 
 class Store:
     """The checkpoints of a run, written in the background by the one worker that holds the folder's lock.
 
-    keep: how many of the newest stay; the best stays as well.
+    keep: how many of the newest stay; the best stays as well. What counts is what lies at the place's URI, if it has one.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self._keep = folder, keep
+    def __init__(self, place: Mirror, keep: int) -> None:
+        self.place, self.folder, self._keep = place, place.folder, keep
+        folder = self.folder
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(folder / ".writer")
         self._lock.acquire()  # waits until a writer that was given up for lost is gone
@@ -161,14 +183,28 @@ class Store:
 
     def resume(self, config_hash: str, say: Callable[[str], None]) -> Path | None:
         """The newest complete checkpoint. Newer ones that are not are told and put aside under another name."""
+        self._bring_newest(config_hash)
         found = newest(self.folder, config_hash)
         for folder in by_step(self.folder):
-            if found is None or int(folder.name.removeprefix(_PREFIX)) > int(found.name.removeprefix(_PREFIX)):
+            if found is None or _number(folder.name) > _number(found.name):
                 aside = folder.with_name(f"damaged-{folder.name}")
                 shutil.rmtree(aside, ignore_errors=True)
                 folder.rename(aside)
+                self.place.inner(folder.name).remove()
                 say(f"{folder} is damaged or of other settings; put aside as {aside.name}")
         return found
+
+    def _bring_newest(self, config_hash: str) -> None:
+        """Copy the newest complete checkpoint here, and the damaged ones after it; what lies here alone was never finished."""
+        if self.place.uri is None:
+            return
+        there = written(self.place)
+        for folder in by_step(self.folder):
+            if folder.name not in there:
+                shutil.rmtree(folder)
+        for name in reversed(there):
+            if _counts(bring(self.place.inner(name)), config_hash):
+                return
 
     def save(self, snapshot: Snapshot) -> None:
         """Begin to write; first waits for the save before. Raises UserError if that one failed."""
@@ -201,7 +237,9 @@ class Store:
             files = {name: sha256(built / name) for name in (_WEIGHTS, _OPTIMIZER)}
             note = {"format": _FORMAT, "files": files, "state": asdict(snapshot.state)}
             (built / _STATE).write_text(json.dumps({**note, "sha256": _digest(note)}, indent=2), encoding="utf-8")
-        best = self.folder / f"{_PREFIX}{snapshot.state.best_step}"
-        for folder in by_step(self.folder)[: -self._keep]:
-            if folder != best:
-                shutil.rmtree(folder)
+        self.place.inner(f"{_PREFIX}{snapshot.state.step}").push(last=_STATE)
+        best = f"{_PREFIX}{snapshot.state.best_step}"
+        for name in written(self.place)[: -self._keep]:
+            if name != best:
+                shutil.rmtree(self.folder / name, ignore_errors=self.place.uri is not None)
+                self.place.inner(name).remove()
