@@ -26,9 +26,11 @@ from parallelmind.errors import UserError, first_line
 def connect(address: str | None, forward_output: bool = True) -> None:
     """Join the cluster at `address` or at $RAY_ADDRESS (set under `ray job submit`); without either, start a local one.
 
-    forward_output: print here what workers print. Never attaches to whatever cluster happens to run on this machine.
-    Raises UserError if the cluster is not there.
+    Does nothing where this process has joined one before. Never attaches to whatever cluster happens to run on this machine.
+    forward_output: print here what workers print. Raises UserError if the cluster is not there, or not for this process.
     """
+    if ray.is_initialized():
+        return
     where = address or os.environ.get("RAY_ADDRESS") or "local"
     # Ray Train asks the dashboard whether its controller lives, and complains every second where there is none.
     elsewhere = {"runtime_env": {"worker_process_setup_hook": _entering(os.getcwd())}}

@@ -8,9 +8,10 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -36,10 +37,14 @@ for _name in ("alembic", "mlflow.store.db.utils"):
 
 def absolute_uri(uri: str) -> str:
     """The same database from any working directory: a relative SQLite path counts from the current one."""
+    file = sqlite_file(uri)
+    return f"{_SQLITE}{file}" if file else uri
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """Where the database lies, absolute, if it is one in a file."""
     path = uri.removeprefix(_SQLITE)
-    if path == uri or path.startswith((":", "/")) or not path:
-        return uri
-    return f"{_SQLITE}{Path(path).absolute()}"
+    return None if path == uri or path.startswith(":") or not path else Path(path).absolute()
 
 
 class Tracker:
@@ -61,7 +66,7 @@ class Tracker:
         of. `uri` should be absolute (see
         `absolute_uri`). Raises UserError if the tracking store cannot be used.
         """
-        try:
+        with _told(uri):
             client = MlflowClient(uri)
             experiment_id = _experiment_id(client, uri, experiment)
             found = client.search_runs([experiment_id], f"tags.{_KEY} = '{key}'", max_results=1)
@@ -72,10 +77,6 @@ class Tracker:
             new = {key: value for key, value in config.model_dump(mode="json").items() if key not in run.data.params}
             _log_params(client, run.info.run_id, new)
             return cls(uri, run.info.run_id)
-        except (MlflowException, SQLAlchemyError, OSError) as error:
-            reason = first_line(error).partition(". ")[0]
-            remedy = "give sqlite:///FILE or a server's http address"
-            raise UserError(f"mlflow_uri={uri}: cannot be used ({reason}); {remedy}") from error
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """One point per metric; values that are not finite are left out (MLflow's SQL store would refuse or bend them)."""
@@ -108,6 +109,50 @@ class Tracker:
         self._client.set_terminated(self.run_id, status)
 
 
+@contextmanager
+def _told(uri: str) -> Iterator[None]:
+    """What keeps a tracking store from being used becomes one line."""
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:  # the last where a database has no driver here
+        reason = _root_reason(error).partition(". ")[0]
+        remedy = "give sqlite:///FILE or the http address of a server that runs"
+        raise UserError(f"mlflow_uri={uri}: cannot be used ({reason}); {remedy}") from error
+
+
+def _root_reason(error: BaseException) -> str:
+    """Of a request that got no answer, what the system said, which lies under four wrappers that repeat the request."""
+    root: BaseException | None = error
+    while root is not None and not isinstance(root, ConnectionError | TimeoutError | socket.gaierror):
+        root = root.__context__
+    return first_line(root or error)
+
+
+def try_out(uri: str, experiment: str) -> bool:
+    """Begin a run, log to it, read that back and remove the run; returns whether no trace of it is left.
+
+    It goes into the experiment if that is there, else into any other. Raises UserError if the tracking store cannot be used.
+    """
+    with _told(uri):
+        client = MlflowClient(uri)
+        known = client.get_experiment_by_name(experiment)
+        others = [] if known else client.search_experiments(max_results=1)
+        experiment_id = others[0].experiment_id if others else _experiment_id(client, uri, experiment)
+        run_id = client.create_run(experiment_id, run_name="doctor").info.run_id
+        try:
+            client.log_batch(run_id, metrics=[Metric("loss", 1.0, 0, 1)], params=[Param("name", "doctor")])
+            found = client.get_run(run_id).data
+            if (found.metrics, found.params) != ({"loss": 1.0}, {"name": "doctor"}):
+                raise UserError(f"mlflow_uri={uri}: gives back {found.metrics} {found.params}; look into the server's log")
+        finally:
+            client.delete_run(run_id)
+        # A deleted run stays in the store, unseen, until `mlflow gc`; only a database lets its client do the same.
+        remove = getattr(client._tracking_client.store, "_hard_delete_run", None)
+        if remove:
+            remove(run_id)
+        return remove is not None
+
+
 def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is not None and found.lifecycle_stage != "active":
@@ -117,8 +162,8 @@ def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
 
 def _artifacts(uri: str) -> str | None:
     """Beside a SQLite file, absolute, so that workers anywhere on the machine agree; a server has its own place."""
-    path = uri.removeprefix(_SQLITE)
-    return None if path == uri else (Path(path).absolute().parent / "mlartifacts").as_uri()
+    file = sqlite_file(uri)
+    return (file.parent / "mlartifacts").as_uri() if file else None
 
 
 def _log_params(client: MlflowClient, run_id: str, values: Mapping[str, Any]) -> None:

@@ -53,7 +53,7 @@ def resolve_base(name: str) -> str:
     Raises UserError for a folder without config.json, for a name of no known shape and for a failed fetch.
     """
     if name == SMOLLM2:
-        return str(_smollm2_folder())
+        return str(_fetched_smollm2())
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -153,9 +153,14 @@ def no_progress_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _smollm2_folder() -> Path:
+def smollm2_folder() -> Path:
+    """Where the converted model is, or will be."""
+    return cache_folder() / f"{SMOLLM2}-{_GGUF_SHA256[:8]}"
+
+
+def _fetched_smollm2() -> Path:
     """The converted model, fetched by the first process that asks; others wait for its lock."""
-    folder = cache_folder() / f"{SMOLLM2}-{_GGUF_SHA256[:8]}"
+    folder = smollm2_folder()
     if (folder / "config.json").is_file():  # the folder appears whole, by one rename
         return folder
     try:
