@@ -32,7 +32,12 @@ def ray_cluster(config: DoctorConfig) -> Finding:
     # isort: split
     import ray
 
-    cluster.connect(config.ray_address, forward_output=False)
+    try:
+        cluster.connect(config.ray_address, forward_output=False)
+    except UserError:
+        raise
+    except Exception as error:  # Ray has no common type for versions that differ, a wrong token and a start that takes too long
+        raise UserError(f"{_whose(address)} cannot be used ({_in_one_line(error)}); {_ray_remedy(address)}") from error
     found, nodes = ray.cluster_resources(), len(_nodes())
     cpus, gpus = found.get("CPU", 0), found.get("GPU", 0)
     if config.use_gpu and not gpus:
@@ -45,6 +50,20 @@ def ray_cluster(config: DoctorConfig) -> Finding:
         remedy = "start it with RAY_AUTH_MODE=token, unless nobody else can reach its ports: who does runs code there"
         return Finding("ray", "warn", said, remedy)
     return Finding("ray", "ok", said)
+
+
+def _whose(address: str | None) -> str:
+    return f"ray_address={address}:" if address else "a cluster of our own"
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _ray_remedy(address: str | None) -> str:
+    if address:
+        return "use the Ray, the Python and the token (RAY_AUTH_MODE, RAY_AUTH_TOKEN) that it was started with"
+    return "try again when the machine is less busy, and look for what holds its memory or $RAY_TMPDIR"
 
 
 def refuse_unreachable(address: str) -> None:

@@ -40,7 +40,7 @@ def doctor(place: Path, *arguments: str) -> tuple[int, dict[str, tuple[str, str]
 @pytest.mark.slow
 def test_a_machine_that_is_fine(tmp_path: Path) -> None:
     code, found = doctor(tmp_path)
-    assert code == 0
+    assert code == 0, found
     assert {mark for mark, _ in found.values()} <= {"ok", "warn"}
     assert "1 node" in found["ray"][1]
     assert found["end to end"][1].startswith("3 steps of training, then 2 branches decoded with the adapter, in ")
@@ -50,7 +50,7 @@ def test_a_machine_that_is_fine(tmp_path: Path) -> None:
 def test_without_its_mlflow_server(tmp_path: Path) -> None:
     uri = f"http://127.0.0.1:{free_port()}"
     code, found = doctor(tmp_path, f"mlflow_uri={uri}", "end_to_end=false")
-    assert code == 1
+    assert code == 1, found
     assert [name for name, (mark, _) in found.items() if mark == "FAIL"] == ["mlflow"]
     assert found["mlflow"][1].startswith(f"mlflow_uri={uri}: cannot be used (")
     assert found["end to end"] == ("skip", "end_to_end=false")

@@ -172,6 +172,19 @@ def test_a_cluster_of_no_known_shape() -> None:
     assert "ray_address=nonsense: " in finding.said
 
 
+@pytest.mark.parametrize(("address", "remedy"), [(None, "less busy"), ("10.0.0.1:6379", "RAY_AUTH_TOKEN")])
+def test_a_cluster_that_cannot_be_used(address: str | None, remedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def connect(*_: object, **__: object) -> None:
+        raise RuntimeError("Version mismatch:\n    Ray: 2.1")
+
+    monkeypatch.setattr(cluster, "connect", connect)
+    monkeypatch.setattr(doctor_cluster, "refuse_unreachable", lambda _: None)
+    finding = found("ray", ray_address=address)
+    assert finding.status == "FAIL"
+    assert "cannot be used (Version mismatch: Ray: 2.1)" in finding.said
+    assert remedy in finding.remedy
+
+
 def test_a_cluster_without_gpus_and_one_without_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "connect", lambda *_, **__: None)
     monkeypatch.setattr(doctor_cluster, "refuse_unreachable", lambda _: None)
