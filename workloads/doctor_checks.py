@@ -20,6 +20,7 @@ from packaging.specifiers import SpecifierSet
 from pydantic import Field
 
 from parallelmind.config import Part, TrainConfig
+from parallelmind.mirror import Mirror
 
 Status = Literal["ok", "warn", "FAIL", "skip"]
 
@@ -42,9 +43,14 @@ class DoctorConfig(Part):
     end_to_end: bool = Field(True, description="train a few steps on generated data, and decode with the adapter")
 
     @property
+    def place(self) -> Mirror:
+        """`output_dir`, as a training run takes it."""
+        return Mirror.at(self.output_dir)
+
+    @property
     def folder(self) -> Path:
-        """`output_dir`, absolute, as a training run takes it."""
-        return Path(self.output_dir).expanduser().absolute()
+        """Of this machine: `output_dir` itself, or its working copy."""
+        return self.place.folder
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,12 +10,15 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from parallelmind.config import TrainConfig
 from parallelmind.errors import UserError
+from parallelmind.mirror import Mirror
 from workloads.doctor_checks import DoctorConfig, Finding, joined_address
-from workloads.doctor_storage import exercise, mark, scratch, seen_from, seen_here
+from workloads.doctor_storage import exercise, mark, round_trip, scratch, seen_from, seen_here
+
+Place = TypeVar("Place", Path, Mirror)
 
 _REACH_S, _NODE_S = 5.0, 60.0
 _STEPS, _BRANCHES = 3, 2
@@ -82,6 +85,8 @@ def storage(config: DoctorConfig) -> Finding:
     """Whether the driver can use `output_dir`."""
     try:
         with scratch(config.folder) as place:
+            if config.place.uri is not None:
+                return _stored_at_a_uri(config, place.name)
             exercise(place, "here")
     except OSError as error:
         said = f"output_dir={config.folder}: cannot be used ({error.strerror or error})"
@@ -89,12 +94,24 @@ def storage(config: DoctorConfig) -> Finding:
     return Finding("storage", "ok", f"a folder was written, read, renamed and removed in {config.folder}")
 
 
+def _stored_at_a_uri(config: DoctorConfig, name: str) -> Finding:
+    if wrong := round_trip("here", config.place.inner(name)):
+        raise UserError(wrong)
+    return Finding("storage", "ok", f"a file was written, read and removed at {config.output_dir}")
+
+
 def nodes(config: DoctorConfig) -> Finding:
     """Whether every node of the cluster can use the same `output_dir`."""
     with scratch(config.folder) as place:
-        mark(place)
-        told = _on_every_node(seen_from, place)
-        wrong = [f"{name} {reason}" for node, (name, said) in told.items() if (reason := said or seen_here(node, place))]
+        if config.place.uri is not None:
+            told = _on_every_node(round_trip, config.place.inner(place.name))
+            wrong = [f"{name}: {said}" for name, said in told.values() if said]
+        else:
+            mark(place)
+            told = _on_every_node(seen_from, place)
+            wrong = [f"{name} {reason}" for node, (name, said) in told.items() if (reason := said or seen_here(node, place))]
+    if wrong and config.place.uri is not None:
+        return Finding("nodes", "FAIL", ", ".join(wrong), "give every node the address and the credentials of the storage")
     if wrong:
         remedy = "mount one storage at that path on all nodes, and give them this project (ray job submit --working-dir .)"
         return Finding("nodes", "FAIL", f"output_dir={config.folder}: {', '.join(wrong)}", remedy)
@@ -109,7 +126,7 @@ def _nodes() -> dict[str, str]:
     return {node["NodeID"]: f"node {node['NodeManagerAddress']} ({node['NodeID'][:6]})" for node in ray.nodes() if node["Alive"]}
 
 
-def _on_every_node(ask: Callable[[str, Path], str | None], place: Path) -> dict[str, tuple[str, str | None]]:
+def _on_every_node(ask: Callable[[str, Place], str | None], place: Place) -> dict[str, tuple[str, str | None]]:
     """By the node's id: its name, and what is wrong according to a task there."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -161,32 +178,37 @@ def end_to_end(config: DoctorConfig) -> Finding:
         return Finding("end to end", "skip", "end_to_end=false")
     started = time.monotonic()
     with scratch(config.folder) as place, redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-        texts = _train_and_decode(config, place)
+        run = config.place.inner(place.name)
+        try:
+            texts = _train_and_decode(config, run)
+        finally:
+            run.remove()
     took = f"{time.monotonic() - started:.0f} s"
     said = f"{_STEPS} steps of training, then {len(texts)} branches decoded with the adapter, in {took}"
     return Finding("end to end", "ok", said)
 
 
-def _train_and_decode(config: DoctorConfig, place: Path) -> list[str]:
+def _train_and_decode(config: DoctorConfig, place: Mirror) -> list[str]:
     import parallelmind as pm
     from parallelmind.evaluation.facts import facts_records, write_facts
     from workloads.train import ADAPTER, run_training
 
-    data = place / "train.jsonl"
-    write_facts(data, _STEPS, seed=1, branches=_BRANCHES)
+    data = place.inner("train.jsonl")
+    write_facts(data.folder, _STEPS, seed=1, branches=_BRANCHES)
+    data.push()
     run = TrainConfig(
         name="doctor",
         base_model=config.base_model,
         data_path=str(data),
         output_dir=str(place),
-        mlflow_uri=f"sqlite:///{place}/mlflow.db",
+        mlflow_uri=f"sqlite:///{place.folder}/mlflow.db",
         ray_address=config.ray_address,
         use_gpu=config.use_gpu,
         batch_size=1,
         lora_rank=4,
     )
-    folder = run_training(run)
-    model, tokenizer = pm.load_model_with_lora(base_model=config.base_model, lora_path=folder / ADAPTER)
+    trained = run_training(run).inner(ADAPTER)
+    model, tokenizer = pm.load_model_with_lora(base_model=config.base_model, lora_path=str(trained))
     (asked,) = facts_records(1, seed=2, branches=_BRANCHES)
     sample = pm.Sample(asked["main"], [branch["prompt"] for branch in asked["branches"]])
     return pm.generate(model, tokenizer, sample, max_new_tokens=4)

@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from parallelmind.errors import UserError
+from parallelmind.mirror import Mirror
+
 _MARK = "driver"
 
 
@@ -38,6 +41,22 @@ def exercise(place: Path, name: str) -> None:
     if (done / "file").read_text() != name:
         raise OSError(f"{done} does not hold what was written to it")
     shutil.rmtree(done)
+
+
+def round_trip(node: str, place: Mirror) -> str | None:
+    """Write a file to a URI, read it back and remove it; what is wrong, if anything is."""
+    file = place.inner(node)
+    file.folder.parent.mkdir(parents=True, exist_ok=True)
+    file.folder.write_text(node)
+    try:
+        file.push()
+        read = file.read()
+        file.remove()
+    except UserError as error:
+        return str(error)
+    finally:
+        file.folder.unlink()
+    return None if read == node.encode() else f"{file} does not hold what was written to it"
 
 
 def mark(place: Path) -> None:
