@@ -106,6 +106,7 @@ def test_a_run_is_gone_on_with_on_another_machine(place: Path, bucket: dict[str,
     for process in [*psutil.Process(running.pid).children(recursive=True), psutil.Process(running.pid)]:
         process.kill()
     running.communicate()
+    assert [key for key in keys(bucket, "tests/whole-") if key.endswith("step-5/state.json")]
     shutil.rmtree(place / "first" / "copies")
     told = said(start(place, bucket, "second", "train", "run.yaml", f"output_dir={RUNS}", "name=whole"))
     assert f"resuming from {RUNS}/whole-" in told
