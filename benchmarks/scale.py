@@ -1,0 +1,278 @@
+"""What a batch costs each part of the platform, for `experiments/005_scale.py`.
+
+`XQUAD=… python -m benchmarks.scale [PART …]`: all parts, or some, beside what was measured before. Costs of one process are its processor time, least of several, so that other work on the machine disturbs them little; what
+waits for others (gloo, a report to Ray Train) is least wall clock.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from datetime import date
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import workloads.ray_env  # noqa: F401  (before Ray)
+
+# isort: split
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.train
+import torch
+import torch.distributed as dist
+from ray.train.torch import TorchTrainer
+from torch.multiprocessing.spawn import spawn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from benchmarks.data import start_ray, write_records
+from benchmarks.harness import RESULTS, machine, seconds
+from benchmarks.text import texts, tokenizer
+from parallelmind.config import BaseConfig, DataConfig, LoraConfig, OptimizerConfig, RopeConfig
+from parallelmind.data.feeder import Feeder, Turns
+from parallelmind.data.files import Part, file_parts
+from parallelmind.data.grouping import Group, Seeds, groups, make_batch
+from parallelmind.data.pipeline import _dataset, feed, read_part
+from parallelmind.data.survey import survey_part
+from parallelmind.data.tables import to_rows, to_table
+from parallelmind.layout import Tokens
+from parallelmind.model.adapter import add_lora
+from parallelmind.model.base import load_base
+from parallelmind.model.patch import patch
+from parallelmind.training import checkpoint
+from parallelmind.training.checkpoint import State
+from parallelmind.training.loss import TargetLoss
+from parallelmind.training.step import backward, make_optimizer, update
+
+_TOKENS = 16384  # of a worker's batch, padding included
+_BYTES = 4 << 20
+_COSTS = RESULTS.parent / "005_scale.costs.json"
+
+
+def cpu_seconds(work: Callable[[], object], repeats: int = 5) -> float:
+    """Least processor time of a call."""
+    spent = []
+    for _ in range(repeats):
+        start = time.process_time()
+        work()
+        spent.append(time.process_time() - start)
+    return min(spent)
+
+
+def line(points: list[tuple[float, float]]) -> tuple[float, float]:
+    """What nothing costs, and what one more costs, never below zero."""
+    slope, start = np.polyfit([x for x, _ in points], [y for _, y in points], 1)
+    return max(float(start), 0.0), max(float(slope), 0.0)
+
+
+@cache
+def tables(data: DataConfig) -> list[pa.Table]:
+    return [to_table(read_part(part, tokenizer(), data)) for part in file_parts([data.data_path])]
+
+
+def batches(data: DataConfig) -> list[Group]:
+    return list(groups(to_rows(tables(data), Counter()), data, Seeds(0)))
+
+
+def reading(data: DataConfig) -> dict[str, float]:
+    """The survey, tokenising, and what a token takes on its way. A part is as much as one task reads."""
+    part = file_parts([data.data_path])[0]
+    table = to_table(read_part(part, tokenizer(), data))
+    tokens, size = table.column("ids").combine_chunks().values.__len__(), part.end - part.start
+    return {
+        "bytes_per_token": size / tokens,
+        "arrow_bytes_per_token": table.nbytes / tokens,
+        "survey_s_per_byte": cpu_seconds(lambda: survey_part(part, data, None)) / size,
+        "tokenise_s_per_token": cpu_seconds(lambda: to_table(read_part(part, tokenizer(), data))) / tokens,
+    }
+
+
+def batching(data: DataConfig) -> dict[str, Any]:
+    """Layout in the worker; how unequal batches are; how many tokens one sees, columnar."""
+    ready = batches(data)
+    some = ready[:8]
+    places = [max(len(one.ids) for one in group.samples) * len(group.samples) for group in ready]
+    lengths = np.array([len(one.ids) for group in ready for one in group.samples], float)
+    return {
+        "layout_s_per_token": cpu_seconds(lambda: [group.batch(RopeConfig(), 0) for group in some]) / sum(map(_tokens, some)),
+        "padding_share": float(1 - lengths.sum() / sum(places)),
+        "seen_per_token": float((lengths**2).sum() / 2 / lengths.sum()),
+        "places": [round(float(at) / _TOKENS, 3) for at in np.quantile(places, np.linspace(0, 1, 21))],
+        "places_at_batch_size_4": _spread(data.model_copy(update={"batch_tokens": None})),
+    }
+
+
+def _tokens(group: Group) -> int:
+    return sum(len(one.ids) for one in group.samples)
+
+
+def _spread(data: DataConfig) -> float:
+    """Standard deviation over mean of the places of batches."""
+    places = [max(len(one.ids) for one in group.samples) * len(group.samples) for group in batches(data)]
+    return float(np.std(places) / np.mean(places))
+
+
+@cache
+def _ray() -> None:
+    start_ray(cpus=2)
+
+
+class _Timed(Feeder):
+    def spent(self) -> float:
+        return time.process_time()
+
+
+def feeding(data: DataConfig) -> dict[str, float]:
+    """Processor time of the feeder's process: shuffle, group, send. A line through batches of two sizes."""
+    _ray()
+    points = []
+    for size in (_TOKENS // 8, _TOKENS):
+        config = data.model_copy(update={"batch_tokens": size})
+        read = [*tables(data)]
+        feeder: Any = ray.remote(_Timed).options(num_cpus=0.2, max_concurrency=4).remote(lambda read=read: iter(read), config, 0)
+        list(feed(feeder, Turns("", 0, 0, 1), 0, Counter()))
+        per_batch, tokens = [], 0.0
+        for epoch in (1, 2):
+            start = ray.get(feeder.spent.remote())
+            found = [_tokens(group) for group in feed(feeder, Turns("", epoch, 0, 1), 0, Counter())]
+            per_batch.append((ray.get(feeder.spent.remote()) - start) / len(found))
+            tokens = sum(found) / len(found)
+        points.append((tokens, min(per_batch)))
+        ray.kill(feeder)
+    batch, token = line(points)
+    return {"feeder_s_per_batch": batch, "feeder_s_per_token": token}
+
+
+def _nothing(table: pa.Table) -> pa.Table:
+    return table
+
+
+def task_cost(_: DataConfig) -> dict[str, float]:
+    """Processor time that a task of Ray Data takes in the process that plans it."""
+    _ray()
+    points = [(float(count), cpu_seconds(partial(_tasks, count), 1)) for count in (50, 250)]
+    return {"task_s": line(points)[1]}
+
+
+def _tasks(count: int) -> None:
+    _dataset([Part("", at, at + 1) for at in range(count)], _nothing).take_all()
+
+
+def _report_often() -> float:
+    return min(seconds(lambda: ray.train.report({"step": 0})) for _ in range(10))
+
+
+def report_cost(_: DataConfig) -> dict[str, float]:
+    """Of one `ray.train.report` by two workers, which is a barrier."""
+    _ray()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = TorchTrainer(
+            _report_often,  # type: ignore[arg-type]
+            scaling_config=ray.train.ScalingConfig(num_workers=2, resources_per_worker={"CPU": 0.5}),
+            run_config=ray.train.RunConfig(name="scale", storage_path=folder),
+        )
+        return {"report_s": trainer.fit().return_value}  # type: ignore[attr-defined]
+
+
+class _Learner:
+    """A LoRA step on a batch of one sample of so many tokens."""
+
+    def __init__(self, model: PreTrainedModel, vocabulary: int) -> None:
+        patch(model, RopeConfig())
+        self.model, self.vocabulary = add_lora(model, LoraConfig(), seed=0), vocabulary
+        self.loss = TargetLoss(self.model, "columnar").train()
+        self.optimizer = make_optimizer(self.model, OptimizerConfig())
+        self.trained = sum(one.numel() for one in self.model.parameters() if one.requires_grad)
+
+    def step(self, tokens: int) -> None:
+        ids = np.arange(tokens) % self.vocabulary
+        sample = Tokens.of([], [part.tolist() for part in np.split(ids, 4)])
+        totals = backward(self.loss, iter([make_batch([sample], RopeConfig(), 0)]), 1)
+        update(self.loss, self.optimizer, totals.targets, clip=1.0)
+
+
+def stepping(_: DataConfig) -> dict[str, float]:
+    """What Python and torch take to send a step off, by layers; and SmolLM2's step beside this core's matrix product."""
+    points = []
+    for layers in (4, 24):
+        config = LlamaConfig(
+            vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=2
+        )
+        learner = _Learner(LlamaForCausalLM(config), 64)
+        learner.step(16)
+        points.append((float(layers), cpu_seconds(lambda: learner.step(16), 10)))  # noqa: B023
+    start, layer = line(points)
+    learner = _Learner(load_base(BaseConfig())[0], 49152)
+    learner.step(256)
+    step = cpu_seconds(lambda: learner.step(256), 4)
+    square = torch.randn(2048, 2048)
+    product = cpu_seconds(lambda: square @ square)
+    saved = cpu_seconds(lambda: checkpoint.take(learner.model, learner.optimizer, State("")))
+    return {
+        "dispatch_s": start,
+        "dispatch_s_per_layer": layer,
+        "checkpoint_s_per_byte": saved / (12 * learner.trained),
+        "cpu_step_s_per_token": step / 256,
+        "cpu_flops": 2 * 2048**3 / product,
+    }
+
+
+def _reduce(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    points = []
+    for size in (1 << 10, 1 << 18, 1 << 22, 1 << 24):
+        values = torch.ones(size // 4)
+        dist.barrier()
+        points.append((float(size), min(seconds(lambda: dist.all_reduce(values)) for _ in range(8))))  # noqa: B023
+    if rank == 0:
+        found = {"gloo_latency_s": points[0][1] / 2, "gloo_bytes_per_s": 1 / line(points)[1]}
+        Path(folder, "found").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def reducing(_: DataConfig) -> dict[str, float]:
+    """A ring of two over loopback: two messages, and every byte once."""
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(_reduce, (folder,), nprocs=2)
+        found: dict[str, float] = json.loads(Path(folder, "found").read_text())
+    return found
+
+
+def main(only: list[str]) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "text.jsonl"
+        write_records(path, _BYTES, "text", texts())
+        data = DataConfig(data_path=str(path), batch_tokens=_TOKENS)
+        keep({"machine": machine(), "date": str(date.today()), "tokens": _TOKENS})
+        for name, measure in _PARTS.items():
+            if not only or name in only:
+                keep(measure(data))
+
+
+def keep(found: dict[str, Any]) -> None:
+    """Beside what was measured before."""
+    print(found, flush=True)
+    known = json.loads(_COSTS.read_text(encoding="utf-8")) if _COSTS.is_file() else {}
+    _COSTS.write_text(json.dumps(known | found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+_PARTS: dict[str, Callable[[DataConfig], dict[str, Any]]] = {
+    "reading": reading,
+    "batching": batching,
+    "reducing": reducing,
+    "stepping": stepping,
+    "feeding": feeding,
+    "tasks": task_cost,
+    "report": report_cost,
+}
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
