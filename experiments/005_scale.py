@@ -152,7 +152,7 @@ def row(name: str, workers: int, fabric: str, given: Inputs, cost: Mapping[str, 
     alone = simulate(workers, part, 0.0, places, given.sigma, given.seed)
     step = simulate(workers, part, part[source] / workers, places, given.sigma, given.seed)
     own = ("compute", "dispatch", "layout", "all-reduce", "checkpoints")
-    waits = alone - max(part["compute"], part["dispatch"]) - sum(part[item] for item in own[2:])
+    waits = max(0.0, alone - max(part["compute"], part["dispatch"]) - sum(part[item] for item in own[2:]))
     shown = {**{item: part[item] for item in own}, "stragglers": waits, **{item: part[item] for item in SOURCES}}
     limit = source if part[source] >= alone else max((*own, "stragglers"), key=lambda item: shown[item])
     tokens = cost["tokens"] * float(places.mean()) * (1 - cost["padding_share"])

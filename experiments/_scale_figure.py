@@ -9,12 +9,13 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-COLOURS = {"compute": "#4c956c", "dispatch": "#b7c9a8", "feeder": "#d1495b", "readers": "#edae49", "storage": "#8d5a97"}
+COLOURS = {"compute": "#4c956c", "dispatch": "#f2e8cf", "feeder": "#d1495b", "readers": "#edae49", "storage": "#8d5a97"}
+_NAMES = {"infiniband": "InfiniBand", "ethernet": "Ethernet"}
 
 
 def figure(rows: list[dict[str, Any]]) -> Figure:
     drawn = Figure(figsize=(13, 5.2), layout="constrained")
-    left, right = drawn.subfigures(1, 2, width_ratios=(0.42, 0.58))
+    left, right = drawn.subfigures(1, 2, width_ratios=(0.42, 0.58))  # type: ignore[misc]  # typed as if it were one
     _speeds(left.add_subplot(), [item for item in rows if item["fabric"] == "infiniband"])
     for index, fabric in enumerate(("infiniband", "ethernet")):
         _limits(right.add_subplot(2, 1, index + 1), [item for item in rows if item["fabric"] == fabric], fabric)
@@ -38,11 +39,11 @@ def _speeds(axes: Axes, rows: list[dict[str, Any]]) -> None:
         ideal = own[0]["tokens_per_s"] / own[0]["efficiency"]
         axes.plot(workers, [ideal * n for n in workers], linestyle=":", color=colour, linewidth=1)
     axes.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="tokens/s")
-    axes.set_title("Speed; dotted: computing alone", fontsize=10)
+    axes.set_title("Speed (InfiniBand); dotted: were there nothing but computing", fontsize=10)
     axes.set_xticks(workers, labels=list(map(str, workers)))
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(title="model")
+    axes.legend(title="model", frameon=False)
 
 
 def _limits(axes: Axes, rows: list[dict[str, Any]], fabric: str) -> None:
@@ -55,6 +56,6 @@ def _limits(axes: Axes, rows: list[dict[str, Any]], fabric: str) -> None:
             axes.text(x, y, f"{by[name, n]['efficiency']:.0%}", ha="center", va="center", color="black", fontsize=9)
     axes.set_xticks(range(len(workers)), labels=list(map(str, workers)))
     axes.set_yticks(range(len(models)), labels=list(models))
-    axes.set_title(f"What limits, and the share of a step that is computing: {fabric}", fontsize=10)
+    axes.set_title(f"What limits, and the share of a step that is computing: {_NAMES[fabric]} between nodes", fontsize=10)
     axes.set_xlabel("GPUs" if fabric == "ethernet" else "")
     axes.tick_params(length=0)

@@ -1,0 +1,108 @@
+"""What a step costs beside its arithmetic, and adding gradients up between two processes: parts of `benchmarks.scale`."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from benchmarks.harness import seconds
+from parallelmind.config import BaseConfig, LoraConfig, OptimizerConfig, RopeConfig
+from parallelmind.data.grouping import make_batch
+from parallelmind.layout import Tokens
+from parallelmind.model.adapter import add_lora
+from parallelmind.model.base import load_base
+from parallelmind.model.patch import patch
+from parallelmind.training import checkpoint
+from parallelmind.training.checkpoint import State
+from parallelmind.training.loss import TargetLoss
+from parallelmind.training.step import backward, make_optimizer, update
+
+
+def cpu_seconds(work: Callable[[], object], repeats: int = 5) -> float:
+    """Least processor time of a call."""
+    spent = []
+    for _ in range(repeats):
+        start = time.process_time()
+        work()
+        spent.append(time.process_time() - start)
+    return min(spent)
+
+
+def line(points: list[tuple[float, float]]) -> tuple[float, float]:
+    """What nothing costs, and what one more costs, never below zero."""
+    slope, start = np.polyfit([x for x, _ in points], [y for _, y in points], 1)
+    return max(float(start), 0.0), max(float(slope), 0.0)
+
+
+class _Learner:
+    """A LoRA step on a batch of one sample of so many tokens."""
+
+    def __init__(self, model: PreTrainedModel, vocabulary: int) -> None:
+        patch(model, RopeConfig())
+        self.model, self.vocabulary = add_lora(model, LoraConfig(), seed=0), vocabulary
+        self.loss = TargetLoss(self.model, "columnar").train()
+        self.optimizer = make_optimizer(self.model, OptimizerConfig())
+        self.trained = sum(one.numel() for one in self.model.parameters() if one.requires_grad)
+
+    def step(self, tokens: int) -> None:
+        ids = np.arange(tokens) % self.vocabulary
+        sample = Tokens.of([], [part.tolist() for part in np.split(ids, 4)])
+        totals = backward(self.loss, iter([make_batch([sample], RopeConfig(), 0)]), 1)
+        update(self.loss, self.optimizer, totals.targets, clip=1.0)
+
+
+def stepping() -> dict[str, float]:
+    """What Python and torch take to send a step off, by layers; and SmolLM2's step beside this core's matrix product."""
+    points = []
+    for layers in (4, 24):
+        config = LlamaConfig(
+            vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=2
+        )
+        learner = _Learner(LlamaForCausalLM(config), 64)
+        learner.step(16)
+        points.append((float(layers), cpu_seconds(partial(learner.step, 16), 10)))
+    start, layer = line(points)
+    learner = _Learner(load_base(BaseConfig())[0], 49152)
+    learner.step(256)
+    step = cpu_seconds(lambda: learner.step(256), 4)
+    square = torch.randn(2048, 2048)
+    product = cpu_seconds(lambda: square @ square)
+    saved = cpu_seconds(lambda: checkpoint.take(learner.model, learner.optimizer, State("")))
+    return {
+        "dispatch_s": start,
+        "dispatch_s_per_layer": layer,
+        "checkpoint_s_per_byte": saved / (12 * learner.trained),
+        "cpu_step_s_per_token": step / 256,
+        "cpu_flops": 2 * 2048**3 / product,
+    }
+
+
+def _reduce(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    points = []
+    for size in (1 << 10, 1 << 18, 1 << 22, 1 << 24):
+        values = torch.ones(size // 4)
+        dist.barrier()
+        points.append((float(size), min(seconds(partial(dist.all_reduce, values)) for _ in range(8))))
+    if rank == 0:
+        found = {"gloo_latency_s": points[0][1] / 2, "gloo_bytes_per_s": 1 / line(points)[1]}
+        Path(folder, "found").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def reducing() -> dict[str, float]:
+    """A ring of two over loopback: two messages, and every byte once."""
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(_reduce, (folder,), nprocs=2)
+        found: dict[str, float] = json.loads(Path(folder, "found").read_text())
+    return found
