@@ -1,7 +1,7 @@
 """What saturates first between 1 and 256 GPUs?
 
     XQUAD=path/to/xquad.en.json python -m benchmarks.scale        what a batch costs each part, measured here
-    python -m experiments.005_scale [key=value …]                 the table, results/005_scale.csv and .png
+    python -m experiments.005_scale [key=value …]                 the table; as it stands also results/005_scale.csv and .png
 
 A step, as the platform takes it: every worker lays its batch out, computes, and adds its gradients up with all others; nothing
 of it overlaps. Meanwhile one feeder makes the batches of all workers, a few ahead. Steps are simulated, with batches of
@@ -180,6 +180,14 @@ def survey_hours(nodes: int, given: Inputs, cost: Mapping[str, Any]) -> dict[str
     }
 
 
+def record(rows: list[dict[str, Any]]) -> None:
+    with (RESULTS / "005_scale.csv").open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+    figure(rows).savefig(RESULTS / "005_scale.png", dpi=120)
+
+
 def main(argv: list[str]) -> None:
     if wants_help(argv):
         print_help(__doc__ or "", Inputs)
@@ -187,11 +195,8 @@ def main(argv: list[str]) -> None:
     given = parse(Inputs, argv)
     cost = json.loads((RESULTS / "005_scale.costs.json").read_text(encoding="utf-8"))
     rows = [row(name, n, fabric, given, cost) for fabric in ("infiniband", "ethernet") for name in SHAPES for n in WORKERS]
-    with (RESULTS / "005_scale.csv").open("w", encoding="utf-8", newline="") as file:
-        table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
-    figure(rows).savefig(RESULTS / "005_scale.png", dpi=120)
+    if not argv:
+        record(rows)
     for item in rows:
         print("| " + " | ".join(str(value) for value in list(item.values())[:9]) + " |")
     for nodes in (1, 8, 32):
