@@ -49,7 +49,7 @@ class Inputs(Part):
     hop: float = Field(5e-6, ge=0, description="seconds of one message between neighbours in the ring; Ethernet: ten times that")
     storage: float = Field(10e9, gt=0, description="bytes/s of the store that all nodes read")
     feeder_link: float = Field(12.5e9, gt=0, description="bytes/s out of the feeder's node, and as many into it")
-    part_bytes: int = Field(1 << 20, ge=1, description="bytes that one task reads; 1 MiB is what the platform does")
+    part_bytes: int = Field(1 << 26, ge=1, description="bytes that one task reads; the platform's from 1 TiB of text on")
     corpus: float = Field(10e12, gt=0, description="bytes of text")
     seed: int = Field(0, ge=0, description="of the simulation")
 

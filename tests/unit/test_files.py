@@ -51,10 +51,20 @@ def test_urls_of_any_filesystem() -> None:
 
 
 def test_parts_cover_the_files_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files_module, "_PART_BYTES", 1000)
+    monkeypatch.setattr(files_module, "_PART_BYTES", (1000, 1000))
     for name, size in {"one.jsonl": 2500, "two.jsonl": 30, "empty.jsonl": 0, "whole.jsonl.gz": 5000}.items():
         (tmp_path / name).write_bytes(b"x" * size)
     paths = [str(tmp_path / name) for name in ("one.jsonl", "empty.jsonl", "two.jsonl", "whole.jsonl.gz")]
     parts = [(Path(part.file).name, part.start, part.end) for part in file_parts(paths)]
     one = [("one.jsonl", 0, 1000), ("one.jsonl", 1000, 2000), ("one.jsonl", 2000, 2500)]
     assert parts == [*one, ("two.jsonl", 0, 30), ("whole.jsonl.gz", 0, 5000)]
+
+
+@pytest.mark.parametrize(("size", "lengths"), [(900, [900]), (3000, [1000] * 3), (6000, [1500] * 4), (9000, [2000] * 4 + [1000])])
+def test_large_data_is_cut_into_larger_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, lengths: list[int]
+) -> None:
+    monkeypatch.setattr(files_module, "_PART_BYTES", (1000, 2000))
+    monkeypatch.setattr(files_module, "_PARTS", 4)
+    (tmp_path / "a.jsonl").write_bytes(b"x" * size)
+    assert [part.end - part.start for part in file_parts([str(tmp_path / "a.jsonl")])] == lengths

@@ -74,14 +74,14 @@ def test_a_row_names_what_takes_longest() -> None:
     one, many = (scale.row("0.5B", n, "infiniband", given, COST) for n in (1, 256))
     assert (one["limit"], many["limit"]) == ("compute", "feeder")
     assert many["tokens_per_s"] < 256 * one["tokens_per_s"]
-    batch = COST["feeder_s_per_batch"] / 16384 + COST["feeder_s_per_token"] + 4 / 2**20 * COST["task_s"]  # type: ignore[operator]
+    batch = COST["feeder_s_per_batch"] / 16384 + COST["feeder_s_per_token"] + 4 / 2**26 * COST["task_s"]  # type: ignore[operator]
     assert many["tokens_per_s"] == pytest.approx(1 / batch, rel=1e-3)
     assert scale.row("7B", 256, "ethernet", given, COST)["all-reduce_ms"] > 50
 
 
 def test_the_survey_is_bound_by_tasks_once_there_are_cores() -> None:
     hours = scale.survey_hours(32, scale.Inputs(), COST)
-    assert hours["tasks"] == pytest.approx(10e12 / 2**20 * 0.003 / 3600)
+    assert hours["tasks"] == pytest.approx(10e12 / 2**26 * 0.003 / 3600)
     assert hours["tasks"] > hours["cores"]
 
 

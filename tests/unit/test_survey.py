@@ -57,7 +57,7 @@ def survey_of(*files, **settings) -> Survey:
 
 @pytest.mark.parametrize("part_bytes", [50, 1000, 10**9])
 def test_one_bad_line_costs_no_neighbour(tmp_path, monkeypatch, part_bytes):
-    monkeypatch.setattr(files_module, "_PART_BYTES", part_bytes)
+    monkeypatch.setattr(files_module, "_PART_BYTES", (part_bytes, part_bytes))
     lines, expected = [], []
     for number, (bad, why) in enumerate(BAD.items()):
         good = GOOD[number % len(GOOD)]

@@ -14,7 +14,8 @@ from parallelmind.errors import UserError, first_line
 from parallelmind.mirror import filesystem
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-_PART_BYTES = 1 << 20
+_PART_BYTES = 1 << 20, 1 << 26  # least and most, of plain JSONL
+_PARTS = 1 << 14  # planning a part takes milliseconds in one process, so a large corpus is cut into so many at most, if it can
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +65,21 @@ def open_file(file: str) -> BinaryIO:
 
 def file_parts(files: Sequence[str]) -> list[Part]:
     """Parts that cover the files, in order; the same for the same files."""
-    return [part for file in files for part in _parts(file)]
+    sizes = {file: _size(file) for file in files}
+    least, most = _PART_BYTES
+    length = min(most, max(least, sum(sizes.values()) // _PARTS))
+    return [part for file in files for part in _parts(file, sizes[file], length)]
 
 
-def _parts(file: str) -> list[Part]:
+def _size(file: str) -> int:
+    system, inner = filesystem(file)
+    return int(system.size(inner))
+
+
+def _parts(file: str, size: int, length: int) -> list[Part]:
     if file.endswith(".parquet"):
         with open_file(file) as stream:
             return [Part(file, group, group + 1) for group in range(pq.ParquetFile(stream).num_row_groups)]
-    system, inner = filesystem(file)
-    size = int(system.size(inner))
     if file.endswith((".gz", ".zst")):  # can be read from the beginning only
         return [Part(file, 0, size)] if size else []
-    return [Part(file, at, min(at + _PART_BYTES, size)) for at in range(0, size, _PART_BYTES)]
+    return [Part(file, at, min(at + length, size)) for at in range(0, size, length)]
