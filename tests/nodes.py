@@ -133,13 +133,17 @@ def cluster(cpus: int, place: Place = HERE, serves: bool = False) -> Iterator[No
 
 @contextmanager
 def network(*names: str) -> Iterator[list[Place]]:
-    """Places with addresses of their own that see each other; `cut` parts one of them from the rest. Needs root."""
+    """Places with addresses of their own that see each other, and are seen from here. Needs root."""
     hub, tag = f"pm{os.getpid()}", f"pm{os.getpid() % 10000}"
     places = [Place(f"10.77.0.{number}", f"{hub}-{name}") for number, name in enumerate(names, start=1)]
     try:
         _ip("netns", "add", hub)
         _ip("-n", hub, "link", "add", "bridge", "type", "bridge")
         _ip("-n", hub, "link", "set", "bridge", "up")
+        _ip("link", "add", tag, "type", "veth", "peer", "name", "here", "netns", hub)
+        _ip("-n", hub, "link", "set", "here", "master", "bridge", "up")
+        _ip("addr", "add", "10.77.0.254/24", "dev", tag)
+        _ip("link", "set", tag, "up")
         for number, place in enumerate(places, start=1):
             space, outer = str(place.namespace), f"{tag}o{number}"
             _ip("netns", "add", space)

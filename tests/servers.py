@@ -43,10 +43,11 @@ class Server:
     process: subprocess.Popen[bytes]
     port: int
     log: Path
+    host: str = "127.0.0.1"
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     def family(self, name: str = "") -> list[psutil.Process]:
         """Its processes, children of children too, whose command names this."""
@@ -64,7 +65,7 @@ class Server:
 
     def connect(self, method: str, path: str, body: Any = None, **headers: str) -> http.client.HTTPConnection:
         """A connection on which the request has been sent."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=_WAIT_S)
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=_WAIT_S)
         content = json.dumps(body) if isinstance(body, (dict, list)) else body
         connection.request(method, path, content, {"content-type": "application/json", "connection": "close", **headers})
         return connection
