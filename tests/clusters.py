@@ -10,7 +10,7 @@ import tempfile
 import time
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from servers import ROOT, Server
 
 from serving.ports import free_port
 
-_STARTUP_S, _WAIT_S = 60, 120
+_STARTUP_S, _WAIT_S = 180, 120
 # Serve's settings that `ray start` needs in its environment, by whoever has the project.
 _SETTLED = "import os, sys, serving.ray_env; os.execv(sys.argv[1], sys.argv[1:])"
 
@@ -40,33 +40,36 @@ def bare_python(folder: Path) -> Path:
     return python
 
 
-def environment(python: Path) -> dict[str, str]:
+def environment(python: Path, **settings: str) -> dict[str, str]:
     """`python` of a job resolves through the PATH of the shell that started the cluster."""
     ours = {"RAY_AUTH_MODE": "disabled", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "OMP_NUM_THREADS": "1"}
     kept = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "PYTHONPATH")}
-    return {**kept, **ours, "PATH": f"{python.parent}:{os.environ['PATH']}"}
+    return {**kept, **ours, "PATH": f"{python.parent}:{os.environ['PATH']}", **settings}
 
 
 @contextmanager
-def cluster(python: Path, cpus: int = 2, serves: bool = False) -> Iterator[Server]:
+def cluster(
+    python: Path, cpus: int = 2, serves: bool = False, gcs_port: int | None = None, options: Sequence[str] = (), **settings: str
+) -> Iterator[Server]:
     """A cluster until the end of the block, as a server of its dashboard; only its own processes are ended afterwards.
 
-    serves: with the settings of serving/ray_env.py.
+    serves: with the settings of serving/ray_env.py. gcs_port: where nodes join; none: a free one. options: more of `ray start`.
+    settings: more of its environment.
     """
     port = free_port()
     line: list[str | Path] = [
         *((sys.executable, "-c", _SETTLED) if serves else ()),
         *(python, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--num-cpus={cpus}", "--node-ip-address=127.0.0.1"),
-        *(f"--port={free_port()}", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}", "--disable-usage-stats"),
+        *(f"--port={gcs_port or free_port()}", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}", "--disable-usage-stats"),
         *(f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}"),
-        *(f"--object-store-memory={2**28}", "--include-dashboard=true"),
+        *(f"--object-store-memory={2**28}", "--include-dashboard=true", *options),
     ]
     with tempfile.TemporaryDirectory(prefix="pm-ray-") as folder:  # a short path: Ray has sockets in it
         log = Path(folder) / "log"
         place = ROOT if serves else python.parent
         with open(log, "wb") as output:
             line.append(f"--temp-dir={folder}")
-            process = subprocess.Popen(line, cwd=place, env=environment(python), stdout=output, stderr=output)
+            process = subprocess.Popen(line, cwd=place, env=environment(python, **settings), stdout=output, stderr=output)
         server = Server(process, port, log)
         try:
             _wait_for(server)
@@ -75,10 +78,12 @@ def cluster(python: Path, cpus: int = 2, serves: bool = False) -> Iterator[Serve
             _end(server)
 
 
-def command(python: Path, module: str, *arguments: str | Path, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
-    """One of Ray's command lines, from the project's root, to its end."""
+def command(
+    python: Path, module: str, *arguments: str | Path, timeout_s: float = 240, **settings: str
+) -> subprocess.CompletedProcess[str]:
+    """One of Ray's command lines, from the project's root, to its end. settings: more of its environment."""
     line = [python, "-m", module, *arguments]
-    return subprocess.run(line, cwd=ROOT, env=environment(python), capture_output=True, text=True, timeout=timeout_s)
+    return subprocess.run(line, cwd=ROOT, env=environment(python, **settings), capture_output=True, text=True, timeout=timeout_s)
 
 
 class Application:
@@ -143,7 +148,7 @@ def _wait_for(server: Server) -> None:
     deadline = time.monotonic() + _STARTUP_S
     while time.monotonic() < deadline:
         try:
-            with urllib.request.urlopen(f"{server.url}/api/version", timeout=2):
+            with urllib.request.urlopen(f"{server.url}/api/authentication_mode", timeout=2):
                 return
         except OSError:
             time.sleep(0.5)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from tiny import tiny_llama, tiny_tokenizer
 from serving.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
+LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 _STARTUP_S = 180
 _WAIT_S = 120
 
@@ -93,6 +94,15 @@ def _command(process: psutil.Process) -> str:
         return " ".join(process.cmdline())
     except psutil.Error:  # it has gone meanwhile
         return ""
+
+
+def listening(process: psutil.Process) -> set[str]:
+    """The addresses that it and its children, children of theirs too, accept connections at."""
+    found = set()
+    for each in [process, *process.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):  # it has gone meanwhile
+            found |= {one.laddr.ip for one in each.net_connections("inet") if one.status == psutil.CONN_LISTEN}
+    return found
 
 
 def answer(response: http.client.HTTPResponse) -> tuple[int, Any]:

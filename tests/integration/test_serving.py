@@ -10,7 +10,7 @@ from typing import Any
 import openai
 import psutil
 import pytest
-from servers import Server, save_talker, serving
+from servers import LOOPBACK, Server, listening, save_talker, serving
 
 import parallelmind as pm
 
@@ -196,11 +196,6 @@ def test_meters_and_health_are_open_to_see(server: Server) -> None:
 
 
 def test_nothing_listens_beyond_this_machine(server: Server) -> None:
-    addresses = {
-        connection.laddr.ip
-        for process in [psutil.Process(server.process.pid), *server.family()]
-        for connection in process.net_connections("inet")
-        if connection.status == psutil.CONN_LISTEN
-    }
-    assert addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    addresses = listening(psutil.Process(server.process.pid))
     assert addresses
+    assert addresses <= LOOPBACK

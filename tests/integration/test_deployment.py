@@ -1,0 +1,95 @@
+"""Clusters as the deployment files make them, on this machine: they grow, ask for the token, and listen on loopback only."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+import sys
+from pathlib import Path
+
+import autoscaling
+import clusters
+import psutil
+import pytest
+from servers import LOOPBACK, ROOT, Server, listening
+
+PYTHON = Path(sys.executable)
+TASKS = """
+import os, ray
+ray.init(log_to_driver=False)
+where = lambda: os.environ["RAY_NODE_TYPE_NAME"]
+print("task on", ray.get(ray.remote(num_cpus=1)(where).remote()))
+print("trainer on", ray.get(ray.remote(num_gpus=1)(where).remote()))
+"""
+LOCAL = """
+import sys, urllib.error, urllib.request
+from workloads.cluster import connect
+connect(None)
+import ray
+print(ray.get(ray.remote(lambda: "works").remote()))
+request = urllib.request.Request(f"http://{ray._private.worker.get_dashboard_url()}/api/jobs/", b"{}", method="POST")
+try:
+    urllib.request.urlopen(request)
+except urllib.error.HTTPError as error:
+    print("a job without the token:", error.code)
+sys.stdout.flush()
+sys.stdin.read()
+"""
+
+
+@pytest.mark.slow
+def test_tasks_bring_workers_of_their_type_which_go_when_idle(tmp_path: Path) -> None:
+    script = tmp_path / "tasks.py"
+    script.write_text(TASKS, encoding="utf-8")
+    with autoscaling.autoscaled(PYTHON, tmp_path, idle_s=3) as dashboard:
+        job = {"entrypoint": f"python {script}", "submission_id": "tasks"}
+        clusters.wait_until(lambda: dashboard.request("POST", "/api/jobs/", job).status == 200)
+        clusters.wait_until(lambda: autoscaling.workers(dashboard) > 0)
+        clusters.wait_until(lambda: dashboard.get("/api/jobs/tasks")[1]["status"] in ("SUCCEEDED", "FAILED"))
+        said = dashboard.get("/api/jobs/tasks/logs")[1]["logs"]
+        assert "task on data_worker" in said
+        assert "trainer on gpu_worker" in said
+        clusters.wait_until(lambda: autoscaling.workers(dashboard) == 0)
+        assert listening(psutil.Process(dashboard.process.pid)) <= LOOPBACK
+
+
+def asked(dashboard: Server, method: str, **headers: str) -> int:
+    """The status that the jobs API answers with."""
+    with dashboard.request(method, "/api/jobs/", {"entrypoint": "true"}, **headers) as response:
+        return response.status
+
+
+@pytest.mark.slow
+def test_without_the_token_no_job_is_taken() -> None:
+    token = secrets.token_hex(32)
+    settings = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    with clusters.cluster(PYTHON, SHARED="/shared", **settings) as dashboard:
+        for headers, status in (({}, 401), ({"authorization": "Bearer guess"}, 403)):
+            assert asked(dashboard, "POST", **headers) == asked(dashboard, "GET", **headers) == status
+        known = {"authorization": f"Bearer {token}"}
+        clusters.wait_until(lambda: asked(dashboard, "POST", **known) == 200)  # once the node's agent is up, too
+        assert asked(dashboard, "GET", **known) == 200
+        line = ["job", "submit", "--address", dashboard.url, "--", "sh", "-c", "echo runs are in $SHARED/runs"]
+        refused = clusters.command(PYTHON, "ray.scripts.scripts", *line)
+        assert refused.returncode != 0
+        done = clusters.command(PYTHON, "ray.scripts.scripts", *line, **settings)
+        assert done.returncode == 0, done.stderr
+        assert "runs are in /shared/runs" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_cluster_of_our_own_listens_on_loopback_and_asks_for_the_token(tmp_path: Path) -> None:
+    paths = os.pathsep.join([str(ROOT / "platform"), str(ROOT)])
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    env = {**kept, "PYTHONPATH": paths, "HOME": str(tmp_path)}  # where Ray writes a token if there is none
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([PYTHON, "-c", LOCAL], cwd=tmp_path, env=env, text=True, **pipes) as driver:
+        assert driver.stdout is not None
+        said = [driver.stdout.readline().strip() for _ in range(2)]
+        addresses = listening(psutil.Process(driver.pid))
+        driver.communicate("")
+    assert said == ["works", "a job without the token: 401"]
+    assert addresses
+    assert addresses <= LOOPBACK
+    assert (tmp_path / ".ray" / "auth_token").read_text()
