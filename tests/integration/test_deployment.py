@@ -12,7 +12,7 @@ import autoscaling
 import clusters
 import psutil
 import pytest
-from servers import LOOPBACK, ROOT, Server, listening
+from servers import LOOPBACK, ROOT, Server, answer, listening
 
 PYTHON = Path(sys.executable)
 TASKS = """
@@ -70,12 +70,12 @@ def test_without_the_token_no_job_is_taken() -> None:
         known = {"authorization": f"Bearer {token}"}
         clusters.wait_until(lambda: asked(dashboard, "POST", **known) == 200)  # once the node's agent is up, too
         assert asked(dashboard, "GET", **known) == 200
-        line = ["job", "submit", "--address", dashboard.url, "--", "sh", "-c", "echo runs are in $SHARED/runs"]
-        refused = clusters.command(PYTHON, "ray.scripts.scripts", *line)
-        assert refused.returncode != 0
-        done = clusters.command(PYTHON, "ray.scripts.scripts", *line, **settings)
-        assert done.returncode == 0, done.stderr
-        assert "runs are in /shared/runs" in done.stdout
+        line = ["job", "submit", "--address", dashboard.url, "--no-wait", "--submission-id", "a"]
+        line += ["--", "sh", "-c", "echo runs are in $SHARED/runs"]
+        assert clusters.command(PYTHON, "ray.scripts.scripts", *line).returncode != 0
+        assert clusters.command(PYTHON, "ray.scripts.scripts", *line, **settings).returncode == 0
+        logs = "/api/jobs/a/logs"
+        clusters.wait_until(lambda: "runs are in /shared/runs" in answer(dashboard.request("GET", logs, **known))[1]["logs"])
 
 
 @pytest.mark.slow
