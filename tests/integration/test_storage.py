@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import boto3
+import postgres
 import psutil
 import pytest
 import s3
@@ -181,9 +182,24 @@ def _wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
     raise TimeoutError(url)
 
 
-def test_artifacts_and_models_go_through_an_mlflow_server(place: Path, bucket: dict[str, str], tmp_path: Path) -> None:
-    with mlflow_server(place, bucket, f"sqlite:///{tmp_path}/server.db") as url:
-        settings = [f"train.mlflow_uri={url}", "name=served", "register_as=tiny"]
+@contextmanager
+def store(kind: str, folder: Path) -> Iterator[str]:
+    """Where an MLflow server keeps its records."""
+    if kind == "sqlite":
+        yield f"sqlite:///{folder}/server.db"
+    elif postgres.programs() is None:
+        pytest.skip("no PostgreSQL here (apt-get install postgresql)")
+    else:
+        with postgres.server() as uri:
+            yield uri
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_artifacts_and_models_go_through_an_mlflow_server(
+    place: Path, bucket: dict[str, str], tmp_path: Path, kind: str
+) -> None:
+    with store(kind, tmp_path) as records, mlflow_server(place, bucket, records) as url:
+        settings = [f"train.mlflow_uri={url}", f"name={kind}", "register_as=tiny"]
         told = said(start(place, bucket, "first", "sweep", "sweep.yaml", *settings))
         assert "model    models:/tiny@champion, version 1" in told
         found = registered(url, "models:/tiny@champion")
