@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,11 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+import pytest
 from servers import ROOT
 
 from serving.ports import free_port
 
 _WAIT_S = 120
+NEEDED = pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="namespaces need root and iproute2")
 _QUIET = {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 # Serve's settings that `ray start` needs in its environment.
 _SETTLED = "import os, sys, serving.ray_env; os.execv(sys.argv[1], sys.argv[1:])"
@@ -25,23 +28,18 @@ _SETTLED = "import os, sys, serving.ray_env; os.execv(sys.argv[1], sys.argv[1:])
 
 @dataclass(frozen=True)
 class Place:
-    """Where a node lives: its address, and the network namespace that it is in, if any."""
+    """Where a node lives: the network namespace that it is in, and its address there."""
 
-    ip: str = "127.0.0.1"
-    namespace: str | None = None
+    ip: str
+    namespace: str
 
     def command(self, *line: str | Path) -> list[str]:
-        inside = ["ip", "netns", "exec", self.namespace] if self.namespace else []
-        return [*inside, *map(str, line)]
+        return ["ip", "netns", "exec", self.namespace, *map(str, line)]
 
     def environment(self) -> dict[str, str]:
         paths = os.pathsep.join([str(ROOT / "platform"), str(ROOT)])
-        loopback = {} if self.namespace else {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
         kept = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-        return {**kept, **_QUIET, **loopback, "PYTHONPATH": paths}
-
-
-HERE = Place()
+        return {**kept, **_QUIET, "PYTHONPATH": paths}
 
 
 @dataclass
@@ -88,8 +86,8 @@ class Nodes:
         own = ["--include-dashboard=true", f"--ray-client-server-port={free_port()}", f"--temp-dir={self.folder}"]
         return self._start(self.place, cpus, "--head", *ports, *own)
 
-    def add(self, cpus: int, place: Place | None = None) -> Node:
-        return self._start(place or self.place, cpus, f"--address={self.address}")
+    def add(self, cpus: int, place: Place) -> Node:
+        return self._start(place, cpus, f"--address={self.address}")
 
     def _start(self, place: Place, cpus: int, *options: str) -> Node:
         line: list[str | Path] = [
@@ -118,7 +116,7 @@ class Nodes:
 
 
 @contextmanager
-def cluster(cpus: int, place: Place = HERE, serves: bool = False) -> Iterator[Nodes]:
+def cluster(cpus: int, place: Place, serves: bool = False) -> Iterator[Nodes]:
     """A cluster of a head until the end of the block. serves: with the settings of serving/ray_env.py."""
     with tempfile.TemporaryDirectory(prefix="pm-") as folder:  # short: socket paths may have 107 characters
         nodes = Nodes(Path(folder), place, serves)
@@ -145,7 +143,7 @@ def network(*names: str) -> Iterator[list[Place]]:
         _ip("addr", "add", "10.77.0.254/24", "dev", tag)
         _ip("link", "set", tag, "up")
         for number, place in enumerate(places, start=1):
-            space, outer = str(place.namespace), f"{tag}o{number}"
+            space, outer = place.namespace, f"{tag}o{number}"
             _ip("netns", "add", space)
             _ip("-n", hub, "link", "add", outer, "type", "veth", "peer", "name", "eth0", "netns", space)
             _ip("-n", hub, "link", "set", outer, "master", "bridge", "up")
@@ -154,18 +152,18 @@ def network(*names: str) -> Iterator[list[Place]]:
             _ip("-n", space, "link", "set", "eth0", "up")
         yield places
     finally:
-        for space in [hub, *(str(place.namespace) for place in places)]:
+        for space in [hub, *(place.namespace for place in places)]:
             subprocess.run(["ip", "netns", "delete", space], check=False, capture_output=True)
 
 
 @contextmanager
 def cut(place: Place) -> Iterator[None]:
     """Nothing comes to this place or leaves it until the end of the block."""
-    _ip("-n", str(place.namespace), "link", "set", "eth0", "down")
+    _ip("-n", place.namespace, "link", "set", "eth0", "down")
     try:
         yield
     finally:
-        _ip("-n", str(place.namespace), "link", "set", "eth0", "up")
+        _ip("-n", place.namespace, "link", "set", "eth0", "up")
 
 
 def _ip(*line: str) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 import time
@@ -18,7 +16,7 @@ from tiny import save_tiny
 
 from parallelmind.storage import sha256
 
-pytestmark = pytest.mark.chaos
+pytestmark = [pytest.mark.chaos, nodes.NEEDED]
 EVERY, CUT_S = 10, 30
 SETTINGS = {
     "base_model": "tiny",
@@ -86,21 +84,20 @@ def running() -> Iterator[list[subprocess.Popen[bytes]]]:
 
 
 def test_a_killed_node_and_one_that_joins(place: Path, running: list[subprocess.Popen[bytes]]) -> None:
-    with nodes.cluster(cpus=0) as cluster:
-        first, _ = cluster.add(cpus=1), cluster.add(cpus=1)
+    with nodes.network("head", "a", "b") as (head, a, b), nodes.cluster(cpus=0, place=head) as cluster:
+        first, _ = cluster.add(cpus=1, place=a), cluster.add(cpus=1, place=b)
         cluster.wait_for(3)
         running.append(start(place, cluster, "whole"))
         ended(running[-1], place, "whole")
         running.append(start(place, cluster, "killed"))
         wait_for(running[-1], place, "killed", lambda: steps(place, "killed") >= 2 * EVERY)
         first.kill()
-        cluster.add(cpus=1)
+        cluster.add(cpus=1, place=a)
         ended(running[-1], place, "killed")
     assert "lost a worker" in said(place, "killed")
     assert weights(place, "killed") == weights(place, "whole")
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="network namespaces need root and iproute2")
 def test_a_network_that_is_cut_for_half_a_minute(place: Path, running: list[subprocess.Popen[bytes]]) -> None:
     with nodes.network("a", "b") as (here, there), nodes.cluster(cpus=1, place=here) as cluster:
         far = cluster.add(cpus=1, place=there)

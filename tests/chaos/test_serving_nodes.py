@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -22,7 +20,7 @@ from servers import ROOT, Server, save_talker
 
 from serving.ports import free_port
 
-pytestmark = pytest.mark.chaos
+pytestmark = [pytest.mark.chaos, nodes.NEEDED]
 CUT_S, CLIENTS = 30, 4
 BODY: dict[str, Any] = {
     "model": "talker",
@@ -113,9 +111,8 @@ def without_front(cluster: Nodes) -> Node:
 
 
 def test_a_lost_node_is_not_noticed(base: str, tmp_path: Path) -> None:
-    with nodes.cluster(cpus=1, serves=True) as cluster:
-        cluster.add(cpus=3)
-        cluster.add(cpus=3)
+    with nodes.network("head", "a", "b") as (head, a, b), nodes.cluster(cpus=1, place=head, serves=True) as cluster:
+        places = {id(cluster.add(cpus=3, place=place)): place for place in (a, b)}
         cluster.wait_for(3)
         server = deploy(cluster, base, tmp_path)
         with load(server) as answered:
@@ -124,13 +121,12 @@ def test_a_lost_node_is_not_noticed(base: str, tmp_path: Path) -> None:
             before = answered[0]
             wait_for(lambda: answered[0] > before + 3 * CLIENTS)
             cluster.nodes.remove(lost)
-            joined = cluster.add(cpus=3)
+            joined = cluster.add(cpus=3, place=places[id(lost)])
             wait_for(lambda: joined.family("EngineReplica"))
             before = answered[0]
             wait_for(lambda: answered[0] > before + 3 * CLIENTS)
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="network namespaces need root and iproute2")
 def test_a_network_that_is_cut_for_half_a_minute(base: str, tmp_path: Path) -> None:
     with nodes.network("a", "b") as (here, there), nodes.cluster(cpus=3, place=here, serves=True) as cluster:
         cluster.add(cpus=2, place=there)
