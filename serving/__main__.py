@@ -21,21 +21,12 @@ import serving.ray_env  # noqa: F401  (before Ray)
 
 # isort: split
 import ray
-from pydantic import Field
 from ray import serve
 
 from parallelmind import cli
 from parallelmind.errors import UserError
 from serving.app import build
-from serving.settings import AppConfig
-
-HOST = "127.0.0.1"
-
-
-class ServerConfig(AppConfig):
-    """An application and where it listens."""
-
-    port: int = Field(8000, ge=1, le=65535, description=f"port on {HOST}")
+from serving.settings import HOST, AppConfig, ServerConfig
 
 
 def main(argv: list[str]) -> None:

@@ -15,6 +15,7 @@ import parallelmind as pm
 from parallelmind.config import BaseConfig, Dtype, Part, Visibility, resolve
 
 _ADAPTER = "adapter"  # what a run calls the folder of its adapter
+HOST = "127.0.0.1"
 BASE, REGISTRY, MANIFEST = "base", "models:/", "parallelmind.json"
 _FOLDER = re.compile(r"\w[\w.-]{0,99}")  # one name: no way out of the root
 
@@ -39,17 +40,17 @@ class Limits(Part):
 class AppConfig(Limits):
     """One base model, the adapters on it, and how it is served."""
 
-    lora_path: str | None = Field(None, min_length=1, description="adapter folder; none: the base model alone")
-    base_model: str | None = Field(None, min_length=1, description="smollm2-135m, a folder, or a hub id; none: the adapter's")
-    served_name: str | None = Field(None, min_length=1, description="model name in requests; none: the run's or the base model's")
-    dtype: Dtype = Field("float32", description="compute type of the base weights")
-    rope_2d_ratio: float | None = Field(None, ge=0, le=1, description="share of rotary pairs driven by (branch, time)")
-    visibility: Visibility | None = Field(None, description="what branches see of each other; none: as trained")
+    lora_path: str | None = Field(None, min_length=1, description="adapter folder; null: the base model alone")
+    base_model: str | None = Field(None, min_length=1, description="smollm2-135m, a folder, or a hub id; null: the adapter's")
+    served_name: str | None = Field(None, min_length=1, description="model name in requests; null: the run's or the base model's")
+    dtype: Dtype = Field("float32", description="type to compute in")
+    rope_2d_ratio: float | None = Field(None, ge=0, le=1, description="share of rotary pairs that pos2d drives; null: as trained")
+    visibility: Visibility | None = Field(None, description="what branches see of each other; null: as trained")
     trust_remote_code: bool = Field(False, description="allow a hub model to run its own code")
     adapters: dict[str, str] = Field({}, description="further adapters by name: a folder, or models:/NAME@ALIAS")
     adapter_root: str | None = Field(None, description="requests may name any adapter folder in here, as base:NAME")
     mlflow_uri: str | None = Field(None, description="registry that models:/ names are looked up in; requests may give them too")
-    max_adapters: int = Field(8, ge=1, description="adapters that a replica keeps loaded; the one used least lately goes")
+    max_adapters: int = Field(8, ge=1, description="adapters that an engine keeps loaded; the one used least lately goes")
     refresh_s: float = Field(10, ge=0, description="seconds before an adapter is looked at again for a new version")
     min_replicas: int = Field(1, ge=0, description="fewest engines")
     max_replicas: int = Field(1, ge=1, description="most engines")
@@ -57,11 +58,11 @@ class AppConfig(Limits):
     idle_s: float = Field(60, ge=0, description="seconds of less load before an engine goes")
     num_cpus: float = Field(0.5, ge=0, description="CPUs that Ray reserves for an engine")
     num_gpus: float = Field(0, ge=0, description="GPUs of an engine")
-    num_threads: int | None = Field(None, ge=1, description="threads that an engine computes with; none: the machine's share")
-    cache_tokens: int | None = Field(None, ge=64, description="tokens of keys and values that an engine keeps; none: by memory")
+    num_threads: int | None = Field(None, ge=1, description="threads that an engine computes with; null: the machine's share")
+    cache_tokens: int | None = Field(None, ge=64, description="tokens of keys and values that an engine keeps; null: by memory")
     stuck_s: float = Field(60, gt=0, description="seconds in one step after which an engine counts as stuck and is replaced")
     api_keys_file: str | None = Field(None, description="file with one key a line; $PARALLELMIND_API_KEYS has them with commas")
-    cors_origins: list[str] = Field([], description="web origins that may call from a browser; none: this server's pages alone")
+    cors_origins: list[str] = Field([], description="web origins that may call from a browser; []: this server's pages alone")
     log_level: Literal["debug", "info", "warning", "error"] = Field("warning", description="info: a line for every request")
     log_prompts: bool = Field(False, description="write what requests ask into the log, at level info")
 
@@ -144,3 +145,9 @@ class AppConfig(Limits):
 
         base = self.base_model or read_adapter(self.lora_path or "").base_model
         return BaseConfig(base_model=base, trust_remote_code=self.trust_remote_code)
+
+
+class ServerConfig(AppConfig):
+    """An application and where it listens."""
+
+    port: int = Field(8000, ge=1, le=65535, description=f"port on {HOST}")

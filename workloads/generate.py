@@ -40,7 +40,7 @@ class ModelPart(Part):
 
     base_model: str | None = Field(None, description="smollm2-135m, a local folder, or a hub id; null: the adapter's own")
     lora_path: str | None = Field(None, description="adapter folder; null: the base model alone")
-    dtype: Dtype | None = Field(None, description="compute type of the base weights")
+    dtype: Dtype | None = Field(None, description="type to compute in")
     quantize: Quantize | None = Field(None, description="keep the base weights in fewer bits (bitsandbytes)")
     trust_remote_code: bool = Field(False, description="allow a hub model to run its own code")
     patch_rope: bool | None = Field(None, description="false: leave the model as it is, without 2D RoPE")
@@ -95,7 +95,7 @@ class GenerateConfig(SamplingPart, ModelPart):
     reduce: str | None = Field(None, min_length=1, description="prompt of a last branch, which reads main and all the others")
     output_path: str | None = Field(None, description="JSONL file for the results, a folder with num_workers; null: stdout")
     num_workers: int = Field(0, ge=0, description="Ray workers that share data_path, an engine in each; 0: this process")
-    ray_address: str | None = Field(None, description="Ray cluster to join; null starts a local one")
+    ray_address: str | None = Field(None, description="Ray cluster to join; null: $RAY_ADDRESS, or a local one")
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

@@ -25,9 +25,9 @@ _GENERATED = "<!-- generated: everything below comes from `python -m workloads.e
 class SupportConfig(Part):
     """One run of `evaluate support`."""
 
-    model_types: str | None = Field(None, description="types to examine, comma-separated; none examines all")
+    model_types: str | None = Field(None, description="types to examine, comma-separated; null: all")
     csv: bool = Field(False, description="print comma-separated values (--csv will do) in place of a table")
-    output_path: str | None = Field(None, description="Markdown file whose generated part is replaced by the table")
+    output_path: str | None = Field(None, description="Markdown file whose generated part becomes the table")
 
 
 def support(argv: list[str]) -> None:

@@ -40,11 +40,11 @@ class SweepConfig(Part):
     name: str = Field("sweep", pattern=r"^[A-Za-z0-9._-]+$", description="name of the sweep; its folder is name-confighash")
     train: TrainConfig = Field(description="the training run that every trial is, but for what is swept")
     space: dict[str, list[Any] | Between] = Field({}, description="values to try by field: a list, or {low, high, log}")
-    points: list[dict[str, Any]] = Field([], description="settings tried as they are; a grid is laid over each of them")
+    points: list[dict[str, Any]] = Field([], description="settings to try as they are; grid: the lists of space over each")
     seeds: list[int] = Field([0], min_length=1, description="every point is trained with each of these")
     search: Literal["grid", "random", "optuna"] = Field("grid", description="who chooses the points (optuna: TPE)")
-    trials: int | None = Field(None, ge=1, description="points that random and optuna try, `points` included")
-    search_seed: int = Field(0, ge=0, description="seed of random and optuna")
+    trials: int | None = Field(None, ge=1, description="random, optuna: how many points to try, `points` included")
+    search_seed: int = Field(0, ge=0, description="random, optuna: seed of what is drawn")
     metrics: list[str] = Field(
         ["validation/loss_1", "validation/branch_tax_8"], min_length=1, description="what to make small; their sum decides"
     )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic.fields import FieldInfo
 from rich.console import Console
@@ -94,12 +94,25 @@ def print_help(usage: str, kind: type[Part]) -> None:
     print(f"{usage.strip()}\n\nFields (key=value):\n{field_help(kind)}")
 
 
-def field_help(kind: type[Part]) -> str:
-    """One line per field: name, type, default, meaning, in aligned columns."""
-    rows = [
-        (name, _type_name(field.annotation), _default(field), field.description or "")
+class FieldText(NamedTuple):
+    """What is told of a field, here and in docs/reference.md."""
+
+    name: str
+    kind: str
+    default: str
+    meaning: str
+
+
+def field_texts(kind: type[Part]) -> list[FieldText]:
+    return [
+        FieldText(name, _type_name(field.annotation), _default(field), field.description or "")
         for name, field in kind.model_fields.items()
     ]
+
+
+def field_help(kind: type[Part]) -> str:
+    """One line per field: name, type, default, meaning, in aligned columns."""
+    rows = field_texts(kind)
     name, kinds, default = (max((len(row[column]) for row in rows), default=0) for column in range(3))
     return "\n".join(f"  {row[0]:{name}}  {row[1]:{kinds}}  {row[2]:{default}}  {row[3]}" for row in rows)
 
@@ -162,11 +175,15 @@ def _default(field: FieldInfo) -> str:
 
 
 def _type_name(annotation: Any) -> str:
-    """`int`, `str | null`, `low | mid | spread`, `list[int]`: what to write, in as few words as possible."""
+    """`int`, `str | null`, `low | mid | spread`, `list[int]`, `{str: int}`: what to write, in as few words as possible."""
     if typing.get_origin(annotation) is typing.Literal:
         return " | ".join(map(str, typing.get_args(annotation)))
     if typing.get_origin(annotation) in (list, tuple):
         return f"list[{_type_name(typing.get_args(annotation)[0])}]"
+    if typing.get_origin(annotation) is dict:
+        return f"{{{': '.join(map(_type_name, typing.get_args(annotation)))}}}"
+    if annotation is Any:
+        return "any"
     if arguments := typing.get_args(annotation):
         return " | ".join(_type_name(argument) for argument in arguments)
     return "null" if annotation is type(None) else getattr(annotation, "__name__", str(annotation))

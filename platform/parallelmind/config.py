@@ -59,8 +59,8 @@ class RopeConfig(Part):
         "added", description="alone (published): a branch pair follows the branch; added: branch + time, on all selected pairs"
     )
     branch_stride: int = Field(16, ge=1, description="distance between the branch coordinates of neighbouring branches")
-    positions: Positions = Field("time", description="drives the other pairs: the time coordinate, or the flat index (published)")
-    visibility: Visibility = Field("columnar", description="columnar (published): branches see each other's past; isolated: main")
+    positions: Positions = Field("time", description="what drives the other pairs: the time, or the flat index (published)")
+    visibility: Visibility = Field("columnar", description="columnar (published): branches see each other's past; isolated: not")
     sibling_penalty: float = Field(
         3.0, ge=0, description="columnar: taken off the attention scores of other branches, in nats; 0: nothing (published)"
     )
@@ -94,21 +94,21 @@ class DataConfig(Part):
     data_path: str = Field(
         min_length=1, description="parallel JSONL (plain, .gz, .zst) or Parquet: file, folder, glob, URL, or several with commas"
     )
-    validation_path: str | None = Field(None, description="the same, to measure on; none skips validation")
-    branches_per_sample: int | None = Field(None, ge=1, description="group this many lone records into one sample")
+    validation_path: str | None = Field(None, description="held-out text, in the same forms; null: no validation")
+    branches_per_sample: int | None = Field(None, ge=1, description="lone records to group into one sample; null: drawn anew")
     min_branches_per_sample: int = Field(1, ge=1, description="fewest branches of a randomly grouped sample")
     max_branches_per_sample: int = Field(8, ge=1, description="most branches of a sample")
-    overfull: Literal["split", "refuse"] = Field("split", description="a record with more: split, main repeated, or called bad")
+    overfull: Literal["split", "refuse"] = Field("split", description="a record with more: split, with main in each part, or bad")
     batch_size: int = Field(4, ge=1, description="samples (or branches) per forward pass of one worker")
     batch_by_samples: bool = Field(True, description="batch_size counts samples; false counts branches")
-    batch_tokens: int | None = Field(None, ge=4, description="fill batches up to this many tokens, padding included, not by size")
+    batch_tokens: int | None = Field(None, ge=4, description="in place of batch_size: most tokens of a batch, padding included")
     length_window: int = Field(32, ge=1, description="batches whose samples are sorted by length together; 1 keeps their order")
     random_time_offset: int = Field(0, ge=0, description="start each branch up to this many time steps late, drawn anew")
     max_branch_tokens: int = Field(512, ge=2, description="longest main or branch, in tokens")
     max_sample_tokens: int = Field(4096, ge=4, description="longest sample, in tokens; branches over it are skipped")
     overlong: Literal["truncate", "skip"] = Field("truncate", description="what happens to a main or branch over the limit")
     strict: bool = Field(False, description="stop at the first malformed record instead of counting it")
-    max_bad_records: float | None = Field(None, ge=0, description="stop at more bad records: a count, or a share below 1")
+    max_bad_records: float | None = Field(None, ge=0, description="most bad records to go on with: a count, or a share below 1")
     shuffle_window: int = Field(1024, ge=1, description="samples held in the seeded shuffle buffer; 1 keeps the file's order")
 
     @model_validator(mode="after")
@@ -130,9 +130,9 @@ class OptimizerConfig(Part):
     """How the model learns."""
 
     tuning: Literal["lora", "full"] = Field("lora", description="train an adapter, or every parameter of the model")
-    resume_adapter: str | None = Field(None, description="adapter folder to go on from, with a fresh optimizer")
+    resume_adapter: str | None = Field(None, description="adapter folder to go on from, with a fresh optimizer; null: a new one")
     epochs: int = Field(1, ge=1, description="passes over the data")
-    max_steps: int | None = Field(None, ge=1, description="stop after this many optimizer steps")
+    max_steps: int | None = Field(None, ge=1, description="stop after this many optimizer steps; null: after all epochs")
     learning_rate: float = Field(2e-4, gt=0, description="peak learning rate of AdamW")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="how the rate falls after the warm-up")
     warmup_ratio: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the rate rises")
@@ -150,7 +150,7 @@ class RunConfig(Part):
     name: str = Field("train", pattern=r"^[A-Za-z0-9._-]+$", description="name of the run; its folder is name-confighash")
     output_dir: str = Field("runs", min_length=1, description="folder that holds the runs")
     num_workers: int = Field(1, ge=1, description="Ray Train workers")
-    min_workers: int | None = Field(None, ge=1, description="go on with as few when others are lost, until they are back")
+    min_workers: int | None = Field(None, ge=1, description="go on with as few when others are lost; null: wait for all")
     sharding: Literal["none", "full"] = Field("none", description="full: split the model over the workers (FSDP2)")
     use_gpu: bool = Field(False, description="give every worker one GPU")
     checkpoint_every: int = Field(100, ge=1, description="optimizer steps between checkpoints")
@@ -161,7 +161,7 @@ class RunConfig(Part):
     validation_samples: int = Field(32, ge=1, description="held-out branches to measure on, the same at every branch count")
     mlflow_uri: str = Field("sqlite:///mlflow.db", min_length=1, description="MLflow tracking URI")
     mlflow_experiment: str = Field("parallelmind", min_length=1, description="MLflow experiment")
-    ray_address: str | None = Field(None, description="Ray cluster to join; none starts a local one")
+    ray_address: str | None = Field(None, description="Ray cluster to join; null: $RAY_ADDRESS, or a local one")
 
 
 class TrainConfig(RunConfig, OptimizerConfig, DataConfig, LoraConfig, RopeConfig, BaseConfig):
