@@ -13,7 +13,7 @@ ADAPTER ?= $(shell ls -td runs/demo-*/adapter 2>/dev/null | head -n 1)
 PORT ?= 8000
 WORKERS ?= 2
 
-.PHONY: help setup model lint typecheck test chaos demo serve bench bench-gpu clean
+.PHONY: help setup model lint typecheck test chaos demo serve bench bench-gpu docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +58,12 @@ bench: setup model ## print the benchmark table; ONLY=decoding runs one part
 bench-gpu: setup ## print tokens/s and MFU of training on this machine's GPU
 	@$(PY) -m benchmarks.gpu
 
+docs: setup model ## write the generated parts of docs/: reference, table of models (minutes), memory estimates, figures
+	@$(PY) -m tools.reference
+	@$(PY) -m tools.memory
+	@$(PY) -m tools.figures
+	@$(PY) -m workloads.evaluate support output_path=docs/models.md
+
 clean: ## remove .venv, caches and build outputs, not runs
 	rm -rf $(VENV) build dist platform/*.egg-info *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	find platform workloads serving experiments tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	find platform workloads serving experiments tools tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -136,13 +136,14 @@ def split_args(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def parse(kind: type[PartT], argv: Sequence[str]) -> PartT:
     """The fields of a command that takes `key=value`, and `--key` for `key=true`. Raises UserError for anything else."""
-    positionals, dotlist = split_args([_switched(kind, item) for item in argv])
+    positionals, dotlist = split_args([switched(kind, item) for item in argv])
     if positionals:
         raise UserError(f"{positionals[0]}: not understood; write key=value, and --help lists the fields")
     return resolve(kind, {}, quote_text(kind, dotlist), source="command line")
 
 
-def _switched(kind: type[Part], item: str) -> str:
+def switched(kind: type[Part], item: str) -> str:
+    """`--key` of a bool field as `key=true`."""
     name = item.removeprefix("--")
     field = kind.model_fields.get(name)
     return f"{name}=true" if field is not None and field.annotation is bool and item.startswith("--") else item

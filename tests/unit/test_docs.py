@@ -1,0 +1,155 @@
+"""The pages hold what they say: links lead somewhere, commands are understood, blocks parse, generated parts are fresh."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import types
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import yaml
+from docs import PAGES, ROOT, Block, anchors, blocks, commands, links
+
+from parallelmind import cli
+from parallelmind.config import Part, TrainConfig, resolve
+from parallelmind.errors import UserError
+from tools.reference import COMMANDS, PAGE, anchor, reference
+from workloads.settings import read_config
+from workloads.sweep_config import SweepConfig
+
+TARGETS = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+DEPLOY = ROOT / "docs" / "deploy"
+EVERY = [block for page in PAGES for block in blocks(page)]
+NEEDED = {TrainConfig: {"data_path": "train.jsonl"}, SweepConfig: {"train": {"data_path": "t"}, "space": {"lora_rank": [1]}}}
+
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def of(*languages: str) -> pytest.MarkDecorator:
+    chosen = [block for block in EVERY if block.language in languages]
+    return pytest.mark.parametrize("block", chosen, ids=str)
+
+
+@pages
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in links(page):
+        name, _, place = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        if DEPLOY in target.parents and not DEPLOY.exists():  # comes with a change of its own
+            continue
+        assert target.exists(), f"{page.name}: {link}"
+        if place:
+            assert place in anchors(target), f"{page.name}: {link}: no such heading"
+
+
+@of("bash", "sh", "shell")
+def test_commands_are_understood(block: Block) -> None:
+    for words in commands(block):
+        if words[0] == "make":
+            unknown = [word for word in words[1:] if "=" not in word and word not in TARGETS]
+            assert not unknown, f"{block}: make {unknown}"
+        if "-m" in words and words[words.index("-m") - 1].endswith("python"):
+            understand(block, words[words.index("-m") + 1 :])
+
+
+def understand(block: Block, words: list[str]) -> None:
+    """Raises for a module that is not there, a field that its command does not have, and a value that it refuses."""
+    module, arguments = words[0], words[1:]
+    assert find_spec(module), f"{block}: no module {module}"
+    if cli.wants_help(arguments):
+        return
+    named = [f"{module} {arguments[0]}"] if arguments and f"{module} {arguments[0]}" in COMMANDS else [module]
+    kind = COMMANDS.get(named[0])
+    if kind is None:  # takes no fields
+        return
+    rest = arguments[1:] if named[0] != module else arguments
+    try:
+        parse(block, kind, rest)
+    except UserError as error:
+        raise AssertionError(f"{block}: {' '.join(words)}: {error}") from error
+
+
+def parse(block: Block, kind: type[Part], arguments: list[str]) -> None:
+    positionals, dotlist = cli.split_args([cli.switched(kind, item) for item in arguments])
+    if kind not in NEEDED:
+        if positionals and "data_path" in kind.model_fields:  # --inspect FILE
+            dotlist.append(f"data_path={positionals.pop()}")
+        assert not positionals, f"{block}: {positionals}"
+        resolve(kind, {}, cli.quote_text(kind, dotlist))
+    elif positionals and (shown := shown_experiments(block).get(positionals[0])) is not None:
+        assert isinstance(shown, kind)
+        resolve(kind, shown.model_dump(mode="json"), cli.quote_text(kind, dotlist))
+    elif positionals and positionals[0].endswith(".yaml"):  # the reader's own
+        resolve(kind, NEEDED[kind], cli.quote_text(kind, dotlist))
+    else:
+        read_config(kind, arguments)
+
+
+def shown_experiments(block: Block) -> dict[str, Part]:
+    """What the page's own experiments return: Python blocks that begin with the name of their file."""
+    found = {}
+    for other in blocks(block.file):
+        if other.language == "python" and (name := re.match(r"# experiments/(\w+)\.py\n", other.text)):
+            module = types.ModuleType(name[1])
+            exec(compile(other.text, str(other), "exec"), module.__dict__)
+            found[name[1]] = module.config()
+    return found
+
+
+@of("python")
+def test_python_compiles_and_its_imports_resolve(block: Block) -> None:
+    tree = ast.parse(block.text, str(block))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            exec(compile(ast.Module([node], []), str(block), "exec"), {})
+
+
+@of("json")
+def test_json_parses(block: Block) -> None:
+    for line in block.text.splitlines():
+        assert json.loads(line), block
+
+
+@of("yaml")
+def test_yaml_parses(block: Block) -> None:
+    assert yaml.safe_load(block.text), block
+
+
+def test_blocks_are_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# A page\n\n```bash\nmake test  # all\npython -m x \\\n  a=1\ncat <<'END'\nnot a command\nEND\n```\n\n```\nplain\n```\n")
+    found = blocks(page)
+    assert [(block.language, block.line) for block in found] == [("bash", 4), ("", 13)]
+    assert list(commands(found[0])) == [["make", "test"], ["python", "-m", "x", "a=1"], ["cat", "<<END"]]
+    assert anchors(page) == {"a-page"}
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("python -m workloads.train demo lora_rnak=8", "did you mean lora_rank"),
+        ("python -m workloads.evaluate tax data_path=x pool=0", "pool=0"),
+        ("python -m workloads.nothing", "no module"),
+        (".venv/bin/python -m serving port=8000", "lora_path"),
+    ],
+)
+def test_a_wrong_command_is_found(line: str, told: str) -> None:
+    block = Block("bash", f"{line}\n", PAGES[0], 1)
+    with pytest.raises(AssertionError, match=told):
+        test_commands_are_understood(block)
+
+
+def test_the_reference_is_fresh() -> None:
+    assert PAGE.read_text(encoding="utf-8") == reference(), "run make docs"
+
+
+def test_the_reference_leads_to_its_own_headings() -> None:
+    assert {anchor(name) for name in COMMANDS} <= anchors(PAGE)
+
+
+def test_every_field_has_a_meaning() -> None:
+    for kind in COMMANDS.values():
+        assert [text.name for text in cli.field_texts(kind) if not text.meaning] == []
