@@ -47,15 +47,21 @@ def blocks(path: Path) -> list[Block]:
 
 def commands(block: Block) -> Iterator[list[str]]:
     """The words of every simple command of a shell block; continued lines are joined, here-documents left out."""
-    end = None
+    end, begun = None, ""
     for line in block.text.replace("\\\n", " ").splitlines():
         if end is not None:
             end = None if line == end else end
             continue
+        try:
+            words = shlex.split(begun + line, comments=True)
+        except ValueError:  # a quotation goes on in the next line
+            begun += f"{line}\n"
+            continue
         heredoc = _HEREDOC.search(line)
-        end = heredoc[1] if heredoc else None
-        if words := shlex.split(line, comments=True):
+        end, begun = heredoc[1] if heredoc else None, ""
+        if words:
             yield words
+    assert not begun, f"{block}: a quotation without an end"
 
 
 def prose(path: Path) -> str:

@@ -107,15 +107,18 @@ def test_python_compiles_and_its_imports_resolve(block: Block) -> None:
             exec(compile(ast.Module([node], []), str(block), "exec"), {})
 
 
-@of("json")
+@of("json", "jsonl")
 def test_json_parses(block: Block) -> None:
-    for line in block.text.splitlines():
-        assert json.loads(line), block
+    """One value, or one a line."""
+    try:
+        json.loads(block.text)
+    except json.JSONDecodeError:
+        assert [json.loads(line) for line in block.text.splitlines()], block
 
 
 @of("yaml")
 def test_yaml_parses(block: Block) -> None:
-    assert yaml.safe_load(block.text), block
+    assert list(yaml.safe_load_all(block.text)), block
 
 
 def test_blocks_are_found(tmp_path: Path) -> None:
