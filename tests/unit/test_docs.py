@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from docs import PAGES, ROOT, Block, anchors, blocks, commands, links
 
+from docs import PAGES, ROOT, Block, anchors, blocks, commands, links
 from parallelmind import cli
 from parallelmind.config import Part, TrainConfig, resolve
 from parallelmind.errors import UserError
@@ -23,7 +23,8 @@ from workloads.sweep_config import SweepConfig
 TARGETS = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 DEPLOY = ROOT / "docs" / "deploy"
 EVERY = [block for page in PAGES for block in blocks(page)]
-NEEDED = {TrainConfig: {"data_path": "train.jsonl"}, SweepConfig: {"train": {"data_path": "t"}, "space": {"lora_rank": [1]}}}
+RUN = {"data_path": "train.jsonl", "validation_path": "held_out.jsonl"}
+NEEDED = {TrainConfig: RUN, SweepConfig: {"train": RUN, "space": {"lora_rank": [4, 8]}}}  # of a file that is the reader's own
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -61,13 +62,12 @@ def understand(block: Block, words: list[str]) -> None:
     assert find_spec(module), f"{block}: no module {module}"
     if cli.wants_help(arguments):
         return
-    named = [f"{module} {arguments[0]}"] if arguments and f"{module} {arguments[0]}" in COMMANDS else [module]
-    kind = COMMANDS.get(named[0])
-    if kind is None:  # takes no fields
+    if (kind := COMMANDS.get(" ".join([module, *arguments[:1]]))) is not None:
+        arguments = arguments[1:]
+    elif (kind := COMMANDS.get(module)) is None:  # takes no fields
         return
-    rest = arguments[1:] if named[0] != module else arguments
     try:
-        parse(block, kind, rest)
+        parse(block, kind, arguments)
     except UserError as error:
         raise AssertionError(f"{block}: {' '.join(words)}: {error}") from error
 
@@ -82,7 +82,7 @@ def parse(block: Block, kind: type[Part], arguments: list[str]) -> None:
     elif positionals and (shown := shown_experiments(block).get(positionals[0])) is not None:
         assert isinstance(shown, kind)
         resolve(kind, shown.model_dump(mode="json"), cli.quote_text(kind, dotlist))
-    elif positionals and positionals[0].endswith(".yaml"):  # the reader's own
+    elif positionals and positionals[0].endswith(".yaml"):
         resolve(kind, NEEDED[kind], cli.quote_text(kind, dotlist))
     else:
         read_config(kind, arguments)
@@ -123,7 +123,8 @@ def test_yaml_parses(block: Block) -> None:
 
 def test_blocks_are_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text("# A page\n\n```bash\nmake test  # all\npython -m x \\\n  a=1\ncat <<'END'\nnot a command\nEND\n```\n\n```\nplain\n```\n")
+    shell = "make test  # all\npython -m x \\\n  a=1\ncat <<'END'\nnot a command\nEND\n"
+    page.write_text(f"# A page\n\n```bash\n{shell}```\n\n```\nplain\n```\n")
     found = blocks(page)
     assert [(block.language, block.line) for block in found] == [("bash", 4), ("", 13)]
     assert list(commands(found[0])) == [["make", "test"], ["python", "-m", "x", "a=1"], ["cat", "<<END"]]
