@@ -118,15 +118,18 @@ class AppConfig(Limits):
         return str(found[0]) if found else None
 
     def load(self) -> tuple[Any, Any]:
-        """Model and tokenizer. Raises UserError for what cannot be loaded."""
+        """Model and tokenizer, on the GPU that an engine is given, if any. Raises UserError for what cannot be loaded."""
+        from parallelmind.model.structure import to_gpu
+
         rope: dict[str, Any] = {"rope_2d_ratio": self.rope_2d_ratio, "visibility": self.visibility}
-        return pm.load_model_with_lora(
+        model, tokenizer = pm.load_model_with_lora(
             self.base_model,
             self.lora_path,
             dtype=self.dtype,
             trust_remote_code=self.trust_remote_code,
             **{field: value for field, value in rope.items() if value is not None},
         )
+        return to_gpu(model) if self.num_gpus else model, tokenizer
 
     def load_tokenizer(self) -> Any:
         """The tokenizer alone. Raises UserError for one that cannot be loaded."""

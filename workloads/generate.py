@@ -59,8 +59,16 @@ class ModelPart(Part):
         return {name: value for name, value in values.items() if value is not None}
 
     def load(self) -> tuple[Any, Any]:
-        """Model and tokenizer. Raises UserError for what cannot be loaded or contradicts the adapter."""
-        return pm.load_model_with_lora(**self.given())
+        """Model and tokenizer, on the GPU where there is one.
+
+        Raises UserError for what cannot be loaded or contradicts the adapter.
+        """
+        import torch
+
+        from parallelmind.model.structure import to_gpu
+
+        model, tokenizer = pm.load_model_with_lora(**self.given())
+        return to_gpu(model) if torch.cuda.is_available() else model, tokenizer
 
 
 class SamplingPart(Part):

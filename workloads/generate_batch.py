@@ -14,6 +14,7 @@ import parallelmind as pm
 from parallelmind.data.records import RecordError
 from parallelmind.decoding.sequence import FinishReason
 from parallelmind.errors import Notice, UserError
+from parallelmind.model.structure import to_gpu
 from workloads.generate_input import Entry
 
 _IN_FLIGHT = 64  # samples that the engine has at a time
@@ -76,9 +77,7 @@ class Decoder:
         """model: keywords of `load_model_with_lora`, whose UserErrors this raises. gpu: move the model there."""
         loaded: Any
         loaded, tokenizer = pm.load_model_with_lora(**model)
-        if gpu and loaded.device.type == "cpu":
-            loaded = loaded.cuda()  # weights in few bits are there already
-        return cls(pm.Engine(loaded, tokenizer), sampling, reduce)
+        return cls(pm.Engine(to_gpu(loaded) if gpu else loaded, tokenizer), sampling, reduce)
 
     def run(self, entries: Iterable[Entry]) -> Iterator[list[Result]]:
         """After each step of the engine, the results that are ready: one for each entry in all, in their order."""

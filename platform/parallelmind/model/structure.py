@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
 _TOWERS = ("vision", "visual", "image", "audio")
+
+
+def to_gpu(model: Any) -> Any:
+    """The model on this process's GPU. Weights in few bits are there already."""
+    return model.cuda() if model.device.type == "cpu" else model
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
