@@ -96,10 +96,16 @@ class Nodes:
             *(f"--node-ip-address={place.ip}", f"--dashboard-agent-listen-port={free_port()}"),
             *(f"--object-store-memory={2**27}", *options),
         ]
-        with open(self.folder / f"node-{len(self.nodes)}.log", "wb") as log:
-            process = subprocess.Popen(place.command(*line), cwd=ROOT, env=place.environment(), stdout=log, stderr=log)
+        log = self.folder / f"node-{len(self.nodes)}.log"
+        with open(log, "wb") as output:
+            process = subprocess.Popen(place.command(*line), cwd=ROOT, env=place.environment(), stdout=output, stderr=output)
         node = Node(process)
         self.nodes.append(node)
+        deadline = time.monotonic() + _WAIT_S  # one after another: they share a disk, and would take each other's names
+        while "Ray runtime started" not in log.read_text():
+            assert node.alive(), log.read_text()[-2000:]
+            assert time.monotonic() < deadline, log.read_text()[-2000:]
+            time.sleep(0.1)
         return node
 
     def wait_for(self, count: int) -> None:

@@ -50,13 +50,26 @@ def connect(address: str | None, forward_output: bool = True) -> None:
 
 
 def _entering(folder: str) -> Callable[[], None]:
-    """For processes of a cluster that was started elsewhere: relative paths mean there what they mean here, if they exist."""
+    """For processes of a cluster that was started elsewhere: relative paths mean there what they mean here, if they exist.
+
+    Parts of Ray that look for the cluster that they are in find no other one of the machine, and gloo meets the other workers at
+    the node's address: by itself it takes what the host's name stands for, which on Debian is the machine alone.
+    """
 
     def enter() -> None:
+        os.environ.setdefault("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+        if name := _interface(ray.util.get_node_ip_address()):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
         if os.path.isdir(folder):
             os.chdir(folder)
 
     return enter
+
+
+def _interface(address: str) -> str | None:
+    """The network interface of this machine that has an address."""
+    found = psutil.net_if_addrs().items()
+    return next((name for name, has in found if any(each.address == address for each in has)), None)
 
 
 def _scratch() -> str:
