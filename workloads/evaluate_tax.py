@@ -18,6 +18,7 @@ from parallelmind.data.survey import combine, survey_part
 from parallelmind.errors import UserError
 from parallelmind.evaluation.tax import TaxPoint, largest_sample, tax_curve
 from parallelmind.model.patch import is_patched
+from parallelmind.training.step import NoMemoryError
 from workloads.evaluate_output import console, output_file, write_json, write_png
 from workloads.evaluate_plots import tax_figure
 from workloads.generate import ModelPart
@@ -69,9 +70,13 @@ def tax(argv: list[str]) -> None:
     curve = tax_curve(model, measured, tokenizer.pad_token_id or 0)
     with cli.progress("measuring", len(measured)) as tell:
         points: list[TaxPoint] = []
-        for point in curve:
-            points.append(point)
-            tell(len(points), lambda: f"{len(points)} of {len(measured)} branch counts measured")
+        try:
+            for point in curve:
+                points.append(point)
+                tell(len(points), lambda: f"{len(points)} of {len(measured)} branch counts measured")
+        except NoMemoryError as error:
+            remedy = "lower it, or leave the largest of branches out"
+            raise UserError(f"batch_tokens={config.batch_tokens}: {error.batch}; {remedy}") from error
     _report(config, held_out, points, missed)
     if output:
         write_json(output, _values(config, held_out, points, missed))

@@ -5,6 +5,7 @@ The plain client is used, not the fluent API: no global state, no messages on th
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
@@ -56,15 +57,13 @@ class Tracker:
     def __init__(self, uri: str, run_id: str) -> None:
         self.uri, self.run_id = uri, run_id
         self._client = MlflowClient(uri)
-        self._logged = {key: self.history(key)[-1][0] for key in self.metric_names()}
 
     @classmethod
     def start(cls, uri: str, experiment: str, name: str, config: Part, key: str, parent: str | None = None) -> Self:
         """Create the database if need be, then go on with the run tagged `key`, else begin one.
 
-        config: its fields become parameters, its fingerprint the tag `config_hash`. parent: id of the run that it is a child
-        of. `uri` should be absolute (see
-        `absolute_uri`). Raises UserError if the tracking store cannot be used.
+        uri: absolute (see `absolute_uri`). config: its fields become parameters, its fingerprint the tag `config_hash`. parent:
+        id of the run that it is a child of. Raises UserError if the tracking store cannot be used.
         """
         with _told(uri):
             client = MlflowClient(uri)
@@ -78,6 +77,11 @@ class Tracker:
             _log_params(client, run.info.run_id, new)
             return cls(uri, run.info.run_id)
 
+    @functools.cached_property
+    def _logged(self) -> dict[str, int]:
+        """The last step of every metric."""
+        return {key: self.history(key)[-1][0] for key in self.metric_names()}
+
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """One point per metric; values that are not finite are left out (MLflow's SQL store would refuse or bend them)."""
         now = time.time_ns() // 1_000_000
@@ -85,7 +89,7 @@ class Tracker:
         if new:
             points = [Metric(key, float(value), now, step) for key, value in new.items()]
             self._client.log_batch(self.run_id, metrics=points)
-        self._logged |= dict.fromkeys(new, step)
+        self._logged.update(dict.fromkeys(new, step))
 
     def metric_names(self) -> list[str]:
         return sorted(self._client.get_run(self.run_id).data.metrics)

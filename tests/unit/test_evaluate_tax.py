@@ -18,7 +18,8 @@ from parallelmind.errors import UserError
 from parallelmind.evaluation.memory import Peak, held
 from parallelmind.evaluation.tax import tax_curve
 from parallelmind.model.patch import patch
-from workloads import evaluate
+from parallelmind.training.step import NoMemoryError
+from workloads import evaluate, evaluate_tax
 
 TEXTS = [" ".join(np.random.default_rng(n).choice(WORDS, 3 + n)) for n in range(8)]
 APART = ["visibility=isolated", "rope_2d_ratio=0", "positions=time"]
@@ -148,3 +149,15 @@ def test_the_peak_is_seen_after_it_has_gone():
     with Peak() as peak:
         torch.ones(64 << 20, dtype=torch.uint8).sum()
     assert peak.most - before > 48 << 20
+
+
+def test_running_out_of_memory_names_the_fields_of_this_command(
+    tiny: str, lone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def curve(*_: object) -> Any:
+        raise NoMemoryError("out of memory on a batch of 2 x 99 tokens, up to 4 branches each")
+        yield
+
+    monkeypatch.setattr(evaluate_tax, "tax_curve", curve)
+    with pytest.raises(UserError, match=r"^batch_tokens=8192: out of memory on a batch of 2 x 99 .*; lower it, or leave "):
+        tax(tiny, lone)

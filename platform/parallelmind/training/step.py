@@ -113,6 +113,18 @@ def _in_step(loss: TargetLoss, batches: list[Batch]) -> list[Batch]:
     return batches + [_BLANK] * (int(most) - len(batches))
 
 
+class NoMemoryError(UserError):
+    """Memory ran out on a batch; `batch` says on which one. The remedy is that of training."""
+
+    def __init__(self, batch: str) -> None:
+        remedy = "lower batch_size, max_branches_per_sample or max_sample_tokens, or set gradient_checkpointing=true"
+        super().__init__(f"batch_size: {batch}; {remedy}")
+        self.batch = batch
+
+    def __reduce__(self) -> tuple[type[NoMemoryError], tuple[str]]:  # it goes from workers to the driver
+        return NoMemoryError, (self.batch,)
+
+
 @contextmanager
 def _memory_for(batch: Batch) -> Iterator[None]:
     """Running out of memory becomes one line that says on what, and what to do."""
@@ -123,10 +135,7 @@ def _memory_for(batch: Batch) -> Iterator[None]:
             raise
         rows, tokens = batch.ids.shape
         branches = int(batch.sequence.max())
-        raise UserError(
-            f"batch_size: out of memory on a batch of {rows} x {tokens} tokens, up to {branches} branches each; "
-            "lower batch_size, max_branches_per_sample or max_sample_tokens, or set gradient_checkpointing=true"
-        ) from error
+        raise NoMemoryError(f"out of memory on a batch of {rows} x {tokens} tokens, up to {branches} branches each") from error
 
 
 def update(loss: TargetLoss, optimizer: torch.optim.Optimizer, targets: float, clip: float) -> float:
