@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from docs import PAGES, ROOT, Block, anchors, blocks, commands, links
+from docs import PAGES, ROOT, Block, anchors, blocks, commands, links, prose
 from parallelmind import cli
 from parallelmind.config import Part, TrainConfig, resolve
 from parallelmind.errors import UserError
@@ -144,6 +144,18 @@ def test_a_wrong_command_is_found(line: str, told: str) -> None:
     block = Block("bash", f"{line}\n", PAGES[0], 1)
     with pytest.raises(AssertionError, match=told):
         test_commands_are_understood(block)
+
+
+def outline(page: Path) -> list[str]:
+    """The marks of headings and of rows of tables, in order."""
+    return re.findall(r"^(#+(?= )|\|)", prose(page), re.MULTILINE)
+
+
+def test_both_readmes_hold_the_same() -> None:
+    """A change of one is a change of the other: same blocks of code, headings of each level and rows of tables."""
+    english, chinese = ROOT / "README.md", ROOT / "README.zh-CN.md"
+    assert [(b.language, b.text) for b in blocks(chinese)] == [(b.language, b.text) for b in blocks(english)]
+    assert outline(chinese) == outline(english)
 
 
 def test_the_reference_is_fresh() -> None:
