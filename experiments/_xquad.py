@@ -1,4 +1,5 @@
-"""XQuAD for questions in parallel: the passages with eight questions and more are held out, of the others one adapter learns.
+"""XQuAD for questions in parallel: passages with eight questions or more are held out, with their first eight; of the others
+one adapter learns.
 
     python -m workloads.convert data_path=path/to/xquad.en.json output_path=runs/data/xquad.en.all.jsonl
     python -m workloads.convert data_path=path/to/xquad.zh.json output_path=runs/data/xquad.zh.all.jsonl
@@ -14,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-_QUESTIONS = 8  # of a passage that is held out: what is asked at once at most
+_QUESTIONS = 8  # of a passage that is held out
 
 
 def _records(file: Path) -> list[dict[str, Any]]:
@@ -30,7 +31,8 @@ def main(folder: str) -> None:
     data, train = Path(folder), []
     for language, share in (("en", 1.0), ("zh", 1 / 3)):
         records = _records(data / f"xquad.{language}.all.jsonl")
-        _write(data / f"xquad.{language}.jsonl", [record for record in records if len(record["branches"]) >= _QUESTIONS])
+        many = [record for record in records if len(record["branches"]) >= _QUESTIONS]
+        _write(data / f"xquad.{language}.jsonl", [{**record, "branches": record["branches"][:_QUESTIONS]} for record in many])
         rest = [record for record in records if len(record["branches"]) < _QUESTIONS]
         train += sorted(rest, key=lambda record: len(record["main"]))[: round(len(rest) * share)]
     _write(data / "xquad.train.jsonl", train)

@@ -23,6 +23,7 @@ class AnswersConfig(ModelPart):
     max_new_tokens: int = Field(12, ge=1, description="longest answer, in tokens")
     engine: EngineName = Field("parallel", description="questions as branches of a sequence, each alone, or as padded rows")
     at_once: int | None = Field(None, ge=1, description="questions of a record that are asked together; null: all")
+    records_at_once: int = Field(1, ge=1, description="records that one engine works on side by side (engine=parallel)")
     show: int = Field(1, ge=0, description="records to print with passage, questions and answers")
     output_path: str | None = Field(None, description="JSON file for the scores")
 
@@ -30,6 +31,8 @@ class AnswersConfig(ModelPart):
     def _alone(self) -> Self:
         if self.engine == "one_by_one" and self.at_once not in (None, 1):
             raise ValueError(f"at_once={self.at_once}: engine=one_by_one asks one question at a time; drop one of the two")
+        if self.engine != "parallel" and self.records_at_once > 1:
+            raise ValueError(f"records_at_once={self.records_at_once}: needs engine=parallel; drop one of the two")
         return self
 
 
@@ -39,7 +42,15 @@ def answers(argv: list[str]) -> None:
     records = question_records(config.data_path, config.max_records)
     model, tokenizer = config.load()
     asked = cli.tracked(records, "answering", len(records), lambda done: f"{done} of {len(records)} records answered")
-    found = answer(model, tokenizer, asked, engine=config.engine, at_once=config.at_once, max_new_tokens=config.max_new_tokens)
+    found = answer(
+        model,
+        tokenizer,
+        asked,
+        engine=config.engine,
+        at_once=config.at_once,
+        records_at_once=config.records_at_once,
+        max_new_tokens=config.max_new_tokens,
+    )
     items, scores = score(found)
     for item in items[: config.show]:
         console().print(table(item))

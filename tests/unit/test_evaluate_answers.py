@@ -46,6 +46,18 @@ def test_every_engine_says_the_same_where_branches_cannot_meet():
         assert (other.predictions, other.tokens) == (together.predictions, together.tokens)
 
 
+def test_records_side_by_side_are_answered_as_one_after_another():
+    """Questions of a record meet, those of another never do."""
+    records = [record(), record("another passage"), record("the third")]
+    model, tokenizer = model_with(RopeConfig()), tiny_tokenizer()
+    alone, beside = (
+        list(answer(model, tokenizer, records, at_once=2, records_at_once=count, max_new_tokens=8)) for count in (1, 2)
+    )
+    assert [(each.main, each.predictions, each.tokens) for each in beside] == [
+        (each.main, each.predictions, each.tokens) for each in alone
+    ]
+
+
 def test_branches_that_meet_do_not_say_what_they_say_alone():
     assert ask(RopeConfig()).predictions != ask(RopeConfig(), engine="one_by_one").predictions
 

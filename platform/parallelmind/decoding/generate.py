@@ -12,6 +12,7 @@ from parallelmind.decoding.checks import Asked
 from parallelmind.decoding.engine import Engine
 from parallelmind.decoding.forward import Model
 from parallelmind.decoding.samples import Event, Sample, Text
+from parallelmind.decoding.scheduler import Limits
 from parallelmind.errors import Notice
 from parallelmind.model.structure import causal_lm
 
@@ -36,14 +37,18 @@ def stream(
     return _events(engine_for(model, tokenizer, Asked.of(tokenizer, sample, per_branch, reduce, sampling)))
 
 
-def engine_for(model: Model, tokenizer: PreTrainedTokenizerBase, asked: Asked) -> Engine:
-    """An engine with room for one sample, which waits in it. Errors and the warning are those of `stream`."""
-    engine = Engine(model, tokenizer, asked.limits())
-    if engine.apart and asked.tokens.branches > 1:
+def engine_for(model: Model, tokenizer: PreTrainedTokenizerBase, asked: Asked, others: Sequence[Asked] = ()) -> Engine:
+    """An engine with room for these samples, which wait in it, numbered from 0. Errors and warning are those of `stream`."""
+    every = [asked, *others]
+    needed = [each.limits() for each in every]
+    room = Limits(sum(each.cache_tokens for each in needed), max_branches=sum(each.max_branches for each in needed))
+    engine = Engine(model, tokenizer, room)
+    if engine.apart and any(each.tokens.branches > 1 for each in every):
         kind = causal_lm(model).config.model_type
         said = f"{kind} {engine.apart}; its branches are decoded isolated, each in a row of its own"
         warnings.warn(said, Notice, stacklevel=3)
-    engine.enqueue(asked)
+    for each in every:
+        engine.enqueue(each)
     return engine
 
 

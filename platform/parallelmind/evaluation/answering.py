@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 
@@ -15,7 +16,7 @@ from parallelmind.decoding.forward import Model
 from parallelmind.decoding.samples import Sample
 from parallelmind.errors import UserError
 from parallelmind.evaluation.answers import exact_match, f1
-from parallelmind.evaluation.asking import ENGINES, EngineName
+from parallelmind.evaluation.asking import ENGINES, EngineName, Said, side_by_side
 from parallelmind.model.patch import is_patched
 from parallelmind.model.structure import causal_lm
 from parallelmind.model.support import assess
@@ -86,31 +87,54 @@ def answer(
     *,
     engine: EngineName = "parallel",
     at_once: int | None = None,
+    records_at_once: int = 1,
     max_new_tokens: int,
 ) -> Iterator[Answered]:
     """Every record answered, greedily. at_once: questions of a record that are asked together, all by default.
 
-    Raises UserError where the model cannot hold several questions in one sequence.
+    records_at_once: that one engine works on side by side (engine "parallel" alone). Raises UserError where the model cannot
+    hold several questions in one sequence.
     """
     size = 1 if engine == "one_by_one" else at_once
-    for record in records:
-        most = len(record.branches) if size is None else min(size, len(record.branches))
-        if engine == "parallel" and most > 1:
+    for group in _batched(records, records_at_once):
+        pieces = [_pieces(record, size) for record in group]
+        flat = [piece for own in pieces for piece in own]
+        if engine == "parallel" and any(len(piece.branches) > 1 for piece in flat):
             _refuse_untaught(model)
         started = time.perf_counter()
-        prompts = [branch.body for branch in record.branches]
-        pieces = [Sample(record.main, prompts[first : first + most]) for first in range(0, len(prompts), most)]
-        said = [ENGINES[engine](model, tokenizer, piece, max_new_tokens) for piece in pieces]
-        seconds = time.perf_counter() - started
-        yield Answered(
-            main=str(record.main),
-            questions=[str(branch.body).strip() for branch in record.branches],
-            predictions=[_first_line(text) for piece in said for text in piece.texts],
-            references=[_references(branch) for branch in record.branches],
-            tokens=sum(piece.tokens for piece in said),
-            seconds=seconds,
-            kv_bytes=_most([piece.kv_bytes for piece in said]),
-        )
+        if records_at_once > 1:
+            said = side_by_side(model, tokenizer, flat, max_new_tokens)
+        else:
+            said = [ENGINES[engine](model, tokenizer, piece, max_new_tokens) for piece in flat]
+        seconds = (time.perf_counter() - started) / sum(len(piece.branches) for piece in flat)
+        answers = iter(said)
+        for record, own in zip(group, pieces, strict=True):
+            yield _answered(record, [next(answers) for _ in own], seconds * len(record.branches))
+
+
+def _pieces(record: Record, size: int | None) -> list[Sample]:
+    """A record's questions, so many at once; None: all."""
+    prompts = [branch.body for branch in record.branches]
+    most = len(prompts) if size is None else min(size, len(prompts))
+    return [Sample(record.main, prompts[first : first + most]) for first in range(0, len(prompts), most)]
+
+
+def _answered(record: Record, said: list[Said], seconds: float) -> Answered:
+    return Answered(
+        main=str(record.main),
+        questions=[str(branch.body).strip() for branch in record.branches],
+        predictions=[_first_line(text) for piece in said for text in piece.texts],
+        references=[_references(branch) for branch in record.branches],
+        tokens=sum(piece.tokens for piece in said),
+        seconds=seconds,
+        kv_bytes=_most([piece.kv_bytes for piece in said]),
+    )
+
+
+def _batched(records: Iterable[Record], size: int) -> Iterator[Sequence[Record]]:
+    source = iter(records)
+    while group := list(islice(source, size)):
+        yield group
 
 
 def score(answered: Iterable[Answered]) -> tuple[list[Answered], Scores]:

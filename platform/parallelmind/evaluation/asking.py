@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,14 +37,23 @@ Ask = Callable[[Model, PreTrainedTokenizerBase, Sample, int], Said]
 
 def in_branches(model: Model, tokenizer: PreTrainedTokenizerBase, sample: Sample, max_new_tokens: int) -> Said:
     """Every question a branch of one sequence, by an engine of its own. Greedy."""
-    engine = engine_for(model, tokenizer, Asked.of(tokenizer, sample, None, None, {"max_new_tokens": max_new_tokens}))
-    texts, tokens = [""] * len(sample.branches), 0
+    return side_by_side(model, tokenizer, [sample], max_new_tokens)[0]
+
+
+def side_by_side(
+    model: Model, tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample], max_new_tokens: int
+) -> list[Said]:
+    """Samples as `in_branches`, all in one engine: their steps are shared, and so is what is told of memory."""
+    first, *others = [Asked.of(tokenizer, sample, None, None, {"max_new_tokens": max_new_tokens}) for sample in samples]
+    engine = engine_for(model, tokenizer, first, others)
+    texts, tokens = [[""] * len(sample.branches) for sample in samples], [0] * len(samples)
     while engine.busy:
         for event in engine.step():
-            texts[event.branch] += event.text
-            tokens += 1
+            texts[event.sample][event.branch] += event.text
+            tokens[event.sample] += 1
     forward = engine.forward
-    return Said(texts, tokens, forward.cache.bytes() if isinstance(forward, PoolForward) else None)
+    kept = forward.cache.bytes() if isinstance(forward, PoolForward) else None
+    return [Said(*said, kept) for said in zip(texts, tokens, strict=True)]
 
 
 def in_a_batch(model: Model, tokenizer: PreTrainedTokenizerBase, sample: Sample, max_new_tokens: int) -> Said:
