@@ -21,7 +21,8 @@ from serving.ports import free_port
 
 _WAIT_S = 120
 NEEDED = pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="namespaces need root and iproute2")
-_QUIET = {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+# Nodes see each other, so they listen on all that their namespaces have.
+_OURS = {"RAY_AUTH_MODE": "disabled", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 # Serve's settings that `ray start` needs in its environment.
 _SETTLED = "import os, sys, serving.ray_env; os.execv(sys.argv[1], sys.argv[1:])"
 
@@ -39,7 +40,7 @@ class Place:
     def environment(self) -> dict[str, str]:
         paths = os.pathsep.join([str(ROOT / "platform"), str(ROOT)])
         kept = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-        return {**kept, **_QUIET, "PYTHONPATH": paths}
+        return {**kept, **_OURS, "PYTHONPATH": paths}
 
 
 @dataclass
