@@ -39,7 +39,7 @@ def server() -> Iterator[str]:
         process = subprocess.Popen(line, user=account, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             _wait_for(folder, port, process)
-            yield f"postgresql://mlflow@127.0.0.1:{port}/postgres"
+            yield f"postgresql+psycopg2://mlflow@127.0.0.1:{port}/postgres"
         finally:
             process.send_signal(signal.SIGINT)  # ends at once; SIGTERM would wait for whoever is connected
             process.wait(timeout=30)

@@ -165,7 +165,8 @@ def mlflow_server(place: Path, bucket: dict[str, str], store: str) -> Iterator[s
         _wait_for(f"{url}/health", server)
         yield url
     finally:
-        for process in [*psutil.Process(server.pid).children(recursive=True), server]:
+        family = psutil.Process(server.pid).children(recursive=True) if server.poll() is None else []
+        for process in [*family, server]:
             process.kill()
         server.wait()
 
