@@ -11,12 +11,13 @@ import time
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import yaml
+from processes import kill
 from servers import ROOT, Server
 
 from serving.ports import free_port
@@ -157,9 +158,6 @@ def _wait_for(server: Server) -> None:
 
 def _end(server: Server) -> None:
     """At once: a raylet that is asked to end waits half a minute for its actors."""
-    processes = [psutil.Process(server.process.pid), *server.family()]
-    for process in processes:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
+    killed = kill(server.process.pid)
     server.process.wait(timeout=30)
-    assert psutil.wait_procs(processes, timeout=30)[1] == []
+    assert psutil.wait_procs(killed, timeout=30)[1] == []

@@ -9,10 +9,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import processes
 import psutil
 import pytest
 from servers import ROOT
@@ -51,17 +52,13 @@ class Node:
 
     def family(self, name: str = "") -> list[psutil.Process]:
         """Its processes whose command names this."""
-        found = psutil.Process(self.process.pid).children(recursive=True)
-        return [each for each in found if name in _command(each)]
+        return processes.family(self.process.pid, name)
 
     def kill(self) -> None:
         """All of it at once, as by a power cut."""
-        processes = [psutil.Process(self.process.pid), *self.family()] if self.alive() else []
-        for each in processes:
-            with suppress(psutil.NoSuchProcess):
-                each.kill()
+        killed = processes.kill(self.process.pid)
         self.process.wait(timeout=30)
-        psutil.wait_procs(processes, timeout=30)
+        psutil.wait_procs(killed, timeout=30)
 
     def alive(self) -> bool:
         return self.process.poll() is None
@@ -175,10 +172,3 @@ def cut(place: Place) -> Iterator[None]:
 
 def _ip(*line: str) -> None:
     subprocess.run(["ip", *line], check=True, capture_output=True)
-
-
-def _command(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""

@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 import torch
+from processes import family
 from tiny import tiny_llama, tiny_tokenizer
 
 from serving.ports import free_port
@@ -52,8 +53,7 @@ class Server:
 
     def family(self, name: str = "") -> list[psutil.Process]:
         """Its processes, children of children too, whose command names this."""
-        found = psutil.Process(self.process.pid).children(recursive=True)
-        return [each for each in found if name in _command(each)]
+        return family(self.process.pid, name)
 
     def get(self, path: str) -> tuple[int, Any]:
         return answer(self.request("GET", path))
@@ -87,13 +87,6 @@ class Server:
         return sum(
             float(line.split()[-1]) for line in lines if line.startswith((f"parallelmind_{name}{{", f"parallelmind_{name} "))
         )
-
-
-def _command(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:  # it has gone meanwhile
-        return ""
 
 
 def listening(process: psutil.Process) -> set[str]:

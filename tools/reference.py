@@ -14,6 +14,7 @@ from parallelmind.storage import whole_file
 from serving.settings import ServerConfig
 from workloads.chat import ChatConfig
 from workloads.convert import ConvertConfig
+from workloads.doctor_checks import DoctorConfig
 from workloads.evaluate_answers import AnswersConfig
 from workloads.evaluate_attention import AttentionConfig
 from workloads.evaluate_tax import TaxConfig
@@ -37,6 +38,7 @@ COMMANDS: dict[str, type[Part]] = {
     "workloads.convert": ConvertConfig,
     "workloads.convert --inspect": InspectConfig,
     "workloads.export": ExportConfig,
+    "workloads.doctor": DoctorConfig,
     "serving": ServerConfig,
 }
 

@@ -42,7 +42,7 @@ def _yaml_there(uri: str) -> dict[str, Any]:
     found = Mirror.at(uri, "config").read()
     if found is None:
         raise UserError(f"config={uri}: no such file; give the config.yaml of a run")
-    return yaml_values(found.decode(), uri)
+    return yaml_values(found, uri)
 
 
 def _experiment_file(name: str) -> Path:

@@ -62,7 +62,6 @@ def _trained(config: TrainConfig, sweep: Sweep) -> dict[str, Any]:
             note = json.loads(manifest)["extra"]
             tune.report({"folder": str(place), "run_id": note["mlflow_run"]})
             return {"status": "finished", "step": note["step"], "metrics": note["metrics"]}
-        place.pull(leave_out="*.safetensors")
         vocabulary = begin(config, place)
         files, held_out = find_files(config.data_path), find_files(config.validation_path) if config.validation_path else []
         task, tracker = prepare(config, place, files, held_out, vocabulary, Share(sweep.slots, sweep.parent))

@@ -51,7 +51,6 @@ def run_training(config: TrainConfig) -> Mirror:
     place.folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(place.folder / ".lock", timeout=0), ThreadPoolExecutor(1) as beside:
-            place.pull(leave_out="*.safetensors")
             from workloads import cluster
 
             connecting = beside.submit(cluster.connect, config.ray_address)
@@ -81,7 +80,7 @@ def _refuse_changed(config: TrainConfig) -> None:
         settings = left.inner("config.yaml").read()
         if left == place or settings is None:
             continue
-        begun = yaml_values(settings.decode(), f"{left}/config.yaml")
+        begun = yaml_values(settings, f"{left}/config.yaml")
         begun_there = any(name.startswith("step-") for name in left.inner(CHECKPOINTS).names())
         if begun.get("name") != config.name or not begun_there:
             continue

@@ -63,7 +63,11 @@ def execute(config: TrainConfig, place: Mirror, files: list[str], held_out: list
 
 
 def begin(config: TrainConfig, place: Mirror) -> int:
-    """Put the settings on record; returns how many token ids there are. Raises UserError for a model or adapter of others."""
+    """Fetch what is known of the run and put the settings on record; returns how many token ids there are.
+
+    Raises UserError for a model or adapter of others.
+    """
+    place.pull(leave_out="*.safetensors")
     settings = place.inner("config.yaml")
     save_yaml(config, settings.folder)
     settings.push()

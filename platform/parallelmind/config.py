@@ -213,18 +213,18 @@ def resolve(kind: type[PartT], values: dict[str, Any], dotlist: Sequence[str] = 
 def load_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises UserError where there is none."""
     try:
-        return yaml_values(path.read_text(encoding="utf-8"), path)
+        return yaml_values(path.read_bytes(), path)
     except FileNotFoundError as error:
         raise UserError(f"config={path}: no such file; give the path of a YAML file or of an experiment") from error
-    except (UnicodeDecodeError, OSError) as error:
+    except OSError as error:
         raise UserError(f"config={path}: not readable as YAML: {first_line(error)}") from error
 
 
-def yaml_values(text: str, source: object) -> dict[str, Any]:
-    """The mapping in a YAML text. Raises UserError, naming `source`, where there is none."""
+def yaml_values(content: bytes, source: object) -> dict[str, Any]:
+    """The mapping in what a YAML file holds. Raises UserError, naming `source`, where there is none."""
     try:
-        values = OmegaConf.to_container(OmegaConf.create(text), resolve=True) if text.strip() else None
-    except (OmegaConfBaseException, YAMLError) as error:
+        values = OmegaConf.to_container(OmegaConf.create(content.decode()), resolve=True) if content.strip() else None
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"config={source}: not readable as YAML: {first_line(error)}") from error
     if not isinstance(values, dict):
         raise UserError(f"config={source}: holds no mapping; write one `field: value` per line")

@@ -26,7 +26,7 @@ _BLOCK = 1 << 24  # bytes copied at a time
 
 
 def is_uri(path: str | Path) -> bool:
-    return "://" in str(path) and not str(path).startswith("models:")
+    return "://" in str(path)
 
 
 def filesystem(place: str) -> tuple[Any, str]:

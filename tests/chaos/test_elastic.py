@@ -4,7 +4,6 @@ as soon as another node is there. Whoever trains, every record is trained on onc
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sqlite3
@@ -22,7 +21,7 @@ import psutil
 import pytest
 import ray
 from ray.cluster_utils import Cluster
-from tiny import save_tiny
+from runs import prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS, EPOCHS, EVERY = 600, 12, 10
@@ -49,14 +48,7 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     """A working directory with a model, data and settings. No node was started in it."""
-    save_tiny(tmp_path / "tiny")
-    lines = [
-        {"text": f"Question: {i % 7} Answer: the {i % 7} lives" + " in" * (i % 23), "answer_offset": 4} for i in range(RECORDS)
-    ]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     settings = {
-        "base_model": "tiny",
-        "data_path": "data.jsonl",
         "branches_per_sample": 3,
         "epochs": EPOCHS,
         "log_every": 1,
@@ -64,8 +56,7 @@ def place(tmp_path: Path) -> Path:
         "num_workers": 2,
         "min_workers": 1,
     }
-    (tmp_path / "run.yaml").write_text("".join(f"{key}: {value}\n" for key, value in settings.items()))
-    return tmp_path
+    return prepare(tmp_path, RECORDS, settings)
 
 
 class Running:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
@@ -12,15 +11,13 @@ from pathlib import Path
 import nodes
 import pytest
 from nodes import Nodes
-from tiny import save_tiny
+from runs import prepare
 
 from parallelmind.storage import sha256
 
 pytestmark = [pytest.mark.chaos, nodes.NEEDED]
 EVERY, CUT_S = 10, 30
 SETTINGS = {
-    "base_model": "tiny",
-    "data_path": "data.jsonl",
     "branches_per_sample": 3,
     "epochs": 4,
     "log_every": 1,
@@ -32,12 +29,7 @@ SETTINGS = {
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory with a model, data and settings, that all nodes see."""
-    folder = tmp_path_factory.mktemp("nodes")
-    save_tiny(folder / "tiny")
-    lines = [{"text": f"Question: {i % 7} Answer: the {i % 7} lives" + " in" * (i % 23), "answer_offset": 4} for i in range(600)]
-    (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "run.yaml").write_text("".join(f"{key}: {value}\n" for key, value in SETTINGS.items()))
-    return folder
+    return prepare(tmp_path_factory.mktemp("nodes"), 600, SETTINGS)
 
 
 def start(place: Path, cluster: Nodes, name: str) -> subprocess.Popen[bytes]:

@@ -6,7 +6,6 @@ run, and the same adapter, bit for bit.
 
 from __future__ import annotations
 
-import json
 import os
 import sqlite3
 import subprocess
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tiny import save_tiny
+from runs import prepare
 
 from parallelmind.storage import sha256
 
@@ -31,13 +30,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory with a model, data and settings. The adapter is large for its model, so that saving takes a while."""
-    folder = tmp_path_factory.mktemp("chaos")
-    save_tiny(folder / "tiny")
-    lines = [{"text": f"Question: {i % 7} Answer: the {i % 7} lives" + " in" * (i % 23), "answer_offset": 4} for i in range(400)]
-    (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     settings = {
-        "base_model": "tiny",
-        "data_path": "data.jsonl",
         "validation_path": "data.jsonl",
         "validate_every": 7,
         "validation_branches": "[1, 3]",
@@ -50,8 +43,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "log_every": 3,
         "checkpoint_every": EVERY,
     }
-    (folder / "run.yaml").write_text("".join(f"{key}: {value}\n" for key, value in settings.items()))
-    return folder
+    return prepare(tmp_path_factory.mktemp("chaos"), 400, settings)
 
 
 class Running:

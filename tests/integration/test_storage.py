@@ -16,9 +16,9 @@ from pathlib import Path
 
 import boto3
 import postgres
-import psutil
 import pytest
 import s3
+from processes import kill
 from tiny import save_tiny
 
 from parallelmind.storage import sha256
@@ -104,8 +104,7 @@ def test_a_run_is_gone_on_with_on_another_machine(place: Path, bucket: dict[str,
     for line in running.stdout:
         if line.startswith("step 13/"):
             break
-    for process in [*psutil.Process(running.pid).children(recursive=True), psutil.Process(running.pid)]:
-        process.kill()
+    kill(running.pid)
     running.communicate()
     assert [key for key in keys(bucket, "tests/whole-") if key.endswith("step-5/state.json")]
     shutil.rmtree(place / "first" / "copies")
@@ -145,8 +144,7 @@ def test_a_sweep_there_goes_on_elsewhere(place: Path, bucket: dict[str, str]) ->
         assert first.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    for process in [*psutil.Process(first.pid).children(recursive=True), psutil.Process(first.pid)]:
-        process.kill()
+    kill(first.pid)
     first.communicate()
     told = said(start(place, bucket, "second", "sweep", "sweep.yaml"))
     assert "trials   2 finished" in told
@@ -165,9 +163,7 @@ def mlflow_server(place: Path, bucket: dict[str, str], store: str) -> Iterator[s
         _wait_for(f"{url}/health", server)
         yield url
     finally:
-        family = psutil.Process(server.pid).children(recursive=True) if server.poll() is None else []
-        for process in [*family, server]:
-            process.kill()
+        kill(server.pid)
         server.wait()
 
 

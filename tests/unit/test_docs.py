@@ -21,7 +21,6 @@ from workloads.settings import read_config
 from workloads.sweep_config import SweepConfig
 
 TARGETS = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-DEPLOY = ROOT / "docs" / "deploy"
 EVERY = [block for page in PAGES for block in blocks(page)]
 RUN = {"data_path": "train.jsonl", "validation_path": "held_out.jsonl"}
 NEEDED = {TrainConfig: RUN, SweepConfig: {"train": RUN, "space": {"lora_rank": [4, 8]}}}  # of a file that is the reader's own
@@ -39,8 +38,6 @@ def test_links_lead_somewhere(page: Path) -> None:
     for link in links(page):
         name, _, place = link.partition("#")
         target = (page.parent / name).resolve() if name else page
-        if DEPLOY in target.parents and not DEPLOY.exists():  # comes with a change of its own
-            continue
         assert target.exists(), f"{page.name}: {link}"
         if place:
             assert place in anchors(target), f"{page.name}: {link}: no such heading"

@@ -34,20 +34,19 @@ def stream(
     context cannot hold. A model that no patch can teach parallel branches decodes them isolated, one row each, and a
     warning says so. Closing the iterator early ends the work.
     """
-    return _events(engine_for(model, tokenizer, Asked.of(tokenizer, sample, per_branch, reduce, sampling)))
+    return _events(engine_for(model, tokenizer, [Asked.of(tokenizer, sample, per_branch, reduce, sampling)]))
 
 
-def engine_for(model: Model, tokenizer: PreTrainedTokenizerBase, asked: Asked, others: Sequence[Asked] = ()) -> Engine:
+def engine_for(model: Model, tokenizer: PreTrainedTokenizerBase, asked: Sequence[Asked]) -> Engine:
     """An engine with room for these samples, which wait in it, numbered from 0. Errors and warning are those of `stream`."""
-    every = [asked, *others]
-    needed = [each.limits() for each in every]
+    needed = [each.limits() for each in asked]
     room = Limits(sum(each.cache_tokens for each in needed), max_branches=sum(each.max_branches for each in needed))
     engine = Engine(model, tokenizer, room)
-    if engine.apart and any(each.tokens.branches > 1 for each in every):
+    if engine.apart and any(each.tokens.branches > 1 for each in asked):
         kind = causal_lm(model).config.model_type
         said = f"{kind} {engine.apart}; its branches are decoded isolated, each in a row of its own"
         warnings.warn(said, Notice, stacklevel=3)
-    for each in every:
+    for each in asked:
         engine.enqueue(each)
     return engine
 

@@ -44,8 +44,8 @@ def side_by_side(
     model: Model, tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample], max_new_tokens: int
 ) -> list[Said]:
     """Samples as `in_branches`, all in one engine: their steps are shared, and so is what is told of memory."""
-    first, *others = [Asked.of(tokenizer, sample, None, None, {"max_new_tokens": max_new_tokens}) for sample in samples]
-    engine = engine_for(model, tokenizer, first, others)
+    sampling = {"max_new_tokens": max_new_tokens}
+    engine = engine_for(model, tokenizer, [Asked.of(tokenizer, sample, None, None, sampling) for sample in samples])
     texts, tokens = [[""] * len(sample.branches) for sample in samples], [0] * len(samples)
     while engine.busy:
         for event in engine.step():

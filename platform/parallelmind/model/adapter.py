@@ -219,6 +219,7 @@ def load_model_with_lora(
         settings["dtype"] = str(settings["dtype"]).removeprefix("torch.")
     given = settings if base_model is None else {**settings, "base_model": str(base_model)}
     if lora_path is not None:
+        lora_path = adapter_folder(lora_path)
         manifest = read_adapter(lora_path)
         manifest.refuse_other_settings(settings if lora_rank is None else {**settings, "lora_rank": lora_rank})
         given = {"base_model": manifest.base_model, **manifest.rope.model_dump(), **given}
