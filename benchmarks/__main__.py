@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import data, decoding, engine, fuzz, harness, layout, scaling, serving, sweep, training
+from benchmarks import data, decoding, engine, first_use, fuzz, harness, layout, scaling, serving, sweep, training
 
 
 def main() -> None:
     only = sys.argv[1] if len(sys.argv) > 1 else ""
-    parts = [layout, data, training, decoding, engine, serving, fuzz, scaling, sweep]
+    parts = [layout, data, training, decoding, engine, serving, fuzz, scaling, sweep, first_use]
     benches = [bench for part in parts for bench in part.BENCHES]
     if not any(bench.name.startswith(only) for bench in benches):
         names = "\n  ".join(bench.name for bench in benches)

@@ -12,8 +12,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from tiny import tiny_llama
 from torch.nn.functional import cross_entropy
 
+from parallelmind.config import LoraConfig, RopeConfig
+from parallelmind.model.patch import patch
+
+ROPE = RopeConfig(rope_2d_ratio=0.5, branch_stride=16)
 IDS = torch.arange(10, 16)[None]
 _POS2D = torch.tensor([[[0, 0], [0, 1], [0, 2], [16, 0], [16, 1], [16, 2]]])
 _ELSEWHERE = """
@@ -23,6 +28,23 @@ from parallelmind.model.adapter import load_model_with_lora
 model, _ = load_model_with_lora(**json.loads(sys.argv[1]))
 save_file({"logits": adapting.logits(model)}, sys.argv[2])
 """
+
+
+def lora(**changes: Any) -> LoraConfig:
+    """Rank 4, unless told otherwise."""
+    return LoraConfig.model_validate({"lora_rank": 4, "lora_alpha": 6, **changes})
+
+
+def patched(rope: RopeConfig = ROPE, **overrides: Any) -> Any:
+    """The tiny model with branches."""
+    model = tiny_llama(**overrides)
+    patch(model, rope)
+    return model
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """To what float32 holds, for logits of about 10."""
+    return bool((found - expected).abs().max() < 2e-4)
 
 
 def branch_logits(model: Any) -> torch.Tensor:

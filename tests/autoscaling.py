@@ -21,6 +21,7 @@ from serving.ports import free_port
 CLUSTER = ROOT / "ray_cluster.yaml"
 _HEAD_ID = "f" * 51 + "00000"  # what Ray's provider of processes takes the head to be
 _HEAD_TYPE = "ray.head.default"
+GROWS_TO = "PARALLELMIND_GROWS_TO"
 
 
 def prepared() -> dict[str, Any]:
@@ -28,6 +29,12 @@ def prepared() -> dict[str, Any]:
     from ray.autoscaler._private.util import prepare_config
 
     return prepare_config(yaml.safe_load(CLUSTER.read_text(encoding="utf-8")))
+
+
+def grows_to(config: dict[str, Any]) -> str:
+    """What nodes are told of how large the cluster may become."""
+    (found,) = [option for option in config["docker"]["run_options"] if GROWS_TO in option]
+    return str(found.partition(f"{GROWS_TO}=")[2])
 
 
 def local_form(gcs_port: int, idle_s: float) -> dict[str, Any]:
@@ -71,6 +78,7 @@ def autoscaled(python: Path, folder: Path, idle_s: float) -> Iterator[Server]:
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": _HEAD_ID,
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "AUTOSCALER_METRIC_PORT": str(free_port()),
+        GROWS_TO: grows_to(prepared()),
     }
     cpus = config["available_node_types"][_HEAD_TYPE]["resources"]["CPU"]
     options = [f"--autoscaling-config={path}"]

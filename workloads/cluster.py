@@ -18,6 +18,7 @@ import workloads.ray_env  # noqa: F401  (before Ray)
 
 # isort: split
 import ray
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 
 from parallelmind.data.pipeline import quiet_data
 from parallelmind.errors import UserError, first_line
@@ -45,6 +46,10 @@ def connect(address: str | None, forward_output: bool = True) -> None:
         raise UserError(f"ray_address={where}: {first_line(error).rstrip('.')}; {remedy}") from error
     if where == "local":
         _name_cluster(Path(os.environ["RAY_TMPDIR"]))
+    else:
+        # One for the whole cluster and for good, on the node that first asks for it. On a worker, which is where Ray Data would
+        # ask, it would keep the autoscaler from ever taking that away.
+        get_or_create_autoscaling_coordinator()
     quiet_data()
     logging.getLogger("ray.train").setLevel(logging.ERROR)  # warnings there are about retries
 
@@ -114,20 +119,33 @@ def share_of_a_node(workers: int) -> float:
     return max(0.01, round(0.6 * own, 2))
 
 
+def reachable(resource: str) -> float:
+    """How much of a resource the cluster has or, where nodes come when they are asked for, will have.
+
+    The latter is in $PARALLELMIND_GROWS_TO, as `CPU=96,GPU=4`: Ray itself tells nobody what its autoscaler may add. Raises
+    UserError if that is no such list.
+    """
+    given = os.environ.get("PARALLELMIND_GROWS_TO", "")
+    try:
+        grown = {name: float(count) for name, count in (each.split("=") for each in given.split(",") if each)}
+    except ValueError as error:
+        raise UserError(f"$PARALLELMIND_GROWS_TO={given}: no list of resources; write CPU=96,GPU=4") from error
+    return max(ray.cluster_resources().get(resource, 0.0), grown.get(resource, 0.0))
+
+
 def slots(cpus_per_run: int, workers: int, use_gpu: bool, most: int | None) -> int:
     """How many runs fit on the cluster at a time. Raises UserError if none does."""
-    found = ray.cluster_resources()
-    fit = int(found.get("CPU", 0) // cpus_per_run)
+    fit = int(reachable("CPU") // cpus_per_run)
     if fit < 1:
-        raise UserError(f"cpus_per_trial={cpus_per_run}: the cluster has {found.get('CPU', 0):g}; lower it, or add nodes")
+        raise UserError(f"cpus_per_trial={cpus_per_run}: the cluster has {reachable('CPU'):g}; lower it, or add nodes")
     if use_gpu:
         require_gpus(workers)
-        fit = min(fit, int(found["GPU"] // workers))
+        fit = min(fit, int(reachable("GPU") // workers))
     return min(fit, most or fit)
 
 
 def require_gpus(count: int) -> None:
-    """Raises UserError if the cluster has fewer GPUs, which would otherwise wait for them for ever."""
-    found = ray.cluster_resources().get("GPU", 0)
+    """Raises UserError if the cluster can't have as many GPUs, which would otherwise be waited for for ever."""
+    found = reachable("GPU")
     if found < count:
         raise UserError(f"use_gpu=true: num_workers={count} needs {count} GPUs and the cluster has {found:g}; set use_gpu=false")

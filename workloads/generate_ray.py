@@ -127,7 +127,7 @@ def _told(config: GenerateConfig, folder: Path, items: list[dict[str, Any]]) -> 
     """
     cluster.connect(config.ray_address)
     workers = min(config.num_workers, len(items))
-    gpu = ray.cluster_resources().get("GPU", 0) >= workers
+    gpu = cluster.reachable("GPU") >= workers
     threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, int(cluster.cpus()) // workers)
     parts = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         PartWriter,

@@ -170,7 +170,13 @@ def run_trials(sweep: Sweep, journal: Journal, changed: Callable[[], None], hold
     trainable = tune.with_resources(functools.partial(run_trial, sweep=sweep), {"CPU": 0.1})
     tune.Tuner(
         trainable,
-        tune_config=tune.TuneConfig(search_alg=suggestions, scheduler=referee, num_samples=-1, max_concurrent_trials=sweep.slots),
+        tune_config=tune.TuneConfig(
+            search_alg=suggestions,
+            scheduler=referee,
+            num_samples=-1,
+            max_concurrent_trials=sweep.slots,
+            reuse_actors=True,  # to start a process and load all libraries takes seconds of both cores
+        ),
         run_config=tune.RunConfig(
             name=_TUNE,
             storage_path=where,

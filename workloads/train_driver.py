@@ -25,7 +25,7 @@ from parallelmind.model.support import refuse_unsupported
 from parallelmind.storage import whole_file
 from parallelmind.tracking import Tracker, absolute_uri
 from parallelmind.training import checkpoint
-from parallelmind.training.loop import Outcome
+from parallelmind.training.outcome import Outcome
 from workloads import cluster
 from workloads.record import code_version, keep_losses
 from workloads.stopping import StopFile, stoppable

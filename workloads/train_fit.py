@@ -19,7 +19,7 @@ from parallelmind.config import BaseConfig, DataConfig
 from parallelmind.data.pipeline import start_feeder
 from parallelmind.errors import UserError, first_line
 from parallelmind.training import checkpoint
-from parallelmind.training.loop import Outcome
+from parallelmind.training.outcome import Outcome
 from workloads import cluster
 from workloads.train import CHECKPOINTS
 from workloads.train_worker import Task, run_worker

@@ -30,7 +30,8 @@ from parallelmind.model.base import load_base
 from parallelmind.model.head import refuse_unknown_head
 from parallelmind.model.patch import patch
 from parallelmind.training.checkpoint import Store, bring, whole_weights
-from parallelmind.training.loop import Job, Outcome, train
+from parallelmind.training.loop import Job, train
+from parallelmind.training.outcome import Outcome
 from workloads.stopping import StopFile
 from workloads.train import CHECKPOINTS, COMPLETE, STOP, result_place
 

@@ -17,7 +17,9 @@ from servers import LOOPBACK, ROOT, Server, answer, listening
 PYTHON = Path(sys.executable)
 TASKS = """
 import os, ray
-ray.init(log_to_driver=False)
+from workloads import cluster
+cluster.connect(None, forward_output=False)
+print("trials at a time:", cluster.slots(8, 2, True, None), cluster.slots(8, 1, False, None))
 where = lambda: os.environ["RAY_NODE_TYPE_NAME"]
 print("task on", ray.get(ray.remote(num_cpus=1)(where).remote()))
 print("trainer on", ray.get(ray.remote(num_gpus=1)(where).remote()))
@@ -48,6 +50,7 @@ def test_tasks_bring_workers_of_their_type_which_go_when_idle(tmp_path: Path) ->
         clusters.wait_until(lambda: autoscaling.workers(dashboard) > 0)
         clusters.wait_until(lambda: dashboard.get("/api/jobs/tasks")[1]["status"] in ("SUCCEEDED", "FAILED"))
         said = dashboard.get("/api/jobs/tasks/logs")[1]["logs"]
+        assert "trials at a time: 2 12" in said  # of nodes of which none is there yet
         assert "task on data_worker" in said
         assert "trainer on gpu_worker" in said
         clusters.wait_until(lambda: autoscaling.workers(dashboard) == 0)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from adapting import logits, logits_elsewhere
+from adapting import logits, logits_elsewhere, patched
 from peft import PeftModel
 from tiny import save_tiny, tiny_llama, tiny_tokenizer
 
@@ -23,12 +23,6 @@ from parallelmind.model.patch import patch, rope_config
 ROPE = RopeConfig(rope_2d_ratio=0.5, branch_stride=16, visibility="isolated")
 LORA = LoraConfig(lora_rank=4, lora_alpha=8)
 Spoil = Callable[[Path], object]
-
-
-def patched(**overrides: Any) -> Any:
-    model = tiny_llama(**overrides)
-    patch(model, ROPE)
-    return model
 
 
 def trained(base: Any, config: LoraConfig = LORA, seed: int = 0) -> PeftModel:
@@ -54,7 +48,7 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def saved(base_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "adapter"
-    save_adapter(trained(patched()), tiny_tokenizer(), folder, BaseConfig(base_model=base_folder), ROPE, LORA, {"run": "abc"})
+    save_adapter(trained(patched(ROPE)), tiny_tokenizer(), folder, BaseConfig(base_model=base_folder), ROPE, LORA, {"run": "abc"})
     return folder
 
 
@@ -87,8 +81,8 @@ def test_an_unknown_target_is_refused(targets: str) -> None:
 
 def test_a_fresh_process_computes_the_same_logits(saved: Path) -> None:
     there = logits_elsewhere(lora_path=str(saved))
-    assert torch.equal(there, logits(trained(patched())))
-    assert (there - logits(patched())).abs().max() > 0.1
+    assert torch.equal(there, logits(trained(patched(ROPE))))
+    assert (there - logits(patched(ROPE))).abs().max() > 0.1
 
 
 def test_the_manifest_says_what_was_trained(saved: Path, base_folder: str) -> None:
@@ -116,7 +110,7 @@ def test_saving_uses_no_network_and_names_the_base_as_the_user_did(
 def test_saving_replaces_an_adapter_whole_and_leaves_nothing_else(saved: Path, base_folder: str, tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     shutil.copytree(saved, folder)
-    save_adapter(trained(patched(), seed=1), tiny_tokenizer(), folder, BaseConfig(base_model=base_folder), ROPE, LORA)
+    save_adapter(trained(patched(ROPE), seed=1), tiny_tokenizer(), folder, BaseConfig(base_model=base_folder), ROPE, LORA)
     assert read_manifest(folder).files != read_manifest(saved).files
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
@@ -124,7 +118,7 @@ def test_saving_replaces_an_adapter_whole_and_leaves_nothing_else(saved: Path, b
 def test_saving_refuses_a_folder_of_other_things(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="holds other files"):
-        save_adapter(trained(patched()), tiny_tokenizer(), tmp_path, BaseConfig(), ROPE, LORA)
+        save_adapter(trained(patched(ROPE)), tiny_tokenizer(), tmp_path, BaseConfig(), ROPE, LORA)
     assert (tmp_path / "thesis.tex").exists()
 
 
@@ -170,7 +164,7 @@ def test_a_pickled_adapter_is_refused(saved: Path, tmp_path: Path) -> None:
 
 
 def card(base_model: str, folder: Path, rope: RopeConfig = ROPE, **extra: Any) -> tuple[dict[str, Any], str]:
-    save_adapter(trained(patched()), tiny_tokenizer(), folder, BaseConfig(base_model=base_model), rope, LORA, extra)
+    save_adapter(trained(patched(ROPE)), tiny_tokenizer(), folder, BaseConfig(base_model=base_model), rope, LORA, extra)
     _, front, text = (folder / "README.md").read_text().split("---\n", 2)
     return yaml.safe_load(front), text
 
@@ -196,14 +190,14 @@ def test_the_card_names_no_path_and_no_metrics_that_are_not_there(base_folder: s
 
 def test_another_architecture_is_refused(saved: Path) -> None:
     with pytest.raises(UserError, match="base config .* is not the adapter's"):
-        load_adapter(patched(rope_parameters={"rope_type": "default", "rope_theta": 500.0}), tiny_tokenizer(), saved)
+        load_adapter(patched(ROPE, rope_parameters={"rope_type": "default", "rope_theta": 500.0}), tiny_tokenizer(), saved)
 
 
 def test_another_chat_template_is_refused(saved: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="chat template none is not the adapter's"):
-        load_adapter(patched(), tokenizer, saved)
+        load_adapter(patched(ROPE), tokenizer, saved)
 
 
 def test_another_patch_is_refused(saved: Path) -> None:

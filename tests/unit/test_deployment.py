@@ -78,6 +78,12 @@ def test_the_head_takes_no_tasks_and_spot_workers_start_from_none(launched: dict
     assert sum(found["max_workers"] for found in types.values()) == launched["max_workers"]
 
 
+def test_jobs_are_told_of_all_nodes_that_may_come(launched: dict[str, Any]) -> None:
+    groups = launched["available_node_types"].values()
+    most = {name: sum(found["max_workers"] * found["resources"].get(name, 0) for found in groups) for name in ("CPU", "GPU")}
+    assert autoscaling.grows_to(launched) == f"CPU={most['CPU']},GPU={most['GPU']}"
+
+
 def test_every_node_asks_for_the_token_and_has_it(launched: dict[str, Any]) -> None:
     assert "-e RAY_AUTH_MODE=token" in launched["docker"]["run_options"]
     assert launched["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"

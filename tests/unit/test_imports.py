@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "decoding": {*_GROUND, "model", "data"},
     "evaluation": {*_GROUND, "model", "data", "training", "decoding", "tracking"},
 }
-WITHOUT_TORCH = ("config.py", "layout.py", "decoding/sequence.py", "decoding/scheduler.py", "visibility.py")
+WITHOUT_TORCH = tuple("config.py layout.py visibility.py decoding/sequence.py decoding/scheduler.py training/outcome.py".split())
 
 
 def sources(package: str) -> list[Path]:

@@ -2,131 +2,21 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import shutil
-import threading
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel, get_peft_model_state_dict
-from safetensors.torch import save_file
-from tiny import tiny_llama
+from looping import Recorder, config, fresh_model, job, logged, run, same, steps
+from peft import PeftModel
 
-from parallelmind.config import LoraConfig, RopeConfig, TrainConfig
-from parallelmind.data.grouping import Row, Seeds, groups, make_batch, regrouped
+from parallelmind.config import TrainConfig
 from parallelmind.errors import UserError
-from parallelmind.layout import Batch, Tokens
-from parallelmind.mirror import Mirror
-from parallelmind.model.adapter import add_lora
-from parallelmind.model.patch import patch
 from parallelmind.training import checkpoint, loop
-from parallelmind.training.checkpoint import Store
-from parallelmind.training.loop import Job, Outcome, train
+from parallelmind.training.loop import train
 from parallelmind.training.step import learning_rate
-
-ROWS = [Row(Tokens.of([], [[5 + i % 7, 20, 30 + i % 3, 40, 2]]), lone=True) for i in range(36)]
-
-
-def config(**settings: object) -> TrainConfig:
-    values: dict[str, object] = {
-        "data_path": "-",
-        "epochs": 2,
-        "batch_size": 3,
-        "branches_per_sample": 2,
-        "accumulation_steps": 2,
-        "learning_rate": 0.01,
-        "lora_rank": 4,
-        "lora_dropout": 0.1,
-        "checkpoint_every": 2,
-        "log_every": 1,
-        "validate_every": 3,
-        "validation_branches": [1, 4],
-    }
-    return TrainConfig.model_validate(values | settings)
-
-
-class Run(NamedTuple):
-    outcome: Outcome
-    hooks: Recorder
-    weights: dict[str, torch.Tensor]
-
-
-class Recorder:
-    """Hooks that keep what they are told; ask to stop from the poll named on."""
-
-    def __init__(self, stop_at: int | None = None) -> None:
-        self.stop_at, self.polled = stop_at, 0
-        self.lines: list[str] = []
-        self.metrics: dict[int, dict[str, float]] = {}
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        self.metrics[step] = self.metrics.get(step, {}) | dict(metrics)
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
-
-    def report(self, metrics: Mapping[str, float], step: int) -> None:
-        pass
-
-    def should_stop(self) -> bool:
-        self.polled += 1
-        return self.stop_at is not None and self.polled >= self.stop_at
-
-
-def fresh_model(settings: TrainConfig) -> PeftModel:
-    model = tiny_llama()
-    patch(model, settings.part(RopeConfig))
-    return add_lora(model, settings.part(LoraConfig), seed=0)
-
-
-def weights(model: PeftModel) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in get_peft_model_state_dict(model).items()}
-
-
-def job(settings: TrainConfig, hooks: Recorder, model: PeftModel | None = None, store: Store | None = None) -> Job:
-    rope = settings.part(RopeConfig)
-
-    def stream(epoch: int, first: int) -> Iterator[Batch]:
-        for group in islice(groups(ROWS, settings, Seeds(settings.seed, epoch)), first, None):
-            yield group.batch(rope, 0)
-
-    validation = {n: [make_batch(regrouped(ROWS, n, 8, settings), rope, 0)] for n in settings.validation_branches}
-    return Job(settings, model or fresh_model(settings), stream, hooks, per_epoch=6, validation=validation, store=store)
-
-
-def run(settings: TrainConfig, folder: Path, hooks: Recorder | None = None, model: PeftModel | None = None) -> Run:
-    """Train with a store in `folder`, from its newest checkpoint if there is one."""
-    hooks = hooks or Recorder()
-    store = Store(Mirror(folder), settings.keep_checkpoints)
-    work = job(settings, hooks, model, store)
-    try:
-        return Run(train(work, store.resume(settings.fingerprint(), hooks.say)), hooks, weights(work.model))
-    finally:
-        store.close()
-
-
-def logged(run: Run) -> dict[tuple[int, str], float]:
-    """Every metric that is not a matter of the clock or the machine, by step and name."""
-    own = ("tokens_per_second", "peak_memory_gib", "seconds")
-    return {(step, name): value for step, found in run.hooks.metrics.items() for name, value in found.items() if name not in own}
-
-
-def steps(folder: Path) -> list[str]:
-    return [path.name for path in checkpoint.by_step(folder)]
-
-
-def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Bit for bit."""
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(found[name], value), name
 
 
 def test_loss_falls_and_lines_and_metrics_are_told(tmp_path: Path) -> None:
@@ -247,90 +137,6 @@ def test_float16_finds_its_scale_and_keeps_it_in_the_checkpoint(tmp_path: Path) 
     assert state.scale == 2.0 ** (20 - state.skipped)
     assert 0 < state.skipped < state.step
     assert state.bad == 0
-
-
-@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "missing", "half a state", "flipped state", "other settings"])
-def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(tmp_path: Path, damage: str) -> None:
-    settings = config()
-    whole = run(settings, tmp_path)
-    newest = tmp_path / "step-6"
-    target = newest / ("state.json" if "state" in damage else "optimizer.safetensors")
-    data = target.read_bytes()
-    if damage == "other settings":
-        state = checkpoint.read_state(newest)
-        assert state is not None
-        state.config_hash = "0" * 12
-        other = Store(Mirror(tmp_path), 2)
-        other.save(checkpoint.Snapshot({}, {}, state))
-        other.close()
-    elif damage == "missing":
-        target.unlink()
-    elif "flipped" in damage:
-        middle = data.index(b'"step": 6') + 8 if "state" in damage else len(data) // 2
-        target.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
-    else:
-        target.write_bytes(data[: 0 if damage == "empty" else len(data) // 2])
-    again = run(settings, tmp_path)
-    assert any("step-6" in line and "put aside" in line for line in again.hooks.lines)
-    assert min(again.hooks.metrics) == 5  # from step 4 on
-    same(again.weights, whole.weights)
-    assert (tmp_path / "damaged-step-6").is_dir()
-
-
-def test_what_a_killed_writer_left_behind_is_no_checkpoint(tmp_path: Path) -> None:
-    settings = config()
-    run(settings, tmp_path, Recorder(stop_at=2))
-    with pytest.MonkeyPatch.context() as patch_:
-        patch_.setattr(checkpoint, "asdict", lambda state: os._exit(9))
-        child = os.fork()
-        if child == 0:
-            run(settings, tmp_path)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    assert [path for path in tmp_path.iterdir() if path.name.startswith(".step-")]
-    assert run(settings, tmp_path).outcome.finished
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".step-")]
-
-
-def test_a_full_disk_is_one_line_and_leaves_earlier_checkpoints(tmp_path: Path) -> None:
-    settings = config(epochs=3)
-
-    def full(*args: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    run(settings, tmp_path, Recorder(stop_at=3))
-    before = steps(tmp_path)
-    with pytest.MonkeyPatch.context() as patch_:
-        patch_.setattr(checkpoint, "save_file", full)
-        with pytest.raises(UserError, match=r"output_dir: .*No space left on device.*step-2, step-3"):
-            run(settings, tmp_path)
-    assert steps(tmp_path) == before
-    assert run(settings, tmp_path).outcome.finished
-
-
-def test_a_checkpoint_is_written_beside_the_steps_that_follow(tmp_path: Path) -> None:
-    """A disk that never ends its work holds up the second save, not the steps before it."""
-    settings = config(checkpoint_every=2)
-    release, began = threading.Event(), threading.Event()
-    hooks = Recorder()
-
-    def slow(*args: object) -> None:
-        began.set()
-        assert release.wait(60)
-        save_file(*args)
-
-    log = hooks.log
-
-    def logged(metrics: Mapping[str, float], step: int) -> None:
-        log(metrics, step)
-        if step == 3:
-            assert began.wait(60)
-            release.set()
-
-    hooks.log = logged  # type: ignore[method-assign]
-    with pytest.MonkeyPatch.context() as patch_:
-        patch_.setattr(checkpoint, "save_file", slow)
-        assert run(settings, tmp_path, hooks).outcome.finished
-    assert steps(tmp_path) == ["step-4", "step-6"]
 
 
 def test_running_out_of_memory_names_the_shape_and_what_to_lower() -> None:

@@ -1,4 +1,4 @@
-"""Ways of training beside plain LoRA: its variants, the whole model, going on from an adapter, a quantised base."""
+"""Ways of training beside plain LoRA: its variants, the whole model, going on from an adapter."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from adapting import IDS, logits, logits_elsewhere, train
-from peft import PeftModel
+from adapting import ROPE, close, logits, logits_elsewhere, lora, patched, train
 from safetensors.torch import load_file
 from tiny import save_tiny, tiny_llama, tiny_tokenizer
 from torch import Tensor
 
-from parallelmind.config import BaseConfig, LoraConfig, RopeConfig, TrainConfig
+from parallelmind.config import BaseConfig, LoraConfig, TrainConfig
 from parallelmind.errors import UserError
-from parallelmind.evaluation.tiny import tiny_model
 from parallelmind.model.adapter import (
     add_lora,
     fill,
@@ -27,10 +25,8 @@ from parallelmind.model.adapter import (
     save_trained,
     trained_weights,
 )
-from parallelmind.model.base import load_base
-from parallelmind.model.patch import is_patched, patch, rope_config
+from parallelmind.model.patch import patch, rope_config
 
-ROPE = RopeConfig(rope_2d_ratio=0.5, branch_stride=16)
 VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {},
     "rslora": {"use_rslora": True},
@@ -40,21 +36,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pissa-rslora": {"lora_init": "pissa", "use_rslora": True},
     "pissa-dora": {"lora_init": "pissa", "use_dora": True},
 }
-
-
-def lora(**changes: Any) -> LoraConfig:
-    return LoraConfig.model_validate({"lora_rank": 4, "lora_alpha": 6, **changes})
-
-
-def patched(**overrides: Any) -> Any:
-    model = tiny_llama(**overrides)
-    patch(model, ROPE)
-    return model
-
-
-def close(found: Tensor, expected: Tensor) -> bool:
-    """To what float32 holds, for logits of about 10."""
-    return bool((found - expected).abs().max() < 2e-4)
 
 
 @pytest.fixture(scope="module")
@@ -76,61 +57,6 @@ def test_a_variant_starts_as_the_base_learns_and_comes_back(base: BaseConfig, tm
     assert manifest.lora.lora_init == "zero"
     assert manifest.lora.lora_rank == written["r"] == (8 if "lora_init" in settings else 4)
     assert (manifest.lora.use_rslora, manifest.lora.use_dora) == (written["use_rslora"], written["use_dora"])
-
-
-def test_a_pissa_adapter_works_in_a_fresh_process_by_its_stored_rank(base: BaseConfig, tmp_path: Path) -> None:
-    model = train(add_lora(patched(), lora(lora_init="pissa"), seed=0))
-    save_adapter(model, tiny_tokenizer(), tmp_path / "adapter", base, ROPE, lora(lora_init="pissa"))
-    assert close(logits_elsewhere(lora_path=str(tmp_path / "adapter"), lora_rank=8), logits(model))
-    with pytest.raises(UserError, match="lora_rank=4: the adapter has lora_rank=8"):
-        load_model_with_lora(lora_path=tmp_path / "adapter", lora_rank=4)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_pissa_is_made_again_bit_for_bit_and_resumes(dtype: torch.dtype) -> None:
-    def made() -> PeftModel:
-        return add_lora(patched().to(dtype), lora(lora_init="pissa"), seed=0)
-
-    first, again = made(), made()
-    assert all(torch.equal(one, two) for one, two in zip(first.parameters(), again.parameters(), strict=True))
-    assert {weight.dtype for weight in trained_weights(first).values()} == {torch.float32}
-    changed = [name for name, weight in first.get_base_model().named_parameters() if "base_layer" in name]
-    own = dict(tiny_llama().to(dtype).named_parameters())
-    assert changed
-    assert not any(
-        torch.equal(first.get_base_model().get_parameter(name), own[name.replace(".base_layer", "")]) for name in changed
-    )
-    layer = first.get_base_model().model.layers[0].self_attn.q_proj
-    whole = tiny_llama().to(dtype).model.layers[0].self_attn.q_proj.weight.float()
-    left, values, right = torch.linalg.svd(whole)
-    expected = (left[:, :4] * values[:4]) @ right[:4]
-    assert torch.allclose(1.5 * layer.lora_B.default.weight @ layer.lora_A.default.weight, expected, atol=2e-2)
-    train(first)
-    fill(again, {name: weight.clone() for name, weight in trained_weights(first).items()}, "checkpoint")
-    assert torch.equal(logits(again.eval()), logits(first))
-
-
-def test_pissa_splits_transposed_weights_too(tmp_path: Path) -> None:
-    model = tiny_model("gpt2").eval()
-    expected = model(IDS).logits
-    adapted = add_lora(model, lora(lora_init="pissa", lora_targets="c_attn"), seed=0)
-    assert close(adapted.eval()(IDS).logits, expected)
-    for weight in trained_weights(adapted).values():
-        weight.zero_()
-    assert not close(adapted(IDS).logits, expected)
-
-
-@pytest.mark.parametrize(
-    ("settings", "overrides", "told"),
-    [
-        ({"lora_rank": 33}, {}, "lora_rank=33: lora_init=pissa takes at most the 32 directions of .*k_proj"),
-        ({"lora_targets": "lm_head"}, {"tie_word_embeddings": True}, "lora_init=pissa: lm_head shares its weight"),
-        ({"lora_targets": "embed_tokens"}, {}, r"lora_init=pissa: cannot split model.embed_tokens \(Embedding\)"),
-    ],
-)
-def test_what_pissa_cannot_split_is_refused(settings: dict[str, Any], overrides: dict[str, Any], told: str) -> None:
-    with pytest.raises(UserError, match=told):
-        add_lora(tiny_llama(**overrides), lora(lora_init="pissa", **settings), seed=0)
 
 
 def test_lora_stays_float32_on_a_float16_base() -> None:
@@ -261,48 +187,6 @@ def test_going_on_with_another_placement_is_refused(begun: tuple[Path, Tensor]) 
     patch(model, ROPE.model_copy(update={"positions": "flat"}))
     with pytest.raises(UserError, match="positions=flat: the adapter has positions=time"):
         resume_adapter(model, tiny_tokenizer(), begun[0], lora())
-
-
-def test_without_bitsandbytes_quantising_is_refused(base: BaseConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("parallelmind.model.quantize.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="^quantize=4bit: needs bitsandbytes; pip install bitsandbytes, or set quantize=none$"):
-        load_base(base.model_copy(update={"quantize": "4bit"}))
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("bits", ["8bit", "4bit"])
-def test_lora_on_a_quantised_base(base: BaseConfig, tmp_path: Path, bits: str, dtype: str) -> None:
-    pytest.importorskip("bitsandbytes")
-    model, tokenizer = load_model_with_lora(base.base_model, quantize=bits, dtype=dtype, **ROPE.model_dump())
-    assert is_patched(model)
-    frozen = {weight.dtype for weight in model.parameters()}
-    assert frozen == {getattr(torch, dtype), torch.int8 if bits == "8bit" else torch.uint8}
-    before = logits(model)
-    config = lora(use_dora=bits == "4bit")
-    adapted = add_lora(model, config, seed=0)
-    layers = {name.rpartition(".")[2] for name, module in adapted.named_modules() if hasattr(module, "lora_A")}
-    assert layers == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    adapted.get_base_model().activation_checkpointing_enable()
-    expected = logits(train(adapted))
-    assert (expected - before).abs().max() > 0.1
-    assert {weight.dtype for weight in trained_weights(adapted).values()} == {torch.float32}
-    save_adapter(adapted, tokenizer, tmp_path / "adapter", base, ROPE, config)
-    assert torch.equal(logits(load_model_with_lora(lora_path=tmp_path / "adapter", quantize=bits, dtype=dtype)[0]), expected)
-    assert not torch.equal(logits(load_model_with_lora(lora_path=tmp_path / "adapter", dtype=dtype)[0]), expected)
-
-
-@pytest.mark.parametrize(
-    ("bits", "settings", "told"),
-    [
-        ("4bit", {"lora_init": "pissa"}, r"lora_init=pissa: cannot split .* \(Linear4bit\)"),
-        ("8bit", {"use_dora": True}, "^use_dora=True: loses the scales of 8-bit weights"),
-    ],
-)
-def test_what_a_quantised_base_cannot_do_is_refused(base: BaseConfig, bits: str, settings: dict[str, Any], told: str) -> None:
-    pytest.importorskip("bitsandbytes")
-    model, _ = load_base(BaseConfig.model_validate({**base.model_dump(), "quantize": bits}))
-    with pytest.raises(UserError, match=told):
-        add_lora(model, lora(**settings), seed=0)
 
 
 def test_only_safetensors_is_written(base: BaseConfig, begun: tuple[Path, Tensor], whole: Path) -> None:

@@ -26,6 +26,7 @@ from parallelmind.training import checkpoint
 from parallelmind.training.checkpoint import State, Store
 from parallelmind.training.loss import TargetLoss
 from parallelmind.training.meter import Meter
+from parallelmind.training.outcome import Outcome
 from parallelmind.training.sharding import shard
 from parallelmind.training.step import Totals, backward, learning_rate, make_optimizer, measure, update
 
@@ -61,15 +62,6 @@ class Job:
     validation: Mapping[int, list[Batch]]
     store: Store | None = None
     run_id: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """finished: false where a stop was asked for. metrics: the last ones."""
-
-    finished: bool
-    step: int
-    metrics: dict[str, float]
 
 
 def train(job: Job, resume: Path | None = None) -> Outcome:

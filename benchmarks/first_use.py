@@ -1,0 +1,49 @@
+"""From `git clone` to answered branches, by README's commands, with empty caches and nothing of ours installed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from benchmarks.harness import Bench
+
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What it takes. megabytes: on disk afterwards, all caches included."""
+
+    commands: int
+    minutes: float
+    megabytes: float
+
+
+@cache
+def _cost() -> Cost:
+    with tempfile.TemporaryDirectory() as name:
+        folder, caches = Path(name) / "parallelmind", Path(name) / "caches"
+        commands = [["git", "clone", "--quiet", str(_ROOT), str(folder)], ["make", "demo"]]
+        kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV", "MAKEFLAGS")}
+        env = {**kept, "XDG_CACHE_HOME": str(caches), "PARALLELMIND_CACHE": str(caches / "parallelmind")}
+        started = time.perf_counter()
+        for command in commands:
+            place = folder if folder.exists() else name
+            subprocess.run(command, cwd=place, env=env, check=True, stdout=subprocess.DEVNULL)
+        return Cost(len(commands), (time.perf_counter() - started) / 60, _bytes(Path(name)) / 1e6)
+
+
+def _bytes(folder: Path) -> int:
+    return sum(file.lstat().st_size for file in folder.rglob("*") if not file.is_dir())
+
+
+BENCHES = [
+    Bench("first_use.commands", 2, "lower", "commands", lambda: _cost().commands),
+    Bench("first_use.minutes", None, "lower", "min", lambda: _cost().minutes),
+    Bench("first_use.megabytes", None, "lower", "MB", lambda: _cost().megabytes),
+]

@@ -1,0 +1,120 @@
+"""Short runs of the loop without Ray, on a tiny model, and what is left of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from tiny import tiny_llama
+
+from parallelmind.config import LoraConfig, RopeConfig, TrainConfig
+from parallelmind.data.grouping import Row, Seeds, groups, make_batch, regrouped
+from parallelmind.layout import Batch, Tokens
+from parallelmind.mirror import Mirror
+from parallelmind.model.adapter import add_lora
+from parallelmind.model.patch import patch
+from parallelmind.training import checkpoint
+from parallelmind.training.checkpoint import Store
+from parallelmind.training.loop import Job, train
+from parallelmind.training.outcome import Outcome
+
+ROWS = [Row(Tokens.of([], [[5 + i % 7, 20, 30 + i % 3, 40, 2]]), lone=True) for i in range(36)]
+
+
+def config(**settings: object) -> TrainConfig:
+    values: dict[str, object] = {
+        "data_path": "-",
+        "epochs": 2,
+        "batch_size": 3,
+        "branches_per_sample": 2,
+        "accumulation_steps": 2,
+        "learning_rate": 0.01,
+        "lora_rank": 4,
+        "lora_dropout": 0.1,
+        "checkpoint_every": 2,
+        "log_every": 1,
+        "validate_every": 3,
+        "validation_branches": [1, 4],
+    }
+    return TrainConfig.model_validate(values | settings)
+
+
+class Run(NamedTuple):
+    outcome: Outcome
+    hooks: Recorder
+    weights: dict[str, torch.Tensor]
+
+
+class Recorder:
+    """Hooks that keep what they are told; ask to stop from the poll named on."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.stop_at, self.polled = stop_at, 0
+        self.lines: list[str] = []
+        self.metrics: dict[int, dict[str, float]] = {}
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self.metrics[step] = self.metrics.get(step, {}) | dict(metrics)
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+    def report(self, metrics: Mapping[str, float], step: int) -> None:
+        pass
+
+    def should_stop(self) -> bool:
+        self.polled += 1
+        return self.stop_at is not None and self.polled >= self.stop_at
+
+
+def fresh_model(settings: TrainConfig) -> PeftModel:
+    model = tiny_llama()
+    patch(model, settings.part(RopeConfig))
+    return add_lora(model, settings.part(LoraConfig), seed=0)
+
+
+def weights(model: PeftModel) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in get_peft_model_state_dict(model).items()}
+
+
+def job(settings: TrainConfig, hooks: Recorder, model: PeftModel | None = None, store: Store | None = None) -> Job:
+    rope = settings.part(RopeConfig)
+
+    def stream(epoch: int, first: int) -> Iterator[Batch]:
+        for group in islice(groups(ROWS, settings, Seeds(settings.seed, epoch)), first, None):
+            yield group.batch(rope, 0)
+
+    validation = {n: [make_batch(regrouped(ROWS, n, 8, settings), rope, 0)] for n in settings.validation_branches}
+    return Job(settings, model or fresh_model(settings), stream, hooks, per_epoch=6, validation=validation, store=store)
+
+
+def run(settings: TrainConfig, folder: Path, hooks: Recorder | None = None, model: PeftModel | None = None) -> Run:
+    """Train with a store in `folder`, from its newest checkpoint if there is one."""
+    hooks = hooks or Recorder()
+    store = Store(Mirror(folder), settings.keep_checkpoints)
+    work = job(settings, hooks, model, store)
+    try:
+        return Run(train(work, store.resume(settings.fingerprint(), hooks.say)), hooks, weights(work.model))
+    finally:
+        store.close()
+
+
+def logged(run: Run) -> dict[tuple[int, str], float]:
+    """Every metric that is not a matter of the clock or the machine, by step and name."""
+    own = ("tokens_per_second", "peak_memory_gib", "seconds")
+    return {(step, name): value for step, found in run.hooks.metrics.items() for name, value in found.items() if name not in own}
+
+
+def steps(folder: Path) -> list[str]:
+    return [path.name for path in checkpoint.by_step(folder)]
+
+
+def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Bit for bit."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name

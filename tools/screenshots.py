@@ -1,0 +1,113 @@
+"""docs/figures: what the programs look like, taken from them while they run: playground, MLflow and a sweep's report.
+
+    python -m tools.screenshots runs/demo-HASH/adapter runs/SWEEP-HASH
+
+Needs Chromium. MLflow shows what `mlflow.db` of this folder holds.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from parallelmind.errors import UserError
+from parallelmind.evaluation.facts import facts_records
+from serving.ports import free_port
+
+FIGURES = Path(__file__).resolve().parents[1] / "docs" / "figures"
+_STARTUP_S = 180
+_WIDTH, _HEIGHT = 1280, 800  # pixels
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        raise UserError("chromium: is not installed; pictures of programs are taken with it")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def running(module: str, health: str, *arguments: str) -> Iterator[str]:
+    """The address of a server on a free port, until the end of the block."""
+    port = free_port()
+    site = f"http://127.0.0.1:{port}"
+    process = subprocess.Popen([sys.executable, "-m", module, *(each.format(port=port) for each in arguments)])
+    try:
+        deadline = time.monotonic() + _STARTUP_S
+        while not answers(f"{site}{health}"):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{module} does not come up")
+            time.sleep(0.5)
+        yield site
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait()
+
+
+def answers(url: str) -> bool:
+    try:
+        with urlopen(url) as response:
+            return bool(response.status == 200)
+    except (URLError, ConnectionError):
+        return False
+
+
+def playground(page: Page, site: str) -> None:
+    """A passage of the demo's kind that the adapter has not seen, with its questions, answered."""
+    (record,) = facts_records(1, seed=7)
+    page.goto(f"{site}/")
+    page.get_by_label("Main", exact=True).fill(record["main"])
+    for number, branch in enumerate(record["branches"][:4], 1):
+        box = page.get_by_role("textbox", name=f"Branch {number}", exact=True)
+        if not box.count():
+            page.get_by_role("button", name="Add branch").click()
+        box.fill(branch["prompt"])
+    page.get_by_label("Temperature", exact=True).fill("0")
+    page.get_by_role("button", name="Run").click()
+    page.get_by_role("status").filter(has_text="Done").wait_for()
+
+
+def mlflow(page: Page, site: str) -> None:
+    """The runs of the newest experiment."""
+    page.goto(f"{site}/#/experiments")
+    page.get_by_role("link", name="parallelmind").first.click()
+    page.get_by_role("table").or_(page.get_by_role("grid")).first.wait_for()
+    page.wait_for_timeout(3000)  # its columns come later
+
+
+def main(adapter: str, sweep: str) -> None:
+    with chromium() as browser:
+        page = browser.new_page(viewport={"width": _WIDTH, "height": _HEIGHT})
+        page.set_default_timeout(60_000)
+        page.goto((Path(sweep) / "report.html").resolve().as_uri())
+        taken(page, "report")
+        with running("serving", "/health", f"lora_path={adapter}", "port={port}") as site:
+            playground(page, site)
+            taken(page, "playground")
+        store = ("--backend-store-uri", "sqlite:///mlflow.db", "--host", "127.0.0.1", "--port", "{port}", "--workers", "1")
+        with running("mlflow", "/health", "server", *store) as site:
+            mlflow(page, site)
+            taken(page, "mlflow")
+
+
+def taken(page: Page, name: str) -> None:
+    page.screenshot(path=FIGURES / f"{name}.png")
+    print(FIGURES / f"{name}.png", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
