@@ -130,4 +130,7 @@ def require_gpus(count: int) -> None:
     """Raises UserError if the cluster has fewer GPUs, which would otherwise wait for them for ever."""
     found = ray.cluster_resources().get("GPU", 0)
     if found < count:
-        raise UserError(f"use_gpu=true: num_workers={count} needs {count} GPUs and the cluster has {found:g}; set use_gpu=false")
+        raise UserError(
+            f"use_gpu=true: num_workers={count} takes as many GPUs, and Ray finds {found:g}; "
+            "set use_gpu=false, or see what `python -m workloads.doctor use_gpu=true` says"
+        )

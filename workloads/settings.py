@@ -34,7 +34,7 @@ def _values(kind: type[Part], name: str) -> dict[str, Any]:
     path = _experiment_file(name)
     config = _load(path)
     if not isinstance(config, kind):
-        raise UserError(f"experiment={name}: config() returns {type(config).__name__}, not {kind.__name__}")
+        raise UserError(f"experiment={name}: config() returns {type(config).__name__}; return {kind.__name__}")
     return config.model_dump(mode="json")
 
 

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from parallelmind.data.grouping import Row, Seeds, groups, make_batch, regrouped
 from parallelmind.errors import UserError
 from parallelmind.layout import Batch, Tokens
 from parallelmind.mirror import Mirror
+from parallelmind.model import attention
 from parallelmind.model.adapter import add_lora
 from parallelmind.model.patch import patch
 from parallelmind.training import checkpoint, loop
@@ -143,6 +145,19 @@ def test_loss_falls_and_lines_and_metrics_are_told(tmp_path: Path) -> None:
     assert "tok/s  ETA" in hooks.lines[1]
 
 
+def test_attention_is_told_once_for_all_shorter_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "attention_for", lambda _, limit, __: "flex_attention" if limit > 256 else "sdpa")
+    lines: list[str] = []
+    say = attention.Announcer(tiny_llama(), torch.float32, lines.append)
+    batches: list[Any] = [SimpleNamespace(ids=np.zeros((1, length))) for length in (64, 32, 512, 16, 256, 100, 300)]
+    assert list(say(batches)) == batches
+    assert lines == [
+        "attention: sdpa for up to 64 tokens",
+        "attention: flex_attention for up to 512 tokens",
+        "attention: sdpa for up to 256 tokens",
+    ]
+
+
 @pytest.mark.parametrize("log_every", [1, 4])
 @pytest.mark.parametrize(("poll", "step"), [(1, 1), (3, 3), (4, 3), (5, 4)])  # the fourth comes at the end of an epoch
 def test_resume_equals_the_undisturbed_run(tmp_path: Path, poll: int, step: int, log_every: int) -> None:
@@ -207,7 +222,7 @@ def test_a_step_without_a_finite_loss_is_left_out_and_counted(tmp_path: Path) ->
 def test_too_many_bad_steps_in_a_row_end_the_run_and_name_the_last_good_checkpoint(tmp_path: Path) -> None:
     settings = config(epochs=9, max_bad_steps=3)
     run(settings, tmp_path, Recorder(stop_at=4))
-    with pytest.raises(UserError, match=r"learning_rate=0.01: 3 steps in a row .* last good checkpoint: .*step-4"):
+    with pytest.raises(UserError, match=r"learning_rate=0.01: 3 steps in a row .*last good checkpoint: .*step-4\\); lower it"):
         run(settings, tmp_path, model=spoiled(settings, 999))
     assert steps(tmp_path) == ["step-3", "step-4"]
 
@@ -215,7 +230,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run_and_name_the_last_good_checkpoi
 def test_no_finite_step_at_all_is_an_error() -> None:
     empty = job(config(), Recorder())
     empty.batches = lambda epoch, first: []
-    with pytest.raises(UserError, match="data_path: no step"):
+    with pytest.raises(UserError, match="data_path=-: no step"):
         train(empty)
 
 
@@ -301,7 +316,7 @@ def test_a_full_disk_is_one_line_and_leaves_earlier_checkpoints(tmp_path: Path) 
     before = steps(tmp_path)
     with pytest.MonkeyPatch.context() as patch_:
         patch_.setattr(checkpoint, "save_file", full)
-        with pytest.raises(UserError, match=r"output_dir: .*No space left on device.*step-2, step-3"):
+        with pytest.raises(UserError, match=r"output_dir: .*No space left on device; whole ones: step-2, step-3\); make room"):
             run(settings, tmp_path)
     assert steps(tmp_path) == before
     assert run(settings, tmp_path).outcome.finished

@@ -60,7 +60,7 @@ def test_what_cannot_be_swept_is_refused_in_one_line(values: dict[str, Any], mes
     [
         ({"space": {"rope_2d_ratio": [0.5, 2]}}, "space: rope_2d_ratio=2: rope_2d_ratio=2: should be less"),
         ({"space": {"lora_rank": {"low": 0, "high": 9}}, "search": "random", "trials": 1}, "space: lora_rank=0"),
-        ({"space": {"min_branches_per_sample": [1, 9]}}, "min_branches_per_sample=9 exceeds max_branches_per_sample=8"),
+        ({"space": {"min_branches_per_sample": [1, 9]}}, "min_branches_per_sample=9: exceeds max_branches_per_sample=8"),
     ],
 )
 def test_every_value_is_held_against_the_training_run(values: dict[str, Any], message: str) -> None:

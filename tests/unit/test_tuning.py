@@ -247,7 +247,7 @@ def test_an_adapter_is_trained_further(base: BaseConfig, begun: tuple[Path, Tens
     ("settings", "told"),
     [
         ({"lora_rank": 16}, "lora_rank=16: the adapter has lora_rank=4"),
-        ({"use_dora": True}, "use_dora=True: the adapter has use_dora=False"),
+        ({"use_dora": True}, "use_dora=true: the adapter has use_dora=false"),
         ({"lora_init": "pissa"}, "lora_init=pissa: the adapter has lora_init=zero"),
     ],
 )
@@ -295,7 +295,7 @@ def test_lora_on_a_quantised_base(base: BaseConfig, tmp_path: Path, bits: str, d
     ("bits", "settings", "told"),
     [
         ("4bit", {"lora_init": "pissa"}, r"lora_init=pissa: cannot split .* \(Linear4bit\)"),
-        ("8bit", {"use_dora": True}, "^use_dora=True: loses the scales of 8-bit weights"),
+        ("8bit", {"use_dora": True}, "^use_dora=true: loses the scales of 8-bit weights"),
     ],
 )
 def test_what_a_quantised_base_cannot_do_is_refused(base: BaseConfig, bits: str, settings: dict[str, Any], told: str) -> None:
