@@ -80,7 +80,7 @@ class SweepConfig(Part):
                 field = f"space.{ranges[0]}: a range" if ranges else f"trials={self.trials}:"
                 raise ValueError(f"{field} needs search=random or search=optuna; a grid tries every value of its lists")
         elif self.trials is None or not self.space:
-            raise ValueError(f"search={self.search}: has nothing to draw; give trials=NUMBER and space={{field: [values]}}")
+            raise ValueError(f"search={self.search}: draws points from a space; give trials=NUMBER and space={{field: [values]}}")
         if empty := [name for name, values in self.space.items() if values == []]:
             raise ValueError(f"space.{empty[0]}=[]: holds nothing to try; give at least one value")
         if unknown := [name for name in self.metrics if name not in self._reported()]:
