@@ -23,7 +23,7 @@ setup: $(STAMP) ## create .venv with every dependency at its pinned version
 # torch goes first and alone, so that a machine's own choice of torch build is kept by everything after it.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
-		|| { echo "PYTHON=$(PYTHON): older than Python 3.11 or missing; run make PYTHON=/path/to/python3.11" >&2; exit 1; }
+		|| { echo "error: PYTHON=$(PYTHON): older than Python 3.11 or missing; run make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q -c constraints.txt torch==2.13.0
 	$(PY) -m pip install -q -c constraints.txt -e '.[dev]'
@@ -49,7 +49,7 @@ demo: setup model ## train a small adapter and decode with it
 	@$(PY) -m workloads.demo
 
 serve: setup ## serve the newest demo adapter at http://127.0.0.1:8000; ADAPTER=folder and PORT=number choose others
-	@test -n "$(ADAPTER)" || { echo "ADAPTER: there is no runs/demo-*/adapter; run make demo first, or give ADAPTER=folder" >&2; exit 1; }
+	@test -n "$(ADAPTER)" || { echo "error: ADAPTER: there is no runs/demo-*/adapter; run make demo first, or give ADAPTER=folder" >&2; exit 1; }
 	@$(PY) -m serving lora_path="$(ADAPTER)" port="$(PORT)"
 
 bench: setup model ## print the benchmark table; ONLY=decoding runs one part
@@ -58,9 +58,10 @@ bench: setup model ## print the benchmark table; ONLY=decoding runs one part
 bench-gpu: setup ## print tokens/s and MFU of training on this machine's GPU
 	@$(PY) -m benchmarks.gpu
 
-docs: setup model ## write the generated parts of docs/: reference, table of models (minutes), memory estimates, figures
+docs: setup model ## write the generated parts of docs/: reference, table of models (minutes), memory estimates, mistakes, figures
 	@$(PY) -m tools.reference
 	@$(PY) -m tools.memory
+	@$(PY) -m tools.mistakes
 	@$(PY) -m tools.figures
 	@$(PY) -m workloads.evaluate support output_path=docs/models.md
 

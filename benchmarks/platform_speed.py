@@ -18,7 +18,8 @@ import torch
 
 from benchmarks.text import tokenizer
 from benchmarks.training import Learner
-from parallelmind.config import TrainConfig, save_yaml
+from parallelmind.config import TrainConfig
+from parallelmind.config_file import save_yaml
 from parallelmind.data.files import file_parts, find_files
 from parallelmind.data.grouping import Seeds, groups
 from parallelmind.data.pipeline import read_part

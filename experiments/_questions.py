@@ -17,7 +17,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from parallelmind.config import load_yaml
+from parallelmind.config_file import load_yaml
 
 _RESULTS = Path(__file__).parent / "results"
 _ASKED = {"en": (17, 16), "zh": (6, 24)}  # passages, new tokens: SmolLM2's tokenizer needs many for Chinese, and minutes

@@ -1,6 +1,6 @@
 """Serve a model and its adapters on this machine, for this machine: HTTP on 127.0.0.1, until Ctrl-C.
 
-    python -m serving lora_path=runs/NAME/adapter port=8000
+    python -m serving lora_path=runs/NAME-HASH/adapter port=8000
     python -m serving base_model=smollm2-135m rope_2d_ratio=0 visibility=isolated max_replicas=2
 
 A page to try it is at /, an OpenAI-compatible interface under /v1, Prometheus' metrics at /metrics.

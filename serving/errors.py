@@ -108,14 +108,14 @@ def _first_problem(found: dict[str, Any]) -> Problem:
     """One of FastAPI's validation errors. Its place is ("body", field, …)."""
     where = [str(part) for part in found["loc"][1:] if "[" not in str(part) and part not in ("str", "int")]  # names of types
     if found["type"] == "json_invalid":
-        return Problem(message=f"the body is not JSON: {found['ctx']['error']}", code="invalid_json")
+        return Problem(message=f"the body is not JSON ({found['ctx']['error']}); mend it", code="invalid_json")
     if not where:
         return Problem(message="the body is empty or no JSON object; send one, as application/json", code="invalid_json")
     field = re.sub(r"\.(\d+)\b", r"[\1]", ".".join(where))  # branches.1.text is branches[1].text
     if found["type"] == "extra_forbidden":
         return Problem(message=f"{field}: not a field that is served; leave it out", param=field, code="unknown_parameter")
     if found["type"] == "missing":
-        return Problem(message=f"{field}: required and not given", param=field, code="missing_required_parameter")
+        return Problem(message=f"{field}: required and not given; add it", param=field, code="missing_required_parameter")
     shown = repr(found["input"])
     shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}…"
     return Problem(message=f"{field}={shown}: {_remedy(found['msg'])}", param=field, code="invalid_value")

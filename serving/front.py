@@ -134,7 +134,8 @@ async def _resumed(first: Step, rest: AsyncGenerator[Step, None]) -> AsyncGenera
 
 
 def _no_sample(sample: str) -> RequestError:
-    return RequestError(404, Problem(message=f"sample {sample[:80]!r}: has ended or never was", code="sample_not_found"))
+    message = f"sample {sample[:80]!r}: has ended or never was; begin another one"
+    return RequestError(404, Problem(message=message, code="sample_not_found"))
 
 
 def _keys(config: AppConfig) -> list[str]:

@@ -75,7 +75,7 @@ class AppConfig(Limits):
     @model_validator(mode="after")
     def _makes_sense(self) -> Self:
         if self.lora_path is None and self.base_model is None:
-            raise ValueError("lora_path: required and not given; add lora_path=runs/NAME/adapter, or base_model=smollm2-135m")
+            raise ValueError("lora_path: required and not given; add lora_path=runs/NAME-HASH/adapter or base_model=smollm2-135m")
         if self.max_replicas < self.min_replicas:
             raise ValueError(f"max_replicas={self.max_replicas}: is below min_replicas={self.min_replicas}; raise it")
         for name in self.adapters:

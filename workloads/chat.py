@@ -1,6 +1,6 @@
 """Talk to a model in the terminal, on several branches at once.
 
-    python -m workloads.chat lora_path=runs/demo/adapter
+    python -m workloads.chat lora_path=runs/demo-HASH/adapter
 
 A line is a prompt. Several prompts in one line, separated by ` || `, are branches that are decoded side by side:
 

@@ -148,4 +148,7 @@ def require_gpus(count: int) -> None:
     """Raises UserError if the cluster can't have as many GPUs, which would otherwise be waited for for ever."""
     found = reachable("GPU")
     if found < count:
-        raise UserError(f"use_gpu=true: num_workers={count} needs {count} GPUs and the cluster has {found:g}; set use_gpu=false")
+        raise UserError(
+            f"use_gpu=true: num_workers={count} takes as many GPUs, and Ray finds {found:g}; "
+            "set use_gpu=false, or see what `python -m workloads.doctor use_gpu=true` says"
+        )

@@ -37,7 +37,7 @@ from parallelmind.data.convert.converter import Converter, ConvertSettings
 from parallelmind.data.convert.items import Bad
 from parallelmind.data.convert.reading import dataset_items
 from parallelmind.data.files import find_files
-from parallelmind.errors import UserError
+from parallelmind.errors import UserError, writing
 from parallelmind.model.base import load_tokenizer
 from parallelmind.storage import whole_file
 
@@ -93,19 +93,14 @@ class Job:
     def run(self) -> str:
         """Write the file; returns the counts in one line. Raises UserError, and then leaves the output as it was."""
         results = self.results()
-        try:
-            with whole_file(Path(self.config.output_path).expanduser()) as out:
-                for result in cli.tracked(results, "converting", None, lambda _: self.counts()):
-                    self.take(result, out)
-                if self.bad > _SHOWN:
-                    print(f"… and {self.bad - _SHOWN} more bad records", file=sys.stderr)
-                if not self.written:
-                    raise UserError(f"{self.source}: gives no record ({self.counts()}); look at the source, or set source=…")
-        except OSError as error:
-            reason = f"{error.strerror or error}"
-            raise UserError(
-                f"output_path={self.config.output_path}: cannot be written ({reason}); give a file in a writable folder"
-            ) from error
+        output = self.config.output_path
+        with writing("output_path", output), whole_file(Path(output).expanduser()) as out:
+            for result in cli.tracked(results, "converting", None, lambda _: self.counts()):
+                self.take(result, out)
+            if self.bad > _SHOWN:
+                print(f"… and {self.bad - _SHOWN} more bad records", file=sys.stderr)
+            if not self.written:
+                raise UserError(f"{self.source}: gives no record ({self.counts()}); look at the source, or set source=…")
         return self.counts()
 
     @property
@@ -129,10 +124,10 @@ class Job:
             self.branches += len(result.get("branches", [result]))
             return
         if self.config.strict:
-            raise UserError(f"{result}; mend the record, or set strict=false to leave out bad ones")
+            raise UserError(f"{self.source}: {result}; mend the record, or set strict=false to leave out bad ones")
         self.bad += 1
         if self.bad <= _SHOWN:
-            print(f"{result}: left out", file=sys.stderr)
+            print(f"left out: {result}", file=sys.stderr)
 
     def counts(self) -> str:
         without = self.converter.unanswered

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from parallelmind import cli
 from parallelmind.config import TrainConfig
+from parallelmind.errors import UserError
 from parallelmind.evaluation.facts import write_facts
 from parallelmind.tracking import absolute_uri
 from workloads.settings import read_config
@@ -28,8 +29,10 @@ _TRAIN_PASSAGES, _HELD_OUT_PASSAGES = 96, 6
 
 def main(argv: list[str]) -> None:
     if cli.wants_help(argv):
-        print((__doc__ or "").strip())
+        print(cli.flowing(__doc__ or ""))
         return
+    if argv:
+        raise UserError(f"{argv[0]}: the demo has no fields; python -m workloads.train demo {argv[0]} trains with others")
     started = time.monotonic()
     config = read_config(TrainConfig, ["demo"])
     folder = run_place(config).folder

@@ -1,9 +1,9 @@
 """Measure a model or its adapter on held-out text, look into it, or see which models can hold parallel branches.
 
-    python -m workloads.evaluate answers data_path=held_out.jsonl lora_path=runs/demo/adapter
+    python -m workloads.evaluate answers data_path=held_out.jsonl lora_path=runs/demo-HASH/adapter
     python -m workloads.evaluate answers data_path=held_out.jsonl patch_rope=false engine=batch
-    python -m workloads.evaluate tax data_path=held_out.jsonl lora_path=runs/demo/adapter output_path=tax.json
-    python -m workloads.evaluate attention lora_path=runs/demo/adapter main="A passage." prompts="[Who?, Where?]" \\
+    python -m workloads.evaluate tax data_path=held_out.jsonl lora_path=runs/demo-HASH/adapter output_path=tax.json
+    python -m workloads.evaluate attention lora_path=runs/demo-HASH/adapter main="A passage." prompts="[Who?, Where?]" \\
         output_path=map.png
     python -m workloads.evaluate support model_types=llama,gptj,mamba --csv
 
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     kind = argv[0] if argv else ""
     if kind not in _KINDS:
         if cli.wants_help(argv):
-            return print(f"{(__doc__ or '').strip()}\n\nevaluate KIND --help lists the fields of each: {', '.join(_KINDS)}.")
+            return print(f"{cli.flowing(__doc__ or '')}\n\nevaluate KIND --help lists the fields of each: {', '.join(_KINDS)}.")
         raise UserError(f"{f'evaluate {kind}'.strip()}: unknown evaluation; choose one of {', '.join(_KINDS)}")
     fields, run = _KINDS[kind]
     return cli.print_help(__doc__ or "", fields) if cli.wants_help(argv) else run(argv[1:])

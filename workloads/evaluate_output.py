@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from parallelmind.errors import UserError
+from parallelmind.errors import UserError, writing
 from parallelmind.storage import whole_bytes, whole_file
 
 if TYPE_CHECKING:
@@ -35,18 +33,10 @@ def output_file(path: str | None, ending: str) -> Path | None:
 
 
 def write_json(file: Path, values: dict[str, Any]) -> None:
-    with _writing(file), whole_file(file) as out:
+    with writing("output_path", file), whole_file(file) as out:
         out.write(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_png(file: Path, figure: Figure) -> None:
-    with _writing(file), whole_bytes(file) as out:
+    with writing("output_path", file), whole_bytes(file) as out:
         figure.savefig(out, format="png", dpi=120)
-
-
-@contextmanager
-def _writing(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"output_path={file}: cannot be written ({error.strerror}); give a file in a writable folder") from error

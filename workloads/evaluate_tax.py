@@ -90,7 +90,7 @@ def _survey(files: Sequence[str], data: DataConfig, vocabulary: int) -> None:
     found = combine(parts, [survey_part(part, data, vocabulary) for part in parts])
     found.refuse_too_many(data, "data_path")
     if found.bad:
-        print(f"{len(found.bad)} malformed lines left out; the first: {found.bad[0]}", file=sys.stderr)
+        print(f"bad lines left out: {len(found.bad)}, the first: {found.bad[0]}", file=sys.stderr)
 
 
 def _held_out(files: Sequence[str], tokenizer: Any, config: TaxConfig) -> HeldOut:

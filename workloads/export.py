@@ -1,6 +1,6 @@
 """Merge an adapter into plain weights, a folder that transformers loads without parallelmind.
 
-    python -m workloads.export lora_path=runs/demo/adapter output_path=merged
+    python -m workloads.export lora_path=runs/demo-HASH/adapter output_path=merged
 
 Only where that is exact: adapters trained with patch_rope=false, or with rope_2d_ratio=0 positions=time, whose lone branch
 has the base model's own positions. Any other is refused. The weights are float32, and are compared with the adapter's logits

@@ -2,8 +2,8 @@
 
     python -m workloads.generate prompt="Once upon a time"
     python -m workloads.generate main="A passage." prompts="[Who is it?, Where is it?]" max_new_tokens=32
-    python -m workloads.generate lora_path=runs/demo/adapter data_path=samples.jsonl output_path=out.jsonl
-    python -m workloads.generate lora_path=runs/demo/adapter data_path="in/*.jsonl.gz" output_path=out num_workers=2
+    python -m workloads.generate lora_path=runs/demo-HASH/adapter data_path=samples.jsonl output_path=out.jsonl
+    python -m workloads.generate lora_path=runs/demo-HASH/adapter data_path="in/*.jsonl.gz" output_path=out num_workers=2
 
 `prompts` are branches of one sample that share `main`. `data_path` is parallel JSONL or Parquet (every line a sample, continued
 after its prompts), or .txt (every line a prompt of its own), each also .gz or .zst. Many samples are decoded side by side.
@@ -31,7 +31,7 @@ from pydantic import Field, model_validator
 import parallelmind as pm
 from parallelmind import cli
 from parallelmind.config import Alignment, BranchAngle, Dtype, Pairs, Part, Positions, Quantize, Visibility
-from parallelmind.errors import UserError
+from parallelmind.errors import UserError, typed, writing
 from parallelmind.storage import whole_file
 
 
@@ -111,7 +111,7 @@ class GenerateConfig(SamplingPart, ModelPart):
         if len(given) != 1:
             raise ValueError(f"{' and '.join(given) or 'prompt'}: give exactly one of prompt=…, prompts=[…,…] and data_path=…")
         if self.main and self.data_path:
-            raise ValueError(f"main={self.main!r}: every line of data_path brings its own; write main into the lines")
+            raise ValueError(f"main={typed(self.main)}: every line of data_path brings its own; write main into the lines")
         if self.num_workers and not (self.data_path and self.output_path):
             raise ValueError(f"num_workers={self.num_workers}: shares data_path and writes files; give data_path and output_path")
         return self
@@ -151,20 +151,11 @@ def _continue_prompts(config: GenerateConfig) -> None:
             print(event.text, end="", flush=True)
     text = "" if plain else json.dumps(found.row(), ensure_ascii=False)
     if output:
-        _write(output, text)
+        with writing("output_path", output), whole_file(output) as file:
+            file.write(text + "\n")
     else:
         print(text, flush=True)
     print(speed(1, tokens, time.monotonic() - started), file=sys.stderr)
-
-
-def _write(output: Path, text: str) -> None:
-    try:
-        with whole_file(output) as file:
-            file.write(text + "\n")
-    except OSError as error:
-        raise UserError(
-            f"output_path={output}: cannot be written ({error.strerror}); give a file in a writable folder"
-        ) from error
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ class Tally:
         """Tell of a line that is left out."""
         self.bad += 1
         self.worst = self.worst or f"{place}: {problem}"
-        print(f"{place}: skipped: {problem}", file=sys.stderr)
+        print(f"left out: {place}: {problem}", file=sys.stderr)
 
     def line(self) -> str:
         seconds = max(time.monotonic() - self.started, 1e-9)
@@ -140,10 +140,10 @@ class Tally:
     def end(self, data_path: str, written: bool) -> None:
         """Say how it went. written: whether the output holds any row. Raises UserError if it holds none."""
         if self.bad:
-            print(f"{data_path}: {self.bad} of {self.total} lines skipped", file=sys.stderr)
+            print(f"bad lines left out: {self.bad} of {self.total}", file=sys.stderr)
         if not written:
-            why = f" ({self.bad} skipped, the first: {self.worst})" if self.bad else ""
-            raise UserError(f"data_path={data_path}: holds no usable line{why}; give one sample per line")
+            why = f" (bad lines: {self.bad}, the first: {self.worst})" if self.bad else ""
+            raise UserError(f"data_path={data_path}: holds no usable line{why}; write one sample a line")
         print(speed(self.samples, self.tokens, time.monotonic() - self.started), file=sys.stderr)
 
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from parallelmind import cli
-from parallelmind.errors import UserError
+from parallelmind.errors import UserError, writing
 from workloads.generate_batch import Decoder, Result, Tally
 from workloads.generate_input import Source
-from workloads.generate_output import Note, cut_back, read_source, settings_of, unwritable, writing
+from workloads.generate_output import Note, alone_at, cut_back, read_source, settings_of
 
 if TYPE_CHECKING:
     from workloads.generate import GenerateConfig
@@ -30,12 +30,10 @@ def continue_files(config: GenerateConfig) -> None:
     if output.is_dir():
         raise UserError(f"output_path={output}: is a folder, and num_workers=0 writes a file; choose another name")
     source = read_source(config, output)
-    try:
+    with writing("output_path", output):
         output.parent.mkdir(parents=True, exist_ok=True)
         output.touch()
-    except OSError as error:
-        raise unwritable(output, error) from error
-    with writing(output):
+    with alone_at(output):
         _append(config, source, output)
     return None
 
@@ -45,11 +43,9 @@ def _append(config: GenerateConfig, source: Source, output: Path) -> None:
     with open(output, "r+b") as file:
 
         def write(row: str) -> None:
-            try:
+            with writing("output_path", output):
                 file.write(row.encode() + b"\n")
                 file.flush()
-            except OSError as error:
-                raise unwritable(output, error) from error
 
         if size := output.stat().st_size:
             if note.go_on() == size:

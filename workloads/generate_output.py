@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from parallelmind.data.files import find_files
-from parallelmind.errors import UserError
+from parallelmind.errors import UserError, typed
 from parallelmind.model.manifest import MANIFEST
 from parallelmind.storage import sha256, whole_file
 from workloads.generate_input import Source, scan
@@ -39,8 +39,8 @@ def settings_of(config: GenerateConfig, source: Source) -> dict[str, Any]:
 
 
 @contextmanager
-def writing(output: Path) -> Iterator[None]:
-    """Alone at an output, which is there. Raises UserError if another process is writing it."""
+def alone_at(output: Path) -> Iterator[None]:
+    """The only writer of an output, which is there. Raises UserError if another process is writing it."""
     number = os.open(output, os.O_RDONLY)
     try:
         fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -49,10 +49,6 @@ def writing(output: Path) -> Iterator[None]:
         raise UserError(f"output_path={output}: another process is writing it; wait for it, or choose another name") from error
     finally:
         os.close(number)
-
-
-def unwritable(output: Path, error: OSError) -> UserError:
-    return UserError(f"output_path={output}: cannot be written ({error.strerror or error}); give a name in a writable folder")
 
 
 class Note:
@@ -79,7 +75,7 @@ class Note:
             raise UserError(f"output_path={self.output}: {what}; choose another name, or remove it") from error
         names = sorted(name for name in begun.keys() | self.settings.keys() if begun.get(name) != self.settings.get(name))
         if names:
-            told = ", ".join(f"{name}={begun.get(name)} (now {self.settings.get(name)})" for name in names)
+            told = ", ".join(f"{name}={typed(begun.get(name))} (now {typed(self.settings.get(name))})" for name in names)
             remedy = "give it these again to go on with it, choose another output_path, or remove it"
             raise UserError(f"output_path={self.output}: was begun with {told}; {remedy}")
         return finished
@@ -105,4 +101,4 @@ def cut_back(file: BinaryIO, output: Path) -> tuple[int, int]:
     try:
         return rows, int(json.loads(last)["line"]) if rows else 0
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"output_path={output}: its row {rows} tells no line of data_path; remove that row to go on") from error
+        raise UserError(f"output_path={output}: its row {rows} tells no line of data_path; remove that row, and go on") from error

@@ -21,12 +21,12 @@ import torch
 
 from parallelmind import cli
 from parallelmind.data.files import Part
-from parallelmind.errors import UserError
+from parallelmind.errors import UserError, writing
 from parallelmind.storage import whole_file
 from workloads import cluster
 from workloads.generate_batch import Decoder, Tally
 from workloads.generate_input import Source, Stretch
-from workloads.generate_output import Note, read_source, settings_of, unwritable, writing
+from workloads.generate_output import Note, alone_at, read_source, settings_of
 
 if TYPE_CHECKING:
     from workloads.generate import GenerateConfig
@@ -85,11 +85,9 @@ def continue_files(config: GenerateConfig) -> None:
             f"output_path={folder}: is a file, and num_workers={config.num_workers} fills a folder; choose another name"
         )
     source = read_source(config, folder)
-    try:
+    with writing("output_path", folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise unwritable(folder, error) from error
-    with writing(folder):
+    with alone_at(folder):
         _fill(config, source, folder)
 
 

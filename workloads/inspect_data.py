@@ -3,7 +3,7 @@
     python -m workloads.convert --inspect FILE [key=value …]
     python -m workloads.convert --inspect train.jsonl batch_size=8 max_branch_tokens=256 show=5
 
-Prints what the file holds and which lines are malformed; how long mains, branches and samples are; what the length limits
+Prints what the file holds and which lines are bad; how long mains, branches and samples are; what the length limits
 cost; how much of the batches that training would build at these settings is padding; and the first samples as columns, with
 time running across and targets marked. The histograms are also written as a PNG. Samples are shuffled as in training;
 shuffle_window=1 keeps the file's order.
@@ -33,7 +33,7 @@ from parallelmind.data.lines import Line, read_lines
 from parallelmind.data.records import Record
 from parallelmind.data.survey import BadLine, Survey, check
 from parallelmind.data.tokenise import tokenised
-from parallelmind.errors import UserError
+from parallelmind.errors import UserError, writing
 from parallelmind.layout import Ints, Layout, Tokens, arrange
 from parallelmind.model.base import load_tokenizer
 from workloads.inspect_report import print_lengths, print_lines, print_samples
@@ -102,7 +102,7 @@ class Look:
         """Raises UserError where training would have nothing to train on."""
         config = self.config
         if not self.survey.records:
-            self.survey.refuse_too_many(config, f"data_path={config.data_path}")
+            self.survey.refuse_too_many(config, "data_path")
         if not self.statistics.branch_tokens:
             raise UserError(
                 f"max_branch_tokens={config.max_branch_tokens} max_sample_tokens={config.max_sample_tokens} "
@@ -130,7 +130,7 @@ def main(argv: list[str]) -> None:
     path = Path(config.png_path or f"{_file_name(config.data_path)}.png")
     write_png(look.statistics, config.data_path, path)
     console.print(Text(f"\nhistograms: {path}"))
-    look.survey.refuse_too_many(config, f"data_path={config.data_path}")
+    look.survey.refuse_too_many(config, "data_path")
 
 
 def _config(argv: Sequence[str]) -> InspectConfig:
@@ -172,11 +172,9 @@ def write_png(found: Statistics, title: str, path: Path) -> None:
     _draw_histogram(left, found.branch_tokens, "tokens per branch", "branches")
     _draw_histogram(middle, found.sample_branches, "branches per sample", "samples")
     _draw_batches(right, found)
-    try:
+    with writing("png_path", path):
         path.parent.mkdir(parents=True, exist_ok=True)
         FigureCanvasAgg(figure).print_png(path)
-    except OSError as error:
-        raise UserError(f"png_path={path}: cannot be written ({error.strerror}); give a file in a writable folder") from error
 
 
 def _draw_histogram(axes: Axes, values: Sequence[int], title: str, counted: str) -> None:

@@ -31,7 +31,7 @@ def print_lines(survey: Survey, complete: bool, console: Console) -> None:
     table.add_row("lines", f"{survey.lines:,}", "" if complete else some)
     own = survey.records - survey.lone
     table.add_row("records", f"{survey.records:,}", f"{own:,} with branches of their own, {survey.lone:,} lone")
-    table.add_row("malformed", f"{len(survey.bad):,}", "left out of training" if survey.bad else "")
+    table.add_row("bad", f"{len(survey.bad):,}", "left out of training" if survey.bad else "")
     if survey.extra:
         keys = ", ".join(f"{key} ({count:,})" for key, count in survey.extra.most_common(_BAD_SHOWN))
         table.add_row("other keys", f"{len(survey.extra):,}", Text(f"mean nothing here: {keys}"))
@@ -39,7 +39,7 @@ def print_lines(survey: Survey, complete: bool, console: Console) -> None:
     for bad in survey.bad[:_BAD_SHOWN]:
         console.print(Text(f"  {bad}", style="red"), soft_wrap=True)
     if len(survey.bad) > _BAD_SHOWN:
-        console.print(f"  and {len(survey.bad) - _BAD_SHOWN:,} more")
+        console.print(f"  … and {len(survey.bad) - _BAD_SHOWN:,} more")
 
 
 def _counts() -> Table:

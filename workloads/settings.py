@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from parallelmind import cli
-from parallelmind.config import Part, load_yaml, resolve, yaml_values
+from parallelmind.config import Part, resolve
+from parallelmind.config_file import load_yaml, yaml_values
 from parallelmind.errors import UserError
 from parallelmind.mirror import Mirror, is_uri
 
@@ -34,7 +35,7 @@ def _values(kind: type[Part], name: str) -> dict[str, Any]:
     path = _experiment_file(name)
     config = _load(path)
     if not isinstance(config, kind):
-        raise UserError(f"experiment={name}: config() returns {type(config).__name__}, not {kind.__name__}")
+        raise UserError(f"experiment={name}: config() returns {type(config).__name__}; return {kind.__name__}")
     return config.model_dump(mode="json")
 
 

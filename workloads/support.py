@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from parallelmind import cli
 from parallelmind.config import Part
-from parallelmind.errors import UserError
+from parallelmind.errors import UserError, writing
 from parallelmind.evaluation.support import COLUMNS, Row, examine
 from parallelmind.evaluation.tiny import causal_lm_types
 
@@ -81,4 +81,5 @@ def _write_markdown(path: Path, rows: Sequence[Row]) -> None:
     ]
     rule = "|" + " --- |" * len(COLUMNS)
     by_hand = written[: written.index(_GENERATED) + len(_GENERATED)]
-    path.write_text("\n".join([by_hand, "", f"{summary(rows)}.", "", lines[0], rule, *lines[1:]]) + "\n", encoding="utf-8")
+    with writing("output_path", path):
+        path.write_text("\n".join([by_hand, "", f"{summary(rows)}.", "", lines[0], rule, *lines[1:]]) + "\n", encoding="utf-8")

@@ -17,19 +17,17 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from filelock import FileLock, Timeout
-
 from parallelmind import cli
-from parallelmind.config import TrainConfig, save_yaml
+from parallelmind.config import TrainConfig
+from parallelmind.config_file import save_yaml
 from parallelmind.data.files import find_files
-from parallelmind.errors import UserError
 from parallelmind.mirror import Mirror
 from workloads.settings import read_config
 from workloads.stopping import StopFile, stoppable
 from workloads.sweep_config import SweepConfig, check
 from workloads.sweep_journal import Journal
 from workloads.sweep_table import Trial
-from workloads.train import ADAPTER, STOP, result_place
+from workloads.train import ADAPTER, STOP, alone_at, result_place
 
 if TYPE_CHECKING:
     from parallelmind.tracking import Tracker
@@ -56,12 +54,8 @@ def run_sweep(config: SweepConfig) -> Mirror:
     if config.train.validation_path:
         find_files(config.train.validation_path, "validation_path")
     place = sweep_place(config)
-    place.folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(place.folder / ".lock", timeout=0):
-            _run(config, place)
-    except Timeout as error:
-        raise UserError(f"name={config.name}: another process is at {place}; wait for it, or choose another name") from error
+    with alone_at(place, config.name, config.train.output_dir):
+        _run(config, place)
     return place
 
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from parallelmind.config import Part, TrainConfig, did_you_mean, resolve
-from parallelmind.errors import UserError
+from parallelmind.errors import UserError, typed
 
 _FIXED = TrainConfig.WHERE | set(
     "name seed strict max_bad_records validation_path validation_branches validation_samples validate_every".split()
@@ -28,7 +28,8 @@ class Between(Part):
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         if not self.low < self.high or (self.log and self.low <= 0):
-            raise ValueError(f"space: low={self.low:g} high={self.high:g} log={self.log}: low < high, and above 0 with log")
+            given = f"low={self.low:g} high={self.high:g} log={typed(self.log)}"
+            raise ValueError(f"space: {given}: is no range; give low < high, and above 0 with log")
         return self
 
 
@@ -79,11 +80,11 @@ class SweepConfig(Part):
                 field = f"space.{ranges[0]}: a range" if ranges else f"trials={self.trials}:"
                 raise ValueError(f"{field} needs search=random or search=optuna; a grid tries every value of its lists")
         elif self.trials is None or not self.space:
-            raise ValueError(f"search={self.search}: needs trials=NUMBER and a space")
+            raise ValueError(f"search={self.search}: draws points from a space; give trials=NUMBER and space={{field: [values]}}")
         if empty := [name for name, values in self.space.items() if values == []]:
-            raise ValueError(f"space.{empty[0]}=[]: give at least one value")
+            raise ValueError(f"space.{empty[0]}=[]: holds nothing to try; give at least one value")
         if unknown := [name for name in self.metrics if name not in self._reported()]:
-            raise ValueError(f"metrics={unknown[0]!r}: no trial reports it; choose of {', '.join(self._reported())}")
+            raise ValueError(f"metrics={unknown[0]}: no trial reports it; choose from {', '.join(self._reported())}")
         return self
 
     def _reported(self) -> list[str]:
@@ -117,7 +118,7 @@ def check(config: SweepConfig) -> None:
         try:
             config.trial(0, settings, config.train.output_dir)
         except UserError as error:
-            told = " ".join(f"{name}={value}" for name, value in settings.items())
+            told = " ".join(f"{name}={typed(value)}" for name, value in settings.items())
             raise UserError(f"space: {told}: {error}") from error
 
 

@@ -9,21 +9,26 @@ again resumes an interrupted run from its newest checkpoint, and leaves a finish
 
 from __future__ import annotations
 
+import errno
 import signal
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 from filelock import FileLock, Timeout
 
 from parallelmind import cli
-from parallelmind.config import TrainConfig, yaml_values
+from parallelmind.config import TrainConfig
+from parallelmind.config_file import yaml_values
 from parallelmind.data.files import find_files
-from parallelmind.errors import UserError
+from parallelmind.errors import UserError, typed, unwritable
 from parallelmind.mirror import Mirror
 from workloads.settings import read_config
 
 # In a run's folder.
 CHECKPOINTS, STOP, ADAPTER, MODEL, QUARANTINE = "checkpoints", "STOP", "adapter", "model", "quarantine.jsonl"
 COMPLETE = "parallelmind.json"  # the adapter folder appears whole, this file with it
+_UNWRITABLE = {errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS}
 
 
 def main(argv: list[str]) -> None:
@@ -48,19 +53,37 @@ def run_training(config: TrainConfig) -> Mirror:
     _refuse_changed(config)
     files = find_files(config.data_path)
     held_out = find_files(config.validation_path, "validation_path") if config.validation_path else []
-    place.folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(place.folder / ".lock", timeout=0), ThreadPoolExecutor(1) as beside:
-            from workloads import cluster
+    with alone_at(place, config.name, config.output_dir), ThreadPoolExecutor(1) as beside:
+        from workloads import cluster
 
-            connecting = beside.submit(cluster.connect, config.ray_address)
-            from workloads.train_driver import execute  # imports torch and MLflow, which takes as long as Ray to start
+        connecting = beside.submit(cluster.connect, config.ray_address)
+        from workloads.train_driver import execute  # imports torch and MLflow, which takes as long as Ray to start
 
-            execute(config, place, files, held_out, connecting.result)
-    except Timeout as error:
-        remedy = "wait for it, or choose another name"
-        raise UserError(f"name={config.name}: another process is training {place}; {remedy}") from error
+        execute(config, place, files, held_out, connecting.result)
     return place
+
+
+@contextmanager
+def alone_at(place: Mirror, name: str, output_dir: str) -> Iterator[None]:
+    """The only process in the folder of a run or sweep, which is made if need be.
+
+    Raises UserError, naming `name`, if another one is there, and, naming `output_dir`, where nothing can be written.
+    """
+    try:
+        place.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(place.folder / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise UserError(f"name={name}: another process is at work in {place}; wait for it, or choose another name") from error
+    except OSError as error:
+        if not is_unwritable(error):
+            raise
+        raise unwritable("output_dir", output_dir, error) from error
+
+
+def is_unwritable(error: BaseException) -> bool:
+    """Whether a file could not be written: for want of room, of permission, or of a folder where it should go."""
+    return isinstance(error, OSError) and error.errno in _UNWRITABLE
 
 
 def run_place(config: TrainConfig) -> Mirror:
@@ -86,7 +109,7 @@ def _refuse_changed(config: TrainConfig) -> None:
             continue
         if not any(left.inner(name).inner(COMPLETE).read() for name in (ADAPTER, MODEL)):
             fields = [name for name, value in begun.items() if name in ours and name not in config.WHERE and ours[name] != value]
-            told = ", ".join(f"{name}={begun[name]} (now {ours[name]})" for name in fields)
+            told = ", ".join(f"{name}={typed(begun[name])} (now {typed(ours[name])})" for name in fields)
             raise UserError(
                 f"name={config.name}: the unfinished run {left} has {told}; "
                 "give it these values to go on with it, choose another name, or remove its folder"

@@ -14,7 +14,8 @@ from uuid import uuid4
 import workloads.ray_env  # noqa: F401  (before Ray)
 
 # isort: split
-from parallelmind.config import BaseConfig, LoraConfig, RopeConfig, TrainConfig, save_yaml
+from parallelmind.config import BaseConfig, LoraConfig, RopeConfig, TrainConfig
+from parallelmind.config_file import save_yaml
 from parallelmind.data.pipeline import survey
 from parallelmind.data.survey import Survey, write_quarantine
 from parallelmind.errors import UserError
@@ -122,14 +123,14 @@ def _survey(config: TrainConfig, place: Mirror, files: list[str], held_out: list
     if held_out:
         bad += survey(held_out, config, vocabulary, "validation_path").bad
     for line in bad[:_SHOWN_BAD_LINES]:
-        print(f"malformed, left out: {line}", file=sys.stderr)
+        print(f"left out: {line}", file=sys.stderr)
     where = place.inner(QUARANTINE)
     write_quarantine(where.folder, bad)
     where.push()
     if bad:
-        print(f"{len(bad)} malformed lines left out, all in {where}; strict=true stops at the first", file=sys.stderr)
+        print(f"bad lines left out: {len(bad)}, all in {where}; strict=true stops at the first", file=sys.stderr)
     ignored = "".join(f", key {key!r} ignored in {count}" for key, count in found.extra.most_common(_SHOWN_KEYS))
-    print(f"data: {found.records} records, {found.branches} branches, {len(found.bad)} malformed lines{ignored}", flush=True)
+    print(f"data: {found.records} records, {found.branches} branches, {len(found.bad)} bad lines{ignored}", flush=True)
     return found
 
 

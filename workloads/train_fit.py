@@ -21,7 +21,7 @@ from parallelmind.errors import UserError, first_line
 from parallelmind.training import checkpoint
 from parallelmind.training.outcome import Outcome
 from workloads import cluster
-from workloads.train import CHECKPOINTS
+from workloads.train import CHECKPOINTS, is_unwritable
 from workloads.train_worker import Task, run_worker
 
 _RESTARTS = 3  # how often what was lost is replaced, without a new checkpoint between, before the run is given up
@@ -61,8 +61,8 @@ def fit(task: Task, files: list[str], beside: int = 1, callbacks: Sequence[UserC
 def _end_if_final(error: Exception, lost: int) -> None:
     """Raise what cannot be mended by starting again. lost: how often in a row something was lost before a new checkpoint."""
     causes = [_root(cause) for cause in getattr(error, "worker_failures", {}).values()] or [error]
-    if user_error := next((cause for cause in causes if isinstance(cause, UserError)), None):
-        raise user_error from error
+    if told := next((cause for cause in causes if isinstance(cause, UserError) or is_unwritable(cause)), None):
+        raise told from error
     if not any(map(_is_loss, causes)):
         raise error
     if lost > _RESTARTS:

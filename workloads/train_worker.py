@@ -15,6 +15,7 @@ import ray.train
 import ray.train.torch
 import torch
 from ray.train.collective import broadcast_from_rank_zero
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -23,6 +24,7 @@ from parallelmind.data.feeder import Turns
 from parallelmind.data.grouping import make_batch
 from parallelmind.data.held_out import HeldOut
 from parallelmind.data.pipeline import feed
+from parallelmind.errors import writing
 from parallelmind.layout import Batch
 from parallelmind.mirror import Mirror
 from parallelmind.model.adapter import add_lora, resume_adapter, save_trained
@@ -136,7 +138,8 @@ def keep(task: Task, model: nn.Module, tokenizer: PreTrainedTokenizerBase, hooks
         return
     extra = {"run": task.place.folder.name, "mlflow_run": task.mlflow_run, "step": outcome.step, "metrics": outcome.metrics}
     result = result_place(task.config, task.place)
-    save_trained(model, tokenizer, result.folder, task.config, extra, weights)
+    with writing("output_dir", task.config.output_dir, SafetensorError):
+        save_trained(model, tokenizer, result.folder, task.config, extra, weights)
     hooks.tracker.log_folder(result.folder, result.folder.name)
     result.push(last=COMPLETE)
 

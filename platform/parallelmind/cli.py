@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+import shutil
 import sys
+import textwrap
 import time
 import types
 import typing
@@ -26,6 +29,7 @@ PartT = TypeVar("PartT", bound=Part)
 T = TypeVar("T")
 
 _SECONDS_BETWEEN_LINES = 10.0
+_LEAST_MEANING = 40  # columns in which a meaning can be read
 
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 
@@ -91,7 +95,21 @@ def wants_help(argv: Sequence[str]) -> bool:
 
 def print_help(usage: str, kind: type[Part]) -> None:
     """`usage` (a module's docstring, mostly) and every field of `kind`, on stdout."""
-    print(f"{usage.strip()}\n\nFields (key=value):\n{field_help(kind)}")
+    print(f"{flowing(usage)}\n\nFields (key=value):\n{field_help(kind, _width())}")
+
+
+def flowing(usage: str) -> str:
+    """A docstring with its paragraphs as wide as the terminal; commands and lists, which are indented or aligned, stay."""
+    found: list[str] = []
+    for fixed, group in itertools.groupby(usage.strip().splitlines(), lambda line: not line or line[0] == " " or "   " in line):
+        lines = list(group)
+        found += lines if fixed else textwrap.wrap(" ".join(lines), _width(), break_on_hyphens=False)
+    return "\n".join(found)
+
+
+def _width() -> int:
+    """Columns of the terminal, or $COLUMNS; without either no line ends before its text does, so that grep finds all of it."""
+    return shutil.get_terminal_size((sys.maxsize, 0)).columns
 
 
 class FieldText(NamedTuple):
@@ -110,11 +128,27 @@ def field_texts(kind: type[Part]) -> list[FieldText]:
     ]
 
 
-def field_help(kind: type[Part]) -> str:
-    """One line per field: name, type, default, meaning, in aligned columns."""
+def field_help(kind: type[Part], width: int = sys.maxsize) -> str:
+    """Name, type, default and meaning of each field in aligned columns; the meaning below where it has no room beside them."""
     rows = field_texts(kind)
-    name, kinds, default = (max((len(row[column]) for row in rows), default=0) for column in range(3))
-    return "\n".join(f"  {row[0]:{name}}  {row[1]:{kinds}}  {row[2]:{default}}  {row[3]}" for row in rows)
+    sizes = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
+    used = sum(sizes) + 8
+    below = width - used < _LEAST_MEANING
+    lines = []
+    for row in rows:
+        if below:
+            lines.append(_hanging("  ".join(row[:3]), width, "  "))
+            lines.append(_hanging(row.meaning, width, " " * 6))
+        else:
+            head = "  ".join(["", *map(str.ljust, row[:3], sizes), ""])
+            lines.append(_hanging(row.meaning, width, head))
+    return "\n".join(lines)
+
+
+def _hanging(text: str, width: int, head: str) -> str:
+    """`head` and a text whose further lines begin where it does, or six columns in."""
+    indent = " " * max(6, len(head))
+    return textwrap.fill(text, width, initial_indent=head, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def split_args(argv: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -1,4 +1,4 @@
-"""Every setting of a run: frozen, strict, one line of meaning each; YAML and `key=value` in, one hash out.
+"""Every setting of a run: frozen, strict, one line of meaning each; `key=value` in, one hash out.
 
 A run's configuration is one flat namespace (the published field names), assembled from small parts so that each
 function asks for the part that it needs and no more.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from omegaconf import OmegaConf
@@ -17,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from yaml import YAMLError
 
-from parallelmind.errors import UserError, first_line
+from parallelmind.errors import UserError, first_line, typed
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Quantize = Literal["none", "8bit", "4bit"]
@@ -107,7 +106,7 @@ class DataConfig(Part):
     max_branch_tokens: int = Field(512, ge=2, description="longest main or branch, in tokens")
     max_sample_tokens: int = Field(4096, ge=4, description="longest sample, in tokens; branches over it are skipped")
     overlong: Literal["truncate", "skip"] = Field("truncate", description="what happens to a main or branch over the limit")
-    strict: bool = Field(False, description="stop at the first malformed record instead of counting it")
+    strict: bool = Field(False, description="stop at the first bad record instead of counting it")
     max_bad_records: float | None = Field(None, ge=0, description="most bad records to go on with: a count, or a share below 1")
     shuffle_window: int = Field(1024, ge=1, description="samples held in the seeded shuffle buffer; 1 keeps the file's order")
 
@@ -115,13 +114,13 @@ class DataConfig(Part):
     def _branch_range(self) -> Self:
         if self.min_branches_per_sample > self.max_branches_per_sample:
             raise ValueError(
-                f"min_branches_per_sample={self.min_branches_per_sample} exceeds "
-                f"max_branches_per_sample={self.max_branches_per_sample}: lower the one or raise the other"
+                f"min_branches_per_sample={self.min_branches_per_sample}: exceeds "
+                f"max_branches_per_sample={self.max_branches_per_sample}; lower the one or raise the other"
             )
         if self.branches_per_sample is not None and self.branches_per_sample > self.max_branches_per_sample:
             raise ValueError(
-                f"branches_per_sample={self.branches_per_sample} exceeds "
-                f"max_branches_per_sample={self.max_branches_per_sample}: lower the one or raise the other"
+                f"branches_per_sample={self.branches_per_sample}: exceeds "
+                f"max_branches_per_sample={self.max_branches_per_sample}; lower the one or raise the other"
             )
         return self
 
@@ -175,10 +174,10 @@ class TrainConfig(RunConfig, OptimizerConfig, DataConfig, LoraConfig, RopeConfig
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if not self.patch_rope and (self.branches_per_sample or self.max_branches_per_sample) != 1:
-            raise ValueError("patch_rope=false reads one branch per sample: set branches_per_sample=1 max_branches_per_sample=1")
+            raise ValueError("patch_rope=false: reads one branch per sample; set branches_per_sample=1 max_branches_per_sample=1")
         if self.min_workers is not None and self.min_workers > self.num_workers:
             raise ValueError(
-                f"min_workers={self.min_workers} exceeds num_workers={self.num_workers}: lower the one or raise the other"
+                f"min_workers={self.min_workers}: exceeds num_workers={self.num_workers}; lower the one or raise the other"
             )
         if self.quantize != "none" and (self.tuning == "full" or self.sharding == "full"):
             field = "tuning" if self.tuning == "full" else "sharding"
@@ -192,7 +191,7 @@ class TrainConfig(RunConfig, OptimizerConfig, DataConfig, LoraConfig, RopeConfig
         if self.quantize == "8bit" and self.use_dora:
             raise ValueError("use_dora=true: loses the scales of 8-bit weights; set quantize=4bit or quantize=none")
         if self.tuning == "full" and self.resume_adapter:
-            raise ValueError("resume_adapter: tuning=full trains no adapter; name the folder to go on from as base_model")
+            raise ValueError("tuning=full: trains no adapter; give the folder to go on from as base_model, not as resume_adapter")
         return self
 
 
@@ -210,32 +209,6 @@ def resolve(kind: type[PartT], values: dict[str, Any], dotlist: Sequence[str] = 
         raise UserError("; ".join(_explain(kind, item) for item in error.errors())) from error
 
 
-def load_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises UserError where there is none."""
-    try:
-        return yaml_values(path.read_bytes(), path)
-    except FileNotFoundError as error:
-        raise UserError(f"config={path}: no such file; give the path of a YAML file or of an experiment") from error
-    except OSError as error:
-        raise UserError(f"config={path}: not readable as YAML: {first_line(error)}") from error
-
-
-def yaml_values(content: bytes, source: object) -> dict[str, Any]:
-    """The mapping in what a YAML file holds. Raises UserError, naming `source`, where there is none."""
-    try:
-        values = OmegaConf.to_container(OmegaConf.create(content.decode()), resolve=True) if content.strip() else None
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"config={source}: not readable as YAML: {first_line(error)}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"config={source}: holds no mapping; write one `field: value` per line")
-    return {str(key): value for key, value in values.items()}
-
-
-def save_yaml(config: Part, path: Path) -> None:
-    """Write every field, so that the file gives the same run again."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))), encoding="utf-8")
-
-
 def _explain(kind: type[Part], problem: Any) -> str:
     """One pydantic error as one line: field, value, remedy."""
     field = ".".join(str(part) for part in problem["loc"]) or "config"
@@ -246,7 +219,7 @@ def _explain(kind: type[Part], problem: Any) -> str:
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
     remedy = problem["msg"].removeprefix("Input ").removeprefix("String ")
-    return f"{field}={problem['input']!r}: {remedy}"
+    return f"{field}={typed(problem['input'])}: {remedy}"
 
 
 def did_you_mean(field: str, kind: type[Part]) -> str:

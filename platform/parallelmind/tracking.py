@@ -120,7 +120,7 @@ def _told(uri: str) -> Iterator[None]:
         yield
     except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:  # the last where a database has no driver here
         reason = _root_reason(error).partition(". ")[0]
-        remedy = "give sqlite:///FILE or the http address of a server that runs"
+        remedy = "give sqlite:///FILE where there is room, or the http address of a server that runs"
         raise UserError(f"mlflow_uri={uri}: cannot be used ({reason}); {remedy}") from error
 
 
@@ -160,7 +160,7 @@ def try_out(uri: str, experiment: str) -> bool:
 def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is not None and found.lifecycle_stage != "active":
-        raise UserError(f"mlflow_experiment={name}: was deleted there; restore it in MLflow or choose another name")
+        raise UserError(f"mlflow_experiment={name}: was deleted there; restore it in MLflow, or choose another name")
     return found.experiment_id if found is not None else client.create_experiment(name, _artifacts(uri))
 
 

@@ -106,7 +106,7 @@ def test_a_run_from_start_to_adapter(place: Path, workers: int) -> None:
     done = trained(place, workers)
     assert done.returncode == 0, done.stderr
     assert "MapBatches" not in done.stderr
-    assert f"{LONE + RECORDS} records, {BRANCHES} branches, 3 malformed lines" in done.stdout
+    assert f"{LONE + RECORDS} records, {BRANCHES} branches, 3 bad lines" in done.stdout
     for line, reason in ((21, "is a JSON number"), (22, "is not JSON"), (23, "is not UTF-8")):
         assert re.search(rf"data\.jsonl:{line}: .*{reason}", done.stderr)
     found = losses(done.stdout)
@@ -140,7 +140,7 @@ def test_strict_stops_at_the_first_bad_line(place: Path) -> None:
         ("data_path=nowhere.jsonl", "data_path=nowhere.jsonl: no such file"),
         ("validation_path=nowhere.jsonl", "validation_path=nowhere.jsonl: no such file"),
         ("learning_rat=1", "did you mean learning_rate?"),
-        ("base_model=./nowhere", "base_model='./nowhere': no such folder"),
+        ("base_model=./nowhere", "base_model=./nowhere: no such folder"),
     ],
 )
 def test_user_errors_are_one_line_and_exit_2(place: Path, override: str, message: str) -> None:
@@ -154,7 +154,7 @@ def test_user_errors_are_one_line_and_exit_2(place: Path, override: str, message
 def test_an_error_that_only_a_worker_sees_is_one_line_too(place: Path) -> None:
     done = train(place, "run.yaml", "name=targets", "lora_targets=nothing", "validation_path=null")
     assert done.returncode == 2
-    assert "error: lora_targets='nothing'" in done.stderr
+    assert "error: lora_targets=nothing" in done.stderr
     assert "Traceback" not in done.stderr
 
 

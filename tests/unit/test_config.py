@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from parallelmind.config import LoraConfig, RopeConfig, TrainConfig, load_yaml, resolve, save_yaml
+from parallelmind.config import LoraConfig, RopeConfig, TrainConfig, resolve
+from parallelmind.config_file import load_yaml, save_yaml
 from parallelmind.errors import UserError
 
 
@@ -17,13 +18,13 @@ def train(*dotlist: str, **values: object) -> TrainConfig:
     [
         ("rope_2d_ratoi=0.5", ["rope_2d_ratoi", "rope_2d_ratio", "--help"]),
         ("rope_2d_ratio=1.5", ["rope_2d_ratio=1.5", "less than or equal to 1"]),
-        ("lora_rank=many", ["lora_rank='many'", "integer"]),
-        ("dtype=float64", ["dtype='float64'", "'float32', 'bfloat16' or 'float16'"]),
-        ("align_to=top", ["align_to='top'", "'left' or 'right'"]),
+        ("lora_rank=many", ["lora_rank=many", "integer"]),
+        ("dtype=float64", ["dtype=float64", "'float32', 'bfloat16' or 'float16'"]),
+        ("align_to=top", ["align_to=top", "'left' or 'right'"]),
         ("min_branches_per_sample=9", ["min_branches_per_sample=9", "max_branches_per_sample=8", "lower"]),
         ("branches_per_sample=9", ["branches_per_sample=9", "max_branches_per_sample=8", "raise"]),
         ("patch_rope=false", ["patch_rope=false", "branches_per_sample=1"]),
-        ("name=a/b", ["name='a/b'", "pattern"]),
+        ("name=a/b", ["name=a/b", "pattern"]),
         ("learning_rate=0", ["learning_rate=0", "greater than 0"]),
     ],
 )

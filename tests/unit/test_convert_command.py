@@ -79,8 +79,8 @@ def test_bad_records_are_named_and_left_out(tmp_path: Path, capsys: pytest.Captu
     assert out == "14 records in, 1 records out, 1 branches, 13 bad\n"
     told = err.splitlines()
     assert len(told) == 11
-    assert told[0].startswith(f"{file}:2: is not JSON")
-    assert told[1].startswith(f"{file}:3: has none of prompt + response")
+    assert told[0].startswith(f"left out: {file}:2: is not JSON")
+    assert told[1].startswith(f"left out: {file}:3: has none of prompt + response")
     assert told[-1] == "… and 3 more bad records"
 
 

@@ -104,7 +104,7 @@ def test_a_count_that_memory_does_not_hold_is_not_measured(tiny, lone):
 def test_bad_lines_are_told(tiny, lone, capsys):
     lone.write_text("{\n" + lone.read_text())
     assert tax(tiny, lone, "branches=[1]")["held_out_branches"] == 8
-    assert "1 malformed lines left out; the first: " in capsys.readouterr().err
+    assert "bad lines left out: 1, the first: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -61,9 +61,9 @@ def test_bad_lines_are_reported_and_the_job_goes_on(tiny, tmp_path, capsys):
     assert len(second["branches"][0]) == 2, "a text is continued from its answer offset"
     assert (first["line"], second["line"]) == (1, 4)
     err = capsys.readouterr().err
-    assert f"{data}:2: skipped: is not JSON" in err
-    assert f"{data}:5: skipped: branches[0]: holds no token" in err
-    assert "2 of 4 lines skipped" in err
+    assert f"left out: {data}:2: is not JSON" in err
+    assert f"left out: {data}:5: branches[0]: holds no token" in err
+    assert "bad lines left out: 2 of 4" in err
 
 
 @pytest.mark.parametrize("ending", ["txt", "txt.gz"])
@@ -123,7 +123,7 @@ def test_an_interrupted_run_goes_on_after_its_last_whole_row(job, tmp_path, caps
     if kept or left:
         assert f"going on after line {json.loads(lines[kept - 1])['line'] if kept else 0}, with {kept} rows" in err
     assert f"{30 - kept} samples, " in err
-    assert ("in.jsonl:21: skipped" in err) == (kept < 21)
+    assert ("in.jsonl:21: " in err) == (kept < 21)
 
 
 def test_a_finished_output_is_left_as_it_is(job, monkeypatch, capsys):
@@ -137,9 +137,9 @@ def test_an_output_that_was_begun_with_something_else_is_refused(job, tmp_path):
     whole = job()
     for fields, told in [
         ({"temperature": 0.5}, r"was begun with temperature=0\.0 \(now 0\.5\); give it these again"),
-        ({"max_new_tokens": 3, "reduce": "so"}, r"max_new_tokens=12 \(now 3\), reduce=None \(now so\)"),
+        ({"max_new_tokens": 3, "reduce": "so"}, r"max_new_tokens=12 \(now 3\), reduce=null \(now so\)"),
         ({"base_model": save_tiny(tmp_path / "other", seed=1)}, "was begun with base_model="),
-        ({"visibility": "isolated"}, r"was begun with visibility=None \(now isolated\)"),
+        ({"visibility": "isolated"}, r"was begun with visibility=null \(now isolated\)"),
     ]:
         with pytest.raises(UserError, match=told):
             job(**fields)
@@ -194,7 +194,7 @@ def test_the_output_may_lie_among_the_data(job, tmp_path, capsys):
 
 def test_no_usable_line_at_all_is_an_error(job, tmp_path):
     save(tmp_path / "in.jsonl", [{"branches": []}, {"branches": ["who " * 5000]}])
-    with pytest.raises(UserError, match=r"holds no usable line \(2 skipped, the first: .*in\.jsonl:1: branches must be"):
+    with pytest.raises(UserError, match=r"holds no usable line \(bad lines: 2, the first: .*in\.jsonl:1: branches must be"):
         job()
 
 

@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "storage": set(),
     "mirror": {"errors", "storage"},
     "config": {"errors"},
+    "config_file": {"errors", "config"},
     "layout": {"errors", "config"},
     "visibility": {"config", "layout"},
     "cli": {"errors", "config"},

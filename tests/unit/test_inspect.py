@@ -159,7 +159,7 @@ def look(capsys, *argv: str) -> str:
 def test_it_prints_counts_samples_and_a_picture(base, data, tmp_path, capsys):
     out = look(capsys, str(data), base, "shuffle_window=1", "length_window=1")
     assert "records 6 1 with branches of their own, 5 lone" in out
-    assert "malformed 1 left out of training other keys 1 mean nothing here: id (1)" in out
+    assert "bad 1 left out of training other keys 1 mean nothing here: id (1)" in out
     assert f"{data}:2: is not JSON" in out
     assert "branches 7 0 more skipped, 0 texts truncated" in out
     assert "main t he ▁pas sag e branch 1 w h o ⏎ «▁w» «or» «ks» «</s>» branch 2 i «n» «▁» «[» «b» «]»" in out
@@ -191,7 +191,7 @@ def test_lines_are_numbered_through_every_file(tmp_path):
     ("argv", "message"),
     [
         (["nowhere.jsonl"], "data_path=nowhere.jsonl: no such file"),
-        (["empty.jsonl"], "data_path=empty.jsonl: no record in it"),
+        (["empty.jsonl"], "data_path=empty.jsonl: holds no record"),
         (["data.jsonl", "max_branch_tokens=2", "overlong=skip"], "max_branch_tokens=2 .*: leave none of 7 branches; raise"),
         (["data.jsonl", "strict=true"], "data.jsonl:2: is not JSON.*strict=false"),
         (["data.jsonl", "png_path=data.jsonl/x.png"], "png_path=data.jsonl/x.png: cannot be written"),

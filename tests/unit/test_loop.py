@@ -5,15 +5,19 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from looping import Recorder, config, fresh_model, job, logged, run, same, steps
 from peft import PeftModel
+from tiny import tiny_llama
 
 from parallelmind.config import TrainConfig
 from parallelmind.errors import UserError
+from parallelmind.model import attention
 from parallelmind.training import checkpoint, loop
 from parallelmind.training.loop import train
 from parallelmind.training.step import learning_rate
@@ -31,6 +35,19 @@ def test_loss_falls_and_lines_and_metrics_are_told(tmp_path: Path) -> None:
     assert hooks.lines[0] == "attention: sdpa for up to 16 tokens"
     assert hooks.lines[1].startswith("step 1/6  loss ")
     assert "tok/s  ETA" in hooks.lines[1]
+
+
+def test_attention_is_told_once_for_all_shorter_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "attention_for", lambda _, limit, __: "flex_attention" if limit > 256 else "sdpa")
+    lines: list[str] = []
+    say = attention.Announcer(tiny_llama(), torch.float32, lines.append)
+    batches: list[Any] = [SimpleNamespace(ids=np.zeros((1, length))) for length in (64, 32, 512, 16, 256, 100, 300)]
+    assert list(say(batches)) == batches
+    assert lines == [
+        "attention: sdpa for up to 64 tokens",
+        "attention: flex_attention for up to 512 tokens",
+        "attention: sdpa for up to 256 tokens",
+    ]
 
 
 @pytest.mark.parametrize("log_every", [1, 4])
@@ -97,7 +114,7 @@ def test_a_step_without_a_finite_loss_is_left_out_and_counted(tmp_path: Path) ->
 def test_too_many_bad_steps_in_a_row_end_the_run_and_name_the_last_good_checkpoint(tmp_path: Path) -> None:
     settings = config(epochs=9, max_bad_steps=3)
     run(settings, tmp_path, Recorder(stop_at=4))
-    with pytest.raises(UserError, match=r"learning_rate=0.01: 3 steps in a row .* last good checkpoint: .*step-4"):
+    with pytest.raises(UserError, match=r"learning_rate=0.01: 3 steps in a row .*last good checkpoint: .*step-4\); lower it"):
         run(settings, tmp_path, model=spoiled(settings, 999))
     assert steps(tmp_path) == ["step-3", "step-4"]
 
@@ -105,7 +122,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run_and_name_the_last_good_checkpoi
 def test_no_finite_step_at_all_is_an_error() -> None:
     empty = job(config(), Recorder())
     empty.batches = lambda epoch, first: []
-    with pytest.raises(UserError, match="data_path: no step"):
+    with pytest.raises(UserError, match="data_path=-: no step"):
         train(empty)
 
 

@@ -70,7 +70,7 @@ def test_a_full_disk_is_one_line_and_leaves_earlier_checkpoints(tmp_path: Path) 
     before = steps(tmp_path)
     with pytest.MonkeyPatch.context() as patch_:
         patch_.setattr(checkpoint, "save_file", full)
-        with pytest.raises(UserError, match=r"output_dir: .*No space left on device.*step-2, step-3"):
+        with pytest.raises(UserError, match=r"output_dir: .*No space left on device; whole ones: step-2, step-3\); make room"):
             run(settings, tmp_path)
     assert steps(tmp_path) == before
     assert run(settings, tmp_path).outcome.finished

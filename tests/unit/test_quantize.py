@@ -59,7 +59,7 @@ def test_lora_on_a_quantised_base(base: BaseConfig, tmp_path: Path, bits: str, d
     ("bits", "settings", "told"),
     [
         ("4bit", {"lora_init": "pissa"}, r"lora_init=pissa: cannot split .* \(Linear4bit\)"),
-        ("8bit", {"use_dora": True}, "^use_dora=True: loses the scales of 8-bit weights"),
+        ("8bit", {"use_dora": True}, "^use_dora=true: loses the scales of 8-bit weights"),
     ],
 )
 def test_what_a_quantised_base_cannot_do_is_refused(base: BaseConfig, bits: str, settings: dict[str, Any], told: str) -> None:

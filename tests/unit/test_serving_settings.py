@@ -30,7 +30,7 @@ def config(**values: Any) -> AppConfig:
     ("values", "told"),
     [
         ({"base_model": None}, ["lora_path", "required", "base_model="]),
-        ({"base_model": ""}, ["base_model=''"]),
+        ({"base_model": ""}, ['base_model=""']),
         ({"max_request": 5}, ["max_request:", "did you mean max_requests?", "--help"]),
         ({"max_branches": 257}, ["max_branches=257", "256"]),
         ({"max_requests": "many"}, ["max_requests='many'", "integer"]),

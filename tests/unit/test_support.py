@@ -143,7 +143,7 @@ def test_an_adapter_of_a_model_without_branches(tmp_path):
 
 
 def test_what_peft_refuses_is_one_line():
-    with pytest.raises(UserError, match="lora_targets='out_proj': .*incompatible with Mamba"):
+    with pytest.raises(UserError, match="lora_targets=out_proj: .*incompatible with Mamba"):
         add_lora(tiny_model("mamba"), LoraConfig(lora_targets="out_proj"), seed=0)
 
 

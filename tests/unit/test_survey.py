@@ -127,5 +127,5 @@ def test_how_many_bad_lines_are_too_many(tmp_path, settings, complaint):
 def test_no_record_at_all_is_refused(tmp_path):
     file = tmp_path / "data.jsonl"
     file.write_bytes(b"{\n\n")
-    with pytest.raises(UserError, match=r"no record in it \(1 bad lines; the first: .*data.jsonl:1"):
+    with pytest.raises(UserError, match=r"holds no record \(bad lines: 1, the first: .*data.jsonl:1"):
         survey_of(file).refuse_too_many(config(), "data_path")

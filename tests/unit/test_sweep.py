@@ -40,13 +40,13 @@ def over(number: int, settings: dict[str, Any], loss: float, tax: float = 0.0, s
         ({"points": [{"num_workers": 2}]}, "points.num_workers: cannot differ between trials; set it in train"),
         ({"space": {"seed": [1]}}, r"space.seed: .* seeds=\[…\]"),
         ({"space": {}}, "space: nothing to try"),
-        ({"space": {"lora_rank": []}}, r"space.lora_rank=\[\]: give at least one value"),
+        ({"space": {"lora_rank": []}}, r"space.lora_rank=\[\]: holds nothing to try; give at least one value"),
         ({"space": SPACE}, "space.lora_rank: a range needs search=random or search=optuna"),
         ({"space": {"lora_rank": {"low": 8, "high": 2}}, "search": "random", "trials": 1}, "low < high"),
-        ({"search": "optuna"}, "search=optuna: needs trials=NUMBER and a space"),
+        ({"search": "optuna"}, "search=optuna: draws points from a space; give trials=NUMBER and space="),
         ({"trials": 4}, "trials=4: needs search=random or search=optuna"),
-        ({"metrics": ["validation/loss_3"]}, "metrics='validation/loss_3': no trial reports it; choose of loss, valid"),
-        ({"train": {"data_path": "d"}}, "metrics='validation/loss_1': no trial reports it; choose of loss$"),
+        ({"metrics": ["validation/loss_3"]}, "metrics=validation/loss_3: no trial reports it; choose from loss, valid"),
+        ({"train": {"data_path": "d"}}, "metrics=validation/loss_1: no trial reports it; choose from loss$"),
     ],
 )
 def test_what_cannot_be_swept_is_refused_in_one_line(values: dict[str, Any], message: str) -> None:
@@ -60,7 +60,7 @@ def test_what_cannot_be_swept_is_refused_in_one_line(values: dict[str, Any], mes
     [
         ({"space": {"rope_2d_ratio": [0.5, 2]}}, "space: rope_2d_ratio=2: rope_2d_ratio=2: should be less"),
         ({"space": {"lora_rank": {"low": 0, "high": 9}}, "search": "random", "trials": 1}, "space: lora_rank=0"),
-        ({"space": {"min_branches_per_sample": [1, 9]}}, "min_branches_per_sample=9 exceeds max_branches_per_sample=8"),
+        ({"space": {"min_branches_per_sample": [1, 9]}}, "min_branches_per_sample=9: exceeds max_branches_per_sample=8"),
     ],
 )
 def test_every_value_is_held_against_the_training_run(values: dict[str, Any], message: str) -> None:

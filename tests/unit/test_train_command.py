@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
 import ray
 import ray.train
 
-from parallelmind.config import TrainConfig, save_yaml
+from parallelmind.config import TrainConfig
+from parallelmind.config_file import save_yaml
 from parallelmind.errors import UserError
 from parallelmind.mirror import Mirror
 from parallelmind.tracking import Tracker
@@ -72,17 +74,35 @@ def test_other_records_under_the_same_path_are_refused(begun: TrainConfig, tmp_p
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"min_workers": 2}, "min_workers=2 exceeds num_workers=1"),
+        ({"min_workers": 2}, "min_workers=2: exceeds num_workers=1"),
         ({"quantize": "4bit", "tuning": "full"}, "quantize=4bit"),
         ({"quantize": "4bit", "sharding": "full"}, "quantize=4bit"),
         ({"quantize": "4bit", "lora_init": "pissa"}, "lora_init=pissa"),
         ({"quantize": "8bit", "use_dora": True}, "use_dora=true"),
-        ({"tuning": "full", "resume_adapter": "x"}, "resume_adapter: tuning=full"),
+        ({"tuning": "full", "resume_adapter": "x"}, "tuning=full: trains no adapter"),
     ],
 )
 def test_settings_that_contradict_each_other(begun: TrainConfig, values: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         changed(begun, **values)
+
+
+def test_a_run_in_a_folder_that_cannot_be_written_is_one_line(begun: TrainConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"^output_dir=.*/file: cannot be written \(Not a directory\); make room, or give"):
+        train.run_training(changed(begun, output_dir=str(tmp_path / "file")))
+
+
+def test_a_disk_that_fills_up_on_the_way_is_one_line(begun: TrainConfig) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device", "loss.png")
+    place, output_dir = train.run_place(begun), begun.output_dir
+    with (
+        pytest.raises(UserError, match=rf"^output_dir={output_dir}: cannot be written \(No space left on device\); make room"),
+        train.alone_at(place, begun.name, output_dir),
+    ):
+        train_fit._end_if_final(failed(ray.exceptions.RayActorError(error_msg="The actor died."), full), 1)
+    with pytest.raises(ConnectionError), train.alone_at(place, begun.name, output_dir):  # of something else
+        raise ConnectionError
 
 
 def failed(*causes: Exception) -> ray.train.WorkerGroupError:

@@ -173,7 +173,7 @@ def test_an_adapter_is_trained_further(base: BaseConfig, begun: tuple[Path, Tens
     ("settings", "told"),
     [
         ({"lora_rank": 16}, "lora_rank=16: the adapter has lora_rank=4"),
-        ({"use_dora": True}, "use_dora=True: the adapter has use_dora=False"),
+        ({"use_dora": True}, "use_dora=true: the adapter has use_dora=false"),
         ({"lora_init": "pissa"}, "lora_init=pissa: the adapter has lora_init=zero"),
     ],
 )

@@ -10,7 +10,7 @@ from typing import BinaryIO, cast
 
 import pyarrow.parquet as pq
 
-from parallelmind.errors import UserError, first_line
+from parallelmind.errors import UserError, first_line, typed
 from parallelmind.mirror import filesystem
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
@@ -32,7 +32,7 @@ def find_files(path: str, name: str = "data_path") -> list[str]:
     with commas between. Raises UserError where one of them means none."""
     found = [file for item in path.split(",") if item.strip() for file in _find(item.strip(), name)]
     if not found:
-        raise UserError(f"{name}={path!r}: names no file; give parallel JSONL or Parquet")
+        raise UserError(f"{name}={typed(path)}: names no file; give parallel JSONL or Parquet")
     return list(dict.fromkeys(found))
 
 

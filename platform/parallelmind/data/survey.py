@@ -16,6 +16,7 @@ from parallelmind.data.lines import Line, read_lines
 from parallelmind.data.records import Record, RecordError, parse_line, parse_value
 from parallelmind.errors import UserError
 
+_CONVERT = "turn it into parallel JSONL with `python -m workloads.convert`"
 _COUNTS = ("lines", "records", "branches", "lone", "bytes")
 
 
@@ -61,15 +62,16 @@ class Survey:
 
     def refuse_too_many(self, config: DataConfig, name: str) -> None:
         """Raises UserError without a single good record, and for more bad ones than the settings allow."""
-        worst = f"; the first: {self.bad[0]}" if self.bad else ""
+        worst = f", the first: {self.bad[0]}" if self.bad else ""
+        what = f"{name}={getattr(config, name)}"
         if not self.records:
-            raise UserError(f"{name}: no record in it ({len(self.bad)} bad lines{worst}); write one JSON object a line")
+            raise UserError(f"{what}: holds no record (bad lines: {len(self.bad)}{worst}); {_CONVERT}")
         if config.strict and self.bad:
-            raise UserError(f"{name}: {self.bad[0]}; mend the line, or set strict=false to leave out bad lines ({len(self.bad)})")
+            raise UserError(f"{what}: {self.bad[0]}; mend it, or set strict=false to leave out bad lines ({len(self.bad)})")
         limit = config.max_bad_records
         if limit is not None and len(self.bad) > (limit if limit >= 1 else limit * self.lines):
             share = f"{len(self.bad)} of {self.lines} lines are bad"
-            raise UserError(f"max_bad_records={limit:g}: {share}{worst}; mend them or raise the limit")
+            raise UserError(f"max_bad_records={limit:g}: {share}{worst}; mend them, or raise the limit")
 
 
 def records(part: Part, config: DataConfig, vocab_size: int | None) -> Iterator[Record]:

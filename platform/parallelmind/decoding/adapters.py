@@ -58,7 +58,7 @@ class Adapters:
     def unload(self, name: str) -> None:
         """Forget a name; samples that use its adapter go on. Raises UserError for an unknown one."""
         if name == BASE:
-            raise UserError(f"adapter={name!r}: is the name of the model without an adapter, and stays")
+            raise UserError(f"adapter={name!r}: is the name of the model without an adapter, which stays; name another")
         self.version(name)
         del self._versions[name]
         self.tidy()

@@ -64,9 +64,9 @@ def question_records(path: str, limit: int) -> list[Record]:
             if len(found) == limit:
                 break
             if raw.strip():
-                found.append(_question_record(raw, f"data_path={path}: line {number}"))
+                found.append(_question_record(raw, f"data_path={path}:{number}:"))
     if not found:
-        raise UserError(f"data_path={path}: holds no record; write one JSON object per line")
+        raise UserError(f"data_path={path}: holds no record; write one JSON object a line")
     return found
 
 

@@ -84,7 +84,7 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel
             adapted = _wrap(model, settings)
         except ValueError as error:
             reason = first_line(error).rstrip(".")
-            raise UserError(f"lora_targets={config.lora_targets!r}: {reason}; choose other layers") from error
+            raise UserError(f"lora_targets={config.lora_targets}: {reason}; choose other layers") from error
         if config.lora_init == "pissa":
             pissa.start(adapted)
     return adapted
@@ -105,7 +105,7 @@ def _wrap(model: PreTrainedModel | PeftModel, settings: peft.LoraConfig, name: s
 
 def _refuse_dora_on_8bit(model: PreTrainedModel | PeftModel, config: LoraConfig | None) -> None:
     if config is not None and config.use_dora and getattr(model, "is_loaded_in_8bit", False):
-        raise UserError("use_dora=True: loses the scales of 8-bit weights; set quantize=4bit or quantize=none")
+        raise UserError("use_dora=true: loses the scales of 8-bit weights; set quantize=4bit or quantize=none")
 
 
 def save_adapter(

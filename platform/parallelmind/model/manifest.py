@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from parallelmind.config import LoraConfig, Part, RopeConfig
-from parallelmind.errors import UserError
+from parallelmind.errors import UserError, typed
 from parallelmind.mirror import fetched
 from parallelmind.storage import sha256
 
@@ -54,16 +54,20 @@ class Manifest(Part):
         for field, value in given.items():
             if field in trained and value != trained[field]:
                 what = "adapter" if self.lora else "model"
-                raise UserError(f"{field}={value}: the {what} has {field}={trained[field]}; use that value")
+                raise UserError(f"{field}={typed(value)}: the {what} has {field}={typed(trained[field])}; use that value")
 
     def refuse_other_base(self, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raises UserError where architecture or chat template are not those of the base it was trained on."""
-        found = {"base config": base_config_hash(config), "chat template": chat_template_hash(tokenizer)}
-        expected = {"base config": self.base_config_sha256, "chat template": self.chat_template_sha256}
+        found = {"architecture": base_config_hash(config), "chat template": chat_template_hash(tokenizer)}
+        expected = {"architecture": self.base_config_sha256, "chat template": self.chat_template_sha256}
+        ours = f"base_model={config._name_or_path}" if config._name_or_path else "base_model"
         for what, value in found.items():
             if value != expected[what]:
-                ours, theirs = (text[:12] if text else "none" for text in (value, expected[what]))
-                raise UserError(f"base_model: its {what} {ours} is not the adapter's {theirs}; load {self.base_model} instead")
+                here, there = (text[:12] if text else "none" for text in (value, expected[what]))
+                raise UserError(
+                    f"{ours}: its {what} ({here}) is not that of the adapter's base ({there}); "
+                    f"give base_model={self.base_model}, or another adapter"
+                )
 
 
 def adapter_folder(path: str | Path) -> Path:
@@ -113,27 +117,28 @@ def read_manifest(folder: str | Path, field: str = "lora_path") -> Manifest:
 
 
 def _parse(folder: Path, field: str) -> Manifest:
-    damaged = f"{field}={folder}: {MANIFEST} is damaged, save the folder again"
+    damaged = f"{field}={folder}: {MANIFEST} is damaged ({{}}); save the folder again"
     try:
         values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         written = values["format_version"]
     except FileNotFoundError as error:
         raise UserError(f"{field}={folder}: no {MANIFEST} in it; give a folder that parallelmind saved") from error
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{damaged} ({error!r})") from error
+        raise UserError(damaged.format(repr(error))) from error
     if written != FORMAT:
         raise UserError(f"{field}={folder}: format_version={written}, but {FORMAT} is read here; use the version that wrote it")
     try:
         return Manifest.model_validate(values)
     except ValidationError as error:
         problem = error.errors()[0]
-        raise UserError(f"{damaged} ({'.'.join(map(str, problem['loc']))}: {problem['msg']})") from error
+        where = ".".join(map(str, problem["loc"]))
+        raise UserError(damaged.format(f"{where}: {problem['msg']}")) from error
 
 
-def refuse_to_replace(folder: Path) -> None:
-    """Raises UserError if `folder` is there and holds anything but what parallelmind wrote."""
+def refuse_to_replace(folder: Path, field: str = "folder") -> None:
+    """Raises UserError if `folder` is there and holds anything but what parallelmind wrote; `field` names it."""
     if folder.exists() and not (folder / MANIFEST).is_file() and (folder.is_file() or any(folder.iterdir())):
-        raise UserError(f"{folder}: holds other files; give a new or empty folder, or one that parallelmind wrote to replace it")
+        raise UserError(f"{field}={folder}: holds other files; give a new or empty folder, or one of parallelmind's to replace")
 
 
 def write_manifest(

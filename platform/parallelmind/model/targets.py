@@ -43,5 +43,5 @@ def named_targets(model: nn.Module, given: str) -> list[str]:
     if unknown or not targets:
         known = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
         missing = ", ".join(unknown) or "that"
-        raise UserError(f"lora_targets={given!r}: no layer is named {missing}; choose from {known}, or all-linear")
+        raise UserError(f"lora_targets={given}: no layer is named {missing}; choose from {known}, or all-linear")
     return targets

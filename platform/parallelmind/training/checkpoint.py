@@ -218,9 +218,11 @@ class Store:
             if pending is not None:
                 pending.result()
         except (OSError, SafetensorError) as error:
-            reason = f"a checkpoint cannot be written ({first_line(error)})"
             kept = ", ".join(folder.name for folder in by_step(self.folder)) or "none"
-            raise UserError(f"output_dir: {reason}; make room in {self.folder}; whole checkpoints there: {kept}") from error
+            raise UserError(
+                f"{self.place.field}: a checkpoint cannot be written in {self.place} ({first_line(error)}; whole ones: {kept}); "
+                "make room there, and the same command goes on"
+            ) from error
 
     def close(self) -> None:
         """Wait as above, and let the next writer in."""

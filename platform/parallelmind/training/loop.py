@@ -74,7 +74,10 @@ def train(job: Job, resume: Path | None = None) -> Outcome:
     while run.state.epoch < job.config.epochs and not run.ended:
         run.epoch()
     if not run.stopped and run.state.step == run.state.skipped:
-        raise UserError("data_path: no step had a finite loss on any target; check answer_offset, the limits and learning_rate")
+        raise UserError(
+            f"data_path={job.config.data_path}: no step had a finite loss on any target; "
+            "check answer_offset, the limits and learning_rate"
+        )
     if not run.stopped:  # what a stopped run has not told yet it tells when it goes on
         run.meter.tell(run.state, run.planned)
     run.report(validate=not run.stopped, save=True)
@@ -170,7 +173,7 @@ class _Run:
             good = self.job.store and checkpoint.newest(self.job.store.folder, state.config_hash)
             raise UserError(
                 f"learning_rate={self.config.learning_rate}: {state.bad} steps in a row without a finite gradient, up to step "
-                f"{state.step + 1}; lower it, or look at the data; last good checkpoint: {good or 'none'}"
+                f"{state.step + 1} (last good checkpoint: {good or 'none'}); lower it, or look at the data"
             )
 
     def rescale(self, finite: bool) -> None:

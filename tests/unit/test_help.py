@@ -1,0 +1,72 @@
+"""`--help` reads well on a narrow terminal, on a wide one, and through grep."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from docs import ROOT
+from parallelmind import cli
+from parallelmind.config import Part, TrainConfig
+from parallelmind.errors import UserError, typed
+from tools.reference import COMMANDS
+from workloads import demo
+
+kinds = pytest.mark.parametrize("kind", COMMANDS.values(), ids=COMMANDS)
+
+
+@kinds
+@pytest.mark.parametrize("width", [80, 120])
+def test_fields_fit_the_terminal(kind: type[Part], width: int) -> None:
+    lines = cli.field_help(kind, width).splitlines()
+    assert [line for line in lines if len(line) > width] == []
+    told = " ".join(" ".join(lines).split())
+    for text in cli.field_texts(kind):
+        assert text.meaning in told
+        assert any(line.startswith(f"  {text.name} ") for line in lines)
+
+
+@kinds
+def test_without_a_terminal_a_field_is_one_line(kind: type[Part]) -> None:
+    lines = cli.field_help(kind).splitlines()
+    for text, line in zip(cli.field_texts(kind), lines, strict=True):
+        assert line.startswith(f"  {text.name} ")
+        assert line.endswith(text.meaning)
+
+
+def test_a_wide_terminal_has_columns_and_a_narrow_one_has_pairs_of_lines() -> None:
+    assert cli.field_help(TrainConfig, 160).splitlines()[0] == cli.field_help(TrainConfig).splitlines()[0]
+    first, second, *_ = cli.field_help(TrainConfig, 80).splitlines()
+    assert (first, second) == ('  base_model  str  "smollm2-135m"', "      smollm2-135m, a local folder, or a hub id")
+
+
+def test_paragraphs_flow_and_commands_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    fixed = "    python -m workloads.train CONFIG.yaml\n\n/main TEXT   set the passage of the prompts"
+    assert cli.flowing(f"One line that is\ntoo long for it.\n\n{fixed}\n") == f"One line that is too\nlong for it.\n\n{fixed}"
+
+
+def test_values_are_told_as_they_are_typed() -> None:
+    told = {"a b": "a b", "": '""', "a\nb": json.dumps("a\nb"), " a": '" a"'}
+    assert {value: typed(value) for value in told} == told
+    assert [typed(value) for value in (True, None, 3, 0.5, [1, "a"])] == ["true", "null", "3", "0.5", '[1, "a"]']
+
+
+def test_the_demo_has_no_fields() -> None:
+    with pytest.raises(UserError, match="lora_rank=4: the demo has no fields; .*workloads.train demo lora_rank=4"):
+        demo.main(["lora_rank=4"])
+
+
+def test_a_command_asks_how_wide_the_terminal_is() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "workloads.train", "--help"],
+        cwd=ROOT,
+        env={"PATH": "", "PYTHONPATH": f"{ROOT / 'platform'}:{ROOT}", "COLUMNS": "80", "PYTHONUTF8": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert max(map(len, done.stdout.splitlines())) <= 80
