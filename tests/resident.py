@@ -38,7 +38,7 @@ NOT_HERE = {
 # Settings behind those that are printed, for what would take long; of num_workers, only where it is printed.
 BEHIND = {
     "workloads.train": ["max_steps=2", "num_workers=2"],
-    "workloads.sweep": ["trials=2", "train.max_steps=2"],
+    "workloads.sweep": ["trials=1", "train.max_steps=2"],
 }
 TYPED = "Who lives in the passage?\nWho? || Where?\n"  # into workloads.chat, before its input ends
 _SCRIPTS = {"ray": "ray.scripts.scripts", "serve": "ray.serve.scripts"}
@@ -75,7 +75,7 @@ class Resident:
 
     def _run(self, line: tuple[str, ...]) -> tuple[int, str]:
         module, *arguments = line
-        if module == "serving":
+        if module == "serving" and "--help" not in arguments:
             return self._serve(line)
         if module == "workloads.demo":
             with mock.patch.object(subprocess, "run", self._started):
@@ -91,12 +91,9 @@ class Resident:
         return subprocess.CompletedProcess(line, code)
 
     def _serve(self, line: tuple[str, ...]) -> tuple[int, str]:
-        """A server in the background, in place of the one before, once it is well; or its --help."""
+        """A server in the background, in place of the one before, once it is well."""
         started = [sys.executable, "-m", *line]
         env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-        if "--help" in line:
-            done = subprocess.run(started, env=env, capture_output=True, text=True, check=False)
-            return done.returncode, done.stdout + done.stderr
         self.end_server()
         port = os.environ["READER_PORT"]
         if port != "8000":

@@ -2,8 +2,8 @@
 
 Bash runs the text itself. What differs from a reader's machine, so that it takes minutes and no network:
 - `python`, `make`, `ray` and their like lead to tests/resident.py, which runs every `python -m …` in one process, and each
-  line once. That process has joined a cluster started before; training with one worker takes place in it (Ray Train's local mode),
-  and so do the processes of `make demo`.
+  line once. That process has joined a cluster started before; a training with one worker takes place in it, by Ray Train's local
+  mode, and so do the processes of `make demo`.
 - BEHIND names the settings that are put behind the printed ones to make long commands short. A server is left running until the
   next one starts. Of `make` only demo and serve run; of the others it says what it would do.
 - Every model that pages name is a tiny one. Runs whose names end in -HASH become those that are there, the cluster's address its
