@@ -42,8 +42,8 @@ test: setup lint typecheck model ## lint, typecheck and every test but the longe
 	@$(PY) -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not chaos"
 	@$(PY) -m pytest -m "slow and not chaos"
 
-chaos: setup ## every fault test: processes of real runs are killed
-	@$(PY) -m pytest tests/chaos
+chaos: setup ## the longest fault tests: nodes are killed or cut off, storage outlives machines
+	@$(PY) -m pytest -m chaos tests/chaos tests/integration
 
 demo: setup model ## train a small adapter and decode with it
 	@$(PY) -m workloads.demo

@@ -97,6 +97,7 @@ def keys(bucket: dict[str, str], prefix: str) -> list[str]:
     return [item["Key"] for item in found.get("Contents", ()) if not item["Key"].endswith("/")]
 
 
+@pytest.mark.chaos
 def test_a_run_is_gone_on_with_on_another_machine(place: Path, bucket: dict[str, str], tmp_path: Path) -> None:
     assert said(start(place, bucket, "first", "train", "run.yaml", "name=whole"))
     running = start(place, bucket, "first", "train", "run.yaml", f"output_dir={RUNS}", "name=whole")
@@ -137,6 +138,7 @@ def test_a_stop_saves_a_checkpoint_there(place: Path, bucket: dict[str, str]) ->
     assert [key for key in keys(bucket, "tests/stopped-") if key.endswith("/state.json")]
 
 
+@pytest.mark.chaos
 def test_a_sweep_there_goes_on_elsewhere(place: Path, bucket: dict[str, str]) -> None:
     first = start(place, bucket, "first", "sweep", "sweep.yaml")
     deadline = time.monotonic() + 200
