@@ -222,7 +222,7 @@ def test_a_step_without_a_finite_loss_is_left_out_and_counted(tmp_path: Path) ->
 def test_too_many_bad_steps_in_a_row_end_the_run_and_name_the_last_good_checkpoint(tmp_path: Path) -> None:
     settings = config(epochs=9, max_bad_steps=3)
     run(settings, tmp_path, Recorder(stop_at=4))
-    with pytest.raises(UserError, match=r"learning_rate=0.01: 3 steps in a row .*last good checkpoint: .*step-4\\); lower it"):
+    with pytest.raises(UserError, match=r"learning_rate=0.01: 3 steps in a row .*last good checkpoint: .*step-4\); lower it"):
         run(settings, tmp_path, model=spoiled(settings, 999))
     assert steps(tmp_path) == ["step-3", "step-4"]
 
