@@ -107,7 +107,7 @@ class Gate:
             raise self._turned_away("headers", 431, f"headers: {size} bytes, {self._limits.max_header_bytes} allowed; send fewer")
         if path != _OPEN and not self._keys.admits(headers.get("authorization")):
             ask = {"www-authenticate": 'Basic realm="parallelmind"' if _PAGES.fullmatch(path) else "Bearer"}
-            raise self._turned_away("key", 401, "no valid API key; send one as Authorization: Bearer KEY", ask)
+            raise self._turned_away("key", 401, "no valid API key; send it as Authorization: Bearer KEY", ask)
         length = headers.get("content-length", "0")
         if length.isascii() and length.isdigit() and int(length[:20]) > self._limits.max_body_bytes:
             raise self._turned_away("body", 413, _too_long(self._limits))

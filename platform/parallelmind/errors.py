@@ -40,8 +40,8 @@ def unwritable(field: str, path: object, error: BaseException) -> UserError:
 @contextmanager
 def writing(field: str, path: object, *others: type[Exception]) -> Iterator[None]:
     """What keeps it from being written becomes one line. others: what a library raises in place of OSError."""
-    expected: tuple[type[Exception], ...] = (OSError, *others)
+    kinds: tuple[type[Exception], ...] = (OSError, *others)
     try:
         yield
-    except expected as error:
+    except kinds as error:
         raise unwritable(field, path, error) from error

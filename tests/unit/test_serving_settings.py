@@ -33,7 +33,7 @@ def config(**values: Any) -> AppConfig:
         ({"base_model": ""}, ['base_model=""']),
         ({"max_request": 5}, ["max_request:", "did you mean max_requests?", "--help"]),
         ({"max_branches": 257}, ["max_branches=257", "256"]),
-        ({"max_requests": "many"}, ["max_requests='many'", "integer"]),
+        ({"max_requests": "many"}, ["max_requests=many", "integer"]),
         ({"min_replicas": 3, "max_replicas": 2}, ["max_replicas=2", "min_replicas=3"]),
         ({"min_replicas": 2}, ["max_replicas=1", "min_replicas=2"]),
         ({"adapters": {"legal:v2": "x"}}, ["adapters.legal:v2", "colon"]),
@@ -41,7 +41,7 @@ def config(**values: Any) -> AppConfig:
         ({"adapters": {"base": "x"}}, ["adapters.base", "taken"]),
         ({"adapters": {"tiny": "x"}}, ["adapters.tiny", "taken"]),
         ({"slow_client_s": 0}, ["slow_client_s=0", "greater than 0"]),
-        ({"log_level": "loud"}, ["log_level='loud'", "'warning'"]),
+        ({"log_level": "loud"}, ["log_level=loud", "'warning'"]),
     ],
 )
 def test_an_error_names_field_value_and_remedy(values: dict[str, Any], told: list[str]) -> None:

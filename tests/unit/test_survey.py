@@ -106,7 +106,7 @@ def test_records_with_too_many_branches_are_split_or_bad(tmp_path):
     [
         ({}, None),
         ({"max_bad_records": 2.0}, None),
-        ({"max_bad_records": 1.0}, "max_bad_records=1: 2 of 8 lines are bad; the first: .*data.jsonl:7"),
+        ({"max_bad_records": 1.0}, "max_bad_records=1: 2 of 8 lines are bad, the first: .*data.jsonl:7"),
         ({"max_bad_records": 0.5}, None),
         ({"max_bad_records": 0.1}, "max_bad_records=0.1: 2 of 8"),
         ({"max_bad_records": 0.0}, "max_bad_records=0: 2 of 8"),
