@@ -79,14 +79,15 @@ def playground(page: Page, site: str) -> None:
     page.get_by_label("Temperature", exact=True).fill("0")
     page.get_by_role("button", name="Run").click()
     page.get_by_role("status").filter(has_text="Done").wait_for()
+    page.evaluate("scrollTo(0, 0)")
 
 
 def mlflow(page: Page, site: str) -> None:
-    """The runs of the newest experiment."""
-    page.goto(f"{site}/#/experiments")
-    page.get_by_role("link", name="parallelmind").first.click()
-    page.get_by_role("table").or_(page.get_by_role("grid")).first.wait_for()
-    page.wait_for_timeout(3000)  # its columns come later
+    """The last metrics of the runs of the first experiment."""
+    page.goto(f"{site}/#/experiments/1/runs?compareRunsMode=CHART")
+    page.get_by_text("matching runs").wait_for()
+    page.get_by_role("button", name="Close").last.click()  # its assistant
+    page.wait_for_timeout(3000)  # charts move to their places
 
 
 def main(adapter: str, sweep: str) -> None:
@@ -94,6 +95,7 @@ def main(adapter: str, sweep: str) -> None:
         page = browser.new_page(viewport={"width": _WIDTH, "height": _HEIGHT})
         page.set_default_timeout(60_000)
         page.goto((Path(sweep) / "report.html").resolve().as_uri())
+        page.get_by_role("heading", name="Trials").evaluate("node => node.scrollIntoView()")
         taken(page, "report")
         with running("serving", "/health", f"lora_path={adapter}", "port={port}") as site:
             playground(page, site)
