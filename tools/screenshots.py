@@ -1,4 +1,4 @@
-"""docs/figures: what the programs look like, taken from them while they run: playground, MLflow and a sweep's report.
+"""docs/screenshots: what the programs look like, taken from them while they run: playground, MLflow and a sweep's report.
 
     python -m tools.screenshots runs/demo-HASH/adapter runs/SWEEP-HASH
 
@@ -24,9 +24,9 @@ from parallelmind.errors import UserError
 from parallelmind.evaluation.facts import facts_records
 from serving.ports import free_port
 
-FIGURES = Path(__file__).resolve().parents[1] / "docs" / "figures"
+FOLDER = Path(__file__).resolve().parents[1] / "docs" / "screenshots"
 _STARTUP_S = 180
-_WIDTH, _HEIGHT = 1280, 800  # pixels
+_WIDTH, _HEIGHT = 1280, 1100  # pixels
 
 
 @contextmanager
@@ -107,8 +107,8 @@ def main(adapter: str, sweep: str) -> None:
 
 
 def taken(page: Page, name: str) -> None:
-    page.screenshot(path=FIGURES / f"{name}.png")
-    print(FIGURES / f"{name}.png", flush=True)
+    page.screenshot(path=FOLDER / f"{name}.png")
+    print(FOLDER / f"{name}.png", flush=True)
 
 
 if __name__ == "__main__":
