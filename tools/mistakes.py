@@ -175,7 +175,8 @@ def _start(command: str, folder: Path, setting: Mapping[str, str], full: bool = 
         (folder / DISK).mkdir()
         mount = f'mount -t tmpfs -o size=500k none {DISK} && exec "$@"'
         words = ["unshare", "-rm", "sh", "-c", mount, "sh", *words]
-    setting = {**os.environ, "PYTHONPATH": f"{ROOT / 'platform'}:{ROOT}", **setting}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # this may be a part of `make`
+    setting = {**kept, "PYTHONPATH": f"{ROOT / 'platform'}:{ROOT}", **setting}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(words, cwd=folder, env=setting, start_new_session=True, **pipes)  # type: ignore[call-overload]
 

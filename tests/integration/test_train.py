@@ -131,7 +131,7 @@ def test_a_run_from_start_to_adapter(place: Path, workers: int) -> None:
 def test_strict_stops_at_the_first_bad_line(place: Path) -> None:
     done = train(place, "run.yaml", "name=strict", "strict=true")
     assert done.returncode == 2
-    assert re.fullmatch(r"error: data_path: \S+data\.jsonl:21: .*strict=false.*\n", done.stderr)
+    assert re.fullmatch(r"error: data_path=data\.jsonl: \S+data\.jsonl:21: .*strict=false.*\n", done.stderr)
 
 
 @pytest.mark.parametrize(

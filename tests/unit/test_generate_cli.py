@@ -109,7 +109,8 @@ def test_null_switches_an_optional_text_off():
     assert cli.parse(generate.GenerateConfig, ["prompt=a", "lora_path=null", "--top_k=3"]).lora_path is None
 
 
-def test_help_shows_every_field(capsys):
+def test_help_shows_every_field(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
     generate.main(["--help"])
     out = capsys.readouterr().out
     for name, field in generate.GenerateConfig.model_fields.items():
