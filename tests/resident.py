@@ -30,7 +30,6 @@ NOT_HERE = {
     "ray down": "rents machines",
     "ray dashboard": "needs a rented machine",
     "ray rsync-up": "needs a rented machine",
-    "ray exec": "needs a rented machine",
     "ray attach": "needs a rented machine",
     "docker": "needs a daemon and a registry",
     "kubectl": "needs Kubernetes",
