@@ -156,6 +156,8 @@ def network(*names: str) -> Iterator[list[Place]]:
             _ip("-n", space, "link", "set", "eth0", "up")
         yield places
     finally:
+        # By itself it would go only with the last process in those namespaces, and be in the way of the next network.
+        subprocess.run(["ip", "link", "delete", tag], check=False, capture_output=True)
         for space in [hub, *(place.namespace for place in places)]:
             subprocess.run(["ip", "netns", "delete", space], check=False, capture_output=True)
 
