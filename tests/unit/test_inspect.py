@@ -92,6 +92,7 @@ def test_a_token_is_at_most_eight_cells_on_one_line(given_text: str) -> None:
     assert not set(visible(given_text)) & set(" \n\r\t\x1b\x85\u2028")
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 5000), min_size=1))
 def test_every_value_is_in_the_bucket_that_names_it(values: list[int]) -> None:
     found = buckets(values)
