@@ -145,7 +145,7 @@ def edit(**fields: Any) -> Spoil:
     ],
 )
 def test_a_damaged_adapter_is_refused(saved: Path, tmp_path: Path, spoil: Spoil, told: str) -> None:
-    folder = tmp_path / "adapter"
+    folder = tmp_path / "adapter {0}"  # braces are part of some names
     shutil.copytree(saved, folder)
     spoil(folder)
     with pytest.raises(UserError, match=told) as error:

@@ -117,14 +117,16 @@ def read_manifest(folder: str | Path, field: str = "lora_path") -> Manifest:
 
 
 def _parse(folder: Path, field: str) -> Manifest:
-    damaged = f"{field}={folder}: {MANIFEST} is damaged ({{}}); save the folder again"
+    def damaged(reason: str) -> UserError:
+        return UserError(f"{field}={folder}: {MANIFEST} is damaged ({reason}); save the folder again")
+
     try:
         values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         written = values["format_version"]
     except FileNotFoundError as error:
         raise UserError(f"{field}={folder}: no {MANIFEST} in it; give a folder that parallelmind saved") from error
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(damaged.format(repr(error))) from error
+        raise damaged(repr(error)) from error
     if written != FORMAT:
         raise UserError(f"{field}={folder}: format_version={written}, but {FORMAT} is read here; use the version that wrote it")
     try:
@@ -132,7 +134,7 @@ def _parse(folder: Path, field: str) -> Manifest:
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))
-        raise UserError(damaged.format(f"{where}: {problem['msg']}")) from error
+        raise damaged(f"{where}: {problem['msg']}") from error
 
 
 def refuse_to_replace(folder: Path, field: str = "folder") -> None:
