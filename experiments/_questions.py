@@ -25,13 +25,16 @@ _TOGETHER = (2, 4, 8)
 _COLOURS = {"one by one": "black", "batch": "#8d99ae", "columnar": "#f18f01", "isolated": "#2e86ab"}
 
 
-def ways(visibility: str) -> dict[str, list[str]]:
-    """Settings of `evaluate answers` by name, for the adapter of this visibility. The batch is the same for both."""
-    found = {"one by one 1": ["engine=one_by_one"]}
-    found |= {f"{visibility} {count}": [f"at_once={count}"] for count in _TOGETHER}
-    found[f"{visibility}, 4 passages 8"] = ["at_once=8", "records_at_once=4"]
+def ways(visibility: str) -> dict[tuple[str, int], list[str]]:
+    """Settings of `evaluate answers` by name and questions at once, for the adapter of this visibility.
+
+    The batch is the same for both.
+    """
+    found = {("one by one", 1): ["engine=one_by_one"]}
+    found |= {(visibility, count): [f"at_once={count}"] for count in _TOGETHER}
+    found[f"{visibility}, 4 passages", 8] = ["at_once=8", "records_at_once=4"]
     if visibility == "columnar":
-        found |= {f"batch {count}": ["engine=batch", f"at_once={count}"] for count in _TOGETHER}
+        found |= {("batch", count): ["engine=batch", f"at_once={count}"] for count in _TOGETHER}
     return found
 
 
@@ -41,10 +44,9 @@ def measured(run: Path, data: Path) -> list[dict[str, Any]]:
     for language in _ASKED:
         for trial in sorted((run / "trials").iterdir()):
             visibility = load_yaml(trial / "config.yaml")["visibility"]
-            for way, settings in ways(visibility).items():
-                found = ask(run, data, language, trial / "adapter", way, settings)
-                name, _, together = way.rpartition(" ")
-                rows.append({"language": language, "adapter": visibility, "way": name, "questions at once": together, **found})
+            for (way, together), settings in ways(visibility).items():
+                found = ask(run, data, language, trial / "adapter", f"{way} {together}", settings)
+                rows.append({"language": language, "adapter": visibility, "way": way, "questions at once": together, **found})
     return rows
 
 
@@ -87,7 +89,7 @@ def _language(axes: Axes, rows: list[dict[str, Any]]) -> None:
             colour = _COLOURS[way.partition(",")[0]]
             axes.plot(speeds, scores, marker=marker, color=colour, label=f"{way} ({adapter} adapter)", markersize=7 - len(own))
             for row, x, y in zip(own, speeds, scores, strict=True):
-                axes.annotate(row["questions at once"], (x, y), (4, 4), textcoords="offset points", fontsize=8)
+                axes.annotate(str(row["questions at once"]), (x, y), (4, 4), textcoords="offset points", fontsize=8)
     axes.set(xlabel="questions/s", ylabel="F1, percent", xlim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=7)

@@ -135,9 +135,10 @@ def reachable(resource: str) -> float:
 
 def slots(cpus_per_run: int, workers: int, use_gpu: bool, most: int | None) -> int:
     """How many runs fit on the cluster at a time. Raises UserError if none does."""
-    fit = int(reachable("CPU") // cpus_per_run)
+    found = reachable("CPU")
+    fit = int(found // cpus_per_run)
     if fit < 1:
-        raise UserError(f"cpus_per_trial={cpus_per_run}: the cluster has {reachable('CPU'):g}; lower it, or add nodes")
+        raise UserError(f"cpus_per_trial={cpus_per_run}: the cluster has {found:g}; lower it, or add nodes")
     if use_gpu:
         require_gpus(workers)
         fit = min(fit, int(reachable("GPU") // workers))
