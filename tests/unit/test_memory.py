@@ -13,7 +13,8 @@ from parallelmind.model.base import meta_model
 from parallelmind.model.patch import patch
 from parallelmind.model.structure import causal_lm, decoder
 from parallelmind.training.loss import decoder_inputs, to_tensors
-from tools.memory import PAGE, QWEN, Shape, filled
+from tools.marked import filled
+from tools.memory import PAGE, PART, QWEN, Shape, table
 
 SMALL = Shape("small", width=256, inner=1024, layers=2, keys=128, vocabulary=200, tied=True)
 
@@ -69,4 +70,4 @@ def test_the_shapes_are_those_of_the_models(shape: Shape) -> None:
 
 def test_the_table_in_the_docs_is_fresh() -> None:
     page = PAGE.read_text(encoding="utf-8")
-    assert filled(page) == page, "run make docs"
+    assert filled(page, PART, table()) == page, "run make docs"

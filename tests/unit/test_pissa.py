@@ -9,7 +9,7 @@ import pytest
 import torch
 from adapting import IDS, ROPE, close, logits, logits_elsewhere, lora, patched, train
 from peft import PeftModel
-from tiny import save_tiny, tiny_llama, tiny_tokenizer
+from tiny import tiny_llama, tiny_tokenizer
 
 from parallelmind.config import BaseConfig
 from parallelmind.errors import UserError
@@ -21,11 +21,6 @@ from parallelmind.model.adapter import (
     save_adapter,
     trained_weights,
 )
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> BaseConfig:
-    return BaseConfig(base_model=save_tiny(tmp_path_factory.mktemp("base")))
 
 
 def test_a_pissa_adapter_works_in_a_fresh_process_by_its_stored_rank(base: BaseConfig, tmp_path: Path) -> None:

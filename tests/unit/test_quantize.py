@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from adapting import ROPE, logits, lora, train
-from tiny import save_tiny
 
 from parallelmind.config import BaseConfig
 from parallelmind.errors import UserError
@@ -20,11 +19,6 @@ from parallelmind.model.adapter import (
 )
 from parallelmind.model.base import load_base
 from parallelmind.model.patch import is_patched
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> BaseConfig:
-    return BaseConfig(base_model=save_tiny(tmp_path_factory.mktemp("base")))
 
 
 def test_without_bitsandbytes_quantising_is_refused(base: BaseConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,11 +38,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> BaseConfig:
-    return BaseConfig(base_model=save_tiny(tmp_path_factory.mktemp("base")))
-
-
 @pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
 def test_a_variant_starts_as_the_base_learns_and_comes_back(base: BaseConfig, tmp_path: Path, settings: dict[str, Any]) -> None:
     before, model = logits(patched()), add_lora(patched(), lora(**settings), seed=0)
