@@ -45,7 +45,7 @@ def environment(python: Path, **settings: str) -> dict[str, str]:
     """`python` of a job resolves through the PATH of the shell that started the cluster."""
     ours = {"RAY_AUTH_MODE": "disabled", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "OMP_NUM_THREADS": "1"}
     # What this process has settled for a server of its own (serving/ray_env.py) has ports that two would share.
-    left = ("RAY_ADDRESS", "PYTHONPATH", "RAY_SERVE_")
+    left = ("RAY_ADDRESS", "PYTHONPATH", "RAY_SERVE_", "MAKE", "MFLAGS")  # these tests may be a part of `make`
     kept = {name: value for name, value in os.environ.items() if not name.startswith(left)}
     return {**kept, **ours, "PATH": f"{python.parent}:{os.environ['PATH']}", **settings}
 

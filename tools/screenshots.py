@@ -7,7 +7,6 @@ Needs Chromium. MLflow shows what `mlflow.db` of this folder holds.
 
 from __future__ import annotations
 
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,26 +17,15 @@ from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Page
 
-from parallelmind.errors import UserError
 from parallelmind.evaluation.facts import facts_records
 from serving.ports import free_port
+from tools.browser import chromium
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "screenshots"
 _STARTUP_S = 180
 _WIDTH, _HEIGHT = 1280, 1100  # pixels
-
-
-@contextmanager
-def chromium() -> Iterator[Browser]:
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if path is None:
-        raise UserError("chromium: is not installed; pictures of programs are taken with it")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @contextmanager

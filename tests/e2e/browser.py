@@ -1,35 +1,35 @@
-"""The playground in a real browser: Chromium as the system has it, driven by playwright without a download of its own."""
+"""The playground in a real browser."""
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from parallelmind.errors import UserError
+from tools.browser import chromium, installed
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page, Route
 
-_NAMES = ("chromium", "chromium-browser", "google-chrome")
 _ENDED = re.compile("^(stop|length|cancelled|error)$")
 WAIT = 120_000  # milliseconds; the machine may be busy with other tests
 
 
 @contextmanager
-def chromium() -> Iterator[Browser]:
+def browsing() -> Iterator[Browser]:
     """Skips the test where there is no playwright or no Chromium."""
-    api = pytest.importorskip("playwright.sync_api")
-    path = next(filter(None, map(shutil.which, _NAMES)), None)
-    if path is None:
-        pytest.skip(f"none of {', '.join(_NAMES)} is installed")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+    pytest.importorskip("playwright.sync_api")
+    try:
+        installed()
+    except UserError as error:
+        pytest.skip(str(error))
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 class Playground:

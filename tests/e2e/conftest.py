@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from e2e.browser import Playground, chromium
+from e2e.browser import Playground, browsing
 from servers import serving
 from tiny import tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -47,7 +47,7 @@ def _save_slow_talker(folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with chromium() as started:
+    with browsing() as started:
         yield started
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -171,9 +172,13 @@ def test_too_many_at_once_are_told_to_come_again(server: Server) -> None:
     assert server.post("/v1/completions", GREEDY)[0] == 200
 
 
+@pytest.mark.parametrize("late_s", [0, 0.1])
 @pytest.mark.parametrize("stream", [True, False])
-def test_who_leaves_frees_the_engine(server: Server, stream: bool) -> None:
-    leaver = server.connect("POST", "/v1/completions", {**GREEDY, "max_tokens": 400, "stream": stream})
+def test_who_leaves_frees_the_engine(server: Server, stream: bool, late_s: float) -> None:
+    """late_s: how long after its headers the body comes."""
+    body = json.dumps({**GREEDY, "max_tokens": 400, "stream": stream}).encode()
+    parts = (time.sleep(late_s) or body for _ in range(1))
+    leaver = server.connect("POST", "/v1/completions", parts, **{"content-length": str(len(body))})
     deadline = time.monotonic() + 20
     while not server.meter("live_branches"):
         assert time.monotonic() < deadline
