@@ -5,7 +5,9 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,18 +23,23 @@ import ray
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 
 from parallelmind.data.pipeline import quiet_data
-from parallelmind.errors import UserError, first_line
+from parallelmind.errors import UserError
+
+_REACH_S = 5.0
+_START = "start it with `ray start --head`, or leave ray_address and $RAY_ADDRESS out"
 
 
 def connect(address: str | None, forward_output: bool = True) -> None:
     """Join the cluster at `address` or at $RAY_ADDRESS (set under `ray job submit`); without either, start a local one.
 
     Does nothing where this process has joined one before. Never attaches to whatever cluster happens to run on this machine.
-    forward_output: print here what workers print. Raises UserError if the cluster is not there, or not for this process.
+    forward_output: print here what workers print. Raises UserError if the cluster is not there, or not for this process: within
+    seconds if nothing listens, half a minute if the token is wrong.
     """
     if ray.is_initialized():
         return
     where = address or os.environ.get("RAY_ADDRESS") or "local"
+    _refuse_unreachable(where)
     # Ray Train asks the dashboard whether its controller lives, and complains every second where there is none.
     elsewhere = {"runtime_env": {"worker_process_setup_hook": _entering(os.getcwd())}}
     options: dict[str, Any] = {"include_dashboard": True} if where == "local" else elsewhere
@@ -41,9 +48,9 @@ def connect(address: str | None, forward_output: bool = True) -> None:
     try:
         level = ray.LoggingConfig(log_level="ERROR")
         ray.init(where, logging_level=logging.ERROR, logging_config=level, log_to_driver=forward_output, **options)
-    except (ConnectionError, ValueError) as error:
-        remedy = "start it with `ray start --head`, or leave ray_address out"
-        raise UserError(f"ray_address={where}: {first_line(error).rstrip('.')}; {remedy}") from error
+    except Exception as error:  # Ray has no common type for versions that differ, a wrong token and a start that takes too long
+        whose = "a cluster of our own" if where == "local" else f"ray_address={where}:"
+        raise UserError(f"{whose} cannot be used ({' '.join(str(error).split()).rstrip('.')}); {_remedy(where)}") from error
     if where == "local":
         _name_cluster(Path(os.environ["RAY_TMPDIR"]))
     else:
@@ -52,6 +59,30 @@ def connect(address: str | None, forward_output: bool = True) -> None:
         get_or_create_autoscaling_coordinator()
     quiet_data()
     logging.getLogger("ray.train").setLevel(logging.ERROR)  # warnings there are about retries
+
+
+def _host_and_port(where: str) -> tuple[str, int] | None:
+    """None for auto, local, or what Ray refuses at once."""
+    found = re.fullmatch(r"(?:ray://)?\[?([^/]+?)\]?:(\d+)", where)
+    return (found[1], int(found[2])) if found else None
+
+
+def _refuse_unreachable(where: str) -> None:
+    """Raises UserError in seconds if nothing listens there; Ray itself would try for minutes."""
+    if place := _host_and_port(where):
+        try:
+            socket.create_connection(place, timeout=_REACH_S).close()
+        except (OSError, OverflowError) as error:
+            raise UserError(f"ray_address={where}: nothing answers there ({error}); {_START}") from error
+
+
+def _remedy(where: str) -> str:
+    """For what cannot be used though something listens there."""
+    if where == "local":
+        return "try again when the machine is less busy, and look for what holds its memory or $RAY_TMPDIR"
+    if _host_and_port(where):
+        return "use the Ray, the Python and the token (RAY_AUTH_MODE, RAY_AUTH_TOKEN) that it was started with"
+    return _START
 
 
 def _entering(folder: str) -> Callable[[], None]:

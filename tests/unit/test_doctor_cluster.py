@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -39,11 +40,11 @@ def test_a_cluster_of_no_known_shape() -> None:
 
 @pytest.mark.parametrize(("address", "remedy"), [(None, "less busy"), ("10.0.0.1:6379", "RAY_AUTH_TOKEN")])
 def test_a_cluster_that_cannot_be_used(address: str | None, remedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def connect(*_: object, **__: object) -> None:
+    def init(*_: object, **__: object) -> None:
         raise RuntimeError("Version mismatch:\n    Ray: 2.1")
 
-    monkeypatch.setattr(cluster, "connect", connect)
-    monkeypatch.setattr(doctor_cluster, "refuse_unreachable", lambda _: None)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: socket.socket())
     finding = found("ray", ray_address=address)
     assert finding.status == "FAIL"
     assert "cannot be used (Version mismatch: Ray: 2.1)" in finding.said
@@ -52,7 +53,6 @@ def test_a_cluster_that_cannot_be_used(address: str | None, remedy: str, monkeyp
 
 def test_a_cluster_without_gpus_and_one_without_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "connect", lambda *_, **__: None)
-    monkeypatch.setattr(doctor_cluster, "refuse_unreachable", lambda _: None)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
     node = {"NodeID": "abcdef0123", "NodeManagerAddress": "10.0.0.1"}
     monkeypatch.setattr(ray, "nodes", lambda: [{**node, "Alive": True}, {**node, "Alive": False}])
