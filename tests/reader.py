@@ -20,11 +20,11 @@ from typing import Any
 
 import clusters
 import torch
+from docs import ROOT, Block
 from processes import kill
 from resident import ask
 from servers import save_talker
 
-from docs import ROOT, Block
 from parallelmind.model.base import smollm2_folder
 from serving.ports import free_port
 

@@ -17,10 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from docs import PAGES, ROOT, blocks, commands
 from reader import Reader, reader
 from resident import NOT_HERE
-
-from docs import PAGES, ROOT, blocks, commands
 
 READ_ALONE = {"", "json", "yaml"}  # languages of blocks that are no commands
 # The Chinese README holds the same blocks. The page whose last server others ask, too, is first.

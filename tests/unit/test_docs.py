@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-
 from docs import PAGES, ROOT, Block, anchors, blocks, commands, links, prose
+
 from parallelmind import cli
 from parallelmind.config import Part, TrainConfig, resolve
 from parallelmind.errors import UserError

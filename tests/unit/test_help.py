@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 import pytest
-
 from docs import ROOT
+
 from parallelmind import cli
 from parallelmind.config import Part, TrainConfig
 from parallelmind.errors import UserError, typed
