@@ -23,7 +23,7 @@ from serving.work import Begun, Packed, Refusal, Step, Work, unpacked
 
 # What the death, the loss or the failure of an engine looks like from here.
 _LOST = (RayError, RayServeException, grpc.RpcError, RuntimeError)
-_TRIES = 6  # without a word in between; then the sample itself may be what kills engines
+_TRIES = 6  # without a token in between; then the sample itself may be what kills engines
 _PAUSE_S = 0.25
 _SILENT_S = 6.0  # an engine says something every second; Serve takes longer to find one that is frozen
 _FIRST_S = 20.0  # before its first word one may still have to start
@@ -90,9 +90,10 @@ async def follow(engine: DeploymentHandle, work: Work, meters: FrontMeters) -> A
             async for step in _spoken(source):
                 if isinstance(step, Refusal):
                     raise refused(step)
-                tries = 0
                 if any(step):
-                    yield tale.heard(unpacked(step))
+                    new = unpacked(step)
+                    tries = 0 if new.events else tries  # to have begun is no progress: what kills engines does so as well
+                    yield tale.heard(new)
             if tale.quiet:
                 return
             log.warning("sample %s was left by its engine midway", work.id)

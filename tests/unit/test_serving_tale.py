@@ -108,8 +108,9 @@ def test_a_sample_goes_on_with_the_version_that_it_has_begun_with() -> None:
     assert [asked.version for asked in engines.asked] == [None, None, "version 2", "version 2"]
 
 
-def test_a_sample_that_kills_every_engine_is_given_up() -> None:
-    engines = Engines(ISOLATED, [0] * 100)
+@pytest.mark.parametrize("life", [0, 1], ids=["before a word", "once it has begun"])
+def test_a_sample_that_kills_every_engine_is_given_up(life: int) -> None:
+    engines = Engines(ISOLATED, [life] * 100)
     with pytest.raises(EngineLost):
         heard(engines, work())
     assert 1 < len(engines.asked) < 20
