@@ -30,11 +30,12 @@ from serving.settings import HOST, AppConfig, ServerConfig
 
 
 def main(argv: list[str]) -> None:
-    """Serve until interrupted. Raises UserError for bad fields, a taken port and what cannot be loaded."""
+    """Serve until interrupted. Raises UserError for bad fields, a taken port, and what cannot be read or loaded."""
     if cli.wants_help(argv):
         return cli.print_help(__doc__ or "", ServerConfig)
     config = cli.parse(ServerConfig, argv)
     _require_free(config.port)
+    config.api_keys()  # what is wrong with them is found before Ray starts
     if config.lora_path:
         _require_adapter(config.lora_path)
     try:

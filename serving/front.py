@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncGenerator, Callable
-from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -46,7 +44,7 @@ class Front:
     def __serve_build_asgi_app__(self) -> ASGIApp:
         from serving.routes import routes
 
-        gate = Gate(routes(self), self.config, Keys(_keys(self.config)), self.meters)
+        gate = Gate(routes(self), self.config, Keys(self.config.api_keys()), self.meters)
         if not self.config.cors_origins:
             return gate
         # Around the gate: a browser asks without a key whether it may call, and must be able to read a refusal.
@@ -136,14 +134,3 @@ async def _resumed(first: Step, rest: AsyncGenerator[Step, None]) -> AsyncGenera
 def _no_sample(sample: str) -> RequestError:
     message = f"sample {sample[:80]!r}: has ended or never was; begin another one"
     return RequestError(404, Problem(message=message, code="sample_not_found"))
-
-
-def _keys(config: AppConfig) -> list[str]:
-    """Raises UserError for a file that cannot be read."""
-    found = os.environ.get("PARALLELMIND_API_KEYS", "").split(",")
-    if config.api_keys_file:
-        try:
-            found += Path(config.api_keys_file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise pm.UserError(f"api_keys_file={config.api_keys_file}: {error}; give a text file with one key a line") from error
-    return [key.strip() for key in found if key.strip()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from os.path import isfile
@@ -15,6 +16,7 @@ import parallelmind as pm
 from parallelmind.config import BaseConfig, Dtype, Part, Visibility, resolve
 
 _ADAPTER = "adapter"  # what a run calls the folder of its adapter
+_KEYS = "PARALLELMIND_API_KEYS"
 HOST = "127.0.0.1"
 BASE, REGISTRY, MANIFEST = "base", "models:/", "parallelmind.json"
 _FOLDER = re.compile(r"\w[\w.-]{0,99}")  # one name: no way out of the root
@@ -116,6 +118,21 @@ class AppConfig(Limits):
         folder = Path(self.adapter_root) / name
         found = [each for each in (folder / _ADAPTER, folder) if isfile(each / MANIFEST)]  # Path.is_file raises for long names
         return str(found[0]) if found else None
+
+    def api_keys(self) -> list[str]:
+        """None at all lets everybody in. Raises UserError for a file that cannot be read, and for no key where one should be."""
+        given, path = os.environ.get(_KEYS), self.api_keys_file
+        found = (given or "").split(",")
+        if path is not None:
+            try:
+                found += Path(path).read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise pm.UserError(f"api_keys_file={path}: {error}; give a text file with one key a line") from error
+        keys = [key.strip() for key in found if key.strip()]
+        if not keys and (path is not None or given is not None):
+            place, remedy = (f"${_KEYS}={given!r}", "unset it") if path is None else (f"api_keys_file={path}", "leave it out")
+            raise pm.UserError(f"{place}: holds no key; add one, or {remedy} to let everybody in")
+        return keys
 
     def load(self) -> tuple[Any, Any]:
         """Model and tokenizer, on the GPU that an engine is given, if any. Raises UserError for what cannot be loaded."""

@@ -1,0 +1,62 @@
+"""What the process in front asks for before it serves, and what it counts."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from pathlib import Path
+
+import pytest
+from asgi import TOLD, ask, front
+
+from parallelmind import cli
+from parallelmind.errors import UserError
+from serving.__main__ import main
+
+VARIABLE = "PARALLELMIND_API_KEYS"
+
+
+@pytest.mark.parametrize("text", ["", " \n\n"])
+def test_a_file_of_keys_without_a_key_does_not_let_everybody_in(tmp_path: Path, text: str) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text(text)
+    with pytest.raises(UserError, match=r"api_keys_file=.*keys: holds no key; add one, or leave it out") as error:
+        front(tmp_path, api_keys_file=str(keys)).__serve_build_asgi_app__()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", " ,\n"])
+def test_a_variable_without_a_key_does_not_let_everybody_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv(VARIABLE, text)
+    with pytest.raises(UserError, match=re.escape(f"${VARIABLE}={text!r}: holds no key; add one, or unset it")):
+        front(tmp_path).__serve_build_asgi_app__()
+
+
+def test_the_command_line_says_so_before_it_starts_anything(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("serving.__main__._start", lambda _: pytest.fail("it starts"))
+    monkeypatch.setattr("serving.__main__._require_free", lambda _: None)
+    monkeypatch.setattr("sys.argv", ["serving", "base_model=tiny"])
+    monkeypatch.setenv(VARIABLE, "")
+    with pytest.raises(SystemExit) as end:
+        cli.run(main)
+    assert (end.value.code, capsys.readouterr().err.count("\n")) == (2, 1)
+
+
+def test_keys_of_file_and_variable_are_all_known_and_where_neither_is_given_all_are_let_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def status(key: str, **settings: str) -> int | None:
+        app = front(tmp_path, TOLD, **settings).__serve_build_asgi_app__()
+        return asyncio.run(ask(app, headers={"authorization": f"Bearer {key}"})).status
+
+    keys = tmp_path / "keys"
+    keys.write_text("one\n\n two \n")
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert status("whatever") == 200
+    assert [status(key, api_keys_file=str(keys)) for key in ("one", "two", "three")] == [200, 200, 401]
+    monkeypatch.setenv(VARIABLE, "")
+    assert [status(key, api_keys_file=str(keys)) for key in ("one", "")] == [200, 401]
+    monkeypatch.setenv(VARIABLE, "three, four")
+    assert [status(key, api_keys_file=str(keys)) for key in ("one", "four", "five")] == [200, 200, 401]
