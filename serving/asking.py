@@ -114,7 +114,10 @@ class Asker:
         )
 
     def _conversation(self, request: ChatRequest) -> tuple[list[int], list[int]]:
-        messages = [{"role": message.role, "content": message.text} for message in request.messages]
+        messages = [
+            {"role": message.role, "content": message.text, **({"name": message.name} if message.name is not None else {})}
+            for message in request.messages
+        ]
         if not self.tokenizer.chat_template:
             raise pm.UserError("messages: the model has no chat template; use /v1/completions")
         try:

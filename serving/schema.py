@@ -102,6 +102,15 @@ class OpenAIRequest(Sampling):
     frequency_penalty: float = Field(0, ge=0, le=0)
     presence_penalty: float = Field(0, ge=0, le=0)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, value: Any) -> Any:
+        """OpenAI's null means that a field is not given."""
+        if not isinstance(value, dict):
+            return value
+        optional = {name for name, field in cls.model_fields.items() if not field.is_required()}
+        return {name: given for name, given in value.items() if given is not None or name not in optional}
+
     @property
     def wants_usage(self) -> bool:
         """Whether a stream should end with the usage counts."""
@@ -127,7 +136,8 @@ class TextPart(Request):
 class Message(Request):
     role: Literal["system", "developer", "user", "assistant"]
     content: Str | Items[TextPart]
-    name: str | None = None
+    name: Str | None = None
+    refusal: None = None  # as our own answers have it, which clients send back
 
     @property
     def text(self) -> str:
