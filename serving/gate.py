@@ -11,6 +11,7 @@ import secrets
 from collections.abc import Sequence
 from hashlib import sha256
 from time import perf_counter
+from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -97,11 +98,12 @@ class Gate:
             self._working -= works
             self._meters.open.dec()
             self._count(scope, out.status)
-            log.info("%s %s %d %.3f s", scope["method"], scope["path"], out.status, perf_counter() - began)
+            path = quote(scope["path"])  # or whoever asks would write lines of the log
+            log.info("%s %s %d %.3f s", scope["method"], path, out.status, perf_counter() - began)
 
     def _admit(self, scope: Scope, headers: Headers) -> None:
         """Raises RequestError for whoever may not go on."""
-        path = scope["path"]
+        path = _path(scope)
         size = sum(len(name) + len(value) + 4 for name, value in scope["headers"])
         if size > self._limits.max_header_bytes:
             raise self._turned_away("headers", 431, f"headers: {size} bytes, {self._limits.max_header_bytes} allowed; send fewer")
@@ -122,11 +124,17 @@ class Gate:
 
     @staticmethod
     def _works(scope: Scope) -> bool:
-        return scope["method"] == "POST" and _WORKING.fullmatch(scope["path"]) is not None
+        return scope["method"] == "POST" and _WORKING.fullmatch(_path(scope)) is not None
 
     def _count(self, scope: Scope, status: int) -> None:
-        works = self._works(scope)
-        self._meters.requests.labels(scope["path"] if works or scope["path"] == _OPEN else "other", str(status)).inc()
+        path = _path(scope)
+        self._meters.requests.labels(path if self._works(scope) or path == _OPEN else "other", str(status)).inc()
+
+
+def _path(scope: Scope) -> str:
+    """As the routes know it: below Serve's route_prefix."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
 
 
 def _too_long(limits: Limits) -> str:

@@ -49,8 +49,12 @@ async def ask(
     *,
     whole: bool = True,
     reads: int | None = None,
+    prefix: str = "",
 ) -> Reply:
-    """One request. body: its chunks; whole: whether an end follows them. reads: messages after which the client reads no more."""
+    """One request. body: its chunks; whole: whether an end follows them. reads: messages after which the client reads no more.
+
+    prefix: of the application, which Serve leaves in the path.
+    """
     reply, chunks, heard = Reply(), list(body), 0
 
     async def receive() -> Message:
@@ -77,10 +81,10 @@ async def ask(
         "http_version": "1.1",
         "method": method,
         "scheme": "http",
-        "path": path,
-        "raw_path": path.encode(),
+        "path": prefix + path,
+        "raw_path": (prefix + path).encode(),
         "query_string": b"",
-        "root_path": "",
+        "root_path": prefix,
         "headers": encoded,
         "client": ("127.0.0.1", 1),
         "server": ("127.0.0.1", 8000),

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from asgi import TOLD, ask, front
+from asgi import TOLD, Reply, ask, counted, front
 
 from parallelmind import cli
 from parallelmind.errors import UserError
@@ -60,3 +60,18 @@ def test_keys_of_file_and_variable_are_all_known_and_where_neither_is_given_all_
     assert [status(key, api_keys_file=str(keys)) for key in ("one", "")] == [200, 401]
     monkeypatch.setenv(VARIABLE, "three, four")
     assert [status(key, api_keys_file=str(keys)) for key in ("one", "four", "five")] == [200, 200, 401]
+
+
+def test_the_rules_are_the_same_below_a_prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "one")
+    served = front(tmp_path, TOLD)
+    app, known = served.__serve_build_asgi_app__(), {"authorization": "Bearer one", "content-type": "application/json"}
+
+    def asked(path: str, method: str = "GET", headers: dict[str, str] | None = None, body: bytes = b"") -> Reply:
+        return asyncio.run(ask(app, method, path, headers, [body], prefix="/mind"))
+
+    work = asked("/v1/completions", "POST", known, b'{"model": "tiny", "prompt": "who"}')
+    assert (work.status, asked("/health").status, asked("/mind/health").status) == (200, 503, 401)  # no engine here is well
+    assert [asked(path).headers["www-authenticate"][:5] for path in ("/", "/v1/models")] == ["Basic", "Beare"]
+    for route, status in (("/v1/completions", "200"), ("/health", "503")):
+        assert counted(served.meters, "requests_total", route=route, status=status) == 1

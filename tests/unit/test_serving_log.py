@@ -44,3 +44,11 @@ def test_a_line_names_its_request_and_no_key_and_a_prompt_only_if_asked(
     assert not any("sesame" in line for line in told)
     assert sum("a quiet word" in line for line in told) == (log_prompts and status == 200)
     assert sum("POST /v1/completions 200" in line for line in told) == (status == 200)
+
+
+def test_a_path_writes_no_line_of_its_own(tmp_path: Path, lines: Callable[[], list[str]]) -> None:
+    app = front(tmp_path, log_level="info").__serve_build_asgi_app__()
+    forged = "/x\n2026-01-01 00:00:00,000 INFO admin GET /v1/models 200"
+    asyncio.run(ask(app, "GET", forged, {"x-request-id": "ticket-7"}))
+    (line,) = lines()
+    assert " ticket-7 GET /x%0A2026-01-01%20" in line

@@ -12,7 +12,7 @@ from serving.asking import Asker
 from serving.schema import ChatRequest, CompletionRequest
 from serving.settings import AppConfig
 
-NAMING = "{% for each in messages %}{{ each['role'] }}{% if 'name' in each %} {{ each.name }}{% endif %}: {{ each.content }};{% endfor %}"
+NAMING = "{% for m in messages %}{{ m['role'] }}{% if 'name' in m %} {{ m.name }}{% endif %}: {{ m.content }};{% endfor %}"
 SAMPLING = ["temperature", "top_p", "n", "stream", "frequency_penalty", "presence_penalty", "seed", "stop", "user", "logit_bias"]
 
 
