@@ -31,11 +31,15 @@ def _delta(event: pm.Event) -> Delta:
     )
 
 
-class _Follower:
-    """Knows which branches have begun. The one that reads all others says so by its first token."""
+class Follower:
+    """Knows which branches have begun. The one that reads all others says so by its first token.
+
+    read: prompt tokens so far, main's among them.
+    """
 
     def __init__(self, work: Work) -> None:
         self._work, self._known = work, 0
+        self.read = int(work.asked.tokens.lengths[MAIN])
 
     def begun(self, step: Step) -> list[Place]:
         found = [_place(begun) for begun in step.begun]
@@ -46,6 +50,7 @@ class _Follower:
                 branch, time = event.pos2d
                 found.append(Place(index=event.branch, prompt_tokens=len(last.ids), branch=branch, time=time - len(last.ids)))
                 self._known += 1
+        self.read += sum(place.prompt_tokens for place in found)
         return found
 
     def heard(self, step: Step) -> list[pm.Event]:
@@ -55,32 +60,30 @@ class _Follower:
 
 async def parts(work: Work, steps: AsyncIterator[Step]) -> AsyncIterator[dict[str, Any]]:
     """How the branches begin, what each step adds to them, and the usage."""
-    follower, read, written = _Follower(work), int(work.asked.tokens.lengths[MAIN]), 0
+    follower, written = Follower(work), 0
     kind: Literal["branches.begun", "branches.joined"] = "branches.begun"
     async for step in steps:
         if places := follower.begun(step):
             yield Begin(id=work.id, object=kind, model=work.model, branches=places).model_dump()
-            read += sum(place.prompt_tokens for place in places)
             kind = "branches.joined"
         if events := follower.heard(step):
             written += sum(event.token is not None for event in events)
             yield Deltas(id=work.id, deltas=[_delta(event) for event in events]).model_dump()
-    yield Done(id=work.id, usage=Usage.of(read, written)).model_dump()
+    yield Done(id=work.id, usage=Usage.of(follower.read, written)).model_dump()
 
 
 async def whole(work: Work, steps: AsyncIterator[Step]) -> dict[str, Any]:
     """Every branch, once all have ended."""
-    follower, told, read = _Follower(work), dict[int, Told](), int(work.asked.tokens.lengths[MAIN])
+    follower, told = Follower(work), dict[int, Told]()
     async for step in steps:
         for place in follower.begun(step):
-            read += place.prompt_tokens
             told[place.index] = Told(
                 index=place.index, text="", tokens=[], finish_reason=None, branch=place.branch, time=place.time
             )
         for event in follower.heard(step):
             _add(told[event.branch], event)
     branches = [told[index] for index in sorted(told)]
-    usage = Usage.of(read, sum(len(branch.tokens) for branch in branches))
+    usage = Usage.of(follower.read, sum(len(branch.tokens) for branch in branches))
     answer = BranchesAnswer(id=work.id, created=int(time.time()), model=work.model, branches=branches, usage=usage)
     return answer.model_dump()
 

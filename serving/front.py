@@ -13,6 +13,7 @@ from starlette.types import ASGIApp
 
 import parallelmind as pm
 from serving.asking import Asker
+from serving.branch_answer import Follower
 from serving.errors import RequestError, refusal
 from serving.gate import Gate, Keys
 from serving.log import log, set_up
@@ -67,10 +68,12 @@ class Front:
         return _resumed(first, steps)
 
     async def _timed(self, work: Work, steps: AsyncGenerator[Step, None]) -> AsyncGenerator[Step, None]:
-        began, last = perf_counter(), dict[int, float]()
+        began, last, follower, read = perf_counter(), dict[int, float](), Follower(work), 0
         async for step in steps:  # from the first on the model is known, and its name no invention of a client's
             now = perf_counter()
-            self.meters.tokens.labels(work.model, "prompt").inc(sum(len(begun.prompt) for begun in step.begun))
+            follower.begun(step)
+            self.meters.tokens.labels(work.model, "prompt").inc(follower.read - read)
+            read = follower.read
             if step.events and not last:
                 self.meters.first.labels(work.model).observe(now - began)
             for event in step.events:

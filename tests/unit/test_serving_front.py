@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from pathlib import Path
 
 import pytest
-from asgi import TOLD, Reply, ask, counted, front
+from asgi import TOLD, Reply, ask, counted, front, post
 
 from parallelmind import cli
+from parallelmind.decoding.samples import Event
+from parallelmind.decoding.sampling import SamplingParams
 from parallelmind.errors import UserError
 from serving.__main__ import main
+from serving.work import Begun, Step
 
 VARIABLE = "PARALLELMIND_API_KEYS"
 
@@ -75,3 +79,16 @@ def test_the_rules_are_the_same_below_a_prefix(tmp_path: Path, monkeypatch: pyte
     assert [asked(path).headers["www-authenticate"][:5] for path in ("/", "/v1/models")] == ["Basic", "Beare"]
     for route, status in (("/v1/completions", "200"), ("/health", "503")):
         assert counted(served.meters, "requests_total", route=route, status=status) == 1
+
+
+def test_prompt_tokens_are_counted_as_usage_tells_them(tmp_path: Path) -> None:
+    told = [
+        Step([], [Begun(0, [7], SamplingParams(), (1, 2))]),
+        Step([Event(0, "A", 65, "stop", pos2d=(1, 3))], []),
+        Step([Event(1, "B", 66, "stop", pos2d=(2, 7))], []),  # the branch that reads all others begins by its first token
+    ]
+    served = front(tmp_path, told)
+    body = {"model": "tiny", "main": [5, 6], "branches": [{"text": [7]}], "reduce": [8, 9, 10]}
+    reply = asyncio.run(post(served.__serve_build_asgi_app__(), "/v1/branches", body))
+    assert json.loads(reply.body)["usage"]["prompt_tokens"] == 6
+    assert counted(served.meters, "tokens_total", kind="prompt") == 6
