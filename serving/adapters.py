@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 
 import parallelmind as pm
 from parallelmind.mirror import Mirror
+from serving.log import log
 from serving.settings import BASE, MANIFEST, REGISTRY, AppConfig
 
 _ROUNDING = {"float32": 5e-4}  # how far decoded logits may be from those of training's layout, as a share of the largest
@@ -24,12 +26,21 @@ class Replaced(pm.UserError):
     """A sample cannot go on with the version that it has begun with."""
 
 
+class _Unfit(pm.UserError):
+    """A version that would be refused another time as well."""
+
+
 @dataclass(slots=True)
 class _Loaded:
-    """stamp: what tells one version of an adapter from another. looked: when it was last compared."""
+    """stamp: what tells one version of an adapter from another. looked: when it was last compared.
+
+    unfit: the stamp of a newer one that is refused. told: why, as the log has it.
+    """
 
     stamp: str
     looked: float
+    unfit: str | None = None
+    told: str | None = None
 
 
 class Shelf:
@@ -39,6 +50,9 @@ class Shelf:
         self._engine, self._config = engine, config
         self._loaded: OrderedDict[str, _Loaded] = OrderedDict()  # least lately used first
         self._turn = asyncio.Lock()
+        # By itself MLflow asks a registry that is away for minutes, and everybody who wants an adapter would wait.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 
     def loaded(self) -> int:
         return len(self._loaded)
@@ -47,7 +61,8 @@ class Shelf:
         """The name that the engine knows this model by, once it is loaded.
 
         version: what a sample has begun with elsewhere. Raises UserError for an unknown model, and for an adapter that is
-        damaged, of another base, or decodes other than it was trained; Replaced if that version is not to be had any more.
+        damaged, of another base, or decodes other than it was trained; Replaced if that version is not to be had any more. What
+        is wrong with a new version leaves the one that is loaded at work.
         """
         if model == self._config.name:
             return None
@@ -55,8 +70,10 @@ class Shelf:
             return BASE
         async with self._turn:
             known = self._loaded.get(model)
-            if known is None or monotonic() - known.looked > self._config.refresh_s:
+            if known is None:
                 await asyncio.to_thread(self._refresh, model)
+            elif monotonic() - known.looked > self._config.refresh_s:
+                await asyncio.to_thread(self._look_again, model, known, version)
             if version is not None and version != self._loaded[model].stamp:
                 model = self._pinned(model, version)
                 await asyncio.to_thread(self._refresh, model)
@@ -76,12 +93,30 @@ class Shelf:
         name = where.removeprefix(REGISTRY).partition("@")[0].partition("/")[0]
         return f"{REGISTRY}{name}/{version}"
 
+    def _look_again(self, model: str, known: _Loaded, version: str | None) -> None:
+        """Load a new version, if there is one that can be had. Raises UserError for none only if it is asked for by name."""
+        try:
+            self._refresh(model)
+        except (pm.UserError, OSError) as error:
+            if version not in (None, known.stamp):
+                raise
+            if str(error) != known.told:
+                log.warning("adapter %r stays at the version that is loaded: %s", model, error)
+            known.told, known.looked = str(error), monotonic()
+
     def _refresh(self, model: str) -> None:
         stamp, fetch = self._find(model)
         known = self._loaded.get(model)
-        if known is None or known.stamp != stamp:
+        if known is not None and stamp in (known.stamp, known.unfit):
+            known.looked = monotonic()
+            return
+        try:
             with TemporaryDirectory(prefix="pm-adapter-") as scratch:
                 self._engine.load_adapter(model, fetch(Path(scratch)), check=self._check)
+        except _Unfit:
+            if known is not None:
+                known.unfit = stamp
+            raise
         self._loaded[model] = _Loaded(stamp, monotonic())
 
     def _find(self, model: str) -> tuple[str, Callable[[Path], str | Path]]:
@@ -108,7 +143,7 @@ class Shelf:
         try:
             decodes_as_trained(model, MAIN, self._engine.config, _ROUNDING.get(self._config.dtype, _COARSE))
         except LawBroken as error:
-            raise pm.UserError(f"model: is not served, since {error}; train it with the installed versions") from error
+            raise _Unfit(f"model: is not served, since {error}; train it with the installed versions") from error
 
     def _make_room(self) -> None:
         while len(self._loaded) > self._config.max_adapters:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -105,16 +106,59 @@ def test_what_is_not_served_is_refused(folders: list[Path], name: str) -> None:
         ready(found, name)
 
 
-def test_a_damaged_adapter_leaves_the_old_one_in_place(folders: list[Path], tmp_path: Path) -> None:
+def test_a_damaged_version_leaves_the_old_one_at_work_until_it_is_mended(
+    folders: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = tmp_path / "live"
     shutil.copytree(folders[0], folder)
     engine = tiny_engine(ISOLATED)
     found = shelf(engine, folders, adapter_root=str(tmp_path))
     before = answers(engine, SAMPLE, adapter=ready(found, "live"), **SETTINGS)
+    begun = found.version("live")
     (folder / "parallelmind.json").write_text("{")
+    for version in (None, begun, None):
+        assert answers(engine, SAMPLE, adapter=ready(found, "live", version), **SETTINGS) == before
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
+        "adapter 'live' stays at the version that is loaded"
+    ]
     with pytest.raises(UserError):
-        ready(found, "live")
+        ready(found, "live", "another")
+    shutil.rmtree(folder)
+    shutil.copytree(folders[1], folder)
+    assert answers(engine, SAMPLE, adapter=ready(found, "live"), **SETTINGS) != before
+
+
+def test_a_version_that_is_refused_is_not_loaded_again(folders: list[Path], tmp_path: Path, monkeypatch: Any) -> None:
+    folder = tmp_path / "live"
+    shutil.copytree(folders[0], folder)
+    engine = tiny_engine(ISOLATED)
+    found = shelf(engine, folders, adapter_root=str(tmp_path))
+    before = answers(engine, SAMPLE, adapter=ready(found, "live"), **SETTINGS)
+    shutil.rmtree(folder)
+    shutil.copytree(folders[1], folder)
+    loads, load, call = [], engine.load_adapter, PoolForward.__call__
+    monkeypatch.setattr(engine, "load_adapter", lambda *args, **kwargs: (loads.append(args), load(*args, **kwargs)))
+    with monkeypatch.context() as wrong:
+        wrong.setattr(PoolForward, "__call__", lambda self, step: call(self, step) * 1.01)
+        assert [ready(found, "live") for _ in range(3)] == ["live"] * 3
+    assert len(loads) == 1
     assert answers(engine, SAMPLE, adapter="live", **SETTINGS) == before
+
+
+def test_a_registry_that_is_away_leaves_what_is_loaded_at_work(folders: list[Path], tmp_path: Path, monkeypatch: Any) -> None:
+    for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
+        monkeypatch.setenv(name, "")  # to be as it was afterwards
+        monkeypatch.delenv(name)
+    found = shelf(tiny_engine(ISOLATED), folders, mlflow_uri="http://127.0.0.1:9", refresh_s=0.5)
+    find = Shelf._find
+    monkeypatch.setattr(Shelf, "_find", lambda *_: ("1", lambda _: folders[0]))
+    ready(found, "models:/demo@champion")
+    monkeypatch.setattr(Shelf, "_find", find)
+    began = monotonic()
+    found._loaded["models:/demo@champion"].looked = 0.0
+    for _ in range(100):  # all but the first within refresh_s
+        assert ready(found, "models:/demo@champion") == "models:/demo@champion"
+    assert monotonic() - began < 20
 
 
 def test_a_sample_does_not_go_on_with_another_version_of_a_folder(folders: list[Path], tmp_path: Path) -> None:
