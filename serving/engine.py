@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 
 from ray import serve
 
@@ -18,6 +19,20 @@ from serving.ports import keep_on_node_address
 from serving.settings import AppConfig
 from serving.stepper import Stepper
 from serving.work import Begun, Packed, Refusal, Step, Work, packed
+
+
+@dataclass(slots=True)
+class _Held:
+    """A sample that is decoded here: the engine's number of it, and how much of what one sample may have it has."""
+
+    number: int
+    branches: int
+    prompt_tokens: int
+
+    @classmethod
+    def of(cls, number: int, work: Work) -> _Held:
+        asked, last = work.asked, work.asked.last
+        return cls(number, asked.tokens.branches + (last is not None), len(asked.tokens.ids) + (len(last.ids) if last else 0))
 
 
 class EngineReplica:
@@ -36,7 +51,7 @@ class EngineReplica:
         self._meters = EngineMeters(self._engine.load, self._shelf.loaded)
         threads = config.num_threads or max(1, (os.cpu_count() or 1) // config.max_replicas)
         self._stepper = Stepper(self._engine, self._meters.stepped, config.stuck_s, threads)
-        self._numbers: dict[str, int] = {}
+        self._limits, self._held = config, dict[str, _Held]()
         self._name = serve.get_replica_context().replica_id.unique_id
 
     async def decode(self, work: Work) -> AsyncIterator[Packed | Refusal]:
@@ -49,13 +64,13 @@ class EngineReplica:
         except pm.UserError as error:
             yield _refusal(error)
             return
-        self._numbers[work.id] = number
+        self._held[work.id] = _Held.of(number, work)
         try:
             yield packed(Step([], begun, self._shelf.version(adapter)))
             while (step := await self._stepper.next(number)) is not None:
                 yield packed(step)
         finally:
-            del self._numbers[work.id]
+            del self._held[work.id]
             self._stepper.drop(number)
 
     def _begun(self, number: int, work: Work) -> list[Begun]:
@@ -65,24 +80,35 @@ class EngineReplica:
 
     async def join(self, sample: str, ids: list[int], params: SamplingParams) -> int | Refusal | None:
         """Add a branch; returns its number, and None if the sample is not here."""
-        number = self._numbers.get(sample)
-        if number is None:
+        held = self._held.get(sample)
+        if held is None:
             return None
         try:
+            self._require_room(held, len(ids))
             with self._engine.lock:
-                branch = self._engine.join(number, ids, **{name: getattr(params, name) for name in params.__slots__})
-                begun = Begun(branch, ids, params, self._engine.places(number)[branch])
+                branch = self._engine.join(held.number, ids, **{name: getattr(params, name) for name in params.__slots__})
+                begun = Begun(branch, ids, params, self._engine.places(held.number)[branch])
         except pm.UserError as error:
             return _refusal(error)
-        self._stepper.tell_begun(number, begun)
+        held.branches, held.prompt_tokens = held.branches + 1, held.prompt_tokens + len(ids)
+        self._stepper.tell_begun(held.number, begun)
         return branch
+
+    def _require_room(self, held: _Held, tokens: int) -> None:
+        """Raises UserError for a branch with which the sample would be larger than one may begin."""
+        branches, read = self._limits.max_branches, self._limits.max_prompt_tokens
+        if held.branches >= branches:
+            raise pm.UserError(f"text: branch {held.branches + 1} of its sample, {branches} allowed; begin another sample")
+        if held.prompt_tokens + tokens > read:
+            told = f"{held.prompt_tokens + tokens} prompt tokens with the rest of its sample, {read} allowed"
+            raise pm.UserError(f"text: {told}; shorten it or begin another sample")
 
     async def cancel(self, sample: str, branch: int | None) -> bool:
         """End a sample or one of its branches; says whether the sample is here."""
-        number = self._numbers.get(sample)
-        if number is not None:
-            self._stepper.cancel(number, branch)
-        return number is not None
+        held = self._held.get(sample)
+        if held is not None:
+            self._stepper.cancel(held.number, branch)
+        return held is not None
 
     async def alive(self) -> None:
         """Raises Stuck if the engine computes no more."""
