@@ -17,6 +17,7 @@ from serving.work import Step
 
 Json = dict[str, Any]
 Spell = Callable[[int], str]  # the text of one token
+Encoded = Callable[[int], bytes | None]  # and its bytes, which need not be whole characters
 
 
 class Shape(Protocol):
@@ -82,9 +83,9 @@ class CompletionShape:
 class ChatShape:
     """/v1/chat/completions."""
 
-    def __init__(self, id: str, model: str, spell: Spell) -> None:
+    def __init__(self, id: str, model: str, spell: Spell, encoded: Encoded) -> None:
         self._head = {"id": id, "created": int(time.time()), "model": model}
-        self._spell = spell
+        self._spell, self._encoded = spell, encoded
 
     def whole(self, number: int, events: Sequence[pm.Event]) -> Json:
         message = {"role": "assistant", "content": _text(events), "refusal": None}
@@ -107,8 +108,8 @@ class ChatShape:
         return [self._token(token, value) for token, value in event.top]
 
     def _token(self, token: int, logprob: float | None) -> Json:
-        text = self._spell(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        raw = self._encoded(token)
+        return {"token": self._spell(token), "logprob": logprob, "bytes": None if raw is None else list(raw)}
 
 
 async def whole(shape: Shape, prompt_tokens: int, steps: AsyncIterator[Step]) -> Json:

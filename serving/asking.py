@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import parallelmind as pm
 from parallelmind.decoding.checks import Asked
@@ -20,6 +22,8 @@ from serving.settings import BASE, AppConfig
 from serving.work import Work
 
 _DEFAULT_CHAT_TOKENS = 1024
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # how a vocabulary of characters names a byte
+_BYTES = {letter: byte for byte, letter in bytes_to_unicode().items()}  # and one of bytes each of its own
 
 Ids = Sequence[int]
 
@@ -87,6 +91,15 @@ class Asker:
         """The text of one token; its name in the vocabulary where that is half a character, or nothing."""
         text = str(self.tokenizer.decode([token]))
         return text if text and "\ufffd" not in text else str(self.tokenizer.convert_ids_to_tokens(token))
+
+    def encoded(self, token: int) -> bytes | None:
+        """The bytes of one token, which need not be whole characters; None where the vocabulary does not tell them."""
+        text, name = str(self.tokenizer.decode([token])), str(self.tokenizer.convert_ids_to_tokens(token))
+        if text and "\ufffd" not in text:
+            return text.encode()
+        byte = _BYTE.fullmatch(name)
+        raw = bytes.fromhex(byte[1]) if byte else bytes(_BYTES.get(letter, 0) for letter in name)
+        return raw if raw.decode(errors="replace") == text else None  # a vocabulary whose names are of another kind
 
     def require_model(self, model: str) -> None:
         if model not in (self.config.name, BASE) and self.config.locate(model) is None:

@@ -52,7 +52,7 @@ def routes(front: Front) -> FastAPI:
 
 
 def _openai(app: FastAPI, front: Front) -> None:
-    spell = front.asker.spell
+    spell, encoded = front.asker.spell, front.asker.encoded
 
     @app.get("/v1/models")
     async def models() -> ModelList:
@@ -68,7 +68,7 @@ def _openai(app: FastAPI, front: Front) -> None:
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation, n times as n branches that share it."""
         work = await front.work(front.asker.chat, body, await _size(request))
-        return await _answer(front, body, work, answer.ChatShape(work.id, body.model, spell))
+        return await _answer(front, body, work, answer.ChatShape(work.id, body.model, spell, encoded))
 
 
 async def _answer(front: Front, body: CompletionRequest | ChatRequest, work: Work, shape: answer.Shape) -> Response:

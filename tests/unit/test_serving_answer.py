@@ -20,7 +20,8 @@ from serving.work import Begun, Step, Work
 
 PARAMS = SamplingParams()
 LIKELY = ((65, -0.5), (66, -1.5))
-COMPLETION, CHAT = answer.CompletionShape("cmpl-1", "tiny", chr), answer.ChatShape("chatcmpl-1", "tiny", chr)
+COMPLETION = answer.CompletionShape("cmpl-1", "tiny", chr)
+CHAT = answer.ChatShape("chatcmpl-1", "tiny", chr, lambda token: bytes([token]))
 
 # Two branches that take turns: one ends by a stop text, whose first letter is held back, the other by its length.
 STEPS = [
