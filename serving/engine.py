@@ -46,7 +46,8 @@ class EngineReplica:
         torch.seed()  # torch's own first seed is fixed: requests without a seed would repeat after every restart
         model, tokenizer = config.load()
         limits = Limits(cache_tokens=config.cache_tokens) if config.cache_tokens else None
-        self._engine = pm.Engine(model, tokenizer, limits)
+        engines = 1 if config.num_gpus >= 1 else config.max_replicas  # that may share this one's memory
+        self._engine = pm.Engine(model, tokenizer, limits, engines=engines)
         self._shelf = Shelf(self._engine, config)
         self._meters = EngineMeters(self._engine.load, self._shelf.loaded)
         threads = config.num_threads or max(1, (os.cpu_count() or 1) // config.max_replicas)

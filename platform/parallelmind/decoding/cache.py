@@ -46,7 +46,7 @@ class PoolLayer(CacheLayerMixin):
         """Write `[tokens, …]` to the call's slots; returns what is to be read."""
         part = self._parts.get(name)
         if part is None or len(part) < self._pool.slots_needed:
-            part = self._parts[name] = _grown(part, states, self._pool.slots_needed)
+            part = self._parts[name] = _grown(part, states, self._pool.slots_needed, self._pool.most)
         part.index_copy_(0, self._pool.written, states)
         return part if self._pool.read is None else part.index_select(0, self._pool.read)
 
@@ -78,6 +78,7 @@ class PoolCache(Cache):
         self.written = torch.zeros(0, dtype=torch.long)
         self.read: Tensor | None = None
         self.slots_needed = self.past = 0
+        self.most = 0  # slots that will ever be needed, as far as that is known
 
     def reserve(self, slots: int) -> None:
         """The pool is going to need so many slots."""
@@ -96,10 +97,10 @@ class PoolCache(Cache):
         return sum(layer.bytes_per_slot() * layer.slots() for layer in self.layers if isinstance(layer, PoolLayer))
 
 
-def _grown(part: Tensor | None, like: Tensor, slots: int) -> Tensor:
-    """A pool of one kind with room for `slots`, what it held, and at least half as many again."""
+def _grown(part: Tensor | None, like: Tensor, slots: int, most: int) -> Tensor:
+    """A pool of one kind with room for `slots`, what it held, and half as many again where so many can be needed."""
     known = 0 if part is None else len(part)
-    grown = like.new_zeros((max(slots, known + known // 2), *like.shape[1:]))
+    grown = like.new_zeros((max(slots, min(known + known // 2, most)), *like.shape[1:]))
     if part is not None:
         grown[:known] = part
     return grown

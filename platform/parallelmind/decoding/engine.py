@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from threading import RLock
 from time import perf_counter
@@ -40,16 +39,15 @@ _PLAIN = RopeConfig(patch_rope=False, rope_2d_ratio=0, visibility="isolated", po
 class Engine:
     """One model, its pool of keys and values, and the samples that share them."""
 
-    def __init__(self, model: Model, tokenizer: PreTrainedTokenizerBase, limits: Limits | None = None) -> None:
+    def __init__(self, model: Model, tokenizer: PreTrainedTokenizerBase, limits: Limits | None = None, engines: int = 1) -> None:
+        """limits: without any the pool is as large as memory allows, of which so many engines have a part each."""
         self.tokenizer = tokenizer
         self.adapters = Adapters(model, tokenizer)
         self.config = rope_config(model) if is_patched(model) else _PLAIN
         # Why branches cannot share a sequence here, if so; an unpatched model could, but has not been taught how.
         self.apart = None if is_patched(model) else assess(causal_lm(model)).reason
         self.forward = RowForward(model) if self.apart else PoolForward(model)
-        self.limits = limits or Limits(cache_tokens=self.forward.tokens_that_fit(self.config))
-        if self.apart:  # a recurrence reads a prompt at once, or token by token
-            self.limits = replace(self.limits, step_tokens=self.limits.cache_tokens)
+        self.limits = self.forward.limited(limits, self.config, engines)
         self.scheduler = Scheduler(self.limits, shares=not self.apart)
         self.lock, self._turn = RLock(), RLock()  # of the samples (hold it for calls that belong together), and of the model
         self._samples: dict[int, Speech] = {}  # by number

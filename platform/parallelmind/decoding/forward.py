@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from parallelmind.decoding.blocks import BLOCK, Stream
 from parallelmind.decoding.cache import PoolCache
 from parallelmind.decoding.reading import PoolReading, additive, dense
 from parallelmind.decoding.running import Running
+from parallelmind.decoding.scheduler import Limits
 from parallelmind.decoding.sequence import Decoding, Feed
 from parallelmind.decoding.step import Step, Storage
 from parallelmind.layout import Tokens
@@ -30,6 +32,7 @@ from parallelmind.model.structure import causal_lm
 Model = PreTrainedModel | PeftModel
 Part = tuple[Running, Feed]
 
+_CONTAINER = Path("/sys/fs/cgroup")
 _MOST_TOKENS = 1 << 20  # of a pool whose size nobody has named
 
 
@@ -92,17 +95,29 @@ class PoolForward:
     def forget(self, entry: Running, branch: int) -> None:
         """A branch has ended; its blocks are the scheduler's concern."""
 
-    def tokens_that_fit(self, config: RopeConfig) -> int:
-        """How many tokens the half of the memory that is free now can hold, by what one of them takes."""
+    def limited(self, limits: Limits | None, config: RopeConfig, engines: int) -> Limits:
+        """What the pool may grow to: as it is given, or by the memory that so many engines share."""
+        limits = limits or Limits(cache_tokens=self._tokens_that_fit(config, engines))
+        self.cache.most = limits.cache_tokens
+        return limits
+
+    def _tokens_that_fit(self, config: RopeConfig, engines: int) -> int:
+        """How many tokens each engine's part of half of the free memory can hold, by what one of them takes."""
         decoding = Decoding(Tokens.of([], [[0]]), config)
         entry = Running(0, "", decoding, [1], storage=Storage(Stream([0]), [Stream([1])] if decoding.free else None))
         self(self.enter([(entry, decoding.feed(1))]))
         size = self.cache.bytes_per_token()
         self.cache.reset()
-        free = torch.cuda.mem_get_info()[0] if self.model.device.type == "cuda" else _free_memory()
-        return min(max(free // 2 // size, BLOCK), _MOST_TOKENS)
+        free = torch.cuda.mem_get_info()[0] if self.model.device.type == "cuda" else _free_memory(_CONTAINER)
+        return min(max(free // 2 // engines // size, BLOCK), _MOST_TOKENS)
 
 
-def _free_memory() -> int:
-    """Bytes that this machine has left."""
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def _free_memory(container: Path) -> int:
+    """Bytes that this machine has left, or the container's limit; files that the kernel keeps in memory make room."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        most, used = (int((container / f"memory.{name}").read_text()) for name in ("max", "current"))
+        kept = dict(line.split() for line in (container / "memory.stat").read_text().splitlines())
+        return min(free, most - used + int(kept["inactive_file"]) + int(kept["active_file"]))
+    except (OSError, ValueError, KeyError):  # no container, or one without a limit
+        return free

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor
 from parallelmind.config import RopeConfig
 from parallelmind.decoding.forward import Model, Part
 from parallelmind.decoding.running import Running
+from parallelmind.decoding.scheduler import Limits
 from parallelmind.errors import UserError
 from parallelmind.layout import MAIN, Ints
 from parallelmind.model.structure import causal_lm
@@ -47,9 +49,10 @@ class RowForward:
         """The same model, once an adapter has been put on it or taken off."""
         self.model = model
 
-    def tokens_that_fit(self, config: RopeConfig) -> int:
-        """A number to count by: what a memory takes is the model's own affair."""
-        return _TOKENS
+    def limited(self, limits: Limits | None, config: RopeConfig, engines: int) -> Limits:
+        """With a number to count by if none is given: what a memory takes is the model's own affair."""
+        limits = limits or Limits(cache_tokens=_TOKENS)
+        return replace(limits, step_tokens=limits.cache_tokens)  # a recurrence reads a prompt at once, or token by token
 
     def enter(self, parts: Sequence[Part]) -> Sequence[Part]:
         """Nothing to prepare: each sequence keeps a memory of its own."""
