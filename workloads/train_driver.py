@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -14,9 +13,9 @@ from uuid import uuid4
 import workloads.ray_env  # noqa: F401  (before Ray)
 
 # isort: split
-from parallelmind.config import BaseConfig, LoraConfig, RopeConfig, TrainConfig
+from parallelmind.config import BaseConfig, DataConfig, LoraConfig, RopeConfig, TrainConfig
 from parallelmind.config_file import save_yaml
-from parallelmind.data.pipeline import survey
+from parallelmind.data.pipeline import epoch_batches, survey
 from parallelmind.data.survey import Survey, write_quarantine
 from parallelmind.errors import UserError
 from parallelmind.mirror import Mirror
@@ -92,7 +91,7 @@ def prepare(
     found = _survey(config, place, files, held_out, vocabulary)
     tracker = _tracker(config, place, found.fingerprint, share.parent)
     threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, int(cluster.cpus()) // (config.num_workers * share.runs))
-    per_epoch = max(1, math.ceil(found.batches(config)))
+    per_epoch = epoch_batches(found, config.part(DataConfig), config.part(BaseConfig), config.seed)
     task = Task(config, place, tuple(held_out), tracker.uri, tracker.run_id, per_epoch, threads)
     tracker.set_tags({"bad_lines": len(found.bad), "folder": place, "data_sha256": found.fingerprint, **code_version()})
     return task, tracker

@@ -17,6 +17,7 @@ from tiny import tiny_llama
 
 from parallelmind.config import TrainConfig
 from parallelmind.errors import UserError
+from parallelmind.mirror import Mirror
 from parallelmind.model import attention
 from parallelmind.training import checkpoint, loop
 from parallelmind.training.loop import train
@@ -180,3 +181,21 @@ def test_the_rate_follows_the_data_whatever_the_number_of_workers(monkeypatch: p
     for batches in (100, 300, 500):
         assert rate(1, batches) == pytest.approx(rate(2, batches), rel=0.02)
     assert rate(1, 100) > rate(1, 500)
+
+
+def test_an_epoch_that_was_planned_wrong_is_counted_for_those_to_come(tmp_path: Path) -> None:
+    """Also by a run that goes on, whatever it would have planned itself."""
+    settings = config(epochs=3, keep_checkpoints=99)
+    rates = []
+    for planned in (6, 2):
+        hooks = Recorder()
+        store = checkpoint.Store(Mirror(tmp_path / str(planned)), 99)
+        train(replace(job(settings, hooks, store=store), per_epoch=planned))
+        store.close()
+        rates.append([hooks.metrics[step]["learning_rate"] for step in sorted(hooks.metrics)])
+    right, wrong = rates
+    assert right[:3] != pytest.approx(wrong[:3])
+    assert right[3:] == pytest.approx(wrong[3:])
+    hooks = Recorder()
+    train(replace(job(settings, hooks), per_epoch=100), resume=tmp_path / "2" / "step-2")
+    assert [hooks.metrics[step]["learning_rate"] for step in sorted(hooks.metrics)] == wrong[2:]

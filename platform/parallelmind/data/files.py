@@ -71,6 +71,11 @@ def file_parts(files: Sequence[str]) -> list[Part]:
     return [part for file in files for part in _parts(file, sizes[file], length)]
 
 
+def total_bytes(files: Sequence[str]) -> int:
+    """Of the files as they lie there, compressed or not."""
+    return sum(map(_size, files))
+
+
 def _size(file: str) -> int:
     system, inner = filesystem(file)
     return int(system.size(inner))

@@ -20,9 +20,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from parallelmind.config import BaseConfig, DataConfig
 from parallelmind.data.feeder import Feeder, Turns
-from parallelmind.data.files import Part, file_parts
+from parallelmind.data.files import Part, file_parts, total_bytes
 from parallelmind.data.grouping import Group
-from parallelmind.data.survey import Survey, combine, records, survey_part
+from parallelmind.data.survey import SAMPLE, Survey, combine, records, survey_part
 from parallelmind.data.tables import to_table
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 _TASK_CPUS = 0.2  # workers leave 0.4 of a CPU at least, which is room for the feeder and a reader
 _PARTS_PER_READER = 16
 _FEW_PARTS = 4  # are read on the spot: starting processes for them takes longer
+_DRAWN = 4  # times what a sample holds: chance, and records as long as a sample, must not leave it empty
 _IN_FLIGHT = 256 << 20  # bytes of records between reading and batching; Ray Data would fill its whole store with them
 
 
@@ -47,10 +48,12 @@ def quiet_data() -> None:
 def survey(files: Sequence[str], config: DataConfig, vocab_size: int | None = None, name: str = "data_path") -> Survey:
     """Parse every line once. Raises UserError for no good record and for more bad ones than the settings allow."""
     parts = file_parts(files)
+    share = _DRAWN * SAMPLE / max(total_bytes(files), 1)
     if len(parts) <= _FEW_PARTS:
-        rows = [survey_part(part, config, vocab_size) for part in parts]
+        rows = [survey_part(part, config, vocab_size, share) for part in parts]
     else:
-        rows = _dataset(parts, functools.partial(_survey_table, config=config, vocab_size=vocab_size)).take_all()
+        look = functools.partial(_survey_table, config=config, vocab_size=vocab_size, share=share)
+        rows = _dataset(parts, look).take_all()
     found = combine(parts, rows)
     found.refuse_too_many(config, name)
     return found
@@ -76,8 +79,15 @@ def _part_of(table: pa.Table) -> Part:
     return Part(**table.to_pylist()[0])
 
 
-def _survey_table(table: pa.Table, config: DataConfig, vocab_size: int | None) -> pa.Table:
-    return pa.Table.from_pylist([survey_part(_part_of(table), config, vocab_size)])
+def _survey_table(table: pa.Table, config: DataConfig, vocab_size: int | None, share: float) -> pa.Table:
+    return pa.Table.from_pylist([survey_part(_part_of(table), config, vocab_size, share)])
+
+
+def epoch_batches(found: Survey, data: DataConfig, base: BaseConfig, seed: int) -> int:
+    """About how many batches an epoch holds (see `plan.epoch_batches`)."""
+    from parallelmind.data import plan
+
+    return plan.epoch_batches(found, _tokenizer(base), data, seed)
 
 
 def sample_rows(files: Sequence[str], data: DataConfig, base: BaseConfig) -> ray.data.Dataset:

@@ -1,13 +1,14 @@
-"""Every line checked once before training: what is good, what is bad and why, and about how much work it will be."""
+"""Every line checked once before training: what is good, what is bad and why, and a sample of the good."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from parallelmind.config import DataConfig
@@ -17,7 +18,9 @@ from parallelmind.data.records import Record, RecordError, parse_line, parse_val
 from parallelmind.errors import UserError
 
 _CONVERT = "turn it into parallel JSONL with `python -m workloads.convert`"
-_COUNTS = ("lines", "records", "branches", "lone", "bytes")
+_COUNTS = ("lines", "records", "branches", "lone")
+
+SAMPLE = 1 << 20  # characters of records in a survey's sample: a second's work for a tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,28 +40,18 @@ class BadLine:
 class Survey:
     """What the files hold. lines: that are not blank; each is a record or bad. lone: records that grouping will gather.
 
-    bytes: of all records, from which the number of tokens is guessed. extra: records by each key that means nothing here.
-    fingerprint: 12 hex digits of the SHA-256 of all lines, in order.
+    extra: records by each key that means nothing here. fingerprint: 12 hex digits of the SHA-256 of all lines, in order.
+    sample: records in their order, all of them where they are few, else some from everywhere.
     """
 
     lines: int = 0
     records: int = 0
     branches: int = 0
     lone: int = 0
-    bytes: int = 0
     bad: list[BadLine] = field(default_factory=list)
     extra: Counter[str] = field(default_factory=Counter)
     fingerprint: str = ""
-
-    def batches(self, config: DataConfig) -> float:
-        """About how many batches an epoch holds, before anything is skipped or split for its length."""
-        if config.batch_tokens is not None:
-            return self.bytes / 4 / config.batch_tokens
-        if not config.batch_by_samples:
-            return self.branches / config.batch_size
-        mean = config.branches_per_sample or (config.min_branches_per_sample + config.max_branches_per_sample) / 2
-        own = max(self.records - self.lone, (self.branches - self.lone) / config.max_branches_per_sample)
-        return (self.lone / mean + own) / config.batch_size
+    sample: list[Record] = field(default_factory=list)
 
     def refuse_too_many(self, config: DataConfig, name: str) -> None:
         """Raises UserError without a single good record, and for more bad ones than the settings allow."""
@@ -98,24 +91,37 @@ def check(line: Line, config: DataConfig, vocab_size: int | None) -> Record | st
     return record
 
 
-def survey_part(part: Part, config: DataConfig, vocab_size: int | None) -> dict[str, Any]:
-    """Counts and bad lines of one part, as one row of plain values; line numbers start at 1 within the part."""
+def survey_part(part: Part, config: DataConfig, vocab_size: int | None, share: float = 0.0) -> dict[str, Any]:
+    """Counts and bad lines of one part, as one row of plain values; line numbers start at 1 within the part.
+
+    share: of its records that go into the sample, beside the first. Each draws a number, the same one wherever the files lie.
+    """
     counts: Counter[str] = Counter()
     extra: Counter[str] = Counter()
     bad: list[tuple[int, int, str]] = []
+    sample: list[tuple[float, str]] = []
+    draws = random.Random(f"{PurePosixPath(part.file).name} {part.start}")
     digest = hashlib.sha256()
     for number, line in enumerate(read_lines(part), start=1):
         counts["numbered"] = number
         digest.update(b"\n" + (line.raw if line.raw is not None else repr(line.value).encode()))
         found = check(line, config, vocab_size)
         if isinstance(found, Record):
-            counts.update(lines=1, records=1, branches=len(found.branches), lone=int(found.lone), bytes=len(line.raw or b""))
+            counts.update(lines=1, records=1, branches=len(found.branches), lone=int(found.lone))
             extra.update(found.extra)
+            if (draw := draws.random()) < share or not sample:
+                sample.append((draw, _text(line)))
         elif found is not None:
             counts["lines"] += 1
             bad.append((line.offset, number, found))
     row = {name: counts[name] for name in (*_COUNTS, "numbered")}
-    return {**row, "bad": json.dumps(bad), "extra": json.dumps(extra), "digest": digest.hexdigest()}
+    lists = {"bad": json.dumps(bad), "extra": json.dumps(extra), "sample": json.dumps(sample)}
+    return {**row, **lists, "digest": digest.hexdigest()}
+
+
+def _text(line: Line) -> str:
+    """The JSON of a good line. Columns that mean nothing here may hold what JSON lacks."""
+    return line.raw.decode("utf-8-sig") if line.raw is not None else json.dumps(line.value, ensure_ascii=False, default=str)
 
 
 def combine(parts: Sequence[Part], rows: Sequence[dict[str, Any]]) -> Survey:
@@ -129,8 +135,21 @@ def combine(parts: Sequence[Part], rows: Sequence[dict[str, Any]]) -> Survey:
         found.extra.update(json.loads(row["extra"]))
         found.bad += [BadLine(file, offset, before + number, why) for offset, number, why in json.loads(row["bad"])]
         before += row["numbered"]
+    found.sample = _sampled([(draw, text) for row in rows for draw, text in json.loads(row["sample"])])
     found.fingerprint = hashlib.sha256("".join(row["digest"] for row in rows).encode()).hexdigest()[:12]
     return found
+
+
+def _sampled(drawn: Sequence[tuple[float, str]]) -> list[Record]:
+    """In their order, the records with the lowest draws, as many as `SAMPLE` holds and one at least: as if drawn evenly."""
+    room = SAMPLE
+    chosen: list[int] = []
+    for index in sorted(range(len(drawn)), key=lambda index: drawn[index][0]):
+        room -= len(drawn[index][1])
+        if chosen and room < 0:
+            break
+        chosen.append(index)
+    return [parse_value(json.loads(drawn[index][1])) for index in sorted(chosen)]
 
 
 def write_quarantine(path: Path, bad: Sequence[BadLine]) -> None:

@@ -39,10 +39,10 @@ _FORMAT = 2
 class State:
     """Where a run stands.
 
-    epoch, batches: the data's cursor, batches taken in this epoch by all workers together. skipped: steps without a finite
-    gradient, bad: the last so many in a row. branches: trained on so far, by all workers. scale: of the loss, and clean:
-    finite steps since it last changed (float16 only). best: lowest validation loss, seen at best_step. window: sums since the
-    last log line. metrics: the last ones.
+    epoch, batches: the data's cursor, batches taken in this epoch by all workers together. per_epoch: batches of an epoch, as
+    planned, and as counted once one has ended. skipped: steps without a finite gradient, bad: the last so many in a row.
+    branches: trained on so far, by all workers. scale: of the loss, and clean: finite steps since it last changed (float16
+    only). best: lowest validation loss, seen at best_step. window: sums since the last log line. metrics: the last ones.
     """
 
     config_hash: str
@@ -50,6 +50,7 @@ class State:
     step: int = 0
     epoch: int = 0
     batches: int = 0
+    per_epoch: int = 0
     skipped: int = 0
     bad: int = 0
     branches: int = 0

@@ -99,6 +99,7 @@ class _Run:
         if saved is not None:
             fill(job.model, saved.weights, str(resume))
             self.state = saved.state
+        self.state.per_epoch = self.state.per_epoch or job.per_epoch  # the checkpoint's: a resumed run keeps to its schedule
         self.loss = TargetLoss(job.model, self.config.visibility, getattr(torch, self.config.dtype)).train()
         if self.config.sharding == "full":
             shard(self.loss)
@@ -107,9 +108,12 @@ class _Run:
             checkpoint.restore_optimizer(job.model, self.optimizer, saved.optimizer)
         self.stopped = False
         self.validated_at: int | None = None
-        self.planned = planned_steps(self.config, job.per_epoch, _workers())
         self.meter = Meter(job.hooks)
         self.announce = Announcer(job.model, self.loss.dtype, job.hooks.say)
+
+    @property
+    def planned(self) -> int:
+        return planned_steps(self.config, self.state.per_epoch, _workers())
 
     @property
     def ended(self) -> bool:
@@ -119,6 +123,7 @@ class _Run:
         stream = iter(self.announce(self.job.batches(self.state.epoch, self.state.batches)))
         while not self.ended:
             if not self.step(stream):
+                self.state.per_epoch = self.state.batches or self.state.per_epoch
                 self.state.epoch, self.state.batches = self.state.epoch + 1, 0
                 return
 
@@ -142,7 +147,7 @@ class _Run:
 
     def position(self) -> float:
         """How far the run is, in steps of as many batches as there are workers now: the same data, the same rate."""
-        done = (self.state.epoch + min(self.state.batches / self.job.per_epoch, 1)) / self.config.epochs
+        done = (self.state.epoch + min(self.state.batches / self.state.per_epoch, 1)) / self.config.epochs
         return max(done * self.planned, float(self.state.step if self.config.max_steps else 0))
 
     def apply(self, totals: Totals, rate: float) -> float:
