@@ -7,10 +7,14 @@ import shutil
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from parallelmind.mirror import Mirror
-from parallelmind.tracking import Tracker
 
+if TYPE_CHECKING:
+    from parallelmind.tracking import Tracker
+
+LOSSES = "loss.png"  # in a run's folder
 _ROOT = Path(__file__).resolve().parent.parent
 _SOURCES = ("platform", "workloads")
 _LIBRARIES = ("torch", "transformers", "peft", "ray", "mlflow", "numpy", "pyarrow")
@@ -30,7 +34,7 @@ def code_version() -> dict[str, str]:
 
 def keep_losses(place: Mirror, tracker: Tracker) -> Mirror:
     """The losses of a run as loss.png, in its folder and in MLflow."""
-    picture = place.inner("loss.png")
+    picture = place.inner(LOSSES)
     _draw_losses(tracker, picture.folder)
     picture.push()
     tracker.log_file(picture.folder)

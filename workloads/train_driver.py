@@ -27,7 +27,7 @@ from parallelmind.tracking import Tracker, absolute_uri
 from parallelmind.training import checkpoint
 from parallelmind.training.outcome import Outcome
 from workloads import cluster
-from workloads.record import code_version, keep_losses
+from workloads.record import LOSSES, code_version, keep_losses
 from workloads.stopping import StopFile, stoppable
 from workloads.train import CHECKPOINTS, QUARANTINE, STOP, result_place
 from workloads.train_fit import fit
@@ -157,12 +157,12 @@ def _tracker(config: TrainConfig, place: Mirror, data: str, parent: str | None =
 def _conclude(task: Task, outcome: Outcome, tracker: Tracker) -> None:
     place = task.place
     StopFile(place.inner(STOP)).forget()
-    losses = keep_losses(place, tracker)
     if not outcome.finished:
+        keep_losses(place, tracker)
         saved = place.inner(CHECKPOINTS)
         saved = saved.inner(checkpoint.written(saved)[-1])
         print(f"stopped at step {outcome.step}; checkpoint: {saved}\nthe same command goes on from there", flush=True)
         raise KeyboardInterrupt
     result = result_place(task.config, place)
-    print(f"run      {place}\n{result.folder.name:8} {result}\nloss     {losses}\nmlflow   run {tracker.run_id}")
+    print(f"run      {place}\n{result.folder.name:8} {result}\nloss     {place.inner(LOSSES)}\nmlflow   run {tracker.run_id}")
     print(f"         mlflow ui --backend-store-uri {tracker.uri}", flush=True)

@@ -30,10 +30,13 @@ from parallelmind.mirror import Mirror
 from parallelmind.model.adapter import add_lora, resume_adapter, save_trained
 from parallelmind.model.base import load_base
 from parallelmind.model.head import refuse_unknown_head
+from parallelmind.model.manifest import refuse_to_replace
 from parallelmind.model.patch import patch
+from parallelmind.storage import clear_scratch, whole_folder
 from parallelmind.training.checkpoint import Store, bring, whole_weights
 from parallelmind.training.loop import Job, train
 from parallelmind.training.outcome import Outcome
+from workloads.record import keep_losses
 from workloads.stopping import StopFile
 from workloads.train import CHECKPOINTS, COMPLETE, STOP, result_place
 
@@ -132,15 +135,21 @@ def run_worker(task: Task, feeder: Any) -> Outcome:
 
 
 def keep(task: Task, model: nn.Module, tokenizer: PreTrainedTokenizerBase, hooks: RayHooks, outcome: Outcome) -> None:
-    """Write what was trained, in the run's folder and to MLflow."""
+    """Write what was trained, to MLflow and in the run's folder. Its name there comes last and vouches for all: a run that is
+    killed on the way does the rest when the same command goes on with it."""
     weights = whole_weights(model)  # by every worker: they may hold shards
     if hooks.tracker is None:
         return
     extra = {"run": task.place.folder.name, "mlflow_run": task.mlflow_run, "step": outcome.step, "metrics": outcome.metrics}
     result = result_place(task.config, task.place)
-    with writing("output_dir", task.config.output_dir, SafetensorError):
-        save_trained(model, tokenizer, result.folder, task.config, extra, weights)
-    hooks.tracker.log_folder(result.folder, result.folder.name)
+    refuse_to_replace(result.folder)
+    clear_scratch(task.place.folder)
+    with whole_folder(result.folder) as built:
+        with writing("output_dir", task.config.output_dir, SafetensorError):
+            save_trained(model, tokenizer, built, task.config, extra, weights)
+        hooks.tracker.log_folder(built, result.folder.name)
+        keep_losses(task.place, hooks.tracker)
+        hooks.tracker.finish()
     result.push(last=COMPLETE)
 
 
