@@ -68,3 +68,11 @@ def test_large_data_is_cut_into_larger_parts(
     monkeypatch.setattr(files_module, "_PARTS", 4)
     (tmp_path / "a.jsonl").write_bytes(b"x" * size)
     assert [part.end - part.start for part in file_parts([str(tmp_path / "a.jsonl")])] == lengths
+
+
+@pytest.mark.parametrize("content", [b"", b'{"text": "JSON under another name"}', b"PAR1" + bytes(50) + b"PAR1"])
+def test_what_is_no_parquet_inside_is_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.parquet").write_bytes(content)
+    with pytest.raises(UserError, match=r"^validation_path=.*/a\.parquet: cannot be read \(.*\); see that it is") as caught:
+        file_parts([str(tmp_path / "a.parquet")], "validation_path")
+    assert "\n" not in str(caught.value)

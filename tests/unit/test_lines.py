@@ -106,3 +106,29 @@ def test_rows_of_parquet(tmp_path):
     assert [line.offset for line in found] == list(range(6))
     assert found[2].value == {"main": "m", "branches": [{"prompt": "p", "completion": "c"}]}
     assert found[5].value == {"text": "lone"}
+
+
+def test_a_damaged_row_group_costs_no_other(tmp_path):
+    file = tmp_path / "data.parquet"
+    pq.write_table(pa.table({"text": [f"{number} lives" for number in range(3000)]}), file, row_group_size=1000)
+    column = pq.ParquetFile(file).metadata.row_group(1).column(0)
+    content = bytearray(file.read_bytes())
+    first, size = column.dictionary_page_offset, column.total_compressed_size
+    content[first : first + size] = b"\xff" * size
+    file.write_bytes(content)
+    found = all_lines(file)
+    (bad,) = [line for line in found if line.problem]
+    assert bad.offset == 1000
+    assert "damaged from here on" in bad.problem
+    assert [line.value["text"] for line in found if not line.problem] == [
+        f"{number} lives" for number in (*range(1000), *range(2000, 3000))
+    ]
+
+
+def test_parquet_text_that_is_not_utf8_is_told(tmp_path):
+    file = tmp_path / "data.parquet"
+    column = pa.array([b"good", b"\xff\xfe"]).cast(pa.string(), safe=False)
+    pq.write_table(pa.table({"text": column}), file, row_group_size=1)
+    good, bad = all_lines(file)
+    assert good.value == {"text": "good"}
+    assert "utf-8" in bad.problem

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from parallelmind.errors import UserError, first_line, typed
@@ -63,12 +64,12 @@ def open_file(file: str) -> BinaryIO:
     return cast(BinaryIO, system.open(inner, "rb"))
 
 
-def file_parts(files: Sequence[str]) -> list[Part]:
-    """Parts that cover the files, in order; the same for the same files."""
+def file_parts(files: Sequence[str], name: str = "data_path") -> list[Part]:
+    """Parts that cover the files, in order; the same for the same files. Raises UserError for one that is no Parquet inside."""
     sizes = {file: _size(file) for file in files}
     least, most = _PART_BYTES
     length = min(most, max(least, sum(sizes.values()) // _PARTS))
-    return [part for file in files for part in _parts(file, sizes[file], length)]
+    return [part for file in files for part in _parts(file, sizes[file], length, name)]
 
 
 def total_bytes(files: Sequence[str]) -> int:
@@ -81,10 +82,14 @@ def _size(file: str) -> int:
     return int(system.size(inner))
 
 
-def _parts(file: str, size: int, length: int) -> list[Part]:
+def _parts(file: str, size: int, length: int, name: str) -> list[Part]:
     if file.endswith(".parquet"):
-        with open_file(file) as stream:
-            return [Part(file, group, group + 1) for group in range(pq.ParquetFile(stream).num_row_groups)]
+        try:
+            with open_file(file) as stream:
+                return [Part(file, group, group + 1) for group in range(pq.ParquetFile(stream).num_row_groups)]
+        except (OSError, pa.ArrowException) as error:
+            remedy = "see that it is what its ending says"
+            raise UserError(f"{name}={file}: cannot be read ({first_line(error)}); {remedy}") from error
     if file.endswith((".gz", ".zst")):  # can be read from the beginning only
         return [Part(file, 0, size)] if size else []
     return [Part(file, at, min(at + length, size)) for at in range(0, size, length)]

@@ -1,7 +1,7 @@
 """The lines of a part of a file, each with its place: split at newline bytes and nowhere else, whatever a line holds.
 
-One bad line costs no neighbour. A line too long to be held is passed over piece by piece; a compressed file that is
-damaged gives every line before the damage.
+One bad line costs no neighbour. A line too long to be held is passed over piece by piece; a compressed file or a row group
+that is damaged gives every line before the damage.
 """
 
 from __future__ import annotations
@@ -95,10 +95,13 @@ def _pass_over(stream: BinaryIO, limit: int) -> int:
 def _rows(stream: BinaryIO, part: Part) -> Iterator[Line]:
     file = pq.ParquetFile(stream)
     number = sum(file.metadata.row_group(group).num_rows for group in range(part.start))
-    for batch in file.iter_batches(1024, row_groups=range(part.start, part.end)):
-        for row in batch.to_pylist():
-            yield Line(number, value=_without_nulls(row))
-            number += 1
+    try:
+        for batch in file.iter_batches(1024, row_groups=range(part.start, part.end)):
+            for row in batch.to_pylist():
+                yield Line(number, value=_without_nulls(row))
+                number += 1
+    except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: of text that is not UTF-8
+        yield Line(number, problem=f"the row group is damaged from here on ({first_line(error)})")
 
 
 def _without_nulls(value: Any) -> Any:

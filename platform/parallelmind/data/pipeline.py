@@ -47,7 +47,7 @@ def quiet_data() -> None:
 
 def survey(files: Sequence[str], config: DataConfig, vocab_size: int | None = None, name: str = "data_path") -> Survey:
     """Parse every line once. Raises UserError for no good record and for more bad ones than the settings allow."""
-    parts = file_parts(files)
+    parts = file_parts(files, name)
     share = _DRAWN * SAMPLE / max(total_bytes(files), 1)
     if len(parts) <= _FEW_PARTS:
         rows = [survey_part(part, config, vocab_size, share) for part in parts]
