@@ -27,8 +27,9 @@ def code_version() -> dict[str, str]:
         digest.update(f"{path.relative_to(_ROOT)}\n".encode() + path.read_bytes())
     tags = {"code_sha256": digest.hexdigest()[:12], **{f"version.{name}": version(name) for name in _LIBRARIES}}
     if (_ROOT / ".git").exists() and shutil.which("git"):
-        asked = subprocess.run(["git", "-C", str(_ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        tags["mlflow.source.git.commit"] = asked.stdout.strip()
+        asked = subprocess.run(["git", "-C", str(_ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        if asked.returncode == 0:  # not before a first commit, nor where git does not trust the folder's owner
+            tags["mlflow.source.git.commit"] = asked.stdout.strip()
     return tags
 
 

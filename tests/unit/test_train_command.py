@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from parallelmind.config_file import save_yaml
 from parallelmind.errors import UserError
 from parallelmind.mirror import Mirror
 from parallelmind.tracking import Tracker
-from workloads import train, train_driver, train_fit
+from workloads import record, train, train_driver, train_fit
 from workloads.record import code_version, keep_losses
 
 
@@ -121,6 +122,13 @@ def test_what_was_lost_is_replaced_and_what_is_wrong_is_told() -> None:
         train_fit._end_if_final(failed(gone, UserError("lora_targets: no such layer")), 1)
     with pytest.raises(ray.train.WorkerGroupError):
         train_fit._end_if_final(failed(ZeroDivisionError()), 1)
+
+
+def test_a_repository_without_a_commit_only_lacks_that_tag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    monkeypatch.setattr(record, "_ROOT", tmp_path)
+    assert {"code_sha256", "version.torch"} <= code_version().keys()
+    assert "mlflow.source.git.commit" not in code_version()
 
 
 def test_code_and_losses_are_on_record(tmp_path: Path) -> None:
