@@ -175,6 +175,8 @@ class TrainConfig(RunConfig, OptimizerConfig, DataConfig, LoraConfig, RopeConfig
     def _consistent(self) -> Self:
         if not self.patch_rope and (self.branches_per_sample or self.max_branches_per_sample) != 1:
             raise ValueError("patch_rope=false: reads one branch per sample; set branches_per_sample=1 max_branches_per_sample=1")
+        if wrong := [count for count in self.validation_branches if count < 1]:
+            raise ValueError(f"validation_branches={wrong[0]}: a sample has one branch at least; give counts of 1 or more")
         if self.min_workers is not None and self.min_workers > self.num_workers:
             raise ValueError(
                 f"min_workers={self.min_workers}: exceeds num_workers={self.num_workers}; lower the one or raise the other"

@@ -76,6 +76,7 @@ def test_other_records_under_the_same_path_are_refused(begun: TrainConfig, tmp_p
     ("values", "message"),
     [
         ({"min_workers": 2}, "min_workers=2: exceeds num_workers=1"),
+        ({"validation_branches": [4, 0, -3]}, "validation_branches=0: a sample has one branch at least; give counts"),
         ({"quantize": "4bit", "tuning": "full"}, "quantize=4bit"),
         ({"quantize": "4bit", "sharding": "full"}, "quantize=4bit"),
         ({"quantize": "4bit", "lora_init": "pissa"}, "lora_init=pissa"),
