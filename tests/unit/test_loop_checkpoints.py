@@ -7,8 +7,10 @@ import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
+import torch
 from looping import Recorder, config, run, same, steps
 from safetensors.torch import save_file
 
@@ -100,3 +102,19 @@ def test_a_checkpoint_is_written_beside_the_steps_that_follow(tmp_path: Path) ->
         patch_.setattr(checkpoint, "save_file", slow)
         assert run(settings, tmp_path, hooks).outcome.finished
     assert steps(tmp_path) == ["step-4", "step-6"]
+
+
+def test_a_machine_that_was_here_before_goes_on_with_what_is_at_the_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own copy has the same step, as after a run that was removed there and begun anew by another machine."""
+    uri = f"memory://{uuid4().hex}"
+    for machine in ("old", "new"):
+        monkeypatch.setenv("PARALLELMIND_CACHE", str(tmp_path / machine))
+        store = Store(Mirror.at(uri), keep=2)
+        store.save(checkpoint.Snapshot({"a": torch.zeros(1)}, {}, checkpoint.State("hash", run_id=machine, step=5)))
+        store.close()
+    monkeypatch.setenv("PARALLELMIND_CACHE", str(tmp_path / "old"))
+    store = Store(Mirror.at(uri), keep=2)
+    found = store.resume("hash", print)
+    store.close()
+    assert found is not None
+    assert checkpoint.read(found).state.run_id == "new"

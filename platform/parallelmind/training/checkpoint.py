@@ -157,11 +157,12 @@ def _number(name: str) -> int:
 
 
 def bring(checkpoint: Mirror) -> Path:
-    """The folder of a checkpoint on this machine, copied here unless it is here whole."""
+    """The folder of a checkpoint on this machine, copied here unless it is here, whole and the one that is at the URI."""
     if checkpoint.uri is not None:
         checkpoint.folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(checkpoint.folder.parent / ".bringing"):  # one worker of a machine brings it for all
-            if read_state(checkpoint.folder) is None:
+            here = Mirror(checkpoint.folder / _STATE).read() if read_state(checkpoint.folder) else None
+            if here is None or here != checkpoint.inner(_STATE).read():
                 checkpoint.pull(last=_STATE)
     return checkpoint.folder
 
