@@ -25,7 +25,8 @@ from workloads.train import CHECKPOINTS, is_unwritable
 from workloads.train_worker import Task, run_worker
 
 _RESTARTS = 3  # how often what was lost is replaced, without a new checkpoint between, before the run is given up
-_LOST = (ray.exceptions.RayError, ray.train.ControllerError, torch.distributed.DistError)
+_LOST = (ray.exceptions.RayError, ray.train.ControllerError, torch.distributed.DistError, ConnectionError, TimeoutError)
+_WRAPPERS = ("_base_exc", "health_check_failure", "cause")  # where Ray's errors keep what they tell of
 _RAY = ".ray"  # Ray Train's folder in the run's
 
 
@@ -78,8 +79,8 @@ def _is_loss(error: BaseException) -> bool:
 
 
 def _root(error: BaseException) -> BaseException:
-    """What a worker raised, under Ray's wrappers."""
-    while (inner := getattr(error, "_base_exc", None) or getattr(error, "health_check_failure", None)) is not None:
+    """What a worker raised, or the feeder that it asked, under Ray's wrappers."""
+    while (inner := next(filter(None, (getattr(error, name, None) for name in _WRAPPERS)), None)) is not None:
         error = inner
     return error
 

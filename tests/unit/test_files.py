@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
@@ -76,3 +77,9 @@ def test_what_is_no_parquet_inside_is_one_line(tmp_path: Path, content: bytes) -
     with pytest.raises(UserError, match=r"^validation_path=.*/a\.parquet: cannot be read \(.*\); see that it is") as caught:
         file_parts([str(tmp_path / "a.parquet")], "validation_path")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("use", [lambda file: file_parts([file]), open_file])
+def test_a_file_that_has_gone_since_it_was_found_is_one_line(tmp_path: Path, use: Callable[[str], object]) -> None:
+    with pytest.raises(UserError, match=r"^data_path=.*/a\.jsonl: was there, .* \(No such file or directory\); restore it$"):
+        use(str(tmp_path / "a.jsonl"))

@@ -125,6 +125,25 @@ def test_what_was_lost_is_replaced_and_what_is_wrong_is_told() -> None:
         train_fit._end_if_final(failed(ZeroDivisionError()), 1)
 
 
+def told_by_ray(cause: Exception) -> ray.train.WorkerGroupError:
+    """As the error of the feeder reaches the driver, through the worker that has asked it."""
+    try:
+        raise ray.exceptions.RayTaskError("Feeder.next()", "Traceback", cause).as_instanceof_cause()
+    except ray.exceptions.RayTaskError as error:
+        return failed(error)
+
+
+def test_what_the_feeder_cannot_read_is_told_as_it_is() -> None:
+    with pytest.raises(UserError, match="^data_path=a.jsonl: gone$"):
+        train_fit._end_if_final(told_by_ray(UserError("data_path=a.jsonl: gone")), 1)
+    with pytest.raises(ray.train.WorkerGroupError):  # it would happen again
+        train_fit._end_if_final(told_by_ray(ZeroDivisionError()), 1)
+    for passing in (ConnectionResetError("reset by peer"), ray.exceptions.OutOfMemoryError("killed")):
+        train_fit._end_if_final(told_by_ray(passing), 3)
+    with pytest.raises(UserError, match=r"lost 4 times .*\(reset by peer\)"):
+        train_fit._end_if_final(told_by_ray(ConnectionResetError("reset by peer")), 4)
+
+
 def test_a_repository_without_a_commit_only_lacks_that_tag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     monkeypatch.setattr(record, "_ROOT", tmp_path)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -58,10 +59,21 @@ def _find(path: str, name: str) -> list[str]:
 
 
 def open_file(file: str) -> BinaryIO:
-    if "://" not in file:
-        return open(file, "rb")
-    system, inner = filesystem(file)
-    return cast(BinaryIO, system.open(inner, "rb"))
+    """Raises UserError where the file has gone since it was found."""
+    with _there(file):
+        if "://" not in file:
+            return open(file, "rb")
+        system, inner = filesystem(file)
+        return cast(BinaryIO, system.open(inner, "rb"))
+
+
+@contextmanager
+def _there(file: str) -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, PermissionError) as error:
+        reason = error.strerror or first_line(error)
+        raise UserError(f"data_path={file}: was there, and cannot be read any more ({reason}); restore it") from error
 
 
 def file_parts(files: Sequence[str], name: str = "data_path") -> list[Part]:
@@ -78,8 +90,9 @@ def total_bytes(files: Sequence[str]) -> int:
 
 
 def _size(file: str) -> int:
-    system, inner = filesystem(file)
-    return int(system.size(inner))
+    with _there(file):
+        system, inner = filesystem(file)
+        return int(system.size(inner))
 
 
 def _parts(file: str, size: int, length: int, name: str) -> list[Part]:
