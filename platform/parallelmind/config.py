@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from yaml import YAMLError
 
 from parallelmind.errors import UserError, first_line, typed
@@ -37,6 +37,13 @@ class Part(BaseModel):
     def part(self, kind: type[PartT]) -> PartT:
         """The fields of `kind` alone, for a configuration that includes them."""
         return kind(**{name: getattr(self, name) for name in kind.model_fields})
+
+    @field_validator("output_path", "png_path", check_fields=False)  # of those that have them
+    @classmethod
+    def _on_this_machine(cls, path: str | None, info: ValidationInfo) -> str | None:
+        if path is not None and "://" in path:
+            raise ValueError(f"{info.field_name}={path}: a URI, and files are written here; give a path, and copy it there")
+        return path
 
     WHERE: ClassVar[frozenset[str]] = frozenset()  # fields that say where something happens, not what
 

@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from parallelmind.config import LoraConfig, RopeConfig, TrainConfig, resolve
+from parallelmind.config import LoraConfig, Part, RopeConfig, TrainConfig, resolve
 from parallelmind.config_file import load_yaml, save_yaml
 from parallelmind.errors import UserError
+from workloads.convert import ConvertConfig
+from workloads.export import ExportConfig
+from workloads.generate import GenerateConfig
 
 
 def train(*dotlist: str, **values: object) -> TrainConfig:
@@ -92,3 +95,10 @@ def test_an_unreadable_file_is_named(tmp_path: Path, text: str | None, told: str
 
 def test_every_field_says_what_it_means() -> None:
     assert [name for name, field in TrainConfig.model_fields.items() if not field.description] == []
+
+
+@pytest.mark.parametrize("kind", [ConvertConfig, ExportConfig, GenerateConfig])
+def test_a_uri_to_write_to_is_refused(kind: type[Part]) -> None:
+    """As a path it would be a folder `s3:` in this one."""
+    with pytest.raises(UserError, match=r"output_path=s3://bucket/out\.jsonl: a URI, .*; give a path, and copy it there"):
+        resolve(kind, {"output_path": "s3://bucket/out.jsonl"})
