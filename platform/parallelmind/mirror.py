@@ -6,6 +6,7 @@ the rest.
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from parallelmind.errors import UserError, first_line
 from parallelmind.storage import cache_folder, whole_bytes
 
 _BLOCK = 1 << 24  # bytes copied at a time
+_FULL = {errno.EDQUOT, errno.ENOSPC}
 
 
 def is_uri(path: str | Path) -> bool:
@@ -136,8 +138,10 @@ class Mirror:
             system.invalidate_cache()
             yield system, inner.rstrip("/")
         except (OSError, ValueError, ImportError) as error:
-            remedy = "check address and credentials"
-            raise UserError(f"{self.field}={self.uri}: cannot be reached ({first_line(error)}); {remedy}") from error
+            what, remedy = "cannot be reached", "check address and credentials"
+            if getattr(error, "errno", None) in _FULL:
+                what, remedy = "a disk is full", f"make room there, and for the copy on this machine, {self.folder}"
+            raise UserError(f"{self.field}={self.uri}: {what} ({first_line(error)}); {remedy}") from error
 
 
 def fetched(path: str | Path, note: str, field: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
@@ -116,6 +117,20 @@ def test_an_unreachable_uri_is_told_in_one_line(path: str, why: str, uri: str) -
     with pytest.raises(UserError, match=f"output_dir={path}: {why} .*; check address and credentials") as caught:
         file.push()
     assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_of_this_machine_is_told_as_such(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Mirror.at(uri)
+    fill(run.folder, a_txt="1")
+    run.push()
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("parallelmind.mirror.shutil.copyfileobj", full)
+    with pytest.raises(UserError, match=rf"^output_dir={uri}: a disk is full \(.*\); make room .*{run.folder}$"):
+        run.pull()
+    assert held(run.folder) == {"a.txt": "1"}
 
 
 def test_a_folder_of_this_machine_is_itself(tmp_path: Path) -> None:
