@@ -11,6 +11,7 @@ from yaml import YAMLError
 
 from parallelmind.config import Part
 from parallelmind.errors import UserError, first_line
+from parallelmind.storage import whole_file
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -35,5 +36,6 @@ def yaml_values(content: bytes, source: object) -> dict[str, Any]:
 
 
 def save_yaml(config: Part, path: Path) -> None:
-    """Write every field, so that the file gives the same run again."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))), encoding="utf-8")
+    """Write every field, so that the file gives the same run again; it is there whole or as it was."""
+    with whole_file(path) as file:
+        file.write(OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))

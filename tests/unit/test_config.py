@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,23 @@ def test_yaml_gives_the_same_run_again(tmp_path: Path) -> None:
     again = resolve(TrainConfig, load_yaml(tmp_path / "config.yaml"))
     assert again == config
     assert again.fingerprint() == config.fingerprint()
+
+
+def test_a_disk_that_fills_up_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    """Cut short it would be refused by every later start of the run."""
+    file = tmp_path / "config.yaml"
+    save_yaml(train(), file)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a file at its limit is an OSError then, as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            save_yaml(train(lora_rank=3), file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert load_yaml(file) == train().model_dump(mode="json")
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_the_fingerprint_tells_settings_apart_and_nothing_else() -> None:

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "storage": set(),
     "mirror": {"errors", "storage"},
     "config": {"errors"},
-    "config_file": {"errors", "config"},
+    "config_file": {"errors", "config", "storage"},
     "layout": {"errors", "config"},
     "visibility": {"config", "layout"},
     "cli": {"errors", "config"},
