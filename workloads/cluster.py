@@ -131,7 +131,7 @@ def _name_cluster(folder: Path) -> None:
 
 
 def cpus() -> float:
-    return float(ray.cluster_resources().get("CPU", 1))
+    return reachable("CPU") or 1.0
 
 
 def share(workers: int) -> float:

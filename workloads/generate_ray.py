@@ -48,7 +48,7 @@ class PartWriter:
     """What an actor of Ray Data does. Errors that the user can mend travel as values: Ray would wrap them, or try again."""
 
     def __init__(self, task: Task) -> None:
-        torch.set_num_threads(task.threads)
+        torch.set_num_threads(min(task.threads, os.cpu_count() or 1))
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
         self.task, self.error = task, ""
         try:

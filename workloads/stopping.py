@@ -27,6 +27,7 @@ class StopFile:
         self._looking: Future[bool] | None = None
 
     def ask(self) -> None:
+        self._file.folder.parent.mkdir(parents=True, exist_ok=True)  # a run at a URI may never have been on this machine
         self._file.folder.touch()
         self._file.push()
 

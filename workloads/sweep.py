@@ -23,11 +23,11 @@ from parallelmind.config_file import save_yaml
 from parallelmind.data.files import find_files
 from parallelmind.mirror import Mirror
 from workloads.settings import read_config
-from workloads.stopping import StopFile, stoppable
+from workloads.stopping import stoppable
 from workloads.sweep_config import SweepConfig, check
 from workloads.sweep_journal import Journal
 from workloads.sweep_table import Trial
-from workloads.train import ADAPTER, STOP, alone_at, result_place
+from workloads.train import ADAPTER, alone_at, result_place
 
 if TYPE_CHECKING:
     from parallelmind.tracking import Tracker
@@ -89,9 +89,11 @@ def _run(config: SweepConfig, place: Mirror) -> None:
         status = "KILLED"
         raise
     finally:
-        _settle(journal, tracker)
-        _conclude(sweep, journal, tracker, last=status == "FINISHED")
-        tracker.finish(status)
+        try:
+            _settle(journal, tracker)
+            _conclude(sweep, journal, tracker, last=status == "FINISHED")
+        finally:
+            tracker.finish(status)
     if not whole:
         print("stopped; the same command goes on from there", flush=True)
         raise KeyboardInterrupt
@@ -99,7 +101,7 @@ def _run(config: SweepConfig, place: Mirror) -> None:
 
 def _try(sweep: Sweep, journal: Journal) -> bool:
     """Run the trials; whether all of them are over."""
-    from workloads.sweep_tune import run_trials
+    from workloads.sweep_tune import run_trials, stop_trial
     from workloads.sweep_view import View
 
     held = list[Callable[[], None]]()
@@ -107,16 +109,16 @@ def _try(sweep: Sweep, journal: Journal) -> bool:
     def stop() -> None:
         for hold in held:
             hold()
-        for trial in journal.trials.values():
+        for trial in list(journal.trials.values()):
             if trial.folder and not trial.over:
-                StopFile(Mirror.at(trial.folder).inner(STOP)).ask()
+                stop_trial(trial.folder)
 
     points = None if sweep.config.search == "grid" else sweep.config.trials
     planned = (sum(1 for _ in sweep.config.grid()) if points is None else points) * len(sweep.config.seeds)
     told = "stopping the trials after their next steps, with checkpoints"
     with View(sweep.config, journal, planned, sweep.slots) as view:
         stoppable(lambda: run_trials(sweep, journal, view.show, held.append), stop, told)
-    return len(journal.trials) == planned and all(trial.over for trial in journal.trials.values())
+    return len(journal.trials) >= planned and all(trial.over for trial in journal.trials.values())
 
 
 def _tracker(config: SweepConfig, settings: Mirror, journal: Journal) -> Tracker:
@@ -159,7 +161,8 @@ def _conclude(sweep: Sweep, journal: Journal, tracker: Tracker, last: bool) -> N
     if best:
         _register(sweep, best, journal, tracker)
     counts = {status: sum(trial.status == status for trial in trials) for status in ("finished", "stopped", "failed")}
-    print(f"trials   {', '.join(f'{count} {status}' for status, count in counts.items() if count) or 'none over'}")
+    again = "; the same command repeats those that failed" if last and counts["failed"] else ""
+    print(f"trials   {', '.join(f'{count} {status}' for status, count in counts.items() if count) or 'none over'}{again}")
     print(f"report   {place.inner('report.html')}\nmlflow   run {tracker.run_id}", flush=True)
 
 
@@ -168,7 +171,9 @@ def _register(sweep: Sweep, best: Trial, journal: Journal, tracker: Tracker) -> 
 
     config, run_id = sweep.config, best.run_id
     assert run_id is not None
-    tracker.log_metrics({name: best.metrics[name] for name in config.metrics}, 0)
+    # With each trial that is added another one may win.
+    finished = sum(trial.status == "finished" for trial in journal.trials.values())
+    tracker.log_metrics({name: best.metrics[name] for name in config.metrics}, finished)
     tracker.set_tags({"winner": best.number, "winner_run": run_id})
     told = "  ".join(f"{name.removeprefix('validation/')} {best.metrics[name]:.3f}" for name in config.metrics)
     print(f"winner   trial {best.number}: {best.told()}  {told}")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from itertools import product
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, ValidationInfo, field_validator, model_validator
 
 from parallelmind.config import Part, TrainConfig, did_you_mean, resolve
 from parallelmind.errors import UserError, typed
@@ -42,7 +43,7 @@ class SweepConfig(Part):
     train: TrainConfig = Field(description="the training run that every trial is, but for what is swept")
     space: dict[str, list[Any] | Between] = Field({}, description="values to try by field: a list, or {low, high, log}")
     points: list[dict[str, Any]] = Field([], description="settings to try as they are; grid: the lists of space over each")
-    seeds: list[int] = Field([0], min_length=1, description="every point is trained with each of these")
+    seeds: list[NonNegativeInt] = Field([0], min_length=1, description="every point is trained with each of these")
     search: Literal["grid", "random", "optuna"] = Field("grid", description="who chooses the points (optuna: TPE)")
     trials: int | None = Field(None, ge=1, description="random, optuna: how many points to try, `points` included")
     search_seed: int = Field(0, ge=0, description="random, optuna: seed of what is drawn")
@@ -54,8 +55,10 @@ class SweepConfig(Part):
     reduction_factor: int = Field(3, ge=2, description="asha: one in so many goes on, after grace_steps times 1, 3, 9, …")
     cpus_per_trial: int = Field(1, ge=1, description="CPUs that a trial computes with, its workers together")
     max_concurrent: int | None = Field(None, ge=1, description="most trials at a time; null: as many as fit")
-    register_as: str | None = Field("parallelmind", description="registered model that the winner becomes a version of")
-    alias: str = Field("champion", min_length=1, description="alias of that version")
+    register_as: str | None = Field(
+        "parallelmind", pattern="^[^/:']+$", description="registered model that the winner becomes a version of"
+    )
+    alias: str = Field("champion", pattern=r"^[\w-]+$", description="alias of that version")
 
     @field_validator("space", "points")
     @classmethod
@@ -68,6 +71,13 @@ class SweepConfig(Part):
             if name not in SWEEPABLE:
                 remedy = "repeat with seeds=[…]" if name == "seed" else "set it in train"
                 raise ValueError(f"{where}.{name}: cannot differ between trials; {remedy}")
+        return value
+
+    @field_validator("alias")
+    @classmethod
+    def _free(cls, value: str) -> str:
+        if re.fullmatch(r"latest|v\d+", value, re.IGNORECASE):
+            raise ValueError(f"alias={value}: means a version by itself in MLflow; choose another name")
         return value
 
     @model_validator(mode="after")

@@ -63,7 +63,8 @@ def _trained(config: TrainConfig, sweep: Sweep) -> dict[str, Any]:
             tune.report({"folder": str(place), "run_id": note["mlflow_run"]})
             return {"status": "finished", "step": note["step"], "metrics": note["metrics"]}
         vocabulary = begin(config, place)
-        files, held_out = find_files(config.data_path), find_files(config.validation_path) if config.validation_path else []
+        files = find_files(config.data_path)
+        held_out = find_files(config.validation_path, "validation_path") if config.validation_path else []
         task, tracker = prepare(config, place, files, held_out, vocabulary, Share(sweep.slots, sweep.parent))
         tune.report({"folder": str(place), "run_id": tracker.run_id})
         with ended(tracker) as end:

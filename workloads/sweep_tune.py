@@ -22,10 +22,13 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import Searcher
 
+from parallelmind.mirror import Mirror
+from workloads.stopping import StopFile
 from workloads.sweep_config import SweepConfig
 from workloads.sweep_journal import Journal
 from workloads.sweep_search import point
 from workloads.sweep_trial import Sweep, run_trial
+from workloads.train import STOP
 
 _TUNE = ".tune"  # Ray Tune's folder in the sweep's
 _RESTARTS = 3  # of a trial whose process is lost
@@ -40,12 +43,17 @@ class _Forgotten:
 
 
 class Suggestions(_Forgotten, Searcher):
-    """Hands out what was begun and not ended first, then new points, each once with every seed."""
+    """Hands out what was begun and not ended first, then new points, each once with every seed.
+
+    Where nothing of that is left, which is a sweep that had ended, those that failed are repeated: what they lacked may be there.
+    """
 
     def __init__(self, config: SweepConfig, journal: Journal) -> None:
         super().__init__()
         self._config, self._journal = config, journal
         self._left = [trial for trial in journal.trials.values() if not trial.over]
+        if self.over():
+            self._left = [trial for trial in journal.trials.values() if trial.status == "failed"]
         self.ending = False  # nothing new is begun
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]  # FINISHED is a text
@@ -103,6 +111,7 @@ class Referee(_Forgotten, FIFOScheduler):
         self._inner: Any = _scheduler(config)
         self._tune = _NobodyWaits()
         self._runners: dict[int, _Runner] = {}
+        self.ending = False  # trials that were starting when the others were asked to stop are asked as soon as they can be
         for report in journal.reports:
             if self._judge(report.number, report.step, report.metrics) == TrialScheduler.STOP:
                 journal.end(report.number, "stopped")
@@ -111,6 +120,8 @@ class Referee(_Forgotten, FIFOScheduler):
         number, journal = trial.config["number"], self._journal
         if "folder" in result:
             journal.placed(number, result["folder"], result["run_id"])
+            if self.ending:
+                stop_trial(result["folder"])
         decision = TrialScheduler.CONTINUE
         found = result.get("metrics") or {name: value for name, value in result.items() if _is_metric(name)}
         if found and "step" in result:
@@ -136,6 +147,11 @@ class Referee(_Forgotten, FIFOScheduler):
         return self._inner.on_trial_result(self._tune, self._runners[number], result)
 
 
+def stop_trial(folder: str) -> None:
+    """Ask one that trains there to save a checkpoint and end."""
+    StopFile(Mirror.at(folder).inner(STOP)).ask()
+
+
 def _is_metric(name: str) -> bool:
     return name == "loss" or name == "seconds" or name.startswith("validation/")
 
@@ -157,11 +173,18 @@ def _scheduler(config: SweepConfig) -> TrialScheduler:
 
 
 def run_trials(sweep: Sweep, journal: Journal, changed: Callable[[], None], hold: Callable[[Callable[[], None]], None]) -> None:
-    """Every trial to its end. changed: called after each event. hold: is given a function that lets no new trial begin."""
+    """Every trial to its end. changed: called after each event.
+
+    hold: is given a function after which no new trial begins, and those that begin at this moment are stopped.
+    """
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     referee = Referee(sweep.config, journal, changed)  # first: it may find that a trial that was begun is to stop
     suggestions = Suggestions(sweep.config, journal)
-    hold(functools.partial(setattr, suggestions, "ending", True))
+
+    def end() -> None:
+        suggestions.ending = referee.ending = True
+
+    hold(end)
     if suggestions.over():  # Ray Tune fails where it has nothing to do
         return
     where, system = sweep.place.storage()

@@ -12,7 +12,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -109,8 +109,9 @@ class Tracker:
         self._client.log_batch(self.run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
 
     def finish(self, status: str = "FINISHED") -> None:
-        """status: FINISHED, FAILED or KILLED."""
-        self._client.set_terminated(self.run_id, status)
+        """status: FINISHED, FAILED or KILLED. A run that has ended so before keeps its time."""
+        if self._client.get_run(self.run_id).info.status != status:
+            self._client.set_terminated(self.run_id, status)
 
 
 @contextmanager
@@ -186,8 +187,11 @@ class Registered(NamedTuple):
 def register(uri: str, run_id: str, artifact: str, name: str, alias: str) -> str:
     """Make a run's folder a version of a registered model, unless it is one, and give it an alias; returns the version."""
     client = MlflowClient(uri)
-    with suppress(MlflowException):  # it is there
+    try:
         client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
     known = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
     found = known[0] if known else client.create_model_version(name, source=f"runs:/{run_id}/{artifact}", run_id=run_id)
     version = found.version

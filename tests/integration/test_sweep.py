@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -71,13 +72,18 @@ def events(place: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path else []
 
 
-def test_a_killed_sweep_goes_on_and_every_trial_is_there_once(place: Path) -> None:
-    running = start(place)
+def wait_until(running: subprocess.Popen[str], true: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 300
-    while not any("metrics" in event for event in events(place)):
+    while not true():
         assert running.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_killed_sweep_goes_on_and_every_trial_is_there_once(place: Path) -> None:
+    _stop_while_trials_start(place)
+    running = start(place)
+    wait_until(running, lambda: any("metrics" in event for event in events(place)))
     os.kill(running.pid, signal.SIGKILL)
     running.communicate()
     told = end(start(place))
@@ -91,9 +97,23 @@ def test_a_killed_sweep_goes_on_and_every_trial_is_there_once(place: Path) -> No
     assert Counter(event["trial"] for event in events(place) if "status" in event) == {0: 1, 1: 1}
     _check_tracking(place, journal)
     assert (folder / "report.html").read_text().count("<html")
+    before = events(place)
     again = end(start(place))
     assert "winner   trial 0" in again
-    assert len(events(place)) == len(journal.file.folder.read_text().splitlines())
+    assert {event.get("trial") for event in events(place)[len(before) :]} == {1}  # what failed, and that alone
+    assert "1 finished, 1 failed" in again
+
+
+def _stop_while_trials_start(place: Path) -> None:
+    """Before there is anybody who could be asked to stop."""
+    running = start(place)
+    wait_until(running, lambda: any("settings" in event for event in events(place)))
+    running.send_signal(signal.SIGINT)
+    output, _ = running.communicate(timeout=200)
+    assert running.returncode == 130, output
+    assert "stopped; the same command goes on from there" in output
+    assert any("folder" in event for event in events(place))
+    assert not any("status" in event for event in events(place))
 
 
 def _check_tracking(place: Path, journal: Journal) -> None:

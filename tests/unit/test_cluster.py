@@ -20,3 +20,10 @@ def test_a_wrong_list_of_what_may_come_is_told(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv(autoscaling.GROWS_TO, "many")
     with pytest.raises(UserError, match=r"GROWS_TO=many: no list of resources; write CPU=96,GPU=4"):
         cluster.reachable("GPU")
+
+
+def test_a_run_takes_its_share_of_what_the_cluster_will_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": 8.0})
+    assert cluster.share(32) == 0.12
+    monkeypatch.setenv(autoscaling.GROWS_TO, "CPU=96")
+    assert cluster.share(96) == cluster.share(1) == 0.5

@@ -13,6 +13,7 @@ import s3
 
 from parallelmind.errors import UserError
 from parallelmind.mirror import Mirror, fetched
+from workloads.stopping import StopFile
 
 
 @pytest.fixture(scope="module")
@@ -144,3 +145,10 @@ def test_a_folder_of_this_machine_is_itself(tmp_path: Path) -> None:
     assert run.inner("a.txt").read() == b"1"
     assert run.inner("b.txt").read() is None
     assert fetched(tmp_path, "a.txt", "lora_path") == tmp_path
+
+
+def test_a_run_elsewhere_is_asked_to_stop(uri: str) -> None:
+    file = Mirror.at(f"{uri}/run").inner("STOP")
+    assert not file.folder.parent.exists()
+    StopFile(file).ask()
+    assert file.read() == b""

@@ -14,11 +14,13 @@ from parallelmind.config import resolve
 from parallelmind.errors import UserError
 from parallelmind.mirror import Mirror
 from workloads import sweep
+from workloads.stopping import StopFile
 from workloads.sweep_config import SweepConfig, check
 from workloads.sweep_journal import Journal
 from workloads.sweep_search import point, winner
 from workloads.sweep_table import Trial
 from workloads.sweep_tune import Referee, Suggestions
+from workloads.train import STOP
 
 LOSS, TAX = "validation/loss_1", "validation/branch_tax_8"
 RUN = {"data_path": "data.jsonl", "validation_path": "held_out.jsonl", "max_steps": 90}
@@ -46,6 +48,11 @@ def over(number: int, settings: dict[str, Any], loss: float, tax: float = 0.0, s
         ({"search": "optuna"}, "search=optuna: draws points from a space; give trials=NUMBER and space="),
         ({"trials": 4}, "trials=4: needs search=random or search=optuna"),
         ({"metrics": ["validation/loss_3"]}, "metrics=validation/loss_3: no trial reports it; choose from loss, valid"),
+        ({"seeds": [0, -1]}, "seeds"),
+        ({"register_as": "org/model"}, "register_as=org/model"),
+        ({"alias": "no name"}, "alias=no name"),
+        ({"alias": "Latest"}, "alias=Latest: means a version by itself in MLflow"),
+        ({"alias": "v2"}, "alias=v2: means a version by itself in MLflow"),
         ({"train": {"data_path": "d"}}, "metrics=validation/loss_1: no trial reports it; choose from loss$"),
     ],
 )
@@ -159,11 +166,35 @@ def test_what_was_begun_is_gone_on_with_before_anything_new(tmp_path: Path) -> N
     assert handed[3] == "FINISHED"
 
 
+def test_what_failed_is_repeated_once_all_have_ended(tmp_path: Path) -> None:
+    settings, journal = config(), Journal(Mirror(tmp_path / "journal.jsonl"))
+    first = Suggestions(settings, journal)
+    assert not first.over()
+    for number, status in enumerate(("failed", "finished")):
+        first.suggest("")
+        journal.end(number, status)  # type: ignore[arg-type]
+        assert first.over() == (number == 1)
+    again = Suggestions(settings, Journal.read(journal.file))
+    assert not again.over()
+    assert [again.suggest(""), again.suggest("")] == [{"number": 0, "settings": {"lora_rank": 4, "seed": 0}}, "FINISHED"]
+
+
 class _Tuned:
     """A trial as Ray Tune shows it to a scheduler."""
 
     def __init__(self, number: int) -> None:
         self.config = {"number": number}
+
+
+@pytest.mark.parametrize("ending", [False, True])
+def test_a_trial_that_was_starting_at_a_stop_is_stopped_too(tmp_path: Path, ending: bool) -> None:
+    journal = Journal(Mirror(tmp_path / "journal.jsonl"))
+    journal.begin(0, {})
+    referee = Referee(config(), journal, lambda: None)
+    referee.ending = ending
+    trial: Any = _Tuned(0)
+    referee.on_trial_result(None, trial, {"folder": str(tmp_path / "trial"), "run_id": "run"})
+    assert StopFile(Mirror(tmp_path / "trial" / STOP)).found() == ending
 
 
 def _reports(count: int) -> list[tuple[int, int, float]]:

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from parallelmind import tracking
@@ -82,3 +83,22 @@ def test_a_store_that_cannot_be_used_is_a_user_error(uri: str) -> None:
     with pytest.raises(UserError, match="mlflow_uri=") as caught:
         Tracker.start(uri, "tests", "one", CONFIG, "key")
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_that_has_ended_keeps_its_time(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    tracker = Tracker.start(uri, "tests", "one", CONFIG, "key")
+    tracker.finish("FAILED")
+    ended = MlflowClient(uri).get_run(tracker.run_id).info.end_time
+    tracker.finish("FAILED")
+    assert MlflowClient(uri).get_run(tracker.run_id).info.end_time == ended
+    tracker.finish()
+    assert MlflowClient(uri).get_run(tracker.run_id).info.status == "FINISHED"
+
+
+def test_a_model_is_registered_once_and_what_cannot_be_is_an_error(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    run = Tracker.start(uri, "tests", "one", CONFIG, "key").run_id
+    assert [tracking.register(uri, run, "adapter", "mine", alias) for alias in ("champion", "other")] == ["1", "1"]
+    with pytest.raises(MlflowException, match="Invalid model name"):
+        tracking.register(uri, run, "adapter", "org/mine", "champion")
