@@ -42,18 +42,20 @@ class Sweep:
 def run_trial(chosen: dict[str, Any], sweep: Sweep) -> None:
     """Train with `chosen["settings"]` and tell Ray Tune: where, every report of the training, and how it ended.
 
+    `chosen["data"]`: which data it must be, if that is known (`Prepared.data`).
+
     An error of the training is told, not raised: Ray Tune would repeat it. What is lost with its process is repeated.
     """
     logging.getLogger("ray").setLevel(logging.ERROR)
     try:
-        tune.report(_trained(sweep.trial(chosen["number"], chosen["settings"]), sweep))
+        tune.report(_trained(sweep.trial(chosen["number"], chosen["settings"]), sweep, chosen["data"]))
     except Exception as error:
         if not isinstance(error, UserError):
             logging.getLogger(__name__).exception("trial %d", chosen["number"])
         tune.report({"status": "failed", "error": first_line(error)})
 
 
-def _trained(config: TrainConfig, sweep: Sweep) -> dict[str, Any]:
+def _trained(config: TrainConfig, sweep: Sweep, data: str | None) -> dict[str, Any]:
     place = run_place(config)
     place.folder.mkdir(parents=True, exist_ok=True)
     with FileLock(place.folder / ".lock"):  # a process that was given up for lost may still be there
@@ -65,8 +67,9 @@ def _trained(config: TrainConfig, sweep: Sweep) -> dict[str, Any]:
         vocabulary = begin(config, place)
         files = find_files(config.data_path)
         held_out = find_files(config.validation_path, "validation_path") if config.validation_path else []
-        task, tracker = prepare(config, place, files, held_out, vocabulary, Share(sweep.slots, sweep.parent))
-        tune.report({"folder": str(place), "run_id": tracker.run_id})
+        share = Share(sweep.slots, sweep.parent, data)
+        task, tracker, data = prepare(config, place, files, held_out, vocabulary, share)
+        tune.report({"folder": str(place), "run_id": tracker.run_id, "data": data})
         with ended(tracker) as end:
             outcome = fit(task, files, sweep.slots, [TuneReportCallback()])
             end(outcome)

@@ -61,12 +61,15 @@ class Suggestions(_Forgotten, Searcher):
             return Searcher.FINISHED
         if self._left:
             trial = self._left.pop(0)
-            return {"number": trial.number, "settings": trial.settings}
+            return self._handed(trial.number, trial.settings)
         number, settings = len(self._journal.trials), self._next()
         if settings is None:
             return Searcher.FINISHED
         self._journal.begin(number, settings)
-        return {"number": number, "settings": settings}
+        return self._handed(number, settings)
+
+    def _handed(self, number: int, settings: dict[str, Any]) -> dict[str, Any]:
+        return {"number": number, "settings": settings, "data": self._journal.notes.get("data")}
 
     def over(self) -> bool:
         """Whether there is nothing to hand out."""
@@ -120,6 +123,8 @@ class Referee(_Forgotten, FIFOScheduler):
         number, journal = trial.config["number"], self._journal
         if "folder" in result:
             journal.placed(number, result["folder"], result["run_id"])
+            if "data" in result and "data" not in journal.notes:
+                journal.note(data=result["data"])
             if self.ending:
                 stop_trial(result["folder"])
         decision = TrialScheduler.CONTINUE

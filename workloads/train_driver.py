@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 from uuid import uuid4
 
 import workloads.ray_env  # noqa: F401  (before Ray)
@@ -38,13 +39,25 @@ _SHOWN_BAD_LINES, _SHOWN_KEYS = 10, 5
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What a run is a part of. runs: that share the cluster. parent: MLflow run that it is a child of."""
+    """What a run is a part of. runs: that share the cluster. parent: MLflow run that it is a child of.
+
+    data: `Prepared.data` of the others, where any is known.
+    """
 
     runs: int = 1
     parent: str | None = None
+    data: str | None = None
 
 
 ALONE = Share()
+
+
+class Prepared(NamedTuple):
+    """data: fingerprints of what is trained on and, if given, of what is held out."""
+
+    task: Task
+    tracker: Tracker
+    data: str
 
 
 def execute(config: TrainConfig, place: Mirror, files: list[str], held_out: list[str], connected: Callable[[], None]) -> None:
@@ -54,7 +67,7 @@ def execute(config: TrainConfig, place: Mirror, files: list[str], held_out: list
     """
     vocabulary = begin(config, place)
     connected()
-    task, tracker = prepare(config, place, files, held_out, vocabulary)
+    task, tracker, _ = prepare(config, place, files, held_out, vocabulary)
     with ended(tracker) as end:
         stop = StopFile(place.inner(STOP))
         outcome = stoppable(lambda: fit(task, files), stop.ask, "stopping after this step, with a checkpoint")
@@ -84,17 +97,23 @@ def begin(config: TrainConfig, place: Mirror) -> int:
 
 def prepare(
     config: TrainConfig, place: Mirror, files: list[str], held_out: list[str], vocabulary: int, share: Share = ALONE
-) -> tuple[Task, Tracker]:
-    """Read all data once, and open the MLflow run. Raises UserError for bad data, and for GPUs that are not there."""
+) -> Prepared:
+    """Read all data once, and open the MLflow run.
+
+    Raises UserError for bad data, for other data than the runs beside this one have, and for GPUs that are not there.
+    """
     if config.use_gpu:
         cluster.require_gpus(config.num_workers)
-    found = _survey(config, place, files, held_out, vocabulary)
+    found, data = _survey(config, place, files, held_out, vocabulary)
+    if share.data not in (None, data):
+        paths = f"data_path={config.data_path}" + (f" or validation_path={config.validation_path}" if held_out else "")
+        raise UserError(f"{paths}: the records are not those of the trials before; restore them, or choose another name")
     tracker = _tracker(config, place, found.fingerprint, share.parent)
     threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, int(cluster.cpus()) // (config.num_workers * share.runs))
     per_epoch = epoch_batches(found, config.part(DataConfig), config.part(BaseConfig), config.seed)
     task = Task(config, place, tuple(held_out), tracker.uri, tracker.run_id, per_epoch, threads)
     tracker.set_tags({"bad_lines": len(found.bad), "folder": place, "data_sha256": found.fingerprint, **code_version()})
-    return task, tracker
+    return Prepared(task, tracker, data)
 
 
 @contextmanager
@@ -115,12 +134,16 @@ def ended(tracker: Tracker) -> Iterator[Callable[[Outcome], None]]:
         tracker.finish(status)
 
 
-def _survey(config: TrainConfig, place: Mirror, files: list[str], held_out: list[str], vocabulary: int) -> Survey:
-    """Check every line of every file before training; what is bad is printed and written to the run's quarantine."""
+def _survey(config: TrainConfig, place: Mirror, files: list[str], held_out: list[str], vocabulary: int) -> tuple[Survey, str]:
+    """Check every line of every file before training; what is bad is printed and written to the run's quarantine.
+
+    Returns what was found to train on, and the fingerprints of all (`Prepared.data`).
+    """
     found = survey(files, config, vocabulary)
-    bad = list(found.bad)
+    bad, data = list(found.bad), found.fingerprint
     if held_out:
-        bad += survey(held_out, config, vocabulary, "validation_path").bad
+        compared = survey(held_out, config, vocabulary, "validation_path")
+        bad, data = bad + compared.bad, f"{data} {compared.fingerprint}"
     for line in bad[:_SHOWN_BAD_LINES]:
         print(f"left out: {line}", file=sys.stderr)
     where = place.inner(QUARANTINE)
@@ -130,7 +153,7 @@ def _survey(config: TrainConfig, place: Mirror, files: list[str], held_out: list
         print(f"bad lines left out: {len(bad)}, all in {where}; strict=true stops at the first", file=sys.stderr)
     ignored = "".join(f", key {key!r} ignored in {count}" for key, count in found.extra.most_common(_SHOWN_KEYS))
     print(f"data: {found.records} records, {found.branches} branches, {len(found.bad)} bad lines{ignored}", flush=True)
-    return found
+    return found, data
 
 
 def _tracker(config: TrainConfig, place: Mirror, data: str, parent: str | None = None) -> Tracker:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -98,7 +99,7 @@ def run_worker(task: Task, feeder: Any) -> Outcome:
 
     Raises UserError for what the model refuses.
     """
-    torch.set_num_threads(task.threads)
+    torch.set_num_threads(min(task.threads, os.cpu_count() or 1))
     logging.getLogger().setLevel(logging.WARNING)  # Ray tells every report at INFO
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     config, context = task.config, ray.train.get_context()

@@ -176,7 +176,9 @@ def test_what_failed_is_repeated_once_all_have_ended(tmp_path: Path) -> None:
         assert first.over() == (number == 1)
     again = Suggestions(settings, Journal.read(journal.file))
     assert not again.over()
-    assert [again.suggest(""), again.suggest("")] == [{"number": 0, "settings": {"lora_rank": 4, "seed": 0}}, "FINISHED"]
+    assert [again.suggest(""), again.suggest("")] == [
+        {"number": 0, "settings": {"lora_rank": 4, "seed": 0}, "data": None}, "FINISHED"
+    ]  # fmt: skip
 
 
 class _Tuned:
@@ -195,6 +197,16 @@ def test_a_trial_that_was_starting_at_a_stop_is_stopped_too(tmp_path: Path, endi
     trial: Any = _Tuned(0)
     referee.on_trial_result(None, trial, {"folder": str(tmp_path / "trial"), "run_id": "run"})
     assert StopFile(Mirror(tmp_path / "trial" / STOP)).found() == ending
+
+
+def test_all_trials_have_the_data_of_the_first(tmp_path: Path) -> None:
+    journal = Journal(Mirror(tmp_path / "journal.jsonl"))
+    suggestions, referee, trial = Suggestions(config(), journal), Referee(config(), journal, lambda: None), _Tuned(0)
+    assert suggestions.suggest("")["data"] is None  # type: ignore[index, call-overload]
+    for data in ("first", "other"):
+        told = {"folder": "trial", "run_id": "run", "data": data}
+        referee.on_trial_result(None, trial, told)  # type: ignore[arg-type]
+    assert Suggestions(config(), Journal.read(journal.file)).suggest("")["data"] == "first"  # type: ignore[index, call-overload]
 
 
 def _reports(count: int) -> list[tuple[int, int, float]]:
