@@ -73,6 +73,7 @@ def _trained(config: TrainConfig, sweep: Sweep, data: str | None) -> dict[str, A
         with ended(tracker) as end:
             outcome = fit(task, files, sweep.slots, [TuneReportCallback()])
             end(outcome)
-        keep_losses(place, tracker)
+        if not outcome.finished:
+            keep_losses(place, tracker)
     status = "finished" if outcome.finished else "interrupted"
     return {"status": status, "step": outcome.step, "metrics": outcome.metrics}

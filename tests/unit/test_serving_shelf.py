@@ -18,6 +18,7 @@ from parallelmind.decoding.forward import PoolForward
 from parallelmind.decoding.samples import Sample
 from parallelmind.errors import UserError
 from serving.adapters import Replaced, Shelf
+from serving.log import log
 from serving.settings import AppConfig
 
 SAMPLE = Sample(list(range(50, 90)), [[5, 6, 7], [8]])
@@ -107,8 +108,11 @@ def test_what_is_not_served_is_refused(folders: list[Path], name: str) -> None:
 
 
 def test_a_damaged_version_leaves_the_old_one_at_work_until_it_is_mended(
-    folders: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    folders: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(log, "handlers", [caplog.handler])  # a front of another test may have set it up
+    monkeypatch.setattr(log, "propagate", False)
+    caplog.set_level("WARNING", logger=log.name)
     folder = tmp_path / "live"
     shutil.copytree(folders[0], folder)
     engine = tiny_engine(ISOLATED)
