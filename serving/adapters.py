@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 import parallelmind as pm
 from parallelmind.mirror import Mirror
+from parallelmind.ray_env import MLFLOW_AWAY, settle
 from serving.log import log
 from serving.settings import BASE, MANIFEST, REGISTRY, AppConfig
 
@@ -50,9 +50,7 @@ class Shelf:
         self._engine, self._config = engine, config
         self._loaded: OrderedDict[str, _Loaded] = OrderedDict()  # least lately used first
         self._turn = asyncio.Lock()
-        # By itself MLflow asks a registry that is away for minutes, and everybody who wants an adapter would wait.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        settle(MLFLOW_AWAY)  # everybody who wants an adapter waits for the registry
 
     def loaded(self) -> int:
         return len(self._loaded)

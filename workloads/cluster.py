@@ -134,6 +134,11 @@ def cpus() -> float:
     return reachable("CPU") or 1.0
 
 
+def threads(processes: int) -> int:
+    """For each of so many that compute at a time; $OMP_NUM_THREADS decides where it is set. A node may have fewer cores."""
+    return int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, int(cpus()) // processes)
+
+
 def share(workers: int) -> float:
     """CPUs for each worker: half of all at most, because the readers of Ray Data need some too, or everything waits for ever."""
     return max(0.01, round(min(0.5, cpus() / (2 * workers)), 2))

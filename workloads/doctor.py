@@ -17,7 +17,7 @@ from dataclasses import dataclass
 try:
     from parallelmind import cli
     from parallelmind.errors import UserError, first_line
-    from parallelmind.ray_env import settle
+    from parallelmind.ray_env import MLFLOW_AWAY, settle
     from workloads import doctor_checks, doctor_cluster
     from workloads.doctor_checks import DoctorConfig, Finding, Status
 except ModuleNotFoundError as missing:  # not even what a command line needs
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
     if cli.wants_help(argv):
         return cli.print_help(__doc__ or "", DoctorConfig)
     config = cli.parse(DoctorConfig, argv)
-    settle({"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"})  # MLflow would try for minutes
+    settle(MLFLOW_AWAY)
     failed = False
     for finding in findings(CHECKS, config):
         print(finding.line(), flush=True)

@@ -126,7 +126,7 @@ def _told(config: GenerateConfig, folder: Path, items: list[dict[str, Any]]) -> 
     cluster.connect(config.ray_address)
     workers = min(config.num_workers, len(items))
     gpu = cluster.reachable("GPU") >= workers
-    threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, int(cluster.cpus()) // workers)
+    threads = cluster.threads(workers)
     parts = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         PartWriter,
         fn_constructor_args=[Task(folder, config.given(), config.sampling(), config.reduce, threads, gpu)],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -109,7 +108,7 @@ def prepare(
         paths = f"data_path={config.data_path}" + (f" or validation_path={config.validation_path}" if held_out else "")
         raise UserError(f"{paths}: the records are not those of the trials before; restore them, or choose another name")
     tracker = _tracker(config, place, found.fingerprint, share.parent)
-    threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, int(cluster.cpus()) // (config.num_workers * share.runs))
+    threads = cluster.threads(config.num_workers * share.runs)
     per_epoch = epoch_batches(found, config.part(DataConfig), config.part(BaseConfig), config.seed)
     task = Task(config, place, tuple(held_out), tracker.uri, tracker.run_id, per_epoch, threads)
     tracker.set_tags({"bad_lines": len(found.bad), "folder": place, "data_sha256": found.fingerprint, **code_version()})

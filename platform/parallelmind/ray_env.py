@@ -1,4 +1,5 @@
-"""Ray's settings that all of this project shares, in the environment. Import this before Ray, which reads some only then."""
+"""Settings of Ray, and of MLflow, that all of this project shares, in the environment. Import this before Ray, which reads some
+only then."""
 
 from __future__ import annotations
 
@@ -31,3 +32,5 @@ OWN_CLUSTER = {
     # A run is a dozen processes that mostly wait; with as few cores as processes Ray would warn of so many.
     "RAY_worker_maximum_startup_concurrency": "8",
 }
+# For whoever had better be told than wait: by itself MLflow asks a server that is away for minutes.
+MLFLOW_AWAY = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
