@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 model: setup ## fetch the demo's base model, smollm2-135m, into the cache folder
-	@$(PY) -m parallelmind.model.base
+	@$(PY) -m parallelmind.model.base_model
 
 lint: setup ## ruff: style and formatting rules
 	@$(PY) -m ruff check .

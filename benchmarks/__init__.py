@@ -1,1 +1,3 @@
-"""Speed and memory against their targets, as ratios within one run: `make bench`, or `make bench ONLY=decoding`."""
+"""Speed and memory against their targets, as ratios within one run: `make bench`, or `make bench
+ONLY=decoding`.
+"""

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import data, decoding, engine, first_use, fuzz, harness, layout, scaling, serving, sweep, training
+from benchmarks import (
+    data,
+    decoding,
+    engine,
+    first_use,
+    fuzz,
+    harness,
+    layout,
+    scaling,
+    serving,
+    sweep,
+    training,
+)
 
 
 def main() -> None:

@@ -1,6 +1,8 @@
-"""From JSONL to ready batches: how fast beside the bare tokenizer, in how much memory, and with every line accounted for.
+"""From JSONL to ready batches: how fast beside the bare tokenizer, in how much memory, and with every line
+accounted for.
 
-Each figure comes from a process of its own: Ray keeps what it has once taken. Tokenizers run on one thread on both sides.
+Each figure comes from a process of its own: Ray keeps what it has once taken. Tokenizers run on one thread on
+both sides.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from pathlib import Path
 from benchmarks.harness import Bench
 from benchmarks.text import texts, tokenizer
 from parallelmind.config import BaseConfig, DataConfig, RopeConfig
-from parallelmind.data.feeder import Turns
+from parallelmind.data.batch_server import Turns
 from parallelmind.data.files import file_parts
 from parallelmind.data.pipeline import feed, quiet_data, start_feeder, survey
 from parallelmind.data.survey import records
@@ -41,7 +43,9 @@ _BAD = [
 def start_ray(cpus: int) -> None:
     import ray
 
-    ray.init("local", num_cpus=cpus, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
+    ray.init(
+        "local", num_cpus=cpus, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR
+    )
     quiet_data()
 
 
@@ -54,7 +58,9 @@ def write_records(path: Path, size: int, field: str, values: Sequence[str | list
 
 
 def read_everything(path: Path, config: DataConfig) -> tuple[int, int, float]:
-    """Tokens and rows of one epoch's ready batches, and the seconds from the first request to the last batch."""
+    """Tokens and rows of one epoch's ready batches, and the seconds from the first request to the last
+    batch.
+    """
     import ray
 
     feeder = start_feeder([str(path)], config, BaseConfig(), seed=0, workers=1)
@@ -76,7 +82,12 @@ def bare_tokenizer_speed() -> float:
     start = time.perf_counter()
     tokens = 0
     for at in range(0, len(some), 256):
-        tokens += sum(map(len, encode(some[at : at + 256], add_special_tokens=False, return_attention_mask=False).input_ids))
+        tokens += sum(
+            map(
+                len,
+                encode(some[at : at + 256], add_special_tokens=False, return_attention_mask=False).input_ids,
+            )
+        )
     return tokens / (time.perf_counter() - start)
 
 
@@ -92,19 +103,25 @@ def share_of_tokenizer() -> float:
         tokens, rows, seconds = read_everything(path, config)
         ray.shutdown()
     bare = bare_tokenizer_speed()
-    print(f"{rows / seconds:.0f} rows/s, {tokens / seconds:.0f} tokens/s, bare tokenizer {bare:.0f} tokens/s", file=sys.stderr)
+    print(
+        f"{rows / seconds:.0f} rows/s, {tokens / seconds:.0f} tokens/s, bare tokenizer {bare:.0f} tokens/s",
+        file=sys.stderr,
+    )
     return tokens / seconds / bare
 
 
 def peak_memory(size: int) -> float:
     """Largest sum of resident memory, in MB, of all processes of one reading of `size` bytes.
 
-    The records hold token ids, since tokenising 2 GB of text on one thread takes half an hour; every other part is the same.
+    The records hold token ids, since tokenising 2 GB of text on one thread takes half an hour; every other
+    part is the same.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "text.jsonl"
         write_records(path, size, "input_ids", tokenizer()(texts()).input_ids)
-        child = subprocess.Popen([sys.executable, "-m", "benchmarks.data", "read", str(path)], start_new_session=True)
+        child = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.data", "read", str(path)], start_new_session=True
+        )
         peak = 0.0
         while child.poll() is None:
             peak = max(peak, _resident(child.pid))
@@ -114,8 +131,12 @@ def peak_memory(size: int) -> float:
 
 
 def _resident(session: int) -> float:
-    """MB of private and shared memory, shared counted once, of the processes in a session and of their descendants."""
-    listed = subprocess.run(["ps", "-eo", "pid=,ppid=,sid="], capture_output=True, text=True, check=True).stdout.split("\n")
+    """MB of private and shared memory, shared counted once, of the processes in a session and of their
+    descendants.
+    """
+    listed = subprocess.run(
+        ["ps", "-eo", "pid=,ppid=,sid="], capture_output=True, text=True, check=True
+    ).stdout.split("\n")
     rows = [tuple(map(int, line.split())) for line in listed if line.strip()]
     family = {pid for pid, _, sid in rows if sid == session}
     while grown := {pid for pid, parent, _ in rows if parent in family} - family:
@@ -133,12 +154,17 @@ def _proportional(pid: int) -> int:
 
 def memory_growth() -> float:
     small, large = peak_memory(_SMALL), peak_memory(_LARGE)
-    print(f"peak {small:.0f} MB at {_SMALL >> 20} MB of input, {large:.0f} MB at {_LARGE >> 20} MB", file=sys.stderr)
+    print(
+        f"peak {small:.0f} MB at {_SMALL >> 20} MB of input, {large:.0f} MB at {_LARGE >> 20} MB",
+        file=sys.stderr,
+    )
     return large / small
 
 
 def quarantine(parallelism: int) -> float:
-    """Share of 10^6 lines that ended where they belong: good ones read back byte for byte, bad ones listed with their place."""
+    """Share of 10^6 lines that ended where they belong: good ones read back byte for byte, bad ones listed
+    with their place.
+    """
     import ray
 
     with tempfile.TemporaryDirectory() as folder:
@@ -147,7 +173,11 @@ def quarantine(parallelism: int) -> float:
         with path.open("wb") as file:
             for number in range(_LINES):
                 is_bad = number % _BAD_EVERY == 7
-                line = _BAD[number // _BAD_EVERY % len(_BAD)] if is_bad else b'{"text": "line %d \xe2\x80\xa8 and on"}' % number
+                line = (
+                    _BAD[number // _BAD_EVERY % len(_BAD)]
+                    if is_bad
+                    else b'{"text": "line %d \xe2\x80\xa8 and on"}' % number
+                )
                 if is_bad:
                     bad[offset] = number + 1
                 else:
@@ -157,7 +187,11 @@ def quarantine(parallelism: int) -> float:
         config = DataConfig(data_path=str(path))
         found = survey([str(path)], config)
         ray.shutdown()
-        read = [record.branches[0].body for part in file_parts([str(path)]) for record in records(part, config, None)]
+        read = [
+            record.branches[0].body
+            for part in file_parts([str(path)])
+            for record in records(part, config, None)
+        ]
     assert found.lines == _LINES == found.records + len(found.bad)
     placed = sum(bad.get(item.offset) == item.line for item in found.bad)
     same = sum(one == other for one, other in zip(read, good, strict=True))
@@ -167,7 +201,13 @@ def quarantine(parallelism: int) -> float:
 def _in_process(name: str) -> float:
     """The figure of a function of this module, measured in a process of its own."""
     env = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run([sys.executable, "-m", "benchmarks.data", name], env=env, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.data", name],
+        env=env,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
     return float(done.stdout.split()[-1])
 
 

@@ -12,8 +12,8 @@ import parallelmind as pm
 from benchmarks.harness import Bench, ratio, seconds
 from benchmarks.text import passages, tokenizer
 from parallelmind.config import BaseConfig, Dtype, Visibility
-from parallelmind.decoding.forward import PoolForward
-from parallelmind.model.base import load_base
+from parallelmind.engine.model_runner import PoolForward
+from parallelmind.model.base_model import load_base
 
 NEW_TOKENS, MAIN_TOKENS, BRANCHES = 64, 1024, 16
 
@@ -45,7 +45,9 @@ def branches(
 ) -> Callable[[], list[str]]:
     """Isolated branches do what a batch does; columnar ones, the default, also read each other."""
     sample = pm.Sample(main, texts)
-    return lambda: pm.generate(patched(visibility, dtype), tokenizer(), sample, max_new_tokens=NEW_TOKENS, ignore_eos=True)
+    return lambda: pm.generate(
+        patched(visibility, dtype), tokenizer(), sample, max_new_tokens=NEW_TOKENS, ignore_eos=True
+    )
 
 
 def one_by_one(texts: list[list[int]], dtype: Dtype) -> Callable[[], Any]:
@@ -64,7 +66,9 @@ def _generate(ids: torch.Tensor, mask: torch.Tensor | None, dtype: Dtype) -> Any
     mask = torch.ones_like(ids) if mask is None else mask
     length = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
     with torch.inference_mode():
-        return plain(dtype).generate(ids, attention_mask=mask, do_sample=False, return_dict_in_generate=True, **length)
+        return plain(dtype).generate(
+            ids, attention_mask=mask, do_sample=False, return_dict_in_generate=True, **length
+        )
 
 
 def _vs_one_by_one(count: int, dtype: Dtype) -> float:
@@ -90,7 +94,9 @@ def _shared_main_vs_batch() -> float:
 
 
 def _memory_vs_batch() -> float:
-    """Bytes of keys and values at the end: Hugging Face's batch over the pool's blocks that were ever written."""
+    """Bytes of keys and values at the end: Hugging Face's batch over the pool's blocks that were ever
+    written.
+    """
     main, texts = shared_main(), prompts(BRANCHES)
     theirs: Any = padded([main + text for text in texts], "float32")().past_key_values
     tensors: list[torch.Tensor] = [tensor for layer in theirs.layers for tensor in (layer.keys, layer.values)]
@@ -103,14 +109,27 @@ def _memory_vs_batch() -> float:
 
 
 BENCHES = [
-    *(Bench(f"decoding.batch{n}_tokens_per_s", None, "higher", "tokens/s", partial(_rate, n)) for n in (1, 4, 16)),
+    *(
+        Bench(f"decoding.batch{n}_tokens_per_s", None, "higher", "tokens/s", partial(_rate, n))
+        for n in (1, 4, 16)
+    ),
     Bench("decoding.batch1_vs_one_by_one", None, "higher", "ratio", partial(_vs_one_by_one, 1, "float32")),
     Bench("decoding.batch4_vs_one_by_one", None, "higher", "ratio", partial(_vs_one_by_one, 4, "float32")),
     Bench("decoding.batch4_vs_hf", None, "higher", "ratio", partial(_vs_batch, 4, "float32")),
-    Bench("decoding.batch16_vs_one_by_one", 5, "higher", "ratio", partial(_vs_one_by_one, BRANCHES, "float32")),
+    Bench(
+        "decoding.batch16_vs_one_by_one", 5, "higher", "ratio", partial(_vs_one_by_one, BRANCHES, "float32")
+    ),
     Bench("decoding.batch16_vs_hf", 1, "higher", "ratio", partial(_vs_batch, BRANCHES, "float32")),
-    Bench("decoding.columnar16_vs_hf", 1, "higher", "ratio", partial(_vs_batch, BRANCHES, "float32", "columnar")),
-    Bench("decoding.bf16_batch16_vs_one_by_one", 8, "higher", "ratio", partial(_vs_one_by_one, BRANCHES, "bfloat16")),
+    Bench(
+        "decoding.columnar16_vs_hf", 1, "higher", "ratio", partial(_vs_batch, BRANCHES, "float32", "columnar")
+    ),
+    Bench(
+        "decoding.bf16_batch16_vs_one_by_one",
+        8,
+        "higher",
+        "ratio",
+        partial(_vs_one_by_one, BRANCHES, "bfloat16"),
+    ),
     Bench("decoding.bf16_batch16_vs_hf", 1.5, "higher", "ratio", partial(_vs_batch, BRANCHES, "bfloat16")),
     Bench("decoding.shared_main_vs_hf", 4, "higher", "ratio", _shared_main_vs_batch),
     Bench("decoding.shared_main_memory_vs_hf", 8, "higher", "ratio", _memory_vs_batch),

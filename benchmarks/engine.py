@@ -1,4 +1,6 @@
-"""The decoding engine: one step against the bare model, what a step costs as the context grows, and continuous batching."""
+"""The decoding engine: one step against the bare model, what a step costs as the context grows, and
+continuous batching.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ import parallelmind as pm
 from benchmarks.decoding import BRANCHES, MAIN_TOKENS, patched, plain, prompts, shared_main
 from benchmarks.harness import Bench, ratio, seconds
 from benchmarks.text import tokenizer
-from parallelmind.decoding.forward import PoolForward
+from parallelmind.engine.model_runner import PoolForward
 
 _CONTEXTS = (256, 1024, 4096)
 _STEPS, _MOST = 12, 512
@@ -30,7 +32,9 @@ def _talking(main: int, branches: int) -> pm.Engine:
 
 
 def _step_vs_bare() -> float:
-    """A step of all branches over one forward of as many tokens, on a cache of the same length that is not grown."""
+    """A step of all branches over one forward of as many tokens, on a cache of the same length that is not
+    grown.
+    """
     engine = _talking(MAIN_TOKENS, BRANCHES)
     model, ids = plain("float32"), torch.tensor([shared_main(MAIN_TOKENS)])
     with torch.inference_mode():
@@ -47,7 +51,9 @@ def _step_vs_bare() -> float:
 
 @cache
 def _costs(main: int) -> tuple[float, float, float]:
-    """Of a step of eight branches: milliseconds in all, milliseconds outside of the model, megabytes that must be read."""
+    """Of a step of eight branches: milliseconds in all, milliseconds outside of the model, megabytes that
+    must be read.
+    """
     engine = _talking(main, 8)
     forward = engine.forward
     assert isinstance(forward, PoolForward)
@@ -104,7 +110,9 @@ def _continuous() -> None:
 
 
 def _fixed() -> None:
-    """The same engine and requests, all there from the start: eight at a time, until the longest of them has ended."""
+    """The same engine and requests, all there from the start: eight at a time, until the longest of them has
+    ended.
+    """
     engine, requests = pm.Engine(patched("isolated", "float32"), tokenizer()), _mixed()
     while requests:
         for text, length in requests[:_BATCH]:
@@ -117,7 +125,12 @@ def _fixed() -> None:
 BENCHES = [
     Bench("decoding.step_vs_bare_forward", 1.15, "lower", "ratio", _step_vs_bare),
     *(Bench(f"decoding.step_ms_{n}", None, "lower", "ms", partial(_cost, n, 0)) for n in _CONTEXTS),
-    *(Bench(f"decoding.step_outside_model_ms_{n}", None, "lower", "ms", partial(_cost, n, 1)) for n in _CONTEXTS),
+    *(
+        Bench(f"decoding.step_outside_model_ms_{n}", None, "lower", "ms", partial(_cost, n, 1))
+        for n in _CONTEXTS
+    ),
     *(Bench(f"decoding.step_megabytes_{n}", None, "lower", "MB", partial(_cost, n, 2)) for n in _CONTEXTS),
-    Bench("decoding.continuous_vs_fixed", 1.5, "higher", "ratio", partial(ratio, _fixed, _continuous, repeats=1)),
+    Bench(
+        "decoding.continuous_vs_fixed", 1.5, "higher", "ratio", partial(ratio, _fixed, _continuous, repeats=1)
+    ),
 ]

@@ -1,4 +1,6 @@
-"""From `git clone` to answered branches, by README's commands, with empty caches and nothing of ours installed."""
+"""From `git clone` to answered branches, by README's commands, with empty caches and nothing of ours
+installed.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,11 @@ def _cost() -> Cost:
     with tempfile.TemporaryDirectory() as name:
         folder, caches = Path(name) / "parallelmind", Path(name) / "caches"
         commands = [["git", "clone", "--quiet", str(_ROOT), str(folder)], ["make", "demo"]]
-        kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV", "MAKEFLAGS")}
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("PYTHONPATH", "VIRTUAL_ENV", "MAKEFLAGS")
+        }
         env = {**kept, "XDG_CACHE_HOME": str(caches), "PARALLELMIND_CACHE": str(caches / "parallelmind")}
         started = time.perf_counter()
         for command in commands:

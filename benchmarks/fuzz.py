@@ -53,7 +53,9 @@ class Reply(NamedTuple):
 
     @property
     def shapeless(self) -> bool:
-        """Refused by our routes, not by the proxy in front of them, and other than OpenAI's clients expect."""
+        """Refused by our routes, not by the proxy in front of them, and other than OpenAI's clients
+        expect.
+        """
         if self.status < 400 or b"\r\nx-request-id:" not in self.head:
             return False
         try:
@@ -83,7 +85,10 @@ class Findings:
 
     def __str__(self) -> str:
         counts = ", ".join(f"{status}: {count}" for status, count in sorted(self.statuses.items()))
-        wrong = [f"{reply.status} to {request[:_SHOWN]!r}: {reply.body[:_SHOWN]!r}" for request, reply in self.failed]
+        wrong = [
+            f"{reply.status} to {request[:_SHOWN]!r}: {reply.body[:_SHOWN]!r}"
+            for request, reply in self.failed
+        ]
         return "\n".join([counts, *wrong, *(f"no answer to {request[:_SHOWN]!r}" for request in self.silent)])
 
 
@@ -154,7 +159,9 @@ def _read(heard: bytes) -> Reply | None:
 
 
 def replicas() -> Iterator[tuple[int, float]]:
-    """The fronts and engines of servers that this process has started, in a way that tells a successor from what it replaces."""
+    """The fronts and engines of servers that this process has started, in a way that tells a successor from
+    what it replaces.
+    """
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
             if re.search("EngineReplica|Front", " ".join(process.cmdline())):

@@ -24,15 +24,34 @@ _NARROW: dict[str, Any] = {
     "repetition_penalty": {"type": "number", "exclusiveMinimum": 0},
     "top_k": {"type": "integer", "minimum": 0},
     "seed": {"type": "integer", "minimum": 0},
-    "logit_bias": {"type": "object", "propertyNames": {"pattern": "^[0-9]{1,2}$"}, "additionalProperties": {"type": "number"}},
+    "logit_bias": {
+        "type": "object",
+        "propertyNames": {"pattern": "^[0-9]{1,2}$"},
+        "additionalProperties": {"type": "number"},
+    },
     "tokens": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 200}},
 }
 
-_KEYS = ["", "x", "\x00", "\ud800", "__class__", "best_of", "echo", "suffix", "tools", "response_format", "stream", "reduce"]
+_KEYS = [
+    "",
+    "x",
+    "\x00",
+    "\ud800",
+    "__class__",
+    "best_of",
+    "echo",
+    "suffix",
+    "tools",
+    "response_format",
+    "stream",
+    "reduce",
+]
 
 
 def requests(document: dict[str, Any], count: int, seed: int) -> list[bytes]:
-    """So many: up to two fifths each by schemathesis and from a list of oddities; the rest are valid ones changed at random."""
+    """So many: up to two fifths each by schemathesis and from a list of oddities; the rest are valid ones
+    changed at random.
+    """
     draw = Random(seed)
     odd = list(oddities())
     found = [*_generated(document, count * 2 // 5, seed), *draw.sample(odd, min(len(odd), count * 2 // 5))]
@@ -42,12 +61,16 @@ def requests(document: dict[str, Any], count: int, seed: int) -> list[bytes]:
 
 
 def _generated(document: dict[str, Any], count: int, seed: int) -> list[bytes]:
-    """By the document and by a narrowed one, valid and invalid, as many of each operation as the others, if it has them."""
+    """By the document and by a narrowed one, valid and invalid, as many of each operation as the others, if
+    it has them.
+    """
     import schemathesis
 
     schemas = [schemathesis.openapi.from_dict(each) for each in (document, _narrowed(document))]
     operations: list[Any] = [found.ok() for schema in schemas for found in schema.get_all_operations()]  # type: ignore[union-attr]
-    strategies = [operation.as_strategy(mode) for operation in operations for mode in schemathesis.GenerationMode]
+    strategies = [
+        operation.as_strategy(mode) for operation in operations for mode in schemathesis.GenerationMode
+    ]
     found: list[bytes] = []
     for place, strategy in enumerate(strategies):
         found += _drawn(strategy, (count - len(found)) // (len(strategies) - place), seed)
@@ -72,7 +95,9 @@ def _drawn(strategy: Any, count: int, seed: int) -> list[bytes]:
     def draw(case: Any) -> None:
         found.append(_encoded(case))
 
-    with suppress(hypothesis.errors.Unsatisfiable):  # where there is neither a body nor a parameter nothing can be wrong
+    with suppress(
+        hypothesis.errors.Unsatisfiable
+    ):  # where there is neither a body nor a parameter nothing can be wrong
         draw()
     return found[:count]
 
@@ -85,7 +110,9 @@ def _encoded(case: Any) -> bytes:
     prepared: Any = Request(**{name: given[name] for name in known if name in given}).prepare()
     body = prepared.body or b""
     lines = [f"{name}: {value}" for name, value in prepared.headers.items() if name.lower() != "connection"]
-    return wire(prepared.method, prepared.path_url, body if isinstance(body, bytes) else body.encode(), *lines)
+    return wire(
+        prepared.method, prepared.path_url, body if isinstance(body, bytes) else body.encode(), *lines
+    )
 
 
 def _narrowed(value: Any) -> Any:
@@ -96,7 +123,9 @@ def _narrowed(value: Any) -> Any:
         return value
     found = {name: _narrowed(each) for name, each in value.items()}
     if isinstance(found.get("properties"), dict):
-        found["properties"] |= {name: schema for name, schema in _NARROW.items() if name in found["properties"]}
+        found["properties"] |= {
+            name: schema for name, schema in _NARROW.items() if name in found["properties"]
+        }
     if found.get("in") == "path":
         found["schema"] = _NARROW.get(found["name"], found["schema"])
     return found
@@ -116,7 +145,9 @@ def _mutated(draw: Random) -> bytes:
 def _changed(value: Any, draw: Random) -> Any:
     """A copy, of which something is another or gone."""
     if not isinstance(value, (dict, list)) or not value or draw.random() < 0.1:
-        return draw.choice([draw.choice(VALUES), draw.choice(VALUES), draw.choice(VALUES), [value], {"x": value}])
+        return draw.choice(
+            [draw.choice(VALUES), draw.choice(VALUES), draw.choice(VALUES), [value], {"x": value}]
+        )
     copy: Any = value.copy()
     if isinstance(value, dict) and draw.random() < 0.1:
         return {**copy, draw.choice(_KEYS): draw.choice(VALUES)}
@@ -131,5 +162,9 @@ def _changed(value: Any, draw: Random) -> Any:
 def _bitten(text: bytes, draw: Random) -> bytes:
     for _ in range(draw.randint(1, 4)):
         at = draw.randrange(len(text) + 1)
-        text = text[:at] + draw.choice([b"", draw.randbytes(1), b'"', b"{", b"]", b"\\u"]) + text[at + draw.randint(0, 3) :]
+        text = (
+            text[:at]
+            + draw.choice([b"", draw.randbytes(1), b'"', b"{", b"]", b"\\u"])
+            + text[at + draw.randint(0, 3) :]
+        )
     return text

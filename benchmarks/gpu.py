@@ -1,7 +1,8 @@
-"""`make bench-gpu`: a LoRA step on one GPU, in tokens per second and as a share of what the GPU can compute; and decoding.
+"""`make bench-gpu`: a LoRA step on one GPU, in tokens per second and as a share of what the GPU can compute;
+and decoding.
 
-The models have the shapes of Qwen2.5 and random weights, so nothing is downloaded; speed does not depend on what weights
-say. Batches are as large as memory allows.
+The models have the shapes of Qwen2.5 and random weights, so nothing is downloaded; speed does not depend on
+what weights say. Batches are as large as memory allows.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 from benchmarks import gpu_decoding, harness
 from benchmarks.harness import Bench, seconds
 from parallelmind.config import LoraConfig, OptimizerConfig, RopeConfig, Visibility
-from parallelmind.data.grouping import make_batch
+from parallelmind.data.packing import make_batch
 from parallelmind.errors import UserError
 from parallelmind.layout import Batch, Tokens
 from parallelmind.model.adapter import add_lora
@@ -61,7 +62,9 @@ class Speed:
     flops: float
 
 
-def _qwen(vocabulary: int, hidden: int, inner: int, layers: int, heads: int, kv_heads: int, tied: bool) -> Qwen2Config:
+def _qwen(
+    vocabulary: int, hidden: int, inner: int, layers: int, heads: int, kv_heads: int, tied: bool
+) -> Qwen2Config:
     return Qwen2Config(
         vocab_size=vocabulary,
         hidden_size=hidden,
@@ -101,15 +104,18 @@ def random_batch(work: Work, rows: int, vocabulary: int) -> Batch:
     lengths = [work.main, *[work.branch] * _BRANCHES]
     texts = [[random.integers(0, vocabulary, length).tolist() for length in lengths] for _ in range(rows)]
     return make_batch(
-        [Tokens.of(text[0], text[1:]) for text in texts], RopeConfig(visibility=work.visibility, sibling_penalty=0), pad_id=0
+        [Tokens.of(text[0], text[1:]) for text in texts],
+        RopeConfig(visibility=work.visibility, sibling_penalty=0),
+        pad_id=0,
     )
 
 
 def step_flops(model: PreTrainedModel, batch: Batch, visibility: Visibility) -> float:
     """What a step must compute: multiplications and additions of matrices, nothing twice.
 
-    A weight costs 2 a token forward, 2 for the gradient of its input, and 2 for its own where it is trained. The head sees
-    targets only. A visible pair costs 2 a head dimension for its score and 2 for its value, and twice that backward.
+    A weight costs 2 a token forward, 2 for the gradient of its input, and 2 for its own where it is trained.
+    The head sees targets only. A visible pair costs 2 a head dimension for its score and 2 for its value, and
+    twice that backward.
     """
     config, body = model.config, decoder(model)
     weights = [module.weight for module in body.modules() if isinstance(module, nn.Linear)]
@@ -123,7 +129,9 @@ def step_flops(model: PreTrainedModel, batch: Batch, visibility: Visibility) -> 
 
 
 def measure(model: nn.Module, work: Work) -> Speed:
-    """Of the largest batch that fits, after a step to warm up. Raises UserError where not even one sample does."""
+    """Of the largest batch that fits, after a step to warm up. Raises UserError where not even one sample
+    does.
+    """
     inner = causal_lm(model)
     loss = TargetLoss(model, work.visibility, torch.bfloat16)
     optimizer = make_optimizer(loss, OptimizerConfig())
@@ -171,9 +179,13 @@ def benches(device: str) -> list[Bench]:
     for shape in SHAPES:
         for work in WORKS:
             name = f"training.gpu_{shape}{work}"
-            found.append(Bench(f"{name}_tokens_per_s", None, "higher", "tokens/s", partial(_tokens, shape, work)))
+            found.append(
+                Bench(f"{name}_tokens_per_s", None, "higher", "tokens/s", partial(_tokens, shape, work))
+            )
             if most is not None:
-                found.append(Bench(f"{name}_mfu", None, "higher", "share", partial(_share, shape, work, most)))
+                found.append(
+                    Bench(f"{name}_mfu", None, "higher", "share", partial(_share, shape, work, most))
+                )
     return found
 
 
@@ -187,7 +199,10 @@ def _share(shape: str, work: str, most: float) -> float:
 
 def main() -> None:
     if not torch.cuda.is_available():
-        print("no GPU here: torch finds no CUDA device; run make bench-gpu on a machine that has one", file=sys.stderr)
+        print(
+            "no GPU here: torch finds no CUDA device; run make bench-gpu on a machine that has one",
+            file=sys.stderr,
+        )
         sys.exit(2)
     device = torch.cuda.get_device_name()
     every = [*benches(device), *gpu_decoding.benches(SHAPES["05b"].config)]

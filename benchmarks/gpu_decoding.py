@@ -1,4 +1,5 @@
-"""`make bench-gpu`: sixteen branches decoded on one GPU, beside Hugging Face's padded batch of the same prompts.
+"""`make bench-gpu`: sixteen branches decoded on one GPU, beside Hugging Face's padded batch of the same
+prompts.
 
 Random weights in the shape of Qwen2.5, bfloat16. A run of 64 new tokens, the prompt's reading included.
 """
@@ -15,9 +16,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from benchmarks.harness import Bench, ratio, seconds
 from parallelmind.config import RopeConfig
-from parallelmind.decoding.engine import Engine
-from parallelmind.decoding.samples import Sample
-from parallelmind.evaluation.tiny import tiny_tokenizer
+from parallelmind.engine.engine import Engine
+from parallelmind.engine.request import Sample
+from parallelmind.evaluation.tiny_models import tiny_tokenizer
 from parallelmind.model.patch import patch
 
 BRANCHES, PROMPT = 16, 24
@@ -47,7 +48,11 @@ def ours(model: Any, main: int, tokens: int) -> Callable[[], None]:
 
     def run() -> None:
         shared, prompts = texts(main, vocabulary)
-        engine.submit(Sample([next(turns), *shared[1:]] if main else [], prompts), max_new_tokens=tokens, ignore_eos=True)
+        engine.submit(
+            Sample([next(turns), *shared[1:]] if main else [], prompts),
+            max_new_tokens=tokens,
+            ignore_eos=True,
+        )
         while engine.busy:
             engine.step()
         _wait(model)
@@ -73,7 +78,9 @@ def _wait(model: Any) -> None:
         torch.cuda.synchronize()
 
 
-def benches(config: PreTrainedConfig, device: str = "cuda", main: int = 1024, tokens: int = 64) -> list[Bench]:
+def benches(
+    config: PreTrainedConfig, device: str = "cuda", main: int = 1024, tokens: int = 64
+) -> list[Bench]:
     @cache
     def model(patched: bool) -> Any:
         return build(config, device, patched)

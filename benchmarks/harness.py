@@ -70,7 +70,9 @@ def ratio(numerator: Callable[[], object], denominator: Callable[[], object], re
 
 
 def run(benches: list[Bench], only: str, command: str) -> list[Row]:
-    """Measure, print and record every benchmark whose name begins with `only`; earlier rows of others are kept."""
+    """Measure, print and record every benchmark whose name begins with `only`; earlier rows of others are
+    kept.
+    """
     rows = []
     for bench in benches:
         if not bench.name.startswith(only):
@@ -79,7 +81,18 @@ def run(benches: list[Bench], only: str, command: str) -> list[Row]:
         start = time.perf_counter()
         value = round(bench.measure(), 3)
         print(f"{value:g} {bench.unit} ({time.perf_counter() - start:.0f} s)", file=sys.stderr, flush=True)
-        rows.append(Row(bench.name, value, bench.target, bench.better, bench.unit, machine(), str(date.today()), command))
+        rows.append(
+            Row(
+                bench.name,
+                value,
+                bench.target,
+                bench.better,
+                bench.unit,
+                machine(),
+                str(date.today()),
+                command,
+            )
+        )
         record(rows)
     return rows
 
@@ -89,7 +102,9 @@ def record(rows: list[Row]) -> None:
     known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else []
     merged = {row["name"]: row for row in known} | {row.name: asdict(row) for row in rows}
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps([merged[name] for name in sorted(merged)], indent=1) + "\n", encoding="utf-8")
+    RESULTS.write_text(
+        json.dumps([merged[name] for name in sorted(merged)], indent=1) + "\n", encoding="utf-8"
+    )
 
 
 def show(rows: list[Row]) -> None:
@@ -97,13 +112,16 @@ def show(rows: list[Row]) -> None:
     for row in rows:
         sign = "≥" if row.better == "higher" else "≤"
         target = "" if row.target is None else f"{sign} {row.target:g}"
-        table.add_row(row.name, f"{row.value:g}", target, row.unit, {None: "", True: "yes", False: "NO"}[row.met])
+        table.add_row(
+            row.name, f"{row.value:g}", target, row.unit, {None: "", True: "yes", False: "NO"}[row.met]
+        )
     Console(width=None if sys.stdout.isatty() else 110).print(table)
 
 
 def machine() -> str:
     model = next(
-        (line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor() or "CPU"
+        (line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")),
+        platform.processor() or "CPU",
     )
     return f"{os.cpu_count()} × {model}, {platform.system()}"
 

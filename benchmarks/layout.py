@@ -43,7 +43,9 @@ def layout_speedup() -> float:
         expected = reference(main, branches, [1] * len(branches), config)
         assert np.array_equal(layout.ids, expected["id"])
         assert np.array_equal(layout.labels, expected["label"])
-        assert np.array_equal(np.stack([layout.branch, layout.time], -1), np.stack([expected["branch"], expected["time"]], -1))
+        assert np.array_equal(
+            np.stack([layout.branch, layout.time], -1), np.stack([expected["branch"], expected["time"]], -1)
+        )
         assert np.array_equal(seen[0, 0].numpy(), expected["visible"])
 
     def slow() -> None:

@@ -14,7 +14,9 @@ import aiohttp
 
 @dataclass(slots=True)
 class Answer:
-    """What a client has seen. Times are seconds since it asked; text: by branch; whole: to the end, without an error in it."""
+    """What a client has seen. Times are seconds since it asked; text: by branch; whole: to the end, without
+    an error in it.
+    """
 
     status: int = 0
     first: float | None = None
@@ -69,14 +71,18 @@ def _read(body: dict[str, Any], answer: Answer) -> None:
 async def together(clients: Sequence[Client]) -> list[Answer]:
     """All of them at once."""
     connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=600)) as session:
+    async with aiohttp.ClientSession(
+        connector=connector, timeout=aiohttp.ClientTimeout(total=600)
+    ) as session:
         return await asyncio.gather(*(client(session) for client in clients))
 
 
 async def steadily(next_client: Callable[[int], Client], each_s: float, for_s: float) -> list[Answer]:
     """A new client every `each_s` seconds, whether the others have ended or not; returns when all have."""
     connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=600)) as session:
+    async with aiohttp.ClientSession(
+        connector=connector, timeout=aiohttp.ClientTimeout(total=600)
+    ) as session:
         began, tasks = perf_counter(), list[asyncio.Task[Answer]]()
         while perf_counter() - began < for_s:
             tasks.append(asyncio.ensure_future(next_client(len(tasks))(session)))

@@ -31,7 +31,21 @@ VALUES: list[Any] = [
     *("base", "base:x", "base:" + "漢" * 100, "base:\x00", "base:..", "models:/x@y", "models:/x/" + "9" * 30),
     *(0, 1, -1, 20, 21, 64, 65, 2**31, 2**53 + 1, 2**63 - 1, 2**63, 2**64, -(2**64), 10**400, 10**4000),
     *(0.0, -0.0, 0.5, 1.5, 5e-324, 1e-45, 1e-38, 1e39, 1.7e308, float("nan"), float("inf"), float("-inf")),
-    *([], {}, [[]], [None], [0], [-1], [2**63], ["x"] * 300, [0] * 300, {"": {}}, {"0": 1}, {"-1": 1}, {"9" * 30: 1}),
+    *(
+        [],
+        {},
+        [[]],
+        [None],
+        [0],
+        [-1],
+        [2**63],
+        ["x"] * 300,
+        [0] * 300,
+        {"": {}},
+        {"0": 1},
+        {"-1": 1},
+        {"9" * 30: 1},
+    ),
 ]
 
 
@@ -66,8 +80,13 @@ def _odd_bodies() -> Iterator[bytes]:
         first = whole.split(":")[0]
         deep = [f"{first}: {nested}}}" for nested in _NESTED]
         twice = [f"{first}: 0, {whole[1:]}", f'{whole[:-1]}, "max_tokens": 2, "max_tokens": 1}}']
-        yield from (post(path, text.encode()) for text in (*_TEXTS, *deep, *twice, whole[:-1], whole + ",", whole * 2))
-        yield from (post(path, text) for text in (b"\xff\xfe", b"\xef\xbb\xbf{}", whole.encode("utf-16"), whole.encode("utf-32")))
+        yield from (
+            post(path, text.encode()) for text in (*_TEXTS, *deep, *twice, whole[:-1], whole + ",", whole * 2)
+        )
+        yield from (
+            post(path, text)
+            for text in (b"\xff\xfe", b"\xef\xbb\xbf{}", whole.encode("utf-16"), whole.encode("utf-32"))
+        )
         yield post(path, whole.replace("a", "\xff").encode("latin-1"))
         yield from (post(path, whole.encode(), kind=kind) for kind in _KINDS)
         yield from (wire("POST", path, part, *_AS_CHUNKS) for part in _CHUNKED)
@@ -79,10 +98,29 @@ _TEXTS += ["[" * 50_000 + "]" * 50_000, '["', "{} // so", '{"a": 1,}', '{"__prot
 # At some depth what Python has read it can no longer print.
 _NESTED = ["[" * depth + "]" * depth for depth in range(100, 1000, 60)]
 _NESTED += ['{"a":' * depth + "0" + "}" * depth for depth in (400, 900)]
-_KINDS = ["", "/", "\xfc", "a" * 300, "application/json; charset=x", "application/json, text/html", "application/vnd.x+json"]
-_KINDS += ["text/plain", "multipart/form-data", "multipart/form-data; boundary=x", "application/x-www-form-urlencoded"]
+_KINDS = [
+    "",
+    "/",
+    "\xfc",
+    "a" * 300,
+    "application/json; charset=x",
+    "application/json, text/html",
+    "application/vnd.x+json",
+]
+_KINDS += [
+    "text/plain",
+    "multipart/form-data",
+    "multipart/form-data; boundary=x",
+    "application/x-www-form-urlencoded",
+]
 _AS_CHUNKS = ["content-type: application/json", "transfer-encoding: chunked"]
-_CHUNKED = [b"0\r\n\r\n", b"2\r\n{}\r\n0\r\n\r\n", b"1\r\n{\r\n1\r\n}\r\n0\r\nx: y\r\n\r\n", b"zz\r\n{}\r\n", b"f" * 40]
+_CHUNKED = [
+    b"0\r\n\r\n",
+    b"2\r\n{}\r\n0\r\n\r\n",
+    b"1\r\n{\r\n1\r\n}\r\n0\r\nx: y\r\n\r\n",
+    b"zz\r\n{}\r\n",
+    b"f" * 40,
+]
 
 
 def _odd_targets() -> Iterator[bytes]:
@@ -93,9 +131,18 @@ def _odd_targets() -> Iterator[bytes]:
 _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "FOO", "get"]
 _PATHS = "/ // /v1 /v1/ /v1/completions/ /v1//completions /v1/models /v1/models/x /health /metrics /metrics/ /docs".split()
 _PATHS += "/openapi.json /-/routes /%00 /%ff /% /%zz * x http://x/ http://localhost/health /../etc /%2e%2e/etc".split()
-_PATHS += [f"/web/{rest}" for rest in ("", "%00", ".", "%2e%2e/app.py", "a" * 300, "a/" * 3000, "/etc/passwd", "%ed%a0%80")]
-_PATHS += [f"/v1/branches/{rest}" for rest in ("", "%00", "%ed%a0%80", "%2f/branches/0", "a" * 5000, LIVE, f"{LIVE}/x/0")]
-_PATHS += [f"{_JOIN}/{index}" for index in ("", "-1", "0", "1", "2", "9" * 20, "9" * 5000, "1.0", "true", "%00", "%ed%a0%80")]
+_PATHS += [
+    f"/web/{rest}"
+    for rest in ("", "%00", ".", "%2e%2e/app.py", "a" * 300, "a/" * 3000, "/etc/passwd", "%ed%a0%80")
+]
+_PATHS += [
+    f"/v1/branches/{rest}"
+    for rest in ("", "%00", "%ed%a0%80", "%2f/branches/0", "a" * 5000, LIVE, f"{LIVE}/x/0")
+]
+_PATHS += [
+    f"{_JOIN}/{index}"
+    for index in ("", "-1", "0", "1", "2", "9" * 20, "9" * 5000, "1.0", "true", "%00", "%ed%a0%80")
+]
 _PATHS += ["/health?" + "x=%00&" * 900]
 
 
@@ -104,9 +151,17 @@ def _odd_heads() -> Iterator[bytes]:
     for line in _LINES:
         yield post("/v1/completions", whole, line)
         yield from (wire("GET", path, b"", line) for path in ("/health", "/", "/v1/models"))
-    yield from (post("/v1/completions", whole)[:-9], post("/v1/completions", whole) * 2, b"POST /v1/branches HTTP/1.1\r\n\r\n")
+    yield from (
+        post("/v1/completions", whole)[:-9],
+        post("/v1/completions", whole) * 2,
+        b"POST /v1/branches HTTP/1.1\r\n\r\n",
+    )
     yield from (b"GET / HTTP/9.9\r\n\r\n", b"GET /health HTTP/1.0\r\n\r\n", b"GET /health\r\n\r\n")
-    yield from (b"\x16\x03\x01\x02\x00\r\n\r\n", b"\x00" * 99 + b"\r\n\r\n", b"\r\n" * 99 + wire("GET", "/health"))
+    yield from (
+        b"\x16\x03\x01\x02\x00\r\n\r\n",
+        b"\x00" * 99 + b"\r\n\r\n",
+        b"\r\n" * 99 + wire("GET", "/health"),
+    )
 
 
 _LINES = """no colon
@@ -137,7 +192,11 @@ range: bytes=x
 if-none-match: *
 if-modified-since: x
 x-forwarded-for: \x01""".split("\n")
-_LINES += ["content-length: " + "9" * 40, "authorization: Bearer " + "x" * 9000, "range: bytes=0-" + ",0-" * 900]
+_LINES += [
+    "content-length: " + "9" * 40,
+    "authorization: Bearer " + "x" * 9000,
+    "range: bytes=0-" + ",0-" * 900,
+]
 _LINES += ["x: y\r\n folded", "x:" * 2000, "x: " + "y" * 5000, "x: " + "y" * 20_000]
 
 

@@ -1,4 +1,6 @@
-"""`python -m benchmarks.platform_speed platform|bare`: tokens/s of the training command, and of a loop without it."""
+"""`python -m benchmarks.platform_speed platform|bare`: tokens/s of the training command, and of a loop
+without it.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,9 @@ import torch
 from benchmarks.text import tokenizer
 from benchmarks.training import Learner
 from parallelmind.config import TrainConfig
-from parallelmind.config_file import save_yaml
+from parallelmind.config.yaml_file import save_yaml
 from parallelmind.data.files import file_parts, find_files
-from parallelmind.data.grouping import Seeds, groups
+from parallelmind.data.packing import Seeds, groups
 from parallelmind.data.pipeline import read_part
 from parallelmind.data.tables import to_rows, to_table
 from parallelmind.evaluation.facts import write_facts
@@ -59,14 +61,21 @@ def training_lines(max_steps: int) -> Iterator[str]:
 
 
 def platform() -> float:
-    found = [float(speed) for line in training_lines(_STEPS) for speed in re.findall(r"^step \d+/.* ([\d.]+) tok/s", line)]
+    found = [
+        float(speed)
+        for line in training_lines(_STEPS)
+        for speed in re.findall(r"^step \d+/.* ([\d.]+) tok/s", line)
+    ]
     return fmean(found[1:])
 
 
 def bare() -> float:
     with tempfile.TemporaryDirectory() as folder:
         config = _config(folder, _STEPS)
-        tables = [to_table(read_part(part, tokenizer(), config)) for part in file_parts(find_files(config.data_path))]
+        tables = [
+            to_table(read_part(part, tokenizer(), config))
+            for part in file_parts(find_files(config.data_path))
+        ]
     grouped = groups(to_rows(tables, Counter()), config, Seeds(config.seed))
     ready = [group.batch(config, 0) for group in islice(grouped, _STEPS)]
     learner = Learner(config)

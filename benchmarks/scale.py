@@ -1,8 +1,8 @@
 """What a batch costs each part of the platform, for `experiments/005_scale.py`.
 
-`XQUAD=… python -m benchmarks.scale [PART …]` measures all parts, or some. Costs of one process are its processor time, what
-waits for others (gloo, a report to Ray Train) is wall clock. The best of all runs on a machine is kept: other work there
-can only slow a part down.
+`XQUAD=… python -m benchmarks.scale [PART …]` measures all parts, or some. Costs of one process are its
+processor time, what waits for others (gloo, a report to Ray Train) is wall clock. The best of all runs on a
+machine is kept: other work there can only slow a part down.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import workloads.ray_env  # noqa: F401  (before Ray)
+import workloads.common.ray_env  # noqa: F401  (before Ray)
 
 # isort: split
 import numpy as np
@@ -34,9 +34,9 @@ from benchmarks.harness import RESULTS, machine, seconds
 from benchmarks.scale_step import cpu_seconds, line, reducing, stepping
 from benchmarks.text import texts, tokenizer
 from parallelmind.config import DataConfig, RopeConfig
-from parallelmind.data.feeder import Feeder, Turns
+from parallelmind.data.batch_server import Feeder, Turns
 from parallelmind.data.files import Part, file_parts
-from parallelmind.data.grouping import Group, Seeds, groups
+from parallelmind.data.packing import Group, Seeds, groups
 from parallelmind.data.pipeline import _dataset, feed, read_part
 from parallelmind.data.survey import survey_part
 from parallelmind.data.tables import to_rows, to_table
@@ -76,7 +76,8 @@ def batching(data: DataConfig) -> dict[str, Any]:
     places = [max(len(one.ids) for one in group.samples) * len(group.samples) for group in ready]
     lengths = np.array([len(one.ids) for group in ready for one in group.samples], float)
     return {
-        "layout_s_per_token": cpu_seconds(lambda: [group.batch(RopeConfig(), 0) for group in some]) / sum(map(_tokens, some)),
+        "layout_s_per_token": cpu_seconds(lambda: [group.batch(RopeConfig(), 0) for group in some])
+        / sum(map(_tokens, some)),
         "padding_share": float(1 - lengths.sum() / sum(places)),
         "seen_per_token": float((lengths**2).sum() / 2 / lengths.sum()),
         "places": [round(float(at) / _TOKENS, 3) for at in np.quantile(places, np.linspace(0, 1, 21))],
@@ -111,7 +112,11 @@ def feeding(data: DataConfig) -> dict[str, float]:
     for size in (_TOKENS // 8, _TOKENS):
         config = data.model_copy(update={"batch_tokens": size})
         read = [*tables(data)]
-        feeder: Any = ray.remote(_Timed).options(num_cpus=0.2, max_concurrency=4).remote(lambda read=read: iter(read), config, 0)
+        feeder: Any = (
+            ray.remote(_Timed)
+            .options(num_cpus=0.2, max_concurrency=4)
+            .remote(lambda read=read: iter(read), config, 0)
+        )
         list(feed(feeder, Turns("", 0, 0, 1), 0, Counter()))
         per_batch, tokens = [], 0.0
         for epoch in (1, 2):

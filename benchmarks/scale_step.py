@@ -1,4 +1,6 @@
-"""What a step costs beside its arithmetic, and adding gradients up between two processes: parts of `benchmarks.scale`."""
+"""What a step costs beside its arithmetic, and adding gradients up between two processes: parts of
+`benchmarks.scale`.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.harness import seconds
 from parallelmind.config import BaseConfig, LoraConfig, OptimizerConfig, RopeConfig
-from parallelmind.data.grouping import make_batch
+from parallelmind.data.packing import make_batch
 from parallelmind.layout import Tokens
 from parallelmind.model.adapter import add_lora
-from parallelmind.model.base import load_base
+from parallelmind.model.base_model import load_base
 from parallelmind.model.patch import patch
 from parallelmind.training import checkpoint
 from parallelmind.training.checkpoint import State
@@ -62,11 +64,17 @@ class _Learner:
 
 
 def stepping() -> dict[str, float]:
-    """What Python and torch take to send a step off, by layers; and SmolLM2's step beside this core's matrix product."""
+    """What Python and torch take to send a step off, by layers; and SmolLM2's step beside this core's matrix
+    product.
+    """
     points = []
     for layers in (4, 24):
         config = LlamaConfig(
-            vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=2
+            vocab_size=64,
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
         )
         learner = _Learner(LlamaForCausalLM(config), 64)
         learner.step(16)

@@ -18,7 +18,9 @@ _WAIT_S = 120
 
 
 def _failures() -> float:
-    """Requests that are not answered whole while load comes and goes, and one more for engines that do not follow it."""
+    """Requests that are not answered whole while load comes and goes, and one more for engines that do not
+    follow it.
+    """
     answers, followed = list[Answer](), True
     with server(max_replicas=2, branches_per_replica=8, idle_s=5) as url:
         for clients, engines in _PHASES:
@@ -33,8 +35,16 @@ def _failures() -> float:
 
 def _round(url: str, clients: int) -> list[Answer]:
     """Every client asks once, every other one for a stream."""
-    body: dict[str, Any] = {"model": "base", "prompt": prompts(1)[0], "max_tokens": 48, "temperature": 0, "ignore_eos": True}
-    return asyncio.run(together([asking(url, {**body, "stream": number % 2 == 0}) for number in range(clients)]))
+    body: dict[str, Any] = {
+        "model": "base",
+        "prompt": prompts(1)[0],
+        "max_tokens": 48,
+        "temperature": 0,
+        "ignore_eos": True,
+    }
+    return asyncio.run(
+        together([asking(url, {**body, "stream": number % 2 == 0}) for number in range(clients)])
+    )
 
 
 def _engines(url: str) -> int:

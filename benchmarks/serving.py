@@ -25,7 +25,7 @@ from benchmarks.decoding import patched, prompts
 from benchmarks.harness import Bench, seconds
 from benchmarks.load import Answer, Client, asking, steadily, together
 from benchmarks.text import tokenizer
-from serving.ports import free_port
+from serving.runtime.ports import free_port
 
 _STREAMS, _TOKENS, _FIRSTS, _WARM = 32, 64, 60, 5
 _BURST, _ROOM = 200, 10
@@ -36,7 +36,9 @@ _START_S = 180
 
 @contextmanager
 def server(**fields: Any) -> Iterator[str]:
-    """`python -m serving` with SmolLM2 as it is, isolated branches and all threads of the machine; gives its URL."""
+    """`python -m serving` with SmolLM2 as it is, isolated branches and all threads of the machine; gives its
+    URL.
+    """
     port = free_port()
     given = {"base_model": "smollm2-135m", "visibility": "isolated", "port": port, **fields}
     with tempfile.TemporaryFile("w+") as log:
@@ -85,7 +87,9 @@ def _command(process: psutil.Process) -> list[str]:
 
 
 def _added_to_first_token() -> float:
-    """Milliseconds: median of what a request takes longer than the engine alone, asked in turn so that both see one machine."""
+    """Milliseconds: median of what a request takes longer than the engine alone, asked in turn so that both
+    see one machine.
+    """
     engine, text = pm.Engine(patched("isolated", "float32"), tokenizer()), prompts(1)[0]
 
     def first() -> None:
@@ -107,7 +111,9 @@ def _added_to_first_token() -> float:
 
 
 def _streams_vs_engine() -> float:
-    """Tokens/s of concurrent streams over those of the engine alone on the same prompts, before the server is up and after."""
+    """Tokens/s of concurrent streams over those of the engine alone on the same prompts, before the server is
+    up and after.
+    """
     engine, texts = pm.Engine(patched("isolated", "float32"), tokenizer()), prompts(_STREAMS)
 
     def alone() -> None:
@@ -148,7 +154,9 @@ def _neither() -> float:
 
 
 def _gone_in() -> float:
-    """Seconds after the last of many clients has left, half of them while they were queued, until nobody is at work."""
+    """Seconds after the last of many clients has left, half of them while they were queued, until nobody is
+    at work.
+    """
 
     async def leave(session: aiohttp.ClientSession, url: str, number: int) -> None:
         body = _body(prompts(1)[0], stream=number % 2 == 0, max_tokens=512)
@@ -167,12 +175,16 @@ def _gone_in() -> float:
 
 
 def _until_idle(url: str) -> None:
-    while meter(url, "live_branches") + meter(url, "waiting_branches") + meter(url, "open_requests") > 1:  # this one
+    while (
+        meter(url, "live_branches") + meter(url, "waiting_branches") + meter(url, "open_requests") > 1
+    ):  # this one
         time.sleep(0.02)
 
 
 def _completed_under_kills() -> float:
-    """Share of requests that are answered whole, at about 60 % load, while one of two engines is killed again and again."""
+    """Share of requests that are answered whole, at about 60 % load, while one of two engines is killed again
+    and again.
+    """
     texts = prompts(16)
 
     async def run(url: str) -> list[Answer]:

@@ -1,4 +1,6 @@
-"""`python -m benchmarks.step_memory gathered|full`: bytes that one step on 2 x 1,024 tokens takes at its peak."""
+"""`python -m benchmarks.step_memory gathered|full`: bytes that one step on 2 x 1,024 tokens takes at its
+peak.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,8 @@ import torch.nn.functional as F
 
 from benchmarks.training import Learner, long_samples
 from parallelmind.config import RopeConfig
-from parallelmind.data.grouping import make_batch
-from parallelmind.evaluation.memory import Peak, held
+from parallelmind.data.packing import make_batch
+from parallelmind.evaluation.peak_memory import Peak, held
 from parallelmind.layout import IGNORE, Tokens
 from parallelmind.model.structure import causal_lm
 from parallelmind.training.loss import decoder_inputs, to_tensors
@@ -31,8 +33,12 @@ def main(kind: str) -> None:
         if kind == "gathered":
             learner.step(batch)
         else:
-            logits = learner.model(**decoder_inputs(causal_lm(learner.model), tensors, rope.visibility)).logits.float()
-            F.cross_entropy(logits.flatten(0, 1), tensors.labels.flatten(), ignore_index=IGNORE, reduction="sum").backward()
+            logits = learner.model(
+                **decoder_inputs(causal_lm(learner.model), tensors, rope.visibility)
+            ).logits.float()
+            F.cross_entropy(
+                logits.flatten(0, 1), tensors.labels.flatten(), ignore_index=IGNORE, reduction="sum"
+            ).backward()
     print(peak.most - before)
 
 

@@ -1,4 +1,6 @@
-"""Sweeps as their user runs them: what they cost beside the training, and what is left of them after many kills."""
+"""Sweeps as their user runs them: what they cost beside the training, and what is left of them after many
+kills.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,10 @@ from benchmarks.harness import Bench
 from parallelmind.evaluation.facts import write_facts
 
 _SLOTS, _KILLS = 2, 20
-_SECONDS = (8.0, 40.0)  # a driver's life before it is killed: from before its first trial to after its first checkpoints
+_SECONDS = (
+    8.0,
+    40.0,
+)  # a driver's life before it is killed: from before its first trial to after its first checkpoints
 _RUN = {
     "data_path": "train.jsonl",
     "validation_path": "held_out.jsonl",
@@ -29,7 +34,9 @@ _RUN = {
 
 
 def _sweep(folder: Path, train: dict[str, Any], ranks: list[int]) -> Path:
-    """The settings of a sweep, in a folder with its data. The data is large enough for any number of steps."""
+    """The settings of a sweep, in a folder with its data. The data is large enough for any number of
+    steps.
+    """
     write_facts(str(folder / "train.jsonl"), 600, seed=1)
     write_facts(str(folder / "held_out.jsonl"), 4, seed=2)
     settings = {
@@ -61,16 +68,22 @@ def _training_share() -> float:
         if _start(folder).wait():
             raise RuntimeError("the sweep has failed")
         wall = time.perf_counter() - started
-        seconds = {event["trial"]: event["metrics"]["seconds"] for event in _events(folder) if "metrics" in event}
+        seconds = {
+            event["trial"]: event["metrics"]["seconds"] for event in _events(folder) if "metrics" in event
+        }
         print(f"trials of {min(seconds.values()):.0f} s and more,", end=" ", file=sys.stderr)
         return sum(seconds.values()) / (wall * _SLOTS)
 
 
 def _finished_once_under_kills() -> float:
-    """Share of trials that end exactly once and tell no step twice, while the driver is killed at random moments."""
+    """Share of trials that end exactly once and tell no step twice, while the driver is killed at random
+    moments.
+    """
     moments = random.Random(0)
     with TemporaryDirectory() as name:
-        folder = _sweep(Path(name), {"max_steps": 6, "validate_every": 2, "checkpoint_every": 1}, [2, 3, 4, 6, 8, 12])
+        folder = _sweep(
+            Path(name), {"max_steps": 6, "validate_every": 2, "checkpoint_every": 1}, [2, 3, 4, 6, 8, 12]
+        )
         for _ in range(_KILLS):
             driver = _start(folder)
             try:

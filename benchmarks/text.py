@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from parallelmind.config import BaseConfig
 from parallelmind.evaluation.facts import facts_records
-from parallelmind.model.base import load_tokenizer
+from parallelmind.model.base_model import load_tokenizer
 
 BRANCHES = 8
 
@@ -24,7 +24,10 @@ def tokenizer() -> PreTrainedTokenizerBase:
 def passages(count: int) -> list[tuple[list[int], list[list[int]]]]:
     """`count` samples of token ids: a passage, and eight questions of its article."""
     encode = tokenizer().encode
-    return [(encode(main), [encode(question) for question in questions]) for main, questions in _samples(count)[:count]]
+    return [
+        (encode(main), [encode(question) for question in questions])
+        for main, questions in _samples(count)[:count]
+    ]
 
 
 def texts() -> list[str]:
@@ -48,4 +51,7 @@ def _xquad(path: Path) -> list[tuple[str, list[str]]]:
 
 
 def _generated(count: int) -> list[tuple[str, list[str]]]:
-    return [(record["main"], [branch["prompt"] for branch in record["branches"]]) for record in facts_records(count, seed=0)]
+    return [
+        (record["main"], [branch["prompt"] for branch in record["branches"]])
+        for record in facts_records(count, seed=0)
+    ]

@@ -1,4 +1,6 @@
-"""LoRA steps on SmolLM2: what the patch, the shared main, the gathered loss, checkpoints and the platform around it cost."""
+"""LoRA steps on SmolLM2: what the patch, the shared main, the gathered loss, checkpoints and the platform
+around it cost.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,12 @@ import torch
 from benchmarks.harness import Bench, ratio, seconds
 from benchmarks.text import passages
 from parallelmind.config import BaseConfig, LoraConfig, OptimizerConfig, RopeConfig
-from parallelmind.data.grouping import make_batch
+from parallelmind.data.packing import make_batch
 from parallelmind.layout import IGNORE, Batch, Tokens
-from parallelmind.mirror import Mirror
 from parallelmind.model.adapter import add_lora
-from parallelmind.model.base import load_base
+from parallelmind.model.base_model import load_base
 from parallelmind.model.patch import patch
+from parallelmind.remote import Mirror
 from parallelmind.training import checkpoint
 from parallelmind.training.checkpoint import State, Store
 from parallelmind.training.loss import TargetLoss
@@ -59,7 +61,9 @@ def long_samples(count: int, branch: int) -> list[Tokens]:
 
 
 def _batch() -> Batch:
-    samples = [(main[: _LONGEST // 2], [branch[:32] for branch in branches]) for main, branches in passages(_SAMPLES)]
+    samples = [
+        (main[: _LONGEST // 2], [branch[:32] for branch in branches]) for main, branches in passages(_SAMPLES)
+    ]
     return make_batch([Tokens.of(main, branches) for main, branches in samples], RopeConfig(), pad_id=0)
 
 
@@ -80,7 +84,9 @@ def step_overhead() -> float:
 
 
 def shared_main() -> float:
-    """Branches a second of one sample of eight branches, over those of eight rows that each hold main and one branch."""
+    """Branches a second of one sample of eight branches, over those of eight rows that each hold main and one
+    branch.
+    """
     rope = RopeConfig(visibility="isolated")
     learner = Learner(rope)
     sample = long_samples(1, _BRANCH)[0]
@@ -91,14 +97,17 @@ def shared_main() -> float:
 
 
 def peak_memory() -> float:
-    """Peak of a step on 2 x 1,024 tokens over that of the same step with float32 logits for every token, in own processes."""
+    """Peak of a step on 2 x 1,024 tokens over that of the same step with float32 logits for every token, in
+    own processes.
+    """
     return _peak("gathered") / _peak("full")
 
 
 def _peak(kind: str) -> float:
     """Bytes that a step takes at its peak beyond what the process holds before it.
 
-    glibc keeps freed blocks of megabytes in its heap, full of holes; here they go back, so resident is what is alive.
+    glibc keeps freed blocks of megabytes in its heap, full of holes; here they go back, so resident is what
+    is alive.
     """
     command = [sys.executable, "-m", "benchmarks.step_memory", kind]
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 18)}
@@ -107,7 +116,9 @@ def _peak(kind: str) -> float:
 
 
 def save_cost() -> float:
-    """What a checkpoint adds to the steps around it, as a share of all steps from one to the next at the default interval."""
+    """What a checkpoint adds to the steps around it, as a share of all steps from one to the next at the
+    default interval.
+    """
     learner, batch = Learner(RopeConfig()), _batch()
     learner.step(batch)
     with tempfile.TemporaryDirectory() as folder:
@@ -135,7 +146,9 @@ def platform_speed() -> float:
 
 
 def _run(kind: str) -> float:
-    done = subprocess.run([sys.executable, "-m", "benchmarks.platform_speed", kind], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.platform_speed", kind], capture_output=True, text=True, check=True
+    )
     return float(done.stdout.split()[-1])
 
 
@@ -144,7 +157,9 @@ def first_step() -> float:
     from benchmarks.platform_speed import training_lines
 
     start = time.perf_counter()
-    times = [time.perf_counter() - start for line in training_lines(max_steps=1) if line.startswith("step 1/")]
+    times = [
+        time.perf_counter() - start for line in training_lines(max_steps=1) if line.startswith("step 1/")
+    ]
     return times[0]
 
 

@@ -1,7 +1,7 @@
 """What does the published scheme cost by ratio, and does it help to train on many branches?"""
 
 from experiments._gsm8k import PUBLISHED, run
-from workloads.sweep_config import SweepConfig
+from workloads.sweep.config import SweepConfig
 
 
 def config() -> SweepConfig:

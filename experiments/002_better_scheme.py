@@ -6,7 +6,7 @@ control: the plain model with a plain LoRA; its branches are rows of their own. 
 from typing import Any
 
 from experiments._gsm8k import PUBLISHED, run
-from workloads.sweep_config import SweepConfig
+from workloads.sweep.config import SweepConfig
 
 CONTROL = {"rope_2d_ratio": 0.0, "visibility": "isolated", "max_branches_per_sample": 1}
 ADDED: dict[str, Any] = {"rope_2d_ratio": 0.5, "pairs": "high", "branch_angle": "added"}

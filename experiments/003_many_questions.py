@@ -4,7 +4,7 @@ Trains one adapter for each visibility; `python -m workloads.evaluate answers` a
 """
 
 from parallelmind.config import TrainConfig
-from workloads.sweep_config import SweepConfig
+from workloads.sweep.config import SweepConfig
 
 
 def config() -> SweepConfig:

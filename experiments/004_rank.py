@@ -1,14 +1,19 @@
 """What does rank buy, with the scheme that branches cost nothing in?"""
 
 from experiments._gsm8k import run
-from workloads.sweep_config import SweepConfig
+from workloads.sweep.config import SweepConfig
 
 
 def config() -> SweepConfig:
     return SweepConfig(
         name="rank",
         train=run(
-            max_steps=48, positions="time", pairs="high", branch_angle="added", rope_2d_ratio=0.5, sibling_penalty=3.0
+            max_steps=48,
+            positions="time",
+            pairs="high",
+            branch_angle="added",
+            rope_2d_ratio=0.5,
+            sibling_penalty=3.0,
         ),
         space={"lora_rank": [2, 4, 8, 16, 32]},
         register_as=None,

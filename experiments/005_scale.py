@@ -3,9 +3,9 @@
     XQUAD=path/to/xquad.en.json python -m benchmarks.scale        what a batch costs each part, measured here
     python -m experiments.005_scale [key=value …]                 the table; as it stands also results/005_scale.csv and .png
 
-A step, as the platform takes it: every worker lays its batch out, computes, and adds its gradients up with all others; nothing
-of it overlaps. Meanwhile one feeder makes the batches of all workers, a few ahead. Steps are simulated, with batches of
-unequal size and GPUs of unequal speed.
+A step, as the platform takes it: every worker lays its batch out, computes, and adds its gradients up with
+all others; nothing of it overlaps. Meanwhile one feeder makes the batches of all workers, a few ahead. Steps
+are simulated, with batches of unequal size and GPUs of unequal speed.
 """
 
 from __future__ import annotations
@@ -38,18 +38,34 @@ _ID = 8  # bytes of a token on its way from the feeder to a worker
 class Inputs(Part):
     """What was not measured: all of it is assumed."""
 
-    gpu_flops: float = Field(989e12, gt=0, description="dense bfloat16 FLOP/s of a GPU; its maker's figure for H100 and H200")
+    gpu_flops: float = Field(
+        989e12, gt=0, description="dense bfloat16 FLOP/s of a GPU; its maker's figure for H100 and H200"
+    )
     mfu: float = Field(0.4, gt=0, le=1, description="share of them that a step's matrix products reach")
-    sigma: float = Field(0.03, ge=0, description="spread of the logarithm of a GPU's time from step to step, batches alike")
+    sigma: float = Field(
+        0.03, ge=0, description="spread of the logarithm of a GPU's time from step to step, batches alike"
+    )
     node_gpus: int = Field(8, ge=1, description="GPUs of a node")
-    node_cores: int = Field(96, ge=9, description="CPU cores of a node; each GPU's worker keeps one, the feeder one of all")
+    node_cores: int = Field(
+        96, ge=9, description="CPU cores of a node; each GPU's worker keeps one, the feeder one of all"
+    )
     nvlink: float = Field(450e9, gt=0, description="bytes/s between the GPUs of a node")
     infiniband: float = Field(50e9, gt=0, description="bytes/s of each GPU to other nodes: 400 Gbit/s")
-    ethernet: float = Field(1.5625e9, gt=0, description="the same with one 100 Gbit/s link for the eight GPUs of a node")
-    hop: float = Field(5e-6, ge=0, description="seconds of one message between neighbours in the ring; Ethernet: ten times that")
+    ethernet: float = Field(
+        1.5625e9, gt=0, description="the same with one 100 Gbit/s link for the eight GPUs of a node"
+    )
+    hop: float = Field(
+        5e-6,
+        ge=0,
+        description="seconds of one message between neighbours in the ring; Ethernet: ten times that",
+    )
     storage: float = Field(10e9, gt=0, description="bytes/s of the store that all nodes read")
-    feeder_link: float = Field(12.5e9, gt=0, description="bytes/s out of the feeder's node, and as many into it")
-    part_bytes: int = Field(1 << 26, ge=1, description="bytes that one task reads; the platform's from 1 TiB of text on")
+    feeder_link: float = Field(
+        12.5e9, gt=0, description="bytes/s out of the feeder's node, and as many into it"
+    )
+    part_bytes: int = Field(
+        1 << 26, ge=1, description="bytes that one task reads; the platform's from 1 TiB of text on"
+    )
     corpus: float = Field(10e12, gt=0, description="bytes of text")
     seed: int = Field(0, ge=0, description="of the simulation")
 
@@ -74,7 +90,9 @@ class Shape:
         return self.layers * rank * sum(a + b for a, b in self.linear)
 
     def flops(self, rank: int, seen: float) -> float:
-        """Of a token: 4 for a frozen weight, 6 for a trained one, 12 for a token that it sees, all nothing twice."""
+        """Of a token: 4 for a frozen weight, 6 for a trained one, 12 for a token that it sees, all nothing
+        twice.
+        """
         frozen = self.layers * sum(a * b for a, b in self.linear) + self.vocabulary * self.hidden
         return 4 * frozen + 6 * self.trained(rank) + 12 * self.layers * self.hidden * seen
 
@@ -93,15 +111,24 @@ def ring(workers: int, size: float, latency: float, bandwidth: float) -> float:
 
 
 def expected_max(count: int, sigma: float) -> float:
-    """Of `count` lognormal draws whose median is 1: the integral of its quantile function over that of the largest."""
+    """Of `count` lognormal draws whose median is 1: the integral of its quantile function over that of the
+    largest.
+    """
     middles = (np.arange(20000) + 0.5) / 20000
     return float(np.mean([math.exp(sigma * NormalDist().inv_cdf(u)) for u in middles ** (1 / count)]))
 
 
-def parts(shape: Shape, workers: int, fabric: str, given: Inputs, cost: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds of a step that each part of a worker takes, then those that the feeder's side takes for all workers' batches."""
+def parts(
+    shape: Shape, workers: int, fabric: str, given: Inputs, cost: Mapping[str, Any]
+) -> dict[str, float]:
+    """Seconds of a step that each part of a worker takes, then those that the feeder's side takes for all
+    workers' batches.
+    """
     rank = LoraConfig().lora_rank
-    size, tokens = shape.trained(rank), cost["tokens"] * float(np.mean(cost["places"])) * (1 - cost["padding_share"])
+    size, tokens = (
+        shape.trained(rank),
+        cost["tokens"] * float(np.mean(cost["places"])) * (1 - cost["padding_share"]),
+    )
     speed = given.gpu_flops * given.mfu / shape.flops(rank, cost["seen_per_token"])
     near = workers <= given.node_gpus
     wire = given.nvlink if near else getattr(given, fabric)
@@ -128,20 +155,35 @@ SOURCES = ("feeder", "readers", "storage", "feeder's link")
 
 
 def simulate(
-    workers: int, part: Mapping[str, float], source: float, places: NDArray[Any], sigma: float, seed: int, steps: int = 400
+    workers: int,
+    part: Mapping[str, float],
+    source: float,
+    places: NDArray[Any],
+    sigma: float,
+    seed: int,
+    steps: int = 400,
 ) -> float:
-    """Mean seconds of a step. source: seconds from one batch to the next. places: quantiles of a batch's size."""
+    """Mean seconds of a step. source: seconds from one batch to the next. places: quantiles of a batch's
+    size.
+    """
     draw, warm = np.random.default_rng(seed), steps // 4
     order, grid = np.arange(workers), np.linspace(0, 1, len(places))
     taken, ends, made = [np.zeros(workers)] * _AHEAD, [0.0], 0.0
     for _ in range(steps):
         size = np.interp(draw.random(workers), grid, places) / places.mean()
-        spent = np.maximum(part["compute"] * size, part["dispatch"]) * np.exp(sigma * draw.standard_normal(workers))
-        # One after another: a batch is begun when the one before it is made, and where its worker has room for it.
-        ready = np.maximum.accumulate(np.maximum(taken[-_AHEAD] - order * source, made)) + (order + 1) * source
+        spent = np.maximum(part["compute"] * size, part["dispatch"]) * np.exp(
+            sigma * draw.standard_normal(workers)
+        )
+        # One after another: a batch is begun when the one before it is made, and where its worker has room
+        # for it.
+        ready = (
+            np.maximum.accumulate(np.maximum(taken[-_AHEAD] - order * source, made)) + (order + 1) * source
+        )
         made = float(ready[-1])
         taken.append(np.maximum(ready, ends[-1]))
-        ends.append(float((taken[-1] + part["layout"] + spent).max()) + part["all-reduce"] + part["checkpoints"])
+        ends.append(
+            float((taken[-1] + part["layout"] + spent).max()) + part["all-reduce"] + part["checkpoints"]
+        )
     return (ends[-1] - ends[warm]) / (steps - warm)
 
 
@@ -153,7 +195,11 @@ def row(name: str, workers: int, fabric: str, given: Inputs, cost: Mapping[str, 
     step = simulate(workers, part, part[source] / workers, places, given.sigma, given.seed)
     own = ("compute", "dispatch", "layout", "all-reduce", "checkpoints")
     waits = max(0.0, alone - max(part["compute"], part["dispatch"]) - sum(part[item] for item in own[2:]))
-    shown = {**{item: part[item] for item in own}, "stragglers": waits, **{item: part[item] for item in SOURCES}}
+    shown = {
+        **{item: part[item] for item in own},
+        "stragglers": waits,
+        **{item: part[item] for item in SOURCES},
+    }
     limit = source if part[source] >= alone else max((*own, "stragglers"), key=lambda item: shown[item])
     tokens = cost["tokens"] * float(places.mean()) * (1 - cost["padding_share"])
     rate = workers * tokens / step
@@ -172,7 +218,9 @@ def row(name: str, workers: int, fabric: str, given: Inputs, cost: Mapping[str, 
 
 
 def survey_hours(nodes: int, given: Inputs, cost: Mapping[str, Any]) -> dict[str, float]:
-    """The reading of all lines before training: what cores, planning of tasks and storage take, side by side."""
+    """The reading of all lines before training: what cores, planning of tasks and storage take, side by
+    side.
+    """
     return {
         "cores": given.corpus * cost["survey_s_per_byte"] / (nodes * given.node_cores) / 3600,
         "tasks": given.corpus / given.part_bytes * cost["task_s"] / 3600,
@@ -194,7 +242,12 @@ def main(argv: list[str]) -> None:
         return
     given = parse(Inputs, argv)
     cost = json.loads((RESULTS / "005_scale.costs.json").read_text(encoding="utf-8"))
-    rows = [row(name, n, fabric, given, cost) for fabric in ("infiniband", "ethernet") for name in SHAPES for n in WORKERS]
+    rows = [
+        row(name, n, fabric, given, cost)
+        for fabric in ("infiniband", "ethernet")
+        for name in SHAPES
+        for n in WORKERS
+    ]
     if not argv:
         record(rows)
     for item in rows:

@@ -1,9 +1,11 @@
-"""What the experiments on branch tax share: SmolLM2, and the first 96 tokens of GSM8K's problems with their answers.
+"""What the experiments on branch tax share: SmolLM2, and the first 96 tokens of GSM8K's problems with their
+answers.
 
     python -m experiments._gsm8k path/to/gsm8k.train.jsonl runs/data/gsm8k.train.jsonl
     python -m experiments._gsm8k path/to/gsm8k.test.jsonl runs/data/gsm8k.test.jsonl
 
-Problems are texts of their own: branches of a sample have nothing to do with each other, so whatever a sibling costs is tax.
+Problems are texts of their own: branches of a sample have nothing to do with each other, so whatever a
+sibling costs is tax.
 """
 
 from __future__ import annotations

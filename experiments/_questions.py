@@ -1,8 +1,10 @@
-"""The answers of `003_many_questions`: every way of asking, in both languages, as a table and a picture in `results/`.
+"""The answers of `003_many_questions`: every way of asking, in both languages, as a table and a picture in
+`results/`.
 
     python -m experiments._questions runs/questions-HASH runs/data
 
-Each way is one `python -m workloads.evaluate answers` in a process of its own. What has been measured is not measured again.
+Each way is one `python -m workloads.evaluate answers` in a process of its own. What has been measured is not
+measured again.
 """
 
 from __future__ import annotations
@@ -17,10 +19,13 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from parallelmind.config_file import load_yaml
+from parallelmind.config.yaml_file import load_yaml
 
 _RESULTS = Path(__file__).parent / "results"
-_ASKED = {"en": (17, 16), "zh": (6, 24)}  # passages, new tokens: SmolLM2's tokenizer needs many for Chinese, and minutes
+_ASKED = {
+    "en": (17, 16),
+    "zh": (6, 24),
+}  # passages, new tokens: SmolLM2's tokenizer needs many for Chinese, and minutes
 _TOGETHER = (2, 4, 8)
 _COLOURS = {"one by one": "black", "batch": "#8d99ae", "columnar": "#f18f01", "isolated": "#2e86ab"}
 
@@ -46,7 +51,15 @@ def measured(run: Path, data: Path) -> list[dict[str, Any]]:
             visibility = load_yaml(trial / "config.yaml")["visibility"]
             for (way, together), settings in ways(visibility).items():
                 found = ask(run, data, language, trial / "adapter", f"{way} {together}", settings)
-                rows.append({"language": language, "adapter": visibility, "way": way, "questions at once": together, **found})
+                rows.append(
+                    {
+                        "language": language,
+                        "adapter": visibility,
+                        "way": way,
+                        "questions at once": together,
+                        **found,
+                    }
+                )
     return rows
 
 
@@ -64,7 +77,13 @@ def ask(run: Path, data: Path, language: str, adapter: Path, way: str, settings:
             "lora_path": adapter,
             "output_path": scores,
         }
-        line = [sys.executable, "-m", "workloads.evaluate", "answers", *(f"{name}={value}" for name, value in given.items())]
+        line = [
+            sys.executable,
+            "-m",
+            "workloads.evaluate",
+            "answers",
+            *(f"{name}={value}" for name, value in given.items()),
+        ]
         print(*line[1:], *settings, flush=True)
         subprocess.run([*line, *settings], check=True)
     found: dict[str, Any] = json.loads(scores.read_text(encoding="utf-8"))
@@ -75,7 +94,9 @@ def ask(run: Path, data: Path, language: str, adapter: Path, way: str, settings:
 def figure(rows: list[dict[str, Any]]) -> Figure:
     """F1 against questions per second; a line for each way, its points 2, 4 and 8 questions at once."""
     drawn = Figure(figsize=(11, 4.5), layout="constrained")
-    for axes, (language, title) in zip(drawn.subplots(1, 2), {"en": "English", "zh": "Chinese"}.items(), strict=True):
+    for axes, (language, title) in zip(
+        drawn.subplots(1, 2), {"en": "English", "zh": "Chinese"}.items(), strict=True
+    ):
         _language(axes, [row for row in rows if row["language"] == language])
         axes.set_title(title)
     return drawn
@@ -87,9 +108,18 @@ def _language(axes: Axes, rows: list[dict[str, Any]]) -> None:
             own = [row for row in rows if (row["adapter"], row["way"]) == (adapter, way)]
             speeds, scores = [row["questions_per_second"] for row in own], [100 * row["f1"] for row in own]
             colour = _COLOURS[way.partition(",")[0]]
-            axes.plot(speeds, scores, marker=marker, color=colour, label=f"{way} ({adapter} adapter)", markersize=7 - len(own))
+            axes.plot(
+                speeds,
+                scores,
+                marker=marker,
+                color=colour,
+                label=f"{way} ({adapter} adapter)",
+                markersize=7 - len(own),
+            )
             for row, x, y in zip(own, speeds, scores, strict=True):
-                axes.annotate(str(row["questions at once"]), (x, y), (4, 4), textcoords="offset points", fontsize=8)
+                axes.annotate(
+                    str(row["questions at once"]), (x, y), (4, 4), textcoords="offset points", fontsize=8
+                )
     axes.set(xlabel="questions/s", ylabel="F1, percent", xlim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=7)

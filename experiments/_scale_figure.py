@@ -9,7 +9,13 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-COLOURS = {"compute": "#4c956c", "dispatch": "#f2e8cf", "feeder": "#d1495b", "readers": "#edae49", "storage": "#8d5a97"}
+COLOURS = {
+    "compute": "#4c956c",
+    "dispatch": "#f2e8cf",
+    "feeder": "#d1495b",
+    "readers": "#edae49",
+    "storage": "#8d5a97",
+}
 _NAMES = {"infiniband": "InfiniBand", "ethernet": "Ethernet"}
 
 
@@ -18,7 +24,9 @@ def figure(rows: list[dict[str, Any]]) -> Figure:
     left, right = drawn.subfigures(1, 2, width_ratios=(0.42, 0.58))  # type: ignore[misc]  # typed as if it were one
     _speeds(left.add_subplot(), [item for item in rows if item["fabric"] == "infiniband"])
     for index, fabric in enumerate(("infiniband", "ethernet")):
-        _limits(right.add_subplot(2, 1, index + 1), [item for item in rows if item["fabric"] == fabric], fabric)
+        _limits(
+            right.add_subplot(2, 1, index + 1), [item for item in rows if item["fabric"] == fabric], fabric
+        )
     named = [name for name in COLOURS if any(item["limit"] == name for item in rows)]
     handles = [Patch(color=COLOURS[name], label=name) for name in named]
     right.legend(handles=handles, loc="outside lower center", ncols=len(named), frameon=False)
@@ -27,7 +35,9 @@ def figure(rows: list[dict[str, Any]]) -> Figure:
 
 def _axes(rows: list[dict[str, Any]]) -> tuple[list[str], list[int]]:
     """Models and numbers of GPUs, in their order."""
-    return list(dict.fromkeys(item["model"] for item in rows)), list(dict.fromkeys(item["gpus"] for item in rows))
+    return list(dict.fromkeys(item["model"] for item in rows)), list(
+        dict.fromkeys(item["gpus"] for item in rows)
+    )
 
 
 def _speeds(axes: Axes, rows: list[dict[str, Any]]) -> None:
@@ -47,15 +57,21 @@ def _speeds(axes: Axes, rows: list[dict[str, Any]]) -> None:
 
 
 def _limits(axes: Axes, rows: list[dict[str, Any]], fabric: str) -> None:
-    """A cell for each model and number of GPUs: its colour is what limits, its number how much of the computing is left."""
+    """A cell for each model and number of GPUs: its colour is what limits, its number how much of the
+    computing is left.
+    """
     models, workers = _axes(rows)
     by = {(item["model"], item["gpus"]): item for item in rows}
     axes.imshow([[to_rgb(COLOURS[by[name, n]["limit"]]) for n in workers] for name in models], aspect="auto")
     for y, name in enumerate(models):
         for x, n in enumerate(workers):
-            axes.text(x, y, f"{by[name, n]['efficiency']:.0%}", ha="center", va="center", color="black", fontsize=9)
+            axes.text(
+                x, y, f"{by[name, n]['efficiency']:.0%}", ha="center", va="center", color="black", fontsize=9
+            )
     axes.set_xticks(range(len(workers)), labels=list(map(str, workers)))
     axes.set_yticks(range(len(models)), labels=list(models))
-    axes.set_title(f"What limits, and the share of a step that is computing: {_NAMES[fabric]} between nodes", fontsize=10)
+    axes.set_title(
+        f"What limits, and the share of a step that is computing: {_NAMES[fabric]} between nodes", fontsize=10
+    )
     axes.set_xlabel("GPUs" if fabric == "ethernet" else "")
     axes.tick_params(length=0)

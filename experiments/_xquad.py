@@ -1,11 +1,12 @@
-"""XQuAD for questions in parallel: passages with eight questions or more are held out, with their first eight; of the others
-one adapter learns.
+"""XQuAD for questions in parallel: passages with eight questions or more are held out, with their first
+eight; of the others one adapter learns.
 
     python -m workloads.convert data_path=path/to/xquad.en.json output_path=runs/data/xquad.en.all.jsonl
     python -m workloads.convert data_path=path/to/xquad.zh.json output_path=runs/data/xquad.zh.all.jsonl
     python -m experiments._xquad runs/data
 
-Chinese costs SmolLM2's tokenizer two and a half times the tokens of English, so only the shortest third of it is trained on.
+Chinese costs SmolLM2's tokenizer two and a half times the tokens of English, so only the shortest third of it
+is trained on.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ def _records(file: Path) -> list[dict[str, Any]]:
 
 
 def _write(file: Path, records: list[dict[str, Any]]) -> None:
-    file.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    file.write_text(
+        "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8"
+    )
 
 
 def main(folder: str) -> None:
@@ -32,7 +35,10 @@ def main(folder: str) -> None:
     for language, share in (("en", 1.0), ("zh", 1 / 3)):
         records = _records(data / f"xquad.{language}.all.jsonl")
         many = [record for record in records if len(record["branches"]) >= _QUESTIONS]
-        _write(data / f"xquad.{language}.jsonl", [{**record, "branches": record["branches"][:_QUESTIONS]} for record in many])
+        _write(
+            data / f"xquad.{language}.jsonl",
+            [{**record, "branches": record["branches"][:_QUESTIONS]} for record in many],
+        )
         rest = [record for record in records if len(record["branches"]) < _QUESTIONS]
         train += sorted(rest, key=lambda record: len(record["main"]))[: round(len(rest) * share)]
     _write(data / "xquad.train.jsonl", train)

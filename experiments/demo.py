@@ -1,4 +1,6 @@
-"""Can SmolLM2 learn, in minutes on two cores, to answer eight questions about a passage in parallel branches?"""
+"""Can SmolLM2 learn, in minutes on two cores, to answer eight questions about a passage in parallel
+branches?
+"""
 
 from parallelmind.config import TrainConfig
 

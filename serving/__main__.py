@@ -17,7 +17,7 @@ from contextlib import redirect_stderr
 from io import StringIO
 from typing import Any
 
-import serving.ray_env  # noqa: F401  (before Ray)
+import serving.runtime.ray_env  # noqa: F401  (before Ray)
 
 # isort: split
 import ray
@@ -26,11 +26,13 @@ from ray import serve
 from parallelmind import cli
 from parallelmind.errors import UserError
 from serving.app import build
-from serving.settings import HOST, AppConfig, ServerConfig
+from serving.config import HOST, AppConfig, ServerConfig
 
 
 def main(argv: list[str]) -> None:
-    """Serve until interrupted. Raises UserError for bad fields, a taken port, and what cannot be read or loaded."""
+    """Serve until interrupted. Raises UserError for bad fields, a taken port, and what cannot be read or
+    loaded.
+    """
     if cli.wants_help(argv):
         return cli.print_help(__doc__ or "", ServerConfig)
     config = cli.parse(ServerConfig, argv)
@@ -80,7 +82,9 @@ def _require_free(port: int) -> None:
         try:
             probe.bind((HOST, port))
         except OSError as error:
-            raise UserError(f"port={port}: {error.strerror}; give another, such as port={port + 1}") from error
+            raise UserError(
+                f"port={port}: {error.strerror}; give another, such as port={port + 1}"
+            ) from error
 
 
 def _require_adapter(lora_path: str) -> None:

@@ -1,6 +1,7 @@
 """The application, engines behind an HTTP front: `serve run --address local serving.app:build lora_path=…`.
 
-Without an address `serve run` joins whatever cluster this machine has last started. `python -m serving` never does.
+Without an address `serve run` joins whatever cluster this machine has last started. `python -m serving` never
+does.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
-from serving.engine import EngineReplica
-from serving.front import Front
-from serving.scaling import ByBranches
-from serving.settings import AppConfig
+from serving.config import AppConfig
+from serving.engine.autoscaling import ByBranches
+from serving.engine.replica import EngineReplica
+from serving.ingress.ingress import Front
 
-# How many requests may be open is the gate's business, which answers in OpenAI's shape; Serve's own limits must not come first.
+# How many requests may be open is the gate's business, which answers in OpenAI's shape; Serve's own limits
+# must not come first.
 _NO_LIMIT = 100_000
 # A frozen process is replaced after about three of these.
 _HEALTH: dict[str, Any] = {"health_check_period_s": 1.0, "health_check_timeout_s": 4.0}
@@ -26,7 +28,9 @@ _DRAIN_S = 300.0  # for the requests of a front that is to leave; they cannot mo
 
 
 def build(args: Mapping[str, Any]) -> Application:
-    """The application for these fields of `AppConfig`. Raises UserError for an unknown one and for nothing to serve."""
+    """The application for these fields of `AppConfig`. Raises UserError for an unknown one and for nothing to
+    serve.
+    """
     config = AppConfig.of(args)
     engine = serve.deployment(
         max_ongoing_requests=_NO_LIMIT,
@@ -54,5 +58,7 @@ def _scaling(config: AppConfig) -> AutoscalingConfig:
         downscale_delay_s=config.idle_s,
         metrics_interval_s=1.0,
         look_back_period_s=3.0,
-        policy=AutoscalingPolicy(policy_function=ByBranches, policy_kwargs={"branches_per_replica": config.branches_per_replica}),
+        policy=AutoscalingPolicy(
+            policy_function=ByBranches, policy_kwargs={"branches_per_replica": config.branches_per_replica}
+        ),
     )

@@ -1,4 +1,6 @@
-"""What tests of adapters and trained models share: a little training, and logits here and in a fresh process."""
+"""What tests of adapters and trained models share: a little training, and logits here and in a fresh
+process.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 def branch_logits(model: Any) -> torch.Tensor:
     """`[1, 6, vocab]` of two branches of three tokens; the mask is causal, the coordinates are not."""
-    mask = torch.zeros(1, 1, 6, 6, dtype=model.dtype).masked_fill_(torch.ones(6, 6).triu(1).bool(), torch.finfo(model.dtype).min)
+    mask = torch.zeros(1, 1, 6, 6, dtype=model.dtype).masked_fill_(
+        torch.ones(6, 6).triu(1).bool(), torch.finfo(model.dtype).min
+    )
     return model(input_ids=IDS, pos2d=_POS2D, attention_mask=mask).logits
 
 

@@ -1,4 +1,6 @@
-"""ASGI applications called in-process: a client that may be slow, and a front over an engine that says what it is told to."""
+"""ASGI applications called in-process: a client that may be slow, and a front over an engine that says what
+it is told to.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tiny import tiny_tokenizer
 from transformers import LlamaConfig
 
-from parallelmind.decoding.samples import Event
-from parallelmind.decoding.sampling import SamplingParams
-from serving.front import Front
-from serving.meters import Meters
-from serving.settings import AppConfig
-from serving.work import Begun, Step, packed
+from parallelmind.engine.request import Event
+from parallelmind.engine.sampler import SamplingParams
+from serving.config import AppConfig
+from serving.engine.messages import Begun, Step, packed
+from serving.ingress.ingress import Front
+from serving.observability.metrics import Meters
 
 # One branch that says one letter.
 TOLD = [Step([], [Begun(0, [5], SamplingParams(), (0, 0))]), Step([Event(0, "A", 65, "stop")], [])]
@@ -51,7 +53,8 @@ async def ask(
     reads: int | None = None,
     prefix: str = "",
 ) -> Reply:
-    """One request. body: its chunks; whole: whether an end follows them. reads: messages after which the client reads no more.
+    """One request. body: its chunks; whole: whether an end follows them. reads: messages after which the
+    client reads no more.
 
     prefix: of the application, which Serve leaves in the path.
     """
@@ -95,7 +98,13 @@ async def ask(
 
 async def post(app: ASGIApp, path: str, body: Any, **headers: str) -> Reply:
     text = json.dumps(body).encode()
-    return await ask(app, "POST", path, {"content-type": "application/json", "content-length": str(len(text)), **headers}, [text])
+    return await ask(
+        app,
+        "POST",
+        path,
+        {"content-type": "application/json", "content-length": str(len(text)), **headers},
+        [text],
+    )
 
 
 class App:
@@ -137,14 +146,22 @@ class _Steps:
 def counted(meters: Meters, name: str, **labels: str) -> float:
     """The sum over all samples of a meter that have these labels."""
     found = [part for family in meters.families() for part in family.samples]
-    return sum(value for sample, own, value in found if sample == f"parallelmind_{name}" and labels.items() <= own.items())
+    return sum(
+        value
+        for sample, own, value in found
+        if sample == f"parallelmind_{name}" and labels.items() <= own.items()
+    )
 
 
 def front(folder: Path, steps: Sequence[Step] = (), **settings: Any) -> Front:
-    """The process in front as Serve makes it, but for the engine, which answers every sample with these steps."""
+    """The process in front as Serve makes it, but for the engine, which answers every sample with these
+    steps.
+    """
     tiny_tokenizer().save_pretrained(folder)
     LlamaConfig(vocab_size=300, max_position_embeddings=4096).save_pretrained(folder)
     engine: Any = SimpleNamespace(decode=SimpleNamespace(remote=lambda _: _Steps(steps)))
     engine.options = lambda **_: engine
-    with patch.multiple("serving.front", keep_on_node_address=lambda: None, set_up=lambda _: None):  # these change the process
+    with patch.multiple(
+        "serving.ingress.ingress", keep_on_node_address=lambda: None, set_up=lambda _: None
+    ):  # these change the process
         return Front(engine, AppConfig.of({"base_model": str(folder), "served_name": "tiny", **settings}))

@@ -1,7 +1,9 @@
-"""The node types of ray_cluster.yaml on this machine: Ray's own autoscaler, with processes in place of rented machines.
+"""The node types of ray_cluster.yaml on this machine: Ray's own autoscaler, with processes in place of rented
+machines.
 
-Real: the head, the autoscaler, its decisions, and raylets that come and go. Not real: the machines, and so ssh, containers, setup
-commands and spot prices. Every node has the resources of its type on paper, whatever this machine has.
+Real: the head, the autoscaler, its decisions, and raylets that come and go. Not real: the machines, and so
+ssh, containers, setup commands and spot prices. Every node has the resources of its type on paper, whatever
+this machine has.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import clusters
 import yaml
 from servers import ROOT, Server
 
-from serving.ports import free_port
+from serving.runtime.ports import free_port
 
 CLUSTER = ROOT / "ray_cluster.yaml"
 _HEAD_ID = "f" * 51 + "00000"  # what Ray's provider of processes takes the head to be
@@ -42,7 +44,10 @@ def local_form(gcs_port: int, idle_s: float) -> dict[str, Any]:
     types = config["available_node_types"]
     nothing = {name: [] for name in config if name.endswith("_commands")}
     return {
-        **{name: config[name] for name in ("cluster_name", "max_workers", "upscaling_speed", "cluster_synced_files")},
+        **{
+            name: config[name]
+            for name in ("cluster_name", "max_workers", "upscaling_speed", "cluster_synced_files")
+        },
         **nothing,
         "idle_timeout_minutes": idle_s / 60,
         "provider": {
@@ -56,7 +61,8 @@ def local_form(gcs_port: int, idle_s: float) -> dict[str, Any]:
         "file_mounts": {},
         "head_node_type": _HEAD_TYPE,
         "available_node_types": {
-            _HEAD_TYPE if name == config["head_node_type"] else name: _local_type(found) for name, found in types.items()
+            _HEAD_TYPE if name == config["head_node_type"] else name: _local_type(found)
+            for name, found in types.items()
         },
     }
 
@@ -68,7 +74,9 @@ def _local_type(found: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def autoscaled(python: Path, folder: Path, idle_s: float) -> Iterator[Server]:
-    """A head with the CPUs that ray_cluster.yaml gives it, and its autoscaler; a worker goes after `idle_s` without work."""
+    """A head with the CPUs that ray_cluster.yaml gives it, and its autoscaler; a worker goes after `idle_s`
+    without work.
+    """
     gcs_port = free_port()
     config = local_form(gcs_port, idle_s)
     path = folder / "cluster.json"

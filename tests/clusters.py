@@ -1,4 +1,6 @@
-"""A one-node Ray cluster on loopback whose Python has the dependencies but not the project, and what is deployed on it."""
+"""A one-node Ray cluster on loopback whose Python has the dependencies but not the project, and what is
+deployed on it.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +22,11 @@ import yaml
 from processes import kill
 from servers import ROOT, Server
 
-from serving.ports import free_port
+from serving.runtime.ports import free_port
 
 _STARTUP_S, _WAIT_S = 180, 120
 # Serve's settings that `ray start` needs in its environment, by whoever has the project.
-_SETTLED = "import os, sys, serving.ray_env; os.execv(sys.argv[1], sys.argv[1:])"
+_SETTLED = "import os, sys, serving.runtime.ray_env; os.execv(sys.argv[1], sys.argv[1:])"
 
 
 def bare_python(folder: Path) -> Path:
@@ -34,9 +36,13 @@ def bare_python(folder: Path) -> Path:
     """
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    (folder / "lib" / version / "site-packages" / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    (folder / "lib" / version / "site-packages" / "dependencies.pth").write_text(
+        sysconfig.get_path("purelib")
+    )
     python = folder / "bin" / "python"
-    found = subprocess.run([python, "-c", "import ray, torch; import parallelmind"], capture_output=True, text=True, cwd=folder)
+    found = subprocess.run(
+        [python, "-c", "import ray, torch; import parallelmind"], capture_output=True, text=True, cwd=folder
+    )
     assert "No module named 'parallelmind'" in found.stderr
     return python
 
@@ -44,26 +50,53 @@ def bare_python(folder: Path) -> Path:
 def environment(python: Path, **settings: str) -> dict[str, str]:
     """`python` of a job resolves through the PATH of the shell that started the cluster."""
     ours = {"RAY_AUTH_MODE": "disabled", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "OMP_NUM_THREADS": "1"}
-    # What this process has settled for a server of its own (serving/ray_env.py) has ports that two would share.
-    left = ("RAY_ADDRESS", "PYTHONPATH", "RAY_SERVE_", "MAKE", "MFLAGS")  # these tests may be a part of `make`
+    # What this process has settled for a server of its own (serving/runtime/ray_env.py) has ports that two
+    # would share.
+    left = (
+        "RAY_ADDRESS",
+        "PYTHONPATH",
+        "RAY_SERVE_",
+        "MAKE",
+        "MFLAGS",
+    )  # these tests may be a part of `make`
     kept = {name: value for name, value in os.environ.items() if not name.startswith(left)}
     return {**kept, **ours, "PATH": f"{python.parent}:{os.environ['PATH']}", **settings}
 
 
 @contextmanager
 def cluster(
-    python: Path, cpus: int = 2, serves: bool = False, gcs_port: int | None = None, options: Sequence[str] = (), **settings: str
+    python: Path,
+    cpus: int = 2,
+    serves: bool = False,
+    gcs_port: int | None = None,
+    options: Sequence[str] = (),
+    **settings: str,
 ) -> Iterator[Server]:
-    """A cluster until the end of the block, as a server of its dashboard; only its own processes are ended afterwards.
+    """A cluster until the end of the block, as a server of its dashboard; only its own processes are ended
+    afterwards.
 
-    serves: with the settings of serving/ray_env.py. gcs_port: where nodes join; none: a free one. options: more of `ray start`.
-    settings: more of its environment.
+    serves: with the settings of serving/runtime/ray_env.py. gcs_port: where nodes join; none: a free one.
+    options: more of `ray start`. settings: more of its environment.
     """
     port = free_port()
     line: list[str | Path] = [
         *((sys.executable, "-c", _SETTLED) if serves else ()),
-        *(python, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--num-cpus={cpus}", "--node-ip-address=127.0.0.1"),
-        *(f"--port={gcs_port or free_port()}", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}", "--disable-usage-stats"),
+        *(
+            python,
+            "-m",
+            "ray.scripts.scripts",
+            "start",
+            "--head",
+            "--block",
+            f"--num-cpus={cpus}",
+            "--node-ip-address=127.0.0.1",
+        ),
+        *(
+            f"--port={gcs_port or free_port()}",
+            "--dashboard-host=127.0.0.1",
+            f"--dashboard-port={port}",
+            "--disable-usage-stats",
+        ),
         *(f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}"),
         *(f"--object-store-memory={2**28}", "--include-dashboard=true", *options),
     ]
@@ -72,7 +105,9 @@ def cluster(
         place = ROOT if serves else python.parent
         with open(log, "wb") as output:
             line.append(f"--temp-dir={folder}")
-            process = subprocess.Popen(line, cwd=place, env=environment(python, **settings), stdout=output, stderr=output)
+            process = subprocess.Popen(
+                line, cwd=place, env=environment(python, **settings), stdout=output, stderr=output
+            )
         server = Server(process, port, log)
         try:
             _wait_for(server)
@@ -86,7 +121,9 @@ def command(
 ) -> subprocess.CompletedProcess[str]:
     """One of Ray's command lines, from the project's root, to its end. settings: more of its environment."""
     line = [python, "-m", module, *arguments]
-    return subprocess.run(line, cwd=ROOT, env=environment(python, **settings), capture_output=True, text=True, timeout=timeout_s)
+    return subprocess.run(
+        line, cwd=ROOT, env=environment(python, **settings), capture_output=True, text=True, timeout=timeout_s
+    )
 
 
 class Application:
@@ -105,13 +142,17 @@ class Application:
         return self._config["applications"][0]
 
     def deploy(self, **args: Any) -> None:
-        """With these arguments, if they are new to it; returns once all processes are new. There is a front all the time."""
+        """With these arguments, if they are new to it; returns once all processes are new. There is a front
+        all the time.
+        """
         if args.items() <= self._only["args"].items():
             return
         before = self.running("Front") | self.running("EngineReplica")
         self._only["args"] |= args
         self._file.write_text(yaml.safe_dump(self._config), encoding="utf-8")
-        done = command(self._python, "ray.serve.scripts", "deploy", self._file, "--address", self._dashboard.url)
+        done = command(
+            self._python, "ray.serve.scripts", "deploy", self._file, "--address", self._dashboard.url
+        )
         assert done.returncode == 0, done.stderr
         wait_until(lambda: self._replaced(before))
 
@@ -121,9 +162,13 @@ class Application:
         return self._status()["status"] == "RUNNING" and (fronts | engines).isdisjoint(before)
 
     def running(self, deployment: str) -> set[str]:
-        """Its replicas that are up, as last known: nothing is told of them while the application is being built."""
+        """Its replicas that are up, as last known: nothing is told of them while the application is being
+        built.
+        """
         for name, found in self._status().get("deployments", {}).items():
-            self._known[name] = {each["replica_id"] for each in found["replicas"] if each["state"] == "RUNNING"}
+            self._known[name] = {
+                each["replica_id"] for each in found["replicas"] if each["state"] == "RUNNING"
+            }
         return self._known.get(deployment, set())
 
     def _status(self) -> Any:

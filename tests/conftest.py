@@ -1,4 +1,6 @@
-"""Tiny models are faster on one thread than on several; and what a test starts must add up as it does itself."""
+"""Tiny models are faster on one thread than on several; and what a test starts must add up as it does
+itself.
+"""
 
 import os
 

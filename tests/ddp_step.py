@@ -1,4 +1,6 @@
-"""One of two processes: its half of a batch, through DistributedDataParallel, against the whole batch in one process."""
+"""One of two processes: its half of a batch, through DistributedDataParallel, against the whole batch in one
+process.
+"""
 
 from __future__ import annotations
 

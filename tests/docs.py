@@ -46,7 +46,9 @@ def blocks(path: Path) -> list[Block]:
 
 
 def commands(block: Block) -> Iterator[list[str]]:
-    """The words of every simple command of a shell block; continued lines are joined, here-documents left out."""
+    """The words of every simple command of a shell block; continued lines are joined, here-documents left
+    out.
+    """
     end, begun = None, ""
     for line in block.text.replace("\\\n", " ").splitlines():
         if end is not None:

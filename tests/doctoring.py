@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from workloads import doctor
-from workloads.doctor import CHECKS, Check
-from workloads.doctor_checks import DoctorConfig, Finding
+from workloads.doctor import command as doctor
+from workloads.doctor.command import CHECKS, Check
+from workloads.doctor.local_checks import DoctorConfig, Finding
 
 
 def place_of_our_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

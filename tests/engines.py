@@ -11,9 +11,9 @@ import torch
 from tiny import save_tiny, tiny_llama, tiny_tokenizer
 
 from parallelmind.config import BaseConfig, LoraConfig, RopeConfig
-from parallelmind.decoding.engine import Engine
-from parallelmind.decoding.samples import Event
-from parallelmind.decoding.scheduler import Limits
+from parallelmind.engine.engine import Engine
+from parallelmind.engine.request import Event
+from parallelmind.engine.scheduler import Limits
 from parallelmind.model.adapter import add_lora, save_adapter
 from parallelmind.model.patch import patch
 

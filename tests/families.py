@@ -1,4 +1,6 @@
-"""The models that stand for all: one for each mechanism of the patch, and one for each thing it should not notice."""
+"""The models that stand for all: one for each mechanism of the patch, and one for each thing it should not
+notice.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
-from parallelmind.evaluation.tiny import WINDOW, tiny_model
+from parallelmind.evaluation.tiny_models import WINDOW, tiny_model
 
 FAMILIES = {
     "shared": "llama",
@@ -23,15 +25,27 @@ _SCALED: dict[str, dict[str, Any]] = {
     "dynamic": {"factor": 4.0},
     "yarn": {"factor": 4.0, "original_max_position_embeddings": 64},
     "longrope": {"factor": 4.0, "original_max_position_embeddings": 64, **_LONG},
-    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
 }
 
 # name: model type and what differs from its tiny defaults
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: ("llama", {"rope_parameters": {"rope_type": name, "rope_theta": 1e4, **rest}}) for name, rest in _SCALED.items()},
+    **{
+        name: ("llama", {"rope_parameters": {"rope_type": name, "rope_theta": 1e4, **rest}})
+        for name, rest in _SCALED.items()
+    },
     "windows beside full attention": (
         "qwen2",
-        {"use_sliding_window": True, "sliding_window": WINDOW, "layer_types": ["full_attention", "sliding_attention"]},
+        {
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+            "layer_types": ["full_attention", "sliding_attention"],
+        },
     ),
     "windows in every layer": ("mistral", {}),
     "half of each head, interleaved": ("glm", {}),

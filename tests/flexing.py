@@ -1,4 +1,6 @@
-"""Long samples for FlexAttention, and what lets it run on a CPU, where it is slow, uncompiled and made for inference only."""
+"""Long samples for FlexAttention, and what lets it run on a CPU, where it is slow, uncompiled and made for
+inference only.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,15 @@ from parallelmind.model import attention
 from parallelmind.model.mask import attention_masks
 from parallelmind.training.loss import TargetLoss, Tensors, to_tensors
 
-SHAPES = [(150, (40, 70, 9)), (37, (60, 5))]  # main and branches: a batch of two, of no whole number of blocks, with padding
+SHAPES = [
+    (150, (40, 70, 9)),
+    (37, (60, 5)),
+]  # main and branches: a batch of two, of no whole number of blocks, with padding
 
 
-def long_batch(config: RopeConfig, shapes=SHAPES, vocabulary: int = 128, device: torch.device | str = "cpu") -> Tensors:
+def long_batch(
+    config: RopeConfig, shapes=SHAPES, vocabulary: int = 128, device: torch.device | str = "cpu"
+) -> Tensors:
     random = np.random.default_rng(0)
 
     def text(length: int) -> list[int]:
@@ -36,7 +43,11 @@ def real_logits(model: torch.nn.Module, batch: Tensors, config: RopeConfig) -> t
     """`[real tokens, vocab]`: nothing is promised of padding."""
     mask = attention_masks(model, batch.pos2d[..., 1], batch.sequence, config.visibility)
     logits = model(
-        input_ids=batch.ids, attention_mask=mask, position_ids=batch.position, pos2d=batch.pos2d, use_cache=False
+        input_ids=batch.ids,
+        attention_mask=mask,
+        position_ids=batch.position,
+        pos2d=batch.pos2d,
+        use_cache=False,
     ).logits
     return logits[batch.sequence != PADDING]
 
@@ -58,11 +69,15 @@ def on_a_cpu() -> Iterator[None]:
         yield
 
 
-def gradients(model: torch.nn.Module, batch: Tensors, visibility: Visibility, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def gradients(
+    model: torch.nn.Module, batch: Tensors, visibility: Visibility, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """Of everything that is trained, in one row, after one batch; computed in `dtype`."""
     model.zero_grad()
     TargetLoss(model, visibility, dtype)(batch)[0].backward()
-    return torch.cat([weight.grad.flatten().float() for weight in model.parameters() if weight.grad is not None])
+    return torch.cat(
+        [weight.grad.flatten().float() for weight in model.parameters() if weight.grad is not None]
+    )
 
 
 class Largest(TorchDispatchMode):

@@ -18,8 +18,13 @@ def records(count: int) -> list[dict]:
     """Samples with and without main, with one to three branches of very different lengths."""
     draw = random.Random(count)
     words = lambda least, most: " ".join(draw.choices(WORDS, k=draw.randint(least, most)))  # noqa: E731
-    return [{"main": words(0, 9), "branches": [words(1, 30) for _ in range(draw.randint(1, 3))]} for _ in range(count)]
+    return [
+        {"main": words(0, 9), "branches": [words(1, 30) for _ in range(draw.randint(1, 3))]}
+        for _ in range(count)
+    ]
 
 
 def save(path: Path, values: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values), encoding="utf-8"
+    )

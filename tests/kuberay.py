@@ -1,7 +1,7 @@
 """What the manifests in docs/deploy use of KubeRay's ray.io/v1, by hand: its own schemas come in no package.
 
-A field that stands here under another name, or with another type, than in KubeRay 1.6 would not be found out. What is in pods is
-checked against Kubernetes' published schemas, by the package kubernetes-validate.
+A field that stands here under another name, or with another type, than in KubeRay 1.6 would not be found out.
+What is in pods is checked against Kubernetes' published schemas, by the package kubernetes-validate.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ _KUBERNETES = "1.32"
 class Known(BaseModel):
     """Refuses what it does not know, as the API server does under strict validation."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, alias_generator=AliasGenerator(validation_alias=to_camel))
+    model_config = ConfigDict(
+        extra="forbid", strict=True, alias_generator=AliasGenerator(validation_alias=to_camel)
+    )
 
 
 class Authentication(Known):

@@ -12,11 +12,11 @@ from peft import PeftModel, get_peft_model_state_dict
 from tiny import tiny_llama
 
 from parallelmind.config import LoraConfig, RopeConfig, TrainConfig
-from parallelmind.data.grouping import Row, Seeds, groups, make_batch, regrouped
+from parallelmind.data.packing import Row, Seeds, groups, make_batch, regrouped
 from parallelmind.layout import Batch, Tokens
-from parallelmind.mirror import Mirror
 from parallelmind.model.adapter import add_lora
 from parallelmind.model.patch import patch
+from parallelmind.remote import Mirror
 from parallelmind.training import checkpoint
 from parallelmind.training.checkpoint import Store
 from parallelmind.training.loop import Job, train
@@ -81,18 +81,32 @@ def weights(model: PeftModel) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in get_peft_model_state_dict(model).items()}
 
 
-def job(settings: TrainConfig, hooks: Recorder, model: PeftModel | None = None, store: Store | None = None) -> Job:
+def job(
+    settings: TrainConfig, hooks: Recorder, model: PeftModel | None = None, store: Store | None = None
+) -> Job:
     rope = settings.part(RopeConfig)
 
     def stream(epoch: int, first: int) -> Iterator[Batch]:
         for group in islice(groups(ROWS, settings, Seeds(settings.seed, epoch)), first, None):
             yield group.batch(rope, 0)
 
-    validation = {n: [make_batch(regrouped(ROWS, n, 8, settings), rope, 0)] for n in settings.validation_branches}
-    return Job(settings, model or fresh_model(settings), stream, hooks, per_epoch=6, validation=validation, store=store)
+    validation = {
+        n: [make_batch(regrouped(ROWS, n, 8, settings), rope, 0)] for n in settings.validation_branches
+    }
+    return Job(
+        settings,
+        model or fresh_model(settings),
+        stream,
+        hooks,
+        per_epoch=6,
+        validation=validation,
+        store=store,
+    )
 
 
-def run(settings: TrainConfig, folder: Path, hooks: Recorder | None = None, model: PeftModel | None = None) -> Run:
+def run(
+    settings: TrainConfig, folder: Path, hooks: Recorder | None = None, model: PeftModel | None = None
+) -> Run:
     """Train with a store in `folder`, from its newest checkpoint if there is one."""
     hooks = hooks or Recorder()
     store = Store(Mirror(folder), settings.keep_checkpoints)
@@ -106,7 +120,12 @@ def run(settings: TrainConfig, folder: Path, hooks: Recorder | None = None, mode
 def logged(run: Run) -> dict[tuple[int, str], float]:
     """Every metric that is not a matter of the clock or the machine, by step and name."""
     own = ("tokens_per_second", "peak_memory_gib", "seconds")
-    return {(step, name): value for step, found in run.hooks.metrics.items() for name, value in found.items() if name not in own}
+    return {
+        (step, name): value
+        for step, found in run.hooks.metrics.items()
+        for name, value in found.items()
+        if name not in own
+    }
 
 
 def steps(folder: Path) -> list[str]:

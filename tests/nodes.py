@@ -1,4 +1,6 @@
-"""Clusters of several nodes on one machine, each started by `ray start` as on its own machine, and cut or killed like one."""
+"""Clusters of several nodes on one machine, each started by `ray start` as on its own machine, and cut or
+killed like one.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,21 @@ import psutil
 import pytest
 from servers import ROOT
 
-from serving.ports import free_port
+from serving.runtime.ports import free_port
 
 _WAIT_S = 120
-NEEDED = pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="namespaces need root and iproute2")
+NEEDED = pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("ip") is None, reason="namespaces need root and iproute2"
+)
 # Nodes see each other, so they listen on all that their namespaces have.
-_OURS = {"RAY_AUTH_MODE": "disabled", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+_OURS = {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONUNBUFFERED": "1",
+}
 # Serve's settings that `ray start` needs in its environment.
-_SETTLED = "import os, sys, serving.ray_env; os.execv(sys.argv[1], sys.argv[1:])"
+_SETTLED = "import os, sys, serving.runtime.ray_env; os.execv(sys.argv[1], sys.argv[1:])"
 
 
 @dataclass(frozen=True)
@@ -81,7 +90,11 @@ class Nodes:
 
     def head(self, cpus: int) -> Node:
         ports = [f"--port={self.port}", f"--dashboard-port={self.dashboard}", "--dashboard-host=127.0.0.1"]
-        own = ["--include-dashboard=true", f"--ray-client-server-port={free_port()}", f"--temp-dir={self.folder}"]
+        own = [
+            "--include-dashboard=true",
+            f"--ray-client-server-port={free_port()}",
+            f"--temp-dir={self.folder}",
+        ]
         return self._start(self.place, cpus, "--head", *ports, *own)
 
     def add(self, cpus: int, place: Place) -> Node:
@@ -90,16 +103,28 @@ class Nodes:
     def _start(self, place: Place, cpus: int, *options: str) -> Node:
         line: list[str | Path] = [
             *((sys.executable, "-c", _SETTLED) if self.serves else ()),
-            *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--num-cpus={cpus}", "--disable-usage-stats"),
+            *(
+                sys.executable,
+                "-m",
+                "ray.scripts.scripts",
+                "start",
+                "--block",
+                f"--num-cpus={cpus}",
+                "--disable-usage-stats",
+            ),
             *(f"--node-ip-address={place.ip}", f"--dashboard-agent-listen-port={free_port()}"),
             *(f"--object-store-memory={2**27}", *options),
         ]
         log = self.folder / f"node-{len(self.nodes)}.log"
         with open(log, "wb") as output:
-            process = subprocess.Popen(place.command(*line), cwd=ROOT, env=place.environment(), stdout=output, stderr=output)
+            process = subprocess.Popen(
+                place.command(*line), cwd=ROOT, env=place.environment(), stdout=output, stderr=output
+            )
         node = Node(process)
         self.nodes.append(node)
-        deadline = time.monotonic() + _WAIT_S  # one after another: they share a disk, and would take each other's names
+        deadline = (
+            time.monotonic() + _WAIT_S
+        )  # one after another: they share a disk, and would take each other's names
         while "Ray runtime started" not in log.read_text():
             assert node.alive(), log.read_text()[-2000:]
             assert time.monotonic() < deadline, log.read_text()[-2000:]
@@ -112,7 +137,9 @@ class Nodes:
         deadline = time.monotonic() + _WAIT_S
         while time.monotonic() < deadline:
             line = self.place.command(sys.executable, "-c", ask)
-            asked = subprocess.run(line, cwd=ROOT, env=self.place.environment(), capture_output=True, text=True, check=False)
+            asked = subprocess.run(
+                line, cwd=ROOT, env=self.place.environment(), capture_output=True, text=True, check=False
+            )
             if asked.stdout.strip() == str(count):
                 return
             time.sleep(0.5)
@@ -121,7 +148,9 @@ class Nodes:
 
 @contextmanager
 def cluster(cpus: int, place: Place, serves: bool = False) -> Iterator[Nodes]:
-    """A cluster of a head until the end of the block. serves: with the settings of serving/ray_env.py."""
+    """A cluster of a head until the end of the block. serves: with the settings of
+    serving/runtime/ray_env.py.
+    """
     with tempfile.TemporaryDirectory(prefix="pm-") as folder:  # short: socket paths may have 107 characters
         nodes = Nodes(Path(folder), place, serves)
         try:
@@ -156,7 +185,8 @@ def network(*names: str) -> Iterator[list[Place]]:
             _ip("-n", space, "link", "set", "eth0", "up")
         yield places
     finally:
-        # By itself it would go only with the last process in those namespaces, and be in the way of the next network.
+        # By itself it would go only with the last process in those namespaces, and be in the way of the next
+        # network.
         subprocess.run(["ip", "link", "delete", tag], check=False, capture_output=True)
         for space in [hub, *(place.namespace for place in places)]:
             subprocess.run(["ip", "netns", "delete", space], check=False, capture_output=True)

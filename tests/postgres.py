@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from serving.ports import free_port
+from serving.runtime.ports import free_port
 
 _WAIT_S = 60
 
@@ -20,12 +20,16 @@ _WAIT_S = 60
 def programs() -> Path | None:
     """The folder of the server's programs; Debian leaves them out of the PATH."""
     found = shutil.which("initdb")
-    return max(Path("/usr/lib/postgresql").glob("*/bin"), default=Path(found).resolve().parent if found else None)
+    return max(
+        Path("/usr/lib/postgresql").glob("*/bin"), default=Path(found).resolve().parent if found else None
+    )
 
 
 @contextmanager
 def server() -> Iterator[str]:
-    """The URI of an empty database. The server's own account runs it where this process is root, whom it refuses."""
+    """The URI of an empty database. The server's own account runs it where this process is root, whom it
+    refuses.
+    """
     folder, port = programs(), free_port()
     assert folder is not None
     account = "postgres" if os.geteuid() == 0 else None

@@ -1,4 +1,6 @@
-"""A reader's folder: the project, the small files that pages speak of, tiny models under the names of large ones, a cluster."""
+"""A reader's folder: the project, the small files that pages speak of, tiny models under the names of large
+ones, a cluster.
+"""
 
 from __future__ import annotations
 
@@ -25,15 +27,16 @@ from processes import kill
 from resident import ask
 from servers import save_talker
 
-from parallelmind.model.base import smollm2_folder
-from serving.ports import free_port
+from parallelmind.model.base_model import smollm2_folder
+from serving.runtime.ports import free_port
 
 _FOLDERS = "platform workloads serving experiments tools benchmarks".split()
 _LOOSE = "Makefile pyproject.toml constraints.txt runtime_env.yaml .gitignore".split()
 _WORDS = "python make ray serve pip docker kubectl".split()
 _ASK = '#!/bin/sh\nexec {python} -SE {here}/resident.py ask {word} "$@"\n'
 _HUB = "Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen2.5-7B-Instruct"
-_KEEP = 'trap "export -p > \'$READER_EXPORTS\'" EXIT\nset -eo pipefail\n'  # what a block exports is there in the next one
+# what a block exports is there in the next one
+_KEEP = "trap \"export -p > '$READER_EXPORTS'\" EXIT\nset -eo pipefail\n"
 _BLOCK_S = 280
 # In place of the package `datasets` and of the hub.
 _DATASETS = """
@@ -42,8 +45,8 @@ def load_dataset(name, subset, split, streaming):
     return [{"question": f"What is {number} + 1?", "answer": f"#### {number + 1}"} for number in range(4)]
 """
 _SWEEP = """
-from workloads.settings import read_config
-from workloads.sweep_config import SweepConfig
+from workloads.common.read_config import read_config
+from workloads.sweep.config import SweepConfig
 
 def config():
     return read_config(SweepConfig, ["SWEEP.yaml"])
@@ -63,7 +66,9 @@ class Reader:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
 
     def run(self, block: Block) -> str:
-        """The output of a block of its page; the same block again is not repeated. Raises AssertionError if it fails."""
+        """The output of a block of its page; the same block again is not repeated. Raises AssertionError if
+        it fails.
+        """
         if block.language == "bash" and block.text in self._done:
             return self._done[block.text]
         place, text = str(block.file.relative_to(ROOT)), self.filled(block.text)
@@ -101,16 +106,25 @@ class Reader:
         return output
 
     def filled(self, text: str) -> str:
-        """With real folders, this cluster's port and this machine's accelerators in place of what the page says."""
+        """With real folders, this cluster's port and this machine's accelerators in place of what the page
+        says.
+        """
         for name in dict.fromkeys(re.findall(r"runs/(\w+)-HASH", text)):
             text = text.replace(f"runs/{name}-HASH", self.newest(name))
         if not torch.cuda.is_available():
             text = text.replace("use_gpu=true", "use_gpu=false")
-        return text.replace("http://127.0.0.1:8265", self._dashboard).replace(":8000", f":{self._env['READER_PORT']}")
+        return text.replace("http://127.0.0.1:8265", self._dashboard).replace(
+            ":8000", f":{self._env['READER_PORT']}"
+        )
 
     def newest(self, name: str) -> str:
-        """A run's folder. Where there is none yet, demo is made, and NAME is one whose adapter can be merged."""
-        made = {"demo": "make demo", "NAME": "python -m workloads.train CONFIG.yaml name=plain rope_2d_ratio=0"}
+        """A run's folder. Where there is none yet, demo is made, and NAME is one whose adapter can be
+        merged.
+        """
+        made = {
+            "demo": "make demo",
+            "NAME": "python -m workloads.train CONFIG.yaml name=plain rope_2d_ratio=0",
+        }
         found = "plain" if name == "NAME" else name
         if name in made and not list(self.folder.glob(f"runs/{found}-*/adapter")):
             self.shell(made[name])
@@ -133,11 +147,19 @@ def reader(place: Path) -> Iterator[Reader]:
     env["PYTHONPATH"] = os.pathsep.join(map(str, (folder / "platform", folder, place / "standing")))
     env |= {"SHARED": str(place / "shared"), "MLFLOW_TRACKING_URI": f"sqlite:///{place}/shared/mlflow.db"}
     python, gcs = Path(sys.executable), free_port()
-    with clusters.cluster(python, cpus=4, gcs_port=gcs, **env) as dashboard, tempfile.TemporaryDirectory() as sockets:
+    with (
+        clusters.cluster(python, cpus=4, gcs_port=gcs, **env) as dashboard,
+        tempfile.TemporaryDirectory() as sockets,
+    ):
         env = clusters.environment(python, **env, READER_SOCKET=f"{sockets}/resident", READER_PORT=_port())
         with _resident(folder, {**env, "RAY_ADDRESS": f"127.0.0.1:{gcs}"}):
-            env |= {"PATH": f"{folder / '.venv' / 'bin'}:{env['PATH']}", "READER_MAKE": str(shutil.which("make"))}
-            yield Reader(folder, dashboard.url, {**env, "HOME": str(place), "RAY_API_SERVER_ADDRESS": dashboard.url})
+            env |= {
+                "PATH": f"{folder / '.venv' / 'bin'}:{env['PATH']}",
+                "READER_MAKE": str(shutil.which("make")),
+            }
+            yield Reader(
+                folder, dashboard.url, {**env, "HOME": str(place), "RAY_API_SERVER_ADDRESS": dashboard.url}
+            )
 
 
 def _port() -> str:
@@ -164,7 +186,9 @@ def _resident(folder: Path, env: dict[str, str]) -> Iterator[None]:
 
 
 def _project(folder: Path) -> None:
-    """What pages need of it, in a repository of its own; in its .venv, words that lead to tests/resident.py."""
+    """What pages need of it, in a repository of its own; in its .venv, words that lead to
+    tests/resident.py.
+    """
     for name in _FOLDERS:
         shutil.copytree(ROOT / name, folder / name)
     for name in _LOOSE:
@@ -204,13 +228,18 @@ def _files(folder: Path) -> None:
     _lines(folder / "samples.jsonl", texts)
     for name in ("a", "b"):
         _lines(folder / "in" / f"{name}.jsonl.gz", texts)
-    _lines(folder / "dataset" / "pretrain_hq_split.jsonl", [{"text": f"Hugo lives in house {number}."} for number in range(32)])
+    _lines(
+        folder / "dataset" / "pretrain_hq_split.jsonl",
+        [{"text": f"Hugo lives in house {number}."} for number in range(32)],
+    )
     turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ada."}]
     _lines(folder / "chats.jsonl", [{"messages": turns}] * 2)
     answers = {"id": "1", "question": "What does Ada eat?", "answers": [{"text": "rice", "answer_start": 10}]}
     squad = {"data": [{"title": "Food", "paragraphs": [{"context": "Ada likes rice.", "qas": [answers]}]}]}
     (folder / "xquad.en.json").write_text(json.dumps(squad))
-    (folder / "alpaca.json").write_text(json.dumps([{"instruction": "Name a colour.", "input": "", "output": "Red."}]))
+    (folder / "alpaca.json").write_text(
+        json.dumps([{"instruction": "Name a colour.", "input": "", "output": "Red."}])
+    )
     (folder / "books").mkdir()
     (folder / "books" / "one.txt").write_text("It was a long evening, and nobody came. " * 40)
     (folder / "keys").write_text("a-key-of-the-reader\n")
@@ -226,7 +255,9 @@ def _files(folder: Path) -> None:
 
 
 def _served(folder: Path) -> None:
-    """What serving/serve.yaml leaves to whoever uses it: where the project is, and a port beside those of other servers."""
+    """What serving/serve.yaml leaves to whoever uses it: where the project is, and a port beside those of
+    other servers.
+    """
     file = folder / "serving" / "serve.yaml"
     text = file.read_text().replace("# working_dir: s3://BUCKET", f"working_dir: file://{folder}")
     file.write_text(text.replace("port: 8000", f"port: {free_port()}"))

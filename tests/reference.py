@@ -6,7 +6,9 @@ from parallelmind.config import RopeConfig
 from parallelmind.layout import IGNORE
 
 
-def reference_sample(main: list[int], branches: list[list[int]], offsets: list[int], config: RopeConfig) -> dict[str, list]:
+def reference_sample(
+    main: list[int], branches: list[list[int]], offsets: list[int], config: RopeConfig
+) -> dict[str, list]:
     """Columns of one sample in physical order, and its visibility as nested lists of bool."""
     longest = max(len(branch) for branch in branches)
     rows = []
@@ -22,7 +24,15 @@ def reference_sample(main: list[int], branches: list[list[int]], offsets: list[i
             label = IGNORE
             if sequence > 0 and k + 1 < len(text) and k + 1 >= offsets[sequence - 1]:
                 label = text[k + 1]
-            rows.append({"id": token, "sequence": sequence, "branch": index * config.branch_stride, "time": time, "label": label})
+            rows.append(
+                {
+                    "id": token,
+                    "sequence": sequence,
+                    "branch": index * config.branch_stride,
+                    "time": time,
+                    "label": label,
+                }
+            )
     if not (config.visibility == "isolated" and config.positions == "time"):
         rows = sorted(rows, key=lambda row: (row["time"], row["sequence"]))
     for flat, row in enumerate(rows):

@@ -1,7 +1,8 @@
 """What stands behind `python`, `make`, `ray` and others in the folder of a reader of the pages.
 
-    python resident.py stay SOCKET          one process that runs every `python -m …` in itself, so that imports are made once
-    python resident.py ask NAME ARGUMENT…   what those words start there; the socket is $READER_SOCKET
+python resident.py stay SOCKET          one process that runs every `python -m …` in itself, so that imports
+are made once python resident.py ask NAME ARGUMENT…   what those words start there; the socket is
+$READER_SOCKET
 """
 
 from __future__ import annotations
@@ -63,10 +64,14 @@ class Resident:
 
     def python(self, page: str, text: str) -> tuple[int, str]:
         """A block of a page, after those before it."""
-        return captured(lambda: exec(compile(text, page, "exec"), self.pages.setdefault(page, {"__name__": page})))
+        return captured(
+            lambda: exec(compile(text, page, "exec"), self.pages.setdefault(page, {"__name__": page}))
+        )
 
     def command(self, module: str, arguments: list[str], fresh: bool = False) -> tuple[int, str]:
-        """`python -m module arguments`; one that succeeded is not repeated. fresh: unless it is a server that has ended."""
+        """`python -m module arguments`; one that succeeded is not repeated. fresh: unless it is a server that
+        has ended.
+        """
         line = (module, *arguments)
         if line not in self.known or self.known[line][0] or (fresh and self.serves != line):
             self.known[line] = self._run(line)
@@ -128,8 +133,10 @@ def behind(module: str, arguments: list[str]) -> list[str]:
 
 @contextmanager
 def local_training() -> Iterator[None]:
-    """Ray Train's local mode for one worker: it trains in this process, where a worker's imports have been made."""
-    import workloads.ray_env  # noqa: F401  (before Ray)
+    """Ray Train's local mode for one worker: it trains in this process, where a worker's imports have been
+    made.
+    """
+    import workloads.common.ray_env  # noqa: F401  (before Ray)
 
     # isort: split
     import ray.train
@@ -146,8 +153,14 @@ def local_training() -> Iterator[None]:
 def run(module: str, arguments: list[str]) -> tuple[int, str]:
     """`python -m module`, in this process."""
     trains = local_training() if module == "workloads.train" else nullcontext()
-    with trains, mock.patch.multiple(sys, argv=[module, *arguments], stdin=StringIO(TYPED)), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "'.*' found in sys.modules", RuntimeWarning)  # it has been imported before
+    with (
+        trains,
+        mock.patch.multiple(sys, argv=[module, *arguments], stdin=StringIO(TYPED)),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings(
+            "ignore", "'.*' found in sys.modules", RuntimeWarning
+        )  # it has been imported before
         return captured(lambda: runpy.run_module(module, run_name="__main__", alter_sys=True))
 
 
@@ -199,14 +212,18 @@ def word(name: str, arguments: list[str]) -> int:
         print(output)
         return code
     if name in _SCRIPTS:
-        return subprocess.run([sys.executable, "-m", _SCRIPTS[name], *arguments], input=b"y\n", check=False).returncode
+        return subprocess.run(
+            [sys.executable, "-m", _SCRIPTS[name], *arguments], input=b"y\n", check=False
+        ).returncode
     print(f"{line}: nothing stands for it")
     return 127
 
 
 def make(targets: list[str]) -> int:
     """`make -n`, and of _MADE the last line of the recipe as well."""
-    done = subprocess.run([os.environ["READER_MAKE"], "-n", *targets], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [os.environ["READER_MAKE"], "-n", *targets], capture_output=True, text=True, check=False
+    )
     print(done.stdout + done.stderr)
     if done.returncode or targets[-1] not in _MADE:
         return done.returncode

@@ -13,7 +13,10 @@ from tiny import save_tiny
 def prepare(folder: Path, records: int, settings: Mapping[str, Any]) -> Path:
     """Model, data of texts of many lengths, and run.yaml with these settings; returns the folder."""
     save_tiny(folder / "tiny")
-    texts = (f"Question: {number % 7} Answer: the {number % 7} lives" + " in" * (number % 23) for number in range(records))
+    texts = (
+        f"Question: {number % 7} Answer: the {number % 7} lives" + " in" * (number % 23)
+        for number in range(records)
+    )
     lines = (json.dumps({"text": text, "answer_offset": 4}) for text in texts)
     (folder / "data.jsonl").write_text("".join(f"{line}\n" for line in lines))
     given = {"base_model": "tiny", "data_path": "data.jsonl", **settings}

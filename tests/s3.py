@@ -23,7 +23,9 @@ def server() -> Iterator[dict[str, str]]:
     url = f"http://127.0.0.1:{app.server_port}"
     keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
     try:
-        boto3.client("s3", endpoint_url=url, aws_access_key_id="key", aws_secret_access_key="secret").create_bucket(Bucket=BUCKET)
+        boto3.client(
+            "s3", endpoint_url=url, aws_access_key_id="key", aws_secret_access_key="secret"
+        ).create_bucket(Bucket=BUCKET)
         yield {"AWS_ENDPOINT_URL": url, "MLFLOW_S3_ENDPOINT_URL": url, **keys}
     finally:
         app.shutdown()

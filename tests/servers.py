@@ -20,7 +20,7 @@ import torch
 from processes import family
 from tiny import tiny_llama, tiny_tokenizer
 
-from serving.ports import free_port
+from serving.runtime.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
@@ -68,7 +68,9 @@ class Server:
         """A connection on which the request has been sent."""
         connection = http.client.HTTPConnection(self.host, self.port, timeout=_WAIT_S)
         content = json.dumps(body) if isinstance(body, (dict, list)) else body
-        connection.request(method, path, content, {"content-type": "application/json", "connection": "close", **headers})
+        connection.request(
+            method, path, content, {"content-type": "application/json", "connection": "close", **headers}
+        )
         return connection
 
     def stream(self, path: str, body: dict[str, Any]) -> Iterator[Any]:
@@ -85,7 +87,9 @@ class Server:
         with self.request("GET", "/metrics") as response:
             lines = response.read().decode().splitlines()
         return sum(
-            float(line.split()[-1]) for line in lines if line.startswith((f"parallelmind_{name}{{", f"parallelmind_{name} "))
+            float(line.split()[-1])
+            for line in lines
+            if line.startswith((f"parallelmind_{name}{{", f"parallelmind_{name} "))
         )
 
 
@@ -94,7 +98,9 @@ def listening(process: psutil.Process) -> set[str]:
     found = set()
     for each in [process, *process.children(recursive=True)]:
         with suppress(psutil.NoSuchProcess):  # it has gone meanwhile
-            found |= {one.laddr.ip for one in each.net_connections("inet") if one.status == psutil.CONN_LISTEN}
+            found |= {
+                one.laddr.ip for one in each.net_connections("inet") if one.status == psutil.CONN_LISTEN
+            }
     return found
 
 
@@ -112,9 +118,17 @@ def serving(folder: Path, complaints: bool = False, **fields: Any) -> Iterator[S
     """
     folder.mkdir(parents=True, exist_ok=True)
     log, port = folder / "log", free_port()
-    command = [sys.executable, "-m", "serving", f"port={port}", *(f"{name}={value}" for name, value in fields.items())]
+    command = [
+        sys.executable,
+        "-m",
+        "serving",
+        f"port={port}",
+        *(f"{name}={value}" for name, value in fields.items()),
+    ]
     with open(log, "wb") as output:
-        process = subprocess.Popen(command, cwd=ROOT, env=_environment(), stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=_environment(), stdout=output, stderr=subprocess.STDOUT
+        )
     server = Server(process, port, log)
     try:
         _wait_for_greeting(server)

@@ -8,10 +8,10 @@ from typing import Any
 
 from tiny import tiny_tokenizer
 
-from parallelmind.decoding.checks import Asked
-from parallelmind.decoding.samples import Sample
-from serving.stepper import Stepper
-from serving.work import Work
+from parallelmind.engine.request import Sample
+from parallelmind.engine.validation import Asked
+from serving.engine.loop import Stepper
+from serving.engine.messages import Work
 
 MAIN, BRANCHES = list(range(50, 70)), [[5, 6, 7], [8], list(range(100, 112))]
 

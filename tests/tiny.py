@@ -10,7 +10,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-_CORPUS = ["The answer to the question is in the passage. Question: Answer: who what where the and of in is lives works"]
+_CORPUS = [
+    "The answer to the question is in the passage. Question: Answer: who what where the and of in is lives works"
+]
 _TEMPLATE = (
     "{% for message in messages %}<s>{{ message['role'] }}\n{{ message['content'] }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
@@ -24,7 +26,10 @@ def _backend() -> str:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=300, initial_alphabet=alphabet, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False
+        vocab_size=300,
+        initial_alphabet=alphabet,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        show_progress=False,
     )
     tokenizer.train_from_iterator(_CORPUS, trainer)
     return tokenizer.to_str()
@@ -43,7 +48,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_llama(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
-    """Two layers of width 64, float32, eval. Weights are wide enough for one leaked token to move logits by over 0.1."""
+    """Two layers of width 64, float32, eval. Weights are wide enough for one leaked token to move logits by
+    over 0.1.
+    """
     settings: dict[str, Any] = {
         "vocab_size": len(tiny_tokenizer()),
         "hidden_size": 64,

@@ -1,6 +1,7 @@
 """One of several processes that train together; `python -m torch.distributed.run … -m workers CASE FOLDER`.
 
-Each case compares what the group finds with what one process finds on the same tokens, and prints a line if they agree.
+Each case compares what the group finds with what one process finds on the same tokens, and prints a line if
+they agree.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from parallelmind.config import LoraConfig, RopeConfig, TrainConfig
-from parallelmind.data.grouping import Row, Seeds, groups, make_batch
+from parallelmind.data.packing import Row, Seeds, groups, make_batch
 from parallelmind.layout import Batch, Tokens
-from parallelmind.mirror import Mirror
 from parallelmind.model.adapter import add_lora
 from parallelmind.model.patch import patch
+from parallelmind.remote import Mirror
 from parallelmind.training.checkpoint import Store, whole_weights
 from parallelmind.training.loop import Job, train
 from parallelmind.training.loss import TargetLoss
@@ -38,8 +39,16 @@ def fresh(settings: TrainConfig) -> nn.Module:
 
 
 def settings(**values: object) -> TrainConfig:
-    given = {"data_path": "-", "batch_size": 3, "branches_per_sample": 2, "lora_rank": 4, "accumulation_steps": 2}
-    return TrainConfig.model_validate({**given, "learning_rate": 0.01, "checkpoint_every": 2, "log_every": 1, **values})
+    given = {
+        "data_path": "-",
+        "batch_size": 3,
+        "branches_per_sample": 2,
+        "lora_rank": 4,
+        "accumulation_steps": 2,
+    }
+    return TrainConfig.model_validate(
+        {**given, "learning_rate": 0.01, "checkpoint_every": 2, "log_every": 1, **values}
+    )
 
 
 def batches(config: TrainConfig) -> list[Batch]:
@@ -51,7 +60,9 @@ def gradients(loss: TargetLoss, own: list[Batch]) -> Tensor:
     totals = backward(loss, iter(own), len(own)).everywhere(loss.device)
     found = [weight.grad for weight in trainable(loss)]
     parts = [
-        grad.full_tensor() if isinstance(grad, DTensor) else sum_over_workers(grad.clone()) for grad in found if grad is not None
+        grad.full_tensor() if isinstance(grad, DTensor) else sum_over_workers(grad.clone())
+        for grad in found
+        if grad is not None
     ]
     return torch.cat([part.flatten() for part in parts]) / totals.targets
 
@@ -65,13 +76,22 @@ def wake(model: nn.Module) -> nn.Module:
 
 
 def token_exact(config: TrainConfig) -> None:
-    """Each worker with two batches, unlike in size, against all of them in one forward pass of one process."""
+    """Each worker with two batches, unlike in size, against all of them in one forward pass of one
+    process.
+    """
     rank, workers = dist.get_rank(), dist.get_world_size()
     chosen = batches(config)[: 2 * workers - 1]  # the last worker has one less
-    samples = [sample for group in islice(groups(ROWS, config, Seeds(config.seed)), len(chosen)) for sample in group.samples]
+    samples = [
+        sample
+        for group in islice(groups(ROWS, config, Seeds(config.seed)), len(chosen))
+        for sample in group.samples
+    ]
     loss = TargetLoss(wake(fresh(config)), config.visibility)
     alone = backward(loss, iter([make_batch(samples, config.part(RopeConfig), 0)]), 1)
-    expected = torch.cat([weight.grad.flatten() for weight in trainable(loss) if weight.grad is not None]) / alone.targets
+    expected = (
+        torch.cat([weight.grad.flatten() for weight in trainable(loss) if weight.grad is not None])
+        / alone.targets
+    )
     together = TargetLoss(wake(fresh(config)), config.visibility)
     if config.sharding == "full":
         shard(together)
@@ -99,7 +119,9 @@ class Silent:
         return self.polled == self.stop_at
 
 
-def run(config: TrainConfig, folder: Path, stop_at: int | None = None) -> tuple[dict[int, float], dict[str, Tensor]]:
+def run(
+    config: TrainConfig, folder: Path, stop_at: int | None = None
+) -> tuple[dict[int, float], dict[str, Tensor]]:
     rank, workers = dist.get_rank(), dist.get_world_size()
     model, hooks = fresh(config), Silent(stop_at)
     store = Store(Mirror(folder), 2) if rank == 0 else None
@@ -119,7 +141,9 @@ def run(config: TrainConfig, folder: Path, stop_at: int | None = None) -> tuple[
 
 
 def resumed(config: TrainConfig, folder: Path) -> None:
-    """Stopped and gone on with, against undisturbed: bit for bit; and, where sharded, against unsharded: closely."""
+    """Stopped and gone on with, against undisturbed: bit for bit; and, where sharded, against unsharded:
+    closely.
+    """
     losses, weights = run(config, folder / "whole")
     first, _ = run(config, folder / "cut", stop_at=2)
     second, found = run(config, folder / "cut")
@@ -137,7 +161,9 @@ if __name__ == "__main__":
     case, place = sys.argv[1], Path(sys.argv[2])
     for sharding in ("none", "full"):
         for tuning in ("lora", "full"):
-            asked = settings(sharding=sharding, tuning=tuning, lora_dropout=0.0 if sharding == "full" else 0.1)
+            asked = settings(
+                sharding=sharding, tuning=tuning, lora_dropout=0.0 if sharding == "full" else 0.1
+            )
             if case == "gradients":
                 token_exact(asked.model_copy(update={"lora_dropout": 0.0}))
             else:

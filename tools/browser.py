@@ -25,7 +25,9 @@ def installed() -> str:
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    """It, until the end of the block. Raises UserError where there is none, and ImportError without playwright."""
+    """It, until the end of the block. Raises UserError where there is none, and ImportError without
+    playwright.
+    """
     from playwright.sync_api import sync_playwright
 
     path = installed()

@@ -1,6 +1,7 @@
-"""docs/figures: pictures of layouts, masks, rotary pairs and measured losses, drawn by the library's own functions.
+"""docs/figures: pictures of layouts, masks, rotary pairs and measured losses, drawn by the library's own
+functions.
 
-    python -m tools.figures
+python -m tools.figures
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from matplotlib.patches import Rectangle
 from parallelmind.config import BaseConfig, BranchAngle, Pairs, RopeConfig
 from parallelmind.data.encode import encode_text
 from parallelmind.layout import IGNORE, MAIN, Layout, Tokens, arrange
-from parallelmind.model.base import load_tokenizer
+from parallelmind.model.base_model import load_tokenizer
 from parallelmind.model.rope2d import pair_axes
 from parallelmind.storage import whole_bytes
 from parallelmind.visibility import RULES, siblings
@@ -33,7 +34,11 @@ QUESTIONS = {" What does Ada eat?": " rice", " Who likes rice?": " Ada", " When?
 _INK, _PALE = "#26303c", "#e9ecf0"
 _MAIN, _BRANCHES = "#c9d6e8", ("#f6d9a8", "#c5e0b9", "#e8c4d8")
 _TARGET: dict[str, Any] = {"edgecolor": "#b3372f", "linewidth": 1.6}
-_KINDS = {"flat": "#dde2e9", "branch": "#e07b39", "time": "#4c8dae"}  # in the order of parallelmind.model.rope2d
+_KINDS = {
+    "flat": "#dde2e9",
+    "branch": "#e07b39",
+    "time": "#4c8dae",
+}  # in the order of parallelmind.model.rope2d
 _SEEN = ListedColormap(["white", "#3f6f94", "#e0a458"])
 _CHOICES: tuple[tuple[str, float, Pairs, BranchAngle], ...] = (
     ("high, added, ratio 0.5 (default)", 0.5, "high", "added"),
@@ -70,7 +75,9 @@ def layout(tokens: Tokens, words: Callable[[int], str]) -> Figure:
         _draw_tokens(axes, found, words)
     axes.set_xlabel("time coordinate")
     framed = [Rectangle((0, 0), 1, 1, facecolor="white", **_TARGET)]
-    figure.legend(framed, ["predicts a token that carries loss"], loc="outside lower right", frameon=False, fontsize=9)
+    figure.legend(
+        framed, ["predicts a token that carries loss"], loc="outside lower right", frameon=False, fontsize=9
+    )
     return figure
 
 
@@ -79,10 +86,23 @@ def _draw_tokens(axes: Axes, found: Layout, words: Callable[[int], str]) -> None
         colour = _MAIN if sequence == MAIN else _BRANCHES[(sequence - 1) % len(_BRANCHES)]
         edge = _TARGET if label != IGNORE else {"edgecolor": "white"}
         axes.add_patch(Rectangle((time - 0.46, sequence - 0.4), 0.92, 0.8, facecolor=colour, **edge))
-        axes.text(time, sequence, words(int(token)), ha="center", va="center", fontsize=9, color=_INK, parse_math=False)
+        axes.text(
+            time,
+            sequence,
+            words(int(token)),
+            ha="center",
+            va="center",
+            fontsize=9,
+            color=_INK,
+            parse_math=False,
+        )
     coordinates = dict(zip(found.sequence.tolist(), found.branch.tolist(), strict=True))
     names = {number: "main" if number == MAIN else f"branch {number - 1}" for number in sorted(coordinates)}
-    axes.set_yticks(list(names), [f"{name}\ncoordinate {coordinates[number]}" for number, name in names.items()], fontsize=8)
+    axes.set_yticks(
+        list(names),
+        [f"{name}\ncoordinate {coordinates[number]}" for number, name in names.items()],
+        fontsize=8,
+    )
     axes.set_xticks(range(int(found.time.max()) + 1))
     axes.set(xlim=(-0.6, found.time.max() + 0.6), ylim=(max(coordinates) + 0.6, -0.6))
     _bare(axes)
@@ -94,7 +114,9 @@ def masks(tokens: Tokens) -> Figure:
     for axes, visibility in zip(figure.subplots(1, 2), RULES, strict=True):
         found = arrange(tokens, RopeConfig(visibility=visibility))
         query, key = found.sequence[:, None], found.sequence[None, :]
-        seen = RULES[visibility](found.time[:, None], query, found.time[None, :], key) | np.eye(len(found.ids), dtype=bool)
+        seen = RULES[visibility](found.time[:, None], query, found.time[None, :], key) | np.eye(
+            len(found.ids), dtype=bool
+        )
         axes.imshow(np.where(seen & siblings(query, key), 2, seen), cmap=_SEEN, vmin=0, vmax=2)
         order = "by time, then branch" if visibility == "columnar" else "one branch after another"
         axes.set_title(f"visibility={visibility}\nstored {order}", loc="left", fontsize=10)
@@ -127,14 +149,18 @@ def pairs() -> Figure:
     axes = figure.add_subplot(xlabel=f"rotary pairs of a head of {2 * _PAIRS}, highest frequency first")
     for row, (_, ratio, where, angle) in enumerate(_CHOICES):
         for pair, kind in enumerate(pair_axes(_PAIRS, ratio, where, angle)):
-            axes.add_patch(Rectangle((pair - 0.46, row - 0.38), 0.92, 0.76, facecolor=list(_KINDS.values())[kind]))
+            axes.add_patch(
+                Rectangle((pair - 0.46, row - 0.38), 0.92, 0.76, facecolor=list(_KINDS.values())[kind])
+            )
     axes.set_yticks(range(len(_CHOICES)), [name for name, *_ in _CHOICES], fontsize=9)
     axes.set_xticks([0, *range(7, _PAIRS, 8)], ["1", *map(str, range(8, _PAIRS + 1, 8))])
     axes.set(xlim=(-0.7, _PAIRS - 0.3), ylim=(len(_CHOICES) - 0.5, -0.5))
     _bare(axes)
     told = ("positions (time, or the flat index)", "branch (added: branch + time)", "time")
     handles = [Rectangle((0, 0), 1, 1, color=colour) for colour in _KINDS.values()]
-    figure.legend(handles=handles, labels=told, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.legend(
+        handles=handles, labels=told, loc="outside lower center", ncols=3, frameon=False, fontsize=9
+    )
     return figure
 
 
@@ -146,7 +172,14 @@ def tax(losses: Mapping[str, Mapping[int, float]]) -> Figure:
     for name, line in losses.items():
         taxes = [loss - line[1] for loss in line.values()]
         axes.plot(list(line), taxes, marker="o", ms=4, color=colours[name], label=_SCHEMES[name])
-        axes.annotate(f"{taxes[-1]:+.2f}", (max(line), taxes[-1]), (7, 0), textcoords="offset points", va="center", fontsize=9)
+        axes.annotate(
+            f"{taxes[-1]:+.2f}",
+            (max(line), taxes[-1]),
+            (7, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+        )
     counts = list(next(iter(losses.values())))
     axes.set_xscale("log", base=2)
     axes.set_xticks(counts, [str(count) for count in counts])
@@ -163,7 +196,10 @@ def logged(log: str) -> dict[str, dict[int, float]]:
     head = re.search(r"^\| scheme \|(.+)\|$", log, re.MULTILINE)
     assert head, "the log has no table of schemes"
     counts = [int(cell.split()[0]) for cell in head[1].split("|")]
-    rows = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in log[head.end() :].splitlines()[2:12]]
+    rows = [
+        [cell.strip(" *") for cell in line.strip("|").split("|")]
+        for line in log[head.end() :].splitlines()[2:12]
+    ]
     cells = {re.sub(r"\*\*.*$", "", row[0]): row[1:] for row in rows if len(row) == len(counts) + 1}
     return {name: dict(zip(counts, map(float, cells[name]), strict=True)) for name in _SCHEMES}
 
@@ -185,7 +221,9 @@ def draw(folder: Path, tokenizer: Any) -> Sequence[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         with whole_bytes(folder / f"{name}.png") as file:
-            figure.savefig(file, format="png", dpi=110, bbox_inches="tight", pad_inches=0.15, metadata={"Software": None})
+            figure.savefig(
+                file, format="png", dpi=110, bbox_inches="tight", pad_inches=0.15, metadata={"Software": None}
+            )
     return [folder / f"{name}.png" for name in figures]
 
 

@@ -1,9 +1,10 @@
-"""The table of docs/training.md: the memory of a worker, estimated from a model's shape, the rank and the tokens of a batch.
+"""The table of docs/training.md: the memory of a worker, estimated from a model's shape, the rank and the
+tokens of a batch.
 
     python -m tools.memory
 
-What a token leaves behind for the backward pass was counted on Llama-like decoders with an adapter on every linear layer
-(tests/unit/test_memory.py counts it again). What a GPU's allocator wastes is not in it.
+What a token leaves behind for the backward pass was counted on Llama-like decoders with an adapter on every
+linear layer (tests/unit/test_memory.py counts it again). What a GPU's allocator wastes is not in it.
 """
 
 from __future__ import annotations
@@ -45,11 +46,16 @@ class Shape:
 
     def lora(self, rank: int) -> int:
         """Weights of an adapter on all of them: rank × (inputs + outputs) of each."""
-        return rank * self.layers * (2 * (self.width + self.keys) + 4 * self.width + 3 * (self.width + self.inner))
+        return (
+            rank
+            * self.layers
+            * (2 * (self.width + self.keys) + 4 * self.width + 3 * (self.width + self.inner))
+        )
 
     def token(self) -> int:
-        """Bytes that one token leaves in one layer, in bfloat16: four vectors inside the MLP, and around attention and norms
-        the worth of fourteen."""
+        """Bytes that one token leaves in one layer, in bfloat16: four vectors inside the MLP, and around
+        attention and norms the worth of fourteen.
+        """
         return 2 * (4 * self.inner + 14 * self.width)
 
 
@@ -79,7 +85,9 @@ TOKENS = (4096, 16384)
 def lora_bytes(shape: Shape, rank: int, tokens: int, setting: Setting) -> float:
     """Of one worker that trains an adapter. tokens: of a batch, padding included."""
     weights = setting.bytes_per_weight * shape.linear + 2 * shape.embeddings
-    kept = 2 * shape.width if setting.checkpointing else shape.token()  # of each layer; a checkpointed one is run again
+    kept = (
+        2 * shape.width if setting.checkpointing else shape.token()
+    )  # of each layer; a checkpointed one is run again
     again = shape.token() if setting.checkpointing else 0
     return weights + _LEARNT * shape.lora(rank) + tokens * (shape.layers * kept + again) + _FIXED
 
@@ -98,12 +106,21 @@ def table() -> str:
 def _rows() -> Iterator[str]:
     for shape, rank in zip(QWEN, RANKS, strict=True):
         for setting in SETTINGS:
-            yield _row(shape, str(rank), setting.told, [lora_bytes(shape, rank, tokens, setting) for tokens in TOKENS])
-        yield _row(shape, "", "`tuning=full dtype=bfloat16`", [full_bytes(shape, tokens) for tokens in TOKENS])
+            yield _row(
+                shape,
+                str(rank),
+                setting.told,
+                [lora_bytes(shape, rank, tokens, setting) for tokens in TOKENS],
+            )
+        yield _row(
+            shape, "", "`tuning=full dtype=bfloat16`", [full_bytes(shape, tokens) for tokens in TOKENS]
+        )
 
 
 def _row(shape: Shape, rank: str, told: str, sizes: list[float]) -> str:
-    return f"| {shape.name} | {rank} | {told} | " + " | ".join(f"{size / _GIB:.0f} GiB" for size in sizes) + " |"
+    return (
+        f"| {shape.name} | {rank} | {told} | " + " | ".join(f"{size / _GIB:.0f} GiB" for size in sizes) + " |"
+    )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python -m tools.mistakes
 
-Every command is run as it stands in the table, in a folder with a tiny model, an adapter on it, and little data.
+Every command is run as it stands in the table, in a folder with a tiny model, an adapter on it, and little
+data.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from pathlib import Path
 from typing import IO
 
 from parallelmind.config import BaseConfig, LoraConfig, RopeConfig
-from parallelmind.evaluation.tiny import tiny_model, tiny_tokenizer
+from parallelmind.evaluation.tiny_models import tiny_model, tiny_tokenizer
 from parallelmind.model.adapter import add_lora, save_adapter
-from parallelmind.model.base import no_progress_bars
+from parallelmind.model.base_model import no_progress_bars
 from parallelmind.model.patch import patch
 from tools.marked import fill
 
@@ -103,7 +104,9 @@ MISTAKES = (
     Mistake("wrong format", "python -m workloads.train base_model=tiny data_path=questions.csv"),
     Mistake("wrong adapter", "python -m workloads.generate base_model=other lora_path=adapter prompt=Hello"),
     Mistake("no GPU", f"{_TRAIN} use_gpu=true", no_gpu),
-    Mistake("no network", "python -m workloads.generate base_model=Qwen/Qwen2.5-0.5B prompt=Hello", unplugged),
+    Mistake(
+        "no network", "python -m workloads.generate base_model=Qwen/Qwen2.5-0.5B prompt=Hello", unplugged
+    ),
     Mistake("old Python", "make demo", old),
     Mistake("port taken", f"python -m serving lora_path=adapter port={PORT}", taken),
     Mistake("two runs at once", _LONG, going),
@@ -113,7 +116,9 @@ MISTAKES = (
 
 
 def prepare(folder: Path) -> None:
-    """What the commands name: two models that differ, an adapter on one of them, data, and a table that is none."""
+    """What the commands name: two models that differ, an adapter on one of them, data, and a table that is
+    none.
+    """
     tokenizer = tiny_tokenizer()
     with no_progress_bars():
         for name, width in (("tiny", 64), ("other", 128)):
@@ -124,7 +129,9 @@ def prepare(folder: Path) -> None:
     patch(model, RopeConfig())
     settings = LoraConfig(lora_rank=2)
     adapted = add_lora(model, settings, seed=0)
-    save_adapter(adapted, tokenizer, folder / "adapter", BaseConfig(base_model="tiny"), RopeConfig(), settings)
+    save_adapter(
+        adapted, tokenizer, folder / "adapter", BaseConfig(base_model="tiny"), RopeConfig(), settings
+    )
     records = ({"input_ids": [5 + number % 20, 6, 7, 8, 9], "answer_offset": 2} for number in range(64))
     (folder / "train.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
     (folder / "questions.csv").write_text("question,answer\nWhat does Ada eat?,rice\n")
@@ -162,19 +169,25 @@ def _stopped(command: str, folder: Path) -> Told:
 
 
 def _ctrl_c(process: subprocess.Popen[str]) -> str:
-    """As a terminal does it: to all that the command has started, too. Returns what is printed from then on."""
+    """As a terminal does it: to all that the command has started, too. Returns what is printed from then
+    on.
+    """
     os.killpg(process.pid, signal.SIGINT)
     return process.communicate(timeout=_ENDS_S)[0]
 
 
-def _start(command: str, folder: Path, setting: Mapping[str, str], full: bool = False) -> subprocess.Popen[str]:
+def _start(
+    command: str, folder: Path, setting: Mapping[str, str], full: bool = False
+) -> subprocess.Popen[str]:
     """full: the folder DISK holds half a megabyte and no more, for this process alone."""
     words = [sys.executable if word == "python" else word for word in shlex.split(command)]
     if full:
         (folder / DISK).mkdir()
         mount = f'mount -t tmpfs -o size=500k none {DISK} && exec "$@"'
         words = ["unshare", "-rm", "sh", "-c", mount, "sh", *words]
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # this may be a part of `make`
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith("MAKE")
+    }  # this may be a part of `make`
     setting = {**kept, "PYTHONPATH": f"{ROOT / 'platform'}:{ROOT}", **setting}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(words, cwd=folder, env=setting, start_new_session=True, **pipes)  # type: ignore[call-overload]
@@ -207,4 +220,10 @@ def rows() -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    fill(PAGE, "mistakes", "\n".join(["| mistake | command | what it says | exit code |", "| --- | --- | --- | ---: |", *rows()]))
+    fill(
+        PAGE,
+        "mistakes",
+        "\n".join(
+            ["| mistake | command | what it says | exit code |", "| --- | --- | --- | ---: |", *rows()]
+        ),
+    )

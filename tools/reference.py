@@ -1,6 +1,6 @@
 """docs/reference.md: every field of every command, from the configurations themselves.
 
-    python -m tools.reference
+python -m tools.reference
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from pathlib import Path
 from parallelmind import cli
 from parallelmind.config import Part, TrainConfig
 from parallelmind.storage import whole_file
-from serving.settings import ServerConfig
+from serving.config import ServerConfig
 from workloads.chat import ChatConfig
-from workloads.convert import ConvertConfig
-from workloads.doctor_checks import DoctorConfig
-from workloads.evaluate_answers import AnswersConfig
-from workloads.evaluate_attention import AttentionConfig
-from workloads.evaluate_tax import TaxConfig
+from workloads.data.convert import ConvertConfig
+from workloads.data.inspect import InspectConfig
+from workloads.doctor.local_checks import DoctorConfig
+from workloads.evaluate.answers import AnswersConfig
+from workloads.evaluate.attention import AttentionConfig
+from workloads.evaluate.support import SupportConfig
+from workloads.evaluate.tax import TaxConfig
 from workloads.export import ExportConfig
-from workloads.generate import GenerateConfig
-from workloads.inspect_data import InspectConfig
-from workloads.support import SupportConfig
-from workloads.sweep_config import Between, SweepConfig
+from workloads.generate.command import GenerateConfig
+from workloads.sweep.config import Between, SweepConfig
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference.md"
 
@@ -55,7 +55,10 @@ def reference() -> str:
     """The whole page."""
     users = _users()
     shared = [group for group, commands in users.items() if len(commands) > 1]
-    sections = [_OPENING, "Commands: " + ", ".join(f"[`{name}`](#{anchor(name)})" for name in COMMANDS) + ".\n"]
+    sections = [
+        _OPENING,
+        "Commands: " + ", ".join(f"[`{name}`](#{anchor(name)})" for name in COMMANDS) + ".\n",
+    ]
     sections += [_command(name, kind, shared) for name, kind in COMMANDS.items()]
     sections += [_section(_title(group), _used(users[group]), group) for group in shared]
     sections.append(_section("Between", "What `space` of a sweep may hold in place of a list.\n", Between))
@@ -70,7 +73,10 @@ def anchor(heading: str) -> str:
 
 def groups(kind: type[Part]) -> list[type[Part]]:
     """The classes that a configuration's fields were written in, in the order of its fields."""
-    owners = (next(each for each in kind.__mro__ if name in vars(each).get("__annotations__", {})) for name in kind.model_fields)
+    owners = (
+        next(each for each in kind.__mro__ if name in vars(each).get("__annotations__", {}))
+        for name in kind.model_fields
+    )
     return list(dict.fromkeys(owners))
 
 
@@ -112,7 +118,10 @@ def _texts(group: type[Part], kind: type[Part]) -> list[cli.FieldText]:
 
 
 def _table(texts: Sequence[cli.FieldText]) -> str:
-    rows = [f"| `{text.name}` | {_cell(text.kind)} | {_cell(text.default)} | {_plain(text.meaning)} |" for text in texts]
+    rows = [
+        f"| `{text.name}` | {_cell(text.kind)} | {_cell(text.default)} | {_plain(text.meaning)} |"
+        for text in texts
+    ]
     return "\n".join(["| field | type | default | meaning |", "| --- | --- | --- | --- |", *rows]) + "\n"
 
 

@@ -1,4 +1,5 @@
-"""docs/screenshots: what the programs look like, taken from them while they run: playground, MLflow and a sweep's report.
+"""docs/screenshots: what the programs look like, taken from them while they run: playground, MLflow and a
+sweep's report.
 
     python -m tools.screenshots runs/demo-HASH/adapter runs/SWEEP-HASH
 
@@ -20,7 +21,7 @@ from urllib.request import urlopen
 from playwright.sync_api import Page
 
 from parallelmind.evaluation.facts import facts_records
-from serving.ports import free_port
+from serving.runtime.ports import free_port
 from tools.browser import chromium
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "screenshots"
@@ -33,7 +34,9 @@ def running(module: str, health: str, *arguments: str) -> Iterator[str]:
     """The address of a server on a free port, until the end of the block."""
     port = free_port()
     site = f"http://127.0.0.1:{port}"
-    process = subprocess.Popen([sys.executable, "-m", module, *(each.format(port=port) for each in arguments)])
+    process = subprocess.Popen(
+        [sys.executable, "-m", module, *(each.format(port=port) for each in arguments)]
+    )
     try:
         deadline = time.monotonic() + _STARTUP_S
         while not answers(f"{site}{health}"):
@@ -88,7 +91,16 @@ def main(adapter: str, sweep: str) -> None:
         with running("serving", "/health", f"lora_path={adapter}", "port={port}") as site:
             playground(page, site)
             taken(page, "playground")
-        store = ("--backend-store-uri", "sqlite:///mlflow.db", "--host", "127.0.0.1", "--port", "{port}", "--workers", "1")
+        store = (
+            "--backend-store-uri",
+            "sqlite:///mlflow.db",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            "{port}",
+            "--workers",
+            "1",
+        )
         with running("mlflow", "/health", "server", *store) as site:
             mlflow(page, site)
             taken(page, "mlflow")

@@ -2,7 +2,8 @@
 
     python -m workloads.chat lora_path=runs/demo-HASH/adapter
 
-A line is a prompt. Several prompts in one line, separated by ` || `, are branches that are decoded side by side:
+A line is a prompt. Several prompts in one line, separated by ` || `, are branches that are decoded side by
+side:
 
     Who wrote it? || When was it written? || What is it about?
 """
@@ -22,7 +23,7 @@ from rich.text import Text
 import parallelmind as pm
 from parallelmind import cli
 from parallelmind.errors import UserError
-from workloads.generate import ModelPart, SamplingPart
+from workloads.generate.command import ModelPart, SamplingPart
 
 COMMANDS = """/main TEXT   set the passage that all prompts share; /main alone removes it
 /reset       forget the conversation and the passage
@@ -85,11 +86,17 @@ class Chat:
         self.messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": said}]
 
     def sample_of(self, prompt: str) -> pm.Sample:
-        """The conversation so far through the chat template; plain text where there is a passage or no template."""
+        """The conversation so far through the chat template; plain text where there is a passage or no
+        template.
+        """
         if self.main or not self.tokenizer.chat_template:
             return pm.Sample(self.main, [prompt])
         messages = [*self.messages, {"role": "user", "content": prompt}]
-        return pm.Sample(branches=[self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)])
+        return pm.Sample(
+            branches=[
+                self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            ]
+        )
 
     def answer_all(self, prompts: list[str]) -> None:
         texts = [""] * len(prompts)
@@ -107,7 +114,9 @@ class Chat:
 
 
 def _columns(prompts: list[str], texts: list[str]) -> Columns:
-    panels = [Panel(Text(text.strip()), title=Text(prompt)) for prompt, text in zip(prompts, texts, strict=True)]
+    panels = [
+        Panel(Text(text.strip()), title=Text(prompt)) for prompt, text in zip(prompts, texts, strict=True)
+    ]
     return Columns(panels, equal=True, expand=True)
 
 

@@ -2,9 +2,9 @@
 
     python -m workloads.demo
 
-Writes a seeded parallel JSONL, measures the base model on held-out questions, fine-tunes SmolLM2 with 2D RoPE and LoRA under
-Ray Train, and lets a new process load the adapter and answer the same questions. Every step is a command of its own, printed
-before it runs.
+Writes a seeded parallel JSONL, measures the base model on held-out questions, fine-tunes SmolLM2 with 2D RoPE
+and LoRA under Ray Train, and lets a new process load the adapter and answer the same questions. Every step is
+a command of its own, printed before it runs.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from parallelmind.config import TrainConfig
 from parallelmind.errors import UserError
 from parallelmind.evaluation.facts import write_facts
 from parallelmind.tracking import absolute_uri
-from workloads.settings import read_config
-from workloads.train import ADAPTER, run_place
+from workloads.common.read_config import read_config
+from workloads.train.command import ADAPTER, run_place
 
 _TRAIN_PASSAGES, _HELD_OUT_PASSAGES = 96, 6
 
@@ -32,7 +32,9 @@ def main(argv: list[str]) -> None:
         print(cli.flowing(__doc__ or ""))
         return
     if argv:
-        raise UserError(f"{argv[0]}: the demo has no fields; python -m workloads.train demo {argv[0]} trains with others")
+        raise UserError(
+            f"{argv[0]}: the demo has no fields; python -m workloads.train demo {argv[0]} trains with others"
+        )
     started = time.monotonic()
     config = read_config(TrainConfig, ["demo"])
     folder = run_place(config).folder
@@ -40,10 +42,14 @@ def main(argv: list[str]) -> None:
     write_facts(config.data_path, _TRAIN_PASSAGES, seed=1)
     held_out = str(config.validation_path)
     write_facts(held_out, _HELD_OUT_PASSAGES, seed=2)
-    print(f"{config.data_path}: {_TRAIN_PASSAGES} passages; {held_out}: {_HELD_OUT_PASSAGES} others; 8 questions each")
+    print(
+        f"{config.data_path}: {_TRAIN_PASSAGES} passages; {held_out}: {_HELD_OUT_PASSAGES} others; 8 questions each"
+    )
     rope = [f"{name}={getattr(config, name)}" for name in ("rope_2d_ratio", "visibility", "positions")]
     folder.mkdir(parents=True, exist_ok=True)
-    untouched = _answers("the base model as it is", folder / "base.json", held_out, ["rope_2d_ratio=0", "visibility=isolated"])
+    untouched = _answers(
+        "the base model as it is", folder / "base.json", held_out, ["rope_2d_ratio=0", "visibility=isolated"]
+    )
     before = _answers("the base model with 2D RoPE, before training", folder / "before.json", held_out, rope)
     _say("training")
     _run("workloads.train", "demo")
@@ -56,7 +62,14 @@ def main(argv: list[str]) -> None:
 def _answers(title: str, output: Path, held_out: str, settings: list[str], show: int = 0) -> dict[str, float]:
     """Scores on the held-out questions, by a process of its own."""
     _say(f"answering: {title}")
-    _run("workloads.evaluate", "answers", f"data_path={held_out}", *settings, f"show={show}", f"output_path={output}")
+    _run(
+        "workloads.evaluate",
+        "answers",
+        f"data_path={held_out}",
+        *settings,
+        f"show={show}",
+        f"output_path={output}",
+    )
     scores: dict[str, float] = json.loads(output.read_text(encoding="utf-8"))
     return scores
 

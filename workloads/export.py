@@ -2,9 +2,9 @@
 
     python -m workloads.export lora_path=runs/demo-HASH/adapter output_path=merged
 
-Only where that is exact: adapters trained with patch_rope=false, or with rope_2d_ratio=0 positions=time, whose lone branch
-has the base model's own positions. Any other is refused. The weights are float32, and are compared with the adapter's logits
-before the folder appears.
+Only where that is exact: adapters trained with patch_rope=false, or with rope_2d_ratio=0 positions=time,
+whose lone branch has the base model's own positions. Any other is refused. The weights are float32, and are
+compared with the adapter's logits before the folder appears.
 """
 
 from __future__ import annotations
@@ -19,8 +19,12 @@ class ExportConfig(Part):
     """One run of this command."""
 
     lora_path: str = Field(min_length=1, description="adapter folder")
-    output_path: str = Field(min_length=1, description="folder for the merged model: new, empty, or an earlier one to replace")
-    base_model: str | None = Field(None, description="smollm2-135m, a local folder, or a hub id; null: the adapter's own")
+    output_path: str = Field(
+        min_length=1, description="folder for the merged model: new, empty, or an earlier one to replace"
+    )
+    base_model: str | None = Field(
+        None, description="smollm2-135m, a local folder, or a hub id; null: the adapter's own"
+    )
     trust_remote_code: bool = Field(False, description="allow a hub model to run its own code")
 
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from parallelmind.errors import UserError
 
 if TYPE_CHECKING:
-    from parallelmind.decoding.engine import Engine
-    from parallelmind.decoding.generate import generate, generate_text, stream
-    from parallelmind.decoding.samples import Event, Sample
-    from parallelmind.decoding.sampling import SamplingParams
+    from parallelmind.engine.engine import Engine
+    from parallelmind.engine.generate import generate, generate_text, stream
+    from parallelmind.engine.request import Event, Sample
+    from parallelmind.engine.sampler import SamplingParams
     from parallelmind.model.adapter import load_model_with_lora
 
 try:
@@ -36,14 +36,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Engine": "parallelmind.decoding.engine",
-    "Event": "parallelmind.decoding.samples",
-    "Sample": "parallelmind.decoding.samples",
-    "SamplingParams": "parallelmind.decoding.sampling",
-    "generate": "parallelmind.decoding.generate",
-    "generate_text": "parallelmind.decoding.generate",
+    "Engine": "parallelmind.engine.engine",
+    "Event": "parallelmind.engine.request",
+    "Sample": "parallelmind.engine.request",
+    "SamplingParams": "parallelmind.engine.sampler",
+    "generate": "parallelmind.engine.generate",
+    "generate_text": "parallelmind.engine.generate",
     "load_model_with_lora": "parallelmind.model.adapter",
-    "stream": "parallelmind.decoding.generate",
+    "stream": "parallelmind.engine.generate",
 }
 
 

@@ -1,4 +1,6 @@
-"""What every command line of this project has in common: `key=value` fields, `--help`, one-line errors, exit codes."""
+"""What every command line of this project has in common: `key=value` fields, `--help`, one-line errors, exit
+codes.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Call `main` with the command line. A UserError becomes one line on stderr and exit 2; Ctrl-C is exit 130."""
+    """Call `main` with the command line. A UserError becomes one line on stderr and exit 2; Ctrl-C is exit
+    130.
+    """
     warnings.formatwarning = _one_line
     try:
         main(sys.argv[1:])
@@ -52,7 +56,11 @@ _formatted = warnings.formatwarning
 
 def _one_line(message: Warning | str, category: type[Warning], *place: Any, **line: Any) -> str:
     """Notices without the place in the code that they come from; other people's warnings as they are."""
-    return f"note: {message}\n" if issubclass(category, Notice) else _formatted(message, category, *place, **line)
+    return (
+        f"note: {message}\n"
+        if issubclass(category, Notice)
+        else _formatted(message, category, *place, **line)
+    )
 
 
 Tell = Callable[[int, Callable[[], str]], None]
@@ -60,10 +68,17 @@ Tell = Callable[[int, Callable[[], str]], None]
 
 @contextmanager
 def progress(doing: str, total: int | None) -> Iterator[Tell]:
-    """A function to call with the items done so far and a line about them: it moves a bar on a terminal, and elsewhere
-    prints the line on stderr now and then, with the time left where the total is known."""
+    """A function to call with the items done so far and a line about them: it moves a bar on a terminal, and
+    elsewhere prints the line on stderr now and then, with the time left where the total is known.
+    """
     if sys.stderr.isatty():
-        columns = (TextColumn(doing), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+        columns = (
+            TextColumn(doing),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+        )
         with Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task("", total=total)
             yield lambda done, line: bar.update(task, completed=done, description=line())
@@ -75,7 +90,11 @@ def progress(doing: str, total: int | None) -> Iterator[Tell]:
         now = time.monotonic()
         if now - told > _SECONDS_BETWEEN_LINES:
             told = now
-            left = f", {timedelta(seconds=round((now - started) / done * (total - done)))} left" if total and done else ""
+            left = (
+                f", {timedelta(seconds=round((now - started) / done * (total - done)))} left"
+                if total and done
+                else ""
+            )
             print(f"{line()}{left}", file=sys.stderr, flush=True)
 
     yield tell
@@ -99,16 +118,22 @@ def print_help(usage: str, kind: type[Part]) -> None:
 
 
 def flowing(usage: str) -> str:
-    """A docstring with its paragraphs as wide as the terminal; commands and lists, which are indented or aligned, stay."""
+    """A docstring with its paragraphs as wide as the terminal; commands and lists, which are indented or
+    aligned, stay.
+    """
     found: list[str] = []
-    for fixed, group in itertools.groupby(usage.strip().splitlines(), lambda line: not line or line[0] == " " or "   " in line):
+    for fixed, group in itertools.groupby(
+        usage.strip().splitlines(), lambda line: not line or line[0] == " " or "   " in line
+    ):
         lines = list(group)
         found += lines if fixed else textwrap.wrap(" ".join(lines), _width(), break_on_hyphens=False)
     return "\n".join(found)
 
 
 def _width() -> int:
-    """Columns of the terminal, or $COLUMNS; without either no line ends before its text does, so that grep finds all of it."""
+    """Columns of the terminal, or $COLUMNS; without either no line ends before its text does, so that grep
+    finds all of it.
+    """
     return shutil.get_terminal_size((sys.maxsize, 0)).columns
 
 
@@ -129,7 +154,9 @@ def field_texts(kind: type[Part]) -> list[FieldText]:
 
 
 def field_help(kind: type[Part], width: int = sys.maxsize) -> str:
-    """Name, type, default and meaning of each field in aligned columns; the meaning below where it has no room beside them."""
+    """Name, type, default and meaning of each field in aligned columns; the meaning below where it has no
+    room beside them.
+    """
     rows = field_texts(kind)
     sizes = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
     used = sum(sizes) + 8
@@ -162,14 +189,18 @@ def split_args(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         if _OVERRIDE.match(bare):
             dotlist.append(bare)
         elif item.startswith("-") and item != "-":
-            raise UserError(f"{item}: there are no flags; write {bare.lstrip('-') or 'key'}=VALUE, and --help lists the fields")
+            raise UserError(
+                f"{item}: there are no flags; write {bare.lstrip('-') or 'key'}=VALUE, and --help lists the fields"
+            )
         else:
             positionals.append(item)
     return positionals, dotlist
 
 
 def parse(kind: type[PartT], argv: Sequence[str]) -> PartT:
-    """The fields of a command that takes `key=value`, and `--key` for `key=true`. Raises UserError for anything else."""
+    """The fields of a command that takes `key=value`, and `--key` for `key=true`. Raises UserError for
+    anything else.
+    """
     positionals, dotlist = split_args([switched(kind, item) for item in argv])
     if positionals:
         raise UserError(f"{positionals[0]}: not understood; write key=value, and --help lists the fields")
@@ -180,11 +211,15 @@ def switched(kind: type[Part], item: str) -> str:
     """`--key` of a bool field as `key=true`."""
     name = item.removeprefix("--")
     field = kind.model_fields.get(name)
-    return f"{name}=true" if field is not None and field.annotation is bool and item.startswith("--") else item
+    return (
+        f"{name}=true" if field is not None and field.annotation is bool and item.startswith("--") else item
+    )
 
 
 def quote_text(kind: type[Part], dotlist: Sequence[str]) -> list[str]:
-    """The same overrides with the values of text fields quoted: `prompt=1: why?` is text, whatever YAML would make of it."""
+    """The same overrides with the values of text fields quoted: `prompt=1: why?` is text, whatever YAML would
+    make of it.
+    """
     return [_quoted(item) if _is_text(kind, item.partition("=")[0]) else item for item in dotlist]
 
 
@@ -210,7 +245,9 @@ def _default(field: FieldInfo) -> str:
 
 
 def _type_name(annotation: Any) -> str:
-    """`int`, `str | null`, `low | mid | spread`, `list[int]`, `{str: int}`: what to write, in as few words as possible."""
+    """`int`, `str | null`, `low | mid | spread`, `list[int]`, `{str: int}`: what to write, in as few words as
+    possible.
+    """
     if typing.get_origin(annotation) is typing.Literal:
         return " | ".join(map(str, typing.get_args(annotation)))
     if typing.get_origin(annotation) in (list, tuple):

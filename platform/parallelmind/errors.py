@@ -1,4 +1,6 @@
-"""Errors that a user can cause. Workloads turn them into exit 2 and one line; a server turns them into a 4xx."""
+"""Errors that a user can cause. Workloads turn them into exit 2 and one line; a server turns them into a
+4xx.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ class Notice(UserWarning):
 
 
 def typed(value: Any) -> str:
-    """A value as one would type it after `field=`: true, false, null, and text bare unless it is empty or cannot be seen."""
+    """A value as one would type it after `field=`: true, false, null, and text bare unless it is empty or
+    cannot be seen.
+    """
     bare = isinstance(value, str) and value.isprintable() and value.strip() == value != ""
     return str(value) if bare else json.dumps(value, ensure_ascii=False, default=str)
 
@@ -34,12 +38,16 @@ def first_line(error: BaseException) -> str:
 def unwritable(field: str, path: object, error: BaseException) -> UserError:
     """For a file or folder that the user has named."""
     reason = getattr(error, "strerror", None) or first_line(error)
-    return UserError(f"{field}={path}: cannot be written ({reason}); make room, or give another place that you may write to")
+    return UserError(
+        f"{field}={path}: cannot be written ({reason}); make room, or give another place that you may write to"
+    )
 
 
 @contextmanager
 def writing(field: str, path: object, *others: type[Exception]) -> Iterator[None]:
-    """What keeps it from being written becomes one line. others: what a library raises in place of OSError."""
+    """What keeps it from being written becomes one line. others: what a library raises in place of
+    OSError.
+    """
     kinds: tuple[type[Exception], ...] = (OSError, *others)
     try:
         yield

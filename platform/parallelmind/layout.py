@@ -1,8 +1,8 @@
 """Samples to coordinates, physical order, labels and batches. NumPy only, no loop over tokens.
 
-A sample is an optional `main` and N branches of token ids. Sequence 0 is always main (it may be empty) and branches are
-sequences 1..N, so a mask can tell main from a branch. The *branch coordinate* counts from main where there is one and
-from the first branch otherwise.
+A sample is an optional `main` and N branches of token ids. Sequence 0 is always main (it may be empty) and
+branches are sequences 1..N, so a mask can tell main from a branch. The *branch coordinate* counts from main
+where there is one and from the first branch otherwise.
 """
 
 from __future__ import annotations
@@ -37,16 +37,24 @@ class Tokens:
     answer_offsets: Ints
 
     @staticmethod
-    def of(main: Sequence[int], branches: Sequence[Sequence[int]], answer_offsets: Sequence[int] | None = None) -> Tokens:
+    def of(
+        main: Sequence[int], branches: Sequence[Sequence[int]], answer_offsets: Sequence[int] | None = None
+    ) -> Tokens:
         """From plain lists. Raises UserError if there is no branch or an empty one."""
         if not branches:
             raise UserError("branches=[]: a sample needs at least one branch")
         lengths = np.array([len(main), *map(len, branches)], dtype=np.int64)
         if (lengths[1:] == 0).any():
             empty = int(np.flatnonzero(lengths[1:] == 0)[0])
-            raise UserError(f"branches[{empty}]: holds no token; give it text, or move the end of main into it")
+            raise UserError(
+                f"branches[{empty}]: holds no token; give it text, or move the end of main into it"
+            )
         ids = np.concatenate([np.asarray(part, dtype=np.int64) for part in (main, *branches)])
-        offsets = np.zeros(len(branches), np.int64) if answer_offsets is None else np.asarray(answer_offsets, np.int64)
+        offsets = (
+            np.zeros(len(branches), np.int64)
+            if answer_offsets is None
+            else np.asarray(answer_offsets, np.int64)
+        )
         return Tokens(ids, lengths, offsets)
 
     @property
@@ -62,8 +70,8 @@ class Tokens:
 class Layout:
     """One sample in physical order; every array is `[tokens]`.
 
-    sequence: 0 for main, 1..N for the branches. branch, time: the pos2d coordinates. position: what drives the pairs
-    that pos2d does not. labels: the token that each one predicts, or -100.
+    sequence: 0 for main, 1..N for the branches. branch, time: the pos2d coordinates. position: what drives
+    the pairs that pos2d does not. labels: the token that each one predicts, or -100.
     """
 
     ids: Ints
@@ -76,7 +84,9 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Padded layouts: all `[batch, seq]`, pos2d `[batch, seq, 2]`; sequence is -1 where there is only padding."""
+    """Padded layouts: all `[batch, seq]`, pos2d `[batch, seq, 2]`; sequence is -1 where there is only
+    padding.
+    """
 
     ids: Ints
     sequence: Ints
@@ -136,7 +146,9 @@ def arrange(tokens: Tokens, config: RopeConfig, delays: Ints | None = None) -> L
 
 
 def next_tokens(ids: Ints, sequence: Ints, index: Ints, answer_offsets: Ints) -> Ints:
-    """`[tokens]` labels in logical order: token k predicts token k+1 of its own branch, from `answer_offset` on."""
+    """`[tokens]` labels in logical order: token k predicts token k+1 of its own branch, from `answer_offset`
+    on.
+    """
     labels = np.full(len(ids), IGNORE)
     same = (sequence[1:] == sequence[:-1]) & (sequence[1:] != MAIN)
     offsets = np.concatenate([[0], answer_offsets])
@@ -148,8 +160,8 @@ def next_tokens(ids: Ints, sequence: Ints, index: Ints, answer_offsets: Ints) ->
 def physical_order(time: Ints, sequence: Ints, config: RopeConfig) -> Ints:
     """Indices that sort logical order into physical order.
 
-    Columns (time, then sequence) make the columnar mask nearly causal. When neither mask nor positions depend on
-    where siblings stand, branches stay one after another, which keeps the isolated mask block-sparse.
+    Columns (time, then sequence) make the columnar mask nearly causal. When neither mask nor positions depend
+    on where siblings stand, branches stay one after another, which keeps the isolated mask block-sparse.
     """
     if is_free_order(config):
         return np.arange(len(time))

@@ -1,5 +1,6 @@
-"""Settings of Ray, and of MLflow, that all of this project shares, in the environment. Import this before Ray, which reads some
-only then."""
+"""Settings of Ray, and of MLflow, that all of this project shares, in the environment. Import this before
+Ray, which reads some only then.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Folders and files that are there whole or not at all, and the checksums that tell whether they still are."""
+"""Folders and files that are there whole or not at all, and the checksums that tell whether they still
+are.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def _flush(path: Path) -> None:
 
 
 def clear_scratch(parent: Path) -> None:
-    """Remove what writers of whole folders left behind in `parent` when they were killed. None may be at work there."""
+    """Remove what writers of whole folders left behind in `parent` when they were killed. None may be at work
+    there.
+    """
     for left in parent.glob(f".*{_SCRATCH}*"):
         shutil.rmtree(left)
 

@@ -59,21 +59,31 @@ class Tracker:
         self._client = MlflowClient(uri)
 
     @classmethod
-    def start(cls, uri: str, experiment: str, name: str, config: Part, key: str, parent: str | None = None) -> Self:
+    def start(
+        cls, uri: str, experiment: str, name: str, config: Part, key: str, parent: str | None = None
+    ) -> Self:
         """Create the database if need be, then go on with the run tagged `key`, else begin one.
 
-        uri: absolute (see `absolute_uri`). config: its fields become parameters, its fingerprint the tag `config_hash`. parent:
-        id of the run that it is a child of. Raises UserError if the tracking store cannot be used.
+        uri: absolute (see `absolute_uri`). config: its fields become parameters, its fingerprint the tag
+        `config_hash`. parent: id of the run that it is a child of. Raises UserError if the tracking store
+        cannot be used.
         """
         with _told(uri):
             client = MlflowClient(uri)
             experiment_id = _experiment_id(client, uri, experiment)
             found = client.search_runs([experiment_id], f"tags.{_KEY} = '{key}'", max_results=1)
-            tags = {"config_hash": config.fingerprint(), _KEY: key} | ({MLFLOW_PARENT_RUN_ID: parent} if parent else {})
+            tags = {"config_hash": config.fingerprint(), _KEY: key} | (
+                {MLFLOW_PARENT_RUN_ID: parent} if parent else {}
+            )
             run = found[0] if found else client.create_run(experiment_id, run_name=name, tags=tags)
             client.update_run(run.info.run_id, status=RunStatus.to_string(RunStatus.RUNNING))
-            # A run that is gone on with elsewhere keeps the workers and the like that it began with on record.
-            new = {key: value for key, value in config.model_dump(mode="json").items() if key not in run.data.params}
+            # A run that is gone on with elsewhere keeps the workers and the like that it began with on
+            # record.
+            new = {
+                key: value
+                for key, value in config.model_dump(mode="json").items()
+                if key not in run.data.params
+            }
             _log_params(client, run.info.run_id, new)
             return cls(uri, run.info.run_id)
 
@@ -83,9 +93,15 @@ class Tracker:
         return {key: self.history(key)[-1][0] for key in self.metric_names()}
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """One point per metric; values that are not finite are left out (MLflow's SQL store would refuse or bend them)."""
+        """One point per metric; values that are not finite are left out (MLflow's SQL store would refuse or
+        bend them).
+        """
         now = time.time_ns() // 1_000_000
-        new = {key: value for key, value in metrics.items() if math.isfinite(value) and step > self._logged.get(key, -1)}
+        new = {
+            key: value
+            for key, value in metrics.items()
+            if math.isfinite(value) and step > self._logged.get(key, -1)
+        }
         if new:
             points = [Metric(key, float(value), now, step) for key, value in new.items()]
             self._client.log_batch(self.run_id, metrics=points)
@@ -96,7 +112,9 @@ class Tracker:
 
     def history(self, key: str) -> list[tuple[int, float]]:
         """(step, value) of every point of a metric, by step."""
-        return sorted((point.step, point.value) for point in self._client.get_metric_history(self.run_id, key))
+        return sorted(
+            (point.step, point.value) for point in self._client.get_metric_history(self.run_id, key)
+        )
 
     def log_folder(self, folder: Path, name: str) -> None:
         """Store every file of a folder as artifacts under `name`."""
@@ -119,14 +137,21 @@ def _told(uri: str) -> Iterator[None]:
     """What keeps a tracking store from being used becomes one line."""
     try:
         yield
-    except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:  # the last where a database has no driver here
+    except (
+        MlflowException,
+        SQLAlchemyError,
+        OSError,
+        ImportError,
+    ) as error:  # the last where a database has no driver here
         reason = _root_reason(error).partition(". ")[0]
         remedy = "give sqlite:///FILE where there is room, or the http address of a server that runs"
         raise UserError(f"mlflow_uri={uri}: cannot be used ({reason}); {remedy}") from error
 
 
 def _root_reason(error: BaseException) -> str:
-    """Of a request that got no answer, what the system said, which lies under four wrappers that repeat the request."""
+    """Of a request that got no answer, what the system said, which lies under four wrappers that repeat the
+    request.
+    """
     root: BaseException | None = error
     while root is not None and not isinstance(root, ConnectionError | TimeoutError | socket.gaierror):
         root = root.__context__
@@ -136,7 +161,8 @@ def _root_reason(error: BaseException) -> str:
 def try_out(uri: str, experiment: str) -> bool:
     """Begin a run, log to it, read that back and remove the run; returns whether no trace of it is left.
 
-    It goes into the experiment if that is there, else into any other. Raises UserError if the tracking store cannot be used.
+    It goes into the experiment if that is there, else into any other. Raises UserError if the tracking store
+    cannot be used.
     """
     with _told(uri):
         client = MlflowClient(uri)
@@ -148,10 +174,13 @@ def try_out(uri: str, experiment: str) -> bool:
             client.log_batch(run_id, metrics=[Metric("loss", 1.0, 0, 1)], params=[Param("name", "doctor")])
             found = client.get_run(run_id).data
             if (found.metrics, found.params) != ({"loss": 1.0}, {"name": "doctor"}):
-                raise UserError(f"mlflow_uri={uri}: gives back {found.metrics} {found.params}; look into the server's log")
+                raise UserError(
+                    f"mlflow_uri={uri}: gives back {found.metrics} {found.params}; look into the server's log"
+                )
         finally:
             client.delete_run(run_id)
-        # A deleted run stays in the store, unseen, until `mlflow gc`; only a database lets its client do the same.
+        # A deleted run stays in the store, unseen, until `mlflow gc`; only a database lets its client do the
+        # same.
         remove = getattr(client._tracking_client.store, "_hard_delete_run", None)
         if remove:
             remove(run_id)
@@ -161,12 +190,16 @@ def try_out(uri: str, experiment: str) -> bool:
 def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is not None and found.lifecycle_stage != "active":
-        raise UserError(f"mlflow_experiment={name}: was deleted there; restore it in MLflow, or choose another name")
+        raise UserError(
+            f"mlflow_experiment={name}: was deleted there; restore it in MLflow, or choose another name"
+        )
     return found.experiment_id if found is not None else client.create_experiment(name, _artifacts(uri))
 
 
 def _artifacts(uri: str) -> str | None:
-    """Beside a SQLite file, absolute, so that workers anywhere on the machine agree; a server has its own place."""
+    """Beside a SQLite file, absolute, so that workers anywhere on the machine agree; a server has its own
+    place.
+    """
     file = sqlite_file(uri)
     return (file.parent / "mlartifacts").as_uri() if file else None
 
@@ -185,7 +218,9 @@ class Registered(NamedTuple):
 
 
 def register(uri: str, run_id: str, artifact: str, name: str, alias: str) -> str:
-    """Make a run's folder a version of a registered model, unless it is one, and give it an alias; returns the version."""
+    """Make a run's folder a version of a registered model, unless it is one, and give it an alias; returns
+    the version.
+    """
     client = MlflowClient(uri)
     try:
         client.create_registered_model(name)
@@ -193,14 +228,20 @@ def register(uri: str, run_id: str, artifact: str, name: str, alias: str) -> str
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     known = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
-    found = known[0] if known else client.create_model_version(name, source=f"runs:/{run_id}/{artifact}", run_id=run_id)
+    found = (
+        known[0]
+        if known
+        else client.create_model_version(name, source=f"runs:/{run_id}/{artifact}", run_id=run_id)
+    )
     version = found.version
     client.set_registered_model_alias(name, alias, version)
     return str(version)
 
 
 def registered(uri: str, model: str) -> Registered:
-    """What models:/NAME@ALIAS or models:/NAME/VERSION means now. Raises UserError where nothing has that name."""
+    """What models:/NAME@ALIAS or models:/NAME/VERSION means now. Raises UserError where nothing has that
+    name.
+    """
     name, at, alias = model.removeprefix("models:/").partition("@")
     client = MlflowClient(uri)
     try:
@@ -209,9 +250,13 @@ def registered(uri: str, model: str) -> Registered:
         else:
             name, _, version = name.partition("/")
             found = client.get_model_version(name, version)
-        return Registered(str(found.version), client.get_model_version_download_uri(found.name, found.version))
+        return Registered(
+            str(found.version), client.get_model_version_download_uri(found.name, found.version)
+        )
     except (MlflowException, SQLAlchemyError) as error:
-        raise UserError(f"model={model!r}: not in the registry ({first_line(error)}); give models:/NAME@ALIAS") from error
+        raise UserError(
+            f"model={model!r}: not in the registry ({first_line(error)}); give models:/NAME@ALIAS"
+        ) from error
 
 
 def fetch(uri: str, source: str, folder: Path) -> Path:
@@ -219,4 +264,6 @@ def fetch(uri: str, source: str, folder: Path) -> Path:
     try:
         return Path(download_artifacts(artifact_uri=source, dst_path=str(folder), tracking_uri=uri))
     except (MlflowException, OSError) as error:
-        raise UserError(f"model: {source} cannot be fetched ({first_line(error)}); check the artifact store") from error
+        raise UserError(
+            f"model: {source} cannot be fetched ({first_line(error)}); check the artifact store"
+        ) from error

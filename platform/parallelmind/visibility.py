@@ -1,6 +1,8 @@
-"""Who sees whom: one rule per policy, which training, prefill and every decoding step ask. Operators alone, no torch.
+"""Who sees whom: one rule per policy, which training, prefill and every decoding step ask. Operators alone,
+no torch.
 
-A layer's own window or chunk narrows it further, measured in time: what is near in storage may be far in a branch.
+A layer's own window or chunk narrows it further, measured in time: what is near in storage may be far in a
+branch.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ RULES: dict[Visibility, Callable[..., Any]] = {"columnar": columnar, "isolated":
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """How far back a kind of layer looks, in time: the last `window` tokens, or its own chunk of `chunk` tokens."""
+    """How far back a kind of layer looks, in time: the last `window` tokens, or its own chunk of `chunk`
+    tokens.
+    """
 
     window: int | None = None
     chunk: int | None = None

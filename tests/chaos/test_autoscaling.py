@@ -1,4 +1,6 @@
-"""A sweep on a cluster that has no workers when it begins: the autoscaler adds them for its trials, and takes them away again."""
+"""A sweep on a cluster that has no workers when it begins: the autoscaler adds them for its trials, and takes
+them away again.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,42 @@ PYTHON = Path(sys.executable)
 
 def test_trials_bring_the_nodes_that_they_need(tmp_path: Path) -> None:
     prepare(tmp_path, records=64, settings={})
-    train = {"base_model": tmp_path / "tiny", "data_path": tmp_path / "data.jsonl", "output_dir": tmp_path / "runs"}
+    train = {
+        "base_model": tmp_path / "tiny",
+        "data_path": tmp_path / "data.jsonl",
+        "output_dir": tmp_path / "runs",
+    }
     where = {**train, "mlflow_uri": f"sqlite:///{tmp_path / 'mlflow.db'}", "max_steps": 3}
-    sweep = {"name": "grown", "train": where, "space": {"lora_rank": [2, 4]}, "metrics": ["loss"], "max_concurrent": 2}
+    sweep = {
+        "name": "grown",
+        "train": where,
+        "space": {"lora_rank": [2, 4]},
+        "metrics": ["loss"],
+        "max_concurrent": 2,
+    }
     (tmp_path / "sweep.yaml").write_text(json.dumps(sweep, default=str))  # JSON is YAML
     with autoscaling.autoscaled(PYTHON, tmp_path, idle_s=5) as dashboard:
         clusters.wait_until(lambda: dashboard.get("/api/jobs/")[0] == 200)
-        line = ["job", "submit", "--address", dashboard.url, "--working-dir", ".", "--runtime-env", "runtime_env.yaml"]
-        line += ["--no-wait", "--submission-id", "sweep", "--", "python", "-m", "workloads.sweep", str(tmp_path / "sweep.yaml")]
+        line = [
+            "job",
+            "submit",
+            "--address",
+            dashboard.url,
+            "--working-dir",
+            ".",
+            "--runtime-env",
+            "runtime_env.yaml",
+        ]
+        line += [
+            "--no-wait",
+            "--submission-id",
+            "sweep",
+            "--",
+            "python",
+            "-m",
+            "workloads.sweep",
+            str(tmp_path / "sweep.yaml"),
+        ]
         assert clusters.command(PYTHON, "ray.scripts.scripts", *line).returncode == 0
         clusters.wait_until(lambda: autoscaling.workers(dashboard) > 0)
         clusters.wait_until(lambda: dashboard.get("/api/jobs/sweep")[1]["status"] in ("SUCCEEDED", "FAILED"))

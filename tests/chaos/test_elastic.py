@@ -1,5 +1,6 @@
-"""A node of the cluster gets a real SIGKILL while a worker trains on it; the run goes on with the other one, and with two again
-as soon as another node is there. Whoever trains, every record is trained on once an epoch, and every step is logged once.
+"""A node of the cluster gets a real SIGKILL while a worker trains on it; the run goes on with the other one,
+and with two again as soon as another node is there. Whoever trains, every record is trained on once an epoch,
+and every step is logged once.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ def cluster() -> Iterator[Cluster]:
     paths = os.pathsep.join([str(ROOT / "platform"), str(ROOT)])
     local = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": folder}
     with patch.dict(os.environ, local, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1", PYTHONPATH=paths):
-        nodes = Cluster(initialize_head=True, head_node_args={**NODE, "num_cpus": 0, "include_dashboard": True})
+        nodes = Cluster(
+            initialize_head=True, head_node_args={**NODE, "num_cpus": 0, "include_dashboard": True}
+        )
         try:
             for _ in range(2):
                 nodes.add_node(**NODE)
@@ -75,7 +78,9 @@ class Running:
         """The newest step that a checkpoint was written at."""
         return max((int(path.name[5:]) for path in self._place.glob("runs/*/checkpoints/step-*")), default=0)
 
-    def wait_for(self, condition: Callable[[], object], meanwhile: Callable[[], None] = lambda: time.sleep(0.2)) -> None:
+    def wait_for(
+        self, condition: Callable[[], object], meanwhile: Callable[[], None] = lambda: time.sleep(0.2)
+    ) -> None:
         deadline = time.monotonic() + 200
         while not condition():
             assert self.driver.poll() is None, self.said()[-3000:]
@@ -125,7 +130,9 @@ def test_a_run_goes_on_with_fewer_workers_while_a_node_is_lost(cluster: Cluster,
     assert len(list(place.glob("runs/*/adapter/parallelmind.json"))) == 1
     with sqlite3.connect(place / "mlflow.db") as database:
         assert database.execute("SELECT status FROM runs").fetchall() == [("FINISHED",)]
-        branches = database.execute("SELECT step, value FROM metrics WHERE key = 'branches' ORDER BY step").fetchall()
+        branches = database.execute(
+            "SELECT step, value FROM metrics WHERE key = 'branches' ORDER BY step"
+        ).fetchall()
         points = Counter(database.execute("SELECT key, step FROM metrics").fetchall())
     assert [step for step, _ in branches] == list(range(1, len(branches) + 1))
     assert set(points.values()) == {1}
@@ -134,12 +141,21 @@ def test_a_run_goes_on_with_fewer_workers_while_a_node_is_lost(cluster: Cluster,
 
 @pytest.mark.parametrize(
     ("nodes", "workers", "cpus"),
-    [([1, 1], 2, 0.6), ([0, 1, 1], 2, 0.6), ([8, 8], 2, 4.8), ([1, 4, 4], 2, 2.4), ([2], 3, 0.4), ([1], 10, 0.06)],
+    [
+        ([1, 1], 2, 0.6),
+        ([0, 1, 1], 2, 0.6),
+        ([8, 8], 2, 4.8),
+        ([1, 4, 4], 2, 2.4),
+        ([2], 3, 0.4),
+        ([1], 10, 0.06),
+    ],
 )
 def test_an_elastic_worker_takes_most_of_its_part_of_a_node(
     monkeypatch: pytest.MonkeyPatch, nodes: list[float], workers: int, cpus: float
 ) -> None:
     with patch.dict(os.environ):  # Ray's settings are for a process of its own
-        from workloads.cluster import share_of_a_node
-    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": found}} for found in nodes])
+        from workloads.common.cluster import share_of_a_node
+    monkeypatch.setattr(
+        ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": found}} for found in nodes]
+    )
     assert share_of_a_node(workers) == cpus

@@ -1,4 +1,6 @@
-"""Training on two nodes: one of them dies, or is out of reach for half a minute. The run ends as if nothing had happened."""
+"""Training on two nodes: one of them dies, or is out of reach for half a minute. The run ends as if nothing
+had happened.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +35,22 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(place: Path, cluster: Nodes, name: str) -> subprocess.Popen[bytes]:
-    line = [sys.executable, "-m", "workloads.train", "run.yaml", f"output_dir={name}", f"ray_address={cluster.address}"]
+    line = [
+        sys.executable,
+        "-m",
+        "workloads.train",
+        "run.yaml",
+        f"output_dir={name}",
+        f"ray_address={cluster.address}",
+    ]
     line.append(f"mlflow_uri=sqlite:///{name}.db")
     with open(place / f"{name}.log", "wb") as log:
         return subprocess.Popen(
-            cluster.place.command(*line), cwd=place, env=cluster.place.environment(), stdout=log, stderr=subprocess.STDOUT
+            cluster.place.command(*line),
+            cwd=place,
+            env=cluster.place.environment(),
+            stdout=log,
+            stderr=subprocess.STDOUT,
         )
 
 

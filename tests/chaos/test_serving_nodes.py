@@ -1,4 +1,6 @@
-"""Engines on two nodes: one of them dies, or cannot be reached for half a minute, and every request is answered as ever."""
+"""Engines on two nodes: one of them dies, or cannot be reached for half a minute, and every request is
+answered as ever.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ import yaml
 from nodes import Node, Nodes
 from servers import ROOT, Server, save_talker
 
-from serving.ports import free_port
+from serving.runtime.ports import free_port
 
 pytestmark = [pytest.mark.chaos, nodes.NEEDED]
 CUT_S, CLIENTS = 30, 4
@@ -45,9 +47,22 @@ def deploy(cluster: Nodes, base: str, folder: Path) -> Server:
     application["runtime_env"] = {}
     (folder / "serve.yaml").write_text(yaml.safe_dump(config))
     dashboard = f"http://127.0.0.1:{cluster.dashboard}"
-    line = [sys.executable, "-m", "ray.serve.scripts", "deploy", str(folder / "serve.yaml"), "--address", dashboard]
+    line = [
+        sys.executable,
+        "-m",
+        "ray.serve.scripts",
+        "deploy",
+        str(folder / "serve.yaml"),
+        "--address",
+        dashboard,
+    ]
     done = subprocess.run(
-        cluster.place.command(*line), cwd=ROOT, env=cluster.place.environment(), capture_output=True, text=True, check=False
+        cluster.place.command(*line),
+        cwd=ROOT,
+        env=cluster.place.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     found = Server(cluster.nodes[0].process, config["http_options"]["port"], folder / "log", cluster.place.ip)
@@ -86,7 +101,9 @@ def asked(server: Server, stream: bool) -> list[list[int]]:
 
 @contextmanager
 def load(server: Server) -> Iterator[list[int]]:
-    """Clients that ask again and again until the end of the block, half of them for streams; all get what a quiet server says."""
+    """Clients that ask again and again until the end of the block, half of them for streams; all get what a
+    quiet server says.
+    """
     expected, over, answered = asked(server, False), threading.Event(), [0]
 
     def ask(number: int) -> None:
@@ -111,7 +128,10 @@ def without_front(cluster: Nodes) -> Node:
 
 
 def test_a_lost_node_is_not_noticed(base: str, tmp_path: Path) -> None:
-    with nodes.network("head", "a", "b") as (head, a, b), nodes.cluster(cpus=1, place=head, serves=True) as cluster:
+    with (
+        nodes.network("head", "a", "b") as (head, a, b),
+        nodes.cluster(cpus=1, place=head, serves=True) as cluster,
+    ):
         places = {id(cluster.add(cpus=3, place=place)): place for place in (a, b)}
         cluster.wait_for(3)
         server = deploy(cluster, base, tmp_path)

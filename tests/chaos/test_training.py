@@ -1,7 +1,8 @@
-"""Real SIGKILLs at a worker, at Ray Train's controller and at the driver, also while a checkpoint is being written.
+"""Real SIGKILLs at a worker, at Ray Train's controller and at the driver, also while a checkpoint is being
+written.
 
-Whatever was killed, the run ends as an undisturbed one does: the same losses at the same steps, each logged once, in one MLflow
-run, and the same adapter, bit for bit.
+Whatever was killed, the run ends as an undisturbed one does: the same losses at the same steps, each logged
+once, in one MLflow run, and the same adapter, bit for bit.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working directory with a model, data and settings. The adapter is large for its model, so that saving takes a while."""
+    """A working directory with a model, data and settings. The adapter is large for its model, so that saving
+    takes a while.
+    """
     settings = {
         "validation_path": "data.jsonl",
         "validate_every": 7,
@@ -52,7 +55,14 @@ class Running:
     def __init__(self, place: Path, name: str, workers: int) -> None:
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "platform"), str(ROOT)])
-        command = [sys.executable, "-m", "workloads.train", "run.yaml", f"name={name}", f"num_workers={workers}"]
+        command = [
+            sys.executable,
+            "-m",
+            "workloads.train",
+            "run.yaml",
+            f"name={name}",
+            f"num_workers={workers}",
+        ]
         self.output = place / f"{name}.log"
         with open(self.output, "a") as log:
             self.driver = subprocess.Popen(command, cwd=place, env=env, stdout=log, stderr=subprocess.STDOUT)
@@ -100,7 +110,9 @@ class Running:
 def metrics(place: Path, name: str) -> list[tuple[str, int, float]]:
     """Every point of the one MLflow run of that name, but for those of the clock."""
     with sqlite3.connect(place / "mlflow.db") as database:
-        runs = database.execute("SELECT run_uuid, status FROM runs WHERE name LIKE ?", (f"{name}-%",)).fetchall()
+        runs = database.execute(
+            "SELECT run_uuid, status FROM runs WHERE name LIKE ?", (f"{name}-%",)
+        ).fetchall()
         assert [status for _, status in runs] == ["FINISHED"]
         clock = "('tokens_per_second', 'peak_memory_gib', 'seconds')"
         query = f"SELECT key, step, value FROM metrics WHERE run_uuid = ? AND key NOT IN {clock}"
@@ -115,13 +127,17 @@ def gone(processes: list[psutil.Process]) -> bool:
     """Whether all have ended, some time after what they belong to was killed."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        if not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes):
+        if not any(
+            process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes
+        ):
             return True
         time.sleep(0.5)
     return False
 
 
-@pytest.fixture(params=[2, pytest.param(1, marks=pytest.mark.chaos)], ids=["2 workers", "1 worker"], scope="module")
+@pytest.fixture(
+    params=[2, pytest.param(1, marks=pytest.mark.chaos)], ids=["2 workers", "1 worker"], scope="module"
+)
 def undisturbed(place: Path, request: pytest.FixtureRequest) -> tuple[int, list[tuple[str, int, float]], str]:
     running = Running(place, f"whole{request.param}", request.param)
     running.end()
@@ -130,7 +146,9 @@ def undisturbed(place: Path, request: pytest.FixtureRequest) -> tuple[int, list[
     return request.param, points, adapter
 
 
-def test_killed_anywhere_the_run_ends_as_if_undisturbed(place: Path, undisturbed: tuple[int, list, str]) -> None:
+def test_killed_anywhere_the_run_ends_as_if_undisturbed(
+    place: Path, undisturbed: tuple[int, list, str]
+) -> None:
     """A worker while it saves, then the controller, then the driver while a checkpoint is being written."""
     workers, points, adapter = undisturbed
     name = f"killed{workers}"

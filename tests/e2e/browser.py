@@ -54,7 +54,9 @@ class Playground:
         return self.page.get_by_role("textbox", name=f"Branch {number}", exact=True)
 
     def write(self, main: str, *branches: str, **settings: str) -> None:
-        """Fill in the form. A setting goes by its label, in lower case and with underscores; greedy, as the model never ends."""
+        """Fill in the form. A setting goes by its label, in lower case and with underscores; greedy, as the
+        model never ends.
+        """
         self.field("Main").fill(main)
         for number, text in enumerate(branches, 1):
             if not self.branch_field(number).count():
@@ -104,7 +106,9 @@ class Playground:
 
     def overflow(self) -> int:
         """By how many pixels the page is wider than the window."""
-        return self.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        return self.page.evaluate(
+            "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+        )
 
 
 def has_focus(target: Locator) -> bool:
@@ -112,7 +116,9 @@ def has_focus(target: Locator) -> bool:
 
 
 def begun(branches: int = 1) -> dict[str, Any]:
-    places = [{"index": index, "prompt_tokens": 2, "branch": index + 1, "time": 3} for index in range(branches)]
+    places = [
+        {"index": index, "prompt_tokens": 2, "branch": index + 1, "time": 3} for index in range(branches)
+    ]
     return {"id": "smp-1", "object": "branches.begun", "model": "tiny", "branches": places}
 
 
@@ -126,8 +132,12 @@ def step(*texts: str, time: int = 5, reason: str | None = None) -> dict[str, Any
 
 
 def stream(*events: dict[str, Any], done: bool = True) -> str:
-    return "".join(f"data: {json.dumps(event)}\n\n" for event in events) + ("data: [DONE]\n\n" if done else "")
+    return "".join(f"data: {json.dumps(event)}\n\n" for event in events) + (
+        "data: [DONE]\n\n" if done else ""
+    )
 
 
 def error(message: str, param: str | None = None) -> str:
-    return json.dumps({"error": {"message": message, "type": "invalid_request_error", "param": param, "code": None}})
+    return json.dumps(
+        {"error": {"message": message, "type": "invalid_request_error", "param": param, "code": None}}
+    )

@@ -1,4 +1,6 @@
-"""The site that the browser visits: a real server whose model takes its time, so that a person's clicks find it talking."""
+"""The site that the browser visits: a real server whose model takes its time, so that a person's clicks find
+it talking.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("site")
-    with serving(folder / "server", base_model=_save_slow_talker(folder / "tiny"), served_name="tiny") as server:
+    with serving(
+        folder / "server", base_model=_save_slow_talker(folder / "tiny"), served_name="tiny"
+    ) as server:
         yield server.url
 
 

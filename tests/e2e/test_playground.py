@@ -1,4 +1,6 @@
-"""The playground, used as a person uses it. `site` is a server with a model named tiny that can write some hundred tokens."""
+"""The playground, used as a person uses it. `site` is a server with a model named tiny that can write some
+hundred tokens.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +28,15 @@ def test_page_loads_without_errors_or_foreign_requests(browser: Browser, site: s
     wrong: list[str] = []
     page.on("request", lambda sent: urls.append(sent.url))
     # Chromium calls a stream aborted that has come to its end, if its answer must not be stored.
-    page.on("requestfailed", lambda sent: wrong.append(sent.url) if sent.failure != "net::ERR_ABORTED" else None)
+    page.on(
+        "requestfailed", lambda sent: wrong.append(sent.url) if sent.failure != "net::ERR_ABORTED" else None
+    )
     page.on("response", lambda got: wrong.append(got.url) if got.status >= 400 else None)
     page.on("pageerror", lambda raised: wrong.append(str(raised)))
-    page.on("console", lambda said: wrong.append(f"{said.text} {said.location['url']}") if said.type == "error" else None)
+    page.on(
+        "console",
+        lambda said: wrong.append(f"{said.text} {said.location['url']}") if said.type == "error" else None,
+    )
 
     def with_policy(route: Route) -> None:
         answer = route.fetch()
@@ -71,7 +78,9 @@ def test_token_under_the_pointer_or_the_focus_tells_its_coordinates(playground: 
     playground.run()
     playground.reason(1)
     playground.reason(2)
-    number = next(number for number in (1, 2) if playground.tokens(number).count() > 1)  # not all of it one broken character
+    number = next(
+        number for number in (1, 2) if playground.tokens(number).count() > 1
+    )  # not all of it one broken character
     first, second = playground.tokens(number).nth(0), playground.tokens(number).nth(1)
     first.hover()
     branch, time = map(int, PLACE.search(playground.card.inner_text()).groups())  # type: ignore[union-attr]
@@ -113,8 +122,12 @@ def test_stop_all_stops_every_branch_and_another_sample_can_run(playground: Play
     playground.state(1).filter(has_text=re.compile("stop|length")).wait_for()
 
 
-@pytest.mark.parametrize(("label", "value", "valid"), [("Max tokens", "0", FEW), ("Temperature", "-1", "0.7")])
-def test_refused_value_is_explained_and_its_field_marked(playground: Playground, label: str, value: str, valid: str) -> None:
+@pytest.mark.parametrize(
+    ("label", "value", "valid"), [("Max tokens", "0", FEW), ("Temperature", "-1", "0.7")]
+)
+def test_refused_value_is_explained_and_its_field_marked(
+    playground: Playground, label: str, value: str, valid: str
+) -> None:
     playground.write(MAIN, *QUESTIONS, max_tokens=FEW)
     playground.field(label).fill(value)
     playground.run()

@@ -1,4 +1,6 @@
-"""What the playground makes of answers that no healthy server gives, or that come all at once: given by the test itself."""
+"""What the playground makes of answers that no healthy server gives, or that come all at once: given by the
+test itself.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def test_thousands_of_tokens_at_once_leave_the_page_usable(playground: Playgroun
 
 
 def test_text_is_shown_as_text_and_split_characters_as_one(playground: Playground) -> None:
-    split = stream(begun(), step("<b>bold</b>"), step("", time=6), step("é", time=7), step("", time=8, reason="stop"))
+    split = stream(
+        begun(), step("<b>bold</b>"), step("", time=6), step("é", time=7), step("", time=8, reason="stop")
+    )
     playground.answer(split)
     playground.write("", "<img src=x onerror=alert(1)>")
     playground.run()
@@ -44,7 +48,9 @@ def test_text_is_shown_as_text_and_split_characters_as_one(playground: Playgroun
     ],
     ids=["error event", "no [DONE]"],
 )
-def test_broken_stream_is_an_error_and_what_it_brought_stays(playground: Playground, body: str, message: str) -> None:
+def test_broken_stream_is_an_error_and_what_it_brought_stays(
+    playground: Playground, body: str, message: str
+) -> None:
     playground.answer(body)
     playground.run()
     playground.alert.filter(has_text=message).wait_for()

@@ -4,7 +4,10 @@ import pytest
 import torch
 from flexing import on_a_cpu
 
-CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")])
+CUDA = pytest.param(
+    "cuda",
+    marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")],
+)
 
 
 @pytest.fixture(params=[CUDA, "cpu"])

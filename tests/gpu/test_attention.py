@@ -68,7 +68,9 @@ def test_three_attentions_read_the_same(device, name, config):
 def test_three_attentions_learn_the_same(device, name, visibility, checkpointing):
     config = RopeConfig(visibility=visibility, sibling_penalty=0)
     batch = long_batch(config, shapes(device), device=device)
-    eager, sdpa = (learner(variant(name, kind).to(device), config, checkpointing) for kind in ("eager", "sdpa"))
+    eager, sdpa = (
+        learner(variant(name, kind).to(device), config, checkpointing) for kind in ("eager", "sdpa")
+    )
     expected = gradients(eager, batch, visibility)
     agree(gradients(sdpa, batch, visibility), expected, "gradients of SDPA and eager", 2e-3)
     with chosen():
@@ -143,9 +145,14 @@ def test_two_steps_give_the_same_bits(device):
 def test_the_choice_is_told(device):
     config, lines = RopeConfig(sibling_penalty=0), []
     model = variant("shared", "sdpa").to(device)
-    batches = [collate([arrange(Tokens.of([], [[1] * n]), config)], pad_id=0) for n in (FLEX_ABOVE, FLEX_ABOVE + 1)]
+    batches = [
+        collate([arrange(Tokens.of([], [[1] * n]), config)], pad_id=0) for n in (FLEX_ABOVE, FLEX_ABOVE + 1)
+    ]
     with patched(model, config):
         list(Announcer(model, torch.bfloat16, lines.append)(batches))
         long = "flex_attention" if _fits_device(model.device, torch.bfloat16) else "sdpa"
-    assert lines == [f"attention: sdpa for up to {FLEX_ABOVE} tokens", f"attention: {long} for up to {2 * FLEX_ABOVE} tokens"]
+    assert lines == [
+        f"attention: sdpa for up to {FLEX_ABOVE} tokens",
+        f"attention: {long} for up to {2 * FLEX_ABOVE} tokens",
+    ]
     assert device == "cuda" or long == "sdpa"

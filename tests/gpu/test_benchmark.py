@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import gpu_decoding
 from benchmarks.gpu import SHAPES, Shape, Work, _qwen, benches, build, measure, peak, random_batch, step_flops
-from parallelmind.model.base import meta_model
+from parallelmind.model.base_model import meta_model
 from parallelmind.model.mask import visible
 from parallelmind.model.structure import causal_lm, decoder
 from parallelmind.training.loss import TargetLoss, to_tensors
@@ -25,7 +25,9 @@ SMALL = Work("columnar", 8, 4, rows=2)
 @pytest.mark.parametrize("visibility", ["columnar", "isolated"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 def test_a_small_run(device, visibility, checkpointing):
-    speed = measure(build(replace(TINY, checkpointing=checkpointing), device), replace(SMALL, visibility=visibility))
+    speed = measure(
+        build(replace(TINY, checkpointing=checkpointing), device), replace(SMALL, visibility=visibility)
+    )
     assert speed.tokens > 0
     assert speed.flops > 1e5 * speed.tokens
 
@@ -49,7 +51,11 @@ def test_flops_are_those_of_the_matrices(device):
 
 
 def test_peaks_go_by_whole_words():
-    names = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA GeForce RTX 4090": 165e12}
+    names = {
+        "NVIDIA H100 80GB HBM3": 989e12,
+        "NVIDIA A100-SXM4-40GB": 312e12,
+        "NVIDIA GeForce RTX 4090": 165e12,
+    }
     assert {name: peak(name) for name in names} == names
     assert peak("NVIDIA L4") == 121e12
     assert peak("NVIDIA L40S") is None
@@ -58,7 +64,9 @@ def test_peaks_go_by_whole_words():
 def test_no_share_without_a_peak():
     known, unknown = ({bench.name for bench in benches(name)} for name in ("NVIDIA H200", "Tesla T4"))
     assert {"training.gpu_05b_tokens_per_s", "training.gpu_7b_tokens_per_s"} <= unknown
-    assert {name.removesuffix("_mfu") for name in known - unknown} == {name.removesuffix("_tokens_per_s") for name in unknown}
+    assert {name.removesuffix("_mfu") for name in known - unknown} == {
+        name.removesuffix("_tokens_per_s") for name in unknown
+    }
 
 
 def test_shapes_are_those_of_their_names():

@@ -18,7 +18,9 @@ VOCABULARY = 32_000
 
 
 def most_bytes(device: str, work: Callable[[], object]) -> int:
-    """What `work` holds at its peak beyond what was there, after a first time; on a CPU its largest tensor."""
+    """What `work` holds at its peak beyond what was there, after a first time; on a CPU its largest
+    tensor.
+    """
     if device == "cpu":
         with Largest() as made:
             work()

@@ -1,4 +1,6 @@
-"""Clusters as the deployment files make them, on this machine: they grow, ask for the token, and listen on loopback only."""
+"""Clusters as the deployment files make them, on this machine: they grow, ask for the token, and listen on
+loopback only.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from servers import LOOPBACK, ROOT, Server, answer, listening
 PYTHON = Path(sys.executable)
 TASKS = """
 import os, ray
-from workloads import cluster
+from workloads.common import cluster
 cluster.connect(None, forward_output=False)
 print("trials at a time:", cluster.slots(8, 2, True, None), cluster.slots(8, 1, False, None))
 where = lambda: os.environ["RAY_NODE_TYPE_NAME"]
@@ -26,7 +28,7 @@ print("trainer on", ray.get(ray.remote(num_gpus=1)(where).remote()))
 """
 LOCAL = """
 import sys, urllib.error, urllib.request
-from workloads.cluster import connect
+from workloads.common.cluster import connect
 connect(None)
 import ray
 print(ray.get(ray.remote(lambda: "works").remote()))
@@ -71,14 +73,18 @@ def test_without_the_token_no_job_is_taken() -> None:
         for headers, status in (({}, 401), ({"authorization": "Bearer guess"}, 403)):
             assert asked(dashboard, "POST", **headers) == asked(dashboard, "GET", **headers) == status
         known = {"authorization": f"Bearer {token}"}
-        clusters.wait_until(lambda: asked(dashboard, "POST", **known) == 200)  # once the node's agent is up, too
+        clusters.wait_until(
+            lambda: asked(dashboard, "POST", **known) == 200
+        )  # once the node's agent is up, too
         assert asked(dashboard, "GET", **known) == 200
         line = ["job", "submit", "--address", dashboard.url, "--no-wait", "--submission-id", "a"]
         line += ["--", "sh", "-c", "echo runs are in $SHARED/runs"]
         assert clusters.command(PYTHON, "ray.scripts.scripts", *line).returncode != 0
         assert clusters.command(PYTHON, "ray.scripts.scripts", *line, **settings).returncode == 0
         logs = "/api/jobs/a/logs"
-        clusters.wait_until(lambda: "runs are in /shared/runs" in answer(dashboard.request("GET", logs, **known))[1]["logs"])
+        clusters.wait_until(
+            lambda: "runs are in /shared/runs" in answer(dashboard.request("GET", logs, **known))[1]["logs"]
+        )
 
 
 @pytest.mark.slow

@@ -23,7 +23,9 @@ from resident import NOT_HERE
 
 READ_ALONE = {"", "json", "yaml"}  # languages of blocks that are no commands
 # The Chinese README holds the same blocks. The page whose last server others ask, too, is first.
-RUN = sorted((page for page in PAGES if page.name != "README.zh-CN.md"), key=lambda page: page.name != "inference.md")
+RUN = sorted(
+    (page for page in PAGES if page.name != "README.zh-CN.md"), key=lambda page: page.name != "inference.md"
+)
 
 pytestmark = pytest.mark.slow
 
@@ -34,7 +36,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
         yield found
 
 
-@pytest.mark.parametrize("page", [page for page in RUN if blocks(page)], ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page", [page for page in RUN if blocks(page)], ids=lambda page: str(page.relative_to(ROOT))
+)
 def test_a_page_does_what_it_says(folder: Reader, page: Path) -> None:
     folder.begin()
     for block in blocks(page):
@@ -48,5 +52,13 @@ def test_a_page_does_what_it_says(folder: Reader, page: Path) -> None:
 
 def test_what_cannot_run_here_is_on_the_pages() -> None:
     """No entry of NOT_HERE outlives the command that it stands for."""
-    lines = [" ".join(words) for page in RUN for block in blocks(page) if block.language == "bash" for words in commands(block)]
-    assert [known for known in NOT_HERE if not any(f"{line} ".startswith(f"{known} ") for line in lines)] == []
+    lines = [
+        " ".join(words)
+        for page in RUN
+        for block in blocks(page)
+        if block.language == "bash"
+        for words in commands(block)
+    ]
+    assert [
+        known for known in NOT_HERE if not any(f"{line} ".startswith(f"{known} ") for line in lines)
+    ] == []

@@ -13,7 +13,7 @@ import pytest
 import ray
 from tiny import save_tiny
 
-from serving.ports import free_port
+from serving.runtime.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ["libraries", "model", "gpu", "memory", "disk", "ray", "storage", "nodes", "mlflow", "end to end"]
@@ -33,7 +33,9 @@ def doctor(place: Path, *arguments: str, **settings: str) -> tuple[int, dict[str
         timeout=400,
         check=False,
     )
-    assert [line for line in done.stderr.splitlines() if "InvalidAuthToken" not in line] == []  # Ray itself says that
+    assert [
+        line for line in done.stderr.splitlines() if "InvalidAuthToken" not in line
+    ] == []  # Ray itself says that
     assert [path.name for path in place.iterdir()] == ["tiny"]
     lines = done.stdout.splitlines()
     assert [line[6:16].rstrip() for line in lines] == NAMES
@@ -46,7 +48,9 @@ def test_a_machine_that_is_fine(tmp_path: Path) -> None:
     assert code == 0, found
     assert {mark for mark, _ in found.values()} <= {"ok", "warn"}
     assert "1 node" in found["ray"][1]
-    assert found["end to end"][1].startswith("3 steps of training, then 2 branches decoded with the adapter, in ")
+    assert found["end to end"][1].startswith(
+        "3 steps of training, then 2 branches decoded with the adapter, in "
+    )
 
 
 @pytest.mark.slow
@@ -66,7 +70,9 @@ def test_a_cluster_is_joined_with_its_token_only(tmp_path: Path) -> None:
     with clusters.cluster(Path(sys.executable), gcs_port=port, **token):
         code, found = doctor(tmp_path, *asked, **token)
         assert (code, found["ray"][0], found["nodes"][0]) == (0, "ok", "ok"), found
-        assert found["ray"][1].startswith(f"Ray {ray.__version__}, joined 127.0.0.1:{port}, of the same version: 1 node, 2 CPUs")
+        assert found["ray"][1].startswith(
+            f"Ray {ray.__version__}, joined 127.0.0.1:{port}, of the same version: 1 node, 2 CPUs"
+        )
         assert found["ray"][1].endswith("token auth on")
         code, found = doctor(tmp_path, *asked, **{**token, "RAY_AUTH_TOKEN": secrets.token_hex(32)})
         assert (code, found["ray"][0], found["nodes"][0]) == (1, "FAIL", "skip"), found

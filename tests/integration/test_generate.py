@@ -18,7 +18,7 @@ import psutil
 import pytest
 from tiny import save_tiny
 
-from workloads import generate
+from workloads.generate import command as generate
 
 ROOT = Path(__file__).resolve().parents[2]
 BAD = 300  # a line that is no record
@@ -33,21 +33,34 @@ def place(tmp_path: Path) -> Path:
     """A working directory with a model and lines enough for four parts."""
     save_tiny(tmp_path / "tiny")
     draw = random.Random(0)
-    lines = [json.dumps({"branches": [" ".join(["who lives", *["in"] * draw.randint(0, 99)])] * 2}) for _ in range(300)]
+    lines = [
+        json.dumps({"branches": [" ".join(["who lives", *["in"] * draw.randint(0, 99)])] * 2})
+        for _ in range(300)
+    ]
     (tmp_path / "data.jsonl").write_text("\n".join([*lines[: BAD - 1], "{bad", *lines[BAD - 1 :]]))
     return tmp_path
 
 
 @pytest.fixture
 def environment() -> Iterator[dict[str, str]]:
-    scratch = tempfile.mkdtemp(prefix="pm-")  # short, for the sake of sockets; a killed driver cannot remove it
+    scratch = tempfile.mkdtemp(
+        prefix="pm-"
+    )  # short, for the sake of sockets; a killed driver cannot remove it
     paths = os.pathsep.join([str(ROOT / "platform"), str(ROOT)])
-    yield {**os.environ, "PYTHONPATH": paths, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "RAY_TMPDIR": scratch}
+    yield {
+        **os.environ,
+        "PYTHONPATH": paths,
+        "RAY_AUTH_MODE": "disabled",
+        "OMP_NUM_THREADS": "1",
+        "RAY_TMPDIR": scratch,
+    }
     shutil.rmtree(scratch, ignore_errors=True)
 
 
 def kill(command: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to the driver, then to what is left of its cluster, some of which would only notice after minutes."""
+    """SIGKILL to the driver, then to what is left of its cluster, some of which would only notice after
+    minutes.
+    """
     family = psutil.Process(command.pid).children(recursive=True)
     command.kill()
     for process in family:
@@ -69,7 +82,9 @@ def test_parts_survive_a_driver_that_is_killed_and_none_is_done_twice(
     kill(first)
     parts = {part: part.stat() for part in (place / "parts").glob("*.jsonl")}
 
-    second = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    second = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
     assert second.returncode == 0, second.stderr
     found = sorted((place / "parts").iterdir())
     assert f"going on with {len(found) - len(parts)} of {len(found)} parts" in second.stderr

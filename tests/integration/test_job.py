@@ -79,35 +79,57 @@ def finished(done):
 @pytest.mark.slow
 def test_every_workload_runs_as_a_job(cluster, bare_python, tiny_run):
     """From source records to a sweep, and from its best adapter to answers and texts."""
-    articles = [{"question": f"what is {n} + {k}?", "answer": f"{n + k}"} for n in range(24) for k in range(3)]
+    articles = [
+        {"question": f"what is {n} + {k}?", "answer": f"{n + k}"} for n in range(24) for k in range(3)
+    ]
     (tiny_run / "source.jsonl").write_text("".join(json.dumps(each) + "\n" for each in articles))
     converted = tiny_run / "converted.jsonl"
-    convert = dotlist(data_path=tiny_run / "source.jsonl", output_path=converted, base_model=tiny_run / "base")
+    convert = dotlist(
+        data_path=tiny_run / "source.jsonl", output_path=converted, base_model=tiny_run / "base"
+    )
     assert "72 records in" in finished(submit(bare_python, cluster, "convert", *convert))
     run = settings(tiny_run, data_path=converted, base_model=str(tiny_run / "base"))
-    sweep = {"name": "jobs", "train": {name: value if isinstance(value, int) else str(value) for name, value in run.items()}}
+    sweep = {
+        "name": "jobs",
+        "train": {name: value if isinstance(value, int) else str(value) for name, value in run.items()},
+    }
     sweep |= {"space": {"lora_rank": [2, 4]}, "metrics": ["loss"]}
     (tiny_run / "sweep.yaml").write_text(json.dumps(sweep))  # JSON is YAML
     told = finished(submit(bare_python, cluster, "sweep", tiny_run / "sweep.yaml"))
     assert "trials   2 finished" in told
     adapter = next(line.split()[1] for line in told.splitlines() if line.startswith("adapter "))
-    answers = dotlist(data_path=tiny_run / "train.jsonl", lora_path=adapter, max_records=2, output_path=tiny_run / "scores.json")
+    answers = dotlist(
+        data_path=tiny_run / "train.jsonl",
+        lora_path=adapter,
+        max_records=2,
+        output_path=tiny_run / "scores.json",
+    )
     assert "over 6 questions" in finished(submit(bare_python, cluster, "evaluate", "answers", *answers))
     assert json.loads((tiny_run / "scores.json").read_text())["questions"] == 6
-    generate = dotlist(lora_path=adapter, data_path=tiny_run / "train.jsonl", output_path=tiny_run / "out", num_workers=2)
+    generate = dotlist(
+        lora_path=adapter, data_path=tiny_run / "train.jsonl", output_path=tiny_run / "out", num_workers=2
+    )
     finished(submit(bare_python, cluster, "generate", *generate, "max_new_tokens=2"))
-    lines = [line for part in (tiny_run / "out").glob("part-*.jsonl") for line in part.read_text().splitlines()]
+    lines = [
+        line for part in (tiny_run / "out").glob("part-*.jsonl") for line in part.read_text().splitlines()
+    ]
     assert len(lines) == 48
 
 
 @pytest.mark.slow
 def test_a_stopped_job_has_saved_a_checkpoint(cluster, bare_python, tiny_run):
     run = settings(tiny_run, max_steps=100000, epochs=100000, checkpoint_every=100000)
-    submitted = submit(bare_python, cluster, "train", *dotlist(**run), options=("--submission-id", "stopped", "--no-wait"))
+    submitted = submit(
+        bare_python, cluster, "train", *dotlist(**run), options=("--submission-id", "stopped", "--no-wait")
+    )
     assert submitted.returncode == 0, submitted.stderr
     logs = ["job", "logs", "--address", cluster, "stopped"]
-    clusters.wait_until(lambda: "step 3/" in clusters.command(bare_python, "ray.scripts.scripts", *logs).stdout)
-    stopped = clusters.command(bare_python, "ray.scripts.scripts", "job", "stop", "--address", cluster, "stopped")
+    clusters.wait_until(
+        lambda: "step 3/" in clusters.command(bare_python, "ray.scripts.scripts", *logs).stdout
+    )
+    stopped = clusters.command(
+        bare_python, "ray.scripts.scripts", "job", "stop", "--address", cluster, "stopped"
+    )
     assert stopped.returncode == 0, stopped.stderr
     told = clusters.command(bare_python, "ray.scripts.scripts", *logs).stdout
     assert "stopping after this step, with a checkpoint" in told

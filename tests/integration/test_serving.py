@@ -19,7 +19,12 @@ pytestmark = pytest.mark.slow
 PROMPTS = ["the question is", " who works in the passage?"]
 GREEDY = {"model": "talker", "prompt": PROMPTS, "max_tokens": 24, "temperature": 0}
 MAIN, QUESTIONS = "the passage says who works where.", [" who?", " where is the work?"]
-BRANCHES = {"model": "talker", "main": MAIN, "branches": [{"text": text} for text in QUESTIONS], "max_tokens": 12}
+BRANCHES = {
+    "model": "talker",
+    "main": MAIN,
+    "branches": [{"text": text} for text in QUESTIONS],
+    "max_tokens": 12,
+}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +34,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def server(base: str) -> Iterator[Server]:
-    with serving(Path(base).parent / "server", base_model=base, max_requests=16, max_body_bytes=65536) as found:
+    with serving(
+        Path(base).parent / "server", base_model=base, max_requests=16, max_body_bytes=65536
+    ) as found:
         yield found
 
 
@@ -74,7 +81,12 @@ def test_a_stream_says_the_same(client: openai.OpenAI, expected: list[str]) -> N
 
 
 def test_answers_to_a_conversation_are_branches_that_share_it(client: openai.OpenAI, model: Any) -> None:
-    asked: Any = {"model": "talker", "messages": [{"role": "user", "content": "who works?"}], "temperature": 0, "max_tokens": 9}
+    asked: Any = {
+        "model": "talker",
+        "messages": [{"role": "user", "content": "who works?"}],
+        "temperature": 0,
+        "max_tokens": 9,
+    }
     found = client.chat.completions.create(**asked, n=2)
     text = model[1].apply_chat_template(asked["messages"], tokenize=False, add_generation_prompt=True)
     main, turn = text[: -len("<s>assistant\n")], "<s>assistant\n"
@@ -89,7 +101,10 @@ def test_answers_to_a_conversation_are_branches_that_share_it(client: openai.Ope
 
 def test_a_seed_repeats_and_its_absence_does_not(client: openai.OpenAI) -> None:
     def texts(**seed: Any) -> list[str]:
-        return [choice.text for choice in client.completions.create(**{**GREEDY, "temperature": 1.0, "n": 2, **seed}).choices]
+        return [
+            choice.text
+            for choice in client.completions.create(**{**GREEDY, "temperature": 1.0, "n": 2, **seed}).choices
+        ]
 
     assert texts(seed=7) == texts(seed=7)
     assert texts() != texts()
@@ -97,7 +112,11 @@ def test_a_seed_repeats_and_its_absence_does_not(client: openai.OpenAI) -> None:
 
 
 def test_logprobs_are_those_of_the_library(client: openai.OpenAI, model: Any) -> None:
-    found = client.completions.create(**{**GREEDY, "prompt": PROMPTS[0], "max_tokens": 4}, logprobs=3).choices[0].logprobs
+    found = (
+        client.completions.create(**{**GREEDY, "prompt": PROMPTS[0], "max_tokens": 4}, logprobs=3)
+        .choices[0]
+        .logprobs
+    )
     events = list(pm.stream(*model, pm.Sample(branches=PROMPTS[:1]), max_new_tokens=4, logprobs=3))
     assert found is not None
     assert found.token_logprobs == pytest.approx([event.logprob for event in events], abs=1e-4)
@@ -105,10 +124,16 @@ def test_logprobs_are_those_of_the_library(client: openai.OpenAI, model: Any) ->
 
 
 def test_branches_have_settings_of_their_own_and_coordinates(server: Server, model: Any) -> None:
-    own = {**BRANCHES, "branches": [{"text": QUESTIONS[0], "max_tokens": 3}, {"text": QUESTIONS[1]}], "reduce": " so"}
+    own = {
+        **BRANCHES,
+        "branches": [{"text": QUESTIONS[0], "max_tokens": 3}, {"text": QUESTIONS[1]}],
+        "reduce": " so",
+    }
     status, found = server.post("/v1/branches", own)
     settings: list[dict[str, Any]] = [{"max_new_tokens": 3}, {}]
-    expected = pm.generate(*model, pm.Sample(MAIN, QUESTIONS), per_branch=settings, reduce=" so", max_new_tokens=12)
+    expected = pm.generate(
+        *model, pm.Sample(MAIN, QUESTIONS), per_branch=settings, reduce=" so", max_new_tokens=12
+    )
     assert status == 200
     assert [branch["text"] for branch in found["branches"]] == expected
     assert [len(branch["tokens"]) for branch in found["branches"]] == [3, 12, 12]
@@ -125,7 +150,9 @@ def test_one_branch_is_stopped_and_another_joins_while_a_sample_goes_on(server: 
             reasons[delta["index"]] = delta["finish_reason"]
         if event["object"] == "branches.begun":
             sample = event["id"]
-            assert server.post(f"/v1/branches/{sample}/branches", {"text": " when?", "max_tokens": 5})[0] == 201
+            assert (
+                server.post(f"/v1/branches/{sample}/branches", {"text": " when?", "max_tokens": 5})[0] == 201
+            )
             assert server.request("DELETE", f"/v1/branches/{sample}/branches/0").status == 204
     assert reasons == {0: "cancelled", 1: "length", 2: "length"}
     assert (tokens[1], tokens[2]) == (200, 5)
@@ -153,10 +180,17 @@ def test_text_comes_back_from_its_tokens(server: Server) -> None:
         ({"model": "other"}, 404, "model", "model_not_found"),
     ],
 )
-def test_a_refusal_has_openais_shape(server: Server, change: dict[str, Any], status: int, param: str, code: str) -> None:
+def test_a_refusal_has_openais_shape(
+    server: Server, change: dict[str, Any], status: int, param: str, code: str
+) -> None:
     found, body = server.post("/v1/completions", {**GREEDY, **change})
     error = body["error"]
-    assert (found, error["type"], error["param"], error["code"]) == (status, "invalid_request_error", param, code)
+    assert (found, error["type"], error["param"], error["code"]) == (
+        status,
+        "invalid_request_error",
+        param,
+        code,
+    )
     assert param is None or param in error["message"]
     assert "\n" not in error["message"]
 
@@ -196,7 +230,13 @@ def test_a_body_that_is_too_long_is_not_read(server: Server) -> None:
 
 def test_meters_and_health_are_open_to_see(server: Server) -> None:
     assert server.get("/health") == (200, {"status": "ok"})
-    for name in ("requests_total", "time_to_first_token_seconds_count", "step_seconds_count", "cache_tokens", "tokens_total"):
+    for name in (
+        "requests_total",
+        "time_to_first_token_seconds_count",
+        "step_seconds_count",
+        "cache_tokens",
+        "tokens_total",
+    ):
         assert server.meter(name) > 0, name
 
 

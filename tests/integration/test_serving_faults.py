@@ -16,7 +16,11 @@ pytestmark = pytest.mark.slow
 BODY: dict[str, Any] = {
     "model": "talker",
     "main": "the passage says who works where.",
-    "branches": [{"text": " who?", "temperature": 1.0, "seed": 5}, {"text": " where is the work?"}, {"text": " when"}],
+    "branches": [
+        {"text": " who?", "temperature": 1.0, "seed": 5},
+        {"text": " where is the work?"},
+        {"text": " when"},
+    ],
     "reduce": " so",
     "max_tokens": 250,
 }
@@ -26,7 +30,9 @@ BODY: dict[str, Any] = {
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("faults")
     base = save_talker(folder / "talker")
-    with serving(folder / "server", complaints=True, base_model=base, min_replicas=2, max_replicas=2) as found:
+    with serving(
+        folder / "server", complaints=True, base_model=base, min_replicas=2, max_replicas=2
+    ) as found:
         yield found
 
 

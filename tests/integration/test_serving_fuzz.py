@@ -17,7 +17,9 @@ LIMITS = {"max_prompt_tokens": 512, "max_new_tokens": 64, "slow_client_s": 2}
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("fuzz")
-    with serving(folder / "server", base_model=save_talker(folder / "talker"), adapter_root=str(folder), **LIMITS) as found:
+    with serving(
+        folder / "server", base_model=save_talker(folder / "talker"), adapter_root=str(folder), **LIMITS
+    ) as found:
         yield found
 
 
@@ -46,5 +48,7 @@ def test_nobody_dies_of_it_and_who_asks_next_is_served(server: Server) -> None:
     fuzz(server.url, COUNT // 4, seed=1)
     assert pids(server) == before
     assert len(before) == 2
-    status, found = server.post("/v1/completions", {"model": "base", "prompt": "the question", "max_tokens": 4})
+    status, found = server.post(
+        "/v1/completions", {"model": "base", "prompt": "the question", "max_tokens": 4}
+    )
     assert (status, found["usage"]["completion_tokens"]) == (200, 4)

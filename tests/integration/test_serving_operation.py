@@ -1,4 +1,6 @@
-"""The server in operation: deployed on a cluster, updated under load, scaled by load, given a new version of an adapter."""
+"""The server in operation: deployed on a cluster, updated under load, scaled by load, given a new version of
+an adapter.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from servers import Server
 
 from parallelmind import tracking
 from parallelmind.config import Part
-from parallelmind.decoding.samples import Sample
+from parallelmind.engine.request import Sample
 
 pytestmark = pytest.mark.slow
 MAIN, QUESTIONS = "the passage says who works where.", [" who?", " where is the work?"]
@@ -60,7 +62,12 @@ def application(folders: list[Path], registry: str) -> Iterator[Application]:
     """Two engines, whatever the load."""
     root = folders[0].parent
     python = bare_python(root / "bare")
-    model = {"base_model": str(root / "base"), "visibility": "isolated", "mlflow_uri": registry, "refresh_s": 0}
+    model = {
+        "base_model": str(root / "base"),
+        "visibility": "isolated",
+        "mlflow_uri": registry,
+        "refresh_s": 0,
+    }
     with cluster(python, cpus=4, serves=True) as dashboard:
         found = Application(python, dashboard, root)
         found.deploy(**model, min_replicas=2, max_replicas=2)
@@ -73,7 +80,9 @@ def alone(tokens: int, folder: Path | None = None) -> Said:
     if folder is not None:
         engine.load_adapter("own", folder)
     name = None if folder is None else "own"
-    return answers(engine, Sample(MAIN, QUESTIONS), per_branch=OWN, adapter=name, max_new_tokens=tokens, ignore_eos=True)
+    return answers(
+        engine, Sample(MAIN, QUESTIONS), per_branch=OWN, adapter=name, max_new_tokens=tokens, ignore_eos=True
+    )
 
 
 def said(server: Server, stream: bool = False, **changes: Any) -> Said:
@@ -93,7 +102,9 @@ def said(server: Server, stream: bool = False, **changes: Any) -> Said:
 
 @contextmanager
 def load(server: Server, clients: int) -> Iterator[None]:
-    """Clients that ask again and again until the end of the block, every other time for a stream; each must be answered."""
+    """Clients that ask again and again until the end of the block, every other time for a stream; each must
+    be answered.
+    """
     expected, over = alone(BODY["max_tokens"]), Event()
 
     def ask() -> None:
@@ -119,7 +130,9 @@ def test_the_file_for_a_cluster_gives_a_server(application: Application) -> None
     assert len(application.running("EngineReplica")) == 2
 
 
-def test_a_new_version_serves_what_begins_after_it(application: Application, folders: list[Path], registry: str) -> None:
+def test_a_new_version_serves_what_begins_after_it(
+    application: Application, folders: list[Path], registry: str
+) -> None:
     server, (first, second) = application.server, [alone(LONG, folder) for folder in folders]
     asked = {"model": CHAMPION, "max_tokens": LONG}
     with ThreadPoolExecutor(4) as pool:

@@ -1,4 +1,6 @@
-"""Runs whose folder is at a URI, on machines that share no disk: a real S3 server, and a real MLflow server that uses it."""
+"""Runs whose folder is at a URI, on machines that share no disk: a real S3 server, and a real MLflow server
+that uses it.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ from tiny import save_tiny
 
 from parallelmind.storage import sha256
 from parallelmind.tracking import fetch, registered
-from serving.ports import free_port
+from serving.runtime.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = f"s3://{s3.BUCKET}/tests"
@@ -74,16 +76,22 @@ def place(tmp_path_factory: pytest.TempPathFactory, bucket: dict[str, str]) -> P
 
 
 def _client(bucket: dict[str, str]):  # type: ignore[no-untyped-def]
-    return boto3.client("s3", endpoint_url=bucket["AWS_ENDPOINT_URL"], aws_access_key_id="key", aws_secret_access_key="secret")
+    return boto3.client(
+        "s3", endpoint_url=bucket["AWS_ENDPOINT_URL"], aws_access_key_id="key", aws_secret_access_key="secret"
+    )
 
 
-def start(place: Path, bucket: dict[str, str], machine: str, workload: str, *arguments: str) -> subprocess.Popen[str]:
+def start(
+    place: Path, bucket: dict[str, str], machine: str, workload: str, *arguments: str
+) -> subprocess.Popen[str]:
     """A command on a machine that has nothing of the others' working copies."""
     paths = os.pathsep.join([str(ROOT / "platform"), str(ROOT)])
     ours = {"PYTHONPATH": paths, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     env = {**os.environ, **bucket, **ours, "PARALLELMIND_CACHE": str(place / machine)}
     command = [sys.executable, "-m", f"workloads.{workload}", *arguments]
-    return subprocess.Popen(command, cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def said(running: subprocess.Popen[str], status: int = 0) -> str:
@@ -98,7 +106,9 @@ def keys(bucket: dict[str, str], prefix: str) -> list[str]:
 
 
 @pytest.mark.chaos
-def test_a_run_is_gone_on_with_on_another_machine(place: Path, bucket: dict[str, str], tmp_path: Path) -> None:
+def test_a_run_is_gone_on_with_on_another_machine(
+    place: Path, bucket: dict[str, str], tmp_path: Path
+) -> None:
     assert said(start(place, bucket, "first", "train", "run.yaml", "name=whole"))
     running = start(place, bucket, "first", "train", "run.yaml", f"output_dir={RUNS}", "name=whole")
     assert running.stdout is not None
@@ -115,7 +125,9 @@ def test_a_run_is_gone_on_with_on_another_machine(place: Path, bucket: dict[str,
     (local,) = (place / "runs").glob("whole-*")
     (there,) = {key.split("/")[1] for key in keys(bucket, "tests/whole-")}
     assert there == local.name
-    _client(bucket).download_file(s3.BUCKET, f"tests/{there}/adapter/adapter_model.safetensors", str(tmp_path / "weights"))
+    _client(bucket).download_file(
+        s3.BUCKET, f"tests/{there}/adapter/adapter_model.safetensors", str(tmp_path / "weights")
+    )
     assert sha256(tmp_path / "weights") == sha256(local / "adapter" / "adapter_model.safetensors")
     left = {key.split("/")[3] for key in keys(bucket, f"tests/{there}/checkpoints/")}
     assert left == {path.name for path in (local / "checkpoints").glob("step-*")}
@@ -127,7 +139,9 @@ def test_a_run_is_gone_on_with_on_another_machine(place: Path, bucket: dict[str,
 
 
 def test_a_stop_saves_a_checkpoint_there(place: Path, bucket: dict[str, str]) -> None:
-    running = start(place, bucket, "first", "train", "run.yaml", f"output_dir={RUNS}", "name=stopped", "epochs=200")
+    running = start(
+        place, bucket, "first", "train", "run.yaml", f"output_dir={RUNS}", "name=stopped", "epochs=200"
+    )
     assert running.stdout is not None
     for line in running.stdout:
         if line.startswith("step 3/"):
@@ -156,7 +170,18 @@ def test_a_sweep_there_goes_on_elsewhere(place: Path, bucket: dict[str, str]) ->
 @contextmanager
 def mlflow_server(place: Path, bucket: dict[str, str], store: str) -> Iterator[str]:
     url = f"http://127.0.0.1:{(port := free_port())}"
-    line = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    line = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+    ]
     line += ["--backend-store-uri", store, "--artifacts-destination", f"s3://{s3.BUCKET}/mlflow"]
     env = {**os.environ, **bucket, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with open(place / "mlflow.log", "wb") as log:

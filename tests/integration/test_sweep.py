@@ -1,4 +1,6 @@
-"""`python -m workloads.sweep` as a user runs it: real Ray, a real MLflow database, a tiny model, and a driver that is killed."""
+"""`python -m workloads.sweep` as a user runs it: real Ray, a real MLflow database, a tiny model, and a driver
+that is killed.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,10 @@ import pytest
 from mlflow.tracking import MlflowClient
 from tiny import save_tiny
 
-from parallelmind.mirror import Mirror
 from parallelmind.model.adapter import load_model_with_lora
+from parallelmind.remote import Mirror
 from parallelmind.tracking import registered
-from workloads.sweep_journal import Journal
+from workloads.sweep.journal import Journal
 
 ROOT = Path(__file__).resolve().parents[2]
 SWEEP = """
@@ -56,9 +58,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(place: Path) -> subprocess.Popen[str]:
     paths = os.pathsep.join([str(ROOT / "platform"), str(ROOT)])
-    env = {**os.environ, "PYTHONPATH": paths, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    env = {
+        **os.environ,
+        "PYTHONPATH": paths,
+        "RAY_AUTH_MODE": "disabled",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
     command = [sys.executable, "-m", "workloads.sweep", "sweep.yaml"]
-    return subprocess.Popen(command, cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def end(running: subprocess.Popen[str]) -> str:
@@ -100,7 +110,9 @@ def test_a_killed_sweep_goes_on_and_every_trial_is_there_once(place: Path) -> No
     before = events(place)
     again = end(start(place))
     assert "winner   trial 0" in again
-    assert {event.get("trial") for event in events(place)[len(before) :]} == {1}  # what failed, and that alone
+    assert {event.get("trial") for event in events(place)[len(before) :]} == {
+        1
+    }  # what failed, and that alone
     assert "1 finished, 1 failed" in again
 
 
@@ -131,5 +143,7 @@ def _check_tracking(place: Path, journal: Journal) -> None:
     assert steps == sorted(set(steps))
     version = registered(uri, "models:/parallelmind@champion")
     assert version.version == "1"
-    model, _ = load_model_with_lora(lora_path=str(Path(str(best.folder)) / "adapter"), base_model=str(place / "tiny"))
+    model, _ = load_model_with_lora(
+        lora_path=str(Path(str(best.folder)) / "adapter"), base_model=str(place / "tiny")
+    )
     assert model is not None

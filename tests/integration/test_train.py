@@ -31,8 +31,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory with a model, data with three bad lines from line 21 on, and settings."""
     folder = tmp_path_factory.mktemp("train")
     save_tiny(folder / "tiny")
-    lines = [{"text": f"Question: {i % 5} Answer: the {i % 5}\u2028lives", "answer_offset": 4} for i in range(LONE)]
-    lines += [{"main": "the passage", "branches": [{"prompt": "who ", "completion": "lives"}, "works"]} for _ in range(RECORDS)]
+    lines = [
+        {"text": f"Question: {i % 5} Answer: the {i % 5}\u2028lives", "answer_offset": 4} for i in range(LONE)
+    ]
+    lines += [
+        {"main": "the passage", "branches": [{"prompt": "who ", "completion": "lives"}, "works"]}
+        for _ in range(RECORDS)
+    ]
     encoded = [json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines]
     (folder / "data.jsonl").write_bytes(b"".join([*encoded[:20], BAD, *encoded[20:]]))
     (folder / "held_out.jsonl").write_bytes(b"".join(encoded[::5]))
@@ -54,12 +59,20 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def environment() -> dict[str, str]:
     paths = os.pathsep.join([str(ROOT / "platform"), str(ROOT)])
-    return {**os.environ, "PYTHONPATH": paths, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return {
+        **os.environ,
+        "PYTHONPATH": paths,
+        "RAY_AUTH_MODE": "disabled",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
 
 
 def train(place: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "workloads.train", *arguments]
-    return subprocess.run(command, cwd=place, env=environment(), capture_output=True, text=True, timeout=400, check=False)
+    return subprocess.run(
+        command, cwd=place, env=environment(), capture_output=True, text=True, timeout=400, check=False
+    )
 
 
 @cache
@@ -71,7 +84,9 @@ def trained(place: Path, workers: int) -> subprocess.CompletedProcess[str]:
 def interrupted(place: Path, at: str, *arguments: str) -> str:
     """What a run says that gets Ctrl-C as soon as a line begins with `at`."""
     command = [sys.executable, "-m", "workloads.train", *arguments]
-    running = subprocess.Popen(command, cwd=place, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(
+        command, cwd=place, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert running.stdout is not None
     for line in running.stdout:
         if line.startswith(at):
@@ -92,7 +107,9 @@ def mlflow_run(place: Path, folder: Path) -> Run:
     client = MlflowClient(f"sqlite:///{place}/mlflow.db")
     experiment = client.get_experiment_by_name("parallelmind")
     assert experiment is not None
-    (found,) = [run for run in client.search_runs([experiment.experiment_id]) if run.info.run_name == folder.name]
+    (found,) = [
+        run for run in client.search_runs([experiment.experiment_id]) if run.info.run_name == folder.name
+    ]
     return found
 
 
@@ -113,7 +130,9 @@ def test_a_run_from_start_to_adapter(place: Path, workers: int) -> None:
     assert found[-1] < found[0]
     folder = run_of(place, f"w{workers}")
     quarantine = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
-    assert [(row["line"], Path(row["file"]).name) for row in quarantine] == [(n, "data.jsonl") for n in (21, 22, 23)]
+    assert [(row["line"], Path(row["file"]).name) for row in quarantine] == [
+        (n, "data.jsonl") for n in (21, 22, 23)
+    ]
     model, _ = load_model_with_lora(base_model=str(place / "tiny"), lora_path=folder / "adapter")
     assert all(torch.isfinite(weight).all() for weight in model.parameters())
     run = mlflow_run(place, folder)
@@ -159,9 +178,14 @@ def test_an_error_that_only_a_worker_sees_is_one_line_too(place: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_and_the_same_command_goes_on_with_the_rest_of_the_data_on_other_workers(place: Path) -> None:
+def test_ctrl_c_saves_and_the_same_command_goes_on_with_the_rest_of_the_data_on_other_workers(
+    place: Path,
+) -> None:
     arguments = ("run.yaml", "name=cut", "validation_path=null")
-    match = re.search(r"stopped at step (\d+); checkpoint: (\S+)", interrupted(place, "step 3/", *arguments, "num_workers=2"))
+    match = re.search(
+        r"stopped at step (\d+); checkpoint: (\S+)",
+        interrupted(place, "step 3/", *arguments, "num_workers=2"),
+    )
     assert match is not None
     assert Path(match[2]).is_dir()
     done = train(place, *arguments, "num_workers=1")
@@ -177,12 +201,16 @@ def points(place: Path, folder: Path) -> list[tuple[str, int, float]]:
     """Everything that a training run logged, but for what the clock and the machine say."""
     client, run = MlflowClient(f"sqlite:///{place}/mlflow.db"), mlflow_run(place, folder)
     names = sorted(run.data.metrics.keys() - {"tokens_per_second", "peak_memory_gib", "seconds"})
-    return [(name, at.step, at.value) for name in names for at in client.get_metric_history(run.info.run_id, name)]
+    return [
+        (name, at.step, at.value) for name in names for at in client.get_metric_history(run.info.run_id, name)
+    ]
 
 
 @pytest.mark.slow
 def test_many_files_go_through_ray_data_and_train_as_one_file_does_also_when_interrupted(place: Path) -> None:
-    """The batches depend on the records in their order, not on the parts that they are read in, nor on who reads them."""
+    """The batches depend on the records in their order, not on the parts that they are read in, nor on who
+    reads them.
+    """
     lines = (place / "data.jsonl").read_bytes().splitlines(keepends=True)
     parts = place / "parts"
     parts.mkdir()

@@ -1,4 +1,6 @@
-"""What is packed works where there is nothing else of this project: neither its files, nor its editable install."""
+"""What is packed works where there is nothing else of this project: neither its files, nor its editable
+install.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,28 @@ pytestmark = pytest.mark.slow
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from the files that git knows."""
     folder = tmp_path_factory.mktemp("wheel")
-    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True).stdout.decode().split("\0")
+    names = (
+        subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True)
+        .stdout.decode()
+        .split("\0")
+    )
     for name in filter(None, names):
         if (source := ROOT / name).is_file():
             target = folder / "source" / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(source.read_bytes())
-    line = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, folder / "source"]
+    line = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        folder,
+        folder / "source",
+    ]
     subprocess.run(line, check=True, capture_output=True)
     (found,) = folder.glob("*.whl")
     return found
@@ -37,7 +54,9 @@ def test_it_holds_the_packages_and_what_they_read(wheel: Path) -> None:
     assert {name.split("/")[0] for name in names} == {"parallelmind", "workloads", "serving", "experiments"}
     for folder in ("platform/parallelmind", "workloads", "serving"):
         root = (ROOT / folder).parent if folder.startswith("platform") else ROOT
-        files = [path for path in (ROOT / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+        files = [
+            path for path in (ROOT / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts
+        ]
         assert {path.relative_to(root).as_posix() for path in files} <= names
 
 
@@ -49,7 +68,9 @@ def test_it_works_elsewhere(wheel: Path, tmp_path: Path) -> None:
     env = {**clusters.environment(python), "PYTHONPATH": str(place / "site")}
 
     def said(*line: str) -> str:
-        done = subprocess.run([python, *line], cwd=place, env=env, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [python, *line], cwd=place, env=env, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -8,8 +8,8 @@ import torch
 from tiny import tiny_llama, tiny_tokenizer
 
 from parallelmind.config import RopeConfig
-from parallelmind.decoding.generate import generate, generate_text, stream
-from parallelmind.decoding.samples import Sample
+from parallelmind.engine.generate import generate, generate_text, stream
+from parallelmind.engine.request import Sample
 from parallelmind.model.patch import patch
 
 MAIN = [5, 6, 7]
@@ -23,7 +23,9 @@ def test_one_branch_is_what_transformers_generates():
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
     sample = Sample(branches=[BRANCHES[0]])
-    ours = [event.token for event in stream(model, tiny_tokenizer(), sample, max_new_tokens=12, ignore_eos=True)]
+    ours = [
+        event.token for event in stream(model, tiny_tokenizer(), sample, max_new_tokens=12, ignore_eos=True)
+    ]
     assert ours == expected[0, len(BRANCHES[0]) :].tolist()
 
 
@@ -33,7 +35,9 @@ def test_isolated_branches_are_what_each_generates_alone():
     patch(model, RopeConfig(rope_2d_ratio=0, visibility="isolated", positions="time"))
     tokenizer = tiny_tokenizer()
     together = generate(model, tokenizer, Sample(main=MAIN, branches=BRANCHES), max_new_tokens=8)
-    assert together == [generate_text(model, tokenizer, MAIN + branch, max_new_tokens=8) for branch in BRANCHES]
+    assert together == [
+        generate_text(model, tokenizer, MAIN + branch, max_new_tokens=8) for branch in BRANCHES
+    ]
 
 
 def test_an_unpatched_model_continues_one_branch():
@@ -46,21 +50,31 @@ def test_an_unpatched_model_continues_one_branch():
 
 @pytest.mark.parametrize("wrap", [False, True], ids=["patched", "peft"])
 def test_transformers_generate_still_works(wrap):
-    """A left-padded batch through the chat template gives each prompt what it gets alone, and what ours gives it."""
+    """A left-padded batch through the chat template gives each prompt what it gets alone, and what ours gives
+    it.
+    """
     model, tokenizer = tiny_llama(), tiny_tokenizer()
     tokenizer.padding_side = "left"
     patch(model, RopeConfig())
     if wrap:
         torch.manual_seed(0)
-        settings = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
+        settings = peft.LoraConfig(
+            task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False
+        )
         model = peft.get_peft_model(model, settings).eval()
     chats = [[{"role": "user", "content": text}] for text in ("who?", "where is the passage")]
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    batch = tokenizer.apply_chat_template(chats, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt")
+    batch = tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
+    )
     together = model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :]
     for chat, row in zip(chats, together, strict=True):
-        alone = tokenizer.apply_chat_template([chat], add_generation_prompt=True, return_dict=True, return_tensors="pt")
+        alone = tokenizer.apply_chat_template(
+            [chat], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
         prompt = alone["input_ids"][0].tolist()
         said = model.generate(**alone, **options)[0, len(prompt) :].tolist()
         assert row.tolist()[: len(said)] == said
-        assert [event.token for event in stream(model, tokenizer, Sample(branches=[prompt]), max_new_tokens=8)] == said
+        assert [
+            event.token for event in stream(model, tokenizer, Sample(branches=[prompt]), max_new_tokens=8)
+        ] == said

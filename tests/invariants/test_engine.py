@@ -1,4 +1,6 @@
-"""Whatever comes and goes in an engine, each token is drawn from the logits of one full forward over its own sample."""
+"""Whatever comes and goes in an engine, each token is drawn from the logits of one full forward over its own
+sample.
+"""
 
 from __future__ import annotations
 
@@ -14,27 +16,40 @@ import torch
 from families import variant
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from parallelmind.config import RopeConfig, Visibility
-from parallelmind.decoding.blocks import BLOCK
-from parallelmind.decoding.engine import Engine
-from parallelmind.decoding.samples import Sample
-from parallelmind.decoding.sampling import Choice, Row
-from parallelmind.decoding.scheduler import Limits
-from parallelmind.decoding.sequence import Decoding
+from parallelmind.engine.block_manager import BLOCK
+from parallelmind.engine.engine import Engine
+from parallelmind.engine.request import Sample
+from parallelmind.engine.sampler import Choice, Row
+from parallelmind.engine.scheduler import Limits
+from parallelmind.engine.sequence import Decoding
 from parallelmind.errors import Overloaded
 from parallelmind.evaluation.laws import settings as every
 from parallelmind.evaluation.probes import agree, patched
-from parallelmind.evaluation.tiny import VOCABULARY, tiny_tokenizer
+from parallelmind.evaluation.tiny_models import VOCABULARY, tiny_tokenizer
 from parallelmind.layout import PADDING
 from parallelmind.model.mask import attention_masks
 
 END = 2
 LONG = [3 + 7 * place % 120 for place in range(53)]
-MAINS = [[], LONG[:9], LONG[:40], LONG[:32], LONG[:33] + LONG[:13]]  # the last three begin with the same two blocks
+MAINS = [
+    [],
+    LONG[:9],
+    LONG[:40],
+    LONG[:32],
+    LONG[:33] + LONG[:13],
+]  # the last three begin with the same two blocks
 MODELS = [
     (name, attention)
     for name in ("shared", "windows beside full attention")
@@ -51,7 +66,10 @@ EFFORT = settings(
 )
 MOST_BRANCHES = 7
 LENGTH, MOST, STEPS = st.integers(1, 18), st.integers(1, 12), st.integers(0, 3)
-MAIN, SHAPE = st.sampled_from(MAINS), st.lists(st.tuples(LENGTH, MOST), min_size=1, max_size=4)  # prompt and new tokens
+MAIN, SHAPE = (
+    st.sampled_from(MAINS),
+    st.lists(st.tuples(LENGTH, MOST), min_size=1, max_size=4),
+)  # prompt and new tokens
 
 
 class Recording(Engine):
@@ -82,10 +100,13 @@ def prompt(length: int, *place: int) -> list[int]:
 
 @torch.no_grad()
 def whole_logits(model: PreTrainedModel, state: Decoding) -> list[Tensor]:
-    """`[length, vocab]` of main and each branch, from one uncached forward; who reads all of a sample does so by columns."""
+    """`[length, vocab]` of main and each branch, from one uncached forward; who reads all of a sample does so
+    by columns.
+    """
     layout = state.final_layout()
     ids, sequence, branch, time, position = (
-        torch.from_numpy(part)[None] for part in (layout.ids, layout.sequence, layout.branch, layout.time, layout.position)
+        torch.from_numpy(part)[None]
+        for part in (layout.ids, layout.sequence, layout.branch, layout.time, layout.position)
     )
     wide = torch.from_numpy(np.append(False, state.reads_all))[sequence[0]][:, None]
 
@@ -94,7 +115,9 @@ def whole_logits(model: PreTrainedModel, state: Decoding) -> list[Tensor]:
         return found if isinstance(found, dict) else {None: found}
 
     columns = mask("columnar")
-    masks = {kind: torch.where(wide, columns[kind], own) for kind, own in mask(state.config.visibility).items()}
+    masks = {
+        kind: torch.where(wide, columns[kind], own) for kind, own in mask(state.config.visibility).items()
+    }
     logits = model(
         input_ids=ids,
         attention_mask=masks.get(None, masks),
@@ -113,10 +136,14 @@ class ComingAndGoing(RuleBasedStateMachine):
         self.models, self.happened = models, happened
         self.states: dict[int, Decoding] = {}  # of samples that go on
 
-    @initialize(number=st.integers(0, len(MODELS) - 1), main=MAIN, shape=SHAPE, last=st.none() | LENGTH, then=STEPS)
+    @initialize(
+        number=st.integers(0, len(MODELS) - 1), main=MAIN, shape=SHAPE, last=st.none() | LENGTH, then=STEPS
+    )
     def begin(self, number: int, **sample: Any) -> None:
         self.model = self.models[number]
-        self.engine = Recording(self.model, Limits(cache_tokens=20 * BLOCK, step_tokens=7, max_branches=MOST_BRANCHES))
+        self.engine = Recording(
+            self.model, Limits(cache_tokens=20 * BLOCK, step_tokens=7, max_branches=MOST_BRANCHES)
+        )
         self.submit(**sample)
 
     @rule(main=MAIN, shape=SHAPE, last=st.none() | LENGTH, then=STEPS)
@@ -125,7 +152,9 @@ class ComingAndGoing(RuleBasedStateMachine):
         prompts = [prompt(length, number, branch) for branch, (length, _) in enumerate(shape)]
         most = [{"max_new_tokens": count} for _, count in shape]
         reduce = prompt(last, number, PADDING) if last else None
-        found = self.engine.submit(Sample(main, prompts), per_branch=most, reduce=reduce, max_new_tokens=4, seed=number)
+        found = self.engine.submit(
+            Sample(main, prompts), per_branch=most, reduce=reduce, max_new_tokens=4, seed=number
+        )
         assert found == number
         self.states[number] = self.engine._samples[number].entry.decoding
         self.step(then)
@@ -136,7 +165,9 @@ class ComingAndGoing(RuleBasedStateMachine):
         number = data.draw(st.sampled_from(self.open()))
         state = self.states[number]
         with suppress(Overloaded):
-            self.engine.join(number, prompt(length, number, len(state.lengths)), max_new_tokens=most, seed=number)
+            self.engine.join(
+                number, prompt(length, number, len(state.lengths)), max_new_tokens=most, seed=number
+            )
             self.happened["joined late"] += bool(state.fed.any())
         self.step(then)
 
@@ -144,7 +175,9 @@ class ComingAndGoing(RuleBasedStateMachine):
     @rule(data=st.data(), then=STEPS)
     def cancel_a_branch(self, data: st.DataObject, then: int) -> None:
         number = data.draw(st.sampled_from(sorted(self.states)))
-        self.engine.cancel(number, data.draw(st.sampled_from(np.flatnonzero(self.states[number].live).tolist())))
+        self.engine.cancel(
+            number, data.draw(st.sampled_from(np.flatnonzero(self.states[number].live).tolist()))
+        )
         self.step(then)
 
     @precondition(lambda self: len(self.states) > 1)
@@ -166,7 +199,9 @@ class ComingAndGoing(RuleBasedStateMachine):
 
     def open(self) -> list[int]:
         """Samples that can be joined: nobody may come before one who reads them all."""
-        fits = {number: state for number, state in self.states.items() if len(state.lengths) < MOST_BRANCHES - 1}
+        fits = {
+            number: state for number, state in self.states.items() if len(state.lengths) < MOST_BRANCHES - 1
+        }
         return [number for number, state in fits.items() if not state.reads_all.any()]
 
     @invariant()
@@ -179,14 +214,20 @@ class ComingAndGoing(RuleBasedStateMachine):
                 assert len(seen) == len(state.generated(branch))
                 if seen:
                     expected = whole[branch][start : start + len(seen)]
-                    agree(torch.stack(seen), expected, f"sample {number}, branch {branch}: cached and full logits")
+                    agree(
+                        torch.stack(seen),
+                        expected,
+                        f"sample {number}, branch {branch}: cached and full logits",
+                    )
 
     @invariant()
     def every_block_has_one_holder(self) -> None:
         """Beside those of a main that have been computed, which may have several."""
         running = self.engine.scheduler.running
         own = [block for entry in running for block in entry.stored().trunk.blocks[entry.shared :]]
-        own += [block for entry in running for stream in entry.stored().branches or [] for block in stream.blocks]
+        own += [
+            block for entry in running for stream in entry.stored().branches or [] for block in stream.blocks
+        ]
         own += [block for entry in running if entry.reduction for block in entry.reserved]
         shared = {block for entry in running for block in entry.stored().trunk.blocks[: entry.shared]}
         assert len(set(own)) == len(own)
@@ -204,7 +245,9 @@ class ComingAndGoing(RuleBasedStateMachine):
         self.happened["reused a main"] += bool(scheduler.reused_tokens)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda part: f"{part.visibility}-{part.positions}-{part.align_to}")
+@pytest.mark.parametrize(
+    "config", CONFIGS, ids=lambda part: f"{part.visibility}-{part.positions}-{part.align_to}"
+)
 def test_samples_that_come_and_go_are_each_one_full_forward(config: RopeConfig) -> None:
     happened: Counter[str] = Counter()
     models = [variant(*each) for each in MODELS]

@@ -1,4 +1,6 @@
-"""Several adapters on one base: each sample is decoded by the version that it began with, as if that were the only one."""
+"""Several adapters on one base: each sample is decoded by the version that it began with, as if that were the
+only one.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,9 @@ import pytest
 from engines import ISOLATED, answers, run, said, saved_adapters, tiny_engine
 from tiny import tiny_llama, tiny_tokenizer
 
-from parallelmind.decoding.engine import Engine
-from parallelmind.decoding.samples import Sample
-from parallelmind.decoding.scheduler import Limits
+from parallelmind.engine.engine import Engine
+from parallelmind.engine.request import Sample
+from parallelmind.engine.scheduler import Limits
 from parallelmind.errors import UserError
 from parallelmind.model.adapter import load_adapter
 from parallelmind.model.patch import patch
@@ -34,7 +36,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def expected(folders: list[Path]) -> list[list[list[int]]]:
     """What SAMPLE says with each adapter when it is the only one, and what it says without."""
     models = [load_adapter(patched(), tiny_tokenizer(), folder) for folder in folders]
-    found = [answers(Engine(model, tiny_tokenizer(), Limits(512)), SAMPLE, **SETTINGS) for model in [*models, patched()]]
+    found = [
+        answers(Engine(model, tiny_tokenizer(), Limits(512)), SAMPLE, **SETTINGS)
+        for model in [*models, patched()]
+    ]
     assert len({str(each) for each in found}) == 3
     return found
 

@@ -1,4 +1,6 @@
-"""What a sample says does not depend on who else is there, what the cache holds already, or how far others are."""
+"""What a sample says does not depend on who else is there, what the cache holds already, or how far others
+are.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,12 @@ from engines import COLUMNAR, ISOLATED, answers, run, said, step_interrupted, ti
 from tiny import tiny_tokenizer
 
 from parallelmind.config import RopeConfig
-from parallelmind.decoding.engine import Engine
-from parallelmind.decoding.samples import Sample
-from parallelmind.decoding.sampling import Choice
-from parallelmind.decoding.scheduler import Limits
+from parallelmind.engine.engine import Engine
+from parallelmind.engine.request import Sample
+from parallelmind.engine.sampler import Choice
+from parallelmind.engine.scheduler import Limits
 from parallelmind.errors import UserError
-from parallelmind.evaluation import tiny
+from parallelmind.evaluation import tiny_models as tiny
 from parallelmind.evaluation.probes import layout_logits
 
 MAIN = list(range(50, 90))
@@ -38,8 +40,13 @@ def test_a_sample_says_the_same_alone_and_in_company(config: RopeConfig, samplin
     own = engine.submit(SAMPLE, **settings)
     events = []
     for other in range(10):
-        main, prompts = MAIN[: chance.choice([0, 9, 32, 40])], [[other + 3] * chance.randint(1, 20)] * chance.randint(1, 3)
-        engine.submit(Sample(main, prompts), max_new_tokens=chance.randint(1, 12), temperature=chance.choice([0.0, 2.0]))
+        main, prompts = (
+            MAIN[: chance.choice([0, 9, 32, 40])],
+            [[other + 3] * chance.randint(1, 20)] * chance.randint(1, 3),
+        )
+        engine.submit(
+            Sample(main, prompts), max_new_tokens=chance.randint(1, 12), temperature=chance.choice([0.0, 2.0])
+        )
         for _ in range(chance.randint(0, 2)):
             events += engine.step()
     tokens = said(events + run(engine))
@@ -109,7 +116,10 @@ def test_streamed_text_adds_up_where_tokens_split_characters() -> None:
 
 
 def test_each_branch_ends_for_its_own_reason() -> None:
-    (whole,) = (tiny_tokenizer().decode(tokens) for tokens in answers(tiny_engine(), Sample("", [[5]]), max_new_tokens=6))
+    (whole,) = (
+        tiny_tokenizer().decode(tokens)
+        for tokens in answers(tiny_engine(), Sample("", [[5]]), max_new_tokens=6)
+    )
     engine, stop = tiny_engine(), whole[2]
     own = [{"stop": [stop]}, {"max_new_tokens": 3}, {"logit_bias": {2: 100}}, {"max_new_tokens": 50}]
     number = engine.submit(Sample("", [[5]] * 4), per_branch=own, max_new_tokens=6)
@@ -134,7 +144,9 @@ def test_logprobs_are_those_of_one_full_forward(config: RopeConfig) -> None:
         expected = logits[int(state.prompt_lengths[branch]) - 1 : -1].log_softmax(dim=-1)
         own = [event for event in events if event.branch == branch]
         chosen = expected[range(6), [event.token for event in own]]
-        torch.testing.assert_close(torch.tensor([event.logprob for event in own]), chosen, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            torch.tensor([event.logprob for event in own]), chosen, atol=1e-4, rtol=1e-4
+        )
         best = expected.topk(3)
         assert [[token for token, _ in event.top] for event in own] == best.indices.tolist()
 
@@ -143,7 +155,13 @@ def test_logprobs_are_those_of_one_full_forward(config: RopeConfig) -> None:
 def test_a_reducing_branch_follows_and_reads_all(config: RopeConfig) -> None:
     def events(changed: int) -> list:
         engine = tiny_engine(config)
-        engine.submit(Sample(MAIN, [[5, 6, changed], [8]]), reduce=[9, 10], max_new_tokens=4, ignore_eos=True, logprobs=0)
+        engine.submit(
+            Sample(MAIN, [[5, 6, changed], [8]]),
+            reduce=[9, 10],
+            max_new_tokens=4,
+            ignore_eos=True,
+            logprobs=0,
+        )
         return run(engine)
 
     before, after = events(7), events(30)
@@ -153,7 +171,9 @@ def test_a_reducing_branch_follows_and_reads_all(config: RopeConfig) -> None:
     one, other = ([event.logprob for event in found if event.branch == 2] for found in (before, after))
     assert abs(one[0] - other[0]) > 1e-2
     if config is ISOLATED:
-        assert [event for event in before if event.branch == 1] == [event for event in after if event.branch == 1]
+        assert [event for event in before if event.branch == 1] == [
+            event for event in after if event.branch == 1
+        ]
 
 
 def test_an_isolated_branch_that_joins_late_says_what_it_would_have_said() -> None:
@@ -167,7 +187,9 @@ def test_an_isolated_branch_that_joins_late_says_what_it_would_have_said() -> No
     assert [tokens[number, branch] for branch in range(3)] == expected
 
 
-@pytest.mark.parametrize("make", [tiny_engine, partial(tiny_engine, COLUMNAR), row_engine], ids=["free", "columns", "rows"])
+@pytest.mark.parametrize(
+    "make", [tiny_engine, partial(tiny_engine, COLUMNAR), row_engine], ids=["free", "columns", "rows"]
+)
 @pytest.mark.parametrize("steps", [0, 2])
 def test_what_is_cancelled_during_a_step_says_nothing_more(make: Callable[[], Engine], steps: int) -> None:
     engine, settings = make(), {"max_new_tokens": 6, "ignore_eos": True}
@@ -189,7 +211,10 @@ def test_a_branch_may_join_during_a_step(config: RopeConfig) -> None:
     number = engine.submit(Sample(MAIN, [[5]]), **settings)
     events = engine.step()
     events += step_interrupted(engine, lambda: engine.join(number, [6, 7], **settings))
-    assert {key: len(tokens) for key, tokens in said(events + run(engine)).items()} == {(number, 0): 4, (number, 1): 4}
+    assert {key: len(tokens) for key, tokens in said(events + run(engine)).items()} == {
+        (number, 0): 4,
+        (number, 1): 4,
+    }
 
 
 def test_threads_may_submit_join_and_cancel_while_another_steps() -> None:

@@ -11,21 +11,30 @@ from engines import tiny_engine
 from tiny import tiny_tokenizer
 
 from parallelmind.config import RopeConfig
-from parallelmind.decoding.checks import Asked
-from parallelmind.decoding.engine import Engine
-from parallelmind.decoding.samples import Sample
-from parallelmind.decoding.scheduler import Limits
-from parallelmind.decoding.sequence import Progress
-from parallelmind.evaluation import tiny
+from parallelmind.engine.engine import Engine
+from parallelmind.engine.request import Sample
+from parallelmind.engine.scheduler import Limits
+from parallelmind.engine.sequence import Progress
+from parallelmind.engine.validation import Asked
+from parallelmind.evaluation import tiny_models as tiny
 from parallelmind.layout import Tokens
 
-MAIN, BRANCHES, LATE, LAST = list(range(50, 70)), [[5, 6, 7], [8], list(range(100, 112))], [31, 32], [41, 42, 43]
+MAIN, BRANCHES, LATE, LAST = (
+    list(range(50, 70)),
+    [[5, 6, 7], [8], list(range(100, 112))],
+    [31, 32],
+    [41, 42, 43],
+)
 LENGTHS = [9, 4, 6]
 CONFIGS = [
     RopeConfig(visibility=visibility, positions=positions, align_to=align, rope_2d_ratio=0.5)
     for visibility, positions, align in product(("columnar", "isolated"), ("time", "flat"), ("left", "right"))
 ]
-SAMPLING = {"greedy": {}, "seeded": {"temperature": 1.5, "seed": 3}, "stopped": {"stop": ["e"], "repetition_penalty": 1.3}}
+SAMPLING = {
+    "greedy": {},
+    "seeded": {"temperature": 1.5, "seed": 3},
+    "stopped": {"stop": ["e"], "repetition_penalty": 1.3},
+}
 
 
 class Listener:
@@ -33,7 +42,9 @@ class Listener:
 
     def __init__(self, asked: Asked) -> None:
         self.asked, self.texts = asked, [""] * (asked.tokens.branches + (asked.last is not None))
-        self.progress = Progress([], [[] for _ in range(asked.tokens.branches)], [None] * asked.tokens.branches)
+        self.progress = Progress(
+            [], [[] for _ in range(asked.tokens.branches)], [None] * asked.tokens.branches
+        )
 
     def follow(self, engine: Engine) -> None:
         for event in engine.step():
@@ -54,7 +65,9 @@ class Listener:
         tokens = self.asked.tokens
         prompts = [*(row.tolist() for row in split(tokens)), LATE]
         params = [*self.asked.params, type(self.asked.params[0])(max_new_tokens=5, ignore_eos=True)]
-        self.asked = Asked(Tokens.of(tokens.ids[: tokens.lengths[0]].tolist(), prompts), params, self.asked.last)
+        self.asked = Asked(
+            Tokens.of(tokens.ids[: tokens.lengths[0]].tolist(), prompts), params, self.asked.last
+        )
         self.progress.starts.append(engine.places(number)[branch][1])
         self._add()
         self.texts.append("")
@@ -66,7 +79,9 @@ class Listener:
 
 def split(tokens: Tokens) -> list[Any]:
     starts = tokens.lengths.cumsum()
-    return [tokens.ids[start : start + length] for start, length in zip(starts, tokens.lengths[1:], strict=False)]
+    return [
+        tokens.ids[start : start + length] for start, length in zip(starts, tokens.lengths[1:], strict=False)
+    ]
 
 
 def asked(reduce: bool, settings: dict[str, Any]) -> Asked:
@@ -75,8 +90,12 @@ def asked(reduce: bool, settings: dict[str, Any]) -> Asked:
     return Asked.of(tiny_tokenizer(), Sample(MAIN, BRANCHES), each, LAST if reduce else None, sampling)
 
 
-def moved(engine_of: Callable[[], Engine], settings: dict[str, Any], cut: int, joins: bool, reduce: bool) -> Listener:
-    """A sample that another engine goes on with after `cut` steps. A branch may join it late, and one is cancelled."""
+def moved(
+    engine_of: Callable[[], Engine], settings: dict[str, Any], cut: int, joins: bool, reduce: bool
+) -> Listener:
+    """A sample that another engine goes on with after `cut` steps. A branch may join it late, and one is
+    cancelled.
+    """
     found, engine, step, late, early = Listener(asked(reduce, settings)), engine_of(), 0, joins, True
     number, said = found.begin(engine), found.progress.said
     while engine.busy:
@@ -94,10 +113,16 @@ def moved(engine_of: Callable[[], Engine], settings: dict[str, Any], cut: int, j
     return found
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{config.visibility}-{config.positions}-{config.align_to}")
+@pytest.mark.parametrize(
+    "config", CONFIGS, ids=lambda config: f"{config.visibility}-{config.positions}-{config.align_to}"
+)
 @pytest.mark.parametrize("settings", SAMPLING.values(), ids=SAMPLING)
-@pytest.mark.parametrize(("joins", "reduce"), [(False, False), (True, False), (False, True)], ids=["", "joined", "reduced"])
-def test_a_moved_sample_says_the_same(config: RopeConfig, settings: dict[str, Any], joins: bool, reduce: bool) -> None:
+@pytest.mark.parametrize(
+    ("joins", "reduce"), [(False, False), (True, False), (False, True)], ids=["", "joined", "reduced"]
+)
+def test_a_moved_sample_says_the_same(
+    config: RopeConfig, settings: dict[str, Any], joins: bool, reduce: bool
+) -> None:
     def engine_of() -> Engine:
         return tiny_engine(config, step_tokens=16)
 

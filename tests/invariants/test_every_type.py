@@ -1,4 +1,6 @@
-"""Every causal-LM type of transformers against the table in the docs: what it promises holds, and it is complete."""
+"""Every causal-LM type of transformers against the table in the docs: what it promises holds, and it is
+complete.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from parallelmind.evaluation.laws import LAWS
-from parallelmind.evaluation.support import COLUMNS, Row, examine
-from parallelmind.evaluation.tiny import causal_lm_types
+from parallelmind.evaluation.model_support import COLUMNS, Row, examine
+from parallelmind.evaluation.tiny_models import causal_lm_types
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 
@@ -16,7 +18,10 @@ DOCS = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 def documented() -> list[Row]:
     lines = DOCS.read_text(encoding="utf-8").split("| " + " | ".join(COLUMNS) + " |\n")[1].splitlines()[1:]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    return [Row(kind, family, held == "yes", reason, tuple(laws.split())) for kind, family, held, reason, laws in cells]
+    return [
+        Row(kind, family, held == "yes", reason, tuple(laws.split()))
+        for kind, family, held, reason, laws in cells
+    ]
 
 
 def name(row: Row) -> str:

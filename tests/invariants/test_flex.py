@@ -1,4 +1,6 @@
-"""FlexAttention over blocks reads what eager attention reads over a dense mask, and learns the same from it."""
+"""FlexAttention over blocks reads what eager attention reads over a dense mask, and learns the same from
+it.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,14 @@ NEVER_CHOSEN = {
     "the best few tokens only",
     "frequencies of zero",
 }
-MECHANISMS = ("shared", "in each attention", "layer types", "complex", "windows beside full attention", "latent attention")
+MECHANISMS = (
+    "shared",
+    "in each attention",
+    "layer types",
+    "complex",
+    "windows beside full attention",
+    "latent attention",
+)
 
 names = pytest.mark.parametrize("name", [*FAMILIES, *VARIANTS])
 mechanisms = pytest.mark.parametrize("name", MECHANISMS)
@@ -58,14 +67,20 @@ def test_what_is_chosen_agrees_with_eager(name, config):
     agree(found, expected_logits(name, config), "the chosen attention and eager")
 
 
-@pytest.mark.parametrize("name", [name for name in [*FAMILIES, *VARIANTS] if model_class(name)._supports_flex_attn])
+@pytest.mark.parametrize(
+    "name", [name for name in [*FAMILIES, *VARIANTS] if model_class(name)._supports_flex_attn]
+)
 def test_a_model_that_is_set_to_flex_attention_agrees_with_eager(name):
     if name == "several":
         pytest.skip("FlexAttention has sinks on accelerators only")
     config = RopeConfig(visibility="isolated", align_to="right")
     model = variant(name, FLEX)
     with patched(model, config):
-        agree(real_logits(model, long_batch(config), config), expected_logits(name, config), "FlexAttention and eager")
+        agree(
+            real_logits(model, long_batch(config), config),
+            expected_logits(name, config),
+            "FlexAttention and eager",
+        )
 
 
 @mechanisms
@@ -80,7 +95,11 @@ def test_adapters_get_the_same_gradients(name, visibility, checkpointing):
         model.activation_checkpointing_enable()
     expected = gradients(adapted, long_batch(config), visibility)
     with chosen():
-        agree(gradients(adapted, long_batch(config), visibility), expected, "gradients of FlexAttention and SDPA")
+        agree(
+            gradients(adapted, long_batch(config), visibility),
+            expected,
+            "gradients of FlexAttention and SDPA",
+        )
 
 
 def test_autocast_gives_flex_attention_one_type():
@@ -106,7 +125,9 @@ def test_decoding_stays_dense_beside_it(name):
         with chosen():
             masks = attention_masks(model, time, time * 0, "columnar", queries=4)
             said = model.generate(prompt, max_new_tokens=4, do_sample=False, pad_token_id=0)
-    assert all(isinstance(mask, torch.Tensor) for mask in (masks.values() if isinstance(masks, dict) else [masks]))
+    assert all(
+        isinstance(mask, torch.Tensor) for mask in (masks.values() if isinstance(masks, dict) else [masks])
+    )
     assert torch.equal(said, expected)
 
 
@@ -125,4 +146,8 @@ def test_a_mask_can_be_taken_apart_and_put_together():
     for layer in model.model.layers:
         layer.register_forward_pre_hook(rebuilt, with_kwargs=True)
     with patched(model, config), chosen():
-        agree(real_logits(model, long_batch(config), config), expected_logits("shared", config), "FlexAttention and eager")
+        agree(
+            real_logits(model, long_batch(config), config),
+            expected_logits("shared", config),
+            "FlexAttention and eager",
+        )

@@ -12,9 +12,9 @@ from parallelmind import visibility
 from parallelmind.config import RopeConfig
 from parallelmind.errors import UserError
 from parallelmind.evaluation.laws import EVERY_SETTING, LAWS, cached
+from parallelmind.evaluation.model_support import attentions
 from parallelmind.evaluation.probes import BRANCHES, MAIN, LawBroken, agree, patched, sample_logits
-from parallelmind.evaluation.support import attentions
-from parallelmind.evaluation.tiny import WINDOW
+from parallelmind.evaluation.tiny_models import WINDOW
 from parallelmind.model import rope2d, rotary
 from parallelmind.model.patch import patch, rope_config, unpatch
 from parallelmind.model.rope2d import BRANCH, TIME
@@ -104,7 +104,9 @@ def test_a_wrong_column_map_is_noticed(monkeypatch):
     assert broken("shifted", "shared")
 
 
-@pytest.mark.parametrize("name", ["windows in every layer", "windows beside full attention", "layer types", "complex"])
+@pytest.mark.parametrize(
+    "name", ["windows in every layer", "windows beside full attention", "layer types", "complex"]
+)
 def test_a_forgotten_window_is_noticed(monkeypatch, name):
     monkeypatch.setattr(visibility.Reach, "near", lambda *args: None)
     assert broken("base", name)
@@ -126,7 +128,11 @@ def test_a_woken_trigger_is_noticed(monkeypatch, name):
 
         def forward(self, x, position_ids, *args, **kwargs):
             coordinates = rotary.coordinates(position_ids, self.pos2d_angle)
-            tables = nn.Module.__getattribute__(self, "__class__").__bases__[1].forward(self, x, torch.cat(coordinates))
+            tables = (
+                nn.Module.__getattribute__(self, "__class__")
+                .__bases__[1]
+                .forward(self, x, torch.cat(coordinates))
+            )
             return tuple(rotary.mix(*table.chunk(3), self.pos2d_axes) for table in tables)
 
     monkeypatch.setattr(rotary, "BranchRotary", Careless)

@@ -1,4 +1,6 @@
-"""What training does to a model leaves pos2d alone: checkpointing, compiling, bfloat16, adapters, threads, processes."""
+"""What training does to a model leaves pos2d alone: checkpointing, compiling, bfloat16, adapters, threads,
+processes.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,9 @@ def test_a_shared_main_is_paid_once_and_teaches_what_separate_rows_do(family):
         batch = collate([arrange(sample, config) for sample in samples], pad_id=0)
         model.zero_grad()
         target_loss(model, to_tensors(batch), "isolated")[0].backward()
-        found.append(torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None]))
+        found.append(
+            torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])
+        )
         lengths = [len(branch) for branch in BRANCHES]
         assert batch.tokens == len(samples) * len(MAIN) + sum(lengths)
     assert float((found[0] - found[1]).norm() / found[1].norm()) <= 1e-3
@@ -137,13 +141,17 @@ def test_threads_never_share_coordinates(family):
     with patched(model, RopeConfig(branch_stride=3)) as config:
         expected = [torch.cat(sample_logits(model, config, text)) for text in texts]
         with ThreadPoolExecutor(2) as pool:
-            found = list(pool.map(lambda turn: torch.cat(sample_logits(model, config, texts[turn % 2])), range(40)))
+            found = list(
+                pool.map(lambda turn: torch.cat(sample_logits(model, config, texts[turn % 2])), range(40))
+            )
     for turn, logits in enumerate(found):
         agree(logits, expected[turn % 2], "a sample read beside another thread's and alone")
 
 
 def test_threads_settle_their_own_frequencies():
-    """A long text changes the frequencies of the model; a short one in another thread must not change them back."""
+    """A long text changes the frequencies of the model; a short one in another thread must not change them
+    back.
+    """
     model = variant("longrope")
     texts = [list(range(3, 23)), list(range(3, 93))]
     with patched(model, RopeConfig()):
@@ -156,9 +164,23 @@ def test_threads_settle_their_own_frequencies():
 
 def in_two_processes(*arguments: str) -> str:
     """What a module of these tests prints when two processes run it together."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'platform'}{os.pathsep}{ROOT / 'tests'}"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", *arguments]
-    done = subprocess.run(command, cwd=ROOT / "tests", env=env, capture_output=True, text=True, timeout=300, check=False)
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{ROOT / 'platform'}{os.pathsep}{ROOT / 'tests'}",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        *arguments,
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT / "tests", env=env, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -169,5 +191,7 @@ def test_two_processes_average_the_gradients_of_one():
 
 @pytest.mark.parametrize("case", ["gradients", "resume"])
 def test_two_workers_do_what_one_does(case, tmp_path):
-    """Whole or sharded, adapter or full model: the same gradient to 1e-5, and after a stop the same run bit for bit."""
+    """Whole or sharded, adapter or full model: the same gradient to 1e-5, and after a stop the same run bit
+    for bit.
+    """
     assert in_two_processes("workers", case, str(tmp_path)).count("agrees") == 8

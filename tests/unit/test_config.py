@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from parallelmind.config import LoraConfig, Part, RopeConfig, TrainConfig, resolve
-from parallelmind.config_file import load_yaml, save_yaml
+from parallelmind.config.yaml_file import load_yaml, save_yaml
 from parallelmind.errors import UserError
-from workloads.convert import ConvertConfig
+from workloads.data.convert import ConvertConfig
 from workloads.export import ExportConfig
-from workloads.generate import GenerateConfig
+from workloads.generate.command import GenerateConfig
 
 
 def train(*dotlist: str, **values: object) -> TrainConfig:
@@ -57,8 +57,20 @@ def test_a_malformed_override_is_one_line() -> None:
 
 
 def test_the_dotlist_wins_over_the_values_and_keeps_types() -> None:
-    config = train("lora_rank=4", "learning_rate=1e-3", "validation_branches=[1,2]", "max_steps=null", lora_rank=8, max_steps=3)
-    assert (config.lora_rank, config.learning_rate, config.validation_branches, config.max_steps) == (4, 1e-3, [1, 2], None)
+    config = train(
+        "lora_rank=4",
+        "learning_rate=1e-3",
+        "validation_branches=[1,2]",
+        "max_steps=null",
+        lora_rank=8,
+        max_steps=3,
+    )
+    assert (config.lora_rank, config.learning_rate, config.validation_branches, config.max_steps) == (
+        4,
+        1e-3,
+        [1, 2],
+        None,
+    )
 
 
 def test_yaml_gives_the_same_run_again(tmp_path: Path) -> None:
@@ -74,7 +86,9 @@ def test_a_disk_that_fills_up_leaves_the_file_as_it_was(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     save_yaml(train(), file)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a file at its limit is an OSError then, as on a full disk
+    before = signal.signal(
+        signal.SIGXFSZ, signal.SIG_IGN
+    )  # a file at its limit is an OSError then, as on a full disk
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     try:
         with pytest.raises(OSError, match="too large"):
@@ -102,7 +116,9 @@ def test_a_config_is_frozen() -> None:
         train().lora_rank = 3  # type: ignore[misc]
 
 
-@pytest.mark.parametrize(("text", "told"), [(None, "no such file"), ("- a\n", "no mapping"), ("a: [", "not readable as YAML")])
+@pytest.mark.parametrize(
+    ("text", "told"), [(None, "no such file"), ("- a\n", "no mapping"), ("a: [", "not readable as YAML")]
+)
 def test_an_unreadable_file_is_named(tmp_path: Path, text: str | None, told: str) -> None:
     path = tmp_path / "run.yaml"
     if text is not None:
@@ -119,5 +135,7 @@ def test_every_field_says_what_it_means() -> None:
 @pytest.mark.parametrize("kind", [ConvertConfig, ExportConfig, GenerateConfig])
 def test_a_uri_to_write_to_is_refused(kind: type[Part]) -> None:
     """As a path it would be a folder `s3:` in this one."""
-    with pytest.raises(UserError, match=r"output_path=s3://bucket/out\.jsonl: a URI, .*; give a path, and copy it there"):
+    with pytest.raises(
+        UserError, match=r"output_path=s3://bucket/out\.jsonl: a URI, .*; give a path, and copy it there"
+    ):
         resolve(kind, {"output_path": "s3://bucket/out.jsonl"})

@@ -20,13 +20,16 @@ from pydantic import ValidationError
 from servers import ROOT
 
 from parallelmind.config import TrainConfig
-from serving.settings import AppConfig
-from workloads.settings import read_config
+from serving.config import AppConfig
+from workloads.common.read_config import read_config
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 PINNED = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").split())
 DOCKERFILE = (kuberay.DEPLOY / "Dockerfile").read_text(encoding="utf-8")
-CLUSTERS = {"rayjob.yaml": lambda: kuberay.job().cluster, "rayservice.yaml": lambda: kuberay.service().cluster}
+CLUSTERS = {
+    "rayjob.yaml": lambda: kuberay.job().cluster,
+    "rayservice.yaml": lambda: kuberay.service().cluster,
+}
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +50,14 @@ def instructions() -> list[tuple[str, str]]:
 
 
 def images(launched: dict[str, Any]) -> set[str]:
-    of_types = {found["docker"]["worker_image"] for found in launched["available_node_types"].values() if "docker" in found}
-    return of_types | {launched["docker"]["image"]} | {rest for name, rest in instructions() if name == "FROM"}
+    of_types = {
+        found["docker"]["worker_image"]
+        for found in launched["available_node_types"].values()
+        if "docker" in found
+    }
+    return (
+        of_types | {launched["docker"]["image"]} | {rest for name, rest in instructions() if name == "FROM"}
+    )
 
 
 def test_ray_up_takes_the_cluster(launched: dict[str, Any]) -> None:
@@ -80,7 +89,10 @@ def test_the_head_takes_no_tasks_and_spot_workers_start_from_none(launched: dict
 
 def test_jobs_are_told_of_all_nodes_that_may_come(launched: dict[str, Any]) -> None:
     groups = launched["available_node_types"].values()
-    most = {name: sum(found["max_workers"] * found["resources"].get(name, 0) for found in groups) for name in ("CPU", "GPU")}
+    most = {
+        name: sum(found["max_workers"] * found["resources"].get(name, 0) for found in groups)
+        for name in ("CPU", "GPU")
+    }
     assert autoscaling.grows_to(launched) == f"CPU={most['CPU']},GPU={most['GPU']}"
 
 
@@ -92,8 +104,12 @@ def test_every_node_asks_for_the_token_and_has_it(launched: dict[str, Any]) -> N
     assert "0.0.0.0" not in autoscaling.CLUSTER.read_text(encoding="utf-8")
 
 
-def test_setup_installs_the_dependencies_and_not_the_project(launched: dict[str, Any], tmp_path: Path) -> None:
-    """The commands themselves, with what `ray up` copies, and a pip that only writes down what it is asked for."""
+def test_setup_installs_the_dependencies_and_not_the_project(
+    launched: dict[str, Any], tmp_path: Path
+) -> None:
+    """The commands themselves, with what `ray up` copies, and a pip that only writes down what it is asked
+    for.
+    """
     for remote, local in launched["file_mounts"].items():
         if not local.startswith("~"):
             path = tmp_path / remote.removeprefix("~/")
@@ -108,7 +124,9 @@ def test_setup_installs_the_dependencies_and_not_the_project(launched: dict[str,
     for line in launched["worker_setup_commands"]:
         subprocess.run(["bash", "-ec", line], env=env, check=True)
     assert (tmp_path / "asked").read_text() == "install -q -c constraints.txt -r requirements.txt\n"
-    assert (tmp_path / "dependencies" / "requirements.txt").read_text().splitlines() == PROJECT["dependencies"]
+    assert (tmp_path / "dependencies" / "requirements.txt").read_text().splitlines() == PROJECT[
+        "dependencies"
+    ]
     assert {Requirement(line).name for line in PROJECT["dependencies"]} <= set(PINNED)
 
 
@@ -176,7 +194,9 @@ def test_the_head_takes_no_tasks_and_groups_can_grow(cluster: kuberay.Cluster) -
         assert group.min_replicas <= group.replicas <= group.max_replicas
 
 
-@pytest.mark.parametrize(("kind", "name"), [(kuberay.Job, "rayjob.yaml"), (kuberay.Service, "rayservice.yaml")])
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kuberay.Job, "rayjob.yaml"), (kuberay.Service, "rayservice.yaml")]
+)
 def test_an_unknown_field_of_a_manifest_is_refused(kind: type[kuberay.Known], name: str) -> None:
     found = kuberay.read(name)
     with pytest.raises(ValidationError):
@@ -193,7 +213,9 @@ def test_the_job_is_a_command_of_this_project() -> None:
     assert [python, option, module] == ["python", "-m", "workloads.train"]
     config = read_config(TrainConfig, arguments)
     assert config.mlflow_uri == given["MLFLOW_TRACKING_URI"]
-    assert config.output_dir.startswith(kuberay.pods(job.cluster)[0]["containers"][0]["volumeMounts"][0]["mountPath"])
+    assert config.output_dir.startswith(
+        kuberay.pods(job.cluster)[0]["containers"][0]["volumeMounts"][0]["mountPath"]
+    )
     gpu = next(group for group in job.cluster.worker_group_specs if group.group_name == "gpu")
     assert config.num_workers <= gpu.replicas  # they are counted when it starts
 

@@ -1,4 +1,6 @@
-"""The pages hold what they say: links lead somewhere, commands are understood, blocks parse, generated parts are fresh."""
+"""The pages hold what they say: links lead somewhere, commands are understood, blocks parse, generated parts
+are fresh.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,16 @@ from parallelmind import cli
 from parallelmind.config import Part, TrainConfig, resolve
 from parallelmind.errors import UserError
 from tools.reference import COMMANDS, PAGE, anchor, reference
-from workloads.settings import read_config
-from workloads.sweep_config import SweepConfig
+from workloads.common.read_config import read_config
+from workloads.sweep.config import SweepConfig
 
 TARGETS = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 EVERY = [block for page in PAGES for block in blocks(page)]
 RUN = {"data_path": "train.jsonl", "validation_path": "held_out.jsonl"}
-NEEDED = {TrainConfig: RUN, SweepConfig: {"train": RUN, "space": {"lora_rank": [4, 8]}}}  # of a file that is the reader's own
+NEEDED = {
+    TrainConfig: RUN,
+    SweepConfig: {"train": RUN, "space": {"lora_rank": [4, 8]}},
+}  # of a file that is the reader's own
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -54,7 +59,9 @@ def test_commands_are_understood(block: Block) -> None:
 
 
 def understand(block: Block, words: list[str]) -> None:
-    """Raises for a module that is not there, a field that its command does not have, and a value that it refuses."""
+    """Raises for a module that is not there, a field that its command does not have, and a value that it
+    refuses.
+    """
     module, arguments = words[0], words[1:]
     assert find_spec(module), f"{block}: no module {module}"
     if cli.wants_help(arguments):
@@ -149,7 +156,9 @@ def outline(page: Path) -> list[str]:
 
 
 def test_both_readmes_hold_the_same() -> None:
-    """A change of one is a change of the other: same blocks of code, headings of each level and rows of tables."""
+    """A change of one is a change of the other: same blocks of code, headings of each level and rows of
+    tables.
+    """
     english, chinese = ROOT / "README.md", ROOT / "README.zh-CN.md"
     assert [(b.language, b.text) for b in blocks(chinese)] == [(b.language, b.text) for b in blocks(english)]
     assert outline(chinese) == outline(english)

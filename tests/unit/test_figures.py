@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from matplotlib.image import imread
 
-from parallelmind.evaluation.tiny import tiny_tokenizer
+from parallelmind.evaluation.tiny_models import tiny_tokenizer
 from tools.figures import FOLDER, LOG, draw, logged, sample
 
 

@@ -40,23 +40,37 @@ def test_without_a_terminal_a_field_is_one_line(kind: type[Part]) -> None:
 def test_a_wide_terminal_has_columns_and_a_narrow_one_has_pairs_of_lines() -> None:
     assert cli.field_help(TrainConfig, 160).splitlines()[0] == cli.field_help(TrainConfig).splitlines()[0]
     first, second, *_ = cli.field_help(TrainConfig, 80).splitlines()
-    assert (first, second) == ('  base_model  str  "smollm2-135m"', "      smollm2-135m, a local folder, or a hub id")
+    assert (first, second) == (
+        '  base_model  str  "smollm2-135m"',
+        "      smollm2-135m, a local folder, or a hub id",
+    )
 
 
 def test_paragraphs_flow_and_commands_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "20")
     fixed = "    python -m workloads.train CONFIG.yaml\n\n/main TEXT   set the passage of the prompts"
-    assert cli.flowing(f"One line that is\ntoo long for it.\n\n{fixed}\n") == f"One line that is too\nlong for it.\n\n{fixed}"
+    assert (
+        cli.flowing(f"One line that is\ntoo long for it.\n\n{fixed}\n")
+        == f"One line that is too\nlong for it.\n\n{fixed}"
+    )
 
 
 def test_values_are_told_as_they_are_typed() -> None:
     told = {"a b": "a b", "": '""', "a\nb": json.dumps("a\nb"), " a": '" a"'}
     assert {value: typed(value) for value in told} == told
-    assert [typed(value) for value in (True, None, 3, 0.5, [1, "a"])] == ["true", "null", "3", "0.5", '[1, "a"]']
+    assert [typed(value) for value in (True, None, 3, 0.5, [1, "a"])] == [
+        "true",
+        "null",
+        "3",
+        "0.5",
+        '[1, "a"]',
+    ]
 
 
 def test_the_demo_has_no_fields() -> None:
-    with pytest.raises(UserError, match="lora_rank=4: the demo has no fields; .*workloads.train demo lora_rank=4"):
+    with pytest.raises(
+        UserError, match="lora_rank=4: the demo has no fields; .*workloads.train demo lora_rank=4"
+    ):
         demo.main(["lora_rank=4"])
 
 

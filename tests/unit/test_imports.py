@@ -32,7 +32,9 @@ MAY_IMPORT = {
     "decoding": {*_GROUND, "model", "data"},
     "evaluation": {*_GROUND, "model", "data", "training", "decoding", "tracking"},
 }
-WITHOUT_TORCH = tuple("config.py layout.py visibility.py decoding/sequence.py decoding/scheduler.py training/outcome.py".split())
+WITHOUT_TORCH = tuple(
+    "config.py layout.py visibility.py engine/sequence.py engine/scheduler.py training/outcome.py".split()
+)
 
 
 def sources(package: str) -> list[Path]:
@@ -93,7 +95,9 @@ def test_between_packages_imports_run_one_way(package: str, allowed: set[str]) -
 
 
 def test_only_the_pipeline_of_the_library_knows_ray() -> None:
-    knowing = {path.relative_to(LIBRARY).as_posix() for path in sources("parallelmind") if "ray" in roots(path)}
+    knowing = {
+        path.relative_to(LIBRARY).as_posix() for path in sources("parallelmind") if "ray" in roots(path)
+    }
     assert knowing <= {"data/pipeline.py"}
     assert not [path for path in sources("experiments") if "ray" in roots(path)]
 
@@ -109,9 +113,15 @@ def test_scheduling_layout_and_config_know_no_torch() -> None:
     seen = set(waiting)
     while waiting:
         path = waiting.pop()
-        assert not roots(path) & {"torch", "transformers", "peft", "ray"}, f"{path.relative_to(ROOT)} reaches torch"
-        names = {name.removeprefix("parallelmind.") for name in imports(path) if name.startswith("parallelmind.")}
-        reached = {files[part] for name in names for part in (name, name.rpartition(".")[0]) if part in files} - seen
+        assert not roots(path) & {"torch", "transformers", "peft", "ray"}, (
+            f"{path.relative_to(ROOT)} reaches torch"
+        )
+        names = {
+            name.removeprefix("parallelmind.") for name in imports(path) if name.startswith("parallelmind.")
+        }
+        reached = {
+            files[part] for name in names for part in (name, name.rpartition(".")[0]) if part in files
+        } - seen
         seen |= reached
         waiting.extend(reached)
 
@@ -121,7 +131,9 @@ def test_the_standard_platform_module_is_not_shadowed() -> None:
     assert not (ROOT / "tests" / "platform").exists()
     script = "import platform, uuid; print(platform.__file__, platform.system(), uuid.uuid4())"
     env = {**os.environ, "PYTHONPATH": "platform"}
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True, check=True
+    )
     assert not done.stdout.startswith(str(ROOT / "platform"))
 
 

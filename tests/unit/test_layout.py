@@ -34,7 +34,9 @@ def test_layout_equals_the_reference(main, branches, data, config):
     assert layout.time.tolist() == expected["time"]
     assert layout.position.tolist() == expected["position"]
     assert layout.labels.tolist() == expected["label"]
-    seen = visible(torch.from_numpy(layout.time)[None], torch.from_numpy(layout.sequence)[None], config.visibility)
+    seen = visible(
+        torch.from_numpy(layout.time)[None], torch.from_numpy(layout.sequence)[None], config.visibility
+    )
     assert seen[0, 0].tolist() == expected["visible"]
 
 
@@ -58,7 +60,9 @@ def test_delays_move_single_branches_later():
 
 def test_padding_is_seen_by_nothing_and_no_row_is_empty():
     config = RopeConfig()
-    batch = collate([arrange(Tokens.of([1], [[2], [3]]), config), arrange(Tokens.of([], [[4]]), config)], pad_id=9)
+    batch = collate(
+        [arrange(Tokens.of([1], [[2], [3]]), config), arrange(Tokens.of([], [[4]]), config)], pad_id=9
+    )
     assert batch.ids.tolist() == [[1, 2, 3], [4, 9, 9]]
     assert batch.sequence.tolist() == [[0, 1, 2], [1, PADDING, PADDING]]
     assert batch.tokens == 4
@@ -70,7 +74,9 @@ def test_last_queries_are_the_last_rows_of_the_whole_mask():
     layout = arrange(Tokens.of([1, 2], [[3, 4, 5], [6, 7]]), RopeConfig())
     time, sequence = torch.from_numpy(layout.time)[None], torch.from_numpy(layout.sequence)[None]
     for policy in ("columnar", "isolated"):
-        assert torch.equal(visible(time, sequence, policy)[:, :, -2:], visible(time, sequence, policy, queries=2))
+        assert torch.equal(
+            visible(time, sequence, policy)[:, :, -2:], visible(time, sequence, policy, queries=2)
+        )
 
 
 def test_each_attention_gets_the_mask_it_understands():

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config
 from parallelmind.config import LoraConfig, RopeConfig
 from parallelmind.layout import Tokens, arrange, collate
 from parallelmind.model.adapter import add_lora
-from parallelmind.model.base import meta_model
+from parallelmind.model.base_model import meta_model
 from parallelmind.model.patch import patch
 from parallelmind.model.structure import causal_lm, decoder
 from parallelmind.training.loss import decoder_inputs, to_tensors
@@ -42,9 +42,14 @@ def kept_bytes(model: torch.nn.Module, tokens: int) -> int:
 
     branches = [[5] * (tokens // 2)] * 2
     batch = to_tensors(collate([arrange(Tokens.of([], branches), RopeConfig())], pad_id=0))
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
         decoder(inner)(**decoder_inputs(inner, batch, "columnar"))
-    return sum(tensor.untyped_storage().nbytes() for place, tensor in storages.items() if place not in weights)
+    return sum(
+        tensor.untyped_storage().nbytes() for place, tensor in storages.items() if place not in weights
+    )
 
 
 def test_a_token_leaves_what_the_formula_says() -> None:
@@ -65,7 +70,9 @@ def test_an_adapter_is_as_large_as_the_formula_says() -> None:
 def test_the_shapes_are_those_of_the_models(shape: Shape) -> None:
     model = meta_model(Qwen2Config(**{**llama(shape).to_dict(), "model_type": "qwen2"}))
     count = sum(weight.numel() for weight in model.parameters())
-    assert shape.linear + shape.embeddings == pytest.approx(count, rel=1e-3)  # biases and norms are not worth a term
+    assert shape.linear + shape.embeddings == pytest.approx(
+        count, rel=1e-3
+    )  # biases and norms are not worth a term
 
 
 def test_the_table_in_the_docs_is_fresh() -> None:

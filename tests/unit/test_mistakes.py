@@ -1,4 +1,6 @@
-"""What docs/mistakes.md says the program says, it says: of the mistakes that are made in a moment, and of what they rest on."""
+"""What docs/mistakes.md says the program says, it says: of the mistakes that are made in a moment, and of
+what they rest on.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,16 @@ from parallelmind.data.files import file_parts, find_files
 from parallelmind.data.survey import combine, survey_part
 from parallelmind.errors import UserError
 from tools.mistakes import MISTAKES, PAGE, Mistake, Told, made, prepare, row, told
-from workloads import cluster
-from workloads.settings import read_config
-from workloads.train import run_place
+from workloads.common import cluster
+from workloads.common.read_config import read_config
+from workloads.train.command import run_place
 
 NAMED = {mistake.name: mistake for mistake in MISTAKES}
-ROWS = {line.split("|")[1].strip(): line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")}
+ROWS = {
+    line.split("|")[1].strip(): line
+    for line in PAGE.read_text(encoding="utf-8").splitlines()
+    if line.startswith("| ")
+}
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +43,15 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def place(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(prepared)
-    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # a command line puts its own there
+    monkeypatch.setattr(
+        warnings, "formatwarning", warnings.formatwarning
+    )  # a command line puts its own there
     return prepared
 
 
-def said(mistake: Mistake, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Told:
+def said(
+    mistake: Mistake, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Told:
     """What its command says and how it ends, in this process."""
     _, _, module, *words = shlex.split(mistake.command)
     monkeypatch.setattr(sys, "argv", [module, *words])
@@ -64,7 +74,9 @@ def test_what_is_refused_at_once(
     assert row(NAMED[name], said(NAMED[name], place, capsys, monkeypatch)) == ROWS[name], "run make docs"
 
 
-def test_two_runs_at_once(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_runs_at_once(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     mistake = Mistake("two runs at once", NAMED["two runs at once"].command)
     folder = run_place(read_config(TrainConfig, shlex.split(mistake.command)[3:])).folder
     folder.mkdir(parents=True)
@@ -77,7 +89,9 @@ def test_wrong_format(place: Path) -> None:
     config = read_config(TrainConfig, shlex.split(mistake.command)[3:]).part(DataConfig)
     parts = file_parts(find_files(config.data_path))
     with pytest.raises(UserError) as error:
-        combine(parts, [survey_part(part, config, None) for part in parts]).refuse_too_many(config, "data_path")
+        combine(parts, [survey_part(part, config, None) for part in parts]).refuse_too_many(
+            config, "data_path"
+        )
     assert row(mistake, refusal(error.value, place)) == ROWS[mistake.name], "run make docs"
 
 

@@ -46,7 +46,9 @@ def test_a_run_is_kept_and_gone_on_with(tmp_path: Path, capfd: pytest.CaptureFix
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_begin_that_was_cut_short_is_found_by_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_begin_that_was_cut_short_is_found_by_its_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Killed after the run was created and before anything was noted of it."""
     uri = f"sqlite:///{tmp_path}/mlflow.db"
 
@@ -99,6 +101,9 @@ def test_a_run_that_has_ended_keeps_its_time(tmp_path: Path) -> None:
 def test_a_model_is_registered_once_and_what_cannot_be_is_an_error(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     run = Tracker.start(uri, "tests", "one", CONFIG, "key").run_id
-    assert [tracking.register(uri, run, "adapter", "mine", alias) for alias in ("champion", "other")] == ["1", "1"]
+    assert [tracking.register(uri, run, "adapter", "mine", alias) for alias in ("champion", "other")] == [
+        "1",
+        "1",
+    ]
     with pytest.raises(MlflowException, match="Invalid model name"):
         tracking.register(uri, run, "adapter", "org/mine", "champion")

@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerBase
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, first: bool) -> list[int]:
     """Token ids of `text`, without the special tokens that a tokenizer puts around a whole input.
 
-    first: `text` opens the sample (main, or every branch where there is no main), so it gets the BOS that this
-    tokenizer would add, unless the text (a chat template's, say) begins with it already.
+    first: `text` opens the sample (main, or every branch where there is no main), so it gets the BOS that
+    this tokenizer would add, unless the text (a chat template's, say) begins with it already.
     """
     (ids,) = encode_texts(tokenizer, [text])
     return opened_by(ids, opening(tokenizer)) if first else ids
@@ -19,7 +19,9 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[l
     """Token ids of many texts in one call, without special tokens around them."""
     if not texts:
         return []
-    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
+    ids: list[list[int]] = tokenizer(
+        texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+    ).input_ids
     return ids
 
 

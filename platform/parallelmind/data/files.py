@@ -1,4 +1,6 @@
-"""Which files a data path means, wherever they lie, and cutting them into parts that can be read in parallel."""
+"""Which files a data path means, wherever they lie, and cutting them into parts that can be read in
+parallel.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +15,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from parallelmind.errors import UserError, first_line, typed
-from parallelmind.mirror import filesystem
+from parallelmind.remote import filesystem
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 _PART_BYTES = 1 << 20, 1 << 26  # least and most, of plain JSONL
-_PARTS = 1 << 14  # planning a part takes milliseconds in one process, so a large corpus is cut into so many at most, if it can
+_PARTS = (
+    1 << 14
+    # planning a part takes milliseconds in one process, so a large corpus is cut into so many at most, if it can
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A stretch of one file: bytes start..end of plain JSONL, row groups of Parquet, the whole of a compressed file."""
+    """A stretch of one file: bytes start..end of plain JSONL, row groups of Parquet, the whole of a
+    compressed file.
+    """
 
     file: str
     start: int
@@ -30,8 +37,9 @@ class Part:
 
 
 def find_files(path: str, name: str = "data_path") -> list[str]:
-    """Every file that a path means, in a fixed order: a file, a folder, a glob, a URL of any of them, or several of these
-    with commas between. Raises UserError where one of them means none."""
+    """Every file that a path means, in a fixed order: a file, a folder, a glob, a URL of any of them, or
+    several of these with commas between. Raises UserError where one of them means none.
+    """
     found = [file for item in path.split(",") if item.strip() for file in _find(item.strip(), name)]
     if not found:
         raise UserError(f"{name}={typed(path)}: names no file; give parallel JSONL or Parquet")
@@ -49,7 +57,9 @@ def _find(path: str, name: str) -> list[str]:
         else:
             files = sorted(system.glob(inner)) if any(mark in inner for mark in "*?[") else []
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"{name}={path}: cannot be reached ({first_line(error)}); check address and credentials") from error
+        raise UserError(
+            f"{name}={path}: cannot be reached ({first_line(error)}); check address and credentials"
+        ) from error
     if not files:
         kinds = ", ".join(f"*{ending}" for ending in ENDINGS)
         raise UserError(f"{name}={path}: no such file; give a file, a folder that holds {kinds}, or a glob")
@@ -73,11 +83,15 @@ def _there(file: str) -> Iterator[None]:
         yield
     except (FileNotFoundError, PermissionError) as error:
         reason = error.strerror or first_line(error)
-        raise UserError(f"data_path={file}: was there, and cannot be read any more ({reason}); restore it") from error
+        raise UserError(
+            f"data_path={file}: was there, and cannot be read any more ({reason}); restore it"
+        ) from error
 
 
 def file_parts(files: Sequence[str], name: str = "data_path") -> list[Part]:
-    """Parts that cover the files, in order; the same for the same files. Raises UserError for one that is no Parquet inside."""
+    """Parts that cover the files, in order; the same for the same files. Raises UserError for one that is no
+    Parquet inside.
+    """
     sizes = {file: _size(file) for file in files}
     least, most = _PART_BYTES
     length = min(most, max(least, sum(sizes.values()) // _PARTS))
@@ -99,7 +113,9 @@ def _parts(file: str, size: int, length: int, name: str) -> list[Part]:
     if file.endswith(".parquet"):
         try:
             with open_file(file) as stream:
-                return [Part(file, group, group + 1) for group in range(pq.ParquetFile(stream).num_row_groups)]
+                return [
+                    Part(file, group, group + 1) for group in range(pq.ParquetFile(stream).num_row_groups)
+                ]
         except (OSError, pa.ArrowException) as error:
             remedy = "see that it is what its ending says"
             raise UserError(f"{name}={file}: cannot be read ({first_line(error)}); {remedy}") from error

@@ -1,4 +1,6 @@
-"""Held-out text to measure a model on: the same branches, target by target, however many of them share a sample."""
+"""Held-out text to measure a model on: the same branches, target by target, however many of them share a
+sample.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from parallelmind.config import DataConfig
 from parallelmind.data.files import file_parts
-from parallelmind.data.grouping import Row, Seeds, batched, regrouped
+from parallelmind.data.packing import Row, Seeds, batched, regrouped
 from parallelmind.data.survey import records
 from parallelmind.data.tokenise import Tokenised, tokenised
 from parallelmind.layout import Tokens
@@ -17,7 +19,9 @@ from parallelmind.layout import Tokens
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """The first `pool` branches of some files, as far as they go. truncated: texts that were cut. skipped: branches left out."""
+    """The first `pool` branches of some files, as far as they go. truncated: texts that were cut. skipped:
+    branches left out.
+    """
 
     rows: list[Row]
     pool: int
@@ -26,11 +30,15 @@ class HeldOut:
     skipped: int
 
     @staticmethod
-    def read(files: Sequence[str], pool: int, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> HeldOut:
+    def read(
+        files: Sequence[str], pool: int, tokenizer: PreTrainedTokenizerBase, data: DataConfig
+    ) -> HeldOut:
         """Bad lines are left out: a survey tells of them."""
         items = list(_first_items(files, pool, tokenizer, data))
         rows = [Row(item.tokens, lone) for item, lone in items if item.tokens is not None]
-        return HeldOut(rows, pool, data, sum(item.truncated for item, _ in items), sum(item.skipped for item, _ in items))
+        return HeldOut(
+            rows, pool, data, sum(item.truncated for item, _ in items), sum(item.skipped for item, _ in items)
+        )
 
     @property
     def branches(self) -> int:
@@ -38,8 +46,12 @@ class HeldOut:
         return min(sum(row.tokens.branches for row in self.rows), self.pool)
 
     def batches(self, branches: int, seed: int) -> list[list[Tokens]]:
-        """The samples of every batch, with up to `branches` branches each. Branches of one record stay with their main."""
-        return list(batched(regrouped(self.rows, branches, self.pool, self.data), self.data, Seeds(seed).generator()))
+        """The samples of every batch, with up to `branches` branches each. Branches of one record stay with
+        their main.
+        """
+        return list(
+            batched(regrouped(self.rows, branches, self.pool, self.data), self.data, Seeds(seed).generator())
+        )
 
 
 def _first_items(

@@ -1,7 +1,8 @@
-"""The lines of a part of a file, each with its place: split at newline bytes and nowhere else, whatever a line holds.
+"""The lines of a part of a file, each with its place: split at newline bytes and nowhere else, whatever a
+line holds.
 
-One bad line costs no neighbour. A line too long to be held is passed over piece by piece; a compressed file or a row group
-that is damaged gives every line before the damage.
+One bad line costs no neighbour. A line too long to be held is passed over piece by piece; a compressed file
+or a row group that is damaged gives every line before the damage.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ LONGEST = 64 << 20  # bytes of a line that is still read
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """offset: of its first byte in the (uncompressed) file; the row's number in Parquet. One of raw, value and problem is set.
+    """offset: of its first byte in the (uncompressed) file; the row's number in Parquet. One of raw, value
+    and problem is set.
 
     raw: the line without its newline. value: a row of Parquet. problem: why it could not be read.
     """
@@ -51,7 +53,8 @@ def _plain(stream: BinaryIO, part: Part) -> Iterator[Line]:
     offset = part.start
     if part.start:
         stream.seek(part.start - 1)
-        # The end of a line that an earlier part reads, or one newline; of a very long line no more than this part holds.
+        # The end of a line that an earlier part reads, or one newline; of a very long line no more than this
+        # part holds.
         offset += _pass_over(stream, part.end - part.start + 1) - 1
     while offset < part.end:
         line, length = _line(stream, offset)
@@ -60,7 +63,9 @@ def _plain(stream: BinaryIO, part: Part) -> Iterator[Line]:
 
 
 def _compressed(stream: BinaryIO, file: str) -> Iterator[Line]:
-    opened: Any = gzip.GzipFile(fileobj=stream) if file.endswith(".gz") else pa.CompressedInputStream(stream, "zstd")
+    opened: Any = (
+        gzip.GzipFile(fileobj=stream) if file.endswith(".gz") else pa.CompressedInputStream(stream, "zstd")
+    )
     lines, offset = cast(BinaryIO, io.BufferedReader(opened)), 0
     try:
         while True:
@@ -79,7 +84,9 @@ def _line(stream: BinaryIO, offset: int) -> tuple[Line, int]:
     if len(raw) <= LONGEST:
         return Line(offset, raw.removesuffix(b"\n")), len(raw)
     length = len(raw) + (0 if raw.endswith(b"\n") else _pass_over(stream, sys.maxsize))
-    return Line(offset, problem=f"has {length:,} bytes, more than the {LONGEST:,} that a line may have"), length
+    return Line(
+        offset, problem=f"has {length:,} bytes, more than the {LONGEST:,} that a line may have"
+    ), length
 
 
 def _pass_over(stream: BinaryIO, limit: int) -> int:

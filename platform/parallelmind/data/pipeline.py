@@ -1,8 +1,9 @@
 """Files through Ray Data: a survey of every line first, then one stream of batches that all workers share.
 
-Parts of files are read and tokenised in parallel, in order, by Ray Data; a feeder takes the records, shuffles, groups and
-batches them, and gives the batches out in turns. Records travel as Arrow lists, so there is no Python object per token.
-Nothing here imports torch or transformers before a tokenizer is needed: every reading process would pay seconds for it.
+Parts of files are read and tokenised in parallel, in order, by Ray Data; a feeder takes the records,
+shuffles, groups and batches them, and gives the batches out in turns. Records travel as Arrow lists, so there
+is no Python object per token. Nothing here imports torch or transformers before a tokenizer is needed: every
+reading process would pay seconds for it.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ import ray.data
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from parallelmind.config import BaseConfig, DataConfig
-from parallelmind.data.feeder import Feeder, Turns
+from parallelmind.data.batch_server import Feeder, Turns
 from parallelmind.data.files import Part, file_parts, total_bytes
-from parallelmind.data.grouping import Group
+from parallelmind.data.packing import Group
 from parallelmind.data.survey import SAMPLE, Survey, combine, records, survey_part
 from parallelmind.data.tables import to_table
 
@@ -34,7 +35,9 @@ _TASK_CPUS = 0.2  # workers leave 0.4 of a CPU at least, which is room for the f
 _PARTS_PER_READER = 16
 _FEW_PARTS = 4  # are read on the spot: starting processes for them takes longer
 _DRAWN = 4  # times what a sample holds: chance, and records as long as a sample, must not leave it empty
-_IN_FLIGHT = 256 << 20  # bytes of records between reading and batching; Ray Data would fill its whole store with them
+_IN_FLIGHT = (
+    256 << 20
+)  # bytes of records between reading and batching; Ray Data would fill its whole store with them
 
 
 def quiet_data() -> None:
@@ -45,8 +48,12 @@ def quiet_data() -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
-def survey(files: Sequence[str], config: DataConfig, vocab_size: int | None = None, name: str = "data_path") -> Survey:
-    """Parse every line once. Raises UserError for no good record and for more bad ones than the settings allow."""
+def survey(
+    files: Sequence[str], config: DataConfig, vocab_size: int | None = None, name: str = "data_path"
+) -> Survey:
+    """Parse every line once. Raises UserError for no good record and for more bad ones than the settings
+    allow.
+    """
     parts = file_parts(files, name)
     share = _DRAWN * SAMPLE / max(total_bytes(files), 1)
     if len(parts) <= _FEW_PARTS:
@@ -60,7 +67,8 @@ def survey(files: Sequence[str], config: DataConfig, vocab_size: int | None = No
 
 
 def _dataset(parts: Sequence[Part], function: Any) -> ray.data.Dataset:
-    """One block per part, mapped in order to one Arrow table each; as many reading processes as there is work for.
+    """One block per part, mapped in order to one Arrow table each; as many reading processes as there is work
+    for.
 
     Each holds a tokenizer and the libraries under it, so there is never more than one for each CPU.
     """
@@ -68,7 +76,9 @@ def _dataset(parts: Sequence[Part], function: Any) -> ray.data.Dataset:
     readers = ray.data.TaskPoolStrategy(size=max(1, min(len(parts) // _PARTS_PER_READER, cpus)))
     items = [{"file": part.file, "start": part.start, "end": part.end} for part in parts]
     dataset = ray.data.from_items(items, override_num_blocks=len(items))
-    mapped = dataset.map_batches(function, batch_size=1, batch_format="pyarrow", num_cpus=_TASK_CPUS, compute=readers)
+    mapped = dataset.map_batches(
+        function, batch_size=1, batch_format="pyarrow", num_cpus=_TASK_CPUS, compute=readers
+    )
     options = mapped.context.execution_options
     options.preserve_order = True
     options.resource_limits = options.resource_limits.copy(object_store_memory=_IN_FLIGHT)
@@ -85,13 +95,15 @@ def _survey_table(table: pa.Table, config: DataConfig, vocab_size: int | None, s
 
 def epoch_batches(found: Survey, data: DataConfig, base: BaseConfig, seed: int) -> int:
     """About how many batches an epoch holds (see `plan.epoch_batches`)."""
-    from parallelmind.data import plan
+    from parallelmind.data import batch_count as plan
 
     return plan.epoch_batches(found, _tokenizer(base), data, seed)
 
 
 def sample_rows(files: Sequence[str], data: DataConfig, base: BaseConfig) -> ray.data.Dataset:
-    """One row per good record, in the order of the files: token ids, lengths, answer offsets, what the length limits cost."""
+    """One row per good record, in the order of the files: token ids, lengths, answer offsets, what the length
+    limits cost.
+    """
     return _dataset(file_parts(files), functools.partial(_tokenise_part, data=data, base=base))
 
 
@@ -102,13 +114,17 @@ def _tokenise_part(table: pa.Table, data: DataConfig, base: BaseConfig) -> pa.Ta
 @functools.cache
 def _tokenizer(base: BaseConfig) -> PreTrainedTokenizerBase:
     """Loaded once per process, not once per part."""
-    from parallelmind.model.base import load_tokenizer
+    from parallelmind.model.base_model import load_tokenizer
 
     return load_tokenizer(base)
 
 
-def read_part(part: Part, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> Iterator[tuple[Tokenised, bool]]:
-    """Every good record of a part, tokenised, and whether it is a lone one. Bad lines were reported by the survey."""
+def read_part(
+    part: Part, tokenizer: PreTrainedTokenizerBase, data: DataConfig
+) -> Iterator[tuple[Tokenised, bool]]:
+    """Every good record of a part, tokenised, and whether it is a lone one. Bad lines were reported by the
+    survey.
+    """
     from parallelmind.data.tokenise import tokenised
 
     for record, item in tokenised(records(part, data, len(tokenizer)), tokenizer, data):
@@ -116,7 +132,9 @@ def read_part(part: Part, tokenizer: PreTrainedTokenizerBase, data: DataConfig) 
 
 
 def feed(feeder: Any, turns: Turns, rank: int, counts: Counter[str]) -> Iterator[Group]:
-    """This worker's batches of an epoch from the `Feeder` actor; the next one is on its way while one is trained on."""
+    """This worker's batches of an epoch from the `Feeder` actor; the next one is on its way while one is
+    trained on.
+    """
     waiting = feeder.next.remote(turns, rank)
     while isinstance(found := ray.get(waiting), Group):
         waiting = feeder.next.remote(turns, rank)
@@ -138,5 +156,7 @@ def start_feeder(files: Sequence[str], data: DataConfig, base: BaseConfig, seed:
 
 def _tables(files: Sequence[str], data: DataConfig, base: BaseConfig) -> Iterable[pa.Table]:
     quiet_data()
-    tables: Iterable[pa.Table] = sample_rows(files, data, base).iter_batches(batch_size=None, batch_format="pyarrow")
+    tables: Iterable[pa.Table] = sample_rows(files, data, base).iter_batches(
+        batch_size=None, batch_format="pyarrow"
+    )
     return tables

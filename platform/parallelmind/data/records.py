@@ -1,4 +1,6 @@
-"""One line of parallel JSONL to a checked record. Strict about types, so that a mistake is reported and not trained on."""
+"""One line of parallel JSONL to a checked record. Strict about types, so that a mistake is reported and not
+trained on.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ class RecordError(ValueError):
 class Branch:
     """One parallel text. With a completion, `body` is the prompt and targets begin where the completion does.
 
-    references: other completions that are right as well; an evaluation takes any of them, training reads the completion.
+    references: other completions that are right as well; an evaluation takes any of them, training reads the
+    completion.
     """
 
     body: Piece
@@ -32,7 +35,9 @@ class Branch:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """`lone` records hold one branch and no main; the pipeline groups them into samples. extra: keys that mean nothing here."""
+    """`lone` records hold one branch and no main; the pipeline groups them into samples. extra: keys that
+    mean nothing here.
+    """
 
     main: Piece
     branches: tuple[Branch, ...]
@@ -48,8 +53,8 @@ def parse_line(raw: bytes, vocab_size: int | None = None) -> Record:
 def parse_value(value: Any, vocab_size: int | None = None) -> Record:
     """The record in one JSON value or row of Parquet.
 
-    vocab_size: token ids given in place of text must be below it, where it is known. Keys that mean nothing here (an id,
-    a source) are kept apart, but a misspelt one is an error. Raises RecordError with the reason.
+    vocab_size: token ids given in place of text must be below it, where it is known. Keys that mean nothing
+    here (an id, a source) are kept apart, but a misspelt one is an error. Raises RecordError with the reason.
     """
     if not isinstance(value, dict):
         raise RecordError(f"is a JSON {_kind(value)}, not an object")
@@ -61,12 +66,21 @@ def parse_value(value: Any, vocab_size: int | None = None) -> Record:
     if not isinstance(branches, list) or not branches:
         raise RecordError("branches must be a list of at least one branch")
     main = _main(value.get("main", ""), vocab_size)
-    return Record(main, tuple(_branch(item, f"branches[{i}]", vocab_size) for i, item in enumerate(branches)), False, extra)
+    return Record(
+        main,
+        tuple(_branch(item, f"branches[{i}]", vocab_size) for i, item in enumerate(branches)),
+        False,
+        extra,
+    )
 
 
 def _parse_json(raw: bytes) -> Any:
     try:
-        return json.loads(raw.removeprefix(_BOM).decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+        return json.loads(
+            raw.removeprefix(_BOM).decode("utf-8"),
+            object_pairs_hook=_unique_keys,
+            parse_constant=_no_constant,
+        )
     except UnicodeDecodeError as error:
         raise RecordError(f"byte {error.start} is not UTF-8") from error
     except RecursionError as error:
@@ -131,7 +145,9 @@ def _prompted(value: dict[str, Any], where: str) -> Branch:
 
 def _body(value: dict[str, Any], where: str, vocab_size: int | None) -> Piece:
     if ("text" in value) == ("input_ids" in value):
-        raise RecordError(f"{where} needs either text or input_ids" + (", not both" if "text" in value else ""))
+        raise RecordError(
+            f"{where} needs either text or input_ids" + (", not both" if "text" in value else "")
+        )
     if "text" in value:
         return _text(value["text"], f"{where}.text")
     return _ids(value["input_ids"], f"{where}.input_ids", vocab_size)

@@ -25,7 +25,9 @@ SAMPLE = 1 << 20  # characters of records in a survey's sample: a second's work 
 
 @dataclass(frozen=True, slots=True)
 class BadLine:
-    """offset: bytes into the (uncompressed) file, or the row's number in Parquet. line: from 1, blank lines included."""
+    """offset: bytes into the (uncompressed) file, or the row's number in Parquet. line: from 1, blank lines
+    included.
+    """
 
     file: str
     offset: int
@@ -38,10 +40,12 @@ class BadLine:
 
 @dataclass(slots=True)
 class Survey:
-    """What the files hold. lines: that are not blank; each is a record or bad. lone: records that grouping will gather.
+    """What the files hold. lines: that are not blank; each is a record or bad. lone: records that grouping
+    will gather.
 
-    extra: records by each key that means nothing here. fingerprint: 12 hex digits of the SHA-256 of all lines, in order.
-    sample: records in their order, all of them where they are few, else some from everywhere.
+    extra: records by each key that means nothing here. fingerprint: 12 hex digits of the SHA-256 of all
+    lines, in order. sample: records in their order, all of them where they are few, else some from
+    everywhere.
     """
 
     lines: int = 0
@@ -60,7 +64,9 @@ class Survey:
         if not self.records:
             raise UserError(f"{what}: holds no record (bad lines: {len(self.bad)}{worst}); {_CONVERT}")
         if config.strict and self.bad:
-            raise UserError(f"{what}: {self.bad[0]}; mend it, or set strict=false to leave out bad lines ({len(self.bad)})")
+            raise UserError(
+                f"{what}: {self.bad[0]}; mend it, or set strict=false to leave out bad lines ({len(self.bad)})"
+            )
         limit = config.max_bad_records
         if limit is not None and len(self.bad) > (limit if limit >= 1 else limit * self.lines):
             share = f"{len(self.bad)} of {self.lines} lines are bad"
@@ -82,7 +88,9 @@ def check(line: Line, config: DataConfig, vocab_size: int | None) -> Record | st
     if line.raw is not None and not line.raw.strip():
         return None
     try:
-        record = parse_line(line.raw, vocab_size) if line.raw is not None else parse_value(line.value, vocab_size)
+        record = (
+            parse_line(line.raw, vocab_size) if line.raw is not None else parse_value(line.value, vocab_size)
+        )
     except RecordError as error:
         return str(error)
     limit = config.max_branches_per_sample
@@ -94,7 +102,8 @@ def check(line: Line, config: DataConfig, vocab_size: int | None) -> Record | st
 def survey_part(part: Part, config: DataConfig, vocab_size: int | None, share: float = 0.0) -> dict[str, Any]:
     """Counts and bad lines of one part, as one row of plain values; line numbers start at 1 within the part.
 
-    share: of its records that go into the sample, beside the first. Each draws a number, the same one wherever the files lie.
+    share: of its records that go into the sample, beside the first. Each draws a number, the same one
+    wherever the files lie.
     """
     counts: Counter[str] = Counter()
     extra: Counter[str] = Counter()
@@ -121,7 +130,11 @@ def survey_part(part: Part, config: DataConfig, vocab_size: int | None, share: f
 
 def _text(line: Line) -> str:
     """The JSON of a good line. Columns that mean nothing here may hold what JSON lacks."""
-    return line.raw.decode("utf-8-sig") if line.raw is not None else json.dumps(line.value, ensure_ascii=False, default=str)
+    return (
+        line.raw.decode("utf-8-sig")
+        if line.raw is not None
+        else json.dumps(line.value, ensure_ascii=False, default=str)
+    )
 
 
 def combine(parts: Sequence[Part], rows: Sequence[dict[str, Any]]) -> Survey:
@@ -133,7 +146,9 @@ def combine(parts: Sequence[Part], rows: Sequence[dict[str, Any]]) -> Survey:
         for name in _COUNTS:
             setattr(found, name, getattr(found, name) + row[name])
         found.extra.update(json.loads(row["extra"]))
-        found.bad += [BadLine(file, offset, before + number, why) for offset, number, why in json.loads(row["bad"])]
+        found.bad += [
+            BadLine(file, offset, before + number, why) for offset, number, why in json.loads(row["bad"])
+        ]
         before += row["numbered"]
     found.sample = _sampled([(draw, text) for row in rows for draw, text in json.loads(row["sample"])])
     found.fingerprint = hashlib.sha256("".join(row["digest"] for row in rows).encode()).hexdigest()[:12]
@@ -141,7 +156,9 @@ def combine(parts: Sequence[Part], rows: Sequence[dict[str, Any]]) -> Survey:
 
 
 def _sampled(drawn: Sequence[tuple[float, str]]) -> list[Record]:
-    """In their order, the records with the lowest draws, as many as `SAMPLE` holds and one at least: as if drawn evenly."""
+    """In their order, the records with the lowest draws, as many as `SAMPLE` holds and one at least: as if
+    drawn evenly.
+    """
     room = SAMPLE
     chosen: list[int] = []
     for index in sorted(range(len(drawn)), key=lambda index: drawn[index][0]):
@@ -154,5 +171,8 @@ def _sampled(drawn: Sequence[tuple[float, str]]) -> list[Record]:
 
 def write_quarantine(path: Path, bad: Sequence[BadLine]) -> None:
     """One JSON object for each bad line: file, offset, line and reason."""
-    lines = (json.dumps({"file": item.file, "offset": item.offset, "line": item.line, "reason": item.reason}) for item in bad)
+    lines = (
+        json.dumps({"file": item.file, "offset": item.offset, "line": item.line, "reason": item.reason})
+        for item in bad
+    )
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from parallelmind.data.grouping import Row
+from parallelmind.data.packing import Row
 from parallelmind.layout import Tokens
 
 if TYPE_CHECKING:
@@ -49,4 +49,6 @@ def _arrays(column: pa.ChunkedArray) -> list[Any]:
     """One integer array per row of a list column."""
     combined = column.combine_chunks()
     offsets = combined.offsets.to_numpy()
-    return np.split(combined.values.to_numpy().astype(np.int64)[offsets[0] : offsets[-1]], (offsets - offsets[0])[1:-1])
+    return np.split(
+        combined.values.to_numpy().astype(np.int64)[offsets[0] : offsets[-1]], (offsets - offsets[0])[1:-1]
+    )

@@ -16,7 +16,9 @@ from parallelmind.layout import Tokens
 
 @dataclass(frozen=True, slots=True)
 class Tokenised:
-    """tokens: None where no branch is left. truncated: mains and branches that were cut. skipped: branches left out."""
+    """tokens: None where no branch is left. truncated: mains and branches that were cut. skipped: branches
+    left out.
+    """
 
     tokens: Tokens | None
     truncated: int
@@ -34,13 +36,15 @@ def tokenised(
         yield from zip(held, tokenise(held, tokenizer, config), strict=True)
 
 
-def tokenise(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> list[Tokenised]:
+def tokenise(
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, config: DataConfig
+) -> list[Tokenised]:
     """Token ids of many records, their texts encoded in one call.
 
-    Prompt and completion are tokenised apart, so decoding the prompt gives exactly the training prefix. Text and
-    completions end with the tokenizer's EOS, so that a model learns to stop; `input_ids` are taken as they are. A main
-    or branch over `max_branch_tokens` is cut from the right or skipped; a branch without a target is skipped, and so is
-    one that would not fit into `max_sample_tokens` beside its main.
+    Prompt and completion are tokenised apart, so decoding the prompt gives exactly the training prefix. Text
+    and completions end with the tokenizer's EOS, so that a model learns to stop; `input_ids` are taken as
+    they are. A main or branch over `max_branch_tokens` is cut from the right or skipped; a branch without a
+    target is skipped, and so is one that would not fit into `max_sample_tokens` beside its main.
     """
     texts = [text for record in records for text in _texts(record)]
     encoded = iter(encode_texts(tokenizer, texts))
@@ -51,7 +55,10 @@ def tokenise(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, conf
 
 def _texts(record: Record) -> Iterator[str]:
     """The texts of a record, in the order in which `_encoded` takes them."""
-    for piece in (record.main, *(piece for branch in record.branches for piece in (branch.body, branch.completion))):
+    for piece in (
+        record.main,
+        *(piece for branch in record.branches for piece in (branch.body, branch.completion)),
+    ):
         if isinstance(piece, str):
             yield piece
 

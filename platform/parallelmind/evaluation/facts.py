@@ -32,37 +32,58 @@ def _relation(facts: tuple[str, str], questions: tuple[str, str], values: str) -
 
 _RELATIONS = (
     _relation(
-        ("For years {name} has lived in the city of {value}.", "The home of {name} is a small flat in the center of {value}."),
+        (
+            "For years {name} has lived in the city of {value}.",
+            "The home of {name} is a small flat in the center of {value}.",
+        ),
         ("Which city does {name} live in?", "In which city is the home of {name}?"),
         "Oslo Paris London Berlin Madrid Rome Vienna Prague Dublin Lisbon Athens Warsaw Cairo Lima Tokyo Delhi Boston Chicago",
     ),
     _relation(
-        ("From Monday to Friday {name} works as a {value}.", "Since leaving school {name} has earned a living as a {value}."),
+        (
+            "From Monday to Friday {name} works as a {value}.",
+            "Since leaving school {name} has earned a living as a {value}.",
+        ),
         ("What is the job of {name}?", "What does {name} work as?"),
         "baker farmer teacher doctor nurse pilot lawyer painter singer writer chef judge miner sailor plumber dentist barber",
     ),
     _relation(
-        ("At home {name} takes care of a very old pet {value}.", "The pet that {name} keeps in the house is a {value}."),
+        (
+            "At home {name} takes care of a very old pet {value}.",
+            "The pet that {name} keeps in the house is a {value}.",
+        ),
         ("What kind of pet does {name} have?", "Which animal does {name} keep?"),
         "cat dog rabbit parrot horse goat turtle hamster snake lizard duck sheep mouse donkey",
     ),
     _relation(
-        ("As everybody knows, the favorite color of {name} is {value}.", "All year {name} wears clothes that are {value}."),
+        (
+            "As everybody knows, the favorite color of {name} is {value}.",
+            "All year {name} wears clothes that are {value}.",
+        ),
         ("What color does {name} like to wear?", "Which color is the favorite of {name}?"),
         "red blue green yellow purple black white brown gray pink silver gold",
     ),
     _relation(
-        ("For lunch {name} almost always likes to eat some {value}.", "On most days {name} never gets tired of eating {value}."),
+        (
+            "For lunch {name} almost always likes to eat some {value}.",
+            "On most days {name} never gets tired of eating {value}.",
+        ),
         ("What does {name} like to eat?", "Which food does {name} eat for lunch?"),
         "rice pasta pizza soup bread cheese fish beans salad eggs noodles potatoes corn chicken",
     ),
     _relation(
-        ("In the evening after dinner {name} plays the {value}.", "Slowly {name} is learning to play the {value}."),
+        (
+            "In the evening after dinner {name} plays the {value}.",
+            "Slowly {name} is learning to play the {value}.",
+        ),
         ("Which instrument does {name} play?", "What is {name} learning to play?"),
         "piano guitar violin flute drums trumpet cello harp banjo organ",
     ),
     _relation(
-        ("On the door of {name} hangs the house number {value}.", "The house of {name} on our road has the number {value}."),
+        (
+            "On the door of {name} hangs the house number {value}.",
+            "The house of {name} on our road has the number {value}.",
+        ),
         ("What is the house number of {name}?", "Which number does the house of {name} have?"),
         " ".join(map(str, range(11, 100))),
     ),
@@ -70,7 +91,9 @@ _RELATIONS = (
 
 
 def write_facts(path: str | Path, samples: int, seed: int, branches: int = 8) -> None:
-    """Write `samples` records as parallel JSONL. The same seed gives the same file; another seed other passages."""
+    """Write `samples` records as parallel JSONL. The same seed gives the same file; another seed other
+    passages.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
@@ -79,7 +102,8 @@ def write_facts(path: str | Path, samples: int, seed: int, branches: int = 8) ->
 
 
 def facts_records(samples: int, seed: int, branches: int = 8) -> Iterator[dict[str, Any]]:
-    """Parallel-JSONL records: a passage of 6 to 8 facts as `main`, and one question with its answer per branch.
+    """Parallel-JSONL records: a passage of 6 to 8 facts as `main`, and one question with its answer per
+    branch.
 
     Record i depends on the seed and on i alone. Raises UserError for fewer than one sample or branch.
     """
@@ -91,12 +115,17 @@ def facts_records(samples: int, seed: int, branches: int = 8) -> Iterator[dict[s
 
 
 def _record(random: Random, branches: int) -> dict[str, Any]:
-    # Few people and every value used once: a question is answered by reading person *and* relation, not by elimination.
+    # Few people and every value used once: a question is answered by reading person *and* relation, not by
+    # elimination.
     people = random.sample(_PEOPLE, random.randint(3, 5))
-    pairs = random.sample([(name, relation) for name in people for relation in _RELATIONS], random.randint(6, 8))
+    pairs = random.sample(
+        [(name, relation) for name in people for relation in _RELATIONS], random.randint(6, 8)
+    )
     values = {relation: iter(random.sample(relation.values, len(people))) for relation in _RELATIONS}
     facts = [(name, relation, next(values[relation])) for name, relation in pairs]
-    passage = " ".join(random.choice(relation.facts).format(name=name, value=value) for name, relation, value in facts)
+    passage = " ".join(
+        random.choice(relation.facts).format(name=name, value=value) for name, relation, value in facts
+    )
     asked = random.sample(facts, len(facts))
     wording = random.randint(0, 1)
     return {"main": passage, "branches": [_branch(asked, index, wording) for index in range(branches)]}

@@ -1,4 +1,6 @@
-"""The laws that a patched model obeys, as checks on a model: each raises LawBroken with the figure that broke it."""
+"""The laws that a patched model obeys, as checks on a model: each raises LawBroken with the figure that broke
+it.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +28,10 @@ from parallelmind.evaluation.probes import (
     plain_logits,
     sample_logits,
 )
-from parallelmind.evaluation.tiny import tiny_tokenizer
+from parallelmind.evaluation.tiny_models import tiny_tokenizer
 from parallelmind.layout import Tokens, arrange
 from parallelmind.model.adapter import add_lora, load_model_with_lora, save_adapter
-from parallelmind.model.base import no_progress_bars
+from parallelmind.model.base_model import no_progress_bars
 from parallelmind.model.structure import causal_lm
 
 _FAR = 100_003  # a move that turns even the slowest pair of a long-context model
@@ -38,17 +40,27 @@ _SHIFT = 600  # past the longest text of a tiny model, where scaled frequencies 
 
 def settings(**values: Sequence[Any]) -> list[RopeConfig]:
     """Every combination of the values of some fields."""
-    return [RopeConfig.model_validate(dict(zip(values, chosen, strict=True))) for chosen in product(*values.values())]
+    return [
+        RopeConfig.model_validate(dict(zip(values, chosen, strict=True)))
+        for chosen in product(*values.values())
+    ]
 
 
-_LAYOUTS = settings(visibility=("columnar", "isolated"), positions=("time", "flat"), align_to=("left", "right"))
+_LAYOUTS = settings(
+    visibility=("columnar", "isolated"), positions=("time", "flat"), align_to=("left", "right")
+)
 _ANGLES = [
     *settings(rope_2d_ratio=(0.0, 0.5, 1.0), pairs=("low",), branch_angle=("alone",), sibling_penalty=(0.0,)),
     *settings(rope_2d_ratio=(0.5,), pairs=("high",), branch_angle=("added",), sibling_penalty=(1.5,)),
 ]
 _TURNING = {"rope_2d_ratio", "pairs", "branch_angle", "sibling_penalty"}
-EVERY_SETTING = [placed.model_copy(update=turned.model_dump(include=_TURNING)) for placed, turned in product(_LAYOUTS, _ANGLES)]
-FEW_SETTINGS = [EVERY_SETTING[4 * k + (k + k // 4) % 4] for k in range(8)]  # every layout, and each way of turning twice
+EVERY_SETTING = [
+    placed.model_copy(update=turned.model_dump(include=_TURNING))
+    for placed, turned in product(_LAYOUTS, _ANGLES)
+]
+FEW_SETTINGS = [
+    EVERY_SETTING[4 * k + (k + k // 4) % 4] for k in range(8)
+]  # every layout, and each way of turning twice
 
 
 def restored(model: PreTrainedModel) -> None:
@@ -56,7 +68,11 @@ def restored(model: PreTrainedModel) -> None:
     before = [(type(module), sorted(module._buffers)) for module in model.modules()]
     logits = plain_logits(model, MAIN)
     with patched(model, RopeConfig(rope_2d_ratio=1.0)):
-        differ(plain_logits(model, MAIN + BRANCHES[0]), plain_logits(model, MAIN[::-1] + BRANCHES[0]), "two texts")
+        differ(
+            plain_logits(model, MAIN + BRANCHES[0]),
+            plain_logits(model, MAIN[::-1] + BRANCHES[0]),
+            "two texts",
+        )
     if [(type(module), sorted(module._buffers)) for module in model.modules()] != before:
         raise LawBroken("classes or buffers are not what they were")
     if not torch.equal(plain_logits(model, MAIN), logits):
@@ -64,16 +80,26 @@ def restored(model: PreTrainedModel) -> None:
 
 
 def base(model: PreTrainedModel) -> None:
-    """Law 1: one branch and positions = time is the unpatched model, with r = 0, or at coordinate 0 where that is added."""
+    """Law 1: one branch and positions = time is the unpatched model, with r = 0, or at coordinate 0 where
+    that is added.
+    """
     text = MAIN + BRANCHES[1]
     expected = plain_logits(model, text)
     with patched(model, RopeConfig(rope_2d_ratio=1, branch_angle="added")) as config:
         agree(plain_logits(model, text), expected, "a call without pos2d and the unpatched model")
-        agree(layout_logits(model, arrange(Tokens.of([], [text]), config), config)[1], expected, "a branch at 0 and the base")
+        agree(
+            layout_logits(model, arrange(Tokens.of([], [text]), config), config)[1],
+            expected,
+            "a branch at 0 and the base",
+        )
     with patched(model, RopeConfig(rope_2d_ratio=0)) as config:
         if not torch.equal(plain_logits(model, text), expected):
             raise LawBroken("a call without pos2d is not what it was")
-        agree(torch.cat(sample_logits(model, config, BRANCHES[1:2])), expected, "one branch and the unpatched model")
+        agree(
+            torch.cat(sample_logits(model, config, BRANCHES[1:2])),
+            expected,
+            "one branch and the unpatched model",
+        )
 
 
 def alone(model: PreTrainedModel) -> None:
@@ -85,14 +111,19 @@ def alone(model: PreTrainedModel) -> None:
 
 
 def cached(model: PreTrainedModel, among: Iterable[RopeConfig] = FEW_SETTINGS) -> None:
-    """Law 3: cached incremental decoding is one full forward, for every visibility, ratio and alignment; main comes and goes."""
+    """Law 3: cached incremental decoding is one full forward, for every visibility, ratio and alignment; main
+    comes and goes.
+    """
     for number, setting in enumerate(among):
         with patched(model, setting) as config:
             decodes_as_trained(model, MAIN if number % 2 else [], config)
 
 
-def decodes_as_trained(model: PreTrainedModel | PeftModel, main: list[int], config: RopeConfig, share: float = CLOSE) -> None:
-    """Law 3 for one sample on a patched model: logits of cached decoding are those of one forward pass in training's layout.
+def decodes_as_trained(
+    model: PreTrainedModel | PeftModel, main: list[int], config: RopeConfig, share: float = CLOSE
+) -> None:
+    """Law 3 for one sample on a patched model: logits of cached decoding are those of one forward pass in
+    training's layout.
 
     share: how far apart they may be, as a share of the largest logit.
     """
@@ -105,7 +136,8 @@ def decodes_as_trained(model: PreTrainedModel | PeftModel, main: list[int], conf
 
 
 def rows(model: PreTrainedModel) -> None:
-    """The fallback of a model that cannot be patched: every branch, in a row of its own, says what it says alone.
+    """The fallback of a model that cannot be patched: every branch, in a row of its own, says what it says
+    alone.
 
     A scan over a text and steps along it round differently, by more than attention does.
     """
@@ -115,7 +147,12 @@ def rows(model: PreTrainedModel) -> None:
         for branch, prompt in enumerate(BRANCHES):
             lone = plain_logits(model, [*main, *prompt, *engine.state.generated(branch).tolist()])
             first = len(main) + len(prompt) - 1
-            agree(torch.stack(engine.seen[branch]), lone[first:-1], "a branch in a row of its own and alone", 10 * CLOSE)
+            agree(
+                torch.stack(engine.seen[branch]),
+                lone[first:-1],
+                "a branch in a row of its own and alone",
+                10 * CLOSE,
+            )
 
 
 def siblings(model: PreTrainedModel) -> None:
@@ -139,7 +176,9 @@ def siblings(model: PreTrainedModel) -> None:
         for number in (0, 2, 3):
             time = torch.from_numpy(np.sort(layout.time[layout.sequence == number]))
             unmoved = time <= at if config.visibility == "columnar" else time >= 0
-            agree(before[number][unmoved], after[number][unmoved], f"a sibling of a changed branch ({config})")
+            agree(
+                before[number][unmoved], after[number][unmoved], f"a sibling of a changed branch ({config})"
+            )
         if config.visibility == "columnar":
             differ(before[2], after[2], "a sibling of a changed branch")
 
@@ -154,22 +193,36 @@ def shifted(model: PreTrainedModel) -> None:
         branch_stride=(3,),
     )
     added = settings(
-        pairs=("high",), branch_angle=("added",), rope_2d_ratio=(0.25,), positions=("time", "flat"), branch_stride=(3,)
+        pairs=("high",),
+        branch_angle=("added",),
+        rope_2d_ratio=(0.25,),
+        positions=("time", "flat"),
+        branch_stride=(3,),
     )
     for setting in [*chosen[::3], *added]:  # each choice of pairs, ratio, angle and kind of position
         with patched(model, setting) as config:
             still = torch.cat(sample_logits(model, config))
-            agree(torch.cat(sample_logits(model, config, shift=_SHIFT)), still, f"shifted branches ({config})")
-            differ(torch.cat(sample_logits(model, config, move=2, by=_FAR)), still, f"a moved branch ({config})")
+            agree(
+                torch.cat(sample_logits(model, config, shift=_SHIFT)), still, f"shifted branches ({config})"
+            )
+            differ(
+                torch.cat(sample_logits(model, config, move=2, by=_FAR)), still, f"a moved branch ({config})"
+            )
 
 
 def saved(model: PreTrainedModel) -> None:
     """Law 6: base model and adapter, saved and loaded, give the same logits."""
-    rope, lora, attention = RopeConfig(visibility="isolated"), LoraConfig(lora_rank=2), model.config._attn_implementation
+    rope, lora, attention = (
+        RopeConfig(visibility="isolated"),
+        LoraConfig(lora_rank=2),
+        model.config._attn_implementation,
+    )
     with TemporaryDirectory() as folder:
         _save_base(model, f"{folder}/base")
         base = BaseConfig(base_model=f"{folder}/base")
-        copy, _ = load_model_with_lora(base_model=base.base_model, attn_implementation=attention, **rope.model_dump())
+        copy, _ = load_model_with_lora(
+            base_model=base.base_model, attn_implementation=attention, **rope.model_dump()
+        )
         adapted = add_lora(causal_lm(copy), lora, seed=0)
         with torch.no_grad():
             for weight in adapted.parameters():
@@ -187,7 +240,8 @@ def _save_base(model: PreTrainedModel, folder: str) -> None:
     with no_progress_bars():
         model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    # Where a type's causal LM is built from the text part of its configuration alone, checkpoints carry the whole.
+    # Where a type's causal LM is built from the text part of its configuration alone, checkpoints carry the
+    # whole.
     kinds: list[Any] = list(MODEL_FOR_CAUSAL_LM_MAPPING)
     if type(model.config) not in kinds:
         whole = next(kind for kind in kinds if kind.sub_configs.get("text_config") is type(model.config))

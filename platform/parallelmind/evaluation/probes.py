@@ -1,7 +1,8 @@
-"""What the laws are made of: logits of a whole sample, of a lone text and of every decoding step, and how far apart they are.
+"""What the laws are made of: logits of a whole sample, of a lone text and of every decoding step, and how far
+apart they are.
 
-The laws are exact in exact arithmetic; what is allowed for is the rounding of float32. A check that looks for a difference
-needs weights wide enough for one token to matter, as `evaluation.tiny` makes them.
+The laws are exact in exact arithmetic; what is allowed for is the rounding of float32. A check that looks for
+a difference needs weights wide enough for one token to matter, as `evaluation.tiny` makes them.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from parallelmind.config import RopeConfig
-from parallelmind.decoding.engine import Engine
-from parallelmind.decoding.samples import Sample
-from parallelmind.decoding.sampling import Choice, Row
-from parallelmind.decoding.scheduler import Limits
-from parallelmind.evaluation.tiny import tiny_tokenizer
+from parallelmind.engine.engine import Engine
+from parallelmind.engine.request import Sample
+from parallelmind.engine.sampler import Choice, Row
+from parallelmind.engine.scheduler import Limits
+from parallelmind.evaluation.tiny_models import tiny_tokenizer
 from parallelmind.layout import Layout, Tokens, arrange
 from parallelmind.model.mask import attention_masks
 from parallelmind.model.patch import patch, unpatch
@@ -49,7 +50,12 @@ def patched(model: PreTrainedModel, config: RopeConfig) -> Iterator[RopeConfig]:
 
 @torch.no_grad()
 def layout_logits(
-    model: PreTrainedModel | PeftModel, layout: Layout, config: RopeConfig, shift: int = 0, move: int = 0, by: int = 0
+    model: PreTrainedModel | PeftModel,
+    layout: Layout,
+    config: RopeConfig,
+    shift: int = 0,
+    move: int = 0,
+    by: int = 0,
 ) -> list[Tensor]:
     """`[length, vocab]` logits of main and of every branch, from one forward pass over a whole sample.
 
@@ -84,9 +90,11 @@ def plain_logits(model: PreTrainedModel, ids: list[int]) -> Tensor:
 
 
 class Recorder(Engine):
-    """Keeps the logits of every token that was drawn, by branch, and says a new token each time; branches end one by one.
+    """Keeps the logits of every token that was drawn, by branch, and says a new token each time; branches end
+    one by one.
 
-    Equal tokens would be ties for an attention that keeps the best few, and hide a mistaken place for any other.
+    Equal tokens would be ties for an attention that keeps the best few, and hide a mistaken place for any
+    other.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, main: list[int]) -> None:

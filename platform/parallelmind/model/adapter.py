@@ -1,6 +1,8 @@
-"""LoRA adapters: adding, saving, loading and resuming them, together with everything that must match when they are loaded.
+"""LoRA adapters: adding, saving, loading and resuming them, together with everything that must match when
+they are loaded.
 
-An adapter folder is what peft reads (safetensors only) plus `parallelmind.json`, the manifest, and README.md, its card.
+An adapter folder is what peft reads (safetensors only) plus `parallelmind.json`, the manifest, and README.md,
+its card.
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from parallelmind.config import BaseConfig, LoraConfig, RopeConfig, TrainConfig, resolve
 from parallelmind.errors import UserError, first_line
 from parallelmind.model import pissa
-from parallelmind.model.base import load_base, load_structure
+from parallelmind.model.base_model import load_base, load_structure
 from parallelmind.model.card import write_card
-from parallelmind.model.full import save_model
+from parallelmind.model.full_model import save_model
 from parallelmind.model.manifest import (
     WEIGHTS,
     Manifest,
@@ -61,10 +63,11 @@ class _Loading(RopeConfig, BaseConfig):
 
 
 def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
-    """Wrap `model` with fresh float32 LoRA weights, the same for the same seed; the caller's generator is left alone.
+    """Wrap `model` with fresh float32 LoRA weights, the same for the same seed; the caller's generator is
+    left alone.
 
-    lora_init=pissa changes the base's weights too, the same way every time. Raises UserError for a target that the model
-    does not have, and for what its layers cannot do.
+    lora_init=pissa changes the base's weights too, the same way every time. Raises UserError for a target
+    that the model does not have, and for what its layers cannot do.
     """
     _refuse_dora_on_8bit(model, config)
     every = config.lora_targets == "all-linear"
@@ -91,12 +94,16 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel
 
 
 def _wrap(model: PreTrainedModel | PeftModel, settings: peft.LoraConfig, name: str = ADAPTER) -> PeftModel:
-    """peft still asks for an attribute that transformers has renamed, tells which way round GPT-2's weights lie, and sets
-    ranks of its own for fused experts, of which it then finds none: none of it is our user's business or ours."""
+    """peft still asks for an attribute that transformers has renamed, tells which way round GPT-2's weights
+    lie, and sets ranks of its own for fused experts, of which it then finds none: none of it is our user's
+    business or ours.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
-        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
+        warnings.filterwarnings(
+            "ignore", "The following (rank|alpha)_pattern keys did not match", RuntimeWarning
+        )
         if isinstance(model, PeftModel):
             model.add_adapter(name, settings)
             return model
@@ -105,7 +112,9 @@ def _wrap(model: PreTrainedModel | PeftModel, settings: peft.LoraConfig, name: s
 
 def _refuse_dora_on_8bit(model: PreTrainedModel | PeftModel, config: LoraConfig | None) -> None:
     if config is not None and config.use_dora and getattr(model, "is_loaded_in_8bit", False):
-        raise UserError("use_dora=true: loses the scales of 8-bit weights; set quantize=4bit or quantize=none")
+        raise UserError(
+            "use_dora=true: loses the scales of 8-bit weights; set quantize=4bit or quantize=none"
+        )
 
 
 def save_adapter(
@@ -120,15 +129,18 @@ def save_adapter(
 ) -> None:
     """Write the adapter folder; it appears whole, in place of what parallelmind wrote there before.
 
-    weights: to write in place of the model's own, by the names of `trained_weights`. The manifest tells the adapter as it
-    is stored: one that began as PiSSA is a plain one of twice the rank. Raises UserError if `folder` holds something else.
+    weights: to write in place of the model's own, by the names of `trained_weights`. The manifest tells the
+    adapter as it is stored: one that began as PiSSA is a plain one of twice the rank. Raises UserError if
+    `folder` holds something else.
     """
     folder = Path(folder)
     refuse_to_replace(folder)
     stored, lora = pissa.as_plain(model, trained_weights(model) if weights is None else weights, lora)
     settings = cast(peft.LoraConfig, copy.copy(model.peft_config[model.active_adapter]))
     settings.r, settings.inference_mode = lora.lora_rank, True
-    settings.base_model_name_or_path = base.base_model  # as the user named it, not the path it was loaded from
+    settings.base_model_name_or_path = (
+        base.base_model
+    )  # as the user named it, not the path it was loaded from
     with whole_folder(folder) as built:
         save_file(to_save(stored), built / WEIGHTS, metadata={"format": "pt"})
         settings.save_pretrained(str(built))
@@ -145,7 +157,9 @@ def save_trained(
     extra: Mapping[str, Any] | None = None,
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write what a run trained: the adapter (`save_adapter`) or, where there is none, the whole model (`save_model`)."""
+    """Write what a run trained: the adapter (`save_adapter`) or, where there is none, the whole model
+    (`save_model`).
+    """
     base, rope = config.part(BaseConfig), config.part(RopeConfig)
     if isinstance(model, PeftModel):
         save_adapter(model, tokenizer, folder, base, rope, config.part(LoraConfig), extra, weights)
@@ -164,18 +178,24 @@ def load_adapter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
 def add_adapter(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, name: str
 ) -> PeftModel:
-    """Put a saved adapter beside those that the model has, under a name of its own. Raises UserError as `load_adapter`."""
+    """Put a saved adapter beside those that the model has, under a name of its own. Raises UserError as
+    `load_adapter`.
+    """
     return _put_on(model, tokenizer, folder, read_adapter(folder), {}, name).eval()
 
 
-def resume_adapter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, lora: LoraConfig) -> PeftModel:
+def resume_adapter(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, lora: LoraConfig
+) -> PeftModel:
     """Put a saved adapter on the base, as `load_adapter` does, to train it further in float32.
 
     Raises UserError as `load_adapter`, and where a field of `lora` differs; the dropout alone may be another.
     """
     manifest = read_adapter(folder)
     manifest.refuse_other_settings(lora.model_dump(exclude={"lora_dropout"}))
-    return _put_on(model, tokenizer, folder, manifest, {"inference_mode": False, "lora_dropout": lora.lora_dropout})
+    return _put_on(
+        model, tokenizer, folder, manifest, {"inference_mode": False, "lora_dropout": lora.lora_dropout}
+    )
 
 
 def _put_on(
@@ -193,7 +213,9 @@ def _put_on(
     manifest.refuse_other_base(model.config, tokenizer)
     _refuse_dora_on_8bit(model, manifest.lora)
     settings = cast(peft.LoraConfig, peft.PeftConfig.from_pretrained(str(folder)))
-    settings.base_model_name_or_path = model.name_or_path or None  # the manifest has told that it is the right one
+    settings.base_model_name_or_path = (
+        model.name_or_path or None
+    )  # the manifest has told that it is the right one
     for field, value in changes.items():
         setattr(settings, field, value)
     adapted = _wrap(model, settings, name)
@@ -211,9 +233,10 @@ def load_model_with_lora(
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """A patched model with its adapter, and the tokenizer; without `lora_path` the patched base model alone.
 
-    base_model: by default the adapter's own. settings: fields of RopeConfig, by default those of the adapter, or of the
-    training of the whole model in the folder `base_model`; `dtype` (a name or torch's own); `quantize`;
-    `trust_remote_code`. Raises UserError for an unknown field and for a value that contradicts what was trained.
+    base_model: by default the adapter's own. settings: fields of RopeConfig, by default those of the adapter,
+    or of the training of the whole model in the folder `base_model`; `dtype` (a name or torch's own);
+    `quantize`; `trust_remote_code`. Raises UserError for an unknown field and for a value that contradicts
+    what was trained.
     """
     if isinstance(settings.get("dtype"), torch.dtype):
         settings["dtype"] = str(settings["dtype"]).removeprefix("torch.")
@@ -221,10 +244,14 @@ def load_model_with_lora(
     if lora_path is not None:
         lora_path = adapter_folder(lora_path)
         manifest = read_adapter(lora_path)
-        manifest.refuse_other_settings(settings if lora_rank is None else {**settings, "lora_rank": lora_rank})
+        manifest.refuse_other_settings(
+            settings if lora_rank is None else {**settings, "lora_rank": lora_rank}
+        )
         given = {"base_model": manifest.base_model, **manifest.rope.model_dump(), **given}
     elif lora_rank is not None:
-        raise UserError(f"lora_rank={lora_rank}: needs lora_path, the adapter of that rank; without one leave lora_rank out")
+        raise UserError(
+            f"lora_rank={lora_rank}: needs lora_path, the adapter of that rank; without one leave lora_rank out"
+        )
     elif base_model is not None and (tuned := read_model(base_model)):
         tuned.refuse_other_settings(settings)
         given = {**tuned.rope.model_dump(), **given}

@@ -1,7 +1,9 @@
-"""Which attention reads a sequence: SDPA or eager with a dense mask, or, where it is long, FlexAttention with a block mask.
+"""Which attention reads a sequence: SDPA or eager with a dense mask, or, where it is long, FlexAttention with
+a block mask.
 
-The mask alone decides: a model that is set to sdpa hands block masks to FlexAttention and all others to SDPA. Nothing is
-switched on the model, so layers that the backward pass recomputes, decoding and other threads go on as they are.
+The mask alone decides: a model that is set to sdpa hands block masks to FlexAttention and all others to SDPA.
+Nothing is switched on the model, so layers that the backward pass recomputes, decoding and other threads go
+on as they are.
 """
 
 from __future__ import annotations
@@ -28,15 +30,20 @@ from parallelmind.model.structure import causal_lm, text_modules
 FLEX = "flex_attention"
 BIAS = "sibling_bias"  # what a mask in blocks carries: it says by itself who sees whom, not how well
 
-# Tokens: between two measured points. On an H200 FlexAttention is 0.72 times as fast as SDPA at 512 tokens and 2.34 times at
-# 8,192. A constant, and no timing on the spot, because a run that is resumed must choose as it did before.
+# Tokens: between two measured points. On an H200 FlexAttention is 0.72 times as fast as SDPA at 512 tokens
+# and 2.34 times at 8,192. A constant, and no timing on the spot, because a run that is resumed must choose as
+# it did before.
 FLEX_ABOVE = 2048
 
-_HEAD_DIMS = range(16, 129)  # below, the kernel refuses; above, its tiles outgrow the shared memory of some cards
-_SHARED_MEMORY = 160 * 1024  # bytes that its default tiles take: A100 and the H series have them, consumer cards do not
+_HEAD_DIMS = range(
+    16, 129
+)  # below, the kernel refuses; above, its tiles outgrow the shared memory of some cards
+_SHARED_MEMORY = (
+    160 * 1024
+)  # bytes that its default tiles take: A100 and the H series have them, consumer cards do not
 
-# New shapes, batches of one and passes without gradients are compiled apart. Past the compiler's limit a call would run
-# uncompiled, and hold the score of every pair.
+# New shapes, batches of one and passes without gradients are compiled apart. Past the compiler's limit a call
+# would run uncompiled, and hold the score of every pair.
 torch._dynamo.config.recompile_limit = 64
 
 
@@ -55,16 +62,27 @@ class Reading(BlockMask, ABC):
 
     @abstractmethod
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """`[1, tokens, heads, dim]` of queries `[1, heads, tokens, dim]`; key and value are what the cache has returned."""
+        """`[1, tokens, heads, dim]` of queries `[1, heads, tokens, dim]`; key and value are what the cache
+        has returned.
+        """
 
 
 def _attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | BlockMask | None, **settings: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | BlockMask | None,
+    **settings: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention as layers of transformers call it: `[batch, heads, tokens, dim]` in, `[batch, tokens, heads, dim]` out."""
+    """Attention as layers of transformers call it: `[batch, heads, tokens, dim]` in, `[batch, tokens, heads,
+    dim]` out.
+    """
     if isinstance(attention_mask, Reading):
         scale = settings.get("scaling")
-        return attention_mask.attend(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale), None
+        return attention_mask.attend(
+            query, key, value, query.shape[-1] ** -0.5 if scale is None else scale
+        ), None
     if isinstance(attention_mask, BlockMask):
         query, key = query.to(value.dtype), key.to(value.dtype)  # autocast does so for SDPA alone
         return _attend_blocks(module, query, key, value, attention_mask, **settings)
@@ -72,7 +90,12 @@ def _attend(
 
 
 def _attend_in_blocks(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | BlockMask | None, **settings: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | BlockMask | None,
+    **settings: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The same for a model that is set to FlexAttention."""
     if isinstance(attention_mask, Reading):
@@ -105,14 +128,15 @@ def compute_dtype(model: PreTrainedModel | PeftModel) -> torch.dtype:
 
 
 def attention_for(model: nn.Module, length: int, dtype: torch.dtype) -> str:
-    """What reads a whole sequence of this length: flex_attention, or what the model is set to. The same within a bucket.
+    """What reads a whole sequence of this length: flex_attention, or what the model is set to. The same
+    within a bucket.
 
     dtype: what the model computes in.
     """
     inner = causal_lm(model)
     own = str(inner.config._attn_implementation)
-    # An unpatched model makes masks of its own; on eager, a model's attention does something that sdpa does not; and not every
-    # compiler takes a penalty together with changing lengths.
+    # An unpatched model makes masks of its own; on eager, a model's attention does something that sdpa does
+    # not; and not every compiler takes a penalty together with changing lengths.
     long = own == "sdpa" and bucket(length) > FLEX_ABOVE and is_patched(inner) and not sibling_penalty(inner)
     return FLEX if long and _fits_device(inner.device, dtype) and _fits_model(inner) else own
 
@@ -125,7 +149,9 @@ def _fits_device(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def hands_over_masks(model: PreTrainedModel) -> bool:
-    """Whether every layer hands mask, queries and keys as they are to the attention that the model is set to, sdpa or flex."""
+    """Whether every layer hands mask, queries and keys as they are to the attention that the model is set to,
+    sdpa or flex.
+    """
     modules = text_modules(model).values()
     layers = [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
     return (
@@ -139,7 +165,10 @@ def hands_over_masks(model: PreTrainedModel) -> bool:
 def _fits_model(model: PreTrainedModel) -> bool:
     """Whether FlexAttention takes the shapes of every layer."""
     modules = text_modules(model).values()
-    dims, dropouts = _set_on(modules, "head_dim", "head_size", "qk_head_dim", "v_head_dim"), _set_on(modules, "attention_dropout")
+    dims, dropouts = (
+        _set_on(modules, "head_dim", "head_size", "qk_head_dim", "v_head_dim"),
+        _set_on(modules, "attention_dropout"),
+    )
     return hands_over_masks(model) and dims <= set(_HEAD_DIMS) and not any(dropouts)
 
 
@@ -149,9 +178,14 @@ def _set_on(modules: Iterable[nn.Module], *names: str) -> set[Any]:
 
 
 def _interface(layer: nn.Module) -> Any:
-    """The table of attentions that the layer's source knows; one that keeps its own changes the mask before it attends."""
+    """The table of attentions that the layer's source knows; one that keeps its own changes the mask before
+    it attends.
+    """
     sources = (sys.modules[kind.__module__] for kind in type(layer).__mro__)
-    return next((source.ALL_ATTENTION_FUNCTIONS for source in sources if hasattr(source, "ALL_ATTENTION_FUNCTIONS")), None)
+    return next(
+        (source.ALL_ATTENTION_FUNCTIONS for source in sources if hasattr(source, "ALL_ATTENTION_FUNCTIONS")),
+        None,
+    )
 
 
 class Announcer:

@@ -1,4 +1,6 @@
-"""The README.md of what was trained: what it is, how it was placed, how to load it. No path of a machine is in it."""
+"""The README.md of what was trained: what it is, how it was placed, how to load it. No path of a machine is
+in it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from parallelmind.config import BaseConfig
-from parallelmind.model.base import is_hub_id
+from parallelmind.model.base_model import is_hub_id
 from parallelmind.model.manifest import Manifest
 
 CARD = "README.md"
@@ -59,5 +61,8 @@ print(pm.generate_text(model, tokenizer, "Hello"))
 
 
 def _table(title: str, rows: Mapping[str, Any]) -> str:
-    lines = [f"| {name} | {f'{value:.4g}' if isinstance(value, float) else value} |" for name, value in rows.items()]
+    lines = [
+        f"| {name} | {f'{value:.4g}' if isinstance(value, float) else value} |"
+        for name, value in rows.items()
+    ]
     return "\n".join([f"## {title}", "", "| | |", "| --- | --- |", *lines])

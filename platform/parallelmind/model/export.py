@@ -1,4 +1,6 @@
-"""An adapter merged into plain weights, which transformers loads without parallelmind: only where that is exact."""
+"""An adapter merged into plain weights, which transformers loads without parallelmind: only where that is
+exact.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ from parallelmind.config import BaseConfig, RopeConfig
 from parallelmind.errors import UserError, writing
 from parallelmind.layout import Tokens, arrange, collate
 from parallelmind.model.adapter import load_model_with_lora
-from parallelmind.model.base import no_progress_bars
-from parallelmind.model.full import write_model
+from parallelmind.model.base_model import no_progress_bars
+from parallelmind.model.full_model import write_model
 from parallelmind.model.manifest import read_adapter, refuse_to_replace
 from parallelmind.model.mask import attention_masks
 from parallelmind.model.patch import is_patched, unpatch
@@ -26,12 +28,17 @@ _PROBED = 32  # tokens
 
 
 def export(
-    lora_path: str | Path, output_path: str | Path, base_model: str | None = None, trust_remote_code: bool = False
+    lora_path: str | Path,
+    output_path: str | Path,
+    base_model: str | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
-    """Write base and adapter as one float32 model; the folder appears whole, and only if its logits are the adapter's.
+    """Write base and adapter as one float32 model; the folder appears whole, and only if its logits are the
+    adapter's.
 
-    The base is loaded in float32 whatever the adapter was trained on, a quantised base among it. Raises UserError where
-    plain weights cannot compute what the adapter does, and where `output_path` holds other things.
+    The base is loaded in float32 whatever the adapter was trained on, a quantised base among it. Raises
+    UserError where plain weights cannot compute what the adapter does, and where `output_path` holds other
+    things.
     """
     output = Path(output_path)
     manifest = read_adapter(lora_path)

@@ -1,4 +1,6 @@
-"""`parallelmind.json`: what an adapter or a model was trained as, and whether its files are still as they were written."""
+"""`parallelmind.json`: what an adapter or a model was trained as, and whether its files are still as they
+were written.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from parallelmind.config import LoraConfig, Part, RopeConfig
 from parallelmind.errors import UserError, typed
-from parallelmind.mirror import fetched
+from parallelmind.remote import fetched
 from parallelmind.storage import sha256
 
 MANIFEST = "parallelmind.json"
@@ -41,7 +43,9 @@ class Manifest(Part):
     format_version: int = Field(description="layout of this file")
     base_model: str = Field(description="base model, as the user named it")
     base_config_sha256: str = Field(description="hash of the base model's architecture fields")
-    chat_template_sha256: str | None = Field(description="hash of the tokenizer's chat template; none: it has none")
+    chat_template_sha256: str | None = Field(
+        description="hash of the tokenizer's chat template; none: it has none"
+    )
     rope: RopeConfig = Field(description="how the base was patched")
     lora: LoraConfig | None = Field(description="the adapter as it is stored; none: a whole model")
     versions: dict[str, str] = Field(description="libraries that wrote it")
@@ -54,10 +58,14 @@ class Manifest(Part):
         for field, value in given.items():
             if field in trained and value != trained[field]:
                 what = "adapter" if self.lora else "model"
-                raise UserError(f"{field}={typed(value)}: the {what} has {field}={typed(trained[field])}; use that value")
+                raise UserError(
+                    f"{field}={typed(value)}: the {what} has {field}={typed(trained[field])}; use that value"
+                )
 
     def refuse_other_base(self, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raises UserError where architecture or chat template are not those of the base it was trained on."""
+        """Raises UserError where architecture or chat template are not those of the base it was trained
+        on.
+        """
         found = {"architecture": base_config_hash(config), "chat template": chat_template_hash(tokenizer)}
         expected = {"architecture": self.base_config_sha256, "chat template": self.chat_template_sha256}
         ours = f"base_model={config._name_or_path}" if config._name_or_path else "base_model"
@@ -82,7 +90,9 @@ def read_adapter(path: str | Path) -> Manifest:
     """
     folder = adapter_folder(path)
     if (folder / PICKLE).is_file() and not (folder / WEIGHTS).is_file():
-        raise UserError(f"lora_path={folder}: {PICKLE} is a pickle, which could run code; save the adapter as safetensors")
+        raise UserError(
+            f"lora_path={folder}: {PICKLE} is a pickle, which could run code; save the adapter as safetensors"
+        )
     manifest = read_manifest(folder)
     if manifest.lora is None:
         raise UserError(f"lora_path={folder}: holds a whole model, not an adapter; give it as base_model")
@@ -90,7 +100,9 @@ def read_adapter(path: str | Path) -> Manifest:
 
 
 def read_model(base_model: str | Path) -> Manifest | None:
-    """The manifest of a whole model that was trained, None for any other base. Raises UserError as `read_manifest`."""
+    """The manifest of a whole model that was trained, None for any other base. Raises UserError as
+    `read_manifest`.
+    """
     folder = Path(base_model).expanduser()
     if not (folder / MANIFEST).is_file():
         return None
@@ -112,7 +124,9 @@ def read_manifest(folder: str | Path, field: str = "lora_path") -> Manifest:
     for name, expected in manifest.files.items():
         found = sha256(folder / name) if (folder / name).is_file() else "missing"
         if found != expected:
-            raise UserError(f"{field}={folder}: {name} is {found[:12]}, not {expected[:12]} as saved; copy the folder again")
+            raise UserError(
+                f"{field}={folder}: {name} is {found[:12]}, not {expected[:12]} as saved; copy the folder again"
+            )
     return manifest
 
 
@@ -124,11 +138,15 @@ def _parse(folder: Path, field: str) -> Manifest:
         values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         written = values["format_version"]
     except FileNotFoundError as error:
-        raise UserError(f"{field}={folder}: no {MANIFEST} in it; give a folder that parallelmind saved") from error
+        raise UserError(
+            f"{field}={folder}: no {MANIFEST} in it; give a folder that parallelmind saved"
+        ) from error
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise damaged(repr(error)) from error
     if written != FORMAT:
-        raise UserError(f"{field}={folder}: format_version={written}, but {FORMAT} is read here; use the version that wrote it")
+        raise UserError(
+            f"{field}={folder}: format_version={written}, but {FORMAT} is read here; use the version that wrote it"
+        )
     try:
         return Manifest.model_validate(values)
     except ValidationError as error:
@@ -138,9 +156,13 @@ def _parse(folder: Path, field: str) -> Manifest:
 
 
 def refuse_to_replace(folder: Path, field: str = "folder") -> None:
-    """Raises UserError if `folder` is there and holds anything but what parallelmind wrote; `field` names it."""
+    """Raises UserError if `folder` is there and holds anything but what parallelmind wrote; `field` names
+    it.
+    """
     if folder.exists() and not (folder / MANIFEST).is_file() and (folder.is_file() or any(folder.iterdir())):
-        raise UserError(f"{field}={folder}: holds other files; give a new or empty folder, or one of parallelmind's to replace")
+        raise UserError(
+            f"{field}={folder}: holds other files; give a new or empty folder, or one of parallelmind's to replace"
+        )
 
 
 def write_manifest(
@@ -169,7 +191,9 @@ def write_manifest(
 
 
 def base_config_hash(config: PreTrainedConfig) -> str:
-    """SHA-256 of the architecture fields, the same wherever the model lies and whichever transformers loaded it."""
+    """SHA-256 of the architecture fields, the same wherever the model lies and whichever transformers loaded
+    it.
+    """
     text = config.get_text_config(decoder=True)
     written = text.to_dict()  # attributes that differ between layers cannot be asked for one by one
     fields = {name: written.get(text.attribute_map.get(name, name)) for name in _ARCHITECTURE}

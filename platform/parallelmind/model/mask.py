@@ -41,12 +41,17 @@ def layer_reaches(model: PreTrainedModel | PeftModel) -> dict[str, Reach]:
 
 
 def attention_masks(
-    model: PreTrainedModel | PeftModel, time: Tensor, sequence: Tensor, visibility: Visibility, queries: int | None = None
+    model: PreTrainedModel | PeftModel,
+    time: Tensor,
+    sequence: Tensor,
+    visibility: Visibility,
+    queries: int | None = None,
 ) -> Mask | dict[str, Mask]:
-    """The masks of a call as the model takes them: one where its layers reach equally far, else one per layer type.
+    """The masks of a call as the model takes them: one where its layers reach equally far, else one per layer
+    type.
 
-    Arguments are those of `visible`. Dense, or for a whole sequence that FlexAttention reads, in blocks. Raises ValueError
-    for an attention implementation that takes no such mask.
+    Arguments are those of `visible`. Dense, or for a whole sequence that FlexAttention reads, in blocks.
+    Raises ValueError for an attention implementation that takes no such mask.
     """
     keys, own = time.shape[-1], str(model.config._attn_implementation)
     reader = attention_for(model, keys, compute_dtype(model)) if queries is None else own
@@ -60,7 +65,11 @@ def attention_masks(
         seen = visible(time, sequence, visibility, queries)
         q_time, k_time = time[:, None, keys - seen.shape[-2] :, None], time[:, None, None, :]
         near = {reach: reach.near(q_time, k_time) for reach in reaches.values()}
-        away = siblings(sequence[:, None, keys - seen.shape[-2] :, None], sequence[:, None, None, :]) if penalty else None
+        away = (
+            siblings(sequence[:, None, keys - seen.shape[-2] :, None], sequence[:, None, None, :])
+            if penalty
+            else None
+        )
         masks = {
             reach: for_attention(seen if part is None else seen & part, own, model.dtype, penalty, away)
             for reach, part in near.items()
@@ -71,7 +80,9 @@ def attention_masks(
 
 
 class SiblingBias:
-    """What FlexAttention adds to a score, where transformers reads it from a table: computed, so that no table exists."""
+    """What FlexAttention adds to a score, where transformers reads it from a table: computed, so that no
+    table exists.
+    """
 
     def __init__(self, q_sequence: Tensor, k_sequence: Tensor, penalty: float) -> None:
         self._q_sequence, self._k_sequence, self._penalty = q_sequence, k_sequence, penalty
@@ -84,9 +95,9 @@ class SiblingBias:
 def visible(time: Tensor, sequence: Tensor, visibility: Visibility, queries: int | None = None) -> Tensor:
     """Which key every query sees.
 
-    time, sequence: `[batch, keys]` integers, sequence -1 where there is only padding. The queries are the last
-    `queries` keys (all of them by default). Returns bool `[batch, 1, queries, keys]`; every token sees itself, so no
-    row is empty, and padding is seen by nothing else.
+    time, sequence: `[batch, keys]` integers, sequence -1 where there is only padding. The queries are the
+    last `queries` keys (all of them by default). Returns bool `[batch, 1, queries, keys]`; every token sees
+    itself, so no row is empty, and padding is seen by nothing else.
     """
     keys = time.shape[-1]
     first = keys - (keys if queries is None else queries)
@@ -96,14 +107,19 @@ def visible(time: Tensor, sequence: Tensor, visibility: Visibility, queries: int
     return seen[:, None]
 
 
-def _others(visibility: Visibility, q_time: Tensor, q_sequence: Tensor, k_time: Tensor, k_sequence: Tensor) -> Tensor:
+def _others(
+    visibility: Visibility, q_time: Tensor, q_sequence: Tensor, k_time: Tensor, k_sequence: Tensor
+) -> Tensor:
     """What real tokens see of other real tokens."""
     seen: Tensor = RULES[visibility](q_time, q_sequence, k_time, k_sequence)
     return seen & (k_sequence != PADDING) & (q_sequence != PADDING)
 
 
-def blocks(time: Tensor, sequence: Tensor, visibility: Visibility, reach: Reach, queries: int | None = None) -> BlockMask:
-    """The mask as FlexAttention takes it: which blocks of tokens hold visible pairs, and the rule within a block.
+def blocks(
+    time: Tensor, sequence: Tensor, visibility: Visibility, reach: Reach, queries: int | None = None
+) -> BlockMask:
+    """The mask as FlexAttention takes it: which blocks of tokens hold visible pairs, and the rule within a
+    block.
 
     Arguments are those of `visible`. Pairs are looked at in slices: no `[queries, keys]` tensor ever exists.
     """
@@ -124,18 +140,24 @@ def blocks(time: Tensor, sequence: Tensor, visibility: Visibility, reach: Reach,
     pairs = torch.cat([_pairs(sees(batch, batch, query[:, None], place)) for query in rows], dim=1)[:, None]
     full = pairs == BLOCK * BLOCK
     listed = (*_listed((pairs > 0) & ~full), *_listed(full))
-    return BlockMask.from_kv_blocks(*listed, BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(len(q_place), len(place)))
+    return BlockMask.from_kv_blocks(
+        *listed, BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(len(q_place), len(place))
+    )
 
 
 def _pairs(seen: Tensor) -> Tensor:
-    """`[batch, blocks, blocks]`: how many pairs are visible in each block of bool `[batch, queries, keys]`."""
+    """`[batch, blocks, blocks]`: how many pairs are visible in each block of bool `[batch, queries,
+    keys]`.
+    """
     padded = F.pad(seen, (0, -seen.shape[2] % BLOCK, 0, -seen.shape[1] % BLOCK))
     return padded.unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK)).sum((2, 4))
 
 
 def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
     """How many blocks are chosen in each row, and the numbers of all, chosen ones first; int32."""
-    return chosen.sum(-1, dtype=torch.int32), chosen.byte().argsort(dim=-1, descending=True, stable=True).int()
+    return chosen.sum(-1, dtype=torch.int32), chosen.byte().argsort(
+        dim=-1, descending=True, stable=True
+    ).int()
 
 
 def for_attention(
@@ -143,9 +165,9 @@ def for_attention(
 ) -> Tensor:
     """The mask in the form that the model's attention takes, made once for all layers.
 
-    away: where `penalty` is taken off the score, bool in the shape of `seen`; None: nowhere. sdpa takes bool; on a CPU its kernel
-    turns bool into additive floats again in every layer, and keeps each of them for the backward pass. eager silently
-    ignores bool. Raises ValueError for any other kind.
+    away: where `penalty` is taken off the score, bool in the shape of `seen`; None: nowhere. sdpa takes bool;
+    on a CPU its kernel turns bool into additive floats again in every layer, and keeps each of them for the
+    backward pass. eager silently ignores bool. Raises ValueError for any other kind.
     """
     if implementation not in ("sdpa", "eager"):
         raise ValueError(f"attn_implementation={implementation!r}: branch masks need sdpa or eager")

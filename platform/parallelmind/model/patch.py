@@ -1,8 +1,9 @@
 """Teach a Hugging Face causal LM the two coordinates of pos2d, in place and reversibly.
 
-Its rotary modules learn to mix coordinates (`rotary`), and hooks on the model take `pos2d` out of the call and carry it
-there (`coordinates`): `model(..., pos2d=…)`. Without `pos2d` a call is a lone branch at coordinate 0 whose time is
-`position_ids`. No model is named anywhere: what cannot be patched is told from its structure (`support`).
+Its rotary modules learn to mix coordinates (`rotary`), and hooks on the model take `pos2d` out of the call
+and carry it there (`coordinates`): `model(..., pos2d=…)`. Without `pos2d` a call is a lone branch at
+coordinate 0 whose time is `position_ids`. No model is named anywhere: what cannot be patched is told from its
+structure (`support`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from transformers import PreTrainedModel
 
 from parallelmind.config import Positions, RopeConfig
 from parallelmind.errors import UserError
-from parallelmind.model import coordinates, rotary
+from parallelmind.model import forward_context as coordinates
+from parallelmind.model import rotary
 from parallelmind.model.structure import decoder
 from parallelmind.model.support import refuse_unsupported
 from parallelmind.visibility import penalty
@@ -33,7 +35,9 @@ class _Patch:
 
 
 def patch(model: PreTrainedModel, config: RopeConfig) -> None:
-    """Patch in place. Raises UserError, with nothing changed, if the model is patched already or cannot hold branches."""
+    """Patch in place. Raises UserError, with nothing changed, if the model is patched already or cannot hold
+    branches.
+    """
     if is_patched(model):
         raise UserError("model: is patched already; unpatch it first")
     refuse_unsupported(model)
@@ -42,13 +46,17 @@ def patch(model: PreTrainedModel, config: RopeConfig) -> None:
     handles = []
     # peft calls the whole model's forward past its hooks, training calls the decoder alone: both take pos2d.
     for entrance in (model, decoder(model)):
-        handles.append(entrance.register_forward_pre_hook(partial(_enter, config.positions), with_kwargs=True))
+        handles.append(
+            entrance.register_forward_pre_hook(partial(_enter, config.positions), with_kwargs=True)
+        )
         handles.append(entrance.register_forward_hook(_leave, always_call=True))
     object.__setattr__(model, "_pos2d", _Patch(config, tuple(handles)))
 
 
 def unpatch(model: PreTrainedModel) -> None:
-    """Undo `patch`: classes, buffers and hooks are as they were. Raises UserError if the model is not patched."""
+    """Undo `patch`: classes, buffers and hooks are as they were. Raises UserError if the model is not
+    patched.
+    """
     for handle in _patch_of(model).handles:
         handle.remove()
     rotary.forget(model)
@@ -72,7 +80,9 @@ def sibling_penalty(model: nn.Module) -> float:
 def _patch_of(model: nn.Module) -> _Patch:
     found = getattr(model, "_pos2d", None)
     if not isinstance(found, _Patch):
-        raise UserError("model: is not patched; call patch(model, RopeConfig(...)) or load_model_with_lora first")
+        raise UserError(
+            "model: is not patched; call patch(model, RopeConfig(...)) or load_model_with_lora first"
+        )
     return found
 
 
@@ -88,7 +98,9 @@ def _enter(
     coordinates.enter(pos2d, inherit=False)
     if pos2d is not None:
         if kwargs.get("attention_mask") is None:
-            raise ValueError("attention_mask: pos2d needs the mask of its layout; build it with parallelmind.model.mask")
+            raise ValueError(
+                "attention_mask: pos2d needs the mask of its layout; build it with parallelmind.model.mask"
+            )
         if kwargs.get("position_ids") is None:
             kwargs["position_ids"] = _positions(positions, pos2d, kwargs.get("past_key_values"))
     return args, kwargs

@@ -17,7 +17,9 @@ def quantization(config: BaseConfig) -> BitsAndBytesConfig | None:
     if config.quantize == "none":
         return None
     if find_spec("bitsandbytes") is None:
-        raise UserError(f"quantize={config.quantize}: needs bitsandbytes; pip install bitsandbytes, or set quantize=none")
+        raise UserError(
+            f"quantize={config.quantize}: needs bitsandbytes; pip install bitsandbytes, or set quantize=none"
+        )
     if config.quantize == "8bit":
         # Its layers compute in float16 and say so on every call.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)

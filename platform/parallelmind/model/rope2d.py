@@ -1,8 +1,8 @@
 """2D RoPE as pure functions: which rotary pair follows which coordinate, and how angles are picked.
 
-Source: the ParallelMind scheme (a share of the lowest frequencies alternates between branch and time), generalised in
-where the share lies and in what turns it. No formula of a rotary embedding is repeated here: angles come from the model's
-own module.
+Source: the ParallelMind scheme (a share of the lowest frequencies alternates between branch and time),
+generalised in where the share lies and in what turns it. No formula of a rotary embedding is repeated here:
+angles come from the model's own module.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def selected_pairs(pairs: int, ratio: float, where: Pairs) -> NDArray[np.int64]:
 def pair_axes(pairs: int, ratio: float, where: Pairs, angle: BranchAngle) -> NDArray[np.int64]:
     """`[pairs]`: FLAT, BRANCH or TIME for every pair.
 
-    alone: the selected ones alternate, branch first, since a pair can follow but one of the two. added: all are BRANCH.
+    alone: the selected ones alternate, branch first, since a pair can follow but one of the two. added: all
+    are BRANCH.
     """
     axes = np.full(pairs, FLAT)
     chosen = selected_pairs(pairs, ratio, where)
@@ -50,6 +51,7 @@ def pair_axes(pairs: int, ratio: float, where: Pairs, angle: BranchAngle) -> NDA
 def mix(flat: Tensor, branch: Tensor, time: Tensor, axes: Tensor) -> Tensor:
     """Columns of one table out of three.
 
-    flat, branch, time: `[..., columns]`, the table at each coordinate. axes: `[columns]`. Returns `[..., columns]`.
+    flat, branch, time: `[..., columns]`, the table at each coordinate. axes: `[columns]`. Returns `[...,
+    columns]`.
     """
     return torch.where(axes == BRANCH, branch, torch.where(axes == TIME, time, flat))

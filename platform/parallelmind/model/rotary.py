@@ -1,8 +1,9 @@
-"""The families of rotary embedding: what a module does decides how it learns the coordinates of pos2d, never its name.
+"""The families of rotary embedding: what a module does decides how it learns the coordinates of pos2d, never
+its name.
 
-A module becomes an instance of a generated subclass of its own class, and gives its class back when it is undone.
-No RoPE formula is repeated: angles come from the module itself, and which column of its tables holds which frequency
-is probed, since at position 1 a column's angle is the frequency.
+A module becomes an instance of a generated subclass of its own class, and gives its class back when it is
+undone. No RoPE formula is repeated: angles come from the module itself, and which column of its tables holds
+which frequency is probed, since at position 1 a column's angle is the frequency.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from parallelmind.config import BranchAngle, RopeConfig
 from parallelmind.errors import UserError
-from parallelmind.model.coordinates import Carrier, carry, coordinates
+from parallelmind.model.forward_context import Carrier, carry, coordinates
 from parallelmind.model.rope2d import mix, pair_axes
 from parallelmind.model.structure import text_modules
 
@@ -38,16 +39,18 @@ class Pos2dModule(nn.Module):
 
 
 class BranchRotary(Pos2dModule):
-    """A module that turns positions into angles: cos and sin or complex numbers, one table or one per layer type."""
+    """A module that turns positions into angles: cos and sin or complex numbers, one table or one per layer
+    type.
+    """
 
     _plain_forward: Any  # the class's own forward without its length trigger
 
     def forward(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Angles:
         """Angles of every token's own mix of coordinates, `[batch, seq, columns]`.
 
-        Dynamic frequencies depend on the longest position, which a branch coordinate is not: only the 1D positions pass
-        through the trigger, and the other coordinates use the frequencies that it has settled on, before another thread's
-        text settles them anew.
+        Dynamic frequencies depend on the longest position, which a branch coordinate is not: only the 1D
+        positions pass through the trigger, and the other coordinates use the frequencies that it has settled
+        on, before another thread's text settles them anew.
         """
         layer_type = args[0] if args else kwargs.get("layer_type", "")
         axes = getattr(self, _axes_name(layer_type))
@@ -63,7 +66,9 @@ class BranchRotary(Pos2dModule):
 
     @torch.no_grad()
     def _angles(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Angles, Any]:
-        """Angles of the 1D positions, `[batch, seq, columns]`, and of branch and time coordinates, `[2 * batch, …]`."""
+        """Angles of the 1D positions, `[batch, seq, columns]`, and of branch and time coordinates, `[2 *
+        batch, …]`.
+        """
         flat, branch, time = coordinates(position_ids, self.pos2d_angle)
         one = super().forward(x, flat, *args, **kwargs)
         return one, self._plain_forward(x, torch.cat([branch, time], dim=-2), *args, **kwargs)
@@ -104,7 +109,9 @@ class BranchTable(Pos2dModule):
 
 
 class CheckpointedLayer(Pos2dModule):
-    """A layer with a rotary module inside: what its checkpoint recomputes must see the coordinates of the first time."""
+    """A layer with a rotary module inside: what its checkpoint recomputes must see the coordinates of the
+    first time.
+    """
 
     @property
     def _gradient_checkpointing_func(self) -> Any:
@@ -120,7 +127,11 @@ _ROWS: Carrier[Tensor] = Carrier("parallelmind_rows")
 
 def rotary_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that turn positions into angles, by name."""
-    return {name: module for name, module in text_modules(model).items() if is_table(module) or layer_types(module)}
+    return {
+        name: module
+        for name, module in text_modules(model).items()
+        if is_table(module) or layer_types(module)
+    }
 
 
 def is_table(module: nn.Module) -> bool:
@@ -131,11 +142,17 @@ def is_table(module: nn.Module) -> bool:
 def layer_types(rotary: nn.Module) -> list[str]:
     """The layer types that a module has frequencies for; one empty name where it has but one kind."""
     names = (name for name, value in rotary._buffers.items() if isinstance(value, Tensor))
-    return [name[: -len(_FREQUENCIES)].rstrip("_") for name in names if name.endswith(_FREQUENCIES) and "original" not in name]
+    return [
+        name[: -len(_FREQUENCIES)].rstrip("_")
+        for name in names
+        if name.endswith(_FREQUENCIES) and "original" not in name
+    ]
 
 
 def teach(model: nn.Module, config: RopeConfig) -> None:
-    """Give every rotary module its coordinates. Raises UserError, with nothing changed, for one that is not understood."""
+    """Give every rotary module its coordinates. Raises UserError, with nothing changed, for one that is not
+    understood.
+    """
     modules = rotary_modules(model)
     planned = {name: dict(_probe(module, config, model)) for name, module in modules.items()}
     for name, module in modules.items():
@@ -144,7 +161,9 @@ def teach(model: nn.Module, config: RopeConfig) -> None:
         _become(module, BranchTable if is_table(module) else BranchRotary)
         module.__dict__["pos2d_angle"] = config.branch_angle
     for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer) and any(isinstance(part, Pos2dModule) for part in layer.modules()):
+        if isinstance(layer, GradientCheckpointingLayer) and any(
+            isinstance(part, Pos2dModule) for part in layer.modules()
+        ):
             _become(layer, CheckpointedLayer)
 
 
@@ -165,7 +184,11 @@ def _become(module: nn.Module, mixin: type[Pos2dModule]) -> None:
 @cache
 def _branch_class(mixin: type[Pos2dModule], own: type[nn.Module]) -> type[nn.Module]:
     """A subclass that keeps its parent's name, so that code which looks modules up by name still finds it."""
-    body = {"__module__": own.__module__, "__qualname__": own.__qualname__, "_plain_forward": inspect.unwrap(own.forward)}
+    body = {
+        "__module__": own.__module__,
+        "__qualname__": own.__qualname__,
+        "_plain_forward": inspect.unwrap(own.forward),
+    }
     return type(own.__name__, (mixin, own), body)
 
 
@@ -183,7 +206,11 @@ def _probe(rotary: Any, config: RopeConfig, model: Any) -> Iterator[tuple[str, T
         frequencies = getattr(rotary, f"{layer_type}_{_FREQUENCIES}".lstrip("_")).detach().float().flatten()
         try:
             found = _at_one(rotary, layer_type)
-            angles = (found.angle() if isinstance(found, Tensor) else torch.atan2(found[1].float(), found[0].float())).flatten()
+            angles = (
+                found.angle()
+                if isinstance(found, Tensor)
+                else torch.atan2(found[1].float(), found[0].float())
+            ).flatten()
         except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
             raise _not_understood(model.config.model_type, str(error)) from error
         distance = (angles[:, None] - frequencies[None, :]).abs()
@@ -194,7 +221,9 @@ def _probe(rotary: Any, config: RopeConfig, model: Any) -> Iterator[tuple[str, T
 
 
 def _axes(frequencies: Tensor, config: RopeConfig) -> Tensor:
-    """`[pairs]`: the coordinate that drives each frequency. Frequencies of 0 do not turn, and are no pairs."""
+    """`[pairs]`: the coordinate that drives each frequency. Frequencies of 0 do not turn, and are no
+    pairs.
+    """
     turning = frequencies != 0
     axes = torch.zeros(len(frequencies), dtype=torch.long, device=frequencies.device)
     chosen = pair_axes(int(turning.sum()), config.rope_2d_ratio, config.pairs, config.branch_angle)
@@ -225,7 +254,9 @@ def is_complex(rotary: nn.Module) -> bool:
 
 
 def table_frequencies(table: Tensor) -> Tensor:
-    """`[columns / 2]` float64 frequencies of a table whose rows are the sines, then the cosines, of one position each."""
+    """`[columns / 2]` float64 frequencies of a table whose rows are the sines, then the cosines, of one
+    position each.
+    """
     sin, cos = table[1].double().chunk(2)
     return torch.atan2(sin, cos)
 

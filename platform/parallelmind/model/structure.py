@@ -33,4 +33,6 @@ def decoder(model: PreTrainedModel) -> PreTrainedModel:
 
 def text_modules(model: nn.Module) -> dict[str, nn.Module]:
     """All modules by name, but those of vision and audio towers."""
-    return {name: module for name, module in model.named_modules() if not any(tower in name for tower in _TOWERS)}
+    return {
+        name: module for name, module in model.named_modules() if not any(tower in name for tower in _TOWERS)
+    }

@@ -20,7 +20,9 @@ _POOLING_FIELDS = ("index_block_size", "compress_rates", "patcher_config")
 
 @dataclass(frozen=True, slots=True)
 class Support:
-    """family: how the model rotates, or what it does in place of it. reason: why branches cannot live in it, if so."""
+    """family: how the model rotates, or what it does in place of it. reason: why branches cannot live in it,
+    if so.
+    """
 
     family: str
     reason: str | None = None
@@ -30,9 +32,15 @@ def assess(model: PreTrainedModel) -> Support:
     """From modules and settings alone; a model on the meta device will do."""
     config = model.config.get_text_config(decoder=True)
     if pooling := [name for name in _POOLING_FIELDS if getattr(config, name, None) is not None]:
-        return Support("pooled", f"pools neighbouring tokens as they are stored ({pooling[0]}), whichever branch they belong to")
+        return Support(
+            "pooled",
+            f"pools neighbouring tokens as they are stored ({pooling[0]}), whichever branch they belong to",
+        )
     if _has_state(model, config):
-        return Support("recurrent", "keeps a recurrent or convolutional state, which branches of one sequence would share")
+        return Support(
+            "recurrent",
+            "keeps a recurrent or convolutional state, which branches of one sequence would share",
+        )
     rotary = rotary_modules(model)
     if not rotary:
         return Support("no rotary", _NO_ROTARY)

@@ -11,21 +11,26 @@ from parallelmind.model.structure import text_modules
 
 
 def not_adaptable(model: PreTrainedModel, every: bool) -> list[str]:
-    """Linear layers that LoRA must leave alone: those of other towers, which text never passes. Where every layer is asked
-    for, also routers of experts, which are built as linear layers but return more than one tensor, and the last layer of a
-    recurrent mixer, whose kernels read the weight past the layer."""
+    """Linear layers that LoRA must leave alone: those of other towers, which text never passes. Where every
+    layer is asked for, also routers of experts, which are built as linear layers but return more than one
+    tensor, and the last layer of a recurrent mixer, whose kernels read the weight past the layer.
+    """
     text = text_modules(model)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     odd = {name for name in linears if name not in text}
     if every:
         fused = "out_proj" if model._is_stateful else None
-        odd |= {name for name, module in linears.items() if name.rpartition(".")[2] == fused or _is_router(module)}
+        odd |= {
+            name for name, module in linears.items() if name.rpartition(".")[2] == fused or _is_router(module)
+        }
     return sorted(odd)
 
 
 @torch.no_grad()
 def _is_router(linear: nn.Linear) -> bool:
-    if type(linear).forward is nn.Linear.forward or not linear.weight.is_floating_point():  # a quantised layer is plain
+    if (
+        type(linear).forward is nn.Linear.forward or not linear.weight.is_floating_point()
+    ):  # a quantised layer is plain
         return False
     probe = torch.zeros(1, linear.in_features, dtype=linear.weight.dtype, device=linear.weight.device)
     return not isinstance(linear(probe), Tensor)
@@ -39,9 +44,15 @@ def named_targets(model: nn.Module, given: str) -> list[str]:
     targets = [name.strip() for name in given.split(",") if name.strip()]
     parameters = model.named_parameters(remove_duplicate=False)
     layers = [name.removesuffix(".weight") for name, weight in parameters if weight.dim() == 2]
-    unknown = [target for target in targets if not any(name == target or name.endswith(f".{target}") for name in layers)]
+    unknown = [
+        target
+        for target in targets
+        if not any(name == target or name.endswith(f".{target}") for name in layers)
+    ]
     if unknown or not targets:
         known = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
         missing = ", ".join(unknown) or "that"
-        raise UserError(f"lora_targets={given}: no layer is named {missing}; choose from {known}, or all-linear")
+        raise UserError(
+            f"lora_targets={given}: no layer is named {missing}; choose from {known}, or all-linear"
+        )
     return targets

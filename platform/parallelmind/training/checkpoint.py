@@ -1,9 +1,9 @@
 """A training checkpoint: a folder that is whole or does not count.
 
-Weights and optimizer state (safetensors, named after the parameters) and `state.json`, which holds the SHA-256 of both and
-of itself.
-Nothing else is needed to go on bit for bit: checkpoints are taken between steps, where no gradient is held, and the
-learning rate and every random generator are functions of the configuration, the step and the worker.
+Weights and optimizer state (safetensors, named after the parameters) and `state.json`, which holds the
+SHA-256 of both and of itself. Nothing else is needed to go on bit for bit: checkpoints are taken between
+steps, where no gradient is held, and the learning rate and every random generator are functions of the
+configuration, the step and the worker.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from parallelmind.errors import UserError, first_line
-from parallelmind.mirror import Mirror
 from parallelmind.model.adapter import trained_weights
+from parallelmind.remote import Mirror
 from parallelmind.storage import clear_scratch, sha256, whole_folder
 from parallelmind.training.step import Totals
 
@@ -39,10 +39,11 @@ _FORMAT = 2
 class State:
     """Where a run stands.
 
-    epoch, batches: the data's cursor, batches taken in this epoch by all workers together. per_epoch: batches of an epoch, as
-    planned, and as counted once one has ended. skipped: steps without a finite gradient, bad: the last so many in a row.
-    branches: trained on so far, by all workers. scale: of the loss, and clean: finite steps since it last changed (float16
-    only). best: lowest validation loss, seen at best_step. window: sums since the last log line. metrics: the last ones.
+    epoch, batches: the data's cursor, batches taken in this epoch by all workers together. per_epoch: batches
+    of an epoch, as planned, and as counted once one has ended. skipped: steps without a finite gradient, bad:
+    the last so many in a row. branches: trained on so far, by all workers. scale: of the loss, and clean:
+    finite steps since it last changed (float16 only). best: lowest validation loss, seen at best_step.
+    window: sums since the last log line. metrics: the last ones.
     """
 
     config_hash: str
@@ -72,14 +73,20 @@ class Snapshot:
 
 
 def take(model: nn.Module, optimizer: torch.optim.Optimizer, state: State) -> Snapshot:
-    """A copy of the moment. Where the model is sharded every worker must call it, and each gets the whole of it."""
+    """A copy of the moment. Where the model is sharded every worker must call it, and each gets the whole of
+    it.
+    """
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     moments = {
         f"{key}/{names[parameter]}": whole(value)
         for parameter, values in optimizer.state.items()
         for key, value in values.items()
     }
-    return Snapshot(whole_weights(model), moments, replace(state, window=replace(state.window), metrics=dict(state.metrics)))
+    return Snapshot(
+        whole_weights(model),
+        moments,
+        replace(state, window=replace(state.window), metrics=dict(state.metrics)),
+    )
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -93,7 +100,9 @@ def whole(value: Tensor) -> Tensor:
     return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
-def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor]) -> None:
+def restore_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor]
+) -> None:
     """Put a snapshot's optimizer state back, sharded as the parameters are now."""
     parameters = dict(model.named_parameters())
     for label, value in saved.items():
@@ -157,7 +166,9 @@ def _number(name: str) -> int:
 
 
 def bring(checkpoint: Mirror) -> Path:
-    """The folder of a checkpoint on this machine, copied here unless it is here, whole and the one that is at the URI."""
+    """The folder of a checkpoint on this machine, copied here unless it is here, whole and the one that is at
+    the URI.
+    """
     if checkpoint.uri is not None:
         checkpoint.folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(checkpoint.folder.parent / ".bringing"):  # one worker of a machine brings it for all
@@ -170,7 +181,8 @@ def bring(checkpoint: Mirror) -> Path:
 class Store:
     """The checkpoints of a run, written in the background by the one worker that holds the folder's lock.
 
-    keep: how many of the newest stay; the best stays as well. What counts is what lies at the place's URI, if it has one.
+    keep: how many of the newest stay; the best stays as well. What counts is what lies at the place's URI, if
+    it has one.
     """
 
     def __init__(self, place: Mirror, keep: int) -> None:
@@ -184,7 +196,9 @@ class Store:
         self._pending: Future[None] | None = None
 
     def resume(self, config_hash: str, say: Callable[[str], None]) -> Path | None:
-        """The newest complete checkpoint. Newer ones that are not are told and put aside under another name."""
+        """The newest complete checkpoint. Newer ones that are not are told and put aside under another
+        name.
+        """
         self._bring_newest(config_hash)
         found = newest(self.folder, config_hash)
         for folder in by_step(self.folder):
@@ -197,7 +211,9 @@ class Store:
         return found
 
     def _bring_newest(self, config_hash: str) -> None:
-        """Copy the newest complete checkpoint here, and the damaged ones after it; what lies here alone was never finished."""
+        """Copy the newest complete checkpoint here, and the damaged ones after it; what lies here alone was
+        never finished.
+        """
         if self.place.uri is None:
             return
         there = written(self.place)
@@ -240,7 +256,9 @@ class Store:
             save_file(dict(snapshot.optimizer), built / _OPTIMIZER)
             files = {name: sha256(built / name) for name in (_WEIGHTS, _OPTIMIZER)}
             note = {"format": _FORMAT, "files": files, "state": asdict(snapshot.state)}
-            (built / _STATE).write_text(json.dumps({**note, "sha256": _digest(note)}, indent=2), encoding="utf-8")
+            (built / _STATE).write_text(
+                json.dumps({**note, "sha256": _digest(note)}, indent=2), encoding="utf-8"
+            )
         self.place.inner(f"{_PREFIX}{snapshot.state.step}").push(last=_STATE)
         best = f"{_PREFIX}{snapshot.state.best_step}"
         for name in written(self.place)[: -self._keep]:

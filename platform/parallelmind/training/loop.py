@@ -1,6 +1,8 @@
-"""The training loop of one worker. It knows no Ray: batches come from a function and everything outward goes to hooks.
+"""The training loop of one worker. It knows no Ray: batches come from a function and everything outward goes
+to hooks.
 
-All workers decide alike, because each decision (the data has ended, stop, skip this step) rests on sums over all of them.
+All workers decide alike, because each decision (the data has ended, stop, skip this step) rests on sums over
+all of them.
 """
 
 from __future__ import annotations
@@ -25,12 +27,15 @@ from parallelmind.model.structure import causal_lm
 from parallelmind.training import checkpoint
 from parallelmind.training.checkpoint import State, Store
 from parallelmind.training.loss import TargetLoss
-from parallelmind.training.meter import Meter
+from parallelmind.training.metrics_logger import Meter
 from parallelmind.training.outcome import Outcome
 from parallelmind.training.sharding import shard
 from parallelmind.training.step import Totals, backward, learning_rate, make_optimizer, measure, update
 
-_FIRST_SCALE, _CLEAN_STEPS = 2.0**8, 1000  # float16: the scale of loss sums to begin with, doubled after so many steps
+_FIRST_SCALE, _CLEAN_STEPS = (
+    2.0**8,
+    1000,
+)  # float16: the scale of loss sums to begin with, doubled after so many steps
 
 
 class Hooks(Protocol):
@@ -50,8 +55,9 @@ class Hooks(Protocol):
 class Job:
     """What `train` works on.
 
-    batches: this worker's turns of an epoch's batches, from the given one on. per_epoch: about how many an epoch has, of all
-    workers. validation: this worker's share of the held-out batches, by branches per sample. store: on the first worker.
+    batches: this worker's turns of an epoch's batches, from the given one on. per_epoch: about how many an
+    epoch has, of all workers. validation: this worker's share of the held-out batches, by branches per
+    sample. store: on the first worker.
     """
 
     config: TrainConfig
@@ -67,8 +73,8 @@ class Job:
 def train(job: Job, resume: Path | None = None) -> Outcome:
     """Train to the end, or until a hook asks to stop; either way with a checkpoint at the end.
 
-    Raises UserError if the data gives no target at all, for too many steps in a row without a finite gradient, and for
-    memory or a disk that is too small.
+    Raises UserError if the data gives no target at all, for too many steps in a row without a finite
+    gradient, and for memory or a disk that is too small.
     """
     run = _Run(job, resume)
     while run.state.epoch < job.config.epochs and not run.ended:
@@ -99,7 +105,9 @@ class _Run:
         if saved is not None:
             fill(job.model, saved.weights, str(resume))
             self.state = saved.state
-        self.state.per_epoch = self.state.per_epoch or job.per_epoch  # the checkpoint's: a resumed run keeps to its schedule
+        self.state.per_epoch = (
+            self.state.per_epoch or job.per_epoch
+        )  # the checkpoint's: a resumed run keeps to its schedule
         self.loss = TargetLoss(job.model, self.config.visibility, getattr(torch, self.config.dtype)).train()
         if self.config.sharding == "full":
             shard(self.loss)
@@ -117,7 +125,9 @@ class _Run:
 
     @property
     def ended(self) -> bool:
-        return self.stopped or (self.config.max_steps is not None and self.state.step >= self.config.max_steps)
+        return self.stopped or (
+            self.config.max_steps is not None and self.state.step >= self.config.max_steps
+        )
 
     def epoch(self) -> None:
         stream = iter(self.announce(self.job.batches(self.state.epoch, self.state.batches)))
@@ -129,7 +139,9 @@ class _Run:
 
     def step(self, stream: Iterator[Batch]) -> bool:
         """One optimizer step; false where no worker has data left."""
-        set_seed(hash((self.config.seed, self.state.step, _rank())) % 2**32)  # dropout, the same after a restart
+        set_seed(
+            hash((self.config.seed, self.state.step, _rank())) % 2**32
+        )  # dropout, the same after a restart
         own = backward(self.loss, stream, self.config.accumulation_steps, self.state.scale)
         own.stop = float(self.job.hooks.should_stop())
         totals = own.everywhere(self.loss.device)
@@ -146,19 +158,25 @@ class _Run:
         return True
 
     def position(self) -> float:
-        """How far the run is, in steps of as many batches as there are workers now: the same data, the same rate."""
+        """How far the run is, in steps of as many batches as there are workers now: the same data, the same
+        rate.
+        """
         done = (self.state.epoch + min(self.state.batches / self.state.per_epoch, 1)) / self.config.epochs
         return max(done * self.planned, float(self.state.step if self.config.max_steps else 0))
 
     def apply(self, totals: Totals, rate: float) -> float:
-        """Move the weights, unless there is no target or no finite gradient: such a step is counted and left out."""
+        """Move the weights, unless there is no target or no finite gradient: such a step is counted and left
+        out.
+        """
         if not totals.targets or not math.isfinite(totals.loss):
             self.optimizer.zero_grad(set_to_none=True)
             norm = math.nan
         else:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            norm = update(self.loss, self.optimizer, totals.targets * self.state.scale, self.config.gradient_clip)
+            norm = update(
+                self.loss, self.optimizer, totals.targets * self.state.scale, self.config.gradient_clip
+            )
         if math.isfinite(norm):
             self.state.bad = 0
         else:
@@ -170,8 +188,12 @@ class _Run:
     def skip(self, totals: Totals) -> None:
         state = self.state
         state.skipped += 1
-        state.bad += 1 if state.scale == 1 or not math.isfinite(totals.loss) else 0  # float16 overflows while it finds its scale
-        self.job.hooks.say(f"step {state.step + 1}: no finite gradient over {totals.targets:.0f} targets; step left out")
+        state.bad += (
+            1 if state.scale == 1 or not math.isfinite(totals.loss) else 0
+        )  # float16 overflows while it finds its scale
+        self.job.hooks.say(
+            f"step {state.step + 1}: no finite gradient over {totals.targets:.0f} targets; step left out"
+        )
         if state.bad >= self.config.max_bad_steps:
             if self.job.store:
                 self.job.store.wait()
@@ -182,7 +204,9 @@ class _Run:
             )
 
     def rescale(self, finite: bool) -> None:
-        """float16 gradients vanish or overflow unless the loss is scaled to where they fit, which is found by trying."""
+        """float16 gradients vanish or overflow unless the loss is scaled to where they fit, which is found by
+        trying.
+        """
         state = self.state
         state.clean = state.clean + 1 if finite else 0
         if not finite:
@@ -199,7 +223,9 @@ class _Run:
             self.report(validate, save)
 
     def report(self, validate: bool, save: bool) -> None:
-        """Measure on held-out text, write a checkpoint, tell. The best measurement so far is always written."""
+        """Measure on held-out text, write a checkpoint, tell. The best measurement so far is always
+        written.
+        """
         if validate and self.job.validation and self.validated_at != self.state.step:
             improved = self.validate()
             save = save or improved
@@ -229,13 +255,17 @@ def planned_steps(config: TrainConfig, per_epoch: int, workers: int) -> int:
 
 
 def validate_at(loss: TargetLoss, sets: Mapping[int, list[Batch]]) -> dict[str, float]:
-    """Mean loss at each branch count over the same text, and the branch tax: that loss minus the loss of lone branches."""
+    """Mean loss at each branch count over the same text, and the branch tax: that loss minus the loss of lone
+    branches.
+    """
     found = {}
     for branches, own in sorted(sets.items()):
         totals = measure(loss, own).everywhere(loss.device)
         if totals.targets:
             found[branches] = totals.loss / totals.targets
-    taxes = {f"validation/branch_tax_{n}": value - found[1] for n, value in found.items() if n > 1 and 1 in found}
+    taxes = {
+        f"validation/branch_tax_{n}": value - found[1] for n, value in found.items() if n > 1 and 1 in found
+    }
     return {f"validation/loss_{n}": value for n, value in found.items()} | taxes
 
 

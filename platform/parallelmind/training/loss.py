@@ -1,7 +1,7 @@
 """The loss over target tokens, without logits for any other token.
 
-The decoder's hidden states are gathered where there is a label, and the head runs on those, a chunk at a time. A
-vocabulary of 150,000 would otherwise cost 0.6 MB of float32 logits for every token of main.
+The decoder's hidden states are gathered where there is a label, and the head runs on those, a chunk at a
+time. A vocabulary of 150,000 would otherwise cost 0.6 MB of float32 logits for every token of main.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from parallelmind.config import Visibility
 from parallelmind.layout import IGNORE, PADDING, Batch
-from parallelmind.model.head import head_logits
+from parallelmind.model.lm_head import head_logits
 from parallelmind.model.mask import attention_masks
 from parallelmind.model.patch import is_patched
 from parallelmind.model.structure import causal_lm, decoder
@@ -60,14 +60,19 @@ class TargetLoss(nn.Module):
 
 
 def target_loss(model: nn.Module, batch: Tensors, visibility: Visibility) -> tuple[Tensor, int]:
-    """Summed float32 cross entropy over the target tokens (a scalar with gradients), and how many there are."""
+    """Summed float32 cross entropy over the target tokens (a scalar with gradients), and how many there
+    are.
+    """
     inner = causal_lm(model)
-    hidden = decoder(inner)(**decoder_inputs(inner, batch, visibility)).last_hidden_state  # [batch, seq, width]
+    hidden = decoder(inner)(
+        **decoder_inputs(inner, batch, visibility)
+    ).last_hidden_state  # [batch, seq, width]
     wanted = batch.labels != IGNORE
     hidden, labels = hidden[wanted], batch.labels[wanted]  # [targets, width], [targets]
     size = max(_LOGITS // inner.config.get_text_config(decoder=True).vocab_size, 1)
     *before, last = zip(hidden.split(size), labels.split(size), strict=True)
-    # The backward pass begins with the last chunk, so its logits can stay: one chunk's exist at a time all the same.
+    # The backward pass begins with the last chunk, so its logits can stay: one chunk's exist at a time all
+    # the same.
     total = _chunk_loss(inner, *last)
     for part, target in before:
         total = total + checkpoint(_chunk_loss, inner, part, target, use_reentrant=False)
@@ -81,7 +86,11 @@ def _chunk_loss(model: PreTrainedModel, hidden: Tensor, labels: Tensor) -> Tenso
 def decoder_inputs(model: PreTrainedModel, batch: Tensors, visibility: Visibility) -> dict[str, Any]:
     """What the decoder is called with: ids, and mask and coordinates of the layout if it is patched."""
     if not is_patched(model):  # one branch per row: plain sequences, padded on the right
-        return {"input_ids": batch.ids, "attention_mask": (batch.sequence != PADDING).long(), "use_cache": False}
+        return {
+            "input_ids": batch.ids,
+            "attention_mask": (batch.sequence != PADDING).long(),
+            "use_cache": False,
+        }
     return {
         "input_ids": batch.ids,
         "attention_mask": attention_masks(model, batch.pos2d[..., 1], batch.sequence, visibility),

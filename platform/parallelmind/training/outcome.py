@@ -1,4 +1,6 @@
-"""What becomes of a training run. It has a module of its own, so that who only hands it on loads no model library for it."""
+"""What becomes of a training run. It has a module of its own, so that who only hands it on loads no model
+library for it.
+"""
 
 from __future__ import annotations
 

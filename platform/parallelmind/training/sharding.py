@@ -1,4 +1,6 @@
-"""A model split over all workers (FSDP2): each holds a part of every weight and gathers a layer's when it needs them."""
+"""A model split over all workers (FSDP2): each holds a part of every weight and gathers a layer's when it
+needs them.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from parallelmind.training.loss import TargetLoss
 
 
 def shard(loss: TargetLoss) -> None:
-    """Split in place, a decoder layer at a time and the rest as one. The process group must exist, weights be loaded.
+    """Split in place, a decoder layer at a time and the rest as one. The process group must exist, weights be
+    loaded.
 
     Gradients come out as sums over the workers, like everywhere here, not as means.
     """

@@ -1,4 +1,5 @@
-"""One optimizer step: gradients of loss *sums*, divided once by the targets of all workers and all micro-batches.
+"""One optimizer step: gradients of loss *sums*, divided once by the targets of all workers and all
+micro-batches.
 
 So a target token weighs the same wherever it lies, whatever the lengths of the batches around it.
 """
@@ -18,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from parallelmind.config import OptimizerConfig, RopeConfig
-from parallelmind.data.grouping import make_batch
+from parallelmind.data.packing import make_batch
 from parallelmind.errors import UserError
 from parallelmind.layout import Batch, Tokens
 from parallelmind.training.loss import TargetLoss, to_tensors
@@ -28,7 +29,9 @@ _NO_MEMORY = ("can't allocate memory", "not enough memory")  # how torch says so
 
 @dataclass(slots=True)
 class Totals:
-    """What the workers add up at a step. batches, stop: of how many workers' batches, how many want to stop."""
+    """What the workers add up at a step. batches, stop: of how many workers' batches, how many want to
+    stop.
+    """
 
     loss: float = 0.0
     targets: float = 0.0
@@ -39,7 +42,9 @@ class Totals:
     stop: float = 0.0
 
     def everywhere(self, device: torch.device) -> Totals:
-        values = torch.tensor([getattr(self, item.name) for item in fields(self)], dtype=torch.float64, device=device)
+        values = torch.tensor(
+            [getattr(self, item.name) for item in fields(self)], dtype=torch.float64, device=device
+        )
         return Totals(*sum_over_workers(values).tolist())
 
     def count(self, batch: Batch, loss: float) -> None:
@@ -60,7 +65,9 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
 
 
 def learning_rate(config: OptimizerConfig, position: float, planned: int) -> float:
-    """The rate at step 0, 1, … of about `planned`: a pure function, so a resumed run needs no scheduler state."""
+    """The rate at step 0, 1, … of about `planned`: a pure function, so a resumed run needs no scheduler
+    state.
+    """
     warmup = math.ceil(config.warmup_ratio * planned)
     if position < warmup:
         return config.learning_rate * min((position + 1) / warmup, 1.0)
@@ -86,7 +93,9 @@ def measure(loss: TargetLoss, batches: Iterable[Batch]) -> Totals:
     return totals
 
 
-def _passes(loss: TargetLoss, batches: list[Batch], then: Callable[[Tensor], None] = lambda value: None) -> Totals:
+def _passes(
+    loss: TargetLoss, batches: list[Batch], then: Callable[[Tensor], None] = lambda value: None
+) -> Totals:
     """The sums over the batches; `then` gets each loss."""
     totals = Totals()
     for batch in _in_step(loss, batches):
@@ -131,18 +140,22 @@ def _memory_for(batch: Batch) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and not any(text in str(error) for text in _NO_MEMORY):
+        if not isinstance(error, torch.OutOfMemoryError) and not any(
+            text in str(error) for text in _NO_MEMORY
+        ):
             raise
         rows, tokens = batch.ids.shape
         branches = int(batch.sequence.max())
-        raise NoMemoryError(f"out of memory on a batch of {rows} x {tokens} tokens, up to {branches} branches each") from error
+        raise NoMemoryError(
+            f"out of memory on a batch of {rows} x {tokens} tokens, up to {branches} branches each"
+        ) from error
 
 
 def update(loss: TargetLoss, optimizer: torch.optim.Optimizer, targets: float, clip: float) -> float:
     """Mean gradient over all workers' targets, clipped, one step. Returns the gradient norm before clipping.
 
-    targets: times the scale that the losses had. A norm that is not finite leaves the weights and the optimizer's state as
-    they were.
+    targets: times the scale that the losses had. A norm that is not finite leaves the weights and the
+    optimizer's state as they were.
     """
     parts = [_own_part(parameter) for parameter in trainable(loss)]
     flat = torch.cat([part.flatten().float() for part in parts])
@@ -160,7 +173,9 @@ def update(loss: TargetLoss, optimizer: torch.optim.Optimizer, targets: float, c
 
 
 def _own_part(parameter: nn.Parameter) -> Tensor:
-    """This worker's part of a gradient, to read and to write; zeros where no pass has touched the parameter."""
+    """This worker's part of a gradient, to read and to write; zeros where no pass has touched the
+    parameter.
+    """
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad

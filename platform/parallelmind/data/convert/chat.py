@@ -27,8 +27,9 @@ _ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {
 
 
 def messages_at(value: Any, key: str) -> list[Message]:
-    """The turns under `key` as {"role", "content"}, be they written so or as {"from", "value"}; a `system` text beside
-    them comes first. Raises RecordError."""
+    """The turns under `key` as {"role", "content"}, be they written so or as {"from", "value"}; a `system`
+    text beside them comes first. Raises RecordError.
+    """
     turns = value.get(key) if isinstance(value, dict) else None
     if not isinstance(turns, list) or not turns:
         raise RecordError(f"has no list of turns under {key}")
@@ -46,7 +47,10 @@ def _message(turn: Any, where: str) -> Message:
     if role is None:
         raise RecordError(f"{where} has the role {given!r}; known are {', '.join(_ROLES)}")
     content = turn.get("content", turn.get("value"))
-    return {"role": role, "content": _joined(content, where) if isinstance(content, list) else checked_text(content, where)}
+    return {
+        "role": role,
+        "content": _joined(content, where) if isinstance(content, list) else checked_text(content, where),
+    }
 
 
 def _joined(parts: list[Any], where: str) -> str:
@@ -61,7 +65,9 @@ class Chat:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not tokenizer.chat_template:
-            raise UserError(f"base_model={tokenizer.name_or_path}: has no chat template; give a model that was trained to chat")
+            raise UserError(
+                f"base_model={tokenizer.name_or_path}: has no chat template; give a model that was trained to chat"
+            )
         self._tokenizer = tokenizer
 
     def records(self, messages: list[Message], each_turn: bool) -> Iterator[Converted]:
@@ -69,7 +75,9 @@ class Chat:
 
         Turns after it are left out, as they would be targets. Raises RecordError.
         """
-        answers = [place for place, message in enumerate(messages) if place and message["role"] == "assistant"]
+        answers = [
+            place for place, message in enumerate(messages) if place and message["role"] == "assistant"
+        ]
         if not answers:
             raise RecordError("has no assistant turn that answers something")
         for place in answers if each_turn else answers[-1:]:
@@ -84,7 +92,9 @@ class Chat:
             return text, len(prompt)
         # Some templates prompt with more than a finished turn shows, the opening of a thought for one.
         if text.startswith(self._render(before, False)):
-            return text, sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, prompt, strict=False)))
+            return text, sum(
+                1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, prompt, strict=False))
+            )
         raise RecordError("is rendered by the chat template in another way before its last turn than with it")
 
     def _render(self, messages: list[Message], prompt: bool) -> str:
@@ -96,14 +106,17 @@ class Chat:
 
 
 def answer_offset(tokenizer: PreTrainedTokenizerBase, text: str, prefix: int) -> int:
-    """Index, as training tokenises `text`, of the first token that holds none of its first `prefix` characters.
+    """Index, as training tokenises `text`, of the first token that holds none of its first `prefix`
+    characters.
 
-    A token across the border is no target, since decoding never writes it. Raises RecordError where no token is left.
+    A token across the border is no target, since decoding never writes it. Raises RecordError where no token
+    is left.
     """
     found = spans(tokenizer, text)
     opened = len(encode_text(tokenizer, text, first=True)) - len(found)  # BOS, unless the template wrote it
     for index, start in enumerate(found.starts):
-        # White space left out of a span lies in the gap before it: the token is free only if the one before reaches the border.
+        # White space left out of a span lies in the gap before it: the token is free only if the one before
+        # reaches the border.
         before = found.ends[index - 1] if index else 0
         if start >= prefix <= before:
             return opened + index

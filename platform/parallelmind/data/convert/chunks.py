@@ -13,8 +13,11 @@ from parallelmind.data.encode import encode_text, opening
 _BLOCK = 1 << 16  # characters tokenised together
 
 
-def chunks(pieces: Iterable[str | Bad], tokenizer: PreTrainedTokenizerBase, chunk_tokens: int) -> Iterator[Converted | Bad]:
-    """{"text"} records of the pieces' text, none over `chunk_tokens` as training counts it, BOS and EOS included.
+def chunks(
+    pieces: Iterable[str | Bad], tokenizer: PreTrainedTokenizerBase, chunk_tokens: int
+) -> Iterator[Converted | Bad]:
+    """{"text"} records of the pieces' text, none over `chunk_tokens` as training counts it, BOS and EOS
+    included.
 
     Only a block of the text is held. A chunk of white space alone is left out.
     """
@@ -52,9 +55,15 @@ def cut(text: str, tokenizer: PreTrainedTokenizerBase, room: int) -> list[str]:
 
 
 def _stops(text: str, found: Spans, token: int, room: int) -> Iterator[int]:
-    """Tokens before which a part from `token` on may end, best first: the end, late ones at a space, any between characters."""
+    """Tokens before which a part from `token` on may end, best first: the end, late ones at a space, any
+    between characters.
+    """
     last = min(token + room, len(found))
-    places = [stop for stop in range(last, token, -1) if stop == len(found) or found.ends[stop - 1] <= found.starts[stop]]
+    places = [
+        stop
+        for stop in range(last, token, -1)
+        if stop == len(found) or found.ends[stop - 1] <= found.starts[stop]
+    ]
     if last == len(found):
         yield last
     for stop in places[: len(places) // 2]:

@@ -29,13 +29,22 @@ _CHOICES = ", ".join(get_args(Source))
 class ConvertSettings(Part):
     """How source records are read and what they become."""
 
-    source: Literal[Source, "auto"] = Field("auto", description="kind of the source records; auto: see the first one")
-    chat: bool = Field(False, description="alpaca, pairs: write them through the chat template, as user and assistant")
-    each_turn: bool = Field(False, description="messages, sharegpt: a record for each assistant turn, not the last one alone")
-    question_template: str = Field(" Question: {question}\nAnswer:", description="prompt of a branch that asks a question")
+    source: Literal[Source, "auto"] = Field(
+        "auto", description="kind of the source records; auto: see the first one"
+    )
+    chat: bool = Field(
+        False, description="alpaca, pairs: write them through the chat template, as user and assistant"
+    )
+    each_turn: bool = Field(
+        False, description="messages, sharegpt: a record for each assistant turn, not the last one alone"
+    )
+    question_template: str = Field(
+        " Question: {question}\nAnswer:", description="prompt of a branch that asks a question"
+    )
     answer_template: str = Field(" {answer}", description="completion of a branch that asks a question")
     grouping: Literal["consecutive", "global"] = Field(
-        "consecutive", description="squad, hotpotqa: questions to a main that follow one another, or all (held in memory)"
+        "consecutive",
+        description="squad, hotpotqa: questions to a main that follow one another, or all (held in memory)",
     )
     text_column: str = Field("text", min_length=1, description="text: column or key that holds the text")
     chunk_tokens: int = Field(512, ge=64, description="text: longest chunk, in tokens, BOS and EOS included")
@@ -44,7 +53,9 @@ class ConvertSettings(Part):
     def _templates(self) -> Self:
         for name in ("question", "answer"):
             if f"{{{name}}}" not in getattr(self, f"{name}_template"):
-                raise ValueError(f"{name}_template={getattr(self, f'{name}_template')!r}: has no {{{name}}}; write it in")
+                raise ValueError(
+                    f"{name}_template={getattr(self, f'{name}_template')!r}: has no {{{name}}}; write it in"
+                )
         return self
 
 
@@ -70,8 +81,9 @@ def recognise(value: Any, text_column: str) -> Source | None:
 class Converter:
     """Files of source records to records of parallel JSONL.
 
-    tokenizer: called once, and only where a kind of source needs one. read: source records so far (of SQuAD, paragraphs; of
-    plain text, files). unanswered: questions left out because the source has no answer to them.
+    tokenizer: called once, and only where a kind of source needs one. read: source records so far (of SQuAD,
+    paragraphs; of plain text, files). unanswered: questions left out because the source has no answer to
+    them.
     """
 
     def __init__(self, settings: ConvertSettings, tokenizer: Callable[[], PreTrainedTokenizerBase]) -> None:
@@ -81,16 +93,22 @@ class Converter:
         self._wording = Wording(settings.question_template, settings.answer_template)
 
     def file(self, file: str) -> Found:
-        """What one file becomes, in its order. Raises UserError for a kind of file or record that is not known."""
+        """What one file becomes, in its order. Raises UserError for a kind of file or record that is not
+        known.
+        """
         if ending(file) != ".txt":
             return self.items(read_items(file))
         if self.settings.source not in ("auto", "text"):
-            raise UserError(f"source={self.settings.source}: {file} is plain text; set source=text, or give JSON, JSONL or CSV")
+            raise UserError(
+                f"source={self.settings.source}: {file} is plain text; set source=text, or give JSON, JSONL or CSV"
+            )
         self.read += 1
         return chunks(read_text(file), self._tokenizer, self.settings.chunk_tokens)
 
     def items(self, items: Iterable[Item | Bad]) -> Found:
-        """What records of one kind become, in their order. Raises UserError where the first does not show the kind."""
+        """What records of one kind become, in their order. Raises UserError where the first does not show the
+        kind.
+        """
         first, items = _first(iter(items))
         return self._converted(self._source(first), items) if first else self._counted(items)
 
@@ -99,8 +117,14 @@ class Converter:
             return self.settings.source
         source = recognise(first.value, self.settings.text_column)
         if source is None:
-            keys = f"the keys {', '.join(map(str, first.value))}" if isinstance(first.value, dict) else "no object"
-            raise UserError(f"source=auto: cannot tell what {first.place} is ({keys}); set source to one of {_CHOICES}")
+            keys = (
+                f"the keys {', '.join(map(str, first.value))}"
+                if isinstance(first.value, dict)
+                else "no object"
+            )
+            raise UserError(
+                f"source=auto: cannot tell what {first.place} is ({keys}); set source to one of {_CHOICES}"
+            )
         return source
 
     def _converted(self, source: Source, items: Iterator[Item | Bad]) -> Found:
@@ -138,10 +162,17 @@ class Converter:
         if self.settings.chat:
             return self._exchange(f"{instruction}\n\n{given}" if given else instruction, output)
         parts = {"Instruction": instruction, **({"Input": given} if given else {}), "Response": ""}
-        return [{"prompt": "\n\n".join(f"### {name}:\n{text}" for name, text in parts.items()), "completion": output}]
+        return [
+            {
+                "prompt": "\n\n".join(f"### {name}:\n{text}" for name, text in parts.items()),
+                "completion": output,
+            }
+        ]
 
     def _pair(self, value: Any) -> Iterable[Converted]:
-        """Prompt and response as they are; a question and its answer, which bring no space between them, by the templates."""
+        """Prompt and response as they are; a question and its answer, which bring no space between them, by
+        the templates.
+        """
         keys = value.keys() if isinstance(value, dict) else ()
         asks, answers = next((pair for pair in _PAIRS if set(pair) <= set(keys)), (None, None))
         if asks is None or answers is None:
@@ -149,10 +180,16 @@ class Converter:
         prompt, completion = text_at(value, asks), text_at(value, answers)
         if self.settings.chat:
             return self._exchange(prompt, completion)
-        return [self._wording.pair(prompt, completion) if asks == "question" else {"prompt": prompt, "completion": completion}]
+        return [
+            self._wording.pair(prompt, completion)
+            if asks == "question"
+            else {"prompt": prompt, "completion": completion}
+        ]
 
     def _text(self, value: Any) -> Iterator[Any]:
-        return chunks([text_at(value, self.settings.text_column)], self._tokenizer, self.settings.chunk_tokens)
+        return chunks(
+            [text_at(value, self.settings.text_column)], self._tokenizer, self.settings.chunk_tokens
+        )
 
     def _exchange(self, question: str, answer: str) -> Iterator[Converted]:
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

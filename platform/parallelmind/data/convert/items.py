@@ -47,7 +47,9 @@ def each(items: Iterable[Item | Bad], make: Callable[[Any], Iterable[MadeT]]) ->
 
 
 def text_at(value: Any, key: str, where: str = "") -> str:
-    """The text under a key, which must hold more than white space. `where` names the object in the RecordError."""
+    """The text under a key, which must hold more than white space. `where` names the object in the
+    RecordError.
+    """
     if not isinstance(value, dict):
         raise RecordError(f"{where or 'record'} is no JSON object")
     name = f"{where}.{key}" if where else key

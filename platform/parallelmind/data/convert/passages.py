@@ -1,4 +1,6 @@
-"""Questions about passages, as SQuAD and HotpotQA write them: the passage is main, its questions are the branches."""
+"""Questions about passages, as SQuAD and HotpotQA write them: the passage is main, its questions are the
+branches.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ class Wording:
         """others: answers that are right as well; the branch names them only where they differ."""
         # By replacement: other braces in a template are text.
         prompt = self.question.replace("{question}", question.strip())
-        completion, *rest = dict.fromkeys(self.answer.replace("{answer}", text.strip()) for text in (answer, *others))
+        completion, *rest = dict.fromkeys(
+            self.answer.replace("{answer}", text.strip()) for text in (answer, *others)
+        )
         return {"prompt": prompt, "completion": completion, **({"references": rest} if rest else {})}
 
 
@@ -37,7 +41,11 @@ class Asked:
 def paragraphs(items: Iterable[Item | Bad]) -> Iterator[Item | Bad]:
     """Articles as their paragraphs; every other item as it is."""
     for item in items:
-        if isinstance(item, Item) and isinstance(item.value, dict) and isinstance(item.value.get("paragraphs"), list):
+        if (
+            isinstance(item, Item)
+            and isinstance(item.value, dict)
+            and isinstance(item.value.get("paragraphs"), list)
+        ):
             for index, paragraph in enumerate(item.value["paragraphs"]):
                 yield Item(f"{item.place}.paragraphs[{index}]", paragraph)
         else:
@@ -45,7 +53,9 @@ def paragraphs(items: Iterable[Item | Bad]) -> Iterator[Item | Bad]:
 
 
 def asked(value: Any, wording: Wording) -> Iterator[Asked]:
-    """The questions of a paragraph with `qas`, or the one of a row with question and answer(s). Raises RecordError."""
+    """The questions of a paragraph with `qas`, or the one of a row with question and answer(s). Raises
+    RecordError.
+    """
     if not isinstance(value, dict) or not value.get("context"):
         raise RecordError("has no context")
     passage = _passage(value["context"])
@@ -90,7 +100,9 @@ def _passage(context: Any) -> str:
     if isinstance(context, str):
         return checked_text(context, "context")
     try:
-        pairs = zip(context["title"], context["sentences"], strict=True) if isinstance(context, dict) else context
+        pairs = (
+            zip(context["title"], context["sentences"], strict=True) if isinstance(context, dict) else context
+        )
         return checked_text("\n".join(_paragraph(title, sentences) for title, sentences in pairs), "context")
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, RecordError):
@@ -105,7 +117,8 @@ def _paragraph(title: str, sentences: list[str]) -> str:
 
 
 def grouped(found: Iterable[Asked | Bad], everywhere: bool) -> Iterator[Converted | Bad]:
-    """One record for each passage: of questions that follow one another, or of all, which are then held in memory.
+    """One record for each passage: of questions that follow one another, or of all, which are then held in
+    memory.
 
     Passages stay in the order in which they first come; questions without an answer must be gone.
     """

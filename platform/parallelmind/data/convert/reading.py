@@ -27,11 +27,15 @@ def ending(file: str) -> str:
     for known in ENDINGS:
         if plain.endswith(known):
             return known
-    raise UserError(f"data_path={file}: unknown ending; give {', '.join(ENDINGS)}, or any but the last with .gz")
+    raise UserError(
+        f"data_path={file}: unknown ending; give {', '.join(ENDINGS)}, or any but the last with .gz"
+    )
 
 
 def read_items(file: str) -> Iterator[Item | Bad]:
-    """The records of a JSON, JSONL, CSV or Parquet file; a JSON file that holds one object a line counts as JSONL."""
+    """The records of a JSON, JSONL, CSV or Parquet file; a JSON file that holds one object a line counts as
+    JSONL.
+    """
     kind = ending(file)
     if kind == ".csv":
         return _table(file)
@@ -55,7 +59,9 @@ def _numbered(file: str) -> Iterator[tuple[int, Line]]:
     try:
         yield from enumerate((line for part in file_parts([file]) for line in read_lines(part)), start=1)
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"data_path={file}: cannot be read ({first_line(error)}); see that it is what its ending says") from error
+        raise UserError(
+            f"data_path={file}: cannot be read ({first_line(error)}); see that it is what its ending says"
+        ) from error
 
 
 def _decoded(line: Line) -> str:
@@ -105,7 +111,9 @@ def _table(file: str) -> Iterator[Item | Bad]:
 
 
 def _csv_lines(file: str, problems: list[Bad]) -> Iterator[str]:
-    """Lines for the CSV reader, bytes that are not UTF-8 as lone surrogates; what cannot be read goes into `problems`."""
+    """Lines for the CSV reader, bytes that are not UTF-8 as lone surrogates; what cannot be read goes into
+    `problems`.
+    """
     for number, line in _numbered(file):
         if line.raw is None:
             problems.append(Bad(f"{file}:{number}", line.problem or ""))
@@ -149,20 +157,30 @@ def _loaded(file: str) -> Any:
     try:
         with open_file(file) as stream:
             raw = stream.read()
-        return json.loads((gzip.decompress(raw) if file.endswith(".gz") else raw).removeprefix(_BOM).decode("utf-8"))
+        return json.loads(
+            (gzip.decompress(raw) if file.endswith(".gz") else raw).removeprefix(_BOM).decode("utf-8")
+        )
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
-        raise UserError(f"data_path={file}: is not JSON ({first_line(error)}); mend it, or rename it to .jsonl") from error
+        raise UserError(
+            f"data_path={file}: is not JSON ({first_line(error)}); mend it, or rename it to .jsonl"
+        ) from error
 
 
 def dataset_items(name: str, subset: str | None, split: str) -> Iterator[Item | Bad]:
-    """The rows of a data set of the Hugging Face hub, streamed. Raises UserError where it cannot be loaded."""
+    """The rows of a data set of the Hugging Face hub, streamed. Raises UserError where it cannot be
+    loaded.
+    """
     try:
         import datasets
     except ImportError as error:
-        raise UserError(f"dataset={name}: needs the package datasets, which is not installed; pip install datasets") from error
+        raise UserError(
+            f"dataset={name}: needs the package datasets, which is not installed; pip install datasets"
+        ) from error
     try:
         for number, row in enumerate(datasets.load_dataset(name, subset, split=split, streaming=True)):
             yield Item(f"{name}/{split}[{number}]", row)
     except Exception as error:  # whatever the hub, the network or the data set's own format raises
         where = f"dataset={name} subset={subset} split={split}"
-        raise UserError(f"{where}: cannot be loaded ({first_line(error)}); check the three and the network") from error
+        raise UserError(
+            f"{where}: cannot be loaded ({first_line(error)}); check the three and the network"
+        ) from error

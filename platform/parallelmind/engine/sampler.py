@@ -1,0 +1,292 @@
+"""From logits to the next tokens: one pass over branches that each have settings of their own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from hashlib import blake2b
+from reprlib import repr as short
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.generation import logits_process as hf
+
+from parallelmind.errors import UserError
+from parallelmind.layout import Ints
+
+MAX_LOGPROBS = 20
+MAX_BIASES = 1024
+MAX_BIAS = 100
+MAX_STOPS = 16
+MAX_STOP_CHARS = 1000
+
+Biases = tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How a branch is continued. Raises UserError for a value that means nothing.
+
+    max_new_tokens: most tokens per branch.
+    temperature: 0 always takes the likeliest token; 1 draws from the model's own distribution.
+    top_k, top_p, min_p: draw only from the k likeliest tokens (0: all), from the fewest tokens that hold probability p
+        (1: all), from those at least p times as likely as the likeliest (0: all).
+    repetition_penalty: above 1 makes what a branch has already read or said less likely.
+    logit_bias: token id -> number from -100 to 100 that is added to its logit; kept as (id, bias) pairs in order of id.
+    stop: a branch ends before any of these texts.
+    seed: the same seed draws the same tokens, whatever siblings a branch has; none draws from torch's global generator.
+    ignore_eos: go on after the end-of-text token.
+    logprobs: also give the log-probability of each chosen token, and of this many likeliest tokens; None gives neither.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Biases = ()
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        self._whole("max_new_tokens", least=1)
+        self._whole("top_k", least=0)
+        if self.seed is not None:
+            self._whole("seed", least=0)
+        if self.logprobs is not None:
+            self._whole("logprobs", least=0, most=MAX_LOGPROBS)
+        self._number(
+            "temperature",
+            0 <= _float(self.temperature) < math.inf,
+            "give 0 (greedy) or a finite number above it",
+        )
+        self._number("top_p", 0 < _float(self.top_p) <= 1, "give a number above 0 and up to 1")
+        self._number("min_p", 0 <= _float(self.min_p) <= 1, "give a number from 0 to 1")
+        self._number(
+            "repetition_penalty",
+            0 < _float(self.repetition_penalty) < math.inf,
+            "give a number above 0; 1 is off",
+        )
+        object.__setattr__(self, "logit_bias", _checked_biases(self.logit_bias))
+        object.__setattr__(self, "stop", _checked_stops(self.stop))
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """From keywords. Raises UserError for an unknown one."""
+        known = [field.name for field in fields(cls)]
+        for name, value in values.items():
+            if name not in known:
+                raise UserError(
+                    f"{str(name)[:40]}={short(value)}: unknown sampling setting; choose from {', '.join(known)}"
+                )
+        return cls(**values)
+
+    def _whole(self, name: str, least: int, most: int | None = None) -> None:
+        value = getattr(self, name)
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int)
+            or value < least
+            or (most is not None and value > most)
+        ):
+            raise UserError(
+                f"{name}={short(value)}: give a whole number from {least} {'up' if most is None else f'to {most}'}"
+            )
+
+    def _number(self, name: str, fits: bool, remedy: str) -> None:
+        if not fits:
+            raise UserError(f"{name}={short(getattr(self, name))}: {remedy}")
+
+
+def _float(value: Any) -> float:
+    """NaN, which fits no range, for whatever is no number or beyond every float."""
+    try:
+        return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        return math.nan
+
+
+def _checked_biases(value: Any) -> Biases:
+    """(id, bias) pairs in order of id, from a mapping or from such pairs."""
+    pairs = tuple(value.items()) if isinstance(value, Mapping) else value
+    if not isinstance(pairs, tuple) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
+        raise UserError(f"logit_bias={short(value)}: give a mapping from token ids to numbers")
+    if len(pairs) > MAX_BIASES:
+        raise UserError(f"logit_bias={short(value)} ({len(pairs)} token ids): give at most {MAX_BIASES}")
+    for token, bias in pairs:
+        if (
+            isinstance(token, bool)
+            or not isinstance(token, int)
+            or token < 0
+            or not abs(_float(bias)) <= MAX_BIAS
+        ):
+            raise UserError(
+                f"logit_bias={short({token: bias})}: give ids from 0 up with numbers from -{MAX_BIAS} to {MAX_BIAS}"
+            )
+    return tuple(sorted((token, float(bias)) for token, bias in dict(pairs).items()))
+
+
+def _checked_stops(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, (tuple, list)) or not all(isinstance(text, str) and text for text in value):
+        raise UserError(f"stop={short(value)}: give a list of texts, none of them empty")
+    if len(value) > MAX_STOPS:
+        raise UserError(f"stop={short(value)} ({len(value)} texts): give at most {MAX_STOPS}")
+    longest = max(value, key=len, default="")
+    if len(longest) > MAX_STOP_CHARS:
+        raise UserError(
+            f"stop={short(longest)} ({len(longest)} characters): give texts of at most {MAX_STOP_CHARS} characters"
+        )
+    return tuple(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One live branch that is about to get a token.
+
+    seed: `params.seed`, or one from `fresh_seed` for the branch's sample. branch: its index in the sample.
+    index: how many tokens it has been given before; (seed, branch, index) fix a draw, so a branch can go on
+    anywhere. history: `[tokens]` ids that it has read or said, prompt first; looked at for a repetition
+    penalty only.
+    """
+
+    params: SamplingParams
+    seed: int
+    branch: int
+    index: int
+    history: Ints
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A branch's next token.
+
+    logprob, top: where asked for, the natural log-probability of `token`, and the likeliest (id, log-probability) pairs from
+        the likeliest down, by the model's own distribution: before bias, penalty, temperature and the rest.
+    """
+
+    token: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def fresh_seed() -> int:
+    """A seed from torch's global generator, so that `torch.manual_seed` governs what is sampled without a
+    seed.
+    """
+    return int(torch.randint(2**62, ()))
+
+
+@torch.inference_mode()
+def choose(logits: Tensor, rows: Sequence[Row]) -> list[Choice]:
+    """The next token of every row.
+
+    logits: `[rows, vocab]`, never changed. What a row gets does not depend on the rows beside it.
+    """
+    scores = _penalised(_biased(logits, rows), rows)
+    picked = scores.argmax(dim=-1)
+    drawing = [at for at, row in enumerate(rows) if row.params.temperature]
+    if drawing:
+        picked[drawing] = _draw(scores[drawing].float(), [rows[at] for at in drawing])
+    if all(row.params.logprobs is None for row in rows):
+        return [Choice(token, None) for token in picked.tolist()]
+    return _with_logprobs(logits, picked, rows)
+
+
+def _biased(scores: Tensor, rows: Sequence[Row]) -> Tensor:
+    biases = [(at, token, bias) for at, row in enumerate(rows) for token, bias in row.params.logit_bias]
+    if not biases:
+        return scores
+    at, tokens, added = (torch.tensor(column, device=scores.device) for column in zip(*biases, strict=True))
+    return scores.float().index_put((at, tokens), added.float(), accumulate=True)
+
+
+def _penalised(scores: Tensor, rows: Sequence[Row]) -> Tensor:
+    penalties = {
+        at: row.params.repetition_penalty for at, row in enumerate(rows) if row.params.repetition_penalty != 1
+    }
+    if not penalties:
+        return scores
+    longest = max(len(rows[at].history) for at in penalties)
+    history = np.full(
+        (len(penalties), longest), scores.shape[-1]
+    )  # filled up with an id that the processor drops
+    for line, at in zip(history, penalties, strict=True):
+        line[: len(rows[at].history)] = rows[at].history
+    ids = torch.from_numpy(history).to(scores.device)
+    return _per_row(hf.RepetitionPenaltyLogitsProcessor, "penalty", penalties, scores.float(), ids)
+
+
+def _draw(scores: Tensor, rows: Sequence[Row]) -> Tensor:
+    """`[rows]` ids, by inverting the cumulative distribution: one number per row instead of one per word of
+    the vocabulary.
+    """
+    cumulative = _warped(scores, [row.params for row in rows]).softmax(dim=-1).double().cumsum(dim=-1)
+    uniform = torch.tensor([[_uniform(row)] for row in rows], dtype=torch.float64, device=scores.device)
+    picked = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+    return picked.squeeze(-1).clamp_(max=scores.shape[-1] - 1)  # NaN logits: whatever, but an id
+
+
+def _uniform(row: Row) -> float:
+    """A number in [0, 1) that is a function of (seed, branch, index) alone: 53 bits of their hash."""
+    digest = blake2b(f"{row.seed},{row.branch},{row.index}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+def _warped(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """`[rows, vocab]` scores after what shapes a draw, in transformers' own order."""
+
+    def asked(field: str, off: float) -> dict[int, float]:
+        return {at: getattr(own, field) for at, own in enumerate(params) if getattr(own, field) != off}
+
+    scores = _per_row(hf.TemperatureLogitsWarper, "temperature", asked("temperature", off=1), scores)
+    top_k = asked("top_k", off=0)
+    for k in set(top_k.values()):  # topk takes one number for all
+        scores = _apply(hf.TopKLogitsWarper(int(k)), [at for at in top_k if top_k[at] == k], scores)
+    scores = _per_row(hf.TopPLogitsWarper, "top_p", asked("top_p", off=1), scores)
+    return _per_row(hf.MinPLogitsWarper, "min_p", asked("min_p", off=0), scores)
+
+
+def _per_row(
+    kind: Any, attribute: str, values: dict[int, float], scores: Tensor, history: Any = None
+) -> Tensor:
+    """Process the rows of `values` (row -> value): processors check for one number, but a `[rows, 1]` column
+    computes alike.
+    """
+    processor = kind(1.0)
+    column = torch.tensor(list(values.values()), dtype=torch.float32, device=scores.device)
+    setattr(processor, attribute, column.clamp(1e-15, 1e15)[:, None])  # scores stay finite in float32
+    return _apply(processor, list(values), scores, history)
+
+
+def _apply(processor: hf.LogitsProcessor, at: list[int], scores: Tensor, history: Any = None) -> Tensor:
+    """`scores` with the rows `at` processed and all others as they are."""
+    if not at:
+        return scores
+    if len(at) == len(scores):
+        return processor(history, scores)
+    where = torch.tensor(at, device=scores.device)
+    return scores.index_copy(0, where, processor(history, scores[where]))
+
+
+def _with_logprobs(logits: Tensor, picked: Tensor, rows: Sequence[Row]) -> list[Choice]:
+    logs = logits.float().log_softmax(dim=-1)
+    width = min(
+        MAX_LOGPROBS, logs.shape[-1]
+    )  # always as many, since which of several equals comes first depends on it
+    values, ids = logs.topk(width)
+    own = picked[:, None]
+    table = torch.cat(
+        [own.double(), logs.gather(1, own), ids, values], dim=1
+    )  # float64 holds every id: one copy to the host
+    choices = []
+    for row, (token, logprob, *likeliest) in zip(rows, table.tolist(), strict=True):
+        top = zip(map(int, likeliest[:width]), likeliest[width:], strict=True)
+        k = row.params.logprobs
+        choices.append(Choice(int(token), None) if k is None else Choice(int(token), logprob, tuple(top)[:k]))
+    return choices

@@ -1,0 +1,118 @@
+"""Ways to put questions about one passage to a model, and what each of them keeps in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from parallelmind.engine.generate import engine_for
+from parallelmind.engine.model_runner import Model, PoolForward
+from parallelmind.engine.output import BranchWriter
+from parallelmind.engine.request import Sample, encode_sample, end_ids
+from parallelmind.engine.sampler import SamplingParams
+from parallelmind.engine.validation import Asked
+
+EngineName = Literal["parallel", "one_by_one", "batch"]
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What was said, by branch. tokens: decoded, those that end a text included.
+
+    kv_bytes: of keys and values at their most; None where the model keeps something else.
+    """
+
+    texts: list[str]
+    tokens: int
+    kv_bytes: int | None
+
+
+Ask = Callable[[Model, PreTrainedTokenizerBase, Sample, int], Said]
+
+
+def in_branches(
+    model: Model, tokenizer: PreTrainedTokenizerBase, sample: Sample, max_new_tokens: int
+) -> Said:
+    """Every question a branch of one sequence, by an engine of its own. Greedy."""
+    return side_by_side(model, tokenizer, [sample], max_new_tokens)[0]
+
+
+def side_by_side(
+    model: Model, tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample], max_new_tokens: int
+) -> list[Said]:
+    """Samples as `in_branches`, all in one engine: their steps are shared, and so is what is told of
+    memory.
+    """
+    sampling = {"max_new_tokens": max_new_tokens}
+    engine = engine_for(
+        model, tokenizer, [Asked.of(tokenizer, sample, None, None, sampling) for sample in samples]
+    )
+    texts, tokens = [[""] * len(sample.branches) for sample in samples], [0] * len(samples)
+    while engine.busy:
+        for event in engine.step():
+            texts[event.sample][event.branch] += event.text
+            tokens[event.sample] += 1
+    forward = engine.forward
+    kept = forward.cache.bytes() if isinstance(forward, PoolForward) else None
+    return [Said(*said, kept) for said in zip(texts, tokens, strict=True)]
+
+
+def in_a_batch(model: Model, tokenizer: PreTrainedTokenizerBase, sample: Sample, max_new_tokens: int) -> Said:
+    """Every question a row of main and question, padded on the left, through Hugging Face's own `generate`.
+    Greedy.
+
+    Every row is a lone branch, main included: branch coordinate 0, times 0, 1, 2…
+    """
+    main, *prompts = encode_sample(tokenizer, sample).split()
+    longest, pad = len(main) + max(map(len, prompts)), tokenizer.pad_token_id or 0
+    gaps = [longest - len(main) - len(prompt) for prompt in prompts]
+    ids = [[pad] * gap + main + prompt for gap, prompt in zip(gaps, prompts, strict=True)]
+    mask = [[0] * gap + [1] * (longest - gap) for gap in gaps]
+    ends = end_ids(model, tokenizer)
+    whole: Any = model
+    found = whole.generate(
+        input_ids=torch.tensor(ids, device=model.device),
+        attention_mask=torch.tensor(mask, device=model.device),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=pad,
+        return_dict_in_generate=True,
+    )
+    new = found.sequences[:, longest:].tolist()
+    writers = [
+        BranchWriter(tokenizer, prompt, SamplingParams(max_new_tokens=max_new_tokens), ends)
+        for prompt in prompts
+    ]
+    read = [_read(writer, row) for writer, row in zip(writers, new, strict=True)]
+    return Said(
+        [text for text, _ in read], sum(count for _, count in read), _cache_bytes(found.past_key_values)
+    )
+
+
+ENGINES: dict[EngineName, Ask] = {"parallel": in_branches, "one_by_one": in_branches, "batch": in_a_batch}
+
+
+def _read(writer: BranchWriter, row: list[int]) -> tuple[str, int]:
+    """The text of a row, and its tokens up to its end; padding follows."""
+    text = ""
+    for count, token in enumerate(row, start=1):
+        piece, reason = writer.write(token)
+        text += piece
+        if reason:
+            return text, count
+    return text, len(row)
+
+
+def _cache_bytes(cache: Any) -> int | None:
+    """What Hugging Face's cache holds: it only grows, so at the end it is at its most."""
+    layers = getattr(cache, "layers", ())
+    tensors = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
+    if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors):
+        return None
+    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))

@@ -1,0 +1,164 @@
+"""Adapters by name: loaded when first asked for, watched for new versions, and put away when others need the
+room.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import monotonic
+from typing import Any
+
+import parallelmind as pm
+from parallelmind.ray_env import MLFLOW_AWAY, settle
+from parallelmind.remote import Mirror
+from serving.config import BASE, MANIFEST, REGISTRY, AppConfig
+from serving.observability.log import log
+
+_ROUNDING = {
+    "float32": 5e-4
+}  # how far decoded logits may be from those of training's layout, as a share of the largest
+_COARSE = 5e-2  # in half precision
+
+
+class Replaced(pm.UserError):
+    """A sample cannot go on with the version that it has begun with."""
+
+
+class _Unfit(pm.UserError):
+    """A version that would be refused another time as well."""
+
+
+@dataclass(slots=True)
+class _Loaded:
+    """stamp: what tells one version of an adapter from another. looked: when it was last compared.
+
+    unfit: the stamp of a newer one that is refused. told: why, as the log has it.
+    """
+
+    stamp: str
+    looked: float
+    unfit: str | None = None
+    told: str | None = None
+
+
+class Shelf:
+    """The adapters of one engine. A new version serves the samples that begin after it; others end with
+    theirs.
+    """
+
+    def __init__(self, engine: pm.Engine, config: AppConfig) -> None:
+        self._engine, self._config = engine, config
+        self._loaded: OrderedDict[str, _Loaded] = OrderedDict()  # least lately used first
+        self._turn = asyncio.Lock()
+        settle(MLFLOW_AWAY)  # everybody who wants an adapter waits for the registry
+
+    def loaded(self) -> int:
+        return len(self._loaded)
+
+    async def ready(self, model: str, version: str | None = None) -> str | None:
+        """The name that the engine knows this model by, once it is loaded.
+
+        version: what a sample has begun with elsewhere. Raises UserError for an unknown model, and for an
+        adapter that is damaged, of another base, or decodes other than it was trained; Replaced if that
+        version is not to be had any more. What is wrong with a new version leaves the one that is loaded at
+        work.
+        """
+        if model == self._config.name:
+            return None
+        if model == BASE:
+            return BASE
+        async with self._turn:
+            known = self._loaded.get(model)
+            if known is None:
+                await asyncio.to_thread(self._refresh, model)
+            elif monotonic() - known.looked > self._config.refresh_s:
+                await asyncio.to_thread(self._look_again, model, known, version)
+            if version is not None and version != self._loaded[model].stamp:
+                model = self._pinned(model, version)
+                await asyncio.to_thread(self._refresh, model)
+            self._loaded.move_to_end(model)
+            await asyncio.to_thread(self._make_room)
+        return model
+
+    def version(self, name: str | None) -> str:
+        """Which one a name stands for now, as `ready` has given it."""
+        return self._loaded[name].stamp if name is not None and name in self._loaded else ""
+
+    def _pinned(self, model: str, version: str) -> str:
+        """By which name the registry still has a version that the model's own name does not mean any more."""
+        where = self._config.locate(model) or ""
+        if not where.startswith(REGISTRY):
+            raise Replaced(
+                f"model={model!r}: has a new version, and the old one is gone with its engine; ask again"
+            )
+        name = where.removeprefix(REGISTRY).partition("@")[0].partition("/")[0]
+        return f"{REGISTRY}{name}/{version}"
+
+    def _look_again(self, model: str, known: _Loaded, version: str | None) -> None:
+        """Load a new version, if there is one that can be had. Raises UserError for none only if it is asked
+        for by name.
+        """
+        try:
+            self._refresh(model)
+        except (pm.UserError, OSError) as error:
+            if version not in (None, known.stamp):
+                raise
+            if str(error) != known.told:
+                log.warning("adapter %r stays at the version that is loaded: %s", model, error)
+            known.told, known.looked = str(error), monotonic()
+
+    def _refresh(self, model: str) -> None:
+        stamp, fetch = self._find(model)
+        known = self._loaded.get(model)
+        if known is not None and stamp in (known.stamp, known.unfit):
+            known.looked = monotonic()
+            return
+        try:
+            with TemporaryDirectory(prefix="pm-adapter-") as scratch:
+                self._engine.load_adapter(model, fetch(Path(scratch)), check=self._check)
+        except _Unfit:
+            if known is not None:
+                known.unfit = stamp
+            raise
+        self._loaded[model] = _Loaded(stamp, monotonic())
+
+    def _find(self, model: str) -> tuple[str, Callable[[Path], str | Path]]:
+        """What tells this version from others, and how to get its folder, given one for what has to be
+        fetched.
+        """
+        where = self._config.locate(model)
+        if where is None:
+            raise pm.UserError(f"model={model!r}: not served here; /v1/models lists what is")
+        if where.startswith(REGISTRY):
+            from parallelmind import tracking
+
+            uri = self._config.mlflow_uri or ""
+            version, source = tracking.registered(uri, where)
+            return version, lambda scratch: tracking.fetch(uri, source, scratch)
+        note = Mirror.at(where, "model").inner(MANIFEST).read()
+        return sha256(note).hexdigest() if note else "", lambda _: where
+
+    def _check(self, model: Any) -> None:
+        """Refuse an adapter that decodes other than it was trained."""
+        from parallelmind.evaluation.laws import decodes_as_trained
+        from parallelmind.evaluation.probes import MAIN, LawBroken
+
+        if self._engine.apart or not self._engine.config.patch_rope:
+            return
+        try:
+            decodes_as_trained(model, MAIN, self._engine.config, _ROUNDING.get(self._config.dtype, _COARSE))
+        except LawBroken as error:
+            raise _Unfit(
+                f"model: is not served, since {error}; train it with the installed versions"
+            ) from error
+
+    def _make_room(self) -> None:
+        while len(self._loaded) > self._config.max_adapters:
+            model, _ = self._loaded.popitem(last=False)
+            self._engine.unload_adapter(model)

@@ -1,0 +1,1 @@
+"""The HTTP deployment: routes, limits, preprocessing, failover."""

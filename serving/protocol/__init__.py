@@ -1,0 +1,1 @@
+"""Requests and responses: schemas, response formats, errors."""

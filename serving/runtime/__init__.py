@@ -1,0 +1,1 @@
+"""Ports, environment and proxy of a server of our own."""

@@ -1,0 +1,113 @@
+"""How many batches an epoch is said to hold is what it holds, whatever the format, the language and the
+limits.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tiny import tiny_tokenizer
+
+from parallelmind.config import DataConfig
+from parallelmind.data import survey as survey_module
+from parallelmind.data.batch_count import epoch_batches
+from parallelmind.data.files import file_parts
+from parallelmind.data.packing import Row, Seeds, groups
+from parallelmind.data.pipeline import read_part, survey
+
+ENGLISH = "The answer to the question is in the passage. "
+CHINESE = "问题的答案就在这段文字里,请仔细阅读。"
+
+
+def texts(text: str, count: int) -> list[dict[str, Any]]:
+    """Records of very different lengths, the long ones last: a sample from the beginning would mislead."""
+    draws = random.Random(0)
+    return [
+        {"text": f"{number} {text * draws.randint(1, 3 + number * 6 // count)}"} for number in range(count)
+    ]
+
+
+def write(path: Path, records: Sequence[Mapping[str, Any]]) -> Path:
+    if path.suffix == ".parquet":
+        columns = {key: [record.get(key) for record in records] for key in {**records[0], **records[-1]}}
+        pq.write_table(pa.table(columns), path, row_group_size=100)
+    else:
+        path.write_text(
+            "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8"
+        )
+    return path
+
+
+def config(path: Path, **settings: Any) -> DataConfig:
+    return DataConfig.model_validate({"data_path": str(path), "length_window": 4, **settings})
+
+
+def planned(path: Path, data: DataConfig) -> int:
+    return epoch_batches(survey([str(path)], data), tiny_tokenizer(), data, seed=3)
+
+
+def held(path: Path, data: DataConfig) -> int:
+    """The batches of the first epoch, counted."""
+    items = (item for part in file_parts([str(path)]) for item in read_part(part, tiny_tokenizer(), data))
+    rows = (Row(item.tokens, lone) for item, lone in items if item.tokens is not None)
+    return sum(1 for _ in groups(rows, data, Seeds(3)))
+
+
+MODES: list[dict[str, Any]] = [
+    {"batch_tokens": 4096},
+    {"batch_size": 3, "max_sample_tokens": 400},  # which ends groups before they have their number
+    {"batch_size": 10, "batch_by_samples": False, "max_branch_tokens": 60, "overlong": "skip"},
+]
+
+
+@pytest.mark.parametrize("settings", MODES)
+def test_a_small_epoch_is_counted_and_is_the_same_in_either_format(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    records = [*texts(CHINESE, 150), {"main": ENGLISH * 3, "branches": [ENGLISH] * 20}]
+    whole = [write(tmp_path / name, records) for name in ("data.jsonl", "data.parquet")]
+    found = [planned(path, config(path, **settings)) for path in whole]
+    assert found == [held(path, config(path, **settings)) for path in whole]
+    assert found[0] == found[1] > 5
+
+
+@pytest.mark.parametrize("settings", MODES)
+@pytest.mark.parametrize("name", ["data.jsonl", "data.parquet"])
+@pytest.mark.parametrize("text", [ENGLISH, CHINESE])
+def test_a_large_epoch_is_planned_from_a_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, name: str, settings: dict[str, Any]
+) -> None:
+    path = write(tmp_path / name, texts(text, 2000 if name == "data.jsonl" else 400))
+    monkeypatch.setattr(survey_module, "SAMPLE", 20_000)
+    monkeypatch.setattr("parallelmind.data.pipeline.SAMPLE", 20_000)
+    data = config(path, **settings)
+    assert 0 < len(survey([str(path)], data).sample) < 400
+    assert planned(path, data) == planned(path, data)  # as a run that goes on would
+    assert planned(path, data) == pytest.approx(held(path, data), rel=0.15)
+
+
+def test_records_as_long_as_the_sample_are_counted_on_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "data.jsonl", [{"main": "", "branches": [ENGLISH] * 50}] * 40)
+    monkeypatch.setattr(survey_module, "SAMPLE", 20)
+    monkeypatch.setattr("parallelmind.data.pipeline.SAMPLE", 20)
+    data = config(path, batch_tokens=4096)
+    assert planned(path, data) == pytest.approx(held(path, data), rel=0.15)
+
+
+def test_batches_larger_than_the_sample_are_not_rounded_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "data.jsonl", texts(ENGLISH, 4000))
+    monkeypatch.setattr(survey_module, "SAMPLE", 20_000)
+    monkeypatch.setattr("parallelmind.data.pipeline.SAMPLE", 20_000)
+    data = config(path, batch_tokens=60_000, length_window=1)
+    assert planned(path, data) == pytest.approx(held(path, data), rel=0.15)

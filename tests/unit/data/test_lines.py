@@ -1,0 +1,142 @@
+"""Lines of plain, compressed and columnar files: each read once, with its place, and none lost to a bad
+neighbour.
+"""
+
+from __future__ import annotations
+
+import gzip
+from contextlib import nullcontext
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from parallelmind.data import lines as lines_module
+from parallelmind.data.files import Part, file_parts
+from parallelmind.data.lines import Line, read_lines
+
+PIECES = [b"a", b"bb", b"\n", b"\r", "\u2028".encode(), "\u0085".encode(), b"\xff", b"\x00"]
+
+
+def all_lines(file: Path) -> list[Line]:
+    return [line for part in file_parts([str(file)]) for line in read_lines(part)]
+
+
+@given(
+    content=st.lists(st.sampled_from(PIECES), max_size=40),
+    size=st.integers(1, 12),
+    longest=st.integers(3, 50),
+)
+def test_every_line_is_read_once_wherever_the_cuts_fall(tmp_path_factory, content, size, longest):
+    file = tmp_path_factory.mktemp("lines") / "data"
+    data = b"".join(content)
+    file.write_bytes(data)
+    expected, offset = [], 0
+    for raw in data.removesuffix(b"\n").split(b"\n") if data else []:
+        expected.append((offset, raw))
+        offset += len(raw) + 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lines_module, "LONGEST", longest)
+        parts = [Part(str(file), at, min(at + size, len(data))) for at in range(0, len(data), size)]
+        found = [line for part in parts for line in read_lines(part)]
+    assert [line.offset for line in found] == [offset for offset, _ in expected]
+    for line, (_, raw) in zip(found, expected, strict=True):
+        if line.problem is None:
+            assert line.raw == raw
+        else:
+            assert len(raw) + 1 > longest
+            assert "more than the" in line.problem
+
+
+def test_a_very_long_line_is_passed_over_once_and_not_held(tmp_path, monkeypatch):
+    """The parts in the middle of it look no further than their own end."""
+    file = tmp_path / "data.jsonl"
+    file.write_bytes(b'{"text": "a"}\n' + b"x" * (20 << 20) + b'\n{"text": "b"}\n')
+    monkeypatch.setattr(lines_module, "LONGEST", 1000)
+    read = []
+
+    class Counting:
+        def __init__(self, stream):
+            self.stream = stream
+
+        def readline(self, limit):
+            read.append(self.stream.readline(limit))
+            assert len(read[-1]) <= 1 << 20
+            return read[-1]
+
+        def __getattr__(self, name):
+            return getattr(self.stream, name)
+
+    monkeypatch.setattr(lines_module, "open_file", lambda name: nullcontext(Counting(open(name, "rb"))))  # noqa: SIM115
+    first, long, last = all_lines(file)
+    assert (first.raw, last.raw) == (b'{"text": "a"}', b'{"text": "b"}')
+    assert "20,971,521 bytes" in long.problem
+    assert sum(map(len, read)) < 3 * file.stat().st_size
+
+
+TEXT = b"".join(b'{"text": "%d"}\n' % number for number in range(2000))
+
+
+@pytest.mark.parametrize("ending", ["gz", "zst"])
+def test_compressed_files(tmp_path, ending):
+    file = tmp_path / f"data.jsonl.{ending}"
+    with pa.output_stream(str(file), compression={"gz": "gzip", "zst": "zstd"}[ending]) as stream:
+        stream.write(TEXT)
+    assert [line.raw for line in all_lines(file)] == TEXT.splitlines()
+    assert all_lines(file)[7].offset == TEXT.index(b'{"text": "7"}')
+
+
+def test_a_damaged_gzip_tail_costs_only_what_comes_after_it(tmp_path):
+    whole = gzip.compress(TEXT)
+    for damaged in (whole[: len(whole) // 2], whole[: len(whole) // 2] + b"\x00" * 50, whole + b"garbage"):
+        file = tmp_path / "data.jsonl.gz"
+        file.write_bytes(damaged)
+        *good, last = all_lines(file)
+        assert "damaged from here on" in last.problem
+        assert good
+        assert [line.raw for line in good] == TEXT.splitlines()[: len(good)]
+        assert last.offset <= len(TEXT)
+
+
+def test_rows_of_parquet(tmp_path):
+    rows = [
+        {"main": "m", "branches": [{"prompt": "p", "completion": "c", "text": None}], "text": None},
+        {"main": None, "branches": None, "text": "lone"},
+    ]
+    file = tmp_path / "data.parquet"
+    pq.write_table(pa.Table.from_pylist(rows * 3), file, row_group_size=2)
+    found = all_lines(file)
+    assert [line.offset for line in found] == list(range(6))
+    assert found[2].value == {"main": "m", "branches": [{"prompt": "p", "completion": "c"}]}
+    assert found[5].value == {"text": "lone"}
+
+
+def test_a_damaged_row_group_costs_no_other(tmp_path):
+    file = tmp_path / "data.parquet"
+    pq.write_table(
+        pa.table({"text": [f"{number} lives" for number in range(3000)]}), file, row_group_size=1000
+    )
+    column = pq.ParquetFile(file).metadata.row_group(1).column(0)
+    content = bytearray(file.read_bytes())
+    first, size = column.dictionary_page_offset, column.total_compressed_size
+    content[first : first + size] = b"\xff" * size
+    file.write_bytes(content)
+    found = all_lines(file)
+    (bad,) = [line for line in found if line.problem]
+    assert bad.offset == 1000
+    assert "damaged from here on" in bad.problem
+    assert [line.value["text"] for line in found if not line.problem] == [
+        f"{number} lives" for number in (*range(1000), *range(2000, 3000))
+    ]
+
+
+def test_parquet_text_that_is_not_utf8_is_told(tmp_path):
+    file = tmp_path / "data.parquet"
+    column = pa.array([b"good", b"\xff\xfe"]).cast(pa.string(), safe=False)
+    pq.write_table(pa.table({"text": column}), file, row_group_size=1)
+    good, bad = all_lines(file)
+    assert good.value == {"text": "good"}
+    assert "utf-8" in bad.problem

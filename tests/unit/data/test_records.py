@@ -1,0 +1,97 @@
+"""Parallel JSONL: what is a record, and the reason given for what is not."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from parallelmind.data.records import Branch, Record, RecordError, parse_line
+
+
+def parse(value: object, vocab_size: int | None = None) -> Record:
+    return parse_line(json.dumps(value).encode(), vocab_size)
+
+
+def test_every_form() -> None:
+    record = parse(
+        {
+            "main": "passage",
+            "branches": [
+                "plain",
+                {"text": "with offset", "answer_offset": 2},
+                {"prompt": "q", "completion": "a"},
+                {"input_ids": [3, 4], "answer_offset": 1},
+            ],
+            "id": 7,
+        }
+    )
+    assert record == Record(
+        "passage",
+        (
+            Branch("plain"),
+            Branch("with offset", answer_offset=2),
+            Branch("q", "a"),
+            Branch([3, 4], answer_offset=1),
+        ),
+        lone=False,
+        extra=("id",),
+    )
+    assert parse({"text": "alone", "answer_offset": 1}) == Record(
+        "", (Branch("alone", answer_offset=1),), lone=True
+    )
+    assert parse({"input_ids": [1, 2]}).branches[0].body == [1, 2]
+    assert parse({"main": {"input_ids": [5]}, "branches": ["b"]}).main == [5]
+    assert parse({"branches": ["b"]}).main == ""
+    several = {"prompt": "q", "completion": "a", "references": ["b", "c"]}
+    assert parse({"branches": [several]}).branches == (Branch("q", "a", references=("b", "c")),)
+    assert parse(several).branches == (Branch("q", "a", references=("b", "c")),)
+
+
+def test_line_separators_of_unicode_and_a_byte_order_mark_are_text() -> None:
+    raw = '{"text": "a\u2028b\u0085c"}'.encode()
+    assert parse_line(raw).branches[0].body == "a\u2028b\u0085c"
+    assert parse_line(b"\xef\xbb\xbf" + raw) == parse_line(raw)
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        (b"{", "is not JSON"),
+        (b'{"text": "a"} {"text": "b"}', "is not JSON"),
+        (b"[1]", "is a JSON array, not an object"),
+        (b"null", "is a JSON null"),
+        (b'{"text": "\xff"}', "byte 10 is not UTF-8"),
+        (b'{"text": NaN}', "NaN is no JSON number"),
+        (b'{"text": "a", "text": "b"}', "'text' twice"),
+        (b'{"text": "\\ud800"}', "half of a surrogate pair"),
+        (b'{"text": 1}', "record.text is a JSON number"),
+        (b'{"text": ""}', "record is empty"),
+        (b"{}", "needs either text or input_ids"),
+        (b'{"text": "a", "input_ids": [1]}', "not both"),
+        (b'{"text": "a", "answer_offset": -1}', "answer_offset=-1"),
+        (b'{"text": "a", "answer_offset": true}', "answer_offset=True"),
+        (b'{"text": "a", "answer_offset": 1.0}', "answer_offset=1.0"),
+        (b'{"text": "a", "answer_ofset": 1}', "did you mean answer_offset"),
+        (b'{"main": null, "branches": ["a"]}', "main is a JSON null"),
+        (b'{"main": "m", "branches": []}', "at least one branch"),
+        (b'{"main": "m", "branches": "a"}', "must be a list"),
+        (b'{"main": "m", "branches": ["a", 2]}', "branches[1] is a JSON number"),
+        (b'{"main": "m", "branches": [{"prompt": "a"}]}', "branches[0] has no completion"),
+        (b'{"main": "m", "branches": [{"prompt": "a", "completion": ""}]}', "completion is empty"),
+        (
+            b'{"main": "m", "branches": [{"prompt": "a", "completion": "b", "answer_offset": 1}]}',
+            "beside answer_offset",
+        ),
+        (b'{"prompt": "a", "completion": "b", "references": "c"}', "references is a JSON string, not a list"),
+        (b'{"prompt": "a", "completion": "b", "references": [""]}', "references is empty"),
+        (b'{"input_ids": [1, -2]}', "must be a list of token ids"),
+        (b'{"input_ids": [1, true]}', "must be a list of token ids"),
+        (b'{"input_ids": [1, 99]}', "holds 99, and the tokenizer has 10 tokens"),
+        (b"[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_reasons(raw: bytes, reason: str) -> None:
+    with pytest.raises(RecordError) as caught:
+        parse_line(raw, vocab_size=10)
+    assert reason in str(caught.value)

@@ -1,0 +1,159 @@
+"""What is wrong is refused in one short line before any computing, and others go on as if nobody had
+asked.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from engines import COLUMNAR, answers, run, said, tiny_engine
+from tiny import tiny_llama, tiny_tokenizer
+
+from parallelmind.config import RopeConfig
+from parallelmind.engine.engine import Engine
+from parallelmind.engine.request import Sample
+from parallelmind.engine.scheduler import Limits
+from parallelmind.errors import Overloaded, UserError
+from parallelmind.evaluation import tiny_models as tiny
+from parallelmind.model.patch import patch
+
+FINE = Sample("the passage", ["who", "where is the answer"])
+LIMITS = {"cache_tokens": 1024, "max_branches": 8, "step_tokens": 16}
+
+
+def refused(sample: Sample, message: str, **settings: Any) -> Any:
+    return pytest.param(sample, settings, message, id=message)
+
+
+REFUSED = [
+    refused(Sample(), r"branches=\[\]: a sample needs"),
+    refused(Sample("the passage"), r"branches=\[\]: a sample needs at least one"),
+    refused(Sample("the passage", ["who", ""]), r"branches\[1\]: holds no token"),
+    refused(Sample("", [[]]), r"branches\[0\]: holds no token"),
+    refused(Sample([5] * 5000, ["who"]), "max_new_tokens=64: .* exceed the model's 4096 positions"),
+    refused(
+        Sample("", [[5] * 4090]), "max_new_tokens=64: 4090 prompt tokens and 64 new ones.* 4096 positions"
+    ),
+    refused(Sample([5] * 1000, ["who"]), "branches: .* tokens of cache, and 1024 is all there is"),
+    refused(FINE, "max_new_tokens=1000000000: .* 4096 positions", max_new_tokens=10**9),
+    refused(FINE, "max_new_tokens=0: give a whole number", max_new_tokens=0),
+    refused(Sample("", ["who"] * 9), "branches: 9 given, 8 allowed"),
+    refused(Sample("", ["who"] * 8), "branches: 9 given, 8 allowed", reduce="all"),
+    refused(Sample("", [[5, 300]]), r"token id 300: the model knows 0\.\.299"),
+    refused(Sample([-1], ["who"]), r"token id -1: the model knows 0\.\.299"),
+    refused(Sample("", [[2**70]]), r"tokens=\[1180591620717411303424\]: give text, or a list of token ids"),
+    refused(Sample("", [[1.5]]), r"tokens=\[1\.5\]: give text, or a list of token ids"),
+    refused(Sample([None] * 10**5, ["who"]), "tokens=.*None.*: give text, or a list of token ids"),
+    refused(FINE, r"token id 999: the model knows 0\.\.299", reduce=[999]),
+    refused(FINE, "reduce: holds no token", reduce=""),
+    refused(FINE, "max_new_tokens=64: 4000 prompt tokens .*, after .* others, exceed", reduce=[5] * 4000),
+    refused(FINE, r"logit_bias 300: the model knows 0\.\.299", logit_bias={300: 1.0}),
+    refused(FINE, r"logit_bias=.*: give ids from 0 up", logit_bias={-1: 1.0}),
+    refused(FINE, "temperature=nan: give", temperature=math.nan),
+    refused(FINE, "top_p=nan: give", per_branch=[{}, {"top_p": math.nan}]),
+    refused(FINE, "stop=.*1000000 characters.*at most 1000", stop=["x" * 10**6]),
+    refused(FINE, "per_branch: 1 settings for 2 branches", per_branch=[{}]),
+    refused(FINE, "tempreature=1: unknown", tempreature=1),
+    refused(FINE, "adapter='other': not loaded; choose from base", adapter="other"),
+]
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[list[int]]:
+    return answers(tiny_engine(COLUMNAR, **LIMITS), FINE, max_new_tokens=8, ignore_eos=True)
+
+
+@pytest.mark.parametrize(("sample", "settings", "message"), REFUSED)
+def test_a_bad_sample_is_refused_and_others_go_on(sample, settings, message, expected) -> None:
+    engine = tiny_engine(COLUMNAR, **LIMITS)
+    number = engine.submit(FINE, max_new_tokens=8, ignore_eos=True)
+    events = [event for _ in range(3) for event in engine.step()]
+    held = engine.scheduler.blocks.held
+    hook = engine.model.register_forward_pre_hook(lambda *_: pytest.fail("something was computed"))
+    with pytest.raises(UserError, match=message) as error:
+        engine.submit(sample, **settings)
+    hook.remove()
+    assert len(str(error.value)) < 300
+    assert "\n" not in str(error.value)
+    assert (engine.scheduler.blocks.held, len(engine.scheduler.waiting)) == (held, 0)
+    tokens = said(events + run(engine))
+    assert tokens == {(number, branch): expected[branch] for branch in range(2)}
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "message"),
+    [
+        ("", {}, "branches: the new one holds no token"),
+        ([300], {}, "token id 300"),
+        ("who", {"temperature": math.nan}, "temperature=nan"),
+        ("who", {"logit_bias": {300: 1}}, "logit_bias 300"),
+        ([5] * 4090, {}, "max_new_tokens=64: 4090 prompt tokens and 64 new ones, after .* others, exceed"),
+        ([5] * 1000, {}, "is all there is"),
+    ],
+)
+def test_a_bad_branch_is_refused_and_its_siblings_go_on(text, settings, message, expected) -> None:
+    engine = tiny_engine(COLUMNAR, **LIMITS)
+    number = engine.submit(FINE, max_new_tokens=8, ignore_eos=True)
+    events = [event for _ in range(3) for event in engine.step()]
+    with pytest.raises(UserError, match=message) as error:
+        engine.join(number, text, **settings)
+    assert not isinstance(error.value, Overloaded)
+    assert said(events + run(engine)) == {(number, branch): expected[branch] for branch in range(2)}
+    with pytest.raises(UserError, match=f"sample {number}: has ended or never was"):
+        engine.join(number, "who")
+
+
+def test_a_branch_that_finds_no_room_now_may_come_later() -> None:
+    engine = tiny_engine(cache_tokens=96)
+    number, other = (engine.submit(Sample("", [[5]]), max_new_tokens=40, ignore_eos=True) for _ in range(2))
+    engine.step()
+    with pytest.raises(Overloaded, match="no room for 20 more tokens now"):
+        engine.join(number, [5] * 10, max_new_tokens=10)
+    engine.cancel(other)
+    assert engine.join(number, [5] * 10, max_new_tokens=10, ignore_eos=True) == 1
+    assert len(said(run(engine))[number, 1]) == 10
+
+
+@pytest.mark.parametrize("positions", ["time", "flat"])
+def test_nobody_joins_or_follows_past_the_models_positions(positions: str) -> None:
+    model = tiny_llama(max_position_embeddings=40)
+    patch(model, RopeConfig(positions=positions))
+    engine = Engine(model, tiny_tokenizer(), Limits(512))
+    with pytest.raises(UserError, match="after 31 others, exceed the model's 40 positions"):
+        engine.submit(
+            Sample("", [[5]]), per_branch=[{"max_new_tokens": 30}], reduce=[5] * 5, max_new_tokens=5
+        )
+    number = engine.submit(Sample("", [[5]]), max_new_tokens=30, ignore_eos=True)
+    for _ in range(30 - 1):
+        engine.step()
+    with pytest.raises(UserError, match="exceed the model's 40 positions"):
+        engine.join(number, [5] * 6, max_new_tokens=6)
+    engine.join(number, [5] * 4, max_new_tokens=5)
+
+
+def test_nobody_joins_in_free_order_once_one_has_begun_who_reads_all() -> None:
+    engine = tiny_engine()
+    number = engine.submit(Sample("", [[5]]), reduce=[6], max_new_tokens=3, ignore_eos=True)
+    assert engine.join(number, [7], max_new_tokens=3) == 1
+    for _ in range(4):
+        engine.step()
+    with pytest.raises(UserError, match="branches: the one that reads all others has begun"):
+        engine.join(number, [8])
+
+
+def test_a_model_without_parallel_branches_has_nobody_to_read_them() -> None:
+    engine = Engine(tiny.tiny_model("mamba2"), tiny.tiny_tokenizer(), Limits(512))
+    with pytest.raises(UserError, match="reduce: the model .* leave reduce out"):
+        engine.submit(Sample([5], [[6]]), reduce=[7])
+
+
+def test_what_is_unknown_or_has_ended_is_cancelled_without_effect() -> None:
+    engine = tiny_engine()
+    number = engine.submit(Sample("", [[5], [6]]), max_new_tokens=2, ignore_eos=True)
+    for _ in range(3):
+        engine.step()
+    for arguments in ((number,), (number, 0), (99,), (99, 3)):
+        engine.cancel(*arguments)
+    assert not engine.busy

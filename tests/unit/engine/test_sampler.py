@@ -1,0 +1,219 @@
+"""A row's token is the same whatever rows stand beside it, and is drawn as transformers would shape it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers.generation import logits_process as hf
+
+from parallelmind.engine.sampler import Choice, Row, SamplingParams, choose, fresh_seed
+
+VOCAB = 300
+
+
+def row(
+    seed: int = 0, branch: int = 0, index: int = 0, history: Sequence[int] = (0,), **settings: Any
+) -> Row:
+    return Row(SamplingParams(**settings), seed, branch, index, np.array(history, dtype=np.int64))
+
+
+def noise(rows: int, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
+    return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def tokens(logits: torch.Tensor, rows: Sequence[Row]) -> list[int]:
+    return [choice.token for choice in choose(logits, rows)]
+
+
+def draws(logits: torch.Tensor, count: int, **settings: Any) -> list[int]:
+    """`count` tokens for one row of logits."""
+    return tokens(logits.expand(count, -1), [row(index=index, **settings) for index in range(count)])
+
+
+MIXED = [
+    row(),
+    row(temperature=1.0, seed=1),
+    row(temperature=0.7, top_k=5, top_p=0.9, min_p=0.05, seed=2, branch=1, index=9, logprobs=3),
+    row(temperature=1.3, top_k=40, seed=3, branch=2, logit_bias={4: 8.0, 9: -100}),
+    row(temperature=0.9, top_p=0.5, seed=4, repetition_penalty=1.4, history=[3, 1, 3, 8, 250]),
+    row(repetition_penalty=3.0, history=[*range(150)], logprobs=20),
+    row(temperature=1.0, min_p=0.3, seed=5, logprobs=0, index=3),
+    row(temperature=2.0, top_k=5, seed=6, repetition_penalty=0.5, history=[]),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_gets_the_same_alone_and_beside_others(dtype):
+    for step in range(30):
+        logits = noise(len(MIXED), seed=step).to(dtype)
+        before = logits.clone()
+        rows = [dataclasses.replace(one, index=one.index + step) for one in MIXED]
+        together = choose(logits, rows)
+        assert together == [choose(logits[at : at + 1], [one])[0] for at, one in enumerate(rows)]
+        assert together[::-1] == choose(logits.flip(0), rows[::-1])
+        assert torch.equal(logits, before)
+
+
+def test_equal_logits_are_ranked_alike_alone_and_beside_others():
+    logits = torch.zeros(2, VOCAB)
+    rows = [row(logprobs=2), row(logprobs=20)]
+    assert choose(logits, rows)[0] == choose(logits[:1], rows[:1])[0]
+
+
+def test_seed_branch_and_index_decide_a_draw():
+    logits = torch.zeros(1, VOCAB)
+
+    def drawn(**place: int) -> list[int]:
+        return [tokens(logits, [row(**{"index": index, **place}, temperature=1.0)])[0] for index in range(20)]
+
+    assert drawn(seed=7) == drawn(seed=7)
+    assert (
+        len(
+            {
+                tuple(drawn(**place))
+                for place in ({"seed": 7}, {"seed": 8}, {"seed": 7, "branch": 1}, {"index": 3})
+            }
+        )
+        == 4
+    )
+    assert len(set(drawn(seed=7))) > 10
+
+
+def test_a_branch_goes_on_at_an_index_as_if_never_interrupted():
+    def run(first: int, last: int) -> list[int]:
+        return [
+            tokens(noise(1, seed=index), [row(index=index, temperature=1.0, top_p=0.9)])[0]
+            for index in range(first, last)
+        ]
+
+    assert run(0, 10) + run(10, 20) == run(0, 20)
+
+
+def test_fresh_seeds_come_from_the_global_generator():
+    torch.manual_seed(3)
+    first = [fresh_seed(), fresh_seed()]
+    torch.manual_seed(3)
+    assert first == [fresh_seed(), fresh_seed()]
+    assert first[0] != first[1]
+
+
+def test_draws_follow_the_distribution():
+    probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2])
+    for temperature in (1.0, 0.5):
+        sharper = probabilities ** (1 / temperature)
+        drawn = draws(probabilities.log(), 4000, temperature=temperature)
+        share = torch.tensor(drawn).bincount(minlength=4) / 4000
+        torch.testing.assert_close(share, sharper / sharper.sum(), atol=0.03, rtol=0)
+        assert share[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "processor"),
+    [
+        ([{"top_k": 1}, {"top_k": 3}, {"top_k": 12}, {"top_k": 999}], hf.TopKLogitsWarper),
+        ([{"top_p": 0.2}, {"top_p": 0.6}, {"top_p": 0.9}], hf.TopPLogitsWarper),
+        ([{"min_p": 0.02}, {"min_p": 0.2}, {"min_p": 1.0}], hf.MinPLogitsWarper),
+    ],
+)
+def test_draws_come_from_what_transformers_leaves(settings, processor):
+    logits = noise(1, scale=1.5)[:, :30]
+    rows = [row(index=index, temperature=1.0, **own) for index in range(2000) for own in [*settings, {}]]
+    drawn = tokens(logits.expand(len(rows), -1), rows)
+    for at, own in enumerate(settings):
+        left = processor(*own.values())(None, logits).softmax(dim=-1)[0]
+        share = torch.tensor(drawn[at :: len(settings) + 1]).bincount(minlength=30) / 2000
+        torch.testing.assert_close(share, left, atol=0.04, rtol=0)
+        assert not share[left == 0].any()
+    assert len(set(drawn[len(settings) :: len(settings) + 1])) > 15, (
+        "a row without the setting draws from all"
+    )
+
+
+@pytest.mark.parametrize("penalty", [1.3, 5.0, 0.4])
+def test_repetition_penalty_is_that_of_transformers_for_histories_of_any_length(penalty):
+    for step in range(20):
+        logits = noise(4, seed=step)
+        likeliest = logits.topk(40).indices
+        histories = [likeliest[at, :length].tolist() * 2 for at, length in enumerate((1, 5, 40, 3))]
+        alike = hf.RepetitionPenaltyLogitsProcessor(penalty)
+        expected = [
+            int(alike(torch.tensor([own]), logits[at : at + 1]).argmax()) for at, own in enumerate(histories)
+        ]
+        assert tokens(logits, [row(repetition_penalty=penalty, history=own) for own in histories]) == expected
+
+
+def test_repetition_penalty_sees_the_own_branch_only():
+    logits = torch.tensor([[2.0, 1.9, 0.0]] * 3)
+    rows = [row(repetition_penalty=10.0, history=history) for history in ([0, 0], [2], [])]
+    assert tokens(logits, rows) == [1, 0, 0]
+
+
+def test_a_bias_forces_and_forbids():
+    logits = noise(4)
+    best = logits.argmax(dim=-1).tolist()
+    rows = [
+        row(logit_bias={17: 100}),
+        row(logit_bias={best[1]: -100}),
+        row(logit_bias={17: 100}, temperature=1.0),
+        row(),
+    ]
+    forced, forbidden, drawn, untouched = tokens(logits, rows)
+    assert (forced, drawn, untouched) == (17, 17, best[3])
+    assert forbidden == logits[1].topk(2).indices[1]
+    assert best[1] not in draws(logits[1], 500, temperature=2.0, logit_bias={best[1]: -100})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_logprobs_are_those_of_the_model_itself(dtype):
+    logits = noise(4).to(dtype)
+    rows = [
+        row(logprobs=0),
+        row(logprobs=5, temperature=2.0, top_k=3, repetition_penalty=2.0),
+        row(),
+        row(logprobs=20, logit_bias={17: 100}),
+    ]
+    plain, drawn, silent, forced = choose(logits, rows)
+    expected = logits.float().log_softmax(dim=-1)
+    assert plain == Choice(int(expected[0].argmax()), expected[0].max().item())
+    assert silent == Choice(int(expected[2].argmax()), None)
+    assert forced.token == 17
+    for at, choice, count in ((1, drawn, 5), (3, forced, 20)):
+        assert choice.logprob == expected[at, choice.token].item()
+        ids, values = zip(*choice.top, strict=True)
+        assert list(values) == expected[at].topk(count).values.tolist() == expected[at, list(ids)].tolist()
+
+
+def test_a_vocabulary_may_be_smaller_than_what_is_asked_for():
+    (choice,) = choose(torch.tensor([[0.0, 1.0, 2.0]]), [row(logprobs=20)])
+    assert [token for token, _ in choice.top] == [2, 1, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_logits_of_any_type_are_drawn_from(dtype):
+    logits = noise(1).to(dtype)
+    settings = {"temperature": 0.8, "top_p": 0.95}
+    assert draws(logits, 50, **settings) == draws(logits.float(), 50, **settings)
+    assert tokens(logits, [row()]) == [int(logits.argmax())]
+
+
+def test_extreme_settings_still_draw_the_likeliest():
+    logits = noise(1)
+    for settings in (
+        {"temperature": 1e-300},
+        {"top_p": 1e-300},
+        {"temperature": 1e-40, "repetition_penalty": 1e-300},
+    ):
+        assert set(draws(logits, 20, **{"temperature": 1.0, **settings}, history=[int(logits.argmax())])) == {
+            int(logits.argmax())
+        }
+    assert len(Counter(draws(logits, 200, temperature=1e300))) > 100
+
+
+def test_no_row_no_token():
+    assert choose(torch.zeros(0, 5), []) == []

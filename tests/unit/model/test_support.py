@@ -1,0 +1,199 @@
+"""Models that cannot hold branches: recognised from their structure, refused in one line, decoded one row per
+branch.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+
+import pytest
+import torch
+from families import FAMILIES, variant
+from torch import nn
+
+from parallelmind.config import BaseConfig, LoraConfig, RopeConfig
+from parallelmind.engine.generate import generate, generate_text
+from parallelmind.engine.request import Sample
+from parallelmind.errors import Notice, UserError
+from parallelmind.evaluation.tiny_models import causal_lm_types, tiny_config, tiny_model, tiny_tokenizer
+from parallelmind.layout import Tokens, arrange, collate
+from parallelmind.model.adapter import add_lora, load_model_with_lora, save_adapter
+from parallelmind.model.base_model import load_base, meta_model
+from parallelmind.model.lm_head import head_logits
+from parallelmind.model.mask import layer_reaches
+from parallelmind.model.patch import is_patched, patch
+from parallelmind.model.structure import decoder
+from parallelmind.model.support import assess
+from parallelmind.training.loss import target_loss, to_tensors
+from parallelmind.visibility import Reach
+from workloads.evaluate import command as evaluate
+from workloads.evaluate.support import Row, _write_markdown
+
+REFUSED = {
+    "mamba": "recurrent or convolutional state",
+    "jamba": "recurrent or convolutional state",
+    "lfm2": "recurrent or convolutional state",
+    "rwkv": "recurrent or convolutional state",
+    "gpt2": "no rotary embedding",
+    "bloom": "no rotary embedding",
+    "blt": "pools neighbouring tokens",
+}
+
+
+@pytest.mark.parametrize(("model_type", "why"), REFUSED.items())
+def test_refused_before_anything_is_touched(model_type, why):
+    model = tiny_model(model_type)
+    classes = [type(module) for module in model.modules()]
+    with pytest.raises(UserError, match=f"{model_type} .*{why}.*patch_rope=false"):
+        patch(model, RopeConfig(rope_2d_ratio=0))
+    assert [type(module) for module in model.modules()] == classes
+    assert not is_patched(model)
+
+
+def test_refused_before_a_weight_is_read(tmp_path):
+    """The folder holds no weights at all, and the line is still about branches."""
+    tiny_config("mamba").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="recurrent or convolutional state.*patch_rope=false"):
+        load_model_with_lora(base_model=str(tmp_path))
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "jamba", "gpt2", "bloom"])
+def test_refused_models_still_decode_branches_in_rows_of_their_own(tmp_path, model_type):
+    tiny_model(model_type).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    model, tokenizer = load_model_with_lora(base_model=str(tmp_path), patch_rope=False)
+    branches, options = [[20, 21], [30]], {"max_new_tokens": 4, "ignore_eos": True}
+    with pytest.warns(Notice, match=f"{model_type} .*isolated, each in a row of its own"):
+        together = generate(model, tokenizer, Sample(main=[5, 6, 7], branches=branches), **options)
+    assert together == [generate_text(model, tokenizer, [5, 6, 7, *branch], **options) for branch in branches]
+
+
+def test_rows_need_a_memory_to_copy():
+    with pytest.raises(UserError, match="openai-gpt remembers nothing"):
+        generate(tiny_model("openai-gpt"), tiny_tokenizer(), Sample(branches=[[5], [6]]), max_new_tokens=2)
+
+
+def test_a_patchable_model_is_not_decoded_in_rows_in_silence():
+    with pytest.raises(UserError, match="2 given, but the model is not patched"):
+        generate(tiny_model("llama"), tiny_tokenizer(), Sample(branches=[[5], [6]]), max_new_tokens=2)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "llama4_text", "mamba", "gpt2", "minimax_m3_vl_text"])
+def test_structure_alone_tells(model_type):
+    """What the meta device says is what the weights say."""
+    assert assess(meta_model(tiny_config(model_type))) == assess(tiny_model(model_type))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reaches"),
+    [
+        ("llama", {"full_attention": Reach()}),
+        ("mistral", {"sliding_attention": Reach(window=6)}),
+        ("moshi", {"full_attention": Reach()}),  # its configuration has a window, its code none
+        ("gemma3_text", {"sliding_attention": Reach(window=6), "full_attention": Reach()}),
+        ("llama4_text", {"chunked_attention": Reach(chunk=6), "full_attention": Reach()}),
+    ],
+)
+def test_how_far_layers_reach(model_type, reaches):
+    assert layer_reaches(meta_model(tiny_config(model_type))) == reaches
+
+
+@pytest.mark.parametrize(
+    "model_type", "cohere gemma2 granite minicpm3 modernbert-decoder nanochat llama4_text".split()
+)
+@torch.no_grad()
+def test_logits_from_hidden_states_are_the_models_own(model_type):
+    """Scaled, soft-capped and biased heads."""
+    model = tiny_model(model_type)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    hidden = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
+    torch.testing.assert_close(head_logits(model, hidden[1:]), model(ids).logits[0, 1:])
+
+
+def adapted_layers(model_type: str) -> set[str]:
+    adapted = add_lora(tiny_model(model_type), LoraConfig(lora_rank=2), seed=0)
+    return {name for name, module in adapted.named_modules() if hasattr(module, "lora_A")}
+
+
+def test_adapters_leave_towers_and_routers_alone():
+    layers = adapted_layers("gemma3")
+    assert layers
+    assert not [name for name in layers if "vision" in name]
+    assert not [name for name in adapted_layers("llama4_text") if "router" in name]
+
+
+def test_an_adapter_of_a_model_without_branches(tmp_path):
+    """patch_rope=false: trained, saved and loaded like any other, on single branches."""
+    rope, lora, folder = RopeConfig(patch_rope=False), LoraConfig(lora_rank=2), tmp_path / "base"
+    tiny_model("mamba").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    base = BaseConfig(base_model=str(folder))
+    model, tokenizer = load_base(base)
+    adapted = add_lora(model, lora, seed=0)
+    batch = to_tensors(
+        collate([arrange(Tokens.of([], [text]), rope) for text in ([5, 6, 7], [8, 9])], pad_id=0)
+    )
+    loss, targets = target_loss(adapted, batch, "isolated")
+    loss.backward()
+    assert targets == 3
+    moved = [weight for weight in adapted.parameters() if weight.grad is not None and weight.grad.any()]
+    assert moved
+    with torch.no_grad():
+        for weight in moved:
+            weight.sub_(weight.grad.sign())
+    save_adapter(adapted, tokenizer, tmp_path / "adapter", base, rope, lora)
+    loaded, _ = load_model_with_lora(lora_path=tmp_path / "adapter")
+    torch.testing.assert_close(
+        loaded(torch.tensor([[5, 6, 7]])).logits, adapted.eval()(torch.tensor([[5, 6, 7]])).logits
+    )
+
+
+def test_what_peft_refuses_is_one_line():
+    with pytest.raises(UserError, match="lora_targets=out_proj: .*incompatible with Mamba"):
+        add_lora(tiny_model("mamba"), LoraConfig(lora_targets="out_proj"), seed=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_linear_layer_of_the_decoder_is_adapted(family):
+    model = variant(family)
+    linears = {name for name, module in decoder(model).named_modules() if type(module) is nn.Linear}
+    adapted = add_lora(model, LoraConfig(lora_rank=2), seed=0)
+    layers = [name for name, module in adapted.named_modules() if hasattr(module, "lora_A")]
+    assert linears == {name.partition(".model.")[2].partition(".")[2] for name in layers}
+
+
+def test_the_table_as_csv(capsys):
+    evaluate.main(["support", "model_types=llama, gptj,mamba", "--csv"])
+    first, *rows = csv.reader(io.StringIO(capsys.readouterr().out))
+    assert first == ["model_type", "family", "supported", "reason", "laws"]
+    assert [(row[0], row[2]) for row in rows] == [("llama", "yes"), ("gptj", "yes"), ("mamba", "no")]
+    assert rows[0][4] == "restored base alone cached siblings shifted saved"
+    assert "recurrent" in rows[2][3]
+
+
+def test_the_table_in_a_document(tmp_path):
+    path = tmp_path / "models.md"
+    rows = [Row("llama", "shared", True, "", ("base",)), Row("odd", "not built", False, "a | b", ())]
+    _write_markdown(path, rows)
+    path.write_text("by hand\n\n" + path.read_text())
+    _write_markdown(path, rows[:1])
+    text = path.read_text()
+    assert text.startswith("by hand\n\n<!-- generated")
+    assert "| llama | shared | yes |  | base |" in text
+    assert "odd" not in text
+    path.write_text("by hand only\n")
+    with pytest.raises(UserError, match="has no line <!-- generated"):
+        _write_markdown(path, rows)
+    assert path.read_text() == "by hand only\n"
+
+
+def test_unknown_types_and_evaluations_are_refused():
+    with pytest.raises(UserError, match="model_types=nix"):
+        evaluate.main(["support", "model_types=nix"])
+    with pytest.raises(
+        UserError, match="evaluate tables: unknown evaluation; choose one of answers, tax, attention, support"
+    ):
+        evaluate.main(["tables"])
+    assert "llama" in causal_lm_types()

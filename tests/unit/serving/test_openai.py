@@ -1,0 +1,83 @@
+"""What OpenAI's clients send of their own accord is taken as they mean it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from tiny import tiny_tokenizer
+
+from serving.config import AppConfig
+from serving.ingress.preprocessor import Asker
+from serving.protocol.openai import ChatRequest, CompletionRequest
+
+NAMING = "{% for m in messages %}{{ m['role'] }}{% if 'name' in m %} {{ m.name }}{% endif %}: {{ m.content }};{% endfor %}"
+SAMPLING = [
+    "temperature",
+    "top_p",
+    "n",
+    "stream",
+    "frequency_penalty",
+    "presence_penalty",
+    "seed",
+    "stop",
+    "user",
+    "logit_bias",
+]
+
+
+def completion(**fields: Any) -> CompletionRequest:
+    return CompletionRequest(**{"model": "tiny", "prompt": "who", **fields})
+
+
+def chat(**fields: Any) -> ChatRequest:
+    return ChatRequest(**{"model": "tiny", "messages": [{"role": "user", "content": "who"}], **fields})
+
+
+@pytest.mark.parametrize(
+    ("call", "names"),
+    [
+        (completion, [*SAMPLING, "stream_options", "max_tokens", "logprobs", "best_of", "echo", "suffix"]),
+        (
+            chat,
+            [
+                *SAMPLING,
+                "stream_options",
+                "max_tokens",
+                "max_completion_tokens",
+                "logprobs",
+                "top_logprobs",
+                "tools",
+            ],
+        ),
+    ],
+)
+def test_null_means_that_a_field_is_not_given(call: Any, names: list[str]) -> None:
+    found = call(**dict.fromkeys(names))
+    assert (found, found.model_fields_set) == (call(), call().model_fields_set)
+
+
+@pytest.mark.parametrize(
+    ("call", "fields"),
+    [(completion, {"model": None}), (completion, {"prompt": None}), (chat, {"nonsense": None})],
+)
+def test_null_is_no_value_of_a_field_that_is_required_or_unknown(call: Any, fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(fields))):
+        call(**fields)
+
+
+def test_an_answer_may_be_sent_back_as_it_came_and_the_template_reads_names() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = NAMING
+    messages = [
+        {"role": "user", "content": "who", "name": "ann"},
+        {"role": "assistant", "content": "you", "refusal": None},
+        {"role": "user", "content": "me", "name": None},
+    ]
+    main, turn = (
+        Asker(AppConfig.of({"base_model": "tiny"}), tokenizer, 4096)
+        .chat(chat(messages=messages))
+        .asked.tokens.split()
+    )
+    assert tokenizer.decode(main + turn) == "user ann: who;assistant: you;user: me;"

@@ -1,0 +1,275 @@
+"""What an application may be told, what of a request is served, how many engines there are, and what
+Prometheus reads.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from pydantic import ValidationError
+from ray.serve.config import AutoscalingContext
+
+import serving
+from parallelmind.engine.scheduler import Load
+from parallelmind.errors import UserError
+from serving.config import AppConfig
+from serving.engine.autoscaling import ByBranches
+from serving.observability.metrics import EngineMeters, FrontMeters, Meters, exposition
+from serving.protocol.branches import BranchesRequest
+from serving.protocol.openai import ChatRequest, CompletionRequest
+
+
+def config(**values: Any) -> AppConfig:
+    return AppConfig.of({"base_model": "tiny", **values})
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"base_model": None}, ["lora_path", "required", "base_model="]),
+        ({"base_model": ""}, ['base_model=""']),
+        ({"max_request": 5}, ["max_request:", "did you mean max_requests?", "--help"]),
+        ({"max_branches": 257}, ["max_branches=257", "256"]),
+        ({"max_requests": "many"}, ["max_requests=many", "integer"]),
+        ({"min_replicas": 3, "max_replicas": 2}, ["max_replicas=2", "min_replicas=3"]),
+        ({"min_replicas": 2}, ["max_replicas=1", "min_replicas=2"]),
+        ({"adapters": {"legal:v2": "x"}}, ["adapters.legal:v2", "colon"]),
+        ({"adapters": {"a/b": "x"}}, ["adapters.a/b", "slash"]),
+        ({"adapters": {"base": "x"}}, ["adapters.base", "taken"]),
+        ({"adapters": {"tiny": "x"}}, ["adapters.tiny", "taken"]),
+        ({"slow_client_s": 0}, ["slow_client_s=0", "greater than 0"]),
+        ({"log_level": "loud"}, ["log_level=loud", "'warning'"]),
+    ],
+)
+def test_an_error_names_field_value_and_remedy(values: dict[str, Any], told: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        config(**values)
+    assert all(part in str(error.value) for part in told)
+    assert "\n" not in str(error.value)
+
+
+def test_text_will_do_for_every_number() -> None:
+    found = config(
+        max_requests="5", slow_client_s="0.5", trust_remote_code="true", rope_2d_ratio="0", min_replicas="0"
+    )
+    assert (found.max_requests, found.slow_client_s, found.trust_remote_code, found.min_replicas) == (
+        5,
+        0.5,
+        True,
+        0,
+    )
+    assert found.rope_2d_ratio == 0
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "value"),
+    [
+        ("adapters", "{legal: runs/legal}", {"legal": "runs/legal"}),
+        ("cors_origins", "[http://localhost]", ["http://localhost"]),
+    ],
+)
+def test_text_will_do_for_lists_and_mappings(field: str, text: str, value: Any) -> None:
+    """`serve run serving.app:build` gives nothing else."""
+    assert getattr(config(**{field: text}), field) == value
+
+
+@pytest.mark.parametrize(
+    ("values", "name"),
+    [
+        ({"base_model": "smollm2-135m"}, "smollm2-135m"),
+        ({"base_model": "org/model"}, "org/model"),
+        ({"base_model": "/secret/place/model"}, "model"),
+        ({"lora_path": "/secret/place/demo-1a2b/adapter"}, "demo-1a2b"),
+        ({"lora_path": "runs/demo-1a2b/adapter/"}, "demo-1a2b"),
+        ({"lora_path": "/secret/place/legal"}, "legal"),
+        ({"lora_path": "adapter"}, "adapter"),
+        ({"lora_path": "runs/demo/adapter", "served_name": "mine"}, "mine"),
+    ],
+)
+def test_a_model_is_named_after_its_run_and_never_by_a_path(values: dict[str, Any], name: str) -> None:
+    assert config(**values).name == name
+
+
+def test_names_are_those_that_can_always_be_asked_for_each_once() -> None:
+    assert config(adapters={"legal": "x", "medical": "y"}).names == [
+        "tiny",
+        "base",
+        "base:legal",
+        "base:medical",
+    ]
+    assert config(served_name="base").names == ["base"]
+
+
+def test_an_adapter_is_found_by_its_name_in_the_root(tmp_path: Path) -> None:
+    for name in ("run/adapter", "plain"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "parallelmind.json").touch()
+    (tmp_path / "empty").mkdir()
+    found = config(adapter_root=str(tmp_path), adapters={"plain": "elsewhere"})
+    assert found.locate("base:run") == str(tmp_path / "run/adapter")
+    assert found.locate("base:plain") == "elsewhere"  # named ones come first
+    assert config(adapter_root=str(tmp_path)).locate("base:plain") == str(tmp_path / "plain")
+    assert (found.locate("base:empty"), found.locate("base:none"), config().locate("base:run")) == (
+        None,
+        None,
+        None,
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["../out", "..", ".", "", "a/b", "/{root}/out", ".hidden", "in\n", "in\0", "./in", "in/"]
+)
+def test_nobody_gets_out_of_the_root(tmp_path: Path, name: str) -> None:
+    for folder in ("out", "root", "root/in", "root/a/b", "root/.hidden"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "parallelmind.json").touch()
+    served = config(adapter_root=str(tmp_path / "root"))
+    assert served.locate("base:in")
+    name = name.replace("/{root}", str(tmp_path))
+    assert (served.locate(f"base:{name}"), served.locate(name)) == (None, None)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "漢" * 100])
+def test_a_name_that_no_folder_can_have_is_unknown(tmp_path: Path, name: str) -> None:
+    """Of characters few enough, and of bytes too many for a file system."""
+    assert config(adapter_root=str(tmp_path)).locate(f"base:{name}") is None
+
+
+def test_the_registry_is_open_only_if_it_is_named(tmp_path: Path) -> None:
+    assert config(adapter_root=str(tmp_path)).locate("models:/legal@best") is None
+    assert config(mlflow_uri="sqlite:///x.db").locate("models:/legal@best") == "models:/legal@best"
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (CompletionRequest, {"max_token": 5}),
+        (CompletionRequest, {"stream_options": {"usage": True}}),
+        (CompletionRequest, {"temperature": "0.5"}),
+        (CompletionRequest, {"frequency_penalty": 0.1}),
+        (CompletionRequest, {"presence_penalty": float("nan")}),
+        (CompletionRequest, {"echo": True}),
+        (CompletionRequest, {"best_of": 2}),
+        (CompletionRequest, {"n": 0}),
+        *((CompletionRequest, {"logit_bias": {key: 1}}) for key in ("one", "-1", "1.5", "٣", "", "9" * 5000)),
+        (CompletionRequest, {"logit_bias": {"5": "much"}}),
+        (CompletionRequest, {"logit_bias": [5]}),
+        (ChatRequest, {"messages": []}),
+        (ChatRequest, {"messages": [{"role": "tool", "content": "who"}]}),
+        (
+            ChatRequest,
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        ),
+        (ChatRequest, {"response_format": {"type": "json_object"}}),
+        (ChatRequest, {"tools": [{"type": "function"}]}),
+        (ChatRequest, {"tool_choice": "auto"}),
+        (ChatRequest, {"chat_template": "{{ messages }}"}),
+        (BranchesRequest, {"branches": []}),
+        (BranchesRequest, {"branches": [{"text": "a", "n": 2}]}),
+        (BranchesRequest, {"n": 2}),
+    ],
+)
+def test_what_is_not_served_is_refused_and_not_ignored(kind: Any, fields: dict[str, Any]) -> None:
+    fine = {"prompt": "who", "messages": [{"role": "user", "content": "who"}], "branches": [{"text": "who"}]}
+    body = {"model": "tiny"} | {name: value for name, value in fine.items() if name in kind.model_fields}
+    kind(**body)
+    with pytest.raises(ValidationError, match=next(iter(fields))):
+        kind(**{**body, **fields})
+
+
+def wanted(
+    live: Sequence[float], waiting: Sequence[float] = (), requests: float = 0, queued: float = 0
+) -> float:
+    """Engines by a policy of 16 branches each."""
+    names = {"live_branches": live, "waiting_branches": waiting}
+    found: Any = {name: dict(enumerate(values)) for name, values in names.items() if values}
+    fields = "deployment_id deployment_name app_name current_num_replicas target_num_replicas running_replicas raw_metrics "
+    fields += "capacity_adjusted_min_replicas capacity_adjusted_max_replicas policy_state last_scale_up_time "
+    rest: Any = dict.fromkeys((fields + "last_scale_down_time current_time config").split())
+    return ByBranches(16)(
+        AutoscalingContext(
+            total_num_requests=requests, total_queued_requests=queued, aggregated_metrics=found, **rest
+        )
+    )[0]
+
+
+def test_engines_are_as_many_as_branches_call_for_and_not_requests() -> None:
+    assert wanted([32], requests=1) == 2
+    assert wanted([16, 16], [8, 8], requests=2) == 3
+    assert wanted([1, 0], requests=1) == 1
+    assert wanted([4, 4], requests=8) == 1
+
+
+def test_without_an_engine_requests_in_the_queue_call_for_one() -> None:
+    assert wanted([], requests=1, queued=1) == 1
+    assert wanted([], requests=40, queued=40) == 2.5
+    assert wanted([], requests=0) == wanted([0, 0], [0, 0]) == 0
+
+
+def parsed(processes: dict[str, Meters]) -> dict[str, Any]:
+    text = exposition({name: meters.families() for name, meters in processes.items()}).decode()
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    assert text.count("# TYPE") == text.count("# HELP") == len(families)
+    return families
+
+
+def test_meters_of_all_processes_are_read_as_one() -> None:
+    front = FrontMeters()
+    front.requests.labels("/v1/completions", "200").inc(3)
+    front.tokens.labels('ti"ny\n', "prompt").inc(7)
+    front.first.labels("tiny").observe(0.03)
+    engines = []
+    for live in (2, 5):
+        load = Load(1, 3, 1, live, 10, 20, 1024, 0.5)
+        engines.append(EngineMeters(lambda load=load: load, lambda: 1))  # type: ignore[misc]
+        engines[-1].stepped(0.3, 0.25)
+        engines[-1].stepped(60, 1)
+    found = parsed({"front": front, "one": engines[0], "two": engines[1]})
+    samples = [part for family in found.values() for part in family.samples]
+    assert {part.labels["process"] for part in samples} == {"front", "one", "two"}
+    assert all(
+        part.name.startswith("parallelmind_") and not part.name.endswith("_created") for part in samples
+    )
+    assert found["parallelmind_requests"].type == "counter"
+    read = {(part.name, *sorted(part.labels.items())): part.value for part in samples}
+    assert (
+        read[
+            "parallelmind_requests_total",
+            ("process", "front"),
+            ("route", "/v1/completions"),
+            ("status", "200"),
+        ]
+        == 3
+    )
+    assert (
+        read["parallelmind_tokens_total", ("kind", "prompt"), ("model", 'ti"ny\n'), ("process", "front")] == 7
+    )
+    assert [read["parallelmind_live_branches", ("process", name)] for name in ("one", "two")] == [2, 5]
+    for part, total in (("model", 1.25), ("engine", 59.05)):
+        own = [each for each in found["parallelmind_step_seconds"].samples if each.labels["process"] == "two"]
+        own = [each for each in own if each.labels["part"] == part]
+        buckets = [each.value for each in own if each.name.endswith("_bucket")]
+        assert buckets == sorted(buckets)
+        assert buckets[-1] == next(each.value for each in own if each.name.endswith("_count")) == 2
+        assert next(each.value for each in own if each.name.endswith("_sum")) == pytest.approx(total)
+    assert found["parallelmind_step_seconds"].type == "histogram"
+
+
+def test_nothing_that_has_happened_is_valid_as_well() -> None:
+    found = parsed({"front": FrontMeters()})
+    assert found["parallelmind_open_requests"].samples[0].value == 0
+    assert exposition({}) == b""
+
+
+def test_the_dashboard_asks_for_meters_that_exist() -> None:
+    front, engine = FrontMeters(), EngineMeters(lambda: Load(0, 0, 0, 0, 0, 0, 0, 0.0), lambda: 0)
+    known = {family.name for each in (front, engine) for family in each.families()}
+    asked = set(
+        re.findall(r"parallelmind_[a-z_]+", (Path(serving.__file__).parent / "grafana.json").read_text())
+    )
+    assert {re.sub(r"_(total|sum|count|bucket)$", "", name) for name in asked} == known

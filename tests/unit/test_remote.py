@@ -1,0 +1,168 @@
+"""Folders at a URI: what is copied, in which order, what is left alone, and what is said where it cannot be
+reached.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import fsspec
+import pytest
+import s3
+
+from parallelmind.errors import UserError
+from parallelmind.remote import Mirror, fetched
+from workloads.common.stopping import StopFile
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[dict[str, str]]:
+    with s3.server() as environment:
+        yield environment
+
+
+@pytest.fixture(params=["memory", "s3"])
+def uri(
+    request: pytest.FixtureRequest, tmp_path: Path, bucket: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """A place of its own, and an empty cache of this machine's."""
+    monkeypatch.setenv("PARALLELMIND_CACHE", str(tmp_path / "cache"))
+    for name, value in bucket.items():
+        monkeypatch.setenv(name, value)
+    return f"memory://{uuid4().hex}" if request.param == "memory" else f"s3://{s3.BUCKET}/{uuid4().hex}"
+
+
+def fill(folder: Path, **files: str) -> None:
+    for name, text in files.items():
+        file = folder / name.replace("__", "/").replace("_", ".")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+
+
+def held(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()
+    }
+
+
+def test_what_is_pushed_can_be_pulled_elsewhere(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Mirror.at(uri).inner("run")
+    fill(run.folder, a_txt="1", inner__b_txt="2")
+    run.push()
+    assert run.names() == ["a.txt", "inner"]
+    assert run.inner("inner").inner("b.txt").read() == b"2"
+    monkeypatch.setenv("PARALLELMIND_CACHE", str(tmp_path / "another"))
+    copy = Mirror.at(f"{uri}/run/")
+    assert copy.folder != run.folder
+    copy.pull()
+    assert held(copy.folder) == {"a.txt": "1", "inner/b.txt": "2"}
+
+
+def test_a_pull_leaves_what_was_asked_and_what_is_hidden(uri: str) -> None:
+    run = Mirror.at(uri)
+    fill(run.folder, a_txt="1", big_bin="2")
+    run.push()
+    fill(run.folder, a_txt="old", big_bin="mine", gone_txt="x", _lock="held", _part__new="half")
+    run.pull(leave_out="*.bin")
+    assert held(run.folder) == {"a.txt": "1", "big.bin": "mine", ".lock": "held", ".part/new": "half"}
+    run.push()
+    assert run.names() == ["a.txt", "big.bin"]
+
+
+def test_a_folder_is_vouched_for_by_its_last_file(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy that is cut short is not taken for a whole one, there or here."""
+    run = Mirror.at(uri).inner("adapter")
+    fill(run.folder, a_note="first of all by name", z_weights="w")
+    put, order = fsspec.AbstractFileSystem.put_file, list[str]()
+
+    def recorded(self: object, path: str, target: str, **given: object) -> None:
+        order.append(Path(path).name)
+        put(self, path, target, **given)
+
+    monkeypatch.setattr(fsspec.AbstractFileSystem, "put_file", recorded)
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "put_file", recorded, raising=False)
+    run.push(last="a.note")
+    assert order == ["z.weights", "a.note"]
+
+
+def test_what_was_fetched_before_is_fetched_again_only_if_it_has_changed(uri: str, tmp_path: Path) -> None:
+    run = Mirror.at(uri).inner("adapter")
+    fill(run.folder, note_json="1", weights="a")
+    run.push(last="note.json")
+    folder = fetched(str(run), "note.json", "lora_path")
+    assert folder == run.folder
+    fill(folder, weights="touched")
+    assert held(fetched(str(run), "note.json", "lora_path"))["weights"] == "touched"
+    theirs = Mirror(tmp_path / "theirs", run.uri)
+    fill(theirs.folder, note_json="2", weights="b")
+    theirs.push(last="note.json")
+    assert held(fetched(str(run), "note.json", "lora_path"))["weights"] == "b"
+    with pytest.raises(UserError, match=r"lora_path=.*/none: holds no note.json; "):
+        fetched(f"{uri}/none", "note.json", "lora_path")
+
+
+def test_what_is_removed_is_gone_there(uri: str) -> None:
+    run = Mirror.at(uri)
+    fill(run.folder, old__a_txt="1", b_txt="2")
+    run.push()
+    run.inner("old").remove()
+    run.inner("never").remove()
+    assert run.names() == ["b.txt"]
+    assert held(run.folder) == {"old/a.txt": "1", "b.txt": "2"}
+
+
+@pytest.mark.parametrize(
+    ("path", "why"), [("s3://no-such-bucket/x", "cannot be reached"), ("nonsense://x", "cannot be reached")]
+)
+def test_an_unreachable_uri_is_told_in_one_line(path: str, why: str, uri: str) -> None:
+    file = Mirror.at(path)
+    file.folder.parent.mkdir(parents=True, exist_ok=True)
+    file.folder.write_text("x")
+    with pytest.raises(
+        UserError, match=f"output_dir={path}: {why} .*; check address and credentials"
+    ) as caught:
+        file.push()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_of_this_machine_is_told_as_such(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Mirror.at(uri)
+    fill(run.folder, a_txt="1")
+    run.push()
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("parallelmind.remote.shutil.copyfileobj", full)
+    with pytest.raises(
+        UserError, match=rf"^output_dir={uri}: a disk is full \(.*\); make room .*{run.folder}$"
+    ):
+        run.pull()
+    assert held(run.folder) == {"a.txt": "1"}
+
+
+def test_a_folder_of_this_machine_is_itself(tmp_path: Path) -> None:
+    run = Mirror.at(tmp_path / "runs").inner("run")
+    assert run == Mirror(tmp_path / "runs" / "run")
+    fill(run.folder, a_txt="1")
+    run.push()
+    run.pull()
+    run.remove()
+    assert run.names() == ["a.txt"]
+    assert run.inner("a.txt").read() == b"1"
+    assert run.inner("b.txt").read() is None
+    assert fetched(tmp_path, "a.txt", "lora_path") == tmp_path
+
+
+def test_a_run_elsewhere_is_asked_to_stop(uri: str) -> None:
+    file = Mirror.at(f"{uri}/run").inner("STOP")
+    assert not file.folder.parent.exists()
+    StopFile(file).ask()
+    assert file.read() == b""

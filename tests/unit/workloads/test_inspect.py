@@ -1,0 +1,249 @@
+"""A look before training: the numbers, the columns, and the command line on a tiny tokenizer."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import save_tiny, tiny_tokenizer
+
+from parallelmind.config import RopeConfig
+from parallelmind.data.statistics import (
+    Bucket,
+    Statistics,
+    bars,
+    buckets,
+    columns,
+    percentiles,
+    text_width,
+    visible,
+)
+from parallelmind.data.tokenise import Tokenised
+from parallelmind.errors import UserError
+from parallelmind.layout import Tokens, arrange
+from workloads.data import inspect as inspect_data
+from workloads.data.inspect_report import token_texts
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def letters(ids: list[int]) -> list[str]:
+    return [chr(token) for token in ids]
+
+
+def sample(main: str, branches: list[str], offsets: list[int] | None = None) -> Tokens:
+    return Tokens.of([*map(ord, main)], [[*map(ord, branch)] for branch in branches], offsets)
+
+
+def text(tokens: Tokens, width: int = 200, delays: list[int] | None = None, **rope: object) -> list[str]:
+    late = None if delays is None else np.array(delays)
+    lines = columns(arrange(tokens, RopeConfig.model_validate(rope), late), letters, width)
+    return ["".join(piece for piece, _ in line).rstrip() for line in lines]
+
+
+@pytest.mark.parametrize("rope", [{"visibility": "columnar"}, {"visibility": "isolated"}])
+def test_every_token_stands_at_its_time(rope: dict[str, str]) -> None:
+    assert text(sample("ab", ["cde", "f"], [1, 1]), **rope) == [
+        "time      0 1 2 3   4",
+        "main      a b",
+        "branch 1      c «d» «e»",
+        "branch 2      f",
+    ]
+
+
+def test_alignment_and_delays_move_branches() -> None:
+    assert text(sample("", ["abc", "d"], [3, 1]), align_to="right")[2].index("d") == len("branch 2  a b ")
+    assert text(sample("", ["abc", "d"], [3, 1]), delays=[0, 1])[2].index("d") == len("branch 2  a ")
+
+
+def test_on_a_terminal_targets_are_told_apart_without_marks() -> None:
+    lines = columns(arrange(sample("", ["abc"], [1]), RopeConfig()), letters, 80, marks=("", ""))
+    assert [piece for piece, target in lines[1] if target] == ["b", "c"]
+
+
+def test_a_long_sample_keeps_main_the_branches_and_the_first_targets() -> None:
+    lines = text(sample("M" + "m" * 98 + "n", ["b" * 50 + "tuvwxyz" * 9, "c" * 20], [50, 20]), width=60)
+    assert all(text_width(line) <= 60 for line in lines)
+    assert [line.count("…") for line in lines] == [3, 1, 2, 1]
+    assert lines[1].startswith("main      M m")
+    assert lines[1].endswith("n")
+    assert "b   «t» «u»" in lines[2]
+    times = [int(word) for word in lines[0].split()[1:] if word != "…"]
+    assert {0, 99, 100, 149, 150} <= set(times)
+    assert times == sorted(set(times))
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.integers(0, 60), st.integers(40, 200))
+def test_no_line_is_wider_than_the_terminal_and_all_columns_agree(
+    lengths: list[int], main: int, width: int
+) -> None:
+    tokens = Tokens.of([0x8336] * main, [[97 + length] * length for length in lengths])
+    lines = text(tokens, width=width)
+    assert all(text_width(line) <= width for line in lines)
+    assert len(lines) == 1 + bool(main) + len(lengths)
+
+
+@pytest.mark.parametrize(
+    ("given_text", "shown"),
+    [
+        ("\n", "⏎"),
+        (" the", "▁the"),
+        ("\t", "⇥"),
+        ("\x1b[31m", "▯[31m"),
+        ("abcdefgh", "abcdefgh"),
+        ("abcdefghi", "abcdefg…"),
+    ],
+)
+def test_tokens_are_visible_and_narrow(given_text: str, shown: str) -> None:
+    assert visible(given_text) == shown
+
+
+@given(st.text(max_size=20))
+def test_a_token_is_at_most_eight_cells_on_one_line(given_text: str) -> None:
+    assert text_width(visible(given_text)) <= 8
+    assert not set(visible(given_text)) & set(" \n\r\t\x1b\x85\u2028")
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 5000), min_size=1))
+def test_every_value_is_in_the_bucket_that_names_it(values: list[int]) -> None:
+    found = buckets(values)
+    assert all(
+        bucket.count == sum(bucket.low <= value <= bucket.high for value in values) for bucket in found
+    )
+    assert sum(bucket.count for bucket in found) == len(values)
+    assert found[0].count > 0
+    assert found[-1].count > 0
+    assert all(left.high + 1 == right.low for left, right in pairwise(found))
+
+
+def test_few_numbers_get_a_bucket_each_and_the_fullest_bar_is_the_longest() -> None:
+    found = buckets([2, 2, 2, 2, 4])
+    assert found == [Bucket(2, 2, 4), Bucket(3, 3, 0), Bucket(4, 4, 1)]
+    assert bars(found, 8) == ["2  ████████  4", "3            0", "4  ██        1"]
+    assert bars([Bucket(1, 1, 1000), Bucket(2, 3, 1)], 8)[1] == "2–3  █         1"
+
+
+def test_percentiles_are_values_that_occur() -> None:
+    assert percentiles([*range(1, 101)]) == [50, 90, 99, 100]
+    assert percentiles([7]) == [7, 7, 7, 7]
+
+
+def test_statistics_count_tokens_targets_and_padding() -> None:
+    found = Statistics()
+    samples = [sample("abc", ["de", "fghi"], [0, 3]), sample("", ["x" * 5])]
+    for item in (Tokenised(samples[0], 1, 2), Tokenised(samples[1], 0, 0), Tokenised(None, 0, 1)):
+        found.add_record(item)
+    found.add_batch(samples)
+    assert (found.main_tokens, found.branch_tokens, found.tokens) == ([3], [2, 4, 5], 14)
+    assert found.targets == 1 + 1 + 4
+    assert (found.truncated, found.skipped) == (1, 3)
+    assert (found.sample_branches, found.batch_tokens, found.batch_places) == ([2, 1], [14], [18])
+    assert found.padding == pytest.approx(4 / 18)
+
+
+def test_a_split_character_stands_at_its_last_token() -> None:
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer(" the 茶<s>").input_ids
+    texts = token_texts(tokenizer)(ids)
+    assert texts[-4:] == ["·", "·", "茶", "<s>"]
+    assert "".join(texts).replace("·", "") == " the 茶<s>"
+    assert token_texts(tokenizer)(ids[-4:-2] * 3), "broken bytes end as well"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return f"base_model={save_tiny(tmp_path_factory.mktemp('tiny'))}"
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "data.jsonl"
+    own = {
+        "main": "the passage",
+        "branches": [{"prompt": "who\n", "completion": " works"}, "in [b]the[/b]"],
+        "id": 1,
+    }
+    lines = [json.dumps(own), "{nope", "", *(json.dumps({"text": f"where is {i}"}) for i in range(5))]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def look(capsys, *argv: str) -> str:
+    inspect_data.main([*argv])
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_it_prints_counts_samples_and_a_picture(base, data, tmp_path, capsys):
+    out = look(capsys, str(data), base, "shuffle_window=1", "length_window=1")
+    assert "records 6 1 with branches of their own, 5 lone" in out
+    assert "bad 1 left out of training other keys 1 mean nothing here: id (1)" in out
+    assert f"{data}:2: is not JSON" in out
+    assert "branches 7 0 more skipped, 0 texts truncated" in out
+    assert "main t he ▁pas sag e branch 1 w h o ⏎ «▁w» «or» «ks» «</s>» branch 2 i «n» «▁» «[» «b» «]»" in out
+    assert "sample 2:" in out
+    assert (tmp_path / "data.jsonl.png").read_bytes().startswith(PNG)
+
+
+def test_settings_change_what_training_would_build(base, data, tmp_path, capsys):
+    out = look(
+        capsys,
+        f"data_path={data}",
+        base,
+        "max_records=1",
+        "max_branch_tokens=4",
+        "show=0",
+        "png_path=new/look.png",
+    )
+    assert "the first 1 records only" in out
+    assert "branches 1 1 more skipped, 2 texts truncated" in out
+    assert "samples 1 batches 1 padding 0.0% of the 8 places" in out
+    assert "sample 1:" not in out
+    assert (tmp_path / "new" / "look.png").read_bytes().startswith(PNG)
+
+
+def test_lines_are_numbered_through_every_file(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"1\n\n3\n")
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b"1\n2"))
+    files = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl.gz")]
+    found = [(file[-8:], number, line.raw) for file, number, line in inspect_data.numbered_lines(files)]
+    assert found == [("/a.jsonl", number, raw) for number, raw in ((1, b"1"), (2, b""), (3, b"3"))] + [
+        ("jsonl.gz", 1, b"1"),
+        ("jsonl.gz", 2, b"2"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["nowhere.jsonl"], "data_path=nowhere.jsonl: no such file"),
+        (["empty.jsonl"], "data_path=empty.jsonl: holds no record"),
+        (
+            ["data.jsonl", "max_branch_tokens=2", "overlong=skip"],
+            "max_branch_tokens=2 .*: leave none of 7 branches; raise",
+        ),
+        (["data.jsonl", "strict=true"], "data.jsonl:2: is not JSON.*strict=false"),
+        (["data.jsonl", "png_path=data.jsonl/x.png"], "png_path=data.jsonl/x.png: cannot be written"),
+        (["data.jsonl", "other.jsonl"], "data_path=other.jsonl: a second file"),
+        (["data.jsonl", "shwo=1"], "did you mean show"),
+        ([], "data_path: required"),
+    ],
+)
+def test_mistakes_are_one_line(base, data, argv, message):
+    data.with_name("empty.jsonl").touch()
+    with pytest.raises(UserError, match=message) as error:
+        inspect_data.main([*argv, base])
+    assert "\n" not in str(error.value)
+
+
+def test_help_shows_every_field(capsys):
+    inspect_data.main(["--help"])
+    out = capsys.readouterr().out
+    assert all(name in out for name in inspect_data.InspectConfig.model_fields)

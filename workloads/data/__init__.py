@@ -1,0 +1,1 @@
+"""Convert sources to parallel JSONL and inspect them."""

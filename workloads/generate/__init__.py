@@ -1,0 +1,1 @@
+"""Continue prompts and files with a model."""

@@ -1,0 +1,138 @@
+"""Train an adapter, on this machine or on a Ray cluster.
+
+    python -m workloads.train EXPERIMENT|CONFIG.yaml [key=value …]
+
+EXPERIMENT is a file in experiments/ (demo, experiments/demo.py) whose config() returns the settings;
+CONFIG.yaml is any file of settings, such as the config.yaml of an earlier run. The run's folder is
+output_dir/name-hash. The same command again resumes an interrupted run from its newest checkpoint, and leaves
+a finished one as it is. Ctrl-C saves a checkpoint first.
+"""
+
+from __future__ import annotations
+
+import errno
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+from filelock import FileLock, Timeout
+
+from parallelmind import cli
+from parallelmind.config import TrainConfig
+from parallelmind.config.yaml_file import yaml_values
+from parallelmind.data.files import find_files
+from parallelmind.errors import UserError, typed, unwritable
+from parallelmind.remote import Mirror
+from workloads.common.read_config import read_config
+
+# In a run's folder.
+CHECKPOINTS, STOP, ADAPTER, MODEL, QUARANTINE = "checkpoints", "STOP", "adapter", "model", "quarantine.jsonl"
+COMPLETE = "parallelmind.json"  # the adapter folder appears whole, this file with it
+_UNWRITABLE = {
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EEXIST,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+}
+
+
+def main(argv: list[str]) -> None:
+    if cli.wants_help(argv):
+        cli.print_help(__doc__ or "", TrainConfig)
+        return
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    run_training(read_config(TrainConfig, argv))
+
+
+def run_training(config: TrainConfig) -> Mirror:
+    """Train `config` to the end, unless that is done already; returns the run's folder.
+
+    Raises UserError for what the user can mend, and KeyboardInterrupt when stopped, with a checkpoint saved.
+    """
+    place = run_place(config)
+    result = result_place(config, place)
+    if result.inner(COMPLETE).read():
+        print(f"finished before: {result}; change a field or the name to train another")
+        return place
+    _refuse_changed(config)
+    files = find_files(config.data_path)
+    held_out = find_files(config.validation_path, "validation_path") if config.validation_path else []
+    with alone_at(place, config.name, config.output_dir), ThreadPoolExecutor(1) as beside:
+        from workloads.common import cluster
+
+        connecting = beside.submit(cluster.connect, config.ray_address)
+        from workloads.train.driver import (
+            execute,  # imports torch and MLflow, which takes as long as Ray to start
+        )
+
+        execute(config, place, files, held_out, connecting.result)
+    return place
+
+
+@contextmanager
+def alone_at(place: Mirror, name: str, output_dir: str) -> Iterator[None]:
+    """The only process in the folder of a run or sweep, which is made if need be.
+
+    Raises UserError, naming `name`, if another one is there, and, naming `output_dir`, where nothing can be
+    written.
+    """
+    try:
+        place.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(place.folder / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise UserError(
+            f"name={name}: another process is at work in {place}; wait for it, or choose another name"
+        ) from error
+    except OSError as error:
+        if not is_unwritable(error):
+            raise
+        raise unwritable("output_dir", output_dir, error) from error
+
+
+def is_unwritable(error: BaseException) -> bool:
+    """Whether a file could not be written: for want of room, of permission, or of a folder where it should
+    go.
+    """
+    return isinstance(error, OSError) and error.errno in _UNWRITABLE
+
+
+def run_place(config: TrainConfig) -> Mirror:
+    """`output_dir/name-hash`."""
+    return Mirror.at(config.output_dir).inner(f"{config.name}-{config.fingerprint()[:8]}")
+
+
+def result_place(config: TrainConfig, place: Mirror) -> Mirror:
+    """Where a finished run leaves what it trained."""
+    return place.inner(ADAPTER if config.tuning == "lora" else MODEL)
+
+
+def _refuse_changed(config: TrainConfig) -> None:
+    """Raises UserError, naming the fields, if an unfinished run of the same name was begun with other
+    settings.
+    """
+    ours, runs, place = config.model_dump(mode="json"), Mirror.at(config.output_dir), run_place(config)
+    for left in [runs.inner(name) for name in runs.names() if name.startswith(f"{config.name}-")]:
+        settings = left.inner("config.yaml").read()
+        if left == place or settings is None:
+            continue
+        begun = yaml_values(settings, f"{left}/config.yaml")
+        begun_there = any(name.startswith("step-") for name in left.inner(CHECKPOINTS).names())
+        if begun.get("name") != config.name or not begun_there:
+            continue
+        if not any(left.inner(name).inner(COMPLETE).read() for name in (ADAPTER, MODEL)):
+            fields = [
+                name
+                for name, value in begun.items()
+                if name in ours and name not in config.WHERE and ours[name] != value
+            ]
+            told = ", ".join(f"{name}={typed(begun[name])} (now {typed(ours[name])})" for name in fields)
+            raise UserError(
+                f"name={config.name}: the unfinished run {left} has {told}; "
+                "give it these values to go on with it, choose another name, or remove its folder"
+            )
