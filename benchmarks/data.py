@@ -23,7 +23,7 @@ from pathlib import Path
 from benchmarks.harness import Bench
 from benchmarks.text import texts, tokenizer
 from parallelmind.config import BaseConfig, DataConfig, RopeConfig
-from parallelmind.data.batch_server import Turns
+from parallelmind.data.batch_server import ShardAssignment
 from parallelmind.data.files import file_parts
 from parallelmind.data.pipeline import feed, quiet_data, start_feeder, survey
 from parallelmind.data.survey import records
@@ -68,7 +68,7 @@ def read_everything(path: Path, config: DataConfig) -> tuple[int, int, float]:
     counts: Counter[str] = Counter()
     tokens = rows = 0
     start = time.perf_counter()
-    for group in feed(feeder, Turns("", 0, 0, 1), 0, counts):
+    for group in feed(feeder, ShardAssignment("", 0, 0, 1), 0, counts):
         batch = group.batch(RopeConfig(), 0)
         tokens += batch.tokens
         rows += sum(sample.branches for sample in group.samples)

@@ -12,7 +12,7 @@ import parallelmind as pm
 from benchmarks.harness import Bench, ratio, seconds
 from benchmarks.text import passages, tokenizer
 from parallelmind.config import BaseConfig, Dtype, Visibility
-from parallelmind.engine.model_runner import PoolForward
+from parallelmind.engine.model_runner import ModelRunner
 from parallelmind.model.base_model import load_base
 
 NEW_TOKENS, MAIN_TOKENS, BRANCHES = 64, 1024, 16
@@ -104,7 +104,7 @@ def _memory_vs_batch() -> float:
     engine.submit(pm.Sample(main, texts), max_new_tokens=NEW_TOKENS, ignore_eos=True)
     while engine.busy:
         engine.step()
-    assert isinstance(engine.forward, PoolForward)
+    assert isinstance(engine.forward, ModelRunner)
     return sum(tensor.nbytes for tensor in tensors) / engine.forward.cache.bytes()
 
 

@@ -15,7 +15,7 @@ import parallelmind as pm
 from benchmarks.decoding import BRANCHES, MAIN_TOKENS, patched, plain, prompts, shared_main
 from benchmarks.harness import Bench, ratio, seconds
 from benchmarks.text import tokenizer
-from parallelmind.engine.model_runner import PoolForward
+from parallelmind.engine.model_runner import ModelRunner
 
 _CONTEXTS = (256, 1024, 4096)
 _STEPS, _MOST = 12, 512
@@ -56,7 +56,7 @@ def _costs(main: int) -> tuple[float, float, float]:
     """
     engine = _talking(main, 8)
     forward = engine.forward
-    assert isinstance(forward, PoolForward)
+    assert isinstance(forward, ModelRunner)
     model, inside = forward.model, 0.0
 
     def timed(*args: object, **kwargs: object) -> object:

@@ -29,7 +29,7 @@ from parallelmind.model.mask import visible
 from parallelmind.model.patch import patch
 from parallelmind.model.structure import causal_lm, decoder
 from parallelmind.training.loss import TargetLoss, to_tensors
-from parallelmind.training.step import backward, make_optimizer, update
+from parallelmind.training.step import accumulate_gradients, make_optimizer, optimizer_step
 
 # Dense bfloat16 FLOP/s by a word of the device's name, as its maker states them.
 _PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12, "4090": 165e12}
@@ -137,7 +137,7 @@ def measure(model: nn.Module, work: Work) -> Speed:
     optimizer = make_optimizer(loss, OptimizerConfig())
 
     def step(batch: Batch) -> float:
-        return update(loss, optimizer, backward(loss, iter([batch]), 1).targets, clip=1.0)
+        return optimizer_step(loss, optimizer, accumulate_gradients(loss, iter([batch]), 1).targets, clip=1.0)
 
     batch = _fitting(step, work, inner.config.vocab_size)
     spent = seconds(lambda: [step(batch) for _ in range(_STEPS)]) / _STEPS

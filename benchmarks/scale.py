@@ -34,9 +34,9 @@ from benchmarks.harness import RESULTS, machine, seconds
 from benchmarks.scale_step import cpu_seconds, line, reducing, stepping
 from benchmarks.text import texts, tokenizer
 from parallelmind.config import DataConfig, RopeConfig
-from parallelmind.data.batch_server import Feeder, Turns
+from parallelmind.data.batch_server import BatchServer, ShardAssignment
 from parallelmind.data.files import Part, file_parts
-from parallelmind.data.packing import Group, Seeds, groups
+from parallelmind.data.packing import SampleBatch, Seeds, groups
 from parallelmind.data.pipeline import _dataset, feed, read_part
 from parallelmind.data.survey import survey_part
 from parallelmind.data.tables import to_rows, to_table
@@ -52,7 +52,7 @@ def tables(data: DataConfig) -> list[pa.Table]:
     return [to_table(read_part(part, tokenizer(), data)) for part in file_parts([data.data_path])]
 
 
-def batches(data: DataConfig) -> list[Group]:
+def batches(data: DataConfig) -> list[SampleBatch]:
     return list(groups(to_rows(tables(data), Counter()), data, Seeds(0)))
 
 
@@ -85,7 +85,7 @@ def batching(data: DataConfig) -> dict[str, Any]:
     }
 
 
-def _tokens(group: Group) -> int:
+def _tokens(group: SampleBatch) -> int:
     return sum(len(one.ids) for one in group.samples)
 
 
@@ -100,7 +100,7 @@ def _ray() -> None:
     start_ray(cpus=2)
 
 
-class _Timed(Feeder):
+class _Timed(BatchServer):
     def spent(self) -> float:
         return time.process_time()
 
@@ -117,11 +117,11 @@ def feeding(data: DataConfig) -> dict[str, float]:
             .options(num_cpus=0.2, max_concurrency=4)
             .remote(lambda read=read: iter(read), config, 0)
         )
-        list(feed(feeder, Turns("", 0, 0, 1), 0, Counter()))
+        list(feed(feeder, ShardAssignment("", 0, 0, 1), 0, Counter()))
         per_batch, tokens = [], 0.0
         for epoch in (1, 2):
             start = ray.get(feeder.spent.remote())
-            found = [_tokens(group) for group in feed(feeder, Turns("", epoch, 0, 1), 0, Counter())]
+            found = [_tokens(group) for group in feed(feeder, ShardAssignment("", epoch, 0, 1), 0, Counter())]
             per_batch.append((ray.get(feeder.spent.remote()) - start) / len(found))
             tokens = sum(found) / len(found)
         points.append((tokens, min(per_batch)))

@@ -27,7 +27,7 @@ from parallelmind.model.patch import patch
 from parallelmind.training import checkpoint
 from parallelmind.training.checkpoint import State
 from parallelmind.training.loss import TargetLoss
-from parallelmind.training.step import backward, make_optimizer, update
+from parallelmind.training.step import accumulate_gradients, make_optimizer, optimizer_step
 
 
 def cpu_seconds(work: Callable[[], object], repeats: int = 5) -> float:
@@ -59,8 +59,8 @@ class _Learner:
     def step(self, tokens: int) -> None:
         ids = np.arange(tokens) % self.vocabulary
         sample = Tokens.of([], [part.tolist() for part in np.split(ids, 4)])
-        totals = backward(self.loss, iter([make_batch([sample], RopeConfig(), 0)]), 1)
-        update(self.loss, self.optimizer, totals.targets, clip=1.0)
+        totals = accumulate_gradients(self.loss, iter([make_batch([sample], RopeConfig(), 0)]), 1)
+        optimizer_step(self.loss, self.optimizer, totals.targets, clip=1.0)
 
 
 def stepping() -> dict[str, float]:
@@ -85,7 +85,7 @@ def stepping() -> dict[str, float]:
     step = cpu_seconds(lambda: learner.step(256), 4)
     square = torch.randn(2048, 2048)
     product = cpu_seconds(lambda: square @ square)
-    saved = cpu_seconds(lambda: checkpoint.take(learner.model, learner.optimizer, State("")))
+    saved = cpu_seconds(lambda: checkpoint.snapshot(learner.model, learner.optimizer, State("")))
     return {
         "dispatch_s": start,
         "dispatch_s_per_layer": layer,

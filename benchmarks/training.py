@@ -23,11 +23,11 @@ from parallelmind.layout import IGNORE, Batch, Tokens
 from parallelmind.model.adapter import add_lora
 from parallelmind.model.base_model import load_base
 from parallelmind.model.patch import patch
-from parallelmind.remote import Mirror
+from parallelmind.remote import RemoteDir
 from parallelmind.training import checkpoint
-from parallelmind.training.checkpoint import State, Store
+from parallelmind.training.checkpoint import CheckpointManager, State
 from parallelmind.training.loss import TargetLoss
-from parallelmind.training.step import backward, make_optimizer, update
+from parallelmind.training.step import accumulate_gradients, make_optimizer, optimizer_step
 
 _SAMPLES, _LONGEST, _MAIN, _BRANCH = 2, 512, 512, 32
 _DEFAULT_INTERVAL = 100  # steps between checkpoints
@@ -45,8 +45,8 @@ class Learner:
         self.optimizer = make_optimizer(self.model, OptimizerConfig())
 
     def step(self, *batches: Batch) -> float:
-        totals = backward(self.loss, iter(batches), len(batches))
-        return update(self.loss, self.optimizer, totals.targets, clip=1.0)
+        totals = accumulate_gradients(self.loss, iter(batches), len(batches))
+        return optimizer_step(self.loss, self.optimizer, totals.targets, clip=1.0)
 
 
 def long_samples(count: int, branch: int) -> list[Tokens]:
@@ -78,7 +78,7 @@ def step_overhead() -> float:
         hidden = plain.base.base_model(input_ids=ids, use_cache=False).last_hidden_state[wanted]
         logits = plain.base.get_output_embeddings()(hidden).float()
         torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
-        return update(plain.loss, plain.optimizer, len(labels), clip=1.0)
+        return optimizer_step(plain.loss, plain.optimizer, len(labels), clip=1.0)
 
     return ratio(lambda: patched.step(batch), plain_step, repeats=7)
 
@@ -122,11 +122,11 @@ def save_cost() -> float:
     learner, batch = Learner(RopeConfig()), _batch()
     learner.step(batch)
     with tempfile.TemporaryDirectory() as folder:
-        store = Store(Mirror(Path(folder)), 2)
+        store = CheckpointManager(RemoteDir(Path(folder)), 2)
         numbers = iter(range(100))
 
         def saving() -> None:
-            store.save(checkpoint.take(learner.model, learner.optimizer, State("", step=next(numbers))))
+            store.save(checkpoint.snapshot(learner.model, learner.optimizer, State("", step=next(numbers))))
             learner.step(batch)
             learner.step(batch)
 

@@ -25,7 +25,7 @@ from pydantic import Field
 
 from experiments._scale_figure import figure
 from parallelmind.cli import parse, print_help, run, wants_help
-from parallelmind.config import LoraConfig, Part
+from parallelmind.config import FrozenConfig, LoraConfig
 
 RESULTS = Path(__file__).resolve().parent / "results"
 WORKERS = tuple(2**k for k in range(9))
@@ -35,7 +35,7 @@ _VALIDATED = 3 * 32 * 512  # tokens at most, by default
 _ID = 8  # bytes of a token on its way from the feeder to a worker
 
 
-class Inputs(Part):
+class Inputs(FrozenConfig):
     """What was not measured: all of it is assumed."""
 
     gpu_flops: float = Field(

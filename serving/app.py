@@ -14,9 +14,9 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from serving.config import AppConfig
-from serving.engine.autoscaling import ByBranches
+from serving.engine.autoscaling import BranchLoadPolicy
 from serving.engine.replica import EngineReplica
-from serving.ingress.ingress import Front
+from serving.ingress.ingress import Ingress
 
 # How many requests may be open is the gate's business, which answers in OpenAI's shape; Serve's own limits
 # must not come first.
@@ -45,7 +45,7 @@ def build(args: Mapping[str, Any]) -> Application:
         graceful_shutdown_timeout_s=_DRAIN_S,
         ray_actor_options={"num_cpus": 0.1},
         **_HEALTH,
-    )(serve.ingress()(Front))
+    )(serve.ingress()(Ingress))
     return front.bind(engine.bind(config), config)
 
 
@@ -59,6 +59,7 @@ def _scaling(config: AppConfig) -> AutoscalingConfig:
         metrics_interval_s=1.0,
         look_back_period_s=3.0,
         policy=AutoscalingPolicy(
-            policy_function=ByBranches, policy_kwargs={"branches_per_replica": config.branches_per_replica}
+            policy_function=BranchLoadPolicy,
+            policy_kwargs={"branches_per_replica": config.branches_per_replica},
         ),
     )

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 import parallelmind as pm
-from parallelmind.config import BaseConfig, Dtype, Part, Visibility, resolve
+from parallelmind.config import BaseConfig, Dtype, FrozenConfig, Visibility, resolve
 
 _ADAPTER = "adapter"  # what a run calls the folder of its adapter
 _KEYS = "PARALLELMIND_API_KEYS"
@@ -26,7 +26,7 @@ _FOLDER = re.compile(r"\w[\w.-]{0,99}")  # one name: no way out of the root
 AppT = TypeVar("AppT", bound="AppConfig")
 
 
-class Limits(Part):
+class Limits(FrozenConfig):
     """What one request may ask for, and how many there may be. Each process in front counts for itself."""
 
     model_config = ConfigDict(strict=False)

@@ -20,12 +20,15 @@ from transformers import LlamaConfig
 from parallelmind.engine.request import Event
 from parallelmind.engine.sampler import SamplingParams
 from serving.config import AppConfig
-from serving.engine.messages import Begun, Step, packed
-from serving.ingress.ingress import Front
+from serving.engine.messages import BranchStarted, StepOutput, packed
+from serving.ingress.ingress import Ingress
 from serving.observability.metrics import Meters
 
 # One branch that says one letter.
-TOLD = [Step([], [Begun(0, [5], SamplingParams(), (0, 0))]), Step([Event(0, "A", 65, "stop")], [])]
+TOLD = [
+    StepOutput([], [BranchStarted(0, [5], SamplingParams(), (0, 0))]),
+    StepOutput([Event(0, "A", 65, "stop")], []),
+]
 
 
 @dataclass
@@ -132,10 +135,10 @@ class App:
 class _Steps:
     """What a handle's streaming call returns."""
 
-    def __init__(self, steps: Sequence[Step]) -> None:
+    def __init__(self, steps: Sequence[StepOutput]) -> None:
         self._steps = steps
 
-    async def __aiter__(self) -> AsyncIterator[Step]:
+    async def __aiter__(self) -> AsyncIterator[StepOutput]:
         for step in self._steps:
             yield packed(step)
 
@@ -153,7 +156,7 @@ def counted(meters: Meters, name: str, **labels: str) -> float:
     )
 
 
-def front(folder: Path, steps: Sequence[Step] = (), **settings: Any) -> Front:
+def front(folder: Path, steps: Sequence[StepOutput] = (), **settings: Any) -> Ingress:
     """The process in front as Serve makes it, but for the engine, which answers every sample with these
     steps.
     """
@@ -164,4 +167,4 @@ def front(folder: Path, steps: Sequence[Step] = (), **settings: Any) -> Front:
     with patch.multiple(
         "serving.ingress.ingress", keep_on_node_address=lambda: None, set_up=lambda _: None
     ):  # these change the process
-        return Front(engine, AppConfig.of({"base_model": str(folder), "served_name": "tiny", **settings}))
+        return Ingress(engine, AppConfig.of({"base_model": str(folder), "served_name": "tiny", **settings}))

@@ -9,7 +9,7 @@ import pytest
 
 from workloads.doctor import command as doctor
 from workloads.doctor.command import CHECKS, Check
-from workloads.doctor.local_checks import DoctorConfig, Finding
+from workloads.doctor.local_checks import CheckResult, DoctorConfig
 
 
 def place_of_our_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -21,7 +21,7 @@ def place_of_our_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def found(name: str, **fields: Any) -> Finding:
+def found(name: str, **fields: Any) -> CheckResult:
     """What the check of that name finds."""
     (check,) = [each for each in CHECKS if each.name == name]
     (finding,) = doctor.findings([Check(name, check.find)], DoctorConfig(**fields))

@@ -13,7 +13,7 @@ from tiny import save_tiny, tiny_llama, tiny_tokenizer
 from parallelmind.config import BaseConfig, LoraConfig, RopeConfig
 from parallelmind.engine.engine import Engine
 from parallelmind.engine.request import Event
-from parallelmind.engine.scheduler import Limits
+from parallelmind.engine.scheduler import EngineConfig
 from parallelmind.model.adapter import add_lora, save_adapter
 from parallelmind.model.patch import patch
 
@@ -24,7 +24,7 @@ LORA = LoraConfig(lora_rank=2)
 def tiny_engine(config: RopeConfig = ISOLATED, kind: type[Engine] = Engine, **limits: int) -> Engine:
     model = tiny_llama()
     patch(model, config)
-    return kind(model, tiny_tokenizer(), Limits(**{"cache_tokens": 4096, **limits}))
+    return kind(model, tiny_tokenizer(), EngineConfig(**{"cache_tokens": 4096, **limits}))
 
 
 class Interrupted:

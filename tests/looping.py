@@ -16,9 +16,9 @@ from parallelmind.data.packing import Row, Seeds, groups, make_batch, regrouped
 from parallelmind.layout import Batch, Tokens
 from parallelmind.model.adapter import add_lora
 from parallelmind.model.patch import patch
-from parallelmind.remote import Mirror
+from parallelmind.remote import RemoteDir
 from parallelmind.training import checkpoint
-from parallelmind.training.checkpoint import Store
+from parallelmind.training.checkpoint import CheckpointManager
 from parallelmind.training.loop import Job, train
 from parallelmind.training.outcome import Outcome
 
@@ -82,7 +82,10 @@ def weights(model: PeftModel) -> dict[str, torch.Tensor]:
 
 
 def job(
-    settings: TrainConfig, hooks: Recorder, model: PeftModel | None = None, store: Store | None = None
+    settings: TrainConfig,
+    hooks: Recorder,
+    model: PeftModel | None = None,
+    store: CheckpointManager | None = None,
 ) -> Job:
     rope = settings.part(RopeConfig)
 
@@ -109,7 +112,7 @@ def run(
 ) -> Run:
     """Train with a store in `folder`, from its newest checkpoint if there is one."""
     hooks = hooks or Recorder()
-    store = Store(Mirror(folder), settings.keep_checkpoints)
+    store = CheckpointManager(RemoteDir(folder), settings.keep_checkpoints)
     work = job(settings, hooks, model, store)
     try:
         return Run(train(work, store.resume(settings.fingerprint(), hooks.say)), hooks, weights(work.model))

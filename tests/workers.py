@@ -22,12 +22,12 @@ from parallelmind.data.packing import Row, Seeds, groups, make_batch
 from parallelmind.layout import Batch, Tokens
 from parallelmind.model.adapter import add_lora
 from parallelmind.model.patch import patch
-from parallelmind.remote import Mirror
-from parallelmind.training.checkpoint import Store, whole_weights
+from parallelmind.remote import RemoteDir
+from parallelmind.training.checkpoint import CheckpointManager, whole_weights
 from parallelmind.training.loop import Job, train
 from parallelmind.training.loss import TargetLoss
 from parallelmind.training.sharding import shard
-from parallelmind.training.step import backward, sum_over_workers, trainable
+from parallelmind.training.step import accumulate_gradients, sum_over_workers, trainable
 
 ROWS = [Row(Tokens.of([], [[5 + i % 7, 20, *range(30, 31 + i % 9), 40, 2]]), lone=True) for i in range(44)]
 
@@ -57,7 +57,7 @@ def batches(config: TrainConfig) -> list[Batch]:
 
 def gradients(loss: TargetLoss, own: list[Batch]) -> Tensor:
     """Mean gradient over the targets of all workers, as `update` takes it."""
-    totals = backward(loss, iter(own), len(own)).everywhere(loss.device)
+    totals = accumulate_gradients(loss, iter(own), len(own)).everywhere(loss.device)
     found = [weight.grad for weight in trainable(loss)]
     parts = [
         grad.full_tensor() if isinstance(grad, DTensor) else sum_over_workers(grad.clone())
@@ -87,7 +87,7 @@ def token_exact(config: TrainConfig) -> None:
         for sample in group.samples
     ]
     loss = TargetLoss(wake(fresh(config)), config.visibility)
-    alone = backward(loss, iter([make_batch(samples, config.part(RopeConfig), 0)]), 1)
+    alone = accumulate_gradients(loss, iter([make_batch(samples, config.part(RopeConfig), 0)]), 1)
     expected = (
         torch.cat([weight.grad.flatten() for weight in trainable(loss) if weight.grad is not None])
         / alone.targets
@@ -124,7 +124,7 @@ def run(
 ) -> tuple[dict[int, float], dict[str, Tensor]]:
     rank, workers = dist.get_rank(), dist.get_world_size()
     model, hooks = fresh(config), Silent(stop_at)
-    store = Store(Mirror(folder), 2) if rank == 0 else None
+    store = CheckpointManager(RemoteDir(folder), 2) if rank == 0 else None
     found = [store.resume(config.fingerprint(), print) if store else None]
     dist.broadcast_object_list(found)
 

@@ -22,8 +22,8 @@ from parallelmind.data.encode import encode_text
 from parallelmind.layout import IGNORE, MAIN, Layout, Tokens, arrange
 from parallelmind.model.base_model import load_tokenizer
 from parallelmind.model.rope2d import pair_axes
-from parallelmind.storage import whole_bytes
-from parallelmind.visibility import RULES, siblings
+from parallelmind.storage import write_atomic
+from parallelmind.visibility import RULES, is_sibling
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER, LOG = ROOT / "docs" / "figures", ROOT / "experiments" / "LOG.md"
@@ -117,7 +117,7 @@ def masks(tokens: Tokens) -> Figure:
         seen = RULES[visibility](found.time[:, None], query, found.time[None, :], key) | np.eye(
             len(found.ids), dtype=bool
         )
-        axes.imshow(np.where(seen & siblings(query, key), 2, seen), cmap=_SEEN, vmin=0, vmax=2)
+        axes.imshow(np.where(seen & is_sibling(query, key), 2, seen), cmap=_SEEN, vmin=0, vmax=2)
         order = "by time, then branch" if visibility == "columnar" else "one branch after another"
         axes.set_title(f"visibility={visibility}\nstored {order}", loc="left", fontsize=10)
         _draw_owners(axes, found)
@@ -220,7 +220,7 @@ def draw(folder: Path, tokenizer: Any) -> Sequence[Path]:
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
-        with whole_bytes(folder / f"{name}.png") as file:
+        with write_atomic(folder / f"{name}.png") as file:
             figure.savefig(
                 file, format="png", dpi=110, bbox_inches="tight", pad_inches=0.15, metadata={"Software": None}
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from parallelmind.storage import whole_file
+from parallelmind.storage import atomic_file
 
 _END = "<!-- end -->"
 
@@ -21,6 +21,6 @@ def filled(page: str, name: str, part: str) -> str:
 
 def fill(page: Path, name: str, part: str) -> None:
     text = filled(page.read_text(encoding="utf-8"), name, part)
-    with whole_file(page) as file:
+    with atomic_file(page) as file:
         file.write(text)
     print(page)

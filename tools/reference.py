@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from parallelmind import cli
-from parallelmind.config import Part, TrainConfig
-from parallelmind.storage import whole_file
+from parallelmind.config import FrozenConfig, TrainConfig
+from parallelmind.storage import atomic_file
 from serving.config import ServerConfig
 from workloads.chat import ChatConfig
 from workloads.data.convert import ConvertConfig
@@ -26,7 +26,7 @@ from workloads.sweep.config import Between, SweepConfig
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference.md"
 
-COMMANDS: dict[str, type[Part]] = {
+COMMANDS: dict[str, type[FrozenConfig]] = {
     "workloads.train": TrainConfig,
     "workloads.sweep": SweepConfig,
     "workloads.evaluate answers": AnswersConfig,
@@ -71,7 +71,7 @@ def anchor(heading: str) -> str:
     return kept.strip().replace(" ", "-")
 
 
-def groups(kind: type[Part]) -> list[type[Part]]:
+def groups(kind: type[FrozenConfig]) -> list[type[FrozenConfig]]:
     """The classes that a configuration's fields were written in, in the order of its fields."""
     owners = (
         next(each for each in kind.__mro__ if name in vars(each).get("__annotations__", {}))
@@ -80,20 +80,20 @@ def groups(kind: type[Part]) -> list[type[Part]]:
     return list(dict.fromkeys(owners))
 
 
-def _users() -> dict[type[Part], list[str]]:
+def _users() -> dict[type[FrozenConfig], list[str]]:
     """Which commands have the fields of each class."""
-    found: dict[type[Part], list[str]] = {}
+    found: dict[type[FrozenConfig], list[str]] = {}
     for name, kind in COMMANDS.items():
         for group in groups(kind):
             found.setdefault(group, []).append(name)
     return found
 
 
-def _title(group: type[Part]) -> str:
+def _title(group: type[FrozenConfig]) -> str:
     return (group.__doc__ or "").partition(";")[0].splitlines()[0].partition(". ")[0].removesuffix(".")
 
 
-def _command(name: str, kind: type[Part], shared: Sequence[type[Part]]) -> str:
+def _command(name: str, kind: type[FrozenConfig], shared: Sequence[type[FrozenConfig]]) -> str:
     found = groups(kind)
     common = [f"[{_title(group)}](#{anchor(_title(group))})" for group in found if group in shared]
     told = f"Takes the fields of: {'; '.join(common)}.\n" if common else ""
@@ -108,11 +108,11 @@ def _used(commands: Sequence[str]) -> str:
     return "Of " + ", ".join(f"[`{name}`](#{anchor(name)})" for name in commands) + ".\n"
 
 
-def _section(title: str, told: str, group: type[Part]) -> str:
+def _section(title: str, told: str, group: type[FrozenConfig]) -> str:
     return "\n".join([f"## {title}\n", told, _table(_texts(group, group))])
 
 
-def _texts(group: type[Part], kind: type[Part]) -> list[cli.FieldText]:
+def _texts(group: type[FrozenConfig], kind: type[FrozenConfig]) -> list[cli.FieldText]:
     """The fields that `group` has written, as `kind` has them."""
     return [text for text in cli.field_texts(kind) if text.name in vars(group).get("__annotations__", {})]
 
@@ -134,6 +134,6 @@ def _plain(text: str) -> str:
 
 
 if __name__ == "__main__":
-    with whole_file(PAGE) as page:
+    with atomic_file(PAGE) as page:
         page.write(reference())
     print(PAGE)

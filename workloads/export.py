@@ -12,10 +12,10 @@ from __future__ import annotations
 from pydantic import Field
 
 from parallelmind import cli
-from parallelmind.config import Part
+from parallelmind.config import FrozenConfig
 
 
-class ExportConfig(Part):
+class ExportConfig(FrozenConfig):
     """One run of this command."""
 
     lora_path: str = Field(min_length=1, description="adapter folder")

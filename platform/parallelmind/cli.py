@@ -24,10 +24,10 @@ from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from parallelmind.config import Part, resolve
-from parallelmind.errors import Notice, UserError
+from parallelmind.config import FrozenConfig, resolve
+from parallelmind.errors import UserError, UserNotice
 
-PartT = TypeVar("PartT", bound=Part)
+PartT = TypeVar("PartT", bound=FrozenConfig)
 T = TypeVar("T")
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -58,7 +58,7 @@ def _one_line(message: Warning | str, category: type[Warning], *place: Any, **li
     """Notices without the place in the code that they come from; other people's warnings as they are."""
     return (
         f"note: {message}\n"
-        if issubclass(category, Notice)
+        if issubclass(category, UserNotice)
         else _formatted(message, category, *place, **line)
     )
 
@@ -112,7 +112,7 @@ def wants_help(argv: Sequence[str]) -> bool:
     return any(item in ("-h", "--help", "help") for item in argv)
 
 
-def print_help(usage: str, kind: type[Part]) -> None:
+def print_help(usage: str, kind: type[FrozenConfig]) -> None:
     """`usage` (a module's docstring, mostly) and every field of `kind`, on stdout."""
     print(f"{flowing(usage)}\n\nFields (key=value):\n{field_help(kind, _width())}")
 
@@ -146,14 +146,14 @@ class FieldText(NamedTuple):
     meaning: str
 
 
-def field_texts(kind: type[Part]) -> list[FieldText]:
+def field_texts(kind: type[FrozenConfig]) -> list[FieldText]:
     return [
         FieldText(name, _type_name(field.annotation), _default(field), field.description or "")
         for name, field in kind.model_fields.items()
     ]
 
 
-def field_help(kind: type[Part], width: int = sys.maxsize) -> str:
+def field_help(kind: type[FrozenConfig], width: int = sys.maxsize) -> str:
     """Name, type, default and meaning of each field in aligned columns; the meaning below where it has no
     room beside them.
     """
@@ -207,7 +207,7 @@ def parse(kind: type[PartT], argv: Sequence[str]) -> PartT:
     return resolve(kind, {}, quote_text(kind, dotlist), source="command line")
 
 
-def switched(kind: type[Part], item: str) -> str:
+def switched(kind: type[FrozenConfig], item: str) -> str:
     """`--key` of a bool field as `key=true`."""
     name = item.removeprefix("--")
     field = kind.model_fields.get(name)
@@ -216,7 +216,7 @@ def switched(kind: type[Part], item: str) -> str:
     )
 
 
-def quote_text(kind: type[Part], dotlist: Sequence[str]) -> list[str]:
+def quote_text(kind: type[FrozenConfig], dotlist: Sequence[str]) -> list[str]:
     """The same overrides with the values of text fields quoted: `prompt=1: why?` is text, whatever YAML would
     make of it.
     """
@@ -231,7 +231,7 @@ def _quoted(item: str) -> str:
     return f"{key}={json.dumps(escaped)}"
 
 
-def _is_text(kind: type[Part], name: str) -> bool:
+def _is_text(kind: type[FrozenConfig], name: str) -> bool:
     annotation = kind.model_fields[name].annotation if name in kind.model_fields else None
     union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     return annotation is str or (union and str in typing.get_args(annotation))

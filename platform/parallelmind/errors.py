@@ -14,15 +14,15 @@ class UserError(ValueError):
     """A wrong value, named in one line with its field and its remedy."""
 
 
-class Overloaded(UserError):  # noqa: N818
+class CapacityError(UserError):
     """Nothing is wrong with it, but there is no room now."""
 
 
-class Notice(UserWarning):
+class UserNotice(UserWarning):
     """Something that a user should know and need not mend; workloads print it as one line."""
 
 
-def typed(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as one would type it after `field=`: true, false, null, and text bare unless it is empty or
     cannot be seen.
     """

@@ -8,13 +8,13 @@ import os
 from collections.abc import Mapping
 
 
-def settle(settings: Mapping[str, str]) -> None:
+def set_env_defaults(settings: Mapping[str, str]) -> None:
     """Set what the user has not."""
     for name, value in settings.items():
         os.environ.setdefault(name, value)
 
 
-settle(
+set_env_defaults(
     {
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # under `uv run` Ray would upload the working directory

@@ -22,7 +22,7 @@ from filelock import FileLock
 from fsspec.implementations.arrow import ArrowFSWrapper
 
 from parallelmind.errors import UserError, first_line
-from parallelmind.storage import cache_folder, whole_bytes
+from parallelmind.storage import cache_folder, write_atomic
 
 _BLOCK = 1 << 24  # bytes copied at a time
 _FULL = {errno.EDQUOT, errno.ENOSPC}
@@ -44,7 +44,7 @@ def filesystem(place: str) -> tuple[Any, str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Mirror:
+class RemoteDir:
     """A file or folder, and where it lies for all machines; without a URI it lies nowhere else, and nothing
     is copied.
 
@@ -56,16 +56,16 @@ class Mirror:
     field: str = "output_dir"
 
     @classmethod
-    def at(cls, path: str | Path, field: str = "output_dir") -> Mirror:
+    def at(cls, path: str | Path, field: str = "output_dir") -> RemoteDir:
         """The folder that a path or URI means. Working copies have the same path on all machines."""
         if not is_uri(path):
             return cls(Path(path).expanduser().absolute(), None, field)
         uri = str(path).rstrip("/")
         return cls(cache_folder() / "copies" / uri.replace("://", "/"), uri, field)
 
-    def inner(self, name: str) -> Mirror:
+    def inner(self, name: str) -> RemoteDir:
         """A file or folder in this one."""
-        return Mirror(self.folder / name, self.uri and f"{self.uri}/{name}", self.field)
+        return RemoteDir(self.folder / name, self.uri and f"{self.uri}/{name}", self.field)
 
     def __str__(self) -> str:
         return self.uri or str(self.folder)
@@ -112,7 +112,7 @@ class Mirror:
                     path.unlink(missing_ok=True)
             for name in sorted(there, key=lambda name: (name == last, name)):
                 if not fnmatch(name, leave_out):
-                    with whole_bytes(self.folder / name) as copy, system.open(there[name], "rb") as source:
+                    with write_atomic(self.folder / name) as copy, system.open(there[name], "rb") as source:
                         shutil.copyfileobj(source, copy, _BLOCK)
 
     def storage(self) -> tuple[str, pyarrow.fs.FileSystem | None]:
@@ -155,7 +155,7 @@ class Mirror:
             raise UserError(f"{self.field}={self.uri}: {what} ({first_line(error)}); {remedy}") from error
 
 
-def fetched(path: str | Path, note: str, field: str) -> Path:
+def fetch_cached(path: str | Path, note: str, field: str) -> Path:
     """The folder that a path or URI means, copied here first if its file `note` is another than the one that
     is here.
 
@@ -163,13 +163,13 @@ def fetched(path: str | Path, note: str, field: str) -> Path:
     """
     if not is_uri(path):
         return Path(path)
-    mirror = Mirror.at(path, field)
+    mirror = RemoteDir.at(path, field)
     mirror.folder.mkdir(parents=True, exist_ok=True)
     with FileLock(mirror.folder / ".lock"):
         there = mirror.inner(note).read()
         if there is None:
             raise UserError(f"{field}={path}: holds no {note}; give the folder that a run wrote")
-        if Mirror(mirror.folder / note).read() != there:
+        if RemoteDir(mirror.folder / note).read() != there:
             mirror.pull(last=note)
     return mirror.folder
 

@@ -53,7 +53,7 @@ def clear_scratch(parent: Path) -> None:
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
+def atomic_dir(folder: Path) -> Iterator[Path]:
     """An empty folder to fill; at the end it is flushed and takes the name `folder`, in place of what had it.
 
     After an exception `folder` is as it was.
@@ -81,9 +81,9 @@ def _replace(folder: Path, built: Path, old: Path) -> None:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[TextIO]:
-    """UTF-8 text to write, compressed where `path` ends in .gz; otherwise as `whole_bytes`."""
-    with whole_bytes(path) as file:
+def atomic_file(path: Path) -> Iterator[TextIO]:
+    """UTF-8 text to write, compressed where `path` ends in .gz; otherwise as `write_atomic`."""
+    with write_atomic(path) as file:
         # Without name and time in its header, the same records give the same bytes.
         packed = gzip.GzipFile("", "wb", fileobj=file, mtime=0) if path.name.endswith(".gz") else file
         with io.TextIOWrapper(cast(BinaryIO, packed), encoding="utf-8", newline="\n") as text:
@@ -91,7 +91,7 @@ def whole_file(path: Path) -> Iterator[TextIO]:
 
 
 @contextmanager
-def whole_bytes(path: Path) -> Iterator[BinaryIO]:
+def write_atomic(path: Path) -> Iterator[BinaryIO]:
     """A file to write; at the end it is flushed and takes the name `path`.
 
     After an exception `path` is as it was. Raises OSError where the file cannot be written.

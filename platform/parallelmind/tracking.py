@@ -25,7 +25,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from sqlalchemy.exc import SQLAlchemyError
 
-from parallelmind.config import Part
+from parallelmind.config import FrozenConfig
 from parallelmind.errors import UserError, first_line
 
 _SQLITE = "sqlite:///"
@@ -60,7 +60,7 @@ class Tracker:
 
     @classmethod
     def start(
-        cls, uri: str, experiment: str, name: str, config: Part, key: str, parent: str | None = None
+        cls, uri: str, experiment: str, name: str, config: FrozenConfig, key: str, parent: str | None = None
     ) -> Self:
         """Create the database if need be, then go on with the run tagged `key`, else begin one.
 

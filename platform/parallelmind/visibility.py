@@ -27,7 +27,7 @@ def isolated(q_time: Array, q_sequence: Array, k_time: Array, k_sequence: Array)
     return (k_time < q_time) & ((k_sequence == MAIN) | (k_sequence == q_sequence))
 
 
-def siblings(q_sequence: Array, k_sequence: Array) -> Array:
+def is_sibling(q_sequence: Array, k_sequence: Array) -> Array:
     """Tokens of another branch, as a branch sees them."""
     return (q_sequence > MAIN) & (k_sequence > MAIN) & (k_sequence != q_sequence)
 
@@ -41,7 +41,7 @@ RULES: dict[Visibility, Callable[..., Any]] = {"columnar": columnar, "isolated":
 
 
 @dataclass(frozen=True, slots=True)
-class Reach:
+class AttentionWindow:
     """How far back a kind of layer looks, in time: the last `window` tokens, or its own chunk of `chunk`
     tokens.
     """

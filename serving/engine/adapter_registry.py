@@ -15,8 +15,8 @@ from time import monotonic
 from typing import Any
 
 import parallelmind as pm
-from parallelmind.ray_env import MLFLOW_AWAY, settle
-from parallelmind.remote import Mirror
+from parallelmind.ray_env import MLFLOW_AWAY, set_env_defaults
+from parallelmind.remote import RemoteDir
 from serving.config import BASE, MANIFEST, REGISTRY, AppConfig
 from serving.observability.log import log
 
@@ -26,7 +26,7 @@ _ROUNDING = {
 _COARSE = 5e-2  # in half precision
 
 
-class Replaced(pm.UserError):
+class AdapterVersionGone(pm.UserError):
     """A sample cannot go on with the version that it has begun with."""
 
 
@@ -47,7 +47,7 @@ class _Loaded:
     told: str | None = None
 
 
-class Shelf:
+class AdapterRegistry:
     """The adapters of one engine. A new version serves the samples that begin after it; others end with
     theirs.
     """
@@ -56,7 +56,7 @@ class Shelf:
         self._engine, self._config = engine, config
         self._loaded: OrderedDict[str, _Loaded] = OrderedDict()  # least lately used first
         self._turn = asyncio.Lock()
-        settle(MLFLOW_AWAY)  # everybody who wants an adapter waits for the registry
+        set_env_defaults(MLFLOW_AWAY)  # everybody who wants an adapter waits for the registry
 
     def loaded(self) -> int:
         return len(self._loaded)
@@ -94,7 +94,7 @@ class Shelf:
         """By which name the registry still has a version that the model's own name does not mean any more."""
         where = self._config.locate(model) or ""
         if not where.startswith(REGISTRY):
-            raise Replaced(
+            raise AdapterVersionGone(
                 f"model={model!r}: has a new version, and the old one is gone with its engine; ask again"
             )
         name = where.removeprefix(REGISTRY).partition("@")[0].partition("/")[0]
@@ -141,7 +141,7 @@ class Shelf:
             uri = self._config.mlflow_uri or ""
             version, source = tracking.registered(uri, where)
             return version, lambda scratch: tracking.fetch(uri, source, scratch)
-        note = Mirror.at(where, "model").inner(MANIFEST).read()
+        note = RemoteDir.at(where, "model").inner(MANIFEST).read()
         return sha256(note).hexdigest() if note else "", lambda _: where
 
     def _check(self, model: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from ray.serve.config import AutoscalingContext
 
 
-class ByBranches:
+class BranchLoadPolicy:
     """A policy for `ray.serve.config.AutoscalingPolicy`; Serve adds its delays and bounds."""
 
     def __init__(self, branches_per_replica: float) -> None:

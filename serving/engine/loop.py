@@ -11,7 +11,7 @@ from collections.abc import Callable
 from time import monotonic, perf_counter
 
 import parallelmind as pm
-from serving.engine.messages import Begun, Step, Work
+from serving.engine.messages import BranchStarted, EngineRequest, StepOutput
 
 _NICE = 15  # at 5 whoever wakes up to answer waits some milliseconds for the engine's threads
 _BEAT_S = 1.0
@@ -20,11 +20,11 @@ _SWITCH_S = (
 )
 
 
-class Stuck(RuntimeError):  # noqa: N818
+class EngineStuckError(RuntimeError):
     """The engine has failed, or does not come back from a step; only a new one will help."""
 
 
-class Stepper:
+class EngineLoop:
     """Steps an engine while it is busy. All methods are for the event loop that it was started in."""
 
     def __init__(
@@ -34,7 +34,7 @@ class Stepper:
         with.
         """
         self._engine, self._timed, self._stuck_s, self._threads = engine, timed, stuck_s, threads
-        self._queues: dict[int, asyncio.Queue[Step | None]] = {}
+        self._queues: dict[int, asyncio.Queue[StepOutput | None]] = {}
         self._wake = threading.Event()
         self._began: float | None = None  # when the step at work began
         self._failure: BaseException | None = None
@@ -42,7 +42,7 @@ class Stepper:
         self._thread: threading.Thread | None = None
         self._stopped = False
 
-    def begin(self, work: Work, adapter: str | None) -> int:
+    def begin(self, work: EngineRequest, adapter: str | None) -> int:
         """Queue a sample; returns the engine's number of it. Raises UserError as `Engine.enqueue`, and
         Stuck.
         """
@@ -56,10 +56,10 @@ class Stepper:
         self._wake.set()
         return number
 
-    def tell_begun(self, number: int, begun: Begun) -> None:
-        self._queues[number].put_nowait(Step([], [begun]))
+    def tell_begun(self, number: int, begun: BranchStarted) -> None:
+        self._queues[number].put_nowait(StepOutput([], [begun]))
 
-    async def next(self, number: int) -> Step | None:
+    async def next(self, number: int) -> StepOutput | None:
         """What has been added to a sample since, now and then nothing; None at its end. Raises Stuck if the
         engine has failed.
         """
@@ -68,7 +68,7 @@ class Stepper:
             async with asyncio.timeout(_BEAT_S):
                 parts = [await queue.get()]
         except TimeoutError:  # says at least that somebody is there
-            return Step([], [])
+            return StepOutput([], [])
         while not queue.empty():  # who comes late gets all at once
             parts.append(queue.get_nowait())
         if parts[-1] is None and len(parts) > 1:
@@ -77,7 +77,7 @@ class Stepper:
         steps = [part for part in parts if part is not None]
         if not steps:
             return None
-        return Step(
+        return StepOutput(
             [event for step in steps for event in step.events],
             [begun for step in steps for begun in step.begun],
         )
@@ -104,11 +104,11 @@ class Stepper:
         self._raise_failure()
         began = self._began
         if began is not None and monotonic() - began > self._stuck_s:
-            raise Stuck(f"one step has taken more than {self._stuck_s:g} s")
+            raise EngineStuckError(f"one step has taken more than {self._stuck_s:g} s")
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
-            raise Stuck(f"the engine has failed: {self._failure}") from self._failure
+            raise EngineStuckError(f"the engine has failed: {self._failure}") from self._failure
 
     def _run(self) -> None:
         import torch
@@ -149,7 +149,7 @@ class Stepper:
             queue = self._queues.get(number)
             if queue is None:  # whoever waited has gone
                 continue
-            queue.put_nowait(Step(events, []))
+            queue.put_nowait(StepOutput(events, []))
             if number in over:
                 queue.put_nowait(None)
 

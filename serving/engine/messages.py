@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 
 from parallelmind.engine.request import Event
 from parallelmind.engine.sampler import SamplingParams
-from parallelmind.engine.sequence import Progress
-from parallelmind.engine.validation import Asked
+from parallelmind.engine.sequence import ResumeState
+from parallelmind.engine.validation import TokenizedRequest
 
 _FIELDS = [field.name for field in fields(Event)]
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class EngineRequest:
     """A sample to decode. id: unique, by which it can be joined and cancelled.
 
     progress, version: how far a lost engine had come, and with which version of the model's adapter.
@@ -23,12 +23,12 @@ class Work:
 
     id: str
     model: str
-    asked: Asked
-    progress: Progress | None = None
+    asked: TokenizedRequest
+    progress: ResumeState | None = None
     version: str | None = None
 
 
-class Begun(NamedTuple):
+class BranchStarted(NamedTuple):
     """A branch begins. place: the branch and time coordinates of its prompt's first token."""
 
     branch: int
@@ -37,7 +37,7 @@ class Begun(NamedTuple):
     place: tuple[int, int]
 
 
-class Step(NamedTuple):
+class StepOutput(NamedTuple):
     """What one step of the engine adds to one sample.
 
     begun: branches that joined before it. version: which one of the adapter is at work; told with the first
@@ -45,24 +45,24 @@ class Step(NamedTuple):
     """
 
     events: list[Event]
-    begun: list[Begun]
+    begun: list[BranchStarted]
     version: str | None = None
 
 
-Packed = tuple[list[tuple[Any, ...]], list[Begun], str | None]
+Packed = tuple[list[tuple[Any, ...]], list[BranchStarted], str | None]
 
 
-def packed(step: Step) -> Packed:
+def packed(step: StepOutput) -> Packed:
     """A step as it travels: of plain tuples, which Serve's pickler writes ten times as fast as objects."""
     return [attrgetter(*_FIELDS)(event) for event in step.events], step.begun, step.version
 
 
-def unpacked(step: Packed) -> Step:
+def unpacked(step: Packed) -> StepOutput:
     events, begun, version = step
-    return Step([Event(*values) for values in events], begun, version)
+    return StepOutput([Event(*values) for values in events], begun, version)
 
 
-class Refusal(NamedTuple):
+class RejectedRequest(NamedTuple):
     """Why a sample is not decoded. A value and no exception: Serve would log each one's traceback as a
     failure.
     """

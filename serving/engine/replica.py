@@ -10,14 +10,14 @@ from ray import serve
 
 import parallelmind as pm
 from parallelmind.engine.sampler import SamplingParams
-from parallelmind.engine.scheduler import Limits
-from parallelmind.errors import Overloaded
+from parallelmind.engine.scheduler import EngineConfig
+from parallelmind.errors import CapacityError
 from serving.config import AppConfig
-from serving.engine.adapter_registry import Replaced, Shelf
-from serving.engine.loop import Stepper
-from serving.engine.messages import Begun, Packed, Refusal, Step, Work, packed
+from serving.engine.adapter_registry import AdapterRegistry, AdapterVersionGone
+from serving.engine.loop import EngineLoop
+from serving.engine.messages import BranchStarted, EngineRequest, Packed, RejectedRequest, StepOutput, packed
 from serving.observability.log import set_up
-from serving.observability.metrics import EngineMeters, Family
+from serving.observability.metrics import EngineMetrics, Family
 from serving.runtime.ports import keep_on_node_address
 
 
@@ -32,7 +32,7 @@ class _Held:
     prompt_tokens: int
 
     @classmethod
-    def of(cls, number: int, work: Work) -> _Held:
+    def of(cls, number: int, work: EngineRequest) -> _Held:
         asked, last = work.asked, work.asked.last
         return cls(
             number,
@@ -54,17 +54,17 @@ class EngineReplica:
         # torch's own first seed is fixed: requests without a seed would repeat after every restart
         torch.seed()
         model, tokenizer = config.load()
-        limits = Limits(cache_tokens=config.cache_tokens) if config.cache_tokens else None
+        limits = EngineConfig(cache_tokens=config.cache_tokens) if config.cache_tokens else None
         engines = 1 if config.num_gpus >= 1 else config.max_replicas  # that may share this one's memory
         self._engine = pm.Engine(model, tokenizer, limits, engines=engines)
-        self._shelf = Shelf(self._engine, config)
-        self._meters = EngineMeters(self._engine.load, self._shelf.loaded)
+        self._shelf = AdapterRegistry(self._engine, config)
+        self._meters = EngineMetrics(self._engine.load, self._shelf.loaded)
         threads = config.num_threads or max(1, (os.cpu_count() or 1) // config.max_replicas)
-        self._stepper = Stepper(self._engine, self._meters.stepped, config.stuck_s, threads)
+        self._stepper = EngineLoop(self._engine, self._meters.stepped, config.stuck_s, threads)
         self._limits, self._held = config, dict[str, _Held]()
         self._name = serve.get_replica_context().replica_id.unique_id
 
-    async def decode(self, work: Work) -> AsyncIterator[Packed | Refusal]:
+    async def decode(self, work: EngineRequest) -> AsyncIterator[Packed | RejectedRequest]:
         """What is added to a sample, step by step; first how its branches begin. A Refusal is all there is of
         a wrong one.
         """
@@ -78,22 +78,22 @@ class EngineReplica:
             return
         self._held[work.id] = _Held.of(number, work)
         try:
-            yield packed(Step([], begun, self._shelf.version(adapter)))
+            yield packed(StepOutput([], begun, self._shelf.version(adapter)))
             while (step := await self._stepper.next(number)) is not None:
                 yield packed(step)
         finally:
             del self._held[work.id]
             self._stepper.drop(number)
 
-    def _begun(self, number: int, work: Work) -> list[Begun]:
+    def _begun(self, number: int, work: EngineRequest) -> list[BranchStarted]:
         prompts = work.asked.tokens.split()[1:]
         places = self._engine.places(number)[: len(prompts)]
         return [
-            Begun(branch, *given)
+            BranchStarted(branch, *given)
             for branch, given in enumerate(zip(prompts, work.asked.params, places, strict=True))
         ]
 
-    async def join(self, sample: str, ids: list[int], params: SamplingParams) -> int | Refusal | None:
+    async def join(self, sample: str, ids: list[int], params: SamplingParams) -> int | RejectedRequest | None:
         """Add a branch; returns its number, and None if the sample is not here."""
         held = self._held.get(sample)
         if held is None:
@@ -104,7 +104,7 @@ class EngineReplica:
                 branch = self._engine.join(
                     held.number, ids, **{name: getattr(params, name) for name in params.__slots__}
                 )
-                begun = Begun(branch, ids, params, self._engine.places(held.number)[branch])
+                begun = BranchStarted(branch, ids, params, self._engine.places(held.number)[branch])
         except pm.UserError as error:
             return _refusal(error)
         held.branches, held.prompt_tokens = held.branches + 1, held.prompt_tokens + len(ids)
@@ -151,7 +151,8 @@ class EngineReplica:
         return self._name, self._meters.families()
 
 
-def _refusal(error: pm.UserError) -> Refusal:
-    return Refusal(
-        str(error), 429 if isinstance(error, Overloaded) else 503 if isinstance(error, Replaced) else 400
+def _refusal(error: pm.UserError) -> RejectedRequest:
+    return RejectedRequest(
+        str(error),
+        429 if isinstance(error, CapacityError) else 503 if isinstance(error, AdapterVersionGone) else 400,
     )

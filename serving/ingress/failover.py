@@ -13,13 +13,20 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from parallelmind.engine.sequence import FinishReason, Progress
-from parallelmind.engine.validation import Asked
+from parallelmind.engine.sequence import FinishReason, ResumeState
+from parallelmind.engine.validation import TokenizedRequest
 from parallelmind.layout import MAIN, Tokens
-from serving.engine.messages import Begun, Packed, Refusal, Step, Work, unpacked
+from serving.engine.messages import (
+    BranchStarted,
+    EngineRequest,
+    Packed,
+    RejectedRequest,
+    StepOutput,
+    unpacked,
+)
 from serving.observability.log import log
-from serving.observability.metrics import FrontMeters
-from serving.protocol.errors import EngineLost, refused
+from serving.observability.metrics import IngressMetrics
+from serving.protocol.errors import EngineLostError, refused
 
 # What the death, the loss or the failure of an engine looks like from here.
 _LOST = (RayError, RayServeException, grpc.RpcError, RuntimeError)
@@ -29,12 +36,12 @@ _SILENT_S = 6.0  # an engine says something every second; Serve takes longer to 
 _FIRST_S = 20.0  # before its first word one may still have to start
 
 
-class Tale:
+class RequestReplay:
     """What has been told of a sample: enough for another engine to go on with it."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: EngineRequest) -> None:
         self._work = work
-        self.begun: list[Begun] = []
+        self.begun: list[BranchStarted] = []
         self._said: list[list[int]] = []
         self._ended: list[FinishReason | None] = []
         self._version: str | None = None
@@ -48,7 +55,7 @@ class Tale:
     def done(self) -> bool:
         return self.quiet and len(self._ended) == len(self.begun) + (self._work.asked.last is not None)
 
-    def heard(self, step: Step) -> Step:
+    def heard(self, step: StepOutput) -> StepOutput:
         """Take note of a step; returns what of it is new."""
         self._version = step.version if self._version is None else self._version
         new = step.begun[max(len(self.begun) - step.begun[0].branch, 0) :] if step.begun else []
@@ -60,36 +67,38 @@ class Tale:
                 self._add()
             self._said[event.branch] += [] if event.token is None else [event.token]
             self._ended[event.branch] = event.finish_reason
-        return Step(step.events, new)
+        return StepOutput(step.events, new)
 
     def _add(self) -> None:
         self._said.append([])
         self._ended.append(None)
 
-    def rest(self) -> Work:
+    def rest(self) -> EngineRequest:
         """What is left to do."""
         if not self.begun:
             return self._work
         asked = self._work.asked
         tokens = Tokens.of(asked.tokens.split()[MAIN], [begun.prompt for begun in self.begun])
-        asked = Asked(tokens, [begun.params for begun in self.begun], asked.last)
-        progress = Progress([begun.place[1] for begun in self.begun], self._said, self._ended)
+        asked = TokenizedRequest(tokens, [begun.params for begun in self.begun], asked.last)
+        progress = ResumeState([begun.place[1] for begun in self.begun], self._said, self._ended)
         return replace(self._work, asked=asked, progress=progress, version=self._version)
 
 
-async def follow(engine: DeploymentHandle, work: Work, meters: FrontMeters) -> AsyncGenerator[Step, None]:
+async def follow(
+    engine: DeploymentHandle, work: EngineRequest, meters: IngressMetrics
+) -> AsyncGenerator[StepOutput, None]:
     """All steps of a sample. If its engine is lost another one goes on where it stopped.
 
     Closing the iterator ends the sample. Raises RequestError for a sample that is refused, EngineLost if no
     engine can end it.
     """
-    tale, tries = Tale(work), 0
+    tale, tries = RequestReplay(work), 0
     while tries < _TRIES:
         tries += 1
         source: Any = engine.decode.remote(tale.rest())
         try:
             async for step in _spoken(source):
-                if isinstance(step, Refusal):
+                if isinstance(step, RejectedRequest):
                     raise refused(step)
                 if any(step):
                     new = unpacked(step)
@@ -110,7 +119,7 @@ async def follow(engine: DeploymentHandle, work: Work, meters: FrontMeters) -> A
         meters.moved.inc()
         await asyncio.sleep(_PAUSE_S * tries)
     meters.lost.inc()
-    raise EngineLost
+    raise EngineLostError
 
 
 class _Silent(RuntimeError):  # noqa: N818
@@ -123,7 +132,7 @@ class _NotStarted(_Silent):
     """
 
 
-async def _spoken(source: Any) -> AsyncGenerator[Packed | Refusal, None]:
+async def _spoken(source: Any) -> AsyncGenerator[Packed | RejectedRequest, None]:
     """All that an engine says, as long as it says something."""
     messages, heard = aiter(source), False
     while True:
@@ -138,7 +147,7 @@ async def _spoken(source: Any) -> AsyncGenerator[Packed | Refusal, None]:
         yield message
 
 
-async def within(seconds: float, steps: AsyncGenerator[Step, None]) -> AsyncGenerator[Step, None]:
+async def within(seconds: float, steps: AsyncGenerator[StepOutput, None]) -> AsyncGenerator[StepOutput, None]:
     """The steps, as long as they come in time. Raises TimeoutError."""
     end = asyncio.get_running_loop().time() + seconds
     async with aclosing(steps) as each:

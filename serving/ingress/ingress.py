@@ -13,15 +13,15 @@ from starlette.types import ASGIApp
 
 import parallelmind as pm
 from serving.config import AppConfig
-from serving.engine.messages import Refusal, Step, Work
+from serving.engine.messages import EngineRequest, RejectedRequest, StepOutput
 from serving.ingress.failover import follow, within
-from serving.ingress.preprocessor import Asker
-from serving.ingress.request_limits import Gate, Keys
+from serving.ingress.preprocessor import RequestPreprocessor
+from serving.ingress.request_limits import ApiKeys, RequestLimitsMiddleware
 from serving.observability.log import log, set_up
-from serving.observability.metrics import Family, FrontMeters
-from serving.protocol.branch_response import Follower
+from serving.observability.metrics import Family, IngressMetrics
+from serving.protocol.branch_response import BranchTracker
 from serving.protocol.errors import RequestError, refusal
-from serving.protocol.openai import Problem
+from serving.protocol.openai import ErrorInfo
 from serving.runtime.ports import keep_on_node_address
 
 _CONTROL_S = 5.0  # for an engine to answer what is not decoding
@@ -31,7 +31,7 @@ T = TypeVar("T")
 BodyT = TypeVar("BodyT")
 
 
-class Front:
+class Ingress:
     """What the routes need: the engines, the tokenizer, and the meters."""
 
     def __init__(self, engine: DeploymentHandle, config: AppConfig) -> None:
@@ -39,13 +39,15 @@ class Front:
         set_up(config.log_level)
         self.config = config
         self._engine, self._streams = engine, engine.options(stream=True)
-        self.meters = FrontMeters()
-        self.asker = Asker(config, config.load_tokenizer(), config.context())
+        self.meters = IngressMetrics()
+        self.asker = RequestPreprocessor(config, config.load_tokenizer(), config.context())
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         from serving.ingress.routes import routes
 
-        gate = Gate(routes(self), self.config, Keys(self.config.api_keys()), self.meters)
+        gate = RequestLimitsMiddleware(
+            routes(self), self.config, ApiKeys(self.config.api_keys()), self.meters
+        )
         if not self.config.cors_origins:
             return gate
         # Around the gate: a browser asks without a key whether it may call, and must be able to read a
@@ -64,7 +66,7 @@ class Front:
         except pm.UserError as error:
             raise refusal(str(error)) from error
 
-    async def begin(self, work: Work) -> AsyncGenerator[Step, None]:
+    async def begin(self, work: EngineRequest) -> AsyncGenerator[StepOutput, None]:
         """The steps of a sample that has begun. Raises RequestError if it is refused: then no answer is out
         yet.
         """
@@ -72,8 +74,10 @@ class Front:
         first = await anext(steps)
         return _resumed(first, steps)
 
-    async def _timed(self, work: Work, steps: AsyncGenerator[Step, None]) -> AsyncGenerator[Step, None]:
-        began, last, follower, read = perf_counter(), dict[int, float](), Follower(work), 0
+    async def _timed(
+        self, work: EngineRequest, steps: AsyncGenerator[StepOutput, None]
+    ) -> AsyncGenerator[StepOutput, None]:
+        began, last, follower, read = perf_counter(), dict[int, float](), BranchTracker(work), 0
         async for (
             step
         ) in steps:  # from the first on the model is known, and its name no invention of a client's
@@ -95,7 +99,7 @@ class Front:
         is none.
         """
         for found in await self._everywhere("join", sample, ids, params):
-            if isinstance(found, Refusal):
+            if isinstance(found, RejectedRequest):
                 raise refusal(*found)
             if found is not None:
                 return int(found)
@@ -131,12 +135,14 @@ class Front:
             return []
         except TimeoutError:
             raise RequestError(
-                503, Problem(message="an engine does not answer; try again", type="server_error")
+                503, ErrorInfo(message="an engine does not answer; try again", type="server_error")
             ) from None
         return [each for each in found if not isinstance(each, BaseException)]
 
 
-async def _resumed(first: Step, rest: AsyncGenerator[Step, None]) -> AsyncGenerator[Step, None]:
+async def _resumed(
+    first: StepOutput, rest: AsyncGenerator[StepOutput, None]
+) -> AsyncGenerator[StepOutput, None]:
     try:
         yield first
         async for step in rest:
@@ -147,4 +153,4 @@ async def _resumed(first: Step, rest: AsyncGenerator[Step, None]) -> AsyncGenera
 
 def _no_sample(sample: str) -> RequestError:
     message = f"sample {sample[:80]!r}: has ended or never was; begin another one"
-    return RequestError(404, Problem(message=message, code="sample_not_found"))
+    return RequestError(404, ErrorInfo(message=message, code="sample_not_found"))

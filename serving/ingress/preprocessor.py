@@ -16,11 +16,11 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 import parallelmind as pm
 from parallelmind.engine.request import encode
 from parallelmind.engine.sampler import SamplingParams
-from parallelmind.engine.validation import Asked
+from parallelmind.engine.validation import TokenizedRequest
 from parallelmind.errors import first_line
 from serving.config import BASE, AppConfig
-from serving.engine.messages import Work
-from serving.protocol.branches import BranchesRequest, Joining
+from serving.engine.messages import EngineRequest
+from serving.protocol.branches import AddBranchRequest, BranchesRequest
 from serving.protocol.openai import (
     ChatRequest,
     CompletionRequest,
@@ -37,14 +37,14 @@ _BYTES = {letter: byte for byte, letter in bytes_to_unicode().items()}  # and on
 Ids = Sequence[int]
 
 
-class Asker:
+class RequestPreprocessor:
     """Turns bodies into work. Everything raises UserError for what is not served."""
 
     def __init__(self, config: AppConfig, tokenizer: PreTrainedTokenizerBase, context: int | None) -> None:
         """context: most positions that the model was made for, if there is such a number."""
         self.config, self.tokenizer, self.context = config, tokenizer, context
 
-    def completion(self, request: CompletionRequest) -> Work:
+    def completion(self, request: CompletionRequest) -> EngineRequest:
         """Every prompt n times, one after another."""
         self.require_model(request.model)
         self._require_branches("n" if request.n > 1 else "prompt", len(request.prompt) * request.n)
@@ -55,7 +55,7 @@ class Asker:
         settings = request.settings(self._most(request, request.max_tokens), request.logprobs)
         return self._work("cmpl", "prompt", request.model, sample, settings)
 
-    def chat(self, request: ChatRequest) -> Work:
+    def chat(self, request: ChatRequest) -> EngineRequest:
         """The conversation is main; what opens the assistant's turn begins every branch."""
         self.require_model(request.model)
         self._require_branches("n", request.n)
@@ -72,7 +72,7 @@ class Asker:
         sample = pm.Sample(main, [turn] * request.n)
         return self._work("chatcmpl", "messages", request.model, sample, request.settings(most, logprobs))
 
-    def branches(self, request: BranchesRequest) -> Work:
+    def branches(self, request: BranchesRequest) -> EngineRequest:
         self.require_model(request.model)
         self._require_branches("branches", len(request.branches) + (request.reduce is not None))
         main = self._encoded("main", request.main, True) if request.main else []
@@ -85,7 +85,7 @@ class Asker:
         own = [branch.own() for branch in request.branches]
         return self._work("smp", "branches", request.model, pm.Sample(main, texts), settings, own, last)
 
-    def joining(self, request: Joining) -> tuple[list[int], SamplingParams]:
+    def joining(self, request: AddBranchRequest) -> tuple[list[int], SamplingParams]:
         """A late branch: its tokens and settings."""
         ids = self._encoded("text", request.text, False)
         params = SamplingParams.of(
@@ -138,15 +138,15 @@ class Asker:
         settings: dict[str, Any],
         own: list[dict[str, Any]] | None = None,
         reduce: list[int] | None = None,
-    ) -> Work:
+    ) -> EngineRequest:
         """field: to blame if there is too much of it."""
-        asked = Asked.of(self.tokenizer, sample, own, reduce, settings)
+        asked = TokenizedRequest.of(self.tokenizer, sample, own, reduce, settings)
         last = asked.last
         read = len(asked.tokens.ids) + (len(last.ids) if last else 0)
         self._require_tokens(field, read, [*asked.params, *([last.params] if last else [])])
         # So that another engine could go on: whoever is to be drawn has a seed.
         params = [_seeded(each) for each in asked.params]
-        return Work(
+        return EngineRequest(
             fresh_id(kind),
             model,
             replace(asked, params=params, last=last and replace(last, params=_seeded(last.params))),

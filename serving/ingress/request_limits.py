@@ -18,9 +18,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.config import Limits
 from serving.observability.log import log, request_id
-from serving.observability.metrics import FrontMeters
+from serving.observability.metrics import IngressMetrics
 from serving.protocol.errors import RequestError, answer, busy
-from serving.protocol.openai import Problem
+from serving.protocol.openai import ErrorInfo
 
 _ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 _PAGES = re.compile(
@@ -30,7 +30,7 @@ _OPEN = "/health"
 _WORKING = re.compile(r"/v1/(completions|chat/completions|branches)")
 
 
-class Keys:
+class ApiKeys:
     """Which API keys are known; none at all lets everybody in. Only hashes are kept."""
 
     def __init__(self, keys: Sequence[str]) -> None:
@@ -58,10 +58,10 @@ def _key_of(authorization: str) -> bytes:
         return b""
 
 
-class Gate:
+class RequestLimitsMiddleware:
     """An ASGI application around another."""
 
-    def __init__(self, app: ASGIApp, limits: Limits, keys: Keys, meters: FrontMeters) -> None:
+    def __init__(self, app: ASGIApp, limits: Limits, keys: ApiKeys, meters: IngressMetrics) -> None:
         self._app, self._limits, self._keys, self._meters = app, limits, keys, meters
         self._working = 0
 
@@ -130,7 +130,7 @@ class Gate:
     ) -> RequestError:
         self._meters.refused.labels(reason).inc()
         code = "invalid_api_key" if status == 401 else "too_large"
-        return RequestError(status, Problem(message=message, code=code), headers)
+        return RequestError(status, ErrorInfo(message=message, code=code), headers)
 
     @staticmethod
     def _works(scope: Scope) -> bool:
@@ -168,11 +168,11 @@ class _In:
             async with asyncio.timeout_at(self._until):
                 message = await self._receive()
         except TimeoutError:
-            problem = Problem(message="body: did not come in time; send it at once", code="timeout")
+            problem = ErrorInfo(message="body: did not come in time; send it at once", code="timeout")
             raise RequestError(408, problem) from None
         self._size += len(message.get("body", b""))
         if self._size > self._limits.max_body_bytes:
-            raise RequestError(413, Problem(message=_too_long(self._limits), code="too_large"))
+            raise RequestError(413, ErrorInfo(message=_too_long(self._limits), code="too_large"))
         self._whole = not message.get("more_body", False)
         return message
 

@@ -11,12 +11,12 @@ from fastapi.responses import FileResponse, JSONResponse, Response, StreamingRes
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.staticfiles import StaticFiles
 
-from serving.engine.messages import Work
-from serving.ingress.ingress import Front
+from serving.engine.messages import EngineRequest
+from serving.ingress.ingress import Ingress
 from serving.observability.metrics import exposition
 from serving.protocol import branch_response as branch_answer
 from serving.protocol import response as answer
-from serving.protocol.branches import BranchesAnswer, BranchesRequest, Joined, Joining
+from serving.protocol.branches import AddBranchRequest, BranchesAnswer, BranchesRequest, Joined
 from serving.protocol.errors import install
 from serving.protocol.openai import (
     ChatRequest,
@@ -52,7 +52,7 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def routes(front: Front) -> FastAPI:
+def routes(front: Ingress) -> FastAPI:
     """The application around a front."""
     app = FastAPI(
         title="parallelmind", docs_url=None, redoc_url=None, responses=_PROBLEMS
@@ -66,7 +66,7 @@ def routes(front: Front) -> FastAPI:
     return app
 
 
-def _openai(app: FastAPI, front: Front) -> None:
+def _openai(app: FastAPI, front: Ingress) -> None:
     spell, encoded = front.asker.spell, front.asker.encoded
 
     @app.get("/v1/models")
@@ -77,17 +77,20 @@ def _openai(app: FastAPI, front: Front) -> None:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue one prompt, or several as the branches of one sample."""
         work = await front.work(front.asker.completion, body, await _size(request))
-        return await _answer(front, body, work, answer.CompletionShape(work.id, body.model, spell))
+        return await _answer(front, body, work, answer.CompletionFormatter(work.id, body.model, spell))
 
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation, n times as n branches that share it."""
         work = await front.work(front.asker.chat, body, await _size(request))
-        return await _answer(front, body, work, answer.ChatShape(work.id, body.model, spell, encoded))
+        return await _answer(front, body, work, answer.ChatFormatter(work.id, body.model, spell, encoded))
 
 
 async def _answer(
-    front: Front, body: CompletionRequest | ChatRequest, work: Work, shape: answer.Shape
+    front: Ingress,
+    body: CompletionRequest | ChatRequest,
+    work: EngineRequest,
+    shape: answer.ResponseFormatter,
 ) -> Response:
     steps = await front.begin(work)
     read = len(work.asked.tokens.ids)
@@ -104,7 +107,7 @@ def _stream(bodies: AsyncIterator[dict[str, Any]]) -> Response:
     )
 
 
-def _branches(app: FastAPI, front: Front) -> None:
+def _branches(app: FastAPI, front: Ingress) -> None:
     @app.post("/v1/branches", response_model=BranchesAnswer)
     async def branches(body: BranchesRequest, request: Request) -> Response:
         """Continue branches that share a main, each with settings of its own."""
@@ -115,7 +118,7 @@ def _branches(app: FastAPI, front: Front) -> None:
         return JSONResponse(await branch_answer.whole(work, steps))
 
     @app.post("/v1/branches/{sample}/branches", status_code=201)
-    async def join(sample: str, body: Joining, request: Request) -> Joined:
+    async def join(sample: str, body: AddBranchRequest, request: Request) -> Joined:
         """Add a branch to a sample that is going on; its stream tells what it says."""
         ids, params = await front.work(front.asker.joining, body, await _size(request))
         return Joined(id=sample, index=await front.join(sample, ids, params))
@@ -131,7 +134,7 @@ def _branches(app: FastAPI, front: Front) -> None:
         await front.cancel(sample, None)
 
 
-def _tokens(app: FastAPI, front: Front) -> None:
+def _tokens(app: FastAPI, front: Ingress) -> None:
     @app.post("/tokenize", response_model=None)
     async def tokenize(body: TokenizeRequest, request: Request) -> Response:
         tokens = await front.work(front.asker.tokenize, body, await _size(request))
@@ -143,7 +146,7 @@ def _tokens(app: FastAPI, front: Front) -> None:
         return JSONResponse({"prompt": await front.work(front.asker.detokenize, body, await _size(request))})
 
 
-def _operation(app: FastAPI, front: Front) -> None:
+def _operation(app: FastAPI, front: Ingress) -> None:
     @app.get("/health")
     async def health() -> Response:
         """Whether an engine answers and computes."""

@@ -16,7 +16,7 @@ from prometheus_client import (
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from parallelmind.engine.scheduler import Load
+from parallelmind.engine.scheduler import EngineStats
 
 _STEP_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 _FIRST_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -65,7 +65,7 @@ class Meters:
         ]
 
 
-class FrontMeters(Meters):
+class IngressMetrics(Meters):
     """Of a process in front. Times are as a client feels them, but for the network."""
 
     def __init__(self) -> None:
@@ -84,10 +84,10 @@ class FrontMeters(Meters):
         self.lost = self._counter("lost_samples", "samples that could not go on after their engine was lost")
 
 
-class EngineMeters(Meters):
+class EngineMetrics(Meters):
     """Of an engine. Step time is told apart into the model's and all else."""
 
-    def __init__(self, load: Callable[[], Load], adapters: Callable[[], int]) -> None:
+    def __init__(self, load: Callable[[], EngineStats], adapters: Callable[[], int]) -> None:
         super().__init__()
         self._steps = self._histogram("step_seconds", "one step of the engine", _STEP_S, "part")
         self._gauge("live_branches", "branches that are being decoded", lambda: load().live_branches)

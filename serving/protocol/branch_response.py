@@ -8,13 +8,21 @@ from typing import Any, Literal
 
 import parallelmind as pm
 from parallelmind.layout import MAIN
-from serving.engine.messages import Begun, Step, Work
-from serving.protocol.branches import Begin, BranchesAnswer, Delta, Deltas, Done, Place, Told
+from serving.engine.messages import BranchStarted, EngineRequest, StepOutput
+from serving.protocol.branches import (
+    BranchesAnswer,
+    BranchesStarted,
+    BranchOutput,
+    BranchStart,
+    Delta,
+    Deltas,
+    Done,
+)
 from serving.protocol.openai import Usage
 
 
-def _place(begun: Begun) -> Place:
-    return Place(
+def _place(begun: BranchStarted) -> BranchStart:
+    return BranchStart(
         index=begun.branch, prompt_tokens=len(begun.prompt), branch=begun.place[0], time=begun.place[1]
     )
 
@@ -33,17 +41,17 @@ def _delta(event: pm.Event) -> Delta:
     )
 
 
-class Follower:
+class BranchTracker:
     """Knows which branches have begun. The one that reads all others says so by its first token.
 
     read: prompt tokens so far, main's among them.
     """
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: EngineRequest) -> None:
         self._work, self._known = work, 0
         self.read = int(work.asked.tokens.lengths[MAIN])
 
-    def begun(self, step: Step) -> list[Place]:
+    def begun(self, step: StepOutput) -> list[BranchStart]:
         found = [_place(begun) for begun in step.begun]
         self._known += len(found)
         last = self._work.asked.last
@@ -51,7 +59,7 @@ class Follower:
             if event.branch >= self._known and last and event.pos2d:
                 branch, time = event.pos2d
                 found.append(
-                    Place(
+                    BranchStart(
                         index=event.branch,
                         prompt_tokens=len(last.ids),
                         branch=branch,
@@ -62,18 +70,18 @@ class Follower:
         self.read += sum(place.prompt_tokens for place in found)
         return found
 
-    def heard(self, step: Step) -> list[pm.Event]:
+    def heard(self, step: StepOutput) -> list[pm.Event]:
         """What begun branches say; one that is cancelled before its first word says nothing."""
         return [event for event in step.events if event.branch < self._known]
 
 
-async def parts(work: Work, steps: AsyncIterator[Step]) -> AsyncIterator[dict[str, Any]]:
+async def parts(work: EngineRequest, steps: AsyncIterator[StepOutput]) -> AsyncIterator[dict[str, Any]]:
     """How the branches begin, what each step adds to them, and the usage."""
-    follower, written = Follower(work), 0
+    follower, written = BranchTracker(work), 0
     kind: Literal["branches.begun", "branches.joined"] = "branches.begun"
     async for step in steps:
         if places := follower.begun(step):
-            yield Begin(id=work.id, object=kind, model=work.model, branches=places).model_dump()
+            yield BranchesStarted(id=work.id, object=kind, model=work.model, branches=places).model_dump()
             kind = "branches.joined"
         if events := follower.heard(step):
             written += sum(event.token is not None for event in events)
@@ -81,12 +89,12 @@ async def parts(work: Work, steps: AsyncIterator[Step]) -> AsyncIterator[dict[st
     yield Done(id=work.id, usage=Usage.of(follower.read, written)).model_dump()
 
 
-async def whole(work: Work, steps: AsyncIterator[Step]) -> dict[str, Any]:
+async def whole(work: EngineRequest, steps: AsyncIterator[StepOutput]) -> dict[str, Any]:
     """Every branch, once all have ended."""
-    follower, told = Follower(work), dict[int, Told]()
+    follower, told = BranchTracker(work), dict[int, BranchOutput]()
     async for step in steps:
         for place in follower.begun(step):
-            told[place.index] = Told(
+            told[place.index] = BranchOutput(
                 index=place.index,
                 text="",
                 tokens=[],
@@ -104,7 +112,7 @@ async def whole(work: Work, steps: AsyncIterator[Step]) -> dict[str, Any]:
     return answer.model_dump()
 
 
-def _add(told: Told, event: pm.Event) -> None:
+def _add(told: BranchOutput, event: pm.Event) -> None:
     told.text += event.text
     told.finish_reason = event.finish_reason
     if event.token is not None:

@@ -57,7 +57,7 @@ class Delta(BaseModel):
     top: list[tuple[int, float]]
 
 
-class Place(BaseModel):
+class BranchStart(BaseModel):
     """Where a branch begins: the coordinates of its first prompt token."""
 
     index: int
@@ -66,11 +66,11 @@ class Place(BaseModel):
     time: int
 
 
-class Begin(BaseModel):
+class BranchesStarted(BaseModel):
     id: str
     object: Literal["branches.begun", "branches.joined"]
     model: str
-    branches: list[Place]
+    branches: list[BranchStart]
 
 
 class Deltas(BaseModel):
@@ -85,7 +85,7 @@ class Done(BaseModel):
     usage: Usage
 
 
-class Told(BaseModel):
+class BranchOutput(BaseModel):
     """All of one branch."""
 
     index: int
@@ -103,7 +103,7 @@ class BranchesAnswer(BaseModel):
     object: Literal["branches"] = "branches"
     created: int
     model: str
-    branches: list[Told]
+    branches: list[BranchOutput]
     usage: Usage
 
 
@@ -112,5 +112,5 @@ class Joined(BaseModel):
     index: int
 
 
-class Joining(Branch):
+class AddBranchRequest(Branch):
     """One branch more for a sample that is going on."""

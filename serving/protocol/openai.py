@@ -203,7 +203,7 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
-class Problem(BaseModel):
+class ErrorInfo(BaseModel):
     """What went wrong. param: the field of the request that is to blame, if one is."""
 
     message: str
@@ -213,7 +213,7 @@ class Problem(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    error: Problem
+    error: ErrorInfo
 
 
 def fresh_id(prefix: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from pydantic import BaseModel
 
 import parallelmind as pm
-from serving.engine.messages import Step
+from serving.engine.messages import StepOutput
 from serving.observability.log import log
 from serving.protocol.errors import FAILED, problem_of
 from serving.protocol.openai import ErrorBody, Usage
@@ -22,7 +22,7 @@ Spell = Callable[[int], str]  # the text of one token
 Encoded = Callable[[int], bytes | None]  # and its bytes, which need not be whole characters
 
 
-class Shape(Protocol):
+class ResponseFormatter(Protocol):
     """How one interface words its answers."""
 
     def whole(self, number: int, events: Sequence[pm.Event]) -> Json:
@@ -46,7 +46,7 @@ def _spoken(events: Sequence[pm.Event]) -> list[pm.Event]:
     return [event for event in events if event.logprob is not None and event.token is not None]
 
 
-class CompletionShape:
+class CompletionFormatter:
     """/v1/completions."""
 
     def __init__(self, id: str, model: str, spell: Spell) -> None:
@@ -82,7 +82,7 @@ class CompletionShape:
         }
 
 
-class ChatShape:
+class ChatFormatter:
     """/v1/chat/completions."""
 
     def __init__(self, id: str, model: str, spell: Spell, encoded: Encoded) -> None:
@@ -125,7 +125,7 @@ class ChatShape:
         return {"token": self._spell(token), "logprob": logprob, "bytes": None if raw is None else list(raw)}
 
 
-async def whole(shape: Shape, prompt_tokens: int, steps: AsyncIterator[Step]) -> Json:
+async def whole(shape: ResponseFormatter, prompt_tokens: int, steps: AsyncIterator[StepOutput]) -> Json:
     """Every branch's text, once all have ended."""
     told: dict[int, list[pm.Event]] = {}
     async for step in steps:
@@ -137,7 +137,7 @@ async def whole(shape: Shape, prompt_tokens: int, steps: AsyncIterator[Step]) ->
 
 
 async def parts(
-    shape: Shape, prompt_tokens: int, steps: AsyncIterator[Step], wants_usage: bool
+    shape: ResponseFormatter, prompt_tokens: int, steps: AsyncIterator[StepOutput], wants_usage: bool
 ) -> AsyncIterator[Json]:
     """One part per branch and step that has something to show."""
     told: dict[int, int] = {}

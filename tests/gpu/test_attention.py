@@ -14,7 +14,7 @@ from parallelmind.evaluation.laws import settings
 from parallelmind.evaluation.probes import agree, patched
 from parallelmind.layout import Tokens, arrange, collate
 from parallelmind.model.adapter import add_lora
-from parallelmind.model.attention import FLEX_ABOVE, Announcer, _fits_device
+from parallelmind.model.attention import FLEX_ABOVE, AttentionLogger, _fits_device
 from parallelmind.model.patch import patch
 from parallelmind.training.loss import target_loss
 
@@ -149,7 +149,7 @@ def test_the_choice_is_told(device):
         collate([arrange(Tokens.of([], [[1] * n]), config)], pad_id=0) for n in (FLEX_ABOVE, FLEX_ABOVE + 1)
     ]
     with patched(model, config):
-        list(Announcer(model, torch.bfloat16, lines.append)(batches))
+        list(AttentionLogger(model, torch.bfloat16, lines.append)(batches))
         long = "flex_attention" if _fits_device(model.device, torch.bfloat16) else "sdpa"
     assert lines == [
         f"attention: sdpa for up to {FLEX_ABOVE} tokens",

@@ -17,7 +17,7 @@ from engines import ISOLATED, answers, saved_adapters, tiny_engine
 from servers import Server
 
 from parallelmind import tracking
-from parallelmind.config import Part
+from parallelmind.config import FrozenConfig
 from parallelmind.engine.request import Sample
 
 pytestmark = pytest.mark.slow
@@ -37,7 +37,7 @@ _PAUSE_S = 0.2
 Said = list[list[int]]  # tokens of each branch
 
 
-class Nothing(Part):
+class Nothing(FrozenConfig):
     """A run without settings."""
 
 

@@ -31,10 +31,10 @@ from parallelmind.config import RopeConfig, Visibility
 from parallelmind.engine.block_manager import BLOCK
 from parallelmind.engine.engine import Engine
 from parallelmind.engine.request import Sample
-from parallelmind.engine.sampler import Choice, Row
-from parallelmind.engine.scheduler import Limits
-from parallelmind.engine.sequence import Decoding
-from parallelmind.errors import Overloaded
+from parallelmind.engine.sampler import SampledToken, SamplingRow
+from parallelmind.engine.scheduler import EngineConfig
+from parallelmind.engine.sequence import SequenceState
+from parallelmind.errors import CapacityError
 from parallelmind.evaluation.laws import settings as every
 from parallelmind.evaluation.probes import agree, patched
 from parallelmind.evaluation.tiny_models import VOCABULARY, tiny_tokenizer
@@ -78,14 +78,14 @@ class Recording(Engine):
     Tokens chosen by the logits of a tiny model soon repeat, and equal tokens hide a mistaken place.
     """
 
-    def __init__(self, model: PreTrainedModel, limits: Limits) -> None:
+    def __init__(self, model: PreTrainedModel, limits: EngineConfig) -> None:
         super().__init__(model, tiny_tokenizer(), limits)
         self.seen: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
 
-    def choose(self, logits: Tensor, rows: Sequence[Row]) -> list[Choice]:
+    def choose(self, logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
         for row, found in zip(rows, logits, strict=True):
             self.seen[row.seed, row.branch].append(found)
-        return [Choice(token_of(row.seed, row.branch, row.index), None) for row in rows]
+        return [SampledToken(token_of(row.seed, row.branch, row.index), None) for row in rows]
 
 
 def token_of(*place: int) -> int:
@@ -99,7 +99,7 @@ def prompt(length: int, *place: int) -> list[int]:
 
 
 @torch.no_grad()
-def whole_logits(model: PreTrainedModel, state: Decoding) -> list[Tensor]:
+def whole_logits(model: PreTrainedModel, state: SequenceState) -> list[Tensor]:
     """`[length, vocab]` of main and each branch, from one uncached forward; who reads all of a sample does so
     by columns.
     """
@@ -134,7 +134,7 @@ class ComingAndGoing(RuleBasedStateMachine):
     def __init__(self, models: list[PreTrainedModel], happened: Counter[str]) -> None:
         super().__init__()
         self.models, self.happened = models, happened
-        self.states: dict[int, Decoding] = {}  # of samples that go on
+        self.states: dict[int, SequenceState] = {}  # of samples that go on
 
     @initialize(
         number=st.integers(0, len(MODELS) - 1), main=MAIN, shape=SHAPE, last=st.none() | LENGTH, then=STEPS
@@ -142,7 +142,7 @@ class ComingAndGoing(RuleBasedStateMachine):
     def begin(self, number: int, **sample: Any) -> None:
         self.model = self.models[number]
         self.engine = Recording(
-            self.model, Limits(cache_tokens=20 * BLOCK, step_tokens=7, max_branches=MOST_BRANCHES)
+            self.model, EngineConfig(cache_tokens=20 * BLOCK, step_tokens=7, max_branches=MOST_BRANCHES)
         )
         self.submit(**sample)
 
@@ -164,7 +164,7 @@ class ComingAndGoing(RuleBasedStateMachine):
     def join(self, data: st.DataObject, length: int, most: int, then: int) -> None:
         number = data.draw(st.sampled_from(self.open()))
         state = self.states[number]
-        with suppress(Overloaded):
+        with suppress(CapacityError):
             self.engine.join(
                 number, prompt(length, number, len(state.lengths)), max_new_tokens=most, seed=number
             )

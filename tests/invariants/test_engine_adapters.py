@@ -12,7 +12,7 @@ from tiny import tiny_llama, tiny_tokenizer
 
 from parallelmind.engine.engine import Engine
 from parallelmind.engine.request import Sample
-from parallelmind.engine.scheduler import Limits
+from parallelmind.engine.scheduler import EngineConfig
 from parallelmind.errors import UserError
 from parallelmind.model.adapter import load_adapter
 from parallelmind.model.patch import patch
@@ -37,7 +37,7 @@ def expected(folders: list[Path]) -> list[list[list[int]]]:
     """What SAMPLE says with each adapter when it is the only one, and what it says without."""
     models = [load_adapter(patched(), tiny_tokenizer(), folder) for folder in folders]
     found = [
-        answers(Engine(model, tiny_tokenizer(), Limits(512)), SAMPLE, **SETTINGS)
+        answers(Engine(model, tiny_tokenizer(), EngineConfig(512)), SAMPLE, **SETTINGS)
         for model in [*models, patched()]
     ]
     assert len({str(each) for each in found}) == 3
@@ -62,7 +62,9 @@ def test_samples_of_several_adapters_and_of_the_base_are_decoded_together(folder
 
 
 def test_a_model_loaded_with_an_adapter_keeps_it_for_those_who_name_none(folders, expected) -> None:
-    engine = Engine(load_adapter(patched(), tiny_tokenizer(), folders[0]), tiny_tokenizer(), Limits(512))
+    engine = Engine(
+        load_adapter(patched(), tiny_tokenizer(), folders[0]), tiny_tokenizer(), EngineConfig(512)
+    )
     engine.load_adapter("b", folders[1])
     for name, found in ((None, expected[0]), ("b", expected[1]), ("base", expected[2]), (None, expected[0])):
         assert answers(engine, SAMPLE, adapter=name, **SETTINGS) == found

@@ -19,8 +19,8 @@ from tiny import tiny_tokenizer
 from parallelmind.config import RopeConfig
 from parallelmind.engine.engine import Engine
 from parallelmind.engine.request import Sample
-from parallelmind.engine.sampler import Choice
-from parallelmind.engine.scheduler import Limits
+from parallelmind.engine.sampler import SampledToken
+from parallelmind.engine.scheduler import EngineConfig
 from parallelmind.errors import UserError
 from parallelmind.evaluation import tiny_models as tiny
 from parallelmind.evaluation.probes import layout_logits
@@ -67,7 +67,9 @@ def test_a_main_in_the_cache_is_not_read_again(config: RopeConfig) -> None:
 
 
 def row_engine() -> Engine:
-    return Engine(tiny.tiny_model("mamba2"), tiny.tiny_tokenizer(), Limits(cache_tokens=512, step_tokens=16))
+    return Engine(
+        tiny.tiny_model("mamba2"), tiny.tiny_tokenizer(), EngineConfig(cache_tokens=512, step_tokens=16)
+    )
 
 
 def test_a_model_with_a_memory_of_its_own_reads_every_main() -> None:
@@ -99,7 +101,7 @@ class Parrot(Engine):
 
     def choose(self, logits, rows):
         ids = tiny_tokenizer()(self.TEXT).input_ids
-        return [Choice(ids[row.index], None) for row in rows]
+        return [SampledToken(ids[row.index], None) for row in rows]
 
 
 def test_streamed_text_adds_up_where_tokens_split_characters() -> None:

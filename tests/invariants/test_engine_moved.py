@@ -13,9 +13,9 @@ from tiny import tiny_tokenizer
 from parallelmind.config import RopeConfig
 from parallelmind.engine.engine import Engine
 from parallelmind.engine.request import Sample
-from parallelmind.engine.scheduler import Limits
-from parallelmind.engine.sequence import Progress
-from parallelmind.engine.validation import Asked
+from parallelmind.engine.scheduler import EngineConfig
+from parallelmind.engine.sequence import ResumeState
+from parallelmind.engine.validation import TokenizedRequest
 from parallelmind.evaluation import tiny_models as tiny
 from parallelmind.layout import Tokens
 
@@ -40,9 +40,9 @@ SAMPLING = {
 class Listener:
     """Notes what a server would know of a sample, were its engine to die now."""
 
-    def __init__(self, asked: Asked) -> None:
+    def __init__(self, asked: TokenizedRequest) -> None:
         self.asked, self.texts = asked, [""] * (asked.tokens.branches + (asked.last is not None))
-        self.progress = Progress(
+        self.progress = ResumeState(
             [], [[] for _ in range(asked.tokens.branches)], [None] * asked.tokens.branches
         )
 
@@ -65,7 +65,7 @@ class Listener:
         tokens = self.asked.tokens
         prompts = [*(row.tolist() for row in split(tokens)), LATE]
         params = [*self.asked.params, type(self.asked.params[0])(max_new_tokens=5, ignore_eos=True)]
-        self.asked = Asked(
+        self.asked = TokenizedRequest(
             Tokens.of(tokens.ids[: tokens.lengths[0]].tolist(), prompts), params, self.asked.last
         )
         self.progress.starts.append(engine.places(number)[branch][1])
@@ -84,10 +84,12 @@ def split(tokens: Tokens) -> list[Any]:
     ]
 
 
-def asked(reduce: bool, settings: dict[str, Any]) -> Asked:
+def asked(reduce: bool, settings: dict[str, Any]) -> TokenizedRequest:
     each = [{"max_new_tokens": most} for most in LENGTHS]
     sampling = {**settings, "ignore_eos": True, "max_new_tokens": 5}
-    return Asked.of(tiny_tokenizer(), Sample(MAIN, BRANCHES), each, LAST if reduce else None, sampling)
+    return TokenizedRequest.of(
+        tiny_tokenizer(), Sample(MAIN, BRANCHES), each, LAST if reduce else None, sampling
+    )
 
 
 def moved(
@@ -140,7 +142,7 @@ def test_a_moved_sample_says_the_same(
 
 def test_a_moved_sample_of_a_model_with_a_memory_says_the_same() -> None:
     def engine_of() -> Engine:
-        return Engine(tiny.tiny_model("mamba2"), tiny_tokenizer(), Limits(cache_tokens=512))
+        return Engine(tiny.tiny_model("mamba2"), tiny_tokenizer(), EngineConfig(cache_tokens=512))
 
     whole = moved(engine_of, {}, -1, joins=False, reduce=False)
     for cut in (1, 3, 7):

@@ -108,7 +108,7 @@ def test_a_wrong_column_map_is_noticed(monkeypatch):
     "name", ["windows in every layer", "windows beside full attention", "layer types", "complex"]
 )
 def test_a_forgotten_window_is_noticed(monkeypatch, name):
-    monkeypatch.setattr(visibility.Reach, "near", lambda *args: None)
+    monkeypatch.setattr(visibility.AttentionWindow, "near", lambda *args: None)
     assert broken("base", name)
 
 
@@ -117,7 +117,7 @@ def test_a_window_in_storage_order_is_noticed(monkeypatch):
         place = torch.arange(k_time.shape[-1])
         return place[-q_time.shape[-2] :, None] - place < reach.window
 
-    monkeypatch.setattr(visibility.Reach, "near", near)
+    monkeypatch.setattr(visibility.AttentionWindow, "near", near)
     assert broken("alone", "windows in every layer")
 
 

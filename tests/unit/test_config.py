@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from parallelmind.config import LoraConfig, Part, RopeConfig, TrainConfig, resolve
+from parallelmind.config import FrozenConfig, LoraConfig, RopeConfig, TrainConfig, resolve
 from parallelmind.config.yaml_file import load_yaml, save_yaml
 from parallelmind.errors import UserError
 from workloads.data.convert import ConvertConfig
@@ -133,7 +133,7 @@ def test_every_field_says_what_it_means() -> None:
 
 
 @pytest.mark.parametrize("kind", [ConvertConfig, ExportConfig, GenerateConfig])
-def test_a_uri_to_write_to_is_refused(kind: type[Part]) -> None:
+def test_a_uri_to_write_to_is_refused(kind: type[FrozenConfig]) -> None:
     """As a path it would be a folder `s3:` in this one."""
     with pytest.raises(
         UserError, match=r"output_path=s3://bucket/out\.jsonl: a URI, .*; give a path, and copy it there"

@@ -16,7 +16,7 @@ import yaml
 from docs import PAGES, ROOT, Block, anchors, blocks, commands, links, prose
 
 from parallelmind import cli
-from parallelmind.config import Part, TrainConfig, resolve
+from parallelmind.config import FrozenConfig, TrainConfig, resolve
 from parallelmind.errors import UserError
 from tools.reference import COMMANDS, PAGE, anchor, reference
 from workloads.common.read_config import read_config
@@ -76,7 +76,7 @@ def understand(block: Block, words: list[str]) -> None:
         raise AssertionError(f"{block}: {' '.join(words)}: {error}") from error
 
 
-def parse(block: Block, kind: type[Part], arguments: list[str]) -> None:
+def parse(block: Block, kind: type[FrozenConfig], arguments: list[str]) -> None:
     positionals, dotlist = cli.split_args([cli.switched(kind, item) for item in arguments])
     if kind not in NEEDED:
         if positionals and "data_path" in kind.model_fields:  # --inspect FILE
@@ -92,7 +92,7 @@ def parse(block: Block, kind: type[Part], arguments: list[str]) -> None:
         read_config(kind, arguments)
 
 
-def shown_experiments(block: Block) -> dict[str, Part]:
+def shown_experiments(block: Block) -> dict[str, FrozenConfig]:
     """What the page's own experiments return: Python blocks that begin with the name of their file."""
     found = {}
     for other in blocks(block.file):

@@ -10,8 +10,8 @@ import pytest
 from docs import ROOT
 
 from parallelmind import cli
-from parallelmind.config import Part, TrainConfig
-from parallelmind.errors import UserError, typed
+from parallelmind.config import FrozenConfig, TrainConfig
+from parallelmind.errors import UserError, format_value
 from tools.reference import COMMANDS
 from workloads import demo
 
@@ -20,7 +20,7 @@ kinds = pytest.mark.parametrize("kind", COMMANDS.values(), ids=COMMANDS)
 
 @kinds
 @pytest.mark.parametrize("width", [80, 120])
-def test_fields_fit_the_terminal(kind: type[Part], width: int) -> None:
+def test_fields_fit_the_terminal(kind: type[FrozenConfig], width: int) -> None:
     lines = cli.field_help(kind, width).splitlines()
     assert [line for line in lines if len(line) > width] == []
     told = " ".join(" ".join(lines).split())
@@ -30,7 +30,7 @@ def test_fields_fit_the_terminal(kind: type[Part], width: int) -> None:
 
 
 @kinds
-def test_without_a_terminal_a_field_is_one_line(kind: type[Part]) -> None:
+def test_without_a_terminal_a_field_is_one_line(kind: type[FrozenConfig]) -> None:
     lines = cli.field_help(kind).splitlines()
     for text, line in zip(cli.field_texts(kind), lines, strict=True):
         assert line.startswith(f"  {text.name} ")
@@ -57,8 +57,8 @@ def test_paragraphs_flow_and_commands_stay(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_values_are_told_as_they_are_typed() -> None:
     told = {"a b": "a b", "": '""', "a\nb": json.dumps("a\nb"), " a": '" a"'}
-    assert {value: typed(value) for value in told} == told
-    assert [typed(value) for value in (True, None, 3, 0.5, [1, "a"])] == [
+    assert {value: format_value(value) for value in told} == told
+    assert [format_value(value) for value in (True, None, 3, 0.5, [1, "a"])] == [
         "true",
         "null",
         "3",

@@ -14,13 +14,12 @@ ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = ROOT / "platform" / "parallelmind"
 OURS = ("parallelmind", "workloads", "serving", "experiments")
 
-_GROUND = {"errors", "config", "layout", "storage", "mirror", "visibility"}
+_GROUND = {"errors", "config", "layout", "storage", "remote", "visibility"}
 MAY_IMPORT = {
     "errors": set(),
     "storage": set(),
-    "mirror": {"errors", "storage"},
-    "config": {"errors"},
-    "config_file": {"errors", "config", "storage"},
+    "remote": {"errors", "storage"},
+    "config": {"errors", "storage"},
     "layout": {"errors", "config"},
     "visibility": {"config", "layout"},
     "cli": {"errors", "config"},
@@ -29,11 +28,11 @@ MAY_IMPORT = {
     "model": _GROUND,
     "data": {*_GROUND, "model"},  # the pipeline's workers load the base model's tokenizer
     "training": {*_GROUND, "model", "data", "tracking"},
-    "decoding": {*_GROUND, "model", "data"},
-    "evaluation": {*_GROUND, "model", "data", "training", "decoding", "tracking"},
+    "engine": {*_GROUND, "model", "data"},
+    "evaluation": {*_GROUND, "model", "data", "training", "engine", "tracking"},
 }
 WITHOUT_TORCH = tuple(
-    "config.py layout.py visibility.py engine/sequence.py engine/scheduler.py training/outcome.py".split()
+    "config/__init__.py layout.py visibility.py engine/sequence.py engine/scheduler.py training/outcome.py".split()
 )
 
 

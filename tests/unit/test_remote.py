@@ -14,7 +14,7 @@ import pytest
 import s3
 
 from parallelmind.errors import UserError
-from parallelmind.remote import Mirror, fetched
+from parallelmind.remote import RemoteDir, fetch_cached
 from workloads.common.stopping import StopFile
 
 
@@ -51,20 +51,20 @@ def held(folder: Path) -> dict[str, str]:
 def test_what_is_pushed_can_be_pulled_elsewhere(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = Mirror.at(uri).inner("run")
+    run = RemoteDir.at(uri).inner("run")
     fill(run.folder, a_txt="1", inner__b_txt="2")
     run.push()
     assert run.names() == ["a.txt", "inner"]
     assert run.inner("inner").inner("b.txt").read() == b"2"
     monkeypatch.setenv("PARALLELMIND_CACHE", str(tmp_path / "another"))
-    copy = Mirror.at(f"{uri}/run/")
+    copy = RemoteDir.at(f"{uri}/run/")
     assert copy.folder != run.folder
     copy.pull()
     assert held(copy.folder) == {"a.txt": "1", "inner/b.txt": "2"}
 
 
 def test_a_pull_leaves_what_was_asked_and_what_is_hidden(uri: str) -> None:
-    run = Mirror.at(uri)
+    run = RemoteDir.at(uri)
     fill(run.folder, a_txt="1", big_bin="2")
     run.push()
     fill(run.folder, a_txt="old", big_bin="mine", gone_txt="x", _lock="held", _part__new="half")
@@ -76,7 +76,7 @@ def test_a_pull_leaves_what_was_asked_and_what_is_hidden(uri: str) -> None:
 
 def test_a_folder_is_vouched_for_by_its_last_file(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy that is cut short is not taken for a whole one, there or here."""
-    run = Mirror.at(uri).inner("adapter")
+    run = RemoteDir.at(uri).inner("adapter")
     fill(run.folder, a_note="first of all by name", z_weights="w")
     put, order = fsspec.AbstractFileSystem.put_file, list[str]()
 
@@ -91,23 +91,23 @@ def test_a_folder_is_vouched_for_by_its_last_file(uri: str, monkeypatch: pytest.
 
 
 def test_what_was_fetched_before_is_fetched_again_only_if_it_has_changed(uri: str, tmp_path: Path) -> None:
-    run = Mirror.at(uri).inner("adapter")
+    run = RemoteDir.at(uri).inner("adapter")
     fill(run.folder, note_json="1", weights="a")
     run.push(last="note.json")
-    folder = fetched(str(run), "note.json", "lora_path")
+    folder = fetch_cached(str(run), "note.json", "lora_path")
     assert folder == run.folder
     fill(folder, weights="touched")
-    assert held(fetched(str(run), "note.json", "lora_path"))["weights"] == "touched"
-    theirs = Mirror(tmp_path / "theirs", run.uri)
+    assert held(fetch_cached(str(run), "note.json", "lora_path"))["weights"] == "touched"
+    theirs = RemoteDir(tmp_path / "theirs", run.uri)
     fill(theirs.folder, note_json="2", weights="b")
     theirs.push(last="note.json")
-    assert held(fetched(str(run), "note.json", "lora_path"))["weights"] == "b"
+    assert held(fetch_cached(str(run), "note.json", "lora_path"))["weights"] == "b"
     with pytest.raises(UserError, match=r"lora_path=.*/none: holds no note.json; "):
-        fetched(f"{uri}/none", "note.json", "lora_path")
+        fetch_cached(f"{uri}/none", "note.json", "lora_path")
 
 
 def test_what_is_removed_is_gone_there(uri: str) -> None:
-    run = Mirror.at(uri)
+    run = RemoteDir.at(uri)
     fill(run.folder, old__a_txt="1", b_txt="2")
     run.push()
     run.inner("old").remove()
@@ -120,7 +120,7 @@ def test_what_is_removed_is_gone_there(uri: str) -> None:
     ("path", "why"), [("s3://no-such-bucket/x", "cannot be reached"), ("nonsense://x", "cannot be reached")]
 )
 def test_an_unreachable_uri_is_told_in_one_line(path: str, why: str, uri: str) -> None:
-    file = Mirror.at(path)
+    file = RemoteDir.at(path)
     file.folder.parent.mkdir(parents=True, exist_ok=True)
     file.folder.write_text("x")
     with pytest.raises(
@@ -133,7 +133,7 @@ def test_an_unreachable_uri_is_told_in_one_line(path: str, why: str, uri: str) -
 def test_a_full_disk_of_this_machine_is_told_as_such(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = Mirror.at(uri)
+    run = RemoteDir.at(uri)
     fill(run.folder, a_txt="1")
     run.push()
 
@@ -149,8 +149,8 @@ def test_a_full_disk_of_this_machine_is_told_as_such(
 
 
 def test_a_folder_of_this_machine_is_itself(tmp_path: Path) -> None:
-    run = Mirror.at(tmp_path / "runs").inner("run")
-    assert run == Mirror(tmp_path / "runs" / "run")
+    run = RemoteDir.at(tmp_path / "runs").inner("run")
+    assert run == RemoteDir(tmp_path / "runs" / "run")
     fill(run.folder, a_txt="1")
     run.push()
     run.pull()
@@ -158,11 +158,11 @@ def test_a_folder_of_this_machine_is_itself(tmp_path: Path) -> None:
     assert run.names() == ["a.txt"]
     assert run.inner("a.txt").read() == b"1"
     assert run.inner("b.txt").read() is None
-    assert fetched(tmp_path, "a.txt", "lora_path") == tmp_path
+    assert fetch_cached(tmp_path, "a.txt", "lora_path") == tmp_path
 
 
 def test_a_run_elsewhere_is_asked_to_stop(uri: str) -> None:
-    file = Mirror.at(f"{uri}/run").inner("STOP")
+    file = RemoteDir.at(f"{uri}/run").inner("STOP")
     assert not file.folder.parent.exists()
     StopFile(file).ask()
     assert file.read() == b""

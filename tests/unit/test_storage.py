@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from parallelmind.storage import sha256, whole_folder
+from parallelmind.storage import atomic_dir, sha256
 
 
 def test_a_filled_folder_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "folder"
     for name in ("first", "second"):
-        with whole_folder(folder) as built:
+        with atomic_dir(folder) as built:
             (built / name).write_text(name)
     assert [path.name for path in folder.iterdir()] == ["second"]
     assert list(folder.parent.iterdir()) == [folder]
@@ -18,11 +18,11 @@ def test_a_filled_folder_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
 
 def test_after_an_error_the_old_folder_is_as_it_was(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
-    with whole_folder(folder) as built:
+    with atomic_dir(folder) as built:
         (built / "file").write_text("old")
 
     def fail_half_way() -> None:
-        with whole_folder(folder) as built:
+        with atomic_dir(folder) as built:
             (built / "file").write_text("new")
             raise RuntimeError("half way")
 

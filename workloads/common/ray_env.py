@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import os
 
-from parallelmind.ray_env import OWN_CLUSTER, settle
+from parallelmind.ray_env import OWN_CLUSTER, set_env_defaults
 
-settle(
+set_env_defaults(
     {
         "RAY_DISABLE_WORKER_LOG_PREFIX": "1",  # a worker's progress lines read like our own
         "RAY_DEDUP_LOGS": "0",
@@ -24,4 +24,4 @@ settle(
     }
 )
 if not os.environ.get("RAY_ADDRESS"):
-    settle(OWN_CLUSTER)
+    set_env_defaults(OWN_CLUSTER)

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from parallelmind import cli
-from parallelmind.config import Part, resolve
+from parallelmind.config import FrozenConfig, resolve
 from parallelmind.config.yaml_file import load_yaml, yaml_values
 from parallelmind.errors import UserError
-from parallelmind.remote import Mirror, is_uri
+from parallelmind.remote import RemoteDir, is_uri
 
-PartT = TypeVar("PartT", bound=Part)
+PartT = TypeVar("PartT", bound=FrozenConfig)
 
 _EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 
@@ -29,7 +29,7 @@ def read_config(kind: type[PartT], argv: list[str]) -> PartT:
     return resolve(kind, values, cli.quote_text(kind, dotlist), source=named[0] if named else "command line")
 
 
-def _values(kind: type[Part], name: str) -> dict[str, Any]:
+def _values(kind: type[FrozenConfig], name: str) -> dict[str, Any]:
     if name.endswith((".yaml", ".yml")):
         return load_yaml(Path(name)) if not is_uri(name) else _yaml_there(name)
     path = _experiment_file(name)
@@ -42,7 +42,7 @@ def _values(kind: type[Part], name: str) -> dict[str, Any]:
 
 
 def _yaml_there(uri: str) -> dict[str, Any]:
-    found = Mirror.at(uri, "config").read()
+    found = RemoteDir.at(uri, "config").read()
     if found is None:
         raise UserError(f"config={uri}: no such file; give the config.yaml of a run")
     return yaml_values(found, uri)

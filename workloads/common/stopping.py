@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from parallelmind.errors import UserError
-from parallelmind.remote import Mirror
+from parallelmind.remote import RemoteDir
 
 T = TypeVar("T")
 
@@ -22,7 +22,7 @@ _LOOK_EVERY_S = 1.0  # for a file at a URI
 class StopFile:
     """A file in a run's folder that asks it to stop: who writes it need not know who trains, or where."""
 
-    def __init__(self, file: Mirror) -> None:
+    def __init__(self, file: RemoteDir) -> None:
         self._file = file
         self._looking: Future[bool] | None = None
 

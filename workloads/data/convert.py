@@ -39,7 +39,7 @@ from parallelmind.data.convert.reading import dataset_items
 from parallelmind.data.files import find_files
 from parallelmind.errors import UserError, writing
 from parallelmind.model.base_model import load_tokenizer
-from parallelmind.storage import whole_file
+from parallelmind.storage import atomic_file
 
 _SHOWN = 10
 _ENDINGS = (".jsonl", ".jsonl.gz")
@@ -106,7 +106,7 @@ class Job:
         """
         results = self.results()
         output = self.config.output_path
-        with writing("output_path", output), whole_file(Path(output).expanduser()) as out:
+        with writing("output_path", output), atomic_file(Path(output).expanduser()) as out:
             for result in cli.tracked(results, "converting", None, lambda _: self.counts()):
                 self.take(result, out)
             if self.bad > _SHOWN:

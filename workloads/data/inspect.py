@@ -28,7 +28,7 @@ from parallelmind import cli
 from parallelmind.config import BaseConfig, DataConfig, RopeConfig, resolve
 from parallelmind.data.files import file_parts, find_files
 from parallelmind.data.lines import Line, read_lines
-from parallelmind.data.packing import Group, Row, Seeds, groups
+from parallelmind.data.packing import Row, SampleBatch, Seeds, groups
 from parallelmind.data.records import Record
 from parallelmind.data.statistics import Statistics, buckets, percentiles
 from parallelmind.data.survey import BadLine, Survey, check
@@ -72,7 +72,7 @@ class Look:
             room = self.config.show - len(self.samples)
             self.samples += list(zip(group.samples, group.delays, strict=True))[:room]
 
-    def _groups(self, rows: Iterable[Row]) -> Iterator[Group]:
+    def _groups(self, rows: Iterable[Row]) -> Iterator[SampleBatch]:
         return groups(rows, self.config, Seeds(0))
 
     def _rows(self, records: Iterator[Record]) -> Iterator[Row]:

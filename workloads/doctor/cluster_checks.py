@@ -14,18 +14,18 @@ from typing import Any, TypeVar
 
 from parallelmind.config import TrainConfig
 from parallelmind.errors import UserError
-from parallelmind.remote import Mirror
-from workloads.doctor.local_checks import DoctorConfig, Finding, joined_address
+from parallelmind.remote import RemoteDir
+from workloads.doctor.local_checks import CheckResult, DoctorConfig, joined_address
 from workloads.doctor.storage_checks import exercise, mark, round_trip, scratch, seen_from, seen_here
 
-Place = TypeVar("Place", Path, Mirror)
+Place = TypeVar("Place", Path, RemoteDir)
 
 _NODE_S = 60.0
 _STEPS, _BRANCHES = 3, 2
 _EXPERIMENT: str = TrainConfig.model_fields["mlflow_experiment"].default
 
 
-def ray_cluster(config: DoctorConfig) -> Finding:
+def ray_cluster(config: DoctorConfig) -> CheckResult:
     """Start or join Ray. Raises UserError where that is not possible."""
     address = joined_address(config)
     from workloads.common import cluster  # before Ray, which reads its settings
@@ -44,11 +44,11 @@ def ray_cluster(config: DoctorConfig) -> Finding:
     said = f"Ray {ray.__version__}, {whose}: {size}, token auth {'on' if token else 'off'}"
     if address and not token:
         remedy = "start it with RAY_AUTH_MODE=token, unless nobody else can reach its ports: who does runs code there"
-        return Finding("ray", "warn", said, remedy)
-    return Finding("ray", "ok", said)
+        return CheckResult("ray", "warn", said, remedy)
+    return CheckResult("ray", "ok", said)
 
 
-def storage(config: DoctorConfig) -> Finding:
+def storage(config: DoctorConfig) -> CheckResult:
     """Whether the driver can use `output_dir`."""
     try:
         with scratch(config.folder) as place:
@@ -57,17 +57,17 @@ def storage(config: DoctorConfig) -> Finding:
             exercise(place, "here")
     except OSError as error:
         said = f"output_dir={config.folder}: cannot be used ({error.strerror or error})"
-        return Finding("storage", "FAIL", said, "choose a folder that this user may write to")
-    return Finding("storage", "ok", f"a folder was written, read, renamed and removed in {config.folder}")
+        return CheckResult("storage", "FAIL", said, "choose a folder that this user may write to")
+    return CheckResult("storage", "ok", f"a folder was written, read, renamed and removed in {config.folder}")
 
 
-def _stored_at_a_uri(config: DoctorConfig, name: str) -> Finding:
+def _stored_at_a_uri(config: DoctorConfig, name: str) -> CheckResult:
     if wrong := round_trip("here", config.place.inner(name)):
         raise UserError(wrong)
-    return Finding("storage", "ok", f"a file was written, read and removed at {config.output_dir}")
+    return CheckResult("storage", "ok", f"a file was written, read and removed at {config.output_dir}")
 
 
-def nodes(config: DoctorConfig) -> Finding:
+def nodes(config: DoctorConfig) -> CheckResult:
     """Whether every node of the cluster can use the same `output_dir`."""
     with scratch(config.folder) as place:
         if config.place.uri is not None:
@@ -82,7 +82,7 @@ def nodes(config: DoctorConfig) -> Finding:
                 if (reason := said or seen_here(node, place))
             ]
     if wrong and config.place.uri is not None:
-        return Finding(
+        return CheckResult(
             "nodes",
             "FAIL",
             ", ".join(wrong),
@@ -90,9 +90,9 @@ def nodes(config: DoctorConfig) -> Finding:
         )
     if wrong:
         remedy = "mount one storage at that path on all nodes, and give them this project (ray job submit --working-dir .)"
-        return Finding("nodes", "FAIL", f"output_dir={config.folder}: {', '.join(wrong)}", remedy)
+        return CheckResult("nodes", "FAIL", f"output_dir={config.folder}: {', '.join(wrong)}", remedy)
     many = len(told) > 1
-    return Finding(
+    return CheckResult(
         "nodes",
         "ok",
         f"{_count(len(told), 'node')} can use {'the same files' if many else 'it'} from Ray's tasks",
@@ -140,7 +140,7 @@ def _answer(asked: Any, ready: list[Any]) -> str | None:
         return f"cannot run a task ({str(error).strip().splitlines()[-1]})"
 
 
-def mlflow(config: DoctorConfig) -> Finding:
+def mlflow(config: DoctorConfig) -> CheckResult:
     """Whether a run can be tracked. Raises UserError where it cannot."""
     from parallelmind.tracking import absolute_uri, sqlite_file, try_out
 
@@ -149,7 +149,7 @@ def mlflow(config: DoctorConfig) -> Finding:
     if file is None or file.exists():
         gone = try_out(uri, _EXPERIMENT)
         left = "removed" if gone else "deleted (it is in the server's bin until `mlflow gc`)"
-        return Finding("mlflow", "ok", f"a run was begun, logged to and {left} in {uri}")
+        return CheckResult("mlflow", "ok", f"a run was begun, logged to and {left} in {uri}")
     try:
         with scratch(file.parent) as place:
             try_out(f"sqlite:///{place / file.name}", _EXPERIMENT)
@@ -157,13 +157,15 @@ def mlflow(config: DoctorConfig) -> Finding:
         raise UserError(
             f"mlflow_uri={uri}: cannot be made ({error.strerror}); choose a folder to write to"
         ) from error
-    return Finding("mlflow", "ok", f"{uri} is not there yet; a database beside it held a run, and is gone")
+    return CheckResult(
+        "mlflow", "ok", f"{uri} is not there yet; a database beside it held a run, and is gone"
+    )
 
 
-def end_to_end(config: DoctorConfig) -> Finding:
+def end_to_end(config: DoctorConfig) -> CheckResult:
     """Train and decode as a user does. Raises UserError for what the user can mend."""
     if not config.end_to_end:
-        return Finding("end to end", "skip", "end_to_end=false")
+        return CheckResult("end to end", "skip", "end_to_end=false")
     started = time.monotonic()
     with scratch(config.folder) as place, redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         run = config.place.inner(place.name)
@@ -173,10 +175,10 @@ def end_to_end(config: DoctorConfig) -> Finding:
             run.remove()
     took = f"{time.monotonic() - started:.0f} s"
     said = f"{_STEPS} steps of training, then {len(texts)} branches decoded with the adapter, in {took}"
-    return Finding("end to end", "ok", said)
+    return CheckResult("end to end", "ok", said)
 
 
-def _train_and_decode(config: DoctorConfig, place: Mirror) -> list[str]:
+def _train_and_decode(config: DoctorConfig, place: RemoteDir) -> list[str]:
     import parallelmind as pm
     from parallelmind.evaluation.facts import facts_records, write_facts
     from workloads.train.command import ADAPTER, run_training

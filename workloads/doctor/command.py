@@ -17,10 +17,10 @@ from dataclasses import dataclass
 try:
     from parallelmind import cli
     from parallelmind.errors import UserError, first_line
-    from parallelmind.ray_env import MLFLOW_AWAY, settle
+    from parallelmind.ray_env import MLFLOW_AWAY, set_env_defaults
     from workloads.doctor import cluster_checks as doctor_cluster
     from workloads.doctor import local_checks as doctor_checks
-    from workloads.doctor.local_checks import DoctorConfig, Finding, Status
+    from workloads.doctor.local_checks import CheckResult, DoctorConfig, Status
 except ModuleNotFoundError as missing:  # not even what a command line needs
     sys.exit(
         f"FAIL  libraries   {missing.name} is missing; run `make setup`, or pip install -e . in the project's folder"
@@ -32,7 +32,7 @@ class Check:
     """needs: the checks without which this one tells nothing new."""
 
     name: str
-    find: Callable[[DoctorConfig], Finding]
+    find: Callable[[DoctorConfig], CheckResult]
     needs: tuple[str, ...] = ()
 
 
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     if cli.wants_help(argv):
         return cli.print_help(__doc__ or "", DoctorConfig)
     config = cli.parse(DoctorConfig, argv)
-    settle(MLFLOW_AWAY)
+    set_env_defaults(MLFLOW_AWAY)
     failed = False
     for finding in findings(CHECKS, config):
         print(finding.line(), flush=True)
@@ -64,13 +64,13 @@ def main(argv: list[str]) -> None:
     return None
 
 
-def findings(checks: Sequence[Check], config: DoctorConfig) -> Iterator[Finding]:
+def findings(checks: Sequence[Check], config: DoctorConfig) -> Iterator[CheckResult]:
     """What each check found, as it does."""
     ended: dict[str, Status] = {}
     for check in checks:
         lacking = [need for need in check.needs if ended[need] in ("FAIL", "skip")]
         finding = (
-            Finding(check.name, "skip", f"needs {' and '.join(lacking)}")
+            CheckResult(check.name, "skip", f"needs {' and '.join(lacking)}")
             if lacking
             else _found(check, config)
         )
@@ -78,14 +78,14 @@ def findings(checks: Sequence[Check], config: DoctorConfig) -> Iterator[Finding]
         yield finding
 
 
-def _found(check: Check, config: DoctorConfig) -> Finding:
+def _found(check: Check, config: DoctorConfig) -> CheckResult:
     try:
         return check.find(config)
     except UserError as error:
         said, _, remedy = str(error).rpartition("; ")
-        return Finding(check.name, "FAIL", said, remedy)
+        return CheckResult(check.name, "FAIL", said, remedy)
     except Exception as error:  # whatever it is, the other checks still have something to tell
-        return Finding(
+        return CheckResult(
             check.name,
             "FAIL",
             f"{type(error).__name__}: {first_line(error)}",

@@ -21,8 +21,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from pydantic import Field
 
-from parallelmind.config import Part, TrainConfig
-from parallelmind.remote import Mirror
+from parallelmind.config import FrozenConfig, TrainConfig
+from parallelmind.remote import RemoteDir
 
 Status = Literal["ok", "warn", "FAIL", "skip"]
 
@@ -40,7 +40,7 @@ _GIB = 2**30
 _FIELDS: dict[str, Any] = TrainConfig.model_fields
 
 
-class DoctorConfig(Part):
+class DoctorConfig(FrozenConfig):
     """One run of this command, with the fields of a training run."""
 
     base_model: str = _FIELDS["base_model"]
@@ -53,9 +53,9 @@ class DoctorConfig(Part):
     )
 
     @property
-    def place(self) -> Mirror:
+    def place(self) -> RemoteDir:
         """`output_dir`, as a training run takes it."""
-        return Mirror.at(self.output_dir)
+        return RemoteDir.at(self.output_dir)
 
     @property
     def folder(self) -> Path:
@@ -64,7 +64,7 @@ class DoctorConfig(Part):
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class CheckResult:
     """What one check found. remedy: what to do about it."""
 
     name: str
@@ -78,13 +78,13 @@ class Finding:
         return f"{self.status:4}  {self.name:10}  {' '.join(told.split())}"
 
 
-def libraries(_: DoctorConfig) -> Finding:
+def libraries(_: DoctorConfig) -> CheckResult:
     """Whether everything that the project asks for is installed."""
     asked = asked_for()
     ours = f"Python {platform.python_version()}"
     if asked is None:
         remedy = "start this in the project's folder"
-        return Finding(
+        return CheckResult(
             "libraries",
             "warn",
             f"{ours}; {_PROJECT} is not installed, and no pyproject.toml here is its own",
@@ -92,15 +92,17 @@ def libraries(_: DoctorConfig) -> Finding:
         )
     pythons, needed = asked
     if not SpecifierSet(pythons).contains(platform.python_version(), prereleases=True):
-        return Finding(
+        return CheckResult(
             "libraries", "FAIL", f"{ours} is not {pythons}", "run make setup PYTHON=/path/to/another"
         )
     lacking = {str(each): reason for each in needed if (reason := _lacking(each))}
     if lacking:
         remedy = f"run {shlex.join([sys.executable, '-m', 'pip', 'install', *lacking])}"
-        return Finding("libraries", "FAIL", f"{ours}, but {', '.join(lacking.values())}", remedy)
+        return CheckResult("libraries", "FAIL", f"{ours}, but {', '.join(lacking.values())}", remedy)
     told = ", ".join(f"{name} {version(name)}" for name in _TOLD)
-    return Finding("libraries", "ok", f"{ours}, {told} and {len(needed) - len(_TOLD)} others, as asked for")
+    return CheckResult(
+        "libraries", "ok", f"{ours}, {told} and {len(needed) - len(_TOLD)} others, as asked for"
+    )
 
 
 def asked_for() -> tuple[str, list[Requirement]] | None:
@@ -130,16 +132,16 @@ def _lacking(asked: Requirement) -> str | None:
     return None if fits else f"{asked.name} {found} is not {asked.specifier}"
 
 
-def model(config: DoctorConfig) -> Finding:
+def model(config: DoctorConfig) -> CheckResult:
     """Whether the base model is on this machine, whole. Raises UserError where it is not."""
     from parallelmind.model.model_files import local_base, weight_files
 
     folder = local_base(config.base_model)
     size = sum(file.stat().st_size for file in weight_files(folder)) / _GIB
-    return Finding("model", "ok", f"{config.base_model} is whole: {size:.1f} GiB in {folder}")
+    return CheckResult("model", "ok", f"{config.base_model} is whole: {size:.1f} GiB in {folder}")
 
 
-def gpu(config: DoctorConfig) -> Finding:
+def gpu(config: DoctorConfig) -> CheckResult:
     """Which GPUs torch can compute on here. On a cluster, those of its nodes count instead."""
     import torch
 
@@ -154,26 +156,26 @@ def gpu(config: DoctorConfig) -> Finding:
         )
         said = ". ".join(["none here", *(str(each.message) for each in told), build])
         if config.use_gpu and not joined_address(config):
-            return Finding(
+            return CheckResult(
                 "gpu",
                 "FAIL",
                 f"use_gpu=true: {said}",
                 "install torch for CUDA and its driver, or set use_gpu=false",
             )
-        return Finding("gpu", "ok", said)
+        return CheckResult("gpu", "ok", said)
     names = [torch.cuda.get_device_name(index) for index in range(count)]
     try:
         for index in range(count):
             torch.ones(8, device=f"cuda:{index}").sum().item()
     except RuntimeError as error:
         remedy = "install a torch that fits the GPU and its driver"
-        return Finding(
+        return CheckResult(
             "gpu",
             "FAIL" if config.use_gpu else "warn",
             f"{', '.join(names)}: cannot compute ({error})",
             remedy,
         )
-    return Finding("gpu", "ok", ", ".join(names))
+    return CheckResult("gpu", "ok", ", ".join(names))
 
 
 def joined_address(config: DoctorConfig) -> str | None:
@@ -181,27 +183,27 @@ def joined_address(config: DoctorConfig) -> str | None:
     return config.ray_address or os.environ.get("RAY_ADDRESS")
 
 
-def memory(_: DoctorConfig) -> Finding:
+def memory(_: DoctorConfig) -> CheckResult:
     """Whether Ray and one small worker have room."""
     import psutil
 
     found = psutil.virtual_memory()
     said = f"{found.available / _GIB:.1f} of {found.total / _GIB:.1f} GiB available"
     if found.available < _MEMORY_GIB * _GIB:
-        return Finding("memory", "warn", said, f"end other programs: a small run takes {_MEMORY_GIB} GiB")
-    return Finding("memory", "ok", said)
+        return CheckResult("memory", "warn", said, f"end other programs: a small run takes {_MEMORY_GIB} GiB")
+    return CheckResult("memory", "ok", said)
 
 
-def disk(config: DoctorConfig) -> Finding:
+def disk(config: DoctorConfig) -> CheckResult:
     """Whether checkpoints have room."""
     there = next(path for path in (config.folder, *config.folder.parents) if os.path.exists(path))
     free = shutil.disk_usage(there).free
     said = f"{free / _GIB:.1f} GiB free for output_dir={config.folder}"
     if free < _DISK_GIB * _GIB:
-        return Finding(
+        return CheckResult(
             "disk",
             "warn",
             said,
             f"make room, or choose another: checkpoints take more than {_DISK_GIB} GiB soon",
         )
-    return Finding("disk", "ok", said)
+    return CheckResult("disk", "ok", said)

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from parallelmind.errors import UserError
-from parallelmind.remote import Mirror
+from parallelmind.remote import RemoteDir
 
 _MARK = "driver"
 
@@ -44,7 +44,7 @@ def exercise(place: Path, name: str) -> None:
     shutil.rmtree(done)
 
 
-def round_trip(node: str, place: Mirror) -> str | None:
+def round_trip(node: str, place: RemoteDir) -> str | None:
     """Write a file to a URI, read it back and remove it; what is wrong, if anything is."""
     file = place.inner(node)
     file.folder.parent.mkdir(parents=True, exist_ok=True)

@@ -29,14 +29,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from parallelmind import cli
-from parallelmind.config import Part
+from parallelmind.config import FrozenConfig
 from parallelmind.errors import UserError
 from workloads.evaluate.answers import AnswersConfig, answers
 from workloads.evaluate.attention import AttentionConfig, attention
 from workloads.evaluate.support import SupportConfig, support
 from workloads.evaluate.tax import TaxConfig, tax
 
-_KINDS: dict[str, tuple[type[Part], Callable[[list[str]], None]]] = {
+_KINDS: dict[str, tuple[type[FrozenConfig], Callable[[list[str]], None]]] = {
     "answers": (AnswersConfig, answers),
     "tax": (TaxConfig, tax),
     "attention": (AttentionConfig, attention),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from parallelmind.errors import UserError, writing
-from parallelmind.storage import whole_bytes, whole_file
+from parallelmind.storage import atomic_file, write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,10 +35,10 @@ def output_file(path: str | None, ending: str) -> Path | None:
 
 
 def write_json(file: Path, values: dict[str, Any]) -> None:
-    with writing("output_path", file), whole_file(file) as out:
+    with writing("output_path", file), atomic_file(file) as out:
         out.write(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_png(file: Path, figure: Figure) -> None:
-    with writing("output_path", file), whole_bytes(file) as out:
+    with writing("output_path", file), write_atomic(file) as out:
         figure.savefig(out, format="png", dpi=120)

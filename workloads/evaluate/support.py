@@ -14,7 +14,7 @@ from rich.table import Table
 from transformers.utils import logging
 
 from parallelmind import cli
-from parallelmind.config import Part
+from parallelmind.config import FrozenConfig
 from parallelmind.errors import UserError, writing
 from parallelmind.evaluation.model_support import COLUMNS, Row, examine
 from parallelmind.evaluation.tiny_models import causal_lm_types
@@ -22,7 +22,7 @@ from parallelmind.evaluation.tiny_models import causal_lm_types
 _GENERATED = "<!-- generated: everything below comes from `python -m workloads.evaluate support` -->"
 
 
-class SupportConfig(Part):
+class SupportConfig(FrozenConfig):
     """One run of `evaluate support`."""
 
     model_types: str | None = Field(None, description="types to examine, comma-separated; null: all")

@@ -15,7 +15,7 @@ from typing import Any, Self
 import parallelmind as pm
 from parallelmind.data.records import RecordError
 from parallelmind.engine.sequence import FinishReason
-from parallelmind.errors import Notice, UserError
+from parallelmind.errors import UserError, UserNotice
 from parallelmind.model.structure import to_gpu
 from workloads.generate.source import Entry
 
@@ -24,7 +24,7 @@ _AHEAD = 1024  # lines whose results may wait for that of an earlier one
 
 
 @dataclass(slots=True)
-class Continued:
+class GeneratedSample:
     """A sample and what its branches say, more with every event; the reducing one, if there is one, is the
     last.
     """
@@ -57,7 +57,7 @@ class Result:
     """What became of a line: its sample, continued, or why there is none."""
 
     entry: Entry
-    continued: Continued | None = None
+    continued: GeneratedSample | None = None
     problem: str = ""
 
     @property
@@ -92,7 +92,7 @@ class Decoder:
         order.
         """
         waiting: deque[Result] = deque()  # for their own end, or for that of an earlier one
-        going: dict[int, Continued] = {}
+        going: dict[int, GeneratedSample] = {}
         source = iter(entries)
         while True:
             while len(going) < _IN_FLIGHT and len(waiting) < _AHEAD and (entry := next(source, None)):
@@ -105,7 +105,7 @@ class Decoder:
                 ready.append(waiting.popleft())
             yield ready
 
-    def _begin(self, entry: Entry, going: dict[int, Continued]) -> Result:
+    def _begin(self, entry: Entry, going: dict[int, GeneratedSample]) -> Result:
         try:
             sample = entry.sample(self.engine.tokenizer)
             number = self.engine.submit(sample, reduce=self.reduce, **self.sampling)
@@ -113,11 +113,11 @@ class Decoder:
             return Result(entry, problem=str(error))
         if self.engine.apart and len(sample.branches) > 1:
             said = f"the model {self.engine.apart}; branches are decoded isolated, each in a row of its own"
-            warnings.warn(said, Notice, stacklevel=2)
-        going[number] = Continued.of(sample, self.reduce)
+            warnings.warn(said, UserNotice, stacklevel=2)
+        going[number] = GeneratedSample.of(sample, self.reduce)
         return Result(entry, going[number])
 
-    def _step(self, going: dict[int, Continued]) -> None:
+    def _step(self, going: dict[int, GeneratedSample]) -> None:
         for event in self.engine.step() if going else ():
             going[event.sample].add(event)
             self.tokens += event.token is not None
@@ -125,7 +125,7 @@ class Decoder:
                 del going[event.sample]
 
 
-class Tally:
+class ProgressStats:
     """What a run has come to, and how fast. total: lines that it has to do."""
 
     def __init__(self, total: int) -> None:

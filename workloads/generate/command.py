@@ -32,12 +32,21 @@ from pydantic import Field, model_validator
 
 import parallelmind as pm
 from parallelmind import cli
-from parallelmind.config import Alignment, BranchAngle, Dtype, Pairs, Part, Positions, Quantize, Visibility
-from parallelmind.errors import UserError, typed, writing
-from parallelmind.storage import whole_file
+from parallelmind.config import (
+    Alignment,
+    BranchAngle,
+    Dtype,
+    FrozenConfig,
+    Pairs,
+    Positions,
+    Quantize,
+    Visibility,
+)
+from parallelmind.errors import UserError, format_value, writing
+from parallelmind.storage import atomic_file
 
 
-class ModelPart(Part):
+class ModelPart(FrozenConfig):
     """What to decode with. null leaves a field to the adapter, or to the defaults of training where there is
     none.
     """
@@ -85,7 +94,7 @@ class ModelPart(Part):
         return to_gpu(model) if torch.cuda.is_available() else model, tokenizer
 
 
-class SamplingPart(Part):
+class SamplingPart(FrozenConfig):
     """How to continue; ranges are those of `parallelmind.SamplingParams`."""
 
     max_new_tokens: int = Field(64, description="most new tokens per branch")
@@ -139,7 +148,7 @@ class GenerateConfig(SamplingPart, ModelPart):
             )
         if self.main and self.data_path:
             raise ValueError(
-                f"main={typed(self.main)}: every line of data_path brings its own; write main into the lines"
+                f"main={format_value(self.main)}: every line of data_path brings its own; write main into the lines"
             )
         if self.num_workers and not (self.data_path and self.output_path):
             raise ValueError(
@@ -166,13 +175,13 @@ def main(argv: list[str]) -> None:
 
 def _continue_prompts(config: GenerateConfig) -> None:
     """One sample: the text as it comes for a single prompt on stdout, else a row."""
-    from workloads.generate.batch import Continued, speed
+    from workloads.generate.batch import GeneratedSample, speed
 
     output = Path(config.output_path).expanduser() if config.output_path else None
     if output and output.exists():
         raise UserError(f"output_path={output}: is there already; choose another name, or remove it")
     plain = bool(config.prompt) and output is None and config.reduce is None
-    found = Continued.of(pm.Sample(config.main, config.prompts or [config.prompt or ""]), config.reduce)
+    found = GeneratedSample.of(pm.Sample(config.main, config.prompts or [config.prompt or ""]), config.reduce)
     events = pm.stream(*config.load(), found.sample, reduce=config.reduce, **config.sampling())
     started, tokens = time.monotonic(), 0
     for event in events:
@@ -182,7 +191,7 @@ def _continue_prompts(config: GenerateConfig) -> None:
             print(event.text, end="", flush=True)
     text = "" if plain else json.dumps(found.row(), ensure_ascii=False)
     if output:
-        with writing("output_path", output), whole_file(output) as file:
+        with writing("output_path", output), atomic_file(output) as file:
             file.write(text + "\n")
     else:
         print(text, flush=True)

@@ -24,10 +24,10 @@ import torch
 from parallelmind import cli
 from parallelmind.data.files import Part
 from parallelmind.errors import UserError, writing
-from parallelmind.storage import whole_file
+from parallelmind.storage import atomic_file
 from workloads.common import cluster
-from workloads.generate.batch import Decoder, Tally
-from workloads.generate.output import Note, alone_at, read_source, settings_of
+from workloads.generate.batch import Decoder, ProgressStats
+from workloads.generate.output import OutputManifest, alone_at, read_source, settings_of
 from workloads.generate.source import Source, Stretch
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class PartWriter:
         """Write a part, whole or not at all; returns what came of it."""
         samples, bad, tokens = 0, list[tuple[str, str]](), self.decoder.tokens
         try:
-            with whole_file(_part_file(self.task.folder, index)) as file:
+            with atomic_file(_part_file(self.task.folder, index)) as file:
                 for result in chain.from_iterable(
                     self.decoder.run(Stretch(Part(**part), **counts).entries())
                 ):
@@ -99,7 +99,7 @@ def continue_files(config: GenerateConfig) -> None:
 
 def _fill(config: GenerateConfig, source: Source, folder: Path) -> None:
     _remove_scratch(folder)
-    note, known = Note(folder, settings_of(config, source)), any(folder.iterdir())
+    note, known = OutputManifest(folder, settings_of(config, source)), any(folder.iterdir())
     if known:
         note.go_on()
     else:
@@ -112,7 +112,7 @@ def _fill(config: GenerateConfig, source: Source, folder: Path) -> None:
     if known:
         print(f"going on with {len(missing)} of {len(files)} parts in {folder}", file=sys.stderr)
     items = [{"index": index, **asdict(source.stretches[index])} for index in missing]
-    tally = Tally(sum(item["samples"] for item in items))
+    tally = ProgressStats(sum(item["samples"] for item in items))
     with cli.progress("generating", tally.total) as tell:
         for told in _told(config, folder, items) if items else ():
             tally.samples += told["samples"]

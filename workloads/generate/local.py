@@ -14,8 +14,8 @@ import torch
 
 from parallelmind import cli
 from parallelmind.errors import UserError, writing
-from workloads.generate.batch import Decoder, Result, Tally
-from workloads.generate.output import Note, alone_at, cut_back, read_source, settings_of
+from workloads.generate.batch import Decoder, ProgressStats, Result
+from workloads.generate.output import OutputManifest, alone_at, cut_back, read_source, settings_of
 from workloads.generate.source import Source
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def continue_files(config: GenerateConfig) -> None:
 
 
 def _append(config: GenerateConfig, source: Source, output: Path) -> None:
-    note, rows, after = Note(output, settings_of(config, source)), 0, 0
+    note, rows, after = OutputManifest(output, settings_of(config, source)), 0, 0
     with open(output, "r+b") as file:
 
         def write(row: str) -> None:
@@ -69,7 +69,7 @@ def _decode(
 ) -> None:
     """after: the line after which to begin; rows: those that are there already."""
     decoder = Decoder.load(config.given(), config.sampling(), config.reduce, gpu=torch.cuda.is_available())
-    tally = Tally(source.samples(after))
+    tally = ProgressStats(source.samples(after))
     with cli.progress("generating", tally.total) as tell:
         for results in decoder.run(source.entries(after)):
             tally.tokens = decoder.tokens
@@ -79,7 +79,7 @@ def _decode(
     tally.end(config.data_path or "", rows + tally.samples > 0)
 
 
-def _take(result: Result, tally: Tally, write: Callable[[str], None]) -> None:
+def _take(result: Result, tally: ProgressStats, write: Callable[[str], None]) -> None:
     if result.problem:
         tally.skip(result.entry.place, result.problem)
     else:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from parallelmind.data.files import find_files
-from parallelmind.errors import UserError, typed
+from parallelmind.errors import UserError, format_value
 from parallelmind.model.manifest import MANIFEST
-from parallelmind.storage import sha256, whole_file
+from parallelmind.storage import atomic_file, sha256
 from workloads.generate.source import Source, scan
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def alone_at(output: Path) -> Iterator[None]:
         os.close(number)
 
 
-class Note:
+class OutputManifest:
     """`OUTPUT.run.json`, beside an output: the settings that it was begun with and, at the end, its size."""
 
     def __init__(self, output: Path, settings: dict[str, Any]) -> None:
@@ -86,7 +86,8 @@ class Note:
         )
         if names:
             told = ", ".join(
-                f"{name}={typed(begun.get(name))} (now {typed(self.settings.get(name))})" for name in names
+                f"{name}={format_value(begun.get(name))} (now {format_value(self.settings.get(name))})"
+                for name in names
             )
             remedy = "give it these again to go on with it, choose another output_path, or remove it"
             raise UserError(f"output_path={self.output}: was begun with {told}; {remedy}")
@@ -96,7 +97,7 @@ class Note:
         self._write(size)
 
     def _write(self, finished: int | None) -> None:
-        with whole_file(self.path) as file:
+        with atomic_file(self.path) as file:
             file.write(
                 json.dumps({"settings": self.settings, "finished_bytes": finished}, ensure_ascii=False) + "\n"
             )

@@ -22,7 +22,7 @@ from parallelmind import cli
 from parallelmind.config import TrainConfig
 from parallelmind.config.yaml_file import save_yaml
 from parallelmind.data.files import find_files
-from parallelmind.remote import Mirror
+from parallelmind.remote import RemoteDir
 from workloads.common.read_config import read_config
 from workloads.common.stopping import stoppable
 from workloads.sweep.config import SweepConfig, check
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
     return None
 
 
-def run_sweep(config: SweepConfig) -> Mirror:
+def run_sweep(config: SweepConfig) -> RemoteDir:
     """Every trial that is not over yet, then report and registration; returns the sweep's folder.
 
     Raises UserError, before anything starts, for a space that cannot be trained or does not fit on the
@@ -60,15 +60,15 @@ def run_sweep(config: SweepConfig) -> Mirror:
     return place
 
 
-def sweep_place(config: SweepConfig) -> Mirror:
+def sweep_place(config: SweepConfig) -> RemoteDir:
     """`output_dir/name-hash`. The hash leaves out how many trials there are, and where they run."""
     fields = TrainConfig.model_fields
     nowhere = {name: fields[name].default for name in (*TrainConfig.WHERE, "name")}
     what = config.model_copy(update={"train": config.train.model_copy(update=nowhere)})
-    return Mirror.at(config.train.output_dir).inner(f"{config.name}-{what.fingerprint()[:8]}")
+    return RemoteDir.at(config.train.output_dir).inner(f"{config.name}-{what.fingerprint()[:8]}")
 
 
-def _run(config: SweepConfig, place: Mirror) -> None:
+def _run(config: SweepConfig, place: RemoteDir) -> None:
     from workloads.common import cluster
 
     cluster.connect(config.train.ray_address, forward_output=False)
@@ -124,7 +124,7 @@ def _try(sweep: Sweep, journal: Journal) -> bool:
     return len(journal.trials) >= planned and all(trial.over for trial in journal.trials.values())
 
 
-def _tracker(config: SweepConfig, settings: Mirror, journal: Journal) -> Tracker:
+def _tracker(config: SweepConfig, settings: RemoteDir, journal: Journal) -> Tracker:
     """The MLflow run that the trials' runs are children of."""
     from parallelmind.tracking import Tracker, absolute_uri
 
@@ -189,7 +189,7 @@ def _register(sweep: Sweep, best: Trial, journal: Journal, tracker: Tracker) -> 
         f"{name.removeprefix('validation/')} {best.metrics[name]:.3f}" for name in config.metrics
     )
     print(f"winner   trial {best.number}: {best.told()}  {told}")
-    result = result_place(sweep.trial(best.number, best.settings), Mirror.at(str(best.folder)))
+    result = result_place(sweep.trial(best.number, best.settings), RemoteDir.at(str(best.folder)))
     if config.register_as and result.folder.name == ADAPTER:
         version = register(tracker.uri, run_id, ADAPTER, config.register_as, config.alias)
         print(f"model    models:/{config.register_as}@{config.alias}, version {version}")

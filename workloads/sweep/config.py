@@ -12,8 +12,8 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeInt, ValidationInfo, field_validator, model_validator
 
-from parallelmind.config import Part, TrainConfig, did_you_mean, resolve
-from parallelmind.errors import UserError, typed
+from parallelmind.config import FrozenConfig, TrainConfig, did_you_mean, resolve
+from parallelmind.errors import UserError, format_value
 
 _FIXED = TrainConfig.WHERE | set(
     "name seed strict max_bad_records validation_path validation_branches validation_samples validate_every".split()
@@ -21,7 +21,7 @@ _FIXED = TrainConfig.WHERE | set(
 SWEEPABLE = frozenset(TrainConfig.model_fields) - _FIXED
 
 
-class Between(Part):
+class Between(FrozenConfig):
     """Any number of a range; whole ones where the field holds whole ones."""
 
     low: float = Field(description="smallest")
@@ -31,12 +31,12 @@ class Between(Part):
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         if not self.low < self.high or (self.log and self.low <= 0):
-            given = f"low={self.low:g} high={self.high:g} log={typed(self.log)}"
+            given = f"low={self.low:g} high={self.high:g} log={format_value(self.log)}"
             raise ValueError(f"space: {given}: is no range; give low < high, and above 0 with log")
         return self
 
 
-class SweepConfig(Part):
+class SweepConfig(FrozenConfig):
     """A whole sweep. It may be gone on with on more slots, and with more trials, than it was begun with."""
 
     WHERE: ClassVar[frozenset[str]] = frozenset(
@@ -172,7 +172,7 @@ def check(config: SweepConfig) -> None:
         try:
             config.trial(0, settings, config.train.output_dir)
         except UserError as error:
-            told = " ".join(f"{name}={typed(value)}" for name, value in settings.items())
+            told = " ".join(f"{name}={format_value(value)}" for name, value in settings.items())
             raise UserError(f"space: {told}: {error}") from error
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from parallelmind.remote import Mirror
+from parallelmind.remote import RemoteDir
 from workloads.sweep.trial_table import Status, Trial
 
 
@@ -30,14 +30,14 @@ class Report:
 class Journal:
     """Opened by `read`. Its methods may be called from any thread."""
 
-    file: Mirror
+    file: RemoteDir
     trials: dict[int, Trial] = field(default_factory=dict)
     reports: list[Report] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
-    def read(cls, file: Mirror) -> Journal:
+    def read(cls, file: RemoteDir) -> Journal:
         """What is known. A last line that was cut short by a crash is removed: what it told has not
         happened.
         """

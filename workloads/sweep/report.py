@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
-from parallelmind.storage import whole_bytes, whole_file
+from parallelmind.storage import atomic_file, write_atomic
 from workloads.sweep import plots as sweep_plots
 from workloads.sweep.trial_table import Status, Trial
 from workloads.sweep.values import measured
@@ -81,7 +81,7 @@ def write_report(
     _write_table(folder, trials, metrics, command)
     pictures = _write_pictures(folder, trials, metrics[0])
     page = "\n".join(_page(title, trials, metrics, winner, command, pictures))
-    with whole_file(folder / "report.html") as file:
+    with atomic_file(folder / "report.html") as file:
         file.write(_utf8(page))
     return folder / "report.html"
 
@@ -108,7 +108,7 @@ def _write_pictures(folder: Path, trials: Sequence[Trial], objective: str) -> di
         drawn = io.BytesIO()
         figure.savefig(drawn, format="png", dpi=_DPI)
         pictures[name] = drawn.getvalue()
-        with whole_bytes(path) as file:
+        with write_atomic(path) as file:
             file.write(pictures[name])
     return pictures
 
@@ -116,9 +116,9 @@ def _write_pictures(folder: Path, trials: Sequence[Trial], objective: str) -> di
 def _write_table(folder: Path, trials: Sequence[Trial], metrics: Sequence[str], command: Command) -> None:
     """`trials.parquet` and `trials.csv`: what is missing is null there and empty here."""
     table = _table(trials, metrics, command)
-    with whole_bytes(folder / "trials.parquet") as packed:
+    with write_atomic(folder / "trials.parquet") as packed:
         pq.write_table(table, packed)
-    with whole_file(folder / "trials.csv") as file:
+    with atomic_file(folder / "trials.csv") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(table.column_names)
         rows.writerows(zip(*(column.to_pylist() for column in table.columns), strict=True))

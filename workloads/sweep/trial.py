@@ -18,10 +18,10 @@ from parallelmind.config import TrainConfig
 from parallelmind.data.files import find_files
 from parallelmind.errors import UserError, first_line
 from parallelmind.model.manifest import MANIFEST
-from parallelmind.remote import Mirror
+from parallelmind.remote import RemoteDir
 from workloads.sweep.config import SweepConfig
 from workloads.train.command import result_place, run_place
-from workloads.train.driver import Share, begin, ended, prepare
+from workloads.train.driver import SharedRunContext, begin, ended, prepare
 from workloads.train.fit import fit
 from workloads.train.provenance import keep_losses
 
@@ -31,7 +31,7 @@ class Sweep:
     """What all trials share. place: the sweep's folder. parent: its MLflow run. slots: trials at a time."""
 
     config: SweepConfig
-    place: Mirror
+    place: RemoteDir
     parent: str
     slots: int
 
@@ -69,7 +69,7 @@ def _trained(config: TrainConfig, sweep: Sweep, data: str | None) -> dict[str, A
         vocabulary = begin(config, place)
         files = find_files(config.data_path)
         held_out = find_files(config.validation_path, "validation_path") if config.validation_path else []
-        share = Share(sweep.slots, sweep.parent, data)
+        share = SharedRunContext(sweep.slots, sweep.parent, data)
         task, tracker, data = prepare(config, place, files, held_out, vocabulary, share)
         tune.report({"folder": str(place), "run_id": tracker.run_id, "data": data})
         with ended(tracker) as end:

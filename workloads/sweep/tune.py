@@ -26,7 +26,7 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import Searcher
 
-from parallelmind.remote import Mirror
+from parallelmind.remote import RemoteDir
 from workloads.common.stopping import StopFile
 from workloads.sweep.config import SweepConfig
 from workloads.sweep.journal import Journal
@@ -48,7 +48,7 @@ class _Forgotten:
         return {}
 
 
-class Suggestions(_Forgotten, Searcher):
+class JournalSearcher(_Forgotten, Searcher):
     """Hands out what was begun and not ended first, then new points, each once with every seed.
 
     Where nothing of that is left, which is a sweep that had ended, those that failed are repeated: what they
@@ -114,7 +114,7 @@ class _NobodyWaits:
         return []
 
 
-class Referee(_Forgotten, FIFOScheduler):
+class JournalingScheduler(_Forgotten, FIFOScheduler):
     """Writes down what trials tell, and asks a scheduler of Ray Tune's who is to stop: one that has seen all
     reports so far.
     """
@@ -168,7 +168,7 @@ class Referee(_Forgotten, FIFOScheduler):
 
 def stop_trial(folder: str) -> None:
     """Ask one that trains there to save a checkpoint and end."""
-    StopFile(Mirror.at(folder).inner(STOP)).ask()
+    StopFile(RemoteDir.at(folder).inner(STOP)).ask()
 
 
 def _is_metric(name: str) -> bool:
@@ -200,10 +200,10 @@ def run_trials(
     stopped.
     """
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    referee = Referee(
+    referee = JournalingScheduler(
         sweep.config, journal, changed
     )  # first: it may find that a trial that was begun is to stop
-    suggestions = Suggestions(sweep.config, journal)
+    suggestions = JournalSearcher(sweep.config, journal)
 
     def end() -> None:
         suggestions.ending = referee.ending = True

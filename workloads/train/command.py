@@ -22,8 +22,8 @@ from parallelmind import cli
 from parallelmind.config import TrainConfig
 from parallelmind.config.yaml_file import yaml_values
 from parallelmind.data.files import find_files
-from parallelmind.errors import UserError, typed, unwritable
-from parallelmind.remote import Mirror
+from parallelmind.errors import UserError, format_value, unwritable
+from parallelmind.remote import RemoteDir
 from workloads.common.read_config import read_config
 
 # In a run's folder.
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
     run_training(read_config(TrainConfig, argv))
 
 
-def run_training(config: TrainConfig) -> Mirror:
+def run_training(config: TrainConfig) -> RemoteDir:
     """Train `config` to the end, unless that is done already; returns the run's folder.
 
     Raises UserError for what the user can mend, and KeyboardInterrupt when stopped, with a checkpoint saved.
@@ -75,7 +75,7 @@ def run_training(config: TrainConfig) -> Mirror:
 
 
 @contextmanager
-def alone_at(place: Mirror, name: str, output_dir: str) -> Iterator[None]:
+def alone_at(place: RemoteDir, name: str, output_dir: str) -> Iterator[None]:
     """The only process in the folder of a run or sweep, which is made if need be.
 
     Raises UserError, naming `name`, if another one is there, and, naming `output_dir`, where nothing can be
@@ -102,12 +102,12 @@ def is_unwritable(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in _UNWRITABLE
 
 
-def run_place(config: TrainConfig) -> Mirror:
+def run_place(config: TrainConfig) -> RemoteDir:
     """`output_dir/name-hash`."""
-    return Mirror.at(config.output_dir).inner(f"{config.name}-{config.fingerprint()[:8]}")
+    return RemoteDir.at(config.output_dir).inner(f"{config.name}-{config.fingerprint()[:8]}")
 
 
-def result_place(config: TrainConfig, place: Mirror) -> Mirror:
+def result_place(config: TrainConfig, place: RemoteDir) -> RemoteDir:
     """Where a finished run leaves what it trained."""
     return place.inner(ADAPTER if config.tuning == "lora" else MODEL)
 
@@ -116,7 +116,7 @@ def _refuse_changed(config: TrainConfig) -> None:
     """Raises UserError, naming the fields, if an unfinished run of the same name was begun with other
     settings.
     """
-    ours, runs, place = config.model_dump(mode="json"), Mirror.at(config.output_dir), run_place(config)
+    ours, runs, place = config.model_dump(mode="json"), RemoteDir.at(config.output_dir), run_place(config)
     for left in [runs.inner(name) for name in runs.names() if name.startswith(f"{config.name}-")]:
         settings = left.inner("config.yaml").read()
         if left == place or settings is None:
@@ -131,7 +131,9 @@ def _refuse_changed(config: TrainConfig) -> None:
                 for name, value in begun.items()
                 if name in ours and name not in config.WHERE and ours[name] != value
             ]
-            told = ", ".join(f"{name}={typed(begun[name])} (now {typed(ours[name])})" for name in fields)
+            told = ", ".join(
+                f"{name}={format_value(begun[name])} (now {format_value(ours[name])})" for name in fields
+            )
             raise UserError(
                 f"name={config.name}: the unfinished run {left} has {told}; "
                 "give it these values to go on with it, choose another name, or remove its folder"

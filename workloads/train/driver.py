@@ -23,8 +23,8 @@ from parallelmind.errors import UserError
 from parallelmind.model.base_model import load_structure, load_tokenizer
 from parallelmind.model.manifest import read_adapter
 from parallelmind.model.support import refuse_unsupported
-from parallelmind.remote import Mirror
-from parallelmind.storage import whole_file
+from parallelmind.remote import RemoteDir
+from parallelmind.storage import atomic_file
 from parallelmind.tracking import Tracker, absolute_uri
 from parallelmind.training import checkpoint
 from parallelmind.training.outcome import Outcome
@@ -39,10 +39,10 @@ _SHOWN_BAD_LINES, _SHOWN_KEYS = 10, 5
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class SharedRunContext:
     """What a run is a part of. runs: that share the cluster. parent: MLflow run that it is a child of.
 
-    data: `Prepared.data` of the others, where any is known.
+    data: `PreparedRun.data` of the others, where any is known.
     """
 
     runs: int = 1
@@ -50,10 +50,10 @@ class Share:
     data: str | None = None
 
 
-ALONE = Share()
+ALONE = SharedRunContext()
 
 
-class Prepared(NamedTuple):
+class PreparedRun(NamedTuple):
     """data: fingerprints of what is trained on and, if given, of what is held out."""
 
     task: Task
@@ -62,7 +62,11 @@ class Prepared(NamedTuple):
 
 
 def execute(
-    config: TrainConfig, place: Mirror, files: list[str], held_out: list[str], connected: Callable[[], None]
+    config: TrainConfig,
+    place: RemoteDir,
+    files: list[str],
+    held_out: list[str],
+    connected: Callable[[], None],
 ) -> None:
     """Check model and data, train, and say where everything is. See `workloads.train.run_training` for what
     it raises.
@@ -79,7 +83,7 @@ def execute(
     _conclude(task, outcome, tracker)
 
 
-def begin(config: TrainConfig, place: Mirror) -> int:
+def begin(config: TrainConfig, place: RemoteDir) -> int:
     """Fetch what is known of the run and put the settings on record; returns how many token ids there are.
 
     Raises UserError for a model or adapter of others.
@@ -104,12 +108,12 @@ def begin(config: TrainConfig, place: Mirror) -> int:
 
 def prepare(
     config: TrainConfig,
-    place: Mirror,
+    place: RemoteDir,
     files: list[str],
     held_out: list[str],
     vocabulary: int,
-    share: Share = ALONE,
-) -> Prepared:
+    share: SharedRunContext = ALONE,
+) -> PreparedRun:
     """Read all data once, and open the MLflow run.
 
     Raises UserError for bad data, for other data than the runs beside this one have, and for GPUs that are
@@ -132,7 +136,7 @@ def prepare(
     tracker.set_tags(
         {"bad_lines": len(found.bad), "folder": place, "data_sha256": found.fingerprint, **code_version()}
     )
-    return Prepared(task, tracker, data)
+    return PreparedRun(task, tracker, data)
 
 
 @contextmanager
@@ -154,12 +158,12 @@ def ended(tracker: Tracker) -> Iterator[Callable[[Outcome], None]]:
 
 
 def _survey(
-    config: TrainConfig, place: Mirror, files: list[str], held_out: list[str], vocabulary: int
+    config: TrainConfig, place: RemoteDir, files: list[str], held_out: list[str], vocabulary: int
 ) -> tuple[Survey, str]:
     """Check every line of every file before training; what is bad is printed and written to the run's
     quarantine.
 
-    Returns what was found to train on, and the fingerprints of all (`Prepared.data`).
+    Returns what was found to train on, and the fingerprints of all (`PreparedRun.data`).
     """
     found = survey(files, config, vocabulary)
     bad, data = list(found.bad), found.fingerprint
@@ -185,7 +189,7 @@ def _survey(
     return found, data
 
 
-def _tracker(config: TrainConfig, place: Mirror, data: str, parent: str | None = None) -> Tracker:
+def _tracker(config: TrainConfig, place: RemoteDir, data: str, parent: str | None = None) -> Tracker:
     """The run's MLflow run: begun once, gone on with after an interruption. Raises UserError if the data has
     changed since.
     """
@@ -199,7 +203,7 @@ def _tracker(config: TrainConfig, place: Mirror, data: str, parent: str | None =
             f"data_path={config.data_path}: its records are not those that {place} was begun on "
             f"({data}, not {known['data_sha256']}); restore them, or choose another name"
         )
-    with whole_file(note.folder) as file:
+    with atomic_file(note.folder) as file:
         file.write(json.dumps({**known, "data_sha256": data}) + "\n")
     note.push()
     uri = absolute_uri(config.mlflow_uri)

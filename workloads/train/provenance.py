@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from parallelmind.remote import Mirror
+from parallelmind.remote import RemoteDir
 
 if TYPE_CHECKING:
     from parallelmind.tracking import Tracker
@@ -44,7 +44,7 @@ def code_version() -> dict[str, str]:
     return tags
 
 
-def keep_losses(place: Mirror, tracker: Tracker) -> Mirror:
+def keep_losses(place: RemoteDir, tracker: Tracker) -> RemoteDir:
     """The losses of a run as loss.png, in its folder and in MLflow."""
     picture = place.inner(LOSSES)
     _draw_losses(tracker, picture.folder)

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from parallelmind.config import BaseConfig, DataConfig, LoraConfig, RopeConfig, TrainConfig
-from parallelmind.data.batch_server import Turns
+from parallelmind.data.batch_server import ShardAssignment
 from parallelmind.data.held_out import HeldOut
 from parallelmind.data.packing import make_batch
 from parallelmind.data.pipeline import feed
@@ -34,9 +34,9 @@ from parallelmind.model.base_model import load_base
 from parallelmind.model.lm_head import refuse_unknown_head
 from parallelmind.model.manifest import refuse_to_replace
 from parallelmind.model.patch import patch
-from parallelmind.remote import Mirror
-from parallelmind.storage import clear_scratch, whole_folder
-from parallelmind.training.checkpoint import Store, bring, whole_weights
+from parallelmind.remote import RemoteDir
+from parallelmind.storage import atomic_dir, clear_scratch
+from parallelmind.training.checkpoint import CheckpointManager, download, whole_weights
 from parallelmind.training.loop import Job, train
 from parallelmind.training.outcome import Outcome
 from workloads.common.stopping import StopFile
@@ -56,7 +56,7 @@ class Task:
     """
 
     config: TrainConfig
-    place: Mirror
+    place: RemoteDir
     validation_files: tuple[str, ...]
     mlflow_uri: str
     mlflow_run: str
@@ -111,7 +111,7 @@ def run_worker(task: Task, feeder: Any) -> Outcome:
     config, context = task.config, ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     hooks = RayHooks(task, leads=rank == 0)
-    store = Store(task.place.inner(CHECKPOINTS), config.keep_checkpoints) if rank == 0 else None
+    store = CheckpointManager(task.place.inner(CHECKPOINTS), config.keep_checkpoints) if rank == 0 else None
     try:
         found = store.resume(config.fingerprint(), hooks.say) if store else None
         group, newest = broadcast_from_rank_zero((uuid4().hex, found and found.name))
@@ -119,14 +119,14 @@ def run_worker(task: Task, feeder: Any) -> Outcome:
         if newest is not None:
             saved = task.place.inner(CHECKPOINTS).inner(newest)
             hooks.say(f"resuming from {saved}")
-            resume = bring(saved)
+            resume = download(saved)
         if config.min_workers is not None:
             hooks.say(f"{workers} of {config.num_workers} workers")
         model, tokenizer = build_model(config)
 
         def stream(epoch: int, first: int) -> Iterator[Batch]:
             counts: Counter[str] = Counter()
-            for chosen in feed(feeder, Turns(group, epoch, first, workers), rank, counts):
+            for chosen in feed(feeder, ShardAssignment(group, epoch, first, workers), rank, counts):
                 yield chosen.batch(config.part(RopeConfig), tokenizer.pad_token_id or 0)
             if any(counts.values()):
                 hooks.say(
@@ -163,7 +163,7 @@ def keep(
     result = result_place(task.config, task.place)
     refuse_to_replace(result.folder)
     clear_scratch(task.place.folder)
-    with whole_folder(result.folder) as built:
+    with atomic_dir(result.folder) as built:
         with writing("output_dir", task.config.output_dir, SafetensorError):
             save_trained(model, tokenizer, built, task.config, extra, weights)
         hooks.tracker.log_folder(built, result.folder.name)

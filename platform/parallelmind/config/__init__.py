@@ -24,7 +24,7 @@ from pydantic import (
 )
 from yaml import YAMLError
 
-from parallelmind.errors import UserError, first_line, typed
+from parallelmind.errors import UserError, first_line, format_value
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Quantize = Literal["none", "8bit", "4bit"]
@@ -34,10 +34,10 @@ Positions = Literal["flat", "time"]
 Visibility = Literal["columnar", "isolated"]
 Alignment = Literal["left", "right"]
 
-PartT = TypeVar("PartT", bound="Part")
+PartT = TypeVar("PartT", bound="FrozenConfig")
 
 
-class Part(BaseModel):
+class FrozenConfig(BaseModel):
     """A frozen, strict group of fields; an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
@@ -67,7 +67,7 @@ class Part(BaseModel):
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
-class RopeConfig(Part):
+class RopeConfig(FrozenConfig):
     """How tokens of parallel branches are placed and what they may see."""
 
     patch_rope: bool = Field(
@@ -105,7 +105,7 @@ class RopeConfig(Part):
     )
 
 
-class LoraConfig(Part):
+class LoraConfig(FrozenConfig):
     """The low-rank adapter that peft trains."""
 
     lora_rank: int = Field(16, ge=1, description="rank of the LoRA update")
@@ -121,7 +121,7 @@ class LoraConfig(Part):
     use_dora: bool = Field(False, description="train the norm of every adapted weight as well (DoRA)")
 
 
-class BaseConfig(Part):
+class BaseConfig(FrozenConfig):
     """The pretrained model underneath."""
 
     base_model: str = Field(
@@ -132,7 +132,7 @@ class BaseConfig(Part):
     trust_remote_code: bool = Field(False, description="allow a hub model to run its own code")
 
 
-class DataConfig(Part):
+class DataConfig(FrozenConfig):
     """Where the text comes from and how it becomes samples and batches."""
 
     data_path: str = Field(
@@ -191,7 +191,7 @@ class DataConfig(Part):
         return self
 
 
-class OptimizerConfig(Part):
+class OptimizerConfig(FrozenConfig):
     """How the model learns."""
 
     tuning: Literal["lora", "full"] = Field(
@@ -219,7 +219,7 @@ class OptimizerConfig(Part):
     seed: int = Field(0, ge=0, description="seed of grouping, shuffling, initialisation and dropout")
 
 
-class RunConfig(Part):
+class RunConfig(FrozenConfig):
     """Where a run happens and what it leaves behind."""
 
     name: str = Field(
@@ -315,7 +315,7 @@ def resolve(
         raise UserError("; ".join(_explain(kind, item) for item in error.errors())) from error
 
 
-def _explain(kind: type[Part], problem: Any) -> str:
+def _explain(kind: type[FrozenConfig], problem: Any) -> str:
     """One pydantic error as one line: field, value, remedy."""
     field = ".".join(str(part) for part in problem["loc"]) or "config"
     if problem["type"] == "extra_forbidden":
@@ -325,10 +325,10 @@ def _explain(kind: type[Part], problem: Any) -> str:
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
     remedy = problem["msg"].removeprefix("Input ").removeprefix("String ")
-    return f"{field}={typed(problem['input'])}: {remedy}"
+    return f"{field}={format_value(problem['input'])}: {remedy}"
 
 
-def did_you_mean(field: str, kind: type[Part]) -> str:
+def did_you_mean(field: str, kind: type[FrozenConfig]) -> str:
     """A field of `kind` that is spelt almost so, as a parenthesis; nothing where there is none."""
     import difflib
 

@@ -9,9 +9,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from parallelmind.config import Part
+from parallelmind.config import FrozenConfig
 from parallelmind.errors import UserError, first_line
-from parallelmind.storage import whole_file
+from parallelmind.storage import atomic_file
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def yaml_values(content: bytes, source: object) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def save_yaml(config: Part, path: Path) -> None:
+def save_yaml(config: FrozenConfig, path: Path) -> None:
     """Write every field, so that the file gives the same run again; it is there whole or as it was."""
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         file.write(OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from parallelmind.config import DataConfig
-from parallelmind.data.packing import Group, Seeds, groups
+from parallelmind.data.packing import SampleBatch, Seeds, groups
 from parallelmind.data.tables import to_rows
 
 _AHEAD = 4  # batches that wait for each worker
@@ -23,7 +23,7 @@ _OVER = "these turns are over: other workers have begun"
 
 
 @dataclass(frozen=True, slots=True)
-class Turns:
+class ShardAssignment:
     """Who shares an epoch's batches from the batch `first` on. group: names this start of the workers, apart
     from any other.
     """
@@ -34,7 +34,7 @@ class Turns:
     workers: int
 
 
-class Feeder:
+class BatchServer:
     """The batches of an epoch, given out in turns: batch k goes to worker (k - first) mod workers. Run it as
     an actor.
 
@@ -49,7 +49,7 @@ class Feeder:
         self._run: _Run | None = None
         self._over: set[str] = set()  # groups of workers that others have taken the place of
 
-    def next(self, turns: Turns, rank: int) -> Group | Counter[str]:
+    def next(self, turns: ShardAssignment, rank: int) -> SampleBatch | Counter[str]:
         """The worker's next batch; after its last, what the length limits cost. Raises what the reading
         raised.
         """
@@ -60,7 +60,7 @@ class Feeder:
             raise found
         return found
 
-    def _run_of(self, turns: Turns) -> _Run:
+    def _run_of(self, turns: ShardAssignment) -> _Run:
         if turns.group in self._over:  # a late call of a worker that was given up for lost
             raise RuntimeError(_OVER)
         if self._run is None or self._run.turns != turns:
@@ -70,7 +70,7 @@ class Feeder:
             self._run = _Run(turns, self._groups)
         return self._run
 
-    def _groups(self, epoch: int, counts: Counter[str]) -> Iterator[Group]:
+    def _groups(self, epoch: int, counts: Counter[str]) -> Iterator[SampleBatch]:
         tables = self._keeping() if self._kept is None else self._kept
         return groups(to_rows(tables, counts), self._config, Seeds(self._seed, epoch))
 
@@ -91,7 +91,7 @@ class Feeder:
 class _Run:
     """One epoch on its way: a thread that fills a short queue for each worker."""
 
-    def __init__(self, turns: Turns, groups_of: Any) -> None:
+    def __init__(self, turns: ShardAssignment, groups_of: Any) -> None:
         self.turns, self._groups_of = turns, groups_of
         self.stop = threading.Event()
         self._queues: list[Queue[Any]] = [Queue(_AHEAD) for _ in range(turns.workers)]

@@ -14,7 +14,7 @@ from typing import BinaryIO, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from parallelmind.errors import UserError, first_line, typed
+from parallelmind.errors import UserError, first_line, format_value
 from parallelmind.remote import filesystem
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
@@ -42,7 +42,7 @@ def find_files(path: str, name: str = "data_path") -> list[str]:
     """
     found = [file for item in path.split(",") if item.strip() for file in _find(item.strip(), name)]
     if not found:
-        raise UserError(f"{name}={typed(path)}: names no file; give parallel JSONL or Parquet")
+        raise UserError(f"{name}={format_value(path)}: names no file; give parallel JSONL or Parquet")
     return list(dict.fromkeys(found))
 
 

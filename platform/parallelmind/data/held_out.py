@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from parallelmind.config import DataConfig
 from parallelmind.data.files import file_parts
-from parallelmind.data.packing import Row, Seeds, batched, regrouped
+from parallelmind.data.packing import Row, Seeds, batch, regrouped
 from parallelmind.data.survey import records
 from parallelmind.data.tokenise import Tokenised, tokenised
 from parallelmind.layout import Tokens
@@ -50,7 +50,7 @@ class HeldOut:
         their main.
         """
         return list(
-            batched(regrouped(self.rows, branches, self.pool, self.data), self.data, Seeds(seed).generator())
+            batch(regrouped(self.rows, branches, self.pool, self.data), self.data, Seeds(seed).generator())
         )
 
 

@@ -40,7 +40,7 @@ class Seeds:
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class SampleBatch:
     """The samples of one batch. delays: `[branches]` extra time before the branches of each sample."""
 
     samples: list[Tokens]
@@ -50,20 +50,20 @@ class Group:
         return make_batch(self.samples, rope, pad_id, self.delays)
 
 
-def groups(rows: Iterable[Row], data: DataConfig, seeds: Seeds) -> Iterator[Group]:
+def groups(rows: Iterable[Row], data: DataConfig, seeds: Seeds) -> Iterator[SampleBatch]:
     """Shuffle, group and batch the rows of an epoch."""
-    rows = shuffled(rows, data.shuffle_window, seeds.generator(_SHUFFLE))
-    samples = grouped(rows, data, seeds.generator(_GROUP))
-    for number, chosen in enumerate(batched(samples, data, seeds.generator(_BATCH))):
+    rows = shuffle(rows, data.shuffle_window, seeds.generator(_SHUFFLE))
+    samples = pack(rows, data, seeds.generator(_GROUP))
+    for number, chosen in enumerate(batch(samples, data, seeds.generator(_BATCH))):
         delays = seeds.generator(_DELAY, number)
         late = [
             delays.integers(0, data.random_time_offset, size=sample.branches, endpoint=True)
             for sample in chosen
         ]
-        yield Group(chosen, late)
+        yield SampleBatch(chosen, late)
 
 
-def shuffled(rows: Iterable[Row], window: int, generator: np.random.Generator) -> Iterator[Row]:
+def shuffle(rows: Iterable[Row], window: int, generator: np.random.Generator) -> Iterator[Row]:
     """Rows in random order, `window` of them held at a time. Shuffling before grouping gives new neighbours
     every epoch.
     """
@@ -82,7 +82,7 @@ def _take(held: list[Row], generator: np.random.Generator) -> Row:
     return held.pop()
 
 
-def grouped(rows: Iterable[Row], config: DataConfig, generator: np.random.Generator) -> Iterator[Tokens]:
+def pack(rows: Iterable[Row], config: DataConfig, generator: np.random.Generator) -> Iterator[Tokens]:
     """Samples. Lone rows gather into groups of `branches_per_sample`, or of a size drawn from min..max; a
     group also ends where the next row would exceed `max_sample_tokens`. The last group may be small.
     """
@@ -146,7 +146,7 @@ def _cut(tokens: Tokens, first: int, last: int) -> Tokens:
     )
 
 
-def batched(
+def batch(
     samples: Iterable[Tokens], config: DataConfig, generator: np.random.Generator
 ) -> Iterator[list[Tokens]]:
     """Samples of like length in batches of `batch_size` samples (or branches), or of at most `batch_tokens`
@@ -211,7 +211,7 @@ def regrouped(rows: Iterable[Row], branches: int, pool: int, config: DataConfig)
     Branches of one record stay with their main, so its last sample may hold fewer.
     """
     fixed = config.model_copy(update={"branches_per_sample": branches, "max_branches_per_sample": branches})
-    return list(grouped(_first_branches(rows, pool), fixed, np.random.default_rng(0)))
+    return list(pack(_first_branches(rows, pool), fixed, np.random.default_rng(0)))
 
 
 def _first_branches(rows: Iterable[Row], pool: int) -> Iterator[Row]:

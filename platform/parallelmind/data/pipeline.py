@@ -20,9 +20,9 @@ import ray.data
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from parallelmind.config import BaseConfig, DataConfig
-from parallelmind.data.batch_server import Feeder, Turns
+from parallelmind.data.batch_server import BatchServer, ShardAssignment
 from parallelmind.data.files import Part, file_parts, total_bytes
-from parallelmind.data.packing import Group
+from parallelmind.data.packing import SampleBatch
 from parallelmind.data.survey import SAMPLE, Survey, combine, records, survey_part
 from parallelmind.data.tables import to_table
 
@@ -131,19 +131,19 @@ def read_part(
         yield item, record.lone
 
 
-def feed(feeder: Any, turns: Turns, rank: int, counts: Counter[str]) -> Iterator[Group]:
-    """This worker's batches of an epoch from the `Feeder` actor; the next one is on its way while one is
+def feed(feeder: Any, turns: ShardAssignment, rank: int, counts: Counter[str]) -> Iterator[SampleBatch]:
+    """This worker's batches of an epoch from the `BatchServer` actor; the next one is on its way while one is
     trained on.
     """
     waiting = feeder.next.remote(turns, rank)
-    while isinstance(found := ray.get(waiting), Group):
+    while isinstance(found := ray.get(waiting), SampleBatch):
         waiting = feeder.next.remote(turns, rank)
         yield found
     counts.update(found)
 
 
 def start_feeder(files: Sequence[str], data: DataConfig, base: BaseConfig, seed: int, workers: int) -> Any:
-    """A `Feeder` actor; every worker may wait in it at once."""
+    """A `BatchServer` actor; every worker may wait in it at once."""
     parts = file_parts(files)
     read: Callable[[], Iterable[pa.Table]] = functools.partial(_tables, list(files), data, base)
     if len(parts) <= _FEW_PARTS:
@@ -151,7 +151,7 @@ def start_feeder(files: Sequence[str], data: DataConfig, base: BaseConfig, seed:
     # None: not in the place that a sweep holds for whoever calls this, which is too small.
     strategy = PlacementGroupSchedulingStrategy(None)  # type: ignore[arg-type]  # documented, not typed
     options = {"num_cpus": _TASK_CPUS, "max_concurrency": 2 * workers + 2, "scheduling_strategy": strategy}
-    return ray.remote(Feeder).options(**options).remote(read, data, seed)
+    return ray.remote(BatchServer).options(**options).remote(read, data, seed)
 
 
 def _tables(files: Sequence[str], data: DataConfig, base: BaseConfig) -> Iterable[pa.Table]:

@@ -20,7 +20,7 @@ from parallelmind.model.weights import ADAPTER
 BASE = "base"
 
 
-class Adapters:
+class AdapterManager:
     """Every load of an adapter is a version of its own: samples that have begun with an older one end with
     it.
 

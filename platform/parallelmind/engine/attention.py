@@ -1,6 +1,6 @@
 """How the tokens of a step read the pool.
 
-A model that hands masks to its attention as they are lets `PoolReading` do the work: stretches of like shape
+A model that hands masks to its attention as they are lets `CascadeAttention` do the work: stretches of like shape
 are gathered and attended to together, every key is read once for all heads that share it, and what a token
 finds in several stretches is joined by the weights of their softmax (as Hydragen and FlashInfer's cascade do
 for shared prefixes). For any other model there is one dense mask over all keys of the step.
@@ -18,20 +18,20 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from parallelmind.engine.batch import Stretch
+from parallelmind.engine.batch import AttentionSegment
 from parallelmind.layout import Ints
-from parallelmind.model.attention import Reading
-from parallelmind.visibility import Reach
+from parallelmind.model.attention import AttentionBackend
+from parallelmind.visibility import AttentionWindow
 
 
-class PoolReading(Reading):
+class CascadeAttention(AttentionBackend):
     """Attention of a step's tokens over their stretches, for layers of one reach."""
 
     def __init__(
         self,
-        stretches: Sequence[Stretch],
+        stretches: Sequence[AttentionSegment],
         tokens: int,
-        reach: Reach,
+        reach: AttentionWindow,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -41,7 +41,7 @@ class PoolReading(Reading):
             alike[stretch.own, _bucket(len(stretch.queries)), _bucket(len(stretch.keys.slots))].append(
                 stretch
             )
-        self._bundles = [Bundle.of(group, reach, dtype, device) for group in alike.values()]
+        self._bundles = [SegmentBatch.of(group, reach, dtype, device) for group in alike.values()]
         self._tokens = tokens
         self._joins = sum(len(stretch.queries) for stretch in stretches) > tokens
 
@@ -71,7 +71,7 @@ class PoolReading(Reading):
 
 
 @dataclass(slots=True)
-class Bundle:
+class SegmentBatch:
     """Stretches of like shape, padded to one.
 
     queries: `[stretches, n]` indices into the step. keys: `[stretches, keys]` slots, or a slice of the pool
@@ -88,7 +88,9 @@ class Bundle:
     _folded: dict[int, Tensor | None] = field(default_factory=dict)
 
     @staticmethod
-    def of(group: Sequence[Stretch], reach: Reach, dtype: torch.dtype, device: torch.device) -> Bundle:
+    def of(
+        group: Sequence[AttentionSegment], reach: AttentionWindow, dtype: torch.dtype, device: torch.device
+    ) -> SegmentBatch:
         counts = [len(stretch.queries) for stretch in group]
         most, longest = max(counts), max(len(stretch.keys.slots) for stretch in group)
         queries, keys = np.zeros((len(group), most), np.int64), np.zeros((len(group), longest), np.int64)
@@ -101,7 +103,7 @@ class Bundle:
             bias[row, count:] = bias[row, 0]  # padding reads what the first query reads, and is dropped
         real = None if min(counts) == most else np.flatnonzero(np.arange(most) < np.array(counts)[:, None])
         targets = queries.ravel() if real is None else queries.ravel()[real]
-        return Bundle(
+        return SegmentBatch(
             queries=torch.from_numpy(queries).to(device),
             keys=_side_by_side(keys) or torch.from_numpy(keys).to(device),
             bias=additive(bias[:, None], dtype, device) if bias.any() else None,
@@ -156,8 +158,8 @@ class Bundle:
 
 
 def dense(
-    stretches: Sequence[Stretch], tokens: int, reaches: Sequence[Reach]
-) -> tuple[Ints, dict[Reach, NDArray[np.float32]]]:
+    stretches: Sequence[AttentionSegment], tokens: int, reaches: Sequence[AttentionWindow]
+) -> tuple[Ints, dict[AttentionWindow, NDArray[np.float32]]]:
     """All slots that a step reads, `[keys]`, and for each reach what is added to every token's scores,
     `[tokens, keys]`.
     """

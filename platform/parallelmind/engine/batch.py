@@ -16,14 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallelmind.config import Visibility
-from parallelmind.engine.block_manager import Stream
-from parallelmind.engine.sequence import Decoding, Feed
+from parallelmind.engine.block_manager import BlockTable
+from parallelmind.engine.sequence import ScheduledTokens, SequenceState
 from parallelmind.layout import MAIN, Ints
-from parallelmind.visibility import RULES, Reach, penalty, siblings
+from parallelmind.visibility import RULES, AttentionWindow, is_sibling, penalty
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
+class TokenMeta:
     """slots, time, sequence: `[tokens]`, where tokens lie and what a mask asks about them."""
 
     slots: Ints
@@ -31,22 +31,22 @@ class Places:
     sequence: Ints
 
     @staticmethod
-    def of(streams: Sequence[Stream]) -> Places:
+    def of(streams: Sequence[BlockTable]) -> TokenMeta:
         if len(streams) == 1:
-            return Places(streams[0].slots, streams[0].time, streams[0].sequence)
-        return Places(
+            return TokenMeta(streams[0].slots, streams[0].time, streams[0].sequence)
+        return TokenMeta(
             *(
                 np.concatenate([getattr(each, part) for each in streams])
                 for part in ("slots", "time", "sequence")
             )
         )
 
-    def at(self, index: Ints) -> Places:
-        return Places(self.slots[index], self.time[index], self.sequence[index])
+    def at(self, index: Ints) -> TokenMeta:
+        return TokenMeta(self.slots[index], self.time[index], self.sequence[index])
 
 
 @dataclass(frozen=True, slots=True)
-class Stretch:
+class AttentionSegment:
     """queries: `[n]` indices into the step. asking, keys: the places of these tokens, and of all that they
     choose from.
 
@@ -55,22 +55,22 @@ class Stretch:
     """
 
     queries: Ints
-    asking: Places
-    keys: Places
+    asking: TokenMeta
+    keys: TokenMeta
     rule: Visibility
     own: bool
     penalty: float
 
-    def bias(self, reach: Reach) -> NDArray[np.float32]:
+    def bias(self, reach: AttentionWindow) -> NDArray[np.float32]:
         """`[n, keys]`: what is added to the score of each query and key; minus infinity where it is not
         seen.
         """
-        away = siblings(self.asking.sequence[:, None], self.keys.sequence) if self.penalty else False
+        away = is_sibling(self.asking.sequence[:, None], self.keys.sequence) if self.penalty else False
         return np.where(
             self.seen(reach), np.where(away, np.float32(-self.penalty), np.float32(0)), np.float32(-np.inf)
         )
 
-    def seen(self, reach: Reach) -> NDArray[np.bool_]:
+    def seen(self, reach: AttentionWindow) -> NDArray[np.bool_]:
         """`[n, keys]`: which key each query sees."""
         q_time, q_sequence, q_slots = (
             part[:, None] for part in (self.asking.time, self.asking.sequence, self.asking.slots)
@@ -83,7 +83,7 @@ class Stretch:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class ModelInput:
     """ids, branch, time, position, slots: `[tokens]`. rows: `[sampled]` indices of the tokens whose logits
     are wanted.
     """
@@ -94,30 +94,32 @@ class Step:
     position: Ints
     slots: Ints
     rows: Ints
-    stretches: list[Stretch]
+    stretches: list[AttentionSegment]
 
     @staticmethod
-    def of(parts: Sequence[tuple[Decoding, Feed, Storage]]) -> Step:
+    def of(parts: Sequence[tuple[SequenceState, ScheduledTokens, SequenceBlocks]]) -> ModelInput:
         """Enter the feeds of some samples into their streams, side by side."""
         starts = np.cumsum([0, *(len(feed.ids) for _, feed, _ in parts)])
         slots, stretches = [], []
         for start, (decoding, feed, storage) in zip(starts, parts, strict=False):
             slots.append(storage.enter(feed))
-            stretches += storage.stretches(decoding, Places(slots[-1], feed.time, feed.sequence), int(start))
+            stretches += storage.stretches(
+                decoding, TokenMeta(slots[-1], feed.time, feed.sequence), int(start)
+            )
         ids, branch, time, position = (
             np.concatenate([getattr(feed, name) for _, feed, _ in parts])
             for name in ("ids", "branch", "time", "position")
         )
         rows = np.concatenate([start + feed.rows for start, (_, feed, _) in zip(starts, parts, strict=False)])
-        return Step(ids, branch, time, position, np.concatenate(slots), rows, stretches)
+        return ModelInput(ids, branch, time, position, np.concatenate(slots), rows, stretches)
 
 
-class Storage:
+class SequenceBlocks:
     """The streams of one sample: main and, where the order is free, one for each branch; else all of it is
     one stream.
     """
 
-    def __init__(self, trunk: Stream, branches: list[Stream] | None) -> None:
+    def __init__(self, trunk: BlockTable, branches: list[BlockTable] | None) -> None:
         self.trunk, self.branches = trunk, branches
 
     def grow(self, blocks: list[int]) -> None:
@@ -125,13 +127,13 @@ class Storage:
         if self.branches is None:
             self.trunk.grow(blocks)
         else:
-            self.branches.append(Stream(blocks))
+            self.branches.append(BlockTable(blocks))
 
     @property
     def extent(self) -> int:
         return max(stream.extent for stream in [self.trunk, *(self.branches or [])])
 
-    def enter(self, feed: Feed) -> Ints:
+    def enter(self, feed: ScheduledTokens) -> Ints:
         """`[tokens]` slots of the tokens of a feed."""
         if self.branches is None:
             return self.trunk.append(feed.time, feed.sequence)
@@ -141,7 +143,7 @@ class Storage:
             slots.append(stream.append(feed.time[index], feed.sequence[index]))
         return np.concatenate(slots)
 
-    def stretches(self, decoding: Decoding, places: Places, start: int) -> list[Stretch]:
+    def stretches(self, decoding: SequenceState, places: TokenMeta, start: int) -> list[AttentionSegment]:
         """What the tokens that have just been entered read; `start`: index of the first of them in the
         step.
         """
@@ -150,29 +152,29 @@ class Storage:
         wide = np.append(False, decoding.reads_all)[places.sequence]
         found, narrow = [], queries[~wide]
         if wide.any():
-            everything = Places.of([self.trunk, *(self.branches or [])])
+            everything = TokenMeta.of([self.trunk, *(self.branches or [])])
             found.append(_stretch(queries[wide], places, everything, "columnar", start, taken))
         if self.trunk.length and len(narrow):
-            found.append(_stretch(narrow, places, Places.of([self.trunk]), rule, start, taken))
+            found.append(_stretch(narrow, places, TokenMeta.of([self.trunk]), rule, start, taken))
         if self.branches is None:
             return found
         for sequence, index in _runs(places.sequence):
             if sequence != MAIN and not decoding.reads_all[sequence - 1]:
-                keys = Places.of([self.branches[sequence - 1]])
+                keys = TokenMeta.of([self.branches[sequence - 1]])
                 found.append(_stretch(queries[index], places, keys, rule, start, taken, own=True))
         return found
 
 
 def _stretch(
     queries: Ints,
-    places: Places,
-    keys: Places,
+    places: TokenMeta,
+    keys: TokenMeta,
     rule: Visibility,
     start: int,
     penalty: float,
     own: bool = False,
-) -> Stretch:
-    return Stretch(start + queries, places.at(queries), keys, rule, own, penalty)
+) -> AttentionSegment:
+    return AttentionSegment(start + queries, places.at(queries), keys, rule, own, penalty)
 
 
 def _runs(sequence: Ints) -> list[tuple[int, slice]]:

@@ -34,7 +34,7 @@ def prefix_keys(ids: Ints, version: str) -> list[bytes]:
     return keys
 
 
-class Stream:
+class BlockTable:
     """A text in the pool. slots, time, sequence: `[length]`, where each of its tokens lies and what a mask
     asks about it.
     """
@@ -93,7 +93,7 @@ def _slots(blocks: list[int]) -> Ints:
     return (np.asarray(blocks, np.int64)[:, None] * BLOCK + np.arange(BLOCK)).ravel()
 
 
-class Blocks:
+class BlockManager:
     """The blocks of a pool: free ones, held ones, and shared ones that are kept although nobody reads
     them.
     """

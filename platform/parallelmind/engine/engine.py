@@ -16,17 +16,17 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from parallelmind.config import RopeConfig
-from parallelmind.engine.adapters import Adapters
-from parallelmind.engine.model_runner import Model, Part, PoolForward
-from parallelmind.engine.output import BranchWriter
+from parallelmind.engine.adapters import AdapterManager
+from parallelmind.engine.model_runner import Model, ModelRunner, Part
+from parallelmind.engine.output import OutputProcessor
 from parallelmind.engine.request import Event, Sample, Text, encode, end_ids
-from parallelmind.engine.sampler import Choice, Row, SamplingParams, choose, fresh_seed
-from parallelmind.engine.scheduler import Limits, Load, Scheduler
-from parallelmind.engine.sequence import FinishReason, Progress
+from parallelmind.engine.sampler import SampledToken, SamplingParams, SamplingRow, fresh_seed, sample
+from parallelmind.engine.scheduler import EngineConfig, EngineStats, Scheduler
+from parallelmind.engine.sequence import FinishReason, ResumeState
 from parallelmind.engine.sequence_group import Reduction
-from parallelmind.engine.sequential_runner import RowForward
+from parallelmind.engine.sequential_runner import SequentialRunner
 from parallelmind.engine.speech import Speech
-from parallelmind.engine.validation import Asked, check_joining, check_sample
+from parallelmind.engine.validation import TokenizedRequest, check_joining, check_sample
 from parallelmind.errors import UserError
 from parallelmind.model.patch import is_patched, rope_config
 from parallelmind.model.structure import causal_lm
@@ -40,18 +40,22 @@ class Engine:
     """One model, its pool of keys and values, and the samples that share them."""
 
     def __init__(
-        self, model: Model, tokenizer: PreTrainedTokenizerBase, limits: Limits | None = None, engines: int = 1
+        self,
+        model: Model,
+        tokenizer: PreTrainedTokenizerBase,
+        limits: EngineConfig | None = None,
+        engines: int = 1,
     ) -> None:
         """limits: without any the pool is as large as memory allows, of which so many engines have a part
         each.
         """
         self.tokenizer = tokenizer
-        self.adapters = Adapters(model, tokenizer)
+        self.adapters = AdapterManager(model, tokenizer)
         self.config = rope_config(model) if is_patched(model) else _PLAIN
         # Why branches cannot share a sequence here, if so; an unpatched model could, but has not been taught
         # how.
         self.apart = None if is_patched(model) else assess(causal_lm(model)).reason
-        self.forward = RowForward(model) if self.apart else PoolForward(model)
+        self.forward = SequentialRunner(model) if self.apart else ModelRunner(model)
         self.limits = self.forward.limited(limits, self.config, engines)
         self.scheduler = Scheduler(self.limits, shares=not self.apart)
         self.lock, self._turn = (
@@ -104,7 +108,7 @@ class Engine:
         with self.lock:
             return not self.holds(number) and all(event.sample != number for event in self._said)
 
-    def load(self) -> Load:
+    def load(self) -> EngineStats:
         """What the engine is busy with at this moment."""
         with self.lock:
             return self.scheduler.load()
@@ -126,9 +130,13 @@ class Engine:
         empty branch, several branches on an unpatched model, and what the model's context or the engine's
         cache cannot hold.
         """
-        return self.enqueue(Asked.of(self.tokenizer, sample, per_branch, reduce, sampling), adapter)
+        return self.enqueue(
+            TokenizedRequest.of(self.tokenizer, sample, per_branch, reduce, sampling), adapter
+        )
 
-    def enqueue(self, asked: Asked, adapter: str | None = None, progress: Progress | None = None) -> int:
+    def enqueue(
+        self, asked: TokenizedRequest, adapter: str | None = None, progress: ResumeState | None = None
+    ) -> int:
         """`submit` for what has been put in tokens already.
 
         progress: how far another engine had come with it. Branches that joined it late stand among the others
@@ -142,7 +150,7 @@ class Engine:
                 self._go_on(self._samples[number], progress)
             return number
 
-    def _go_on(self, sample: Speech, progress: Progress) -> None:
+    def _go_on(self, sample: Speech, progress: ResumeState) -> None:
         begun = len(progress.starts)
         sample.entry.decoding.starts[:] = progress.starts
         for branch in range(begun):
@@ -153,7 +161,7 @@ class Engine:
         for branch in range(begun, len(progress.said)):
             sample.has_said(branch, progress.said[branch])
 
-    def _queue(self, asked: Asked, version: str) -> int:
+    def _queue(self, asked: TokenizedRequest, version: str) -> int:
         tokens, params, last = asked.tokens, asked.params, asked.last
         reduction = None if last is None else Reduction(last.ids, last.params.max_new_tokens)
         most = [each.max_new_tokens for each in params]
@@ -249,18 +257,18 @@ class Engine:
             self._say(sample, branch, choice) for (sample, branch), choice in zip(live, choices, strict=True)
         ]
 
-    def choose(self, logits: Tensor, rows: Sequence[Row]) -> list[Choice]:
+    def choose(self, logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
         """The next token of every row."""
-        return choose(logits, rows)
+        return sample(logits, rows)
 
-    def _say(self, sample: Speech, branch: int, choice: Choice) -> Event:
+    def _say(self, sample: Speech, branch: int, choice: SampledToken) -> Event:
         event = sample.say(branch, choice)
         if event.finish_reason:
             self._end(sample, branch, event.finish_reason)
         return event
 
     def _begin(self, sample: Speech, prompt: list[int], params: SamplingParams) -> None:
-        sample.add(params, BranchWriter(self.tokenizer, prompt, params, self._ends))
+        sample.add(params, OutputProcessor(self.tokenizer, prompt, params, self._ends))
 
     def _end(self, sample: Speech, branch: int, reason: FinishReason) -> None:
         follows = self.scheduler.finish(sample.entry, branch, reason)

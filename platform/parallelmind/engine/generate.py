@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from parallelmind.engine.engine import Engine
 from parallelmind.engine.model_runner import Model
 from parallelmind.engine.request import Event, Sample, Text
-from parallelmind.engine.scheduler import Limits
-from parallelmind.engine.validation import Asked
-from parallelmind.errors import Notice
+from parallelmind.engine.scheduler import EngineConfig
+from parallelmind.engine.validation import TokenizedRequest
+from parallelmind.errors import UserNotice
 from parallelmind.model.structure import causal_lm
 
 
@@ -35,22 +35,24 @@ def stream(
     parallel branches decodes them isolated, one row each, and a warning says so. Closing the iterator early
     ends the work.
     """
-    return _events(engine_for(model, tokenizer, [Asked.of(tokenizer, sample, per_branch, reduce, sampling)]))
+    return _events(
+        engine_for(model, tokenizer, [TokenizedRequest.of(tokenizer, sample, per_branch, reduce, sampling)])
+    )
 
 
-def engine_for(model: Model, tokenizer: PreTrainedTokenizerBase, asked: Sequence[Asked]) -> Engine:
+def engine_for(model: Model, tokenizer: PreTrainedTokenizerBase, asked: Sequence[TokenizedRequest]) -> Engine:
     """An engine with room for these samples, which wait in it, numbered from 0. Errors and warning are those
     of `stream`.
     """
     needed = [each.limits() for each in asked]
-    room = Limits(
+    room = EngineConfig(
         sum(each.cache_tokens for each in needed), max_branches=sum(each.max_branches for each in needed)
     )
     engine = Engine(model, tokenizer, room)
     if engine.apart and any(each.tokens.branches > 1 for each in asked):
         kind = causal_lm(model).config.model_type
         said = f"{kind} {engine.apart}; its branches are decoded isolated, each in a row of its own"
-        warnings.warn(said, Notice, stacklevel=3)
+        warnings.warn(said, UserNotice, stacklevel=3)
     for each in asked:
         engine.enqueue(each)
     return engine

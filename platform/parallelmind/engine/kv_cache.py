@@ -15,14 +15,14 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 
-class PoolLayer(CacheLayerMixin):
+class PagedKVLayer(CacheLayerMixin):
     """Keys and values of one layer, `[slots, heads, dim]` each; a model sees them as `[1, heads, slots,
     dim]`.
     """
 
     is_sliding = False
 
-    def __init__(self, pool: PoolCache) -> None:
+    def __init__(self, pool: PagedKVCache) -> None:
         super().__init__()
         self._pool = pool
         self._parts: dict[str, Tensor] = {}
@@ -78,11 +78,11 @@ class PoolLayer(CacheLayerMixin):
         self.is_initialized = False
 
 
-class PoolCache(Cache):
+class PagedKVCache(Cache):
     """The layers of a model, and which slots the running call writes and reads."""
 
     def __init__(self) -> None:
-        super().__init__(layer_class_to_replicate=cast(type[PoolLayer], partial(PoolLayer, self)))
+        super().__init__(layer_class_to_replicate=cast(type[PagedKVLayer], partial(PagedKVLayer, self)))
         self.written = torch.zeros(0, dtype=torch.long)
         self.read: Tensor | None = None
         self.slots_needed = self.past = 0
@@ -98,12 +98,12 @@ class PoolCache(Cache):
         self.past = max((0 if read is None else len(read)) - len(written), 0)
 
     def bytes_per_token(self) -> int:
-        return sum(layer.bytes_per_slot() for layer in self.layers if isinstance(layer, PoolLayer))
+        return sum(layer.bytes_per_slot() for layer in self.layers if isinstance(layer, PagedKVLayer))
 
     def bytes(self) -> int:
         """What the pool holds on to, filled or not."""
         return sum(
-            layer.bytes_per_slot() * layer.slots() for layer in self.layers if isinstance(layer, PoolLayer)
+            layer.bytes_per_slot() * layer.slots() for layer in self.layers if isinstance(layer, PagedKVLayer)
         )
 
 

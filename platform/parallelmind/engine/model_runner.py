@@ -14,53 +14,53 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from parallelmind.config import RopeConfig
-from parallelmind.engine.attention import PoolReading, additive, dense
-from parallelmind.engine.batch import Step, Storage
-from parallelmind.engine.block_manager import BLOCK, Stream
-from parallelmind.engine.kv_cache import PoolCache
-from parallelmind.engine.scheduler import Limits
-from parallelmind.engine.sequence import Decoding, Feed
+from parallelmind.engine.attention import CascadeAttention, additive, dense
+from parallelmind.engine.batch import ModelInput, SequenceBlocks
+from parallelmind.engine.block_manager import BLOCK, BlockTable
+from parallelmind.engine.kv_cache import PagedKVCache
+from parallelmind.engine.scheduler import EngineConfig
+from parallelmind.engine.sequence import ScheduledTokens, SequenceState
 from parallelmind.engine.sequence_group import Running
 from parallelmind.layout import Tokens
 from parallelmind.model.attention import hands_over_masks
-from parallelmind.model.cpu_linears import few_rows, plain_linears
+from parallelmind.model.cpu_linears import cpu_linears, small_batch_linear
 from parallelmind.model.mask import layer_reaches
 from parallelmind.model.patch import is_patched
 from parallelmind.model.rotary import depends_on_length
 from parallelmind.model.structure import causal_lm
 
 Model = PreTrainedModel | PeftModel
-Part = tuple[Running, Feed]
+Part = tuple[Running, ScheduledTokens]
 
 _CONTAINER = Path("/sys/fs/cgroup")
 _MOST_TOKENS = 1 << 20  # of a pool whose size nobody has named
 
 
-class PoolForward:
+class ModelRunner:
     """Samples side by side in one sequence, over one pool of keys and values."""
 
     def __init__(self, model: Model) -> None:
         self.use(model)
         inner = causal_lm(model)
         self.alone = depends_on_length(inner)  # the longest text of a call sets everybody's frequencies
-        self.cache = PoolCache()
+        self.cache = PagedKVCache()
         self._patched = is_patched(inner)
         self._reaches = layer_reaches(model)
         self._reads_itself = hands_over_masks(inner)
 
     def use(self, model: Model) -> None:
         """The same model, once an adapter has been put on it or taken off."""
-        self.model, self._layers = model, plain_linears(model)
+        self.model, self._layers = model, cpu_linears(model)
 
-    def enter(self, parts: Sequence[Part]) -> Step:
+    def enter(self, parts: Sequence[Part]) -> ModelInput:
         """Give the tokens of these feeds their places. Nothing of the samples is looked at any more
         afterwards.
         """
         self.cache.reserve(max(entry.stored().extent for entry, _ in parts))
-        return Step.of([(entry.decoding, feed, entry.stored()) for entry, feed in parts])
+        return ModelInput.of([(entry.decoding, feed, entry.stored()) for entry, feed in parts])
 
     @torch.inference_mode()
-    def __call__(self, step: Step) -> Tensor:
+    def __call__(self, step: ModelInput) -> Tensor:
         """`[sampled, vocab]` logits after the tokens that ask for them, sample by sample; all others enter
         the pool alone.
         """
@@ -79,18 +79,18 @@ class PoolForward:
         }
         if self._patched:
             inputs["pos2d"] = torch.stack([branch, time], dim=-1)[None]
-        with few_rows(self._layers):
+        with small_batch_linear(self._layers):
             logits: Tensor = self.model(**inputs).logits
         return logits[0]
 
-    def _address(self, step: Step, slots: Tensor) -> Any:
+    def _address(self, step: ModelInput, slots: Tensor) -> Any:
         """Tell the cache where this call writes and reads; returns the masks as the model takes them."""
         tokens, dtype, device = len(step.ids), self.model.dtype, self.model.device
         masks: dict[Any, Any]
         if self._reads_itself:
             self.cache.address(slots, None)
             masks = {
-                reach: PoolReading(step.stretches, tokens, reach, dtype, device)
+                reach: CascadeAttention(step.stretches, tokens, reach, dtype, device)
                 for reach in set(self._reaches.values())
             }
         else:
@@ -104,9 +104,9 @@ class PoolForward:
     def forget(self, entry: Running, branch: int) -> None:
         """A branch has ended; its blocks are the scheduler's concern."""
 
-    def limited(self, limits: Limits | None, config: RopeConfig, engines: int) -> Limits:
+    def limited(self, limits: EngineConfig | None, config: RopeConfig, engines: int) -> EngineConfig:
         """What the pool may grow to: as it is given, or by the memory that so many engines share."""
-        limits = limits or Limits(cache_tokens=self._tokens_that_fit(config, engines))
+        limits = limits or EngineConfig(cache_tokens=self._tokens_that_fit(config, engines))
         self.cache.most = limits.cache_tokens
         return limits
 
@@ -114,9 +114,13 @@ class PoolForward:
         """How many tokens each engine's part of half of the free memory can hold, by what one of them
         takes.
         """
-        decoding = Decoding(Tokens.of([], [[0]]), config)
+        decoding = SequenceState(Tokens.of([], [[0]]), config)
         entry = Running(
-            0, "", decoding, [1], storage=Storage(Stream([0]), [Stream([1])] if decoding.free else None)
+            0,
+            "",
+            decoding,
+            [1],
+            storage=SequenceBlocks(BlockTable([0]), [BlockTable([1])] if decoding.free else None),
         )
         self(self.enter([(entry, decoding.feed(1))]))
         size = self.cache.bytes_per_token()

@@ -56,7 +56,7 @@ class Detokenizer:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True)) if ids else ""
 
 
-class StopText:
+class StopChecker:
     """Withholds what might be the beginning of a stop text, and ends before one."""
 
     def __init__(self, stop: Sequence[str]) -> None:
@@ -85,7 +85,7 @@ def _overlap(text: str, stop: str) -> int:
     return next((size for size in range(longest, 0, -1) if stop.startswith(text[-size:])), 0)
 
 
-class BranchWriter:
+class OutputProcessor:
     """Follows one branch: what each decoded token adds to its text, and when the branch ends."""
 
     def __init__(
@@ -96,7 +96,7 @@ class BranchWriter:
         eos: frozenset[int],
     ) -> None:
         self._detokenizer = Detokenizer(tokenizer, prompt)
-        self._stop_text = StopText(params.stop)
+        self._stop_text = StopChecker(params.stop)
         self._eos = frozenset[int]() if params.ignore_eos else eos
         self._left = params.max_new_tokens
 

@@ -146,7 +146,7 @@ def _checked_stops(value: Any) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class SamplingRow:
     """One live branch that is about to get a token.
 
     seed: `params.seed`, or one from `fresh_seed` for the branch's sample. branch: its index in the sample.
@@ -163,7 +163,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class SampledToken:
     """A branch's next token.
 
     logprob, top: where asked for, the natural log-probability of `token`, and the likeliest (id, log-probability) pairs from
@@ -183,7 +183,7 @@ def fresh_seed() -> int:
 
 
 @torch.inference_mode()
-def choose(logits: Tensor, rows: Sequence[Row]) -> list[Choice]:
+def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
     """The next token of every row.
 
     logits: `[rows, vocab]`, never changed. What a row gets does not depend on the rows beside it.
@@ -194,11 +194,11 @@ def choose(logits: Tensor, rows: Sequence[Row]) -> list[Choice]:
     if drawing:
         picked[drawing] = _draw(scores[drawing].float(), [rows[at] for at in drawing])
     if all(row.params.logprobs is None for row in rows):
-        return [Choice(token, None) for token in picked.tolist()]
+        return [SampledToken(token, None) for token in picked.tolist()]
     return _with_logprobs(logits, picked, rows)
 
 
-def _biased(scores: Tensor, rows: Sequence[Row]) -> Tensor:
+def _biased(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     biases = [(at, token, bias) for at, row in enumerate(rows) for token, bias in row.params.logit_bias]
     if not biases:
         return scores
@@ -206,7 +206,7 @@ def _biased(scores: Tensor, rows: Sequence[Row]) -> Tensor:
     return scores.float().index_put((at, tokens), added.float(), accumulate=True)
 
 
-def _penalised(scores: Tensor, rows: Sequence[Row]) -> Tensor:
+def _penalised(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     penalties = {
         at: row.params.repetition_penalty for at, row in enumerate(rows) if row.params.repetition_penalty != 1
     }
@@ -222,7 +222,7 @@ def _penalised(scores: Tensor, rows: Sequence[Row]) -> Tensor:
     return _per_row(hf.RepetitionPenaltyLogitsProcessor, "penalty", penalties, scores.float(), ids)
 
 
-def _draw(scores: Tensor, rows: Sequence[Row]) -> Tensor:
+def _draw(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """`[rows]` ids, by inverting the cumulative distribution: one number per row instead of one per word of
     the vocabulary.
     """
@@ -232,7 +232,7 @@ def _draw(scores: Tensor, rows: Sequence[Row]) -> Tensor:
     return picked.squeeze(-1).clamp_(max=scores.shape[-1] - 1)  # NaN logits: whatever, but an id
 
 
-def _uniform(row: Row) -> float:
+def _uniform(row: SamplingRow) -> float:
     """A number in [0, 1) that is a function of (seed, branch, index) alone: 53 bits of their hash."""
     digest = blake2b(f"{row.seed},{row.branch},{row.index}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
@@ -274,7 +274,7 @@ def _apply(processor: hf.LogitsProcessor, at: list[int], scores: Tensor, history
     return scores.index_copy(0, where, processor(history, scores[where]))
 
 
-def _with_logprobs(logits: Tensor, picked: Tensor, rows: Sequence[Row]) -> list[Choice]:
+def _with_logprobs(logits: Tensor, picked: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
     logs = logits.float().log_softmax(dim=-1)
     width = min(
         MAX_LOGPROBS, logs.shape[-1]
@@ -288,5 +288,7 @@ def _with_logprobs(logits: Tensor, picked: Tensor, rows: Sequence[Row]) -> list[
     for row, (token, logprob, *likeliest) in zip(rows, table.tolist(), strict=True):
         top = zip(map(int, likeliest[:width]), likeliest[width:], strict=True)
         k = row.params.logprobs
-        choices.append(Choice(int(token), None) if k is None else Choice(int(token), logprob, tuple(top)[:k]))
+        choices.append(
+            SampledToken(int(token), None) if k is None else SampledToken(int(token), logprob, tuple(top)[:k])
+        )
     return choices

@@ -16,16 +16,16 @@ from itertools import pairwise
 import numpy as np
 
 from parallelmind.config import RopeConfig
-from parallelmind.engine.batch import Storage
-from parallelmind.engine.block_manager import BLOCK, Blocks, Stream, blocks_for, prefix_keys
-from parallelmind.engine.sequence import Decoding, Feed, FinishReason
+from parallelmind.engine.batch import SequenceBlocks
+from parallelmind.engine.block_manager import BLOCK, BlockManager, BlockTable, blocks_for, prefix_keys
+from parallelmind.engine.sequence import FinishReason, ScheduledTokens, SequenceState
 from parallelmind.engine.sequence_group import Reduction, Running
-from parallelmind.errors import Overloaded, UserError
+from parallelmind.errors import CapacityError, UserError
 from parallelmind.layout import MAIN, Tokens
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class EngineConfig:
     """What an engine takes on.
 
     cache_tokens: slots of the key-value pool. step_tokens: prompt tokens that one step may read beside the
@@ -38,7 +38,7 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class EngineStats:
     """What an engine is busy with. waiting_tokens: of prompts, still to be read. reused_share: of mains,
     found in the cache.
     """
@@ -56,10 +56,10 @@ class Load:
 class Scheduler:
     """Samples from their arrival to their end."""
 
-    def __init__(self, limits: Limits, shares: bool = True) -> None:
+    def __init__(self, limits: EngineConfig, shares: bool = True) -> None:
         """shares: whether what is computed of one sample's main can be read by others."""
         self.limits, self._shares = limits, shares
-        self.blocks = Blocks(limits.cache_tokens // BLOCK)
+        self.blocks = BlockManager(limits.cache_tokens // BLOCK)
         self.waiting: deque[Running] = deque()
         self.running: list[Running] = []
         self.prompt_tokens = self.reused_tokens = (
@@ -76,7 +76,7 @@ class Scheduler:
         reduction: Reduction | None = None,
     ) -> Running:
         """Queue a sample. Raises UserError for one that would not fit if it were alone."""
-        entry = Running(self._count, version, Decoding(tokens, config), list(most), reduction)
+        entry = Running(self._count, version, SequenceState(tokens, config), list(most), reduction)
         branches = tokens.branches + (reduction is not None)
         if branches > self.limits.max_branches:
             raise UserError(
@@ -102,14 +102,14 @@ class Scheduler:
         self._refuse_large(need + held + (entry.blocks() if entry.decoding.free else 0))
         if entry.storage is not None:
             if (blocks := self.blocks.take(need)) is None:
-                raise Overloaded(
+                raise CapacityError(
                     f"branches: the cache has no room for {new} more tokens now; try again later"
                 )
             entry.storage.grow(blocks)
         entry.most.append(most)
         return entry.decoding.join(ids)
 
-    def schedule(self) -> list[tuple[Running, Feed]]:
+    def schedule(self) -> list[tuple[Running, ScheduledTokens]]:
         """Admit who fits, and say what the next forward pass reads of whom; nothing only if nobody is
         there.
         """
@@ -117,7 +117,7 @@ class Scheduler:
             self.running.append(self.waiting.popleft())
         return list(self._feeds())
 
-    def _feeds(self) -> Iterator[tuple[Running, Feed]]:
+    def _feeds(self) -> Iterator[tuple[Running, ScheduledTokens]]:
         room = self.limits.step_tokens
         for entry in self.running:
             if room <= 0 and not entry.talking:
@@ -157,9 +157,9 @@ class Scheduler:
             entry.decoding.finish(branch, "cancelled")
         self._leave(entry)
 
-    def load(self) -> Load:
+    def load(self) -> EngineStats:
         everyone = [*self.waiting, *self.running]
-        return Load(
+        return EngineStats(
             waiting_samples=len(self.waiting),
             waiting_branches=sum(len(entry.most) for entry in self.waiting),
             running_samples=len(self.running),
@@ -182,7 +182,7 @@ class Scheduler:
             self.blocks.give(found)
             return False
         own = trunk - len(found)
-        stream = Stream(found + blocks[:own])
+        stream = BlockTable(found + blocks[:own])
         known = np.arange(len(found) * BLOCK)
         stream.append(known, np.full_like(known, MAIN))
         entry.decoding.skip_main(len(known))
@@ -191,7 +191,7 @@ class Scheduler:
         each = [blocks[start:end] for start, end in pairwise(cuts)]
         if entry.decoding.free and entry.reduction is not None:
             entry.reserved = each.pop()
-        entry.storage = Storage(stream, list(map(Stream, each)) if entry.decoding.free else None)
+        entry.storage = SequenceBlocks(stream, list(map(BlockTable, each)) if entry.decoding.free else None)
         self.prompt_tokens += len(entry.decoding.main)
         self.reused_tokens += len(known)
         return True

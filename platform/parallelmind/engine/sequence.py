@@ -36,7 +36,7 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class ResumeState:
     """How far a sample had come, so that another engine can go on with it. Each is by branch, late ones
     included.
 
@@ -51,7 +51,7 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
-class Feed:
+class ScheduledTokens:
     """What one forward pass reads of a sample. The first five are `[tokens]`, in physical order.
 
     sequence: 0 for main, 1..N for the branches. branch, time: the pos2d coordinates. position: what drives
@@ -68,7 +68,7 @@ class Feed:
     sampled: Ints
 
 
-class Decoding:
+class SequenceState:
     """The branches of one sample while they grow: `feed`, compute, and `accept` in turn until `done`."""
 
     def __init__(self, tokens: Tokens, config: RopeConfig) -> None:
@@ -140,7 +140,7 @@ class Decoding:
         right = self.config.align_to == "right"
         return len(self.main) + max(int(self.prompt_lengths.max()) - length if right else 0, 0)
 
-    def feed(self, room: int) -> Feed:
+    def feed(self, room: int) -> ScheduledTokens:
         """What to read next, at most `room` tokens of a prompt; call it while not `done`.
 
         Newest tokens of branches that are already talking go in, however many they are.
@@ -162,7 +162,7 @@ class Decoding:
         self.main_fed += len(main)
         self.fed = begin + count
         rows = np.flatnonzero(asks)
-        return Feed(
+        return ScheduledTokens(
             ids=ids,
             sequence=sequence,
             branch=branch_coordinates(sequence, len(self.main) > 0, self.config.branch_stride),

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from parallelmind.engine.batch import Storage
+from parallelmind.engine.batch import SequenceBlocks
 from parallelmind.engine.block_manager import blocks_for
-from parallelmind.engine.sequence import Decoding
+from parallelmind.engine.sequence import SequenceState
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +25,10 @@ class Running:
 
     number: int
     version: str
-    decoding: Decoding
+    decoding: SequenceState
     most: list[int]
     reduction: Reduction | None = None
-    storage: Storage | None = None
+    storage: SequenceBlocks | None = None
     keys: list[bytes] = field(default_factory=list)  # of main's full blocks
     shared: int = 0  # how many of them are shared
     reserved: list[int] = field(
@@ -75,7 +75,7 @@ class Running:
         """All that it can ever fill."""
         return sum(map(blocks_for, [self.trunk_tokens(), *self.branch_tokens()]))
 
-    def stored(self) -> Storage:
+    def stored(self) -> SequenceBlocks:
         assert self.storage is not None, "only what has been admitted is fed"
         return self.storage
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from parallelmind.config import RopeConfig
 from parallelmind.engine.model_runner import Model, Part
-from parallelmind.engine.scheduler import Limits
+from parallelmind.engine.scheduler import EngineConfig
 from parallelmind.engine.sequence_group import Running
 from parallelmind.errors import UserError
 from parallelmind.layout import MAIN, Ints
@@ -35,7 +35,7 @@ _MEMORIES = (
 _TOKENS = 1 << 16
 
 
-class RowForward:
+class SequentialRunner:
     """One forward pass for each isolated branch, which sees main and itself, on any causal LM whose memory
     can be copied.
     """
@@ -59,9 +59,9 @@ class RowForward:
         """The same model, once an adapter has been put on it or taken off."""
         self.model = model
 
-    def limited(self, limits: Limits | None, config: RopeConfig, engines: int) -> Limits:
+    def limited(self, limits: EngineConfig | None, config: RopeConfig, engines: int) -> EngineConfig:
         """With a number to count by if none is given: what a memory takes is the model's own affair."""
-        limits = limits or Limits(cache_tokens=_TOKENS)
+        limits = limits or EngineConfig(cache_tokens=_TOKENS)
         return replace(
             limits, step_tokens=limits.cache_tokens
         )  # a recurrence reads a prompt at once, or token by token

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from parallelmind.engine.output import BranchWriter
+from parallelmind.engine.output import OutputProcessor
 from parallelmind.engine.request import Event
-from parallelmind.engine.sampler import Choice, Row, SamplingParams
+from parallelmind.engine.sampler import SampledToken, SamplingParams, SamplingRow
 from parallelmind.engine.sequence import FinishReason
 from parallelmind.engine.sequence_group import Running
-from parallelmind.engine.validation import Follower
+from parallelmind.engine.validation import ReduceSpec
 from parallelmind.layout import branch_coordinates
 
 
@@ -24,7 +24,7 @@ class Voice:
 
     params: SamplingParams
     seed: int
-    writer: BranchWriter
+    writer: OutputProcessor
 
 
 @dataclass(eq=False, slots=True)
@@ -35,10 +35,10 @@ class Speech:
 
     entry: Running
     seed: int
-    reducing: Follower | None = None
+    reducing: ReduceSpec | None = None
     voices: list[Voice] = field(default_factory=list)
 
-    def add(self, params: SamplingParams, writer: BranchWriter) -> None:
+    def add(self, params: SamplingParams, writer: OutputProcessor) -> None:
         self.voices.append(Voice(params, self.seed if params.seed is None else params.seed, writer))
 
     @property
@@ -47,14 +47,14 @@ class Speech:
         found: list[int] = np.flatnonzero(self.entry.decoding.live).tolist()
         return found
 
-    def row(self, branch: int) -> Row:
+    def row(self, branch: int) -> SamplingRow:
         """A branch that is about to get a token."""
         decoding, voice = self.entry.decoding, self.voices[branch]
-        return Row(
+        return SamplingRow(
             voice.params, voice.seed, branch, len(decoding.generated(branch)), decoding.history(branch)
         )
 
-    def say(self, branch: int, choice: Choice) -> Event:
+    def say(self, branch: int, choice: SampledToken) -> Event:
         """A branch has got its token."""
         place = self.place(branch, len(self.entry.decoding.history(branch)))
         self.entry.decoding.accept(np.array([branch]), np.array([choice.token]))

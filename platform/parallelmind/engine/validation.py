@@ -14,7 +14,7 @@ from parallelmind.engine.block_manager import BLOCK
 from parallelmind.engine.model_runner import Model
 from parallelmind.engine.request import Sample, Text, encode, encode_sample, settings_of
 from parallelmind.engine.sampler import SamplingParams
-from parallelmind.engine.scheduler import Limits
+from parallelmind.engine.scheduler import EngineConfig
 from parallelmind.engine.sequence_group import Running
 from parallelmind.errors import UserError
 from parallelmind.layout import Tokens, start_times
@@ -22,7 +22,7 @@ from parallelmind.model.patch import is_patched
 
 
 @dataclass(frozen=True, slots=True)
-class Follower:
+class ReduceSpec:
     """A branch that reads all others once they have ended."""
 
     ids: list[int]
@@ -30,12 +30,12 @@ class Follower:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class TokenizedRequest:
     """A sample as the engine is asked for it: tokens, the settings of each branch, and what follows."""
 
     tokens: Tokens
     params: list[SamplingParams]
-    last: Follower | None = None
+    last: ReduceSpec | None = None
 
     @classmethod
     def of(
@@ -52,16 +52,18 @@ class Asked:
         last = (
             None
             if reduce is None
-            else Follower(encode(tokenizer, reduce, first=False), SamplingParams.of(sampling))
+            else ReduceSpec(encode(tokenizer, reduce, first=False), SamplingParams.of(sampling))
         )
         return cls(tokens, params, last)
 
-    def limits(self) -> Limits:
+    def limits(self) -> EngineConfig:
         """Of a cache that holds this sample and no more."""
         streams = [(len(self.tokens.ids), sum(each.max_new_tokens for each in self.params))]
         streams += [(len(self.last.ids), self.last.params.max_new_tokens)] if self.last else []
         branches = self.tokens.branches + (self.last is not None)
-        return Limits(cache_tokens=sum(map(sum, streams)) + BLOCK * (branches + 1), max_branches=branches)
+        return EngineConfig(
+            cache_tokens=sum(map(sum, streams)) + BLOCK * (branches + 1), max_branches=branches
+        )
 
 
 def check_ids(model: Model, ids: Sequence[int], params: Sequence[SamplingParams]) -> None:
@@ -79,7 +81,7 @@ def check_ids(model: Model, ids: Sequence[int], params: Sequence[SamplingParams]
             )
 
 
-def check_sample(model: Model, config: RopeConfig, asked: Asked, apart: str | None) -> None:
+def check_sample(model: Model, config: RopeConfig, asked: TokenizedRequest, apart: str | None) -> None:
     """Raises UserError for tokens the model does not know, for branches it cannot hold, and for more than its
     context holds.
 

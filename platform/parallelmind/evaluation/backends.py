@@ -11,17 +11,17 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from parallelmind.engine.generate import engine_for
-from parallelmind.engine.model_runner import Model, PoolForward
-from parallelmind.engine.output import BranchWriter
+from parallelmind.engine.model_runner import Model, ModelRunner
+from parallelmind.engine.output import OutputProcessor
 from parallelmind.engine.request import Sample, encode_sample, end_ids
 from parallelmind.engine.sampler import SamplingParams
-from parallelmind.engine.validation import Asked
+from parallelmind.engine.validation import TokenizedRequest
 
 EngineName = Literal["parallel", "one_by_one", "batch"]
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class Answer:
     """What was said, by branch. tokens: decoded, those that end a text included.
 
     kv_bytes: of keys and values at their most; None where the model keeps something else.
@@ -32,25 +32,25 @@ class Said:
     kv_bytes: int | None
 
 
-Ask = Callable[[Model, PreTrainedTokenizerBase, Sample, int], Said]
+Ask = Callable[[Model, PreTrainedTokenizerBase, Sample, int], Answer]
 
 
 def in_branches(
     model: Model, tokenizer: PreTrainedTokenizerBase, sample: Sample, max_new_tokens: int
-) -> Said:
+) -> Answer:
     """Every question a branch of one sequence, by an engine of its own. Greedy."""
     return side_by_side(model, tokenizer, [sample], max_new_tokens)[0]
 
 
 def side_by_side(
     model: Model, tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample], max_new_tokens: int
-) -> list[Said]:
+) -> list[Answer]:
     """Samples as `in_branches`, all in one engine: their steps are shared, and so is what is told of
     memory.
     """
     sampling = {"max_new_tokens": max_new_tokens}
     engine = engine_for(
-        model, tokenizer, [Asked.of(tokenizer, sample, None, None, sampling) for sample in samples]
+        model, tokenizer, [TokenizedRequest.of(tokenizer, sample, None, None, sampling) for sample in samples]
     )
     texts, tokens = [[""] * len(sample.branches) for sample in samples], [0] * len(samples)
     while engine.busy:
@@ -58,11 +58,13 @@ def side_by_side(
             texts[event.sample][event.branch] += event.text
             tokens[event.sample] += 1
     forward = engine.forward
-    kept = forward.cache.bytes() if isinstance(forward, PoolForward) else None
-    return [Said(*said, kept) for said in zip(texts, tokens, strict=True)]
+    kept = forward.cache.bytes() if isinstance(forward, ModelRunner) else None
+    return [Answer(*said, kept) for said in zip(texts, tokens, strict=True)]
 
 
-def in_a_batch(model: Model, tokenizer: PreTrainedTokenizerBase, sample: Sample, max_new_tokens: int) -> Said:
+def in_a_batch(
+    model: Model, tokenizer: PreTrainedTokenizerBase, sample: Sample, max_new_tokens: int
+) -> Answer:
     """Every question a row of main and question, padded on the left, through Hugging Face's own `generate`.
     Greedy.
 
@@ -86,11 +88,11 @@ def in_a_batch(model: Model, tokenizer: PreTrainedTokenizerBase, sample: Sample,
     )
     new = found.sequences[:, longest:].tolist()
     writers = [
-        BranchWriter(tokenizer, prompt, SamplingParams(max_new_tokens=max_new_tokens), ends)
+        OutputProcessor(tokenizer, prompt, SamplingParams(max_new_tokens=max_new_tokens), ends)
         for prompt in prompts
     ]
     read = [_read(writer, row) for writer, row in zip(writers, new, strict=True)]
-    return Said(
+    return Answer(
         [text for text, _ in read], sum(count for _, count in read), _cache_bytes(found.past_key_values)
     )
 
@@ -98,7 +100,7 @@ def in_a_batch(model: Model, tokenizer: PreTrainedTokenizerBase, sample: Sample,
 ENGINES: dict[EngineName, Ask] = {"parallel": in_branches, "one_by_one": in_branches, "batch": in_a_batch}
 
 
-def _read(writer: BranchWriter, row: list[int]) -> tuple[str, int]:
+def _read(writer: OutputProcessor, row: list[int]) -> tuple[str, int]:
     """The text of a row, and its tokens up to its end; padding follows."""
     text = ""
     for count, token in enumerate(row, start=1):

@@ -17,7 +17,7 @@ from parallelmind.layout import Tokens
 from parallelmind.model.patch import is_patched, rope_config
 from parallelmind.model.structure import causal_lm
 from parallelmind.training.loss import TargetLoss
-from parallelmind.training.step import measure
+from parallelmind.training.step import evaluate
 
 Batches = Sequence[Sequence[Tokens]]  # the samples of every batch
 
@@ -55,7 +55,7 @@ def tax_curve(model: Model, sets: Mapping[int, Batches], pad_id: int) -> Iterato
     """
     rope = rope_config(model) if is_patched(model) else RopeConfig(patch_rope=False)
     loss = TargetLoss(model, rope.visibility, causal_lm(model).dtype).eval()
-    measure(
+    evaluate(
         loss, [make_batch(batch[:1], rope, pad_id) for batch in sets[1][:1]]
     )  # weights are read when they are first used
     at_rest, lone = held(loss.device), None
@@ -63,7 +63,7 @@ def tax_curve(model: Model, sets: Mapping[int, Batches], pad_id: int) -> Iterato
         found = [make_batch(batch, rope, pad_id) for batch in batches]
         started = time.perf_counter()
         with Peak(loss.device) as peak:
-            totals = measure(loss, found)
+            totals = evaluate(loss, found)
         seconds = time.perf_counter() - started
         if not totals.targets:
             raise UserError(

@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 from parallelmind.config import RopeConfig
 from parallelmind.engine.engine import Engine
 from parallelmind.engine.request import Sample
-from parallelmind.engine.sampler import Choice, Row
-from parallelmind.engine.scheduler import Limits
+from parallelmind.engine.sampler import SampledToken, SamplingRow
+from parallelmind.engine.scheduler import EngineConfig
 from parallelmind.evaluation.tiny_models import tiny_tokenizer
 from parallelmind.layout import Layout, Tokens, arrange
 from parallelmind.model.mask import attention_masks
@@ -98,16 +98,16 @@ class Recorder(Engine):
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, main: list[int]) -> None:
-        super().__init__(model, tiny_tokenizer(), Limits(cache_tokens=512))
+        super().__init__(model, tiny_tokenizer(), EngineConfig(cache_tokens=512))
         self.seen: list[list[Tensor]] = [[] for _ in BRANCHES]
         lengths = [{"max_new_tokens": _MOST - branch} for branch in range(len(BRANCHES))]
         number = self.submit(Sample(main, BRANCHES), per_branch=lengths, ignore_eos=True)
         self.state = self._samples[number].entry.decoding
 
-    def choose(self, logits: Tensor, rows: Sequence[Row]) -> list[Choice]:
+    def choose(self, logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
         for row, found in zip(rows, logits, strict=True):
             self.seen[row.branch].append(found)
-        return [Choice(60 + 10 * row.branch + row.index + 1, None) for row in rows]
+        return [SampledToken(60 + 10 * row.branch + row.index + 1, None) for row in rows]
 
     def run(self) -> None:
         while self.busy:

@@ -15,7 +15,7 @@ from parallelmind.data.records import Branch, Record, RecordError, parse_line
 from parallelmind.engine.model_runner import Model
 from parallelmind.engine.request import Sample
 from parallelmind.errors import UserError
-from parallelmind.evaluation.backends import ENGINES, EngineName, Said, side_by_side
+from parallelmind.evaluation.backends import ENGINES, Answer, EngineName, side_by_side
 from parallelmind.evaluation.qa_metrics import exact_match, f1
 from parallelmind.model.patch import is_patched
 from parallelmind.model.structure import causal_lm
@@ -127,7 +127,7 @@ def _pieces(record: Record, size: int | None) -> list[Sample]:
     return [Sample(record.main, prompts[first : first + most]) for first in range(0, len(prompts), most)]
 
 
-def _answered(record: Record, said: list[Said], seconds: float) -> Answered:
+def _answered(record: Record, said: list[Answer], seconds: float) -> Answered:
     return Answered(
         main=str(record.main),
         questions=[str(branch.body).strip() for branch in record.branches],

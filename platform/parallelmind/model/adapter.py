@@ -39,16 +39,16 @@ from parallelmind.model.manifest import (
 from parallelmind.model.patch import is_patched, patch, rope_config
 from parallelmind.model.support import refuse_unsupported
 from parallelmind.model.targets import named_targets, not_adaptable
-from parallelmind.model.weights import ADAPTER, fill, to_save, trained_weights
-from parallelmind.storage import whole_folder
+from parallelmind.model.weights import ADAPTER, load_weights, to_save, trained_weights
+from parallelmind.storage import atomic_dir
 
 __all__ = [
     "Manifest",
     "add_adapter",
     "add_lora",
-    "fill",
     "load_adapter",
     "load_model_with_lora",
+    "load_weights",
     "read_adapter",
     "read_manifest",
     "resume_adapter",
@@ -141,7 +141,7 @@ def save_adapter(
     settings.base_model_name_or_path = (
         base.base_model
     )  # as the user named it, not the path it was loaded from
-    with whole_folder(folder) as built:
+    with atomic_dir(folder) as built:
         save_file(to_save(stored), built / WEIGHTS, metadata={"format": "pt"})
         settings.save_pretrained(str(built))
         config = cast(PreTrainedModel, model.get_base_model()).config
@@ -219,7 +219,7 @@ def _put_on(
     for field, value in changes.items():
         setattr(settings, field, value)
     adapted = _wrap(model, settings, name)
-    fill(adapted, load_file(folder / WEIGHTS), f"lora_path={folder}", name)
+    load_weights(adapted, load_file(folder / WEIGHTS), f"lora_path={folder}", name)
     return adapted
 
 

@@ -47,7 +47,7 @@ _SHARED_MEMORY = (
 torch._dynamo.config.recompile_limit = 64
 
 
-class Reading(BlockMask, ABC):
+class AttentionBackend(BlockMask, ABC):
     """A mask that knows better how to read keys and values than any kernel: it attends by itself.
 
     A BlockMask by name only, which is what models hand to their attention as it is.
@@ -78,7 +78,7 @@ def _attend(
     """Attention as layers of transformers call it: `[batch, heads, tokens, dim]` in, `[batch, tokens, heads,
     dim]` out.
     """
-    if isinstance(attention_mask, Reading):
+    if isinstance(attention_mask, AttentionBackend):
         scale = settings.get("scaling")
         return attention_mask.attend(
             query, key, value, query.shape[-1] ** -0.5 if scale is None else scale
@@ -98,7 +98,7 @@ def _attend_in_blocks(
     **settings: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The same for a model that is set to FlexAttention."""
-    if isinstance(attention_mask, Reading):
+    if isinstance(attention_mask, AttentionBackend):
         return _attend(module, query, key, value, attention_mask, **settings)
     return _attend_blocks(module, query, key, value, cast(BlockMask, attention_mask), **settings)
 
@@ -188,7 +188,7 @@ def _interface(layer: nn.Module) -> Any:
     )
 
 
-class Announcer:
+class AttentionLogger:
     """Says which attention reads the batches of each bucket of lengths. dtype: what the model computes in."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, say: Callable[[str], None]) -> None:

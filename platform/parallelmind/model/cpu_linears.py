@@ -39,7 +39,7 @@ class _FewRows(nn.Linear):
 
 
 @contextmanager
-def few_rows(layers: list[nn.Linear]) -> Iterator[None]:
+def small_batch_linear(layers: list[nn.Linear]) -> Iterator[None]:
     """While this lasts, these layers are quick with few rows; they are what they were afterwards."""
     for layer in layers:
         layer.__class__ = _FewRows
@@ -50,8 +50,8 @@ def few_rows(layers: list[nn.Linear]) -> Iterator[None]:
             layer.__class__ = nn.Linear
 
 
-def plain_linears(model: nn.Module) -> list[nn.Linear]:
-    """The layers that `few_rows` can take: none where another device or another kind of layer does the
+def cpu_linears(model: nn.Module) -> list[nn.Linear]:
+    """The layers that `small_batch_linear` can take: none where another device or another kind of layer does the
     work.
     """
     found = [module for module in model.modules() if type(module) is nn.Linear]

@@ -21,7 +21,7 @@ from parallelmind.model.full_model import write_model
 from parallelmind.model.manifest import read_adapter, refuse_to_replace
 from parallelmind.model.mask import attention_masks
 from parallelmind.model.patch import is_patched, unpatch
-from parallelmind.storage import whole_folder
+from parallelmind.storage import atomic_dir
 
 TOLERANCE = 5e-4  # of the largest logit
 _PROBED = 32  # tokens
@@ -53,7 +53,7 @@ def export(
     merged: PreTrainedModel = model.merge_and_unload()  # type: ignore[operator]
     if is_patched(merged):
         unpatch(merged)
-    with writing("output_path", output, SafetensorError), whole_folder(output) as built:
+    with writing("output_path", output, SafetensorError), atomic_dir(output) as built:
         write_model(merged, tokenizer, built, base, manifest.rope, manifest.extra)
         _verify(built, lora_path, ids, expected)
 

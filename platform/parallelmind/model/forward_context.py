@@ -21,7 +21,7 @@ from parallelmind.config import BranchAngle
 T = TypeVar("T")
 
 
-class Carrier(Generic[T]):
+class ForwardContext(Generic[T]):
     """One value per thread and call, none by default, that a compiler can trace too."""
 
     def __init__(self, name: str) -> None:
@@ -45,16 +45,16 @@ class Call:
     outer: Call | None
 
 
-CURRENT: Carrier[Call] = Carrier("parallelmind_pos2d")
+CURRENT: ForwardContext[Call] = ForwardContext("parallelmind_pos2d")
 
 
-def enter(pos2d: Tensor | None, inherit: bool) -> None:
+def push(pos2d: Tensor | None, inherit: bool) -> None:
     """Begin a forward pass; `inherit` keeps the coordinates of the pass that it is nested in."""
     outer = CURRENT.get()
     CURRENT.set(Call(outer.pos2d if inherit and outer else pos2d, outer))
 
 
-def leave() -> None:
+def pop() -> None:
     call = CURRENT.get()
     CURRENT.set(call.outer if call else None)
 
@@ -81,7 +81,7 @@ def coordinates(position_ids: Tensor, angle: BranchAngle) -> tuple[Tensor, Tenso
     return position_ids.expand(shape), branch.expand(shape), time.expand(shape)
 
 
-def carry(checkpoint: Callable[..., Any], run: Callable[..., Any], *args: Any) -> Any:
+def checkpoint_with_context(checkpoint: Callable[..., Any], run: Callable[..., Any], *args: Any) -> Any:
     """`checkpoint(run, *args)` such that the recomputation, long after the call, sees the call's own
     coordinates.
     """

@@ -14,7 +14,7 @@ from parallelmind.model.base_model import no_progress_bars
 from parallelmind.model.card import write_card
 from parallelmind.model.manifest import refuse_to_replace, write_manifest
 from parallelmind.model.weights import to_save, trained_weights
-from parallelmind.storage import whole_folder
+from parallelmind.storage import atomic_dir
 
 
 def save_model(
@@ -33,7 +33,7 @@ def save_model(
     """
     folder = Path(folder)
     refuse_to_replace(folder)
-    with whole_folder(folder) as built:
+    with atomic_dir(folder) as built:
         write_model(model, tokenizer, built, base, rope, extra, weights)
 
 

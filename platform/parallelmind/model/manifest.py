@@ -14,9 +14,9 @@ from typing import Any
 from pydantic import Field, ValidationError
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from parallelmind.config import LoraConfig, Part, RopeConfig
-from parallelmind.errors import UserError, typed
-from parallelmind.remote import fetched
+from parallelmind.config import FrozenConfig, LoraConfig, RopeConfig
+from parallelmind.errors import UserError, format_value
+from parallelmind.remote import fetch_cached
 from parallelmind.storage import sha256
 
 MANIFEST = "parallelmind.json"
@@ -37,7 +37,7 @@ _ARCHITECTURE = (
 )
 
 
-class Manifest(Part):
+class Manifest(FrozenConfig):
     """What an adapter or a whole model was trained as; its `parallelmind.json`."""
 
     format_version: int = Field(description="layout of this file")
@@ -59,7 +59,7 @@ class Manifest(Part):
             if field in trained and value != trained[field]:
                 what = "adapter" if self.lora else "model"
                 raise UserError(
-                    f"{field}={typed(value)}: the {what} has {field}={typed(trained[field])}; use that value"
+                    f"{field}={format_value(value)}: the {what} has {field}={format_value(trained[field])}; use that value"
                 )
 
     def refuse_other_base(self, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -80,7 +80,7 @@ class Manifest(Part):
 
 def adapter_folder(path: str | Path) -> Path:
     """An adapter's folder; one at a URI is copied here first. Raises UserError where it cannot be reached."""
-    return fetched(path, MANIFEST, "lora_path")
+    return fetch_cached(path, MANIFEST, "lora_path")
 
 
 def read_adapter(path: str | Path) -> Manifest:

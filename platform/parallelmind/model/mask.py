@@ -16,7 +16,7 @@ from parallelmind.layout import PADDING
 from parallelmind.model.attention import BIAS, FLEX, attention_for, compute_dtype
 from parallelmind.model.patch import sibling_penalty
 from parallelmind.model.structure import causal_lm, decoder
-from parallelmind.visibility import RULES, Reach, siblings
+from parallelmind.visibility import RULES, AttentionWindow, is_sibling
 
 BLOCK = 128  # tokens; the block of FlexAttention
 _SLICE = 4 * BLOCK  # queries whose pairs are looked at together
@@ -26,18 +26,21 @@ _WINDOWED = "create_sliding_window_causal_mask"  # what a module of transformers
 Mask = Tensor | BlockMask
 
 
-def layer_reaches(model: PreTrainedModel | PeftModel) -> dict[str, Reach]:
+def layer_reaches(model: PreTrainedModel | PeftModel) -> dict[str, AttentionWindow]:
     """The reach of every layer type of a model."""
     config = model.config.get_text_config(decoder=True)
     window, chunk = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
-    known = {"sliding_attention": Reach(window=window), "chunked_attention": Reach(chunk=chunk)}
+    known = {
+        "sliding_attention": AttentionWindow(window=window),
+        "chunked_attention": AttentionWindow(chunk=chunk),
+    }
     types = getattr(config, "layer_types", None)
     if types is None:
         # Some configurations carry a window that the model, asking for full masks only, never applies.
         inner = decoder(causal_lm(model))
         window = window if hasattr(sys.modules[type(inner).__module__], _WINDOWED) else None
         types = ["sliding_attention" if window else "chunked_attention" if chunk else "full_attention"]
-    return {kind: known.get(kind, Reach()) for kind in dict.fromkeys(types)}
+    return {kind: known.get(kind, AttentionWindow()) for kind in dict.fromkeys(types)}
 
 
 def attention_masks(
@@ -56,7 +59,7 @@ def attention_masks(
     keys, own = time.shape[-1], str(model.config._attn_implementation)
     reader = attention_for(model, keys, compute_dtype(model)) if queries is None else own
     reaches, penalty = layer_reaches(model), sibling_penalty(model)
-    masks: dict[Reach, Mask]
+    masks: dict[AttentionWindow, Mask]
     if reader == FLEX:
         masks = {reach: blocks(time, sequence, visibility, reach, queries) for reach in set(reaches.values())}
         for mask in masks.values() if penalty else ():
@@ -66,7 +69,7 @@ def attention_masks(
         q_time, k_time = time[:, None, keys - seen.shape[-2] :, None], time[:, None, None, :]
         near = {reach: reach.near(q_time, k_time) for reach in reaches.values()}
         away = (
-            siblings(sequence[:, None, keys - seen.shape[-2] :, None], sequence[:, None, None, :])
+            is_sibling(sequence[:, None, keys - seen.shape[-2] :, None], sequence[:, None, None, :])
             if penalty
             else None
         )
@@ -89,7 +92,7 @@ class SiblingBias:
 
     def __getitem__(self, place: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
         batch, _, query, key = place
-        return -self._penalty * siblings(self._q_sequence[batch, query], self._k_sequence[batch, key])
+        return -self._penalty * is_sibling(self._q_sequence[batch, query], self._k_sequence[batch, key])
 
 
 def visible(time: Tensor, sequence: Tensor, visibility: Visibility, queries: int | None = None) -> Tensor:
@@ -116,7 +119,7 @@ def _others(
 
 
 def blocks(
-    time: Tensor, sequence: Tensor, visibility: Visibility, reach: Reach, queries: int | None = None
+    time: Tensor, sequence: Tensor, visibility: Visibility, reach: AttentionWindow, queries: int | None = None
 ) -> BlockMask:
     """The mask as FlexAttention takes it: which blocks of tokens hold visible pairs, and the rule within a
     block.

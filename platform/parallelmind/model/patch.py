@@ -42,7 +42,7 @@ def patch(model: PreTrainedModel, config: RopeConfig) -> None:
         raise UserError("model: is patched already; unpatch it first")
     refuse_unsupported(model)
     if config.rope_2d_ratio > 0:
-        rotary.teach(model, config)
+        rotary.patch_rotary(model, config)
     handles = []
     # peft calls the whole model's forward past its hooks, training calls the decoder alone: both take pos2d.
     for entrance in (model, decoder(model)):
@@ -59,7 +59,7 @@ def unpatch(model: PreTrainedModel) -> None:
     """
     for handle in _patch_of(model).handles:
         handle.remove()
-    rotary.forget(model)
+    rotary.unpatch_rotary(model)
     object.__delattr__(model, "_pos2d")
 
 
@@ -91,11 +91,11 @@ def _enter(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Take pos2d out of the call; what it is nested in keeps its own."""
     if "pos2d" not in kwargs:
-        coordinates.enter(None, inherit=True)
+        coordinates.push(None, inherit=True)
         return args, kwargs
     kwargs = dict(kwargs)
     pos2d = kwargs.pop("pos2d")
-    coordinates.enter(pos2d, inherit=False)
+    coordinates.push(pos2d, inherit=False)
     if pos2d is not None:
         if kwargs.get("attention_mask") is None:
             raise ValueError(
@@ -115,4 +115,4 @@ def _positions(positions: Positions, pos2d: Tensor, past: Any) -> Tensor:
 
 
 def _leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    coordinates.leave()
+    coordinates.pop()

@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from parallelmind.config import BranchAngle, RopeConfig
 from parallelmind.errors import UserError
-from parallelmind.model.forward_context import Carrier, carry, coordinates
+from parallelmind.model.forward_context import ForwardContext, checkpoint_with_context, coordinates
 from parallelmind.model.rope2d import mix, pair_axes
 from parallelmind.model.structure import text_modules
 
@@ -115,14 +115,14 @@ class CheckpointedLayer(Pos2dModule):
 
     @property
     def _gradient_checkpointing_func(self) -> Any:
-        return partial(carry, self.__dict__["_gradient_checkpointing_func"])
+        return partial(checkpoint_with_context, self.__dict__["_gradient_checkpointing_func"])
 
     @_gradient_checkpointing_func.setter
     def _gradient_checkpointing_func(self, function: Any) -> None:
         self.__dict__["_gradient_checkpointing_func"] = function
 
 
-_ROWS: Carrier[Tensor] = Carrier("parallelmind_rows")
+_ROWS: ForwardContext[Tensor] = ForwardContext("parallelmind_rows")
 
 
 def rotary_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -149,7 +149,7 @@ def layer_types(rotary: nn.Module) -> list[str]:
     ]
 
 
-def teach(model: nn.Module, config: RopeConfig) -> None:
+def patch_rotary(model: nn.Module, config: RopeConfig) -> None:
     """Give every rotary module its coordinates. Raises UserError, with nothing changed, for one that is not
     understood.
     """
@@ -158,17 +158,17 @@ def teach(model: nn.Module, config: RopeConfig) -> None:
     for name, module in modules.items():
         for buffer, axes in planned[name].items():
             module.register_buffer(buffer, axes, persistent=False)
-        _become(module, BranchTable if is_table(module) else BranchRotary)
+        swap_class(module, BranchTable if is_table(module) else BranchRotary)
         module.__dict__["pos2d_angle"] = config.branch_angle
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer) and any(
             isinstance(part, Pos2dModule) for part in layer.modules()
         ):
-            _become(layer, CheckpointedLayer)
+            swap_class(layer, CheckpointedLayer)
 
 
-def forget(model: nn.Module) -> None:
-    """Undo `teach`: classes and buffers are as they were."""
+def unpatch_rotary(model: nn.Module) -> None:
+    """Undo `patch_rotary`: classes and buffers are as they were."""
     for module in model.modules():
         if isinstance(module, Pos2dModule):
             for name in [name for name in module._buffers if name.startswith("pos2d_axes")]:
@@ -177,7 +177,7 @@ def forget(model: nn.Module) -> None:
             module.__class__ = type(module).__bases__[1]
 
 
-def _become(module: nn.Module, mixin: type[Pos2dModule]) -> None:
+def swap_class(module: nn.Module, mixin: type[Pos2dModule]) -> None:
     module.__class__ = _branch_class(mixin, type(module))  # type: ignore[arg-type, assignment, unused-ignore]
 
 

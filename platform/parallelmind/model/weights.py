@@ -26,7 +26,9 @@ def trained_weights(model: nn.Module, name: str = ADAPTER) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def fill(model: nn.Module, saved: Mapping[str, Tensor], origin: str | Path, name: str = ADAPTER) -> None:
+def load_weights(
+    model: nn.Module, saved: Mapping[str, Tensor], origin: str | Path, name: str = ADAPTER
+) -> None:
     """Copy saved weights into the model (into its adapter of this name), all of them and by their own names.
 
     peft's own loading renames them as transformers renames old base checkpoints, and only warns of those that

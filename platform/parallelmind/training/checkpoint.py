@@ -26,8 +26,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from parallelmind.errors import UserError, first_line
 from parallelmind.model.adapter import trained_weights
-from parallelmind.remote import Mirror
-from parallelmind.storage import clear_scratch, sha256, whole_folder
+from parallelmind.remote import RemoteDir
+from parallelmind.storage import atomic_dir, clear_scratch, sha256
 from parallelmind.training.step import Totals
 
 _WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
@@ -72,13 +72,13 @@ class Snapshot:
     state: State
 
 
-def take(model: nn.Module, optimizer: torch.optim.Optimizer, state: State) -> Snapshot:
+def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, state: State) -> Snapshot:
     """A copy of the moment. Where the model is sharded every worker must call it, and each gets the whole of
     it.
     """
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     moments = {
-        f"{key}/{names[parameter]}": whole(value)
+        f"{key}/{names[parameter]}": to_full_cpu(value)
         for parameter, values in optimizer.state.items()
         for key, value in values.items()
     }
@@ -91,10 +91,10 @@ def take(model: nn.Module, optimizer: torch.optim.Optimizer, state: State) -> Sn
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     """A copy of what is trained, by name. Where the model is sharded every worker must call it."""
-    return {name: whole(value) for name, value in trained_weights(model).items()}
+    return {name: to_full_cpu(value) for name, value in trained_weights(model).items()}
 
 
-def whole(value: Tensor) -> Tensor:
+def to_full_cpu(value: Tensor) -> Tensor:
     """A copy on the CPU, of all shards if it is sharded."""
     value = value.full_tensor() if isinstance(value, DTensor) else value
     return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
@@ -151,10 +151,10 @@ def _counts(folder: Path, config_hash: str) -> bool:
 
 def by_step(parent: Path) -> list[Path]:
     """Checkpoint folders, oldest first, whole or not."""
-    return [parent / name for name in written(Mirror(parent))]
+    return [parent / name for name in written(RemoteDir(parent))]
 
 
-def written(parent: Mirror) -> list[str]:
+def written(parent: RemoteDir) -> list[str]:
     """Names of the checkpoint folders, oldest first, whole or not."""
     return sorted((name for name in parent.names() if _number(name) >= 0), key=_number)
 
@@ -165,27 +165,27 @@ def _number(name: str) -> int:
     return int(number) if name != number and number.isdecimal() else -1
 
 
-def bring(checkpoint: Mirror) -> Path:
+def download(checkpoint: RemoteDir) -> Path:
     """The folder of a checkpoint on this machine, copied here unless it is here, whole and the one that is at
     the URI.
     """
     if checkpoint.uri is not None:
         checkpoint.folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(checkpoint.folder.parent / ".bringing"):  # one worker of a machine brings it for all
-            here = Mirror(checkpoint.folder / _STATE).read() if read_state(checkpoint.folder) else None
+            here = RemoteDir(checkpoint.folder / _STATE).read() if read_state(checkpoint.folder) else None
             if here is None or here != checkpoint.inner(_STATE).read():
                 checkpoint.pull(last=_STATE)
     return checkpoint.folder
 
 
-class Store:
+class CheckpointManager:
     """The checkpoints of a run, written in the background by the one worker that holds the folder's lock.
 
     keep: how many of the newest stay; the best stays as well. What counts is what lies at the place's URI, if
     it has one.
     """
 
-    def __init__(self, place: Mirror, keep: int) -> None:
+    def __init__(self, place: RemoteDir, keep: int) -> None:
         self.place, self.folder, self._keep = place, place.folder, keep
         folder = self.folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -221,7 +221,7 @@ class Store:
             if folder.name not in there:
                 shutil.rmtree(folder)
         for name in reversed(there):
-            if _counts(bring(self.place.inner(name)), config_hash):
+            if _counts(download(self.place.inner(name)), config_hash):
                 return
 
     def save(self, snapshot: Snapshot) -> None:
@@ -251,7 +251,7 @@ class Store:
             self._lock.release()
 
     def _write(self, snapshot: Snapshot) -> None:
-        with whole_folder(self.folder / f"{_PREFIX}{snapshot.state.step}") as built:
+        with atomic_dir(self.folder / f"{_PREFIX}{snapshot.state.step}") as built:
             save_file(dict(snapshot.weights), built / _WEIGHTS)
             save_file(dict(snapshot.optimizer), built / _OPTIMIZER)
             files = {name: sha256(built / name) for name in (_WEIGHTS, _OPTIMIZER)}

@@ -21,16 +21,23 @@ from transformers import set_seed
 from parallelmind.config import TrainConfig
 from parallelmind.errors import UserError
 from parallelmind.layout import Batch
-from parallelmind.model.adapter import fill
-from parallelmind.model.attention import Announcer
+from parallelmind.model.adapter import load_weights
+from parallelmind.model.attention import AttentionLogger
 from parallelmind.model.structure import causal_lm
 from parallelmind.training import checkpoint
-from parallelmind.training.checkpoint import State, Store
+from parallelmind.training.checkpoint import CheckpointManager, State
 from parallelmind.training.loss import TargetLoss
-from parallelmind.training.metrics_logger import Meter
+from parallelmind.training.metrics_logger import MetricsLogger
 from parallelmind.training.outcome import Outcome
 from parallelmind.training.sharding import shard
-from parallelmind.training.step import Totals, backward, learning_rate, make_optimizer, measure, update
+from parallelmind.training.step import (
+    Totals,
+    accumulate_gradients,
+    evaluate,
+    learning_rate,
+    make_optimizer,
+    optimizer_step,
+)
 
 _FIRST_SCALE, _CLEAN_STEPS = (
     2.0**8,
@@ -66,7 +73,7 @@ class Job:
     hooks: Hooks
     per_epoch: int
     validation: Mapping[int, list[Batch]]
-    store: Store | None = None
+    store: CheckpointManager | None = None
     run_id: str | None = None
 
 
@@ -103,7 +110,7 @@ class _Run:
         self.state = State(self.config.fingerprint(), job.run_id, scale=scale)
         saved = checkpoint.read(resume) if resume is not None else None
         if saved is not None:
-            fill(job.model, saved.weights, str(resume))
+            load_weights(job.model, saved.weights, str(resume))
             self.state = saved.state
         self.state.per_epoch = (
             self.state.per_epoch or job.per_epoch
@@ -116,8 +123,8 @@ class _Run:
             checkpoint.restore_optimizer(job.model, self.optimizer, saved.optimizer)
         self.stopped = False
         self.validated_at: int | None = None
-        self.meter = Meter(job.hooks)
-        self.announce = Announcer(job.model, self.loss.dtype, job.hooks.say)
+        self.meter = MetricsLogger(job.hooks)
+        self.announce = AttentionLogger(job.model, self.loss.dtype, job.hooks.say)
 
     @property
     def planned(self) -> int:
@@ -142,7 +149,7 @@ class _Run:
         set_seed(
             hash((self.config.seed, self.state.step, _rank())) % 2**32
         )  # dropout, the same after a restart
-        own = backward(self.loss, stream, self.config.accumulation_steps, self.state.scale)
+        own = accumulate_gradients(self.loss, stream, self.config.accumulation_steps, self.state.scale)
         own.stop = float(self.job.hooks.should_stop())
         totals = own.everywhere(self.loss.device)
         self.stopped = totals.stop > 0
@@ -174,7 +181,7 @@ class _Run:
         else:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            norm = update(
+            norm = optimizer_step(
                 self.loss, self.optimizer, totals.targets * self.state.scale, self.config.gradient_clip
             )
         if math.isfinite(norm):
@@ -230,7 +237,7 @@ class _Run:
             improved = self.validate()
             save = save or improved
         if save:
-            moment = checkpoint.take(self.job.model, self.optimizer, self.state)
+            moment = checkpoint.snapshot(self.job.model, self.optimizer, self.state)
             if self.job.store:
                 self.job.store.save(moment)
         self.job.hooks.report(self.state.metrics, self.state.step)
@@ -260,7 +267,7 @@ def validate_at(loss: TargetLoss, sets: Mapping[int, list[Batch]]) -> dict[str, 
     """
     found = {}
     for branches, own in sorted(sets.items()):
-        totals = measure(loss, own).everywhere(loss.device)
+        totals = evaluate(loss, own).everywhere(loss.device)
         if totals.targets:
             found[branches] = totals.loss / totals.targets
     taxes = {

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from parallelmind.training.loop import Hooks
 
 
-class Meter:
+class MetricsLogger:
     """Sums of the steps since the last line, which live in the state, and the clock, which doesn't."""
 
     def __init__(self, hooks: Hooks) -> None:

@@ -76,13 +76,13 @@ def learning_rate(config: OptimizerConfig, position: float, planned: int) -> flo
     return config.learning_rate * shape[config.schedule]
 
 
-def backward(loss: TargetLoss, stream: Iterator[Batch], count: int, scale: float = 1.0) -> Totals:
+def accumulate_gradients(loss: TargetLoss, stream: Iterator[Batch], count: int, scale: float = 1.0) -> Totals:
     """Add the gradients of up to `count` batches, times `scale`; fewer, or none, where the stream ends."""
     return _passes(loss, list(islice(stream, count)), lambda value: (value * scale).backward())
 
 
 @torch.no_grad()
-def measure(loss: TargetLoss, batches: Iterable[Batch]) -> Totals:
+def evaluate(loss: TargetLoss, batches: Iterable[Batch]) -> Totals:
     """The same sums without gradients, in eval mode."""
     training = loss.training
     loss.eval()
@@ -151,7 +151,7 @@ def _memory_for(batch: Batch) -> Iterator[None]:
         ) from error
 
 
-def update(loss: TargetLoss, optimizer: torch.optim.Optimizer, targets: float, clip: float) -> float:
+def optimizer_step(loss: TargetLoss, optimizer: torch.optim.Optimizer, targets: float, clip: float) -> float:
     """Mean gradient over all workers' targets, clipped, one step. Returns the gradient norm before clipping.
 
     targets: times the scale that the losses had. A norm that is not finite leaves the weights and the

@@ -15,8 +15,8 @@ from tiny import tiny_tokenizer
 
 from parallelmind.config import DataConfig
 from parallelmind.data import batch_server as feeding
-from parallelmind.data.batch_server import Feeder, Turns
-from parallelmind.data.packing import Group
+from parallelmind.data.batch_server import BatchServer, ShardAssignment
+from parallelmind.data.packing import SampleBatch
 from parallelmind.data.records import parse_line
 from parallelmind.data.tables import to_table
 from parallelmind.data.tokenise import tokenise
@@ -30,18 +30,18 @@ DONE = tokenise(RECORDS, tiny_tokenizer(), CONFIG)
 TABLES = [to_table((done, True) for done in DONE[at : at + 13]) for at in range(0, len(DONE), 13)]
 
 
-def feeder() -> Feeder:
-    return Feeder(lambda: iter(TABLES), CONFIG, seed=3)
+def feeder() -> BatchServer:
+    return BatchServer(lambda: iter(TABLES), CONFIG, seed=3)
 
 
-def take(source: Feeder, first: int, workers: int, rounds: int | None = None) -> list[list[bytes]]:
+def take(source: BatchServer, first: int, workers: int, rounds: int | None = None) -> list[list[bytes]]:
     """What all workers together take from `first` on, in turns, for some rounds or to the end."""
     taken = []
     open_ranks = list(range(workers))
     while open_ranks and (rounds is None or rounds > 0):
         for rank in list(open_ranks):
-            found = source.next(Turns("", 0, first, workers), rank)
-            if isinstance(found, Group):
+            found = source.next(ShardAssignment("", 0, first, workers), rank)
+            if isinstance(found, SampleBatch):
                 taken.append([sample.ids.tobytes() for sample in found.samples])
             else:
                 open_ranks.remove(rank)
@@ -50,9 +50,9 @@ def take(source: Feeder, first: int, workers: int, rounds: int | None = None) ->
 
 
 def exhaust(
-    source: Feeder, workers: int, rank: int, group: str = "", begun: threading.Event | None = None
+    source: BatchServer, workers: int, rank: int, group: str = "", begun: threading.Event | None = None
 ) -> None:
-    while isinstance(source.next(Turns(group, 0, 0, workers), rank), Group):
+    while isinstance(source.next(ShardAssignment(group, 0, 0, workers), rank), SampleBatch):
         if begun:
             begun.set()
 
@@ -63,7 +63,7 @@ EVERYTHING = take(feeder(), 0, 1)
 def test_every_record_is_in_exactly_one_batch() -> None:
     texts: Counter[bytes] = Counter()
     source = feeder()
-    while isinstance(group := source.next(Turns("", 0, 0, 1), 0), Group):
+    while isinstance(group := source.next(ShardAssignment("", 0, 0, 1), 0), SampleBatch):
         for sample in group.samples:
             ends = sample.lengths.cumsum()
             texts.update(sample.ids[a:b].tobytes() for a, b in pairwise(ends))
@@ -85,8 +85,8 @@ def test_a_new_run_of_the_same_feeder_starts_where_it_is_told() -> None:
     source = feeder()
     take(source, 0, 2, 3)
     assert take(source, 6, 1) == EVERYTHING[6:]
-    epoch = source.next(Turns("", 1, 0, 1), 0)
-    assert isinstance(epoch, Group)
+    epoch = source.next(ShardAssignment("", 1, 0, 1), 0)
+    assert isinstance(epoch, SampleBatch)
     assert [sample.ids.tobytes() for sample in epoch.samples] != EVERYTHING[0]
 
 
@@ -95,20 +95,20 @@ def test_workers_that_start_again_get_the_same_batches_again() -> None:
     let go.
     """
     source = feeder()
-    lost, new = Turns("lost", 0, 0, 2), Turns("new", 0, 0, 2)
+    lost, new = ShardAssignment("lost", 0, 0, 2), ShardAssignment("new", 0, 0, 2)
     waiting = threading.Event()
     with ThreadPoolExecutor(1) as pool:
         taken = pool.submit(exhaust, source, 2, 1, "lost", waiting)
         assert waiting.wait(30)
         first = source.next(new, 0)
-        assert isinstance(first, Group)
+        assert isinstance(first, SampleBatch)
         assert first.samples[0].ids.tobytes() == EVERYTHING[0][0]
         with pytest.raises(RuntimeError, match="over"):
             taken.result(timeout=30)
     with pytest.raises(RuntimeError, match="over"):  # also those who come late
         source.next(lost, 0)
     second = source.next(new, 1)
-    assert isinstance(second, Group)
+    assert isinstance(second, SampleBatch)
     assert second.samples[0].ids.tobytes() == EVERYTHING[1][0]
 
 
@@ -123,10 +123,10 @@ def test_small_data_is_read_once_for_all_epochs(
         begun.append(1)
         return iter(TABLES)
 
-    source = Feeder(read, CONFIG, seed=3)
+    source = BatchServer(read, CONFIG, seed=3)
     for epoch in range(3):
         sizes = 0
-        while isinstance(group := source.next(Turns("", epoch, 0, 1), 0), Group):
+        while isinstance(group := source.next(ShardAssignment("", epoch, 0, 1), 0), SampleBatch):
             sizes += sum(sample.branches for sample in group.samples)
         assert sizes == len(RECORDS)
     assert len(begun) == reads
@@ -137,7 +137,7 @@ def test_what_the_reading_raises_reaches_every_worker() -> None:
         yield TABLES[0]
         raise OSError("disk gone")
 
-    source = Feeder(broken, CONFIG, seed=3)
+    source = BatchServer(broken, CONFIG, seed=3)
     for rank in range(2):
         with pytest.raises(OSError, match="disk gone"):
             exhaust(source, 2, rank)

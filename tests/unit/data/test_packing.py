@@ -13,12 +13,12 @@ from parallelmind.config import DataConfig, RopeConfig
 from parallelmind.data.packing import (
     Row,
     Seeds,
-    batched,
-    grouped,
+    batch,
     groups,
     make_batch,
+    pack,
     regrouped,
-    shuffled,
+    shuffle,
     split,
 )
 from parallelmind.layout import IGNORE, PADDING, Tokens
@@ -50,7 +50,7 @@ def contents(samples: list[Tokens]) -> Counter[tuple[int, ...]]:
 
 
 def test_fixed_groups_flush_their_rest() -> None:
-    samples = list(grouped(lone_rows(10), config(branches_per_sample=4), np.random.default_rng(0)))
+    samples = list(pack(lone_rows(10), config(branches_per_sample=4), np.random.default_rng(0)))
     assert [sample.branches for sample in samples] == [4, 4, 2]
     assert contents(samples) == contents([row.tokens for row in lone_rows(10)])
 
@@ -68,7 +68,7 @@ def test_random_groups_keep_every_row_within_the_limits(
     settings = config(
         min_branches_per_sample=low, max_branches_per_sample=low + extra, max_sample_tokens=limit
     )
-    samples = list(grouped(lone_rows(count), settings, np.random.default_rng(seed)))
+    samples = list(pack(lone_rows(count), settings, np.random.default_rng(seed)))
     assert contents(samples) == contents([row.tokens for row in lone_rows(count)])
     assert all(sample.branches <= low + extra and len(sample.ids) <= limit for sample in samples)
 
@@ -86,14 +86,14 @@ def test_records_keep_their_branches_and_repeat_main_when_split() -> None:
 def test_shuffle_keeps_rows_and_window_one_keeps_order() -> None:
     rows = lone_rows(50)
     order = [id(row) for row in rows]
-    assert [id(row) for row in shuffled(rows, 1, np.random.default_rng(0))] == order
-    mixed = [id(row) for row in shuffled(rows, 16, np.random.default_rng(0))]
+    assert [id(row) for row in shuffle(rows, 1, np.random.default_rng(0))] == order
+    mixed = [id(row) for row in shuffle(rows, 16, np.random.default_rng(0))]
     assert mixed != order
     assert sorted(mixed) == sorted(order)
 
 
 def cut(samples: list[Tokens], **settings: object) -> list[list[Tokens]]:
-    return list(batched(samples, config(**settings), np.random.default_rng(0)))
+    return list(batch(samples, config(**settings), np.random.default_rng(0)))
 
 
 def test_batches_by_samples_by_branches_and_by_tokens() -> None:
@@ -114,7 +114,7 @@ def test_a_token_budget_is_kept_and_nothing_is_lost(
 ) -> None:
     samples = [Tokens.of([], [[number] * length]) for number, length in enumerate(lengths)]
     settings = config(batch_tokens=tokens, length_window=window)
-    found = list(batched(samples, settings, np.random.default_rng(seed)))
+    found = list(batch(samples, settings, np.random.default_rng(seed)))
     assert all(len(group) * max(len(sample.ids) for sample in group) <= tokens for group in found)
     assert contents([sample for group in found for sample in group]) == contents(samples)
 

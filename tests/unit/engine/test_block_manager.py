@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parallelmind.engine.block_manager import BLOCK, Blocks, Stream, blocks_for, prefix_keys
+from parallelmind.engine.block_manager import BLOCK, BlockManager, BlockTable, blocks_for, prefix_keys
 
 MAIN = np.arange(3 * BLOCK + 5)
 
@@ -17,7 +17,7 @@ def keys(count: int, version: str = "base") -> list[bytes]:
     return prefix_keys(MAIN, version)[:count]
 
 
-def shared(blocks: Blocks, count: int) -> list[int]:
+def shared(blocks: BlockManager, count: int) -> list[int]:
     """The first blocks of MAIN, computed by a reader of its own."""
     taken = blocks.take(count) or []
     for key, block in zip(keys(count), taken, strict=True):
@@ -40,7 +40,7 @@ def test_a_key_stands_for_everything_before_its_end_and_for_what_computes_it():
 
 
 def test_too_few_blocks_are_none_at_all():
-    blocks = Blocks(4)
+    blocks = BlockManager(4)
     assert blocks.take(5) is None
     assert blocks.take(3) == [0, 1, 2]
     assert (blocks.available, blocks.held) == (1, 3)
@@ -49,7 +49,7 @@ def test_too_few_blocks_are_none_at_all():
 
 
 def test_neighbours_are_given_where_there_are_any():
-    blocks = Blocks(8)
+    blocks = BlockManager(8)
     everything = blocks.take(8) or []
     blocks.give([everything[at] for at in (0, 2, 4, 5, 6)])
     assert blocks.take(3) == [4, 5, 6]
@@ -57,7 +57,7 @@ def test_neighbours_are_given_where_there_are_any():
 
 
 def test_a_shared_block_is_held_until_its_last_reader_has_gone():
-    blocks = Blocks(4)
+    blocks = BlockManager(4)
     first = shared(blocks, 2)
     assert blocks.find(keys(3)) == first
     blocks.give(first)
@@ -69,7 +69,7 @@ def test_a_shared_block_is_held_until_its_last_reader_has_gone():
 
 
 def test_what_is_found_ends_where_the_mains_part():
-    blocks = Blocks(4)
+    blocks = BlockManager(4)
     own = shared(blocks, 3)
     other = MAIN.copy()
     other[2 * BLOCK] += 1
@@ -78,7 +78,7 @@ def test_what_is_found_ends_where_the_mains_part():
 
 
 def test_the_longest_idle_block_goes_first_and_the_end_of_a_main_before_its_beginning():
-    blocks = Blocks(4)
+    blocks = BlockManager(4)
     old = blocks.take(1) or []
     blocks.share(b"old", old[0])
     blocks.give(old)
@@ -90,7 +90,7 @@ def test_the_longest_idle_block_goes_first_and_the_end_of_a_main_before_its_begi
 
 
 def test_what_is_in_use_is_never_evicted():
-    blocks = Blocks(3)
+    blocks = BlockManager(3)
     own = shared(blocks, 2)
     assert blocks.take(2) is None
     assert blocks.take(1) is not None
@@ -98,7 +98,7 @@ def test_what_is_in_use_is_never_evicted():
 
 
 def test_a_main_computed_twice_is_shared_once():
-    blocks = Blocks(4)
+    blocks = BlockManager(4)
     first, second = shared(blocks, 1), shared(blocks, 1)
     assert blocks.find(keys(1)) == first
     blocks.give(second)
@@ -111,7 +111,7 @@ def test_a_main_computed_twice_is_shared_once():
 @given(st.integers(0, 2**32))
 def test_no_block_is_ever_given_twice_or_lost(number: int) -> None:
     """Readers of a few mains and holders of their own come and go at random."""
-    chance, blocks, held = random.Random(number), Blocks(12), []
+    chance, blocks, held = random.Random(number), BlockManager(12), []
     mains = [prefix_keys(MAIN + 100 * main, "base") for main in range(3)]
     for _ in range(80):
         if held and chance.random() < 0.45:
@@ -136,7 +136,7 @@ def test_no_block_is_ever_given_twice_or_lost(number: int) -> None:
 
 
 def test_a_stream_fills_its_blocks_in_order():
-    stream = Stream([3, 1])
+    stream = BlockTable([3, 1])
     first = stream.append(np.arange(3), np.zeros(3, np.int64))
     second = stream.append(np.arange(3, 20), np.ones(17, np.int64))
     expected = [*range(3 * BLOCK, 4 * BLOCK), *range(BLOCK, BLOCK + 4)]
@@ -146,7 +146,7 @@ def test_a_stream_fills_its_blocks_in_order():
 
 
 def test_a_stream_gives_up_what_it_will_not_fill_and_keeps_what_it_has_filled():
-    stream = Stream([0, 1, 2, 3])
+    stream = BlockTable([0, 1, 2, 3])
     stream.append(np.arange(BLOCK + 1), np.zeros(BLOCK + 1, np.int64))
     assert stream.give_up(3 * BLOCK) == [3]
     assert stream.give_up(0) == [2]

@@ -14,8 +14,8 @@ from tiny import tiny_llama, tiny_tokenizer
 from parallelmind.config import RopeConfig
 from parallelmind.engine.engine import Engine
 from parallelmind.engine.request import Sample
-from parallelmind.engine.scheduler import Limits
-from parallelmind.errors import Overloaded, UserError
+from parallelmind.engine.scheduler import EngineConfig
+from parallelmind.errors import CapacityError, UserError
 from parallelmind.evaluation import tiny_models as tiny
 from parallelmind.model.patch import patch
 
@@ -99,7 +99,7 @@ def test_a_bad_branch_is_refused_and_its_siblings_go_on(text, settings, message,
     events = [event for _ in range(3) for event in engine.step()]
     with pytest.raises(UserError, match=message) as error:
         engine.join(number, text, **settings)
-    assert not isinstance(error.value, Overloaded)
+    assert not isinstance(error.value, CapacityError)
     assert said(events + run(engine)) == {(number, branch): expected[branch] for branch in range(2)}
     with pytest.raises(UserError, match=f"sample {number}: has ended or never was"):
         engine.join(number, "who")
@@ -109,7 +109,7 @@ def test_a_branch_that_finds_no_room_now_may_come_later() -> None:
     engine = tiny_engine(cache_tokens=96)
     number, other = (engine.submit(Sample("", [[5]]), max_new_tokens=40, ignore_eos=True) for _ in range(2))
     engine.step()
-    with pytest.raises(Overloaded, match="no room for 20 more tokens now"):
+    with pytest.raises(CapacityError, match="no room for 20 more tokens now"):
         engine.join(number, [5] * 10, max_new_tokens=10)
     engine.cancel(other)
     assert engine.join(number, [5] * 10, max_new_tokens=10, ignore_eos=True) == 1
@@ -120,7 +120,7 @@ def test_a_branch_that_finds_no_room_now_may_come_later() -> None:
 def test_nobody_joins_or_follows_past_the_models_positions(positions: str) -> None:
     model = tiny_llama(max_position_embeddings=40)
     patch(model, RopeConfig(positions=positions))
-    engine = Engine(model, tiny_tokenizer(), Limits(512))
+    engine = Engine(model, tiny_tokenizer(), EngineConfig(512))
     with pytest.raises(UserError, match="after 31 others, exceed the model's 40 positions"):
         engine.submit(
             Sample("", [[5]]), per_branch=[{"max_new_tokens": 30}], reduce=[5] * 5, max_new_tokens=5
@@ -144,7 +144,7 @@ def test_nobody_joins_in_free_order_once_one_has_begun_who_reads_all() -> None:
 
 
 def test_a_model_without_parallel_branches_has_nobody_to_read_them() -> None:
-    engine = Engine(tiny.tiny_model("mamba2"), tiny.tiny_tokenizer(), Limits(512))
+    engine = Engine(tiny.tiny_model("mamba2"), tiny.tiny_tokenizer(), EngineConfig(512))
     with pytest.raises(UserError, match="reduce: the model .* leave reduce out"):
         engine.submit(Sample([5], [[6]]), reduce=[7])
 

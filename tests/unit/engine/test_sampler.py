@@ -12,23 +12,23 @@ import pytest
 import torch
 from transformers.generation import logits_process as hf
 
-from parallelmind.engine.sampler import Choice, Row, SamplingParams, choose, fresh_seed
+from parallelmind.engine.sampler import SampledToken, SamplingParams, SamplingRow, fresh_seed, sample
 
 VOCAB = 300
 
 
 def row(
     seed: int = 0, branch: int = 0, index: int = 0, history: Sequence[int] = (0,), **settings: Any
-) -> Row:
-    return Row(SamplingParams(**settings), seed, branch, index, np.array(history, dtype=np.int64))
+) -> SamplingRow:
+    return SamplingRow(SamplingParams(**settings), seed, branch, index, np.array(history, dtype=np.int64))
 
 
 def noise(rows: int, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
     return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * scale
 
 
-def tokens(logits: torch.Tensor, rows: Sequence[Row]) -> list[int]:
-    return [choice.token for choice in choose(logits, rows)]
+def tokens(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
+    return [choice.token for choice in sample(logits, rows)]
 
 
 def draws(logits: torch.Tensor, count: int, **settings: Any) -> list[int]:
@@ -54,16 +54,16 @@ def test_a_row_gets_the_same_alone_and_beside_others(dtype):
         logits = noise(len(MIXED), seed=step).to(dtype)
         before = logits.clone()
         rows = [dataclasses.replace(one, index=one.index + step) for one in MIXED]
-        together = choose(logits, rows)
-        assert together == [choose(logits[at : at + 1], [one])[0] for at, one in enumerate(rows)]
-        assert together[::-1] == choose(logits.flip(0), rows[::-1])
+        together = sample(logits, rows)
+        assert together == [sample(logits[at : at + 1], [one])[0] for at, one in enumerate(rows)]
+        assert together[::-1] == sample(logits.flip(0), rows[::-1])
         assert torch.equal(logits, before)
 
 
 def test_equal_logits_are_ranked_alike_alone_and_beside_others():
     logits = torch.zeros(2, VOCAB)
     rows = [row(logprobs=2), row(logprobs=20)]
-    assert choose(logits, rows)[0] == choose(logits[:1], rows[:1])[0]
+    assert sample(logits, rows)[0] == sample(logits[:1], rows[:1])[0]
 
 
 def test_seed_branch_and_index_decide_a_draw():
@@ -178,10 +178,10 @@ def test_logprobs_are_those_of_the_model_itself(dtype):
         row(),
         row(logprobs=20, logit_bias={17: 100}),
     ]
-    plain, drawn, silent, forced = choose(logits, rows)
+    plain, drawn, silent, forced = sample(logits, rows)
     expected = logits.float().log_softmax(dim=-1)
-    assert plain == Choice(int(expected[0].argmax()), expected[0].max().item())
-    assert silent == Choice(int(expected[2].argmax()), None)
+    assert plain == SampledToken(int(expected[0].argmax()), expected[0].max().item())
+    assert silent == SampledToken(int(expected[2].argmax()), None)
     assert forced.token == 17
     for at, choice, count in ((1, drawn, 5), (3, forced, 20)):
         assert choice.logprob == expected[at, choice.token].item()
@@ -190,7 +190,7 @@ def test_logprobs_are_those_of_the_model_itself(dtype):
 
 
 def test_a_vocabulary_may_be_smaller_than_what_is_asked_for():
-    (choice,) = choose(torch.tensor([[0.0, 1.0, 2.0]]), [row(logprobs=20)])
+    (choice,) = sample(torch.tensor([[0.0, 1.0, 2.0]]), [row(logprobs=20)])
     assert [token for token, _ in choice.top] == [2, 1, 0]
 
 
@@ -216,4 +216,4 @@ def test_extreme_settings_still_draw_the_likeliest():
 
 
 def test_no_row_no_token():
-    assert choose(torch.zeros(0, 5), []) == []
+    assert sample(torch.zeros(0, 5), []) == []

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from parallelmind.config import RopeConfig
 from parallelmind.engine.block_manager import BLOCK
-from parallelmind.engine.scheduler import Limits, Scheduler
-from parallelmind.engine.sequence import Feed
+from parallelmind.engine.scheduler import EngineConfig, Scheduler
+from parallelmind.engine.sequence import ScheduledTokens
 from parallelmind.engine.sequence_group import Reduction, Running
-from parallelmind.errors import Overloaded, UserError
+from parallelmind.errors import CapacityError, UserError
 from parallelmind.layout import MAIN, Tokens
 
 COLUMNS, FREE = RopeConfig(visibility="columnar"), RopeConfig(visibility="isolated")
@@ -24,7 +24,7 @@ BOTH = pytest.mark.parametrize("config", [COLUMNS, FREE], ids=["columns", "free"
 
 
 def scheduler(blocks: int, step_tokens: int = 1000, max_branches: int = 16) -> Scheduler:
-    return Scheduler(Limits(blocks * BLOCK, step_tokens, max_branches))
+    return Scheduler(EngineConfig(blocks * BLOCK, step_tokens, max_branches))
 
 
 def submit(
@@ -40,7 +40,7 @@ def submit(
     return at.submit(tokens, config, [most] * len(prompts), "base", last)
 
 
-def step(at: Scheduler) -> list[tuple[Running, Feed]]:
+def step(at: Scheduler) -> list[tuple[Running, ScheduledTokens]]:
     """What an engine does around its forward pass; a branch ends when it has said all that it may."""
     feeds = at.schedule()
     for entry, feed in feeds:
@@ -54,7 +54,7 @@ def step(at: Scheduler) -> list[tuple[Running, Feed]]:
     return feeds
 
 
-def prompt_tokens(entry: Running, feed: Feed) -> int:
+def prompt_tokens(entry: Running, feed: ScheduledTokens) -> int:
     """How much of main and prompts a feed reads."""
     begins = np.append(0, entry.decoding.starts + entry.decoding.prompt_lengths)
     return int(((feed.sequence == MAIN) | (feed.time < begins[feed.sequence])).sum())
@@ -164,11 +164,11 @@ def test_a_branch_joins_where_there_is_room_now_or_ever(config):
     step(at)
     other = submit(at, config, 0, [4], most=6 * BLOCK)
     step(at)
-    with pytest.raises(Overloaded, match="no room for 20 more tokens now"):
+    with pytest.raises(CapacityError, match="no room for 20 more tokens now"):
         at.join(entry, [7] * 10, 10)
     with pytest.raises(UserError, match="is all there is") as error:
         at.join(entry, [7] * 10, 10 * BLOCK)
-    assert not isinstance(error.value, Overloaded)
+    assert not isinstance(error.value, CapacityError)
     at.drop(other)
     assert at.join(entry, [7] * 10, 10) == 1
     at.join(entry, [7], 1)
@@ -244,7 +244,7 @@ def test_nothing_is_overcommitted_and_everybody_ends(config: RopeConfig, number:
     assert at.blocks.held == 0
 
 
-def check(feeds: list[tuple[Running, Feed]]) -> bool:
+def check(feeds: list[tuple[Running, ScheduledTokens]]) -> bool:
     """No more of prompts than a step has room for, except that columns are not split; whether anything was
     read.
     """

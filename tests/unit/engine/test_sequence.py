@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from parallelmind.config import RopeConfig
-from parallelmind.engine.sequence import Decoding, Feed
+from parallelmind.engine.sequence import ScheduledTokens, SequenceState
 from parallelmind.layout import Tokens
 
 MAIN = [1, 2]
@@ -17,22 +17,22 @@ AMPLE = 100
 BOTH = pytest.mark.parametrize("config", [COLUMNAR, FREE], ids=["columns", "free"])
 
 
-def start(config: RopeConfig, main: list[int] = MAIN) -> Decoding:
-    return Decoding(Tokens.of(main, BRANCHES), config)
+def start(config: RopeConfig, main: list[int] = MAIN) -> SequenceState:
+    return SequenceState(Tokens.of(main, BRANCHES), config)
 
 
-def say(state: Decoding, feed: Feed) -> None:
+def say(state: SequenceState, feed: ScheduledTokens) -> None:
     """Every branch that was sampled says 100 times its own number, plus how many tokens it has."""
     state.accept(feed.sampled, 100 * (feed.sampled + 1) + state.lengths[feed.sampled])
 
 
-def talk(state: Decoding, room: int = AMPLE) -> Feed:
+def talk(state: SequenceState, room: int = AMPLE) -> ScheduledTokens:
     feed = state.feed(room)
     say(state, feed)
     return feed
 
 
-def ids(feed: Feed) -> list[int]:
+def ids(feed: ScheduledTokens) -> list[int]:
     return feed.ids.tolist()
 
 

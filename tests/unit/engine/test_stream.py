@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models
 
 from parallelmind.config import RopeConfig
 from parallelmind.engine.generate import generate, generate_text, stream
-from parallelmind.engine.output import BranchWriter, Detokenizer, StopText
+from parallelmind.engine.output import Detokenizer, OutputProcessor, StopChecker
 from parallelmind.engine.request import Event, Sample, encode_sample
 from parallelmind.engine.sampler import SamplingParams
 from parallelmind.errors import UserError
@@ -35,7 +35,7 @@ def model():
 def written(tokenizer, text, prompt=(), **sampling):
     """The pieces and the reason that a branch gives when the model says `text`."""
     tokens = tokenizer(text).input_ids
-    writer = BranchWriter(tokenizer, prompt, SamplingParams(**sampling), frozenset({EOS}))
+    writer = OutputProcessor(tokenizer, prompt, SamplingParams(**sampling), frozenset({EOS}))
     pieces = []
     for token in tokens:
         piece, reason = writer.write(token)
@@ -90,7 +90,7 @@ def test_what_only_began_like_a_stop_text_is_shown(tokenizer):
         tokenizer, text, stop=("\n\n\n", "abc"), max_new_tokens=len(tokenizer(text).input_ids)
     )
     assert ("".join(pieces), reason) == (text, "length")
-    held = StopText(("aab",))
+    held = StopChecker(("aab",))
     assert [held.push(piece) for piece in "aaab"] == [("", False), ("", False), ("a", False), ("", True)]
 
 

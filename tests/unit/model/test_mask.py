@@ -14,9 +14,9 @@ from parallelmind.evaluation.probes import patched
 from parallelmind.layout import PADDING, Tokens, arrange, collate
 from parallelmind.model import attention
 from parallelmind.model.adapter import add_lora
-from parallelmind.model.attention import FLEX, FLEX_ABOVE, Announcer, attention_for, bucket
+from parallelmind.model.attention import FLEX, FLEX_ABOVE, AttentionLogger, attention_for, bucket
 from parallelmind.model.mask import attention_masks, blocks, visible
-from parallelmind.visibility import Reach
+from parallelmind.visibility import AttentionWindow
 
 FIELDS = [
     f"{full}{axis}_{what}"
@@ -37,7 +37,11 @@ def places(length: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("length", [1, 127, 128, 300, 1100])
 @pytest.mark.parametrize("visibility", ["columnar", "isolated"])
-@pytest.mark.parametrize("reach", [Reach(), Reach(window=6), Reach(chunk=100)], ids=["", "window", "chunk"])
+@pytest.mark.parametrize(
+    "reach",
+    [AttentionWindow(), AttentionWindow(window=6), AttentionWindow(chunk=100)],
+    ids=["", "window", "chunk"],
+)
 @pytest.mark.parametrize("share", [None, 0.5, 0], ids=["whole", "half", "one query"])
 def test_blocks_hold_what_is_visible(length, visibility, reach, share):
     time, sequence = places(length)
@@ -58,7 +62,7 @@ def test_blocks_are_found_without_a_dense_mask():
     length = 8192
     time, sequence = torch.arange(length)[None], torch.ones(1, length, dtype=torch.long)
     with Largest() as made:
-        blocks(time, sequence, "isolated", Reach(window=100))
+        blocks(time, sequence, "isolated", AttentionWindow(window=100))
     assert made.bytes < length * length / 2
 
 
@@ -67,7 +71,7 @@ def test_isolated_branches_leave_most_blocks_out():
     config = RopeConfig(visibility="isolated")
     batch = collate([arrange(Tokens.of(main, branches), config)], pad_id=0)
     mask = blocks(
-        torch.from_numpy(batch.pos2d[..., 1]), torch.from_numpy(batch.sequence), "isolated", Reach()
+        torch.from_numpy(batch.pos2d[..., 1]), torch.from_numpy(batch.sequence), "isolated", AttentionWindow()
     )
     assert mask.sparsity() > 65  # percent; plain causal attention leaves out 49
 
@@ -112,7 +116,9 @@ def test_a_new_length_is_not_compiled_anew():
     for length in (700, 300, 800, 515, 640, 1200):
         time, sequence = torch.arange(length).expand(3, -1), torch.ones(3, length, dtype=torch.long)
         query = torch.randn(3, 2, length, 16)
-        found = read(query, query, query, block_mask=blocks(time, sequence, "columnar", Reach(window=5000)))
+        found = read(
+            query, query, query, block_mask=blocks(time, sequence, "columnar", AttentionWindow(window=5000))
+        )
         expected = torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert counter.frame_count <= 2
@@ -156,7 +162,7 @@ def test_a_bucket_is_announced_unless_a_longer_one_was():
         for n in (9, 16, 17, 12, 30, 5)
     ]
     with patched(model, RopeConfig(sibling_penalty=0)), chosen():
-        announced = Announcer(model, torch.bfloat16, lines.append)
+        announced = AttentionLogger(model, torch.bfloat16, lines.append)
         first = announced(batches[:3])
         assert lines == []
         assert next(first) is batches[0]

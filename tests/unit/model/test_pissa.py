@@ -18,8 +18,8 @@ from parallelmind.errors import UserError
 from parallelmind.evaluation.tiny_models import tiny_model
 from parallelmind.model.adapter import (
     add_lora,
-    fill,
     load_model_with_lora,
+    load_weights,
     save_adapter,
     trained_weights,
 )
@@ -58,7 +58,9 @@ def test_pissa_is_made_again_bit_for_bit_and_resumes(dtype: torch.dtype) -> None
         1.5 * layer.lora_B.default.weight @ layer.lora_A.default.weight, expected, atol=2e-2
     )
     train(first)
-    fill(again, {name: weight.clone() for name, weight in trained_weights(first).items()}, "checkpoint")
+    load_weights(
+        again, {name: weight.clone() for name, weight in trained_weights(first).items()}, "checkpoint"
+    )
     assert torch.equal(logits(again.eval()), logits(first))
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from parallelmind.config import BaseConfig, LoraConfig, RopeConfig
 from parallelmind.engine.generate import generate, generate_text
 from parallelmind.engine.request import Sample
-from parallelmind.errors import Notice, UserError
+from parallelmind.errors import UserError, UserNotice
 from parallelmind.evaluation.tiny_models import causal_lm_types, tiny_config, tiny_model, tiny_tokenizer
 from parallelmind.layout import Tokens, arrange, collate
 from parallelmind.model.adapter import add_lora, load_model_with_lora, save_adapter
@@ -26,7 +26,7 @@ from parallelmind.model.patch import is_patched, patch
 from parallelmind.model.structure import decoder
 from parallelmind.model.support import assess
 from parallelmind.training.loss import target_loss, to_tensors
-from parallelmind.visibility import Reach
+from parallelmind.visibility import AttentionWindow
 from workloads.evaluate import command as evaluate
 from workloads.evaluate.support import Row, _write_markdown
 
@@ -65,7 +65,7 @@ def test_refused_models_still_decode_branches_in_rows_of_their_own(tmp_path, mod
     tiny_tokenizer().save_pretrained(tmp_path)
     model, tokenizer = load_model_with_lora(base_model=str(tmp_path), patch_rope=False)
     branches, options = [[20, 21], [30]], {"max_new_tokens": 4, "ignore_eos": True}
-    with pytest.warns(Notice, match=f"{model_type} .*isolated, each in a row of its own"):
+    with pytest.warns(UserNotice, match=f"{model_type} .*isolated, each in a row of its own"):
         together = generate(model, tokenizer, Sample(main=[5, 6, 7], branches=branches), **options)
     assert together == [generate_text(model, tokenizer, [5, 6, 7, *branch], **options) for branch in branches]
 
@@ -89,11 +89,14 @@ def test_structure_alone_tells(model_type):
 @pytest.mark.parametrize(
     ("model_type", "reaches"),
     [
-        ("llama", {"full_attention": Reach()}),
-        ("mistral", {"sliding_attention": Reach(window=6)}),
-        ("moshi", {"full_attention": Reach()}),  # its configuration has a window, its code none
-        ("gemma3_text", {"sliding_attention": Reach(window=6), "full_attention": Reach()}),
-        ("llama4_text", {"chunked_attention": Reach(chunk=6), "full_attention": Reach()}),
+        ("llama", {"full_attention": AttentionWindow()}),
+        ("mistral", {"sliding_attention": AttentionWindow(window=6)}),
+        ("moshi", {"full_attention": AttentionWindow()}),  # its configuration has a window, its code none
+        (
+            "gemma3_text",
+            {"sliding_attention": AttentionWindow(window=6), "full_attention": AttentionWindow()},
+        ),
+        ("llama4_text", {"chunked_attention": AttentionWindow(chunk=6), "full_attention": AttentionWindow()}),
     ],
 )
 def test_how_far_layers_reach(model_type, reaches):

@@ -14,13 +14,13 @@ import pytest
 from engines import ISOLATED, answers, run, said, save_random_adapter, saved_adapters, tiny_engine
 
 from parallelmind import tracking
-from parallelmind.config import BaseConfig, Part
+from parallelmind.config import BaseConfig, FrozenConfig
 from parallelmind.engine.engine import Engine
-from parallelmind.engine.model_runner import PoolForward
+from parallelmind.engine.model_runner import ModelRunner
 from parallelmind.engine.request import Sample
 from parallelmind.errors import UserError
 from serving.config import AppConfig
-from serving.engine.adapter_registry import Replaced, Shelf
+from serving.engine.adapter_registry import AdapterRegistry, AdapterVersionGone
 from serving.observability.log import log
 
 SAMPLE = Sample(list(range(50, 90)), [[5, 6, 7], [8]])
@@ -32,13 +32,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return saved_adapters(tmp_path_factory.mktemp("adapters"))
 
 
-def shelf(engine: Engine, folders: list[Path], **fields: Any) -> Shelf:
-    return Shelf(
+def shelf(engine: Engine, folders: list[Path], **fields: Any) -> AdapterRegistry:
+    return AdapterRegistry(
         engine, AppConfig.of({"base_model": str(folders[0].parent / "base"), "refresh_s": 0, **fields})
     )
 
 
-def ready(found: Shelf, model: str, version: str | None = None) -> str | None:
+def ready(found: AdapterRegistry, model: str, version: str | None = None) -> str | None:
     return asyncio.run(found.ready(model, version))
 
 
@@ -103,9 +103,9 @@ def test_an_adapter_that_decodes_other_than_it_was_trained_is_refused(
     engine = tiny_engine(ISOLATED)
     found = shelf(engine, folders, adapters=names(folders))
     ready(found, "one")
-    call = PoolForward.__call__
+    call = ModelRunner.__call__
     monkeypatch.setattr(
-        PoolForward, "__call__", lambda self, step: call(self, step) * 1.01
+        ModelRunner, "__call__", lambda self, step: call(self, step) * 1.01
     )  # as a wrong cache would
     with pytest.raises(UserError, match="model: is not served, since cached and full logits .* differ"):
         ready(found, "two")
@@ -158,12 +158,12 @@ def test_a_version_that_is_refused_is_not_loaded_again(
     before = answers(engine, SAMPLE, adapter=ready(found, "live"), **SETTINGS)
     shutil.rmtree(folder)
     shutil.copytree(folders[1], folder)
-    loads, load, call = [], engine.load_adapter, PoolForward.__call__
+    loads, load, call = [], engine.load_adapter, ModelRunner.__call__
     monkeypatch.setattr(
         engine, "load_adapter", lambda *args, **kwargs: (loads.append(args), load(*args, **kwargs))
     )
     with monkeypatch.context() as wrong:
-        wrong.setattr(PoolForward, "__call__", lambda self, step: call(self, step) * 1.01)
+        wrong.setattr(ModelRunner, "__call__", lambda self, step: call(self, step) * 1.01)
         assert [ready(found, "live") for _ in range(3)] == ["live"] * 3
     assert len(loads) == 1
     assert answers(engine, SAMPLE, adapter="live", **SETTINGS) == before
@@ -176,10 +176,10 @@ def test_a_registry_that_is_away_leaves_what_is_loaded_at_work(
         monkeypatch.setenv(name, "")  # to be as it was afterwards
         monkeypatch.delenv(name)
     found = shelf(tiny_engine(ISOLATED), folders, mlflow_uri="http://127.0.0.1:9", refresh_s=0.5)
-    find = Shelf._find
-    monkeypatch.setattr(Shelf, "_find", lambda *_: ("1", lambda _: folders[0]))
+    find = AdapterRegistry._find
+    monkeypatch.setattr(AdapterRegistry, "_find", lambda *_: ("1", lambda _: folders[0]))
     ready(found, "models:/demo@champion")
-    monkeypatch.setattr(Shelf, "_find", find)
+    monkeypatch.setattr(AdapterRegistry, "_find", find)
     began = monotonic()
     found._loaded["models:/demo@champion"].looked = 0.0
     for _ in range(100):  # all but the first within refresh_s
@@ -196,12 +196,12 @@ def test_a_sample_does_not_go_on_with_another_version_of_a_folder(
     begun = found.version(ready(found, "base:live"))
     assert ready(found, "base:live", begun) == "base:live"
     save_random_adapter(folder, BaseConfig(base_model=str(folders[0].parent / "base")), seed=1)
-    with pytest.raises(Replaced, match="model='base:live': has a new version"):
+    with pytest.raises(AdapterVersionGone, match="model='base:live': has a new version"):
         ready(found, "base:live", begun)
     assert [found.version(ready(found, name, "")) for name in ("base", "base")] == ["", ""]
 
 
-class Nothing(Part):
+class Nothing(FrozenConfig):
     """A run without settings."""
 
 

@@ -14,12 +14,12 @@ from tiny import tiny_tokenizer
 
 from parallelmind.config import RopeConfig
 from parallelmind.engine.request import Sample
-from parallelmind.engine.validation import Asked
+from parallelmind.engine.validation import TokenizedRequest
 from parallelmind.errors import UserError
-from serving.engine.messages import Begun, Packed, Refusal, Step, Work, packed
+from serving.engine.messages import BranchStarted, EngineRequest, Packed, RejectedRequest, StepOutput, packed
 from serving.ingress.failover import follow, within
-from serving.observability.metrics import FrontMeters
-from serving.protocol.errors import EngineLost, RequestError
+from serving.observability.metrics import IngressMetrics
+from serving.protocol.errors import EngineLostError, RequestError
 
 
 class Engines:
@@ -31,30 +31,32 @@ class Engines:
 
     def __init__(self, config: RopeConfig, lives: list[int], quietly: bool = False) -> None:
         self._config, self._lives, self._quietly = config, lives, quietly
-        self.asked: list[Work] = []
+        self.asked: list[EngineRequest] = []
 
     @property
     def decode(self) -> Any:
         return self
 
-    def remote(self, work: Work) -> Any:
+    def remote(self, work: EngineRequest) -> Any:
         self.asked.append(work)
         life = self._lives[len(self.asked) - 1] if len(self.asked) <= len(self._lives) else 10_000
         return _Steps(self._decode(work, life))
 
-    async def _decode(self, work: Work, life: int) -> AsyncIterator[Packed | Refusal]:
+    async def _decode(self, work: EngineRequest, life: int) -> AsyncIterator[Packed | RejectedRequest]:
         if life == 0:
             raise ActorDiedError
         with started(tiny_engine(self._config)) as stepper:
             try:
                 number = stepper.begin(work, None)
             except UserError as error:
-                yield Refusal(str(error))
+                yield RejectedRequest(str(error))
                 return
             places = stepper._engine.places(number)[: work.asked.tokens.branches]
             given = zip(work.asked.tokens.split()[1:], work.asked.params, places, strict=True)
             version = work.version or f"version {len(self.asked)}"
-            yield packed(Step([], [Begun(branch, *each) for branch, each in enumerate(given)], version))
+            yield packed(
+                StepOutput([], [BranchStarted(branch, *each) for branch, each in enumerate(given)], version)
+            )
             while (step := await stepper.next(number)) is not None:
                 life -= 1
                 if life == 0:
@@ -77,11 +79,11 @@ class _Steps:
         pass
 
 
-def heard(engines: Engines, asked: Work) -> tuple[list[Any], str, FrontMeters]:
+def heard(engines: Engines, asked: EngineRequest) -> tuple[list[Any], str, IngressMetrics]:
     """Everything that is said, in order, by branch; how often branches began; the meters."""
-    meters = FrontMeters()
+    meters = IngressMetrics()
 
-    async def listen() -> list[Step]:
+    async def listen() -> list[StepOutput]:
         return [step async for step in follow(engines, asked, meters)]  # type: ignore[arg-type]
 
     steps = asyncio.run(listen())
@@ -114,16 +116,18 @@ def test_a_sample_goes_on_with_the_version_that_it_has_begun_with() -> None:
 @pytest.mark.parametrize("life", [0, 1], ids=["before a word", "once it has begun"])
 def test_a_sample_that_kills_every_engine_is_given_up(life: int) -> None:
     engines = Engines(ISOLATED, [life] * 100)
-    with pytest.raises(EngineLost):
+    with pytest.raises(EngineLostError):
         heard(engines, work())
     assert 1 < len(engines.asked) < 20
 
 
 def test_a_refused_sample_is_asked_for_once() -> None:
     engines = Engines(ISOLATED, [])
-    asked = Asked.of(tiny_tokenizer(), Sample(MAIN, BRANCHES), None, None, {"max_new_tokens": 99999})
+    asked = TokenizedRequest.of(
+        tiny_tokenizer(), Sample(MAIN, BRANCHES), None, None, {"max_new_tokens": 99999}
+    )
     with pytest.raises(RequestError, match=r"max_tokens=99999: .* exceed the model's"):
-        heard(engines, Work("smp-1", "base", asked))
+        heard(engines, EngineRequest("smp-1", "base", asked))
     assert len(engines.asked) == 1
 
 
@@ -132,12 +136,12 @@ def test_steps_that_take_too_long_end_in_a_timeout() -> None:
 
     async def slow() -> Any:
         try:
-            yield Step([], [])
+            yield StepOutput([], [])
             await asyncio.sleep(60)
         finally:
             ended.append(True)
 
-    async def listen() -> list[Step]:
+    async def listen() -> list[StepOutput]:
         return [step async for step in within(0.05, slow())]
 
     with pytest.raises(TimeoutError):

@@ -15,7 +15,7 @@ from parallelmind.engine.request import Event
 from parallelmind.engine.sampler import SamplingParams
 from parallelmind.errors import UserError
 from serving.__main__ import main
-from serving.engine.messages import Begun, Step
+from serving.engine.messages import BranchStarted, StepOutput
 
 VARIABLE = "PARALLELMIND_API_KEYS"
 
@@ -98,9 +98,9 @@ def test_the_rules_are_the_same_below_a_prefix(tmp_path: Path, monkeypatch: pyte
 
 def test_prompt_tokens_are_counted_as_usage_tells_them(tmp_path: Path) -> None:
     told = [
-        Step([], [Begun(0, [7], SamplingParams(), (1, 2))]),
-        Step([Event(0, "A", 65, "stop", pos2d=(1, 3))], []),
-        Step(
+        StepOutput([], [BranchStarted(0, [7], SamplingParams(), (1, 2))]),
+        StepOutput([Event(0, "A", 65, "stop", pos2d=(1, 3))], []),
+        StepOutput(
             [Event(1, "B", 66, "stop", pos2d=(2, 7))], []
         ),  # the branch that reads all others begins by its first token
     ]

@@ -16,9 +16,9 @@ from tiny import tiny_tokenizer
 from parallelmind.engine.engine import Engine
 from parallelmind.engine.request import Event as Said
 from parallelmind.engine.request import Sample
-from parallelmind.engine.validation import Asked
-from serving.engine.loop import Stuck
-from serving.engine.messages import Work
+from parallelmind.engine.validation import TokenizedRequest
+from serving.engine.loop import EngineStuckError
+from serving.engine.messages import EngineRequest
 
 
 def failing_engine(act: Callable[[], object]) -> Any:
@@ -40,11 +40,11 @@ def test_an_engine_that_fails_tells_everybody_and_takes_no_more() -> None:
     async def use() -> None:
         with started(failing_engine(lambda: None)) as stepper:
             number = stepper.begin(work(), None)
-            with pytest.raises(Stuck, match="no such luck"):
+            with pytest.raises(EngineStuckError, match="no such luck"):
                 await asyncio.wait_for(stepper.next(number), 10)
-            with pytest.raises(Stuck):
+            with pytest.raises(EngineStuckError):
                 stepper.begin(work(), None)
-            with pytest.raises(Stuck):
+            with pytest.raises(EngineStuckError):
                 stepper.check()
 
     asyncio.run(use())
@@ -59,10 +59,10 @@ def test_an_engine_that_does_not_come_back_from_a_step_is_not_healthy() -> None:
             stepper.check()
             number = stepper.begin(work(), None)
             await asyncio.sleep(0.3)
-            with pytest.raises(Stuck, match=r"more than 0.05 s"):
+            with pytest.raises(EngineStuckError, match=r"more than 0.05 s"):
                 stepper.check()
             go_on.set()
-            with suppress(Stuck):
+            with suppress(EngineStuckError):
                 await asyncio.wait_for(stepper.next(number), 10)
 
     asyncio.run(use())
@@ -103,10 +103,12 @@ def test_a_sample_is_not_over_before_its_last_word_has_been_told() -> None:
         engine = tiny_engine(ISOLATED, Ahead)
         assert isinstance(engine, Ahead)
         with started(engine) as stepper:
-            sample = Work(
+            sample = EngineRequest(
                 "smp-1",
                 "base",
-                Asked.of(tiny_tokenizer(), Sample([], [[5, 6]]), None, None, {"max_new_tokens": 2}),
+                TokenizedRequest.of(
+                    tiny_tokenizer(), Sample([], [[5, 6]]), None, None, {"max_new_tokens": 2}
+                ),
             )
             number = stepper.begin(sample, None)
             engine.computed.wait(10)  # and nobody listens meanwhile

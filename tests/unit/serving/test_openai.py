@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from tiny import tiny_tokenizer
 
 from serving.config import AppConfig
-from serving.ingress.preprocessor import Asker
+from serving.ingress.preprocessor import RequestPreprocessor
 from serving.protocol.openai import ChatRequest, CompletionRequest
 
 NAMING = "{% for m in messages %}{{ m['role'] }}{% if 'name' in m %} {{ m.name }}{% endif %}: {{ m.content }};{% endfor %}"
@@ -76,7 +76,7 @@ def test_an_answer_may_be_sent_back_as_it_came_and_the_template_reads_names() ->
         {"role": "user", "content": "me", "name": None},
     ]
     main, turn = (
-        Asker(AppConfig.of({"base_model": "tiny"}), tokenizer, 4096)
+        RequestPreprocessor(AppConfig.of({"base_model": "tiny"}), tokenizer, 4096)
         .chat(chat(messages=messages))
         .asked.tokens.split()
     )

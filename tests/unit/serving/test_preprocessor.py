@@ -14,15 +14,15 @@ from tiny import tiny_tokenizer
 import parallelmind as pm
 from parallelmind.engine.sampler import SamplingParams
 from serving.config import AppConfig
-from serving.engine.messages import Work
-from serving.ingress.preprocessor import Asker
-from serving.protocol.branches import BranchesRequest, Joining
+from serving.engine.messages import EngineRequest
+from serving.ingress.preprocessor import RequestPreprocessor
+from serving.protocol.branches import AddBranchRequest, BranchesRequest
 from serving.protocol.errors import refusal
 from serving.protocol.openai import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
-    Problem,
+    ErrorInfo,
     TokenizeRequest,
 )
 
@@ -32,10 +32,10 @@ TALK = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "
 
 def asker(
     context: int | None = 4096, template: str | None = TOKENIZER.chat_template, **settings: Any
-) -> Asker:
+) -> RequestPreprocessor:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
-    return Asker(AppConfig.of({"base_model": "tiny", **settings}), tokenizer, context)
+    return RequestPreprocessor(AppConfig.of({"base_model": "tiny", **settings}), tokenizer, context)
 
 
 def ids(text: str) -> list[int]:
@@ -43,26 +43,26 @@ def ids(text: str) -> list[int]:
     return found
 
 
-def parts(work: Work) -> list[list[int]]:
+def parts(work: EngineRequest) -> list[list[int]]:
     """Main and the branches."""
     return work.asked.tokens.split()
 
 
-def complete(to: Asker | None = None, **fields: Any) -> Work:
+def complete(to: RequestPreprocessor | None = None, **fields: Any) -> EngineRequest:
     return (to or asker()).completion(CompletionRequest(**{"model": "tiny", "prompt": "who", **fields}))
 
 
-def chat(to: Asker | None = None, **fields: Any) -> Work:
+def chat(to: RequestPreprocessor | None = None, **fields: Any) -> EngineRequest:
     return (to or asker()).chat(ChatRequest(**{"model": "tiny", "messages": TALK, **fields}))
 
 
-def branch(to: Asker | None = None, **fields: Any) -> Work:
+def branch(to: RequestPreprocessor | None = None, **fields: Any) -> EngineRequest:
     return (to or asker()).branches(
         BranchesRequest(**{"model": "tiny", "branches": [{"text": "who"}], **fields})
     )
 
 
-def problem(call: Any, *args: Any, **kwargs: Any) -> Problem:
+def problem(call: Any, *args: Any, **kwargs: Any) -> ErrorInfo:
     """How a client hears of what is refused."""
     with pytest.raises(pm.UserError) as error:
         call(*args, **kwargs)
@@ -141,7 +141,7 @@ def test_what_is_just_allowed_is_served() -> None:
         "7 tokens"
         in problem(branch, asker(**NARROW), branches=[{"text": [6]}], reduce=[7] * 6, max_tokens=5).message
     )
-    late = Joining(text=[5] * 6, max_tokens=50)
+    late = AddBranchRequest(text=[5] * 6, max_tokens=50)
     assert asker(**NARROW).joining(late)[0] == [5] * 6
     assert "7" in problem(asker(**NARROW).joining, late.model_copy(update={"text": [5] * 7})).message
 
@@ -184,8 +184,8 @@ def test_a_given_seed_is_kept_and_a_missing_one_is_drawn_anew() -> None:
     assert work.asked.last
     assert work.asked.params[0].seed == 0
     assert None not in (work.asked.params[1].seed, work.asked.last.params.seed)
-    assert asker().joining(Joining(text="a", seed=3))[1].seed == 3
-    assert asker().joining(Joining(text="a"))[1].seed is not None
+    assert asker().joining(AddBranchRequest(text="a", seed=3))[1].seed == 3
+    assert asker().joining(AddBranchRequest(text="a"))[1].seed is not None
 
 
 def test_requests_without_a_seed_are_drawn_otherwise_after_every_start(tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_a_template_that_cannot_be_used_is_told_in_one_line(template: str | None
 
 
 def test_an_answer_is_as_long_as_asked_or_else_as_the_context_has_room_for() -> None:
-    def most(to: Asker | None = None, **fields: Any) -> int:
+    def most(to: RequestPreprocessor | None = None, **fields: Any) -> int:
         return chat(to, **fields).asked.params[0].max_new_tokens
 
     read = sum(map(len, parts(chat())))

@@ -13,17 +13,17 @@ from asgi import TOLD, App, Reply, ask, counted, front
 from starlette.types import Message, Receive, Scope, Send
 
 from serving.config import Limits
-from serving.ingress.request_limits import Gate, Keys
-from serving.observability.metrics import FrontMeters
+from serving.ingress.request_limits import ApiKeys, RequestLimitsMiddleware
+from serving.observability.metrics import IngressMetrics
 
 WORK = "/v1/completions"
 LIMITS = Limits(max_requests=2, max_body_bytes=1024, max_header_bytes=1024, slow_client_s=0.05)
 UNKNOWN = "|one|Bearer|Bearer |Bearer three|Bearer on|Bearer one two|Bearer one,two|Bearer onë|Token one|Basic|Basic one|Basic !!"
 
 
-def gate(app: Any = None, keys: list[str] | None = None) -> tuple[Gate, FrontMeters]:
-    meters = FrontMeters()
-    return Gate(app or App(), LIMITS, Keys(keys or []), meters), meters
+def gate(app: Any = None, keys: list[str] | None = None) -> tuple[RequestLimitsMiddleware, IngressMetrics]:
+    meters = IngressMetrics()
+    return RequestLimitsMiddleware(app or App(), LIMITS, ApiKeys(keys or []), meters), meters
 
 
 def asked(*args: Any, app: Any = None, keys: list[str] | None = None, **kwargs: Any) -> Reply:
@@ -123,7 +123,7 @@ def test_who_has_sent_a_body_may_wait_for_its_answer_as_long_as_it_takes() -> No
     assert asked("POST", WORK, app=app).status == 200
 
 
-async def opened(served: Gate, app: App, path: str = WORK) -> asyncio.Task[Reply]:
+async def opened(served: RequestLimitsMiddleware, app: App, path: str = WORK) -> asyncio.Task[Reply]:
     """A request that is going on."""
     app.entered.clear()
     app.may_end.clear()

@@ -11,41 +11,43 @@ import pytest
 
 from parallelmind.engine.request import Event
 from parallelmind.engine.sampler import SamplingParams
-from parallelmind.engine.validation import Asked, Follower
+from parallelmind.engine.validation import ReduceSpec, TokenizedRequest
 from parallelmind.layout import Tokens
-from serving.engine.messages import Begun, Step, Work
+from serving.engine.messages import BranchStarted, EngineRequest, StepOutput
 from serving.protocol import branch_response as branch_answer
 from serving.protocol import response as answer
-from serving.protocol.errors import EngineLost, RequestError, busy
+from serving.protocol.errors import EngineLostError, RequestError, busy
 from serving.protocol.openai import fresh_id
 
 PARAMS = SamplingParams()
 LIKELY = ((65, -0.5), (66, -1.5))
-COMPLETION = answer.CompletionShape("cmpl-1", "tiny", chr)
-CHAT = answer.ChatShape("chatcmpl-1", "tiny", chr, lambda token: bytes([token]))
+COMPLETION = answer.CompletionFormatter("cmpl-1", "tiny", chr)
+CHAT = answer.ChatFormatter("chatcmpl-1", "tiny", chr, lambda token: bytes([token]))
 
 # Two branches that take turns: one ends by a stop text, whose first letter is held back, the other by its
 # length.
 STEPS = [
-    Step([], []),
-    Step([Event(0, "A", 65, None, -0.5, LIKELY), Event(1, "", 195, None, -1.5, LIKELY)], []),
-    Step([Event(1, "ü", 188, None, -0.25, LIKELY), Event(0, "", 66, None, -2.5, LIKELY)], []),
-    Step([Event(0, "BC", 67, "stop", -1.0, LIKELY), Event(1, "D", 68, "length", -2.0, LIKELY)], []),
+    StepOutput([], []),
+    StepOutput([Event(0, "A", 65, None, -0.5, LIKELY), Event(1, "", 195, None, -1.5, LIKELY)], []),
+    StepOutput([Event(1, "ü", 188, None, -0.25, LIKELY), Event(0, "", 66, None, -2.5, LIKELY)], []),
+    StepOutput([Event(0, "BC", 67, "stop", -1.0, LIKELY), Event(1, "D", 68, "length", -2.0, LIKELY)], []),
 ]
 PLAIN = [
-    Step([Event(each.branch, each.text, each.token, each.finish_reason) for each in step.events], step.begun)
+    StepOutput(
+        [Event(each.branch, each.text, each.token, each.finish_reason) for each in step.events], step.begun
+    )
     for step in STEPS
 ]
 
 
-async def played(steps: list[Step], error: Exception | None = None) -> AsyncIterator[Step]:
+async def played(steps: list[StepOutput], error: Exception | None = None) -> AsyncIterator[StepOutput]:
     for step in steps:
         yield step
     if error:
         raise error
 
 
-def whole(shape: answer.Shape, steps: list[Step]) -> dict[str, Any]:
+def whole(shape: answer.ResponseFormatter, steps: list[StepOutput]) -> dict[str, Any]:
     body = asyncio.run(answer.whole(shape, 5, played(steps)))
     return json.loads(json.dumps(body, allow_nan=False))  # as it travels
 
@@ -55,7 +57,10 @@ async def _listed(bodies: AsyncIterator[Any]) -> list[Any]:
 
 
 def streamed(
-    shape: answer.Shape, steps: list[Step], usage: bool = False, error: Exception | None = None
+    shape: answer.ResponseFormatter,
+    steps: list[StepOutput],
+    usage: bool = False,
+    error: Exception | None = None,
 ) -> list[dict[str, Any]]:
     """What a client reads, by its own rules, up to [DONE]."""
     text = "".join(
@@ -107,12 +112,12 @@ def test_logprobs_of_a_chat_tell_each_token_its_bytes_and_the_likeliest() -> Non
         (-2.0, top),
     ]
     assert found["content"][2]["token"] == "D"
-    bare = [Step([Event(0, "A", 65, "stop", -0.5)], [])]
+    bare = [StepOutput([Event(0, "A", 65, "stop", -0.5)], [])]
     assert whole(CHAT, bare)["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []
 
 
 @pytest.mark.parametrize("steps", [STEPS, PLAIN])
-def test_the_parts_of_a_stream_make_up_the_whole(steps: list[Step]) -> None:
+def test_the_parts_of_a_stream_make_up_the_whole(steps: list[StepOutput]) -> None:
     parts = streamed(COMPLETION, steps)
     for expected in whole(COMPLETION, steps)["choices"]:
         own = [choice for part in parts for choice in part["choices"] if choice["index"] == expected["index"]]
@@ -147,7 +152,7 @@ def test_the_first_part_of_each_branch_alone_says_the_role() -> None:
 
 
 @pytest.mark.parametrize("shape", [COMPLETION, CHAT])
-def test_a_stream_ends_with_the_usage_if_that_is_wanted(shape: answer.Shape) -> None:
+def test_a_stream_ends_with_the_usage_if_that_is_wanted(shape: answer.ResponseFormatter) -> None:
     assert not any("usage" in part for part in streamed(shape, PLAIN))
     *parts, last = streamed(shape, PLAIN, usage=True)
     assert not any("usage" in part for part in parts)
@@ -155,10 +160,10 @@ def test_a_stream_ends_with_the_usage_if_that_is_wanted(shape: answer.Shape) -> 
 
 
 @pytest.mark.parametrize("shape", [COMPLETION, CHAT])
-def test_a_cancelled_branch_has_stopped_as_far_as_openai_knows(shape: answer.Shape) -> None:
+def test_a_cancelled_branch_has_stopped_as_far_as_openai_knows(shape: answer.ResponseFormatter) -> None:
     steps = [
-        Step([Event(0, "A", 65)], []),
-        Step([Event(0, "", None, "cancelled"), Event(1, "", None, "cancelled")], []),
+        StepOutput([Event(0, "A", 65)], []),
+        StepOutput([Event(0, "", None, "cancelled"), Event(1, "", None, "cancelled")], []),
     ]
     body = whole(shape, steps)
     assert [choice["finish_reason"] for choice in body["choices"]] == ["stop", "stop"]
@@ -171,7 +176,7 @@ def test_a_cancelled_branch_has_stopped_as_far_as_openai_knows(shape: answer.Sha
 @pytest.mark.parametrize(
     ("error", "code", "kind"),
     [
-        (EngineLost(), "engine_lost", "server_error"),
+        (EngineLostError(), "engine_lost", "server_error"),
         (TimeoutError(), "timeout", "server_error"),
         (busy(), "overloaded", "rate_limit_error"),
         (ZeroDivisionError("secret"), "internal_error", "server_error"),
@@ -185,34 +190,36 @@ def test_a_failure_midway_is_the_last_event(error: Exception, code: str, kind: s
 
 
 def test_a_failure_before_the_end_of_a_whole_answer_is_raised() -> None:
-    for error in (EngineLost(), busy()):
-        with pytest.raises((EngineLost, RequestError)):
+    for error in (EngineLostError(), busy()):
+        with pytest.raises((EngineLostError, RequestError)):
             asyncio.run(answer.whole(COMPLETION, 5, played(PLAIN, error)))
 
 
 # A main of three, branches of two and of one; one of four joins, and one of two reads them all.
-WORK = Work(
+WORK = EngineRequest(
     fresh_id("smp"),
     "tiny",
-    Asked(Tokens.of([5, 6, 7], [[8, 9], [10]]), [PARAMS] * 2, Follower([11, 12], PARAMS)),
+    TokenizedRequest(Tokens.of([5, 6, 7], [[8, 9], [10]]), [PARAMS] * 2, ReduceSpec([11, 12], PARAMS)),
 )
-BEGUN = [Begun(0, [8, 9], PARAMS, (128, 3)), Begun(1, [10], PARAMS, (256, 3))]
-LATE = Begun(2, [1, 2, 3, 4], PARAMS, (384, 6))
+BEGUN = [BranchStarted(0, [8, 9], PARAMS, (128, 3)), BranchStarted(1, [10], PARAMS, (256, 3))]
+LATE = BranchStarted(2, [1, 2, 3, 4], PARAMS, (384, 6))
 TOLD = [
-    Step([], BEGUN),
-    Step([Event(0, "A", 65, pos2d=(128, 5)), Event(1, "B", 66, "stop", -0.5, LIKELY, pos2d=(256, 4))], []),
-    Step([Event(0, "a", 97, "length", pos2d=(128, 6))], [LATE]),
-    Step([Event(2, "C", 67, pos2d=(384, 10)), Event(2, "", None, "cancelled")], []),
-    Step([Event(3, "D", 68, pos2d=(512, 13)), Event(3, "E", 69, "stop", pos2d=(512, 14))], []),
+    StepOutput([], BEGUN),
+    StepOutput(
+        [Event(0, "A", 65, pos2d=(128, 5)), Event(1, "B", 66, "stop", -0.5, LIKELY, pos2d=(256, 4))], []
+    ),
+    StepOutput([Event(0, "a", 97, "length", pos2d=(128, 6))], [LATE]),
+    StepOutput([Event(2, "C", 67, pos2d=(384, 10)), Event(2, "", None, "cancelled")], []),
+    StepOutput([Event(3, "D", 68, pos2d=(512, 13)), Event(3, "E", 69, "stop", pos2d=(512, 14))], []),
 ]
 USAGE = {"prompt_tokens": 3 + 2 + 1 + 4 + 2, "completion_tokens": 6, "total_tokens": 18}
 
 
-def branches_whole(steps: list[Step]) -> dict[str, Any]:
+def branches_whole(steps: list[StepOutput]) -> dict[str, Any]:
     return asyncio.run(branch_answer.whole(WORK, played(steps)))
 
 
-def branches_streamed(steps: list[Step]) -> list[dict[str, Any]]:
+def branches_streamed(steps: list[StepOutput]) -> list[dict[str, Any]]:
     return asyncio.run(_listed(branch_answer.parts(WORK, played(steps))))
 
 
@@ -268,7 +275,7 @@ def test_a_stream_of_branches_tells_each_beginning_before_its_words() -> None:
 
 def test_what_comes_late_and_all_at_once_says_the_same() -> None:
     together = [
-        Step(
+        StepOutput(
             [event for step in TOLD for event in step.events],
             [begun for step in TOLD for begun in step.begun],
         )
@@ -278,7 +285,7 @@ def test_what_comes_late_and_all_at_once_says_the_same() -> None:
 
 
 def test_one_who_reads_all_others_and_is_cancelled_before_a_word_has_said_nothing() -> None:
-    steps = [*TOLD[:-1], Step([Event(3, "", None, "cancelled")], [])]
+    steps = [*TOLD[:-1], StepOutput([Event(3, "", None, "cancelled")], [])]
     deltas = [delta for event in branches_streamed(steps) for delta in event.get("deltas", [])]
     assert {delta["index"] for delta in deltas} == {0, 1, 2}
     assert [each["finish_reason"] for each in branches_whole(steps)["branches"]] == [

@@ -15,11 +15,11 @@ from pydantic import ValidationError
 from ray.serve.config import AutoscalingContext
 
 import serving
-from parallelmind.engine.scheduler import Load
+from parallelmind.engine.scheduler import EngineStats
 from parallelmind.errors import UserError
 from serving.config import AppConfig
-from serving.engine.autoscaling import ByBranches
-from serving.observability.metrics import EngineMeters, FrontMeters, Meters, exposition
+from serving.engine.autoscaling import BranchLoadPolicy
+from serving.observability.metrics import EngineMetrics, IngressMetrics, Meters, exposition
 from serving.protocol.branches import BranchesRequest
 from serving.protocol.openai import ChatRequest, CompletionRequest
 
@@ -191,7 +191,7 @@ def wanted(
     fields = "deployment_id deployment_name app_name current_num_replicas target_num_replicas running_replicas raw_metrics "
     fields += "capacity_adjusted_min_replicas capacity_adjusted_max_replicas policy_state last_scale_up_time "
     rest: Any = dict.fromkeys((fields + "last_scale_down_time current_time config").split())
-    return ByBranches(16)(
+    return BranchLoadPolicy(16)(
         AutoscalingContext(
             total_num_requests=requests, total_queued_requests=queued, aggregated_metrics=found, **rest
         )
@@ -219,14 +219,14 @@ def parsed(processes: dict[str, Meters]) -> dict[str, Any]:
 
 
 def test_meters_of_all_processes_are_read_as_one() -> None:
-    front = FrontMeters()
+    front = IngressMetrics()
     front.requests.labels("/v1/completions", "200").inc(3)
     front.tokens.labels('ti"ny\n', "prompt").inc(7)
     front.first.labels("tiny").observe(0.03)
     engines = []
     for live in (2, 5):
-        load = Load(1, 3, 1, live, 10, 20, 1024, 0.5)
-        engines.append(EngineMeters(lambda load=load: load, lambda: 1))  # type: ignore[misc]
+        load = EngineStats(1, 3, 1, live, 10, 20, 1024, 0.5)
+        engines.append(EngineMetrics(lambda load=load: load, lambda: 1))  # type: ignore[misc]
         engines[-1].stepped(0.3, 0.25)
         engines[-1].stepped(60, 1)
     found = parsed({"front": front, "one": engines[0], "two": engines[1]})
@@ -261,13 +261,13 @@ def test_meters_of_all_processes_are_read_as_one() -> None:
 
 
 def test_nothing_that_has_happened_is_valid_as_well() -> None:
-    found = parsed({"front": FrontMeters()})
+    found = parsed({"front": IngressMetrics()})
     assert found["parallelmind_open_requests"].samples[0].value == 0
     assert exposition({}) == b""
 
 
 def test_the_dashboard_asks_for_meters_that_exist() -> None:
-    front, engine = FrontMeters(), EngineMeters(lambda: Load(0, 0, 0, 0, 0, 0, 0, 0.0), lambda: 0)
+    front, engine = IngressMetrics(), EngineMetrics(lambda: EngineStats(0, 0, 0, 0, 0, 0, 0, 0.0), lambda: 0)
     known = {family.name for each in (front, engine) for family in each.families()}
     asked = set(
         re.findall(r"parallelmind_[a-z_]+", (Path(serving.__file__).parent / "grafana.json").read_text())

@@ -15,12 +15,12 @@ from transformers import PreTrainedTokenizerFast
 from parallelmind.engine.request import Event
 from parallelmind.engine.sampler import SamplingParams
 from serving.config import AppConfig
-from serving.engine.messages import Begun, Step
-from serving.ingress.preprocessor import Asker
+from serving.engine.messages import BranchStarted, StepOutput
+from serving.ingress.preprocessor import RequestPreprocessor
 
 
-def asker(tokenizer: Any) -> Asker:
-    return Asker(AppConfig.of({"base_model": "tiny"}), tokenizer, None)
+def asker(tokenizer: Any) -> RequestPreprocessor:
+    return RequestPreprocessor(AppConfig.of({"base_model": "tiny"}), tokenizer, None)
 
 
 def test_a_vocabulary_of_bytes_tells_them_all() -> None:
@@ -44,8 +44,8 @@ def test_a_vocabulary_of_characters_tells_its_single_bytes_and_no_more() -> None
 def test_a_chat_is_told_half_a_character_as_its_byte(tmp_path: Path) -> None:
     first = tiny_tokenizer()("ü").input_ids[0]
     told = [
-        Step([], [Begun(0, [5], SamplingParams(), (0, 0))]),
-        Step([Event(0, "", first, "length", -0.5, ((first, -0.5), (299 + 7, -9.0)))], []),
+        StepOutput([], [BranchStarted(0, [5], SamplingParams(), (0, 0))]),
+        StepOutput([Event(0, "", first, "length", -0.5, ((first, -0.5), (299 + 7, -9.0)))], []),
     ]
     body = {
         "model": "tiny",

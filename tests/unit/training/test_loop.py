@@ -20,7 +20,7 @@ from tiny import tiny_llama
 from parallelmind.config import TrainConfig
 from parallelmind.errors import UserError
 from parallelmind.model import attention
-from parallelmind.remote import Mirror
+from parallelmind.remote import RemoteDir
 from parallelmind.training import checkpoint, loop
 from parallelmind.training.loop import train
 from parallelmind.training.step import learning_rate
@@ -45,7 +45,7 @@ def test_attention_is_told_once_for_all_shorter_batches(monkeypatch: pytest.Monk
         attention, "attention_for", lambda _, limit, __: "flex_attention" if limit > 256 else "sdpa"
     )
     lines: list[str] = []
-    say = attention.Announcer(tiny_llama(), torch.float32, lines.append)
+    say = attention.AttentionLogger(tiny_llama(), torch.float32, lines.append)
     batches: list[Any] = [
         SimpleNamespace(ids=np.zeros((1, length))) for length in (64, 32, 512, 16, 256, 100, 300)
     ]
@@ -213,7 +213,7 @@ def test_an_epoch_that_was_planned_wrong_is_counted_for_those_to_come(tmp_path: 
     rates = []
     for planned in (6, 2):
         hooks = Recorder()
-        store = checkpoint.Store(Mirror(tmp_path / str(planned)), 99)
+        store = checkpoint.CheckpointManager(RemoteDir(tmp_path / str(planned)), 99)
         train(replace(job(settings, hooks, store=store), per_epoch=planned))
         store.close()
         rates.append([hooks.metrics[step]["learning_rate"] for step in sorted(hooks.metrics)])

@@ -25,7 +25,7 @@ from parallelmind.model.patch import patch
 from parallelmind.model.structure import causal_lm
 from parallelmind.training import loss as loss_module
 from parallelmind.training.loss import TargetLoss, decoder_inputs, target_loss, to_tensors
-from parallelmind.training.step import backward, learning_rate, trainable
+from parallelmind.training.step import accumulate_gradients, learning_rate, trainable
 
 ROPE = RopeConfig()
 
@@ -94,7 +94,7 @@ def gradients(model: nn.Module, parts: list[list[Batch]]) -> list[Tensor]:
     targets = 0.0
     for batches in parts:
         model.zero_grad()
-        targets += backward(TargetLoss(model, "columnar"), iter(batches), len(batches)).targets
+        targets += accumulate_gradients(TargetLoss(model, "columnar"), iter(batches), len(batches)).targets
         for total, weight in zip(sums, trainable(model), strict=True):
             total += 0 if weight.grad is None else weight.grad
     return [total / targets for total in sums]
@@ -162,7 +162,7 @@ def test_no_logits_without_a_target_and_one_mask_for_all_layers():
     batch = make_batch([answers_only(sample(n, 40, [9, 7, 8, 6])) for n in range(2)], ROPE, pad_id=0)
     tokens = batch.ids.shape[1]
     with Outputs() as outputs:
-        backward(TargetLoss(model, ROPE.visibility), iter([batch]), 1)
+        accumulate_gradients(TargetLoss(model, ROPE.visibility), iter([batch]), 1)
     weights = {shape for weight in model.parameters() for shape in (weight.shape, weight.shape[::-1])}
     logits = [
         out

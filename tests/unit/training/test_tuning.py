@@ -17,8 +17,8 @@ from parallelmind.config import BaseConfig, LoraConfig, TrainConfig
 from parallelmind.errors import UserError
 from parallelmind.model.adapter import (
     add_lora,
-    fill,
     load_model_with_lora,
+    load_weights,
     read_manifest,
     resume_adapter,
     save_adapter,
@@ -113,13 +113,13 @@ def test_weights_from_elsewhere_are_saved_in_place_of_the_models_own(
 def test_a_whole_model_is_filled_like_an_adapter() -> None:
     saved = {name: weight.clone() for name, weight in trained_weights(tiny_llama(seed=1)).items()}
     model = patched()
-    fill(model, saved, "checkpoint")
+    load_weights(model, saved, "checkpoint")
     assert torch.equal(logits(model), logits_of_seed_one())
     with pytest.raises(UserError, match="^checkpoint: .*do not agree on lm_head.weight"):
-        fill(model, {**saved, "lm_head.weight": torch.zeros(1, 64)}, "checkpoint")
+        load_weights(model, {**saved, "lm_head.weight": torch.zeros(1, 64)}, "checkpoint")
     saved.pop("lm_head.weight")
     with pytest.raises(UserError, match="^checkpoint: .*do not agree on lm_head.weight"):
-        fill(model, saved, "checkpoint")
+        load_weights(model, saved, "checkpoint")
 
 
 def logits_of_seed_one() -> Tensor:

@@ -21,7 +21,7 @@ from parallelmind.errors import UserError
 from workloads.doctor import command as doctor
 from workloads.doctor import local_checks as doctor_checks
 from workloads.doctor.command import Check
-from workloads.doctor.local_checks import DoctorConfig, Finding
+from workloads.doctor.local_checks import CheckResult, DoctorConfig
 
 
 @pytest.fixture(autouse=True)
@@ -163,10 +163,10 @@ def test_little_room_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_rests_on_a_failed_check_is_skipped_with_the_reason() -> None:
-    def fails(_: DoctorConfig) -> Finding:
+    def fails(_: DoctorConfig) -> CheckResult:
         raise UserError("field=1: is wrong; set field=2")
 
-    def breaks(_: DoctorConfig) -> Finding:
+    def breaks(_: DoctorConfig) -> CheckResult:
         raise KeyError("x")
 
     checks = [Check("a", fails), Check("b", breaks), Check("c", fails, ("a", "b")), Check("d", fails, ("c",))]
@@ -184,7 +184,7 @@ def test_only_a_failed_check_gives_exit_1(
 ) -> None:
     for status in ("ok", "warn", "skip", "FAIL"):
         monkeypatch.setattr(
-            doctor, "CHECKS", [Check("a", lambda _, status=status: Finding("a", status, "so"))]
+            doctor, "CHECKS", [Check("a", lambda _, status=status: CheckResult("a", status, "so"))]
         )
         if status == "FAIL":
             with pytest.raises(SystemExit, match="1"):

@@ -10,7 +10,7 @@ from generating import rows
 from tiny import save_tiny, tiny_tokenizer
 
 from parallelmind import cli
-from parallelmind.errors import Notice, UserError
+from parallelmind.errors import UserError, UserNotice
 from parallelmind.evaluation import tiny_models as model_tiny
 from workloads import chat
 from workloads.generate import command as generate
@@ -62,13 +62,13 @@ def test_a_model_without_branches_is_refused_with_a_remedy_that_works(tmp_path, 
     ]
     with pytest.raises(UserError, match="recurrent .*patch_rope=false"):
         generate.main(given)
-    with pytest.warns(Notice, match="jamba keeps a recurrent"):
+    with pytest.warns(UserNotice, match="jamba keeps a recurrent"):
         generate.main([*given, "patch_rope=false"])
     assert len(rows(capsys.readouterr().out)[0]["outputs"]) == 2
 
 
 def test_a_notice_is_one_line_without_a_place_in_the_code():
-    assert cli._one_line(Notice("mind this"), Notice, "file.py", 3) == "note: mind this\n"
+    assert cli._one_line(UserNotice("mind this"), UserNotice, "file.py", 3) == "note: mind this\n"
     assert "file.py:3" in cli._one_line(UserWarning("theirs"), UserWarning, "file.py", 3, line="code")
 
 

@@ -12,14 +12,14 @@ from ray.tune.schedulers import TrialScheduler
 from parallelmind import cli
 from parallelmind.config import resolve
 from parallelmind.errors import UserError
-from parallelmind.remote import Mirror
+from parallelmind.remote import RemoteDir
 from workloads.common.stopping import StopFile
 from workloads.sweep import command as sweep
 from workloads.sweep.config import SweepConfig, check
 from workloads.sweep.journal import Journal
 from workloads.sweep.search import point, winner
 from workloads.sweep.trial_table import Trial
-from workloads.sweep.tune import Referee, Suggestions
+from workloads.sweep.tune import JournalingScheduler, JournalSearcher
 from workloads.train.command import STOP
 
 LOSS, TAX = "validation/loss_1", "validation/branch_tax_8"
@@ -177,7 +177,7 @@ def test_the_winner_has_the_lowest_sum_over_its_seeds() -> None:
 
 
 def test_a_journal_is_read_back_and_a_cut_line_never_was(tmp_path: Path) -> None:
-    journal = Journal(Mirror(tmp_path / "journal.jsonl"))
+    journal = Journal(RemoteDir(tmp_path / "journal.jsonl"))
     journal.note(mlflow_key="k")
     journal.begin(0, {"lora_rank": 4, "seed": 0})
     journal.placed(0, "folder", "run")
@@ -195,28 +195,28 @@ def test_a_journal_is_read_back_and_a_cut_line_never_was(tmp_path: Path) -> None
 
 
 def test_what_was_begun_is_gone_on_with_before_anything_new(tmp_path: Path) -> None:
-    settings, journal = config(seeds=[1, 2]), Journal(Mirror(tmp_path / "journal.jsonl"))
-    first = Suggestions(settings, journal)
+    settings, journal = config(seeds=[1, 2]), Journal(RemoteDir(tmp_path / "journal.jsonl"))
+    first = JournalSearcher(settings, journal)
     begun = [first.suggest("") for _ in range(3)]
     assert [each["settings"] for each in begun] == [  # type: ignore[index]
         {"lora_rank": 4, "seed": 1}, {"lora_rank": 4, "seed": 2}, {"lora_rank": 8, "seed": 1}
     ]  # fmt: skip
     journal.end(1, "finished")
-    again = Suggestions(settings, Journal.read(journal.file))
+    again = JournalSearcher(settings, Journal.read(journal.file))
     handed = [again.suggest("") for _ in range(4)]
     assert [each["number"] for each in handed[:3]] == [0, 2, 3]  # type: ignore[index]
     assert handed[3] == "FINISHED"
 
 
 def test_what_failed_is_repeated_once_all_have_ended(tmp_path: Path) -> None:
-    settings, journal = config(), Journal(Mirror(tmp_path / "journal.jsonl"))
-    first = Suggestions(settings, journal)
+    settings, journal = config(), Journal(RemoteDir(tmp_path / "journal.jsonl"))
+    first = JournalSearcher(settings, journal)
     assert not first.over()
     for number, status in enumerate(("failed", "finished")):
         first.suggest("")
         journal.end(number, status)  # type: ignore[arg-type]
         assert first.over() == (number == 1)
-    again = Suggestions(settings, Journal.read(journal.file))
+    again = JournalSearcher(settings, Journal.read(journal.file))
     assert not again.over()
     assert [again.suggest(""), again.suggest("")] == [
         {"number": 0, "settings": {"lora_rank": 4, "seed": 0}, "data": None}, "FINISHED"
@@ -232,27 +232,27 @@ class _Tuned:
 
 @pytest.mark.parametrize("ending", [False, True])
 def test_a_trial_that_was_starting_at_a_stop_is_stopped_too(tmp_path: Path, ending: bool) -> None:
-    journal = Journal(Mirror(tmp_path / "journal.jsonl"))
+    journal = Journal(RemoteDir(tmp_path / "journal.jsonl"))
     journal.begin(0, {})
-    referee = Referee(config(), journal, lambda: None)
+    referee = JournalingScheduler(config(), journal, lambda: None)
     referee.ending = ending
     trial: Any = _Tuned(0)
     referee.on_trial_result(None, trial, {"folder": str(tmp_path / "trial"), "run_id": "run"})
-    assert StopFile(Mirror(tmp_path / "trial" / STOP)).found() == ending
+    assert StopFile(RemoteDir(tmp_path / "trial" / STOP)).found() == ending
 
 
 def test_all_trials_have_the_data_of_the_first(tmp_path: Path) -> None:
-    journal = Journal(Mirror(tmp_path / "journal.jsonl"))
+    journal = Journal(RemoteDir(tmp_path / "journal.jsonl"))
     suggestions, referee, trial = (
-        Suggestions(config(), journal),
-        Referee(config(), journal, lambda: None),
+        JournalSearcher(config(), journal),
+        JournalingScheduler(config(), journal, lambda: None),
         _Tuned(0),
     )
     assert suggestions.suggest("")["data"] is None  # type: ignore[index, call-overload]
     for data in ("first", "other"):
         told = {"folder": "trial", "run_id": "run", "data": data}
         referee.on_trial_result(None, trial, told)  # type: ignore[arg-type]
-    assert Suggestions(config(), Journal.read(journal.file)).suggest("")["data"] == "first"  # type: ignore[index, call-overload]
+    assert JournalSearcher(config(), Journal.read(journal.file)).suggest("")["data"] == "first"  # type: ignore[index, call-overload]
 
 
 def _reports(count: int) -> list[tuple[int, int, float]]:
@@ -269,7 +269,7 @@ def test_who_is_stopped_does_not_depend_on_an_interruption(tmp_path: Path, stopp
         stopping=stopping, grace_steps=10, metrics=[LOSS], space={"lora_rank": list(range(1, 9))}
     )
 
-    def judged(referee: Referee, journal: Journal, reports: list[tuple[int, int, float]]) -> None:
+    def judged(referee: JournalingScheduler, journal: Journal, reports: list[tuple[int, int, float]]) -> None:
         for number, step, loss in reports:
             if not journal.trials[number].over:
                 decision = referee.on_trial_result(None, _Tuned(number), {"step": step, LOSS: loss})  # type: ignore[arg-type]
@@ -277,13 +277,13 @@ def test_who_is_stopped_does_not_depend_on_an_interruption(tmp_path: Path, stopp
 
     ends = []
     for name, parts in (("whole", [_reports(8)]), ("cut", [_reports(8)[:cut], _reports(8)[cut:]])):
-        path = Mirror(tmp_path / f"{name}.jsonl")
-        begun = Suggestions(settings, Journal.read(path))
+        path = RemoteDir(tmp_path / f"{name}.jsonl")
+        begun = JournalSearcher(settings, Journal.read(path))
         for _ in range(8):
             begun.suggest("")
         for part in parts:
             journal = Journal.read(path)
-            judged(Referee(settings, journal, lambda: None), journal, part)
+            judged(JournalingScheduler(settings, journal, lambda: None), journal, part)
         ends.append({number: trial.status for number, trial in Journal.read(path).trials.items()})
     assert ends[0] == ends[1]
     assert "stopped" in ends[0].values()

@@ -13,7 +13,7 @@ import ray.train
 from parallelmind.config import TrainConfig
 from parallelmind.config.yaml_file import save_yaml
 from parallelmind.errors import UserError
-from parallelmind.remote import Mirror
+from parallelmind.remote import RemoteDir
 from parallelmind.tracking import Tracker
 from workloads.train import command as train
 from workloads.train import driver as train_driver
@@ -185,5 +185,5 @@ def test_code_and_losses_are_on_record(tmp_path: Path) -> None:
         tracker.log_metrics(
             {"loss": 3 / step, **({"validation/loss_4": 4 / step} if step % 4 == 0 else {})}, step
         )
-    picture = keep_losses(Mirror(tmp_path), tracker)
+    picture = keep_losses(RemoteDir(tmp_path), tracker)
     assert picture.folder.read_bytes().startswith(b"\x89PNG")

@@ -13,7 +13,7 @@ from looping import config, fresh_model
 from mlflow.tracking import MlflowClient
 from tiny import tiny_tokenizer
 
-from parallelmind.remote import Mirror
+from parallelmind.remote import RemoteDir
 from parallelmind.tracking import Tracker
 from parallelmind.training.outcome import Outcome
 from workloads.train import worker as train_worker
@@ -31,7 +31,7 @@ class End:
         self.config = config(
             output_dir=str(folder / "runs"), name="cut", data_path=str(folder / "none.jsonl")
         )
-        self.place = Mirror(Path(self.config.output_dir) / f"cut-{self.config.fingerprint()[:8]}")
+        self.place = RemoteDir(Path(self.config.output_dir) / f"cut-{self.config.fingerprint()[:8]}")
         self.uri = f"sqlite:///{folder}/mlflow.db"
 
     def reach(self) -> None:
@@ -67,7 +67,7 @@ class End:
         (Tracker, "log_folder", False),
         (train_worker, "keep_losses", False),
         (Tracker, "finish", False),
-        (Mirror, "push", True),  # the first thing after the name has appeared, beside that of the picture
+        (RemoteDir, "push", True),  # the first thing after the name has appeared, beside that of the picture
     ],
 )
 def test_a_run_that_is_killed_at_its_end_is_whole_after_the_same_command(

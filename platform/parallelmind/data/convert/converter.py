@@ -10,7 +10,7 @@ from typing import Any, Literal, Self, get_args
 from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
-from parallelmind.config import Part
+from parallelmind.config import FrozenConfig
 from parallelmind.data.convert.chat import Chat, messages_at
 from parallelmind.data.convert.chunks import chunks
 from parallelmind.data.convert.items import Bad, Converted, Item, each, text_at
@@ -26,7 +26,7 @@ _PAIRS = (("prompt", "response"), ("prompt", "completion"), ("prompt", "output")
 _CHOICES = ", ".join(get_args(Source))
 
 
-class ConvertSettings(Part):
+class ConvertSettings(FrozenConfig):
     """How source records are read and what they become."""
 
     source: Literal[Source, "auto"] = Field(
