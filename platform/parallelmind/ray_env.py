@@ -22,7 +22,7 @@ set_env_defaults(
     }
 )
 # For a cluster of our own; one that is joined has made its own choice.
-OWN_CLUSTER = {
+LOCAL_CLUSTER_ENV = {
     "RAY_AUTH_MODE": "token",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # raylets listen on 127.0.0.1 only
     # On two cores bookkeeping that nobody looks at costs a tenth of the work.
@@ -34,4 +34,4 @@ OWN_CLUSTER = {
     "RAY_worker_maximum_startup_concurrency": "8",
 }
 # For whoever had better be told than wait: by itself MLflow asks a server that is away for minutes.
-MLFLOW_AWAY = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+MLFLOW_FAIL_FAST_ENV = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}

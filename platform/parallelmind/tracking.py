@@ -90,7 +90,7 @@ class Tracker:
     @functools.cached_property
     def _logged(self) -> dict[str, int]:
         """The last step of every metric."""
-        return {key: self.history(key)[-1][0] for key in self.metric_names()}
+        return {key: self.metric_history(key)[-1][0] for key in self.metric_names()}
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """One point per metric; values that are not finite are left out (MLflow's SQL store would refuse or
@@ -110,7 +110,7 @@ class Tracker:
     def metric_names(self) -> list[str]:
         return sorted(self._client.get_run(self.run_id).data.metrics)
 
-    def history(self, key: str) -> list[tuple[int, float]]:
+    def metric_history(self, key: str) -> list[tuple[int, float]]:
         """(step, value) of every point of a metric, by step."""
         return sorted(
             (point.step, point.value) for point in self._client.get_metric_history(self.run_id, key)
@@ -158,7 +158,7 @@ def _root_reason(error: BaseException) -> str:
     return first_line(root or error)
 
 
-def try_out(uri: str, experiment: str) -> bool:
+def check_store(uri: str, experiment: str) -> bool:
     """Begin a run, log to it, read that back and remove the run; returns whether no trace of it is left.
 
     It goes into the experiment if that is there, else into any other. Raises UserError if the tracking store
@@ -210,14 +210,14 @@ def _log_params(client: MlflowClient, run_id: str, values: Mapping[str, Any]) ->
         client.log_batch(run_id, params=params[first : first + _PARAMS_AT_ONCE])
 
 
-class Registered(NamedTuple):
+class ModelVersion(NamedTuple):
     """A version of a registered model, and the artifact that it is."""
 
     version: str
     source: str
 
 
-def register(uri: str, run_id: str, artifact: str, name: str, alias: str) -> str:
+def register_model(uri: str, run_id: str, artifact: str, name: str, alias: str) -> str:
     """Make a run's folder a version of a registered model, unless it is one, and give it an alias; returns
     the version.
     """
@@ -238,7 +238,7 @@ def register(uri: str, run_id: str, artifact: str, name: str, alias: str) -> str
     return str(version)
 
 
-def registered(uri: str, model: str) -> Registered:
+def find_model_version(uri: str, model: str) -> ModelVersion:
     """What models:/NAME@ALIAS or models:/NAME/VERSION means now. Raises UserError where nothing has that
     name.
     """
@@ -250,7 +250,7 @@ def registered(uri: str, model: str) -> Registered:
         else:
             name, _, version = name.partition("/")
             found = client.get_model_version(name, version)
-        return Registered(
+        return ModelVersion(
             str(found.version), client.get_model_version_download_uri(found.name, found.version)
         )
     except (MlflowException, SQLAlchemyError) as error:
@@ -259,7 +259,7 @@ def registered(uri: str, model: str) -> Registered:
         ) from error
 
 
-def fetch(uri: str, source: str, folder: Path) -> Path:
+def download_artifact(uri: str, source: str, folder: Path) -> Path:
     """Copy an artifact into a folder; returns where it is. Raises UserError if it cannot be read."""
     try:
         return Path(download_artifacts(artifact_uri=source, dst_path=str(folder), tracking_uri=uri))

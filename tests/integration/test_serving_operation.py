@@ -53,7 +53,7 @@ def registry(folders: list[Path]) -> str:
     for number, folder in enumerate(folders):
         run = tracking.Tracker.start(uri, "test", f"run{number}", Nothing(), key=str(number))
         run.log_folder(folder, "adapter")
-        tracking.register(uri, run.run_id, "adapter", "demo", ["champion", "challenger"][number])
+        tracking.register_model(uri, run.run_id, "adapter", "demo", ["champion", "challenger"][number])
     return uri
 
 

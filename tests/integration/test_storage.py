@@ -24,7 +24,7 @@ from processes import kill
 from tiny import save_tiny
 
 from parallelmind.storage import sha256
-from parallelmind.tracking import fetch, registered
+from parallelmind.tracking import download_artifact, find_model_version
 from serving.runtime.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -226,7 +226,7 @@ def test_artifacts_and_models_go_through_an_mlflow_server(
         settings = [f"train.mlflow_uri={url}", f"name={kind}", "register_as=tiny"]
         told = said(start(place, bucket, "first", "sweep", "sweep.yaml", *settings))
         assert "model    models:/tiny@champion, version 1" in told
-        found = registered(url, "models:/tiny@champion")
-        folder = fetch(url, found.source, tmp_path)
+        found = find_model_version(url, "models:/tiny@champion")
+        folder = download_artifact(url, found.source, tmp_path)
         assert (folder / "adapter_model.safetensors").is_file()
     assert any(key.endswith("adapter/parallelmind.json") for key in keys(bucket, "mlflow/"))

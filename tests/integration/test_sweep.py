@@ -20,7 +20,7 @@ from tiny import save_tiny
 
 from parallelmind.model.adapter import load_model_with_lora
 from parallelmind.remote import RemoteDir
-from parallelmind.tracking import registered
+from parallelmind.tracking import find_model_version
 from workloads.sweep.journal import Journal
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -141,7 +141,7 @@ def _check_tracking(place: Path, journal: Journal) -> None:
     best = journal.trials[0]
     steps = [point.step for point in client.get_metric_history(str(best.run_id), "validation/loss_1")]
     assert steps == sorted(set(steps))
-    version = registered(uri, "models:/parallelmind@champion")
+    version = find_model_version(uri, "models:/parallelmind@champion")
     assert version.version == "1"
     model, _ = load_model_with_lora(
         lora_path=str(Path(str(best.folder)) / "adapter"), base_model=str(place / "tiny")

@@ -164,5 +164,5 @@ def test_a_folder_of_this_machine_is_itself(tmp_path: Path) -> None:
 def test_a_run_elsewhere_is_asked_to_stop(uri: str) -> None:
     file = RemoteDir.at(f"{uri}/run").inner("STOP")
     assert not file.folder.parent.exists()
-    StopFile(file).ask()
+    StopFile(file).request()
     assert file.read() == b""

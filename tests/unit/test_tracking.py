@@ -75,8 +75,8 @@ def test_what_is_repeated_after_an_interruption_is_logged_once(tmp_path: Path) -
     for step in (2, 3, 4):
         again.log_metrics({"loss": 10.0 + step, "validation/loss_1": 1.0}, step)
         again.log_metrics({"loss": 20.0}, step)
-    assert again.history("loss") == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 14.0)]
-    assert [step for step, _ in again.history("validation/loss_1")] == [2, 3, 4]
+    assert again.metric_history("loss") == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 14.0)]
+    assert [step for step, _ in again.metric_history("validation/loss_1")] == [2, 3, 4]
     assert again.metric_names() == ["loss", "validation/loss_1"]
 
 
@@ -101,9 +101,11 @@ def test_a_run_that_has_ended_keeps_its_time(tmp_path: Path) -> None:
 def test_a_model_is_registered_once_and_what_cannot_be_is_an_error(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     run = Tracker.start(uri, "tests", "one", CONFIG, "key").run_id
-    assert [tracking.register(uri, run, "adapter", "mine", alias) for alias in ("champion", "other")] == [
+    assert [
+        tracking.register_model(uri, run, "adapter", "mine", alias) for alias in ("champion", "other")
+    ] == [
         "1",
         "1",
     ]
     with pytest.raises(MlflowException, match="Invalid model name"):
-        tracking.register(uri, run, "adapter", "org/mine", "champion")
+        tracking.register_model(uri, run, "adapter", "org/mine", "champion")

@@ -147,25 +147,25 @@ def _name_cluster(folder: Path) -> None:
     (folder / "ray" / "ray_current_cluster").write_text(ray.get_runtime_context().gcs_address)
 
 
-def cpus() -> float:
-    return reachable("CPU") or 1.0
+def total_cpus() -> float:
+    return capacity("CPU") or 1.0
 
 
-def threads(processes: int) -> int:
+def threads_per_process(processes: int) -> int:
     """For each of so many that compute at a time; $OMP_NUM_THREADS decides where it is set. A node may have
     fewer cores.
     """
-    return int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, int(cpus()) // processes)
+    return int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, int(total_cpus()) // processes)
 
 
-def share(workers: int) -> float:
+def cpus_per_worker(workers: int) -> float:
     """CPUs for each worker: half of all at most, because the readers of Ray Data need some too, or everything
     waits for ever.
     """
-    return max(0.01, round(min(0.5, cpus() / (2 * workers)), 2))
+    return max(0.01, round(min(0.5, total_cpus() / (2 * workers)), 2))
 
 
-def share_of_a_node(workers: int) -> float:
+def cpus_per_elastic_worker(workers: int) -> float:
     """CPUs for each worker where their number follows the nodes: over half of what is its own of a node.
 
     So another one, of a lost node, does not fit beside it; and the readers still do.
@@ -178,7 +178,7 @@ def share_of_a_node(workers: int) -> float:
     return max(0.01, round(0.6 * own, 2))
 
 
-def reachable(resource: str) -> float:
+def capacity(resource: str) -> float:
     """How much of a resource the cluster has or, where nodes come when they are asked for, will have.
 
     The latter is in $PARALLELMIND_GROWS_TO, as `CPU=96,GPU=4`: Ray itself tells nobody what its autoscaler
@@ -194,15 +194,15 @@ def reachable(resource: str) -> float:
     return max(ray.cluster_resources().get(resource, 0.0), grown.get(resource, 0.0))
 
 
-def slots(cpus_per_run: int, workers: int, use_gpu: bool, most: int | None) -> int:
+def max_concurrent_runs(cpus_per_run: int, workers: int, use_gpu: bool, most: int | None) -> int:
     """How many runs fit on the cluster at a time. Raises UserError if none does."""
-    found = reachable("CPU")
+    found = capacity("CPU")
     fit = int(found // cpus_per_run)
     if fit < 1:
         raise UserError(f"cpus_per_trial={cpus_per_run}: the cluster has {found:g}; lower it, or add nodes")
     if use_gpu:
         require_gpus(workers)
-        fit = min(fit, int(reachable("GPU") // workers))
+        fit = min(fit, int(capacity("GPU") // workers))
     return min(fit, most or fit)
 
 
@@ -210,7 +210,7 @@ def require_gpus(count: int) -> None:
     """Raises UserError if the cluster can't have as many GPUs, which would otherwise be waited for for
     ever.
     """
-    found = reachable("GPU")
+    found = capacity("GPU")
     if found < count:
         raise UserError(
             f"use_gpu=true: num_workers={count} takes as many GPUs, and Ray finds {found:g}; "

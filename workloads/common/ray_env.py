@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 
-from parallelmind.ray_env import OWN_CLUSTER, set_env_defaults
+from parallelmind.ray_env import LOCAL_CLUSTER_ENV, set_env_defaults
 
 set_env_defaults(
     {
@@ -24,4 +24,4 @@ set_env_defaults(
     }
 )
 if not os.environ.get("RAY_ADDRESS"):
-    set_env_defaults(OWN_CLUSTER)
+    set_env_defaults(LOCAL_CLUSTER_ENV)

@@ -26,18 +26,18 @@ class StopFile:
         self._file = file
         self._looking: Future[bool] | None = None
 
-    def ask(self) -> None:
+    def request(self) -> None:
         self._file.folder.parent.mkdir(
             parents=True, exist_ok=True
         )  # a run at a URI may never have been on this machine
         self._file.folder.touch()
         self._file.push()
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         self._file.folder.unlink(missing_ok=True)
         self._file.remove()
 
-    def found(self) -> bool:
+    def is_requested(self) -> bool:
         """Without waiting: at a URI the file is looked for beside the training."""
         if self._file.uri is None:
             return self._file.folder.exists()
@@ -57,7 +57,7 @@ class StopFile:
             return False
 
 
-def stoppable(work: Callable[[], T], stop: Callable[[], None], told: str) -> T:
+def run_stoppable(work: Callable[[], T], stop: Callable[[], None], told: str) -> T:
     """Run `work` in a thread (so that Ray leaves our signal handlers alone). The first Ctrl-C or SIGTERM
     calls `stop` and prints `told`, a second one ends at once.
     """

@@ -142,17 +142,17 @@ def _answer(asked: Any, ready: list[Any]) -> str | None:
 
 def mlflow(config: DoctorConfig) -> CheckResult:
     """Whether a run can be tracked. Raises UserError where it cannot."""
-    from parallelmind.tracking import absolute_uri, sqlite_file, try_out
+    from parallelmind.tracking import absolute_uri, check_store, sqlite_file
 
     uri = absolute_uri(config.mlflow_uri)
     file = sqlite_file(uri)
     if file is None or file.exists():
-        gone = try_out(uri, _EXPERIMENT)
+        gone = check_store(uri, _EXPERIMENT)
         left = "removed" if gone else "deleted (it is in the server's bin until `mlflow gc`)"
         return CheckResult("mlflow", "ok", f"a run was begun, logged to and {left} in {uri}")
     try:
         with scratch(file.parent) as place:
-            try_out(f"sqlite:///{place / file.name}", _EXPERIMENT)
+            check_store(f"sqlite:///{place / file.name}", _EXPERIMENT)
     except OSError as error:
         raise UserError(
             f"mlflow_uri={uri}: cannot be made ({error.strerror}); choose a folder to write to"

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 try:
     from parallelmind import cli
     from parallelmind.errors import UserError, first_line
-    from parallelmind.ray_env import MLFLOW_AWAY, set_env_defaults
+    from parallelmind.ray_env import MLFLOW_FAIL_FAST_ENV, set_env_defaults
     from workloads.doctor import cluster_checks as doctor_cluster
     from workloads.doctor import local_checks as doctor_checks
     from workloads.doctor.local_checks import CheckResult, DoctorConfig, Status
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     if cli.wants_help(argv):
         return cli.print_help(__doc__ or "", DoctorConfig)
     config = cli.parse(DoctorConfig, argv)
-    set_env_defaults(MLFLOW_AWAY)
+    set_env_defaults(MLFLOW_FAIL_FAST_ENV)
     failed = False
     for finding in findings(CHECKS, config):
         print(finding.line(), flush=True)

@@ -24,7 +24,7 @@ from parallelmind.config.yaml_file import save_yaml
 from parallelmind.data.files import find_files
 from parallelmind.remote import RemoteDir
 from workloads.common.read_config import read_config
-from workloads.common.stopping import stoppable
+from workloads.common.stopping import run_stoppable
 from workloads.sweep.config import SweepConfig, check
 from workloads.sweep.journal import Journal
 from workloads.sweep.trial_table import Trial
@@ -72,7 +72,7 @@ def _run(config: SweepConfig, place: RemoteDir) -> None:
     from workloads.common import cluster
 
     cluster.connect(config.train.ray_address, forward_output=False)
-    slots = cluster.slots(
+    slots = cluster.max_concurrent_runs(
         config.cpus_per_trial, config.train.num_workers, config.train.use_gpu, config.max_concurrent
     )
 
@@ -120,7 +120,7 @@ def _try(sweep: Sweep, journal: Journal) -> bool:
     planned = (sum(1 for _ in sweep.config.grid()) if points is None else points) * len(sweep.config.seeds)
     told = "stopping the trials after their next steps, with checkpoints"
     with View(sweep.config, journal, planned, sweep.slots) as view:
-        stoppable(lambda: run_trials(sweep, journal, view.show, held.append), stop, told)
+        run_stoppable(lambda: run_trials(sweep, journal, view.show, held.append), stop, told)
     return len(journal.trials) >= planned and all(trial.over for trial in journal.trials.values())
 
 
@@ -177,7 +177,7 @@ def _conclude(sweep: Sweep, journal: Journal, tracker: Tracker, last: bool) -> N
 
 
 def _register(sweep: Sweep, best: Trial, journal: Journal, tracker: Tracker) -> None:
-    from parallelmind.tracking import register
+    from parallelmind.tracking import register_model
 
     config, run_id = sweep.config, best.run_id
     assert run_id is not None
@@ -191,7 +191,7 @@ def _register(sweep: Sweep, best: Trial, journal: Journal, tracker: Tracker) -> 
     print(f"winner   trial {best.number}: {best.told()}  {told}")
     result = result_place(sweep.trial(best.number, best.settings), RemoteDir.at(str(best.folder)))
     if config.register_as and result.folder.name == ADAPTER:
-        version = register(tracker.uri, run_id, ADAPTER, config.register_as, config.alias)
+        version = register_model(tracker.uri, run_id, ADAPTER, config.register_as, config.alias)
         print(f"model    models:/{config.register_as}@{config.alias}, version {version}")
     print(f"{result.folder.name:8} {result}")
 

@@ -168,7 +168,7 @@ class JournalingScheduler(_Forgotten, FIFOScheduler):
 
 def stop_trial(folder: str) -> None:
     """Ask one that trains there to save a checkpoint and end."""
-    StopFile(RemoteDir.at(folder).inner(STOP)).ask()
+    StopFile(RemoteDir.at(folder).inner(STOP)).request()
 
 
 def _is_metric(name: str) -> bool:

@@ -29,7 +29,7 @@ from parallelmind.tracking import Tracker, absolute_uri
 from parallelmind.training import checkpoint
 from parallelmind.training.outcome import Outcome
 from workloads.common import cluster
-from workloads.common.stopping import StopFile, stoppable
+from workloads.common.stopping import StopFile, run_stoppable
 from workloads.train.command import CHECKPOINTS, QUARANTINE, STOP, result_place
 from workloads.train.fit import fit
 from workloads.train.provenance import LOSSES, code_version, keep_losses
@@ -78,7 +78,9 @@ def execute(
     task, tracker, _ = prepare(config, place, files, held_out, vocabulary)
     with ended(tracker) as end:
         stop = StopFile(place.inner(STOP))
-        outcome = stoppable(lambda: fit(task, files), stop.ask, "stopping after this step, with a checkpoint")
+        outcome = run_stoppable(
+            lambda: fit(task, files), stop.request, "stopping after this step, with a checkpoint"
+        )
         end(outcome)
     _conclude(task, outcome, tracker)
 
@@ -92,7 +94,7 @@ def begin(config: TrainConfig, place: RemoteDir) -> int:
     settings = place.inner("config.yaml")
     save_yaml(config, settings.folder)
     settings.push()
-    StopFile(place.inner(STOP)).forget()
+    StopFile(place.inner(STOP)).clear()
     base = config.part(BaseConfig)
     vocabulary = len(load_tokenizer(base))
     if config.patch_rope:
@@ -130,7 +132,7 @@ def prepare(
             f"{paths}: the records are not those of the trials before; restore them, or choose another name"
         )
     tracker = _tracker(config, place, found.fingerprint, share.parent)
-    threads = cluster.threads(config.num_workers * share.runs)
+    threads = cluster.threads_per_process(config.num_workers * share.runs)
     per_epoch = epoch_batches(found, config.part(DataConfig), config.part(BaseConfig), config.seed)
     task = Task(config, place, tuple(held_out), tracker.uri, tracker.run_id, per_epoch, threads)
     tracker.set_tags(
@@ -216,7 +218,7 @@ def _tracker(config: TrainConfig, place: RemoteDir, data: str, parent: str | Non
 
 def _conclude(task: Task, outcome: Outcome, tracker: Tracker) -> None:
     place = task.place
-    StopFile(place.inner(STOP)).forget()
+    StopFile(place.inner(STOP)).clear()
     if not outcome.finished:
         keep_losses(place, tracker)
         saved = place.inner(CHECKPOINTS)

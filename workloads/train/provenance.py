@@ -63,7 +63,7 @@ def _draw_losses(tracker: Tracker, path: Path) -> None:
         xlabel="optimizer step", ylabel="loss (nats per target token)", title=path.parent.name
     )
     for name in names:
-        if points := tracker.history(name):
+        if points := tracker.metric_history(name):
             steps, values = zip(*points, strict=True)
             branches = name.removeprefix("validation/loss_")
             label = (

@@ -86,7 +86,7 @@ class RayHooks:
             print(line, flush=True)
 
     def should_stop(self) -> bool:
-        return self._stop is not None and self._stop.found()
+        return self._stop is not None and self._stop.is_requested()
 
     def report(self, metrics: Mapping[str, float], step: int) -> None:
         ray.train.report({**metrics, "step": step})

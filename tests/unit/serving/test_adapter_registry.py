@@ -213,7 +213,9 @@ def test_the_registry_says_which_version_an_alias_means(
     for number, folder in enumerate(folders):
         run_of = tracking.Tracker.start(uri, "test", f"run{number}", Nothing(), key=str(number))
         run_of.log_folder(folder, "adapter")
-        tracking.register(uri, run_of.run_id, "adapter", "demo", "champion" if number == 0 else "challenger")
+        tracking.register_model(
+            uri, run_of.run_id, "adapter", "demo", "champion" if number == 0 else "challenger"
+        )
     engine = tiny_engine(ISOLATED)
     found = shelf(engine, folders, mlflow_uri=uri)
     expected = [answers(tiny_with(folder), SAMPLE, adapter="x", **SETTINGS) for folder in folders]

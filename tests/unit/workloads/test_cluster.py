@@ -17,17 +17,17 @@ def test_a_job_counts_on_nodes_that_may_come(
 ) -> None:
     monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": 2.0})
     monkeypatch.setenv(autoscaling.GROWS_TO, grows)
-    assert cluster.reachable(resource) == most
+    assert cluster.capacity(resource) == most
 
 
 def test_a_wrong_list_of_what_may_come_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(autoscaling.GROWS_TO, "many")
     with pytest.raises(UserError, match=r"GROWS_TO=many: no list of resources; write CPU=96,GPU=4"):
-        cluster.reachable("GPU")
+        cluster.capacity("GPU")
 
 
 def test_a_run_takes_its_share_of_what_the_cluster_will_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": 8.0})
-    assert cluster.share(32) == 0.12
+    assert cluster.cpus_per_worker(32) == 0.12
     monkeypatch.setenv(autoscaling.GROWS_TO, "CPU=96")
-    assert cluster.share(96) == cluster.share(1) == 0.5
+    assert cluster.cpus_per_worker(96) == cluster.cpus_per_worker(1) == 0.5

@@ -15,7 +15,7 @@ import ray
 import s3
 from doctoring import found, place_of_our_own
 
-from parallelmind.tracking import MlflowClient, absolute_uri, try_out
+from parallelmind.tracking import MlflowClient, absolute_uri, check_store
 from serving.runtime.ports import free_port
 from workloads.common import cluster
 from workloads.doctor import cluster_checks as doctor_cluster
@@ -118,7 +118,7 @@ def test_a_database_is_left_as_it_was(place: Path) -> None:
     assert found("mlflow", mlflow_uri="sqlite:///deep/mlflow.db").status == "ok"
     assert list(place.iterdir()) == []
     uri = absolute_uri("sqlite:///mlflow.db")
-    assert try_out(uri, "parallelmind")  # makes the database
+    assert check_store(uri, "parallelmind")  # makes the database
     assert found("mlflow").status == "ok"
     client = MlflowClient(uri)
     experiments = client.search_experiments()

@@ -238,7 +238,7 @@ def test_a_trial_that_was_starting_at_a_stop_is_stopped_too(tmp_path: Path, endi
     referee.ending = ending
     trial: Any = _Tuned(0)
     referee.on_trial_result(None, trial, {"folder": str(tmp_path / "trial"), "run_id": "run"})
-    assert StopFile(RemoteDir(tmp_path / "trial" / STOP)).found() == ending
+    assert StopFile(RemoteDir(tmp_path / "trial" / STOP)).is_requested() == ending
 
 
 def test_all_trials_have_the_data_of_the_first(tmp_path: Path) -> None:
