@@ -1,5 +1,6 @@
-"""Settings of Ray, and of MLflow, that all of this project shares, in the environment. Import this before
-Ray, which reads some only then.
+"""Environment variables of Ray and MLflow that the whole project shares. Import this module before Ray.
+
+Ray reads some of these variables only when it is imported.
 """
 
 from __future__ import annotations
@@ -8,9 +9,9 @@ import os
 from collections.abc import Mapping
 
 
-def set_env_defaults(settings: Mapping[str, str]) -> None:
-    """Set what the user has not."""
-    for name, value in settings.items():
+def set_env_defaults(variables: Mapping[str, str]) -> None:
+    """Set each environment variable unless the user has set it."""
+    for name, value in variables.items():
         os.environ.setdefault(name, value)
 
 
@@ -21,17 +22,19 @@ set_env_defaults(
         "RAY_USAGE_STATS_ENABLED": "0",
     }
 )
-# For a cluster of our own; one that is joined has made its own choice.
+
+# For a cluster that this process starts; a cluster that it joins has its own settings.
 LOCAL_CLUSTER_ENV = {
     "RAY_AUTH_MODE": "token",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # raylets listen on 127.0.0.1 only
-    # On two cores bookkeeping that nobody looks at costs a tenth of the work.
+    # On two cores Ray's metrics and task events cost a tenth of the compute.
     "RAY_task_events_report_interval_ms": "0",
     "RAY_metrics_report_interval_ms": "60000",
     "RAY_enable_metrics_collection": "0",
     "RAY_event_stats": "0",
-    # A run is a dozen processes that mostly wait; with as few cores as processes Ray would warn of so many.
+    # A run starts a dozen processes that mostly wait. Ray's default limit is the number of cores, and Ray
+    # warns about every process beyond it.
     "RAY_worker_maximum_startup_concurrency": "8",
 }
-# For whoever had better be told than wait: by itself MLflow asks a server that is away for minutes.
+# By default MLflow retries an unreachable server for minutes; with these it fails within seconds.
 MLFLOW_FAIL_FAST_ENV = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}

@@ -154,7 +154,7 @@ def test_an_elastic_worker_takes_most_of_its_part_of_a_node(
     monkeypatch: pytest.MonkeyPatch, nodes: list[float], workers: int, cpus: float
 ) -> None:
     with patch.dict(os.environ):  # Ray's settings are for a process of its own
-        from workloads.common.cluster import cpus_per_elastic_worker
+        from workloads.common.resources import cpus_per_elastic_worker
     monkeypatch.setattr(
         ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": found}} for found in nodes]
     )

@@ -19,9 +19,9 @@ from servers import LOOPBACK, ROOT, Server, answer, listening
 PYTHON = Path(sys.executable)
 TASKS = """
 import os, ray
-from workloads.common import cluster
+from workloads.common import cluster, resources
 cluster.connect(None, forward_output=False)
-print("trials at a time:", cluster.max_concurrent_runs(8, 2, True, None), cluster.max_concurrent_runs(8, 1, False, None))
+print("trials at a time:", resources.max_concurrent_runs(8, 2, True, None), resources.max_concurrent_runs(8, 1, False, None))
 where = lambda: os.environ["RAY_NODE_TYPE_NAME"]
 print("task on", ray.get(ray.remote(num_cpus=1)(where).remote()))
 print("trainer on", ray.get(ray.remote(num_gpus=1)(where).remote()))

@@ -21,7 +21,7 @@ from parallelmind.data.files import file_parts, find_files
 from parallelmind.data.survey import combine, survey_part
 from parallelmind.errors import UserError
 from tools.mistakes import MISTAKES, PAGE, Mistake, Told, made, prepare, row, told
-from workloads.common import cluster
+from workloads.common import resources
 from workloads.common.read_config import read_config
 from workloads.train.command import run_place
 
@@ -96,9 +96,9 @@ def test_wrong_format(place: Path) -> None:
 
 
 def test_no_gpu(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(resources.ray, "cluster_resources", lambda: {"CPU": 2.0})
     with pytest.raises(UserError) as error:
-        cluster.require_gpus(1)
+        resources.require_gpus(1)
     assert row(NAMED["no GPU"], refusal(error.value, place)) == ROWS["no GPU"], "run make docs"
 
 

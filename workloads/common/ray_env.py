@@ -1,5 +1,6 @@
-"""Ray's settings for every workload, in the environment. Import this before Ray: it reads some of them only
-then.
+"""Ray's environment variables for every workload. Import this module before Ray.
+
+Ray reads some of these variables only when it is imported.
 """
 
 from __future__ import annotations
@@ -10,16 +11,16 @@ from parallelmind.ray_env import LOCAL_CLUSTER_ENV, set_env_defaults
 
 set_env_defaults(
     {
-        "RAY_DISABLE_WORKER_LOG_PREFIX": "1",  # a worker's progress lines read like our own
+        "RAY_DISABLE_WORKER_LOG_PREFIX": "1",  # print a worker's progress lines as they are
         "RAY_DEDUP_LOGS": "0",
-        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # print prints
-        # five seconds less for a short run, and less work beside it than at 0.1
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # do not turn print() into log records
+        # Ray's default adds five seconds to a short run; 0.1 costs CPU time all along.
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-        # then tried again, on fewer nodes if one was lost, else as before
+        # After this time Ray Train retries, on fewer nodes if one was lost.
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
-        "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers stay where the user is
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers keep the user's working directory
         "RAY_DATA_LOG_LEVEL": "ERROR",
-        # lost workers are replaced all the same, see workloads.train
+        # workloads.train replaces lost workers itself.
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     }
 )

@@ -25,7 +25,7 @@ from parallelmind import cli
 from parallelmind.data.files import Part
 from parallelmind.errors import UserError, writing
 from parallelmind.storage import atomic_file
-from workloads.common import cluster
+from workloads.common import cluster, resources
 from workloads.generate.batch import Decoder, ProgressStats
 from workloads.generate.output import OutputManifest, alone_at, read_source, settings_of
 from workloads.generate.source import Source, Stretch
@@ -132,14 +132,14 @@ def _told(config: GenerateConfig, folder: Path, items: list[dict[str, Any]]) -> 
     """
     cluster.connect(config.ray_address)
     workers = min(config.num_workers, len(items))
-    gpu = cluster.capacity("GPU") >= workers
-    threads = cluster.threads_per_process(workers)
+    gpu = resources.capacity("GPU") >= workers
+    threads = resources.threads_per_process(workers)
     parts = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         PartWriter,
         fn_constructor_args=[Task(folder, config.given(), config.sampling(), config.reduce, threads, gpu)],
         batch_size=1,
         batch_format="pyarrow",
-        num_cpus=cluster.cpus_per_worker(workers),
+        num_cpus=resources.cpus_per_worker(workers),
         num_gpus=int(gpu),
         compute=ray.data.ActorPoolStrategy(
             size=workers, max_tasks_in_flight_per_actor=1

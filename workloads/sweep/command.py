@@ -69,10 +69,10 @@ def sweep_place(config: SweepConfig) -> RemoteDir:
 
 
 def _run(config: SweepConfig, place: RemoteDir) -> None:
-    from workloads.common import cluster
+    from workloads.common import cluster, resources
 
     cluster.connect(config.train.ray_address, forward_output=False)
-    slots = cluster.max_concurrent_runs(
+    slots = resources.max_concurrent_runs(
         config.cpus_per_trial, config.train.num_workers, config.train.use_gpu, config.max_concurrent
     )
 

@@ -28,7 +28,7 @@ from parallelmind.storage import atomic_file
 from parallelmind.tracking import Tracker, absolute_uri
 from parallelmind.training import checkpoint
 from parallelmind.training.outcome import Outcome
-from workloads.common import cluster
+from workloads.common import resources
 from workloads.common.stopping import StopFile, run_stoppable
 from workloads.train.command import CHECKPOINTS, QUARANTINE, STOP, result_place
 from workloads.train.fit import fit
@@ -122,7 +122,7 @@ def prepare(
     not there.
     """
     if config.use_gpu:
-        cluster.require_gpus(config.num_workers)
+        resources.require_gpus(config.num_workers)
     found, data = _survey(config, place, files, held_out, vocabulary)
     if share.data not in (None, data):
         paths = f"data_path={config.data_path}" + (
@@ -132,7 +132,7 @@ def prepare(
             f"{paths}: the records are not those of the trials before; restore them, or choose another name"
         )
     tracker = _tracker(config, place, found.fingerprint, share.parent)
-    threads = cluster.threads_per_process(config.num_workers * share.runs)
+    threads = resources.threads_per_process(config.num_workers * share.runs)
     per_epoch = epoch_batches(found, config.part(DataConfig), config.part(BaseConfig), config.seed)
     task = Task(config, place, tuple(held_out), tracker.uri, tracker.run_id, per_epoch, threads)
     tracker.set_tags(

@@ -20,7 +20,7 @@ from parallelmind.data.pipeline import start_feeder
 from parallelmind.errors import UserError, first_line
 from parallelmind.training import checkpoint
 from parallelmind.training.outcome import Outcome
-from workloads.common import cluster
+from workloads.common import resources
 from workloads.train.command import CHECKPOINTS, is_unwritable
 from workloads.train.worker import Task, run_worker
 
@@ -47,7 +47,7 @@ def fit(task: Task, files: list[str], beside: int = 1, callbacks: Sequence[UserC
     """
     config = task.config
     elastic = config.min_workers is not None and not config.use_gpu
-    of_a_node = cluster.cpus_per_elastic_worker(config.num_workers) if elastic else None
+    of_a_node = resources.cpus_per_elastic_worker(config.num_workers) if elastic else None
     saved = task.place.inner(CHECKPOINTS)
     lost, reached = 0, checkpoint.written(saved)
     while True:
@@ -56,7 +56,7 @@ def fit(task: Task, files: list[str], beside: int = 1, callbacks: Sequence[UserC
         )
         try:
             result = _trainer(
-                task, feeder, of_a_node or cluster.cpus_per_worker(config.num_workers * beside), callbacks
+                task, feeder, of_a_node or resources.cpus_per_worker(config.num_workers * beside), callbacks
             ).fit()
         except (ray.train.WorkerGroupError, ray.train.ControllerError, ray.exceptions.RayActorError) as error:
             before, reached = reached, checkpoint.written(saved)
