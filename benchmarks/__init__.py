@@ -1,3 +1,1 @@
-"""Speed and memory against their targets, as ratios within one run: `make bench`, or `make bench
-ONLY=decoding`.
-"""
+"""Speed and memory benchmarks with targets: `make bench`, or `make bench ONLY=decoding`."""

@@ -1,4 +1,4 @@
-"""`python -m benchmarks [NAME-PREFIX]`: measure, print one table, write experiments/results/bench.json."""
+"""`python -m benchmarks [PREFIX]`: run benchmarks, print a table, write experiments/results/bench.json."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ from benchmarks import (
 
 
 def main() -> None:
-    only = sys.argv[1] if len(sys.argv) > 1 else ""
-    parts = [layout, data, training, decoding, engine, serving, fuzz, scaling, sweep, first_use]
-    benches = [bench for part in parts for bench in part.BENCHES]
-    if not any(bench.name.startswith(only) for bench in benches):
+    prefix = sys.argv[1] if len(sys.argv) > 1 else ""
+    modules = [layout, data, training, decoding, engine, serving, fuzz, scaling, sweep, first_use]
+    benches = [bench for module in modules for bench in module.BENCHES]
+    if not any(bench.name.startswith(prefix) for bench in benches):
         names = "\n  ".join(bench.name for bench in benches)
-        print(f"error: ONLY={only}: no benchmark's name begins so; there are\n  {names}", file=sys.stderr)
+        print(
+            f"error: ONLY={prefix}: no benchmark name starts with it; choose from\n  {names}", file=sys.stderr
+        )
         sys.exit(2)
-    harness.show(harness.run(benches, only, f"make bench ONLY={only}" if only else "make bench"))
+    harness.show(harness.run(benches, prefix, f"make bench ONLY={prefix}" if prefix else "make bench"))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""From JSONL to ready batches: how fast beside the bare tokenizer, in how much memory, and with every line
-accounted for.
+"""The data pipeline from JSONL to batches: throughput, peak memory, and accounting of bad lines.
 
-Each figure comes from a process of its own: Ray keeps what it has once taken. Tokenizers run on one thread on
-both sides.
+Each figure is measured in a process of its own, because Ray keeps memory that it has allocated. Tokenizers run
+on one thread, in the pipeline and in the baseline.
 """
 
 from __future__ import annotations
@@ -32,15 +31,18 @@ _SPEED_BYTES = 24 << 20
 _SMALL, _LARGE = 100 << 20, 2 << 30
 _LINES, _BAD_EVERY = 1_000_000, 100
 _BAD = [
-    b'{"text": "torn', b"{'text': 'q'}", b'{"text": "a"} {"text": "b"}', b'{"text": "a", "text": "b"}', b'{"text": NaN}',
+    b'{"text": "torn', b"{'text': 'q'}", b'{"text": "a"} {"text": "b"}', b'{"text": "a", "text": "b"}',
+    b'{"text": NaN}',
     b'{"text": "\x00"}', b'{"text": "\xff"}', b'{"text": "\\ud800"}', b'{"text": ' + b"[" * 3000,
     b'{"input_ids": [' + b"9" * 5000 + b"]}",
-    b"[1]", b'"text"', b"null", b"{}", b'{"main": "m", "branches": []}', b'{"branches": "a"}', b'{"main": 5, "branches": ["a"]}',
+    b"[1]", b'"text"', b"null", b"{}", b'{"main": "m", "branches": []}', b'{"branches": "a"}',
+    b'{"main": 5, "branches": ["a"]}',
     b'{"text": ""}', b'{"input_ids": [-2]}', b'{"prompt": "a"}',
 ]  # fmt: skip
 
 
 def start_ray(cpus: int) -> None:
+    """Start a local Ray cluster without a dashboard and with quiet logs."""
     import ray
 
     ray.init(
@@ -50,7 +52,7 @@ def start_ray(cpus: int) -> None:
 
 
 def write_records(path: Path, size: int, field: str, values: Sequence[str | list[int]]) -> None:
-    """Lone records with these values, over and over, to about `size` bytes."""
+    """Write single-branch records, repeating `values`, up to about `size` bytes."""
     block = b"".join(json.dumps({field: value}, ensure_ascii=False).encode() + b"\n" for value in values)
     with path.open("wb") as file:
         for _ in range(max(1, size // len(block))):
@@ -58,9 +60,7 @@ def write_records(path: Path, size: int, field: str, values: Sequence[str | list
 
 
 def read_everything(path: Path, config: DataConfig) -> tuple[int, int, float]:
-    """Tokens and rows of one epoch's ready batches, and the seconds from the first request to the last
-    batch.
-    """
+    """Read one epoch and return its tokens, its rows, and the seconds from first request to last batch."""
     import ray
 
     feeder = start_feeder([str(path)], config, BaseConfig(), seed=0, workers=1)
@@ -77,21 +77,18 @@ def read_everything(path: Path, config: DataConfig) -> tuple[int, int, float]:
 
 def bare_tokenizer_speed() -> float:
     """Tokens per second of the tokenizer alone, on the same text, in lists of 256."""
-    encode, some = tokenizer(), (texts() * 40)[:8192]
-    encode(some[:256])
+    encode, passages = tokenizer(), (texts() * 40)[:8192]
+    encode(passages[:256])
     start = time.perf_counter()
     tokens = 0
-    for at in range(0, len(some), 256):
-        tokens += sum(
-            map(
-                len,
-                encode(some[at : at + 256], add_special_tokens=False, return_attention_mask=False).input_ids,
-            )
-        )
+    for at in range(0, len(passages), 256):
+        encoded = encode(passages[at : at + 256], add_special_tokens=False, return_attention_mask=False)
+        tokens += sum(map(len, encoded.input_ids))
     return tokens / (time.perf_counter() - start)
 
 
 def share_of_tokenizer() -> float:
+    """Tokens/s of the pipeline over tokens/s of the bare tokenizer."""
     import ray
 
     with tempfile.TemporaryDirectory() as folder:
@@ -99,7 +96,7 @@ def share_of_tokenizer() -> float:
         write_records(path, _SPEED_BYTES, "text", texts())
         start_ray(cpus=2)
         config = DataConfig(data_path=str(path), batch_size=16)
-        read_everything(path, config)  # starts the reading processes
+        read_everything(path, config)  # warm-up: starts the reader processes
         tokens, rows, seconds = read_everything(path, config)
         ray.shutdown()
     bare = bare_tokenizer_speed()
@@ -111,10 +108,10 @@ def share_of_tokenizer() -> float:
 
 
 def peak_memory(size: int) -> float:
-    """Largest sum of resident memory, in MB, of all processes of one reading of `size` bytes.
+    """Peak resident memory in MB, summed over all processes, while `size` bytes are read.
 
-    The records hold token ids, since tokenising 2 GB of text on one thread takes half an hour; every other
-    part is the same.
+    The records hold token ids, because tokenising 2 GB of text on one thread takes half an hour. All other
+    stages are unchanged.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "text.jsonl"
@@ -131,28 +128,27 @@ def peak_memory(size: int) -> float:
 
 
 def _resident(session: int) -> float:
-    """MB of private and shared memory, shared counted once, of the processes in a session and of their
-    descendants.
-    """
-    listed = subprocess.run(
+    """Memory in MB of a session's processes and their descendants; shared pages count once."""
+    listing = subprocess.run(
         ["ps", "-eo", "pid=,ppid=,sid="], capture_output=True, text=True, check=True
     ).stdout.split("\n")
-    rows = [tuple(map(int, line.split())) for line in listed if line.strip()]
+    rows = [tuple(map(int, line.split())) for line in listing if line.strip()]
     family = {pid for pid, _, sid in rows if sid == session}
     while grown := {pid for pid, parent, _ in rows if parent in family} - family:
         family |= grown
-    return sum(_proportional(pid) for pid in family) / 1024
+    return sum(_proportional_kib(pid) for pid in family) / 1024
 
 
-def _proportional(pid: int) -> int:
+def _proportional_kib(pid: int) -> int:
     try:
-        found = re.search(r"^Pss:\s+(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
-    except OSError:  # gone meanwhile
+        match = re.search(r"^Pss:\s+(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
+    except OSError:  # the process has ended
         return 0
-    return int(found[1]) if found else 0
+    return int(match[1]) if match else 0
 
 
 def memory_growth() -> float:
+    """Peak memory at 2 GB of input over peak memory at 100 MB."""
     small, large = peak_memory(_SMALL), peak_memory(_LARGE)
     print(
         f"peak {small:.0f} MB at {_SMALL >> 20} MB of input, {large:.0f} MB at {_LARGE >> 20} MB",
@@ -162,8 +158,9 @@ def memory_growth() -> float:
 
 
 def quarantine(parallelism: int) -> float:
-    """Share of 10^6 lines that ended where they belong: good ones read back byte for byte, bad ones listed
-    with their place.
+    """Share of 10^6 lines with the right outcome.
+
+    A good line is read back unchanged; a bad one is listed with its byte offset and line number.
     """
     import ray
 
@@ -185,30 +182,30 @@ def quarantine(parallelism: int) -> float:
                 offset += file.write(line + b"\n")
         start_ray(parallelism)
         config = DataConfig(data_path=str(path))
-        found = survey([str(path)], config)
+        result = survey([str(path)], config)
         ray.shutdown()
         read = [
             record.branches[0].body
             for part in file_parts([str(path)])
             for record in records(part, config, None)
         ]
-    assert found.lines == _LINES == found.records + len(found.bad)
-    placed = sum(bad.get(item.offset) == item.line for item in found.bad)
-    same = sum(one == other for one, other in zip(read, good, strict=True))
-    return (placed + same) / _LINES
+    assert result.lines == _LINES == result.records + len(result.bad)
+    located = sum(bad.get(item.offset) == item.line for item in result.bad)
+    unchanged = sum(text == expected for text, expected in zip(read, good, strict=True))
+    return (located + unchanged) / _LINES
 
 
 def _in_process(name: str) -> float:
-    """The figure of a function of this module, measured in a process of its own."""
+    """Run one entry of _MEASURES in a new process and return its figure."""
     env = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-m", "benchmarks.data", name],
         env=env,
         stdout=subprocess.PIPE,
         text=True,
         check=True,
     )
-    return float(done.stdout.split()[-1])
+    return float(completed.stdout.split()[-1])
 
 
 _MEASURES: dict[str, Callable[[], float]] = {

@@ -1,4 +1,4 @@
-"""Thousands of wrong and strange requests: a server must answer them all, never fail, and not die of them."""
+"""Fuzz a server with thousands of invalid requests: each gets an answer, none a 5xx, no process dies."""
 
 from __future__ import annotations
 
@@ -27,35 +27,35 @@ _COUNT, _CLIENTS = 10_000, 12
 _TIMEOUT_S = 30
 _STATUS = re.compile(rb"HTTP/1\.[01] (\d{3}) ")
 _LENGTH = re.compile(rb"content-length: (\d+)")
-_PAGES = (b"HEAD ", b"GET / ", b"GET /web/")  # without a body, and with one that is not for programs
-_SAMPLE = re.compile(rb"smp-\w+")
+_NOT_JSON = (b"HEAD ", b"GET / ", b"GET /web/")  # responses without a body, or with an HTML body
+_SAMPLE_ID = re.compile(rb"smp-\w+")
 _BODY = '{"model": "base", "branches": [{"text": "a"}, {"text": "b"}], "stream": true, "ignore_eos": true%s}'
-_LONG = [post("/v1/branches", (_BODY % last).encode()) for last in ("", ', "reduce": "c"')]
-_SHOWN = 300  # bytes of a request that has gone wrong
+_LONG_REQUESTS = [post("/v1/branches", (_BODY % reduce).encode()) for reduce in ("", ', "reduce": "c"')]
+_SHOWN = 300  # bytes printed of a failed request
 
 
 class Reply(NamedTuple):
+    """One HTTP response as received."""
+
     status: int
     head: bytes
     body: bytes
 
     @property
-    def whole(self) -> bool:
-        """Whether no more of it can come, even if the connection stays open."""
+    def complete(self) -> bool:
+        """True when the body is complete, even if the connection stays open."""
         length = _LENGTH.search(self.head)
         return self.body.endswith(b"0\r\n\r\n") if length is None else len(self.body) >= int(length[1])
 
     @property
     def failed(self) -> bool:
-        """A stream whose status is out already says so in its last events, or is cut off."""
-        cut = b"transfer-encoding: chunked" in self.head and not self.whole
+        """True for a 5xx, for a stream that ends with a server error, and for a stream that was cut off."""
+        cut = b"transfer-encoding: chunked" in self.head and not self.complete
         return self.status >= 500 or (self.status == 200 and (cut or b'"type":"server_error"' in self.body))
 
     @property
-    def shapeless(self) -> bool:
-        """Refused by our routes, not by the proxy in front of them, and other than OpenAI's clients
-        expect.
-        """
+    def malformed(self) -> bool:
+        """True for an error from our routes (not from the proxy) that lacks OpenAI's error format."""
         if self.status < 400 or b"\r\nx-request-id:" not in self.head:
             return False
         try:
@@ -66,117 +66,119 @@ class Reply(NamedTuple):
 
 @dataclass(slots=True)
 class Findings:
-    """What came back. failed, shapeless: requests with their replies. silent: those without one in time."""
+    """Results of a fuzz run: requests with a failed or malformed reply, and requests without a reply."""
 
     statuses: Counter[int] = field(default_factory=Counter)
     failed: list[tuple[bytes, Reply]] = field(default_factory=list)
-    shapeless: list[tuple[bytes, Reply]] = field(default_factory=list)
-    silent: list[bytes] = field(default_factory=list)
+    malformed: list[tuple[bytes, Reply]] = field(default_factory=list)
+    unanswered: list[bytes] = field(default_factory=list)
 
     def add(self, request: bytes, reply: Reply | None) -> None:
         if reply is None:
-            self.silent.append(request)
+            self.unanswered.append(request)
             return
         self.statuses[reply.status] += 1
         if reply.failed:
             self.failed.append((request, reply))
-        elif reply.shapeless and not request.startswith(_PAGES):
-            self.shapeless.append((request, reply))
+        elif reply.malformed and not request.startswith(_NOT_JSON):
+            self.malformed.append((request, reply))
 
     def __str__(self) -> str:
         counts = ", ".join(f"{status}: {count}" for status, count in sorted(self.statuses.items()))
-        wrong = [
+        failures = [
             f"{reply.status} to {request[:_SHOWN]!r}: {reply.body[:_SHOWN]!r}"
             for request, reply in self.failed
         ]
-        return "\n".join([counts, *wrong, *(f"no answer to {request[:_SHOWN]!r}" for request in self.silent)])
+        return "\n".join(
+            [counts, *failures, *(f"no answer to {request[:_SHOWN]!r}" for request in self.unanswered)]
+        )
 
 
 def fuzz(url: str, count: int, seed: int = 0) -> Findings:
-    """Send so many requests, some at a time, the same for the same document and seed."""
+    """Send `count` requests, several at a time; the same schema and seed give the same requests."""
     with urllib.request.urlopen(f"{url}/openapi.json", timeout=_TIMEOUT_S) as response:
-        document = json.load(response)
-    return asyncio.run(_send(urlsplit(url).port or 80, requests(document, count, seed)))
+        schema = json.load(response)
+    return asyncio.run(_send(urlsplit(url).port or 80, requests(schema, count, seed)))
 
 
-async def _send(port: int, waiting: list[bytes]) -> Findings:
-    findings, live, left = Findings(), _Live(), iter(waiting)
+async def _send(port: int, queue: list[bytes]) -> Findings:
+    findings, live, pending = Findings(), _LiveSample(), iter(queue)
 
     async def client() -> None:
-        for each in left:
-            request = each.replace(LIVE.encode(), live.name, 1)
+        for template in pending:
+            request = template.replace(LIVE.encode(), live.sample_id, 1)
             findings.add(request, await _reply(port, request))
 
-    async def keep_one_alive() -> None:
-        for each in cycle(_LONG):
-            findings.add(each, await _reply(port, each, live.look))
+    async def keep_one_sample_live() -> None:
+        for request in cycle(_LONG_REQUESTS):
+            findings.add(request, await _reply(port, request, live.read_id))
 
-    keeper = asyncio.create_task(keep_one_alive())
+    keeper = asyncio.create_task(keep_one_sample_live())
     await asyncio.gather(*(client() for _ in range(_CLIENTS)))
     keeper.cancel()
     return findings
 
 
-class _Live:
-    """Which sample is going on, for others to join, cancel and confuse."""
+class _LiveSample:
+    """Id of a running sample; other requests add branches to it, cancel it, or misuse its id."""
 
     def __init__(self) -> None:
-        self.name = b"none"
+        self.sample_id = b"none"
 
-    def look(self, heard: bytes) -> None:
-        if found := _SAMPLE.search(heard):
-            self.name = found[0]
+    def read_id(self, chunk: bytes) -> None:
+        if match := _SAMPLE_ID.search(chunk):
+            self.sample_id = match[0]
 
 
-async def _reply(port: int, request: bytes, look: Callable[[bytes], None] = lambda _: None) -> Reply | None:
-    """look: is shown each part."""
-    heard, reply = b"", None
+async def _reply(
+    port: int, request: bytes, on_chunk: Callable[[bytes], None] = lambda _: None
+) -> Reply | None:
+    """Send a request and return its reply, None after the timeout. `on_chunk` gets every received chunk."""
+    received, reply = b"", None
     try:
         async with asyncio.timeout(_TIMEOUT_S):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             try:
                 writer.write(request)
-                while (reply is None or not reply.whole) and (part := await reader.read(1 << 16)):
-                    look(part)
-                    heard += part
-                    reply = _read(heard)
+                while (reply is None or not reply.complete) and (chunk := await reader.read(1 << 16)):
+                    on_chunk(chunk)
+                    received += chunk
+                    reply = _parse(received)
             finally:
                 writer.close()
     except TimeoutError:
         return None
-    except OSError:  # it has closed while we were still writing
+    except OSError:  # the server closed the connection while we were writing
         pass
     return reply
 
 
-def _read(heard: bytes) -> Reply | None:
-    """What has come of a reply; others before it only say to go on."""
-    head, end, rest = heard.partition(b"\r\n\r\n")
+def _parse(received: bytes) -> Reply | None:
+    """Parse a reply that may be incomplete; None before the head is complete. Skips interim 1xx replies."""
+    head, end, rest = received.partition(b"\r\n\r\n")
     status = _STATUS.match(head)
     if not end or status is None:
         return None
-    return _read(rest) if status[1].startswith(b"1") else Reply(int(status[1]), head.lower(), rest)
+    return _parse(rest) if status[1].startswith(b"1") else Reply(int(status[1]), head.lower(), rest)
 
 
 def replicas() -> Iterator[tuple[int, float]]:
-    """The fronts and engines of servers that this process has started, in a way that tells a successor from
-    what it replaces.
-    """
+    """Yield (pid, start time) of the ingress and engine replicas of all servers started by this process."""
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
-            if re.search("EngineReplica|Front", " ".join(process.cmdline())):
+            if re.search("EngineReplica|Ingress", " ".join(process.cmdline())):
                 yield process.pid, process.create_time()
 
 
 def _failures() -> float:
-    """5xx, requests without an answer, and fronts and engines that have died."""
+    """Count failed replies, unanswered requests, and replicas that died."""
     limits = {"max_new_tokens": 16, "max_prompt_tokens": 512, "slow_client_s": 2}
     with TemporaryDirectory() as adapters, server(adapter_root=adapters, **limits) as url:
         before = set(replicas())
         findings = fuzz(url, _COUNT)
         died = before - set(replicas())
     print(findings, file=sys.stderr)
-    return len(findings.failed) + len(findings.silent) + len(died)
+    return len(findings.failed) + len(findings.unanswered) + len(died)
 
 
 BENCHES = [Bench("serving.fuzz10000_failures", 0, "lower", "answers", _failures)]

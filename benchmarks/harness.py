@@ -1,4 +1,4 @@
-"""A benchmark is a function that returns a number; a row is that number beside its target."""
+"""Run benchmarks (functions that return one number) and record the results next to their targets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RESULTS = Path(__file__).resolve().parent.parent / "experiments" / "results" / "
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """What a measurement is called and held against. target: none where a figure is only reported."""
+    """A named measurement and its target. `target` is None for a figure that is only reported."""
 
     name: str
     target: float | None
@@ -33,7 +33,7 @@ class Bench:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of `bench.json`."""
+    """One result: an entry of `bench.json`."""
 
     name: str
     value: float
@@ -52,16 +52,17 @@ class Row:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Wall clock of one call."""
+    """Return the wall-clock time of one call, in seconds."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
 def ratio(numerator: Callable[[], object], denominator: Callable[[], object], repeats: int) -> float:
-    """Median of time(numerator) / time(denominator), taken in pairs so that both see the same machine.
+    """Return the median of time(numerator) / time(denominator) over `repeats` alternating pairs.
 
-    One warm-up each, but none for the numerator of a lone pair, which takes minutes.
+    Alternating exposes both to the same load of the machine. Each is warmed up once. With `repeats=1` the
+    numerator is not warmed up, because such a numerator takes minutes.
     """
     if repeats > 1:
         numerator()
@@ -69,13 +70,11 @@ def ratio(numerator: Callable[[], object], denominator: Callable[[], object], re
     return median(seconds(numerator) / seconds(denominator) for _ in range(repeats))
 
 
-def run(benches: list[Bench], only: str, command: str) -> list[Row]:
-    """Measure, print and record every benchmark whose name begins with `only`; earlier rows of others are
-    kept.
-    """
+def run(benches: list[Bench], prefix: str, command: str) -> list[Row]:
+    """Run and record every benchmark whose name starts with `prefix`; results of other names stay."""
     rows = []
     for bench in benches:
-        if not bench.name.startswith(only):
+        if not bench.name.startswith(prefix):
             continue
         print(f"{bench.name} …", end=" ", file=sys.stderr, flush=True)
         start = time.perf_counter()
@@ -98,9 +97,9 @@ def run(benches: list[Bench], only: str, command: str) -> list[Row]:
 
 
 def record(rows: list[Row]) -> None:
-    """Merge into `bench.json` by name."""
-    known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else []
-    merged = {row["name"]: row for row in known} | {row.name: asdict(row) for row in rows}
+    """Merge rows into `bench.json` by name."""
+    recorded = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else []
+    merged = {row["name"]: row for row in recorded} | {row.name: asdict(row) for row in rows}
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(
         json.dumps([merged[name] for name in sorted(merged)], indent=1) + "\n", encoding="utf-8"
@@ -108,6 +107,7 @@ def record(rows: list[Row]) -> None:
 
 
 def show(rows: list[Row]) -> None:
+    """Print rows as a table."""
     table = Table("name", "value", "target", "unit", "met")
     for row in rows:
         sign = "≥" if row.better == "higher" else "≤"
@@ -119,6 +119,7 @@ def show(rows: list[Row]) -> None:
 
 
 def machine() -> str:
+    """Describe the CPU: core count, model and operating system."""
     model = next(
         (line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")),
         platform.processor() or "CPU",

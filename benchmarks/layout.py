@@ -1,4 +1,4 @@
-"""Coordinates, labels and mask of real text against the token-by-token reference of the tests."""
+"""Vectorised coordinates, labels and masks compared with the token-by-token reference of the tests."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ _SAMPLES = 12
 
 
 def _reference() -> Any:
+    """Load `reference_sample` of tests/reference.py, which is not a package."""
     path = Path(__file__).resolve().parent.parent / "tests" / "reference.py"
     spec = importlib.util.spec_from_file_location("reference", path)
     assert spec is not None
@@ -29,24 +30,25 @@ def _reference() -> Any:
 
 
 def vectorised(main: list[int], branches: list[list[int]], config: RopeConfig) -> tuple[Layout, torch.Tensor]:
+    """Return the layout of one sample and its boolean mask `[1, 1, tokens, tokens]`."""
     layout = arrange(Tokens.of(main, branches, [1] * len(branches)), config)
     time, sequence = torch.from_numpy(layout.time)[None], torch.from_numpy(layout.sequence)[None]
     return layout, visible(time, sequence, config.visibility)
 
 
 def layout_speedup() -> float:
-    """Time of the reference over time of the vectorised code, results equal."""
+    """Time of the reference over time of the vectorised code. Asserts that the results are equal."""
     config, reference = RopeConfig(), _reference()
     samples = passages(_SAMPLES)
     for main, branches in samples:
-        layout, seen = vectorised(main, branches, config)
+        layout, mask = vectorised(main, branches, config)
         expected = reference(main, branches, [1] * len(branches), config)
         assert np.array_equal(layout.ids, expected["id"])
         assert np.array_equal(layout.labels, expected["label"])
         assert np.array_equal(
             np.stack([layout.branch, layout.time], -1), np.stack([expected["branch"], expected["time"]], -1)
         )
-        assert np.array_equal(seen[0, 0].numpy(), expected["visible"])
+        assert np.array_equal(mask[0, 0].numpy(), expected["visible"])
 
     def slow() -> None:
         for main, branches in samples:

@@ -1,4 +1,4 @@
-"""Requests made by hand: broken, extreme and strange ones, as they go over the wire."""
+"""Hand-written raw HTTP requests: malformed, extreme and unusual ones."""
 
 from __future__ import annotations
 
@@ -6,22 +6,25 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-LIVE = "LIVE"  # in a path: a sample that is going on
-_JOIN = f"/v1/branches/{LIVE}/branches"
+LIVE = "LIVE"  # placeholder for the id of a running sample, replaced when the request is sent
+_ADD_BRANCH = f"/v1/branches/{LIVE}/branches"
 
-_COMPLETION = """{"model": "base", "prompt": ["The sky is", [5, 6, 7]], "max_tokens": 4, "n": 2, "seed": 1, "temperature": 0.8,
-    "top_p": 0.9, "top_k": 40, "min_p": 0.01, "repetition_penalty": 1.1, "stop": ["x", "\\n"], "logit_bias": {"5": 1, "6": -1.5},
-    "logprobs": 2, "ignore_eos": true, "stream": true, "stream_options": {"include_usage": true}, "user": "me"}"""
-_CHAT = """{"model": "base", "max_completion_tokens": 4, "n": 2, "logprobs": true, "top_logprobs": 3, "seed": 1, "messages": [
+_COMPLETION = """{"model": "base", "prompt": ["The sky is", [5, 6, 7]], "max_tokens": 4, "n": 2, "seed": 1,
+    "temperature": 0.8, "top_p": 0.9, "top_k": 40, "min_p": 0.01, "repetition_penalty": 1.1,
+    "stop": ["x", "\\n"], "logit_bias": {"5": 1, "6": -1.5}, "logprobs": 2, "ignore_eos": true,
+    "stream": true, "stream_options": {"include_usage": true}, "user": "me"}"""
+_CHAT = """{"model": "base", "max_completion_tokens": 4, "n": 2, "logprobs": true, "top_logprobs": 3,
+    "seed": 1, "messages": [
     {"role": "system", "content": "Be brief.", "name": "me"},
     {"role": "user", "content": [{"type": "text", "text": "Name a colour."}]}]}"""
-_BRANCHES = """{"model": "base", "main": "The sea", "reduce": " So", "stream": true, "temperature": 1, "max_tokens": 4,
-    "branches": [{"text": " is", "seed": 1, "logprobs": 3}, {"text": [5, 6], "stop": "x", "max_tokens": 2}]}"""
+_BRANCHES = """{"model": "base", "main": "The sea", "reduce": " So", "stream": true, "temperature": 1,
+    "max_tokens": 4, "branches": [
+    {"text": " is", "seed": 1, "logprobs": 3}, {"text": [5, 6], "stop": "x", "max_tokens": 2}]}"""
 VALID: dict[str, dict[str, Any]] = {
     "/v1/completions": json.loads(_COMPLETION),
     "/v1/chat/completions": json.loads(_CHAT),
     "/v1/branches": json.loads(_BRANCHES),
-    _JOIN: {"text": " was", "max_tokens": 4, "temperature": 0.5, "seed": 1},
+    _ADD_BRANCH: {"text": " was", "max_tokens": 4, "temperature": 0.5, "seed": 1},
     "/tokenize": {"prompt": "The sky is", "model": "base"},
     "/detokenize": {"tokens": [5, 6, 7], "model": "base"},
 }
@@ -31,36 +34,24 @@ VALUES: list[Any] = [
     *("base", "base:x", "base:" + "漢" * 100, "base:\x00", "base:..", "models:/x@y", "models:/x/" + "9" * 30),
     *(0, 1, -1, 20, 21, 64, 65, 2**31, 2**53 + 1, 2**63 - 1, 2**63, 2**64, -(2**64), 10**400, 10**4000),
     *(0.0, -0.0, 0.5, 1.5, 5e-324, 1e-45, 1e-38, 1e39, 1.7e308, float("nan"), float("inf"), float("-inf")),
-    *(
-        [],
-        {},
-        [[]],
-        [None],
-        [0],
-        [-1],
-        [2**63],
-        ["x"] * 300,
-        [0] * 300,
-        {"": {}},
-        {"0": 1},
-        {"-1": 1},
-        {"9" * 30: 1},
-    ),
+    *([], {}, [[]], [None], [0], [-1], [2**63], ["x"] * 300, [0] * 300),
+    *({"": {}}, {"0": 1}, {"-1": 1}, {"9" * 30: 1}),
 ]
 
 
 def wire(method: str, target: str, body: bytes = b"", *lines: str) -> bytes:
-    """lines: of the head."""
+    """Return a raw HTTP/1.1 request. `lines` are additional header lines."""
     head = [f"{method} {target} HTTP/1.1", "host: localhost", "connection: close", *lines]
     return "\r\n".join([*head, "", ""]).encode("latin-1") + body
 
 
-def post(path: str, body: bytes, *lines: str, kind: str = "application/json") -> bytes:
-    return wire("POST", path, body, f"content-type: {kind}", f"content-length: {len(body)}", *lines)
+def post(path: str, body: bytes, *lines: str, media_type: str = "application/json") -> bytes:
+    """Return a raw POST request with a content length."""
+    return wire("POST", path, body, f"content-type: {media_type}", f"content-length: {len(body)}", *lines)
 
 
 def oddities() -> Iterator[bytes]:
-    """All of them, always the same."""
+    """Yield all requests, in the same order on every call."""
     yield from _odd_values()
     yield from _odd_bodies()
     yield from _odd_targets()
@@ -79,26 +70,25 @@ def _odd_bodies() -> Iterator[bytes]:
         whole = json.dumps(body)
         first = whole.split(":")[0]
         deep = [f"{first}: {nested}}}" for nested in _NESTED]
-        twice = [f"{first}: 0, {whole[1:]}", f'{whole[:-1]}, "max_tokens": 2, "max_tokens": 1}}']
-        yield from (
-            post(path, text.encode()) for text in (*_TEXTS, *deep, *twice, whole[:-1], whole + ",", whole * 2)
-        )
+        duplicate_keys = [f"{first}: 0, {whole[1:]}", f'{whole[:-1]}, "max_tokens": 2, "max_tokens": 1}}']
+        texts = (*_TEXTS, *deep, *duplicate_keys, whole[:-1], whole + ",", whole * 2)
+        yield from (post(path, text.encode()) for text in texts)
         yield from (
             post(path, text)
             for text in (b"\xff\xfe", b"\xef\xbb\xbf{}", whole.encode("utf-16"), whole.encode("utf-32"))
         )
         yield post(path, whole.replace("a", "\xff").encode("latin-1"))
-        yield from (post(path, whole.encode(), kind=kind) for kind in _KINDS)
-        yield from (wire("POST", path, part, *_AS_CHUNKS) for part in _CHUNKED)
+        yield from (post(path, whole.encode(), media_type=media_type) for media_type in _MEDIA_TYPES)
+        yield from (wire("POST", path, chunks, *_CHUNKED_HEAD) for chunks in _CHUNKED_BODIES)
 
 
 _TEXTS = ["", " ", "null", "[]", "0", '""', "{}", "{", "}", "{'a': 1}", "NaN", "-Infinity", "1e999999"]
 _TEXTS += ["9" * 5000, "\x00", "\ufeff{}", " " * 60_000, "[" * 100_000, '{"a":' * 100_000]
 _TEXTS += ["[" * 50_000 + "]" * 50_000, '["', "{} // so", '{"a": 1,}', '{"__proto__": {}}']
-# At some depth what Python has read it can no longer print.
+# Python's json parses deeper nesting than it can serialise: the limit lies within these depths.
 _NESTED = ["[" * depth + "]" * depth for depth in range(100, 1000, 60)]
 _NESTED += ['{"a":' * depth + "0" + "}" * depth for depth in (400, 900)]
-_KINDS = [
+_MEDIA_TYPES = [
     "",
     "/",
     "\xfc",
@@ -107,14 +97,14 @@ _KINDS = [
     "application/json, text/html",
     "application/vnd.x+json",
 ]
-_KINDS += [
+_MEDIA_TYPES += [
     "text/plain",
     "multipart/form-data",
     "multipart/form-data; boundary=x",
     "application/x-www-form-urlencoded",
 ]
-_AS_CHUNKS = ["content-type: application/json", "transfer-encoding: chunked"]
-_CHUNKED = [
+_CHUNKED_HEAD = ["content-type: application/json", "transfer-encoding: chunked"]
+_CHUNKED_BODIES = [
     b"0\r\n\r\n",
     b"2\r\n{}\r\n0\r\n\r\n",
     b"1\r\n{\r\n1\r\n}\r\n0\r\nx: y\r\n\r\n",
@@ -129,8 +119,9 @@ def _odd_targets() -> Iterator[bytes]:
 
 
 _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "FOO", "get"]
-_PATHS = "/ // /v1 /v1/ /v1/completions/ /v1//completions /v1/models /v1/models/x /health /metrics /metrics/ /docs".split()
-_PATHS += "/openapi.json /-/routes /%00 /%ff /% /%zz * x http://x/ http://localhost/health /../etc /%2e%2e/etc".split()
+_PATHS = "/ // /v1 /v1/ /v1/completions/ /v1//completions /v1/models /v1/models/x".split()
+_PATHS += "/health /metrics /metrics/ /docs /openapi.json /-/routes /%00 /%ff /% /%zz * x".split()
+_PATHS += "http://x/ http://localhost/health /../etc /%2e%2e/etc".split()
 _PATHS += [
     f"/web/{rest}"
     for rest in ("", "%00", ".", "%2e%2e/app.py", "a" * 300, "a/" * 3000, "/etc/passwd", "%ed%a0%80")
@@ -140,7 +131,7 @@ _PATHS += [
     for rest in ("", "%00", "%ed%a0%80", "%2f/branches/0", "a" * 5000, LIVE, f"{LIVE}/x/0")
 ]
 _PATHS += [
-    f"{_JOIN}/{index}"
+    f"{_ADD_BRANCH}/{index}"
     for index in ("", "-1", "0", "1", "2", "9" * 20, "9" * 5000, "1.0", "true", "%00", "%ed%a0%80")
 ]
 _PATHS += ["/health?" + "x=%00&" * 900]
@@ -148,7 +139,7 @@ _PATHS += ["/health?" + "x=%00&" * 900]
 
 def _odd_heads() -> Iterator[bytes]:
     whole = json.dumps(VALID["/v1/completions"]).encode()
-    for line in _LINES:
+    for line in _HEADER_LINES:
         yield post("/v1/completions", whole, line)
         yield from (wire("GET", path, b"", line) for path in ("/health", "/", "/v1/models"))
     yield from (
@@ -164,7 +155,7 @@ def _odd_heads() -> Iterator[bytes]:
     )
 
 
-_LINES = """no colon
+_HEADER_LINES = """no colon
 : no name
 two words: x
 name\x00: x
@@ -192,24 +183,26 @@ range: bytes=x
 if-none-match: *
 if-modified-since: x
 x-forwarded-for: \x01""".split("\n")
-_LINES += [
+_HEADER_LINES += [
     "content-length: " + "9" * 40,
     "authorization: Bearer " + "x" * 9000,
     "range: bytes=0-" + ",0-" * 900,
 ]
-_LINES += ["x: y\r\n folded", "x:" * 2000, "x: " + "y" * 5000, "x: " + "y" * 20_000]
+_HEADER_LINES += ["x: y\r\n folded", "x:" * 2000, "x: " + "y" * 5000, "x: " + "y" * 20_000]
 
 
 def _long_bodies() -> Iterator[bytes]:
-    """As long as they may be, and one that is longer."""
+    """Yield bodies just below the size limit, and one above it."""
     yield post("/tokenize", b" " * (1 << 20 | 1))
     for path, begin, item, end in _FILLED:
-        body = (begin + item * ((_MOST - len(begin) - len(end)) // len(item)) + item[:-1] + end).encode()
+        body = (
+            begin + item * ((_BODY_BYTES - len(begin) - len(end)) // len(item)) + item[:-1] + end
+        ).encode()
         yield post(path, body)
-        yield wire("POST", path, b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body), *_AS_CHUNKS)
+        yield wire("POST", path, b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body), *_CHUNKED_HEAD)
 
 
-_MOST = 1_000_000
+_BODY_BYTES = 1_000_000
 _FILLED = [
     ("/v1/completions", '{"model": "base", "prompt": "', "a ", '"}'),
     ("/v1/completions", '{"model": "base", "prompt": [', '"a",', "]}"),

@@ -1,4 +1,4 @@
-"""The text that benchmarks run on: XQuAD where a copy is given, generated passages elsewhere."""
+"""Text for benchmarks: XQuAD if $XQUAD names a copy, generated passages otherwise."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ BRANCHES = 8
 
 @cache
 def tokenizer() -> PreTrainedTokenizerBase:
+    """The tokenizer of the default base model."""
     return load_tokenizer(BaseConfig())
 
 
 def passages(count: int) -> list[tuple[list[int], list[list[int]]]]:
-    """`count` samples of token ids: a passage, and eight questions of its article."""
+    """Return `count` samples as token ids: a passage and eight questions about its article."""
     encode = tokenizer().encode
     return [
         (encode(main), [encode(question) for question in questions])
@@ -31,7 +32,7 @@ def passages(count: int) -> list[tuple[list[int], list[list[int]]]]:
 
 
 def texts() -> list[str]:
-    """240 passages, as text."""
+    """Return 240 passages as text."""
     return [main for main, _ in _samples(240)]
 
 
@@ -45,8 +46,8 @@ def _xquad(path: Path) -> list[tuple[str, list[str]]]:
     for article in json.loads(path.read_text(encoding="utf-8"))["data"]:
         questions = [item["question"] for paragraph in article["paragraphs"] for item in paragraph["qas"]]
         for index, paragraph in enumerate(article["paragraphs"]):
-            turned = questions[index:] + questions[:index]
-            samples.append((paragraph["context"], turned[:BRANCHES]))
+            rotated = questions[index:] + questions[:index]
+            samples.append((paragraph["context"], rotated[:BRANCHES]))
     return samples
 
 

@@ -147,7 +147,7 @@ class Application:
         """
         if args.items() <= self._only["args"].items():
             return
-        before = self.running("Front") | self.running("EngineReplica")
+        before = self.running("Ingress") | self.running("EngineReplica")
         self._only["args"] |= args
         self._file.write_text(yaml.safe_dump(self._config), encoding="utf-8")
         done = command(
@@ -157,7 +157,7 @@ class Application:
         wait_until(lambda: self._replaced(before))
 
     def _replaced(self, before: set[str]) -> bool:
-        fronts, engines = self.running("Front"), self.running("EngineReplica")
+        fronts, engines = self.running("Ingress"), self.running("EngineReplica")
         assert fronts or not before
         return self._status()["status"] == "RUNNING" and (fronts | engines).isdisjoint(before)
 

@@ -124,7 +124,7 @@ def load(server: Server) -> Iterator[list[int]]:
 
 def without_front(cluster: Nodes) -> Node:
     """A node with an engine alone: who loses the way in notices."""
-    return next(node for node in cluster.nodes[1:] if not node.family("Front"))
+    return next(node for node in cluster.nodes[1:] if not node.family("Ingress"))
 
 
 def test_a_lost_node_is_not_noticed(base: str, tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def test_the_loss_of_the_controller_is_not_noticed(server: Server, expected: Any
     assert streamed(server) == expected
 
 
-@pytest.mark.parametrize("name", ["haproxy", "Front"])
+@pytest.mark.parametrize("name", ["haproxy", "Ingress"])
 def test_the_way_in_is_back_in_seconds(server: Server, expected: Any, name: str) -> None:
     wait_for_engines(server)
     assert unary(server) == expected

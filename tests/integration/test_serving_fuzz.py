@@ -24,7 +24,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def pids(server: Server) -> list[int]:
-    return [process.pid for name in ("EngineReplica", "Front") for process in server.family(name)]
+    return [process.pid for name in ("EngineReplica", "Ingress") for process in server.family(name)]
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +34,11 @@ def findings(server: Server) -> Findings:
 
 def test_every_request_is_answered_and_none_is_a_failure(findings: Findings) -> None:
     assert findings.statuses.total() >= COUNT
-    assert (findings.failed, findings.silent) == ([], []), str(findings)
+    assert (findings.failed, findings.unanswered) == ([], []), str(findings)
 
 
 def test_some_are_served_and_most_are_refused_in_openais_shape(findings: Findings) -> None:
-    assert findings.shapeless == []
+    assert findings.malformed == []
     assert findings.statuses[200] > COUNT / 20
     assert sum(count for status, count in findings.statuses.items() if 400 <= status < 500) > COUNT / 2
 
