@@ -21,7 +21,7 @@ from pathlib import Path
 
 from benchmarks.harness import Bench
 from benchmarks.text import texts, tokenizer
-from parallelmind.config import BaseConfig, DataConfig, RopeConfig
+from parallelmind.config import DataConfig, ModelConfig, RopeConfig
 from parallelmind.data.batch_server import ShardAssignment
 from parallelmind.data.files import file_parts
 from parallelmind.data.pipeline import feed, quiet_data, start_feeder, survey
@@ -63,7 +63,7 @@ def read_everything(path: Path, config: DataConfig) -> tuple[int, int, float]:
     """Read one epoch and return its tokens, its rows, and the seconds from first request to last batch."""
     import ray
 
-    feeder = start_feeder([str(path)], config, BaseConfig(), seed=0, workers=1)
+    feeder = start_feeder([str(path)], config, ModelConfig(), seed=0, workers=1)
     ray.get(feeder.__ray_ready__.remote())
     counts: Counter[str] = Counter()
     tokens = rows = 0

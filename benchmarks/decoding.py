@@ -11,7 +11,7 @@ import torch
 import parallelmind as pm
 from benchmarks.harness import Bench, ratio, seconds
 from benchmarks.text import passages, tokenizer
-from parallelmind.config import BaseConfig, Dtype, Visibility
+from parallelmind.config import Dtype, ModelConfig, Visibility
 from parallelmind.engine.model_runner import ModelRunner
 from parallelmind.model.base_model import load_base
 
@@ -20,13 +20,15 @@ NEW_TOKENS, MAIN_TOKENS, BRANCHES = 64, 1024, 16
 
 @cache
 def patched(visibility: Visibility, dtype: Dtype) -> Any:
-    model, _ = pm.load_model_with_lora(base_model=BaseConfig().base_model, visibility=visibility, dtype=dtype)
+    model, _ = pm.load_model_with_lora(
+        base_model=ModelConfig().base_model, visibility=visibility, dtype=dtype
+    )
     return model
 
 
 @cache
 def plain(dtype: Dtype) -> Any:
-    return load_base(BaseConfig(dtype=dtype))[0]
+    return load_base(ModelConfig(dtype=dtype))[0]
 
 
 def prompts(count: int) -> list[list[int]]:

@@ -18,7 +18,7 @@ from torch.multiprocessing.spawn import spawn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.harness import seconds
-from parallelmind.config import BaseConfig, LoraConfig, OptimizerConfig, RopeConfig
+from parallelmind.config import LoraConfig, ModelConfig, OptimizerConfig, RopeConfig
 from parallelmind.data.packing import make_batch
 from parallelmind.layout import Tokens
 from parallelmind.model.adapter import add_lora
@@ -80,7 +80,7 @@ def stepping() -> dict[str, float]:
         learner.step(16)
         points.append((float(layers), cpu_seconds(partial(learner.step, 16), 10)))
     start, layer = line(points)
-    learner = _Learner(load_base(BaseConfig())[0], 49152)
+    learner = _Learner(load_base(ModelConfig())[0], 49152)
     learner.step(256)
     step = cpu_seconds(lambda: learner.step(256), 4)
     square = torch.randn(2048, 2048)

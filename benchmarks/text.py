@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from parallelmind.config import BaseConfig
+from parallelmind.config import ModelConfig
 from parallelmind.evaluation.facts import facts_records
 from parallelmind.model.base_model import load_tokenizer
 
@@ -19,7 +19,7 @@ BRANCHES = 8
 @cache
 def tokenizer() -> PreTrainedTokenizerBase:
     """The tokenizer of the default base model."""
-    return load_tokenizer(BaseConfig())
+    return load_tokenizer(ModelConfig())
 
 
 def passages(count: int) -> list[tuple[list[int], list[list[int]]]]:

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.harness import Bench, ratio, seconds
 from benchmarks.text import passages
-from parallelmind.config import BaseConfig, LoraConfig, OptimizerConfig, RopeConfig
+from parallelmind.config import LoraConfig, ModelConfig, OptimizerConfig, RopeConfig
 from parallelmind.data.packing import make_batch
 from parallelmind.layout import IGNORE, Batch, Tokens
 from parallelmind.model.adapter import add_lora
@@ -37,7 +37,7 @@ class Learner:
     """SmolLM2 with a fresh adapter, and a step on a batch."""
 
     def __init__(self, rope: RopeConfig) -> None:
-        self.base, _ = load_base(BaseConfig())
+        self.base, _ = load_base(ModelConfig())
         if rope.patch_rope:
             patch(self.base, rope)
         self.model = add_lora(self.base, LoraConfig(), seed=0)

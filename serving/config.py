@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 import parallelmind as pm
-from parallelmind.config import BaseConfig, Dtype, FrozenConfig, Visibility, resolve
+from parallelmind.config import Dtype, FrozenConfig, ModelConfig, Visibility, resolve
 
 _ADAPTER = "adapter"  # what a run calls the folder of its adapter
 _KEYS = "PARALLELMIND_API_KEYS"
@@ -218,11 +218,11 @@ class AppConfig(Limits):
 
         return getattr(load_config(self._base()).get_text_config(), "max_position_embeddings", None)
 
-    def _base(self) -> BaseConfig:
+    def _base(self) -> ModelConfig:
         from parallelmind.model.manifest import read_adapter
 
         base = self.base_model or read_adapter(self.lora_path or "").base_model
-        return BaseConfig(base_model=base, trust_remote_code=self.trust_remote_code)
+        return ModelConfig(base_model=base, trust_remote_code=self.trust_remote_code)
 
 
 class ServerConfig(AppConfig):

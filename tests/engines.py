@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tiny import save_tiny, tiny_llama, tiny_tokenizer
 
-from parallelmind.config import BaseConfig, LoraConfig, RopeConfig
+from parallelmind.config import LoraConfig, ModelConfig, RopeConfig
 from parallelmind.engine.engine import Engine
 from parallelmind.engine.request import Event
 from parallelmind.engine.scheduler import EngineConfig
@@ -73,7 +73,7 @@ def answers(engine: Engine, *args: Any, **settings: Any) -> list[list[int]]:
     return [tokens[sample, branch] for sample, branch in sorted(tokens) if sample == number]
 
 
-def save_random_adapter(folder: Path, base: BaseConfig, seed: int) -> None:
+def save_random_adapter(folder: Path, base: ModelConfig, seed: int) -> None:
     """An adapter that changes what the tiny model says, as training would."""
     model = tiny_llama()
     patch(model, ISOLATED)
@@ -88,7 +88,7 @@ def save_random_adapter(folder: Path, base: BaseConfig, seed: int) -> None:
 
 def saved_adapters(root: Path) -> list[Path]:
     """Two adapters of one base, which is there too."""
-    base = BaseConfig(base_model=save_tiny(root / "base"))
+    base = ModelConfig(base_model=save_tiny(root / "base"))
     for seed in range(2):
         save_random_adapter(root / str(seed), base, seed)
     return [root / "0", root / "1"]

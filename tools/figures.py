@@ -17,7 +17,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from parallelmind.config import BaseConfig, BranchAngle, Pairs, RopeConfig
+from parallelmind.config import BranchAngle, ModelConfig, Pairs, RopeConfig
 from parallelmind.data.encode import encode_text
 from parallelmind.layout import IGNORE, MAIN, Layout, Tokens, arrange
 from parallelmind.model.base_model import load_tokenizer
@@ -228,4 +228,4 @@ def draw(folder: Path, tokenizer: Any) -> Sequence[Path]:
 
 
 if __name__ == "__main__":
-    print(*draw(FOLDER, load_tokenizer(BaseConfig())), sep="\n")
+    print(*draw(FOLDER, load_tokenizer(ModelConfig())), sep="\n")

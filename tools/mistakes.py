@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from parallelmind.config import BaseConfig, LoraConfig, RopeConfig
+from parallelmind.config import LoraConfig, ModelConfig, RopeConfig
 from parallelmind.evaluation.tiny_models import tiny_model, tiny_tokenizer
 from parallelmind.model.adapter import add_lora, save_adapter
 from parallelmind.model.base_model import no_progress_bars
@@ -130,7 +130,7 @@ def prepare(folder: Path) -> None:
     settings = LoraConfig(lora_rank=2)
     adapted = add_lora(model, settings, seed=0)
     save_adapter(
-        adapted, tokenizer, folder / "adapter", BaseConfig(base_model="tiny"), RopeConfig(), settings
+        adapted, tokenizer, folder / "adapter", ModelConfig(base_model="tiny"), RopeConfig(), settings
     )
     records = ({"input_ids": [5 + number % 20, 6, 7, 8, 9], "answer_offset": 2} for number in range(64))
     (folder / "train.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from tiny import save_tiny
 
-from parallelmind.config import BaseConfig
+from parallelmind.config import ModelConfig
 
 
 @pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> BaseConfig:
+def base(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
     """A tiny model on disk, which no test changes."""
-    return BaseConfig(base_model=save_tiny(tmp_path_factory.mktemp("base")))
+    return ModelConfig(base_model=save_tiny(tmp_path_factory.mktemp("base")))

@@ -32,7 +32,7 @@ from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from parallelmind import cli
-from parallelmind.config import BaseConfig
+from parallelmind.config import ModelConfig
 from parallelmind.data.convert.converter import Converter, ConvertSettings
 from parallelmind.data.convert.items import Bad
 from parallelmind.data.convert.reading import dataset_items
@@ -78,7 +78,7 @@ class ConvertConfig(ConvertSettings):
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(
-            BaseConfig(base_model=self.base_model, trust_remote_code=self.trust_remote_code)
+            ModelConfig(base_model=self.base_model, trust_remote_code=self.trust_remote_code)
         )
 
 

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.text import Text
 
 from parallelmind import cli
-from parallelmind.config import BaseConfig, DataConfig, RopeConfig, resolve
+from parallelmind.config import DataConfig, ModelConfig, RopeConfig, resolve
 from parallelmind.data.files import file_parts, find_files
 from parallelmind.data.lines import Line, read_lines
 from parallelmind.data.packing import Row, SampleBatch, Seeds, groups
@@ -46,7 +46,7 @@ _PLAIN_WIDTH = 120  # where the output is no terminal
 _BATCH_BARS = 40
 
 
-class InspectConfig(DataConfig, RopeConfig, BaseConfig):
+class InspectConfig(DataConfig, RopeConfig, ModelConfig):
     """One look at a file, with the settings that training would have."""
 
     validation_path: str | None = Field(None, description="not looked at; give it as data_path to see it")

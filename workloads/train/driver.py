@@ -15,7 +15,7 @@ from uuid import uuid4
 import workloads.common.ray_env  # noqa: F401  (before Ray)
 
 # isort: split
-from parallelmind.config import BaseConfig, DataConfig, LoraConfig, RopeConfig, TrainConfig
+from parallelmind.config import DataConfig, LoraConfig, ModelConfig, RopeConfig, TrainConfig
 from parallelmind.config.yaml_file import save_yaml
 from parallelmind.data.pipeline import epoch_batches, survey
 from parallelmind.data.survey import Survey, write_quarantine
@@ -95,7 +95,7 @@ def begin(config: TrainConfig, place: RemoteDir) -> int:
     save_yaml(config, settings.folder)
     settings.push()
     StopFile(place.inner(STOP)).clear()
-    base = config.part(BaseConfig)
+    base = config.part(ModelConfig)
     vocabulary = len(load_tokenizer(base))
     if config.patch_rope:
         refuse_unsupported(load_structure(base))
@@ -133,7 +133,7 @@ def prepare(
         )
     tracker = _tracker(config, place, found.fingerprint, share.parent)
     threads = resources.threads_per_process(config.num_workers * share.runs)
-    per_epoch = epoch_batches(found, config.part(DataConfig), config.part(BaseConfig), config.seed)
+    per_epoch = epoch_batches(found, config.part(DataConfig), config.part(ModelConfig), config.seed)
     task = Task(config, place, tuple(held_out), tracker.uri, tracker.run_id, per_epoch, threads)
     tracker.set_tags(
         {"bad_lines": len(found.bad), "folder": place, "data_sha256": found.fingerprint, **code_version()}

@@ -15,7 +15,7 @@ import torch.distributed
 from ray.train import UserCallback
 from ray.train.torch import TorchTrainer
 
-from parallelmind.config import BaseConfig, DataConfig
+from parallelmind.config import DataConfig, ModelConfig
 from parallelmind.data.pipeline import start_feeder
 from parallelmind.errors import UserError, first_line
 from parallelmind.training import checkpoint
@@ -52,7 +52,7 @@ def fit(task: Task, files: list[str], beside: int = 1, callbacks: Sequence[UserC
     lost, reached = 0, checkpoint.written(saved)
     while True:
         feeder = start_feeder(
-            files, config.part(DataConfig), config.part(BaseConfig), config.seed, config.num_workers
+            files, config.part(DataConfig), config.part(ModelConfig), config.seed, config.num_workers
         )
         try:
             result = _trainer(

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from parallelmind.config import BaseConfig, DataConfig, LoraConfig, RopeConfig, TrainConfig
+from parallelmind.config import DataConfig, LoraConfig, ModelConfig, RopeConfig, TrainConfig
 from parallelmind.data.batch_server import ShardAssignment
 from parallelmind.data.held_out import HeldOut
 from parallelmind.data.packing import make_batch
@@ -174,7 +174,7 @@ def keep(
 
 def build_model(config: TrainConfig) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """The patched model with what is to be trained, float32 there, on this worker's device."""
-    base = config.part(BaseConfig)
+    base = config.part(ModelConfig)
     model, tokenizer = load_base(
         base if config.tuning == "lora" else base.model_copy(update={"dtype": "float32"})
     )

@@ -121,7 +121,7 @@ class LoraConfig(FrozenConfig):
     use_dora: bool = Field(False, description="train the norm of every adapted weight as well (DoRA)")
 
 
-class BaseConfig(FrozenConfig):
+class ModelConfig(FrozenConfig):
     """The pretrained model underneath."""
 
     base_model: str = Field(
@@ -251,7 +251,7 @@ class RunConfig(FrozenConfig):
     )
 
 
-class TrainConfig(RunConfig, OptimizerConfig, DataConfig, LoraConfig, RopeConfig, BaseConfig):
+class TrainConfig(RunConfig, OptimizerConfig, DataConfig, LoraConfig, RopeConfig, ModelConfig):
     """A whole training run. It may be gone on with on other workers than it was begun on, and told of
     otherwise.
     """

@@ -19,7 +19,7 @@ import ray
 import ray.data
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from parallelmind.config import BaseConfig, DataConfig
+from parallelmind.config import DataConfig, ModelConfig
 from parallelmind.data.batch_server import BatchServer, ShardAssignment
 from parallelmind.data.files import Part, file_parts, total_bytes
 from parallelmind.data.packing import SampleBatch
@@ -93,26 +93,26 @@ def _survey_table(table: pa.Table, config: DataConfig, vocab_size: int | None, s
     return pa.Table.from_pylist([survey_part(_part_of(table), config, vocab_size, share)])
 
 
-def epoch_batches(found: Survey, data: DataConfig, base: BaseConfig, seed: int) -> int:
+def epoch_batches(found: Survey, data: DataConfig, base: ModelConfig, seed: int) -> int:
     """About how many batches an epoch holds (see `plan.epoch_batches`)."""
     from parallelmind.data import batch_count as plan
 
     return plan.epoch_batches(found, _tokenizer(base), data, seed)
 
 
-def sample_rows(files: Sequence[str], data: DataConfig, base: BaseConfig) -> ray.data.Dataset:
+def sample_rows(files: Sequence[str], data: DataConfig, base: ModelConfig) -> ray.data.Dataset:
     """One row per good record, in the order of the files: token ids, lengths, answer offsets, what the length
     limits cost.
     """
     return _dataset(file_parts(files), functools.partial(_tokenise_part, data=data, base=base))
 
 
-def _tokenise_part(table: pa.Table, data: DataConfig, base: BaseConfig) -> pa.Table:
+def _tokenise_part(table: pa.Table, data: DataConfig, base: ModelConfig) -> pa.Table:
     return to_table(read_part(_part_of(table), _tokenizer(base), data))
 
 
 @functools.cache
-def _tokenizer(base: BaseConfig) -> PreTrainedTokenizerBase:
+def _tokenizer(base: ModelConfig) -> PreTrainedTokenizerBase:
     """Loaded once per process, not once per part."""
     from parallelmind.model.base_model import load_tokenizer
 
@@ -142,7 +142,7 @@ def feed(feeder: Any, turns: ShardAssignment, rank: int, counts: Counter[str]) -
     counts.update(found)
 
 
-def start_feeder(files: Sequence[str], data: DataConfig, base: BaseConfig, seed: int, workers: int) -> Any:
+def start_feeder(files: Sequence[str], data: DataConfig, base: ModelConfig, seed: int, workers: int) -> Any:
     """A `BatchServer` actor; every worker may wait in it at once."""
     parts = file_parts(files)
     read: Callable[[], Iterable[pa.Table]] = functools.partial(_tables, list(files), data, base)
@@ -154,7 +154,7 @@ def start_feeder(files: Sequence[str], data: DataConfig, base: BaseConfig, seed:
     return ray.remote(BatchServer).options(**options).remote(read, data, seed)
 
 
-def _tables(files: Sequence[str], data: DataConfig, base: BaseConfig) -> Iterable[pa.Table]:
+def _tables(files: Sequence[str], data: DataConfig, base: ModelConfig) -> Iterable[pa.Table]:
     quiet_data()
     tables: Iterable[pa.Table] = sample_rows(files, data, base).iter_batches(
         batch_size=None, batch_format="pyarrow"

@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
-from parallelmind.config import BaseConfig, LoraConfig, RopeConfig
+from parallelmind.config import LoraConfig, ModelConfig, RopeConfig
 from parallelmind.evaluation.probes import (
     BRANCHES,
     CLOSE,
@@ -219,7 +219,7 @@ def saved(model: PreTrainedModel) -> None:
     )
     with TemporaryDirectory() as folder:
         _save_base(model, f"{folder}/base")
-        base = BaseConfig(base_model=f"{folder}/base")
+        base = ModelConfig(base_model=f"{folder}/base")
         copy, _ = load_model_with_lora(
             base_model=base.base_model, attn_implementation=attention, **rope.model_dump()
         )

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from parallelmind.config import BaseConfig, LoraConfig, RopeConfig, TrainConfig, resolve
+from parallelmind.config import LoraConfig, ModelConfig, RopeConfig, TrainConfig, resolve
 from parallelmind.errors import UserError, first_line
 from parallelmind.model import pissa
 from parallelmind.model.base_model import load_base, load_structure
@@ -58,7 +58,7 @@ __all__ = [
 ]
 
 
-class _Loading(RopeConfig, BaseConfig):
+class _Loading(RopeConfig, ModelConfig):
     """What `load_model_with_lora` takes as keywords."""
 
 
@@ -121,7 +121,7 @@ def save_adapter(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     folder: str | Path,
-    base: BaseConfig,
+    base: ModelConfig,
     rope: RopeConfig,
     lora: LoraConfig,
     extra: Mapping[str, Any] | None = None,
@@ -160,7 +160,7 @@ def save_trained(
     """Write what a run trained: the adapter (`save_adapter`) or, where there is none, the whole model
     (`save_model`).
     """
-    base, rope = config.part(BaseConfig), config.part(RopeConfig)
+    base, rope = config.part(ModelConfig), config.part(RopeConfig)
     if isinstance(model, PeftModel):
         save_adapter(model, tokenizer, folder, base, rope, config.part(LoraConfig), extra, weights)
     else:
@@ -256,7 +256,7 @@ def load_model_with_lora(
         tuned.refuse_other_settings(settings)
         given = {**tuned.rope.model_dump(), **given}
     config = resolve(_Loading, given, source="load_model_with_lora")
-    base = config.part(BaseConfig)
+    base = config.part(ModelConfig)
     if config.patch_rope:
         refuse_unsupported(load_structure(base))  # before any weight is read
     model, tokenizer = load_base(base, attn_implementation)

@@ -32,7 +32,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from parallelmind.config import BaseConfig
+from parallelmind.config import ModelConfig
 from parallelmind.errors import UserError, first_line
 from parallelmind.model.quantize import quantization
 from parallelmind.storage import cache_folder, flush, sha256
@@ -77,7 +77,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def load_base(
-    config: BaseConfig, attn_implementation: str | None = None
+    config: ModelConfig, attn_implementation: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in eval mode and in `config.dtype`, and its tokenizer. Raises UserError where it cannot be
     loaded.
@@ -104,7 +104,7 @@ def load_base(
     return model.eval(), load_tokenizer(config)
 
 
-def load_structure(config: BaseConfig) -> PreTrainedModel:
+def load_structure(config: ModelConfig) -> PreTrainedModel:
     """The model without its weights, on the meta device: enough to see what it can do. Raises UserError as
     `load_base`.
     """
@@ -113,7 +113,7 @@ def load_structure(config: BaseConfig) -> PreTrainedModel:
         return meta_model(found, config.trust_remote_code)
 
 
-def load_config(config: BaseConfig) -> PreTrainedConfig:
+def load_config(config: ModelConfig) -> PreTrainedConfig:
     """What the model says of itself. Raises UserError as `load_base`."""
     source = resolve_base(config.base_model)
     with _load_errors(config.base_model):
@@ -127,7 +127,7 @@ def meta_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> Pre
     return model
 
 
-def load_tokenizer(config: BaseConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The base model's tokenizer, with eos as padding where it has none. Raises UserError where it cannot be
     loaded.
     """

@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from parallelmind.config import BaseConfig
+from parallelmind.config import ModelConfig
 from parallelmind.model.base_model import is_hub_id
 from parallelmind.model.manifest import Manifest
 
@@ -19,11 +19,11 @@ _PARALLEL = "It reads and writes several branches of text in one sequence, in on
 _PLAIN = "It was trained on plain sequences, one branch each, without 2D RoPE."
 
 
-def write_card(folder: Path, manifest: Manifest, base: BaseConfig) -> None:
+def write_card(folder: Path, manifest: Manifest, base: ModelConfig) -> None:
     (folder / CARD).write_text(model_card(manifest, base), encoding="utf-8")
 
 
-def model_card(manifest: Manifest, base: BaseConfig) -> str:
+def model_card(manifest: Manifest, base: ModelConfig) -> str:
     """Markdown with the hub's front matter. Metrics are taken from `manifest.extra["metrics"]`."""
     name = manifest.base_model if is_hub_id(manifest.base_model) else Path(manifest.base_model).name
     whole = manifest.lora is None

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from parallelmind.config import BaseConfig, RopeConfig
+from parallelmind.config import ModelConfig, RopeConfig
 from parallelmind.errors import UserError, writing
 from parallelmind.layout import Tokens, arrange, collate
 from parallelmind.model.adapter import load_model_with_lora
@@ -44,7 +44,7 @@ def export(
     manifest = read_adapter(lora_path)
     _refuse_inexact(lora_path, manifest.rope)
     refuse_to_replace(output, "output_path")
-    base = BaseConfig(base_model=base_model or manifest.base_model, trust_remote_code=trust_remote_code)
+    base = ModelConfig(base_model=base_model or manifest.base_model, trust_remote_code=trust_remote_code)
     model, tokenizer = load_model_with_lora(
         base.base_model, lora_path, dtype=base.dtype, trust_remote_code=base.trust_remote_code
     )

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from parallelmind.config import BaseConfig, RopeConfig
+from parallelmind.config import ModelConfig, RopeConfig
 from parallelmind.model.base_model import no_progress_bars
 from parallelmind.model.card import write_card
 from parallelmind.model.manifest import refuse_to_replace, write_manifest
@@ -21,7 +21,7 @@ def save_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     folder: str | Path,
-    base: BaseConfig,
+    base: ModelConfig,
     rope: RopeConfig,
     extra: Mapping[str, Any] | None = None,
     weights: Mapping[str, Tensor] | None = None,
@@ -41,7 +41,7 @@ def write_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
-    base: BaseConfig,
+    base: ModelConfig,
     rope: RopeConfig,
     extra: Mapping[str, Any] | None = None,
     weights: Mapping[str, Tensor] | None = None,

@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 
-from parallelmind.config import BaseConfig
+from parallelmind.config import ModelConfig
 from parallelmind.errors import UserError, first_line
 from parallelmind.model.base_model import (
     SMOLLM2,
@@ -38,7 +38,7 @@ def local_base(name: str) -> Path:
     )
     if broken:
         raise UserError(f"base_model={name}: {folder} is not whole ({broken}); {_again(name, folder)}")
-    inside = BaseConfig(base_model=str(folder))
+    inside = ModelConfig(base_model=str(folder))
     load_config(inside)
     load_tokenizer(inside)
     return folder

@@ -8,11 +8,11 @@ from importlib.util import find_spec
 import torch
 from transformers import BitsAndBytesConfig
 
-from parallelmind.config import BaseConfig
+from parallelmind.config import ModelConfig
 from parallelmind.errors import UserError
 
 
-def quantization(config: BaseConfig) -> BitsAndBytesConfig | None:
+def quantization(config: ModelConfig) -> BitsAndBytesConfig | None:
     """How bitsandbytes should hold the linear layers. Raises UserError where it is not installed."""
     if config.quantize == "none":
         return None

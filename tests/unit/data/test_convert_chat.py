@@ -10,7 +10,7 @@ from tiny import tiny_tokenizer
 from tokenizers.processors import ByteLevel, TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
-from parallelmind.config import BaseConfig, DataConfig
+from parallelmind.config import DataConfig, ModelConfig
 from parallelmind.data.convert.chat import Chat
 from parallelmind.data.records import RecordError, parse_value
 from parallelmind.data.tokenise import tokenise
@@ -162,7 +162,7 @@ def test_a_tokenizer_without_a_chat_template_is_a_users_error() -> None:
 
 @pytest.mark.model
 def test_smollm2_learns_exactly_the_answer() -> None:
-    tokenizer = load_tokenizer(BaseConfig())
+    tokenizer = load_tokenizer(ModelConfig())
     first, last = Chat(tokenizer).records(TALK, each_turn=True)
     assert target(first, tokenizer) == "the answer<|im_end|>\n"
     # " où" and the line end before it are tokens apart

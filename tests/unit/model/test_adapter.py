@@ -14,7 +14,7 @@ from adapting import logits, logits_elsewhere, patched
 from peft import PeftModel
 from tiny import save_tiny, tiny_llama, tiny_tokenizer
 
-from parallelmind.config import BaseConfig, LoraConfig, RopeConfig
+from parallelmind.config import LoraConfig, ModelConfig, RopeConfig
 from parallelmind.errors import UserError
 from parallelmind.model.adapter import (
     add_lora,
@@ -58,7 +58,7 @@ def saved(base_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         trained(patched(ROPE)),
         tiny_tokenizer(),
         folder,
-        BaseConfig(base_model=base_folder),
+        ModelConfig(base_model=base_folder),
         ROPE,
         LORA,
         {"run": "abc"},
@@ -123,7 +123,7 @@ def test_saving_uses_no_network_and_names_the_base_as_the_user_did(
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     model, tokenizer = load_model_with_lora(base_folder, rope_2d_ratio=0.5)
-    save_adapter(trained(model), tokenizer, tmp_path / "adapter", BaseConfig(), rope_config(model), LORA)
+    save_adapter(trained(model), tokenizer, tmp_path / "adapter", ModelConfig(), rope_config(model), LORA)
     for path in (tmp_path / "adapter").iterdir():
         assert base_folder.encode() not in path.read_bytes()
     assert (
@@ -141,7 +141,7 @@ def test_saving_replaces_an_adapter_whole_and_leaves_nothing_else(
         trained(patched(ROPE), seed=1),
         tiny_tokenizer(),
         folder,
-        BaseConfig(base_model=base_folder),
+        ModelConfig(base_model=base_folder),
         ROPE,
         LORA,
     )
@@ -152,7 +152,7 @@ def test_saving_replaces_an_adapter_whole_and_leaves_nothing_else(
 def test_saving_refuses_a_folder_of_other_things(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="holds other files"):
-        save_adapter(trained(patched(ROPE)), tiny_tokenizer(), tmp_path, BaseConfig(), ROPE, LORA)
+        save_adapter(trained(patched(ROPE)), tiny_tokenizer(), tmp_path, ModelConfig(), ROPE, LORA)
     assert (tmp_path / "thesis.tex").exists()
 
 
@@ -205,7 +205,13 @@ def test_a_pickled_adapter_is_refused(saved: Path, tmp_path: Path) -> None:
 
 def card(base_model: str, folder: Path, rope: RopeConfig = ROPE, **extra: Any) -> tuple[dict[str, Any], str]:
     save_adapter(
-        trained(patched(ROPE)), tiny_tokenizer(), folder, BaseConfig(base_model=base_model), rope, LORA, extra
+        trained(patched(ROPE)),
+        tiny_tokenizer(),
+        folder,
+        ModelConfig(base_model=base_model),
+        rope,
+        LORA,
+        extra,
     )
     _, front, text = (folder / "README.md").read_text().split("---\n", 2)
     return yaml.safe_load(front), text

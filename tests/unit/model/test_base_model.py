@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import save_tiny, tiny_tokenizer
 
-from parallelmind.config import BaseConfig
+from parallelmind.config import ModelConfig
 from parallelmind.errors import UserError
 from parallelmind.model import base_model as base
 from parallelmind.model.base_model import load_base, load_tokenizer, resolve_base
@@ -45,7 +45,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_model_comes_ready_to_run(tiny: str) -> None:
-    model, tokenizer = load_base(BaseConfig(base_model=tiny, dtype="bfloat16"), attn_implementation="eager")
+    model, tokenizer = load_base(ModelConfig(base_model=tiny, dtype="bfloat16"), attn_implementation="eager")
     assert not model.training
     assert model.dtype == torch.bfloat16
     assert model.config._attn_implementation == "eager"
@@ -59,19 +59,19 @@ def test_eos_pads_where_there_is_no_padding_token(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = None
     tokenizer.save_pretrained(tmp_path)
-    assert load_tokenizer(BaseConfig(base_model=str(tmp_path))).pad_token == "</s>"
+    assert load_tokenizer(ModelConfig(base_model=str(tmp_path))).pad_token == "</s>"
 
 
 def test_an_attention_that_cannot_take_our_mask_is_refused(tiny: str) -> None:
     with pytest.raises(UserError, match="attn_implementation=flash_attention_2.*choose"):
-        load_base(BaseConfig(base_model=tiny), attn_implementation="flash_attention_2")
+        load_base(ModelConfig(base_model=tiny), attn_implementation="flash_attention_2")
 
 
 def test_missing_weights_are_one_line(tmp_path: Path) -> None:
     save_tiny(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"base_model=.*cannot be loaded .*; give smollm2-135m") as error:
-        load_base(BaseConfig(base_model=str(tmp_path)))
+        load_base(ModelConfig(base_model=str(tmp_path)))
     assert "\n" not in str(error.value)
 
 
@@ -79,7 +79,7 @@ def test_damaged_weights_are_one_line(tmp_path: Path) -> None:
     save_tiny(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
     with pytest.raises(UserError, match="cannot be loaded"):
-        load_base(BaseConfig(base_model=str(tmp_path)))
+        load_base(ModelConfig(base_model=str(tmp_path)))
 
 
 def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +88,7 @@ def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(base.AutoTokenizer, "from_pretrained", offline)
     with pytest.raises(UserError) as error:
-        load_tokenizer(BaseConfig(base_model="org/name"))
+        load_tokenizer(ModelConfig(base_model="org/name"))
     assert str(error.value).startswith(
         "base_model=org/name: cannot be loaded (We couldn't connect to the hub); give"
     )
@@ -150,7 +150,7 @@ def test_of_several_at_once_one_fetches_and_all_get_it(
 
 @pytest.mark.model
 def test_smollm2_keeps_its_chat_template_and_stops() -> None:
-    model, tokenizer = load_base(BaseConfig())
+    model, tokenizer = load_base(ModelConfig())
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     inputs = tokenizer.apply_chat_template(
         chat, add_generation_prompt=True, return_tensors="pt", return_dict=True

@@ -14,7 +14,7 @@ from tiny import save_tiny
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from parallelmind.config import BaseConfig, LoraConfig, RopeConfig
+from parallelmind.config import LoraConfig, ModelConfig, RopeConfig
 from parallelmind.errors import UserError
 from parallelmind.model import export as exporting
 from parallelmind.model.adapter import add_lora, load_model_with_lora, save_adapter
@@ -27,7 +27,7 @@ LONE = RopeConfig(rope_2d_ratio=0.0, visibility="isolated", branch_stride=16)
 
 def adapter(place: Path, rope: RopeConfig, tied: bool = False, dtype: str = "float32", **lora: Any) -> Path:
     """An adapter whose every weight has moved, on a base beside it."""
-    base = BaseConfig(base_model=save_tiny(place / "base", tie_word_embeddings=tied), dtype=dtype)
+    base = ModelConfig(base_model=save_tiny(place / "base", tie_word_embeddings=tied), dtype=dtype)
     model, tokenizer = load_model_with_lora(base.base_model, dtype=dtype, **rope.model_dump())
     config = LoraConfig.model_validate({"lora_rank": 4, **lora})
     adapted = add_lora(model, config, seed=0)

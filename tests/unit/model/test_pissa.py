@@ -13,7 +13,7 @@ from adapting import IDS, ROPE, close, logits, logits_elsewhere, lora, patched, 
 from peft import PeftModel
 from tiny import tiny_llama, tiny_tokenizer
 
-from parallelmind.config import BaseConfig
+from parallelmind.config import ModelConfig
 from parallelmind.errors import UserError
 from parallelmind.evaluation.tiny_models import tiny_model
 from parallelmind.model.adapter import (
@@ -26,7 +26,7 @@ from parallelmind.model.adapter import (
 
 
 def test_a_pissa_adapter_works_in_a_fresh_process_by_its_stored_rank(
-    base: BaseConfig, tmp_path: Path
+    base: ModelConfig, tmp_path: Path
 ) -> None:
     model = train(add_lora(patched(), lora(lora_init="pissa"), seed=0))
     save_adapter(model, tiny_tokenizer(), tmp_path / "adapter", base, ROPE, lora(lora_init="pissa"))

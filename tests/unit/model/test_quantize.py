@@ -9,7 +9,7 @@ import pytest
 import torch
 from adapting import ROPE, logits, lora, train
 
-from parallelmind.config import BaseConfig
+from parallelmind.config import ModelConfig
 from parallelmind.errors import UserError
 from parallelmind.model.adapter import (
     add_lora,
@@ -22,7 +22,7 @@ from parallelmind.model.patch import is_patched
 
 
 def test_without_bitsandbytes_quantising_is_refused(
-    base: BaseConfig, monkeypatch: pytest.MonkeyPatch
+    base: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("parallelmind.model.quantize.find_spec", lambda name: None)
     with pytest.raises(
@@ -33,7 +33,7 @@ def test_without_bitsandbytes_quantising_is_refused(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
-def test_lora_on_a_quantised_base(base: BaseConfig, tmp_path: Path, bits: str, dtype: str) -> None:
+def test_lora_on_a_quantised_base(base: ModelConfig, tmp_path: Path, bits: str, dtype: str) -> None:
     pytest.importorskip("bitsandbytes")
     model, tokenizer = load_model_with_lora(base.base_model, quantize=bits, dtype=dtype, **ROPE.model_dump())
     assert is_patched(model)
@@ -67,9 +67,9 @@ def test_lora_on_a_quantised_base(base: BaseConfig, tmp_path: Path, bits: str, d
     ],
 )
 def test_what_a_quantised_base_cannot_do_is_refused(
-    base: BaseConfig, bits: str, settings: dict[str, Any], told: str
+    base: ModelConfig, bits: str, settings: dict[str, Any], told: str
 ) -> None:
     pytest.importorskip("bitsandbytes")
-    model, _ = load_base(BaseConfig.model_validate({**base.model_dump(), "quantize": bits}))
+    model, _ = load_base(ModelConfig.model_validate({**base.model_dump(), "quantize": bits}))
     with pytest.raises(UserError, match=told):
         add_lora(model, lora(**settings), seed=0)

@@ -12,7 +12,7 @@ import torch
 from families import FAMILIES, variant
 from torch import nn
 
-from parallelmind.config import BaseConfig, LoraConfig, RopeConfig
+from parallelmind.config import LoraConfig, ModelConfig, RopeConfig
 from parallelmind.engine.generate import generate, generate_text
 from parallelmind.engine.request import Sample
 from parallelmind.errors import UserError, UserNotice
@@ -132,7 +132,7 @@ def test_an_adapter_of_a_model_without_branches(tmp_path):
     rope, lora, folder = RopeConfig(patch_rope=False), LoraConfig(lora_rank=2), tmp_path / "base"
     tiny_model("mamba").save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    base = BaseConfig(base_model=str(folder))
+    base = ModelConfig(base_model=str(folder))
     model, tokenizer = load_base(base)
     adapted = add_lora(model, lora, seed=0)
     batch = to_tensors(

@@ -14,7 +14,7 @@ import pytest
 from engines import ISOLATED, answers, run, said, save_random_adapter, saved_adapters, tiny_engine
 
 from parallelmind import tracking
-from parallelmind.config import BaseConfig, FrozenConfig
+from parallelmind.config import FrozenConfig, ModelConfig
 from parallelmind.engine.engine import Engine
 from parallelmind.engine.model_runner import ModelRunner
 from parallelmind.engine.request import Sample
@@ -82,7 +82,7 @@ def test_a_new_version_serves_what_begins_after_it(folders: list[Path], tmp_path
     before = answers(engine, SAMPLE, adapter=ready(found, "base:live"), **SETTINGS)
     number = engine.submit(SAMPLE, adapter=ready(found, "base:live"), **SETTINGS)
     first = said(engine.step())
-    save_random_adapter(folder, BaseConfig(base_model=str(folders[0].parent / "base")), seed=1)
+    save_random_adapter(folder, ModelConfig(base_model=str(folders[0].parent / "base")), seed=1)
     after = engine.submit(SAMPLE, adapter=ready(found, "base:live"), **SETTINGS)
     tokens = said(run(engine))
     assert [first[number, branch] + tokens[number, branch] for branch in range(2)] == before
@@ -195,7 +195,7 @@ def test_a_sample_does_not_go_on_with_another_version_of_a_folder(
     found = shelf(tiny_engine(ISOLATED), folders, adapter_root=str(tmp_path))
     begun = found.version(ready(found, "base:live"))
     assert ready(found, "base:live", begun) == "base:live"
-    save_random_adapter(folder, BaseConfig(base_model=str(folders[0].parent / "base")), seed=1)
+    save_random_adapter(folder, ModelConfig(base_model=str(folders[0].parent / "base")), seed=1)
     with pytest.raises(AdapterVersionGone, match="model='base:live': has a new version"):
         ready(found, "base:live", begun)
     assert [found.version(ready(found, name, "")) for name in ("base", "base")] == ["", ""]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny import save_tiny, tiny_llama, tiny_tokenizer
 from torch import Tensor
 
-from parallelmind.config import BaseConfig, LoraConfig, TrainConfig
+from parallelmind.config import LoraConfig, ModelConfig, TrainConfig
 from parallelmind.errors import UserError
 from parallelmind.model.adapter import (
     add_lora,
@@ -40,7 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
 def test_a_variant_starts_as_the_base_learns_and_comes_back(
-    base: BaseConfig, tmp_path: Path, settings: dict[str, Any]
+    base: ModelConfig, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     before, model = logits(patched()), add_lora(patched(), lora(**settings), seed=0)
     assert close(logits(model), before)
@@ -65,7 +65,7 @@ def test_lora_stays_float32_on_a_float16_base() -> None:
     assert logits(model).dtype == torch.float16
 
 
-def run(base: BaseConfig, **settings: Any) -> TrainConfig:
+def run(base: ModelConfig, **settings: Any) -> TrainConfig:
     return TrainConfig.model_validate(
         {"data_path": "-", **base.model_dump(), **ROPE.model_dump(), **settings}
     )
@@ -73,7 +73,7 @@ def run(base: BaseConfig, **settings: Any) -> TrainConfig:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_whole_model_comes_back_with_its_placement(tmp_path: Path, tied: bool) -> None:
-    base = BaseConfig(base_model=save_tiny(tmp_path / "base", tie_word_embeddings=tied))
+    base = ModelConfig(base_model=save_tiny(tmp_path / "base", tie_word_embeddings=tied))
     model, tokenizer = load_model_with_lora(base.base_model, **ROPE.model_dump())
     before = logits(model)
     expected = logits(train(model))
@@ -92,7 +92,7 @@ def test_a_whole_model_comes_back_with_its_placement(tmp_path: Path, tied: bool)
 
 
 def test_weights_from_elsewhere_are_saved_in_place_of_the_models_own(
-    base: BaseConfig, tmp_path: Path
+    base: ModelConfig, tmp_path: Path
 ) -> None:
     for name, settings in (
         ("model", {"tuning": "full"}),
@@ -129,7 +129,7 @@ def logits_of_seed_one() -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def whole(base: BaseConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(base: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "model"
     save_trained(patched(), tiny_tokenizer(), folder, run(base, tuning="full"))
     return folder
@@ -143,7 +143,7 @@ def test_a_whole_models_placement_is_the_default_and_holds(whole: Path) -> None:
 
 
 def test_a_whole_model_and_an_adapter_are_not_taken_for_each_other(
-    base: BaseConfig, whole: Path, tmp_path: Path
+    base: ModelConfig, whole: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=r"lora_path=.*holds a whole model.*base_model"):
         load_model_with_lora(lora_path=whole)
@@ -154,7 +154,7 @@ def test_a_whole_model_and_an_adapter_are_not_taken_for_each_other(
         load_model_with_lora(str(tmp_path / "adapter"))
 
 
-def test_a_changed_file_of_a_whole_model_is_refused(base: BaseConfig, tmp_path: Path) -> None:
+def test_a_changed_file_of_a_whole_model_is_refused(base: ModelConfig, tmp_path: Path) -> None:
     save_trained(patched(), tiny_tokenizer(), tmp_path / "model", run(base, tuning="full"))
     weights = tmp_path / "model/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
@@ -163,14 +163,14 @@ def test_a_changed_file_of_a_whole_model_is_refused(base: BaseConfig, tmp_path: 
 
 
 @pytest.fixture(scope="module")
-def begun(base: BaseConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor]:
+def begun(base: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor]:
     folder = tmp_path_factory.mktemp("begun") / "adapter"
     model = train(add_lora(patched(), lora(), seed=0))
     save_adapter(model, tiny_tokenizer(), folder, base, ROPE, lora())
     return folder, logits(model)
 
 
-def test_an_adapter_is_trained_further(base: BaseConfig, begun: tuple[Path, Tensor]) -> None:
+def test_an_adapter_is_trained_further(base: ModelConfig, begun: tuple[Path, Tensor]) -> None:
     model = resume_adapter(patched().to(torch.bfloat16), tiny_tokenizer(), begun[0], lora(lora_dropout=0.1))
     assert {weight.dtype for weight in trained_weights(model).values()} == {torch.float32}
     model = resume_adapter(patched(), tiny_tokenizer(), begun[0], lora(lora_dropout=0.1))
@@ -203,7 +203,7 @@ def test_going_on_with_another_placement_is_refused(begun: tuple[Path, Tensor]) 
         resume_adapter(model, tiny_tokenizer(), begun[0], lora())
 
 
-def test_only_safetensors_is_written(base: BaseConfig, begun: tuple[Path, Tensor], whole: Path) -> None:
+def test_only_safetensors_is_written(base: ModelConfig, begun: tuple[Path, Tensor], whole: Path) -> None:
     assert set(load_file(begun[0] / "adapter_model.safetensors")) == set(
         trained_weights(add_lora(patched(), lora(), seed=0))
     )
