@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from benchmarks.training import Learner, long_samples
 from parallelmind.config import RopeConfig
 from parallelmind.data.packing import make_batch
-from parallelmind.evaluation.peak_memory import Peak, held
+from parallelmind.evaluation.peak_memory import PeakMemory, memory_in_use
 from parallelmind.layout import IGNORE, Tokens
 from parallelmind.model.structure import causal_lm
 from parallelmind.training.loss import decoder_inputs, to_tensors
@@ -28,8 +28,8 @@ def main(kind: str) -> None:
     tensors = to_tensors(batch)
     small = Tokens.of(list(range(8)), [list(range(8, 16))])
     learner.step(make_batch([small], rope, pad_id=0))  # the weights are mapped, and read when first used
-    before = held()
-    with Peak() as peak:
+    before = memory_in_use()
+    with PeakMemory() as peak:
         if kind == "gathered":
             learner.step(batch)
         else:
@@ -39,7 +39,7 @@ def main(kind: str) -> None:
             F.cross_entropy(
                 logits.flatten(0, 1), tensors.labels.flatten(), ignore_index=IGNORE, reduction="sum"
             ).backward()
-    print(peak.most - before)
+    print(peak.max_bytes - before)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from workloads.evaluate.attention import AttentionConfig
 from workloads.evaluate.support import SupportConfig
 from workloads.evaluate.tax import TaxConfig
 from workloads.export import ExportConfig
-from workloads.generate.command import GenerateConfig
+from workloads.generate.config import GenerateConfig
 from workloads.sweep.config import Between, SweepConfig
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference.md"

@@ -23,7 +23,7 @@ from rich.text import Text
 import parallelmind as pm
 from parallelmind import cli
 from parallelmind.errors import UserError
-from workloads.generate.command import ModelPart, SamplingPart
+from workloads.common.inference_config import InferenceModelConfig, SamplingConfig
 
 COMMANDS = """/main TEXT   set the passage that all prompts share; /main alone removes it
 /reset       forget the conversation and the passage
@@ -34,7 +34,7 @@ A || B       decode prompts A and B side by side"""
 _SEPARATOR = " || "
 
 
-class ChatConfig(SamplingPart, ModelPart):
+class ChatConfig(SamplingConfig, InferenceModelConfig):
     """One conversation."""
 
     max_new_tokens: int = Field(256, description="most new tokens per branch")
@@ -124,8 +124,8 @@ def main(argv: list[str]) -> None:
     if cli.wants_help(argv):
         return cli.print_help(f"{(__doc__ or '').strip()}\n\n{COMMANDS}", ChatConfig)
     config = cli.parse(ChatConfig, argv)
-    sampling = config.sampling()
-    chat = Chat(*config.load(), sampling, config.main)
+    sampling = config.sampling_kwargs()
+    chat = Chat(*config.load_model(), sampling, config.main)
     if terminal := sys.stdin.isatty():
         print(COMMANDS)
     while True:

@@ -146,14 +146,14 @@ class AdapterRegistry:
 
     def _check(self, model: Any) -> None:
         """Refuse an adapter that decodes other than it was trained."""
-        from parallelmind.evaluation.laws import decodes_as_trained
-        from parallelmind.evaluation.probes import MAIN, LawBroken
+        from parallelmind.evaluation.laws import check_cached_sample
+        from parallelmind.evaluation.probes import MAIN, LawViolationError
 
         if self._engine.apart or not self._engine.config.patch_rope:
             return
         try:
-            decodes_as_trained(model, MAIN, self._engine.config, _ROUNDING.get(self._config.dtype, _COARSE))
-        except LawBroken as error:
+            check_cached_sample(model, MAIN, self._engine.config, _ROUNDING.get(self._config.dtype, _COARSE))
+        except LawViolationError as error:
             raise _Unfit(
                 f"model: is not served, since {error}; train it with the installed versions"
             ) from error

@@ -10,8 +10,8 @@ from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from parallelmind.config import LoraConfig, RopeConfig
-from parallelmind.evaluation.laws import settings
-from parallelmind.evaluation.probes import agree, patched
+from parallelmind.evaluation.laws import rope_config_grid
+from parallelmind.evaluation.probes import check_close, patched
 from parallelmind.layout import Tokens, arrange, collate
 from parallelmind.model.adapter import add_lora
 from parallelmind.model.attention import FLEX_ABOVE, AttentionLogger, _fits_device
@@ -24,7 +24,7 @@ NAMES = ("shared", "layer types", "complex", "windows beside full attention", "w
 names = pytest.mark.parametrize("name", NAMES)
 every_mask = pytest.mark.parametrize(
     "config",
-    settings(visibility=("columnar", "isolated"), align_to=("left", "right")),
+    rope_config_grid(visibility=("columnar", "isolated"), align_to=("left", "right")),
     ids=lambda config: f"{config.visibility} {config.align_to}",
 )
 
@@ -58,8 +58,8 @@ def test_three_attentions_read_the_same(device, name, config):
             if attention == "sdpa":
                 with chosen():
                     found["flex"] = real_logits(model, batch, config)
-    agree(found["sdpa"], found["eager"], "SDPA and eager")
-    agree(found["flex"], found["eager"], "FlexAttention and eager")
+    check_close(found["sdpa"], found["eager"], "SDPA and eager")
+    check_close(found["flex"], found["eager"], "FlexAttention and eager")
 
 
 @names
@@ -72,9 +72,11 @@ def test_three_attentions_learn_the_same(device, name, visibility, checkpointing
         learner(variant(name, kind).to(device), config, checkpointing) for kind in ("eager", "sdpa")
     )
     expected = gradients(eager, batch, visibility)
-    agree(gradients(sdpa, batch, visibility), expected, "gradients of SDPA and eager", 2e-3)
+    check_close(gradients(sdpa, batch, visibility), expected, "gradients of SDPA and eager", 2e-3)
     with chosen():
-        agree(gradients(sdpa, batch, visibility), expected, "gradients of FlexAttention and eager", 2e-3)
+        check_close(
+            gradients(sdpa, batch, visibility), expected, "gradients of FlexAttention and eager", 2e-3
+        )
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(14, 2, 64), (28, 4, 128)])
@@ -116,7 +118,7 @@ def test_a_compiled_loss_is_the_eager_loss(device):
         with torch.compiler.set_stance("default"):
             compiled(model, batch, config.visibility)[0].backward()
     found = torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])
-    agree(found, expected, "gradients of a compiled and an eager loss", 2e-3)
+    check_close(found, expected, "gradients of a compiled and an eager loss", 2e-3)
 
 
 def test_new_lengths_are_not_compiled_anew(device):

@@ -35,8 +35,8 @@ from parallelmind.engine.sampler import SampledToken, SamplingRow
 from parallelmind.engine.scheduler import EngineConfig
 from parallelmind.engine.sequence import SequenceState
 from parallelmind.errors import CapacityError
-from parallelmind.evaluation.laws import settings as every
-from parallelmind.evaluation.probes import agree, patched
+from parallelmind.evaluation.laws import rope_config_grid
+from parallelmind.evaluation.probes import check_close, patched
 from parallelmind.evaluation.tiny_models import VOCABULARY, tiny_tokenizer
 from parallelmind.layout import PADDING
 from parallelmind.model.mask import attention_masks
@@ -55,7 +55,9 @@ MODELS = [
     for name in ("shared", "windows beside full attention")
     for attention in ("sdpa", "eager")  # the pool is read stretch by stretch, or through one dense mask
 ]
-CONFIGS = every(visibility=("columnar", "isolated"), positions=("time", "flat"), align_to=("left", "right"))
+CONFIGS = rope_config_grid(
+    visibility=("columnar", "isolated"), positions=("time", "flat"), align_to=("left", "right")
+)
 EFFORT = settings(
     max_examples=10,
     stateful_step_count=24,
@@ -214,7 +216,7 @@ class ComingAndGoing(RuleBasedStateMachine):
                 assert len(seen) == len(state.generated(branch))
                 if seen:
                     expected = whole[branch][start : start + len(seen)]
-                    agree(
+                    check_close(
                         torch.stack(seen),
                         expected,
                         f"sample {number}, branch {branch}: cached and full logits",

@@ -9,30 +9,30 @@ from pathlib import Path
 import pytest
 
 from parallelmind.evaluation.laws import LAWS
-from parallelmind.evaluation.model_support import COLUMNS, Row, examine
+from parallelmind.evaluation.model_support import COLUMNS, SupportRow, check_model_types
 from parallelmind.evaluation.tiny_models import causal_lm_types
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 
 
-def documented() -> list[Row]:
+def documented() -> list[SupportRow]:
     lines = DOCS.read_text(encoding="utf-8").split("| " + " | ".join(COLUMNS) + " |\n")[1].splitlines()[1:]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return [
-        Row(kind, family, held == "yes", reason, tuple(laws.split()))
+        SupportRow(kind, family, held == "yes", reason, tuple(laws.split()))
         for kind, family, held, reason, laws in cells
     ]
 
 
-def name(row: Row) -> str:
+def name(row: SupportRow) -> str:
     return row.model_type if row.supported else f"{row.model_type}: {row.reason}"
 
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("row", documented(), ids=name)
 def test_type(row):
-    (found,) = examine([row.model_type])
-    assert found.texts() == tuple(text.replace("|", "/") for text in row.texts())
+    (found,) = check_model_types([row.model_type])
+    assert found.cells() == tuple(text.replace("|", "/") for text in row.cells())
 
 
 def test_the_table_is_complete():

@@ -11,8 +11,8 @@ from flexing import chosen, gradients, long_batch, on_a_cpu, real_logits
 from torch.utils import _pytree
 
 from parallelmind.config import LoraConfig, RopeConfig
-from parallelmind.evaluation.laws import cached, settings, siblings
-from parallelmind.evaluation.probes import agree, patched
+from parallelmind.evaluation.laws import check_cached_decoding, check_siblings, rope_config_grid
+from parallelmind.evaluation.probes import check_close, patched
 from parallelmind.model.adapter import add_lora
 from parallelmind.model.attention import FLEX, attention_for
 from parallelmind.model.mask import attention_masks
@@ -39,7 +39,7 @@ names = pytest.mark.parametrize("name", [*FAMILIES, *VARIANTS])
 mechanisms = pytest.mark.parametrize("name", MECHANISMS)
 every_mask = pytest.mark.parametrize(
     "config",
-    settings(visibility=("columnar", "isolated"), align_to=("left", "right"), sibling_penalty=(0.0,)),
+    rope_config_grid(visibility=("columnar", "isolated"), align_to=("left", "right"), sibling_penalty=(0.0,)),
     ids=lambda config: f"{config.visibility} {config.align_to}",
 )
 
@@ -64,7 +64,7 @@ def test_what_is_chosen_agrees_with_eager(name, config):
         reader = attention_for(model, 300, model.dtype)
         found = real_logits(model, long_batch(config), config)
     assert (reader != FLEX) == (name in NEVER_CHOSEN)
-    agree(found, expected_logits(name, config), "the chosen attention and eager")
+    check_close(found, expected_logits(name, config), "the chosen attention and eager")
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_a_model_that_is_set_to_flex_attention_agrees_with_eager(name):
     config = RopeConfig(visibility="isolated", align_to="right")
     model = variant(name, FLEX)
     with patched(model, config):
-        agree(
+        check_close(
             real_logits(model, long_batch(config), config),
             expected_logits(name, config),
             "FlexAttention and eager",
@@ -95,7 +95,7 @@ def test_adapters_get_the_same_gradients(name, visibility, checkpointing):
         model.activation_checkpointing_enable()
     expected = gradients(adapted, long_batch(config), visibility)
     with chosen():
-        agree(
+        check_close(
             gradients(adapted, long_batch(config), visibility),
             expected,
             "gradients of FlexAttention and SDPA",
@@ -110,15 +110,15 @@ def test_autocast_gives_flex_attention_one_type():
     expected = gradients(model, long_batch(config), config.visibility, torch.bfloat16)
     with chosen():
         found = gradients(model, long_batch(config), config.visibility, torch.bfloat16)
-    agree(found, expected, "gradients in bfloat16", 0.25)
+    check_close(found, expected, "gradients in bfloat16", 0.25)
 
 
 @mechanisms
 def test_decoding_stays_dense_beside_it(name):
     model = variant(name, "sdpa")
     with chosen():
-        cached(model)
-        siblings(model)
+        check_cached_decoding(model)
+        check_siblings(model)
     time, prompt = torch.arange(4)[None], torch.arange(3, 40)[None]
     with patched(model, RopeConfig()):
         expected = model.generate(prompt, max_new_tokens=4, do_sample=False, pad_token_id=0)
@@ -132,7 +132,7 @@ def test_decoding_stays_dense_beside_it(name):
 
 
 def test_decoding_works_where_flex_attention_is_asked_for():
-    cached(variant("shared", FLEX))
+    check_cached_decoding(variant("shared", FLEX))
 
 
 def test_a_mask_can_be_taken_apart_and_put_together():
@@ -146,7 +146,7 @@ def test_a_mask_can_be_taken_apart_and_put_together():
     for layer in model.model.layers:
         layer.register_forward_pre_hook(rebuilt, with_kwargs=True)
     with patched(model, config), chosen():
-        agree(
+        check_close(
             real_logits(model, long_batch(config), config),
             expected_logits("shared", config),
             "FlexAttention and eager",

@@ -11,16 +11,27 @@ from torch import nn
 from parallelmind import visibility
 from parallelmind.config import RopeConfig
 from parallelmind.errors import UserError
-from parallelmind.evaluation.laws import EVERY_SETTING, LAWS, cached
-from parallelmind.evaluation.model_support import attentions
-from parallelmind.evaluation.probes import BRANCHES, MAIN, LawBroken, agree, patched, sample_logits
+from parallelmind.evaluation.laws import ALL_ROPE_CONFIGS, LAWS, check_cached_decoding
+from parallelmind.evaluation.model_support import attention_implementations
+from parallelmind.evaluation.probes import (
+    BRANCHES,
+    MAIN,
+    LawViolationError,
+    check_close,
+    patched,
+    sample_logits,
+)
 from parallelmind.evaluation.tiny_models import WINDOW
 from parallelmind.model import rope2d, rotary
 from parallelmind.model.patch import patch, rope_config, unpatch
 from parallelmind.model.rope2d import BRANCH, TIME
 from parallelmind.model.support import assess
 
-CASES = [(name, attention) for name in [*FAMILIES, *VARIANTS] for attention in attentions(model_class(name))]
+CASES = [
+    (name, attention)
+    for name in [*FAMILIES, *VARIANTS]
+    for attention in attention_implementations(model_class(name))
+]
 
 
 @pytest.fixture(params=CASES, ids=lambda case: "-".join(case))
@@ -35,7 +46,9 @@ def test_law(model, law):
 
 @pytest.mark.parametrize(("name", "attention"), [case for case in CASES if case[0] in FAMILIES])
 def test_cached_decoding_equals_one_full_forward_in_every_setting(name, attention):
-    cached(variant(name, attention), [setting for setting in EVERY_SETTING for _ in ("bare", "main")])
+    check_cached_decoding(
+        variant(name, attention), [setting for setting in ALL_ROPE_CONFIGS for _ in ("bare", "main")]
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -46,7 +59,7 @@ def test_a_family_is_what_its_representative_says(family):
 def test_time_positions_do_not_depend_on_the_number_of_siblings(model):
     with patched(model, RopeConfig(visibility="isolated", positions="time")) as config:
         few, many = sample_logits(model, config, BRANCHES[:1]), sample_logits(model, config)
-    agree(few[1], many[1], "a branch with and without siblings")
+    check_close(few[1], many[1], "a branch with and without siblings")
 
 
 def test_a_patched_model_keeps_its_names():
@@ -88,7 +101,7 @@ def test_branch_coordinates_do_not_wake_a_length_trigger():
 def broken(law: str, name: str) -> bool:
     try:
         LAWS[law](variant(name))
-    except LawBroken:
+    except LawViolationError:
         return True
     return False
 
@@ -101,7 +114,7 @@ def test_a_wrong_column_map_is_noticed(monkeypatch):
         return rope2d.mix(flat, branch, time, torch.where(first_half & (axes == BRANCH), TIME, axes))
 
     monkeypatch.setattr(rotary, "mix", mix)
-    assert broken("shifted", "shared")
+    assert broken("coordinate_shift", "shared")
 
 
 @pytest.mark.parametrize(
@@ -109,7 +122,7 @@ def test_a_wrong_column_map_is_noticed(monkeypatch):
 )
 def test_a_forgotten_window_is_noticed(monkeypatch, name):
     monkeypatch.setattr(visibility.AttentionWindow, "near", lambda *args: None)
-    assert broken("base", name)
+    assert broken("single_branch", name)
 
 
 def test_a_window_in_storage_order_is_noticed(monkeypatch):
@@ -118,7 +131,7 @@ def test_a_window_in_storage_order_is_noticed(monkeypatch):
         return place[-q_time.shape[-2] :, None] - place < reach.window
 
     monkeypatch.setattr(visibility.AttentionWindow, "near", near)
-    assert broken("alone", "windows in every layer")
+    assert broken("isolated_branches", "windows in every layer")
 
 
 @pytest.mark.parametrize("name", ["dynamic", "longrope"])
@@ -136,13 +149,13 @@ def test_a_woken_trigger_is_noticed(monkeypatch, name):
             return tuple(rotary.mix(*table.chunk(3), self.pos2d_axes) for table in tables)
 
     monkeypatch.setattr(rotary, "BranchRotary", Careless)
-    assert broken("shifted", name)
+    assert broken("coordinate_shift", name)
 
 
 def test_a_leak_between_branches_is_noticed(monkeypatch):
     monkeypatch.setitem(visibility.RULES, "isolated", visibility.columnar)
     assert broken("siblings", "shared")
-    assert broken("alone", "shared")
+    assert broken("isolated_branches", "shared")
 
 
 def test_the_text_of_the_laws_is_longer_than_every_window():

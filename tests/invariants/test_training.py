@@ -15,8 +15,16 @@ import torch
 from families import FAMILIES, variant
 
 from parallelmind.config import LoraConfig, RopeConfig
-from parallelmind.evaluation.laws import siblings
-from parallelmind.evaluation.probes import BRANCHES, MAIN, agree, differ, patched, plain_logits, sample_logits
+from parallelmind.evaluation.laws import check_siblings
+from parallelmind.evaluation.probes import (
+    BRANCHES,
+    MAIN,
+    check_close,
+    check_differ,
+    patched,
+    plain_logits,
+    sample_logits,
+)
 from parallelmind.layout import Tokens, arrange, collate
 from parallelmind.model.adapter import add_lora
 from parallelmind.model.patch import patch
@@ -111,9 +119,9 @@ def test_bfloat16_stays_near_float32_and_isolates_as_well(family):
         changed = sample_logits(model, config, [[*BRANCHES[0][:1], 99, *BRANCHES[0][2:]], *BRANCHES[1:]])
         same = sample_logits(model, config)
     assert rough.dtype == torch.bfloat16
-    agree(rough, exact, "bfloat16 and float32", 0.25)
+    check_close(rough, exact, "bfloat16 and float32", 0.25)
     for number in (0, 2, 3):
-        agree(changed[number], same[number], "a sibling in bfloat16", 0)
+        check_close(changed[number], same[number], "a sibling in bfloat16", 0)
 
 
 @families
@@ -129,8 +137,8 @@ def test_laws_hold_with_adapters_on_every_linear_layer(family):
             if weight.requires_grad:
                 weight.normal_(0, 0.1)
     with patched(base, RopeConfig()) as config:
-        differ(torch.cat(sample_logits(adapted, config)), torch.cat(before), "an adapter")
-    siblings(base)
+        check_differ(torch.cat(sample_logits(adapted, config)), torch.cat(before), "an adapter")
+    check_siblings(base)
 
 
 @families
@@ -145,7 +153,7 @@ def test_threads_never_share_coordinates(family):
                 pool.map(lambda turn: torch.cat(sample_logits(model, config, texts[turn % 2])), range(40))
             )
     for turn, logits in enumerate(found):
-        agree(logits, expected[turn % 2], "a sample read beside another thread's and alone")
+        check_close(logits, expected[turn % 2], "a sample read beside another thread's and alone")
 
 
 def test_threads_settle_their_own_frequencies():
@@ -159,7 +167,7 @@ def test_threads_settle_their_own_frequencies():
         with ThreadPoolExecutor(2) as pool:
             found = list(pool.map(lambda turn: plain_logits(model, texts[turn % 2]), range(200)))
     for turn, logits in enumerate(found):
-        agree(logits, expected[turn % 2], "a text read beside another thread's and alone")
+        check_close(logits, expected[turn % 2], "a text read beside another thread's and alone")
 
 
 def in_two_processes(*arguments: str) -> str:

@@ -11,7 +11,7 @@ from parallelmind.config.yaml_file import load_yaml, save_yaml
 from parallelmind.errors import UserError
 from workloads.data.convert import ConvertConfig
 from workloads.export import ExportConfig
-from workloads.generate.command import GenerateConfig
+from workloads.generate.config import GenerateConfig
 
 
 def train(*dotlist: str, **values: object) -> TrainConfig:

@@ -9,13 +9,19 @@ from pydantic import Field, model_validator
 from rich.table import Table
 
 from parallelmind import cli
-from parallelmind.evaluation.backends import EngineName
-from parallelmind.evaluation.qa_eval import Answered, Scores, answer, question_records, score
+from parallelmind.evaluation.backends import BackendName
+from parallelmind.evaluation.qa_eval import (
+    RecordAnswers,
+    Scores,
+    answer_records,
+    read_question_records,
+    score_answers,
+)
+from workloads.common.inference_config import InferenceModelConfig
 from workloads.evaluate.output import console, output_file, write_json
-from workloads.generate.command import ModelPart
 
 
-class AnswersConfig(ModelPart):
+class AnswersConfig(InferenceModelConfig):
     """One run of `evaluate answers`."""
 
     data_path: str = Field(
@@ -23,7 +29,7 @@ class AnswersConfig(ModelPart):
     )
     max_records: int = Field(16, ge=1, description="records to answer, from the start of the file")
     max_new_tokens: int = Field(12, ge=1, description="longest answer, in tokens")
-    engine: EngineName = Field(
+    engine: BackendName = Field(
         "parallel", description="questions as branches of a sequence, each alone, or as padded rows"
     )
     at_once: int | None = Field(
@@ -51,12 +57,12 @@ class AnswersConfig(ModelPart):
 def answers(argv: list[str]) -> None:
     config = cli.parse(AnswersConfig, argv)
     output = output_file(config.output_path, ".json")
-    records = question_records(config.data_path, config.max_records)
-    model, tokenizer = config.load()
+    records = read_question_records(config.data_path, config.max_records)
+    model, tokenizer = config.load_model()
     asked = cli.tracked(
         records, "answering", len(records), lambda done: f"{done} of {len(records)} records answered"
     )
-    found = answer(
+    found = answer_records(
         model,
         tokenizer,
         asked,
@@ -65,7 +71,7 @@ def answers(argv: list[str]) -> None:
         records_at_once=config.records_at_once,
         max_new_tokens=config.max_new_tokens,
     )
-    items, scores = score(found)
+    items, scores = score_answers(found)
     for item in items[: config.show]:
         console().print(table(item))
     print(line(scores), flush=True)
@@ -73,7 +79,7 @@ def answers(argv: list[str]) -> None:
         write_json(output, {**asdict(scores), "config": config.model_dump(mode="json")})
 
 
-def table(item: Answered) -> Table:
+def table(item: RecordAnswers) -> Table:
     """Passage and answers of one record, for a terminal."""
     drawn = Table(title=item.main or None, title_justify="left", title_style="italic", expand=False)
     for header in ("branch", "question", "answer", "expected"):

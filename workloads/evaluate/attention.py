@@ -12,21 +12,21 @@ from rich.table import Table
 import parallelmind as pm
 from parallelmind import cli
 from parallelmind.engine.request import encode_sample
-from parallelmind.evaluation.attention_maps import Asking, AttentionMap, attention_map
+from parallelmind.evaluation.attention_maps import AttentionMap, QueryTokens, attention_map
+from workloads.common.inference_config import InferenceModelConfig
 from workloads.evaluate.output import console, output_file, write_json, write_png
 from workloads.evaluate.plots import attention_figure
-from workloads.generate.command import ModelPart
 
 _PARTS = ("main", "own", "siblings")
 
 
-class AttentionConfig(ModelPart):
+class AttentionConfig(InferenceModelConfig):
     """One run of `evaluate attention`."""
 
     main: str = Field("", description="text that all prompts share")
     prompts: list[str] = Field(min_length=1, description="the branches")
     branch: int = Field(0, ge=0, description="which of them asks, from 0")
-    tokens: Asking = Field(
+    tokens: QueryTokens = Field(
         "last", description="whose attention: the branch's last token, or the mean over all its tokens"
     )
     output_path: str = Field(
@@ -38,7 +38,7 @@ def attention(argv: list[str]) -> None:
     config = cli.parse(AttentionConfig, argv)
     output = output_file(config.output_path, ".png")
     assert output is not None, "output_path is required"
-    model, tokenizer = pm.load_model_with_lora(**config.given(), attn_implementation="eager")
+    model, tokenizer = pm.load_model_with_lora(**config.model_kwargs(), attn_implementation="eager")
     sample = encode_sample(tokenizer, pm.Sample(config.main, config.prompts))
     found = attention_map(model, sample, config.branch, config.tokens)
     shares = found.shares()

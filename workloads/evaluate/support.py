@@ -16,7 +16,7 @@ from transformers.utils import logging
 from parallelmind import cli
 from parallelmind.config import FrozenConfig
 from parallelmind.errors import UserError, writing
-from parallelmind.evaluation.model_support import COLUMNS, Row, examine
+from parallelmind.evaluation.model_support import COLUMNS, FALLBACK, SupportRow, check_model_types
 from parallelmind.evaluation.tiny_models import causal_lm_types
 
 _GENERATED = "<!-- generated: everything below comes from `python -m workloads.evaluate support` -->"
@@ -25,7 +25,9 @@ _GENERATED = "<!-- generated: everything below comes from `python -m workloads.e
 class SupportConfig(FrozenConfig):
     """One run of `evaluate support`."""
 
-    model_types: str | None = Field(None, description="types to examine, comma-separated; null: all")
+    model_types: str | None = Field(
+        None, description="types to check_model_types, comma-separated; null: all"
+    )
     csv: bool = Field(False, description="print comma-separated values (--csv will do) in place of a table")
     output_path: str | None = Field(None, description="Markdown file whose generated part becomes the table")
 
@@ -36,7 +38,7 @@ def support(argv: list[str]) -> None:
     logging.set_verbosity_error()  # tiny models have no checkpoints, kernels or padding to be warned of
     console = Console(stderr=True)
     progress = track(
-        examine(chosen),
+        check_model_types(chosen),
         "holding models against the laws",
         len(chosen),
         console=console,
@@ -46,7 +48,7 @@ def support(argv: list[str]) -> None:
     if config.output_path:
         _write_markdown(Path(config.output_path), rows)
     if config.csv:
-        csv.writer(sys.stdout, lineterminator="\n").writerows([COLUMNS, *(row.texts() for row in rows)])
+        csv.writer(sys.stdout, lineterminator="\n").writerows([COLUMNS, *(row.cells() for row in rows)])
     else:
         _print_table(rows)
 
@@ -62,29 +64,29 @@ def _chosen(names: str | None) -> list[str]:
     return wanted
 
 
-def _print_table(rows: Sequence[Row]) -> None:
+def _print_table(rows: Sequence[SupportRow]) -> None:
     drawn = Table(*COLUMNS)
     for row in rows:
-        drawn.add_row(*row.texts())
+        drawn.add_row(*row.cells())
     Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(drawn)
     print(summary(rows))
 
 
-def summary(rows: Sequence[Row]) -> str:
+def summary(rows: Sequence[SupportRow]) -> str:
     """Counts, in one line."""
     held = sum(row.supported for row in rows)
-    fallback = sum("rows" in row.laws for row in rows)
+    fallback = sum(FALLBACK in row.laws for row in rows)
     return f"{held} of {len(rows)} types hold parallel branches; {fallback} more decode them one row each"
 
 
-def _write_markdown(path: Path, rows: Sequence[Row]) -> None:
+def _write_markdown(path: Path, rows: Sequence[SupportRow]) -> None:
     """Keep what is written by hand, up to and with the marker line."""
     written = path.read_text(encoding="utf-8") if path.exists() else f"{_GENERATED}\n"
     if _GENERATED not in written:
         raise UserError(f"output_path={path}: has no line {_GENERATED}; add it where the table should begin")
     lines = [
         "| " + " | ".join(text.replace("|", "/") for text in texts) + " |"
-        for texts in (COLUMNS, *(row.texts() for row in rows))
+        for texts in (COLUMNS, *(row.cells() for row in rows))
     ]
     rule = "|" + " --- |" * len(COLUMNS)
     by_hand = written[: written.index(_GENERATED) + len(_GENERATED)]

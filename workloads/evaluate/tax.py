@@ -19,14 +19,14 @@ from parallelmind.errors import UserError
 from parallelmind.evaluation.branch_tax import TaxPoint, largest_sample, tax_curve
 from parallelmind.model.patch import is_patched
 from parallelmind.training.step import NoMemoryError
+from workloads.common.inference_config import InferenceModelConfig
 from workloads.evaluate.output import console, output_file, write_json, write_png
 from workloads.evaluate.plots import tax_figure
-from workloads.generate.command import ModelPart
 
 _SEED = 0  # of the order of batches, which changes no loss
 
 
-class TaxConfig(ModelPart):
+class TaxConfig(InferenceModelConfig):
     """One run of `evaluate tax`."""
 
     data_path: str = Field(
@@ -69,7 +69,7 @@ def tax(argv: list[str]) -> None:
     config = cli.parse(TaxConfig, argv)
     output = output_file(config.output_path, ".json")
     files = find_files(config.data_path)
-    model, tokenizer = config.load()
+    model, tokenizer = config.load_model()
     _survey(files, config.data(), len(tokenizer))
     held_out = _held_out(files, tokenizer, config)
     counts = sorted({1, *config.branches}) if is_patched(model) else [1]

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import workloads.common.ray_env  # noqa: F401  (before Ray)
 
@@ -27,11 +27,9 @@ from parallelmind.errors import UserError, writing
 from parallelmind.storage import atomic_file
 from workloads.common import cluster, resources
 from workloads.generate.batch import Decoder, ProgressStats
+from workloads.generate.config import GenerateConfig
 from workloads.generate.output import OutputManifest, alone_at, read_source, settings_of
 from workloads.generate.source import Source, Stretch
-
-if TYPE_CHECKING:
-    from workloads.generate.command import GenerateConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +134,9 @@ def _told(config: GenerateConfig, folder: Path, items: list[dict[str, Any]]) -> 
     threads = resources.threads_per_process(workers)
     parts = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         PartWriter,
-        fn_constructor_args=[Task(folder, config.given(), config.sampling(), config.reduce, threads, gpu)],
+        fn_constructor_args=[
+            Task(folder, config.model_kwargs(), config.sampling_kwargs(), config.reduce, threads, gpu)
+        ],
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=resources.cpus_per_worker(workers),

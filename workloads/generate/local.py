@@ -8,18 +8,15 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from parallelmind import cli
 from parallelmind.errors import UserError, writing
 from workloads.generate.batch import Decoder, ProgressStats, Result
+from workloads.generate.config import GenerateConfig
 from workloads.generate.output import OutputManifest, alone_at, cut_back, read_source, settings_of
 from workloads.generate.source import Source
-
-if TYPE_CHECKING:
-    from workloads.generate.command import GenerateConfig
 
 
 def continue_files(config: GenerateConfig) -> None:
@@ -68,7 +65,9 @@ def _decode(
     config: GenerateConfig, source: Source, write: Callable[[str], None], after: int = 0, rows: int = 0
 ) -> None:
     """after: the line after which to begin; rows: those that are there already."""
-    decoder = Decoder.load(config.given(), config.sampling(), config.reduce, gpu=torch.cuda.is_available())
+    decoder = Decoder.load(
+        config.model_kwargs(), config.sampling_kwargs(), config.reduce, gpu=torch.cuda.is_available()
+    )
     tally = ProgressStats(source.samples(after))
     with cli.progress("generating", tally.total) as tell:
         for results in decoder.run(source.entries(after)):

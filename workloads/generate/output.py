@@ -10,16 +10,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 from parallelmind.data.files import find_files
 from parallelmind.errors import UserError, format_value
 from parallelmind.model.manifest import MANIFEST
 from parallelmind.storage import atomic_file, sha256
+from workloads.generate.config import GenerateConfig
 from workloads.generate.source import Source, scan
-
-if TYPE_CHECKING:
-    from workloads.generate.command import GenerateConfig
 
 
 def read_source(config: GenerateConfig, output: Path | None) -> Source:
@@ -34,7 +32,7 @@ def read_source(config: GenerateConfig, output: Path | None) -> Source:
 
 def settings_of(config: GenerateConfig, source: Source) -> dict[str, Any]:
     """All that the rows of an output depend on, by field."""
-    fields = {**config.given(), **config.sampling(), "reduce": config.reduce}
+    fields = {**config.model_kwargs(), **config.sampling_kwargs(), "reduce": config.reduce}
     for name in ("base_model", "lora_path"):
         manifest = Path(fields.get(name) or "").expanduser() / MANIFEST
         if fields.get(name) and manifest.is_file():  # it holds the checksums of all that was trained

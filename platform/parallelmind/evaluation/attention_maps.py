@@ -17,7 +17,7 @@ from parallelmind.model.patch import is_patched, rope_config
 from parallelmind.model.structure import causal_lm, decoder
 from parallelmind.training.loss import decoder_inputs, to_tensors
 
-Asking = Literal["last", "all"]
+QueryTokens = Literal["last", "all"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,9 @@ class AttentionMap:
 
 
 @torch.inference_mode()
-def attention_map(model: Model, tokens: Tokens, branch: int = 0, asking: Asking = "last") -> AttentionMap:
+def attention_map(
+    model: Model, tokens: Tokens, branch: int = 0, asking: QueryTokens = "last"
+) -> AttentionMap:
     """One forward pass over main and all branches, in training's layout; every layer's attention is held for
     its length.
 

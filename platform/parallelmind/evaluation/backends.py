@@ -17,7 +17,7 @@ from parallelmind.engine.request import Sample, encode_sample, end_ids
 from parallelmind.engine.sampler import SamplingParams
 from parallelmind.engine.validation import TokenizedRequest
 
-EngineName = Literal["parallel", "one_by_one", "batch"]
+BackendName = Literal["parallel", "one_by_one", "batch"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,17 +35,17 @@ class Answer:
 Ask = Callable[[Model, PreTrainedTokenizerBase, Sample, int], Answer]
 
 
-def in_branches(
+def generate_branches(
     model: Model, tokenizer: PreTrainedTokenizerBase, sample: Sample, max_new_tokens: int
 ) -> Answer:
     """Every question a branch of one sequence, by an engine of its own. Greedy."""
-    return side_by_side(model, tokenizer, [sample], max_new_tokens)[0]
+    return generate_samples(model, tokenizer, [sample], max_new_tokens)[0]
 
 
-def side_by_side(
+def generate_samples(
     model: Model, tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample], max_new_tokens: int
 ) -> list[Answer]:
-    """Samples as `in_branches`, all in one engine: their steps are shared, and so is what is told of
+    """Samples as `generate_branches`, all in one engine: their steps are shared, and so is what is told of
     memory.
     """
     sampling = {"max_new_tokens": max_new_tokens}
@@ -62,7 +62,7 @@ def side_by_side(
     return [Answer(*said, kept) for said in zip(texts, tokens, strict=True)]
 
 
-def in_a_batch(
+def generate_padded_batch(
     model: Model, tokenizer: PreTrainedTokenizerBase, sample: Sample, max_new_tokens: int
 ) -> Answer:
     """Every question a row of main and question, padded on the left, through Hugging Face's own `generate`.
@@ -97,7 +97,11 @@ def in_a_batch(
     )
 
 
-ENGINES: dict[EngineName, Ask] = {"parallel": in_branches, "one_by_one": in_branches, "batch": in_a_batch}
+BACKENDS: dict[BackendName, Ask] = {
+    "parallel": generate_branches,
+    "one_by_one": generate_branches,
+    "batch": generate_padded_batch,
+}
 
 
 def _read(writer: OutputProcessor, row: list[int]) -> tuple[str, int]:

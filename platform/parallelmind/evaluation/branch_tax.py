@@ -12,7 +12,7 @@ from parallelmind.config import RopeConfig
 from parallelmind.data.packing import make_batch
 from parallelmind.engine.model_runner import Model
 from parallelmind.errors import UserError
-from parallelmind.evaluation.peak_memory import Peak, held
+from parallelmind.evaluation.peak_memory import PeakMemory, memory_in_use
 from parallelmind.layout import Tokens
 from parallelmind.model.patch import is_patched, rope_config
 from parallelmind.model.structure import causal_lm
@@ -58,11 +58,11 @@ def tax_curve(model: Model, sets: Mapping[int, Batches], pad_id: int) -> Iterato
     evaluate(
         loss, [make_batch(batch[:1], rope, pad_id) for batch in sets[1][:1]]
     )  # weights are read when they are first used
-    at_rest, lone = held(loss.device), None
+    at_rest, lone = memory_in_use(loss.device), None
     for branches, batches in sorted(sets.items()):
         found = [make_batch(batch, rope, pad_id) for batch in batches]
         started = time.perf_counter()
-        with Peak(loss.device) as peak:
+        with PeakMemory(loss.device) as peak:
             totals = evaluate(loss, found)
         seconds = time.perf_counter() - started
         if not totals.targets:
@@ -80,5 +80,5 @@ def tax_curve(model: Model, sets: Mapping[int, Batches], pad_id: int) -> Iterato
             tokens=int(totals.tokens),
             seconds=seconds,
             tokens_per_second=totals.tokens / seconds,
-            peak_extra_bytes=peak.most - at_rest,
+            peak_extra_bytes=peak.max_bytes - at_rest,
         )

@@ -1,4 +1,4 @@
-"""The laws that a patched model obeys, as checks on a model: each raises LawBroken with the figure that broke
+"""The laws that a patched model obeys, as checks on a model: each raises LawViolationError with the figure that broke
 it.
 """
 
@@ -19,10 +19,10 @@ from parallelmind.evaluation.probes import (
     BRANCHES,
     CLOSE,
     MAIN,
-    LawBroken,
+    LawViolationError,
     Recorder,
-    agree,
-    differ,
+    check_close,
+    check_differ,
     layout_logits,
     patched,
     plain_logits,
@@ -38,7 +38,7 @@ _FAR = 100_003  # a move that turns even the slowest pair of a long-context mode
 _SHIFT = 600  # past the longest text of a tiny model, where scaled frequencies would change
 
 
-def settings(**values: Sequence[Any]) -> list[RopeConfig]:
+def rope_config_grid(**values: Sequence[Any]) -> list[RopeConfig]:
     """Every combination of the values of some fields."""
     return [
         RopeConfig.model_validate(dict(zip(values, chosen, strict=True)))
@@ -46,80 +46,82 @@ def settings(**values: Sequence[Any]) -> list[RopeConfig]:
     ]
 
 
-_LAYOUTS = settings(
+_LAYOUTS = rope_config_grid(
     visibility=("columnar", "isolated"), positions=("time", "flat"), align_to=("left", "right")
 )
 _ANGLES = [
-    *settings(rope_2d_ratio=(0.0, 0.5, 1.0), pairs=("low",), branch_angle=("alone",), sibling_penalty=(0.0,)),
-    *settings(rope_2d_ratio=(0.5,), pairs=("high",), branch_angle=("added",), sibling_penalty=(1.5,)),
+    *rope_config_grid(
+        rope_2d_ratio=(0.0, 0.5, 1.0), pairs=("low",), branch_angle=("alone",), sibling_penalty=(0.0,)
+    ),
+    *rope_config_grid(rope_2d_ratio=(0.5,), pairs=("high",), branch_angle=("added",), sibling_penalty=(1.5,)),
 ]
 _TURNING = {"rope_2d_ratio", "pairs", "branch_angle", "sibling_penalty"}
-EVERY_SETTING = [
+ALL_ROPE_CONFIGS = [
     placed.model_copy(update=turned.model_dump(include=_TURNING))
     for placed, turned in product(_LAYOUTS, _ANGLES)
 ]
-FEW_SETTINGS = [
-    EVERY_SETTING[4 * k + (k + k // 4) % 4] for k in range(8)
+SAMPLED_ROPE_CONFIGS = [
+    ALL_ROPE_CONFIGS[4 * k + (k + k // 4) % 4] for k in range(8)
 ]  # every layout, and each way of turning twice
 
 
-def restored(model: PreTrainedModel) -> None:
+def check_unpatch(model: PreTrainedModel) -> None:
     """Law 1: unpatch restores the model bit for bit."""
     before = [(type(module), sorted(module._buffers)) for module in model.modules()]
     logits = plain_logits(model, MAIN)
     with patched(model, RopeConfig(rope_2d_ratio=1.0)):
-        differ(
+        check_differ(
             plain_logits(model, MAIN + BRANCHES[0]),
             plain_logits(model, MAIN[::-1] + BRANCHES[0]),
             "two texts",
         )
     if [(type(module), sorted(module._buffers)) for module in model.modules()] != before:
-        raise LawBroken("classes or buffers are not what they were")
+        raise LawViolationError("classes or buffers are not what they were")
     if not torch.equal(plain_logits(model, MAIN), logits):
-        raise LawBroken("logits are not what they were")
+        raise LawViolationError("logits are not what they were")
 
 
-def base(model: PreTrainedModel) -> None:
+def check_single_branch(model: PreTrainedModel) -> None:
     """Law 1: one branch and positions = time is the unpatched model, with r = 0, or at coordinate 0 where
     that is added.
     """
     text = MAIN + BRANCHES[1]
     expected = plain_logits(model, text)
     with patched(model, RopeConfig(rope_2d_ratio=1, branch_angle="added")) as config:
-        agree(plain_logits(model, text), expected, "a call without pos2d and the unpatched model")
-        agree(
+        check_close(plain_logits(model, text), expected, "a call without pos2d and the unpatched model")
+        check_close(
             layout_logits(model, arrange(Tokens.of([], [text]), config), config)[1],
             expected,
             "a branch at 0 and the base",
         )
     with patched(model, RopeConfig(rope_2d_ratio=0)) as config:
         if not torch.equal(plain_logits(model, text), expected):
-            raise LawBroken("a call without pos2d is not what it was")
-        agree(
+            raise LawViolationError("a call without pos2d is not what it was")
+        check_close(
             torch.cat(sample_logits(model, config, BRANCHES[1:2])),
             expected,
             "one branch and the unpatched model",
         )
 
 
-def alone(model: PreTrainedModel) -> None:
+def check_isolated_branches(model: PreTrainedModel) -> None:
     """Law 2: isolated branches with r = 0 and time positions are main and branch run alone."""
     expected = [plain_logits(model, MAIN + branch)[len(MAIN) :] for branch in BRANCHES]
     with patched(model, RopeConfig(rope_2d_ratio=0, visibility="isolated")) as config:
         for found, lone in zip(sample_logits(model, config)[1:], expected, strict=True):
-            agree(found, lone, "a branch beside siblings and alone")
+            check_close(found, lone, "a branch beside siblings and alone")
 
 
-def cached(model: PreTrainedModel, among: Iterable[RopeConfig] = FEW_SETTINGS) -> None:
+def check_cached_decoding(model: PreTrainedModel, among: Iterable[RopeConfig] = SAMPLED_ROPE_CONFIGS) -> None:
     """Law 3: cached incremental decoding is one full forward, for every visibility, ratio and alignment; main
     comes and goes.
     """
     for number, setting in enumerate(among):
         with patched(model, setting) as config:
-            decodes_as_trained(model, MAIN if number % 2 else [], config)
+            check_cached_sample(model, MAIN if number % 2 else [], config)
 
 
-def decodes_as_trained(
+def check_cached_sample(
     model: PreTrainedModel | PeftModel, main: list[int], config: RopeConfig, share: float = CLOSE
 ) -> None:
     """Law 3 for one sample on a patched model: logits of cached decoding are those of one forward pass in
@@ -132,10 +134,10 @@ def decodes_as_trained(
     whole = layout_logits(model, engine.state.final_layout(), config)[1:]
     for branch, prompt in enumerate(BRANCHES):
         found = torch.stack(engine.seen[branch])
-        agree(found, whole[branch][len(prompt) - 1 : -1], f"cached and full logits ({config})", share)
+        check_close(found, whole[branch][len(prompt) - 1 : -1], f"cached and full logits ({config})", share)
 
 
-def rows(model: PreTrainedModel) -> None:
+def check_separate_rows(model: PreTrainedModel) -> None:
     """The fallback of a model that cannot be patched: every branch, in a row of its own, says what it says
     alone.
 
@@ -147,7 +149,7 @@ def rows(model: PreTrainedModel) -> None:
         for branch, prompt in enumerate(BRANCHES):
             lone = plain_logits(model, [*main, *prompt, *engine.state.generated(branch).tolist()])
             first = len(main) + len(prompt) - 1
-            agree(
+            check_close(
                 torch.stack(engine.seen[branch]),
                 lone[first:-1],
                 "a branch in a row of its own and alone",
@@ -155,10 +157,10 @@ def rows(model: PreTrainedModel) -> None:
             )
 
 
-def siblings(model: PreTrainedModel) -> None:
+def check_siblings(model: PreTrainedModel) -> None:
     """Law 4: isolated, no branch changes another; columnar, it changes only what is later in time."""
     changed = [[*BRANCHES[0][:1], 99, *BRANCHES[0][2:]], *BRANCHES[1:]]
-    heard = settings(
+    heard = rope_config_grid(
         visibility=("columnar", "isolated"),
         align_to=("left", "right"),
         rope_2d_ratio=(0.0, 0.5),
@@ -172,27 +174,27 @@ def siblings(model: PreTrainedModel) -> None:
             layout = arrange(Tokens.of(MAIN, BRANCHES), config)
             at = int(layout.time[layout.sequence == 1][1])  # when the changed token stands
             before, after = sample_logits(model, config), sample_logits(model, config, changed)
-        differ(before[1][1:], after[1][1:], "a branch whose token was changed")
+        check_differ(before[1][1:], after[1][1:], "a branch whose token was changed")
         for number in (0, 2, 3):
             time = torch.from_numpy(np.sort(layout.time[layout.sequence == number]))
             unmoved = time <= at if config.visibility == "columnar" else time >= 0
-            agree(
+            check_close(
                 before[number][unmoved], after[number][unmoved], f"a sibling of a changed branch ({config})"
             )
         if config.visibility == "columnar":
-            differ(before[2], after[2], "a sibling of a changed branch")
+            check_differ(before[2], after[2], "a sibling of a changed branch")
 
 
-def shifted(model: PreTrainedModel) -> None:
+def check_coordinate_shift(model: PreTrainedModel) -> None:
     """Law 5: a shift of all branch coordinates changes nothing, moving one branch changes logits."""
-    chosen = settings(
+    chosen = rope_config_grid(
         pairs=("low", "mid", "spread"),
         branch_angle=("alone",),
         rope_2d_ratio=(0.25, 1.0),
         positions=("time", "flat"),
         branch_stride=(3,),
     )
-    added = settings(
+    added = rope_config_grid(
         pairs=("high",),
         branch_angle=("added",),
         rope_2d_ratio=(0.25,),
@@ -202,15 +204,15 @@ def shifted(model: PreTrainedModel) -> None:
     for setting in [*chosen[::3], *added]:  # each choice of pairs, ratio, angle and kind of position
         with patched(model, setting) as config:
             still = torch.cat(sample_logits(model, config))
-            agree(
+            check_close(
                 torch.cat(sample_logits(model, config, shift=_SHIFT)), still, f"shifted branches ({config})"
             )
-            differ(
+            check_differ(
                 torch.cat(sample_logits(model, config, move=2, by=_FAR)), still, f"a moved branch ({config})"
             )
 
 
-def saved(model: PreTrainedModel) -> None:
+def check_save_load(model: PreTrainedModel) -> None:
     """Law 6: base model and adapter, saved and loaded, give the same logits."""
     rope, lora, attention = (
         RopeConfig(visibility="isolated"),
@@ -231,9 +233,9 @@ def saved(model: PreTrainedModel) -> None:
         save_adapter(adapted, tiny_tokenizer(), f"{folder}/adapter", base, rope, lora)
         loaded, _ = load_model_with_lora(lora_path=f"{folder}/adapter", attn_implementation=attention)
         expected = torch.cat(sample_logits(adapted.eval(), rope))
-        agree(torch.cat(sample_logits(loaded, rope)), expected, "a saved and a loaded model")
+        check_close(torch.cat(sample_logits(loaded, rope)), expected, "a saved and a loaded model")
         with patched(model, rope):
-            differ(torch.cat(sample_logits(model, rope)), expected, "a base model and its adapter")
+            check_differ(torch.cat(sample_logits(model, rope)), expected, "a base model and its adapter")
 
 
 def _save_base(model: PreTrainedModel, folder: str) -> None:
@@ -249,5 +251,14 @@ def _save_base(model: PreTrainedModel, folder: str) -> None:
 
 
 LAWS: dict[str, Callable[[PreTrainedModel], None]] = {
-    law.__name__: law for law in (restored, base, alone, cached, siblings, shifted, saved)
+    check.__name__.removeprefix("check_"): check
+    for check in (
+        check_unpatch,
+        check_single_branch,
+        check_isolated_branches,
+        check_cached_decoding,
+        check_siblings,
+        check_coordinate_shift,
+        check_save_load,
+    )
 }

@@ -14,22 +14,22 @@ _CPU = torch.device("cpu")
 _PAUSE = 0.002  # seconds between two looks
 
 
-def held(device: torch.device = _CPU) -> int:
+def memory_in_use(device: torch.device = _CPU) -> int:
     """Bytes that are held now, once rubbish is gone."""
     gc.collect()
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else _resident()
 
 
-class Peak:
-    """`with Peak() as peak: work()`, and then `peak.most` is the most bytes that were held meanwhile."""
+class PeakMemory:
+    """`with PeakMemory() as peak: work()`, and then `peak.max_bytes` is the most bytes that were held meanwhile."""
 
     def __init__(self, device: torch.device = _CPU) -> None:
         self._device, self._over = device, threading.Event()
         self._watch = threading.Thread(target=self._look, daemon=True)
-        self.most = 0
+        self.max_bytes = 0
 
-    def __enter__(self) -> Peak:
-        self.most = held(self._device)
+    def __enter__(self) -> PeakMemory:
+        self.max_bytes = memory_in_use(self._device)
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         else:
@@ -38,11 +38,11 @@ class Peak:
 
     def _look(self) -> None:
         while not self._over.wait(_PAUSE):
-            self.most = max(self.most, _resident())
+            self.max_bytes = max(self.max_bytes, _resident())
 
     def __exit__(self, *_: object) -> None:
         if self._device.type == "cuda":
-            self.most = torch.cuda.max_memory_allocated(self._device)
+            self.max_bytes = torch.cuda.max_memory_allocated(self._device)
         else:
             self._over.set()
             self._watch.join()

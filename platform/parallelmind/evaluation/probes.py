@@ -35,7 +35,7 @@ _MOST = 4  # new tokens of the branch that talks longest
 Branches = list[list[int]]
 
 
-class LawBroken(Exception):  # noqa: N818
+class LawViolationError(Exception):
     """A check failed; the message says by how much."""
 
 
@@ -114,14 +114,14 @@ class Recorder(Engine):
             self.step()
 
 
-def agree(found: Tensor, expected: Tensor, what: str, share: float = CLOSE) -> None:
+def check_close(found: Tensor, expected: Tensor, what: str, share: float = CLOSE) -> None:
     if found.numel() and not (distance := _distance(found, expected)) <= share:
-        raise LawBroken(f"{what} differ by {distance:.2g} of the largest logit")
+        raise LawViolationError(f"{what} differ by {distance:.2g} of the largest logit")
 
 
-def differ(found: Tensor, expected: Tensor, what: str) -> None:
+def check_differ(found: Tensor, expected: Tensor, what: str) -> None:
     if not (distance := _distance(found, expected)) > LEAK:
-        raise LawBroken(f"{what}: logits move by {distance:.2g} of the largest only")
+        raise LawViolationError(f"{what}: logits move by {distance:.2g} of the largest only")
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:

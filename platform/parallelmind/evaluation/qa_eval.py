@@ -15,7 +15,7 @@ from parallelmind.data.records import Branch, Record, RecordError, parse_line
 from parallelmind.engine.model_runner import Model
 from parallelmind.engine.request import Sample
 from parallelmind.errors import UserError
-from parallelmind.evaluation.backends import ENGINES, Answer, EngineName, side_by_side
+from parallelmind.evaluation.backends import BACKENDS, Answer, BackendName, generate_samples
 from parallelmind.evaluation.qa_metrics import exact_match, f1
 from parallelmind.model.patch import is_patched
 from parallelmind.model.structure import causal_lm
@@ -23,7 +23,7 @@ from parallelmind.model.support import assess
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
+class RecordAnswers:
     """One record: passage, and per branch the question, what the model said and what is right.
 
     tokens: decoded. seconds: to read and to answer. kv_bytes: of keys and values at their most, None where
@@ -56,7 +56,7 @@ class Scores:
     peak_kv_bytes: int | None
 
 
-def question_records(path: str, limit: int) -> list[Record]:
+def read_question_records(path: str, limit: int) -> list[Record]:
     """The first `limit` records of a file. Raises UserError unless each is text with prompts and
     completions.
     """
@@ -87,16 +87,16 @@ def _question_record(raw: bytes, where: str) -> Record:
     return record
 
 
-def answer(
+def answer_records(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
     records: Iterable[Record],
     *,
-    engine: EngineName = "parallel",
+    engine: BackendName = "parallel",
     at_once: int | None = None,
     records_at_once: int = 1,
     max_new_tokens: int,
-) -> Iterator[Answered]:
+) -> Iterator[RecordAnswers]:
     """Every record answered, greedily. at_once: questions of a record that are asked together, all by
     default.
 
@@ -111,9 +111,9 @@ def answer(
             _refuse_untaught(model)
         started = time.perf_counter()
         if records_at_once > 1:
-            said = side_by_side(model, tokenizer, flat, max_new_tokens)
+            said = generate_samples(model, tokenizer, flat, max_new_tokens)
         else:
-            said = [ENGINES[engine](model, tokenizer, piece, max_new_tokens) for piece in flat]
+            said = [BACKENDS[engine](model, tokenizer, piece, max_new_tokens) for piece in flat]
         seconds = (time.perf_counter() - started) / sum(len(piece.branches) for piece in flat)
         answers = iter(said)
         for record, own in zip(group, pieces, strict=True):
@@ -127,8 +127,8 @@ def _pieces(record: Record, size: int | None) -> list[Sample]:
     return [Sample(record.main, prompts[first : first + most]) for first in range(0, len(prompts), most)]
 
 
-def _answered(record: Record, said: list[Answer], seconds: float) -> Answered:
-    return Answered(
+def _answered(record: Record, said: list[Answer], seconds: float) -> RecordAnswers:
+    return RecordAnswers(
         main=str(record.main),
         questions=[str(branch.body).strip() for branch in record.branches],
         predictions=[_first_line(text) for piece in said for text in piece.texts],
@@ -145,7 +145,7 @@ def _batched(records: Iterable[Record], size: int) -> Iterator[Sequence[Record]]
         yield group
 
 
-def score(answered: Iterable[Answered]) -> tuple[list[Answered], Scores]:
+def score_answers(answered: Iterable[RecordAnswers]) -> tuple[list[RecordAnswers], Scores]:
     """All answers and their mean scores."""
     items = list(answered)
     pairs = [pair for item in items for pair in zip(item.predictions, item.references, strict=True)]

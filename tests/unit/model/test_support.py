@@ -28,7 +28,7 @@ from parallelmind.model.support import assess
 from parallelmind.training.loss import target_loss, to_tensors
 from parallelmind.visibility import AttentionWindow
 from workloads.evaluate import command as evaluate
-from workloads.evaluate.support import Row, _write_markdown
+from workloads.evaluate.support import SupportRow, _write_markdown
 
 REFUSED = {
     "mamba": "recurrent or convolutional state",
@@ -172,13 +172,19 @@ def test_the_table_as_csv(capsys):
     first, *rows = csv.reader(io.StringIO(capsys.readouterr().out))
     assert first == ["model_type", "family", "supported", "reason", "laws"]
     assert [(row[0], row[2]) for row in rows] == [("llama", "yes"), ("gptj", "yes"), ("mamba", "no")]
-    assert rows[0][4] == "restored base alone cached siblings shifted saved"
+    assert (
+        rows[0][4]
+        == "unpatch single_branch isolated_branches cached_decoding siblings coordinate_shift save_load"
+    )
     assert "recurrent" in rows[2][3]
 
 
 def test_the_table_in_a_document(tmp_path):
     path = tmp_path / "models.md"
-    rows = [Row("llama", "shared", True, "", ("base",)), Row("odd", "not built", False, "a | b", ())]
+    rows = [
+        SupportRow("llama", "shared", True, "", ("base",)),
+        SupportRow("odd", "not built", False, "a | b", ()),
+    ]
     _write_markdown(path, rows)
     path.write_text("by hand\n\n" + path.read_text())
     _write_markdown(path, rows[:1])

@@ -13,8 +13,8 @@ from parallelmind.config import RopeConfig
 from parallelmind.data.records import Record, parse_value
 from parallelmind.engine.request import Sample
 from parallelmind.errors import UserError
-from parallelmind.evaluation.backends import in_a_batch, in_branches
-from parallelmind.evaluation.qa_eval import Answered, answer, score
+from parallelmind.evaluation.backends import generate_branches, generate_padded_batch
+from parallelmind.evaluation.qa_eval import RecordAnswers, answer_records, score_answers
 from parallelmind.model.patch import patch
 from workloads.evaluate import command as evaluate
 
@@ -33,8 +33,8 @@ def model_with(rope: RopeConfig):
     return model
 
 
-def ask(rope: RopeConfig, **settings: Any) -> Answered:
-    (found,) = answer(model_with(rope), tiny_tokenizer(), [record()], max_new_tokens=8, **settings)
+def ask(rope: RopeConfig, **settings: Any) -> RecordAnswers:
+    (found,) = answer_records(model_with(rope), tiny_tokenizer(), [record()], max_new_tokens=8, **settings)
     return found
 
 
@@ -56,7 +56,7 @@ def test_records_side_by_side_are_answered_as_one_after_another():
     records = [record(), record("another passage"), record("the third")]
     model, tokenizer = model_with(RopeConfig()), tiny_tokenizer()
     alone, beside = (
-        list(answer(model, tokenizer, records, at_once=2, records_at_once=count, max_new_tokens=8))
+        list(answer_records(model, tokenizer, records, at_once=2, records_at_once=count, max_new_tokens=8))
         for count in (1, 2)
     )
     assert [(each.main, each.predictions, each.tokens) for each in beside] == [
@@ -72,10 +72,13 @@ def test_branches_that_meet_do_not_say_what_they_say_alone():
 def test_texts_end_where_the_model_ends_them(main):
     """Rows that end early are filled with padding, which is neither text nor a token that was decoded."""
     model, tokenizer, sample = model_with(APART), tiny_tokenizer(), Sample(main, QUESTIONS)
-    free = in_branches(model, tokenizer, sample, 12)
+    free = generate_branches(model, tokenizer, sample, 12)
     common = tokenizer("".join(free.texts), add_special_tokens=False).input_ids
     model.generation_config.eos_token_id = [2, *sorted(set(common))[::3]]
-    branches, batch = in_branches(model, tokenizer, sample, 12), in_a_batch(model, tokenizer, sample, 12)
+    branches, batch = (
+        generate_branches(model, tokenizer, sample, 12),
+        generate_padded_batch(model, tokenizer, sample, 12),
+    )
     assert branches.tokens < free.tokens
     assert (batch.texts, batch.tokens) == (branches.texts, branches.tokens)
 
@@ -96,17 +99,21 @@ def test_memory_is_what_is_asked_at_once():
 def test_any_reference_is_right():
     said = ask(APART).predictions
     right = [
-        Answered("", QUESTIONS, said, [["no", text] for text in said], tokens=40, seconds=2.0, kv_bytes=8),
-        Answered("", QUESTIONS[:1], ["x"], [["no"]], tokens=2, seconds=1.0, kv_bytes=16),
+        RecordAnswers(
+            "", QUESTIONS, said, [["no", text] for text in said], tokens=40, seconds=2.0, kv_bytes=8
+        ),
+        RecordAnswers("", QUESTIONS[:1], ["x"], [["no"]], tokens=2, seconds=1.0, kv_bytes=16),
     ]
-    _, scores = score(right)
+    _, scores = score_answers(right)
     assert scores.exact_match == scores.f1 == 5 / 6
     assert (scores.questions, scores.peak_kv_bytes) == (6, 16)
     assert (scores.questions_per_second, scores.tokens_per_second) == (2, 14)
 
 
 def test_references_come_from_the_record():
-    (found,) = answer(model_with(APART), tiny_tokenizer(), [record(references=[" they"])], max_new_tokens=2)
+    (found,) = answer_records(
+        model_with(APART), tiny_tokenizer(), [record(references=[" they"])], max_new_tokens=2
+    )
     assert found.references == [["it", "they"]] * len(QUESTIONS)
 
 

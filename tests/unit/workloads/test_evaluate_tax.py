@@ -18,7 +18,7 @@ from parallelmind.config import DataConfig, RopeConfig
 from parallelmind.data.held_out import HeldOut
 from parallelmind.errors import UserError
 from parallelmind.evaluation.branch_tax import tax_curve
-from parallelmind.evaluation.peak_memory import Peak, held
+from parallelmind.evaluation.peak_memory import PeakMemory, memory_in_use
 from parallelmind.model.patch import patch
 from parallelmind.training.step import NoMemoryError
 from workloads.evaluate import command as evaluate
@@ -153,10 +153,10 @@ def test_lone_branches_are_the_zero_of_the_curve(lone):
 
 
 def test_the_peak_is_seen_after_it_has_gone():
-    before = held()
-    with Peak() as peak:
+    before = memory_in_use()
+    with PeakMemory() as peak:
         torch.ones(64 << 20, dtype=torch.uint8).sum()
-    assert peak.most - before > 48 << 20
+    assert peak.max_bytes - before > 48 << 20
 
 
 def test_running_out_of_memory_names_the_fields_of_this_command(

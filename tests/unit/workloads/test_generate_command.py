@@ -14,6 +14,7 @@ from parallelmind.errors import UserError, UserNotice
 from parallelmind.evaluation import tiny_models as model_tiny
 from workloads import chat
 from workloads.generate import command as generate
+from workloads.generate.config import GenerateConfig
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,10 @@ def test_progress_without_a_terminal_tells_the_time_left(monkeypatch, capsys):
         ([], "give exactly one of prompt"),
         (["prompt=a", "data_path=b"], "prompt and data_path: give exactly one"),
         (["data_path=none.jsonl"], "data_path=none.jsonl: no such file"),
-        (["prompt=a", "num_workers=2"], "num_workers=2: shares data_path .*; give data_path and output_path"),
+        (
+            ["prompt=a", "num_workers=2"],
+            "num_workers=2: workers read data_path .*; give data_path and output_path",
+        ),
         (["data_path=a", "num_workers=2"], "give data_path and output_path"),
         (["prompt=a", "temperature=-1"], "temperature=-1.*: give 0"),
         (["prompt=a", "tempreature=1"], "did you mean temperature"),
@@ -116,18 +120,18 @@ def test_exit_codes(monkeypatch, capsys):
     "value", ["1: why?", "a=b ${x} \\${y} \\n", '"quoted"', "12", "[a", "#", "", "~", "line\ntwo"]
 )
 def test_text_fields_take_text_as_it_is(value):
-    assert cli.parse(generate.GenerateConfig, ["prompt=a", f"main={value}"]).main == value
+    assert cli.parse(GenerateConfig, ["prompt=a", f"main={value}"]).main == value
 
 
 def test_null_switches_an_optional_text_off():
-    assert cli.parse(generate.GenerateConfig, ["prompt=a", "lora_path=null", "--top_k=3"]).lora_path is None
+    assert cli.parse(GenerateConfig, ["prompt=a", "lora_path=null", "--top_k=3"]).lora_path is None
 
 
 def test_help_shows_every_field(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     generate.main(["--help"])
     out = capsys.readouterr().out
-    for name, field in generate.GenerateConfig.model_fields.items():
+    for name, field in GenerateConfig.model_fields.items():
         assert any(
             line.split()[0] == name and field.description in line
             for line in out.splitlines()

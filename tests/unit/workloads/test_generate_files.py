@@ -19,6 +19,7 @@ from workloads.generate import batch as generate_batch
 from workloads.generate import command as generate
 from workloads.generate import output as generate_output
 from workloads.generate import source as generate_input
+from workloads.generate.config import GenerateConfig
 
 # Ends of texts at many different steps.
 SAMPLING = {"max_new_tokens": 12, "stop": ["e", "o", "t"]}
@@ -167,7 +168,7 @@ def test_an_output_that_was_begun_with_something_else_is_refused(job, tmp_path):
 
 
 def test_an_adapter_that_was_trained_again_is_another_one(tmp_path):
-    config = generate.GenerateConfig(data_path="x", lora_path=str(tmp_path))
+    config = GenerateConfig(data_path="x", lora_path=str(tmp_path))
     told = []
     for text in ("{}", "{ }"):
         (tmp_path / MANIFEST).write_text(text)

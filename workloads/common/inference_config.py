@@ -1,0 +1,89 @@
+"""Config fields that every command which decodes or evaluates shares: the model to load and how to sample."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+import parallelmind as pm
+from parallelmind.config import (
+    Alignment,
+    BranchAngle,
+    Dtype,
+    FrozenConfig,
+    Pairs,
+    Positions,
+    Quantize,
+    Visibility,
+)
+
+
+class InferenceModelConfig(FrozenConfig):
+    """Model to load. A field that is null takes the adapter's value, or the default of training without one."""
+
+    base_model: str | None = Field(
+        None, description="smollm2-135m, a local folder, or a hub id; null: the adapter's own"
+    )
+    lora_path: str | None = Field(None, description="adapter folder; null: the base model alone")
+    dtype: Dtype | None = Field(None, description="type to compute in")
+    quantize: Quantize | None = Field(None, description="keep the base weights in fewer bits (bitsandbytes)")
+    trust_remote_code: bool = Field(False, description="allow a hub model to run its own code")
+    patch_rope: bool | None = Field(None, description="false: leave the model as it is, without 2D RoPE")
+    rope_2d_ratio: float | None = Field(
+        None, ge=0, le=1, description="share of rotary pairs driven by (branch, time)"
+    )
+    pairs: Pairs | None = Field(None, description="which pairs the ratio selects")
+    branch_angle: BranchAngle | None = Field(
+        None, description="whether branch pairs follow the branch alone, or branch + time"
+    )
+    branch_stride: int | None = Field(
+        None, ge=1, description="distance between neighbouring branch coordinates"
+    )
+    positions: Positions | None = Field(None, description="what drives the other pairs")
+    sibling_penalty: float | None = Field(
+        None, ge=0, description="columnar: subtracted from the attention scores of other branches"
+    )
+    visibility: Visibility | None = Field(None, description="what branches see of each other")
+    align_to: Alignment | None = Field(None, description="whether prompts start or end together")
+
+    def model_kwargs(self) -> dict[str, Any]:
+        """Arguments for `parallelmind.load_model_with_lora`: the fields that are not null."""
+        values = {name: getattr(self, name) for name in InferenceModelConfig.model_fields}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def load_model(self) -> tuple[Any, Any]:
+        """Load model and tokenizer, and move the model to the GPU if there is one.
+
+        Raises UserError if the model cannot be loaded or a field contradicts the adapter.
+        """
+        import torch
+
+        from parallelmind.model.structure import to_gpu
+
+        model, tokenizer = pm.load_model_with_lora(**self.model_kwargs())
+        return to_gpu(model) if torch.cuda.is_available() else model, tokenizer
+
+
+class SamplingConfig(FrozenConfig):
+    """How to sample. `parallelmind.SamplingParams` defines the valid ranges."""
+
+    max_new_tokens: int = Field(64, description="maximum number of new tokens per branch")
+    temperature: float = Field(0.0, description="0: take the most likely token; above 0: draw at random")
+    top_k: int = Field(0, description="draw from the k most likely tokens; 0: all")
+    top_p: float = Field(
+        1.0, description="draw from the smallest set of tokens with this total probability; 1: all"
+    )
+    min_p: float = Field(
+        0.0, description="draw from tokens whose probability is at least this share of the highest; 0: all"
+    )
+    repetition_penalty: float = Field(1.0, description="above 1 makes repetition less likely")
+    stop: list[str] = Field([], description="strings that end a branch; they are not part of the output")
+    seed: int | None = Field(None, description="the same seed gives the same draws; null: random draws")
+    ignore_eos: bool = Field(False, description="continue after the end-of-text token")
+
+    def sampling_kwargs(self) -> dict[str, Any]:
+        """Arguments for `parallelmind.generate`. Raises UserError if a value is out of range."""
+        values = {name: getattr(self, name) for name in SamplingConfig.model_fields}
+        pm.SamplingParams(**values)
+        return values
