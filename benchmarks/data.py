@@ -1,7 +1,7 @@
 """The data pipeline from JSONL to batches: throughput, peak memory, and accounting of bad lines.
 
-Each figure is measured in a process of its own, because Ray keeps memory that it has allocated. Tokenizers run
-on one thread, in the pipeline and in the baseline.
+Each figure is measured in a process of its own, because Ray keeps memory that it has allocated. Tokenizers
+run on one thread, in the pipeline and in the baseline.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Branches decoded in one sequence against Hugging Face `generate`, one by one and as a left-padded batch."""
+"""Decoding throughput against Hugging Face `generate`: one prompt at a time, and as a left-padded batch."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ NEW_TOKENS, MAIN_TOKENS, BRANCHES = 64, 1024, 16
 
 @cache
 def patched(visibility: Visibility, dtype: Dtype) -> Any:
+    """The default base model with the 2D RoPE patch."""
     model, _ = pm.load_model_with_lora(
         base_model=ModelConfig().base_model, visibility=visibility, dtype=dtype
     )
@@ -28,16 +29,18 @@ def patched(visibility: Visibility, dtype: Dtype) -> Any:
 
 @cache
 def plain(dtype: Dtype) -> Any:
+    """The default base model without a patch."""
     return load_base(ModelConfig(dtype=dtype))[0]
 
 
 def prompts(count: int) -> list[list[int]]:
-    """Questions of 8 to 24 tokens, so that a padded batch has something to pad."""
+    """Questions of 8 to 24 tokens; the lengths differ, so a padded batch contains padding."""
     questions = [branch for _, branches in passages(8) for branch in branches]
     return [question[:24] for question in questions[:count]]
 
 
 def shared_main(tokens: int = MAIN_TOKENS) -> list[int]:
+    """The first `tokens` tokens of the concatenated passages."""
     ids = [token for main, _ in passages(64) for token in main]
     return ids[:tokens]
 
@@ -45,7 +48,7 @@ def shared_main(tokens: int = MAIN_TOKENS) -> list[int]:
 def branches(
     main: list[int], texts: list[list[int]], dtype: Dtype, visibility: Visibility = "isolated"
 ) -> Callable[[], list[str]]:
-    """Isolated branches do what a batch does; columnar ones, the default, also read each other."""
+    """Decode the prompts as branches. Isolated ones do the work of a batch; columnar ones do more."""
     sample = pm.Sample(main, texts)
     return lambda: pm.generate(
         patched(visibility, dtype), tokenizer(), sample, max_new_tokens=NEW_TOKENS, ignore_eos=True
@@ -53,10 +56,12 @@ def branches(
 
 
 def one_by_one(texts: list[list[int]], dtype: Dtype) -> Callable[[], Any]:
+    """Decode one prompt at a time with Hugging Face."""
     return lambda: [_generate(torch.tensor([text]), None, dtype) for text in texts]
 
 
 def padded(texts: list[list[int]], dtype: Dtype) -> Callable[[], Any]:
+    """Decode all prompts as one left-padded batch with Hugging Face."""
     longest = max(map(len, texts))
     pad = tokenizer().pad_token_id
     ids = torch.tensor([[pad] * (longest - len(text)) + text for text in texts])
@@ -84,9 +89,9 @@ def _vs_batch(count: int, dtype: Dtype, visibility: Visibility = "isolated") -> 
 
 
 def _rate(count: int, dtype: Dtype = "float32") -> float:
-    work = branches([], prompts(count), dtype)
-    work()
-    return count * NEW_TOKENS / min(seconds(work) for _ in range(3))
+    decode = branches([], prompts(count), dtype)
+    decode()
+    return count * NEW_TOKENS / min(seconds(decode) for _ in range(3))
 
 
 def _shared_main_vs_batch() -> float:
@@ -96,12 +101,12 @@ def _shared_main_vs_batch() -> float:
 
 
 def _memory_vs_batch() -> float:
-    """Bytes of keys and values at the end: Hugging Face's batch over the pool's blocks that were ever
-    written.
-    """
+    """KV cache bytes of Hugging Face's batch over the bytes of all blocks that our pool has used."""
     main, texts = shared_main(), prompts(BRANCHES)
-    theirs: Any = padded([main + text for text in texts], "float32")().past_key_values
-    tensors: list[torch.Tensor] = [tensor for layer in theirs.layers for tensor in (layer.keys, layer.values)]
+    hugging_face: Any = padded([main + text for text in texts], "float32")().past_key_values
+    tensors: list[torch.Tensor] = [
+        tensor for layer in hugging_face.layers for tensor in (layer.keys, layer.values)
+    ]
     engine = pm.Engine(patched("isolated", "float32"), tokenizer())
     engine.submit(pm.Sample(main, texts), max_new_tokens=NEW_TOKENS, ignore_eos=True)
     while engine.busy:

@@ -1,6 +1,4 @@
-"""The decoding engine: one step against the bare model, what a step costs as the context grows, and
-continuous batching.
-"""
+"""The decoding engine: step time against the bare model, cost by context length, continuous batching."""
 
 from __future__ import annotations
 
@@ -18,24 +16,27 @@ from benchmarks.text import tokenizer
 from parallelmind.engine.model_runner import ModelRunner
 
 _CONTEXTS = (256, 1024, 4096)
-_STEPS, _MOST = 12, 512
+_STEPS, _MAX_NEW_TOKENS = 12, 512
 _REQUESTS, _BATCH = 32, 8
 
 
-def _talking(main: int, branches: int) -> pm.Engine:
-    """An engine whose branches, on a main of so many tokens, have all said something."""
+def _decoding_engine(main: int, branches: int) -> pm.Engine:
+    """An engine with `branches` decoding branches on a main of `main` tokens; each has produced a token."""
     engine = pm.Engine(patched("isolated", "float32"), tokenizer())
-    engine.submit(pm.Sample(shared_main(main), prompts(branches)), max_new_tokens=_MOST, ignore_eos=True)
+    engine.submit(
+        pm.Sample(shared_main(main), prompts(branches)), max_new_tokens=_MAX_NEW_TOKENS, ignore_eos=True
+    )
     while len(engine.step()) < branches:
         pass
     return engine
 
 
 def _step_vs_bare() -> float:
-    """A step of all branches over one forward of as many tokens, on a cache of the same length that is not
-    grown.
+    """Time of a step over time of one forward pass of as many tokens on a cache of the same length.
+
+    The baseline's cache is cropped after every pass, so it does not grow.
     """
-    engine = _talking(MAIN_TOKENS, BRANCHES)
+    engine = _decoding_engine(MAIN_TOKENS, BRANCHES)
     model, ids = plain("float32"), torch.tensor([shared_main(MAIN_TOKENS)])
     with torch.inference_mode():
         past = DynamicCache(config=model.config)
@@ -51,34 +52,32 @@ def _step_vs_bare() -> float:
 
 @cache
 def _costs(main: int) -> tuple[float, float, float]:
-    """Of a step of eight branches: milliseconds in all, milliseconds outside of the model, megabytes that
-    must be read.
-    """
-    engine = _talking(main, 8)
+    """Costs of a step of eight branches: total ms, ms outside the model, MB of weights and KV cache read."""
+    engine = _decoding_engine(main, 8)
     forward = engine.forward
     assert isinstance(forward, ModelRunner)
     model, inside = forward.model, 0.0
 
     def timed(*args: object, **kwargs: object) -> object:
         nonlocal inside
-        found: list[object] = []
-        inside += seconds(lambda: found.append(model(*args, **kwargs)))
-        return found[0]
+        outputs: list[object] = []
+        inside += seconds(lambda: outputs.append(model(*args, **kwargs)))
+        return outputs[0]
 
     engine.step()
-    forward.model = _Timed(model, timed)  # type: ignore[assignment]
+    forward.model = _TimedModel(model, timed)  # type: ignore[assignment]
     total = seconds(lambda: [engine.step() for _ in range(_STEPS)])
     weights = sum(weight.nbytes for weight in model.parameters())
     keys = forward.cache.bytes_per_token() * (main + sum(map(len, prompts(8))))
     return 1e3 * total / _STEPS, 1e3 * (total - inside) / _STEPS, (weights + keys) / 1e6
 
 
-def _cost(main: int, which: int) -> float:
-    return _costs(main)[which]
+def _cost(main: int, index: int) -> float:
+    return _costs(main)[index]
 
 
-class _Timed:
-    """A model that counts the time of its calls."""
+class _TimedModel:
+    """Wraps a model: calls go to `call`, attributes to the model."""
 
     def __init__(self, model: torch.nn.Module, call: Callable[..., object]) -> None:
         self._model, self._call = model, call
@@ -90,16 +89,16 @@ class _Timed:
         return getattr(self._model, name)
 
 
-def _mixed() -> list[tuple[list[int], int]]:
-    """Prompts, and new tokens from 8 to 128."""
+def _mixed_requests() -> list[tuple[list[int], int]]:
+    """Return prompts with their number of new tokens, from 8 to 128."""
     lengths = np.random.default_rng(0).integers(8, 129, _REQUESTS)
     texts = prompts(_REQUESTS)
-    return [(texts[place % len(texts)], int(length)) for place, length in enumerate(lengths)]
+    return [(texts[index % len(texts)], int(length)) for index, length in enumerate(lengths)]
 
 
 def _continuous() -> None:
-    """Every request is there at a random step, and begins at once."""
-    engine, requests = pm.Engine(patched("isolated", "float32"), tokenizer()), _mixed()
+    """Continuous batching: each request arrives at a random step and starts at once."""
+    engine, requests = pm.Engine(patched("isolated", "float32"), tokenizer()), _mixed_requests()
     arrivals, step = np.sort(np.random.default_rng(1).integers(0, 64, _REQUESTS)), 0
     while requests or engine.busy:
         while requests and arrivals[_REQUESTS - len(requests)] <= step:
@@ -110,10 +109,8 @@ def _continuous() -> None:
 
 
 def _fixed() -> None:
-    """The same engine and requests, all there from the start: eight at a time, until the longest of them has
-    ended.
-    """
-    engine, requests = pm.Engine(patched("isolated", "float32"), tokenizer()), _mixed()
+    """Fixed batches: eight requests at a time, each batch until its longest request has finished."""
+    engine, requests = pm.Engine(patched("isolated", "float32"), tokenizer()), _mixed_requests()
     while requests:
         for text, length in requests[:_BATCH]:
             engine.submit(pm.Sample(branches=[text]), max_new_tokens=length, ignore_eos=True)

@@ -1,6 +1,4 @@
-"""From `git clone` to answered branches, by README's commands, with empty caches and nothing of ours
-installed.
-"""
+"""First use as README describes it: `git clone` and `make demo`, with empty caches and no installation."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ _ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What it takes. megabytes: on disk afterwards, all caches included."""
+    """Cost of first use. `megabytes`: disk use afterwards, caches included."""
 
     commands: int
     minutes: float
@@ -31,16 +29,16 @@ def _cost() -> Cost:
     with tempfile.TemporaryDirectory() as name:
         folder, caches = Path(name) / "parallelmind", Path(name) / "caches"
         commands = [["git", "clone", "--quiet", str(_ROOT), str(folder)], ["make", "demo"]]
-        kept = {
+        inherited = {
             name: value
             for name, value in os.environ.items()
             if name not in ("PYTHONPATH", "VIRTUAL_ENV", "MAKEFLAGS")
         }
-        env = {**kept, "XDG_CACHE_HOME": str(caches), "PARALLELMIND_CACHE": str(caches / "parallelmind")}
+        env = {**inherited, "XDG_CACHE_HOME": str(caches), "PARALLELMIND_CACHE": str(caches / "parallelmind")}
         started = time.perf_counter()
         for command in commands:
-            place = folder if folder.exists() else name
-            subprocess.run(command, cwd=place, env=env, check=True, stdout=subprocess.DEVNULL)
+            directory = folder if folder.exists() else name
+            subprocess.run(command, cwd=directory, env=env, check=True, stdout=subprocess.DEVNULL)
         return Cost(len(commands), (time.perf_counter() - started) / 60, _bytes(Path(name)) / 1e6)
 
 

@@ -1,8 +1,7 @@
-"""`make bench-gpu`: a LoRA step on one GPU, in tokens per second and as a share of what the GPU can compute;
-and decoding.
+"""`make bench-gpu`: tokens/s and MFU of a LoRA step on one GPU, and decoding speed.
 
 The models have the shapes of Qwen2.5 and random weights, so nothing is downloaded; speed does not depend on
-what weights say. Batches are as large as memory allows.
+the values of weights. Batches are as large as memory allows.
 """
 
 from __future__ import annotations
@@ -31,22 +30,22 @@ from parallelmind.model.structure import causal_lm, decoder
 from parallelmind.training.loss import TargetLoss, to_tensors
 from parallelmind.training.step import accumulate_gradients, make_optimizer, optimizer_step
 
-# Dense bfloat16 FLOP/s by a word of the device's name, as its maker states them.
-_PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12, "4090": 165e12}
+# Dense bfloat16 FLOP/s of the data sheet, by a word of the device name.
+_PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12, "4090": 165e12}
 _BRANCHES, _STEPS = 8, 5
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A model to build, and whether its activations are recomputed."""
+    """A model configuration, and whether activation checkpointing is on."""
 
     config: Qwen2Config
     checkpointing: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """What a sample is: main and eight branches of so many tokens. rows: the largest batch to try."""
+class Workload:
+    """Shape of a sample: tokens of main and of each of eight branches. `rows`: the largest batch tried."""
 
     visibility: Visibility
     main: int
@@ -56,7 +55,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """tokens: per second, padding left out. flops: per second, recomputation left out."""
+    """Tokens/s without padding, and FLOP/s without recomputation."""
 
     tokens: float
     flops: float
@@ -81,16 +80,16 @@ SHAPES = {
     "05b": Shape(_qwen(151936, 896, 4864, 24, 14, 2, tied=True), checkpointing=False),
     "7b": Shape(_qwen(152064, 3584, 18944, 28, 28, 4, tied=False), checkpointing=True),
 }
-WORKS = {
-    "": Work("columnar", 1024, 128, rows=32),
-    "_isolated": Work("isolated", 1024, 128, rows=32),
-    "_long": Work("columnar", 4096, 512, rows=8),
-    "_long_isolated": Work("isolated", 4096, 512, rows=8),
+WORKLOADS = {
+    "": Workload("columnar", 1024, 128, rows=32),
+    "_isolated": Workload("isolated", 1024, 128, rows=32),
+    "_long": Workload("columnar", 4096, 512, rows=8),
+    "_long_isolated": Workload("isolated", 4096, 512, rows=8),
 }
 
 
 def build(shape: Shape, device: str) -> nn.Module:
-    """A patched bfloat16 model with LoRA on every linear layer, built where it will run."""
+    """Build a patched bfloat16 model with LoRA on every linear layer, directly on the device."""
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(shape.config, dtype=torch.bfloat16)
         patch(model, RopeConfig(sibling_penalty=0))
@@ -99,7 +98,8 @@ def build(shape: Shape, device: str) -> nn.Module:
         return add_lora(model, LoraConfig(), seed=0).train()
 
 
-def random_batch(work: Work, rows: int, vocabulary: int) -> Batch:
+def random_batch(work: Workload, rows: int, vocabulary: int) -> Batch:
+    """Return a batch of `rows` samples of random tokens."""
     random = np.random.default_rng(0)
     lengths = [work.main, *[work.branch] * _BRANCHES]
     texts = [[random.integers(0, vocabulary, length).tolist() for length in lengths] for _ in range(rows)]
@@ -111,26 +111,28 @@ def random_batch(work: Work, rows: int, vocabulary: int) -> Batch:
 
 
 def step_flops(model: PreTrainedModel, batch: Batch, visibility: Visibility) -> float:
-    """What a step must compute: multiplications and additions of matrices, nothing twice.
+    """FLOPs of the matrix products of one step, without recomputation.
 
-    A weight costs 2 a token forward, 2 for the gradient of its input, and 2 for its own where it is trained.
-    The head sees targets only. A visible pair costs 2 a head dimension for its score and 2 for its value, and
-    twice that backward.
+    Per token and weight: 2 forward, 2 for the gradient of the input, 2 for the gradient of a trained weight.
+    The LM head runs on target tokens only. Per visible pair of tokens and head dimension: 2 for the score and
+    2 for the value, twice that in the backward pass.
     """
     config, body = model.config, decoder(model)
     weights = [module.weight for module in body.modules() if isinstance(module, nn.Linear)]
     per_token = sum(weight.numel() * (6 if weight.requires_grad else 4) for weight in weights)
     head = config.vocab_size * config.hidden_size
-    placed = to_tensors(batch)
-    seen = visible(placed.pos2d[:1, :, 1], placed.sequence[:1], visibility)  # every row is laid out alike
-    pairs = len(batch.ids) * int(seen.sum())
+    tensors = to_tensors(batch)
+    mask = visible(tensors.pos2d[:1, :, 1], tensors.sequence[:1], visibility)  # all rows have one layout
+    pairs = len(batch.ids) * int(mask.sum())
     attention = 12 * pairs * config.num_hidden_layers * config.hidden_size
     return batch.tokens * per_token + batch.targets * 4 * head + attention
 
 
-def measure(model: nn.Module, work: Work) -> Speed:
-    """Of the largest batch that fits, after a step to warm up. Raises UserError where not even one sample
-    does.
+def measure(model: nn.Module, work: Workload) -> Speed:
+    """Measure steps on the largest batch that fits, after one warm-up step.
+
+    Raises:
+        UserError: A batch of one sample does not fit.
     """
     inner = causal_lm(model)
     loss = TargetLoss(model, work.visibility, torch.bfloat16)
@@ -139,12 +141,13 @@ def measure(model: nn.Module, work: Work) -> Speed:
     def step(batch: Batch) -> float:
         return optimizer_step(loss, optimizer, accumulate_gradients(loss, iter([batch]), 1).targets, clip=1.0)
 
-    batch = _fitting(step, work, inner.config.vocab_size)
-    spent = seconds(lambda: [step(batch) for _ in range(_STEPS)]) / _STEPS
-    return Speed(batch.tokens / spent, step_flops(inner, batch, work.visibility) / spent)
+    batch = _largest_batch(step, work, inner.config.vocab_size)
+    step_s = seconds(lambda: [step(batch) for _ in range(_STEPS)]) / _STEPS
+    return Speed(batch.tokens / step_s, step_flops(inner, batch, work.visibility) / step_s)
 
 
-def _fitting(step: Callable[[Batch], float], work: Work, vocabulary: int) -> Batch:
+def _largest_batch(step: Callable[[Batch], float], work: Workload, vocabulary: int) -> Batch:
+    """Halve the batch until a step on it fits into memory."""
     rows = work.rows
     while True:
         batch = random_batch(work, rows, vocabulary)
@@ -165,48 +168,48 @@ def _model(shape: str) -> nn.Module:
 
 @cache
 def _speed(shape: str, work: str) -> Speed:
-    return measure(_model(shape), WORKS[work])
+    return measure(_model(shape), WORKLOADS[work])
 
 
 def peak(device: str) -> float | None:
-    """FLOP/s of a GPU by its name; None for one that is not in the table."""
-    return next((_PEAKS[word] for word in re.split(r"[\s-]+", device) if word in _PEAKS), None)
+    """Peak FLOP/s of a GPU by its device name; None if it is not in the table."""
+    return next((_PEAK_FLOPS[word] for word in re.split(r"[\s-]+", device) if word in _PEAK_FLOPS), None)
 
 
 def benches(device: str) -> list[Bench]:
-    """Two figures for each model and workload; one where the GPU's peak is not known."""
-    found, most = [], peak(device)
+    """Return tokens/s for each model and workload, and MFU if the GPU's peak is known."""
+    result, peak_flops = [], peak(device)
     for shape in SHAPES:
-        for work in WORKS:
+        for work in WORKLOADS:
             name = f"training.gpu_{shape}{work}"
-            found.append(
+            result.append(
                 Bench(f"{name}_tokens_per_s", None, "higher", "tokens/s", partial(_tokens, shape, work))
             )
-            if most is not None:
-                found.append(
-                    Bench(f"{name}_mfu", None, "higher", "share", partial(_share, shape, work, most))
+            if peak_flops is not None:
+                result.append(
+                    Bench(f"{name}_mfu", None, "higher", "share", partial(_mfu, shape, work, peak_flops))
                 )
-    return found
+    return result
 
 
 def _tokens(shape: str, work: str) -> float:
     return _speed(shape, work).tokens
 
 
-def _share(shape: str, work: str, most: float) -> float:
-    return _speed(shape, work).flops / most
+def _mfu(shape: str, work: str, peak_flops: float) -> float:
+    return _speed(shape, work).flops / peak_flops
 
 
 def main() -> None:
     if not torch.cuda.is_available():
         print(
-            "no GPU here: torch finds no CUDA device; run make bench-gpu on a machine that has one",
+            "error: torch finds no CUDA device; run make bench-gpu on a machine with a GPU",
             file=sys.stderr,
         )
         sys.exit(2)
     device = torch.cuda.get_device_name()
-    every = [*benches(device), *gpu_decoding.benches(SHAPES["05b"].config)]
-    rows = harness.run(every, "", "make bench-gpu")
+    all_benches = [*benches(device), *gpu_decoding.benches(SHAPES["05b"].config)]
+    rows = harness.run(all_benches, "", "make bench-gpu")
     rows = [replace(row, machine=f"{device}, {row.machine}") for row in rows]
     harness.record(rows)
     harness.show(rows)

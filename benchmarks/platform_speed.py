@@ -1,6 +1,4 @@
-"""`python -m benchmarks.platform_speed platform|bare`: tokens/s of the training command, and of a loop
-without it.
-"""
+"""`python -m benchmarks.platform_speed platform|bare`: tokens/s of the training command or of a bare loop."""
 
 from __future__ import annotations
 
@@ -18,8 +16,8 @@ from statistics import fmean
 
 import torch
 
+from benchmarks.learner import Learner
 from benchmarks.text import tokenizer
-from benchmarks.training import Learner
 from parallelmind.config import TrainConfig
 from parallelmind.config.yaml_file import save_yaml
 from parallelmind.data.files import file_parts, find_files
@@ -28,7 +26,7 @@ from parallelmind.data.pipeline import read_part
 from parallelmind.data.tables import to_rows, to_table
 from parallelmind.evaluation.facts import write_facts
 
-_STEPS, _WARM = 30, 6
+_STEPS, _WARM_UP = 30, 6
 
 
 def _config(folder: str, max_steps: int) -> TrainConfig:
@@ -41,35 +39,37 @@ def _config(folder: str, max_steps: int) -> TrainConfig:
         batch_size=2,
         max_steps=max_steps,
         epochs=9,
-        log_every=min(_WARM, max_steps),
+        log_every=min(_WARM_UP, max_steps),
     )
 
 
 def training_lines(max_steps: int) -> Iterator[str]:
-    """Every line that the training command prints."""
+    """Run the training command and yield every line of its output."""
     with tempfile.TemporaryDirectory() as folder:
         config = _config(folder, max_steps)
         path = Path(folder) / "config.yaml"
         save_yaml(config, path)
         command = [sys.executable, "-m", "workloads.train", str(path)]
         env = {**os.environ, "PYTHONUNBUFFERED": "1"}
-        running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
-        assert running.stdout is not None
-        yield from running.stdout
-        if running.wait():
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
+        assert process.stdout is not None
+        yield from process.stdout
+        if process.wait():
             raise RuntimeError("the training command failed")
 
 
 def platform() -> float:
-    found = [
+    """Mean tokens/s that the training command logs, without its first interval."""
+    speeds = [
         float(speed)
         for line in training_lines(_STEPS)
         for speed in re.findall(r"^step \d+/.* ([\d.]+) tok/s", line)
     ]
-    return fmean(found[1:])
+    return fmean(speeds[1:])
 
 
 def bare() -> float:
+    """Tokens/s of training steps on the same batches without data pipeline, Ray and logging."""
     with tempfile.TemporaryDirectory() as folder:
         config = _config(folder, _STEPS)
         tables = [
@@ -77,14 +77,14 @@ def bare() -> float:
             for part in file_parts(find_files(config.data_path))
         ]
     grouped = groups(to_rows(tables, Counter()), config, Seeds(config.seed))
-    ready = [group.batch(config, 0) for group in islice(grouped, _STEPS)]
+    batches = [group.batch(config, 0) for group in islice(grouped, _STEPS)]
     learner = Learner(config)
-    for batch in ready[:_WARM]:
+    for batch in batches[:_WARM_UP]:
         learner.step(batch)
     start = time.perf_counter()
-    for batch in ready[_WARM:]:
+    for batch in batches[_WARM_UP:]:
         learner.step(batch)
-    return sum(batch.tokens for batch in ready[_WARM:]) / (time.perf_counter() - start)
+    return sum(batch.tokens for batch in batches[_WARM_UP:]) / (time.perf_counter() - start)
 
 
 if __name__ == "__main__":

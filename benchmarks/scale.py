@@ -1,8 +1,8 @@
-"""What a batch costs each part of the platform, for `experiments/005_scale.py`.
+"""Measured cost of one batch in each part of the platform, for `experiments/005_scale.py`.
 
-`XQUAD=… python -m benchmarks.scale [PART …]` measures all parts, or some. Costs of one process are its
-processor time, what waits for others (gloo, a report to Ray Train) is wall clock. The best of all runs on a
-machine is kept: other work there can only slow a part down.
+`XQUAD=… python -m benchmarks.scale [PART …]` measures all parts or the named ones. Work of one process is
+measured in CPU time; waiting for other processes (gloo, a report to Ray Train) in wall-clock time. The best
+of all runs on a machine is kept, because other work on the machine can only slow a part down.
 """
 
 from __future__ import annotations
@@ -49,15 +49,17 @@ _COSTS = RESULTS.parent / "005_scale.costs.json"
 
 @cache
 def tables(data: DataConfig) -> list[pa.Table]:
+    """Tokenise all records of the data file."""
     return [to_table(read_part(part, tokenizer(), data)) for part in file_parts([data.data_path])]
 
 
 def batches(data: DataConfig) -> list[SampleBatch]:
+    """Group all records into batches."""
     return list(groups(to_rows(tables(data), Counter()), data, Seeds(0)))
 
 
 def reading(data: DataConfig) -> dict[str, float]:
-    """The survey, tokenising, and what a token takes on its way. A part is as much as one task reads."""
+    """Measure survey and tokenisation, and the bytes per token, on the part that one task reads."""
     part = file_parts([data.data_path])[0]
     table = to_table(read_part(part, tokenizer(), data))
     tokens, size = table.column("ids").combine_chunks().values.__len__(), part.end - part.start
@@ -70,29 +72,33 @@ def reading(data: DataConfig) -> dict[str, float]:
 
 
 def batching(data: DataConfig) -> dict[str, Any]:
-    """Layout in the worker; how unequal batches are; how many tokens one sees, columnar."""
-    ready = batches(data)
-    some = ready[:8]
-    places = [max(len(one.ids) for one in group.samples) * len(group.samples) for group in ready]
-    lengths = np.array([len(one.ids) for group in ready for one in group.samples], float)
+    """Measure layout in the worker, the distribution of batch sizes, and the visible tokens per token."""
+    all_batches = batches(data)
+    first_batches = all_batches[:8]
+    sizes = [_padded_tokens(batch) for batch in all_batches]
+    lengths = np.array([len(sample.ids) for batch in all_batches for sample in batch.samples], float)
     return {
-        "layout_s_per_token": cpu_seconds(lambda: [group.batch(RopeConfig(), 0) for group in some])
-        / sum(map(_tokens, some)),
-        "padding_share": float(1 - lengths.sum() / sum(places)),
+        "layout_s_per_token": cpu_seconds(lambda: [batch.batch(RopeConfig(), 0) for batch in first_batches])
+        / sum(map(_tokens, first_batches)),
+        "padding_share": float(1 - lengths.sum() / sum(sizes)),
         "seen_per_token": float((lengths**2).sum() / 2 / lengths.sum()),
-        "places": [round(float(at) / _TOKENS, 3) for at in np.quantile(places, np.linspace(0, 1, 21))],
+        "places": [round(float(at) / _TOKENS, 3) for at in np.quantile(sizes, np.linspace(0, 1, 21))],
         "places_at_batch_size_4": _spread(data.model_copy(update={"batch_tokens": None})),
     }
 
 
-def _tokens(group: SampleBatch) -> int:
-    return sum(len(one.ids) for one in group.samples)
+def _tokens(batch: SampleBatch) -> int:
+    return sum(len(sample.ids) for sample in batch.samples)
+
+
+def _padded_tokens(batch: SampleBatch) -> int:
+    return max(len(sample.ids) for sample in batch.samples) * len(batch.samples)
 
 
 def _spread(data: DataConfig) -> float:
-    """Standard deviation over mean of the places of batches."""
-    places = [max(len(one.ids) for one in group.samples) * len(group.samples) for group in batches(data)]
-    return float(np.std(places) / np.mean(places))
+    """Standard deviation over mean of the padded tokens of batches."""
+    sizes = [_padded_tokens(batch) for batch in batches(data)]
+    return float(np.std(sizes) / np.mean(sizes))
 
 
 @cache
@@ -100,68 +106,69 @@ def _ray() -> None:
     start_ray(cpus=2)
 
 
-class _Timed(BatchServer):
-    def spent(self) -> float:
+class _TimedBatchServer(BatchServer):
+    def cpu_seconds(self) -> float:
         return time.process_time()
 
 
 def feeding(data: DataConfig) -> dict[str, float]:
-    """Processor time of the feeder's process: shuffle, group, send. A line through batches of two sizes."""
+    """Measure the CPU time of the batch server (shuffle, group, send) with a line through two batch sizes."""
     _ray()
     points = []
     for size in (_TOKENS // 8, _TOKENS):
         config = data.model_copy(update={"batch_tokens": size})
-        read = [*tables(data)]
+        tokenised = [*tables(data)]
         feeder: Any = (
-            ray.remote(_Timed)
+            ray.remote(_TimedBatchServer)
             .options(num_cpus=0.2, max_concurrency=4)
-            .remote(lambda read=read: iter(read), config, 0)
+            .remote(lambda tokenised=tokenised: iter(tokenised), config, 0)
         )
         list(feed(feeder, ShardAssignment("", 0, 0, 1), 0, Counter()))
         per_batch, tokens = [], 0.0
         for epoch in (1, 2):
-            start = ray.get(feeder.spent.remote())
-            found = [_tokens(group) for group in feed(feeder, ShardAssignment("", epoch, 0, 1), 0, Counter())]
-            per_batch.append((ray.get(feeder.spent.remote()) - start) / len(found))
-            tokens = sum(found) / len(found)
+            start = ray.get(feeder.cpu_seconds.remote())
+            sizes = [_tokens(batch) for batch in feed(feeder, ShardAssignment("", epoch, 0, 1), 0, Counter())]
+            per_batch.append((ray.get(feeder.cpu_seconds.remote()) - start) / len(sizes))
+            tokens = sum(sizes) / len(sizes)
         points.append((tokens, min(per_batch)))
         ray.kill(feeder)
-    batch, token = line(points)
-    return {"feeder_s_per_batch": batch, "feeder_s_per_token": token}
+    per_batch_s, per_token_s = line(points)
+    return {"feeder_s_per_batch": per_batch_s, "feeder_s_per_token": per_token_s}
 
 
-def _nothing(table: pa.Table) -> pa.Table:
+def _identity(table: pa.Table) -> pa.Table:
     return table
 
 
 def task_cost(_: DataConfig) -> dict[str, float]:
-    """Processor time that a task of Ray Data takes in the process that plans it."""
+    """Measure the CPU time that one Ray Data task costs the process that plans it."""
     _ray()
-    points = [(float(count), cpu_seconds(partial(_tasks, count), 1)) for count in (50, 250)]
+    points = [(float(count), cpu_seconds(partial(_run_tasks, count), 1)) for count in (50, 250)]
     return {"task_s": line(points)[1]}
 
 
-def _tasks(count: int) -> None:
-    _dataset([Part("", at, at + 1) for at in range(count)], _nothing).take_all()
+def _run_tasks(count: int) -> None:
+    _dataset([Part("", at, at + 1) for at in range(count)], _identity).take_all()
 
 
-def _report_often() -> float:
+def _fastest_report() -> float:
     return min(seconds(lambda: ray.train.report({"step": 0})) for _ in range(10))
 
 
 def report_cost(_: DataConfig) -> dict[str, float]:
-    """Of one `ray.train.report` by two workers, which is a barrier."""
+    """Measure one `ray.train.report` of two workers, which is a barrier."""
     _ray()
     with tempfile.TemporaryDirectory() as folder:
         trainer = TorchTrainer(
-            _report_often,  # type: ignore[arg-type]
+            _fastest_report,  # type: ignore[arg-type]
             scaling_config=ray.train.ScalingConfig(num_workers=2, resources_per_worker={"CPU": 0.5}),
             run_config=ray.train.RunConfig(name="scale", storage_path=folder),
         )
         return {"report_s": trainer.fit().return_value}  # type: ignore[attr-defined]
 
 
-def main(only: list[str]) -> None:
+def main(names: list[str]) -> None:
+    """Measure the named parts, or all of them, and record the results."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -170,20 +177,20 @@ def main(only: list[str]) -> None:
         data = DataConfig(data_path=str(path), batch_tokens=_TOKENS)
         keep({"machine": machine(), "date": str(date.today()), "tokens": _TOKENS})
         for name, measure in _PARTS.items():
-            if not only or name in only:
+            if not names or name in names:
                 keep(measure(data))
 
 
-def keep(found: dict[str, Any]) -> None:
-    """Beside what was measured before, and the better of both for a cost or a speed."""
-    print(found, flush=True)
-    known = json.loads(_COSTS.read_text(encoding="utf-8")) if _COSTS.is_file() else {}
-    if known.get("machine") not in (None, machine()):
-        known = {}
-    for name, value in found.items():
+def keep(measured: dict[str, Any]) -> None:
+    """Merge figures into the results file; of a cost or a speed keep the better value."""
+    print(measured, flush=True)
+    recorded = json.loads(_COSTS.read_text(encoding="utf-8")) if _COSTS.is_file() else {}
+    if recorded.get("machine") not in (None, machine()):
+        recorded = {}
+    for name, value in measured.items():
         better = max if name in _SPEEDS else min if "_s_per_" in name or name.endswith("_s") else None
-        known[name] = better(value, known[name]) if better and name in known else value
-    _COSTS.write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        recorded[name] = better(value, recorded[name]) if better and name in recorded else value
+    _COSTS.write_text(json.dumps(recorded, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 _PARTS: dict[str, Callable[[DataConfig], dict[str, Any]]] = {

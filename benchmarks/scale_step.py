@@ -1,6 +1,4 @@
-"""What a step costs beside its arithmetic, and adding gradients up between two processes: parts of
-`benchmarks.scale`.
-"""
+"""Parts of `benchmarks.scale`: overhead of a training step, and all-reduce between two processes."""
 
 from __future__ import annotations
 
@@ -31,41 +29,42 @@ from parallelmind.training.step import accumulate_gradients, make_optimizer, opt
 
 
 def cpu_seconds(work: Callable[[], object], repeats: int = 5) -> float:
-    """Least processor time of a call."""
-    spent = []
+    """Return the minimum CPU time of a call, in seconds."""
+    times = []
     for _ in range(repeats):
         start = time.process_time()
         work()
-        spent.append(time.process_time() - start)
-    return min(spent)
+        times.append(time.process_time() - start)
+    return min(times)
 
 
 def line(points: list[tuple[float, float]]) -> tuple[float, float]:
-    """What nothing costs, and what one more costs, never below zero."""
-    slope, start = np.polyfit([x for x, _ in points], [y for _, y in points], 1)
-    return max(float(start), 0.0), max(float(slope), 0.0)
+    """Fit a line through (x, y) points and return its intercept and slope, each at least 0."""
+    slope, intercept = np.polyfit([x for x, _ in points], [y for _, y in points], 1)
+    return max(float(intercept), 0.0), max(float(slope), 0.0)
 
 
 class _Learner:
-    """A LoRA step on a batch of one sample of so many tokens."""
+    """A model with a LoRA adapter; a step trains on one sample of four branches."""
 
     def __init__(self, model: PreTrainedModel, vocabulary: int) -> None:
         patch(model, RopeConfig())
         self.model, self.vocabulary = add_lora(model, LoraConfig(), seed=0), vocabulary
         self.loss = TargetLoss(self.model, "columnar").train()
         self.optimizer = make_optimizer(self.model, OptimizerConfig())
-        self.trained = sum(one.numel() for one in self.model.parameters() if one.requires_grad)
+        self.trained = sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
 
     def step(self, tokens: int) -> None:
         ids = np.arange(tokens) % self.vocabulary
-        sample = Tokens.of([], [part.tolist() for part in np.split(ids, 4)])
+        sample = Tokens.of([], [branch.tolist() for branch in np.split(ids, 4)])
         totals = accumulate_gradients(self.loss, iter([make_batch([sample], RopeConfig(), 0)]), 1)
         optimizer_step(self.loss, self.optimizer, totals.targets, clip=1.0)
 
 
 def stepping() -> dict[str, float]:
-    """What Python and torch take to send a step off, by layers; and SmolLM2's step beside this core's matrix
-    product.
+    """Measure the dispatch overhead of a step by number of layers, and SmolLM2's step on one core.
+
+    `cpu_flops` is the FLOP/s of a large matrix product on the same core.
     """
     points = []
     for layers in (4, 24):
@@ -79,38 +78,39 @@ def stepping() -> dict[str, float]:
         learner = _Learner(LlamaForCausalLM(config), 64)
         learner.step(16)
         points.append((float(layers), cpu_seconds(partial(learner.step, 16), 10)))
-    start, layer = line(points)
+    base_s, layer_s = line(points)
     learner = _Learner(load_base(ModelConfig())[0], 49152)
     learner.step(256)
-    step = cpu_seconds(lambda: learner.step(256), 4)
+    step_s = cpu_seconds(lambda: learner.step(256), 4)
     square = torch.randn(2048, 2048)
-    product = cpu_seconds(lambda: square @ square)
-    saved = cpu_seconds(lambda: checkpoint.snapshot(learner.model, learner.optimizer, State("")))
+    product_s = cpu_seconds(lambda: square @ square)
+    snapshot_s = cpu_seconds(lambda: checkpoint.snapshot(learner.model, learner.optimizer, State("")))
     return {
-        "dispatch_s": start,
-        "dispatch_s_per_layer": layer,
-        "checkpoint_s_per_byte": saved / (12 * learner.trained),
-        "cpu_step_s_per_token": step / 256,
-        "cpu_flops": 2 * 2048**3 / product,
+        "dispatch_s": base_s,
+        "dispatch_s_per_layer": layer_s,
+        "checkpoint_s_per_byte": snapshot_s / (12 * learner.trained),
+        "cpu_step_s_per_token": step_s / 256,
+        "cpu_flops": 2 * 2048**3 / product_s,
     }
 
 
 def _reduce(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    """Time all-reduces of several sizes; rank 0 writes the costs."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     points = []
     for size in (1 << 10, 1 << 18, 1 << 22, 1 << 24):
         values = torch.ones(size // 4)
         dist.barrier()
         points.append((float(size), min(seconds(partial(dist.all_reduce, values)) for _ in range(8))))
     if rank == 0:
-        found = {"gloo_latency_s": points[0][1] / 2, "gloo_bytes_per_s": 1 / line(points)[1]}
-        Path(folder, "found").write_text(json.dumps(found))
+        costs = {"gloo_latency_s": points[0][1] / 2, "gloo_bytes_per_s": 1 / line(points)[1]}
+        Path(folder, "costs.json").write_text(json.dumps(costs))
     dist.destroy_process_group()
 
 
 def reducing() -> dict[str, float]:
-    """A ring of two over loopback: two messages, and every byte once."""
+    """Measure a gloo all-reduce of two processes on loopback: two messages, and every byte once."""
     with tempfile.TemporaryDirectory() as folder:
         spawn(_reduce, (folder,), nprocs=2)
-        found: dict[str, float] = json.loads(Path(folder, "found").read_text())
-    return found
+        costs: dict[str, float] = json.loads(Path(folder, "costs.json").read_text())
+    return costs

@@ -1,4 +1,4 @@
-"""Engines that come and go with the load, while clients are answered."""
+"""Autoscaling: engine replicas follow the load while clients are served."""
 
 from __future__ import annotations
 
@@ -10,31 +10,29 @@ from typing import Any
 
 from benchmarks.decoding import prompts
 from benchmarks.harness import Bench
-from benchmarks.load import Answer, asking, together
+from benchmarks.load import Answer, completion_client, concurrently
 from benchmarks.serving import server
 
-_PHASES = [(1, 1), (24, 2), (1, 1)]  # clients, and how many engines they call for
+_PHASES = [(1, 1), (24, 2), (1, 1)]  # concurrent clients, and the engine replicas that this load requires
 _WAIT_S = 120
 
 
 def _failures() -> float:
-    """Requests that are not answered whole while load comes and goes, and one more for engines that do not
-    follow it.
-    """
+    """Count incomplete responses under changing load, plus one if the number of engines does not follow."""
     answers, followed = list[Answer](), True
     with server(max_replicas=2, branches_per_replica=8, idle_s=5) as url:
         for clients, engines in _PHASES:
             end = time.monotonic() + _WAIT_S
             answers += _round(url, clients)
-            while (up := _engines(url)) != engines and time.monotonic() < end:
+            while (running := _engines(url)) != engines and time.monotonic() < end:
                 answers += _round(url, clients)
             answers += _round(url, clients)
-            followed = followed and up == engines
-    return sum(not answer.whole for answer in answers) + (not followed)
+            followed = followed and running == engines
+    return sum(not answer.complete for answer in answers) + (not followed)
 
 
 def _round(url: str, clients: int) -> list[Answer]:
-    """Every client asks once, every other one for a stream."""
+    """Every client sends one request; every second one streams."""
     body: dict[str, Any] = {
         "model": "base",
         "prompt": prompts(1)[0],
@@ -43,12 +41,14 @@ def _round(url: str, clients: int) -> list[Answer]:
         "ignore_eos": True,
     }
     return asyncio.run(
-        together([asking(url, {**body, "stream": number % 2 == 0}) for number in range(clients)])
+        concurrently(
+            [completion_client(url, {**body, "stream": number % 2 == 0}) for number in range(clients)]
+        )
     )
 
 
 def _engines(url: str) -> int:
-    """How many answer."""
+    """Return the number of engines that report metrics."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=10) as response:
         return len(re.findall(r"^parallelmind_cache_tokens\{", response.read().decode(), re.MULTILINE))
 

@@ -1,6 +1,4 @@
-"""`python -m benchmarks.step_memory gathered|full`: bytes that one step on 2 x 1,024 tokens takes at its
-peak.
-"""
+"""`python -m benchmarks.step_memory gathered|full`: print the peak bytes of one step on 2 x 1,024 tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +7,7 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from benchmarks.training import Learner, long_samples
+from benchmarks.learner import Learner, long_samples
 from parallelmind.config import RopeConfig
 from parallelmind.data.packing import make_batch
 from parallelmind.evaluation.peak_memory import PeakMemory, memory_in_use
@@ -21,13 +19,14 @@ _ROWS, _BRANCH = 2, 64
 
 
 def main(kind: str) -> None:
+    """`gathered`: the loss of target tokens only; `full`: float32 logits of all tokens."""
     rope = RopeConfig(visibility="isolated")
     learner = Learner(rope)
     causal_lm(learner.model).activation_checkpointing_enable()
     batch = make_batch(long_samples(_ROWS, _BRANCH), rope, pad_id=0)
     tensors = to_tensors(batch)
     small = Tokens.of(list(range(8)), [list(range(8, 16))])
-    learner.step(make_batch([small], rope, pad_id=0))  # the weights are mapped, and read when first used
+    learner.step(make_batch([small], rope, pad_id=0))  # reads the memory-mapped weights
     before = memory_in_use()
     with PeakMemory() as peak:
         if kind == "gathered":

@@ -1,6 +1,4 @@
-"""Sweeps as their user runs them: what they cost beside the training, and what is left of them after many
-kills.
-"""
+"""Sweeps through the command line: overhead beside training, and correctness after repeated kills."""
 
 from __future__ import annotations
 
@@ -19,10 +17,8 @@ from benchmarks.harness import Bench
 from parallelmind.evaluation.facts import write_facts
 
 _SLOTS, _KILLS = 2, 20
-_SECONDS = (
-    8.0,
-    40.0,
-)  # a driver's life before it is killed: from before its first trial to after its first checkpoints
+# Seconds until a driver is killed: between the start of its first trial and its first checkpoints.
+_KILL_AFTER_S = (8.0, 40.0)
 _RUN = {
     "data_path": "train.jsonl",
     "validation_path": "held_out.jsonl",
@@ -34,9 +30,7 @@ _RUN = {
 
 
 def _sweep(folder: Path, train: dict[str, Any], ranks: list[int]) -> Path:
-    """The settings of a sweep, in a folder with its data. The data is large enough for any number of
-    steps.
-    """
+    """Write sweep.yaml and its data into a folder. The data suffices for any number of steps used here."""
     write_facts(str(folder / "train.jsonl"), 600, seed=1)
     write_facts(str(folder / "held_out.jsonl"), 4, seed=2)
     settings = {
@@ -61,13 +55,13 @@ def _events(folder: Path) -> list[dict[str, Any]]:
 
 
 def _training_share() -> float:
-    """Seconds of training and validating, of eight trials on two slots, over the wall clock of both slots."""
+    """Training and validation time of eight trials over the wall-clock time of both slots."""
     with TemporaryDirectory() as name:
         folder = _sweep(Path(name), {"max_steps": 120, "validate_every": 60}, [2, 3, 4, 6, 8, 12, 16, 24])
-        started = time.perf_counter()
+        start = time.perf_counter()
         if _start(folder).wait():
-            raise RuntimeError("the sweep has failed")
-        wall = time.perf_counter() - started
+            raise RuntimeError("the sweep failed")
+        wall = time.perf_counter() - start
         seconds = {
             event["trial"]: event["metrics"]["seconds"] for event in _events(folder) if "metrics" in event
         }
@@ -76,10 +70,8 @@ def _training_share() -> float:
 
 
 def _finished_once_under_kills() -> float:
-    """Share of trials that end exactly once and tell no step twice, while the driver is killed at random
-    moments.
-    """
-    moments = random.Random(0)
+    """Share of trials that finish once and report no step twice although the driver is killed."""
+    rng = random.Random(0)
     with TemporaryDirectory() as name:
         folder = _sweep(
             Path(name), {"max_steps": 6, "validate_every": 2, "checkpoint_every": 1}, [2, 3, 4, 6, 8, 12]
@@ -87,16 +79,16 @@ def _finished_once_under_kills() -> float:
         for _ in range(_KILLS):
             driver = _start(folder)
             try:
-                driver.wait(moments.uniform(*_SECONDS))
+                driver.wait(rng.uniform(*_KILL_AFTER_S))
             except subprocess.TimeoutExpired:
                 driver.send_signal(signal.SIGKILL)
                 driver.wait()
         if _start(folder).wait():
-            raise RuntimeError("the sweep does not go on")
+            raise RuntimeError("the sweep did not resume")
         ends = Counter(event["trial"] for event in _events(folder) if event.get("status") == "finished")
         steps = Counter((event["trial"], event["step"]) for event in _events(folder) if "metrics" in event)
-        twice = {trial for (trial, _), count in steps.items() if count > 1}
-        return sum(count == 1 and trial not in twice for trial, count in ends.items()) / 6
+        repeated = {trial for (trial, _), count in steps.items() if count > 1}
+        return sum(count == 1 and trial not in repeated for trial, count in ends.items()) / 6
 
 
 BENCHES = [

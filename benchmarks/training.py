@@ -1,6 +1,4 @@
-"""LoRA steps on SmolLM2: what the patch, the shared main, the gathered loss, checkpoints and the platform
-around it cost.
-"""
+"""LoRA steps on SmolLM2: cost of the patch, the shared main, the loss, checkpoints and the platform."""
 
 from __future__ import annotations
 
@@ -16,66 +14,38 @@ from statistics import median
 import torch
 
 from benchmarks.harness import Bench, ratio, seconds
+from benchmarks.learner import Learner, long_samples
+from benchmarks.platform_speed import training_lines
 from benchmarks.text import passages
-from parallelmind.config import LoraConfig, ModelConfig, OptimizerConfig, RopeConfig
+from parallelmind.config import RopeConfig
 from parallelmind.data.packing import make_batch
 from parallelmind.layout import IGNORE, Batch, Tokens
-from parallelmind.model.adapter import add_lora
-from parallelmind.model.base_model import load_base
-from parallelmind.model.patch import patch
 from parallelmind.remote import RemoteDir
 from parallelmind.training import checkpoint
 from parallelmind.training.checkpoint import CheckpointManager, State
-from parallelmind.training.loss import TargetLoss
-from parallelmind.training.step import accumulate_gradients, make_optimizer, optimizer_step
+from parallelmind.training.step import optimizer_step
 
-_SAMPLES, _LONGEST, _MAIN, _BRANCH = 2, 512, 512, 32
+_SAMPLES, _MAX_TOKENS, _BRANCH = 2, 512, 32
 _DEFAULT_INTERVAL = 100  # steps between checkpoints
-
-
-class Learner:
-    """SmolLM2 with a fresh adapter, and a step on a batch."""
-
-    def __init__(self, rope: RopeConfig) -> None:
-        self.base, _ = load_base(ModelConfig())
-        if rope.patch_rope:
-            patch(self.base, rope)
-        self.model = add_lora(self.base, LoraConfig(), seed=0)
-        self.loss = TargetLoss(self.model, rope.visibility).train()
-        self.optimizer = make_optimizer(self.model, OptimizerConfig())
-
-    def step(self, *batches: Batch) -> float:
-        totals = accumulate_gradients(self.loss, iter(batches), len(batches))
-        return optimizer_step(self.loss, self.optimizer, totals.targets, clip=1.0)
-
-
-def long_samples(count: int, branch: int) -> list[Tokens]:
-    """Samples of a 512-token main and eight branches of so many tokens, from as many passages as it takes."""
-    ids = [token for main, _ in passages(20 * count) for token in main]
-    size = _MAIN + 8 * branch
-    samples = []
-    for first in range(0, count * size, size):
-        own = ids[first : first + size]
-        samples.append(Tokens.of(own[:_MAIN], [own[at : at + branch] for at in range(_MAIN, size, branch)]))
-    return samples
 
 
 def _batch() -> Batch:
     samples = [
-        (main[: _LONGEST // 2], [branch[:32] for branch in branches]) for main, branches in passages(_SAMPLES)
+        (main[: _MAX_TOKENS // 2], [branch[:32] for branch in branches])
+        for main, branches in passages(_SAMPLES)
     ]
     return make_batch([Tokens.of(main, branches) for main, branches in samples], RopeConfig(), pad_id=0)
 
 
 def step_overhead() -> float:
-    """Time of the patched step over time of the plain one: same weights, tokens, targets and optimizer."""
+    """Time of a patched step over time of an unpatched one: same weights, tokens, targets, optimizer."""
     batch = _batch()
     patched, plain = Learner(RopeConfig()), Learner(RopeConfig(patch_rope=False))
-    ids, wanted = torch.from_numpy(batch.ids), torch.from_numpy(batch.labels) != IGNORE
-    labels = torch.from_numpy(batch.labels)[wanted]
+    ids, is_target = torch.from_numpy(batch.ids), torch.from_numpy(batch.labels) != IGNORE
+    labels = torch.from_numpy(batch.labels)[is_target]
 
     def plain_step() -> float:
-        hidden = plain.base.base_model(input_ids=ids, use_cache=False).last_hidden_state[wanted]
+        hidden = plain.base.base_model(input_ids=ids, use_cache=False).last_hidden_state[is_target]
         logits = plain.base.get_output_embeddings()(hidden).float()
         torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
         return optimizer_step(plain.loss, plain.optimizer, len(labels), clip=1.0)
@@ -84,49 +54,42 @@ def step_overhead() -> float:
 
 
 def shared_main() -> float:
-    """Branches a second of one sample of eight branches, over those of eight rows that each hold main and one
-    branch.
-    """
+    """Branches/s of one sample with eight branches over branches/s of eight rows of main and one branch."""
     rope = RopeConfig(visibility="isolated")
     learner = Learner(rope)
     sample = long_samples(1, _BRANCH)[0]
     main, *branches = torch.from_numpy(sample.ids).split(sample.lengths.tolist())
     rows = [Tokens.of(main.tolist(), [branch.tolist()]) for branch in branches]
-    together, apart = make_batch([sample], rope, pad_id=0), make_batch(rows, rope, pad_id=0)
-    return ratio(lambda: learner.step(apart), lambda: learner.step(together), repeats=3)
+    shared, separate = make_batch([sample], rope, pad_id=0), make_batch(rows, rope, pad_id=0)
+    return ratio(lambda: learner.step(separate), lambda: learner.step(shared), repeats=3)
 
 
 def peak_memory() -> float:
-    """Peak of a step on 2 x 1,024 tokens over that of the same step with float32 logits for every token, in
-    own processes.
-    """
+    """Peak memory of a step on 2 x 1,024 tokens over that of a step with float32 logits for every token."""
     return _peak("gathered") / _peak("full")
 
 
 def _peak(kind: str) -> float:
-    """Bytes that a step takes at its peak beyond what the process holds before it.
+    """Peak bytes of a step above the memory of the process before it, measured in a new process.
 
-    glibc keeps freed blocks of megabytes in its heap, full of holes; here they go back, so resident is what
-    is alive.
+    MALLOC_MMAP_THRESHOLD_ makes glibc return freed blocks to the system, so resident memory is live memory.
     """
     command = [sys.executable, "-m", "benchmarks.step_memory", kind]
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 18)}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
-    return float(done.stdout.split()[-1])
+    completed = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+    return float(completed.stdout.split()[-1])
 
 
 def save_cost() -> float:
-    """What a checkpoint adds to the steps around it, as a share of all steps from one to the next at the
-    default interval.
-    """
+    """Time that saving a checkpoint adds, over the time of all steps in the default checkpoint interval."""
     learner, batch = Learner(RopeConfig()), _batch()
     learner.step(batch)
     with tempfile.TemporaryDirectory() as folder:
-        store = CheckpointManager(RemoteDir(Path(folder)), 2)
+        manager = CheckpointManager(RemoteDir(Path(folder)), 2)
         numbers = iter(range(100))
 
         def saving() -> None:
-            store.save(checkpoint.snapshot(learner.model, learner.optimizer, State("", step=next(numbers))))
+            manager.save(checkpoint.snapshot(learner.model, learner.optimizer, State("", step=next(numbers))))
             learner.step(batch)
             learner.step(batch)
 
@@ -135,27 +98,25 @@ def save_cost() -> float:
             learner.step(batch)
 
         pairs = [(seconds(saving), seconds(stepping)) for _ in range(5)]
-        store.close()
+        manager.close()
     plain = median(without for _, without in pairs)
     return median(with_save - without for with_save, without in pairs) / (plain / 2 * _DEFAULT_INTERVAL)
 
 
 def platform_speed() -> float:
-    """Tokens/s of `workloads.train` after its start-up, over those of a bare loop on the same batches."""
+    """Tokens/s of `workloads.train` after its start-up over tokens/s of a bare loop on the same batches."""
     return _run("platform") / _run("bare")
 
 
 def _run(kind: str) -> float:
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-m", "benchmarks.platform_speed", kind], capture_output=True, text=True, check=True
     )
-    return float(done.stdout.split()[-1])
+    return float(completed.stdout.split()[-1])
 
 
 def first_step() -> float:
-    """Seconds from the command to the line of the first step, with the model in the cache."""
-    from benchmarks.platform_speed import training_lines
-
+    """Seconds from the start of the command to the log line of step 1, with a cached model."""
     start = time.perf_counter()
     times = [
         time.perf_counter() - start for line in training_lines(max_steps=1) if line.startswith("step 1/")

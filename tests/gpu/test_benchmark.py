@@ -12,14 +12,25 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import gpu_decoding
-from benchmarks.gpu import SHAPES, Shape, Work, _qwen, benches, build, measure, peak, random_batch, step_flops
+from benchmarks.gpu import (
+    SHAPES,
+    Shape,
+    Workload,
+    _qwen,
+    benches,
+    build,
+    measure,
+    peak,
+    random_batch,
+    step_flops,
+)
 from parallelmind.model.base_model import meta_model
 from parallelmind.model.mask import visible
 from parallelmind.model.structure import causal_lm, decoder
 from parallelmind.training.loss import TargetLoss, to_tensors
 
 TINY = Shape(_qwen(300, 64, 128, 4, 4, 2, tied=True), checkpointing=False)
-SMALL = Work("columnar", 8, 4, rows=2)
+SMALL = Workload("columnar", 8, 4, rows=2)
 
 
 @pytest.mark.parametrize("visibility", ["columnar", "isolated"])
@@ -87,7 +98,7 @@ def test_one_line_where_there_is_no_gpu():
         check=False,
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("no GPU here: ")
+    assert done.stderr.startswith("error: torch finds no CUDA device; ")
     assert done.stderr.count("\n") == 1
 
 
