@@ -1,1 +1,1 @@
-"""What makes the generated parts of docs/; no part of the package."""
+"""Scripts that write the generated parts of docs/. They are not part of the package."""

@@ -1,4 +1,4 @@
-"""Chromium as the system has it, driven by playwright without a download of its own."""
+"""The system's Chromium, driven by playwright; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
 def installed() -> str:
-    """Where it is. Raises UserError where there is none."""
+    """Return the path of the browser. Raises UserError if none is installed."""
     path = next(filter(None, map(shutil.which, _NAMES)), None)
     if path is None:
         raise UserError(f"none of {', '.join(_NAMES)} is installed; install one")
@@ -25,8 +25,11 @@ def installed() -> str:
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    """It, until the end of the block. Raises UserError where there is none, and ImportError without
-    playwright.
+    """Start a headless browser for the duration of the block.
+
+    Raises:
+        UserError: No browser is installed.
+        ImportError: playwright is not installed.
     """
     from playwright.sync_api import sync_playwright
 

@@ -1,5 +1,4 @@
-"""docs/figures: pictures of layouts, masks, rotary pairs and measured losses, drawn by the library's own
-functions.
+"""Draw docs/figures: layouts, masks, rotary pairs and measured losses, with the library's own functions.
 
 python -m tools.figures
 """
@@ -34,13 +33,10 @@ QUESTIONS = {" What does Ada eat?": " rice", " Who likes rice?": " Ada", " When?
 _INK, _PALE = "#26303c", "#e9ecf0"
 _MAIN, _BRANCHES = "#c9d6e8", ("#f6d9a8", "#c5e0b9", "#e8c4d8")
 _TARGET: dict[str, Any] = {"edgecolor": "#b3372f", "linewidth": 1.6}
-_KINDS = {
-    "flat": "#dde2e9",
-    "branch": "#e07b39",
-    "time": "#4c8dae",
-}  # in the order of parallelmind.model.rope2d
-_SEEN = ListedColormap(["white", "#3f6f94", "#e0a458"])
-_CHOICES: tuple[tuple[str, float, Pairs, BranchAngle], ...] = (
+# In the order of the axes of parallelmind.model.rope2d.
+_AXIS_COLOURS = {"flat": "#dde2e9", "branch": "#e07b39", "time": "#4c8dae"}
+_MASK_COLOURS = ListedColormap(["white", "#3f6f94", "#e0a458"])
+_PAIR_SETTINGS: tuple[tuple[str, float, Pairs, BranchAngle], ...] = (
     ("high, added, ratio 0.5 (default)", 0.5, "high", "added"),
     ("mid, added, ratio 0.5", 0.5, "mid", "added"),
     ("spread, added, ratio 0.25", 0.25, "spread", "added"),
@@ -59,30 +55,37 @@ _SCHEMES = {
 
 
 def sample(encode: Callable[[str, bool], list[int]]) -> Tokens:
-    """The passage with its questions and answers. encode: a text, and whether it opens the sample."""
-    asked = [encode(question, False) for question in QUESTIONS]
-    answered = [encode(answer, False) for answer in QUESTIONS.values()]
-    branches = [question + answer for question, answer in zip(asked, answered, strict=True)]
-    return Tokens.of(encode(PASSAGE, True), branches, [len(question) for question in asked])
+    """Encode the passage with its questions and answers.
+
+    `encode(text, first)` returns token ids; `first` is True for the text that opens the sample.
+    """
+    questions = [encode(question, False) for question in QUESTIONS]
+    answers = [encode(answer, False) for answer in QUESTIONS.values()]
+    branches = [question + answer for question, answer in zip(questions, answers, strict=True)]
+    return Tokens.of(encode(PASSAGE, True), branches, [len(question) for question in questions])
 
 
 def layout(tokens: Tokens, words: Callable[[int], str]) -> Figure:
-    """Both alignments, time across and branches down. words: a token id as it should be read."""
-    placed = [arrange(tokens, RopeConfig(align_to="left")), arrange(tokens, RopeConfig(align_to="right"))]
+    """Draw both alignments, time on x and branches on y. `words(id)` returns the text of a token."""
+    layouts = [arrange(tokens, RopeConfig(align_to="left")), arrange(tokens, RopeConfig(align_to="right"))]
     figure = Figure(figsize=(12, 5.6), layout="constrained")
-    for axes, found, name in zip(figure.subplots(2, 1, sharex=True), placed, ("left", "right"), strict=True):
+    for axes, arranged, name in zip(
+        figure.subplots(2, 1, sharex=True), layouts, ("left", "right"), strict=True
+    ):
         axes.set_title(f"align_to={name}", loc="left", fontsize=10)
-        _draw_tokens(axes, found, words)
+        _draw_tokens(axes, arranged, words)
     axes.set_xlabel("time coordinate")
-    framed = [Rectangle((0, 0), 1, 1, facecolor="white", **_TARGET)]
+    handles = [Rectangle((0, 0), 1, 1, facecolor="white", **_TARGET)]
     figure.legend(
-        framed, ["predicts a token that carries loss"], loc="outside lower right", frameon=False, fontsize=9
+        handles, ["predicts a token that carries loss"], loc="outside lower right", frameon=False, fontsize=9
     )
     return figure
 
 
-def _draw_tokens(axes: Axes, found: Layout, words: Callable[[int], str]) -> None:
-    for token, sequence, time, label in zip(found.ids, found.sequence, found.time, found.labels, strict=True):
+def _draw_tokens(axes: Axes, arranged: Layout, words: Callable[[int], str]) -> None:
+    for token, sequence, time, label in zip(
+        arranged.ids, arranged.sequence, arranged.time, arranged.labels, strict=True
+    ):
         colour = _MAIN if sequence == MAIN else _BRANCHES[(sequence - 1) % len(_BRANCHES)]
         edge = _TARGET if label != IGNORE else {"edgecolor": "white"}
         axes.add_patch(Rectangle((time - 0.46, sequence - 0.4), 0.92, 0.8, facecolor=colour, **edge))
@@ -96,76 +99,76 @@ def _draw_tokens(axes: Axes, found: Layout, words: Callable[[int], str]) -> None
             color=_INK,
             parse_math=False,
         )
-    coordinates = dict(zip(found.sequence.tolist(), found.branch.tolist(), strict=True))
+    coordinates = dict(zip(arranged.sequence.tolist(), arranged.branch.tolist(), strict=True))
     names = {number: "main" if number == MAIN else f"branch {number - 1}" for number in sorted(coordinates)}
     axes.set_yticks(
         list(names),
         [f"{name}\ncoordinate {coordinates[number]}" for number, name in names.items()],
         fontsize=8,
     )
-    axes.set_xticks(range(int(found.time.max()) + 1))
-    axes.set(xlim=(-0.6, found.time.max() + 0.6), ylim=(max(coordinates) + 0.6, -0.6))
+    axes.set_xticks(range(int(arranged.time.max()) + 1))
+    axes.set(xlim=(-0.6, arranged.time.max() + 0.6), ylim=(max(coordinates) + 0.6, -0.6))
     _bare(axes)
 
 
 def masks(tokens: Tokens) -> Figure:
-    """Who sees whom, queries down and keys across, in each policy's physical order."""
+    """Draw the mask of each policy in storage order, queries down and keys across."""
     figure = Figure(figsize=(12, 6.2), layout="constrained")
     for axes, visibility in zip(figure.subplots(1, 2), RULES, strict=True):
-        found = arrange(tokens, RopeConfig(visibility=visibility))
-        query, key = found.sequence[:, None], found.sequence[None, :]
-        seen = RULES[visibility](found.time[:, None], query, found.time[None, :], key) | np.eye(
-            len(found.ids), dtype=bool
+        arranged = arrange(tokens, RopeConfig(visibility=visibility))
+        query, key = arranged.sequence[:, None], arranged.sequence[None, :]
+        mask = RULES[visibility](arranged.time[:, None], query, arranged.time[None, :], key) | np.eye(
+            len(arranged.ids), dtype=bool
         )
-        axes.imshow(np.where(seen & is_sibling(query, key), 2, seen), cmap=_SEEN, vmin=0, vmax=2)
+        axes.imshow(np.where(mask & is_sibling(query, key), 2, mask), cmap=_MASK_COLOURS, vmin=0, vmax=2)
         order = "by time, then branch" if visibility == "columnar" else "one branch after another"
         axes.set_title(f"visibility={visibility}\nstored {order}", loc="left", fontsize=10)
-        _draw_owners(axes, found)
+        _draw_owners(axes, arranged)
     figure.legend(
-        handles=[Rectangle((0, 0), 1, 1, color=_SEEN(value)) for value in (1, 2)],
-        labels=["main, its own branch and itself", "another branch: seen, less sibling_penalty"],
+        handles=[Rectangle((0, 0), 1, 1, color=_MASK_COLOURS(value)) for value in (1, 2)],
+        labels=["main and own branch", "another branch: visible, scores minus sibling_penalty"],
         loc="outside lower center", ncols=2, frameon=False, fontsize=9,
     )  # fmt: skip
     return figure
 
 
-def _draw_owners(axes: Axes, found: Layout) -> None:
-    """Along both edges: m for main, else the number of the branch."""
-    names = ["m" if number == MAIN else str(number - 1) for number in found.sequence]
-    places = np.arange(len(names))
-    axes.set_xticks(places, names, fontsize=7)
-    axes.set_yticks(places, names, fontsize=7)
+def _draw_owners(axes: Axes, arranged: Layout) -> None:
+    """Label both axes: m for main, otherwise the number of the branch."""
+    names = ["m" if number == MAIN else str(number - 1) for number in arranged.sequence]
+    ticks = np.arange(len(names))
+    axes.set_xticks(ticks, names, fontsize=7)
+    axes.set_yticks(ticks, names, fontsize=7)
     axes.set_xlabel("key")
     axes.set_ylabel("query")
-    for place in places[:-1] + 0.5:
-        axes.axhline(place, color=_PALE, linewidth=0.4)
-        axes.axvline(place, color=_PALE, linewidth=0.4)
+    for edge in ticks[:-1] + 0.5:
+        axes.axhline(edge, color=_PALE, linewidth=0.4)
+        axes.axvline(edge, color=_PALE, linewidth=0.4)
     axes.tick_params(length=0)
 
 
 def pairs() -> Figure:
-    """Which pair of a head follows which coordinate, by the settings that choose."""
+    """Draw which coordinate drives each rotary pair of a head, for several settings."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     axes = figure.add_subplot(xlabel=f"rotary pairs of a head of {2 * _PAIRS}, highest frequency first")
-    for row, (_, ratio, where, angle) in enumerate(_CHOICES):
-        for pair, kind in enumerate(pair_axes(_PAIRS, ratio, where, angle)):
+    for row, (_, ratio, where, angle) in enumerate(_PAIR_SETTINGS):
+        for pair, axis in enumerate(pair_axes(_PAIRS, ratio, where, angle)):
             axes.add_patch(
-                Rectangle((pair - 0.46, row - 0.38), 0.92, 0.76, facecolor=list(_KINDS.values())[kind])
+                Rectangle((pair - 0.46, row - 0.38), 0.92, 0.76, facecolor=list(_AXIS_COLOURS.values())[axis])
             )
-    axes.set_yticks(range(len(_CHOICES)), [name for name, *_ in _CHOICES], fontsize=9)
+    axes.set_yticks(range(len(_PAIR_SETTINGS)), [name for name, *_ in _PAIR_SETTINGS], fontsize=9)
     axes.set_xticks([0, *range(7, _PAIRS, 8)], ["1", *map(str, range(8, _PAIRS + 1, 8))])
-    axes.set(xlim=(-0.7, _PAIRS - 0.3), ylim=(len(_CHOICES) - 0.5, -0.5))
+    axes.set(xlim=(-0.7, _PAIRS - 0.3), ylim=(len(_PAIR_SETTINGS) - 0.5, -0.5))
     _bare(axes)
-    told = ("positions (time, or the flat index)", "branch (added: branch + time)", "time")
-    handles = [Rectangle((0, 0), 1, 1, color=colour) for colour in _KINDS.values()]
+    labels = ("positions (time, or the flat index)", "branch (added: branch + time)", "time")
+    handles = [Rectangle((0, 0), 1, 1, color=colour) for colour in _AXIS_COLOURS.values()]
     figure.legend(
-        handles=handles, labels=told, loc="outside lower center", ncols=3, frameon=False, fontsize=9
+        handles=handles, labels=labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9
     )
     return figure
 
 
 def tax(losses: Mapping[str, Mapping[int, float]]) -> Figure:
-    """What siblings cost, by scheme. losses: of each, by number of branches."""
+    """Draw branch tax by scheme. `losses`: for each scheme, the loss by number of branches."""
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     axes = figure.add_subplot(xlabel="branches in the sample", ylabel="branch tax (nats per target token)")
     colours = dict(zip(_SCHEMES, ("#b3372f", "#d98c3f", "#7f8c99", "#2f7d4f"), strict=True))
@@ -191,32 +194,33 @@ def tax(losses: Mapping[str, Mapping[int, float]]) -> Figure:
     return figure
 
 
-def logged(log: str) -> dict[str, dict[int, float]]:
-    """The losses of the schemes by number of branches, from the table of the log that lists them."""
-    head = re.search(r"^\| scheme \|(.+)\|$", log, re.MULTILINE)
-    assert head, "the log has no table of schemes"
-    counts = [int(cell.split()[0]) for cell in head[1].split("|")]
+def losses_of_log(log: str) -> dict[str, dict[int, float]]:
+    """Parse the table of schemes in LOG.md: loss by number of branches for each scheme."""
+    header = re.search(r"^\| scheme \|(.+)\|$", log, re.MULTILINE)
+    assert header, "the log has no table of schemes"
+    counts = [int(cell.split()[0]) for cell in header[1].split("|")]
     rows = [
         [cell.strip(" *") for cell in line.strip("|").split("|")]
-        for line in log[head.end() :].splitlines()[2:12]
+        for line in log[header.end() :].splitlines()[2:12]
     ]
     cells = {re.sub(r"\*\*.*$", "", row[0]): row[1:] for row in rows if len(row) == len(counts) + 1}
     return {name: dict(zip(counts, map(float, cells[name]), strict=True)) for name in _SCHEMES}
 
 
 def _bare(axes: Axes) -> None:
+    """Remove tick marks and frame."""
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
 
 
 def draw(folder: Path, tokenizer: Any) -> Sequence[Path]:
-    """Every figure as a PNG in `folder`."""
+    """Write every figure as a PNG into `folder` and return the paths."""
     tokens = sample(lambda text, first: encode_text(tokenizer, text, first))
     figures = {
         "layout": layout(tokens, lambda token: tokenizer.decode([token])),
         "masks": masks(tokens),
         "pairs": pairs(),
-        "tax": tax(logged(LOG.read_text(encoding="utf-8"))),
+        "tax": tax(losses_of_log(LOG.read_text(encoding="utf-8"))),
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():

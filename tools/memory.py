@@ -1,10 +1,10 @@
-"""The table of docs/training.md: the memory of a worker, estimated from a model's shape, the rank and the
-tokens of a batch.
+"""Memory table of docs/training.md: memory per worker, estimated from model shape, rank and tokens per batch.
 
     python -m tools.memory
 
-What a token leaves behind for the backward pass was counted on Llama-like decoders with an adapter on every
-linear layer (tests/unit/test_memory.py counts it again). What a GPU's allocator wastes is not in it.
+The bytes that a token keeps for the backward pass were counted on Llama-like decoders with an adapter on
+every linear layer; tests/unit/test_memory.py counts them again. Fragmentation of a GPU's allocator is not
+included.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "training.md"
 PART = "memory"
 
 _GIB = 2**30
-_LEARNT = 18  # bytes of a trained number: value, gradient and two moments in float32, a copy in bfloat16
-_FIXED = 1.25 * _GIB  # CUDA's own, and one chunk of logits
+_TRAINED_BYTES = 18  # per trained weight: value, gradient, two moments in float32; a copy in bfloat16
+_FIXED = 1.25 * _GIB  # CUDA context and one chunk of logits
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A Llama-like decoder. inner: width inside the MLP. keys: width of keys, and of values."""
+    """A Llama-like decoder. `inner`: MLP width. `keys`: width of the key and of the value projection."""
 
     name: str
     width: int
@@ -37,7 +37,7 @@ class Shape:
 
     @property
     def linear(self) -> int:
-        """Weights of the linear layers that LoRA adapts, and that quantize= packs."""
+        """Number of weights of the linear layers, which LoRA adapts and `quantize=` packs."""
         return self.layers * (2 * self.width * (self.width + self.keys) + 3 * self.width * self.inner)
 
     @property
@@ -45,7 +45,7 @@ class Shape:
         return self.vocabulary * self.width * (1 if self.tied else 2)
 
     def lora(self, rank: int) -> int:
-        """Weights of an adapter on all of them: rank × (inputs + outputs) of each."""
+        """Number of weights of an adapter on all linear layers: rank × (inputs + outputs) of each."""
         return (
             rank
             * self.layers
@@ -53,17 +53,18 @@ class Shape:
         )
 
     def token(self) -> int:
-        """Bytes that one token leaves in one layer, in bfloat16: four vectors inside the MLP, and around
-        attention and norms the worth of fourteen.
+        """Bytes kept per token and layer for the backward pass, in bfloat16.
+
+        Four vectors of the MLP's inner width, and fourteen of the model width around attention and norms.
         """
         return 2 * (4 * self.inner + 14 * self.width)
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """How to train, as fields of a run."""
+    """A way to train. `fields`: its settings as shown in the table."""
 
-    told: str
+    fields: str
     bytes_per_weight: float = 2.0
     checkpointing: bool = False
 
@@ -83,22 +84,22 @@ TOKENS = (4096, 16384)
 
 
 def lora_bytes(shape: Shape, rank: int, tokens: int, setting: Setting) -> float:
-    """Of one worker that trains an adapter. tokens: of a batch, padding included."""
+    """Bytes of one worker that trains an adapter. `tokens`: tokens per batch, padding included."""
     weights = setting.bytes_per_weight * shape.linear + 2 * shape.embeddings
-    kept = (
-        2 * shape.width if setting.checkpointing else shape.token()
-    )  # of each layer; a checkpointed one is run again
-    again = shape.token() if setting.checkpointing else 0
-    return weights + _LEARNT * shape.lora(rank) + tokens * (shape.layers * kept + again) + _FIXED
+    # With activation checkpointing a layer keeps its input only, and one layer at a time is recomputed.
+    kept = 2 * shape.width if setting.checkpointing else shape.token()
+    recomputed = shape.token() if setting.checkpointing else 0
+    return weights + _TRAINED_BYTES * shape.lora(rank) + tokens * (shape.layers * kept + recomputed) + _FIXED
 
 
 def full_bytes(shape: Shape, tokens: int) -> float:
-    """Of one worker with `tuning=full dtype=bfloat16`."""
-    token = shape.token() + 10 * shape.width  # what passes from layer to layer is float32 there
-    return _LEARNT * (shape.linear + shape.embeddings) + tokens * shape.layers * token + _FIXED
+    """Bytes of one worker with `tuning=full dtype=bfloat16`."""
+    token = shape.token() + 10 * shape.width  # the residual stream is float32
+    return _TRAINED_BYTES * (shape.linear + shape.embeddings) + tokens * shape.layers * token + _FIXED
 
 
 def table() -> str:
+    """Return the table as Markdown."""
     heads = ["model", "rank", "settings", *(f"{tokens:,} tokens" for tokens in TOKENS)]
     return "\n".join(["| " + " | ".join(heads) + " |", "| --- | --- | --- | ---: | ---: |", *_rows()])
 
@@ -109,7 +110,7 @@ def _rows() -> Iterator[str]:
             yield _row(
                 shape,
                 str(rank),
-                setting.told,
+                setting.fields,
                 [lora_bytes(shape, rank, tokens, setting) for tokens in TOKENS],
             )
         yield _row(
@@ -117,9 +118,11 @@ def _rows() -> Iterator[str]:
         )
 
 
-def _row(shape: Shape, rank: str, told: str, sizes: list[float]) -> str:
+def _row(shape: Shape, rank: str, fields: str, sizes: list[float]) -> str:
     return (
-        f"| {shape.name} | {rank} | {told} | " + " | ".join(f"{size / _GIB:.0f} GiB" for size in sizes) + " |"
+        f"| {shape.name} | {rank} | {fields} | "
+        + " | ".join(f"{size / _GIB:.0f} GiB" for size in sizes)
+        + " |"
     )
 
 

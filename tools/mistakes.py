@@ -1,9 +1,8 @@
-"""The table of docs/mistakes.md: likely mistakes, really made, and what the program says to each.
+"""Table of docs/mistakes.md: common mistakes, run for real, with the output of the program.
 
     python -m tools.mistakes
 
-Every command is run as it stands in the table, in a folder with a tiny model, an adapter on it, and little
-data.
+Every command runs as printed in the table, in a folder with a tiny model, its adapter, and a little data.
 """
 
 from __future__ import annotations
@@ -36,13 +35,13 @@ PAGE = ROOT / "docs" / "mistakes.md"
 PORT, DISK = 8000, "disk"
 _TRAIN = "python -m workloads.train base_model=tiny data_path=train.jsonl"
 _LONG = f"{_TRAIN} name=long max_steps=100000 epochs=100000"
-_NOWHERE = "http://127.0.0.1:9"  # the port that discards, if anyone listens there at all
-_ENDS_S = 240
+_UNREACHABLE = "http://127.0.0.1:9"  # the discard port; usually nothing listens there
+_TIMEOUT_S = 240
 
 
 @dataclass(frozen=True, slots=True)
 class Mistake:
-    """around: what has to be so for it to be one, while the command runs in a folder."""
+    """A mistake and its command. `around` prepares the circumstances and yields environment variables."""
 
     name: str
     command: str
@@ -50,29 +49,29 @@ class Mistake:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """How a command ended and what it printed, with paths as seen from its folder."""
+class Outcome:
+    """Exit code and output of a command; paths are relative to its folder."""
 
     code: int
     text: str
 
 
 @contextmanager
-def taken(folder: Path) -> Iterator[Mapping[str, str]]:
-    """The port of the table in somebody else's hands."""
+def port_taken(folder: Path) -> Iterator[Mapping[str, str]]:
+    """Another socket listens on PORT."""
     with socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             other.bind(("127.0.0.1", PORT))
             other.listen()
-        except OSError:  # it is in use already
+        except OSError:  # another process already uses it
             pass
         yield {}
 
 
 @contextmanager
-def old(folder: Path) -> Iterator[Mapping[str, str]]:
-    """A python3 that says it is 3.9, in front of the real one, and what `make` needs."""
+def old_python(folder: Path) -> Iterator[Mapping[str, str]]:
+    """A python3 that reports version 3.9 comes first in PATH. Copies the files that `make` needs."""
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         (folder / name).write_bytes((ROOT / name).read_bytes())
     python = folder / "bin" / "python3"
@@ -83,18 +82,20 @@ def old(folder: Path) -> Iterator[Mapping[str, str]]:
 
 
 @contextmanager
-def going(folder: Path) -> Iterator[Mapping[str, str]]:
-    """The same run, begun before in another window."""
-    with begun(_LONG, folder) as other:
+def same_run_active(folder: Path) -> Iterator[Mapping[str, str]]:
+    """The same run is already training in another process."""
+    with training_run(_LONG, folder) as first:
         yield {}
-        _ctrl_c(other)
+        _ctrl_c(first)
 
 
-def unplugged(folder: Path) -> AbstractContextManager[Mapping[str, str]]:
-    return nullcontext({"HF_ENDPOINT": _NOWHERE, "HF_HOME": str(folder / "hub")})
+def no_network(folder: Path) -> AbstractContextManager[Mapping[str, str]]:
+    """The model hub is unreachable and its cache empty."""
+    return nullcontext({"HF_ENDPOINT": _UNREACHABLE, "HF_HOME": str(folder / "hub")})
 
 
 def no_gpu(folder: Path) -> AbstractContextManager[Mapping[str, str]]:
+    """No GPU is visible."""
     return nullcontext({"CUDA_VISIBLE_DEVICES": ""})
 
 
@@ -105,20 +106,18 @@ MISTAKES = (
     Mistake("wrong adapter", "python -m workloads.generate base_model=other lora_path=adapter prompt=Hello"),
     Mistake("no GPU", f"{_TRAIN} use_gpu=true", no_gpu),
     Mistake(
-        "no network", "python -m workloads.generate base_model=Qwen/Qwen2.5-0.5B prompt=Hello", unplugged
+        "no network", "python -m workloads.generate base_model=Qwen/Qwen2.5-0.5B prompt=Hello", no_network
     ),
-    Mistake("old Python", "make demo", old),
-    Mistake("port taken", f"python -m serving lora_path=adapter port={PORT}", taken),
-    Mistake("two runs at once", _LONG, going),
+    Mistake("old Python", "make demo", old_python),
+    Mistake("port taken", f"python -m serving lora_path=adapter port={PORT}", port_taken),
+    Mistake("two runs at once", _LONG, same_run_active),
     Mistake(CTRL_C, _LONG),
     Mistake(FULL, f"{_TRAIN} output_dir={DISK} checkpoint_every=1 max_steps=20"),
 )
 
 
 def prepare(folder: Path) -> None:
-    """What the commands name: two models that differ, an adapter on one of them, data, and a table that is
-    none.
-    """
+    """Write the files that the commands name: two tiny models, an adapter, training data, and a CSV file."""
     tokenizer = tiny_tokenizer()
     with no_progress_bars():
         for name, width in (("tiny", 64), ("other", 128)):
@@ -127,103 +126,95 @@ def prepare(folder: Path) -> None:
             tokenizer.save_pretrained(folder / name)
     model = tiny_model("llama")
     patch(model, RopeConfig())
-    settings = LoraConfig(lora_rank=2)
-    adapted = add_lora(model, settings, seed=0)
-    save_adapter(
-        adapted, tokenizer, folder / "adapter", ModelConfig(base_model="tiny"), RopeConfig(), settings
-    )
+    lora = LoraConfig(lora_rank=2)
+    adapted = add_lora(model, lora, seed=0)
+    save_adapter(adapted, tokenizer, folder / "adapter", ModelConfig(base_model="tiny"), RopeConfig(), lora)
     records = ({"input_ids": [5 + number % 20, 6, 7, 8, 9], "answer_offset": 2} for number in range(64))
     (folder / "train.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
     (folder / "questions.csv").write_text("question,answer\nWhat does Ada eat?,rice\n")
 
 
-def made(mistake: Mistake, folder: Path) -> Told:
-    """Make it."""
-    with mistake.around(folder) as setting:
+def run_mistake(mistake: Mistake, folder: Path) -> Outcome:
+    """Run the command of a mistake under its circumstances."""
+    with mistake.around(folder) as env:
         if mistake.name == CTRL_C:
-            return _stopped(mistake.command, folder)
-        with _start(mistake.command, folder, setting, full=mistake.name == FULL) as process:
-            text, _ = process.communicate(timeout=_ENDS_S)
-    return told(process.returncode, text, folder)
+            return _interrupted(mistake.command, folder)
+        with _start(mistake.command, folder, env, full=mistake.name == FULL) as process:
+            text, _ = process.communicate(timeout=_TIMEOUT_S)
+    return outcome(process.returncode, text, folder)
 
 
 @contextmanager
-def begun(command: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """A training run that has made its first steps."""
+def training_run(command: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """Start a training run and wait for its first logged step."""
     with _start(command, folder, {}) as process:
         assert process.stdout is not None
-        _until(process.stdout, "step ")
+        _wait_for_line(process.stdout, "step ")
         yield process
 
 
-def _until(lines: IO[str], start: str) -> None:
-    if not any(line.startswith(start) for line in lines):
-        raise RuntimeError(f"the run ended without {start!r}")
+def _wait_for_line(lines: IO[str], prefix: str) -> None:
+    if not any(line.startswith(prefix) for line in lines):
+        raise RuntimeError(f"the run ended without a line that starts with {prefix!r}")
 
 
-def _stopped(command: str, folder: Path) -> Told:
-    """What is printed after Ctrl-C."""
-    with begun(command, folder) as process:
+def _interrupted(command: str, folder: Path) -> Outcome:
+    """Press Ctrl-C during a training run; return the output from then on."""
+    with training_run(command, folder) as process:
         text = _ctrl_c(process)
-    return told(process.returncode, text, folder)
+    return outcome(process.returncode, text, folder)
 
 
 def _ctrl_c(process: subprocess.Popen[str]) -> str:
-    """As a terminal does it: to all that the command has started, too. Returns what is printed from then
-    on.
-    """
+    """Send SIGINT to the process group, as a terminal does; return the output from then on."""
     os.killpg(process.pid, signal.SIGINT)
-    return process.communicate(timeout=_ENDS_S)[0]
+    return process.communicate(timeout=_TIMEOUT_S)[0]
 
 
-def _start(
-    command: str, folder: Path, setting: Mapping[str, str], full: bool = False
-) -> subprocess.Popen[str]:
-    """full: the folder DISK holds half a megabyte and no more, for this process alone."""
+def _start(command: str, folder: Path, env: Mapping[str, str], full: bool = False) -> subprocess.Popen[str]:
+    """Start a command. With `full`, the folder DISK is a 500 KB file system, visible to this process only."""
     words = [sys.executable if word == "python" else word for word in shlex.split(command)]
     if full:
         (folder / DISK).mkdir()
         mount = f'mount -t tmpfs -o size=500k none {DISK} && exec "$@"'
         words = ["unshare", "-rm", "sh", "-c", mount, "sh", *words]
-    kept = {
-        name: value for name, value in os.environ.items() if not name.startswith("MAKE")
-    }  # this may be a part of `make`
-    setting = {**kept, "PYTHONPATH": f"{ROOT / 'platform'}:{ROOT}", **setting}
+    # Drop the variables of an outer `make`, because one command is itself a `make`.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    env = {**inherited, "PYTHONPATH": f"{ROOT / 'platform'}:{ROOT}", **env}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(words, cwd=folder, env=setting, start_new_session=True, **pipes)  # type: ignore[call-overload]
+    return subprocess.Popen(words, cwd=folder, env=env, start_new_session=True, **pipes)  # type: ignore[call-overload]
 
 
-def told(code: int, text: str, folder: Path) -> Told:
-    """Without steps that were on their way, and what make adds."""
-    kept = re.sub(r"^(step \d+/|make: \*\*\*).*\n", "", text, flags=re.MULTILINE)
-    return Told(code, kept.replace(f"{folder.resolve()}/", "").strip())
+def outcome(code: int, text: str, folder: Path) -> Outcome:
+    """Build an outcome without step lines and make's own line, with paths relative to the folder."""
+    text = re.sub(r"^(step \d+/|make: \*\*\*).*\n", "", text, flags=re.MULTILINE)
+    return Outcome(code, text.replace(f"{folder.resolve()}/", "").strip())
 
 
-def row(mistake: Mistake, said: Told) -> str:
-    """One line of the table."""
-    lines = "<br>".join(map(_code, said.text.replace("|", "\\|").splitlines()))
-    return f"| {mistake.name} | {_code(mistake.command)} | {lines} | {said.code} |"
+def row(mistake: Mistake, result: Outcome) -> str:
+    """Return one line of the table."""
+    lines = "<br>".join(map(_code, result.text.replace("|", "\\|").splitlines()))
+    return f"| {mistake.name} | {_code(mistake.command)} | {lines} | {result.code} |"
 
 
 def _code(text: str) -> str:
-    """In Markdown."""
+    """Return text as Markdown inline code."""
     return f"`` {text} ``" if "`" in text else f"`{text}`"
 
 
 def rows() -> Iterator[str]:
+    """Run every mistake and yield its line of the table."""
     with tempfile.TemporaryDirectory(prefix="mistakes-") as scratch:
         folder = Path(scratch)
         prepare(folder)
         for mistake in MISTAKES:
             print(mistake.name, file=sys.stderr, flush=True)
-            yield row(mistake, made(mistake, folder))
+            yield row(mistake, run_mistake(mistake, folder))
 
 
 if __name__ == "__main__":
     fill(
         PAGE,
         "mistakes",
-        "\n".join(
-            ["| mistake | command | what it says | exit code |", "| --- | --- | --- | ---: |", *rows()]
-        ),
+        "\n".join(["| mistake | command | output | exit code |", "| --- | --- | --- | ---: |", *rows()]),
     )

@@ -1,4 +1,4 @@
-"""docs/reference.md: every field of every command, from the configurations themselves.
+"""Write docs/reference.md: every field of every command, read from the configuration classes.
 
 python -m tools.reference
 """
@@ -44,15 +44,16 @@ COMMANDS: dict[str, type[FrozenConfig]] = {
 
 _OPENING = """# Reference
 
-Every field of every command, as `--help` prints them. Written by `make docs`; do not edit.
+All fields of all commands, as `--help` prints them. This page is written by `make docs`; do not edit it.
 
-A field is set by `field=value` after the command, or in the file that a run or a sweep is given. `null` switches an optional
-field off. Fields that several commands have in common stand together below; a command lists what is its own.
+Set a field with `field=value` after the command, or in the configuration file of a run or sweep. `null`
+unsets an optional field. Each command lists its own fields; fields that several commands share are in the
+sections after the commands.
 """
 
 
 def reference() -> str:
-    """The whole page."""
+    """Return the whole page as Markdown."""
     users = _users()
     shared = [group for group, commands in users.items() if len(commands) > 1]
     sections = [
@@ -61,32 +62,34 @@ def reference() -> str:
     ]
     sections += [_command(name, kind, shared) for name, kind in COMMANDS.items()]
     sections += [_section(_title(group), _used(users[group]), group) for group in shared]
-    sections.append(_section("Between", "What `space` of a sweep may hold in place of a list.\n", Between))
+    sections.append(
+        _section("Between", "A range of values in `space` of a sweep, in place of a list.\n", Between)
+    )
     return "\n".join(sections)
 
 
 def anchor(heading: str) -> str:
-    """A heading's anchor, as GitHub makes it."""
+    """Return the anchor that GitHub gives a heading."""
     kept = "".join(letter for letter in heading.lower() if letter.isalnum() or letter in " -_")
     return kept.strip().replace(" ", "-")
 
 
 def groups(kind: type[FrozenConfig]) -> list[type[FrozenConfig]]:
-    """The classes that a configuration's fields were written in, in the order of its fields."""
+    """Return the classes that declare a configuration's fields, in the order of the fields."""
     owners = (
-        next(each for each in kind.__mro__ if name in vars(each).get("__annotations__", {}))
+        next(owner for owner in kind.__mro__ if name in vars(owner).get("__annotations__", {}))
         for name in kind.model_fields
     )
     return list(dict.fromkeys(owners))
 
 
 def _users() -> dict[type[FrozenConfig], list[str]]:
-    """Which commands have the fields of each class."""
-    found: dict[type[FrozenConfig], list[str]] = {}
+    """Return, for each class, the commands that have its fields."""
+    users: dict[type[FrozenConfig], list[str]] = {}
     for name, kind in COMMANDS.items():
         for group in groups(kind):
-            found.setdefault(group, []).append(name)
-    return found
+            users.setdefault(group, []).append(name)
+    return users
 
 
 def _title(group: type[FrozenConfig]) -> str:
@@ -94,26 +97,26 @@ def _title(group: type[FrozenConfig]) -> str:
 
 
 def _command(name: str, kind: type[FrozenConfig], shared: Sequence[type[FrozenConfig]]) -> str:
-    found = groups(kind)
-    common = [f"[{_title(group)}](#{anchor(_title(group))})" for group in found if group in shared]
-    told = f"Takes the fields of: {'; '.join(common)}.\n" if common else ""
-    own = [group for group in found if group not in shared]
+    owners = groups(kind)
+    common = [f"[{_title(group)}](#{anchor(_title(group))})" for group in owners if group in shared]
+    inherited = f"Shared fields: {'; '.join(common)}.\n" if common else ""
+    own = [group for group in owners if group not in shared]
     tables = [_table(_texts(group, kind)) for group in own]
     if len(own) > 1:
         tables = [f"{_title(group)}:\n\n{table}" for group, table in zip(own, tables, strict=True)]
-    return "\n".join([f"## {name}\n", *([told] if told else []), *tables])
+    return "\n".join([f"## {name}\n", *([inherited] if inherited else []), *tables])
 
 
 def _used(commands: Sequence[str]) -> str:
-    return "Of " + ", ".join(f"[`{name}`](#{anchor(name)})" for name in commands) + ".\n"
+    return "Used by " + ", ".join(f"[`{name}`](#{anchor(name)})" for name in commands) + ".\n"
 
 
-def _section(title: str, told: str, group: type[FrozenConfig]) -> str:
-    return "\n".join([f"## {title}\n", told, _table(_texts(group, group))])
+def _section(title: str, intro: str, group: type[FrozenConfig]) -> str:
+    return "\n".join([f"## {title}\n", intro, _table(_texts(group, group))])
 
 
 def _texts(group: type[FrozenConfig], kind: type[FrozenConfig]) -> list[cli.FieldText]:
-    """The fields that `group` has written, as `kind` has them."""
+    """Return the fields that `group` declares, as documented in `kind`."""
     return [text for text in cli.field_texts(kind) if text.name in vars(group).get("__annotations__", {})]
 
 

@@ -1,9 +1,8 @@
-"""docs/screenshots: what the programs look like, taken from them while they run: playground, MLflow and a
-sweep's report.
+"""Take docs/screenshots from running programs: the playground, MLflow, and the report of a sweep.
 
     python -m tools.screenshots runs/demo-HASH/adapter runs/SWEEP-HASH
 
-Needs Chromium. MLflow shows what `mlflow.db` of this folder holds.
+Needs Chromium. MLflow shows the database `mlflow.db` of the working directory.
 """
 
 from __future__ import annotations
@@ -31,17 +30,17 @@ _WIDTH, _HEIGHT = 1280, 1100  # pixels
 
 @contextmanager
 def running(module: str, health: str, *arguments: str) -> Iterator[str]:
-    """The address of a server on a free port, until the end of the block."""
+    """Run a server on a free port for the duration of the block; yield its URL."""
     port = free_port()
     site = f"http://127.0.0.1:{port}"
     process = subprocess.Popen(
-        [sys.executable, "-m", module, *(each.format(port=port) for each in arguments)]
+        [sys.executable, "-m", module, *(argument.format(port=port) for argument in arguments)]
     )
     try:
         deadline = time.monotonic() + _STARTUP_S
-        while not answers(f"{site}{health}"):
+        while not is_up(f"{site}{health}"):
             if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"{module} does not come up")
+                raise RuntimeError(f"{module} did not start")
             time.sleep(0.5)
         yield site
     finally:
@@ -49,7 +48,7 @@ def running(module: str, health: str, *arguments: str) -> Iterator[str]:
         process.wait()
 
 
-def answers(url: str) -> bool:
+def is_up(url: str) -> bool:
     try:
         with urlopen(url) as response:
             return bool(response.status == 200)
@@ -58,7 +57,7 @@ def answers(url: str) -> bool:
 
 
 def playground(page: Page, site: str) -> None:
-    """A passage of the demo's kind that the adapter has not seen, with its questions, answered."""
+    """Run an unseen passage of the demo's kind with four questions in the playground."""
     (record,) = facts_records(1, seed=7)
     page.goto(f"{site}/")
     page.get_by_label("Main", exact=True).fill(record["main"])
@@ -74,39 +73,31 @@ def playground(page: Page, site: str) -> None:
 
 
 def mlflow(page: Page, site: str) -> None:
-    """The last metrics of the runs of the first experiment."""
+    """Open the charts of the runs of the first experiment."""
     page.goto(f"{site}/#/experiments/1/runs?compareRunsMode=CHART")
     page.get_by_text("matching runs").wait_for()
-    page.get_by_role("button", name="Close").last.click()  # its assistant
-    page.wait_for_timeout(3000)  # charts move to their places
+    page.get_by_role("button", name="Close").last.click()  # the assistant's panel
+    page.wait_for_timeout(3000)  # wait until the charts are laid out
 
 
 def main(adapter: str, sweep: str) -> None:
+    """Take all screenshots. `sweep`: folder of a finished sweep."""
     with chromium() as browser:
         page = browser.new_page(viewport={"width": _WIDTH, "height": _HEIGHT})
         page.set_default_timeout(60_000)
         page.goto((Path(sweep) / "report.html").resolve().as_uri())
         page.get_by_role("heading", name="Trials").evaluate("node => node.scrollIntoView()")
-        taken(page, "report")
+        screenshot(page, "report")
         with running("serving", "/health", f"lora_path={adapter}", "port={port}") as site:
             playground(page, site)
-            taken(page, "playground")
-        store = (
-            "--backend-store-uri",
-            "sqlite:///mlflow.db",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            "{port}",
-            "--workers",
-            "1",
-        )
+            screenshot(page, "playground")
+        store = "--backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port {port} --workers 1".split()
         with running("mlflow", "/health", "server", *store) as site:
             mlflow(page, site)
-            taken(page, "mlflow")
+            screenshot(page, "mlflow")
 
 
-def taken(page: Page, name: str) -> None:
+def screenshot(page: Page, name: str) -> None:
     page.screenshot(path=FOLDER / f"{name}.png")
     print(FOLDER / f"{name}.png", flush=True)
 

@@ -1,4 +1,4 @@
-"""The figures of the docs are drawn by code that runs."""
+"""Figures of the docs: every figure can be drawn, from the log's losses and a sample with targets."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from matplotlib.image import imread
 
 from parallelmind.evaluation.tiny_models import tiny_tokenizer
-from tools.figures import FOLDER, LOG, draw, logged, sample
+from tools.figures import FOLDER, LOG, draw, losses_of_log, sample
 
 
 def test_every_figure_is_drawn(tmp_path):
@@ -14,18 +14,18 @@ def test_every_figure_is_drawn(tmp_path):
     assert [path.name for path in drawn] == ["layout.png", "masks.png", "pairs.png", "tax.png"]
     assert {path.name for path in FOLDER.glob("*.png")} == {path.name for path in drawn}
     for path in drawn:
-        assert imread(path).std() > 0.05  # there is something on it
+        assert imread(path).std() > 0.05  # not blank
 
 
-def test_the_losses_are_those_of_the_log():
-    losses = logged(LOG.read_text(encoding="utf-8"))
+def test_losses_come_from_the_log():
+    losses = losses_of_log(LOG.read_text(encoding="utf-8"))
     assert losses["published, ratio 1"][32] == 3.597
     assert losses["high pairs by branch + time, penalty 3"] == pytest.approx(
         {1: 1.923, 2: 1.918, 4: 1.921, 8: 1.931, 16: 1.941, 32: 1.962}
     )
 
 
-def test_the_sample_has_a_passage_and_targets_in_its_answers():
+def test_sample_targets_are_the_answers():
     tokens = sample(lambda text, first: [len(word) for word in text.split()])
     assert tokens.lengths.tolist() == [5, 5, 4, 3]
     assert tokens.answer_offsets.tolist() == [4, 3, 1]

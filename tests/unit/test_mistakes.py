@@ -1,5 +1,6 @@
-"""What docs/mistakes.md says the program says, it says: of the mistakes that are made in a moment, and of
-what they rest on.
+"""The outputs of docs/mistakes.md are current.
+
+Mistakes that fail at once are made here; of slow ones, the part that produces the message.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from parallelmind.config import DataConfig, TrainConfig
 from parallelmind.data.files import file_parts, find_files
 from parallelmind.data.survey import combine, survey_part
 from parallelmind.errors import UserError
-from tools.mistakes import MISTAKES, PAGE, Mistake, Told, made, prepare, row, told
+from tools.mistakes import MISTAKES, PAGE, Mistake, Outcome, outcome, prepare, row, run_mistake
 from workloads.common import resources
 from workloads.common.read_config import read_config
 from workloads.train.command import run_place
@@ -41,50 +42,52 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def place(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def folder(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(prepared)
-    monkeypatch.setattr(
-        warnings, "formatwarning", warnings.formatwarning
-    )  # a command line puts its own there
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # cli.run replaces it
     return prepared
 
 
-def said(
+def run_in_process(
     mistake: Mistake, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Told:
-    """What its command says and how it ends, in this process."""
+) -> Outcome:
+    """Run the command of a mistake in this process."""
     _, _, module, *words = shlex.split(mistake.command)
     monkeypatch.setattr(sys, "argv", [module, *words])
-    main = import_module("serving.__main__" if module == "serving" else module).main
-    with mistake.around(folder), pytest.raises(SystemExit) as end:
+    main = import_module(f"{module}.__main__").main
+    with mistake.around(folder), pytest.raises(SystemExit) as exit_info:
         cli.run(main)
-    assert isinstance(end.value.code, int)
-    return told(end.value.code, capsys.readouterr().err, folder)
+    assert isinstance(exit_info.value.code, int)
+    return outcome(exit_info.value.code, capsys.readouterr().err, folder)
 
 
-def refusal(error: UserError, folder: Path) -> Told:
-    """As `cli.run` tells it."""
-    return told(2, f"error: {error}", folder)
+def as_reported(error: UserError, folder: Path) -> Outcome:
+    """Return the outcome that `cli.run` makes of an error."""
+    return outcome(2, f"error: {error}", folder)
 
 
 @pytest.mark.parametrize("name", ["wrong path", "wrong adapter", "port taken"])
-def test_what_is_refused_at_once(
-    name: str, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_immediate_errors(
+    name: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert row(NAMED[name], said(NAMED[name], place, capsys, monkeypatch)) == ROWS[name], "run make docs"
+    assert row(NAMED[name], run_in_process(NAMED[name], folder, capsys, monkeypatch)) == ROWS[name], (
+        "run make docs"
+    )
 
 
 def test_two_runs_at_once(
-    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mistake = Mistake("two runs at once", NAMED["two runs at once"].command)
-    folder = run_place(read_config(TrainConfig, shlex.split(mistake.command)[3:])).folder
-    folder.mkdir(parents=True)
-    with FileLock(folder / ".lock"):
-        assert row(mistake, said(mistake, place, capsys, monkeypatch)) == ROWS[mistake.name], "run make docs"
+    run_folder = run_place(read_config(TrainConfig, shlex.split(mistake.command)[3:])).folder
+    run_folder.mkdir(parents=True)
+    with FileLock(run_folder / ".lock"):
+        assert row(mistake, run_in_process(mistake, folder, capsys, monkeypatch)) == ROWS[mistake.name], (
+            "run make docs"
+        )
 
 
-def test_wrong_format(place: Path) -> None:
+def test_wrong_format(folder: Path) -> None:
     mistake = NAMED["wrong format"]
     config = read_config(TrainConfig, shlex.split(mistake.command)[3:]).part(DataConfig)
     parts = file_parts(find_files(config.data_path))
@@ -92,22 +95,24 @@ def test_wrong_format(place: Path) -> None:
         combine(parts, [survey_part(part, config, None) for part in parts]).refuse_too_many(
             config, "data_path"
         )
-    assert row(mistake, refusal(error.value, place)) == ROWS[mistake.name], "run make docs"
+    assert row(mistake, as_reported(error.value, folder)) == ROWS[mistake.name], "run make docs"
 
 
-def test_no_gpu(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resources.ray, "cluster_resources", lambda: {"CPU": 2.0})
     with pytest.raises(UserError) as error:
         resources.require_gpus(1)
-    assert row(NAMED["no GPU"], refusal(error.value, place)) == ROWS["no GPU"], "run make docs"
+    assert row(NAMED["no GPU"], as_reported(error.value, folder)) == ROWS["no GPU"], "run make docs"
 
 
-def test_old_python(place: Path) -> None:
-    assert row(NAMED["old Python"], made(NAMED["old Python"], place)) == ROWS["old Python"], "run make docs"
+def test_old_python(folder: Path) -> None:
+    assert row(NAMED["old Python"], run_mistake(NAMED["old Python"], folder)) == ROWS["old Python"], (
+        "run make docs"
+    )
 
 
-def test_every_mistake_is_told_with_a_remedy() -> None:
-    """One line for each, but for Ctrl-C, which is none, and make's own line."""
+def test_every_error_is_one_line_with_a_remedy() -> None:
+    """Ctrl-C is no error, and the line of `make` has another form."""
     assert [name for name in ROWS if name in NAMED] == list(NAMED)
     for name in NAMED.keys() - {"Ctrl-C", "old Python"}:
         (line,) = re.findall(r"`+ ?error: [^|]+", ROWS[name])
