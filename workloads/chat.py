@@ -1,9 +1,9 @@
-"""Talk to a model in the terminal, on several branches at once.
+"""Chat with a model in the terminal, with one prompt or several parallel prompts per line.
 
     python -m workloads.chat lora_path=runs/demo-HASH/adapter
 
-A line is a prompt. Several prompts in one line, separated by ` || `, are branches that are decoded side by
-side:
+Each line is a prompt. Several prompts in one line, separated by ` || `, are branches of one sample and are
+decoded in parallel:
 
     Who wrote it? || When was it written? || What is it about?
 """
@@ -26,10 +26,10 @@ from parallelmind.errors import UserError
 from workloads.common.inference_config import InferenceModelConfig, SamplingConfig
 
 COMMANDS = """/main TEXT   set the passage that all prompts share; /main alone removes it
-/reset       forget the conversation and the passage
-/help        show this
-/quit        leave (so does Ctrl-D); Ctrl-C stops an answer
-A || B       decode prompts A and B side by side"""
+/reset       clear the conversation and the passage
+/help        show these commands
+/quit        leave (Ctrl-D does the same); Ctrl-C stops the current answer
+A || B       decode prompts A and B in parallel"""
 
 _SEPARATOR = " || "
 
@@ -37,12 +37,12 @@ _SEPARATOR = " || "
 class ChatConfig(SamplingConfig, InferenceModelConfig):
     """One conversation."""
 
-    max_new_tokens: int = Field(256, description="most new tokens per branch")
-    main: str = Field("", description="passage that all prompts share from the beginning")
+    max_new_tokens: int = Field(256, description="maximum number of new tokens per branch")
+    main: str = Field("", description="passage that all prompts share")
 
 
-class Chat:
-    """The state of a conversation: single prompts add up to one, branches stand beside it."""
+class Conversation:
+    """State of one chat: the passage and the messages. Only single prompts add messages."""
 
     def __init__(self, model: Any, tokenizer: Any, sampling: dict[str, Any], main: str = "") -> None:
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
@@ -50,55 +50,53 @@ class Chat:
         self.messages: list[dict[str, str]] = []
         self.console = Console(highlight=False)
 
-    def handle(self, line: str) -> bool:
-        """Do what one line asks; False ends the conversation."""
-        command, _, rest = line.strip().partition(" ")
+    def handle_line(self, line: str) -> bool:
+        """Run one command or answer one line of prompts. Returns False if the conversation ends."""
+        command, _, argument = line.strip().partition(" ")
         if command in ("/quit", "/exit"):
             return False
         if command == "/main":
-            self.main = rest.strip()
+            self.main = argument.strip()
         elif command == "/reset":
             self.main, self.messages = "", []
         elif command.startswith("/"):
             self.console.print(COMMANDS, markup=False)
         elif command:
-            self.answer([part.strip() for part in line.split(_SEPARATOR) if part.strip()])
+            self.answer([prompt.strip() for prompt in line.split(_SEPARATOR) if prompt.strip()])
         return True
 
     def answer(self, prompts: list[str]) -> None:
-        """Decode and show; a UserError is one line, and the conversation goes on."""
+        """Decode and show the answers. A UserError or Ctrl-C is reported, and the conversation continues."""
         try:
             if len(prompts) == 1:
-                self.answer_one(prompts[0])
+                self._answer_single(prompts[0])
             else:
-                self.answer_all(prompts)
+                self._answer_parallel(prompts)
         except UserError as error:
             self.console.print(f"error: {error}", markup=False)
         except KeyboardInterrupt:
             self.console.print("\n(stopped)", markup=False)
 
-    def answer_one(self, prompt: str) -> None:
-        said = ""
-        for event in pm.stream(self.model, self.tokenizer, self.sample_of(prompt), **self.sampling):
-            said += event.text
-            print(event.text, end="", flush=True)
-        print()
-        self.messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": said}]
+    def to_sample(self, prompt: str) -> pm.Sample:
+        """The conversation with a new prompt, formatted by the chat template.
 
-    def sample_of(self, prompt: str) -> pm.Sample:
-        """The conversation so far through the chat template; plain text where there is a passage or no
-        template.
+        With a passage, or without a chat template, the sample is the passage and the prompt as plain text.
         """
         if self.main or not self.tokenizer.chat_template:
             return pm.Sample(self.main, [prompt])
         messages = [*self.messages, {"role": "user", "content": prompt}]
-        return pm.Sample(
-            branches=[
-                self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            ]
-        )
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return pm.Sample(branches=[text])
 
-    def answer_all(self, prompts: list[str]) -> None:
+    def _answer_single(self, prompt: str) -> None:
+        answer = ""
+        for event in pm.stream(self.model, self.tokenizer, self.to_sample(prompt), **self.sampling):
+            answer += event.text
+            print(event.text, end="", flush=True)
+        print()
+        self.messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+
+    def _answer_parallel(self, prompts: list[str]) -> None:
         texts = [""] * len(prompts)
         events = pm.stream(self.model, self.tokenizer, pm.Sample(self.main, prompts), **self.sampling)
         if not self.console.is_terminal:
@@ -107,13 +105,13 @@ class Chat:
             for number, text in enumerate(texts, start=1):
                 print(f"[{number}] {text.strip()}")
             return
-        with Live(_columns(prompts, texts), console=self.console, vertical_overflow="visible") as live:
+        with Live(_panels(prompts, texts), console=self.console, vertical_overflow="visible") as live:
             for event in events:
                 texts[event.branch] += event.text
-                live.update(_columns(prompts, texts))
+                live.update(_panels(prompts, texts))
 
 
-def _columns(prompts: list[str], texts: list[str]) -> Columns:
+def _panels(prompts: list[str], texts: list[str]) -> Columns:
     panels = [
         Panel(Text(text.strip()), title=Text(prompt)) for prompt, text in zip(prompts, texts, strict=True)
     ]
@@ -122,19 +120,21 @@ def _columns(prompts: list[str], texts: list[str]) -> Columns:
 
 def main(argv: list[str]) -> None:
     if cli.wants_help(argv):
-        return cli.print_help(f"{(__doc__ or '').strip()}\n\n{COMMANDS}", ChatConfig)
+        cli.print_help(f"{(__doc__ or '').strip()}\n\n{COMMANDS}", ChatConfig)
+        return
     config = cli.parse(ChatConfig, argv)
     sampling = config.sampling_kwargs()
-    chat = Chat(*config.load_model(), sampling, config.main)
-    if terminal := sys.stdin.isatty():
+    conversation = Conversation(*config.load_model(), sampling, config.main)
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
         print(COMMANDS)
     while True:
         try:
-            line = input("> " if terminal else "")
+            line = input("> " if is_terminal else "")
         except EOFError:
-            return None
-        if not chat.handle(line):
-            return None
+            return
+        if not conversation.handle_line(line):
+            return
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`python -m workloads.generate num_workers=1` as a user runs it: real Ray, a tiny model."""
+"""`python -m workloads.generate num_workers=1` on a local Ray cluster, with a tiny model."""
 
 from __future__ import annotations
 
@@ -18,81 +18,79 @@ import psutil
 import pytest
 from tiny import save_tiny
 
-from workloads.generate import command as generate
+from workloads.generate.command import main as generate
 
 ROOT = Path(__file__).resolve().parents[2]
-BAD = 300  # a line that is no record
+INVALID_LINE = 300
 FIELDS = ["base_model=tiny", "data_path=data.jsonl", "max_new_tokens=16", "ignore_eos=true"]
-PARTS = ["output_path=parts", "num_workers=1"]
+DISTRIBUTED = ["output_path=parts", "num_workers=1"]
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
-    """A working directory with a model and lines enough for four parts."""
+def working_dir(tmp_path: Path) -> Path:
+    """A working directory with a model and enough lines for four parts."""
     save_tiny(tmp_path / "tiny")
     draw = random.Random(0)
     lines = [
         json.dumps({"branches": [" ".join(["who lives", *["in"] * draw.randint(0, 99)])] * 2})
         for _ in range(300)
     ]
-    (tmp_path / "data.jsonl").write_text("\n".join([*lines[: BAD - 1], "{bad", *lines[BAD - 1 :]]))
+    lines.insert(INVALID_LINE - 1, "{bad")
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
     return tmp_path
 
 
 @pytest.fixture
 def environment() -> Iterator[dict[str, str]]:
-    scratch = tempfile.mkdtemp(
-        prefix="pm-"
-    )  # short, for the sake of sockets; a killed driver cannot remove it
+    """Environment of the command; removes the temporary folder that a killed Ray driver leaves behind."""
+    ray_tmpdir = tempfile.mkdtemp(prefix="pm-")  # short, because paths of sockets are limited in length
     paths = os.pathsep.join([str(ROOT / "platform"), str(ROOT)])
     yield {
         **os.environ,
         "PYTHONPATH": paths,
         "RAY_AUTH_MODE": "disabled",
         "OMP_NUM_THREADS": "1",
-        "RAY_TMPDIR": scratch,
+        "RAY_TMPDIR": ray_tmpdir,
     }
-    shutil.rmtree(scratch, ignore_errors=True)
+    shutil.rmtree(ray_tmpdir, ignore_errors=True)
 
 
-def kill(command: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to the driver, then to what is left of its cluster, some of which would only notice after
-    minutes.
-    """
-    family = psutil.Process(command.pid).children(recursive=True)
-    command.kill()
-    for process in family:
+def kill_with_cluster(driver: subprocess.Popen[bytes]) -> None:
+    """Send SIGKILL to the driver and to the processes of its cluster, which could outlive it for minutes."""
+    processes = psutil.Process(driver.pid).children(recursive=True)
+    driver.kill()
+    for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.kill()
-    command.wait()
-    psutil.wait_procs(family, timeout=30)
+    driver.wait()
+    psutil.wait_procs(processes, timeout=30)
 
 
-def test_parts_survive_a_driver_that_is_killed_and_none_is_done_twice(
-    place: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+def test_killed_driver_resumes_with_the_missing_parts(
+    working_dir: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(place)
-    command = [sys.executable, "-m", "workloads.generate", *FIELDS, *PARTS]
+    monkeypatch.chdir(working_dir)
+    command = [sys.executable, "-m", "workloads.generate", *FIELDS, *DISTRIBUTED]
     first = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 90
-    while not any((place / "parts").glob("part-*.jsonl")) and time.monotonic() < deadline:
+    while not any((working_dir / "parts").glob("part-*.jsonl")) and time.monotonic() < deadline:
         time.sleep(0.05)
-    kill(first)
-    parts = {part: part.stat() for part in (place / "parts").glob("*.jsonl")}
+    kill_with_cluster(first)
+    parts_before = {part: part.stat() for part in (working_dir / "parts").glob("*.jsonl")}
 
     second = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=120, check=False
     )
     assert second.returncode == 0, second.stderr
-    found = sorted((place / "parts").iterdir())
-    assert f"going on with {len(found) - len(parts)} of {len(found)} parts" in second.stderr
-    assert f"data.jsonl:{BAD}: is not JSON" in second.stderr
-    assert 1 <= len(parts) < len(found) == 4
-    for part, before in parts.items():
+    parts = sorted((working_dir / "parts").iterdir())
+    assert f"resuming with {len(parts) - len(parts_before)} of {len(parts)} parts" in second.stderr
+    assert f"data.jsonl:{INVALID_LINE}: is not JSON" in second.stderr
+    assert 1 <= len(parts_before) < len(parts) == 4
+    for part, before in parts_before.items():
         assert (part.stat().st_ino, part.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
-    generate.main([*FIELDS, "output_path=whole.jsonl"])
-    assert b"".join(part.read_bytes() for part in found) == (place / "whole.jsonl").read_bytes()
-    generate.main([*FIELDS, *PARTS])  # without Ray, since nothing is missing
+    generate([*FIELDS, "output_path=single.jsonl"])
+    assert b"".join(part.read_bytes() for part in parts) == (working_dir / "single.jsonl").read_bytes()
+    generate([*FIELDS, *DISTRIBUTED])  # no part is missing, so Ray is not started

@@ -20,7 +20,7 @@ from parallelmind.config import (
 
 
 class InferenceModelConfig(FrozenConfig):
-    """Model to load. A field that is null takes the adapter's value, or the default of training without one."""
+    """Model to load. A null field takes the adapter's value, or the training default without an adapter."""
 
     base_model: str | None = Field(
         None, description="smollm2-135m, a local folder, or a hub id; null: the adapter's own"

@@ -1,1 +1,1 @@
-"""Continue prompts and files with a model."""
+"""Generate text from prompts or from files of samples."""

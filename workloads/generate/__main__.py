@@ -1,4 +1,4 @@
-"""`python -m workloads.generate`."""
+"""Entry point of `python -m workloads.generate`."""
 
 from parallelmind import cli
 from workloads.generate.command import main

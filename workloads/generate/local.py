@@ -1,4 +1,4 @@
-"""Continuing files in this process, into one file or to stdout; a file that was begun is gone on with."""
+"""Generate from files in this process, into one file or to stdout."""
 
 from __future__ import annotations
 
@@ -13,74 +13,86 @@ import torch
 
 from parallelmind import cli
 from parallelmind.errors import UserError, writing
-from workloads.generate.batch import Decoder, ProgressStats, Result
 from workloads.generate.config import GenerateConfig
-from workloads.generate.output import OutputManifest, alone_at, cut_back, read_source, settings_of
-from workloads.generate.source import Source
+from workloads.generate.dataset import InputDataset, open_dataset
+from workloads.generate.decoder import Decoder
+from workloads.generate.manifest import OutputManifest, run_settings
+from workloads.generate.output_file import drop_partial_row, exclusive_lock
+from workloads.generate.progress import ProgressStats
+from workloads.generate.results import LineResult
+
+WriteRow = Callable[[str], None]
 
 
-def continue_files(config: GenerateConfig) -> None:
-    """Raises UserError for what the user can mend; a line that cannot be continued is reported and left
-    out.
+def generate_in_process(config: GenerateConfig) -> None:
+    """Decode all lines of `data_path`; resume an output that exists already.
+
+    Raises UserError for invalid settings and for an output that cannot be written or resumed. A line that
+    cannot be continued is reported and skipped.
     """
+    data_path = config.data_path or ""
     if config.output_path is None:
-        return _decode(config, read_source(config, None), functools.partial(print, flush=True))
+        _decode(config, open_dataset(data_path, None), functools.partial(print, flush=True))
+        return
     output = Path(config.output_path).expanduser().absolute()
     if output.is_dir():
         raise UserError(
             f"output_path={output}: is a folder, and num_workers=0 writes a file; choose another name"
         )
-    source = read_source(config, output)
+    dataset = open_dataset(data_path, output)
     with writing("output_path", output):
         output.parent.mkdir(parents=True, exist_ok=True)
         output.touch()
-    with alone_at(output):
-        _append(config, source, output)
-    return None
+    with exclusive_lock(output):
+        _write_file(config, dataset, output)
 
 
-def _append(config: GenerateConfig, source: Source, output: Path) -> None:
-    note, rows, after = OutputManifest(output, settings_of(config, source)), 0, 0
+def _write_file(config: GenerateConfig, dataset: InputDataset, output: Path) -> None:
+    """Start or resume the output file, which exists."""
+    manifest = OutputManifest(output, run_settings(config, dataset))
+    rows = last_line = 0
     with open(output, "r+b") as file:
 
-        def write(row: str) -> None:
+        def write_row(row: str) -> None:
             with writing("output_path", output):
                 file.write(row.encode() + b"\n")
                 file.flush()
 
         if size := output.stat().st_size:
-            if note.go_on() == size:
-                print(f"finished before: {output}; choose another output_path, or remove it", file=sys.stderr)
+            if manifest.check_resumable() == size:
+                print(
+                    f"already complete: {output}; choose another output_path, or remove it", file=sys.stderr
+                )
                 return
-            rows, after = cut_back(file, output)
-            print(f"going on after line {after}, with {rows} rows in {output}", file=sys.stderr)
+            rows, last_line = drop_partial_row(file, output)
+            print(f"resuming after line {last_line}, with {rows} rows in {output}", file=sys.stderr)
         else:
-            note.begin()
-        _decode(config, source, write, after, rows)
+            manifest.create()
+        _decode(config, dataset, write_row, last_line, rows)
         os.fsync(file.fileno())
-        note.finish(file.tell())
+        manifest.mark_finished(file.tell())
 
 
 def _decode(
-    config: GenerateConfig, source: Source, write: Callable[[str], None], after: int = 0, rows: int = 0
+    config: GenerateConfig, dataset: InputDataset, write_row: WriteRow, after: int = 0, existing_rows: int = 0
 ) -> None:
-    """after: the line after which to begin; rows: those that are there already."""
+    """Decode the lines whose number is greater than `after`."""
     decoder = Decoder.load(
-        config.model_kwargs(), config.sampling_kwargs(), config.reduce, gpu=torch.cuda.is_available()
+        config.model_kwargs(), config.sampling_kwargs(), config.reduce, use_gpu=torch.cuda.is_available()
     )
-    tally = ProgressStats(source.samples(after))
-    with cli.progress("generating", tally.total) as tell:
-        for results in decoder.run(source.entries(after)):
-            tally.tokens = decoder.tokens
+    stats = ProgressStats(dataset.count(after))
+    with cli.progress("generating", stats.total) as tell:
+        for results in decoder.decode(dataset.read(after)):
+            stats.tokens = decoder.tokens
             for result in results:
-                _take(result, tally, write)
-            tell(tally.done, tally.line)
-    tally.end(config.data_path or "", rows + tally.samples > 0)
+                _write_result(result, stats, write_row)
+            tell(stats.processed, stats.progress_line)
+    stats.report_end(config.data_path or "", has_rows=existing_rows + stats.samples > 0)
 
 
-def _take(result: Result, tally: ProgressStats, write: Callable[[str], None]) -> None:
-    if result.problem:
-        tally.skip(result.entry.place, result.problem)
+def _write_result(result: LineResult, stats: ProgressStats, write_row: WriteRow) -> None:
+    if result.skip_reason:
+        stats.report_skip(result.line.location, result.skip_reason)
     else:
-        write(json.dumps(result.row(), ensure_ascii=False))
-        tally.samples += 1
+        write_row(json.dumps(result.to_row(), ensure_ascii=False))
+        stats.samples += 1

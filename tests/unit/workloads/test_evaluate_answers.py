@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from generating import save
+from generating import write_records
 from tiny import save_tiny, tiny_llama, tiny_tokenizer
 
 from parallelmind.config import RopeConfig
@@ -120,7 +120,7 @@ def test_references_come_from_the_record():
 def test_the_command(tmp_path, capsys):
     base, data, output = save_tiny(tmp_path / "tiny"), tmp_path / "data.jsonl", tmp_path / "scores.json"
     branches = [{"prompt": question, "completion": " it", "references": [" they"]} for question in QUESTIONS]
-    save(data, [{"main": "the passage", "branches": branches}] * 2)
+    write_records(data, [{"main": "the passage", "branches": branches}] * 2)
     given = [
         "answers",
         f"base_model={base}",

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from generating import WORDS, save
+from generating import WORDS, write_records
 from tiny import save_tiny, tiny_llama, tiny_tokenizer
 
 from parallelmind.config import DataConfig, RopeConfig
@@ -35,7 +35,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture
 def lone(tmp_path):
-    save(tmp_path / "lone.jsonl", [{"text": text} for text in TEXTS])
+    write_records(tmp_path / "lone.jsonl", [{"text": text} for text in TEXTS])
     return tmp_path / "lone.jsonl"
 
 
@@ -89,7 +89,7 @@ def test_an_unpatched_model_is_measured_alone(tiny, lone, capsys):
 
 def test_branches_of_a_record_stay_with_their_main(tiny, tmp_path):
     branches = [{"prompt": "who", "completion": f" {text}"} for text in TEXTS]
-    save(
+    write_records(
         tmp_path / "own.jsonl", [{"main": "the passage", "branches": branches[at : at + 3]} for at in (0, 3)]
     )
     found = tax(tiny, tmp_path / "own.jsonl", *APART, "branches=[1, 2, 3, 4]", "pool=5")
@@ -127,7 +127,7 @@ def test_mistakes_are_one_line(tiny, settings, message):
 
 
 def test_text_without_a_target_is_refused(tiny, tmp_path):
-    save(tmp_path / "none.jsonl", [{"input_ids": [5, 6, 7], "answer_offset": 9}])
+    write_records(tmp_path / "none.jsonl", [{"input_ids": [5, 6, 7], "answer_offset": 9}])
     with pytest.raises(UserError, match="leave none of 1 branches"):
         tax(tiny, tmp_path / "none.jsonl")
 

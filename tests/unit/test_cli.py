@@ -1,0 +1,35 @@
+"""Behaviour that all command lines share: notices, progress lines and exit codes."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+
+import pytest
+
+from parallelmind import cli
+from parallelmind.errors import UserError, UserNotice
+
+
+def test_notice_is_one_line_without_a_source_location():
+    assert cli._one_line(UserNotice("mind this"), UserNotice, "file.py", 3) == "note: mind this\n"
+    assert "file.py:3" in cli._one_line(UserWarning("theirs"), UserWarning, "file.py", 3, line="code")
+
+
+def test_progress_without_a_terminal_reports_the_remaining_time(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "_SECONDS_BETWEEN_LINES", -1)
+    with cli.progress("working", 4) as tell:
+        for done in range(3):
+            tell(done, partial("{} done".format, done))
+    assert capsys.readouterr().err == "0 done\n1 done, 0:00:00 left\n2 done, 0:00:00 left\n"
+
+
+def test_user_error_exits_with_code_2(monkeypatch, capsys):
+    def fail(argv):
+        raise UserError("field=1: too low; give 2")
+
+    monkeypatch.setattr(sys, "argv", ["command"])
+    with pytest.raises(SystemExit) as stop:
+        cli.run(fail)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: field=1: too low; give 2\n"

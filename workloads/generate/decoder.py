@@ -1,0 +1,75 @@
+"""Continuous batching: keep one engine busy with input lines and yield their results in input order."""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import parallelmind as pm
+from parallelmind.data.records import RecordError
+from parallelmind.errors import UserError, UserNotice
+from parallelmind.model.structure import to_gpu
+from workloads.generate.lines import InputLine
+from workloads.generate.results import GeneratedSample, LineResult
+
+_MAX_IN_FLIGHT = 64  # samples in the engine at a time
+_MAX_PENDING = 1024  # results held back until an earlier line has finished
+
+
+class Decoder:
+    """An engine with the sampling settings of a run. `tokens` counts all generated tokens."""
+
+    def __init__(self, engine: pm.Engine, sampling: Mapping[str, Any], reduce: str | None) -> None:
+        self.engine, self.sampling, self.reduce = engine, sampling, reduce
+        self.tokens = 0
+
+    @classmethod
+    def load(
+        cls, model_kwargs: Mapping[str, Any], sampling: Mapping[str, Any], reduce: str | None, use_gpu: bool
+    ) -> Decoder:
+        """Load the model with `load_model_with_lora(**model_kwargs)` and raise its UserErrors."""
+        model: Any
+        model, tokenizer = pm.load_model_with_lora(**model_kwargs)
+        return cls(pm.Engine(to_gpu(model) if use_gpu else model, tokenizer), sampling, reduce)
+
+    def decode(self, lines: Iterable[InputLine]) -> Iterator[list[LineResult]]:
+        """Decode all lines. After each engine step, yield the results that are next in input order.
+
+        A line that is no valid sample gives a result with its `skip_reason`.
+        """
+        pending: deque[LineResult] = deque()  # results in input order, unfinished ones included
+        running: dict[int, GeneratedSample] = {}  # samples in the engine, by engine request number
+        remaining = iter(lines)
+        while True:
+            while len(running) < _MAX_IN_FLIGHT and len(pending) < _MAX_PENDING:
+                if (line := next(remaining, None)) is None:
+                    break
+                pending.append(self._submit(line, running))
+            if not pending:
+                return
+            self._step(running)
+            ready = []
+            while pending and pending[0].is_finished:
+                ready.append(pending.popleft())
+            yield ready
+
+    def _submit(self, line: InputLine, running: dict[int, GeneratedSample]) -> LineResult:
+        try:
+            sample = line.to_sample(self.engine.tokenizer)
+            number = self.engine.submit(sample, reduce=self.reduce, **self.sampling)
+        except (RecordError, UserError) as error:
+            return LineResult(line, skip_reason=str(error))
+        if self.engine.apart and len(sample.branches) > 1:
+            notice = f"the model {self.engine.apart}; each branch is decoded isolated, in a row of its own"
+            warnings.warn(notice, UserNotice, stacklevel=2)
+        running[number] = GeneratedSample.empty(sample, self.reduce)
+        return LineResult(line, running[number])
+
+    def _step(self, running: dict[int, GeneratedSample]) -> None:
+        for event in self.engine.step() if running else ():
+            running[event.sample].append(event)
+            self.tokens += event.token is not None
+            if running[event.sample].is_finished:
+                del running[event.sample]

@@ -1,0 +1,65 @@
+"""Lines of the input files, and the sample that each of them holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+import parallelmind as pm
+from parallelmind.data.encode import encode_text
+from parallelmind.data.lines import Line
+from parallelmind.data.records import Branch, Record, RecordError, parse_line, parse_value
+
+COMPRESSED = (".gz", ".zst")
+
+
+@dataclass(frozen=True, slots=True)
+class InputLine:
+    """A non-blank line of the input.
+
+    number: line number across all files, from 1. number_in_file: line number in `file`, from 1.
+    """
+
+    number: int
+    file: str
+    number_in_file: int
+    line: Line
+
+    @property
+    def location(self) -> str:
+        """FILE:LINE, for messages."""
+        return f"{self.file}:{self.number_in_file}"
+
+    def to_sample(self, tokenizer: PreTrainedTokenizerBase) -> pm.Sample:
+        """The sample to continue. Raises RecordError if the line holds none."""
+        if self.line.problem is not None:
+            raise RecordError(self.line.problem)
+        if self.line.raw is None:
+            return prompt_sample(parse_value(self.line.value), tokenizer)
+        if is_text_file(self.file):
+            return pm.Sample(branches=[self.line.raw.decode("utf-8", errors="replace").rstrip("\r")])
+        return prompt_sample(parse_line(self.line.raw), tokenizer)
+
+
+def prompt_sample(record: Record, tokenizer: PreTrainedTokenizerBase) -> pm.Sample:
+    """The part of a record to continue: prompts without completions, and texts up to their answer offset."""
+    prompts = [_prompt(branch, tokenizer, opens_sample=not record.main) for branch in record.branches]
+    return pm.Sample(record.main, prompts)
+
+
+def _prompt(branch: Branch, tokenizer: PreTrainedTokenizerBase, opens_sample: bool) -> str | list[int]:
+    if branch.completion is not None or branch.answer_offset == 0:
+        return branch.body
+    ids = encode_text(tokenizer, branch.body, opens_sample) if isinstance(branch.body, str) else branch.body
+    return ids[: branch.answer_offset]
+
+
+def is_text_file(file: str) -> bool:
+    """Whether each line of the file is one plain prompt: .txt, compressed or not."""
+    compression = next((ending for ending in COMPRESSED if file.endswith(ending)), "")
+    return file.removesuffix(compression).endswith(".txt")
+
+
+def is_blank(line: Line) -> bool:
+    return line.raw is not None and not line.raw.strip()

@@ -1,0 +1,42 @@
+"""Generate from the prompts of the command line, as one sample."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import parallelmind as pm
+from parallelmind.errors import UserError, writing
+from parallelmind.storage import atomic_file
+from workloads.generate.config import GenerateConfig
+from workloads.generate.progress import throughput
+from workloads.generate.results import GeneratedSample
+
+
+def generate_from_prompts(config: GenerateConfig) -> None:
+    """Stream plain text for a single prompt on stdout; write one JSON row in every other case.
+
+    Raises UserError if `output_path` exists or the model cannot decode the prompts.
+    """
+    output = Path(config.output_path).expanduser() if config.output_path else None
+    if output and output.exists():
+        raise UserError(f"output_path={output}: already exists; choose another name, or remove it")
+    plain_text = bool(config.prompt) and output is None and config.reduce is None
+    sample = pm.Sample(config.main, config.prompts or [config.prompt or ""])
+    generated = GeneratedSample.empty(sample, config.reduce)
+    events = pm.stream(*config.load_model(), sample, reduce=config.reduce, **config.sampling_kwargs())
+    started, tokens = time.monotonic(), 0
+    for event in events:
+        generated.append(event)
+        tokens += 1
+        if plain_text:
+            print(event.text, end="", flush=True)
+    row = json.dumps(generated.to_row(), ensure_ascii=False)
+    if output:
+        with writing("output_path", output), atomic_file(output) as file:
+            file.write(row + "\n")
+    else:
+        print("" if plain_text else row, flush=True)
+    print(throughput(1, tokens, time.monotonic() - started), file=sys.stderr)

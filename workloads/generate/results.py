@@ -1,0 +1,61 @@
+"""Generated text of one sample, and the outcome of one input line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import parallelmind as pm
+from parallelmind.engine.sequence import FinishReason
+from workloads.generate.lines import InputLine
+
+
+@dataclass(slots=True)
+class GeneratedSample:
+    """A sample and the text generated so far, by branch. The reduce branch, if there is one, is the last."""
+
+    sample: pm.Sample
+    texts: list[str]
+    finish_reasons: list[FinishReason | None]
+
+    @classmethod
+    def empty(cls, sample: pm.Sample, reduce: str | None) -> Self:
+        """State before the first event. `reduce` is the prompt of the reduce branch, if there is one."""
+        branches = len(sample.branches) + (reduce is not None)
+        return cls(sample, [""] * branches, [None] * branches)
+
+    def append(self, event: pm.Event) -> None:
+        """Add the text and the finish reason of one decoding event."""
+        self.texts[event.branch] += event.text
+        self.finish_reasons[event.branch] = event.finish_reason
+
+    @property
+    def is_finished(self) -> bool:
+        return all(self.finish_reasons)
+
+    def to_row(self) -> dict[str, Any]:
+        """One JSON object of the output."""
+        return {
+            "main": self.sample.main,
+            "branches": list(self.sample.branches),
+            "outputs": self.texts,
+            "finish_reasons": self.finish_reasons,
+        }
+
+
+@dataclass(slots=True)
+class LineResult:
+    """Outcome of an input line: the generated sample, or the reason why the line was skipped."""
+
+    line: InputLine
+    generated: GeneratedSample | None = None
+    skip_reason: str = ""
+
+    @property
+    def is_finished(self) -> bool:
+        return self.generated is None or self.generated.is_finished
+
+    def to_row(self) -> dict[str, Any]:
+        """One JSON object of the output. Only valid for a line that was not skipped."""
+        assert self.generated is not None, f"{self.line.location} was skipped and has no row"
+        return {"line": self.line.number, **self.generated.to_row()}
