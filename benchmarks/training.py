@@ -20,7 +20,7 @@ from benchmarks.text import passages
 from parallelmind.config import RopeConfig
 from parallelmind.data.packing import make_batch
 from parallelmind.layout import IGNORE, Batch, Tokens
-from parallelmind.remote import RemoteDir
+from parallelmind.remote import RemotePath
 from parallelmind.training import checkpoint
 from parallelmind.training.checkpoint import CheckpointManager, State
 from parallelmind.training.step import optimizer_step
@@ -85,7 +85,7 @@ def save_cost() -> float:
     learner, batch = Learner(RopeConfig()), _batch()
     learner.step(batch)
     with tempfile.TemporaryDirectory() as folder:
-        manager = CheckpointManager(RemoteDir(Path(folder)), 2)
+        manager = CheckpointManager(RemotePath(Path(folder)), 2)
         numbers = iter(range(100))
 
         def saving() -> None:

@@ -16,7 +16,7 @@ from parallelmind.data.packing import Row, Seeds, groups, make_batch, regrouped
 from parallelmind.layout import Batch, Tokens
 from parallelmind.model.adapter import add_lora
 from parallelmind.model.patch import patch
-from parallelmind.remote import RemoteDir
+from parallelmind.remote import RemotePath
 from parallelmind.training import checkpoint
 from parallelmind.training.checkpoint import CheckpointManager
 from parallelmind.training.loop import Job, train
@@ -112,7 +112,7 @@ def run(
 ) -> Run:
     """Train with a store in `folder`, from its newest checkpoint if there is one."""
     hooks = hooks or Recorder()
-    store = CheckpointManager(RemoteDir(folder), settings.keep_checkpoints)
+    store = CheckpointManager(RemotePath(folder), settings.keep_checkpoints)
     work = job(settings, hooks, model, store)
     try:
         return Run(train(work, store.resume(settings.fingerprint(), hooks.say)), hooks, weights(work.model))

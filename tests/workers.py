@@ -22,7 +22,7 @@ from parallelmind.data.packing import Row, Seeds, groups, make_batch
 from parallelmind.layout import Batch, Tokens
 from parallelmind.model.adapter import add_lora
 from parallelmind.model.patch import patch
-from parallelmind.remote import RemoteDir
+from parallelmind.remote import RemotePath
 from parallelmind.training.checkpoint import CheckpointManager, whole_weights
 from parallelmind.training.loop import Job, train
 from parallelmind.training.loss import TargetLoss
@@ -124,7 +124,7 @@ def run(
 ) -> tuple[dict[int, float], dict[str, Tensor]]:
     rank, workers = dist.get_rank(), dist.get_world_size()
     model, hooks = fresh(config), Silent(stop_at)
-    store = CheckpointManager(RemoteDir(folder), 2) if rank == 0 else None
+    store = CheckpointManager(RemotePath(folder), 2) if rank == 0 else None
     found = [store.resume(config.fingerprint(), print) if store else None]
     dist.broadcast_object_list(found)
 

@@ -21,7 +21,7 @@ from parallelmind.data.encode import encode_text
 from parallelmind.layout import IGNORE, MAIN, Layout, Tokens, arrange
 from parallelmind.model.base_model import load_tokenizer
 from parallelmind.model.rope2d import pair_axes
-from parallelmind.storage import write_atomic
+from parallelmind.storage import atomic_binary_file
 from parallelmind.visibility import RULES, is_sibling
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -224,7 +224,7 @@ def draw(folder: Path, tokenizer: Any) -> Sequence[Path]:
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
-        with write_atomic(folder / f"{name}.png") as file:
+        with atomic_binary_file(folder / f"{name}.png") as file:
             figure.savefig(
                 file, format="png", dpi=110, bbox_inches="tight", pad_inches=0.15, metadata={"Software": None}
             )

@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
         )
     started = time.monotonic()
     config = read_config(TrainConfig, ["demo"])
-    folder = run_place(config).folder
+    folder = run_place(config).local
     _say("writing the data")
     write_facts(config.data_path, _TRAIN_PASSAGES, seed=1)
     held_out = str(config.validation_path)

@@ -35,7 +35,7 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def unwritable(field: str, path: object, error: BaseException) -> UserError:
+def write_error(field: str, path: object, error: BaseException) -> UserError:
     """For a file or folder that the user has named."""
     reason = getattr(error, "strerror", None) or first_line(error)
     return UserError(
@@ -44,7 +44,7 @@ def unwritable(field: str, path: object, error: BaseException) -> UserError:
 
 
 @contextmanager
-def writing(field: str, path: object, *others: type[Exception]) -> Iterator[None]:
+def translate_write_errors(field: str, path: object, *others: type[Exception]) -> Iterator[None]:
     """What keeps it from being written becomes one line. others: what a library raises in place of
     OSError.
     """
@@ -52,4 +52,4 @@ def writing(field: str, path: object, *others: type[Exception]) -> Iterator[None
     try:
         yield
     except kinds as error:
-        raise unwritable(field, path, error) from error
+        raise write_error(field, path, error) from error

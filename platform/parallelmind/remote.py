@@ -22,7 +22,7 @@ from filelock import FileLock
 from fsspec.implementations.arrow import ArrowFSWrapper
 
 from parallelmind.errors import UserError, first_line
-from parallelmind.storage import cache_folder, write_atomic
+from parallelmind.storage import atomic_binary_file, cache_dir
 
 _BLOCK = 1 << 24  # bytes copied at a time
 _FULL = {errno.EDQUOT, errno.ENOSPC}
@@ -32,7 +32,7 @@ def is_uri(path: str | Path) -> bool:
     return "://" in str(path)
 
 
-def filesystem(place: str) -> tuple[Any, str]:
+def resolve_filesystem(place: str) -> tuple[Any, str]:
     """The fsspec filesystem of a path or URI, and the path in it. What fsspec lacks a driver for, pyarrow may
     have.
     """
@@ -44,94 +44,97 @@ def filesystem(place: str) -> tuple[Any, str]:
 
 
 @dataclass(frozen=True, slots=True)
-class RemoteDir:
+class RemotePath:
     """A file or folder, and where it lies for all machines; without a URI it lies nowhere else, and nothing
     is copied.
 
     field: how the user has named it. Every method raises UserError with it where the URI cannot be reached.
     """
 
-    folder: Path
+    local: Path
     uri: str | None = None
     field: str = "output_dir"
 
     @classmethod
-    def at(cls, path: str | Path, field: str = "output_dir") -> RemoteDir:
+    def at(cls, path: str | Path, field: str = "output_dir") -> RemotePath:
         """The folder that a path or URI means. Working copies have the same path on all machines."""
         if not is_uri(path):
             return cls(Path(path).expanduser().absolute(), None, field)
         uri = str(path).rstrip("/")
-        return cls(cache_folder() / "copies" / uri.replace("://", "/"), uri, field)
+        return cls(cache_dir() / "copies" / uri.replace("://", "/"), uri, field)
 
-    def inner(self, name: str) -> RemoteDir:
+    def child(self, name: str) -> RemotePath:
         """A file or folder in this one."""
-        return RemoteDir(self.folder / name, self.uri and f"{self.uri}/{name}", self.field)
+        return RemotePath(self.local / name, self.uri and f"{self.uri}/{name}", self.field)
 
     def __str__(self) -> str:
-        return self.uri or str(self.folder)
+        return self.uri or str(self.local)
 
-    def read(self) -> bytes | None:
+    def read_bytes(self) -> bytes | None:
         """What this file holds, None where it is not."""
         if self.uri is None:
-            return self.folder.read_bytes() if self.folder.is_file() else None
+            return self.local.read_bytes() if self.local.is_file() else None
         with self._reached() as (system, inner):
             return bytes(system.cat_file(inner)) if system.isfile(inner) else None
 
-    def names(self) -> list[str]:
+    def list_names(self) -> list[str]:
         """Of the files and folders in this folder."""
         if self.uri is None:
-            return sorted(path.name for path in self.folder.glob("*"))
+            return sorted(path.name for path in self.local.glob("*"))
         with self._reached() as (system, inner):
             found = system.ls(inner, detail=False) if system.isdir(inner) else ()
             return sorted({PurePosixPath(path).name for path in found})
 
-    def push(self, last: str | None = None) -> None:
+    def upload(self, last: str | None = None) -> None:
         """Copy this file, or what this folder holds but for hidden files, to the URI. last: the file that
         follows all others.
         """
         if self.uri is None:
             return
-        files = _visible(self.folder) if self.folder.is_dir() else {"": self.folder}
+        files = _visible(self.local) if self.local.is_dir() else {"": self.local}
         with self._reached() as (system, inner):
             for name in sorted(files, key=lambda name: (name == last, name)):
                 target = PurePosixPath(inner, name)
                 system.makedirs(str(target.parent), exist_ok=True)
                 system.put_file(str(files[name]), str(target))
 
-    def pull(self, leave_out: str = "", last: str | None = None) -> None:
+    def download(self, exclude: str = "", last: str | None = None) -> None:
         """Make this folder hold the files that are at the URI, and no others but hidden ones.
 
-        leave_out: a pattern of files that stay as they are. last: the file that follows all others.
+        exclude: a pattern of files that stay as they are. last: the file that follows all others.
         """
         if self.uri is None:
             return
         with self._reached() as (system, inner):
             there = {str(PurePosixPath(file).relative_to(inner)): file for file in system.find(inner)}
-            for name, path in _visible(self.folder).items():
+            for name, path in _visible(self.local).items():
                 if name not in there:
                     path.unlink(missing_ok=True)
             for name in sorted(there, key=lambda name: (name == last, name)):
-                if not fnmatch(name, leave_out):
-                    with write_atomic(self.folder / name) as copy, system.open(there[name], "rb") as source:
+                if not fnmatch(name, exclude):
+                    with (
+                        atomic_binary_file(self.local / name) as copy,
+                        system.open(there[name], "rb") as source,
+                    ):
                         shutil.copyfileobj(source, copy, _BLOCK)
 
-    def storage(self) -> tuple[str, pyarrow.fs.FileSystem | None]:
+    def pyarrow_filesystem(self) -> tuple[str, pyarrow.fs.FileSystem | None]:
         """Path and filesystem of this folder, for libraries that ask for pyarrow's; None is this
         machine's.
         """
         if self.uri is None:
-            return str(self.folder), None
+            return str(self.local), None
         with self._reached() as (system, inner):
             if isinstance(system, ArrowFSWrapper):
                 return inner, system.fs
             return inner, pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(system))
 
-    def clear(self) -> None:
+    def delete(self) -> None:
         """Remove this folder, here and there."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.remove()
+        shutil.rmtree(self.local, ignore_errors=True)
+        self.delete_remote()
 
-    def remove(self) -> None:
+    def delete_remote(self) -> None:
         """At the URI alone."""
         if self.uri is None:
             return
@@ -142,7 +145,7 @@ class RemoteDir:
     @contextmanager
     def _reached(self) -> Iterator[tuple[Any, str]]:
         try:
-            system, inner = filesystem(str(self.uri))
+            system, inner = resolve_filesystem(str(self.uri))
             system.invalidate_cache()
             yield system, inner.rstrip("/")
         except (OSError, ValueError, ImportError) as error:
@@ -150,7 +153,7 @@ class RemoteDir:
             if getattr(error, "errno", None) in _FULL:
                 what, remedy = (
                     "a disk is full",
-                    f"make room there, and for the copy on this machine, {self.folder}",
+                    f"make room there, and for the copy on this machine, {self.local}",
                 )
             raise UserError(f"{self.field}={self.uri}: {what} ({first_line(error)}); {remedy}") from error
 
@@ -163,15 +166,15 @@ def fetch_cached(path: str | Path, note: str, field: str) -> Path:
     """
     if not is_uri(path):
         return Path(path)
-    mirror = RemoteDir.at(path, field)
-    mirror.folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(mirror.folder / ".lock"):
-        there = mirror.inner(note).read()
+    mirror = RemotePath.at(path, field)
+    mirror.local.mkdir(parents=True, exist_ok=True)
+    with FileLock(mirror.local / ".lock"):
+        there = mirror.child(note).read_bytes()
         if there is None:
             raise UserError(f"{field}={path}: holds no {note}; give the folder that a run wrote")
-        if RemoteDir(mirror.folder / note).read() != there:
-            mirror.pull(last=note)
-    return mirror.folder
+        if RemotePath(mirror.local / note).read_bytes() != there:
+            mirror.download(last=note)
+    return mirror.local
 
 
 def _visible(folder: Path) -> dict[str, Path]:

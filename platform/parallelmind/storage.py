@@ -18,7 +18,7 @@ from typing import BinaryIO, TextIO, cast
 _SCRATCH = "-part-"  # in the names of folders that are being written
 
 
-def cache_folder() -> Path:
+def cache_dir() -> Path:
     """`$PARALLELMIND_CACHE` or `~/.cache/parallelmind`."""
     root = os.environ.get("PARALLELMIND_CACHE")
     return Path(root or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/parallelmind").expanduser()
@@ -30,13 +30,13 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def flush(folder: Path) -> None:
+def fsync_dir(folder: Path) -> None:
     """Put a folder and the files in it, not those of its subfolders, on the disk."""
     for path in (*folder.iterdir(), folder):
-        _flush(path)
+        _fsync(path)
 
 
-def _flush(path: Path) -> None:
+def _fsync(path: Path) -> None:
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
@@ -44,7 +44,7 @@ def _flush(path: Path) -> None:
         os.close(number)
 
 
-def clear_scratch(parent: Path) -> None:
+def remove_partial_dirs(parent: Path) -> None:
     """Remove what writers of whole folders left behind in `parent` when they were killed. None may be at work
     there.
     """
@@ -63,9 +63,9 @@ def atomic_dir(folder: Path) -> Iterator[Path]:
         built = Path(scratch) / "new"
         built.mkdir()
         yield built
-        flush(built)
+        fsync_dir(built)
         _replace(folder, built, Path(scratch) / "old")
-        _flush(folder.parent)
+        _fsync(folder.parent)
 
 
 def _replace(folder: Path, built: Path, old: Path) -> None:
@@ -82,8 +82,8 @@ def _replace(folder: Path, built: Path, old: Path) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[TextIO]:
-    """UTF-8 text to write, compressed where `path` ends in .gz; otherwise as `write_atomic`."""
-    with write_atomic(path) as file:
+    """UTF-8 text to write, compressed where `path` ends in .gz; otherwise as `atomic_binary_file`."""
+    with atomic_binary_file(path) as file:
         # Without name and time in its header, the same records give the same bytes.
         packed = gzip.GzipFile("", "wb", fileobj=file, mtime=0) if path.name.endswith(".gz") else file
         with io.TextIOWrapper(cast(BinaryIO, packed), encoding="utf-8", newline="\n") as text:
@@ -91,7 +91,7 @@ def atomic_file(path: Path) -> Iterator[TextIO]:
 
 
 @contextmanager
-def write_atomic(path: Path) -> Iterator[BinaryIO]:
+def atomic_binary_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write; at the end it is flushed and takes the name `path`.
 
     After an exception `path` is as it was. Raises OSError where the file cannot be written.
@@ -101,8 +101,8 @@ def write_atomic(path: Path) -> Iterator[BinaryIO]:
     try:
         with open(scratch, "wb") as file:
             yield file
-        _flush(scratch)
+        _fsync(scratch)
         os.replace(scratch, path)
-        _flush(path.parent)
+        _fsync(path.parent)
     finally:
         scratch.unlink(missing_ok=True)

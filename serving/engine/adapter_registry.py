@@ -16,7 +16,7 @@ from typing import Any
 
 import parallelmind as pm
 from parallelmind.ray_env import MLFLOW_FAIL_FAST_ENV, set_env_defaults
-from parallelmind.remote import RemoteDir
+from parallelmind.remote import RemotePath
 from serving.config import BASE, MANIFEST, REGISTRY, AppConfig
 from serving.observability.log import log
 
@@ -141,7 +141,7 @@ class AdapterRegistry:
             uri = self._config.mlflow_uri or ""
             version, source = tracking.find_model_version(uri, where)
             return version, lambda scratch: tracking.download_artifact(uri, source, scratch)
-        note = RemoteDir.at(where, "model").inner(MANIFEST).read()
+        note = RemotePath.at(where, "model").child(MANIFEST).read_bytes()
         return sha256(note).hexdigest() if note else "", lambda _: where
 
     def _check(self, model: Any) -> None:

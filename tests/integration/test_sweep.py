@@ -19,7 +19,7 @@ from mlflow.tracking import MlflowClient
 from tiny import save_tiny
 
 from parallelmind.model.adapter import load_model_with_lora
-from parallelmind.remote import RemoteDir
+from parallelmind.remote import RemotePath
 from parallelmind.tracking import find_model_version
 from workloads.sweep.journal import Journal
 
@@ -101,7 +101,7 @@ def test_a_killed_sweep_goes_on_and_every_trial_is_there_once(place: Path) -> No
     assert "trials   1 finished, 1 failed" in told
     assert "lora_targets" in told  # why the other one failed
     folder = next((place / "runs").glob("tiny-*"))
-    journal = Journal.read(RemoteDir(folder / "journal.jsonl"))
+    journal = Journal.read(RemotePath(folder / "journal.jsonl"))
     counts = Counter((event["trial"], event["step"]) for event in events(place) if "metrics" in event)
     assert set(counts.values()) == {1}
     assert Counter(event["trial"] for event in events(place) if "status" in event) == {0: 1, 1: 1}

@@ -79,7 +79,7 @@ def test_two_runs_at_once(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mistake = Mistake("two runs at once", NAMED["two runs at once"].command)
-    run_folder = run_place(read_config(TrainConfig, shlex.split(mistake.command)[3:])).folder
+    run_folder = run_place(read_config(TrainConfig, shlex.split(mistake.command)[3:])).local
     run_folder.mkdir(parents=True)
     with FileLock(run_folder / ".lock"):
         assert row(mistake, run_in_process(mistake, folder, capsys, monkeypatch)) == ROWS[mistake.name], (

@@ -14,7 +14,7 @@ import pytest
 import s3
 
 from parallelmind.errors import UserError
-from parallelmind.remote import RemoteDir, fetch_cached
+from parallelmind.remote import RemotePath, fetch_cached
 from workloads.common.stopping import StopFile
 
 
@@ -51,33 +51,33 @@ def held(folder: Path) -> dict[str, str]:
 def test_what_is_pushed_can_be_pulled_elsewhere(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = RemoteDir.at(uri).inner("run")
-    fill(run.folder, a_txt="1", inner__b_txt="2")
-    run.push()
-    assert run.names() == ["a.txt", "inner"]
-    assert run.inner("inner").inner("b.txt").read() == b"2"
+    run = RemotePath.at(uri).child("run")
+    fill(run.local, a_txt="1", inner__b_txt="2")
+    run.upload()
+    assert run.list_names() == ["a.txt", "inner"]
+    assert run.child("inner").child("b.txt").read_bytes() == b"2"
     monkeypatch.setenv("PARALLELMIND_CACHE", str(tmp_path / "another"))
-    copy = RemoteDir.at(f"{uri}/run/")
-    assert copy.folder != run.folder
-    copy.pull()
-    assert held(copy.folder) == {"a.txt": "1", "inner/b.txt": "2"}
+    copy = RemotePath.at(f"{uri}/run/")
+    assert copy.local != run.local
+    copy.download()
+    assert held(copy.local) == {"a.txt": "1", "inner/b.txt": "2"}
 
 
 def test_a_pull_leaves_what_was_asked_and_what_is_hidden(uri: str) -> None:
-    run = RemoteDir.at(uri)
-    fill(run.folder, a_txt="1", big_bin="2")
-    run.push()
-    fill(run.folder, a_txt="old", big_bin="mine", gone_txt="x", _lock="held", _part__new="half")
-    run.pull(leave_out="*.bin")
-    assert held(run.folder) == {"a.txt": "1", "big.bin": "mine", ".lock": "held", ".part/new": "half"}
-    run.push()
-    assert run.names() == ["a.txt", "big.bin"]
+    run = RemotePath.at(uri)
+    fill(run.local, a_txt="1", big_bin="2")
+    run.upload()
+    fill(run.local, a_txt="old", big_bin="mine", gone_txt="x", _lock="held", _part__new="half")
+    run.download(exclude="*.bin")
+    assert held(run.local) == {"a.txt": "1", "big.bin": "mine", ".lock": "held", ".part/new": "half"}
+    run.upload()
+    assert run.list_names() == ["a.txt", "big.bin"]
 
 
 def test_a_folder_is_vouched_for_by_its_last_file(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy that is cut short is not taken for a whole one, there or here."""
-    run = RemoteDir.at(uri).inner("adapter")
-    fill(run.folder, a_note="first of all by name", z_weights="w")
+    run = RemotePath.at(uri).child("adapter")
+    fill(run.local, a_note="first of all by name", z_weights="w")
     put, order = fsspec.AbstractFileSystem.put_file, list[str]()
 
     def recorded(self: object, path: str, target: str, **given: object) -> None:
@@ -86,83 +86,83 @@ def test_a_folder_is_vouched_for_by_its_last_file(uri: str, monkeypatch: pytest.
 
     monkeypatch.setattr(fsspec.AbstractFileSystem, "put_file", recorded)
     monkeypatch.setattr(type(fsspec.filesystem("memory")), "put_file", recorded, raising=False)
-    run.push(last="a.note")
+    run.upload(last="a.note")
     assert order == ["z.weights", "a.note"]
 
 
 def test_what_was_fetched_before_is_fetched_again_only_if_it_has_changed(uri: str, tmp_path: Path) -> None:
-    run = RemoteDir.at(uri).inner("adapter")
-    fill(run.folder, note_json="1", weights="a")
-    run.push(last="note.json")
+    run = RemotePath.at(uri).child("adapter")
+    fill(run.local, note_json="1", weights="a")
+    run.upload(last="note.json")
     folder = fetch_cached(str(run), "note.json", "lora_path")
-    assert folder == run.folder
+    assert folder == run.local
     fill(folder, weights="touched")
     assert held(fetch_cached(str(run), "note.json", "lora_path"))["weights"] == "touched"
-    theirs = RemoteDir(tmp_path / "theirs", run.uri)
-    fill(theirs.folder, note_json="2", weights="b")
-    theirs.push(last="note.json")
+    theirs = RemotePath(tmp_path / "theirs", run.uri)
+    fill(theirs.local, note_json="2", weights="b")
+    theirs.upload(last="note.json")
     assert held(fetch_cached(str(run), "note.json", "lora_path"))["weights"] == "b"
     with pytest.raises(UserError, match=r"lora_path=.*/none: holds no note.json; "):
         fetch_cached(f"{uri}/none", "note.json", "lora_path")
 
 
 def test_what_is_removed_is_gone_there(uri: str) -> None:
-    run = RemoteDir.at(uri)
-    fill(run.folder, old__a_txt="1", b_txt="2")
-    run.push()
-    run.inner("old").remove()
-    run.inner("never").remove()
-    assert run.names() == ["b.txt"]
-    assert held(run.folder) == {"old/a.txt": "1", "b.txt": "2"}
+    run = RemotePath.at(uri)
+    fill(run.local, old__a_txt="1", b_txt="2")
+    run.upload()
+    run.child("old").delete_remote()
+    run.child("never").delete_remote()
+    assert run.list_names() == ["b.txt"]
+    assert held(run.local) == {"old/a.txt": "1", "b.txt": "2"}
 
 
 @pytest.mark.parametrize(
     ("path", "why"), [("s3://no-such-bucket/x", "cannot be reached"), ("nonsense://x", "cannot be reached")]
 )
 def test_an_unreachable_uri_is_told_in_one_line(path: str, why: str, uri: str) -> None:
-    file = RemoteDir.at(path)
-    file.folder.parent.mkdir(parents=True, exist_ok=True)
-    file.folder.write_text("x")
+    file = RemotePath.at(path)
+    file.local.parent.mkdir(parents=True, exist_ok=True)
+    file.local.write_text("x")
     with pytest.raises(
         UserError, match=f"output_dir={path}: {why} .*; check address and credentials"
     ) as caught:
-        file.push()
+        file.upload()
     assert "\n" not in str(caught.value)
 
 
 def test_a_full_disk_of_this_machine_is_told_as_such(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = RemoteDir.at(uri)
-    fill(run.folder, a_txt="1")
-    run.push()
+    run = RemotePath.at(uri)
+    fill(run.local, a_txt="1")
+    run.upload()
 
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("parallelmind.remote.shutil.copyfileobj", full)
     with pytest.raises(
-        UserError, match=rf"^output_dir={uri}: a disk is full \(.*\); make room .*{run.folder}$"
+        UserError, match=rf"^output_dir={uri}: a disk is full \(.*\); make room .*{run.local}$"
     ):
-        run.pull()
-    assert held(run.folder) == {"a.txt": "1"}
+        run.download()
+    assert held(run.local) == {"a.txt": "1"}
 
 
 def test_a_folder_of_this_machine_is_itself(tmp_path: Path) -> None:
-    run = RemoteDir.at(tmp_path / "runs").inner("run")
-    assert run == RemoteDir(tmp_path / "runs" / "run")
-    fill(run.folder, a_txt="1")
-    run.push()
-    run.pull()
-    run.remove()
-    assert run.names() == ["a.txt"]
-    assert run.inner("a.txt").read() == b"1"
-    assert run.inner("b.txt").read() is None
+    run = RemotePath.at(tmp_path / "runs").child("run")
+    assert run == RemotePath(tmp_path / "runs" / "run")
+    fill(run.local, a_txt="1")
+    run.upload()
+    run.download()
+    run.delete_remote()
+    assert run.list_names() == ["a.txt"]
+    assert run.child("a.txt").read_bytes() == b"1"
+    assert run.child("b.txt").read_bytes() is None
     assert fetch_cached(tmp_path, "a.txt", "lora_path") == tmp_path
 
 
 def test_a_run_elsewhere_is_asked_to_stop(uri: str) -> None:
-    file = RemoteDir.at(f"{uri}/run").inner("STOP")
-    assert not file.folder.parent.exists()
+    file = RemotePath.at(f"{uri}/run").child("STOP")
+    assert not file.local.parent.exists()
     StopFile(file).request()
-    assert file.read() == b""
+    assert file.read_bytes() == b""

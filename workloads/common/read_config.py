@@ -10,7 +10,7 @@ from parallelmind import cli
 from parallelmind.config import FrozenConfig, resolve
 from parallelmind.config.yaml_file import load_yaml, yaml_values
 from parallelmind.errors import UserError
-from parallelmind.remote import RemoteDir, is_uri
+from parallelmind.remote import RemotePath, is_uri
 
 PartT = TypeVar("PartT", bound=FrozenConfig)
 
@@ -42,7 +42,7 @@ def _values(kind: type[FrozenConfig], name: str) -> dict[str, Any]:
 
 
 def _yaml_there(uri: str) -> dict[str, Any]:
-    found = RemoteDir.at(uri, "config").read()
+    found = RemotePath.at(uri, "config").read_bytes()
     if found is None:
         raise UserError(f"config={uri}: no such file; give the config.yaml of a run")
     return yaml_values(found, uri)

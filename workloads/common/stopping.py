@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from parallelmind.errors import UserError
-from parallelmind.remote import RemoteDir
+from parallelmind.remote import RemotePath
 
 T = TypeVar("T")
 
@@ -22,25 +22,25 @@ _LOOK_EVERY_S = 1.0  # for a file at a URI
 class StopFile:
     """A file in a run's folder that asks it to stop: who writes it need not know who trains, or where."""
 
-    def __init__(self, file: RemoteDir) -> None:
+    def __init__(self, file: RemotePath) -> None:
         self._file = file
         self._looking: Future[bool] | None = None
 
     def request(self) -> None:
-        self._file.folder.parent.mkdir(
+        self._file.local.parent.mkdir(
             parents=True, exist_ok=True
         )  # a run at a URI may never have been on this machine
-        self._file.folder.touch()
-        self._file.push()
+        self._file.local.touch()
+        self._file.upload()
 
     def clear(self) -> None:
-        self._file.folder.unlink(missing_ok=True)
-        self._file.remove()
+        self._file.local.unlink(missing_ok=True)
+        self._file.delete_remote()
 
     def is_requested(self) -> bool:
         """Without waiting: at a URI the file is looked for beside the training."""
         if self._file.uri is None:
-            return self._file.folder.exists()
+            return self._file.local.exists()
         before = self._looking
         if before is None or before.done():
             thread = ThreadPoolExecutor(1)
@@ -51,7 +51,7 @@ class StopFile:
     def _look(self) -> bool:
         time.sleep(_LOOK_EVERY_S)
         try:
-            return self._file.read() is not None
+            return self._file.read_bytes() is not None
         # out of reach for a moment: what is trained is worth more than the wish, which is looked for again
         except UserError:
             return False

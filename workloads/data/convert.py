@@ -37,7 +37,7 @@ from parallelmind.data.convert.converter import Converter, ConvertSettings
 from parallelmind.data.convert.items import Bad
 from parallelmind.data.convert.reading import dataset_items
 from parallelmind.data.files import find_files
-from parallelmind.errors import UserError, writing
+from parallelmind.errors import UserError, translate_write_errors
 from parallelmind.model.base_model import load_tokenizer
 from parallelmind.storage import atomic_file
 
@@ -106,7 +106,7 @@ class Job:
         """
         results = self.results()
         output = self.config.output_path
-        with writing("output_path", output), atomic_file(Path(output).expanduser()) as out:
+        with translate_write_errors("output_path", output), atomic_file(Path(output).expanduser()) as out:
             for result in cli.tracked(results, "converting", None, lambda _: self.counts()):
                 self.take(result, out)
             if self.bad > _SHOWN:

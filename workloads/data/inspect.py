@@ -33,7 +33,7 @@ from parallelmind.data.records import Record
 from parallelmind.data.statistics import Statistics, buckets, percentiles
 from parallelmind.data.survey import BadLine, Survey, check
 from parallelmind.data.tokenise import tokenised
-from parallelmind.errors import UserError, writing
+from parallelmind.errors import UserError, translate_write_errors
 from parallelmind.layout import Ints, Layout, Tokens, arrange
 from parallelmind.model.base_model import load_tokenizer
 from workloads.data.inspect_report import print_lengths, print_lines, print_samples
@@ -180,7 +180,7 @@ def write_png(found: Statistics, title: str, path: Path) -> None:
     _draw_histogram(left, found.branch_tokens, "tokens per branch", "branches")
     _draw_histogram(middle, found.sample_branches, "branches per sample", "samples")
     _draw_batches(right, found)
-    with writing("png_path", path):
+    with translate_write_errors("png_path", path):
         path.parent.mkdir(parents=True, exist_ok=True)
         FigureCanvasAgg(figure).print_png(path)
 

@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 
 from parallelmind.config import TrainConfig
 from parallelmind.errors import UserError
-from parallelmind.remote import RemoteDir
+from parallelmind.remote import RemotePath
 from workloads.doctor.local_checks import CheckResult, DoctorConfig, joined_address
 from workloads.doctor.storage_checks import exercise, mark, round_trip, scratch, seen_from, seen_here
 
-Place = TypeVar("Place", Path, RemoteDir)
+Place = TypeVar("Place", Path, RemotePath)
 
 _NODE_S = 60.0
 _STEPS, _BRANCHES = 3, 2
@@ -62,7 +62,7 @@ def storage(config: DoctorConfig) -> CheckResult:
 
 
 def _stored_at_a_uri(config: DoctorConfig, name: str) -> CheckResult:
-    if wrong := round_trip("here", config.place.inner(name)):
+    if wrong := round_trip("here", config.place.child(name)):
         raise UserError(wrong)
     return CheckResult("storage", "ok", f"a file was written, read and removed at {config.output_dir}")
 
@@ -71,7 +71,7 @@ def nodes(config: DoctorConfig) -> CheckResult:
     """Whether every node of the cluster can use the same `output_dir`."""
     with scratch(config.folder) as place:
         if config.place.uri is not None:
-            told = _on_every_node(round_trip, config.place.inner(place.name))
+            told = _on_every_node(round_trip, config.place.child(place.name))
             wrong = [f"{name}: {said}" for name, said in told.values() if said]
         else:
             mark(place)
@@ -168,36 +168,36 @@ def end_to_end(config: DoctorConfig) -> CheckResult:
         return CheckResult("end to end", "skip", "end_to_end=false")
     started = time.monotonic()
     with scratch(config.folder) as place, redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-        run = config.place.inner(place.name)
+        run = config.place.child(place.name)
         try:
             texts = _train_and_decode(config, run)
         finally:
-            run.remove()
+            run.delete_remote()
     took = f"{time.monotonic() - started:.0f} s"
     said = f"{_STEPS} steps of training, then {len(texts)} branches decoded with the adapter, in {took}"
     return CheckResult("end to end", "ok", said)
 
 
-def _train_and_decode(config: DoctorConfig, place: RemoteDir) -> list[str]:
+def _train_and_decode(config: DoctorConfig, place: RemotePath) -> list[str]:
     import parallelmind as pm
     from parallelmind.evaluation.facts import facts_records, write_facts
     from workloads.train.command import ADAPTER, run_training
 
-    data = place.inner("train.jsonl")
-    write_facts(data.folder, _STEPS, seed=1, branches=_BRANCHES)
-    data.push()
+    data = place.child("train.jsonl")
+    write_facts(data.local, _STEPS, seed=1, branches=_BRANCHES)
+    data.upload()
     run = TrainConfig(
         name="doctor",
         base_model=config.base_model,
         data_path=str(data),
         output_dir=str(place),
-        mlflow_uri=f"sqlite:///{place.folder}/mlflow.db",
+        mlflow_uri=f"sqlite:///{place.local}/mlflow.db",
         ray_address=config.ray_address,
         use_gpu=config.use_gpu,
         batch_size=1,
         lora_rank=4,
     )
-    trained = run_training(run).inner(ADAPTER)
+    trained = run_training(run).child(ADAPTER)
     model, tokenizer = pm.load_model_with_lora(base_model=config.base_model, lora_path=str(trained))
     (asked,) = facts_records(1, seed=2, branches=_BRANCHES)
     sample = pm.Sample(asked["main"], [branch["prompt"] for branch in asked["branches"]])

@@ -22,7 +22,7 @@ from packaging.specifiers import SpecifierSet
 from pydantic import Field
 
 from parallelmind.config import FrozenConfig, TrainConfig
-from parallelmind.remote import RemoteDir
+from parallelmind.remote import RemotePath
 
 Status = Literal["ok", "warn", "FAIL", "skip"]
 
@@ -53,14 +53,14 @@ class DoctorConfig(FrozenConfig):
     )
 
     @property
-    def place(self) -> RemoteDir:
+    def place(self) -> RemotePath:
         """`output_dir`, as a training run takes it."""
-        return RemoteDir.at(self.output_dir)
+        return RemotePath.at(self.output_dir)
 
     @property
     def folder(self) -> Path:
         """Of this machine: `output_dir` itself, or its working copy."""
-        return self.place.folder
+        return self.place.local
 
 
 @dataclass(frozen=True, slots=True)

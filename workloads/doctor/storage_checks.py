@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from parallelmind.errors import UserError
-from parallelmind.remote import RemoteDir
+from parallelmind.remote import RemotePath
 
 _MARK = "driver"
 
@@ -44,19 +44,19 @@ def exercise(place: Path, name: str) -> None:
     shutil.rmtree(done)
 
 
-def round_trip(node: str, place: RemoteDir) -> str | None:
+def round_trip(node: str, place: RemotePath) -> str | None:
     """Write a file to a URI, read it back and remove it; what is wrong, if anything is."""
-    file = place.inner(node)
-    file.folder.parent.mkdir(parents=True, exist_ok=True)
-    file.folder.write_text(node)
+    file = place.child(node)
+    file.local.parent.mkdir(parents=True, exist_ok=True)
+    file.local.write_text(node)
     try:
-        file.push()
-        read = file.read()
-        file.remove()
+        file.upload()
+        read = file.read_bytes()
+        file.delete_remote()
     except UserError as error:
         return str(error)
     finally:
-        file.folder.unlink()
+        file.local.unlink()
     return None if read == node.encode() else f"{file} does not hold what was written to it"
 
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from parallelmind.errors import UserError, writing
-from parallelmind.storage import atomic_file, write_atomic
+from parallelmind.errors import UserError, translate_write_errors
+from parallelmind.storage import atomic_binary_file, atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,10 +35,10 @@ def output_file(path: str | None, ending: str) -> Path | None:
 
 
 def write_json(file: Path, values: dict[str, Any]) -> None:
-    with writing("output_path", file), atomic_file(file) as out:
+    with translate_write_errors("output_path", file), atomic_file(file) as out:
         out.write(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_png(file: Path, figure: Figure) -> None:
-    with writing("output_path", file), write_atomic(file) as out:
+    with translate_write_errors("output_path", file), atomic_binary_file(file) as out:
         figure.savefig(out, format="png", dpi=120)

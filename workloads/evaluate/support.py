@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from parallelmind import cli
 from parallelmind.config import FrozenConfig
-from parallelmind.errors import UserError, writing
+from parallelmind.errors import UserError, translate_write_errors
 from parallelmind.evaluation.model_support import COLUMNS, FALLBACK, SupportRow, check_model_types
 from parallelmind.evaluation.tiny_models import causal_lm_types
 
@@ -90,7 +90,7 @@ def _write_markdown(path: Path, rows: Sequence[SupportRow]) -> None:
     ]
     rule = "|" + " --- |" * len(COLUMNS)
     by_hand = written[: written.index(_GENERATED) + len(_GENERATED)]
-    with writing("output_path", path):
+    with translate_write_errors("output_path", path):
         path.write_text(
             "\n".join([by_hand, "", f"{summary(rows)}.", "", lines[0], rule, *lines[1:]]) + "\n",
             encoding="utf-8",

@@ -15,7 +15,7 @@ import workloads.common.ray_env  # noqa: F401  (before Ray)
 import ray.data
 
 from parallelmind import cli
-from parallelmind.errors import UserError, writing
+from parallelmind.errors import UserError, translate_write_errors
 from workloads.common import cluster, resources
 from workloads.generate.config import GenerateConfig
 from workloads.generate.dataset import InputDataset, open_dataset
@@ -37,7 +37,7 @@ def generate_on_cluster(config: GenerateConfig) -> None:
             "choose another name"
         )
     dataset = open_dataset(config.data_path or "", folder)
-    with writing("output_path", folder):
+    with translate_write_errors("output_path", folder):
         folder.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(folder):
         _write_folder(config, dataset, folder)

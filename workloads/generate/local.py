@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from parallelmind import cli
-from parallelmind.errors import UserError, writing
+from parallelmind.errors import UserError, translate_write_errors
 from workloads.generate.config import GenerateConfig
 from workloads.generate.dataset import InputDataset, open_dataset
 from workloads.generate.decoder import Decoder
@@ -40,7 +40,7 @@ def generate_in_process(config: GenerateConfig) -> None:
             f"output_path={output}: is a folder, and num_workers=0 writes a file; choose another name"
         )
     dataset = open_dataset(data_path, output)
-    with writing("output_path", output):
+    with translate_write_errors("output_path", output):
         output.parent.mkdir(parents=True, exist_ok=True)
         output.touch()
     with exclusive_lock(output):
@@ -54,7 +54,7 @@ def _write_file(config: GenerateConfig, dataset: InputDataset, output: Path) -> 
     with open(output, "r+b") as file:
 
         def write_row(row: str) -> None:
-            with writing("output_path", output):
+            with translate_write_errors("output_path", output):
                 file.write(row.encode() + b"\n")
                 file.flush()
 

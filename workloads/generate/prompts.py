@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import parallelmind as pm
-from parallelmind.errors import UserError, writing
+from parallelmind.errors import UserError, translate_write_errors
 from parallelmind.storage import atomic_file
 from workloads.generate.config import GenerateConfig
 from workloads.generate.progress import throughput
@@ -35,7 +35,7 @@ def generate_from_prompts(config: GenerateConfig) -> None:
             print(event.text, end="", flush=True)
     row = json.dumps(generated.to_row(), ensure_ascii=False)
     if output:
-        with writing("output_path", output), atomic_file(output) as file:
+        with translate_write_errors("output_path", output), atomic_file(output) as file:
             file.write(row + "\n")
     else:
         print("" if plain_text else row, flush=True)

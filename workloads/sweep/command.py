@@ -22,7 +22,7 @@ from parallelmind import cli
 from parallelmind.config import TrainConfig
 from parallelmind.config.yaml_file import save_yaml
 from parallelmind.data.files import find_files
-from parallelmind.remote import RemoteDir
+from parallelmind.remote import RemotePath
 from workloads.common.read_config import read_config
 from workloads.common.stopping import run_stoppable
 from workloads.sweep.config import SweepConfig, check
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
     return None
 
 
-def run_sweep(config: SweepConfig) -> RemoteDir:
+def run_sweep(config: SweepConfig) -> RemotePath:
     """Every trial that is not over yet, then report and registration; returns the sweep's folder.
 
     Raises UserError, before anything starts, for a space that cannot be trained or does not fit on the
@@ -60,15 +60,15 @@ def run_sweep(config: SweepConfig) -> RemoteDir:
     return place
 
 
-def sweep_place(config: SweepConfig) -> RemoteDir:
+def sweep_place(config: SweepConfig) -> RemotePath:
     """`output_dir/name-hash`. The hash leaves out how many trials there are, and where they run."""
     fields = TrainConfig.model_fields
     nowhere = {name: fields[name].default for name in (*TrainConfig.WHERE, "name")}
     what = config.model_copy(update={"train": config.train.model_copy(update=nowhere)})
-    return RemoteDir.at(config.train.output_dir).inner(f"{config.name}-{what.fingerprint()[:8]}")
+    return RemotePath.at(config.train.output_dir).child(f"{config.name}-{what.fingerprint()[:8]}")
 
 
-def _run(config: SweepConfig, place: RemoteDir) -> None:
+def _run(config: SweepConfig, place: RemotePath) -> None:
     from workloads.common import cluster, resources
 
     cluster.connect(config.train.ray_address, forward_output=False)
@@ -78,10 +78,10 @@ def _run(config: SweepConfig, place: RemoteDir) -> None:
 
     from workloads.sweep import trial as sweep_trial
 
-    settings = place.inner("config.yaml")
-    save_yaml(config, settings.folder)
-    settings.push()
-    journal = Journal.read(place.inner("journal.jsonl"))
+    settings = place.child("config.yaml")
+    save_yaml(config, settings.local)
+    settings.upload()
+    journal = Journal.read(place.child("journal.jsonl"))
     tracker = _tracker(config, settings, journal)
     sweep = sweep_trial.Sweep(config, place, tracker.run_id, slots)
     status = "FAILED"
@@ -124,7 +124,7 @@ def _try(sweep: Sweep, journal: Journal) -> bool:
     return len(journal.trials) >= planned and all(trial.over for trial in journal.trials.values())
 
 
-def _tracker(config: SweepConfig, settings: RemoteDir, journal: Journal) -> Tracker:
+def _tracker(config: SweepConfig, settings: RemotePath, journal: Journal) -> Tracker:
     """The MLflow run that the trials' runs are children of."""
     from parallelmind.tracking import Tracker, absolute_uri
 
@@ -132,9 +132,9 @@ def _tracker(config: SweepConfig, settings: RemoteDir, journal: Journal) -> Trac
         journal.note(mlflow_key=uuid4().hex)
     uri = absolute_uri(config.train.mlflow_uri)
     tracker = Tracker.start(
-        uri, config.train.mlflow_experiment, settings.folder.parent.name, config, journal.notes["mlflow_key"]
+        uri, config.train.mlflow_experiment, settings.local.parent.name, config, journal.notes["mlflow_key"]
     )
-    tracker.log_file(settings.folder)
+    tracker.log_file(settings.local)
     return tracker
 
 
@@ -157,12 +157,12 @@ def _conclude(sweep: Sweep, journal: Journal, tracker: Tracker, last: bool) -> N
 
     config, place, trials = sweep.config, sweep.place, list(journal.trials.values())
     best = winner(config, trials) if last else None
-    write_report(place.folder, config.name, trials, config.metrics, best.number if best else None, command)
-    pictures = [path.name for path in place.folder.glob("*.png")]
-    for file in map(place.inner, ("report.html", "trials.csv", "trials.parquet", "journal.jsonl", *pictures)):
-        if file.folder.is_file():
-            file.push()
-            tracker.log_file(file.folder)
+    write_report(place.local, config.name, trials, config.metrics, best.number if best else None, command)
+    pictures = [path.name for path in place.local.glob("*.png")]
+    for file in map(place.child, ("report.html", "trials.csv", "trials.parquet", "journal.jsonl", *pictures)):
+        if file.local.is_file():
+            file.upload()
+            tracker.log_file(file.local)
     if best:
         _register(sweep, best, journal, tracker)
     counts = {
@@ -173,7 +173,7 @@ def _conclude(sweep: Sweep, journal: Journal, tracker: Tracker, last: bool) -> N
     print(
         f"trials   {', '.join(f'{count} {status}' for status, count in counts.items() if count) or 'none over'}{again}"
     )
-    print(f"report   {place.inner('report.html')}\nmlflow   run {tracker.run_id}", flush=True)
+    print(f"report   {place.child('report.html')}\nmlflow   run {tracker.run_id}", flush=True)
 
 
 def _register(sweep: Sweep, best: Trial, journal: Journal, tracker: Tracker) -> None:
@@ -189,11 +189,11 @@ def _register(sweep: Sweep, best: Trial, journal: Journal, tracker: Tracker) -> 
         f"{name.removeprefix('validation/')} {best.metrics[name]:.3f}" for name in config.metrics
     )
     print(f"winner   trial {best.number}: {best.told()}  {told}")
-    result = result_place(sweep.trial(best.number, best.settings), RemoteDir.at(str(best.folder)))
-    if config.register_as and result.folder.name == ADAPTER:
+    result = result_place(sweep.trial(best.number, best.settings), RemotePath.at(str(best.folder)))
+    if config.register_as and result.local.name == ADAPTER:
         version = register_model(tracker.uri, run_id, ADAPTER, config.register_as, config.alias)
         print(f"model    models:/{config.register_as}@{config.alias}, version {version}")
-    print(f"{result.folder.name:8} {result}")
+    print(f"{result.local.name:8} {result}")
 
 
 def command(trial: Trial) -> str:

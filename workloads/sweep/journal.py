@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from parallelmind.remote import RemoteDir
+from parallelmind.remote import RemotePath
 from workloads.sweep.trial_table import Status, Trial
 
 
@@ -30,20 +30,20 @@ class Report:
 class Journal:
     """Opened by `read`. Its methods may be called from any thread."""
 
-    file: RemoteDir
+    file: RemotePath
     trials: dict[int, Trial] = field(default_factory=dict)
     reports: list[Report] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
-    def read(cls, file: RemoteDir) -> Journal:
+    def read(cls, file: RemotePath) -> Journal:
         """What is known. A last line that was cut short by a crash is removed: what it told has not
         happened.
         """
-        journal, path = cls(file), file.folder
+        journal, path = cls(file), file.local
         if file.uri is not None:
-            path.write_bytes(file.read() or b"")
+            path.write_bytes(file.read_bytes() or b"")
         if path.is_file():
             whole, _, cut = path.read_bytes().rpartition(b"\n")
             if cut:
@@ -76,11 +76,11 @@ class Journal:
 
     def _write(self, event: dict[str, Any]) -> None:
         with self._lock:
-            with open(self.file.folder, "a", encoding="utf-8") as file:
+            with open(self.file.local, "a", encoding="utf-8") as file:
                 file.write(json.dumps(event) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-            self.file.push()
+            self.file.upload()
             self._apply(event)
 
     def _apply(self, event: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
-from parallelmind.storage import atomic_file, write_atomic
+from parallelmind.storage import atomic_binary_file, atomic_file
 from workloads.sweep import plots as sweep_plots
 from workloads.sweep.trial_table import Status, Trial
 from workloads.sweep.values import measured
@@ -108,7 +108,7 @@ def _write_pictures(folder: Path, trials: Sequence[Trial], objective: str) -> di
         drawn = io.BytesIO()
         figure.savefig(drawn, format="png", dpi=_DPI)
         pictures[name] = drawn.getvalue()
-        with write_atomic(path) as file:
+        with atomic_binary_file(path) as file:
             file.write(pictures[name])
     return pictures
 
@@ -116,7 +116,7 @@ def _write_pictures(folder: Path, trials: Sequence[Trial], objective: str) -> di
 def _write_table(folder: Path, trials: Sequence[Trial], metrics: Sequence[str], command: Command) -> None:
     """`trials.parquet` and `trials.csv`: what is missing is null there and empty here."""
     table = _table(trials, metrics, command)
-    with write_atomic(folder / "trials.parquet") as packed:
+    with atomic_binary_file(folder / "trials.parquet") as packed:
         pq.write_table(table, packed)
     with atomic_file(folder / "trials.csv") as file:
         rows = csv.writer(file, lineterminator="\n")

@@ -18,7 +18,7 @@ from parallelmind.config import TrainConfig
 from parallelmind.data.files import find_files
 from parallelmind.errors import UserError, first_line
 from parallelmind.model.manifest import MANIFEST
-from parallelmind.remote import RemoteDir
+from parallelmind.remote import RemotePath
 from workloads.sweep.config import SweepConfig
 from workloads.train.command import result_place, run_place
 from workloads.train.driver import SharedRunContext, begin, ended, prepare
@@ -31,12 +31,12 @@ class Sweep:
     """What all trials share. place: the sweep's folder. parent: its MLflow run. slots: trials at a time."""
 
     config: SweepConfig
-    place: RemoteDir
+    place: RemotePath
     parent: str
     slots: int
 
     def trial(self, number: int, settings: dict[str, Any]) -> TrainConfig:
-        return self.config.trial(number, settings, str(self.place.inner("trials")))
+        return self.config.trial(number, settings, str(self.place.child("trials")))
 
 
 def run_trial(chosen: dict[str, Any], sweep: Sweep) -> None:
@@ -59,9 +59,9 @@ def run_trial(chosen: dict[str, Any], sweep: Sweep) -> None:
 
 def _trained(config: TrainConfig, sweep: Sweep, data: str | None) -> dict[str, Any]:
     place = run_place(config)
-    place.folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(place.folder / ".lock"):  # a process that was given up for lost may still be there
-        manifest = result_place(config, place).inner(MANIFEST).read()
+    place.local.mkdir(parents=True, exist_ok=True)
+    with FileLock(place.local / ".lock"):  # a process that was given up for lost may still be there
+        manifest = result_place(config, place).child(MANIFEST).read_bytes()
         if manifest is not None:  # it ended, and the sweep before it heard of it
             note = json.loads(manifest)["extra"]
             tune.report({"folder": str(place), "run_id": note["mlflow_run"]})

@@ -26,7 +26,7 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import Searcher
 
-from parallelmind.remote import RemoteDir
+from parallelmind.remote import RemotePath
 from workloads.common.stopping import StopFile
 from workloads.sweep.config import SweepConfig
 from workloads.sweep.journal import Journal
@@ -168,7 +168,7 @@ class JournalingScheduler(_Forgotten, FIFOScheduler):
 
 def stop_trial(folder: str) -> None:
     """Ask one that trains there to save a checkpoint and end."""
-    StopFile(RemoteDir.at(folder).inner(STOP)).request()
+    StopFile(RemotePath.at(folder).child(STOP)).request()
 
 
 def _is_metric(name: str) -> bool:
@@ -211,9 +211,9 @@ def run_trials(
     hold(end)
     if suggestions.over():  # Ray Tune fails where it has nothing to do
         return
-    where, system = sweep.place.storage()
-    notes = sweep.place.inner(_TUNE)
-    notes.clear()
+    where, system = sweep.place.pyarrow_filesystem()
+    notes = sweep.place.child(_TUNE)
+    notes.delete()
     trainable = tune.with_resources(functools.partial(run_trial, sweep=sweep), {"CPU": 0.1})
     tune.Tuner(
         trainable,
@@ -233,4 +233,4 @@ def run_trials(
             log_to_file=True,
         ),
     ).fit()
-    notes.clear()
+    notes.delete()

@@ -22,8 +22,8 @@ from parallelmind import cli
 from parallelmind.config import TrainConfig
 from parallelmind.config.yaml_file import yaml_values
 from parallelmind.data.files import find_files
-from parallelmind.errors import UserError, format_value, unwritable
-from parallelmind.remote import RemoteDir
+from parallelmind.errors import UserError, format_value, write_error
+from parallelmind.remote import RemotePath
 from workloads.common.read_config import read_config
 
 # In a run's folder.
@@ -49,14 +49,14 @@ def main(argv: list[str]) -> None:
     run_training(read_config(TrainConfig, argv))
 
 
-def run_training(config: TrainConfig) -> RemoteDir:
+def run_training(config: TrainConfig) -> RemotePath:
     """Train `config` to the end, unless that is done already; returns the run's folder.
 
     Raises UserError for what the user can mend, and KeyboardInterrupt when stopped, with a checkpoint saved.
     """
     place = run_place(config)
     result = result_place(config, place)
-    if result.inner(COMPLETE).read():
+    if result.child(COMPLETE).read_bytes():
         print(f"finished before: {result}; change a field or the name to train another")
         return place
     _refuse_changed(config)
@@ -75,15 +75,15 @@ def run_training(config: TrainConfig) -> RemoteDir:
 
 
 @contextmanager
-def alone_at(place: RemoteDir, name: str, output_dir: str) -> Iterator[None]:
+def alone_at(place: RemotePath, name: str, output_dir: str) -> Iterator[None]:
     """The only process in the folder of a run or sweep, which is made if need be.
 
     Raises UserError, naming `name`, if another one is there, and, naming `output_dir`, where nothing can be
     written.
     """
     try:
-        place.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(place.folder / ".lock", timeout=0):
+        place.local.mkdir(parents=True, exist_ok=True)
+        with FileLock(place.local / ".lock", timeout=0):
             yield
     except Timeout as error:
         raise UserError(
@@ -92,7 +92,7 @@ def alone_at(place: RemoteDir, name: str, output_dir: str) -> Iterator[None]:
     except OSError as error:
         if not is_unwritable(error):
             raise
-        raise unwritable("output_dir", output_dir, error) from error
+        raise write_error("output_dir", output_dir, error) from error
 
 
 def is_unwritable(error: BaseException) -> bool:
@@ -102,30 +102,30 @@ def is_unwritable(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in _UNWRITABLE
 
 
-def run_place(config: TrainConfig) -> RemoteDir:
+def run_place(config: TrainConfig) -> RemotePath:
     """`output_dir/name-hash`."""
-    return RemoteDir.at(config.output_dir).inner(f"{config.name}-{config.fingerprint()[:8]}")
+    return RemotePath.at(config.output_dir).child(f"{config.name}-{config.fingerprint()[:8]}")
 
 
-def result_place(config: TrainConfig, place: RemoteDir) -> RemoteDir:
+def result_place(config: TrainConfig, place: RemotePath) -> RemotePath:
     """Where a finished run leaves what it trained."""
-    return place.inner(ADAPTER if config.tuning == "lora" else MODEL)
+    return place.child(ADAPTER if config.tuning == "lora" else MODEL)
 
 
 def _refuse_changed(config: TrainConfig) -> None:
     """Raises UserError, naming the fields, if an unfinished run of the same name was begun with other
     settings.
     """
-    ours, runs, place = config.model_dump(mode="json"), RemoteDir.at(config.output_dir), run_place(config)
-    for left in [runs.inner(name) for name in runs.names() if name.startswith(f"{config.name}-")]:
-        settings = left.inner("config.yaml").read()
+    ours, runs, place = config.model_dump(mode="json"), RemotePath.at(config.output_dir), run_place(config)
+    for left in [runs.child(name) for name in runs.list_names() if name.startswith(f"{config.name}-")]:
+        settings = left.child("config.yaml").read_bytes()
         if left == place or settings is None:
             continue
         begun = yaml_values(settings, f"{left}/config.yaml")
-        begun_there = any(name.startswith("step-") for name in left.inner(CHECKPOINTS).names())
+        begun_there = any(name.startswith("step-") for name in left.child(CHECKPOINTS).list_names())
         if begun.get("name") != config.name or not begun_there:
             continue
-        if not any(left.inner(name).inner(COMPLETE).read() for name in (ADAPTER, MODEL)):
+        if not any(left.child(name).child(COMPLETE).read_bytes() for name in (ADAPTER, MODEL)):
             fields = [
                 name
                 for name, value in begun.items()

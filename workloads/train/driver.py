@@ -23,7 +23,7 @@ from parallelmind.errors import UserError
 from parallelmind.model.base_model import load_structure, load_tokenizer
 from parallelmind.model.manifest import read_adapter
 from parallelmind.model.support import refuse_unsupported
-from parallelmind.remote import RemoteDir
+from parallelmind.remote import RemotePath
 from parallelmind.storage import atomic_file
 from parallelmind.tracking import Tracker, absolute_uri
 from parallelmind.training import checkpoint
@@ -63,7 +63,7 @@ class PreparedRun(NamedTuple):
 
 def execute(
     config: TrainConfig,
-    place: RemoteDir,
+    place: RemotePath,
     files: list[str],
     held_out: list[str],
     connected: Callable[[], None],
@@ -77,7 +77,7 @@ def execute(
     connected()
     task, tracker, _ = prepare(config, place, files, held_out, vocabulary)
     with ended(tracker) as end:
-        stop = StopFile(place.inner(STOP))
+        stop = StopFile(place.child(STOP))
         outcome = run_stoppable(
             lambda: fit(task, files), stop.request, "stopping after this step, with a checkpoint"
         )
@@ -85,16 +85,16 @@ def execute(
     _conclude(task, outcome, tracker)
 
 
-def begin(config: TrainConfig, place: RemoteDir) -> int:
+def begin(config: TrainConfig, place: RemotePath) -> int:
     """Fetch what is known of the run and put the settings on record; returns how many token ids there are.
 
     Raises UserError for a model or adapter of others.
     """
-    place.pull(leave_out="*.safetensors")
-    settings = place.inner("config.yaml")
-    save_yaml(config, settings.folder)
-    settings.push()
-    StopFile(place.inner(STOP)).clear()
+    place.download(exclude="*.safetensors")
+    settings = place.child("config.yaml")
+    save_yaml(config, settings.local)
+    settings.upload()
+    StopFile(place.child(STOP)).clear()
     base = config.part(ModelConfig)
     vocabulary = len(load_tokenizer(base))
     if config.patch_rope:
@@ -110,7 +110,7 @@ def begin(config: TrainConfig, place: RemoteDir) -> int:
 
 def prepare(
     config: TrainConfig,
-    place: RemoteDir,
+    place: RemotePath,
     files: list[str],
     held_out: list[str],
     vocabulary: int,
@@ -160,7 +160,7 @@ def ended(tracker: Tracker) -> Iterator[Callable[[Outcome], None]]:
 
 
 def _survey(
-    config: TrainConfig, place: RemoteDir, files: list[str], held_out: list[str], vocabulary: int
+    config: TrainConfig, place: RemotePath, files: list[str], held_out: list[str], vocabulary: int
 ) -> tuple[Survey, str]:
     """Check every line of every file before training; what is bad is printed and written to the run's
     quarantine.
@@ -174,9 +174,9 @@ def _survey(
         bad, data = bad + compared.bad, f"{data} {compared.fingerprint}"
     for line in bad[:_SHOWN_BAD_LINES]:
         print(f"left out: {line}", file=sys.stderr)
-    where = place.inner(QUARANTINE)
-    write_quarantine(where.folder, bad)
-    where.push()
+    where = place.child(QUARANTINE)
+    write_quarantine(where.local, bad)
+    where.upload()
     if bad:
         print(
             f"bad lines left out: {len(bad)}, all in {where}; strict=true stops at the first", file=sys.stderr
@@ -191,38 +191,38 @@ def _survey(
     return found, data
 
 
-def _tracker(config: TrainConfig, place: RemoteDir, data: str, parent: str | None = None) -> Tracker:
+def _tracker(config: TrainConfig, place: RemotePath, data: str, parent: str | None = None) -> Tracker:
     """The run's MLflow run: begun once, gone on with after an interruption. Raises UserError if the data has
     changed since.
     """
-    note = place.inner("run.json")
-    if note.folder.is_file():
-        known = json.loads(note.folder.read_text(encoding="utf-8"))
+    note = place.child("run.json")
+    if note.local.is_file():
+        known = json.loads(note.local.read_text(encoding="utf-8"))
     else:  # on the disk before the run begins: a run whose begin is cut short is found by this key
         known = {"mlflow_key": uuid4().hex, "data_sha256": data}
-    if known["data_sha256"] != data and checkpoint.written(place.inner(CHECKPOINTS)):
+    if known["data_sha256"] != data and checkpoint.written(place.child(CHECKPOINTS)):
         raise UserError(
             f"data_path={config.data_path}: its records are not those that {place} was begun on "
             f"({data}, not {known['data_sha256']}); restore them, or choose another name"
         )
-    with atomic_file(note.folder) as file:
+    with atomic_file(note.local) as file:
         file.write(json.dumps({**known, "data_sha256": data}) + "\n")
-    note.push()
+    note.upload()
     uri = absolute_uri(config.mlflow_uri)
     tracker = Tracker.start(
-        uri, config.mlflow_experiment, place.folder.name, config, known["mlflow_key"], parent
+        uri, config.mlflow_experiment, place.local.name, config, known["mlflow_key"], parent
     )
-    tracker.log_file(place.inner("config.yaml").folder)
+    tracker.log_file(place.child("config.yaml").local)
     return tracker
 
 
 def _conclude(task: Task, outcome: Outcome, tracker: Tracker) -> None:
     place = task.place
-    StopFile(place.inner(STOP)).clear()
+    StopFile(place.child(STOP)).clear()
     if not outcome.finished:
         keep_losses(place, tracker)
-        saved = place.inner(CHECKPOINTS)
-        saved = saved.inner(checkpoint.written(saved)[-1])
+        saved = place.child(CHECKPOINTS)
+        saved = saved.child(checkpoint.written(saved)[-1])
         print(
             f"stopped at step {outcome.step}; checkpoint: {saved}\nthe same command goes on from there",
             flush=True,
@@ -230,6 +230,6 @@ def _conclude(task: Task, outcome: Outcome, tracker: Tracker) -> None:
         raise KeyboardInterrupt
     result = result_place(task.config, place)
     print(
-        f"run      {place}\n{result.folder.name:8} {result}\nloss     {place.inner(LOSSES)}\nmlflow   run {tracker.run_id}"
+        f"run      {place}\n{result.local.name:8} {result}\nloss     {place.child(LOSSES)}\nmlflow   run {tracker.run_id}"
     )
     print(f"         mlflow ui --backend-store-uri {tracker.uri}", flush=True)

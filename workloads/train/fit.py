@@ -48,7 +48,7 @@ def fit(task: Task, files: list[str], beside: int = 1, callbacks: Sequence[UserC
     config = task.config
     elastic = config.min_workers is not None and not config.use_gpu
     of_a_node = resources.cpus_per_elastic_worker(config.num_workers) if elastic else None
-    saved = task.place.inner(CHECKPOINTS)
+    saved = task.place.child(CHECKPOINTS)
     lost, reached = 0, checkpoint.written(saved)
     while True:
         feeder = start_feeder(
@@ -70,7 +70,7 @@ def fit(task: Task, files: list[str], beside: int = 1, callbacks: Sequence[UserC
             return outcome
         finally:
             ray.kill(feeder)
-            task.place.inner(_RAY).clear()  # its notes of this start, which a crash may have cut short
+            task.place.child(_RAY).delete()  # its notes of this start, which a crash may have cut short
 
 
 def _end_if_final(error: Exception, lost: int) -> None:
@@ -109,7 +109,7 @@ def _trainer(task: Task, feeder: Any, cpus: float, callbacks: Sequence[UserCallb
     """cpus: of each worker."""
     config = task.config
     workers = config.num_workers if config.min_workers is None else (config.min_workers, config.num_workers)
-    where, system = task.place.storage()
+    where, system = task.place.pyarrow_filesystem()
     # Checkpoints are our own: written in the background, hashed, and passed over when damaged, which Ray's
     # are not.
     return TorchTrainer(

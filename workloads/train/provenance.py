@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from parallelmind.remote import RemoteDir
+from parallelmind.remote import RemotePath
 
 if TYPE_CHECKING:
     from parallelmind.tracking import Tracker
@@ -44,12 +44,12 @@ def code_version() -> dict[str, str]:
     return tags
 
 
-def keep_losses(place: RemoteDir, tracker: Tracker) -> RemoteDir:
+def keep_losses(place: RemotePath, tracker: Tracker) -> RemotePath:
     """The losses of a run as loss.png, in its folder and in MLflow."""
-    picture = place.inner(LOSSES)
-    _draw_losses(tracker, picture.folder)
-    picture.push()
-    tracker.log_file(picture.folder)
+    picture = place.child(LOSSES)
+    _draw_losses(tracker, picture.local)
+    picture.upload()
+    tracker.log_file(picture.local)
     return picture
 
 

@@ -27,15 +27,15 @@ from parallelmind.data.batch_server import ShardAssignment
 from parallelmind.data.held_out import HeldOut
 from parallelmind.data.packing import make_batch
 from parallelmind.data.pipeline import feed
-from parallelmind.errors import writing
+from parallelmind.errors import translate_write_errors
 from parallelmind.layout import Batch
 from parallelmind.model.adapter import add_lora, resume_adapter, save_trained
 from parallelmind.model.base_model import load_base
 from parallelmind.model.lm_head import refuse_unknown_head
 from parallelmind.model.manifest import refuse_to_replace
 from parallelmind.model.patch import patch
-from parallelmind.remote import RemoteDir
-from parallelmind.storage import atomic_dir, clear_scratch
+from parallelmind.remote import RemotePath
+from parallelmind.storage import atomic_dir, remove_partial_dirs
 from parallelmind.training.checkpoint import CheckpointManager, download, whole_weights
 from parallelmind.training.loop import Job, train
 from parallelmind.training.outcome import Outcome
@@ -56,7 +56,7 @@ class Task:
     """
 
     config: TrainConfig
-    place: RemoteDir
+    place: RemotePath
     validation_files: tuple[str, ...]
     mlflow_uri: str
     mlflow_run: str
@@ -70,7 +70,7 @@ class RayHooks:
     """
 
     def __init__(self, task: Task, leads: bool) -> None:
-        self.leads, self._stop = leads, StopFile(task.place.inner(STOP)) if leads else None
+        self.leads, self._stop = leads, StopFile(task.place.child(STOP)) if leads else None
         self._opening = ThreadPoolExecutor(1).submit(_open_tracker, task) if leads else None
 
     @property
@@ -111,13 +111,13 @@ def run_worker(task: Task, feeder: Any) -> Outcome:
     config, context = task.config, ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     hooks = RayHooks(task, leads=rank == 0)
-    store = CheckpointManager(task.place.inner(CHECKPOINTS), config.keep_checkpoints) if rank == 0 else None
+    store = CheckpointManager(task.place.child(CHECKPOINTS), config.keep_checkpoints) if rank == 0 else None
     try:
         found = store.resume(config.fingerprint(), hooks.say) if store else None
         group, newest = broadcast_from_rank_zero((uuid4().hex, found and found.name))
         resume = None
         if newest is not None:
-            saved = task.place.inner(CHECKPOINTS).inner(newest)
+            saved = task.place.child(CHECKPOINTS).child(newest)
             hooks.say(f"resuming from {saved}")
             resume = download(saved)
         if config.min_workers is not None:
@@ -155,21 +155,21 @@ def keep(
     if hooks.tracker is None:
         return
     extra = {
-        "run": task.place.folder.name,
+        "run": task.place.local.name,
         "mlflow_run": task.mlflow_run,
         "step": outcome.step,
         "metrics": outcome.metrics,
     }
     result = result_place(task.config, task.place)
-    refuse_to_replace(result.folder)
-    clear_scratch(task.place.folder)
-    with atomic_dir(result.folder) as built:
-        with writing("output_dir", task.config.output_dir, SafetensorError):
+    refuse_to_replace(result.local)
+    remove_partial_dirs(task.place.local)
+    with atomic_dir(result.local) as built:
+        with translate_write_errors("output_dir", task.config.output_dir, SafetensorError):
             save_trained(model, tokenizer, built, task.config, extra, weights)
-        hooks.tracker.log_folder(built, result.folder.name)
+        hooks.tracker.log_folder(built, result.local.name)
         keep_losses(task.place, hooks.tracker)
         hooks.tracker.finish()
-    result.push(last=COMPLETE)
+    result.upload(last=COMPLETE)
 
 
 def build_model(config: TrainConfig) -> tuple[nn.Module, PreTrainedTokenizerBase]:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from parallelmind.errors import UserError, first_line, format_value
-from parallelmind.remote import filesystem
+from parallelmind.remote import resolve_filesystem
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 _PART_BYTES = 1 << 20, 1 << 26  # least and most, of plain JSONL
@@ -49,7 +49,7 @@ def find_files(path: str, name: str = "data_path") -> list[str]:
 def _find(path: str, name: str) -> list[str]:
     place = path if "://" in path else str(Path(path).expanduser().absolute())
     try:
-        system, inner = filesystem(place)
+        system, inner = resolve_filesystem(place)
         if system.isfile(inner):
             files = [inner]
         elif system.isdir(inner):
@@ -73,7 +73,7 @@ def open_file(file: str) -> BinaryIO:
     with _there(file):
         if "://" not in file:
             return open(file, "rb")
-        system, inner = filesystem(file)
+        system, inner = resolve_filesystem(file)
         return cast(BinaryIO, system.open(inner, "rb"))
 
 
@@ -105,7 +105,7 @@ def total_bytes(files: Sequence[str]) -> int:
 
 def _size(file: str) -> int:
     with _there(file):
-        system, inner = filesystem(file)
+        system, inner = resolve_filesystem(file)
         return int(system.size(inner))
 
 

@@ -35,7 +35,7 @@ from transformers.utils import logging as transformers_logging
 from parallelmind.config import ModelConfig
 from parallelmind.errors import UserError, first_line
 from parallelmind.model.quantize import quantization
-from parallelmind.storage import cache_folder, flush, sha256
+from parallelmind.storage import cache_dir, fsync_dir, sha256
 
 SMOLLM2 = "smollm2-135m"
 ATTENTION = (
@@ -171,7 +171,7 @@ def no_progress_bars() -> Iterator[None]:
 
 def smollm2_folder() -> Path:
     """Where the converted model is, or will be."""
-    return cache_folder() / f"{SMOLLM2}-{_GGUF_SHA256[:8]}"
+    return cache_dir() / f"{SMOLLM2}-{_GGUF_SHA256[:8]}"
 
 
 def _fetched_smollm2() -> Path:
@@ -245,7 +245,7 @@ def _convert(source: Path, built: Path) -> None:
     with no_progress_bars():
         model.save_pretrained(built)
         tokenizer.save_pretrained(built)
-    flush(built)
+    fsync_dir(built)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from parallelmind.config import ModelConfig, RopeConfig
-from parallelmind.errors import UserError, writing
+from parallelmind.errors import UserError, translate_write_errors
 from parallelmind.layout import Tokens, arrange, collate
 from parallelmind.model.adapter import load_model_with_lora
 from parallelmind.model.base_model import no_progress_bars
@@ -53,7 +53,7 @@ def export(
     merged: PreTrainedModel = model.merge_and_unload()  # type: ignore[operator]
     if is_patched(merged):
         unpatch(merged)
-    with writing("output_path", output, SafetensorError), atomic_dir(output) as built:
+    with translate_write_errors("output_path", output, SafetensorError), atomic_dir(output) as built:
         write_model(merged, tokenizer, built, base, manifest.rope, manifest.extra)
         _verify(built, lora_path, ids, expected)
 

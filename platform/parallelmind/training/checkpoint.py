@@ -26,8 +26,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from parallelmind.errors import UserError, first_line
 from parallelmind.model.adapter import trained_weights
-from parallelmind.remote import RemoteDir
-from parallelmind.storage import atomic_dir, clear_scratch, sha256
+from parallelmind.remote import RemotePath
+from parallelmind.storage import atomic_dir, remove_partial_dirs, sha256
 from parallelmind.training.step import Totals
 
 _WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
@@ -151,12 +151,12 @@ def _counts(folder: Path, config_hash: str) -> bool:
 
 def by_step(parent: Path) -> list[Path]:
     """Checkpoint folders, oldest first, whole or not."""
-    return [parent / name for name in written(RemoteDir(parent))]
+    return [parent / name for name in written(RemotePath(parent))]
 
 
-def written(parent: RemoteDir) -> list[str]:
+def written(parent: RemotePath) -> list[str]:
     """Names of the checkpoint folders, oldest first, whole or not."""
-    return sorted((name for name in parent.names() if _number(name) >= 0), key=_number)
+    return sorted((name for name in parent.list_names() if _number(name) >= 0), key=_number)
 
 
 def _number(name: str) -> int:
@@ -165,17 +165,19 @@ def _number(name: str) -> int:
     return int(number) if name != number and number.isdecimal() else -1
 
 
-def download(checkpoint: RemoteDir) -> Path:
+def download(checkpoint: RemotePath) -> Path:
     """The folder of a checkpoint on this machine, copied here unless it is here, whole and the one that is at
     the URI.
     """
     if checkpoint.uri is not None:
-        checkpoint.folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(checkpoint.folder.parent / ".bringing"):  # one worker of a machine brings it for all
-            here = RemoteDir(checkpoint.folder / _STATE).read() if read_state(checkpoint.folder) else None
-            if here is None or here != checkpoint.inner(_STATE).read():
-                checkpoint.pull(last=_STATE)
-    return checkpoint.folder
+        checkpoint.local.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(checkpoint.local.parent / ".bringing"):  # one worker of a machine brings it for all
+            here = (
+                RemotePath(checkpoint.local / _STATE).read_bytes() if read_state(checkpoint.local) else None
+            )
+            if here is None or here != checkpoint.child(_STATE).read_bytes():
+                checkpoint.download(last=_STATE)
+    return checkpoint.local
 
 
 class CheckpointManager:
@@ -185,13 +187,13 @@ class CheckpointManager:
     it has one.
     """
 
-    def __init__(self, place: RemoteDir, keep: int) -> None:
-        self.place, self.folder, self._keep = place, place.folder, keep
+    def __init__(self, place: RemotePath, keep: int) -> None:
+        self.place, self.folder, self._keep = place, place.local, keep
         folder = self.folder
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(folder / ".writer")
         self._lock.acquire()  # waits until a writer that was given up for lost is gone
-        clear_scratch(folder)
+        remove_partial_dirs(folder)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -206,7 +208,7 @@ class CheckpointManager:
                 aside = folder.with_name(f"damaged-{folder.name}")
                 shutil.rmtree(aside, ignore_errors=True)
                 folder.rename(aside)
-                self.place.inner(folder.name).remove()
+                self.place.child(folder.name).delete_remote()
                 say(f"{folder} is damaged or of other settings; put aside as {aside.name}")
         return found
 
@@ -221,7 +223,7 @@ class CheckpointManager:
             if folder.name not in there:
                 shutil.rmtree(folder)
         for name in reversed(there):
-            if _counts(download(self.place.inner(name)), config_hash):
+            if _counts(download(self.place.child(name)), config_hash):
                 return
 
     def save(self, snapshot: Snapshot) -> None:
@@ -259,9 +261,9 @@ class CheckpointManager:
             (built / _STATE).write_text(
                 json.dumps({**note, "sha256": _digest(note)}, indent=2), encoding="utf-8"
             )
-        self.place.inner(f"{_PREFIX}{snapshot.state.step}").push(last=_STATE)
+        self.place.child(f"{_PREFIX}{snapshot.state.step}").upload(last=_STATE)
         best = f"{_PREFIX}{snapshot.state.best_step}"
         for name in written(self.place)[: -self._keep]:
             if name != best:
                 shutil.rmtree(self.folder / name, ignore_errors=self.place.uri is not None)
-                self.place.inner(name).remove()
+                self.place.child(name).delete_remote()

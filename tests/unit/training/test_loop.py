@@ -20,7 +20,7 @@ from tiny import tiny_llama
 from parallelmind.config import TrainConfig
 from parallelmind.errors import UserError
 from parallelmind.model import attention
-from parallelmind.remote import RemoteDir
+from parallelmind.remote import RemotePath
 from parallelmind.training import checkpoint, loop
 from parallelmind.training.loop import train
 from parallelmind.training.step import learning_rate
@@ -213,7 +213,7 @@ def test_an_epoch_that_was_planned_wrong_is_counted_for_those_to_come(tmp_path: 
     rates = []
     for planned in (6, 2):
         hooks = Recorder()
-        store = checkpoint.CheckpointManager(RemoteDir(tmp_path / str(planned)), 99)
+        store = checkpoint.CheckpointManager(RemotePath(tmp_path / str(planned)), 99)
         train(replace(job(settings, hooks, store=store), per_epoch=planned))
         store.close()
         rates.append([hooks.metrics[step]["learning_rate"] for step in sorted(hooks.metrics)])

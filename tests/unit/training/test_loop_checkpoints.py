@@ -15,7 +15,7 @@ from looping import Recorder, config, run, same, steps
 from safetensors.torch import save_file
 
 from parallelmind.errors import UserError
-from parallelmind.remote import RemoteDir
+from parallelmind.remote import RemotePath
 from parallelmind.training import checkpoint
 from parallelmind.training.checkpoint import CheckpointManager
 
@@ -33,7 +33,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(tmp_path: Path,
         state = checkpoint.read_state(newest)
         assert state is not None
         state.config_hash = "0" * 12
-        other = CheckpointManager(RemoteDir(tmp_path), 2)
+        other = CheckpointManager(RemotePath(tmp_path), 2)
         other.save(checkpoint.Snapshot({}, {}, state))
         other.close()
     elif damage == "missing":
@@ -117,13 +117,13 @@ def test_a_machine_that_was_here_before_goes_on_with_what_is_at_the_uri(
     uri = f"memory://{uuid4().hex}"
     for machine in ("old", "new"):
         monkeypatch.setenv("PARALLELMIND_CACHE", str(tmp_path / machine))
-        store = CheckpointManager(RemoteDir.at(uri), keep=2)
+        store = CheckpointManager(RemotePath.at(uri), keep=2)
         store.save(
             checkpoint.Snapshot({"a": torch.zeros(1)}, {}, checkpoint.State("hash", run_id=machine, step=5))
         )
         store.close()
     monkeypatch.setenv("PARALLELMIND_CACHE", str(tmp_path / "old"))
-    store = CheckpointManager(RemoteDir.at(uri), keep=2)
+    store = CheckpointManager(RemotePath.at(uri), keep=2)
     found = store.resume("hash", print)
     store.close()
     assert found is not None

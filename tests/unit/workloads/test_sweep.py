@@ -12,7 +12,7 @@ from ray.tune.schedulers import TrialScheduler
 from parallelmind import cli
 from parallelmind.config import resolve
 from parallelmind.errors import UserError
-from parallelmind.remote import RemoteDir
+from parallelmind.remote import RemotePath
 from workloads.common.stopping import StopFile
 from workloads.sweep import command as sweep
 from workloads.sweep.config import SweepConfig, check
@@ -177,13 +177,13 @@ def test_the_winner_has_the_lowest_sum_over_its_seeds() -> None:
 
 
 def test_a_journal_is_read_back_and_a_cut_line_never_was(tmp_path: Path) -> None:
-    journal = Journal(RemoteDir(tmp_path / "journal.jsonl"))
+    journal = Journal(RemotePath(tmp_path / "journal.jsonl"))
     journal.note(mlflow_key="k")
     journal.begin(0, {"lora_rank": 4, "seed": 0})
     journal.placed(0, "folder", "run")
     assert journal.report(0, 5, {"loss": 1.0, "seconds": 2.0})
     assert not journal.report(0, 5, {"loss": 9.0})
-    with open(journal.file.folder, "a") as file:
+    with open(journal.file.local, "a") as file:
         file.write('{"trial": 0, "status": "fin')
     again = Journal.read(journal.file)
     assert again.trials == journal.trials
@@ -191,11 +191,11 @@ def test_a_journal_is_read_back_and_a_cut_line_never_was(tmp_path: Path) -> None
     again.end(0, "finished")
     again.end(0, "failed", "too late")
     assert Journal.read(journal.file).trials[0].status == "finished"
-    assert [json.loads(line) for line in journal.file.folder.read_text().splitlines()]
+    assert [json.loads(line) for line in journal.file.local.read_text().splitlines()]
 
 
 def test_what_was_begun_is_gone_on_with_before_anything_new(tmp_path: Path) -> None:
-    settings, journal = config(seeds=[1, 2]), Journal(RemoteDir(tmp_path / "journal.jsonl"))
+    settings, journal = config(seeds=[1, 2]), Journal(RemotePath(tmp_path / "journal.jsonl"))
     first = JournalSearcher(settings, journal)
     begun = [first.suggest("") for _ in range(3)]
     assert [each["settings"] for each in begun] == [  # type: ignore[index]
@@ -209,7 +209,7 @@ def test_what_was_begun_is_gone_on_with_before_anything_new(tmp_path: Path) -> N
 
 
 def test_what_failed_is_repeated_once_all_have_ended(tmp_path: Path) -> None:
-    settings, journal = config(), Journal(RemoteDir(tmp_path / "journal.jsonl"))
+    settings, journal = config(), Journal(RemotePath(tmp_path / "journal.jsonl"))
     first = JournalSearcher(settings, journal)
     assert not first.over()
     for number, status in enumerate(("failed", "finished")):
@@ -232,17 +232,17 @@ class _Tuned:
 
 @pytest.mark.parametrize("ending", [False, True])
 def test_a_trial_that_was_starting_at_a_stop_is_stopped_too(tmp_path: Path, ending: bool) -> None:
-    journal = Journal(RemoteDir(tmp_path / "journal.jsonl"))
+    journal = Journal(RemotePath(tmp_path / "journal.jsonl"))
     journal.begin(0, {})
     referee = JournalingScheduler(config(), journal, lambda: None)
     referee.ending = ending
     trial: Any = _Tuned(0)
     referee.on_trial_result(None, trial, {"folder": str(tmp_path / "trial"), "run_id": "run"})
-    assert StopFile(RemoteDir(tmp_path / "trial" / STOP)).is_requested() == ending
+    assert StopFile(RemotePath(tmp_path / "trial" / STOP)).is_requested() == ending
 
 
 def test_all_trials_have_the_data_of_the_first(tmp_path: Path) -> None:
-    journal = Journal(RemoteDir(tmp_path / "journal.jsonl"))
+    journal = Journal(RemotePath(tmp_path / "journal.jsonl"))
     suggestions, referee, trial = (
         JournalSearcher(config(), journal),
         JournalingScheduler(config(), journal, lambda: None),
@@ -277,7 +277,7 @@ def test_who_is_stopped_does_not_depend_on_an_interruption(tmp_path: Path, stopp
 
     ends = []
     for name, parts in (("whole", [_reports(8)]), ("cut", [_reports(8)[:cut], _reports(8)[cut:]])):
-        path = RemoteDir(tmp_path / f"{name}.jsonl")
+        path = RemotePath(tmp_path / f"{name}.jsonl")
         begun = JournalSearcher(settings, Journal.read(path))
         for _ in range(8):
             begun.suggest("")

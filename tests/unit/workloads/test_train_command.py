@@ -13,7 +13,7 @@ import ray.train
 from parallelmind.config import TrainConfig
 from parallelmind.config.yaml_file import save_yaml
 from parallelmind.errors import UserError
-from parallelmind.remote import RemoteDir
+from parallelmind.remote import RemotePath
 from parallelmind.tracking import Tracker
 from workloads.train import command as train
 from workloads.train import driver as train_driver
@@ -29,7 +29,7 @@ def begun(tmp_path: Path) -> TrainConfig:
     config = TrainConfig(
         name="mine", data_path=str(tmp_path / "data.jsonl"), output_dir=str(tmp_path / "runs")
     )
-    folder = train.run_place(config).folder
+    folder = train.run_place(config).local
     (folder / "checkpoints" / "step-100").mkdir(parents=True)
     save_yaml(config, folder / "config.yaml")
     return config
@@ -64,7 +64,7 @@ def test_another_name_is_another_run(
 
 
 def test_a_finished_run_refuses_nothing(begun: TrainConfig) -> None:
-    adapter = train.run_place(begun).folder / train.ADAPTER
+    adapter = train.run_place(begun).local / train.ADAPTER
     adapter.mkdir()
     (adapter / "parallelmind.json").write_text("{}")
     config = changed(begun, lora_rank=8)
@@ -77,7 +77,7 @@ def test_other_records_under_the_same_path_are_refused(begun: TrainConfig, tmp_p
     first = train_driver._tracker(config, place, "aaa")
     with pytest.raises(UserError, match="data_path=.*its records are not those"):
         train_driver._tracker(config, place, "bbb")
-    (place.folder / "checkpoints" / "step-100").rmdir()  # nothing was trained on them yet
+    (place.local / "checkpoints" / "step-100").rmdir()  # nothing was trained on them yet
     assert train_driver._tracker(config, place, "bbb").run_id == first.run_id
 
 
@@ -185,5 +185,5 @@ def test_code_and_losses_are_on_record(tmp_path: Path) -> None:
         tracker.log_metrics(
             {"loss": 3 / step, **({"validation/loss_4": 4 / step} if step % 4 == 0 else {})}, step
         )
-    picture = keep_losses(RemoteDir(tmp_path), tracker)
-    assert picture.folder.read_bytes().startswith(b"\x89PNG")
+    picture = keep_losses(RemotePath(tmp_path), tracker)
+    assert picture.local.read_bytes().startswith(b"\x89PNG")

@@ -13,7 +13,7 @@ from looping import config, fresh_model
 from mlflow.tracking import MlflowClient
 from tiny import tiny_tokenizer
 
-from parallelmind.remote import RemoteDir
+from parallelmind.remote import RemotePath
 from parallelmind.tracking import Tracker
 from parallelmind.training.outcome import Outcome
 from workloads.train import worker as train_worker
@@ -31,7 +31,7 @@ class End:
         self.config = config(
             output_dir=str(folder / "runs"), name="cut", data_path=str(folder / "none.jsonl")
         )
-        self.place = RemoteDir(Path(self.config.output_dir) / f"cut-{self.config.fingerprint()[:8]}")
+        self.place = RemotePath(Path(self.config.output_dir) / f"cut-{self.config.fingerprint()[:8]}")
         self.uri = f"sqlite:///{folder}/mlflow.db"
 
     def reach(self) -> None:
@@ -46,7 +46,7 @@ class End:
 
     @property
     def named(self) -> bool:
-        return (self.place.folder / "adapter" / "parallelmind.json").exists()
+        return (self.place.local / "adapter" / "parallelmind.json").exists()
 
     def tracked(self) -> tuple[str, set[str]]:
         """Status and artifacts of the one MLflow run."""
@@ -67,7 +67,11 @@ class End:
         (Tracker, "log_folder", False),
         (train_worker, "keep_losses", False),
         (Tracker, "finish", False),
-        (RemoteDir, "push", True),  # the first thing after the name has appeared, beside that of the picture
+        (
+            RemotePath,
+            "upload",
+            True,
+        ),  # the first thing after the name has appeared, beside that of the picture
     ],
 )
 def test_a_run_that_is_killed_at_its_end_is_whole_after_the_same_command(
@@ -81,7 +85,7 @@ def test_a_run_that_is_killed_at_its_end_is_whole_after_the_same_command(
     end, done = End(tmp_path), getattr(owner, step)
 
     def cut(*args: Any, **kwargs: Any) -> Any:
-        if step == "push" and not kwargs:
+        if step == "upload" and not kwargs:
             return done(*args)
         raise Killed
 
