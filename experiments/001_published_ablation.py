@@ -1,4 +1,4 @@
-"""What does the published scheme cost by ratio, and does it help to train on many branches?"""
+"""What does the published scheme cost at each ratio, and does training on many branches help?"""
 
 from experiments._gsm8k import PUBLISHED, run
 from workloads.sweep.config import SweepConfig

@@ -1,6 +1,6 @@
-"""Is there a scheme whose branches cost nothing, alone or beside fifteen others?
+"""Is there a scheme without branch tax, for a lone branch and for sixteen?
 
-control: the plain model with a plain LoRA; its branches are rows of their own. All others are columnar.
+CONTROL is the unpatched model with plain LoRA and one branch per row. All other points are columnar.
 """
 
 from typing import Any

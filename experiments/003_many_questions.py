@@ -1,6 +1,6 @@
-"""Do questions that are asked together get the answers that they get alone, and how much sooner?
+"""Do questions asked together get the same answers as questions asked alone, and how much faster?
 
-Trains one adapter for each visibility; `python -m workloads.evaluate answers` asks.
+Trains one adapter per visibility; `python -m experiments._questions` evaluates them.
 """
 
 from parallelmind.config import TrainConfig

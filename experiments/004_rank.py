@@ -1,4 +1,4 @@
-"""What does rank buy, with the scheme that branches cost nothing in?"""
+"""What does the LoRA rank change under the default scheme?"""
 
 from experiments._gsm8k import run
 from workloads.sweep.config import SweepConfig

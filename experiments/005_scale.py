@@ -1,11 +1,13 @@
 """What saturates first between 1 and 256 GPUs?
 
-    XQUAD=path/to/xquad.en.json python -m benchmarks.scale        what a batch costs each part, measured here
-    python -m experiments.005_scale [key=value …]                 the table; as it stands also results/005_scale.csv and .png
+    XQUAD=path/to/xquad.en.json python -m benchmarks.scale    measure the cost of a batch in each part
+    python -m experiments.005_scale [key=value …]             print the table
 
-A step, as the platform takes it: every worker lays its batch out, computes, and adds its gradients up with
-all others; nothing of it overlaps. Meanwhile one feeder makes the batches of all workers, a few ahead. Steps
-are simulated, with batches of unequal size and GPUs of unequal speed.
+Without overrides the second command also writes results/005_scale.csv and .png.
+
+Model of a step: every worker lays out its batch, computes, and all-reduces its gradients, without overlap.
+One feeder process makes the batches of all workers, a few ahead. Steps are simulated with batches of unequal
+size and GPUs of unequal speed.
 """
 
 from __future__ import annotations
@@ -29,50 +31,56 @@ from parallelmind.config import FrozenConfig, LoraConfig
 
 RESULTS = Path(__file__).resolve().parent / "results"
 WORKERS = tuple(2**k for k in range(9))
-_AHEAD = 5  # batches that wait for a worker: four with the feeder, one on its way
+_AHEAD = 5  # batches queued per worker: four in the feeder, one in transit
 _EVERY = 100  # steps between checkpoints, and between validations
-_VALIDATED = 3 * 32 * 512  # tokens at most, by default
-_ID = 8  # bytes of a token on its way from the feeder to a worker
+_VALIDATION_TOKENS = 3 * 32 * 512  # maximum with default settings
+_ID_BYTES = 8  # of a token id sent from the feeder to a worker
 
 
 class Inputs(FrozenConfig):
-    """What was not measured: all of it is assumed."""
+    """Assumptions: hardware figures that were not measured."""
 
     gpu_flops: float = Field(
-        989e12, gt=0, description="dense bfloat16 FLOP/s of a GPU; its maker's figure for H100 and H200"
+        989e12, gt=0, description="dense bfloat16 FLOP/s of a GPU; default: data sheet of H100 and H200"
     )
-    mfu: float = Field(0.4, gt=0, le=1, description="share of them that a step's matrix products reach")
+    mfu: float = Field(
+        0.4, gt=0, le=1, description="share of gpu_flops that the matrix products of a step reach"
+    )
     sigma: float = Field(
-        0.03, ge=0, description="spread of the logarithm of a GPU's time from step to step, batches alike"
+        0.03, ge=0, description="standard deviation of the logarithm of a GPU's step time, for equal batches"
     )
-    node_gpus: int = Field(8, ge=1, description="GPUs of a node")
+    node_gpus: int = Field(8, ge=1, description="GPUs per node")
     node_cores: int = Field(
-        96, ge=9, description="CPU cores of a node; each GPU's worker keeps one, the feeder one of all"
+        96,
+        ge=9,
+        description="CPU cores per node; each worker uses one core, the feeder one core of the cluster",
     )
     nvlink: float = Field(450e9, gt=0, description="bytes/s between the GPUs of a node")
     infiniband: float = Field(50e9, gt=0, description="bytes/s of each GPU to other nodes: 400 Gbit/s")
     ethernet: float = Field(
-        1.5625e9, gt=0, description="the same with one 100 Gbit/s link for the eight GPUs of a node"
+        1.5625e9, gt=0, description="the same with one 100 Gbit/s link shared by the eight GPUs of a node"
     )
     hop: float = Field(
         5e-6,
         ge=0,
-        description="seconds of one message between neighbours in the ring; Ethernet: ten times that",
+        description="latency in seconds between neighbours in the ring; Ethernet: ten times as much",
     )
-    storage: float = Field(10e9, gt=0, description="bytes/s of the store that all nodes read")
+    storage: float = Field(10e9, gt=0, description="bytes/s of the storage that all nodes read")
     feeder_link: float = Field(
-        12.5e9, gt=0, description="bytes/s out of the feeder's node, and as many into it"
+        12.5e9, gt=0, description="bytes/s out of the feeder's node, and the same into it"
     )
     part_bytes: int = Field(
-        1 << 26, ge=1, description="bytes that one task reads; the platform's from 1 TiB of text on"
+        1 << 26,
+        ge=1,
+        description="bytes read by one task; default: what the platform uses from 1 TiB of text on",
     )
-    corpus: float = Field(10e12, gt=0, description="bytes of text")
-    seed: int = Field(0, ge=0, description="of the simulation")
+    corpus: float = Field(10e12, gt=0, description="size of the text in bytes")
+    seed: int = Field(0, ge=0, description="seed of the simulation")
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A Llama or Qwen model. keys: the width of keys, and of values."""
+    """A Llama or Qwen model. `keys`: width of the key and of the value projection."""
 
     hidden: int
     inner: int
@@ -82,16 +90,18 @@ class Shape:
 
     @property
     def linear(self) -> list[tuple[int, int]]:
-        """Width in and out of every linear layer of a block."""
+        """Return (in, out) widths of every linear layer of a block."""
         h, i, k = self.hidden, self.inner, self.keys
         return [(h, h), (h, k), (h, k), (h, h), (h, i), (h, i), (i, h)]
 
     def trained(self, rank: int) -> int:
+        """Return the number of LoRA weights."""
         return self.layers * rank * sum(a + b for a, b in self.linear)
 
     def flops(self, rank: int, seen: float) -> float:
-        """Of a token: 4 for a frozen weight, 6 for a trained one, 12 for a token that it sees, all nothing
-        twice.
+        """FLOPs per token: 4 per frozen weight, 6 per trained weight, 12 per visible token and width.
+
+        `seen`: visible tokens per token. Recomputation is not counted.
         """
         frozen = self.layers * sum(a * b for a, b in self.linear) + self.vocabulary * self.hidden
         return 4 * frozen + 6 * self.trained(rank) + 12 * self.layers * self.hidden * seen
@@ -106,14 +116,12 @@ SHAPES = {
 
 
 def ring(workers: int, size: float, latency: float, bandwidth: float) -> float:
-    """Seconds to add `size` bytes up over a ring: a sum, then its way round, each in workers - 1 messages."""
+    """Seconds of a ring all-reduce of `size` bytes: reduce-scatter and all-gather of workers - 1 messages."""
     return 2 * (workers - 1) * (latency + size / workers / bandwidth)
 
 
 def expected_max(count: int, sigma: float) -> float:
-    """Of `count` lognormal draws whose median is 1: the integral of its quantile function over that of the
-    largest.
-    """
+    """Expected maximum of `count` lognormal draws with median 1, by integrating the quantile function."""
     middles = (np.arange(20000) + 0.5) / 20000
     return float(np.mean([math.exp(sigma * NormalDist().inv_cdf(u)) for u in middles ** (1 / count)]))
 
@@ -121,9 +129,7 @@ def expected_max(count: int, sigma: float) -> float:
 def parts(
     shape: Shape, workers: int, fabric: str, given: Inputs, cost: Mapping[str, Any]
 ) -> dict[str, float]:
-    """Seconds of a step that each part of a worker takes, then those that the feeder's side takes for all
-    workers' batches.
-    """
+    """Seconds per step of each part: first those of one worker, then those that feed all workers."""
     rank = LoraConfig().lora_rank
     size, tokens = (
         shape.trained(rank),
@@ -135,7 +141,11 @@ def parts(
     hop = given.hop * (10 if fabric == "ethernet" and not near else 1)
     nodes = math.ceil(workers / given.node_gpus)
     cores = nodes * given.node_cores - workers - 1
-    kept = 12 * size * cost["checkpoint_s_per_byte"] + 2 * cost["report_s"] + _VALIDATED / 3 / speed / workers
+    kept = (
+        12 * size * cost["checkpoint_s_per_byte"]
+        + 2 * cost["report_s"]
+        + _VALIDATION_TOKENS / 3 / speed / workers
+    )
     text = workers * tokens * cost["bytes_per_token"]
     return {
         "compute": cost["tokens"] * float(np.mean(cost["places"])) / speed,
@@ -147,7 +157,7 @@ def parts(
         + text / given.part_bytes * cost["task_s"],
         "readers": workers * tokens * cost["tokenise_s_per_token"] / cores,
         "storage": text / given.storage,
-        "feeder's link": workers * tokens * max(cost["arrow_bytes_per_token"], _ID) / given.feeder_link,
+        "feeder's link": workers * tokens * max(cost["arrow_bytes_per_token"], _ID_BYTES) / given.feeder_link,
     }
 
 
@@ -163,44 +173,53 @@ def simulate(
     seed: int,
     steps: int = 400,
 ) -> float:
-    """Mean seconds of a step. source: seconds from one batch to the next. places: quantiles of a batch's
-    size.
+    """Return the mean seconds of a step.
+
+    Args:
+        workers: Number of GPUs.
+        part: Seconds of each part of a worker, from `parts`.
+        source: Seconds from one batch to the next in the feeder.
+        places: Quantiles of the size of a batch.
+        sigma: Spread of compute time.
+        seed: Seed of the draws.
+        steps: Number of steps; the first quarter is warm-up and not counted.
     """
-    draw, warm = np.random.default_rng(seed), steps // 4
+    rng, warm_up = np.random.default_rng(seed), steps // 4
     order, grid = np.arange(workers), np.linspace(0, 1, len(places))
     taken, ends, made = [np.zeros(workers)] * _AHEAD, [0.0], 0.0
     for _ in range(steps):
-        size = np.interp(draw.random(workers), grid, places) / places.mean()
-        spent = np.maximum(part["compute"] * size, part["dispatch"]) * np.exp(
-            sigma * draw.standard_normal(workers)
+        size = np.interp(rng.random(workers), grid, places) / places.mean()
+        compute_s = np.maximum(part["compute"] * size, part["dispatch"]) * np.exp(
+            sigma * rng.standard_normal(workers)
         )
-        # One after another: a batch is begun when the one before it is made, and where its worker has room
-        # for it.
+        # The feeder makes one batch at a time, and only for a worker with room in its queue.
         ready = (
             np.maximum.accumulate(np.maximum(taken[-_AHEAD] - order * source, made)) + (order + 1) * source
         )
         made = float(ready[-1])
         taken.append(np.maximum(ready, ends[-1]))
         ends.append(
-            float((taken[-1] + part["layout"] + spent).max()) + part["all-reduce"] + part["checkpoints"]
+            float((taken[-1] + part["layout"] + compute_s).max()) + part["all-reduce"] + part["checkpoints"]
         )
-    return (ends[-1] - ends[warm]) / (steps - warm)
+    return (ends[-1] - ends[warm_up]) / (steps - warm_up)
 
 
 def row(name: str, workers: int, fabric: str, given: Inputs, cost: Mapping[str, Any]) -> dict[str, Any]:
-    """What comes of it at one size."""
+    """Return one line of the table: throughput, limit and parts for a model on `workers` GPUs."""
     part, places = parts(SHAPES[name], workers, fabric, given, cost), np.array(cost["places"])
     source = max(SOURCES, key=lambda item: part[item])
-    alone = simulate(workers, part, 0.0, places, given.sigma, given.seed)
+    unlimited = simulate(workers, part, 0.0, places, given.sigma, given.seed)
     step = simulate(workers, part, part[source] / workers, places, given.sigma, given.seed)
     own = ("compute", "dispatch", "layout", "all-reduce", "checkpoints")
-    waits = max(0.0, alone - max(part["compute"], part["dispatch"]) - sum(part[item] for item in own[2:]))
+    straggling = max(
+        0.0, unlimited - max(part["compute"], part["dispatch"]) - sum(part[item] for item in own[2:])
+    )
     shown = {
         **{item: part[item] for item in own},
-        "stragglers": waits,
+        "stragglers": straggling,
         **{item: part[item] for item in SOURCES},
     }
-    limit = source if part[source] >= alone else max((*own, "stragglers"), key=lambda item: shown[item])
+    limit = source if part[source] >= unlimited else max((*own, "stragglers"), key=lambda item: shown[item])
     tokens = cost["tokens"] * float(places.mean()) * (1 - cost["padding_share"])
     rate = workers * tokens / step
     return {
@@ -218,9 +237,7 @@ def row(name: str, workers: int, fabric: str, given: Inputs, cost: Mapping[str, 
 
 
 def survey_hours(nodes: int, given: Inputs, cost: Mapping[str, Any]) -> dict[str, float]:
-    """The reading of all lines before training: what cores, planning of tasks and storage take, side by
-    side.
-    """
+    """Hours of the survey (it reads all lines before training) if cores, planning or storage limit it."""
     return {
         "cores": given.corpus * cost["survey_s_per_byte"] / (nodes * given.node_cores) / 3600,
         "tasks": given.corpus / given.part_bytes * cost["task_s"] / 3600,
@@ -229,6 +246,7 @@ def survey_hours(nodes: int, given: Inputs, cost: Mapping[str, Any]) -> dict[str
 
 
 def record(rows: list[dict[str, Any]]) -> None:
+    """Write the table and the figure to results/."""
     with (RESULTS / "005_scale.csv").open("w", encoding="utf-8", newline="") as file:
         table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         table.writeheader()
@@ -237,6 +255,7 @@ def record(rows: list[dict[str, Any]]) -> None:
 
 
 def main(argv: list[str]) -> None:
+    """Print the table; without overrides also record it."""
     if wants_help(argv):
         print_help(__doc__ or "", Inputs)
         return

@@ -1,1 +1,1 @@
-"""One question, one file, one `config()`."""
+"""Experiments: each file asks one question and returns its configuration from `config()`."""

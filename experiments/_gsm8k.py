@@ -1,11 +1,10 @@
-"""What the experiments on branch tax share: SmolLM2, and the first 96 tokens of GSM8K's problems with their
-answers.
+"""Shared by the experiments on branch tax: SmolLM2 on the first 96 tokens of GSM8K's problems and answers.
 
     python -m experiments._gsm8k path/to/gsm8k.train.jsonl runs/data/gsm8k.train.jsonl
     python -m experiments._gsm8k path/to/gsm8k.test.jsonl runs/data/gsm8k.test.jsonl
 
-Problems are texts of their own: branches of a sample have nothing to do with each other, so whatever a
-sibling costs is tax.
+The problems are independent texts, so the branches of a sample are unrelated and any cost of siblings
+is branch tax.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any
 
 from parallelmind.config import TrainConfig
 
-# The published scheme: low pairs follow the branch alone, all others the flat index.
+# The published scheme: the low pairs rotate by branch, all other pairs by the flat index.
 PUBLISHED: dict[str, Any] = {
     "positions": "flat",
     "pairs": "low",
@@ -29,7 +28,7 @@ PUBLISHED: dict[str, Any] = {
 
 
 def run(**changes: Any) -> TrainConfig:
-    """The training run that every trial is: some minutes on one CPU."""
+    """Return the training run of a trial, which takes minutes on one CPU."""
     settings: dict[str, Any] = {
         "data_path": "runs/data/gsm8k.train.jsonl",
         "validation_path": "runs/data/gsm8k.test.jsonl",
@@ -47,7 +46,7 @@ def run(**changes: Any) -> TrainConfig:
 
 
 def main(source: str, output: str) -> None:
-    """Problems as parallel JSONL."""
+    """Write the problems as parallel JSONL."""
     path = Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(source, encoding="utf-8") as problems, open(path, "w", encoding="utf-8") as file:

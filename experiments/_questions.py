@@ -1,10 +1,9 @@
-"""The answers of `003_many_questions`: every way of asking, in both languages, as a table and a picture in
-`results/`.
+"""Evaluate the adapters of `003_many_questions` and write a table and a figure to `results/`.
 
     python -m experiments._questions runs/questions-HASH runs/data
 
-Each way is one `python -m workloads.evaluate answers` in a process of its own. What has been measured is not
-measured again.
+Each method of asking is one `python -m workloads.evaluate answers` in its own process, for both languages.
+Scores that exist are not measured again.
 """
 
 from __future__ import annotations
@@ -22,98 +21,94 @@ from matplotlib.figure import Figure
 from parallelmind.config.yaml_file import load_yaml
 
 _RESULTS = Path(__file__).parent / "results"
-_ASKED = {
-    "en": (17, 16),
-    "zh": (6, 24),
-}  # passages, new tokens: SmolLM2's tokenizer needs many for Chinese, and minutes
-_TOGETHER = (2, 4, 8)
+# Passages and new tokens by language. SmolLM2's tokenizer needs many tokens for Chinese.
+_LANGUAGES = {"en": (17, 16), "zh": (6, 24)}
+_AT_ONCE = (2, 4, 8)
 _COLOURS = {"one by one": "black", "batch": "#8d99ae", "columnar": "#f18f01", "isolated": "#2e86ab"}
 
 
-def ways(visibility: str) -> dict[tuple[str, int], list[str]]:
-    """Settings of `evaluate answers` by name and questions at once, for the adapter of this visibility.
+def methods(visibility: str) -> dict[tuple[str, int], list[str]]:
+    """Return settings of `evaluate answers` by (method, questions at once), for the adapter of a visibility.
 
-    The batch is the same for both.
+    The padded batch does not depend on visibility, so it is measured for the columnar adapter only.
     """
-    found = {("one by one", 1): ["engine=one_by_one"]}
-    found |= {(visibility, count): [f"at_once={count}"] for count in _TOGETHER}
-    found[f"{visibility}, 4 passages", 8] = ["at_once=8", "records_at_once=4"]
+    settings = {("one by one", 1): ["engine=one_by_one"]}
+    settings |= {(visibility, count): [f"at_once={count}"] for count in _AT_ONCE}
+    settings[f"{visibility}, 4 passages", 8] = ["at_once=8", "records_at_once=4"]
     if visibility == "columnar":
-        found |= {("batch", count): ["engine=batch", f"at_once={count}"] for count in _TOGETHER}
-    return found
+        settings |= {("batch", count): ["engine=batch", f"at_once={count}"] for count in _AT_ONCE}
+    return settings
 
 
 def measured(run: Path, data: Path) -> list[dict[str, Any]]:
-    """A row for every language, adapter and way."""
+    """Return a row for every language, adapter and method."""
     rows = []
-    for language in _ASKED:
+    for language in _LANGUAGES:
         for trial in sorted((run / "trials").iterdir()):
             visibility = load_yaml(trial / "config.yaml")["visibility"]
-            for (way, together), settings in ways(visibility).items():
-                found = ask(run, data, language, trial / "adapter", f"{way} {together}", settings)
+            for (method, at_once), settings in methods(visibility).items():
+                name = f"{method} {at_once}"
+                scores = evaluate(run, data, language, trial / "adapter", name, settings)
                 rows.append(
                     {
                         "language": language,
                         "adapter": visibility,
-                        "way": way,
-                        "questions at once": together,
-                        **found,
+                        "way": method,
+                        "questions at once": at_once,
+                        **scores,
                     }
                 )
     return rows
 
 
-def ask(run: Path, data: Path, language: str, adapter: Path, way: str, settings: list[str]) -> dict[str, Any]:
-    """The scores of one way, measured now or before."""
-    scores = run / "answers" / f"{language} {adapter.parent.name} {way}.json"
-    if not scores.exists():
-        scores.parent.mkdir(exist_ok=True)
-        passages, tokens = _ASKED[language]
-        given = {
+def evaluate(
+    run: Path, data: Path, language: str, adapter: Path, name: str, settings: list[str]
+) -> dict[str, Any]:
+    """Return the scores of one method; run the evaluation unless its output file exists."""
+    output = run / "answers" / f"{language} {adapter.parent.name} {name}.json"
+    if not output.exists():
+        output.parent.mkdir(exist_ok=True)
+        passages, tokens = _LANGUAGES[language]
+        fields = {
             "data_path": data / f"xquad.{language}.jsonl",
             "max_records": passages,
             "max_new_tokens": tokens,
             "show": 0,
             "lora_path": adapter,
-            "output_path": scores,
+            "output_path": output,
         }
-        line = [
-            sys.executable,
-            "-m",
-            "workloads.evaluate",
-            "answers",
-            *(f"{name}={value}" for name, value in given.items()),
-        ]
-        print(*line[1:], *settings, flush=True)
-        subprocess.run([*line, *settings], check=True)
-    found: dict[str, Any] = json.loads(scores.read_text(encoding="utf-8"))
-    del found["config"]
-    return found
+        arguments = [*(f"{field}={value}" for field, value in fields.items()), *settings]
+        command = ["-m", "workloads.evaluate", "answers", *arguments]
+        print(*command, flush=True)
+        subprocess.run([sys.executable, *command], check=True)
+    scores: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
+    del scores["config"]
+    return scores
 
 
 def figure(rows: list[dict[str, Any]]) -> Figure:
-    """F1 against questions per second; a line for each way, its points 2, 4 and 8 questions at once."""
-    drawn = Figure(figsize=(11, 4.5), layout="constrained")
+    """Draw F1 against questions/s: a line per method, its points are 2, 4 and 8 questions at once."""
+    fig = Figure(figsize=(11, 4.5), layout="constrained")
     for axes, (language, title) in zip(
-        drawn.subplots(1, 2), {"en": "English", "zh": "Chinese"}.items(), strict=True
+        fig.subplots(1, 2), {"en": "English", "zh": "Chinese"}.items(), strict=True
     ):
         _language(axes, [row for row in rows if row["language"] == language])
         axes.set_title(title)
-    return drawn
+    return fig
 
 
 def _language(axes: Axes, rows: list[dict[str, Any]]) -> None:
     for adapter, marker in {"columnar": "o", "isolated": "s"}.items():
-        for way in dict.fromkeys(row["way"] for row in rows if row["adapter"] == adapter):
-            own = [row for row in rows if (row["adapter"], row["way"]) == (adapter, way)]
+        for method in dict.fromkeys(row["way"] for row in rows if row["adapter"] == adapter):
+            own = [row for row in rows if (row["adapter"], row["way"]) == (adapter, method)]
             speeds, scores = [row["questions_per_second"] for row in own], [100 * row["f1"] for row in own]
-            colour = _COLOURS[way.partition(",")[0]]
+            colour = _COLOURS[method.partition(",")[0]]
             axes.plot(
                 speeds,
                 scores,
                 marker=marker,
                 color=colour,
-                label=f"{way} ({adapter} adapter)",
+                label=f"{method} ({adapter} adapter)",
                 markersize=7 - len(own),
             )
             for row, x, y in zip(own, speeds, scores, strict=True):
@@ -126,6 +121,7 @@ def _language(axes: Axes, rows: list[dict[str, Any]]) -> None:
 
 
 def main(run: str, data: str) -> None:
+    """Evaluate everything; write results/003_many_questions.csv and .png."""
     rows = measured(Path(run), Path(data))
     with open(_RESULTS / "003_many_questions.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))

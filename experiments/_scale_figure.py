@@ -1,4 +1,4 @@
-"""The picture of `005_scale`: speeds, and what limits them."""
+"""The figure of `005_scale`: throughput, and the part that limits it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ _NAMES = {"infiniband": "InfiniBand", "ethernet": "Ethernet"}
 
 
 def figure(rows: list[dict[str, Any]]) -> Figure:
-    drawn = Figure(figsize=(13, 5.2), layout="constrained")
-    left, right = drawn.subfigures(1, 2, width_ratios=(0.42, 0.58))  # type: ignore[misc]  # typed as if it were one
+    """Draw throughput on the left and the limits of both fabrics on the right."""
+    fig = Figure(figsize=(13, 5.2), layout="constrained")
+    left, right = fig.subfigures(1, 2, width_ratios=(0.42, 0.58))  # type: ignore[misc]  # the stubs declare one subfigure
     _speeds(left.add_subplot(), [item for item in rows if item["fabric"] == "infiniband"])
     for index, fabric in enumerate(("infiniband", "ethernet")):
         _limits(
@@ -30,11 +31,11 @@ def figure(rows: list[dict[str, Any]]) -> Figure:
     named = [name for name in COLOURS if any(item["limit"] == name for item in rows)]
     handles = [Patch(color=COLOURS[name], label=name) for name in named]
     right.legend(handles=handles, loc="outside lower center", ncols=len(named), frameon=False)
-    return drawn
+    return fig
 
 
 def _axes(rows: list[dict[str, Any]]) -> tuple[list[str], list[int]]:
-    """Models and numbers of GPUs, in their order."""
+    """Return models and numbers of GPUs in order of appearance."""
     return list(dict.fromkeys(item["model"] for item in rows)), list(
         dict.fromkeys(item["gpus"] for item in rows)
     )
@@ -49,7 +50,7 @@ def _speeds(axes: Axes, rows: list[dict[str, Any]]) -> None:
         ideal = own[0]["tokens_per_s"] / own[0]["efficiency"]
         axes.plot(workers, [ideal * n for n in workers], linestyle=":", color=colour, linewidth=1)
     axes.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="tokens/s")
-    axes.set_title("Speed (InfiniBand); dotted: were there nothing but computing", fontsize=10)
+    axes.set_title("Throughput (InfiniBand); dotted: compute only, linear scaling", fontsize=10)
     axes.set_xticks(workers, labels=list(map(str, workers)))
     axes.minorticks_off()
     axes.grid(alpha=0.3)
@@ -57,9 +58,7 @@ def _speeds(axes: Axes, rows: list[dict[str, Any]]) -> None:
 
 
 def _limits(axes: Axes, rows: list[dict[str, Any]], fabric: str) -> None:
-    """A cell for each model and number of GPUs: its colour is what limits, its number how much of the
-    computing is left.
-    """
+    """Draw a cell per model and number of GPUs: the colour is the limit, the number the compute share."""
     models, workers = _axes(rows)
     by = {(item["model"], item["gpus"]): item for item in rows}
     axes.imshow([[to_rgb(COLOURS[by[name, n]["limit"]]) for n in workers] for name in models], aspect="auto")
@@ -70,8 +69,6 @@ def _limits(axes: Axes, rows: list[dict[str, Any]], fabric: str) -> None:
             )
     axes.set_xticks(range(len(workers)), labels=list(map(str, workers)))
     axes.set_yticks(range(len(models)), labels=list(models))
-    axes.set_title(
-        f"What limits, and the share of a step that is computing: {_NAMES[fabric]} between nodes", fontsize=10
-    )
+    axes.set_title(f"Limiting part, and compute share of a step: {_NAMES[fabric]} between nodes", fontsize=10)
     axes.set_xlabel("GPUs" if fabric == "ethernet" else "")
     axes.tick_params(length=0)

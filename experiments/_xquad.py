@@ -1,12 +1,13 @@
-"""XQuAD for questions in parallel: passages with eight questions or more are held out, with their first
-eight; of the others one adapter learns.
+"""Split XQuAD for parallel questions.
+
+Passages with at least eight questions are held out with their first eight; the others are for training.
 
     python -m workloads.convert data_path=path/to/xquad.en.json output_path=runs/data/xquad.en.all.jsonl
     python -m workloads.convert data_path=path/to/xquad.zh.json output_path=runs/data/xquad.zh.all.jsonl
     python -m experiments._xquad runs/data
 
-Chinese costs SmolLM2's tokenizer two and a half times the tokens of English, so only the shortest third of it
-is trained on.
+SmolLM2's tokenizer needs 2.5 times as many tokens for Chinese as for English, so only the shortest third of
+the Chinese passages is used for training.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-_QUESTIONS = 8  # of a passage that is held out
+_QUESTIONS = 8  # per held-out passage
 
 
 def _records(file: Path) -> list[dict[str, Any]]:
@@ -30,14 +31,14 @@ def _write(file: Path, records: list[dict[str, Any]]) -> None:
 
 
 def main(folder: str) -> None:
-    """xquad.train.jsonl of both languages, and xquad.LANGUAGE.jsonl of what is held out."""
+    """Write xquad.train.jsonl with both languages, and the held-out xquad.LANGUAGE.jsonl."""
     data, train = Path(folder), []
     for language, share in (("en", 1.0), ("zh", 1 / 3)):
         records = _records(data / f"xquad.{language}.all.jsonl")
-        many = [record for record in records if len(record["branches"]) >= _QUESTIONS]
+        held_out = [record for record in records if len(record["branches"]) >= _QUESTIONS]
         _write(
             data / f"xquad.{language}.jsonl",
-            [{**record, "branches": record["branches"][:_QUESTIONS]} for record in many],
+            [{**record, "branches": record["branches"][:_QUESTIONS]} for record in held_out],
         )
         rest = [record for record in records if len(record["branches"]) < _QUESTIONS]
         train += sorted(rest, key=lambda record: len(record["main"]))[: round(len(rest) * share)]

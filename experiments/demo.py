@@ -1,6 +1,4 @@
-"""Can SmolLM2 learn, in minutes on two cores, to answer eight questions about a passage in parallel
-branches?
-"""
+"""Can SmolLM2 learn to answer eight questions about a passage in parallel, in minutes on two cores?"""
 
 from parallelmind.config import TrainConfig
 

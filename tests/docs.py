@@ -1,4 +1,4 @@
-"""What the pages for readers hold: fenced blocks, links, headings, and the commands of shell blocks."""
+"""Parse the documentation pages: fenced blocks, links, headings, and commands of shell blocks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _HEREDOC = re.compile(r"<<\s*'?(\w+)'?")
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A fenced block. line: of its first line of text, from 1."""
+    """A fenced code block. `line`: number of its first line of text, from 1."""
 
     language: str
     text: str
@@ -30,7 +30,8 @@ class Block:
 
 
 def blocks(path: Path) -> list[Block]:
-    found: list[Block] = []
+    """Return the fenced blocks of a page in order."""
+    result: list[Block] = []
     lines = path.read_text(encoding="utf-8").splitlines()
     start = None
     for number, line in enumerate(lines):
@@ -39,35 +40,33 @@ def blocks(path: Path) -> list[Block]:
             start, language, indent = number + 1, fence["language"], len(fence["indent"])
         elif fence and not fence["language"] and start is not None:
             text = "".join(f"{inner[indent:]}\n" for inner in lines[start:number])
-            found.append(Block(language, text, path, start + 1))
+            result.append(Block(language, text, path, start + 1))
             start = None
     assert start is None, f"{path}:{start}: a block without an end"
-    return found
+    return result
 
 
 def commands(block: Block) -> Iterator[list[str]]:
-    """The words of every simple command of a shell block; continued lines are joined, here-documents left
-    out.
-    """
-    end, begun = None, ""
+    """Yield the words of every command of a shell block, joining continued lines and skipping heredocs."""
+    end, open_quote = None, ""
     for line in block.text.replace("\\\n", " ").splitlines():
         if end is not None:
             end = None if line == end else end
             continue
         try:
-            words = shlex.split(begun + line, comments=True)
-        except ValueError:  # a quotation goes on in the next line
-            begun += f"{line}\n"
+            words = shlex.split(open_quote + line, comments=True)
+        except ValueError:  # a quotation continues on the next line
+            open_quote += f"{line}\n"
             continue
         heredoc = _HEREDOC.search(line)
-        end, begun = heredoc[1] if heredoc else None, ""
+        end, open_quote = heredoc[1] if heredoc else None, ""
         if words:
             yield words
-    assert not begun, f"{block}: a quotation without an end"
+    assert not open_quote, f"{block}: a quotation without an end"
 
 
 def prose(path: Path) -> str:
-    """A page without its blocks and spans of code, in which nothing is a link."""
+    """Return a page without its fenced blocks."""
     outside, inside = [], False
     for line in path.read_text(encoding="utf-8").splitlines():
         if _FENCE.match(line):
@@ -78,19 +77,19 @@ def prose(path: Path) -> str:
 
 
 def links(path: Path) -> list[str]:
-    """Targets within the repository."""
+    """Return the link targets within the repository."""
     bare = re.sub(r"`[^`\n]*`(?!\])", "", prose(path))
-    targets = [found["target"] for found in _LINK.finditer(bare)]
+    targets = [match["target"] for match in _LINK.finditer(bare)]
     return [target for target in targets if not re.match(r"[a-z]+:", target)]
 
 
 def anchors(path: Path) -> set[str]:
-    """The anchors of a page's headings, as GitHub makes them."""
-    found: dict[str, int] = {}
+    """Return the anchors that GitHub gives the headings of a page."""
+    counts: dict[str, int] = {}
     names = set()
     for heading in re.findall(r"^#+ +(.+?) *$", prose(path), re.MULTILINE):
         text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()
         name = re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
-        count = found[name] = found.get(name, -1) + 1
+        count = counts[name] = counts.get(name, -1) + 1
         names.add(f"{name}-{count}" if count else name)
     return names

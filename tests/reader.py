@@ -1,5 +1,7 @@
-"""A reader's folder: the project, the small files that pages speak of, tiny models under the names of large
-ones, a cluster.
+"""A scratch folder in which the blocks of the pages run.
+
+It holds a copy of the project, the small files that pages name, and tiny models under the names of large
+ones. Programs in it are connected to a Ray cluster.
 """
 
 from __future__ import annotations
@@ -30,15 +32,15 @@ from servers import save_talker
 from parallelmind.model.base_model import smollm2_folder
 from serving.runtime.ports import free_port
 
-_FOLDERS = "platform workloads serving experiments tools benchmarks".split()
-_LOOSE = "Makefile pyproject.toml constraints.txt runtime_env.yaml .gitignore".split()
-_WORDS = "python make ray serve pip docker kubectl".split()
+_PROJECT_FOLDERS = "platform workloads serving experiments tools benchmarks".split()
+_PROJECT_FILES = "Makefile pyproject.toml constraints.txt runtime_env.yaml .gitignore".split()
+_PROGRAMS = "python make ray serve pip docker kubectl".split()
 _ASK = '#!/bin/sh\nexec {python} -SE {here}/resident.py ask {word} "$@"\n'
 _HUB = "Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen2.5-7B-Instruct"
-# what a block exports is there in the next one
-_KEEP = "trap \"export -p > '$READER_EXPORTS'\" EXIT\nset -eo pipefail\n"
+# Variables that a block exports are set in the next block of the page.
+_PROLOGUE = "trap \"export -p > '$READER_EXPORTS'\" EXIT\nset -eo pipefail\n"
 _BLOCK_S = 280
-# In place of the package `datasets` and of the hub.
+# Stands in for the package `datasets` and the hub.
 _DATASETS = """
 def load_dataset(name, subset, split, streaming):
     assert (name, subset, split, streaming) == ("openai/gsm8k", "main", "train", True)
@@ -54,35 +56,37 @@ def config():
 
 
 class Reader:
-    """Runs what pages print, with what is to be filled in filled in."""
+    """Runs blocks of pages after replacing placeholders such as runs/NAME-HASH."""
 
     def __init__(self, folder: Path, dashboard: str, env: dict[str, str]) -> None:
         self.folder, self._dashboard, self._env = folder, dashboard, env
-        self._done = dict[str, str]()
+        self._outputs = dict[str, str]()
 
-    def begin(self) -> None:
-        """A page. What others have left in the files that all of them write to would be gone on with."""
-        for left in self.folder.glob("out*"):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    def begin_page(self) -> None:
+        """Delete outputs of other pages, which commands of this page would otherwise resume."""
+        for output in self.folder.glob("out*"):
+            shutil.rmtree(output) if output.is_dir() else output.unlink()
 
     def run(self, block: Block) -> str:
-        """The output of a block of its page; the same block again is not repeated. Raises AssertionError if
-        it fails.
+        """Run a block and return its output; an identical Bash block is not run again.
+
+        Raises:
+            AssertionError: The block fails.
         """
-        if block.language == "bash" and block.text in self._done:
-            return self._done[block.text]
-        place, text = str(block.file.relative_to(ROOT)), self.filled(block.text)
+        if block.language == "bash" and block.text in self._outputs:
+            return self._outputs[block.text]
+        page, text = str(block.file.relative_to(ROOT)), self.filled(block.text)
         if block.language == "bash":
-            self._done[block.text] = output = self.shell(text, place)
+            self._outputs[block.text] = output = self.shell(text, page)
         else:
-            output = self.python(text, place)
+            output = self.python(text, page)
         return output
 
     def shell(self, text: str, page: str = "", **env: str) -> str:
         exports = self.folder.parent / f"{page.replace('/', '-')}.sh" if page else Path(os.devnull)
-        before = exports.read_text() if exports.exists() else ""
-        done = subprocess.run(
-            ["bash", "-c", before + _KEEP + text],
+        exported = exports.read_text() if exports.exists() else ""
+        completed = subprocess.run(
+            ["bash", "-c", exported + _PROLOGUE + text],
             cwd=self.folder,
             env={**self._env, "READER_EXPORTS": str(exports), **env},
             stdin=subprocess.DEVNULL,
@@ -92,8 +96,10 @@ class Reader:
             timeout=_BLOCK_S,
             check=False,
         )
-        assert done.returncode == 0, f"{page}: exit {done.returncode}\n{text}\n{done.stdout[-6000:]}"
-        return done.stdout
+        assert completed.returncode == 0, (
+            f"{page}: exit {completed.returncode}\n{text}\n{completed.stdout[-6000:]}"
+        )
+        return completed.stdout
 
     def python(self, text: str, page: str) -> str:
         if experiment := re.match(r"# (experiments/\w+\.py)\n", text):
@@ -106,9 +112,7 @@ class Reader:
         return output
 
     def filled(self, text: str) -> str:
-        """With real folders, this cluster's port and this machine's accelerators in place of what the page
-        says.
-        """
+        """Replace run folders, cluster address, port and GPU settings by those of this machine."""
         for name in dict.fromkeys(re.findall(r"runs/(\w+)-HASH", text)):
             text = text.replace(f"runs/{name}-HASH", self.newest(name))
         if not torch.cuda.is_available():
@@ -118,34 +122,35 @@ class Reader:
         )
 
     def newest(self, name: str) -> str:
-        """A run's folder. Where there is none yet, demo is made, and NAME is one whose adapter can be
-        merged.
+        """Return the newest folder of a run; create the run if there is none.
+
+        NAME stands for a run whose adapter can be merged.
         """
-        made = {
+        commands = {
             "demo": "make demo",
             "NAME": "python -m workloads.train CONFIG.yaml name=plain rope_2d_ratio=0",
         }
-        found = "plain" if name == "NAME" else name
-        if name in made and not list(self.folder.glob(f"runs/{found}-*/adapter")):
-            self.shell(made[name])
-        runs = [adapter.parent for adapter in self.folder.glob(f"runs/{found}-*/adapter")]
+        run_name = "plain" if name == "NAME" else name
+        if name in commands and not list(self.folder.glob(f"runs/{run_name}-*/adapter")):
+            self.shell(commands[name])
+        runs = [adapter.parent for adapter in self.folder.glob(f"runs/{run_name}-*/adapter")]
         return str(max(runs, key=lambda run: run.stat().st_mtime).relative_to(self.folder))
 
 
 @contextmanager
-def reader(place: Path) -> Iterator[Reader]:
-    """Below `place`. What it starts is ended at the end of the block."""
-    folder = place / "reader"
-    _project(folder)
-    env = _models(place)
-    _files(folder)
-    _served(folder)
-    (place / "shared").mkdir()
-    shutil.copy(folder / "train.jsonl", place / "shared")
-    (place / "standing").mkdir()
-    (place / "standing" / "datasets.py").write_text(_DATASETS)
-    env["PYTHONPATH"] = os.pathsep.join(map(str, (folder / "platform", folder, place / "standing")))
-    env |= {"SHARED": str(place / "shared"), "MLFLOW_TRACKING_URI": f"sqlite:///{place}/shared/mlflow.db"}
+def reader(parent: Path) -> Iterator[Reader]:
+    """Create the folder below `parent`; end all started processes at the end of the block."""
+    folder = parent / "reader"
+    _copy_project(folder)
+    env = _write_models(parent)
+    _write_data(folder)
+    _edit_serve_config(folder)
+    (parent / "shared").mkdir()
+    shutil.copy(folder / "train.jsonl", parent / "shared")
+    (parent / "standing").mkdir()
+    (parent / "standing" / "datasets.py").write_text(_DATASETS)
+    env["PYTHONPATH"] = os.pathsep.join(map(str, (folder / "platform", folder, parent / "standing")))
+    env |= {"SHARED": str(parent / "shared"), "MLFLOW_TRACKING_URI": f"sqlite:///{parent}/shared/mlflow.db"}
     python, gcs = Path(sys.executable), free_port()
     with (
         clusters.cluster(python, cpus=4, gcs_port=gcs, **env) as dashboard,
@@ -158,12 +163,12 @@ def reader(place: Path) -> Iterator[Reader]:
                 "READER_MAKE": str(shutil.which("make")),
             }
             yield Reader(
-                folder, dashboard.url, {**env, "HOME": str(place), "RAY_API_SERVER_ADDRESS": dashboard.url}
+                folder, dashboard.url, {**env, "HOME": str(parent), "RAY_API_SERVER_ADDRESS": dashboard.url}
             )
 
 
 def _port() -> str:
-    """Of servers: 8000, as on the pages, unless it is taken."""
+    """Return the port of servers: 8000, as on the pages, unless it is taken."""
     with socket.socket() as probe:
         return str(free_port()) if probe.connect_ex(("127.0.0.1", 8000)) == 0 else "8000"
 
@@ -185,19 +190,17 @@ def _resident(folder: Path, env: dict[str, str]) -> Iterator[None]:
         process.wait(timeout=60)
 
 
-def _project(folder: Path) -> None:
-    """What pages need of it, in a repository of its own; in its .venv, words that lead to
-    tests/resident.py.
-    """
-    for name in _FOLDERS:
+def _copy_project(folder: Path) -> None:
+    """Copy the project into a new repository; programs in its .venv call tests/resident.py."""
+    for name in _PROJECT_FOLDERS:
         shutil.copytree(ROOT / name, folder / name)
-    for name in _LOOSE:
+    for name in _PROJECT_FILES:
         shutil.copy(ROOT / name, folder)
     git = ["git", "-c", "user.name=reader", "-c", "user.email=reader@localhost", "-c", "commit.gpgsign=false"]
     for line in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "a copy"]):
         subprocess.run([*git, *line], cwd=folder, check=True)
     venv.create(folder / ".venv", symlinks=True)
-    for word in _WORDS:
+    for word in _PROGRAMS:
         file = folder / ".venv" / "bin" / word
         file.unlink(missing_ok=True)
         file.write_text(_ASK.format(python=sys.executable, here=ROOT / "tests", word=word))
@@ -205,9 +208,9 @@ def _project(folder: Path) -> None:
     (folder / ".venv" / ".setup-done").touch()
 
 
-def _models(place: Path) -> dict[str, str]:
-    """The environment in which every model that the pages name is a tiny one."""
-    cache, hub = place / "cache", place / "hub"
+def _write_models(parent: Path) -> dict[str, str]:
+    """Write a tiny model under every name on the pages; return the environment that finds them."""
+    cache, hub = parent / "cache", parent / "hub"
     save_talker(cache / smollm2_folder().name)
     for name in _HUB:
         model = hub / f"models--{name.replace('/', '--')}"
@@ -217,11 +220,12 @@ def _models(place: Path) -> dict[str, str]:
     return {"PARALLELMIND_CACHE": str(cache), "HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"}
 
 
-def _files(folder: Path) -> None:
+def _write_data(folder: Path) -> None:
+    """Write the data files and configurations that the pages name."""
     facts = [("Ada", "rice"), ("Omar", "corn"), ("Vera", "soup"), ("Hugo", "bread")] * 2
     main = " ".join(f"{name} likes {food}." for name, food in facts)
-    asked = [{"prompt": f" What does {name} eat?", "completion": f" {food}"} for name, food in facts]
-    rows = [{"main": main, "branches": asked}] * 16
+    branches = [{"prompt": f" What does {name} eat?", "completion": f" {food}"} for name, food in facts]
+    rows = [{"main": main, "branches": branches}] * 16
     _lines(folder / "train.jsonl", rows)
     _lines(folder / "held_out.jsonl", rows[:4])
     texts = [{"main": "Vera keeps a goat.", "branches": [" Who?", " What?"]}] * 3
@@ -254,10 +258,8 @@ def _files(folder: Path) -> None:
     (folder / "experiments" / "SWEEP.py").write_text(_SWEEP)
 
 
-def _served(folder: Path) -> None:
-    """What serving/serve.yaml leaves to whoever uses it: where the project is, and a port beside those of
-    other servers.
-    """
+def _edit_serve_config(folder: Path) -> None:
+    """Fill in serving/serve.yaml: the location of the project, and a free port."""
     file = folder / "serving" / "serve.yaml"
     text = file.read_text().replace("# working_dir: s3://BUCKET", f"working_dir: file://{folder}")
     file.write_text(text.replace("port: 8000", f"port: {free_port()}"))

@@ -1,8 +1,7 @@
-"""What stands behind `python`, `make`, `ray` and others in the folder of a reader of the pages.
+"""Stands behind `python`, `make`, `ray` and other programs when blocks of the pages are run.
 
-python resident.py stay SOCKET          one process that runs every `python -m …` in itself, so that imports
-are made once python resident.py ask NAME ARGUMENT…   what those words start there; the socket is
-$READER_SOCKET
+python resident.py stay SOCKET            run every `python -m …` in one process, so that imports happen once
+python resident.py ask NAME ARGUMENT…     what these programs start; the socket is $READER_SOCKET
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from multiprocessing.connection import Client, Listener
 from typing import Any
 from unittest import mock
 
-# Commands that cannot run here, by their first words. Everything else on the pages runs.
+# Commands that cannot run in the test, by their first words. All other commands on the pages run.
 NOT_HERE = {
     "pip install boto3": "needs a package index",
     "ray up": "rents machines",
@@ -35,81 +34,85 @@ NOT_HERE = {
     "docker": "needs a daemon and a registry",
     "kubectl": "needs Kubernetes",
 }
-# Settings behind those that are printed, for what would take long; of num_workers, only where it is printed.
-BEHIND = {
+# Fields appended to long commands. num_workers is appended only where the page sets it.
+EXTRA_FIELDS = {
     "workloads.train": ["max_steps=2", "num_workers=2"],
     "workloads.sweep": ["trials=1", "train.max_steps=2"],
 }
-TYPED = "Who lives in the passage?\nWho? || Where?\n"  # into workloads.chat, before its input ends
+TYPED = "Who lives in the passage?\nWho? || Where?\n"  # standard input of workloads.chat
 _SCRIPTS = {"ray": "ray.scripts.scripts", "serve": "ray.serve.scripts"}
-_MADE = ("demo", "serve")  # what `make` really runs; of others it only says what it would
+_RUN_TARGETS = ("demo", "serve")  # targets that run; for others `make -n` prints the recipe
 _STARTUP_S = 180
-_start = subprocess.run
+_subprocess_run = subprocess.run
 
 
 class Resident:
-    """Runs a command or a page's Python at a time; all of it shares one connection to a Ray cluster."""
+    """Runs one command or Python block at a time in this process, connected to one Ray cluster."""
 
     def __init__(self) -> None:
-        self.known: dict[tuple[str, ...], tuple[int, str]] = {}
-        self.pages: dict[str, dict[str, Any]] = {}
+        self.results: dict[tuple[str, ...], tuple[int, str]] = {}
+        self.namespaces: dict[str, dict[str, Any]] = {}
         self.server: subprocess.Popen[bytes] | None = None
-        self.serves: tuple[str, ...] = ()
+        self.serving: tuple[str, ...] = ()
 
-    def answer(self, **asked: Any) -> tuple[int, str]:
+    def handle(self, **request: Any) -> tuple[int, str]:
+        """Run a request and return its exit code and output."""
         try:
-            return self.python(**asked) if "page" in asked else self.command(**asked)
+            return self.python(**request) if "page" in request else self.command(**request)
         except Exception:
             return 1, traceback.format_exc()
 
     def python(self, page: str, text: str) -> tuple[int, str]:
-        """A block of a page, after those before it."""
+        """Run a Python block in the namespace of its page."""
         return captured(
-            lambda: exec(compile(text, page, "exec"), self.pages.setdefault(page, {"__name__": page}))
+            lambda: exec(compile(text, page, "exec"), self.namespaces.setdefault(page, {"__name__": page}))
         )
 
     def command(self, module: str, arguments: list[str], fresh: bool = False) -> tuple[int, str]:
-        """`python -m module arguments`; one that succeeded is not repeated. fresh: unless it is a server that
-        has ended.
+        """Run `python -m module arguments` unless the same line has succeeded before.
+
+        With `fresh`, the line of a server that no longer runs is run again.
         """
         line = (module, *arguments)
-        if line not in self.known or self.known[line][0] or (fresh and self.serves != line):
-            self.known[line] = self._run(line)
-        return self.known[line]
+        if line not in self.results or self.results[line][0] or (fresh and self.serving != line):
+            self.results[line] = self._run(line)
+        return self.results[line]
 
     def _run(self, line: tuple[str, ...]) -> tuple[int, str]:
         module, *arguments = line
         if module == "serving" and "--help" not in arguments:
             return self._serve(line)
         if module == "workloads.demo":
-            with mock.patch.object(subprocess, "run", self._started):
+            with mock.patch.object(subprocess, "run", self._run_in_process):
                 return run(module, arguments)
-        return run(module, arguments if "--help" in arguments else [*arguments, *behind(module, arguments)])
+        return run(
+            module, arguments if "--help" in arguments else [*arguments, *extra_fields(module, arguments)]
+        )
 
-    def _started(self, line: list[str], **how: Any) -> subprocess.CompletedProcess[Any]:
-        """In place of a process that a command starts, if it is one of the project's own."""
+    def _run_in_process(self, line: list[str], **options: Any) -> subprocess.CompletedProcess[Any]:
+        """Replacement of subprocess.run: runs `python -m …` in this process."""
         if line[:2] != [sys.executable, "-m"]:
-            return _start(line, **how)
+            return _subprocess_run(line, **options)
         code, output = run(line[2], line[3:])
         print(output)
         return subprocess.CompletedProcess(line, code)
 
     def _serve(self, line: tuple[str, ...]) -> tuple[int, str]:
-        """A server in the background, in place of the one before, once it is well."""
-        started = [sys.executable, "-m", *line]
+        """Start a server in place of the previous one and wait until it is healthy."""
+        command = [sys.executable, "-m", *line]
         env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         self.end_server()
         port = os.environ["READER_PORT"]
         if port != "8000":
-            started.append(f"port={port}")
+            command.append(f"port={port}")
         with open("server.log", "wb") as log:
-            self.server = subprocess.Popen(started, env=env, stdout=log, stderr=log)
-        well = self._is_well(f"http://127.0.0.1:{port}/health")
-        self.serves = line if well else ()
+            self.server = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+        healthy = self._becomes_healthy(f"http://127.0.0.1:{port}/health")
+        self.serving = line if healthy else ()
         with open("server.log", encoding="utf-8") as log:
-            return int(not well), log.read()
+            return int(not healthy), log.read()
 
-    def _is_well(self, url: str) -> bool:
+    def _becomes_healthy(self, url: str) -> bool:
         deadline = time.monotonic() + _STARTUP_S
         while self.server and self.server.poll() is None and time.monotonic() < deadline:
             with suppress(OSError), urllib.request.urlopen(url, timeout=5) as response:
@@ -118,24 +121,24 @@ class Resident:
         return False
 
     def end_server(self) -> None:
-        """As Ctrl-C does; it must end cleanly."""
+        """Stop the server with SIGINT; its exit code must be 0."""
         if self.server and self.server.poll() is None:
             self.server.send_signal(signal.SIGINT)
-            assert self.server.wait(timeout=60) == 0, self.serves
-        self.server, self.serves = None, ()
+            assert self.server.wait(timeout=60) == 0, self.serving
+        self.server, self.serving = None, ()
 
 
-def behind(module: str, arguments: list[str]) -> list[str]:
-    """Settings that make a command shorter."""
-    workers = any(item.startswith("num_workers=") for item in arguments)
-    return [item for item in BEHIND.get(module, []) if workers or not item.startswith("num_workers=")]
+def extra_fields(module: str, arguments: list[str]) -> list[str]:
+    """Return fields that shorten a command."""
+    sets_workers = any(item.startswith("num_workers=") for item in arguments)
+    return [
+        item for item in EXTRA_FIELDS.get(module, []) if sets_workers or not item.startswith("num_workers=")
+    ]
 
 
 @contextmanager
 def local_training() -> Iterator[None]:
-    """Ray Train's local mode for one worker: it trains in this process, where a worker's imports have been
-    made.
-    """
+    """Run a single training worker in this process, in Ray Train's local mode."""
     import workloads.common.ray_env  # noqa: F401  (before Ray)
 
     # isort: split
@@ -143,35 +146,34 @@ def local_training() -> Iterator[None]:
 
     scaling = ray.train.ScalingConfig
 
-    def here(num_workers: Any, **others: Any) -> Any:
-        return scaling(num_workers=0 if num_workers == 1 else num_workers, **others)
+    def local_scaling(num_workers: Any, **options: Any) -> Any:
+        return scaling(num_workers=0 if num_workers == 1 else num_workers, **options)
 
-    with mock.patch.object(ray.train, "ScalingConfig", here):
+    with mock.patch.object(ray.train, "ScalingConfig", local_scaling):
         yield
 
 
 def run(module: str, arguments: list[str]) -> tuple[int, str]:
-    """`python -m module`, in this process."""
-    trains = local_training() if module == "workloads.train" else nullcontext()
+    """Run `python -m module` in this process."""
+    context = local_training() if module == "workloads.train" else nullcontext()
     with (
-        trains,
+        context,
         mock.patch.multiple(sys, argv=[module, *arguments], stdin=StringIO(TYPED)),
         warnings.catch_warnings(),
     ):
-        warnings.filterwarnings(
-            "ignore", "'.*' found in sys.modules", RuntimeWarning
-        )  # it has been imported before
+        # runpy warns about modules that are already imported.
+        warnings.filterwarnings("ignore", "'.*' found in sys.modules", RuntimeWarning)
         return captured(lambda: runpy.run_module(module, run_name="__main__", alter_sys=True))
 
 
 def captured(call: Any) -> tuple[int, str]:
-    """Exit code and output."""
+    """Call and return exit code and output."""
     output, code = StringIO(), 0
     with redirect_stdout(output), redirect_stderr(output):
         try:
             call()
-        except SystemExit as ended:
-            code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else int(error.code is not None)
         except BaseException:
             traceback.print_exc()
             code = 1
@@ -179,59 +181,60 @@ def captured(call: Any) -> tuple[int, str]:
 
 
 def stay(path: str) -> None:
-    """Answer until asked to end."""
+    """Serve requests on a socket until a null request."""
     resident = Resident()
     with Listener(path, "AF_UNIX") as listener:
         while True:
-            with listener.accept() as asker:
-                asked = json.loads(asker.recv_bytes())
-                if asked is None:
+            with listener.accept() as connection:
+                request = json.loads(connection.recv_bytes())
+                if request is None:
                     return resident.end_server()
                 with suppress(BrokenPipeError):
-                    asker.send_bytes(json.dumps(resident.answer(**asked)).encode())
+                    connection.send_bytes(json.dumps(resident.handle(**request)).encode())
 
 
-def ask(path: str, question: Any) -> tuple[int, str]:
-    with Client(path, "AF_UNIX") as resident:
-        resident.send_bytes(json.dumps(question).encode())
-        code, output = json.loads(resident.recv_bytes()) if question is not None else (0, "")
+def ask(path: str, request: Any) -> tuple[int, str]:
+    """Send a request to the resident process and return exit code and output; None ends the process."""
+    with Client(path, "AF_UNIX") as connection:
+        connection.send_bytes(json.dumps(request).encode())
+        code, output = json.loads(connection.recv_bytes()) if request is not None else (0, "")
         return code, output
 
 
-def word(name: str, arguments: list[str]) -> int:
-    """What the first word of a command does in a reader's folder; returns its exit code."""
+def run_program(name: str, arguments: list[str]) -> int:
+    """Run a program of the scratch folder and return its exit code."""
     line = " ".join([name, *arguments])
-    if reason := next((NOT_HERE[known] for known in NOT_HERE if f"{line} ".startswith(f"{known} ")), None):
+    if reason := next((NOT_HERE[prefix] for prefix in NOT_HERE if f"{line} ".startswith(f"{prefix} ")), None):
         print(f"not here: {line}: {reason}")
         return 0
     if name == "make":
         return make(arguments)
     if name == "python" and arguments[0] == "-m":
-        question = {"module": arguments[1], "arguments": arguments[2:], "fresh": "FRESH" in os.environ}
-        code, output = ask(os.environ["READER_SOCKET"], question)
+        request = {"module": arguments[1], "arguments": arguments[2:], "fresh": "FRESH" in os.environ}
+        code, output = ask(os.environ["READER_SOCKET"], request)
         print(output)
         return code
     if name in _SCRIPTS:
         return subprocess.run(
             [sys.executable, "-m", _SCRIPTS[name], *arguments], input=b"y\n", check=False
         ).returncode
-    print(f"{line}: nothing stands for it")
+    print(f"{line}: the test has no stand-in for this program")
     return 127
 
 
 def make(targets: list[str]) -> int:
-    """`make -n`, and of _MADE the last line of the recipe as well."""
-    done = subprocess.run(
+    """Print the recipe with `make -n`; for _RUN_TARGETS also run its last line."""
+    completed = subprocess.run(
         [os.environ["READER_MAKE"], "-n", *targets], capture_output=True, text=True, check=False
     )
-    print(done.stdout + done.stderr)
-    if done.returncode or targets[-1] not in _MADE:
-        return done.returncode
-    return subprocess.run(["bash", "-c", done.stdout.splitlines()[-1]], check=False).returncode
+    print(completed.stdout + completed.stderr)
+    if completed.returncode or targets[-1] not in _RUN_TARGETS:
+        return completed.returncode
+    return subprocess.run(["bash", "-c", completed.stdout.splitlines()[-1]], check=False).returncode
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "stay":
         stay(sys.argv[2])
     else:
-        sys.exit(word(sys.argv[2], sys.argv[3:]))
+        sys.exit(run_program(sys.argv[2], sys.argv[3:]))

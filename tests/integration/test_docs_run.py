@@ -1,14 +1,17 @@
-"""Every block of Bash and Python on the pages is run as it is printed, in a reader's folder.
+"""Run every Bash and Python block of the pages as printed, in a scratch copy of the project.
 
-Bash runs the text itself. What differs from a reader's machine, so that it takes minutes and no network:
-- `python`, `make`, `ray` and their like lead to tests/resident.py, which runs every `python -m …` in one process, and each
-  line once. That process has joined a cluster started before; a training with one worker takes place in it, by Ray Train's local
-  mode, and so do the processes of `make demo`.
-- BEHIND names the settings that are put behind the printed ones to make long commands short. A server is left running until the
-  next one starts. Of `make` only demo and serve run; of the others it says what it would do.
-- Every model that pages name is a tiny one. Runs whose names end in -HASH become those that are there, the cluster's address its
-  own, use_gpu=true false where there is no GPU, and port 8000 another where it is taken.
-- NOT_HERE lists the commands that only say that they cannot run here.
+Bash runs the text itself. These differences keep a page at minutes and without a network:
+
+- `python`, `make`, `ray` and similar words call tests/resident.py, which runs every `python -m …`
+  in one process and each line once. The process is connected to a running Ray cluster; training
+  with one worker runs in it, in Ray Train's local mode, and so do the processes of `make demo`.
+- EXTRA_FIELDS of tests/resident.py are appended to long commands to shorten them. A server keeps
+  running until the next one starts. Of `make`, the targets demo and serve run; for others `make -n`
+  prints the recipe.
+- Every model named on a page is a tiny one. runs/NAME-HASH becomes an existing run, the cluster
+  address that of the test's cluster, use_gpu=true becomes false without a GPU, and port 8000 a free
+  one if it is taken.
+- NOT_HERE lists the commands that cannot run in the test; they print that and succeed.
 """
 
 from __future__ import annotations
@@ -21,8 +24,8 @@ from docs import PAGES, ROOT, blocks, commands
 from reader import Reader, reader
 from resident import NOT_HERE
 
-READ_ALONE = {"", "json", "yaml"}  # languages of blocks that are no commands
-# The Chinese README holds the same blocks. The page whose last server others ask, too, is first.
+NOT_RUN = {"", "json", "yaml"}  # languages of blocks without commands
+# The Chinese README has the same blocks. inference.md comes first, because other pages use its last server.
 RUN = sorted(
     (page for page in PAGES if page.name != "README.zh-CN.md"), key=lambda page: page.name != "inference.md"
 )
@@ -32,26 +35,26 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
-    with reader(tmp_path_factory.mktemp("docs")) as found:
-        yield found
+    with reader(tmp_path_factory.mktemp("docs")) as scratch:
+        yield scratch
 
 
 @pytest.mark.parametrize(
     "page", [page for page in RUN if blocks(page)], ids=lambda page: str(page.relative_to(ROOT))
 )
-def test_a_page_does_what_it_says(folder: Reader, page: Path) -> None:
-    folder.begin()
+def test_every_block_of_a_page_runs(folder: Reader, page: Path) -> None:
+    folder.begin_page()
     for block in blocks(page):
-        if block.language in READ_ALONE:
+        if block.language in NOT_RUN:
             continue
-        assert block.language in ("bash", "python"), f"{block}: a block that nothing runs"
+        assert block.language in ("bash", "python"), f"{block}: no way to run this language"
         output = folder.run(block)
         if "print(" in block.text:
             assert output.strip(), f"{block}: printed nothing"
 
 
-def test_what_cannot_run_here_is_on_the_pages() -> None:
-    """No entry of NOT_HERE outlives the command that it stands for."""
+def test_not_here_lists_no_stale_commands() -> None:
+    """Every entry of NOT_HERE is the start of a command on some page."""
     lines = [
         " ".join(words)
         for page in RUN
@@ -60,5 +63,5 @@ def test_what_cannot_run_here_is_on_the_pages() -> None:
         for words in commands(block)
     ]
     assert [
-        known for known in NOT_HERE if not any(f"{line} ".startswith(f"{known} ") for line in lines)
+        prefix for prefix in NOT_HERE if not any(f"{line} ".startswith(f"{prefix} ") for line in lines)
     ] == []

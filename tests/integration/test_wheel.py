@@ -1,6 +1,4 @@
-"""What is packed works where there is nothing else of this project: neither its files, nor its editable
-install.
-"""
+"""The wheel is complete: it works without the repository and without an editable install."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from the files that git knows."""
+    """Build the wheel from the files tracked by git."""
     folder = tmp_path_factory.mktemp("wheel")
     names = (
         subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True)
@@ -31,26 +29,16 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
             target = folder / "source" / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(source.read_bytes())
-    line = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        folder,
-        folder / "source",
-    ]
-    subprocess.run(line, check=True, capture_output=True)
-    (found,) = folder.glob("*.whl")
-    return found
+    options = ["-q", "--no-deps", "--no-build-isolation", "-w", folder]
+    command = [sys.executable, "-m", "pip", "wheel", *options, folder / "source"]
+    subprocess.run(command, check=True, capture_output=True)
+    (path,) = folder.glob("*.whl")
+    return path
 
 
-def test_it_holds_the_packages_and_what_they_read(wheel: Path) -> None:
-    with zipfile.ZipFile(wheel) as packed:
-        names = {name for name in packed.namelist() if ".dist-info/" not in name}
+def test_the_wheel_contains_packages_and_data_files(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert {name.split("/")[0] for name in names} == {"parallelmind", "workloads", "serving", "experiments"}
     for folder in ("platform/parallelmind", "workloads", "serving"):
         root = (ROOT / folder).parent if folder.startswith("platform") else ROOT
@@ -60,20 +48,22 @@ def test_it_holds_the_packages_and_what_they_read(wheel: Path) -> None:
         assert {path.relative_to(root).as_posix() for path in files} <= names
 
 
-def test_it_works_elsewhere(wheel: Path, tmp_path: Path) -> None:
-    python, place = clusters.bare_python(tmp_path / "bare"), tmp_path / "elsewhere"
-    line = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", place / "site", wheel]
-    subprocess.run(line, check=True, capture_output=True)
-    save_tiny(place / "tiny")
-    env = {**clusters.environment(python), "PYTHONPATH": str(place / "site")}
+def test_commands_run_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
+    python, folder = clusters.bare_python(tmp_path / "bare"), tmp_path / "elsewhere"
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", folder / "site", wheel]
+    subprocess.run(command, check=True, capture_output=True)
+    save_tiny(folder / "tiny")
+    env = {**clusters.environment(python), "PYTHONPATH": str(folder / "site")}
 
-    def said(*line: str) -> str:
-        done = subprocess.run(
-            [python, *line], cwd=place, env=env, capture_output=True, text=True, check=False
+    def output(*arguments: str) -> str:
+        completed = subprocess.run(
+            [python, *arguments], cwd=folder, env=env, capture_output=True, text=True, check=False
         )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        assert completed.returncode == 0, completed.stderr
+        return completed.stdout
 
-    assert str(place / "site") in said("-c", "import parallelmind, serving.app; print(parallelmind.__file__)")
-    assert "lora_rank" in said("-m", "workloads.train", "--help")
-    assert said("-m", "workloads.generate", "base_model=tiny", "prompt=the", "max_new_tokens=2")
+    assert str(folder / "site") in output(
+        "-c", "import parallelmind, serving.app; print(parallelmind.__file__)"
+    )
+    assert "lora_rank" in output("-m", "workloads.train", "--help")
+    assert output("-m", "workloads.generate", "base_model=tiny", "prompt=the", "max_new_tokens=2")

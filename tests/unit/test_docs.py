@@ -1,6 +1,4 @@
-"""The pages hold what they say: links lead somewhere, commands are understood, blocks parse, generated parts
-are fresh.
-"""
+"""The pages are correct: links resolve, commands are valid, blocks parse, generated parts are current."""
 
 from __future__ import annotations
 
@@ -23,52 +21,48 @@ from workloads.common.read_config import read_config
 from workloads.sweep.config import SweepConfig
 
 TARGETS = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-EVERY = [block for page in PAGES for block in blocks(page)]
+ALL_BLOCKS = [block for page in PAGES for block in blocks(page)]
 RUN = {"data_path": "train.jsonl", "validation_path": "held_out.jsonl"}
-NEEDED = {
-    TrainConfig: RUN,
-    SweepConfig: {"train": RUN, "space": {"lora_rank": [4, 8]}},
-}  # of a file that is the reader's own
+# Stands in for a configuration file of the reader.
+REQUIRED = {TrainConfig: RUN, SweepConfig: {"train": RUN, "space": {"lora_rank": [4, 8]}}}
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 def of(*languages: str) -> pytest.MarkDecorator:
-    chosen = [block for block in EVERY if block.language in languages]
+    chosen = [block for block in ALL_BLOCKS if block.language in languages]
     return pytest.mark.parametrize("block", chosen, ids=str)
 
 
 @pages
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_resolve(page: Path) -> None:
     for link in links(page):
-        name, _, place = link.partition("#")
+        name, _, anchor_name = link.partition("#")
         target = (page.parent / name).resolve() if name else page
         assert target.exists(), f"{page.name}: {link}"
-        if place:
-            assert place in anchors(target), f"{page.name}: {link}: no such heading"
+        if anchor_name:
+            assert anchor_name in anchors(target), f"{page.name}: {link}: no such heading"
 
 
 @of("bash", "sh", "shell")
-def test_commands_are_understood(block: Block) -> None:
+def test_commands_are_valid(block: Block) -> None:
     for words in commands(block):
         if words[0] == "make":
             unknown = [word for word in words[1:] if "=" not in word and word not in TARGETS]
             assert not unknown, f"{block}: make {unknown}"
         if "-m" in words and words[words.index("-m") - 1].endswith("python"):
-            understand(block, words[words.index("-m") + 1 :])
+            check_module(block, words[words.index("-m") + 1 :])
 
 
-def understand(block: Block, words: list[str]) -> None:
-    """Raises for a module that is not there, a field that its command does not have, and a value that it
-    refuses.
-    """
+def check_module(block: Block, words: list[str]) -> None:
+    """Fail for a module that does not exist, an unknown field, and an invalid value."""
     module, arguments = words[0], words[1:]
     assert find_spec(module), f"{block}: no module {module}"
     if cli.wants_help(arguments):
         return
     if (kind := COMMANDS.get(" ".join([module, *arguments[:1]]))) is not None:
         arguments = arguments[1:]
-    elif (kind := COMMANDS.get(module)) is None:  # takes no fields
+    elif (kind := COMMANDS.get(module)) is None:  # a module without fields
         return
     try:
         parse(block, kind, arguments)
@@ -78,7 +72,7 @@ def understand(block: Block, words: list[str]) -> None:
 
 def parse(block: Block, kind: type[FrozenConfig], arguments: list[str]) -> None:
     positionals, dotlist = cli.split_args([cli.switched(kind, item) for item in arguments])
-    if kind not in NEEDED:
+    if kind not in REQUIRED:
         if positionals and "data_path" in kind.model_fields:  # --inspect FILE
             dotlist.append(f"data_path={positionals.pop()}")
         assert not positionals, f"{block}: {positionals}"
@@ -87,20 +81,20 @@ def parse(block: Block, kind: type[FrozenConfig], arguments: list[str]) -> None:
         assert isinstance(shown, kind)
         resolve(kind, shown.model_dump(mode="json"), cli.quote_text(kind, dotlist))
     elif positionals and positionals[0].endswith(".yaml"):
-        resolve(kind, NEEDED[kind], cli.quote_text(kind, dotlist))
+        resolve(kind, REQUIRED[kind], cli.quote_text(kind, dotlist))
     else:
         read_config(kind, arguments)
 
 
 def shown_experiments(block: Block) -> dict[str, FrozenConfig]:
-    """What the page's own experiments return: Python blocks that begin with the name of their file."""
-    found = {}
+    """Return the configs of experiments on the page: Python blocks whose first line names their file."""
+    configs = {}
     for other in blocks(block.file):
         if other.language == "python" and (name := re.match(r"# experiments/(\w+)\.py\n", other.text)):
             module = types.ModuleType(name[1])
             exec(compile(other.text, str(other), "exec"), module.__dict__)
-            found[name[1]] = module.config()
-    return found
+            configs[name[1]] = module.config()
+    return configs
 
 
 @of("python")
@@ -113,7 +107,7 @@ def test_python_compiles_and_its_imports_resolve(block: Block) -> None:
 
 @of("json", "jsonl")
 def test_json_parses(block: Block) -> None:
-    """One value, or one a line."""
+    """A block holds one value, or one value per line."""
     try:
         json.loads(block.text)
     except json.JSONDecodeError:
@@ -125,18 +119,18 @@ def test_yaml_parses(block: Block) -> None:
     assert list(yaml.safe_load_all(block.text)), block
 
 
-def test_blocks_are_found(tmp_path: Path) -> None:
+def test_parsing_of_a_page(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     shell = "make test  # all\npython -m x \\\n  a=1\ncat <<'END'\nnot a command\nEND\n"
     page.write_text(f"# A page\n\n```bash\n{shell}```\n\n```\nplain\n```\n")
-    found = blocks(page)
-    assert [(block.language, block.line) for block in found] == [("bash", 4), ("", 13)]
-    assert list(commands(found[0])) == [["make", "test"], ["python", "-m", "x", "a=1"], ["cat", "<<END"]]
+    parsed = blocks(page)
+    assert [(block.language, block.line) for block in parsed] == [("bash", 4), ("", 13)]
+    assert list(commands(parsed[0])) == [["make", "test"], ["python", "-m", "x", "a=1"], ["cat", "<<END"]]
     assert anchors(page) == {"a-page"}
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message"),
     [
         ("python -m workloads.train demo lora_rnak=8", "did you mean lora_rank"),
         ("python -m workloads.evaluate tax data_path=x pool=0", "pool=0"),
@@ -144,34 +138,32 @@ def test_blocks_are_found(tmp_path: Path) -> None:
         (".venv/bin/python -m serving port=8000", "lora_path"),
     ],
 )
-def test_a_wrong_command_is_found(line: str, told: str) -> None:
+def test_an_invalid_command_fails(line: str, message: str) -> None:
     block = Block("bash", f"{line}\n", PAGES[0], 1)
-    with pytest.raises(AssertionError, match=told):
-        test_commands_are_understood(block)
+    with pytest.raises(AssertionError, match=message):
+        test_commands_are_valid(block)
 
 
 def outline(page: Path) -> list[str]:
-    """The marks of headings and of rows of tables, in order."""
+    """Return the markers of headings and table rows, in order."""
     return re.findall(r"^(#+(?= )|\|)", prose(page), re.MULTILINE)
 
 
-def test_both_readmes_hold_the_same() -> None:
-    """A change of one is a change of the other: same blocks of code, headings of each level and rows of
-    tables.
-    """
+def test_both_readmes_have_the_same_structure() -> None:
+    """Both have the same code blocks, headings of each level and table rows."""
     english, chinese = ROOT / "README.md", ROOT / "README.zh-CN.md"
     assert [(b.language, b.text) for b in blocks(chinese)] == [(b.language, b.text) for b in blocks(english)]
     assert outline(chinese) == outline(english)
 
 
-def test_the_reference_is_fresh() -> None:
+def test_the_reference_is_current() -> None:
     assert PAGE.read_text(encoding="utf-8") == reference(), "run make docs"
 
 
-def test_the_reference_leads_to_its_own_headings() -> None:
+def test_links_within_the_reference_resolve() -> None:
     assert {anchor(name) for name in COMMANDS} <= anchors(PAGE)
 
 
-def test_every_field_has_a_meaning() -> None:
+def test_every_field_has_a_description() -> None:
     for kind in COMMANDS.values():
         assert [text.name for text in cli.field_texts(kind) if not text.meaning] == []

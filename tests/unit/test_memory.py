@@ -1,4 +1,4 @@
-"""The formula behind the memory estimates, against what autograd really keeps."""
+"""The formula of the memory estimates against the tensors that autograd keeps."""
 
 from __future__ import annotations
 
@@ -32,49 +32,49 @@ def llama(shape: Shape) -> LlamaConfig:
 
 
 def kept_bytes(model: torch.nn.Module, tokens: int) -> int:
-    """What a forward pass of the decoder leaves for the backward pass, weights left out."""
+    """Return the bytes that a forward pass of the decoder saves for the backward pass, without weights."""
     inner, storages = causal_lm(model), {}
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
 
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is given out twice
+    def record(tensor: torch.Tensor) -> torch.Tensor:
+        # The reference keeps the storage alive, so that its address stays unique.
+        storages[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     branches = [[5] * (tokens // 2)] * 2
     batch = to_tensors(collate([arrange(Tokens.of([], branches), RopeConfig())], pad_id=0))
     with (
-        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16),
     ):
         decoder(inner)(**decoder_inputs(inner, batch, "columnar"))
     return sum(
-        tensor.untyped_storage().nbytes() for place, tensor in storages.items() if place not in weights
+        tensor.untyped_storage().nbytes() for address, tensor in storages.items() if address not in weights
     )
 
 
-def test_a_token_leaves_what_the_formula_says() -> None:
+def test_saved_bytes_per_token_match_the_formula() -> None:
     model = LlamaForCausalLM(llama(SMALL)).to(torch.bfloat16)
     patch(model, RopeConfig())
     adapted = add_lora(model, LoraConfig(lora_rank=2), seed=0).train()
-    more = kept_bytes(adapted, 512) - kept_bytes(adapted, 256)  # what every call has once cancels out
+    more = kept_bytes(adapted, 512) - kept_bytes(adapted, 256)  # costs per call cancel out
     mask = 2 * (512**2 - 256**2)
     assert (more - mask) / 256 == pytest.approx(SMALL.layers * SMALL.token(), rel=0.1)
 
 
-def test_an_adapter_is_as_large_as_the_formula_says() -> None:
+def test_adapter_size_matches_the_formula() -> None:
     adapted = add_lora(LlamaForCausalLM(llama(SMALL)), LoraConfig(lora_rank=4), seed=0)
     assert sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad) == SMALL.lora(4)
 
 
 @pytest.mark.parametrize("shape", QWEN, ids=lambda shape: shape.name)
-def test_the_shapes_are_those_of_the_models(shape: Shape) -> None:
+def test_shapes_match_the_models(shape: Shape) -> None:
     model = meta_model(Qwen2Config(**{**llama(shape).to_dict(), "model_type": "qwen2"}))
     count = sum(weight.numel() for weight in model.parameters())
-    assert shape.linear + shape.embeddings == pytest.approx(
-        count, rel=1e-3
-    )  # biases and norms are not worth a term
+    # The formula leaves out biases and norms.
+    assert shape.linear + shape.embeddings == pytest.approx(count, rel=1e-3)
 
 
-def test_the_table_in_the_docs_is_fresh() -> None:
+def test_the_table_in_the_docs_is_current() -> None:
     page = PAGE.read_text(encoding="utf-8")
     assert filled(page, PART, table()) == page, "run make docs"
