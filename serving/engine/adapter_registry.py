@@ -18,12 +18,8 @@ import parallelmind as pm
 from parallelmind.ray_env import MLFLOW_FAIL_FAST_ENV, set_env_defaults
 from parallelmind.remote import RemotePath
 from serving.config import BASE, MANIFEST, REGISTRY, AppConfig
+from serving.engine.adapter_check import check_adapter
 from serving.observability.log import log
-
-_ROUNDING = {
-    "float32": 5e-4
-}  # how far decoded logits may be from those of training's layout, as a share of the largest
-_COARSE = 5e-2  # in half precision
 
 
 class AdapterVersionGone(pm.UserError):
@@ -145,18 +141,14 @@ class AdapterRegistry:
         return sha256(note).hexdigest() if note else "", lambda _: where
 
     def _check(self, model: Any) -> None:
-        """Refuse an adapter that decodes other than it was trained."""
-        from parallelmind.evaluation.laws import check_cached_sample
-        from parallelmind.evaluation.probes import MAIN, LawViolationError
-
-        if self._engine.apart or not self._engine.config.patch_rope:
+        """Raise _Unfit unless cached decoding gives the logits of one forward pass."""
+        engine = self._engine
+        if engine.apart or not engine.config.patch_rope:
             return
         try:
-            check_cached_sample(model, MAIN, self._engine.config, _ROUNDING.get(self._config.dtype, _COARSE))
-        except LawViolationError as error:
-            raise _Unfit(
-                f"model: is not served, since {error}; train it with the installed versions"
-            ) from error
+            check_adapter(model, engine.tokenizer, engine.config, self._config.dtype)
+        except pm.UserError as error:
+            raise _Unfit(str(error)) from error
 
     def _make_room(self) -> None:
         while len(self._loaded) > self._config.max_adapters:

@@ -17,13 +17,13 @@ from engines import COLUMNAR, ISOLATED, answers, run, said, step_interrupted, ti
 from tiny import tiny_tokenizer
 
 from parallelmind.config import RopeConfig
+from parallelmind.engine.decoding_check import layout_logits
 from parallelmind.engine.engine import Engine
 from parallelmind.engine.request import Sample
 from parallelmind.engine.sampler import SampledToken
 from parallelmind.engine.scheduler import EngineConfig
 from parallelmind.errors import UserError
 from parallelmind.evaluation import tiny_models as tiny
-from parallelmind.evaluation.probes import layout_logits
 
 MAIN = list(range(50, 90))
 SAMPLE = Sample(MAIN, [[5, 6, 7], [8], list(range(100, 120))])

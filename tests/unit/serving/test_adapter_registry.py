@@ -107,7 +107,9 @@ def test_an_adapter_that_decodes_other_than_it_was_trained_is_refused(
     monkeypatch.setattr(
         ModelRunner, "__call__", lambda self, step: call(self, step) * 1.01
     )  # as a wrong cache would
-    with pytest.raises(UserError, match="model: is not served, since cached and full logits .* differ"):
+    with pytest.raises(
+        UserError, match="model: the adapter is refused: the logits of cached decoding differ"
+    ):
         ready(found, "two")
     monkeypatch.undo()
     assert found.loaded() == 1

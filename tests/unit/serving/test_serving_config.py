@@ -270,6 +270,9 @@ def test_the_dashboard_asks_for_meters_that_exist() -> None:
     front, engine = IngressMetrics(), EngineMetrics(lambda: EngineStats(0, 0, 0, 0, 0, 0, 0, 0.0), lambda: 0)
     known = {family.name for each in (front, engine) for family in each.families()}
     asked = set(
-        re.findall(r"parallelmind_[a-z_]+", (Path(serving.__file__).parent / "grafana.json").read_text())
+        re.findall(
+            r"parallelmind_[a-z_]+",
+            (Path(serving.__file__).parent / "observability" / "grafana.json").read_text(),
+        )
     )
     assert {re.sub(r"_(total|sum|count|bucket)$", "", name) for name in asked} == known

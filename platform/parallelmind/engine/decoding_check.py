@@ -1,0 +1,111 @@
+"""Compare the logits of cached decoding with those of one forward pass over the same tokens.
+
+Both run the same model. They differ by rounding alone as long as the caches, masks and coordinates of decoding
+are those that the model was trained with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from parallelmind.config import RopeConfig
+from parallelmind.engine.engine import Engine
+from parallelmind.engine.model_runner import Model
+from parallelmind.engine.request import Sample
+from parallelmind.engine.sampler import SampledToken, SamplingRow
+from parallelmind.engine.scheduler import EngineConfig
+from parallelmind.layout import Layout
+from parallelmind.model.mask import attention_masks
+
+# Token ids of the checked sample. Any vocabulary of a language model has them, and their text does not matter.
+CHECK_MAIN = [5, 6, 7, 8, 9, 10, 11, 12]
+CHECK_BRANCHES = [[20, 21, 22, 23], [30, 31, 32, 33, 34, 35], [40, 41]]
+_FIRST_NEW_TOKEN, _TOKENS_PER_BRANCH = 60, 10
+_MAX_NEW_TOKENS = 4  # of the first branch; each further branch ends one token earlier
+_CACHE_TOKENS = 512
+
+
+class LogitRecorder(Engine):
+    """Decode one sample with fixed next tokens and record the logits of every step.
+
+    All tokens differ: equal tokens would give equal scores, which hide a mistaken position. `logits` holds
+    `[vocab]` tensors in decoding order, one list for each branch.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: PreTrainedTokenizerBase,
+        main: Sequence[int] = CHECK_MAIN,
+        branches: Sequence[Sequence[int]] = CHECK_BRANCHES,
+    ) -> None:
+        super().__init__(model, tokenizer, EngineConfig(cache_tokens=_CACHE_TOKENS))
+        self.logits: list[list[Tensor]] = [[] for _ in branches]
+        lengths = [{"max_new_tokens": _MAX_NEW_TOKENS - branch} for branch in range(len(branches))]
+        number = self.submit(
+            Sample(list(main), [list(prompt) for prompt in branches]), per_branch=lengths, ignore_eos=True
+        )
+        self.state = self._samples[number].entry.decoding
+
+    def choose(self, logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
+        for row, row_logits in zip(rows, logits, strict=True):
+            self.logits[row.branch].append(row_logits)
+        return [
+            SampledToken(_FIRST_NEW_TOKEN + _TOKENS_PER_BRANCH * row.branch + row.index + 1, None)
+            for row in rows
+        ]
+
+    def run(self) -> None:
+        """Step until every branch has ended."""
+        while self.busy:
+            self.step()
+
+
+@torch.no_grad()
+def layout_logits(model: Model, layout: Layout, config: RopeConfig) -> list[Tensor]:
+    """Logits of a whole sample from one forward pass.
+
+    Returns one `[length, vocab]` tensor for main and for every branch.
+    """
+    ids, sequence, branch, time, position = (
+        torch.from_numpy(values)[None].to(model.device)
+        for values in (layout.ids, layout.sequence, layout.branch, layout.time, layout.position)
+    )
+    logits = model(
+        input_ids=ids,
+        attention_mask=attention_masks(model, time, sequence, config.visibility),
+        position_ids=position,
+        pos2d=torch.stack([branch, time], dim=-1),
+        use_cache=False,
+    ).logits[0]
+    return [logits[sequence[0] == number] for number in range(int(sequence.max()) + 1)]
+
+
+def relative_distance(logits: Tensor, expected: Tensor) -> float:
+    """Largest difference, as a share of the largest expected logit."""
+    return ((logits.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
+
+
+def decoding_distance(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    config: RopeConfig,
+    main: Sequence[int] = CHECK_MAIN,
+    branches: Sequence[Sequence[int]] = CHECK_BRANCHES,
+) -> float:
+    """Largest `relative_distance` of a branch between cached decoding and one forward pass.
+
+    The model must be patched with `config`.
+    """
+    engine = LogitRecorder(model, tokenizer, main, branches)
+    engine.run()
+    expected = layout_logits(model, engine.state.final_layout(), config)[1:]
+    distances = [
+        relative_distance(torch.stack(decoded), whole[len(prompt) - 1 : -1])
+        for decoded, whole, prompt in zip(engine.logits, expected, branches, strict=True)
+    ]
+    return float(torch.tensor(distances).max())  # NaN if any distance is
