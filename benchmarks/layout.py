@@ -13,7 +13,7 @@ from benchmarks.harness import Bench, ratio
 from benchmarks.text import passages
 from parallelmind.config import RopeConfig
 from parallelmind.layout import Layout, Tokens, arrange
-from parallelmind.model.mask import visible
+from parallelmind.model.mask import visibility_mask
 
 _SAMPLES = 12
 
@@ -33,7 +33,7 @@ def vectorised(main: list[int], branches: list[list[int]], config: RopeConfig) -
     """Return the layout of one sample and its boolean mask `[1, 1, tokens, tokens]`."""
     layout = arrange(Tokens.of(main, branches, [1] * len(branches)), config)
     time, sequence = torch.from_numpy(layout.time)[None], torch.from_numpy(layout.sequence)[None]
-    return layout, visible(time, sequence, config.visibility)
+    return layout, visibility_mask(time, sequence, config.visibility)
 
 
 def layout_speedup() -> float:

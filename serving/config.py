@@ -16,11 +16,12 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 import parallelmind as pm
 from parallelmind.config import Dtype, FrozenConfig, ModelConfig, Visibility, resolve
+from parallelmind.model.manifest import MANIFEST
 
 _ADAPTER = "adapter"  # what a run calls the folder of its adapter
 _KEYS = "PARALLELMIND_API_KEYS"
 HOST = "127.0.0.1"
-BASE, REGISTRY, MANIFEST = "base", "models:/", "parallelmind.json"
+BASE, REGISTRY = "base", "models:/"
 _FOLDER = re.compile(r"\w[\w.-]{0,99}")  # one name: no way out of the root
 
 AppT = TypeVar("AppT", bound="AppConfig")
@@ -214,9 +215,9 @@ class AppConfig(Limits):
 
     def context(self) -> int | None:
         """Most positions that the model was made for. Raises UserError for a model that cannot be loaded."""
-        from parallelmind.model.base_model import load_config
+        from parallelmind.model.base_model import load_base_config
 
-        return getattr(load_config(self._base()).get_text_config(), "max_position_embeddings", None)
+        return getattr(load_base_config(self._base()).get_text_config(), "max_position_embeddings", None)
 
     def _base(self) -> ModelConfig:
         from parallelmind.model.manifest import read_adapter

@@ -132,7 +132,7 @@ def arrange(tokens: Tokens, config: RopeConfig, delays: Ints | None = None) -> L
     if delays is not None:
         starts[1:] += delays
     time = starts[sequence] + index
-    labels = next_tokens(tokens.ids, sequence, index, tokens.answer_offsets)
+    labels = next_token_labels(tokens.ids, sequence, index, tokens.answer_offsets)
     order = physical_order(time, sequence, config)
     time, sequence = time[order], sequence[order]
     return Layout(
@@ -145,7 +145,7 @@ def arrange(tokens: Tokens, config: RopeConfig, delays: Ints | None = None) -> L
     )
 
 
-def next_tokens(ids: Ints, sequence: Ints, index: Ints, answer_offsets: Ints) -> Ints:
+def next_token_labels(ids: Ints, sequence: Ints, index: Ints, answer_offsets: Ints) -> Ints:
     """`[tokens]` labels in logical order: token k predicts token k+1 of its own branch, from `answer_offset`
     on.
     """

@@ -32,7 +32,7 @@ def is_sibling(q_sequence: Array, k_sequence: Array) -> Array:
     return (q_sequence > MAIN) & (k_sequence > MAIN) & (k_sequence != q_sequence)
 
 
-def penalty(config: RopeConfig) -> float:
+def effective_penalty(config: RopeConfig) -> float:
     """What is taken off the scores of siblings: nothing where they are not seen."""
     return config.sibling_penalty if config.visibility == "columnar" else 0.0
 
@@ -49,7 +49,7 @@ class AttentionWindow:
     window: int | None = None
     chunk: int | None = None
 
-    def near(self, q_time: Array, k_time: Array) -> Array | None:
+    def within(self, q_time: Array, k_time: Array) -> Array | None:
         """Which keys are near enough; None if all are."""
         if self.chunk is not None:
             return q_time // self.chunk == k_time // self.chunk

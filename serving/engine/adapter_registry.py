@@ -15,9 +15,10 @@ from time import monotonic
 from typing import Any
 
 import parallelmind as pm
+from parallelmind.model.manifest import MANIFEST
 from parallelmind.ray_env import MLFLOW_FAIL_FAST_ENV, set_env_defaults
 from parallelmind.remote import RemotePath
-from serving.config import BASE, MANIFEST, REGISTRY, AppConfig
+from serving.config import BASE, REGISTRY, AppConfig
 from serving.engine.adapter_check import check_adapter
 from serving.observability.log import log
 

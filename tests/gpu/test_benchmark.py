@@ -24,8 +24,8 @@ from benchmarks.gpu import (
     random_batch,
     step_flops,
 )
-from parallelmind.model.base_model import meta_model
-from parallelmind.model.mask import visible
+from parallelmind.model.base_model import build_meta_model
+from parallelmind.model.mask import visibility_mask
 from parallelmind.model.structure import causal_lm, decoder
 from parallelmind.training.loss import TargetLoss, to_tensors
 
@@ -52,7 +52,7 @@ def test_flops_are_those_of_the_matrices(device):
     with FlopCounterMode(display=False) as counter:
         TargetLoss(model, visibility, torch.bfloat16)(to_tensors(batch, device))[0].backward()
     placed = to_tensors(batch)
-    unseen = int((~visible(placed.pos2d[..., 1], placed.sequence, visibility)).sum())
+    unseen = int((~visibility_mask(placed.pos2d[..., 1], placed.sequence, visibility)).sum())
     attention = 12 * unseen * inner.config.num_hidden_layers * inner.config.hidden_size
     # Nothing is trained before the first layer, so what reads its input gives that no gradient.
     reading = [getattr(decoder(inner).layers[0].self_attn, name) for name in ("q_proj", "k_proj", "v_proj")]
@@ -82,7 +82,7 @@ def test_no_share_without_a_peak():
 
 def test_shapes_are_those_of_their_names():
     for shape, size in (("05b", 0.494e9), ("7b", 7.62e9)):
-        model = meta_model(SHAPES[shape].config)
+        model = build_meta_model(SHAPES[shape].config)
         assert sum(weight.numel() for weight in model.parameters()) == pytest.approx(size, rel=0.01)
 
 

@@ -14,7 +14,7 @@ from parallelmind.config import LoraConfig, RopeConfig
 from parallelmind.evaluation.laws import check_cached_decoding, check_siblings, rope_config_grid
 from parallelmind.evaluation.probes import check_close, patched
 from parallelmind.model.adapter import add_lora
-from parallelmind.model.attention import FLEX, attention_for
+from parallelmind.model.attention import FLEX, choose_attention
 from parallelmind.model.mask import attention_masks
 from parallelmind.model.patch import patch
 
@@ -61,7 +61,7 @@ def expected_logits(name: str, config: RopeConfig) -> torch.Tensor:
 def test_what_is_chosen_agrees_with_eager(name, config):
     model = variant(name, "sdpa" if model_class(name)._supports_sdpa else "eager")
     with patched(model, config), chosen():
-        reader = attention_for(model, 300, model.dtype)
+        reader = choose_attention(model, 300, model.dtype)
         found = real_logits(model, long_batch(config), config)
     assert (reader != FLEX) == (name in NEVER_CHOSEN)
     check_close(found, expected_logits(name, config), "the chosen attention and eager")

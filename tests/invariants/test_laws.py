@@ -121,7 +121,7 @@ def test_a_wrong_column_map_is_noticed(monkeypatch):
     "name", ["windows in every layer", "windows beside full attention", "layer types", "complex"]
 )
 def test_a_forgotten_window_is_noticed(monkeypatch, name):
-    monkeypatch.setattr(visibility.AttentionWindow, "near", lambda *args: None)
+    monkeypatch.setattr(visibility.AttentionWindow, "within", lambda *args: None)
     assert broken("single_branch", name)
 
 
@@ -130,7 +130,7 @@ def test_a_window_in_storage_order_is_noticed(monkeypatch):
         place = torch.arange(k_time.shape[-1])
         return place[-q_time.shape[-2] :, None] - place < reach.window
 
-    monkeypatch.setattr(visibility.AttentionWindow, "near", near)
+    monkeypatch.setattr(visibility.AttentionWindow, "within", near)
     assert broken("isolated_branches", "windows in every layer")
 
 

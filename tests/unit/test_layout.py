@@ -10,7 +10,7 @@ from reference import reference_sample
 from parallelmind.config import RopeConfig
 from parallelmind.errors import UserError
 from parallelmind.layout import IGNORE, PADDING, Tokens, arrange, collate
-from parallelmind.model.mask import for_attention, visible
+from parallelmind.model.mask import dense_attention_mask, visibility_mask
 
 TEXT = st.lists(st.integers(0, 99), min_size=1, max_size=7)
 CONFIGS = st.builds(
@@ -34,7 +34,7 @@ def test_layout_equals_the_reference(main, branches, data, config):
     assert layout.time.tolist() == expected["time"]
     assert layout.position.tolist() == expected["position"]
     assert layout.labels.tolist() == expected["label"]
-    seen = visible(
+    seen = visibility_mask(
         torch.from_numpy(layout.time)[None], torch.from_numpy(layout.sequence)[None], config.visibility
     )
     assert seen[0, 0].tolist() == expected["visible"]
@@ -66,7 +66,9 @@ def test_padding_is_seen_by_nothing_and_no_row_is_empty():
     assert batch.ids.tolist() == [[1, 2, 3], [4, 9, 9]]
     assert batch.sequence.tolist() == [[0, 1, 2], [1, PADDING, PADDING]]
     assert batch.tokens == 4
-    seen = visible(torch.from_numpy(batch.pos2d[..., 1]), torch.from_numpy(batch.sequence), "columnar")
+    seen = visibility_mask(
+        torch.from_numpy(batch.pos2d[..., 1]), torch.from_numpy(batch.sequence), "columnar"
+    )
     assert seen[1, 0].tolist() == torch.eye(3, dtype=torch.bool).tolist()
 
 
@@ -75,19 +77,20 @@ def test_last_queries_are_the_last_rows_of_the_whole_mask():
     time, sequence = torch.from_numpy(layout.time)[None], torch.from_numpy(layout.sequence)[None]
     for policy in ("columnar", "isolated"):
         assert torch.equal(
-            visible(time, sequence, policy)[:, :, -2:], visible(time, sequence, policy, queries=2)
+            visibility_mask(time, sequence, policy)[:, :, -2:],
+            visibility_mask(time, sequence, policy, queries=2),
         )
 
 
 def test_each_attention_gets_the_mask_it_understands():
     seen = torch.tensor([[[[True, False], [True, True]]]])
-    assert for_attention(seen.to("meta"), "sdpa", torch.float32).dtype == torch.bool
+    assert dense_attention_mask(seen.to("meta"), "sdpa", torch.float32).dtype == torch.bool
     for implementation in ("sdpa", "eager"):
-        additive = for_attention(seen, implementation, torch.bfloat16)
+        additive = dense_attention_mask(seen, implementation, torch.bfloat16)
         assert additive.dtype == torch.bfloat16
         assert additive[0, 0, 0].tolist() == [0.0, torch.finfo(torch.bfloat16).min]
     with pytest.raises(ValueError, match="flash_attention_2"):
-        for_attention(seen, "flash_attention_2", torch.float32)
+        dense_attention_mask(seen, "flash_attention_2", torch.float32)
 
 
 def test_a_sample_needs_branches_that_hold_tokens():

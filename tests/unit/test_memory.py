@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config
 from parallelmind.config import LoraConfig, RopeConfig
 from parallelmind.layout import Tokens, arrange, collate
 from parallelmind.model.adapter import add_lora
-from parallelmind.model.base_model import meta_model
+from parallelmind.model.base_model import build_meta_model
 from parallelmind.model.patch import patch
 from parallelmind.model.structure import causal_lm, decoder
 from parallelmind.training.loss import decoder_inputs, to_tensors
@@ -69,7 +69,7 @@ def test_adapter_size_matches_the_formula() -> None:
 
 @pytest.mark.parametrize("shape", QWEN, ids=lambda shape: shape.name)
 def test_shapes_match_the_models(shape: Shape) -> None:
-    model = meta_model(Qwen2Config(**{**llama(shape).to_dict(), "model_type": "qwen2"}))
+    model = build_meta_model(Qwen2Config(**{**llama(shape).to_dict(), "model_type": "qwen2"}))
     count = sum(weight.numel() for weight in model.parameters())
     # The formula leaves out biases and norms.
     assert shape.linear + shape.embeddings == pytest.approx(count, rel=1e-3)

@@ -134,9 +134,9 @@ def _lacking(asked: Requirement) -> str | None:
 
 def model(config: DoctorConfig) -> CheckResult:
     """Whether the base model is on this machine, whole. Raises UserError where it is not."""
-    from parallelmind.model.model_files import local_base, weight_files
+    from parallelmind.model.model_files import find_local_base, weight_files
 
-    folder = local_base(config.base_model)
+    folder = find_local_base(config.base_model)
     size = sum(file.stat().st_size for file in weight_files(folder)) / _GIB
     return CheckResult("model", "ok", f"{config.base_model} is whole: {size:.1f} GiB in {folder}")
 

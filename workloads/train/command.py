@@ -23,12 +23,12 @@ from parallelmind.config import TrainConfig
 from parallelmind.config.yaml_file import yaml_values
 from parallelmind.data.files import find_files
 from parallelmind.errors import UserError, format_value, write_error
+from parallelmind.model.manifest import MANIFEST
 from parallelmind.remote import RemotePath
 from workloads.common.read_config import read_config
 
 # In a run's folder.
 CHECKPOINTS, STOP, ADAPTER, MODEL, QUARANTINE = "checkpoints", "STOP", "adapter", "model", "quarantine.jsonl"
-COMPLETE = "parallelmind.json"  # the adapter folder appears whole, this file with it
 _UNWRITABLE = {
     errno.EACCES,
     errno.EDQUOT,
@@ -56,7 +56,7 @@ def run_training(config: TrainConfig) -> RemotePath:
     """
     place = run_place(config)
     result = result_place(config, place)
-    if result.child(COMPLETE).read_bytes():
+    if result.child(MANIFEST).read_bytes():
         print(f"finished before: {result}; change a field or the name to train another")
         return place
     _refuse_changed(config)
@@ -125,7 +125,7 @@ def _refuse_changed(config: TrainConfig) -> None:
         begun_there = any(name.startswith("step-") for name in left.child(CHECKPOINTS).list_names())
         if begun.get("name") != config.name or not begun_there:
             continue
-        if not any(left.child(name).child(COMPLETE).read_bytes() for name in (ADAPTER, MODEL)):
+        if not any(left.child(name).child(MANIFEST).read_bytes() for name in (ADAPTER, MODEL)):
             fields = [
                 name
                 for name, value in begun.items()

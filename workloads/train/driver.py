@@ -20,9 +20,9 @@ from parallelmind.config.yaml_file import save_yaml
 from parallelmind.data.pipeline import epoch_batches, survey
 from parallelmind.data.survey import Survey, write_quarantine
 from parallelmind.errors import UserError
-from parallelmind.model.base_model import load_structure, load_tokenizer
+from parallelmind.model.base_model import load_meta_model, load_tokenizer
 from parallelmind.model.manifest import read_adapter
-from parallelmind.model.support import refuse_unsupported
+from parallelmind.model.support import check_supported
 from parallelmind.remote import RemotePath
 from parallelmind.storage import atomic_file
 from parallelmind.tracking import Tracker, absolute_uri
@@ -98,13 +98,13 @@ def begin(config: TrainConfig, place: RemotePath) -> int:
     base = config.part(ModelConfig)
     vocabulary = len(load_tokenizer(base))
     if config.patch_rope:
-        refuse_unsupported(load_structure(base))
+        check_supported(load_meta_model(base))
     if config.resume_adapter is not None:
         asked = {
             **config.part(RopeConfig).model_dump(),
             **config.part(LoraConfig).model_dump(exclude={"lora_dropout"}),
         }
-        read_adapter(config.resume_adapter).refuse_other_settings(asked)
+        read_adapter(config.resume_adapter).check_settings(asked)
     return vocabulary
 
 

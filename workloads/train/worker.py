@@ -31,8 +31,8 @@ from parallelmind.errors import translate_write_errors
 from parallelmind.layout import Batch
 from parallelmind.model.adapter import add_lora, resume_adapter, save_trained
 from parallelmind.model.base_model import load_base
-from parallelmind.model.lm_head import refuse_unknown_head
-from parallelmind.model.manifest import refuse_to_replace
+from parallelmind.model.lm_head import check_lm_head
+from parallelmind.model.manifest import MANIFEST, check_replaceable
 from parallelmind.model.patch import patch
 from parallelmind.remote import RemotePath
 from parallelmind.storage import atomic_dir, remove_partial_dirs
@@ -40,7 +40,7 @@ from parallelmind.training.checkpoint import CheckpointManager, download, whole_
 from parallelmind.training.loop import Job, train
 from parallelmind.training.outcome import Outcome
 from workloads.common.stopping import StopFile
-from workloads.train.command import CHECKPOINTS, COMPLETE, STOP, result_place
+from workloads.train.command import CHECKPOINTS, STOP, result_place
 from workloads.train.provenance import keep_losses
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def keep(
         "metrics": outcome.metrics,
     }
     result = result_place(task.config, task.place)
-    refuse_to_replace(result.local)
+    check_replaceable(result.local)
     remove_partial_dirs(task.place.local)
     with atomic_dir(result.local) as built:
         with translate_write_errors("output_dir", task.config.output_dir, SafetensorError):
@@ -169,7 +169,7 @@ def keep(
         hooks.tracker.log_folder(built, result.local.name)
         keep_losses(task.place, hooks.tracker)
         hooks.tracker.finish()
-    result.upload(last=COMPLETE)
+    result.upload(last=MANIFEST)
 
 
 def build_model(config: TrainConfig) -> tuple[nn.Module, PreTrainedTokenizerBase]:
@@ -178,7 +178,7 @@ def build_model(config: TrainConfig) -> tuple[nn.Module, PreTrainedTokenizerBase
     model, tokenizer = load_base(
         base if config.tuning == "lora" else base.model_copy(update={"dtype": "float32"})
     )
-    refuse_unknown_head(model)
+    check_lm_head(model)
     if config.patch_rope:
         patch(model, config.part(RopeConfig))
     learner: nn.Module = model

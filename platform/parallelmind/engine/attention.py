@@ -20,7 +20,7 @@ from torch import Tensor
 
 from parallelmind.engine.batch import AttentionSegment
 from parallelmind.layout import Ints
-from parallelmind.model.attention import AttentionBackend
+from parallelmind.model.attention import AttentionBackend, length_bucket
 from parallelmind.visibility import AttentionWindow
 
 
@@ -38,9 +38,9 @@ class CascadeAttention(AttentionBackend):
         super().__init__(tokens)
         alike = defaultdict(list)
         for stretch in stretches:
-            alike[stretch.own, _bucket(len(stretch.queries)), _bucket(len(stretch.keys.slots))].append(
-                stretch
-            )
+            alike[
+                stretch.own, length_bucket(len(stretch.queries)), length_bucket(len(stretch.keys.slots))
+            ].append(stretch)
         self._bundles = [SegmentBatch.of(group, reach, dtype, device) for group in alike.values()]
         self._tokens = tokens
         self._joins = sum(len(stretch.queries) for stretch in stretches) > tokens
@@ -182,7 +182,3 @@ def _side_by_side(keys: Ints) -> slice | None:
     if len(keys) > 1 or (np.diff(keys[0]) != 1).any():
         return None
     return slice(int(keys[0, 0]), int(keys[0, -1]) + 1)
-
-
-def _bucket(length: int) -> int:
-    return max(length - 1, 0).bit_length()

@@ -19,7 +19,7 @@ from parallelmind.config import Visibility
 from parallelmind.engine.block_manager import BlockTable
 from parallelmind.engine.sequence import ScheduledTokens, SequenceState
 from parallelmind.layout import MAIN, Ints
-from parallelmind.visibility import RULES, AttentionWindow, is_sibling, penalty
+from parallelmind.visibility import RULES, AttentionWindow, effective_penalty, is_sibling
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class AttentionSegment:
         seen = RULES[self.rule](q_time, q_sequence, self.keys.time, self.keys.sequence) | (
             q_slots == self.keys.slots
         )
-        near = reach.near(q_time, self.keys.time)
+        near = reach.within(q_time, self.keys.time)
         return seen if near is None else seen & near
 
 
@@ -148,7 +148,7 @@ class SequenceBlocks:
         step.
         """
         queries, rule = np.arange(len(places.slots)), decoding.config.visibility
-        taken = penalty(decoding.config)
+        taken = effective_penalty(decoding.config)
         wide = np.append(False, decoding.reads_all)[places.sequence]
         found, narrow = [], queries[~wide]
         if wide.any():

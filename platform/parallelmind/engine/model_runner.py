@@ -24,7 +24,7 @@ from parallelmind.engine.sequence_group import Running
 from parallelmind.layout import Tokens
 from parallelmind.model.attention import hands_over_masks
 from parallelmind.model.cpu_linears import cpu_linears, small_batch_linear
-from parallelmind.model.mask import layer_reaches
+from parallelmind.model.mask import layer_windows
 from parallelmind.model.patch import is_patched
 from parallelmind.model.rotary import depends_on_length
 from parallelmind.model.structure import causal_lm
@@ -45,7 +45,7 @@ class ModelRunner:
         self.alone = depends_on_length(inner)  # the longest text of a call sets everybody's frequencies
         self.cache = PagedKVCache()
         self._patched = is_patched(inner)
-        self._reaches = layer_reaches(model)
+        self._reaches = layer_windows(model)
         self._reads_itself = hands_over_masks(inner)
 
     def use(self, model: Model) -> None:

@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from parallelmind.model.base_model import meta_model
+from parallelmind.model.base_model import build_meta_model
 
 VOCABULARY = 128
 WINDOW = 6  # tokens that a windowed layer sees
@@ -116,7 +116,7 @@ def tiny_model(model_type: str, attention: str = "eager", seed: int = 0, **overr
     get small.
     """
     config = tiny_config(model_type, **overrides)
-    size = sum(weight.numel() for weight in meta_model(config).parameters())
+    size = sum(weight.numel() for weight in build_meta_model(config).parameters())
     if size > _LARGEST:
         raise ValueError(f"{model_type} has {size:,} parameters at its smallest")
     with torch.random.fork_rng():

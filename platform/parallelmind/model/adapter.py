@@ -23,39 +23,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from parallelmind.config import LoraConfig, ModelConfig, RopeConfig, TrainConfig, resolve
 from parallelmind.errors import UserError, first_line
 from parallelmind.model import pissa
-from parallelmind.model.base_model import load_base, load_structure
+from parallelmind.model.base_model import load_base, load_meta_model
 from parallelmind.model.card import write_card
 from parallelmind.model.full_model import save_model
 from parallelmind.model.manifest import (
     WEIGHTS,
     Manifest,
-    adapter_folder,
+    check_replaceable,
+    fetch_adapter,
     read_adapter,
-    read_manifest,
     read_model,
-    refuse_to_replace,
     write_manifest,
 )
 from parallelmind.model.patch import is_patched, patch, rope_config
-from parallelmind.model.support import refuse_unsupported
-from parallelmind.model.targets import named_targets, not_adaptable
-from parallelmind.model.weights import ADAPTER, load_weights, to_save, trained_weights
+from parallelmind.model.support import check_supported
+from parallelmind.model.targets import excluded_modules, parse_targets
+from parallelmind.model.weights import ADAPTER, load_weights, to_cpu, trained_weights
 from parallelmind.storage import atomic_dir
-
-__all__ = [
-    "Manifest",
-    "add_adapter",
-    "add_lora",
-    "load_adapter",
-    "load_model_with_lora",
-    "load_weights",
-    "read_adapter",
-    "read_manifest",
-    "resume_adapter",
-    "save_adapter",
-    "save_trained",
-    "trained_weights",
-]
 
 
 class _Loading(RopeConfig, ModelConfig):
@@ -78,8 +62,8 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel
         lora_dropout=config.lora_dropout,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
-        target_modules="all-linear" if every else named_targets(model, config.lora_targets),
-        exclude_modules=not_adaptable(model, every) or None,
+        target_modules="all-linear" if every else parse_targets(model, config.lora_targets),
+        exclude_modules=excluded_modules(model, every) or None,
     )
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
@@ -89,7 +73,7 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel
             reason = first_line(error).rstrip(".")
             raise UserError(f"lora_targets={config.lora_targets}: {reason}; choose other layers") from error
         if config.lora_init == "pissa":
-            pissa.start(adapted)
+            pissa.initialize_pissa(adapted)
     return adapted
 
 
@@ -134,15 +118,15 @@ def save_adapter(
     `folder` holds something else.
     """
     folder = Path(folder)
-    refuse_to_replace(folder)
-    stored, lora = pissa.as_plain(model, trained_weights(model) if weights is None else weights, lora)
+    check_replaceable(folder)
+    stored, lora = pissa.to_plain_lora(model, trained_weights(model) if weights is None else weights, lora)
     settings = cast(peft.LoraConfig, copy.copy(model.peft_config[model.active_adapter]))
     settings.r, settings.inference_mode = lora.lora_rank, True
     settings.base_model_name_or_path = (
         base.base_model
     )  # as the user named it, not the path it was loaded from
     with atomic_dir(folder) as built:
-        save_file(to_save(stored), built / WEIGHTS, metadata={"format": "pt"})
+        save_file(to_cpu(stored), built / WEIGHTS, metadata={"format": "pt"})
         settings.save_pretrained(str(built))
         config = cast(PreTrainedModel, model.get_base_model()).config
         manifest = write_manifest(built, base.base_model, config, tokenizer, rope, lora, extra)
@@ -192,7 +176,7 @@ def resume_adapter(
     Raises UserError as `load_adapter`, and where a field of `lora` differs; the dropout alone may be another.
     """
     manifest = read_adapter(folder)
-    manifest.refuse_other_settings(lora.model_dump(exclude={"lora_dropout"}))
+    manifest.check_settings(lora.model_dump(exclude={"lora_dropout"}))
     return _put_on(
         model, tokenizer, folder, manifest, {"inference_mode": False, "lora_dropout": lora.lora_dropout}
     )
@@ -207,10 +191,10 @@ def _put_on(
     name: str = ADAPTER,
 ) -> PeftModel:
     """`changes`: fields of peft's settings that are not to be as they were saved."""
-    folder = adapter_folder(folder)
+    folder = fetch_adapter(folder)
     rope = rope_config(model) if is_patched(model) else manifest.rope.model_copy(update={"patch_rope": False})
-    manifest.refuse_other_settings(rope.model_dump())
-    manifest.refuse_other_base(model.config, tokenizer)
+    manifest.check_settings(rope.model_dump())
+    manifest.check_base(model.config, tokenizer)
     _refuse_dora_on_8bit(model, manifest.lora)
     settings = cast(peft.LoraConfig, peft.PeftConfig.from_pretrained(str(folder)))
     settings.base_model_name_or_path = (
@@ -242,23 +226,21 @@ def load_model_with_lora(
         settings["dtype"] = str(settings["dtype"]).removeprefix("torch.")
     given = settings if base_model is None else {**settings, "base_model": str(base_model)}
     if lora_path is not None:
-        lora_path = adapter_folder(lora_path)
+        lora_path = fetch_adapter(lora_path)
         manifest = read_adapter(lora_path)
-        manifest.refuse_other_settings(
-            settings if lora_rank is None else {**settings, "lora_rank": lora_rank}
-        )
+        manifest.check_settings(settings if lora_rank is None else {**settings, "lora_rank": lora_rank})
         given = {"base_model": manifest.base_model, **manifest.rope.model_dump(), **given}
     elif lora_rank is not None:
         raise UserError(
             f"lora_rank={lora_rank}: needs lora_path, the adapter of that rank; without one leave lora_rank out"
         )
     elif base_model is not None and (tuned := read_model(base_model)):
-        tuned.refuse_other_settings(settings)
+        tuned.check_settings(settings)
         given = {**tuned.rope.model_dump(), **given}
     config = resolve(_Loading, given, source="load_model_with_lora")
     base = config.part(ModelConfig)
     if config.patch_rope:
-        refuse_unsupported(load_structure(base))  # before any weight is read
+        check_supported(load_meta_model(base))  # before any weight is read
     model, tokenizer = load_base(base, attn_implementation)
     if config.patch_rope:
         patch(model, config.part(RopeConfig))

@@ -116,7 +116,7 @@ AttentionInterface.register("sdpa", _attend)
 AttentionInterface.register(FLEX, _attend_in_blocks)
 
 
-def bucket(length: int) -> int:
+def length_bucket(length: int) -> int:
     """The lengths that are treated alike: up to this power of two."""
     return 1 << max(length - 1, 0).bit_length()
 
@@ -127,7 +127,7 @@ def compute_dtype(model: PreTrainedModel | PeftModel) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
 
 
-def attention_for(model: nn.Module, length: int, dtype: torch.dtype) -> str:
+def choose_attention(model: nn.Module, length: int, dtype: torch.dtype) -> str:
     """What reads a whole sequence of this length: flex_attention, or what the model is set to. The same
     within a bucket.
 
@@ -137,7 +137,12 @@ def attention_for(model: nn.Module, length: int, dtype: torch.dtype) -> str:
     own = str(inner.config._attn_implementation)
     # An unpatched model makes masks of its own; on eager, a model's attention does something that sdpa does
     # not; and not every compiler takes a penalty together with changing lengths.
-    long = own == "sdpa" and bucket(length) > FLEX_ABOVE and is_patched(inner) and not sibling_penalty(inner)
+    long = (
+        own == "sdpa"
+        and length_bucket(length) > FLEX_ABOVE
+        and is_patched(inner)
+        and not sibling_penalty(inner)
+    )
     return FLEX if long and _fits_device(inner.device, dtype) and _fits_model(inner) else own
 
 
@@ -199,14 +204,14 @@ class AttentionLogger:
     def __call__(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The same batches; a line comes before the first of a bucket of which none has told yet."""
         for batch in batches:
-            limit = bucket(batch.ids.shape[1])
+            limit = length_bucket(batch.ids.shape[1])
             if limit not in self._seen:
                 self._seen.add(limit)
                 self._tell(limit)
             yield batch
 
     def _tell(self, limit: int) -> None:
-        name = attention_for(self._model, limit, self._dtype)
+        name = choose_attention(self._model, limit, self._dtype)
         if limit > self._said.get(name, 0):
             self._said[name] = limit
             self._say(f"attention: {name} for up to {limit} tokens")

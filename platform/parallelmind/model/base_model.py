@@ -34,7 +34,7 @@ from transformers.utils import logging as transformers_logging
 
 from parallelmind.config import ModelConfig
 from parallelmind.errors import UserError, first_line
-from parallelmind.model.quantize import quantization
+from parallelmind.model.quantize import quantization_config
 from parallelmind.storage import cache_dir, fsync_dir, sha256
 
 SMOLLM2 = "smollm2-135m"
@@ -50,7 +50,7 @@ _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-def resolve_base(name: str) -> str:
+def resolve_base_model(name: str) -> str:
     """The local folder or hub id that transformers should load for `name`; fetches smollm2-135m on first use.
 
     Raises UserError for a folder without config.json, for a name of no known shape and for a failed fetch.
@@ -89,8 +89,8 @@ def load_base(
         raise UserError(
             f"attn_implementation={attn_implementation}: not supported; choose one of {', '.join(ATTENTION)}"
         )
-    bits = quantization(config)
-    source = resolve_base(config.base_model)
+    bits = quantization_config(config)
+    source = resolve_base_model(config.base_model)
     with _load_errors(config.base_model), no_progress_bars():
         model = AutoModelForCausalLM.from_pretrained(
             source,
@@ -104,23 +104,23 @@ def load_base(
     return model.eval(), load_tokenizer(config)
 
 
-def load_structure(config: ModelConfig) -> PreTrainedModel:
+def load_meta_model(config: ModelConfig) -> PreTrainedModel:
     """The model without its weights, on the meta device: enough to see what it can do. Raises UserError as
     `load_base`.
     """
-    found = load_config(config)
+    found = load_base_config(config)
     with _load_errors(config.base_model):
-        return meta_model(found, config.trust_remote_code)
+        return build_meta_model(found, config.trust_remote_code)
 
 
-def load_config(config: ModelConfig) -> PreTrainedConfig:
+def load_base_config(config: ModelConfig) -> PreTrainedConfig:
     """What the model says of itself. Raises UserError as `load_base`."""
-    source = resolve_base(config.base_model)
+    source = resolve_base_model(config.base_model)
     with _load_errors(config.base_model):
         return AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
 
 
-def meta_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+def build_meta_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
     """The structure that a configuration describes, on the meta device."""
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -131,7 +131,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The base model's tokenizer, with eos as padding where it has none. Raises UserError where it cannot be
     loaded.
     """
-    source = resolve_base(config.base_model)
+    source = resolve_base_model(config.base_model)
     with _load_errors(config.base_model):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
     if tokenizer.pad_token is None:
@@ -250,7 +250,7 @@ def _convert(source: Path, built: Path) -> None:
 
 if __name__ == "__main__":
     try:
-        print(resolve_base(SMOLLM2))
+        print(resolve_base_model(SMOLLM2))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -18,7 +18,7 @@ from parallelmind.layout import Tokens, arrange, collate
 from parallelmind.model.adapter import load_model_with_lora
 from parallelmind.model.base_model import no_progress_bars
 from parallelmind.model.full_model import write_model
-from parallelmind.model.manifest import read_adapter, refuse_to_replace
+from parallelmind.model.manifest import check_replaceable, read_adapter
 from parallelmind.model.mask import attention_masks
 from parallelmind.model.patch import is_patched, unpatch
 from parallelmind.storage import atomic_dir
@@ -43,7 +43,7 @@ def export(
     output = Path(output_path)
     manifest = read_adapter(lora_path)
     _refuse_inexact(lora_path, manifest.rope)
-    refuse_to_replace(output, "output_path")
+    check_replaceable(output, "output_path")
     base = ModelConfig(base_model=base_model or manifest.base_model, trust_remote_code=trust_remote_code)
     model, tokenizer = load_model_with_lora(
         base.base_model, lora_path, dtype=base.dtype, trust_remote_code=base.trust_remote_code

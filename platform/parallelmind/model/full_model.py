@@ -12,8 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from parallelmind.config import ModelConfig, RopeConfig
 from parallelmind.model.base_model import no_progress_bars
 from parallelmind.model.card import write_card
-from parallelmind.model.manifest import refuse_to_replace, write_manifest
-from parallelmind.model.weights import to_save, trained_weights
+from parallelmind.model.manifest import check_replaceable, write_manifest
+from parallelmind.model.weights import to_cpu, trained_weights
 from parallelmind.storage import atomic_dir
 
 
@@ -32,7 +32,7 @@ def save_model(
     `trained_weights`. Raises UserError if `folder` holds something else.
     """
     folder = Path(folder)
-    refuse_to_replace(folder)
+    check_replaceable(folder)
     with atomic_dir(folder) as built:
         write_model(model, tokenizer, built, base, rope, extra, weights)
 
@@ -49,7 +49,7 @@ def write_model(
     """`save_model` into an empty folder that is there."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     buffers = {name: value for name, value in model.state_dict().items() if name not in parameters}
-    state = to_save({**(trained_weights(model) if weights is None else weights), **buffers})
+    state = to_cpu({**(trained_weights(model) if weights is None else weights), **buffers})
     with no_progress_bars():
         model.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)

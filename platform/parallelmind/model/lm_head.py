@@ -50,7 +50,7 @@ def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def refuse_unknown_head(model: PreTrainedModel) -> None:
+def check_lm_head(model: PreTrainedModel) -> None:
     """Raises UserError if the model's logits are not what its class makes of its hidden states."""
     ids = torch.tensor([[1, 2]], device=model.device)
     hidden = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state[0]

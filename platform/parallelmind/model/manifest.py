@@ -9,15 +9,17 @@ import json
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from parallelmind.config import FrozenConfig, LoraConfig, RopeConfig
 from parallelmind.errors import UserError, format_value
 from parallelmind.remote import fetch_cached
 from parallelmind.storage import sha256
+
+if TYPE_CHECKING:  # processes that only look for a manifest load no model library
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 MANIFEST = "parallelmind.json"
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
@@ -52,7 +54,7 @@ class Manifest(FrozenConfig):
     files: dict[str, str] = Field(description="SHA-256 of each file")
     extra: dict[str, Any] = Field(description="what the writer adds: the run's id, metrics")
 
-    def refuse_other_settings(self, given: Mapping[str, Any]) -> None:
+    def check_settings(self, given: Mapping[str, Any]) -> None:
         """Raises UserError, naming both values, for a field of rope or lora that is not as given here."""
         trained = {**self.rope.model_dump(), **(self.lora.model_dump() if self.lora else {})}
         for field, value in given.items():
@@ -62,7 +64,7 @@ class Manifest(FrozenConfig):
                     f"{field}={format_value(value)}: the {what} has {field}={format_value(trained[field])}; use that value"
                 )
 
-    def refuse_other_base(self, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    def check_base(self, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raises UserError where architecture or chat template are not those of the base it was trained
         on.
         """
@@ -78,7 +80,7 @@ class Manifest(FrozenConfig):
                 )
 
 
-def adapter_folder(path: str | Path) -> Path:
+def fetch_adapter(path: str | Path) -> Path:
     """An adapter's folder; one at a URI is copied here first. Raises UserError where it cannot be reached."""
     return fetch_cached(path, MANIFEST, "lora_path")
 
@@ -86,9 +88,9 @@ def adapter_folder(path: str | Path) -> Path:
 def read_adapter(path: str | Path) -> Manifest:
     """The manifest of an adapter, in a folder or at a URI.
 
-    Raises UserError as `read_manifest` and `adapter_folder`, and for what is no adapter in safetensors.
+    Raises UserError as `read_manifest` and `fetch_adapter`, and for what is no adapter in safetensors.
     """
-    folder = adapter_folder(path)
+    folder = fetch_adapter(path)
     if (folder / PICKLE).is_file() and not (folder / WEIGHTS).is_file():
         raise UserError(
             f"lora_path={folder}: {PICKLE} is a pickle, which could run code; save the adapter as safetensors"
@@ -155,7 +157,7 @@ def _parse(folder: Path, field: str) -> Manifest:
         raise damaged(f"{where}: {problem['msg']}") from error
 
 
-def refuse_to_replace(folder: Path, field: str = "folder") -> None:
+def check_replaceable(folder: Path, field: str = "folder") -> None:
     """Raises UserError if `folder` is there and holds anything but what parallelmind wrote; `field` names
     it.
     """

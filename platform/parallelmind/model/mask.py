@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from parallelmind.config import Visibility
 from parallelmind.layout import PADDING
-from parallelmind.model.attention import BIAS, FLEX, attention_for, compute_dtype
+from parallelmind.model.attention import BIAS, FLEX, choose_attention, compute_dtype
 from parallelmind.model.patch import sibling_penalty
 from parallelmind.model.structure import causal_lm, decoder
 from parallelmind.visibility import RULES, AttentionWindow, is_sibling
@@ -26,7 +26,7 @@ _WINDOWED = "create_sliding_window_causal_mask"  # what a module of transformers
 Mask = Tensor | BlockMask
 
 
-def layer_reaches(model: PreTrainedModel | PeftModel) -> dict[str, AttentionWindow]:
+def layer_windows(model: PreTrainedModel | PeftModel) -> dict[str, AttentionWindow]:
     """The reach of every layer type of a model."""
     config = model.config.get_text_config(decoder=True)
     window, chunk = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
@@ -53,28 +53,32 @@ def attention_masks(
     """The masks of a call as the model takes them: one where its layers reach equally far, else one per layer
     type.
 
-    Arguments are those of `visible`. Dense, or for a whole sequence that FlexAttention reads, in blocks.
+    Arguments are those of `visibility_mask`. Dense, or for a whole sequence that FlexAttention reads, in blocks.
     Raises ValueError for an attention implementation that takes no such mask.
     """
     keys, own = time.shape[-1], str(model.config._attn_implementation)
-    reader = attention_for(model, keys, compute_dtype(model)) if queries is None else own
-    reaches, penalty = layer_reaches(model), sibling_penalty(model)
+    reader = choose_attention(model, keys, compute_dtype(model)) if queries is None else own
+    reaches, penalty = layer_windows(model), sibling_penalty(model)
     masks: dict[AttentionWindow, Mask]
     if reader == FLEX:
-        masks = {reach: blocks(time, sequence, visibility, reach, queries) for reach in set(reaches.values())}
+        masks = {
+            reach: block_mask(time, sequence, visibility, reach, queries) for reach in set(reaches.values())
+        }
         for mask in masks.values() if penalty else ():
             setattr(mask, BIAS, SiblingBias(sequence[:, -(queries or keys) :], sequence, penalty))
     else:
-        seen = visible(time, sequence, visibility, queries)
+        seen = visibility_mask(time, sequence, visibility, queries)
         q_time, k_time = time[:, None, keys - seen.shape[-2] :, None], time[:, None, None, :]
-        near = {reach: reach.near(q_time, k_time) for reach in reaches.values()}
+        near = {reach: reach.within(q_time, k_time) for reach in reaches.values()}
         away = (
             is_sibling(sequence[:, None, keys - seen.shape[-2] :, None], sequence[:, None, None, :])
             if penalty
             else None
         )
         masks = {
-            reach: for_attention(seen if part is None else seen & part, own, model.dtype, penalty, away)
+            reach: dense_attention_mask(
+                seen if part is None else seen & part, own, model.dtype, penalty, away
+            )
             for reach, part in near.items()
         }
     if len(masks) == 1:
@@ -95,7 +99,9 @@ class SiblingBias:
         return -self._penalty * is_sibling(self._q_sequence[batch, query], self._k_sequence[batch, key])
 
 
-def visible(time: Tensor, sequence: Tensor, visibility: Visibility, queries: int | None = None) -> Tensor:
+def visibility_mask(
+    time: Tensor, sequence: Tensor, visibility: Visibility, queries: int | None = None
+) -> Tensor:
     """Which key every query sees.
 
     time, sequence: `[batch, keys]` integers, sequence -1 where there is only padding. The queries are the
@@ -118,13 +124,13 @@ def _others(
     return seen & (k_sequence != PADDING) & (q_sequence != PADDING)
 
 
-def blocks(
+def block_mask(
     time: Tensor, sequence: Tensor, visibility: Visibility, reach: AttentionWindow, queries: int | None = None
 ) -> BlockMask:
     """The mask as FlexAttention takes it: which blocks of tokens hold visible pairs, and the rule within a
     block.
 
-    Arguments are those of `visible`. Pairs are looked at in slices: no `[queries, keys]` tensor ever exists.
+    Arguments are those of `visibility_mask`. Pairs are looked at in slices: no `[queries, keys]` tensor ever exists.
     """
     time, sequence = time.int(), sequence.int()  # the kernel reads them for every pair, in every layer
     place = torch.arange(time.shape[1], device=time.device)
@@ -135,7 +141,7 @@ def blocks(
         times = q_time[batch, query], time[batch, key]
         seen = _others(visibility, times[0], q_sequence[batch, query], times[1], sequence[batch, key])
         seen = seen | (q_place[query] == key)
-        near = reach.near(*times)
+        near = reach.within(*times)
         return seen if near is None else seen & near
 
     batch = torch.arange(len(time), device=time.device)[:, None, None]
@@ -163,7 +169,7 @@ def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
     ).int()
 
 
-def for_attention(
+def dense_attention_mask(
     seen: Tensor, implementation: str, dtype: torch.dtype, penalty: float = 0.0, away: Tensor | None = None
 ) -> Tensor:
     """The mask in the form that the model's attention takes, made once for all layers.

@@ -13,9 +13,9 @@ from parallelmind.errors import UserError, first_line
 from parallelmind.model.base_model import (
     SMOLLM2,
     is_hub_id,
-    load_config,
+    load_base_config,
     load_tokenizer,
-    resolve_base,
+    resolve_base_model,
     smollm2_folder,
 )
 
@@ -27,7 +27,7 @@ _WEIGHTS = (
 )
 
 
-def local_base(name: str) -> Path:
+def find_local_base(name: str) -> Path:
     """The folder that holds the model. Raises UserError, with how to get it, where it is missing or not
     whole.
     """
@@ -39,7 +39,7 @@ def local_base(name: str) -> Path:
     if broken:
         raise UserError(f"base_model={name}: {folder} is not whole ({broken}); {_again(name, folder)}")
     inside = ModelConfig(base_model=str(folder))
-    load_config(inside)
+    load_base_config(inside)
     load_tokenizer(inside)
     return folder
 
@@ -59,7 +59,7 @@ def _folder(name: str) -> Path:
         if not (folder / "config.json").is_file():
             raise UserError(f"base_model={name}: is not in {folder.parent} yet; run `make model`")
         return folder
-    resolve_base(name)  # what has no known shape is refused
+    resolve_base_model(name)  # what has no known shape is refused
     if not is_hub_id(name):
         return Path(name).expanduser()
     config = try_to_load_from_cache(name, "config.json")

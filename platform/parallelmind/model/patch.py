@@ -22,8 +22,8 @@ from parallelmind.errors import UserError
 from parallelmind.model import forward_context as coordinates
 from parallelmind.model import rotary
 from parallelmind.model.structure import decoder
-from parallelmind.model.support import refuse_unsupported
-from parallelmind.visibility import penalty
+from parallelmind.model.support import check_supported
+from parallelmind.visibility import effective_penalty
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ def patch(model: PreTrainedModel, config: RopeConfig) -> None:
     """
     if is_patched(model):
         raise UserError("model: is patched already; unpatch it first")
-    refuse_unsupported(model)
+    check_supported(model)
     if config.rope_2d_ratio > 0:
         rotary.patch_rotary(model, config)
     handles = []
@@ -74,7 +74,7 @@ def rope_config(model: nn.Module) -> RopeConfig:
 
 def sibling_penalty(model: nn.Module) -> float:
     """What is taken off the attention scores of siblings; nothing in a model that is not patched."""
-    return penalty(rope_config(model)) if is_patched(model) else 0.0
+    return effective_penalty(rope_config(model)) if is_patched(model) else 0.0
 
 
 def _patch_of(model: nn.Module) -> _Patch:

@@ -24,7 +24,7 @@ _START = "_pissa_start"
 _SPARE, _ITERATIONS = 8, 16  # directions sought beside those wanted, which sharpens them
 
 
-def start(model: PeftModel) -> None:
+def initialize_pissa(model: PeftModel) -> None:
     """Move the leading directions of every adapted weight from the base into the adapter; the model computes
     what it did.
 
@@ -80,7 +80,7 @@ def _split(layer: LoraLayer) -> None:
     weight.copy_(weight.double() - scale * b.double() @ a.double())
 
 
-def as_plain(
+def to_plain_lora(
     model: PeftModel, weights: Mapping[str, Tensor], lora: LoraConfig
 ) -> tuple[Mapping[str, Tensor], LoraConfig]:
     """An adapter for the untouched base that does what `weights` do on the model's own, and its settings.

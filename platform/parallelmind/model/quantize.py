@@ -12,7 +12,7 @@ from parallelmind.config import ModelConfig
 from parallelmind.errors import UserError
 
 
-def quantization(config: ModelConfig) -> BitsAndBytesConfig | None:
+def quantization_config(config: ModelConfig) -> BitsAndBytesConfig | None:
     """How bitsandbytes should hold the linear layers. Raises UserError where it is not installed."""
     if config.quantize == "none":
         return None

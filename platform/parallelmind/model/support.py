@@ -47,7 +47,7 @@ def assess(model: PreTrainedModel) -> Support:
     return Support(_family(rotary))
 
 
-def refuse_unsupported(model: PreTrainedModel) -> None:
+def check_supported(model: PreTrainedModel) -> None:
     """Raises UserError with the reason and the remedy if the model cannot hold parallel branches."""
     support = assess(model)
     if support.reason:

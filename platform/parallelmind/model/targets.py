@@ -10,7 +10,7 @@ from parallelmind.errors import UserError
 from parallelmind.model.structure import text_modules
 
 
-def not_adaptable(model: PreTrainedModel, every: bool) -> list[str]:
+def excluded_modules(model: PreTrainedModel, every: bool) -> list[str]:
     """Linear layers that LoRA must leave alone: those of other towers, which text never passes. Where every
     layer is asked for, also routers of experts, which are built as linear layers but return more than one
     tensor, and the last layer of a recurrent mixer, whose kernels read the weight past the layer.
@@ -36,7 +36,7 @@ def _is_router(linear: nn.Linear) -> bool:
     return not isinstance(linear(probe), Tensor)
 
 
-def named_targets(model: nn.Module, given: str) -> list[str]:
+def parse_targets(model: nn.Module, given: str) -> list[str]:
     """The layers named in a comma-separated list. Raises UserError for one that the model does not have.
 
     peft is content when one name of several matches, so a misspelt one would be left out in silence.

@@ -45,6 +45,6 @@ def load_weights(
         weight.copy_(saved[name])
 
 
-def to_save(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_cpu(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same on the CPU, in the form that safetensors takes."""
     return {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from parallelmind.errors import UserError, first_line
-from parallelmind.model.adapter import trained_weights
+from parallelmind.model.weights import trained_weights
 from parallelmind.remote import RemotePath
 from parallelmind.storage import atomic_dir, remove_partial_dirs, sha256
 from parallelmind.training.step import Totals

@@ -21,9 +21,9 @@ from transformers import set_seed
 from parallelmind.config import TrainConfig
 from parallelmind.errors import UserError
 from parallelmind.layout import Batch
-from parallelmind.model.adapter import load_weights
 from parallelmind.model.attention import AttentionLogger
 from parallelmind.model.structure import causal_lm
+from parallelmind.model.weights import load_weights
 from parallelmind.training import checkpoint
 from parallelmind.training.checkpoint import CheckpointManager, State
 from parallelmind.training.loss import TargetLoss

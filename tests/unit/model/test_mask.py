@@ -14,8 +14,8 @@ from parallelmind.evaluation.probes import patched
 from parallelmind.layout import PADDING, Tokens, arrange, collate
 from parallelmind.model import attention
 from parallelmind.model.adapter import add_lora
-from parallelmind.model.attention import FLEX, FLEX_ABOVE, AttentionLogger, attention_for, bucket
-from parallelmind.model.mask import attention_masks, blocks, visible
+from parallelmind.model.attention import FLEX, FLEX_ABOVE, AttentionLogger, choose_attention, length_bucket
+from parallelmind.model.mask import attention_masks, block_mask, visibility_mask
 from parallelmind.visibility import AttentionWindow
 
 FIELDS = [
@@ -46,11 +46,11 @@ def places(length: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_blocks_hold_what_is_visible(length, visibility, reach, share):
     time, sequence = places(length)
     queries = None if share is None else max(int(length * share), 1)
-    seen = visible(time, sequence, visibility, queries)
+    seen = visibility_mask(time, sequence, visibility, queries)
     first = length - seen.shape[2]
-    near = reach.near(time[:, None, first:, None], time[:, None, None, :])
+    near = reach.within(time[:, None, first:, None], time[:, None, None, :])
     seen = seen if near is None else seen & near
-    mask = blocks(time, sequence, visibility, reach, queries)
+    mask = block_mask(time, sequence, visibility, reach, queries)
     assert torch.equal(create_mask(mask.mask_mod, 2, 1, *seen.shape[2:], device="cpu"), seen)
     expected = create_block_mask(mask.mask_mod, 2, None, *seen.shape[2:], device="cpu")
     assert mask.shape == expected.shape
@@ -62,7 +62,7 @@ def test_blocks_are_found_without_a_dense_mask():
     length = 8192
     time, sequence = torch.arange(length)[None], torch.ones(1, length, dtype=torch.long)
     with Largest() as made:
-        blocks(time, sequence, "isolated", AttentionWindow(window=100))
+        block_mask(time, sequence, "isolated", AttentionWindow(window=100))
     assert made.bytes < length * length / 2
 
 
@@ -70,7 +70,7 @@ def test_isolated_branches_leave_most_blocks_out():
     main, branches = [1] * 1024, [[2] * 512] * 8
     config = RopeConfig(visibility="isolated")
     batch = collate([arrange(Tokens.of(main, branches), config)], pad_id=0)
-    mask = blocks(
+    mask = block_mask(
         torch.from_numpy(batch.pos2d[..., 1]), torch.from_numpy(batch.sequence), "isolated", AttentionWindow()
     )
     assert mask.sparsity() > 65  # percent; plain causal attention leaves out 49
@@ -117,7 +117,10 @@ def test_a_new_length_is_not_compiled_anew():
         time, sequence = torch.arange(length).expand(3, -1), torch.ones(3, length, dtype=torch.long)
         query = torch.randn(3, 2, length, 16)
         found = read(
-            query, query, query, block_mask=blocks(time, sequence, "columnar", AttentionWindow(window=5000))
+            query,
+            query,
+            query,
+            block_mask=block_mask(time, sequence, "columnar", AttentionWindow(window=5000)),
         )
         expected = torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -125,26 +128,26 @@ def test_a_new_length_is_not_compiled_anew():
 
 
 def test_buckets_are_powers_of_two():
-    assert [bucket(length) for length in (1, 2, 3, 512, 513, 8192)] == [1, 2, 4, 512, 1024, 8192]
-    assert bucket(FLEX_ABOVE) == FLEX_ABOVE
+    assert [length_bucket(length) for length in (1, 2, 3, 512, 513, 8192)] == [1, 2, 4, 512, 1024, 8192]
+    assert length_bucket(FLEX_ABOVE) == FLEX_ABOVE
 
 
 def test_flex_attention_is_chosen_for_long_sequences_on_a_card_it_is_made_for(monkeypatch):
     model = variant("shared", "sdpa")
     lengths, half = (FLEX_ABOVE, FLEX_ABOVE + 1), torch.bfloat16
     with patched(model, RopeConfig(sibling_penalty=0)):
-        assert [attention_for(model, length, half) for length in lengths] == ["sdpa", "sdpa"]  # no card
+        assert [choose_attention(model, length, half) for length in lengths] == ["sdpa", "sdpa"]  # no card
         monkeypatch.setattr(attention, "_fits_device", lambda device, dtype: dtype == half)
-        assert [attention_for(model, length, half) for length in lengths] == ["sdpa", FLEX]
-        assert attention_for(model, lengths[1], torch.float32) == "sdpa"
-        assert attention_for(add_lora(model, LoraConfig(lora_rank=2), seed=0), lengths[1], half) == FLEX
+        assert [choose_attention(model, length, half) for length in lengths] == ["sdpa", FLEX]
+        assert choose_attention(model, lengths[1], torch.float32) == "sdpa"
+        assert choose_attention(add_lora(model, LoraConfig(lora_rank=2), seed=0), lengths[1], half) == FLEX
         model.model.layers[1].self_attn.attention_dropout = 0.1
-        assert attention_for(model, lengths[1], half) == "sdpa"
+        assert choose_attention(model, lengths[1], half) == "sdpa"
         model.model.layers[1].self_attn.attention_dropout = 0.0
         model.set_attn_implementation("eager")
-        assert attention_for(model, lengths[1], half) == "eager"
+        assert choose_attention(model, lengths[1], half) == "eager"
     model.set_attn_implementation("sdpa")
-    assert attention_for(model, lengths[1], half) == "sdpa"  # unpatched, its masks are its own
+    assert choose_attention(model, lengths[1], half) == "sdpa"  # unpatched, its masks are its own
 
 
 def test_heads_of_a_size_that_the_kernel_refuses_keep_sdpa():
@@ -152,7 +155,7 @@ def test_heads_of_a_size_that_the_kernel_refuses_keep_sdpa():
         model = variant("shared", "sdpa")
         model.model.layers[0].self_attn.head_dim = size
         with patched(model, RopeConfig(sibling_penalty=0)), chosen():
-            assert attention_for(model, 100, model.dtype) == reader
+            assert choose_attention(model, 100, model.dtype) == reader
 
 
 def test_a_bucket_is_announced_unless_a_longer_one_was():

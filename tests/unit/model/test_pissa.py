@@ -16,13 +16,8 @@ from tiny import tiny_llama, tiny_tokenizer
 from parallelmind.config import ModelConfig
 from parallelmind.errors import UserError
 from parallelmind.evaluation.tiny_models import tiny_model
-from parallelmind.model.adapter import (
-    add_lora,
-    load_model_with_lora,
-    load_weights,
-    save_adapter,
-    trained_weights,
-)
+from parallelmind.model.adapter import add_lora, load_model_with_lora, save_adapter
+from parallelmind.model.weights import load_weights, trained_weights
 
 
 def test_a_pissa_adapter_works_in_a_fresh_process_by_its_stored_rank(

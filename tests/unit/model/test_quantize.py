@@ -11,14 +11,10 @@ from adapting import ROPE, logits, lora, train
 
 from parallelmind.config import ModelConfig
 from parallelmind.errors import UserError
-from parallelmind.model.adapter import (
-    add_lora,
-    load_model_with_lora,
-    save_adapter,
-    trained_weights,
-)
+from parallelmind.model.adapter import add_lora, load_model_with_lora, save_adapter
 from parallelmind.model.base_model import load_base
 from parallelmind.model.patch import is_patched
+from parallelmind.model.weights import trained_weights
 
 
 def test_without_bitsandbytes_quantising_is_refused(

@@ -19,9 +19,9 @@ from parallelmind.errors import UserError, UserNotice
 from parallelmind.evaluation.tiny_models import causal_lm_types, tiny_config, tiny_model, tiny_tokenizer
 from parallelmind.layout import Tokens, arrange, collate
 from parallelmind.model.adapter import add_lora, load_model_with_lora, save_adapter
-from parallelmind.model.base_model import load_base, meta_model
+from parallelmind.model.base_model import build_meta_model, load_base
 from parallelmind.model.lm_head import head_logits
-from parallelmind.model.mask import layer_reaches
+from parallelmind.model.mask import layer_windows
 from parallelmind.model.patch import is_patched, patch
 from parallelmind.model.structure import decoder
 from parallelmind.model.support import assess
@@ -83,7 +83,7 @@ def test_a_patchable_model_is_not_decoded_in_rows_in_silence():
 @pytest.mark.parametrize("model_type", ["llama", "llama4_text", "mamba", "gpt2", "minimax_m3_vl_text"])
 def test_structure_alone_tells(model_type):
     """What the meta device says is what the weights say."""
-    assert assess(meta_model(tiny_config(model_type))) == assess(tiny_model(model_type))
+    assert assess(build_meta_model(tiny_config(model_type))) == assess(tiny_model(model_type))
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_structure_alone_tells(model_type):
     ],
 )
 def test_how_far_layers_reach(model_type, reaches):
-    assert layer_reaches(meta_model(tiny_config(model_type))) == reaches
+    assert layer_windows(build_meta_model(tiny_config(model_type))) == reaches
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def test_loss_falls_and_lines_and_metrics_are_told(tmp_path: Path) -> None:
 
 def test_attention_is_told_once_for_all_shorter_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        attention, "attention_for", lambda _, limit, __: "flex_attention" if limit > 256 else "sdpa"
+        attention, "choose_attention", lambda _, limit, __: "flex_attention" if limit > 256 else "sdpa"
     )
     lines: list[str] = []
     say = attention.AttentionLogger(tiny_llama(), torch.float32, lines.append)

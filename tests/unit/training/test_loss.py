@@ -20,7 +20,7 @@ from parallelmind.data.packing import make_batch
 from parallelmind.errors import UserError
 from parallelmind.layout import Batch, Tokens
 from parallelmind.model.adapter import add_lora
-from parallelmind.model.lm_head import refuse_unknown_head
+from parallelmind.model.lm_head import check_lm_head
 from parallelmind.model.patch import patch
 from parallelmind.model.structure import causal_lm
 from parallelmind.training import loss as loss_module
@@ -115,7 +115,7 @@ def test_mean_over_targets_does_not_depend_on_the_split() -> None:
 
 def test_a_head_that_its_class_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_llama()
-    refuse_unknown_head(model)
+    check_lm_head(model)
     forward = model.forward
 
     def capped(*args: object, **kwargs: object) -> object:
@@ -125,7 +125,7 @@ def test_a_head_that_its_class_does_not_know_is_refused(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(model, "forward", capped)
     with pytest.raises(UserError, match="not its own forward"):
-        refuse_unknown_head(model)
+        check_lm_head(model)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])

@@ -18,14 +18,13 @@ from parallelmind.errors import UserError
 from parallelmind.model.adapter import (
     add_lora,
     load_model_with_lora,
-    load_weights,
-    read_manifest,
     resume_adapter,
     save_adapter,
     save_trained,
-    trained_weights,
 )
+from parallelmind.model.manifest import read_manifest
 from parallelmind.model.patch import patch, rope_config
+from parallelmind.model.weights import load_weights, trained_weights
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {},
