@@ -1,4 +1,4 @@
-"""A real MLflow database in a temporary folder."""
+"""Tracking and registry against a real MLflow database in a temporary folder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_a_relative_database_becomes_absolute(tmp_path: Path, monkeypatch: pytes
         assert absolute_uri(uri) == uri
 
 
-def test_a_run_is_kept_and_gone_on_with(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_stored_and_resumed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     tracker = Tracker.start(uri, "tests", "one", CONFIG, "key")
     tracker.log_metrics({"loss": 1.5, "validation/loss_4": 2.0, "gradient_norm": math.nan}, step=3)
@@ -33,8 +33,8 @@ def test_a_run_is_kept_and_gone_on_with(tmp_path: Path, capfd: pytest.CaptureFix
     (tmp_path / "adapter" / "weights").write_text("w")
     Tracker(uri, tracker.run_id).log_folder(tmp_path / "adapter", "adapter")
     tracker.finish("KILLED")
-    elsewhere = CONFIG.model_copy(update={"num_workers": 4})
-    assert Tracker.start(uri, "tests", "one", elsewhere, "key").run_id == tracker.run_id
+    resumed_config = CONFIG.model_copy(update={"num_workers": 4})
+    assert Tracker.start(uri, "tests", "one", resumed_config, "key").run_id == tracker.run_id
     run = MlflowClient(uri).get_run(tracker.run_id)
     assert run.info.status == "RUNNING"
     assert run.data.params["learning_rate"] == str(CONFIG.learning_rate)
@@ -46,10 +46,10 @@ def test_a_run_is_kept_and_gone_on_with(tmp_path: Path, capfd: pytest.CaptureFix
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_begin_that_was_cut_short_is_found_by_its_key(
+def test_a_run_whose_creation_was_interrupted_is_found_by_its_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed after the run was created and before anything was noted of it."""
+    """The process is killed after the run was created and before its parameters were logged."""
     uri = f"sqlite:///{tmp_path}/mlflow.db"
 
     def killed(*_: object) -> None:
@@ -66,46 +66,44 @@ def test_a_begin_that_was_cut_short_is_found_by_its_key(
     assert client.get_run(tracker.run_id).data.params["seed"] == "0"
 
 
-def test_what_is_repeated_after_an_interruption_is_logged_once(tmp_path: Path) -> None:
+def test_repeated_steps_are_logged_once(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     tracker = Tracker.start(uri, "tests", "one", CONFIG, "key")
     for step in (1, 2, 3):
         tracker.log_metrics({"loss": float(step)}, step)
-    again = Tracker(uri, tracker.run_id)
+    resumed = Tracker(uri, tracker.run_id)
     for step in (2, 3, 4):
-        again.log_metrics({"loss": 10.0 + step, "validation/loss_1": 1.0}, step)
-        again.log_metrics({"loss": 20.0}, step)
-    assert again.metric_history("loss") == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 14.0)]
-    assert [step for step, _ in again.metric_history("validation/loss_1")] == [2, 3, 4]
-    assert again.metric_names() == ["loss", "validation/loss_1"]
+        resumed.log_metrics({"loss": 10.0 + step, "validation/loss_1": 1.0}, step)
+        resumed.log_metrics({"loss": 20.0}, step)
+    assert resumed.metric_history("loss") == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 14.0)]
+    assert [step for step, _ in resumed.metric_history("validation/loss_1")] == [2, 3, 4]
+    assert resumed.metric_names() == ["loss", "validation/loss_1"]
 
 
 @pytest.mark.parametrize("uri", ["sqlite:////proc/nowhere/x.db", "file:///tmp/mlruns", "nonsense://x"])
-def test_a_store_that_cannot_be_used_is_a_user_error(uri: str) -> None:
+def test_an_unusable_store_is_a_user_error(uri: str) -> None:
     with pytest.raises(UserError, match="mlflow_uri=") as caught:
         Tracker.start(uri, "tests", "one", CONFIG, "key")
     assert "\n" not in str(caught.value)
 
 
-def test_a_run_that_has_ended_keeps_its_time(tmp_path: Path) -> None:
+def test_a_finished_run_keeps_its_end_time(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     tracker = Tracker.start(uri, "tests", "one", CONFIG, "key")
     tracker.finish("FAILED")
-    ended = MlflowClient(uri).get_run(tracker.run_id).info.end_time
+    end_time = MlflowClient(uri).get_run(tracker.run_id).info.end_time
     tracker.finish("FAILED")
-    assert MlflowClient(uri).get_run(tracker.run_id).info.end_time == ended
+    assert MlflowClient(uri).get_run(tracker.run_id).info.end_time == end_time
     tracker.finish()
     assert MlflowClient(uri).get_run(tracker.run_id).info.status == "FINISHED"
 
 
-def test_a_model_is_registered_once_and_what_cannot_be_is_an_error(tmp_path: Path) -> None:
+def test_a_run_is_registered_once_and_an_invalid_name_is_an_error(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    run = Tracker.start(uri, "tests", "one", CONFIG, "key").run_id
-    assert [
-        tracking.register_model(uri, run, "adapter", "mine", alias) for alias in ("champion", "other")
-    ] == [
-        "1",
-        "1",
+    run_id = Tracker.start(uri, "tests", "one", CONFIG, "key").run_id
+    versions = [
+        tracking.register_model(uri, run_id, "adapter", "mine", alias) for alias in ("champion", "other")
     ]
+    assert versions == ["1", "1"]
     with pytest.raises(MlflowException, match="Invalid model name"):
-        tracking.register_model(uri, run, "adapter", "org/mine", "champion")
+        tracking.register_model(uri, run_id, "adapter", "org/mine", "champion")

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request to save and end, and the file that carries it to whoever trains."""
+"""Stop requests: Ctrl-C and SIGTERM in the driver, and a file that passes the request to the trainer."""
 
 from __future__ import annotations
 
@@ -16,85 +16,90 @@ from parallelmind.remote import RemotePath
 
 T = TypeVar("T")
 
-_LOOK_EVERY_S = 1.0  # for a file at a URI
+_POLL_S = 1.0  # between two looks for a file at a URI
 
 
 class StopFile:
-    """A file in a run's folder that asks it to stop: who writes it need not know who trains, or where."""
+    """A file in a run's folder that asks the run to save a checkpoint and end.
+
+    The process that writes the file need not know which process trains, or on which machine.
+    """
 
     def __init__(self, file: RemotePath) -> None:
         self._file = file
-        self._looking: Future[bool] | None = None
+        self._poll: Future[bool] | None = None
 
     def request(self) -> None:
-        self._file.local.parent.mkdir(
-            parents=True, exist_ok=True
-        )  # a run at a URI may never have been on this machine
+        """Write the file."""
+        # The folder of a run at a URI may not exist on this machine yet.
+        self._file.local.parent.mkdir(parents=True, exist_ok=True)
         self._file.local.touch()
         self._file.upload()
 
     def clear(self) -> None:
+        """Remove the file."""
         self._file.local.unlink(missing_ok=True)
         self._file.delete_remote()
 
     def is_requested(self) -> bool:
-        """Without waiting: at a URI the file is looked for beside the training."""
+        """Whether the file exists. Does not block: at a URI it returns the result of the last poll."""
         if self._file.uri is None:
             return self._file.local.exists()
-        before = self._looking
-        if before is None or before.done():
-            thread = ThreadPoolExecutor(1)
-            self._looking = thread.submit(self._look)
-            thread.shutdown(wait=False)
-        return before is not None and before.done() and before.result()
+        previous = self._poll
+        if previous is None or previous.done():
+            executor = ThreadPoolExecutor(1)
+            self._poll = executor.submit(self._poll_uri)
+            executor.shutdown(wait=False)
+        return previous is not None and previous.done() and previous.result()
 
-    def _look(self) -> bool:
-        time.sleep(_LOOK_EVERY_S)
+    def _poll_uri(self) -> bool:
+        time.sleep(_POLL_S)
         try:
             return self._file.read_bytes() is not None
-        # out of reach for a moment: what is trained is worth more than the wish, which is looked for again
-        except UserError:
+        except UserError:  # unreachable for a moment: training goes on, and the next poll looks again
             return False
 
 
-def run_stoppable(work: Callable[[], T], stop: Callable[[], None], told: str) -> T:
-    """Run `work` in a thread (so that Ray leaves our signal handlers alone). The first Ctrl-C or SIGTERM
-    calls `stop` and prints `told`, a second one ends at once.
+def run_stoppable(work: Callable[[], T], request_stop: Callable[[], None], message: str) -> T:
+    """Run `work` in a thread; the first Ctrl-C or SIGTERM calls `request_stop` and prints `message`.
+
+    A second signal raises KeyboardInterrupt at once. The thread keeps Ray from replacing the signal handlers
+    of the main thread. Returns what `work` returns, and raises what it raises.
     """
-    done: list[T] = []
-    failed: list[BaseException] = []
+    results: list[T] = []
+    errors: list[BaseException] = []
 
     def run() -> None:
         try:
-            done.append(work())
+            results.append(work())
         except BaseException as error:
-            failed.append(error)
+            errors.append(error)
 
     thread = threading.Thread(target=run, daemon=True)
-    with _signals_to(stop, told):
+    with _handle_signals(request_stop, message):
         thread.start()
         while thread.is_alive():
             thread.join(0.2)
-    if failed:
-        raise failed[0]
-    return done[0]
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 @contextmanager
-def _signals_to(stop: Callable[[], None], told: str) -> Iterator[None]:
-    asked = False
+def _handle_signals(request_stop: Callable[[], None], message: str) -> Iterator[None]:
+    stopping = False
 
     def handle(number: int, frame: object) -> None:
-        nonlocal asked
-        if asked:
+        nonlocal stopping
+        if stopping:
             raise KeyboardInterrupt
-        asked = True
-        stop()
-        print(f"{told}; once more ends at once", file=sys.stderr, flush=True)
+        stopping = True
+        request_stop()
+        print(f"{message}; a second signal ends at once", file=sys.stderr, flush=True)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
