@@ -111,8 +111,8 @@ def _memory_vs_batch() -> float:
     engine.submit(pm.Sample(main, texts), max_new_tokens=NEW_TOKENS, ignore_eos=True)
     while engine.busy:
         engine.step()
-    assert isinstance(engine.forward, ModelRunner)
-    return sum(tensor.nbytes for tensor in tensors) / engine.forward.cache.bytes()
+    assert isinstance(engine.runner, ModelRunner)
+    return sum(tensor.nbytes for tensor in tensors) / engine.runner.cache.bytes()
 
 
 BENCHES = [

@@ -54,7 +54,7 @@ def _step_vs_bare() -> float:
 def _costs(main: int) -> tuple[float, float, float]:
     """Costs of a step of eight branches: total ms, ms outside the model, MB of weights and KV cache read."""
     engine = _decoding_engine(main, 8)
-    forward = engine.forward
+    forward = engine.runner
     assert isinstance(forward, ModelRunner)
     model, inside = forward.model, 0.0
 

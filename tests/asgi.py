@@ -17,8 +17,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tiny import tiny_tokenizer
 from transformers import LlamaConfig
 
-from parallelmind.engine.request import Event
-from parallelmind.engine.sampler import SamplingParams
+from parallelmind.engine.output import Event
+from parallelmind.engine.sampling_params import SamplingParams
 from serving.config import AppConfig
 from serving.engine.messages import BranchStarted, StepOutput, packed
 from serving.ingress.ingress import Ingress

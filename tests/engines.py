@@ -12,7 +12,7 @@ from tiny import save_tiny, tiny_llama, tiny_tokenizer
 
 from parallelmind.config import LoraConfig, ModelConfig, RopeConfig
 from parallelmind.engine.engine import Engine
-from parallelmind.engine.request import Event
+from parallelmind.engine.output import Event
 from parallelmind.engine.scheduler import EngineConfig
 from parallelmind.model.adapter import add_lora, save_adapter
 from parallelmind.model.patch import patch
@@ -43,10 +43,10 @@ class Interrupted:
 
 def step_interrupted(engine: Engine, act: Callable[[], object]) -> list[Event]:
     """A step in which `act` comes when the work has been chosen and nothing is computed yet."""
-    forward = engine.forward
-    engine.forward = Interrupted(forward, act)  # type: ignore[assignment]
+    forward = engine.runner
+    engine.runner = Interrupted(forward, act)  # type: ignore[assignment]
     events = engine.step()
-    engine.forward = forward
+    engine.runner = forward
     return events
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from tiny import tiny_tokenizer
 
 from parallelmind.engine.request import Sample
-from parallelmind.engine.validation import TokenizedRequest
+from parallelmind.engine.tokenization import tokenize_request
 from serving.engine.loop import EngineLoop
 from serving.engine.messages import EngineRequest
 
@@ -21,7 +21,7 @@ def work(reduce: bool = False, **settings: Any) -> EngineRequest:
     sampling = {"temperature": 1.0, "seed": 3, "ignore_eos": True, "max_new_tokens": 5, **settings}
     last = [41, 42] if reduce else None
     return EngineRequest(
-        "smp-1", "base", TokenizedRequest.of(tiny_tokenizer(), Sample(MAIN, BRANCHES), each, last, sampling)
+        "smp-1", "base", tokenize_request(tiny_tokenizer(), Sample(MAIN, BRANCHES), each, last, sampling)
     )
 
 

@@ -14,8 +14,9 @@ from parallelmind.errors import UserError
 if TYPE_CHECKING:
     from parallelmind.engine.engine import Engine
     from parallelmind.engine.generate import generate, generate_text, stream
-    from parallelmind.engine.request import Event, Sample
-    from parallelmind.engine.sampler import SamplingParams
+    from parallelmind.engine.output import Event
+    from parallelmind.engine.request import Sample
+    from parallelmind.engine.sampling_params import SamplingParams
     from parallelmind.model.adapter import load_model_with_lora
 
 try:
@@ -37,9 +38,9 @@ __all__ = [
 
 _HOMES = {
     "Engine": "parallelmind.engine.engine",
-    "Event": "parallelmind.engine.request",
+    "Event": "parallelmind.engine.output",
     "Sample": "parallelmind.engine.request",
-    "SamplingParams": "parallelmind.engine.sampler",
+    "SamplingParams": "parallelmind.engine.sampling_params",
     "generate": "parallelmind.engine.generate",
     "generate_text": "parallelmind.engine.generate",
     "load_model_with_lora": "parallelmind.model.adapter",

@@ -144,10 +144,10 @@ class AdapterRegistry:
     def _check(self, model: Any) -> None:
         """Raise _Unfit unless cached decoding gives the logits of one forward pass."""
         engine = self._engine
-        if engine.apart or not engine.config.patch_rope:
+        if engine.fallback_reason or not engine.rope_config.patch_rope:
             return
         try:
-            check_adapter(model, engine.tokenizer, engine.config, self._config.dtype)
+            check_adapter(model, engine.tokenizer, engine.rope_config, self._config.dtype)
         except pm.UserError as error:
             raise _Unfit(str(error)) from error
 

@@ -142,7 +142,7 @@ class EngineLoop:
         said: dict[int, list[pm.Event]] = defaultdict(list)
         for event in events:
             said[event.sample].append(event)
-        return said, {number for number in said if self._engine.is_over(number)}
+        return said, {number for number in said if self._engine.is_finished(number)}
 
     def _hand_out(self, said: dict[int, list[pm.Event]], over: set[int]) -> None:
         for number, events in said.items():

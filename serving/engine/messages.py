@@ -6,10 +6,9 @@ from dataclasses import dataclass, fields
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from parallelmind.engine.request import Event
-from parallelmind.engine.sampler import SamplingParams
-from parallelmind.engine.sequence import ResumeState
-from parallelmind.engine.validation import TokenizedRequest
+from parallelmind.engine.output import Event
+from parallelmind.engine.request import ResumeState, TokenizedRequest
+from parallelmind.engine.sampling_params import SamplingParams
 
 _FIELDS = [field.name for field in fields(Event)]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ray import serve
 
 import parallelmind as pm
-from parallelmind.engine.sampler import SamplingParams
+from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.engine.scheduler import EngineConfig
 from parallelmind.errors import CapacityError
 from serving.config import AppConfig
@@ -33,11 +33,11 @@ class _Held:
 
     @classmethod
     def of(cls, number: int, work: EngineRequest) -> _Held:
-        asked, last = work.asked, work.asked.last
+        asked, last = work.asked, work.asked.reduce
         return cls(
             number,
             asked.tokens.branches + (last is not None),
-            len(asked.tokens.ids) + (len(last.ids) if last else 0),
+            len(asked.tokens.ids) + (len(last.token_ids) if last else 0),
         )
 
 
@@ -58,7 +58,7 @@ class EngineReplica:
         engines = 1 if config.num_gpus >= 1 else config.max_replicas  # that may share this one's memory
         self._engine = pm.Engine(model, tokenizer, limits, engines=engines)
         self._shelf = AdapterRegistry(self._engine, config)
-        self._meters = EngineMetrics(self._engine.load, self._shelf.loaded)
+        self._meters = EngineMetrics(self._engine.stats, self._shelf.loaded)
         threads = config.num_threads or max(1, (os.cpu_count() or 1) // config.max_replicas)
         self._stepper = EngineLoop(self._engine, self._meters.stepped, config.stuck_s, threads)
         self._limits, self._held = config, dict[str, _Held]()
@@ -70,7 +70,7 @@ class EngineReplica:
         """
         try:
             adapter = await self._shelf.ready(work.model, work.version)
-            with self._engine.lock:  # it may end within the next millisecond
+            with self._engine.state_lock:  # it may end within the next millisecond
                 number = self._stepper.begin(work, adapter)
                 begun = self._begun(number, work)
         except pm.UserError as error:
@@ -87,7 +87,7 @@ class EngineReplica:
 
     def _begun(self, number: int, work: EngineRequest) -> list[BranchStarted]:
         prompts = work.asked.tokens.split()[1:]
-        places = self._engine.places(number)[: len(prompts)]
+        places = self._engine.start_pos2d(number)[: len(prompts)]
         return [
             BranchStarted(branch, *given)
             for branch, given in enumerate(zip(prompts, work.asked.params, places, strict=True))
@@ -100,11 +100,11 @@ class EngineReplica:
             return None
         try:
             self._require_room(held, len(ids))
-            with self._engine.lock:
+            with self._engine.state_lock:
                 branch = self._engine.join(
                     held.number, ids, **{name: getattr(params, name) for name in params.__slots__}
                 )
-                begun = BranchStarted(branch, ids, params, self._engine.places(held.number)[branch])
+                begun = BranchStarted(branch, ids, params, self._engine.start_pos2d(held.number)[branch])
         except pm.UserError as error:
             return _refusal(error)
         held.branches, held.prompt_tokens = held.branches + 1, held.prompt_tokens + len(ids)
@@ -143,7 +143,7 @@ class EngineReplica:
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What the number of replicas follows, see `serving.engine.autoscaling`."""
-        load = self._engine.load()
+        load = self._engine.stats()
         return {"live_branches": load.live_branches, "waiting_branches": load.waiting_branches}
 
     async def meters(self) -> tuple[str, list[Family]]:

@@ -13,8 +13,8 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from parallelmind.engine.sequence import FinishReason, ResumeState
-from parallelmind.engine.validation import TokenizedRequest
+from parallelmind.engine.output import FinishReason
+from parallelmind.engine.request import ResumeState, TokenizedRequest
 from parallelmind.layout import MAIN, Tokens
 from serving.engine.messages import (
     BranchStarted,
@@ -53,7 +53,7 @@ class RequestReplay:
 
     @property
     def done(self) -> bool:
-        return self.quiet and len(self._ended) == len(self.begun) + (self._work.asked.last is not None)
+        return self.quiet and len(self._ended) == len(self.begun) + (self._work.asked.reduce is not None)
 
     def heard(self, step: StepOutput) -> StepOutput:
         """Take note of a step; returns what of it is new."""
@@ -79,7 +79,7 @@ class RequestReplay:
             return self._work
         asked = self._work.asked
         tokens = Tokens.of(asked.tokens.split()[MAIN], [begun.prompt for begun in self.begun])
-        asked = TokenizedRequest(tokens, [begun.params for begun in self.begun], asked.last)
+        asked = TokenizedRequest(tokens, [begun.params for begun in self.begun], asked.reduce)
         progress = ResumeState([begun.place[1] for begun in self.begun], self._said, self._ended)
         return replace(self._work, asked=asked, progress=progress, version=self._version)
 

@@ -14,9 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import parallelmind as pm
-from parallelmind.engine.request import encode
-from parallelmind.engine.sampler import SamplingParams
-from parallelmind.engine.validation import TokenizedRequest
+from parallelmind.engine.sampling_params import SamplingParams
+from parallelmind.engine.tokenization import tokenize, tokenize_request
 from parallelmind.errors import first_line
 from serving.config import BASE, AppConfig
 from serving.engine.messages import EngineRequest
@@ -97,7 +96,7 @@ class RequestPreprocessor:
     def tokenize(self, request: TokenizeRequest) -> list[int]:
         """As the beginning of a sample."""
         self.require_model(request.model or BASE)
-        return encode(self.tokenizer, request.prompt, first=True) if request.prompt else []
+        return tokenize(self.tokenizer, request.prompt, first=True) if request.prompt else []
 
     def detokenize(self, request: DetokenizeRequest) -> str:
         self.require_model(request.model or BASE)
@@ -140,16 +139,16 @@ class RequestPreprocessor:
         reduce: list[int] | None = None,
     ) -> EngineRequest:
         """field: to blame if there is too much of it."""
-        asked = TokenizedRequest.of(self.tokenizer, sample, own, reduce, settings)
-        last = asked.last
-        read = len(asked.tokens.ids) + (len(last.ids) if last else 0)
+        asked = tokenize_request(self.tokenizer, sample, own, reduce, settings)
+        last = asked.reduce
+        read = len(asked.tokens.ids) + (len(last.token_ids) if last else 0)
         self._require_tokens(field, read, [*asked.params, *([last.params] if last else [])])
         # So that another engine could go on: whoever is to be drawn has a seed.
         params = [_seeded(each) for each in asked.params]
         return EngineRequest(
             fresh_id(kind),
             model,
-            replace(asked, params=params, last=last and replace(last, params=_seeded(last.params))),
+            replace(asked, params=params, reduce=last and replace(last, params=_seeded(last.params))),
         )
 
     def _conversation(self, request: ChatRequest) -> tuple[list[int], list[int]]:
@@ -174,8 +173,8 @@ class RequestPreprocessor:
             ) from error
         text, turn = str(begun), str(whole).removeprefix(str(begun))
         if turn and str(whole) != turn:
-            return encode(self.tokenizer, text, first=True), encode(self.tokenizer, turn, first=False)
-        ids = encode(self.tokenizer, str(whole), first=True)
+            return tokenize(self.tokenizer, text, first=True), tokenize(self.tokenizer, turn, first=False)
+        ids = tokenize(self.tokenizer, str(whole), first=True)
         return ids[:-1], ids[-1:]
 
     def _rest(self, prompt_tokens: int) -> int:
@@ -191,7 +190,7 @@ class RequestPreprocessor:
     def _encoded(self, field: str, text: str | list[int], first: bool) -> list[int]:
         """Raises UserError for a text without a token, and for ids that are none."""
         try:
-            ids = encode(self.tokenizer, text, first)
+            ids = tokenize(self.tokenizer, text, first)
         except pm.UserError as error:
             raise pm.UserError(f"{field}: {error}") from error
         if not ids:

@@ -54,16 +54,16 @@ class BranchTracker:
     def begun(self, step: StepOutput) -> list[BranchStart]:
         found = [_place(begun) for begun in step.begun]
         self._known += len(found)
-        last = self._work.asked.last
+        last = self._work.asked.reduce
         for event in step.events:
             if event.branch >= self._known and last and event.pos2d:
                 branch, time = event.pos2d
                 found.append(
                     BranchStart(
                         index=event.branch,
-                        prompt_tokens=len(last.ids),
+                        prompt_tokens=len(last.token_ids),
                         branch=branch,
-                        time=time - len(last.ids),
+                        time=time - len(last.token_ids),
                     )
                 )
                 self._known += 1

@@ -84,7 +84,7 @@ class Recording(Engine):
         super().__init__(model, tiny_tokenizer(), limits)
         self.seen: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
 
-    def choose(self, logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
+    def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
         for row, found in zip(rows, logits, strict=True):
             self.seen[row.seed, row.branch].append(found)
         return [SampledToken(token_of(row.seed, row.branch, row.index), None) for row in rows]
@@ -144,7 +144,8 @@ class ComingAndGoing(RuleBasedStateMachine):
     def begin(self, number: int, **sample: Any) -> None:
         self.model = self.models[number]
         self.engine = Recording(
-            self.model, EngineConfig(cache_tokens=20 * BLOCK, step_tokens=7, max_branches=MOST_BRANCHES)
+            self.model,
+            EngineConfig(cache_tokens=20 * BLOCK, max_prefill_tokens=7, max_branches=MOST_BRANCHES),
         )
         self.submit(**sample)
 

@@ -36,7 +36,7 @@ SETTINGS = {"greedy": {}, "seeded": {"temperature": 1.0, "top_p": 0.95, "seed": 
 def test_a_sample_says_the_same_alone_and_in_company(config: RopeConfig, sampling: dict) -> None:
     settings = {**sampling, "max_new_tokens": 8, "ignore_eos": True}
     alone = answers(tiny_engine(config), SAMPLE, **settings)
-    engine, chance = tiny_engine(config, step_tokens=24), random.Random(0)
+    engine, chance = tiny_engine(config, max_prefill_tokens=24), random.Random(0)
     own = engine.submit(SAMPLE, **settings)
     events = []
     for other in range(10):
@@ -68,7 +68,9 @@ def test_a_main_in_the_cache_is_not_read_again(config: RopeConfig) -> None:
 
 def row_engine() -> Engine:
     return Engine(
-        tiny.tiny_model("mamba2"), tiny.tiny_tokenizer(), EngineConfig(cache_tokens=512, step_tokens=16)
+        tiny.tiny_model("mamba2"),
+        tiny.tiny_tokenizer(),
+        EngineConfig(cache_tokens=512, max_prefill_tokens=16),
     )
 
 
@@ -81,7 +83,7 @@ def test_a_model_with_a_memory_of_its_own_reads_every_main() -> None:
 @BOTH
 def test_a_long_prompt_stalls_nobody(config: RopeConfig) -> None:
     alone = answers(tiny_engine(config), Sample(MAIN, [[5]]), max_new_tokens=4, ignore_eos=True)
-    engine = tiny_engine(config, step_tokens=8)
+    engine = tiny_engine(config, max_prefill_tokens=8)
     talking = engine.submit(Sample([], [[3], [4]]), max_new_tokens=40, ignore_eos=True)
     engine.step()
     late = engine.submit(Sample(MAIN, [[5]]), max_new_tokens=4, ignore_eos=True)
@@ -99,7 +101,7 @@ class Parrot(Engine):
 
     TEXT = "né 你好 👍🏽 end"
 
-    def choose(self, logits, rows):
+    def sample(self, logits, rows):
         ids = tiny_tokenizer()(self.TEXT).input_ids
         return [SampledToken(ids[row.index], None) for row in rows]
 
@@ -137,7 +139,7 @@ def test_each_branch_ends_for_its_own_reason() -> None:
 
 @BOTH
 def test_logprobs_are_those_of_one_full_forward(config: RopeConfig) -> None:
-    engine = tiny_engine(config, step_tokens=10)
+    engine = tiny_engine(config, max_prefill_tokens=10)
     number = engine.submit(SAMPLE, max_new_tokens=6, logprobs=3, temperature=1.0, seed=1, ignore_eos=True)
     state = engine._samples[number].entry.decoding
     events = run(engine)
@@ -204,7 +206,7 @@ def test_what_is_cancelled_during_a_step_says_nothing_more(make: Callable[[], En
     for key in ((number, 1), *((dropped, branch) for branch in range(3))):
         assert tokens[key] == before.get(key, [])
     assert engine.scheduler.blocks.held == 0
-    assert not getattr(engine.forward, "_memories", None)
+    assert not getattr(engine.runner, "_memories", None)
 
 
 @BOTH
@@ -222,7 +224,7 @@ def test_a_branch_may_join_during_a_step(config: RopeConfig) -> None:
 def test_threads_may_submit_join_and_cancel_while_another_steps() -> None:
     settings = {"max_new_tokens": 24, "ignore_eos": True}
     expected = answers(tiny_engine(), SAMPLE, **settings)
-    engine = tiny_engine(cache_tokens=1024, step_tokens=16)
+    engine = tiny_engine(cache_tokens=1024, max_prefill_tokens=16)
     own = engine.submit(SAMPLE, **settings)
     begun = {(own, branch) for branch in range(3)}
 

@@ -12,10 +12,9 @@ from tiny import tiny_tokenizer
 
 from parallelmind.config import RopeConfig
 from parallelmind.engine.engine import Engine
-from parallelmind.engine.request import Sample
+from parallelmind.engine.request import ResumeState, Sample, TokenizedRequest
 from parallelmind.engine.scheduler import EngineConfig
-from parallelmind.engine.sequence import ResumeState
-from parallelmind.engine.validation import TokenizedRequest
+from parallelmind.engine.tokenization import tokenize_request
 from parallelmind.evaluation import tiny_models as tiny
 from parallelmind.layout import Tokens
 
@@ -41,23 +40,25 @@ class Listener:
     """Notes what a server would know of a sample, were its engine to die now."""
 
     def __init__(self, asked: TokenizedRequest) -> None:
-        self.asked, self.texts = asked, [""] * (asked.tokens.branches + (asked.last is not None))
+        self.asked, self.texts = asked, [""] * (asked.tokens.branches + (asked.reduce is not None))
         self.progress = ResumeState(
             [], [[] for _ in range(asked.tokens.branches)], [None] * asked.tokens.branches
         )
 
     def follow(self, engine: Engine) -> None:
         for event in engine.step():
-            while event.branch >= len(self.progress.said):  # the one that reads all others has begun
+            while event.branch >= len(self.progress.token_ids):  # the one that reads all others has begun
                 self._add()
             self.texts[event.branch] += event.text
-            self.progress.said[event.branch] += [] if event.token is None else [event.token]
-            self.progress.ended[event.branch] = event.finish_reason
+            self.progress.token_ids[event.branch] += [] if event.token is None else [event.token]
+            self.progress.finish_reasons[event.branch] = event.finish_reason
 
     def begin(self, engine: Engine) -> int:
         """Go on where this sample has come to, or begin it."""
-        number = engine.enqueue(self.asked, progress=self.progress if self.progress.starts else None)
-        self.progress.starts[:] = [time for _, time in engine.places(number)][: self.asked.tokens.branches]
+        number = engine.enqueue(self.asked, progress=self.progress if self.progress.start_times else None)
+        self.progress.start_times[:] = [time for _, time in engine.start_pos2d(number)][
+            : self.asked.tokens.branches
+        ]
         return number
 
     def join(self, engine: Engine, number: int) -> None:
@@ -66,15 +67,15 @@ class Listener:
         prompts = [*(row.tolist() for row in split(tokens)), LATE]
         params = [*self.asked.params, type(self.asked.params[0])(max_new_tokens=5, ignore_eos=True)]
         self.asked = TokenizedRequest(
-            Tokens.of(tokens.ids[: tokens.lengths[0]].tolist(), prompts), params, self.asked.last
+            Tokens.of(tokens.ids[: tokens.lengths[0]].tolist(), prompts), params, self.asked.reduce
         )
-        self.progress.starts.append(engine.places(number)[branch][1])
+        self.progress.start_times.append(engine.start_pos2d(number)[branch][1])
         self._add()
         self.texts.append("")
 
     def _add(self) -> None:
-        self.progress.said.append([])
-        self.progress.ended.append(None)
+        self.progress.token_ids.append([])
+        self.progress.finish_reasons.append(None)
 
 
 def split(tokens: Tokens) -> list[Any]:
@@ -87,7 +88,7 @@ def split(tokens: Tokens) -> list[Any]:
 def asked(reduce: bool, settings: dict[str, Any]) -> TokenizedRequest:
     each = [{"max_new_tokens": most} for most in LENGTHS]
     sampling = {**settings, "ignore_eos": True, "max_new_tokens": 5}
-    return TokenizedRequest.of(
+    return tokenize_request(
         tiny_tokenizer(), Sample(MAIN, BRANCHES), each, LAST if reduce else None, sampling
     )
 
@@ -99,7 +100,7 @@ def moved(
     cancelled.
     """
     found, engine, step, late, early = Listener(asked(reduce, settings)), engine_of(), 0, joins, True
-    number, said = found.begin(engine), found.progress.said
+    number, said = found.begin(engine), found.progress.token_ids
     while engine.busy:
         if step == cut:
             engine = engine_of()
@@ -126,17 +127,17 @@ def test_a_moved_sample_says_the_same(
     config: RopeConfig, settings: dict[str, Any], joins: bool, reduce: bool
 ) -> None:
     def engine_of() -> Engine:
-        return tiny_engine(config, step_tokens=16)
+        return tiny_engine(config, max_prefill_tokens=16)
 
     whole = moved(engine_of, settings, -1, joins, reduce)
     for cut in range(1, 12, 3):
         if (joins and cut in (3, 4, 5)) or cut == 5:
             continue  # told of, but not yet heard
         parts = moved(engine_of, settings, cut, joins, reduce)
-        assert (parts.progress.said, parts.texts, parts.progress.ended) == (
-            whole.progress.said,
+        assert (parts.progress.token_ids, parts.texts, parts.progress.finish_reasons) == (
+            whole.progress.token_ids,
             whole.texts,
-            whole.progress.ended,
+            whole.progress.finish_reasons,
         ), cut
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 
 import parallelmind as pm
 from parallelmind import cli
-from parallelmind.engine.request import encode_sample
+from parallelmind.engine.tokenization import tokenize_sample
 from parallelmind.evaluation.attention_maps import AttentionMap, QueryTokens, attention_map
 from workloads.common.inference_config import InferenceModelConfig
 from workloads.evaluate.output import console, output_file, write_json, write_png
@@ -39,7 +39,7 @@ def attention(argv: list[str]) -> None:
     output = output_file(config.output_path, ".png")
     assert output is not None, "output_path is required"
     model, tokenizer = pm.load_model_with_lora(**config.model_kwargs(), attn_implementation="eager")
-    sample = encode_sample(tokenizer, pm.Sample(config.main, config.prompts))
+    sample = tokenize_sample(tokenizer, pm.Sample(config.main, config.prompts))
     found = attention_map(model, sample, config.branch, config.tokens)
     shares = found.shares()
     write_png(output, attention_figure(found))

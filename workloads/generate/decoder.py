@@ -61,8 +61,8 @@ class Decoder:
             number = self.engine.submit(sample, reduce=self.reduce, **self.sampling)
         except (RecordError, UserError) as error:
             return LineResult(line, skip_reason=str(error))
-        if self.engine.apart and len(sample.branches) > 1:
-            notice = f"the model {self.engine.apart}; each branch is decoded isolated, in a row of its own"
+        if self.engine.fallback_reason and len(sample.branches) > 1:
+            notice = f"the model {self.engine.fallback_reason}; each branch is decoded isolated, in a row of its own"
             warnings.warn(notice, UserNotice, stacklevel=2)
         running[number] = GeneratedSample.empty(sample, self.reduce)
         return LineResult(line, running[number])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import parallelmind as pm
-from parallelmind.engine.sequence import FinishReason
+from parallelmind.engine.output import FinishReason
 from workloads.generate.lines import InputLine
 
 

@@ -51,7 +51,7 @@ class LogitRecorder(Engine):
         )
         self.state = self._samples[number].entry.decoding
 
-    def choose(self, logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
+    def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
         for row, row_logits in zip(rows, logits, strict=True):
             self.logits[row.branch].append(row_logits)
         return [

@@ -8,11 +8,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from parallelmind.engine.block_manager import BLOCK
 from parallelmind.engine.engine import Engine
 from parallelmind.engine.model_runner import Model
-from parallelmind.engine.request import Event, Sample, Text
+from parallelmind.engine.output import Event
+from parallelmind.engine.request import Sample, Text, TokenizedRequest
 from parallelmind.engine.scheduler import EngineConfig
-from parallelmind.engine.validation import TokenizedRequest
+from parallelmind.engine.tokenization import tokenize_request
 from parallelmind.errors import UserNotice
 from parallelmind.model.structure import causal_lm
 
@@ -36,7 +38,7 @@ def stream(
     ends the work.
     """
     return _events(
-        engine_for(model, tokenizer, [TokenizedRequest.of(tokenizer, sample, per_branch, reduce, sampling)])
+        engine_for(model, tokenizer, [tokenize_request(tokenizer, sample, per_branch, reduce, sampling)])
     )
 
 
@@ -44,18 +46,22 @@ def engine_for(model: Model, tokenizer: PreTrainedTokenizerBase, asked: Sequence
     """An engine with room for these samples, which wait in it, numbered from 0. Errors and warning are those
     of `stream`.
     """
-    needed = [each.limits() for each in asked]
-    room = EngineConfig(
-        sum(each.cache_tokens for each in needed), max_branches=sum(each.max_branches for each in needed)
-    )
-    engine = Engine(model, tokenizer, room)
-    if engine.apart and any(each.tokens.branches > 1 for each in asked):
+    engine = Engine(model, tokenizer, _config_for(asked))
+    if engine.fallback_reason and any(each.tokens.branches > 1 for each in asked):
         kind = causal_lm(model).config.model_type
-        said = f"{kind} {engine.apart}; its branches are decoded isolated, each in a row of its own"
+        said = f"{kind} {engine.fallback_reason}; its branches are decoded isolated, each in a row of its own"
         warnings.warn(said, UserNotice, stacklevel=3)
     for each in asked:
         engine.enqueue(each)
     return engine
+
+
+def _config_for(requests: Sequence[TokenizedRequest]) -> EngineConfig:
+    """Limits that hold these requests side by side, and no more."""
+    branches = sum(request.num_branches for request in requests)
+    tokens = sum(request.num_prompt_tokens + request.max_new_tokens for request in requests)
+    blocks = branches + len(requests)  # every branch and every main may fill a block in part
+    return EngineConfig(tokens + BLOCK * blocks, max_branches=branches)
 
 
 def generate(model: Model, tokenizer: PreTrainedTokenizerBase, sample: Sample, **settings: Any) -> list[str]:

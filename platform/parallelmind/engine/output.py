@@ -3,22 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 from tokenizers.decoders import DecodeStream
-from transformers import PreTrainedTokenizerBase
 
-from parallelmind.engine.sampler import SamplingParams
-from parallelmind.engine.sequence import FinishReason
+from parallelmind.engine.sampling_params import SamplingParams
+
+FinishReason = Literal["stop", "length", "cancelled"]
 
 _INCOMPLETE = "\ufffd"
 _CONTEXT = 8  # prompt tokens that decide whether the first word begins with a space
 
 
+@dataclass(frozen=True, slots=True)
+class Event:
+    """What one decoded token adds to one branch.
+
+    branch: 0..N-1, as in the sample.
+    text: new text to show; often empty while a character or a stop text is incomplete.
+    token: the decoded id; None where a branch ends without one.
+    finish_reason: set on a branch's last event; "stop" is an end-of-text token or a stop text.
+    logprob, top: as `SamplingParams.logprobs` asks.
+    sample: the engine's number of the sample.
+    pos2d: the branch and time coordinates of the token.
+    """
+
+    branch: int
+    text: str
+    token: int | None
+    finish_reason: FinishReason | None = None
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    sample: int = 0
+    pos2d: tuple[int, int] | None = None
+
+
+class Tokenizer(Protocol):
+    """The part of a transformers tokenizer that turns ids into text."""
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = ...) -> str | list[str]: ...
+
+
 class Detokenizer:
     """Text of a growing list of ids; a character that is split over tokens waits until it is whole."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._backend: Any = getattr(
             tokenizer, "backend_tokenizer", None
@@ -90,7 +120,7 @@ class OutputProcessor:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Tokenizer,
         prompt: Sequence[int],
         params: SamplingParams,
         eos: frozenset[int],

@@ -18,7 +18,8 @@ import numpy as np
 from parallelmind.config import RopeConfig
 from parallelmind.engine.batch import SequenceBlocks
 from parallelmind.engine.block_manager import BLOCK, BlockManager, BlockTable, blocks_for, prefix_keys
-from parallelmind.engine.sequence import FinishReason, ScheduledTokens, SequenceState
+from parallelmind.engine.output import FinishReason
+from parallelmind.engine.sequence import ScheduledTokens, SequenceState
 from parallelmind.engine.sequence_group import Reduction, Running
 from parallelmind.errors import CapacityError, UserError
 from parallelmind.layout import MAIN, Tokens
@@ -28,12 +29,12 @@ from parallelmind.layout import MAIN, Tokens
 class EngineConfig:
     """What an engine takes on.
 
-    cache_tokens: slots of the key-value pool. step_tokens: prompt tokens that one step may read beside the
+    cache_tokens: slots of the key-value pool. max_prefill_tokens: prompt tokens that one step may read beside the
     newest ones. max_branches: most branches of a sample.
     """
 
     cache_tokens: int
-    step_tokens: int = 512
+    max_prefill_tokens: int = 512
     max_branches: int = 256
 
 
@@ -118,7 +119,7 @@ class Scheduler:
         return list(self._feeds())
 
     def _feeds(self) -> Iterator[tuple[Running, ScheduledTokens]]:
-        room = self.limits.step_tokens
+        room = self.limits.max_prefill_tokens
         for entry in self.running:
             if room <= 0 and not entry.talking:
                 continue
@@ -157,7 +158,7 @@ class Scheduler:
             entry.decoding.finish(branch, "cancelled")
         self._leave(entry)
 
-    def load(self) -> EngineStats:
+    def stats(self) -> EngineStats:
         everyone = [*self.waiting, *self.running]
         return EngineStats(
             waiting_samples=len(self.waiting),

@@ -16,11 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from parallelmind.config import RopeConfig
+from parallelmind.engine.output import FinishReason
 from parallelmind.layout import (
     MAIN,
     Ints,
@@ -31,23 +31,6 @@ from parallelmind.layout import (
     is_free_order,
     start_times,
 )
-
-FinishReason = Literal["stop", "length", "cancelled"]
-
-
-@dataclass(frozen=True, slots=True)
-class ResumeState:
-    """How far a sample had come, so that another engine can go on with it. Each is by branch, late ones
-    included.
-
-    starts: the time of its first token. said: the ids that it has been given. ended: why it says no more,
-    None if it does. A branch that reads all others is not counted among the starts, which it follows from,
-    but among the rest.
-    """
-
-    starts: list[int]
-    said: list[list[int]]
-    ended: list[FinishReason | None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,7 +63,7 @@ class SequentialRunner:
         """With a number to count by if none is given: what a memory takes is the model's own affair."""
         limits = limits or EngineConfig(cache_tokens=_TOKENS)
         return replace(
-            limits, step_tokens=limits.cache_tokens
+            limits, max_prefill_tokens=limits.cache_tokens
         )  # a recurrence reads a prompt at once, or token by token
 
     def enter(self, parts: Sequence[Part]) -> Sequence[Part]:

@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from parallelmind.engine.output import OutputProcessor
-from parallelmind.engine.request import Event
-from parallelmind.engine.sampler import SampledToken, SamplingParams, SamplingRow
-from parallelmind.engine.sequence import FinishReason
+from parallelmind.engine.output import Event, FinishReason, OutputProcessor
+from parallelmind.engine.request import ReduceSpec
+from parallelmind.engine.sampler import SampledToken, SamplingRow
+from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.engine.sequence_group import Running
-from parallelmind.engine.validation import ReduceSpec
 from parallelmind.layout import branch_coordinates
 
 

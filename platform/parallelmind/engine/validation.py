@@ -3,67 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from parallelmind.config import RopeConfig
-from parallelmind.engine.block_manager import BLOCK
 from parallelmind.engine.model_runner import Model
-from parallelmind.engine.request import Sample, Text, encode, encode_sample, settings_of
-from parallelmind.engine.sampler import SamplingParams
-from parallelmind.engine.scheduler import EngineConfig
+from parallelmind.engine.request import TokenizedRequest
+from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.engine.sequence_group import Running
 from parallelmind.errors import UserError
-from parallelmind.layout import Tokens, start_times
+from parallelmind.layout import start_times
 from parallelmind.model.patch import is_patched
-
-
-@dataclass(frozen=True, slots=True)
-class ReduceSpec:
-    """A branch that reads all others once they have ended."""
-
-    ids: list[int]
-    params: SamplingParams
-
-
-@dataclass(frozen=True, slots=True)
-class TokenizedRequest:
-    """A sample as the engine is asked for it: tokens, the settings of each branch, and what follows."""
-
-    tokens: Tokens
-    params: list[SamplingParams]
-    last: ReduceSpec | None = None
-
-    @classmethod
-    def of(
-        cls,
-        tokenizer: PreTrainedTokenizerBase,
-        sample: Sample,
-        per_branch: Sequence[dict[str, Any]] | None,
-        reduce: Text | None,
-        sampling: dict[str, Any],
-    ) -> Self:
-        """Raises UserError for a bad setting, and for an empty branch."""
-        tokens = encode_sample(tokenizer, sample)
-        params = settings_of(sampling, per_branch, tokens.branches)
-        last = (
-            None
-            if reduce is None
-            else ReduceSpec(encode(tokenizer, reduce, first=False), SamplingParams.of(sampling))
-        )
-        return cls(tokens, params, last)
-
-    def limits(self) -> EngineConfig:
-        """Of a cache that holds this sample and no more."""
-        streams = [(len(self.tokens.ids), sum(each.max_new_tokens for each in self.params))]
-        streams += [(len(self.last.ids), self.last.params.max_new_tokens)] if self.last else []
-        branches = self.tokens.branches + (self.last is not None)
-        return EngineConfig(
-            cache_tokens=sum(map(sum, streams)) + BLOCK * (branches + 1), max_branches=branches
-        )
 
 
 def check_ids(model: Model, ids: Sequence[int], params: Sequence[SamplingParams]) -> None:
@@ -81,29 +32,33 @@ def check_ids(model: Model, ids: Sequence[int], params: Sequence[SamplingParams]
             )
 
 
-def check_sample(model: Model, config: RopeConfig, asked: TokenizedRequest, apart: str | None) -> None:
+def check_sample(
+    model: Model, config: RopeConfig, asked: TokenizedRequest, fallback_reason: str | None
+) -> None:
     """Raises UserError for tokens the model does not know, for branches it cannot hold, and for more than its
     context holds.
 
-    apart: why the model's branches cannot share a sequence, if so.
+    fallback_reason: why the model's branches cannot share a sequence, if so.
     """
-    tokens, last = asked.tokens, asked.last
+    tokens, last = asked.tokens, asked.reduce
     check_ids(model, tokens.ids.tolist(), asked.params)
     if tokens.branches > 1 or last:
-        _refuse_untaught(model, f"{tokens.branches} given", apart)
-    if last and apart:
-        raise UserError(f"reduce: the model {apart}, so that no branch can read others; leave reduce out")
+        _refuse_untaught(model, f"{tokens.branches} given", fallback_reason)
+    if last and fallback_reason:
+        raise UserError(
+            f"reduce: the model {fallback_reason}, so that no branch can read others; leave reduce out"
+        )
     most = np.array([each.max_new_tokens for each in asked.params])
     starts, prompts = start_times(tokens.lengths, config.align_to)[1:], tokens.lengths[1:]
     everything, worst = len(tokens.ids) + int(most.sum()), int((starts + prompts + most).argmax())
     others = everything - int(prompts[worst] + most[worst])
     _check_context(model, config, int(starts[worst]), others, int(prompts[worst]), int(most[worst]))
     if last:
-        if not last.ids:
+        if not last.token_ids:
             raise UserError("reduce: holds no token; give it text, or leave it out")
-        check_ids(model, last.ids, [last.params])
+        check_ids(model, last.token_ids, [last.params])
         end = int((starts + prompts + most).max())
-        _check_context(model, config, end, everything, len(last.ids), last.params.max_new_tokens)
+        _check_context(model, config, end, everything, len(last.token_ids), last.params.max_new_tokens)
 
 
 def check_joining(
@@ -112,21 +67,21 @@ def check_joining(
     entry: Running,
     ids: list[int],
     params: SamplingParams,
-    apart: str | None,
+    fallback_reason: str | None,
 ) -> None:
     """Raises UserError as `check_sample`, for one branch more of a sample that is going on."""
     if not ids:
         raise UserError("branches: the new one holds no token; give it text")
     if entry.decoding.reads_all.any():
         raise UserError("branches: the one that reads all others has begun; begin another sample")
-    _refuse_untaught(model, "one more given", apart)
+    _refuse_untaught(model, "one more given", fallback_reason)
     check_ids(model, ids, [params])
     others = len(entry.decoding.main) + sum(map(entry.tokens_of, range(len(entry.most))))
     _check_context(model, config, entry.decoding.start_of(len(ids)), others, len(ids), params.max_new_tokens)
 
 
-def _refuse_untaught(model: Model, given: str, apart: str | None) -> None:
-    if apart is None and not is_patched(model):
+def _refuse_untaught(model: Model, given: str, fallback_reason: str | None) -> None:
+    if fallback_reason is None and not is_patched(model):
         raise UserError(f"branches: {given}, but the model is not patched; load it with load_model_with_lora")
 
 

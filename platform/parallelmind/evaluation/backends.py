@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from parallelmind.engine.generate import engine_for
 from parallelmind.engine.model_runner import Model, ModelRunner
 from parallelmind.engine.output import OutputProcessor
-from parallelmind.engine.request import Sample, encode_sample, end_ids
-from parallelmind.engine.sampler import SamplingParams
-from parallelmind.engine.validation import TokenizedRequest
+from parallelmind.engine.request import Sample
+from parallelmind.engine.sampling_params import SamplingParams
+from parallelmind.engine.tokenization import eos_token_ids, tokenize_request, tokenize_sample
 
 BackendName = Literal["parallel", "one_by_one", "batch"]
 
@@ -50,14 +50,14 @@ def generate_samples(
     """
     sampling = {"max_new_tokens": max_new_tokens}
     engine = engine_for(
-        model, tokenizer, [TokenizedRequest.of(tokenizer, sample, None, None, sampling) for sample in samples]
+        model, tokenizer, [tokenize_request(tokenizer, sample, None, None, sampling) for sample in samples]
     )
     texts, tokens = [[""] * len(sample.branches) for sample in samples], [0] * len(samples)
     while engine.busy:
         for event in engine.step():
             texts[event.sample][event.branch] += event.text
             tokens[event.sample] += 1
-    forward = engine.forward
+    forward = engine.runner
     kept = forward.cache.bytes() if isinstance(forward, ModelRunner) else None
     return [Answer(*said, kept) for said in zip(texts, tokens, strict=True)]
 
@@ -70,12 +70,12 @@ def generate_padded_batch(
 
     Every row is a lone branch, main included: branch coordinate 0, times 0, 1, 2…
     """
-    main, *prompts = encode_sample(tokenizer, sample).split()
+    main, *prompts = tokenize_sample(tokenizer, sample).split()
     longest, pad = len(main) + max(map(len, prompts)), tokenizer.pad_token_id or 0
     gaps = [longest - len(main) - len(prompt) for prompt in prompts]
     ids = [[pad] * gap + main + prompt for gap, prompt in zip(gaps, prompts, strict=True)]
     mask = [[0] * gap + [1] * (longest - gap) for gap in gaps]
-    ends = end_ids(model, tokenizer)
+    ends = eos_token_ids(model, tokenizer)
     whole: Any = model
     found = whole.generate(
         input_ids=torch.tensor(ids, device=model.device),

@@ -20,7 +20,7 @@ from parallelmind.evaluation import tiny_models as tiny
 from parallelmind.model.patch import patch
 
 FINE = Sample("the passage", ["who", "where is the answer"])
-LIMITS = {"cache_tokens": 1024, "max_branches": 8, "step_tokens": 16}
+LIMITS = {"cache_tokens": 1024, "max_branches": 8, "max_prefill_tokens": 16}
 
 
 def refused(sample: Sample, message: str, **settings: Any) -> Any:

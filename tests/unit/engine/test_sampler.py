@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers.generation import logits_process as hf
 
-from parallelmind.engine.sampler import SampledToken, SamplingParams, SamplingRow, fresh_seed, sample
+from parallelmind.engine.sampler import SampledToken, SamplingRow, fresh_seed, sample
+from parallelmind.engine.sampling_params import SamplingParams
 
 VOCAB = 300
 

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from parallelmind.engine.sampler import SamplingParams
+from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.errors import UserError
 
 

@@ -23,8 +23,8 @@ COLUMNS, FREE = RopeConfig(visibility="columnar"), RopeConfig(visibility="isolat
 BOTH = pytest.mark.parametrize("config", [COLUMNS, FREE], ids=["columns", "free"])
 
 
-def scheduler(blocks: int, step_tokens: int = 1000, max_branches: int = 16) -> Scheduler:
-    return Scheduler(EngineConfig(blocks * BLOCK, step_tokens, max_branches))
+def scheduler(blocks: int, max_prefill_tokens: int = 1000, max_branches: int = 16) -> Scheduler:
+    return Scheduler(EngineConfig(blocks * BLOCK, max_prefill_tokens, max_branches))
 
 
 def submit(
@@ -202,7 +202,7 @@ def test_a_sample_may_be_joined_for_ever_while_its_branches_end():
 
 
 def test_prompts_of_cancelled_branches_that_will_be_read_count_as_well():
-    at = scheduler(blocks=20, step_tokens=10)
+    at = scheduler(blocks=20, max_prefill_tokens=10)
     entry = submit(at, FREE, 0, [30, 1], most=1, last=Reduction([1], 1))
     submit(at, FREE, 0, [30], most=1)
     step(at)
@@ -218,7 +218,7 @@ def test_prompts_of_cancelled_branches_that_will_be_read_count_as_well():
 def test_nothing_is_overcommitted_and_everybody_ends(config: RopeConfig, number: int) -> None:
     """Samples come, are joined, lose branches and leave at random; who has begun can always end."""
     chance = random.Random(number)
-    at, entries = scheduler(blocks=12, step_tokens=9, max_branches=6), []
+    at, entries = scheduler(blocks=12, max_prefill_tokens=9, max_branches=6), []
     for _ in range(60):
         going = [entry for entry in entries if not entry.decoding.done]
         entry = chance.choice(going) if going else None

@@ -11,9 +11,10 @@ from tokenizers import Tokenizer, decoders, models
 
 from parallelmind.config import RopeConfig
 from parallelmind.engine.generate import generate, generate_text, stream
-from parallelmind.engine.output import Detokenizer, OutputProcessor, StopChecker
-from parallelmind.engine.request import Event, Sample, encode_sample
-from parallelmind.engine.sampler import SamplingParams
+from parallelmind.engine.output import Detokenizer, Event, OutputProcessor, StopChecker
+from parallelmind.engine.request import Sample
+from parallelmind.engine.sampling_params import SamplingParams
+from parallelmind.engine.tokenization import tokenize_sample
 from parallelmind.errors import UserError
 from parallelmind.model.patch import patch
 
@@ -179,7 +180,7 @@ def test_flat_positions_count_every_token_against_the_context(tokenizer):
 
 
 def test_bos_opens_the_first_sequence_only(tokenizer, monkeypatch):
-    bare = encode_sample(tokenizer, Sample(main="who", branches=["is", "in"]))
+    bare = tokenize_sample(tokenizer, Sample(main="who", branches=["is", "in"]))
 
     class AddsBos:
         bos_token_id = 1
@@ -190,7 +191,7 @@ def test_bos_opens_the_first_sequence_only(tokenizer, monkeypatch):
             return SimpleNamespace(input_ids=[1] * add_special_tokens + tokenizer(text).input_ids)
 
     adds_bos = AddsBos()
-    with_main = encode_sample(adds_bos, Sample(main="who", branches=["is", "in"]))
+    with_main = tokenize_sample(adds_bos, Sample(main="who", branches=["is", "in"]))
     assert with_main.ids.tolist() == [1, *bare.ids.tolist()]
-    without = encode_sample(adds_bos, Sample(branches=["is", "<s>in"]))
+    without = tokenize_sample(adds_bos, Sample(branches=["is", "<s>in"]))
     assert (without.ids == 1).sum() == 2, "each branch opens its own text, once"

@@ -14,7 +14,7 @@ from tiny import tiny_tokenizer
 
 from parallelmind.config import RopeConfig
 from parallelmind.engine.request import Sample
-from parallelmind.engine.validation import TokenizedRequest
+from parallelmind.engine.tokenization import tokenize_request
 from parallelmind.errors import UserError
 from serving.engine.messages import BranchStarted, EngineRequest, Packed, RejectedRequest, StepOutput, packed
 from serving.ingress.failover import follow, within
@@ -51,7 +51,7 @@ class Engines:
             except UserError as error:
                 yield RejectedRequest(str(error))
                 return
-            places = stepper._engine.places(number)[: work.asked.tokens.branches]
+            places = stepper._engine.start_pos2d(number)[: work.asked.tokens.branches]
             given = zip(work.asked.tokens.split()[1:], work.asked.params, places, strict=True)
             version = work.version or f"version {len(self.asked)}"
             yield packed(
@@ -123,9 +123,7 @@ def test_a_sample_that_kills_every_engine_is_given_up(life: int) -> None:
 
 def test_a_refused_sample_is_asked_for_once() -> None:
     engines = Engines(ISOLATED, [])
-    asked = TokenizedRequest.of(
-        tiny_tokenizer(), Sample(MAIN, BRANCHES), None, None, {"max_new_tokens": 99999}
-    )
+    asked = tokenize_request(tiny_tokenizer(), Sample(MAIN, BRANCHES), None, None, {"max_new_tokens": 99999})
     with pytest.raises(RequestError, match=r"max_tokens=99999: .* exceed the model's"):
         heard(engines, EngineRequest("smp-1", "base", asked))
     assert len(engines.asked) == 1

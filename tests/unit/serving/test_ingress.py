@@ -11,8 +11,8 @@ import pytest
 from asgi import TOLD, Reply, ask, counted, front, post
 
 from parallelmind import cli
-from parallelmind.engine.request import Event
-from parallelmind.engine.sampler import SamplingParams
+from parallelmind.engine.output import Event
+from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.errors import UserError
 from serving.__main__ import main
 from serving.engine.messages import BranchStarted, StepOutput

@@ -14,9 +14,9 @@ from stepping import started, work
 from tiny import tiny_tokenizer
 
 from parallelmind.engine.engine import Engine
-from parallelmind.engine.request import Event as Said
+from parallelmind.engine.output import Event as Said
 from parallelmind.engine.request import Sample
-from parallelmind.engine.validation import TokenizedRequest
+from parallelmind.engine.tokenization import tokenize_request
 from serving.engine.loop import EngineStuckError
 from serving.engine.messages import EngineRequest
 
@@ -28,7 +28,7 @@ def failing_engine(act: Callable[[], object]) -> Any:
         act()
         raise ValueError("no such luck")
 
-    engine.forward.__class__ = type("Failing", (type(engine.forward),), {"__call__": fail})
+    engine.runner.__class__ = type("Failing", (type(engine.runner),), {"__call__": fail})
     return engine
 
 
@@ -75,8 +75,8 @@ def test_who_leaves_is_forgotten_by_the_engine() -> None:
             number = stepper.begin(work(max_new_tokens=200), None)
             await stepper.next(number)
             stepper.drop(number)
-            assert not engine.holds(number)
-            assert engine.load().live_branches == 0
+            assert not engine.has_sample(number)
+            assert engine.stats().live_branches == 0
 
     asyncio.run(use())
 
@@ -106,9 +106,7 @@ def test_a_sample_is_not_over_before_its_last_word_has_been_told() -> None:
             sample = EngineRequest(
                 "smp-1",
                 "base",
-                TokenizedRequest.of(
-                    tiny_tokenizer(), Sample([], [[5, 6]]), None, None, {"max_new_tokens": 2}
-                ),
+                tokenize_request(tiny_tokenizer(), Sample([], [[5, 6]]), None, None, {"max_new_tokens": 2}),
             )
             number = stepper.begin(sample, None)
             engine.computed.wait(10)  # and nobody listens meanwhile

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from tiny import tiny_tokenizer
 
 import parallelmind as pm
-from parallelmind.engine.sampler import SamplingParams
+from parallelmind.engine.sampling_params import SamplingParams
 from serving.config import AppConfig
 from serving.engine.messages import EngineRequest
 from serving.ingress.preprocessor import RequestPreprocessor
@@ -136,7 +136,7 @@ def test_what_is_just_allowed_is_served() -> None:
     assert parts(work) == [[], [5, 5], [5, 5], [6], [6]]
     assert branch(
         asker(**NARROW), main=[5], branches=[{"text": [6]}] * 3, reduce=[7, 8], max_tokens=50
-    ).asked.last
+    ).asked.reduce
     assert (
         "7 tokens"
         in problem(branch, asker(**NARROW), branches=[{"text": [6]}], reduce=[7] * 6, max_tokens=5).message
@@ -181,9 +181,9 @@ def test_a_given_seed_is_kept_and_a_missing_one_is_drawn_anew() -> None:
     assert len(set(drawn)) == 8
     assert None not in drawn
     work = branch(branches=[{"text": "a", "seed": 0}, {"text": "b"}], reduce="c")
-    assert work.asked.last
+    assert work.asked.reduce
     assert work.asked.params[0].seed == 0
-    assert None not in (work.asked.params[1].seed, work.asked.last.params.seed)
+    assert None not in (work.asked.params[1].seed, work.asked.reduce.params.seed)
     assert asker().joining(AddBranchRequest(text="a", seed=3))[1].seed == 3
     assert asker().joining(AddBranchRequest(text="a"))[1].seed is not None
 
@@ -205,8 +205,8 @@ def test_a_branch_has_the_settings_it_brings_and_those_of_all_for_the_rest() -> 
     base = {"temperature": 0.5, "max_new_tokens": 7, "stop": ["end"], "top_k": 3, "seed": 1, "logprobs": 2}
     changed = [{}, {"temperature": 0, "stop": []}, {"max_new_tokens": 3, "seed": 2, "logit_bias": {5: 1}}]
     assert work.asked.params == [SamplingParams(**{**base, **each}) for each in changed]
-    assert work.asked.last
-    assert (work.asked.last.ids, work.asked.last.params) == (ids("all"), SamplingParams(**base))
+    assert work.asked.reduce
+    assert (work.asked.reduce.token_ids, work.asked.reduce.params) == (ids("all"), SamplingParams(**base))
     assert parts(work) == [ids("passage"), *[ids("a")] * 3]
     assert (branch().asked.params[0].max_new_tokens, branch().asked.params[0].temperature) == (64, 0)
 

@@ -11,8 +11,8 @@ from unittest.mock import patch
 from engines import saved_adapters
 
 from parallelmind.engine.request import Sample
-from parallelmind.engine.sampler import SamplingParams
-from parallelmind.engine.validation import TokenizedRequest
+from parallelmind.engine.sampling_params import SamplingParams
+from parallelmind.engine.tokenization import tokenize_request
 from serving.config import AppConfig
 from serving.engine.messages import EngineRequest, RejectedRequest
 from serving.engine.replica import EngineReplica
@@ -46,7 +46,7 @@ def joined(
 
     async def play() -> list[int | RejectedRequest | None]:
         sample = Sample([5, 6, 7], [[8], [9, 10]])
-        asked = TokenizedRequest.of(
+        asked = tokenize_request(
             to._engine.tokenizer, sample, None, reduce, {"max_new_tokens": 30, "ignore_eos": True}
         )
         steps = to.decode(EngineRequest("smp-1", "base", asked))

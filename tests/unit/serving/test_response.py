@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from parallelmind.engine.request import Event
-from parallelmind.engine.sampler import SamplingParams
-from parallelmind.engine.validation import ReduceSpec, TokenizedRequest
+from parallelmind.engine.output import Event
+from parallelmind.engine.request import ReduceSpec, TokenizedRequest
+from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.layout import Tokens
 from serving.engine.messages import BranchStarted, EngineRequest, StepOutput
 from serving.protocol import branch_response as branch_answer

@@ -12,8 +12,8 @@ from tiny import tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from parallelmind.engine.request import Event
-from parallelmind.engine.sampler import SamplingParams
+from parallelmind.engine.output import Event
+from parallelmind.engine.sampling_params import SamplingParams
 from serving.config import AppConfig
 from serving.engine.messages import BranchStarted, StepOutput
 from serving.ingress.preprocessor import RequestPreprocessor
