@@ -27,12 +27,12 @@ from workloads.common.read_config import read_config
 from workloads.common.stopping import run_stoppable
 from workloads.sweep.config import SweepConfig, check
 from workloads.sweep.journal import Journal
-from workloads.sweep.trial_table import Trial
+from workloads.sweep.trial import Trial
 from workloads.train.command import ADAPTER, alone_at, result_place
 
 if TYPE_CHECKING:
     from parallelmind.tracking import Tracker
-    from workloads.sweep.trial import Sweep
+    from workloads.sweep.trainable import Sweep
 
 
 def main(argv: list[str]) -> None:
@@ -76,14 +76,14 @@ def _run(config: SweepConfig, place: RemotePath) -> None:
         config.cpus_per_trial, config.train.num_workers, config.train.use_gpu, config.max_concurrent
     )
 
-    from workloads.sweep import trial as sweep_trial
+    from workloads.sweep.trainable import Sweep
 
     settings = place.child("config.yaml")
     save_yaml(config, settings.local)
     settings.upload()
     journal = Journal.read(place.child("journal.jsonl"))
     tracker = _tracker(config, settings, journal)
-    sweep = sweep_trial.Sweep(config, place, tracker.run_id, slots)
+    sweep = Sweep(config, place, tracker.run_id, slots)
     status = "FAILED"
     try:
         whole = _try(sweep, journal)
@@ -113,7 +113,7 @@ def _try(sweep: Sweep, journal: Journal) -> bool:
         for hold in held:
             hold()
         for trial in list(journal.trials.values()):
-            if trial.folder and not trial.over:
+            if trial.folder and not trial.ended:
                 stop_trial(trial.folder)
 
     points = None if sweep.config.search == "grid" else sweep.config.trials
@@ -121,7 +121,7 @@ def _try(sweep: Sweep, journal: Journal) -> bool:
     told = "stopping the trials after their next steps, with checkpoints"
     with View(sweep.config, journal, planned, sweep.slots) as view:
         run_stoppable(lambda: run_trials(sweep, journal, view.show, held.append), stop, told)
-    return len(journal.trials) >= planned and all(trial.over for trial in journal.trials.values())
+    return len(journal.trials) >= planned and all(trial.ended for trial in journal.trials.values())
 
 
 def _tracker(config: SweepConfig, settings: RemotePath, journal: Journal) -> Tracker:
@@ -188,7 +188,7 @@ def _register(sweep: Sweep, best: Trial, journal: Journal, tracker: Tracker) -> 
     told = "  ".join(
         f"{name.removeprefix('validation/')} {best.metrics[name]:.3f}" for name in config.metrics
     )
-    print(f"winner   trial {best.number}: {best.told()}  {told}")
+    print(f"winner   trial {best.number}: {best.describe()}  {told}")
     result = result_place(sweep.trial(best.number, best.settings), RemotePath.at(str(best.folder)))
     if config.register_as and result.local.name == ADAPTER:
         version = register_model(tracker.uri, run_id, ADAPTER, config.register_as, config.alias)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from parallelmind.remote import RemotePath
-from workloads.sweep.trial_table import Status, Trial
+from workloads.sweep.trial import Status, Trial
 
 
 @dataclass(slots=True)
@@ -67,7 +67,7 @@ class Journal:
         return fresh
 
     def end(self, number: int, status: Status, error: str | None = None) -> None:
-        if not self.trials[number].over:
+        if not self.trials[number].ended:
             self._write({"trial": number, "status": status, "error": error})
 
     def note(self, **facts: Any) -> None:

@@ -19,7 +19,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import TrialState, create_trial
 
 from workloads.sweep.config import Between, SweepConfig, is_whole, number
-from workloads.sweep.trial_table import Trial
+from workloads.sweep.trial import Trial
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -77,7 +77,7 @@ def _as_told(
     values = objectives(config, group)
     if values is not None:
         return create_trial(params=params, distributions=dict(space), values=values)
-    state = TrialState.FAIL if all(trial.over for trial in group) else TrialState.RUNNING
+    state = TrialState.FAIL if all(trial.ended for trial in group) else TrialState.RUNNING
     return create_trial(state=state, params=params, distributions=dict(space))
 
 

@@ -1,81 +1,44 @@
-"""What Ray Tune runs for every trial: one training run, gone on with if it was begun before."""
+"""One trial of a sweep: its settings, status and results."""
 
 from __future__ import annotations
 
-import json
-import logging
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-import workloads.common.ray_env  # noqa: F401  (before Ray)
-
-# isort: split
-from filelock import FileLock
-from ray import tune
-from ray.tune.integration.ray_train import TuneReportCallback
-
-from parallelmind.config import TrainConfig
-from parallelmind.data.files import find_files
-from parallelmind.errors import UserError, first_line
-from parallelmind.model.manifest import MANIFEST
-from parallelmind.remote import RemotePath
-from workloads.sweep.config import SweepConfig
-from workloads.train.command import result_place, run_place
-from workloads.train.driver import SharedRunContext, begin, ended, prepare
-from workloads.train.fit import fit
-from workloads.train.provenance import keep_losses
+Status = Literal["waiting", "running", "finished", "stopped", "failed"]
+END_STATUSES: tuple[Status, ...] = ("finished", "stopped", "failed")
 
 
-@dataclass(frozen=True, slots=True)
-class Sweep:
-    """What all trials share. place: the sweep's folder. parent: its MLflow run. slots: trials at a time."""
+@dataclass(slots=True)
+class Trial:
+    """A point of the search space, trained with one seed.
 
-    config: SweepConfig
-    place: RemotePath
-    parent: str
-    slots: int
-
-    def trial(self, number: int, settings: dict[str, Any]) -> TrainConfig:
-        return self.config.trial(number, settings, str(self.place.child("trials")))
-
-
-def run_trial(chosen: dict[str, Any], sweep: Sweep) -> None:
-    """Train with `chosen["settings"]` and tell Ray Tune: where, every report of the training, and how it
-    ended.
-
-    `chosen["data"]`: which data it must be, if that is known (`Prepared.data`).
-
-    An error of the training is told, not raised: Ray Tune would repeat it. What is lost with its process is
-    repeated.
+    settings: the swept fields and `seed`. status: `stopped` means ended early by the scheduler. metrics: the
+    last reported ones, by their MLflow names. curve: (step, metrics) of every report. seconds: spent in
+    training, over all restarts. folder, run_id: the trial's run folder and MLflow run.
     """
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    try:
-        tune.report(_trained(sweep.trial(chosen["number"], chosen["settings"]), sweep, chosen["data"]))
-    except Exception as error:
-        if not isinstance(error, UserError):
-            logging.getLogger(__name__).exception("trial %d", chosen["number"])
-        tune.report({"status": "failed", "error": first_line(error)})
 
+    number: int
+    settings: dict[str, Any]
+    status: Status = "waiting"
+    step: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    curve: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    seconds: float = 0.0
+    folder: str | None = None
+    run_id: str | None = None
+    error: str | None = None
 
-def _trained(config: TrainConfig, sweep: Sweep, data: str | None) -> dict[str, Any]:
-    place = run_place(config)
-    place.local.mkdir(parents=True, exist_ok=True)
-    with FileLock(place.local / ".lock"):  # a process that was given up for lost may still be there
-        manifest = result_place(config, place).child(MANIFEST).read_bytes()
-        if manifest is not None:  # it ended, and the sweep before it heard of it
-            note = json.loads(manifest)["extra"]
-            tune.report({"folder": str(place), "run_id": note["mlflow_run"]})
-            return {"status": "finished", "step": note["step"], "metrics": note["metrics"]}
-        vocabulary = begin(config, place)
-        files = find_files(config.data_path)
-        held_out = find_files(config.validation_path, "validation_path") if config.validation_path else []
-        share = SharedRunContext(sweep.slots, sweep.parent, data)
-        task, tracker, data = prepare(config, place, files, held_out, vocabulary, share)
-        tune.report({"folder": str(place), "run_id": tracker.run_id, "data": data})
-        with ended(tracker) as end:
-            outcome = fit(task, files, sweep.slots, [TuneReportCallback()])
-            end(outcome)
-        if not outcome.finished:
-            keep_losses(place, tracker)
-    status = "finished" if outcome.finished else "interrupted"
-    return {"status": status, "step": outcome.step, "metrics": outcome.metrics}
+    @property
+    def ended(self) -> bool:
+        """Whether the trial finished, was stopped or failed."""
+        return self.status in END_STATUSES
+
+    @property
+    def point(self) -> dict[str, Any]:
+        """The settings without the seed; trials of the same point are repetitions."""
+        return {name: value for name, value in self.settings.items() if name != "seed"}
+
+    def describe(self) -> str:
+        """The settings as `key=value`, separated by spaces."""
+        return " ".join(f"{name}={value}" for name, value in self.settings.items())

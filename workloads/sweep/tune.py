@@ -31,7 +31,7 @@ from workloads.common.stopping import StopFile
 from workloads.sweep.config import SweepConfig
 from workloads.sweep.journal import Journal
 from workloads.sweep.search import point
-from workloads.sweep.trial import Sweep, run_trial
+from workloads.sweep.trainable import Sweep, run_trial
 from workloads.train.command import STOP
 
 _TUNE = ".tune"  # Ray Tune's folder in the sweep's
@@ -58,7 +58,7 @@ class JournalSearcher(_Forgotten, Searcher):
     def __init__(self, config: SweepConfig, journal: Journal) -> None:
         super().__init__()
         self._config, self._journal = config, journal
-        self._left = [trial for trial in journal.trials.values() if not trial.over]
+        self._left = [trial for trial in journal.trials.values() if not trial.ended]
         if self.over():
             self._left = [trial for trial in journal.trials.values() if trial.status == "failed"]
         self.ending = False  # nothing new is begun

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from workloads.sweep.config import SweepConfig
 from workloads.sweep.journal import Journal
-from workloads.sweep.trial_table import Trial
+from workloads.sweep.trial import Trial
 
 _STYLES = {"finished": "green", "stopped": "yellow", "failed": "red", "running": "bold"}
 
@@ -25,7 +25,7 @@ class View:
     def __init__(self, config: SweepConfig, journal: Journal, planned: int | None, slots: int) -> None:
         """planned: trials in all, None where that is not known."""
         self._config, self._journal, self._planned, self._slots = config, journal, planned, slots
-        self._began, self._done = time.monotonic(), sum(trial.over for trial in journal.trials.values())
+        self._began, self._done = time.monotonic(), sum(trial.ended for trial in journal.trials.values())
         self._told: dict[int, tuple[str, int]] = {
             trial.number: _state(trial) for trial in journal.trials.values()
         }
@@ -63,7 +63,7 @@ class View:
             ]
             cells = [
                 str(trial.number),
-                trial.told(),
+                trial.describe(),
                 trial.status,
                 str(trial.step or ""),
                 *values,
@@ -78,12 +78,12 @@ class View:
         )
         parts = [
             f"trial {trial.number}",
-            trial.told(),
+            trial.describe(),
             trial.status,
             f"step {trial.step}" if trial.step else "",
             values,
         ]
-        if trial.over:
+        if trial.ended:
             parts.append(f"[{self._summary(trials)}]")
         return "  ".join(filter(None, [*parts, trial.error]))
 
@@ -92,7 +92,7 @@ class View:
 
     def _summary(self, trials: list[Trial]) -> str:
         """How many are over, and how long the rest will take if it takes as long as those of this start."""
-        over = sum(trial.over for trial in trials)
+        over = sum(trial.ended for trial in trials)
         told = f"{over} of {self._planned or '?'} over"
         failed = sum(trial.status == "failed" for trial in trials)
         told += f", {failed} failed" if failed else ""

@@ -18,7 +18,7 @@ from workloads.sweep import command as sweep
 from workloads.sweep.config import SweepConfig, check
 from workloads.sweep.journal import Journal
 from workloads.sweep.search import point, winner
-from workloads.sweep.trial_table import Trial
+from workloads.sweep.trial import Trial
 from workloads.sweep.tune import JournalingScheduler, JournalSearcher
 from workloads.train.command import STOP
 
@@ -271,7 +271,7 @@ def test_who_is_stopped_does_not_depend_on_an_interruption(tmp_path: Path, stopp
 
     def judged(referee: JournalingScheduler, journal: Journal, reports: list[tuple[int, int, float]]) -> None:
         for number, step, loss in reports:
-            if not journal.trials[number].over:
+            if not journal.trials[number].ended:
                 decision = referee.on_trial_result(None, _Tuned(number), {"step": step, LOSS: loss})  # type: ignore[arg-type]
                 assert (decision == TrialScheduler.STOP) == (journal.trials[number].status == "stopped")
 

@@ -9,9 +9,12 @@ import re
 import pyarrow.parquet as pq
 import pytest
 
-from workloads.sweep import plots as sweep_plots
+from workloads.sweep.plots.cost_vs_quality import cost_vs_quality
+from workloads.sweep.plots.heat_map import heat_map
+from workloads.sweep.plots.loss_vs_branches import loss_vs_branches
+from workloads.sweep.plots.parallel_coordinates import parallel_coordinates
 from workloads.sweep.report import write_report
-from workloads.sweep.trial_table import Trial
+from workloads.sweep.trial import Trial
 
 OBJECTIVE = "validation/loss_8"
 PNGS = ["cost_vs_quality.png", "heat_map.png", "loss_vs_branches.png", "parallel_coordinates.png"]
@@ -42,7 +45,7 @@ def grid() -> list[Trial]:
 
 def report(folder, trials, winner=None) -> str:
     return write_report(
-        folder, "a <sweep>", trials, [OBJECTIVE], winner, lambda one: f"train {one.told()}"
+        folder, "a <sweep>", trials, [OBJECTIVE], winner, lambda one: f"train {one.describe()}"
     ).read_text("utf-8")
 
 
@@ -59,7 +62,7 @@ def test_everything_is_there_and_nothing_half_written(tmp_path, grid):
     assert "10 trials: 7 finished, 2 stopped early, 1 failed." in page
     assert re.findall(r'<tr class="winner"><td>(\d+)', page) == ["0"]
     assert "Branch tax is" in page
-    assert all(f"<pre><code>train {one.told()}</code></pre>" in page for one in grid)
+    assert all(f"<pre><code>train {one.describe()}</code></pre>" in page for one in grid)
 
 
 def test_the_page_needs_nothing_from_elsewhere(tmp_path, grid):
@@ -79,7 +82,7 @@ def test_text_stays_text(tmp_path):
     ]
     page = report(tmp_path, [*trials, trial(4, None, "failed", pairs="low")])
     assert "<script" not in page
-    assert "&lt;script&gt;alert(&#x27;$1&#x27;)" in page
+    assert "&lt;script&gt;alert(&#39;$1&#39;)" in page
     assert "CUDA &lt;b&gt;lost&lt;/b&gt;\nsecond line" in page
     assert "<h1>a &lt;sweep&gt;</h1>" in page
 
@@ -111,7 +114,7 @@ def test_the_table_keeps_types_and_tells_missing_from_not_a_number(tmp_path):
     assert (rows[0]["status"], rows[0]["step"], rows[0]["command"]) == (
         "finished",
         10,
-        f"train {trials[0].told()}",
+        f"train {trials[0].describe()}",
     )
     lines = list(csv.DictReader((tmp_path / "trials.csv").read_text(encoding="utf-8").splitlines()))
     assert list(lines[0]) == list(rows[0])
@@ -137,7 +140,7 @@ def test_one_line_per_point_with_its_seeds_averaged(grid):
     grid[9].metrics["validation/loss_1"] = (
         9.0  # lacks the loss at 8: its place in the mean at 1 would bend the line
     )
-    lines = sweep_plots.loss_vs_branches(grid).axes[0].lines
+    lines = loss_vs_branches(grid).axes[0].lines
     points = (
         "rope_2d_ratio=0.5, lora_rank=8",
         "rope_2d_ratio=0.5, lora_rank=16",
@@ -150,23 +153,21 @@ def test_one_line_per_point_with_its_seeds_averaged(grid):
 
 def test_one_line_per_ratio_where_there_are_too_many_points():
     trials = [trial(n, 3.0 + n % 7, rope_2d_ratio=n // 7, lora_rank=n % 7) for n in range(14)]
-    lines = sweep_plots.loss_vs_branches(trials).axes[0].lines
+    lines = loss_vs_branches(trials).axes[0].lines
     assert [line.get_label() for line in lines] == ["rope_2d_ratio=0, n = 7", "rope_2d_ratio=1, n = 7"]
     assert lines[0].get_ydata() == pytest.approx([5.0, 6.0])
 
 
 def test_many_lines_have_colours_in_place_of_a_legend():
     few, many = ([trial(n, 2.0 + n, path=f"{n}{'/long' * 9}") for n in range(count)] for count in (12, 13))
-    assert (
-        len(sweep_plots.loss_vs_branches(few).legends[0].get_texts()) == 12
-    )  # though their names are cut to the same
-    crowded = sweep_plots.loss_vs_branches(many)
+    assert len(loss_vs_branches(few).legends[0].get_texts()) == 12  # though their names are cut to the same
+    crowded = loss_vs_branches(many)
     assert not crowded.legends
     assert "branch tax" in crowded.axes[1].get_ylabel()
 
 
 def test_the_heat_map_writes_the_means_and_leaves_out_what_did_not_finish(grid):
-    figure = sweep_plots.heat_map(grid, OBJECTIVE)
+    figure = heat_map(grid, OBJECTIVE)
     assert (figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel()) == ("rope_2d_ratio", "lora_rank")
     assert texts(figure) == ["3.200", "3.300", "3.400"]
 
@@ -176,24 +177,24 @@ def test_the_heat_map_needs_two_fields_of_few_values():
         trial(n, 2.0 + n, learning_rate=n / 1e4, pairs="low" if n % 2 else "mid", rank=n % 3)
         for n in range(20)
     ]
-    axes = sweep_plots.heat_map(trials, OBJECTIVE).axes[0]
+    axes = heat_map(trials, OBJECTIVE).axes[0]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("rank", "pairs")
-    assert sweep_plots.heat_map([trial(n, 2.0, rank=n % 3) for n in range(6)], OBJECTIVE) is None
+    assert heat_map([trial(n, 2.0, rank=n % 3) for n in range(6)], OBJECTIVE) is None
 
 
 def test_parallel_coordinates_tell_apart_what_finished(grid):
-    axes = sweep_plots.parallel_coordinates(grid, OBJECTIVE).axes[0]
+    axes = parallel_coordinates(grid, OBJECTIVE).axes[0]
     dashed = [line for line in axes.lines if line.get_linestyle() == "--"]
     assert [len(line.get_xdata()) for line in dashed] == [3, 3, 2]  # the failed one reached no objective
     assert len(axes.lines) == 3 + 6 + 3  # and those with one, and the axes
     spread = [trial(n, 2.0, learning_rate=rate) for n, rate in enumerate([1e-5, 1e-4, 1e-3])]
-    lines = sweep_plots.parallel_coordinates(spread, OBJECTIVE).axes[0].lines
+    lines = parallel_coordinates(spread, OBJECTIVE).axes[0].lines
     assert [line.get_ydata()[0] for line in lines[:3]] == pytest.approx([0, 0.5, 1])  # to the logarithm
 
 
 def test_the_front_joins_what_nothing_beats():
     trials = [trial(n, loss, x=n) for n, loss in enumerate([3.0, 3.5, 2.0, 2.5, math.nan])]
-    figure = sweep_plots.cost_vs_quality([*trials, trial(5, 1.0, "stopped", x=5)], OBJECTIVE)
+    figure = cost_vs_quality([*trials, trial(5, 1.0, "stopped", x=5)], OBJECTIVE)
     assert list(figure.axes[0].lines[0].get_xdata()) == [
         10.0,
         12.0,
