@@ -13,7 +13,7 @@ ADAPTER ?= $(shell ls -td runs/demo-*/adapter 2>/dev/null | head -n 1)
 PORT ?= 8000
 WORKERS ?= 2
 
-.PHONY: help setup model lint typecheck test chaos demo serve bench bench-gpu docs clean
+.PHONY: help setup model lint typecheck test test-all mutants chaos demo serve bench bench-gpu docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,15 +32,23 @@ $(STAMP): pyproject.toml constraints.txt
 model: setup ## fetch the demo's base model, smollm2-135m, into the cache folder
 	@$(PY) -m parallelmind.model.base_model
 
-lint: setup ## ruff: style and formatting rules
+lint: setup ## ruff: style rules and formatting
 	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
 
 typecheck: setup ## mypy
 	@$(PY) -m mypy
 
-test: setup lint typecheck model ## lint, typecheck and every test but the longest fault tests, the quick ones in WORKERS=2 processes
-	@$(PY) -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not chaos"
-	@$(PY) -m pytest -m "slow and not chaos"
+test: setup lint typecheck model ## lint, typecheck and the tests that one waits for; the quick ones in WORKERS=2 processes
+	@$(PY) -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not full and not chaos"
+	@$(PY) -m pytest -m "slow and not full and not chaos"
+
+test-all: test chaos ## every test: make test, every model type, every page, databases and the longest fault tests
+	@$(PY) -m pytest -n $(WORKERS) --dist worksteal -m "full and not slow and not chaos"
+	@$(PY) -m pytest -m "full and slow and not chaos"
+
+mutants: setup model ## break the code in 20 known ways, one by one; the tests must notice each
+	@$(PY) -m tools.mutants
 
 chaos: setup ## the longest fault tests: nodes are killed or cut off, storage outlives machines
 	@$(PY) -m pytest -m chaos tests/chaos tests/integration

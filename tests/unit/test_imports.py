@@ -1,4 +1,4 @@
-"""The house: who may import whom, read from the source without running it."""
+"""Import rules of the project, read from the source without running it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import ast
 import os
 import subprocess
 import sys
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = ROOT / "platform" / "parallelmind"
-OURS = ("parallelmind", "workloads", "serving", "experiments")
+PRODUCTION = ("parallelmind", "workloads", "serving", "experiments")
+PACKAGES = (*PRODUCTION, "benchmarks", "tools")
 
-_GROUND = {"errors", "config", "layout", "storage", "remote", "visibility"}
+_FOUNDATION = {"errors", "config", "layout", "storage", "remote", "visibility"}
 MAY_IMPORT = {
     "errors": set(),
     "storage": set(),
@@ -25,57 +28,85 @@ MAY_IMPORT = {
     "cli": {"errors", "config"},
     "ray_env": set(),
     "tracking": {"errors", "config"},
-    "model": _GROUND,
-    "data": {*_GROUND, "model"},  # the pipeline's workers load the base model's tokenizer
-    "training": {*_GROUND, "model", "data", "tracking"},
-    "engine": {*_GROUND, "model", "data"},
-    "evaluation": {*_GROUND, "model", "data", "training", "engine", "tracking"},
+    "model": _FOUNDATION,
+    "data": {*_FOUNDATION, "model"},  # the pipeline's workers load the base model's tokenizer
+    "training": {*_FOUNDATION, "model", "data", "tracking"},
+    "engine": {*_FOUNDATION, "model", "data"},
+    "evaluation": {*_FOUNDATION, "model", "data", "training", "engine", "tracking"},
 }
-WITHOUT_TORCH = tuple(
-    "config/__init__.py layout.py visibility.py engine/sequence.py engine/scheduler.py training/outcome.py".split()
+# Planning code, which a process without torch can import.
+WITHOUT_TORCH = (
+    "parallelmind.config",
+    "parallelmind.layout",
+    "parallelmind.visibility",
+    "parallelmind.engine.sequence_group",
+    "parallelmind.engine.block_manager",
+    "parallelmind.engine.scheduler",
+    "parallelmind.training.outcome",
 )
+# Checks and models that are made for tests and for docs/models.md.
+FIXTURES = {f"parallelmind.evaluation.{name}" for name in ("laws", "probes", "tiny_models")}
+MAY_USE_FIXTURES = ("parallelmind.evaluation.", "workloads.evaluate.support", "benchmarks.", "tools.")
 
 
-def sources(package: str) -> list[Path]:
-    return sorted((LIBRARY if package == "parallelmind" else ROOT / package).rglob("*.py"))
-
-
-def module_of(path: Path) -> list[str]:
-    """The dotted name of a library file, in parts, without `parallelmind`."""
-    parts = list(path.relative_to(LIBRARY).with_suffix("").parts)
-    return parts[:-1] if parts[-1] == "__init__" else parts
-
-
-def imports(path: Path) -> set[str]:
-    """Every absolute dotted name imported anywhere in a file, lazily too."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import; write the full name"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+@cache
+def modules() -> dict[str, Path]:
+    """Dotted name -> file of every module of the project but its tests."""
+    found = {}
+    for package in PACKAGES:
+        folder = LIBRARY if package == "parallelmind" else ROOT / package
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder.parent).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
 
 
-def roots(path: Path) -> set[str]:
-    return {name.partition(".")[0] for name in imports(path)}
+@cache
+def imported_names(module: str) -> frozenset[str]:
+    """Every dotted name that a module imports, inside functions and `TYPE_CHECKING` blocks as well."""
+    names = set()
+    for node in ast.walk(ast.parse(modules()[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: relative import; write the full name"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return frozenset(names)
 
 
-def library_imports(path: Path) -> set[str]:
-    """Packages of the library that a library file imports, such as `model`."""
-    return {name.split(".")[1] for name in imports(path) if name.startswith("parallelmind.")}
+def imported_modules(module: str) -> set[str]:
+    """The project's modules that a module imports: `from a import b` is `a.b` if that is one, else `a`."""
+    candidates = {name if name in modules() else name.rpartition(".")[0] for name in imported_names(module)}
+    return (candidates & modules().keys()) - {module}
 
 
-def test_inside_the_library_imports_run_one_way() -> None:
-    for path in sources("parallelmind"):
-        module = module_of(path)
-        if not module:  # parallelmind/__init__.py shows the whole library
+def imported_roots(module: str) -> set[str]:
+    """Top-level packages that a module imports, such as `torch`."""
+    return {name.partition(".")[0] for name in imported_names(module)}
+
+
+def modules_of(*packages: str) -> list[str]:
+    return [name for name in modules() if name.partition(".")[0] in packages]
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    graph = {module: imported_modules(module) for module in modules()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"import cycle: {' <- '.join(error.args[1])}")
+
+
+def test_imports_inside_the_library_run_one_way() -> None:
+    packages = {name.split(".")[1] for name in modules_of("parallelmind") if "." in name}
+    assert packages == MAY_IMPORT.keys(), "MAY_IMPORT lists exactly the packages of the library"
+    for module in modules_of("parallelmind"):
+        if module == "parallelmind":  # it names the whole library
             continue
-        package = module[0]
-        assert package in MAY_IMPORT, f"{path}: a new package; say in MAY_IMPORT what it may import"
-        wrong = library_imports(path) - MAY_IMPORT[package] - {package}
-        assert not wrong, f"{path.relative_to(ROOT)} imports {sorted(wrong)}"
+        package = module.split(".")[1]
+        used = {name.split(".")[1] for name in imported_names(module) if name.startswith("parallelmind.")}
+        wrong = used - MAY_IMPORT[package] - {package}
+        assert not wrong, f"{module} imports {sorted(wrong)}"
 
 
 @pytest.mark.parametrize(
@@ -87,42 +118,42 @@ def test_inside_the_library_imports_run_one_way() -> None:
         ("experiments", {"parallelmind", "workloads", "experiments"}),
     ],
 )
-def test_between_packages_imports_run_one_way(package: str, allowed: set[str]) -> None:
-    for path in sources(package):
-        wrong = (roots(path) & set(OURS)) - allowed
-        assert not wrong, f"{path.relative_to(ROOT)} imports {sorted(wrong)}"
+def test_imports_between_packages_run_one_way(package: str, allowed: set[str]) -> None:
+    assert modules_of(package), f"{package} has no modules"
+    for module in modules_of(package):
+        wrong = (imported_roots(module) & {*PACKAGES, "tests"}) - allowed
+        assert not wrong, f"{module} imports {sorted(wrong)}"
 
 
-def test_only_the_pipeline_of_the_library_knows_ray() -> None:
-    knowing = {
-        path.relative_to(LIBRARY).as_posix() for path in sources("parallelmind") if "ray" in roots(path)
-    }
-    assert knowing <= {"data/pipeline.py"}
-    assert not [path for path in sources("experiments") if "ray" in roots(path)]
+def test_production_does_not_use_test_models_and_laws() -> None:
+    assert modules().keys() >= FIXTURES
+    for module in modules_of(*PACKAGES):
+        if not module.startswith(MAY_USE_FIXTURES):
+            used = imported_modules(module) & FIXTURES
+            assert not used, f"{module} imports {sorted(used)}"
 
 
-def test_only_tracking_knows_mlflow() -> None:
-    knowing = [path for package in OURS for path in sources(package) if "mlflow" in roots(path)]
-    assert [path for path in knowing if path != LIBRARY / "tracking.py"] == []
+def test_only_the_pipeline_of_the_library_imports_ray() -> None:
+    users = [name for name in modules_of("parallelmind", "experiments") if "ray" in imported_roots(name)]
+    assert users == ["parallelmind.data.pipeline"]
 
 
-def test_scheduling_layout_and_config_know_no_torch() -> None:
-    files = {".".join(module_of(path)): path for path in sources("parallelmind") if module_of(path)}
-    waiting = [LIBRARY / name for name in WITHOUT_TORCH if (LIBRARY / name).exists()]
-    seen = set(waiting)
-    while waiting:
-        path = waiting.pop()
-        assert not roots(path) & {"torch", "transformers", "peft", "ray"}, (
-            f"{path.relative_to(ROOT)} reaches torch"
-        )
-        names = {
-            name.removeprefix("parallelmind.") for name in imports(path) if name.startswith("parallelmind.")
-        }
-        reached = {
-            files[part] for name in names for part in (name, name.rpartition(".")[0]) if part in files
-        } - seen
-        seen |= reached
-        waiting.extend(reached)
+def test_only_tracking_imports_mlflow() -> None:
+    users = [name for name in modules_of(*PRODUCTION) if "mlflow" in imported_roots(name)]
+    assert users == ["parallelmind.tracking"]
+
+
+@pytest.mark.parametrize("module", WITHOUT_TORCH)
+def test_planning_code_does_not_reach_torch(module: str) -> None:
+    assert module in modules(), f"{module} is gone; name the module that took its place"
+    pending, reached = [module], {module}
+    while pending:
+        current = pending.pop()
+        heavy = imported_roots(current) & {"torch", "transformers", "peft", "ray"}
+        assert not heavy, f"{current}, which {module} imports, imports {sorted(heavy)}"
+        new = imported_modules(current) - reached
+        reached |= new
+        pending.extend(new)
 
 
 def test_the_standard_platform_module_is_not_shadowed() -> None:
@@ -137,8 +168,7 @@ def test_the_standard_platform_module_is_not_shadowed() -> None:
 
 
 def test_nothing_unpickles() -> None:
-    """Weights come as safetensors and states as JSON: a pickle would run whatever code its writer put in."""
-    for package in OURS:
-        for path in sources(package):
-            assert roots(path).isdisjoint({"pickle", "cloudpickle", "joblib", "dill"}), path
-            assert "torch.load(" not in path.read_text(encoding="utf-8"), path
+    """Weights are safetensors and states are JSON: a pickle runs whatever code its writer put in."""
+    for module in modules_of(*PRODUCTION):
+        assert imported_roots(module).isdisjoint({"pickle", "cloudpickle", "joblib", "dill"}), module
+        assert "torch.load(" not in modules()[module].read_text(encoding="utf-8"), module
