@@ -18,11 +18,10 @@ from typing import Any, cast
 
 import fsspec
 import pyarrow.fs
-from filelock import FileLock
 from fsspec.implementations.arrow import ArrowFSWrapper
 
 from parallelmind.errors import UserError, first_line
-from parallelmind.storage import atomic_binary_file, cache_dir
+from parallelmind.storage import atomic_binary_file, cache_dir, process_lock
 
 _BLOCK = 1 << 24  # bytes copied at a time
 _FULL = {errno.EDQUOT, errno.ENOSPC}
@@ -167,8 +166,7 @@ def fetch_cached(path: str | Path, note: str, field: str) -> Path:
     if not is_uri(path):
         return Path(path)
     mirror = RemotePath.at(path, field)
-    mirror.local.mkdir(parents=True, exist_ok=True)
-    with FileLock(mirror.local / ".lock"):
+    with process_lock(mirror.local / ".lock"):
         there = mirror.child(note).read_bytes()
         if there is None:
             raise UserError(f"{field}={path}: holds no {note}; give the folder that a run wrote")

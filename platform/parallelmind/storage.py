@@ -1,6 +1,4 @@
-"""Folders and files that are there whole or not at all, and the checksums that tell whether they still
-are.
-"""
+"""Crash-safe files and folders: atomic replacement, fsync, locks between processes, checksums."""
 
 from __future__ import annotations
 
@@ -15,65 +13,91 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, TextIO, cast
 
-_SCRATCH = "-part-"  # in the names of folders that are being written
+from filelock import BaseFileLock, FileLock, lock_descriptor
+
+_PARTIAL_MARK = "-part-"  # part of the name of every folder that `atomic_dir` is still filling
 
 
 def cache_dir() -> Path:
-    """`$PARALLELMIND_CACHE` or `~/.cache/parallelmind`."""
+    """Cache folder of this machine: `$PARALLELMIND_CACHE` or `~/.cache/parallelmind`."""
     root = os.environ.get("PARALLELMIND_CACHE")
     return Path(root or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/parallelmind").expanduser()
 
 
 def sha256(file: Path) -> str:
-    """SHA-256 of a file, in hex. Raises OSError if it cannot be read."""
+    """SHA-256 of a file, in hex. Raises OSError if the file cannot be read."""
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def fsync_dir(folder: Path) -> None:
-    """Put a folder and the files in it, not those of its subfolders, on the disk."""
-    for path in (*folder.iterdir(), folder):
+def fsync_tree(folder: Path) -> None:
+    """Flush a folder to disk: every file and subfolder in it, then the folder itself."""
+    for path in (*sorted(folder.rglob("*"), reverse=True), folder):  # a subfolder follows its content
         _fsync(path)
 
 
 def _fsync(path: Path) -> None:
-    number = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(number)
+        os.fsync(descriptor)
     finally:
-        os.close(number)
+        os.close(descriptor)
+
+
+def process_lock(lock_file: Path, timeout: float = -1) -> BaseFileLock:
+    """Lock that one process holds at a time, to be used in a `with` statement.
+
+    Creates the folder of `lock_file`. timeout: seconds to wait for the lock, without limit if negative.
+    Raises filelock.Timeout after that time.
+    """
+    lock_file.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(lock_file, timeout=timeout)
+
+
+@contextmanager
+def try_lock_path(path: Path) -> Iterator[bool]:
+    """Lock an existing file or folder itself. Yields False if another process holds the lock."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield lock_descriptor(descriptor, blocking=False)
+    finally:
+        os.close(descriptor)  # releases the lock
 
 
 def remove_partial_dirs(parent: Path) -> None:
-    """Remove what writers of whole folders left behind in `parent` when they were killed. None may be at work
-    there.
+    """Remove the partial folders that killed `atomic_dir` writers left in `parent`.
+
+    No writer may be active in `parent`.
     """
-    for left in parent.glob(f".*{_SCRATCH}*"):
-        shutil.rmtree(left)
+    for partial in parent.glob(f".*{_PARTIAL_MARK}*"):
+        shutil.rmtree(partial)
 
 
 @contextmanager
 def atomic_dir(folder: Path) -> Iterator[Path]:
-    """An empty folder to fill; at the end it is flushed and takes the name `folder`, in place of what had it.
+    """Yield an empty folder to fill. On success it is flushed to disk and replaces `folder` by one rename.
 
-    After an exception `folder` is as it was.
+    After an exception `folder` is unchanged.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}{_SCRATCH}") as scratch:
-        built = Path(scratch) / "new"
-        built.mkdir()
-        yield built
-        fsync_dir(built)
-        _replace(folder, built, Path(scratch) / "old")
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}{_PARTIAL_MARK}") as scratch:
+        new = Path(scratch) / "new"
+        new.mkdir()
+        yield new
+        fsync_tree(new)
+        _replace_dir(folder, new, Path(scratch) / "old")
         _fsync(folder.parent)
 
 
-def _replace(folder: Path, built: Path, old: Path) -> None:
-    """Rename `built` to `folder`; what was there is moved away first, and back if that fails."""
+def _replace_dir(folder: Path, new: Path, old: Path) -> None:
+    """Rename `new` to `folder`, and an existing `folder` to `old`.
+
+    If the first rename fails, the existing `folder` is moved back.
+    """
     if folder.exists():
         folder.rename(old)
     try:
-        built.rename(folder)
+        new.rename(folder)
     except OSError:
         if old.exists():
             old.rename(folder)
@@ -81,28 +105,28 @@ def _replace(folder: Path, built: Path, old: Path) -> None:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[TextIO]:
-    """UTF-8 text to write, compressed where `path` ends in .gz; otherwise as `atomic_binary_file`."""
-    with atomic_binary_file(path) as file:
-        # Without name and time in its header, the same records give the same bytes.
-        packed = gzip.GzipFile("", "wb", fileobj=file, mtime=0) if path.name.endswith(".gz") else file
-        with io.TextIOWrapper(cast(BinaryIO, packed), encoding="utf-8", newline="\n") as text:
-            yield text
+def atomic_binary_file(path: Path) -> Iterator[BinaryIO]:
+    """Yield a binary file to write. On success it is flushed to disk and replaces `path` by one rename.
+
+    After an exception `path` is unchanged. Raises OSError if the file cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+        _fsync(partial)
+        os.replace(partial, path)
+        _fsync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager
-def atomic_binary_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write; at the end it is flushed and takes the name `path`.
-
-    After an exception `path` is as it was. Raises OSError where the file cannot be written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(scratch, "wb") as file:
-            yield file
-        _fsync(scratch)
-        os.replace(scratch, path)
-        _fsync(path.parent)
-    finally:
-        scratch.unlink(missing_ok=True)
+def atomic_file(path: Path) -> Iterator[TextIO]:
+    """Like `atomic_binary_file`, for UTF-8 text. The file is compressed if `path` ends in .gz."""
+    with atomic_binary_file(path) as file:
+        # An empty name and time in the gzip header make equal records give equal bytes.
+        raw = gzip.GzipFile("", "wb", fileobj=file, mtime=0) if path.name.endswith(".gz") else file
+        with io.TextIOWrapper(cast(BinaryIO, raw), encoding="utf-8", newline="\n") as text:
+            yield text

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from parallelmind.errors import UserError
+from parallelmind.storage import try_lock_path
 
 
 @contextmanager
 def exclusive_lock(output: Path) -> Iterator[None]:
     """Hold the lock on an existing output file or folder. Raises UserError if another process holds it."""
-    descriptor = os.open(output, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with try_lock_path(output) as locked:
+        if not locked:
+            raise UserError(
+                f"output_path={output}: another process is writing it; wait for it, or choose another name"
+            )
         yield
-    except BlockingIOError as error:
-        raise UserError(
-            f"output_path={output}: another process is writing it; wait for it, or choose another name"
-        ) from error
-    finally:
-        os.close(descriptor)
 
 
 def drop_partial_row(file: BinaryIO, output: Path) -> tuple[int, int]:

@@ -10,7 +10,6 @@ from typing import Any
 import workloads.common.ray_env  # noqa: F401  (before Ray)
 
 # isort: split
-from filelock import FileLock
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
@@ -19,6 +18,7 @@ from parallelmind.data.files import find_files
 from parallelmind.errors import UserError, first_line
 from parallelmind.model.manifest import MANIFEST
 from parallelmind.remote import RemotePath
+from parallelmind.storage import process_lock
 from workloads.sweep.config import SweepConfig
 from workloads.train.command import result_place, run_place
 from workloads.train.driver import SharedRunContext, begin, ended, prepare
@@ -59,8 +59,7 @@ def run_trial(chosen: dict[str, Any], sweep: Sweep) -> None:
 
 def _trained(config: TrainConfig, sweep: Sweep, data: str | None) -> dict[str, Any]:
     place = run_place(config)
-    place.local.mkdir(parents=True, exist_ok=True)
-    with FileLock(place.local / ".lock"):  # a process that was given up for lost may still be there
+    with process_lock(place.local / ".lock"):  # a process that was given up for lost may still be there
         manifest = result_place(config, place).child(MANIFEST).read_bytes()
         if manifest is not None:  # it ended, and the sweep before it heard of it
             note = json.loads(manifest)["extra"]

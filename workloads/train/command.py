@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from parallelmind import cli
 from parallelmind.config import TrainConfig
@@ -25,6 +25,7 @@ from parallelmind.data.files import find_files
 from parallelmind.errors import UserError, format_value, write_error
 from parallelmind.model.manifest import MANIFEST
 from parallelmind.remote import RemotePath
+from parallelmind.storage import process_lock
 from workloads.common.read_config import read_config
 
 # In a run's folder.
@@ -82,8 +83,7 @@ def alone_at(place: RemotePath, name: str, output_dir: str) -> Iterator[None]:
     written.
     """
     try:
-        place.local.mkdir(parents=True, exist_ok=True)
-        with FileLock(place.local / ".lock", timeout=0):
+        with process_lock(place.local / ".lock", timeout=0):
             yield
     except Timeout as error:
         raise UserError(

@@ -19,7 +19,6 @@ from io import StringIO
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
 from transformers import (
@@ -35,7 +34,7 @@ from transformers.utils import logging as transformers_logging
 from parallelmind.config import ModelConfig
 from parallelmind.errors import UserError, first_line
 from parallelmind.model.quantize import quantization_config
-from parallelmind.storage import cache_dir, fsync_dir, sha256
+from parallelmind.storage import cache_dir, fsync_tree, process_lock, sha256
 
 SMOLLM2 = "smollm2-135m"
 ATTENTION = (
@@ -180,8 +179,7 @@ def _fetched_smollm2() -> Path:
     if (folder / "config.json").is_file():  # the folder appears whole, by one rename
         return folder
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
+        with process_lock(Path(f"{folder}.lock")):
             if not (folder / "config.json").is_file():
                 _fetch_smollm2(folder)
     except OSError as error:
@@ -245,7 +243,7 @@ def _convert(source: Path, built: Path) -> None:
     with no_progress_bars():
         model.save_pretrained(built)
         tokenizer.save_pretrained(built)
-    fsync_dir(built)
+    fsync_tree(built)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from parallelmind.errors import UserError, first_line
 from parallelmind.model.weights import trained_weights
 from parallelmind.remote import RemotePath
-from parallelmind.storage import atomic_dir, remove_partial_dirs, sha256
+from parallelmind.storage import atomic_dir, process_lock, remove_partial_dirs, sha256
 from parallelmind.training.step import Totals
 
 _WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
@@ -170,8 +169,7 @@ def download(checkpoint: RemotePath) -> Path:
     the URI.
     """
     if checkpoint.uri is not None:
-        checkpoint.local.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(checkpoint.local.parent / ".bringing"):  # one worker of a machine brings it for all
+        with process_lock(checkpoint.local.parent / ".bringing"):  # one worker of a machine brings it for all
             here = (
                 RemotePath(checkpoint.local / _STATE).read_bytes() if read_state(checkpoint.local) else None
             )
@@ -190,8 +188,7 @@ class CheckpointManager:
     def __init__(self, place: RemotePath, keep: int) -> None:
         self.place, self.folder, self._keep = place, place.local, keep
         folder = self.folder
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(folder / ".writer")
+        self._lock = process_lock(folder / ".writer")
         self._lock.acquire()  # waits until a writer that was given up for lost is gone
         remove_partial_dirs(folder)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")

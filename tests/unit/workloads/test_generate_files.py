@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import gzip
 import json
 
@@ -15,6 +14,7 @@ from tiny import save_tiny
 import parallelmind as pm
 from parallelmind.errors import UserError
 from parallelmind.model.manifest import MANIFEST
+from parallelmind.storage import try_lock_path
 from workloads.generate import decoder as decoder_module
 from workloads.generate.command import main as generate
 from workloads.generate.config import GenerateConfig
@@ -204,10 +204,11 @@ def test_unrelated_files_are_not_overwritten(run_generate, tmp_path):
 
 def test_second_writer_of_the_same_output_is_refused(run_generate, tmp_path):
     run_generate()
-    with open(tmp_path / "out.jsonl") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another process is writing it"):
-            run_generate()
+    with (
+        try_lock_path(tmp_path / "out.jsonl"),
+        pytest.raises(UserError, match="another process is writing it"),
+    ):
+        run_generate()
 
 
 def test_output_inside_the_data_folder_is_not_read(run_generate, tmp_path, capsys):
