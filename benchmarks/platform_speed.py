@@ -73,12 +73,12 @@ def bare() -> float:
     with tempfile.TemporaryDirectory() as folder:
         config = _config(folder, _STEPS)
         tables = [
-            to_table(read_part(part, tokenizer(), config))
-            for part in file_parts(find_files(config.data_path))
+            to_table(read_part(part, tokenizer(), config.data))
+            for part in file_parts(find_files(config.data.data_path))
         ]
-    grouped = groups(to_rows(tables, Counter()), config, Seeds(config.seed))
-    batches = [group.batch(config, 0) for group in islice(grouped, _STEPS)]
-    learner = Learner(config)
+    grouped = groups(to_rows(tables, Counter()), config.data, Seeds(config.optimizer.seed))
+    batches = [group.batch(config.rope, 0) for group in islice(grouped, _STEPS)]
+    learner = Learner(config.rope)
     for batch in batches[:_WARM_UP]:
         learner.step(batch)
     start = time.perf_counter()

@@ -11,11 +11,11 @@ from os.path import isfile
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
-from omegaconf import OmegaConf
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 import parallelmind as pm
 from parallelmind.config import Dtype, FrozenConfig, ModelConfig, Visibility, resolve
+from parallelmind.config.yaml_file import parse_yaml
 from parallelmind.model.manifest import MANIFEST
 
 _ADAPTER = "adapter"  # what a run calls the folder of its adapter
@@ -113,7 +113,7 @@ class AppConfig(Limits):
     @classmethod
     def _read(cls, value: Any) -> Any:
         """Text is YAML."""
-        return OmegaConf.to_container(OmegaConf.create(value)) if isinstance(value, str) else value
+        return parse_yaml(value) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Self:

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from tiny import tiny_llama
 
-from parallelmind.config import LoraConfig, RopeConfig, TrainConfig
+from parallelmind.config import TrainConfig
 from parallelmind.data.packing import Row, Seeds, groups, make_batch, regrouped
 from parallelmind.layout import Batch, Tokens
 from parallelmind.model.adapter import add_lora
@@ -73,8 +73,8 @@ class Recorder:
 
 def fresh_model(settings: TrainConfig) -> PeftModel:
     model = tiny_llama()
-    patch(model, settings.part(RopeConfig))
-    return add_lora(model, settings.part(LoraConfig), seed=0)
+    patch(model, settings.rope)
+    return add_lora(model, settings.lora, seed=0)
 
 
 def weights(model: PeftModel) -> dict[str, torch.Tensor]:
@@ -87,14 +87,15 @@ def job(
     model: PeftModel | None = None,
     store: CheckpointManager | None = None,
 ) -> Job:
-    rope = settings.part(RopeConfig)
+    rope = settings.rope
 
     def stream(epoch: int, first: int) -> Iterator[Batch]:
-        for group in islice(groups(ROWS, settings, Seeds(settings.seed, epoch)), first, None):
+        for group in islice(groups(ROWS, settings.data, Seeds(settings.optimizer.seed, epoch)), first, None):
             yield group.batch(rope, 0)
 
     validation = {
-        n: [make_batch(regrouped(ROWS, n, 8, settings), rope, 0)] for n in settings.validation_branches
+        n: [make_batch(regrouped(ROWS, n, 8, settings.data), rope, 0)]
+        for n in settings.metrics.validation_branches
     }
     return Job(
         settings,
@@ -112,7 +113,7 @@ def run(
 ) -> Run:
     """Train with a store in `folder`, from its newest checkpoint if there is one."""
     hooks = hooks or Recorder()
-    store = CheckpointManager(RemotePath(folder), settings.keep_checkpoints)
+    store = CheckpointManager(RemotePath(folder), settings.checkpoint.keep_checkpoints)
     work = job(settings, hooks, model, store)
     try:
         return Run(train(work, store.resume(settings.fingerprint(), hooks.say)), hooks, weights(work.model))

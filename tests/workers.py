@@ -17,7 +17,7 @@ from tiny import tiny_llama
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from parallelmind.config import LoraConfig, RopeConfig, TrainConfig
+from parallelmind.config import TrainConfig
 from parallelmind.data.packing import Row, Seeds, groups, make_batch
 from parallelmind.layout import Batch, Tokens
 from parallelmind.model.adapter import add_lora
@@ -34,8 +34,8 @@ ROWS = [Row(Tokens.of([], [[5 + i % 7, 20, *range(30, 31 + i % 9), 40, 2]]), lon
 
 def fresh(settings: TrainConfig) -> nn.Module:
     model = tiny_llama()
-    patch(model, settings.part(RopeConfig))
-    return model if settings.tuning == "full" else add_lora(model, settings.part(LoraConfig), seed=0)
+    patch(model, settings.rope)
+    return model if settings.optimizer.tuning == "full" else add_lora(model, settings.lora, seed=0)
 
 
 def settings(**values: object) -> TrainConfig:
@@ -52,7 +52,7 @@ def settings(**values: object) -> TrainConfig:
 
 
 def batches(config: TrainConfig) -> list[Batch]:
-    return [group.batch(config.part(RopeConfig), 0) for group in groups(ROWS, config, Seeds(config.seed))]
+    return [group.batch(config.rope, 0) for group in groups(ROWS, config.data, Seeds(config.optimizer.seed))]
 
 
 def gradients(loss: TargetLoss, own: list[Batch]) -> Tensor:
@@ -83,17 +83,17 @@ def token_exact(config: TrainConfig) -> None:
     chosen = batches(config)[: 2 * workers - 1]  # the last worker has one less
     samples = [
         sample
-        for group in islice(groups(ROWS, config, Seeds(config.seed)), len(chosen))
+        for group in islice(groups(ROWS, config.data, Seeds(config.optimizer.seed)), len(chosen))
         for sample in group.samples
     ]
-    loss = TargetLoss(wake(fresh(config)), config.visibility)
-    alone = accumulate_gradients(loss, iter([make_batch(samples, config.part(RopeConfig), 0)]), 1)
+    loss = TargetLoss(wake(fresh(config)), config.rope.visibility)
+    alone = accumulate_gradients(loss, iter([make_batch(samples, config.rope, 0)]), 1)
     expected = (
         torch.cat([weight.grad.flatten() for weight in trainable(loss) if weight.grad is not None])
         / alone.targets
     )
-    together = TargetLoss(wake(fresh(config)), config.visibility)
-    if config.sharding == "full":
+    together = TargetLoss(wake(fresh(config)), config.rope.visibility)
+    if config.workers.sharding == "full":
         shard(together)
     found = gradients(together, chosen[rank::workers])
     off = float((found - expected).norm() / expected.norm())
@@ -149,8 +149,8 @@ def resumed(config: TrainConfig, folder: Path) -> None:
     second, found = run(config, folder / "cut")
     assert first | second == losses
     assert all(torch.equal(found[name], value) for name, value in weights.items())
-    if config.sharding == "full":
-        _, other = run(config.model_copy(update={"sharding": "none"}), folder / "plain")
+    if config.workers.sharding == "full":
+        _, other = run(config.replace(sharding="none"), folder / "plain")
         for name, value in other.items():
             torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
 
@@ -165,7 +165,7 @@ if __name__ == "__main__":
                 sharding=sharding, tuning=tuning, lora_dropout=0.0 if sharding == "full" else 0.1
             )
             if case == "gradients":
-                token_exact(asked.model_copy(update={"lora_dropout": 0.0}))
+                token_exact(asked.replace(lora_dropout=0.0))
             else:
                 resumed(asked, place / f"{sharding}-{tuning}")
             print(f"{sharding} {tuning} agrees", flush=True)

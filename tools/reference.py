@@ -61,7 +61,7 @@ def reference() -> str:
         "Commands: " + ", ".join(f"[`{name}`](#{anchor(name)})" for name in COMMANDS) + ".\n",
     ]
     sections += [_command(name, kind, shared) for name, kind in COMMANDS.items()]
-    sections += [_section(_title(group), _used(users[group]), group) for group in shared]
+    sections += [_section(cli.group_title(group), _used(users[group]), group) for group in shared]
     sections.append(
         _section("Between", "A range of values in `space` of a sweep, in place of a list.\n", Between)
     )
@@ -74,36 +74,27 @@ def anchor(heading: str) -> str:
     return kept.strip().replace(" ", "-")
 
 
-def groups(kind: type[FrozenConfig]) -> list[type[FrozenConfig]]:
-    """Return the classes that declare a configuration's fields, in the order of the fields."""
-    owners = (
-        next(owner for owner in kind.__mro__ if name in vars(owner).get("__annotations__", {}))
-        for name in kind.model_fields
-    )
-    return list(dict.fromkeys(owners))
-
-
 def _users() -> dict[type[FrozenConfig], list[str]]:
     """Return, for each class, the commands that have its fields."""
     users: dict[type[FrozenConfig], list[str]] = {}
     for name, kind in COMMANDS.items():
-        for group in groups(kind):
+        for group in cli.field_groups(kind):
             users.setdefault(group, []).append(name)
     return users
 
 
-def _title(group: type[FrozenConfig]) -> str:
-    return (group.__doc__ or "").partition(";")[0].splitlines()[0].partition(". ")[0].removesuffix(".")
-
-
 def _command(name: str, kind: type[FrozenConfig], shared: Sequence[type[FrozenConfig]]) -> str:
-    owners = groups(kind)
-    common = [f"[{_title(group)}](#{anchor(_title(group))})" for group in owners if group in shared]
+    groups = cli.field_groups(kind)
+    common = [
+        f"[{cli.group_title(group)}](#{anchor(cli.group_title(group))})"
+        for group in groups
+        if group in shared
+    ]
     inherited = f"Shared fields: {'; '.join(common)}.\n" if common else ""
-    own = [group for group in owners if group not in shared]
-    tables = [_table(_texts(group, kind)) for group in own]
+    own = [group for group in groups if group not in shared]
+    tables = [_table(groups[group]) for group in own]
     if len(own) > 1:
-        tables = [f"{_title(group)}:\n\n{table}" for group, table in zip(own, tables, strict=True)]
+        tables = [f"{cli.group_title(group)}:\n\n{table}" for group, table in zip(own, tables, strict=True)]
     return "\n".join([f"## {name}\n", *([inherited] if inherited else []), *tables])
 
 
@@ -112,12 +103,7 @@ def _used(commands: Sequence[str]) -> str:
 
 
 def _section(title: str, intro: str, group: type[FrozenConfig]) -> str:
-    return "\n".join([f"## {title}\n", intro, _table(_texts(group, group))])
-
-
-def _texts(group: type[FrozenConfig], kind: type[FrozenConfig]) -> list[cli.FieldText]:
-    """Return the fields that `group` declares, as documented in `kind`."""
-    return [text for text in cli.field_texts(kind) if text.name in vars(group).get("__annotations__", {})]
+    return "\n".join([f"## {title}\n", intro, _table(cli.field_groups(group)[group])])
 
 
 def _table(texts: Sequence[cli.FieldText]) -> str:

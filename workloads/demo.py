@@ -39,13 +39,13 @@ def main(argv: list[str]) -> None:
     config = read_config(TrainConfig, ["demo"])
     folder = run_place(config).local
     _say("writing the data")
-    write_facts(config.data_path, _TRAIN_PASSAGES, seed=1)
-    held_out = str(config.validation_path)
+    write_facts(config.data.data_path, _TRAIN_PASSAGES, seed=1)
+    held_out = str(config.data.validation_path)
     write_facts(held_out, _HELD_OUT_PASSAGES, seed=2)
     print(
-        f"{config.data_path}: {_TRAIN_PASSAGES} passages; {held_out}: {_HELD_OUT_PASSAGES} others; 8 questions each"
+        f"{config.data.data_path}: {_TRAIN_PASSAGES} passages; {held_out}: {_HELD_OUT_PASSAGES} others; 8 questions each"
     )
-    rope = [f"{name}={getattr(config, name)}" for name in ("rope_2d_ratio", "visibility", "positions")]
+    rope = [f"{name}={getattr(config.rope, name)}" for name in ("rope_2d_ratio", "visibility", "positions")]
     folder.mkdir(parents=True, exist_ok=True)
     untouched = _answers(
         "the base model as it is", folder / "base.json", held_out, ["rope_2d_ratio=0", "visibility=isolated"]
@@ -91,7 +91,7 @@ def _summary(config: TrainConfig, folder: Path, scores: tuple[dict[str, float], 
         speed = f"{found['tokens_per_second']:6.1f} tokens/s"
         print(f"exact match {found['exact_match']:6.1%}   F1 {found['f1']:6.1%}   {speed}   {name}")
     adapter = folder / ADAPTER
-    uri = absolute_uri(config.mlflow_uri)
+    uri = absolute_uri(config.services.mlflow_uri)
     print(f"""
 {seconds / 60:.1f} minutes in all. Where to look next:
   adapter   {adapter}

@@ -11,7 +11,6 @@ import shutil
 import sys
 import textwrap
 import time
-import types
 import typing
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,7 +30,8 @@ PartT = TypeVar("PartT", bound=FrozenConfig)
 T = TypeVar("T")
 
 _SECONDS_BETWEEN_LINES = 10.0
-_LEAST_MEANING = 40  # columns in which a meaning can be read
+_MIN_MEANING_COLUMNS = 40
+_REQUIRED = "required"
 
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 
@@ -138,38 +138,64 @@ def _width() -> int:
 
 
 class FieldText(NamedTuple):
-    """What is told of a field, here and in docs/reference.md."""
+    """One field as `--help` and docs/reference.md describe it."""
 
     name: str
     kind: str
     default: str
     meaning: str
 
+    @property
+    def is_required(self) -> bool:
+        return self.default == _REQUIRED
+
 
 def field_texts(kind: type[FrozenConfig]) -> list[FieldText]:
+    """Every flat field of `kind`, in the order of its groups."""
     return [
         FieldText(name, _type_name(field.annotation), _default(field), field.description or "")
-        for name, field in kind.model_fields.items()
+        for name, field in kind.flat_fields().items()
     ]
 
 
+def field_groups(kind: type[FrozenConfig]) -> dict[type[FrozenConfig], list[FieldText]]:
+    """The fields of `kind` by the class that declares them."""
+    owners = kind.field_owners()
+    groups: dict[type[FrozenConfig], list[FieldText]] = {}
+    for text in field_texts(kind):
+        groups.setdefault(owners[text.name], []).append(text)
+    return groups
+
+
+def group_title(group: type[FrozenConfig]) -> str:
+    """The first sentence of the docstring of a group, as its heading."""
+    return (group.__doc__ or "").splitlines()[0].partition(". ")[0].removesuffix(".")
+
+
 def field_help(kind: type[FrozenConfig], width: int = sys.maxsize) -> str:
-    """Name, type, default and meaning of each field in aligned columns; the meaning below where it has no
-    room beside them.
+    """The fields of `kind` under the headings of their groups, required fields first.
+
+    Name, type, default and meaning stand in aligned columns; the meaning moves below them in a terminal that
+    is too narrow.
     """
-    rows = field_texts(kind)
-    sizes = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
-    used = sum(sizes) + 8
-    below = width - used < _LEAST_MEANING
-    lines = []
-    for row in rows:
-        if below:
-            lines.append(_hanging("  ".join(row[:3]), width, "  "))
-            lines.append(_hanging(row.meaning, width, " " * 6))
-        else:
-            head = "  ".join(["", *map(str.ljust, row[:3], sizes), ""])
-            lines.append(_hanging(row.meaning, width, head))
+    groups = field_groups(kind)
+    sections = {"Required": [text for text in field_texts(kind) if text.is_required]}
+    for group, texts in groups.items():
+        sections[group_title(group)] = [text for text in texts if not text.is_required]
+    sections = {title: texts for title, texts in sections.items() if texts}
+    sizes = [max((len(row[column]) for row in field_texts(kind)), default=0) for column in range(3)]
+    lines: list[str] = []
+    for title, texts in sections.items():
+        lines += [f"\n{title}"] if lines else [title]
+        lines += [line for text in texts for line in _field_lines(text, sizes, width)]
     return "\n".join(lines)
+
+
+def _field_lines(text: FieldText, sizes: Sequence[int], width: int) -> list[str]:
+    """A field in columns of the given sizes, or with its meaning below where that has too little room."""
+    if width - sum(sizes) - 8 < _MIN_MEANING_COLUMNS:
+        return [_hanging("  ".join(text[:3]), width, "  "), _hanging(text.meaning, width, " " * 6)]
+    return [_hanging(text.meaning, width, "  ".join(["", *map(str.ljust, text[:3], sizes), ""]))]
 
 
 def _hanging(text: str, width: int, head: str) -> str:
@@ -204,42 +230,20 @@ def parse(kind: type[PartT], argv: Sequence[str]) -> PartT:
     positionals, dotlist = split_args([switched(kind, item) for item in argv])
     if positionals:
         raise UserError(f"{positionals[0]}: not understood; write key=value, and --help lists the fields")
-    return resolve(kind, {}, quote_text(kind, dotlist), source="command line")
+    return resolve(kind, {}, dotlist, source="command line")
 
 
 def switched(kind: type[FrozenConfig], item: str) -> str:
-    """`--key` of a bool field as `key=true`."""
+    """`--key` of a bool field as `key=true`; any other item unchanged."""
     name = item.removeprefix("--")
-    field = kind.model_fields.get(name)
-    return (
-        f"{name}=true" if field is not None and field.annotation is bool and item.startswith("--") else item
-    )
-
-
-def quote_text(kind: type[FrozenConfig], dotlist: Sequence[str]) -> list[str]:
-    """The same overrides with the values of text fields quoted: `prompt=1: why?` is text, whatever YAML would
-    make of it.
-    """
-    return [_quoted(item) if _is_text(kind, item.partition("=")[0]) else item for item in dotlist]
-
-
-def _quoted(item: str) -> str:
-    key, _, value = item.partition("=")
-    if value == "null":  # how an optional text is switched off
-        return item
-    escaped = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # no interpolation of what a user typed
-    return f"{key}={json.dumps(escaped)}"
-
-
-def _is_text(kind: type[FrozenConfig], name: str) -> bool:
-    annotation = kind.model_fields[name].annotation if name in kind.model_fields else None
-    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    return annotation is str or (union and str in typing.get_args(annotation))
+    field = kind.flat_fields().get(name)
+    is_switch = item.startswith("--") and field is not None and field.annotation is bool
+    return f"{name}=true" if is_switch else item
 
 
 def _default(field: FieldInfo) -> str:
     if field.is_required():
-        return "required"
+        return _REQUIRED
     value: Any = field.get_default(call_default_factory=True)
     return str(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
 

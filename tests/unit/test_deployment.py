@@ -212,12 +212,12 @@ def test_the_job_is_a_command_of_this_project() -> None:
     python, option, module, *arguments = meant.split()
     assert [python, option, module] == ["python", "-m", "workloads.train"]
     config = read_config(TrainConfig, arguments)
-    assert config.mlflow_uri == given["MLFLOW_TRACKING_URI"]
-    assert config.output_dir.startswith(
+    assert config.services.mlflow_uri == given["MLFLOW_TRACKING_URI"]
+    assert config.run.output_dir.startswith(
         kuberay.pods(job.cluster)[0]["containers"][0]["volumeMounts"][0]["mountPath"]
     )
     gpu = next(group for group in job.cluster.worker_group_specs if group.group_name == "gpu")
-    assert config.num_workers <= gpu.replicas  # they are counted when it starts
+    assert config.workers.num_workers <= gpu.replicas  # they are counted when it starts
 
 
 def test_both_find_the_project_where_the_image_has_it() -> None:

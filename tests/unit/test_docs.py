@@ -73,15 +73,15 @@ def check_module(block: Block, words: list[str]) -> None:
 def parse(block: Block, kind: type[FrozenConfig], arguments: list[str]) -> None:
     positionals, dotlist = cli.split_args([cli.switched(kind, item) for item in arguments])
     if kind not in REQUIRED:
-        if positionals and "data_path" in kind.model_fields:  # --inspect FILE
+        if positionals and "data_path" in kind.flat_fields():  # --inspect FILE
             dotlist.append(f"data_path={positionals.pop()}")
         assert not positionals, f"{block}: {positionals}"
-        resolve(kind, {}, cli.quote_text(kind, dotlist))
+        resolve(kind, {}, dotlist)
     elif positionals and (shown := shown_experiments(block).get(positionals[0])) is not None:
         assert isinstance(shown, kind)
-        resolve(kind, shown.model_dump(mode="json"), cli.quote_text(kind, dotlist))
+        resolve(kind, shown.model_dump(mode="json"), dotlist)
     elif positionals and positionals[0].endswith(".yaml"):
-        resolve(kind, REQUIRED[kind], cli.quote_text(kind, dotlist))
+        resolve(kind, REQUIRED[kind], dotlist)
     else:
         read_config(kind, arguments)
 

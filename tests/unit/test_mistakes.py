@@ -17,7 +17,7 @@ import pytest
 from filelock import FileLock
 
 from parallelmind import cli
-from parallelmind.config import DataConfig, TrainConfig
+from parallelmind.config import TrainConfig
 from parallelmind.data.files import file_parts, find_files
 from parallelmind.data.survey import combine, survey_part
 from parallelmind.errors import UserError
@@ -89,7 +89,7 @@ def test_two_runs_at_once(
 
 def test_wrong_format(folder: Path) -> None:
     mistake = NAMED["wrong format"]
-    config = read_config(TrainConfig, shlex.split(mistake.command)[3:]).part(DataConfig)
+    config = read_config(TrainConfig, shlex.split(mistake.command)[3:]).data
     parts = file_parts(find_files(config.data_path))
     with pytest.raises(UserError) as error:
         combine(parts, [survey_part(part, config, None) for part in parts]).refuse_too_many(

@@ -33,12 +33,12 @@ def test_a_run_is_stored_and_resumed(tmp_path: Path, capfd: pytest.CaptureFixtur
     (tmp_path / "adapter" / "weights").write_text("w")
     Tracker(uri, tracker.run_id).log_folder(tmp_path / "adapter", "adapter")
     tracker.finish("KILLED")
-    resumed_config = CONFIG.model_copy(update={"num_workers": 4})
+    resumed_config = CONFIG.replace(num_workers=4)
     assert Tracker.start(uri, "tests", "one", resumed_config, "key").run_id == tracker.run_id
     run = MlflowClient(uri).get_run(tracker.run_id)
     assert run.info.status == "RUNNING"
-    assert run.data.params["learning_rate"] == str(CONFIG.learning_rate)
-    assert run.data.params.keys() == TrainConfig.model_fields.keys()
+    assert run.data.params["learning_rate"] == str(CONFIG.optimizer.learning_rate)
+    assert run.data.params.keys() == TrainConfig.flat_fields().keys()
     assert run.data.metrics == {"loss": 1.5, "validation/loss_4": 2.0}
     assert run.data.tags["config_hash"] == CONFIG.fingerprint()
     assert run.data.tags["bad_lines"] == "2"

@@ -26,7 +26,7 @@ def read_config(kind: type[PartT], argv: list[str]) -> PartT:
     if len(named) > 1:
         raise UserError(f"{named[1]}: a second configuration beside {named[0]}; give one, then key=value")
     values = _values(kind, named[0]) if named else {}
-    return resolve(kind, values, cli.quote_text(kind, dotlist), source=named[0] if named else "command line")
+    return resolve(kind, values, dotlist, source=named[0] if named else "command line")
 
 
 def _values(kind: type[FrozenConfig], name: str) -> dict[str, Any]:

@@ -97,7 +97,7 @@ class Job:
 
     def __init__(self, config: ConvertConfig) -> None:
         self.config = config
-        self.converter = Converter(config.part(ConvertSettings), config.tokenizer)
+        self.converter = Converter(config, config.tokenizer)
         self.written = self.branches = self.bad = 0
 
     def run(self) -> str:

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.text import Text
 
 from parallelmind import cli
-from parallelmind.config import DataConfig, ModelConfig, RopeConfig, resolve
+from parallelmind.config import DataConfig, GroupedConfig, ModelConfig, RopeConfig, resolve
 from parallelmind.data.files import file_parts, find_files
 from parallelmind.data.lines import Line, read_lines
 from parallelmind.data.packing import Row, SampleBatch, Seeds, groups
@@ -46,10 +46,12 @@ _PLAIN_WIDTH = 120  # where the output is no terminal
 _BATCH_BARS = 40
 
 
-class InspectConfig(DataConfig, RopeConfig, ModelConfig):
-    """One look at a file, with the settings that training would have."""
+class InspectConfig(GroupedConfig):
+    """Inspection. `validation_path` is not read; give it as `data_path`."""
 
-    validation_path: str | None = Field(None, description="not looked at; give it as data_path to see it")
+    model: ModelConfig
+    rope: RopeConfig
+    data: DataConfig
     show: int = Field(2, ge=0, description="samples to print as columns")
     png_path: str | None = Field(
         None, description="picture of the histograms; null: the file's name + .png in this folder"
@@ -73,10 +75,10 @@ class Look:
             self.samples += list(zip(group.samples, group.delays, strict=True))[:room]
 
     def _groups(self, rows: Iterable[Row]) -> Iterator[SampleBatch]:
-        return groups(rows, self.config, Seeds(0))
+        return groups(rows, self.config.data, Seeds(0))
 
     def _rows(self, records: Iterator[Record]) -> Iterator[Row]:
-        for record, item in tokenised(records, self.tokenizer, self.config):
+        for record, item in tokenised(records, self.tokenizer, self.config.data):
             self.statistics.add_record(item)
             if item.tokens is not None:
                 yield Row(item.tokens, record.lone)
@@ -84,7 +86,7 @@ class Look:
     def _records(self, lines: Iterable[tuple[str, int, Line]]) -> Iterator[Record]:
         survey = self.survey
         for file, number, line in lines:
-            found = check(line, self.config, len(self.tokenizer))
+            found = check(line, self.config.data, len(self.tokenizer))
             if found is None:
                 continue
             if survey.records == self.config.max_records:
@@ -102,7 +104,7 @@ class Look:
 
     def refuse_empty(self) -> None:
         """Raises UserError where training would have nothing to train on."""
-        config = self.config
+        config = self.config.data
         if not self.survey.records:
             self.survey.refuse_too_many(config, "data_path")
         if not self.statistics.branch_tokens:
@@ -113,7 +115,7 @@ class Look:
             )
 
     def layouts(self) -> Iterator[Layout]:
-        return (arrange(tokens, self.config, delays) for tokens, delays in self.samples)
+        return (arrange(tokens, self.config.rope, delays) for tokens, delays in self.samples)
 
 
 def main(argv: list[str]) -> None:
@@ -121,18 +123,18 @@ def main(argv: list[str]) -> None:
         cli.print_help(__doc__ or "", InspectConfig)
         return
     config = _config(argv)
-    files = find_files(config.data_path)
-    look = Look(config, load_tokenizer(config))
+    files = find_files(config.data.data_path)
+    look = Look(config, load_tokenizer(config.model))
     look.read(_tracked(numbered_lines(files), config.max_records))
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
     print_lines(look.survey, look.complete, console)
     look.refuse_empty()
     print_lengths(look.statistics, console)
     print_samples(look.layouts(), look.tokenizer, console)
-    path = Path(config.png_path or f"{_file_name(config.data_path)}.png")
-    write_png(look.statistics, config.data_path, path)
+    path = Path(config.png_path or f"{_file_name(config.data.data_path)}.png")
+    write_png(look.statistics, config.data.data_path, path)
     console.print(Text(f"\nhistograms: {path}"))
-    look.survey.refuse_too_many(config, "data_path")
+    look.survey.refuse_too_many(config.data, "data_path")
 
 
 def _config(argv: Sequence[str]) -> InspectConfig:
@@ -143,7 +145,7 @@ def _config(argv: Sequence[str]) -> InspectConfig:
         raise UserError(
             f"{given[1]}: a second file beside {given[0]}; give one, a folder, or several with commas between"
         )
-    return resolve(InspectConfig, {}, cli.quote_text(InspectConfig, dotlist), source="command line")
+    return resolve(InspectConfig, {}, dotlist, source="command line")
 
 
 def _file_name(data_path: str) -> str:

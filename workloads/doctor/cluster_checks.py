@@ -22,7 +22,7 @@ Place = TypeVar("Place", Path, RemotePath)
 
 _NODE_S = 60.0
 _STEPS, _BRANCHES = 3, 2
-_EXPERIMENT: str = TrainConfig.model_fields["mlflow_experiment"].default
+_EXPERIMENT: str = TrainConfig.flat_fields()["mlflow_experiment"].default
 
 
 def ray_cluster(config: DoctorConfig) -> CheckResult:

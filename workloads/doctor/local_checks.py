@@ -37,7 +37,7 @@ _TOLD = (
 _MEMORY_GIB = 3  # what Ray and one worker with smollm2-135m take, with room to spare
 _DISK_GIB = 2
 _GIB = 2**30
-_FIELDS: dict[str, Any] = TrainConfig.model_fields
+_FIELDS: dict[str, Any] = TrainConfig.flat_fields()
 
 
 class DoctorConfig(FrozenConfig):

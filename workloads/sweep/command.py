@@ -51,29 +51,32 @@ def run_sweep(config: SweepConfig) -> RemotePath:
     cluster, and KeyboardInterrupt when stopped, with the trials' checkpoints saved.
     """
     check(config)
-    find_files(config.train.data_path)
-    if config.train.validation_path:
-        find_files(config.train.validation_path, "validation_path")
+    find_files(config.train.data.data_path)
+    if config.train.data.validation_path:
+        find_files(config.train.data.validation_path, "validation_path")
     place = sweep_place(config)
-    with alone_at(place, config.name, config.train.output_dir):
+    with alone_at(place, config.name, config.train.run.output_dir):
         _run(config, place)
     return place
 
 
 def sweep_place(config: SweepConfig) -> RemotePath:
     """`output_dir/name-hash`. The hash leaves out how many trials there are, and where they run."""
-    fields = TrainConfig.model_fields
-    nowhere = {name: fields[name].default for name in (*TrainConfig.WHERE, "name")}
-    what = config.model_copy(update={"train": config.train.model_copy(update=nowhere)})
-    return RemotePath.at(config.train.output_dir).child(f"{config.name}-{what.fingerprint()[:8]}")
+    fields = TrainConfig.flat_fields()
+    nowhere = {name: fields[name].default for name in (*TrainConfig.NON_IDENTITY_FIELDS, "name")}
+    what = config.model_copy(update={"train": config.train.replace(**nowhere)})
+    return RemotePath.at(config.train.run.output_dir).child(f"{config.name}-{what.fingerprint()[:8]}")
 
 
 def _run(config: SweepConfig, place: RemotePath) -> None:
     from workloads.common import cluster, resources
 
-    cluster.connect(config.train.ray_address, forward_output=False)
+    cluster.connect(config.train.services.ray_address, forward_output=False)
     slots = resources.max_concurrent_runs(
-        config.cpus_per_trial, config.train.num_workers, config.train.use_gpu, config.max_concurrent
+        config.cpus_per_trial,
+        config.train.workers.num_workers,
+        config.train.workers.use_gpu,
+        config.max_concurrent,
     )
 
     from workloads.sweep.trainable import Sweep
@@ -130,9 +133,13 @@ def _tracker(config: SweepConfig, settings: RemotePath, journal: Journal) -> Tra
 
     if "mlflow_key" not in journal.notes:
         journal.note(mlflow_key=uuid4().hex)
-    uri = absolute_uri(config.train.mlflow_uri)
+    uri = absolute_uri(config.train.services.mlflow_uri)
     tracker = Tracker.start(
-        uri, config.train.mlflow_experiment, settings.local.parent.name, config, journal.notes["mlflow_key"]
+        uri,
+        config.train.services.mlflow_experiment,
+        settings.local.parent.name,
+        config,
+        journal.notes["mlflow_key"],
     )
     tracker.log_file(settings.local)
     return tracker

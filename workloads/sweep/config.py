@@ -15,10 +15,10 @@ from pydantic import Field, NonNegativeInt, ValidationInfo, field_validator, mod
 from parallelmind.config import FrozenConfig, TrainConfig, did_you_mean, resolve
 from parallelmind.errors import UserError, format_value
 
-_FIXED = TrainConfig.WHERE | set(
+_FIXED = TrainConfig.NON_IDENTITY_FIELDS | set(
     "name seed strict max_bad_records validation_path validation_branches validation_samples validate_every".split()
 )  # say where, or what trials are compared by
-SWEEPABLE = frozenset(TrainConfig.model_fields) - _FIXED
+SWEEPABLE = frozenset(TrainConfig.flat_fields()) - _FIXED
 
 
 class Between(FrozenConfig):
@@ -39,7 +39,7 @@ class Between(FrozenConfig):
 class SweepConfig(FrozenConfig):
     """A whole sweep. It may be gone on with on more slots, and with more trials, than it was begun with."""
 
-    WHERE: ClassVar[frozenset[str]] = frozenset(
+    NON_IDENTITY_FIELDS: ClassVar[frozenset[str]] = frozenset(
         {"trials", "cpus_per_trial", "max_concurrent", "register_as", "alias"}
     )
 
@@ -89,7 +89,7 @@ class SweepConfig(FrozenConfig):
     def _known(cls, value: Any, info: ValidationInfo) -> Any:
         where = info.field_name
         for name in [name for part in (value if isinstance(value, list) else [value]) for name in part]:
-            if name not in TrainConfig.model_fields:
+            if name not in TrainConfig.flat_fields():
                 near = did_you_mean(name, TrainConfig)
                 raise ValueError(f"{where}.{name}: unknown field{near}; workloads.train --help lists them")
             if name not in SWEEPABLE:
@@ -129,9 +129,9 @@ class SweepConfig(FrozenConfig):
 
     def _reported(self) -> list[str]:
         """The metrics that every trial can be compared by."""
-        if self.train.validation_path is None:
+        if self.train.data.validation_path is None:
             return ["loss"]
-        counts = sorted(set(self.train.validation_branches))
+        counts = sorted(set(self.train.metrics.validation_branches))
         taxed = [count for count in counts if count > 1 and counts[0] == 1]
         return [
             "loss",
@@ -170,7 +170,7 @@ def check(config: SweepConfig) -> None:
         ]
     for settings in tried:
         try:
-            config.trial(0, settings, config.train.output_dir)
+            config.trial(0, settings, config.train.run.output_dir)
         except UserError as error:
             told = " ".join(f"{name}={format_value(value)}" for name, value in settings.items())
             raise UserError(f"space: {told}: {error}") from error
@@ -182,7 +182,7 @@ def _ends(name: str, values: list[Any] | Between) -> list[Any]:
 
 def is_whole(name: str) -> bool:
     """Whether a field holds whole numbers."""
-    return "float" not in str(TrainConfig.model_fields[name].annotation)
+    return "float" not in str(TrainConfig.flat_fields()[name].annotation)
 
 
 def number(name: str, value: float) -> float | int:

@@ -66,8 +66,10 @@ def _trained(config: TrainConfig, sweep: Sweep, data: str | None) -> dict[str, A
             tune.report({"folder": str(place), "run_id": note["mlflow_run"]})
             return {"status": "finished", "step": note["step"], "metrics": note["metrics"]}
         vocabulary = begin(config, place)
-        files = find_files(config.data_path)
-        held_out = find_files(config.validation_path, "validation_path") if config.validation_path else []
+        files = find_files(config.data.data_path)
+        held_out = (
+            find_files(config.data.validation_path, "validation_path") if config.data.validation_path else []
+        )
         share = SharedRunContext(sweep.slots, sweep.parent, data)
         task, tracker, data = prepare(config, place, files, held_out, vocabulary, share)
         tune.report({"folder": str(place), "run_id": tracker.run_id, "data": data})

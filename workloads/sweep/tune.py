@@ -178,7 +178,7 @@ def _is_metric(name: str) -> bool:
 def _scheduler(config: SweepConfig) -> TrialScheduler:
     about: dict[str, Any] = {"time_attr": "step", "metric": config.metrics[0], "mode": "min"}
     if config.stopping == "asha":
-        most = config.train.max_steps or _EVERYTHING
+        most = config.train.optimizer.max_steps or _EVERYTHING
         return AsyncHyperBandScheduler(
             **about,
             grace_period=min(config.grace_steps, most),

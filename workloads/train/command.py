@@ -61,12 +61,14 @@ def run_training(config: TrainConfig) -> RemotePath:
         print(f"finished before: {result}; change a field or the name to train another")
         return place
     _refuse_changed(config)
-    files = find_files(config.data_path)
-    held_out = find_files(config.validation_path, "validation_path") if config.validation_path else []
-    with alone_at(place, config.name, config.output_dir), ThreadPoolExecutor(1) as beside:
+    files = find_files(config.data.data_path)
+    held_out = (
+        find_files(config.data.validation_path, "validation_path") if config.data.validation_path else []
+    )
+    with alone_at(place, config.run.name, config.run.output_dir), ThreadPoolExecutor(1) as beside:
         from workloads.common import cluster
 
-        connecting = beside.submit(cluster.connect, config.ray_address)
+        connecting = beside.submit(cluster.connect, config.services.ray_address)
         from workloads.train.driver import (
             execute,  # imports torch and MLflow, which takes as long as Ray to start
         )
@@ -104,37 +106,41 @@ def is_unwritable(error: BaseException) -> bool:
 
 def run_place(config: TrainConfig) -> RemotePath:
     """`output_dir/name-hash`."""
-    return RemotePath.at(config.output_dir).child(f"{config.name}-{config.fingerprint()[:8]}")
+    return RemotePath.at(config.run.output_dir).child(f"{config.run.name}-{config.fingerprint()[:8]}")
 
 
 def result_place(config: TrainConfig, place: RemotePath) -> RemotePath:
     """Where a finished run leaves what it trained."""
-    return place.child(ADAPTER if config.tuning == "lora" else MODEL)
+    return place.child(ADAPTER if config.optimizer.tuning == "lora" else MODEL)
 
 
 def _refuse_changed(config: TrainConfig) -> None:
     """Raises UserError, naming the fields, if an unfinished run of the same name was begun with other
     settings.
     """
-    ours, runs, place = config.model_dump(mode="json"), RemotePath.at(config.output_dir), run_place(config)
-    for left in [runs.child(name) for name in runs.list_names() if name.startswith(f"{config.name}-")]:
+    ours, runs, place = (
+        config.model_dump(mode="json"),
+        RemotePath.at(config.run.output_dir),
+        run_place(config),
+    )
+    for left in [runs.child(name) for name in runs.list_names() if name.startswith(f"{config.run.name}-")]:
         settings = left.child("config.yaml").read_bytes()
         if left == place or settings is None:
             continue
         begun = yaml_values(settings, f"{left}/config.yaml")
         begun_there = any(name.startswith("step-") for name in left.child(CHECKPOINTS).list_names())
-        if begun.get("name") != config.name or not begun_there:
+        if begun.get("name") != config.run.name or not begun_there:
             continue
         if not any(left.child(name).child(MANIFEST).read_bytes() for name in (ADAPTER, MODEL)):
             fields = [
                 name
                 for name, value in begun.items()
-                if name in ours and name not in config.WHERE and ours[name] != value
+                if name in ours and name not in config.NON_IDENTITY_FIELDS and ours[name] != value
             ]
             told = ", ".join(
                 f"{name}={format_value(begun[name])} (now {format_value(ours[name])})" for name in fields
             )
             raise UserError(
-                f"name={config.name}: the unfinished run {left} has {told}; "
+                f"name={config.run.name}: the unfinished run {left} has {told}; "
                 "give it these values to go on with it, choose another name, or remove its folder"
             )

@@ -15,7 +15,7 @@ from uuid import uuid4
 import workloads.common.ray_env  # noqa: F401  (before Ray)
 
 # isort: split
-from parallelmind.config import DataConfig, LoraConfig, ModelConfig, RopeConfig, TrainConfig
+from parallelmind.config import TrainConfig
 from parallelmind.config.yaml_file import save_yaml
 from parallelmind.data.pipeline import epoch_batches, survey
 from parallelmind.data.survey import Survey, write_quarantine
@@ -95,16 +95,16 @@ def begin(config: TrainConfig, place: RemotePath) -> int:
     save_yaml(config, settings.local)
     settings.upload()
     StopFile(place.child(STOP)).clear()
-    base = config.part(ModelConfig)
+    base = config.model
     vocabulary = len(load_tokenizer(base))
-    if config.patch_rope:
+    if config.rope.patch_rope:
         check_supported(load_meta_model(base))
-    if config.resume_adapter is not None:
+    if config.optimizer.resume_adapter is not None:
         asked = {
-            **config.part(RopeConfig).model_dump(),
-            **config.part(LoraConfig).model_dump(exclude={"lora_dropout"}),
+            **config.rope.model_dump(),
+            **config.lora.model_dump(exclude={"lora_dropout"}),
         }
-        read_adapter(config.resume_adapter).check_settings(asked)
+        read_adapter(config.optimizer.resume_adapter).check_settings(asked)
     return vocabulary
 
 
@@ -121,19 +121,19 @@ def prepare(
     Raises UserError for bad data, for other data than the runs beside this one have, and for GPUs that are
     not there.
     """
-    if config.use_gpu:
-        resources.require_gpus(config.num_workers)
+    if config.workers.use_gpu:
+        resources.require_gpus(config.workers.num_workers)
     found, data = _survey(config, place, files, held_out, vocabulary)
     if share.data not in (None, data):
-        paths = f"data_path={config.data_path}" + (
-            f" or validation_path={config.validation_path}" if held_out else ""
+        paths = f"data_path={config.data.data_path}" + (
+            f" or validation_path={config.data.validation_path}" if held_out else ""
         )
         raise UserError(
             f"{paths}: the records are not those of the trials before; restore them, or choose another name"
         )
     tracker = _tracker(config, place, found.fingerprint, share.parent)
-    threads = resources.threads_per_process(config.num_workers * share.runs)
-    per_epoch = epoch_batches(found, config.part(DataConfig), config.part(ModelConfig), config.seed)
+    threads = resources.threads_per_process(config.workers.num_workers * share.runs)
+    per_epoch = epoch_batches(found, config.data, config.model, config.optimizer.seed)
     task = Task(config, place, tuple(held_out), tracker.uri, tracker.run_id, per_epoch, threads)
     tracker.set_tags(
         {"bad_lines": len(found.bad), "folder": place, "data_sha256": found.fingerprint, **code_version()}
@@ -167,10 +167,10 @@ def _survey(
 
     Returns what was found to train on, and the fingerprints of all (`PreparedRun.data`).
     """
-    found = survey(files, config, vocabulary)
+    found = survey(files, config.data, vocabulary)
     bad, data = list(found.bad), found.fingerprint
     if held_out:
-        compared = survey(held_out, config, vocabulary, "validation_path")
+        compared = survey(held_out, config.data, vocabulary, "validation_path")
         bad, data = bad + compared.bad, f"{data} {compared.fingerprint}"
     for line in bad[:_SHOWN_BAD_LINES]:
         print(f"left out: {line}", file=sys.stderr)
@@ -202,15 +202,15 @@ def _tracker(config: TrainConfig, place: RemotePath, data: str, parent: str | No
         known = {"mlflow_key": uuid4().hex, "data_sha256": data}
     if known["data_sha256"] != data and checkpoint.written(place.child(CHECKPOINTS)):
         raise UserError(
-            f"data_path={config.data_path}: its records are not those that {place} was begun on "
+            f"data_path={config.data.data_path}: its records are not those that {place} was begun on "
             f"({data}, not {known['data_sha256']}); restore them, or choose another name"
         )
     with atomic_file(note.local) as file:
         file.write(json.dumps({**known, "data_sha256": data}) + "\n")
     note.upload()
-    uri = absolute_uri(config.mlflow_uri)
+    uri = absolute_uri(config.services.mlflow_uri)
     tracker = Tracker.start(
-        uri, config.mlflow_experiment, place.local.name, config, known["mlflow_key"], parent
+        uri, config.services.mlflow_experiment, place.local.name, config, known["mlflow_key"], parent
     )
     tracker.log_file(place.child("config.yaml").local)
     return tracker

@@ -15,7 +15,6 @@ import torch.distributed
 from ray.train import UserCallback
 from ray.train.torch import TorchTrainer
 
-from parallelmind.config import DataConfig, ModelConfig
 from parallelmind.data.pipeline import start_feeder
 from parallelmind.errors import UserError, first_line
 from parallelmind.training import checkpoint
@@ -46,17 +45,20 @@ def fit(task: Task, files: list[str], beside: int = 1, callbacks: Sequence[UserC
     mend.
     """
     config = task.config
-    elastic = config.min_workers is not None and not config.use_gpu
-    of_a_node = resources.cpus_per_elastic_worker(config.num_workers) if elastic else None
+    elastic = config.workers.min_workers is not None and not config.workers.use_gpu
+    of_a_node = resources.cpus_per_elastic_worker(config.workers.num_workers) if elastic else None
     saved = task.place.child(CHECKPOINTS)
     lost, reached = 0, checkpoint.written(saved)
     while True:
         feeder = start_feeder(
-            files, config.part(DataConfig), config.part(ModelConfig), config.seed, config.num_workers
+            files, config.data, config.model, config.optimizer.seed, config.workers.num_workers
         )
         try:
             result = _trainer(
-                task, feeder, of_a_node or resources.cpus_per_worker(config.num_workers * beside), callbacks
+                task,
+                feeder,
+                of_a_node or resources.cpus_per_worker(config.workers.num_workers * beside),
+                callbacks,
             ).fit()
         except (ray.train.WorkerGroupError, ray.train.ControllerError, ray.exceptions.RayActorError) as error:
             before, reached = reached, checkpoint.written(saved)
@@ -108,7 +110,11 @@ def _root(error: BaseException) -> BaseException:
 def _trainer(task: Task, feeder: Any, cpus: float, callbacks: Sequence[UserCallback]) -> TorchTrainer:
     """cpus: of each worker."""
     config = task.config
-    workers = config.num_workers if config.min_workers is None else (config.min_workers, config.num_workers)
+    workers = (
+        config.workers.num_workers
+        if config.workers.min_workers is None
+        else (config.workers.min_workers, config.workers.num_workers)
+    )
     where, system = task.place.pyarrow_filesystem()
     # Checkpoints are our own: written in the background, hashed, and passed over when damaged, which Ray's
     # are not.
@@ -116,10 +122,10 @@ def _trainer(task: Task, feeder: Any, cpus: float, callbacks: Sequence[UserCallb
         functools.partial(run_worker, task, feeder),  # type: ignore[arg-type]
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers,  # type: ignore[arg-type]  # Ray types its V1 classes
-            use_gpu=config.use_gpu,
-            resources_per_worker={"CPU": cpus, "GPU": int(config.use_gpu)},
+            use_gpu=config.workers.use_gpu,
+            resources_per_worker={"CPU": cpus, "GPU": int(config.workers.use_gpu)},
             placement_strategy="PACK"
-            if config.use_gpu
+            if config.workers.use_gpu
             else "SPREAD",  # GPUs near each other, CPU workers on all nodes
         ),
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]

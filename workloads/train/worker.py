@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from parallelmind.config import DataConfig, LoraConfig, ModelConfig, RopeConfig, TrainConfig
+from parallelmind.config import TrainConfig
 from parallelmind.data.batch_server import ShardAssignment
 from parallelmind.data.held_out import HeldOut
 from parallelmind.data.packing import make_batch
@@ -111,7 +111,11 @@ def run_worker(task: Task, feeder: Any) -> Outcome:
     config, context = task.config, ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     hooks = RayHooks(task, leads=rank == 0)
-    store = CheckpointManager(task.place.child(CHECKPOINTS), config.keep_checkpoints) if rank == 0 else None
+    store = (
+        CheckpointManager(task.place.child(CHECKPOINTS), config.checkpoint.keep_checkpoints)
+        if rank == 0
+        else None
+    )
     try:
         found = store.resume(config.fingerprint(), hooks.say) if store else None
         group, newest = broadcast_from_rank_zero((uuid4().hex, found and found.name))
@@ -120,14 +124,14 @@ def run_worker(task: Task, feeder: Any) -> Outcome:
             saved = task.place.child(CHECKPOINTS).child(newest)
             hooks.say(f"resuming from {saved}")
             resume = download(saved)
-        if config.min_workers is not None:
-            hooks.say(f"{workers} of {config.num_workers} workers")
+        if config.workers.min_workers is not None:
+            hooks.say(f"{workers} of {config.workers.num_workers} workers")
         model, tokenizer = build_model(config)
 
         def stream(epoch: int, first: int) -> Iterator[Batch]:
             counts: Counter[str] = Counter()
             for chosen in feed(feeder, ShardAssignment(group, epoch, first, workers), rank, counts):
-                yield chosen.batch(config.part(RopeConfig), tokenizer.pad_token_id or 0)
+                yield chosen.batch(config.rope, tokenizer.pad_token_id or 0)
             if any(counts.values()):
                 hooks.say(
                     f"epoch {epoch}: {counts['truncated']} texts truncated, {counts['skipped']} branches skipped"
@@ -164,7 +168,7 @@ def keep(
     check_replaceable(result.local)
     remove_partial_dirs(task.place.local)
     with atomic_dir(result.local) as built:
-        with translate_write_errors("output_dir", task.config.output_dir, SafetensorError):
+        with translate_write_errors("output_dir", task.config.run.output_dir, SafetensorError):
             save_trained(model, tokenizer, built, task.config, extra, weights)
         hooks.tracker.log_folder(built, result.local.name)
         keep_losses(task.place, hooks.tracker)
@@ -174,18 +178,18 @@ def keep(
 
 def build_model(config: TrainConfig) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """The patched model with what is to be trained, float32 there, on this worker's device."""
-    base = config.part(ModelConfig)
+    base = config.model
     model, tokenizer = load_base(
-        base if config.tuning == "lora" else base.model_copy(update={"dtype": "float32"})
+        base if config.optimizer.tuning == "lora" else base.model_copy(update={"dtype": "float32"})
     )
     check_lm_head(model)
-    if config.patch_rope:
-        patch(model, config.part(RopeConfig))
+    if config.rope.patch_rope:
+        patch(model, config.rope)
     learner: nn.Module = model
-    if config.resume_adapter is not None:
-        learner = resume_adapter(model, tokenizer, config.resume_adapter, config.part(LoraConfig))
-    elif config.tuning == "lora":
-        learner = add_lora(model, config.part(LoraConfig), config.seed)
+    if config.optimizer.resume_adapter is not None:
+        learner = resume_adapter(model, tokenizer, config.optimizer.resume_adapter, config.lora)
+    elif config.optimizer.tuning == "lora":
+        learner = add_lora(model, config.lora, config.optimizer.seed)
     return learner.to(ray.train.torch.get_device()), tokenizer
 
 
@@ -195,12 +199,13 @@ def validation_sets(
     """This worker's batches of the same held-out text at every branch count."""
     if not task.validation_files:
         return {}
-    config, rope, pad = task.config, task.config.part(RopeConfig), tokenizer.pad_token_id or 0
-    held_out = HeldOut.read(
-        task.validation_files, config.validation_samples, tokenizer, config.part(DataConfig)
-    )
-    counts = config.validation_branches if config.patch_rope else [1]
+    config, rope, pad = task.config, task.config.rope, tokenizer.pad_token_id or 0
+    held_out = HeldOut.read(task.validation_files, config.metrics.validation_samples, tokenizer, config.data)
+    counts = config.metrics.validation_branches if config.rope.patch_rope else [1]
     return {
-        n: [make_batch(group, rope, pad) for group in held_out.batches(n, config.seed)[rank::workers]]
+        n: [
+            make_batch(group, rope, pad)
+            for group in held_out.batches(n, config.optimizer.seed)[rank::workers]
+        ]
         for n in counts
     }

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from parallelmind.config import LoraConfig, ModelConfig, RopeConfig, TrainConfig, resolve
+from parallelmind.config import GroupedConfig, LoraConfig, ModelConfig, RopeConfig, TrainConfig, resolve
 from parallelmind.errors import UserError, first_line
 from parallelmind.model import pissa
 from parallelmind.model.base_model import load_base, load_meta_model
@@ -42,8 +42,11 @@ from parallelmind.model.weights import ADAPTER, load_weights, to_cpu, trained_we
 from parallelmind.storage import atomic_dir
 
 
-class _Loading(RopeConfig, ModelConfig):
-    """What `load_model_with_lora` takes as keywords."""
+class LoadConfig(GroupedConfig):
+    """Keywords of `load_model_with_lora`."""
+
+    model: ModelConfig
+    rope: RopeConfig
 
 
 def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
@@ -144,9 +147,9 @@ def save_trained(
     """Write what a run trained: the adapter (`save_adapter`) or, where there is none, the whole model
     (`save_model`).
     """
-    base, rope = config.part(ModelConfig), config.part(RopeConfig)
+    base, rope = config.model, config.rope
     if isinstance(model, PeftModel):
-        save_adapter(model, tokenizer, folder, base, rope, config.part(LoraConfig), extra, weights)
+        save_adapter(model, tokenizer, folder, base, rope, config.lora, extra, weights)
     else:
         save_model(cast(PreTrainedModel, model), tokenizer, folder, base, rope, extra, weights)
 
@@ -237,11 +240,11 @@ def load_model_with_lora(
     elif base_model is not None and (tuned := read_model(base_model)):
         tuned.check_settings(settings)
         given = {**tuned.rope.model_dump(), **given}
-    config = resolve(_Loading, given, source="load_model_with_lora")
-    base = config.part(ModelConfig)
-    if config.patch_rope:
+    config = resolve(LoadConfig, given, source="load_model_with_lora")
+    base = config.model
+    if config.rope.patch_rope:
         check_supported(load_meta_model(base))  # before any weight is read
     model, tokenizer = load_base(base, attn_implementation)
-    if config.patch_rope:
-        patch(model, config.part(RopeConfig))
+    if config.rope.patch_rope:
+        patch(model, config.rope)
     return (model if lora_path is None else load_adapter(model, tokenizer, lora_path)), tokenizer

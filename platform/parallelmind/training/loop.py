@@ -84,11 +84,11 @@ def train(job: Job, resume: Path | None = None) -> Outcome:
     gradient, and for memory or a disk that is too small.
     """
     run = _Run(job, resume)
-    while run.state.epoch < job.config.epochs and not run.ended:
+    while run.state.epoch < job.config.optimizer.epochs and not run.ended:
         run.epoch()
     if not run.stopped and run.state.step == run.state.skipped:
         raise UserError(
-            f"data_path={job.config.data_path}: no step had a finite loss on any target; "
+            f"data_path={job.config.data.data_path}: no step had a finite loss on any target; "
             "check answer_offset, the limits and learning_rate"
         )
     if not run.stopped:  # what a stopped run has not told yet it tells when it goes on
@@ -104,9 +104,9 @@ class _Run:
 
     def __init__(self, job: Job, resume: Path | None) -> None:
         self.job, self.config = job, job.config
-        if self.config.gradient_checkpointing:
+        if self.config.optimizer.gradient_checkpointing:
             causal_lm(job.model).activation_checkpointing_enable()
-        scale = _FIRST_SCALE if self.config.dtype == "float16" else 1.0
+        scale = _FIRST_SCALE if self.config.model.dtype == "float16" else 1.0
         self.state = State(self.config.fingerprint(), job.run_id, scale=scale)
         saved = checkpoint.read(resume) if resume is not None else None
         if saved is not None:
@@ -115,10 +115,12 @@ class _Run:
         self.state.per_epoch = (
             self.state.per_epoch or job.per_epoch
         )  # the checkpoint's: a resumed run keeps to its schedule
-        self.loss = TargetLoss(job.model, self.config.visibility, getattr(torch, self.config.dtype)).train()
-        if self.config.sharding == "full":
+        self.loss = TargetLoss(
+            job.model, self.config.rope.visibility, getattr(torch, self.config.model.dtype)
+        ).train()
+        if self.config.workers.sharding == "full":
             shard(self.loss)
-        self.optimizer = make_optimizer(self.loss, self.config)
+        self.optimizer = make_optimizer(self.loss, self.config.optimizer)
         if saved is not None:
             checkpoint.restore_optimizer(job.model, self.optimizer, saved.optimizer)
         self.stopped = False
@@ -133,7 +135,7 @@ class _Run:
     @property
     def ended(self) -> bool:
         return self.stopped or (
-            self.config.max_steps is not None and self.state.step >= self.config.max_steps
+            self.config.optimizer.max_steps is not None and self.state.step >= self.config.optimizer.max_steps
         )
 
     def epoch(self) -> None:
@@ -147,15 +149,17 @@ class _Run:
     def step(self, stream: Iterator[Batch]) -> bool:
         """One optimizer step; false where no worker has data left."""
         set_seed(
-            hash((self.config.seed, self.state.step, _rank())) % 2**32
+            hash((self.config.optimizer.seed, self.state.step, _rank())) % 2**32
         )  # dropout, the same after a restart
-        own = accumulate_gradients(self.loss, stream, self.config.accumulation_steps, self.state.scale)
+        own = accumulate_gradients(
+            self.loss, stream, self.config.optimizer.accumulation_steps, self.state.scale
+        )
         own.stop = float(self.job.hooks.should_stop())
         totals = own.everywhere(self.loss.device)
         self.stopped = totals.stop > 0
         if not totals.batches:
             return False
-        rate = learning_rate(self.config, self.position(), self.planned)
+        rate = learning_rate(self.config.optimizer, self.position(), self.planned)
         norm = self.apply(totals, rate)
         self.state.step += 1
         self.state.batches += int(totals.batches)
@@ -168,8 +172,10 @@ class _Run:
         """How far the run is, in steps of as many batches as there are workers now: the same data, the same
         rate.
         """
-        done = (self.state.epoch + min(self.state.batches / self.state.per_epoch, 1)) / self.config.epochs
-        return max(done * self.planned, float(self.state.step if self.config.max_steps else 0))
+        done = (
+            self.state.epoch + min(self.state.batches / self.state.per_epoch, 1)
+        ) / self.config.optimizer.epochs
+        return max(done * self.planned, float(self.state.step if self.config.optimizer.max_steps else 0))
 
     def apply(self, totals: Totals, rate: float) -> float:
         """Move the weights, unless there is no target or no finite gradient: such a step is counted and left
@@ -182,13 +188,16 @@ class _Run:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             norm = optimizer_step(
-                self.loss, self.optimizer, totals.targets * self.state.scale, self.config.gradient_clip
+                self.loss,
+                self.optimizer,
+                totals.targets * self.state.scale,
+                self.config.optimizer.gradient_clip,
             )
         if math.isfinite(norm):
             self.state.bad = 0
         else:
             self.skip(totals)
-        if self.config.dtype == "float16":
+        if self.config.model.dtype == "float16":
             self.rescale(math.isfinite(norm))
         return norm
 
@@ -201,12 +210,12 @@ class _Run:
         self.job.hooks.say(
             f"step {state.step + 1}: no finite gradient over {totals.targets:.0f} targets; step left out"
         )
-        if state.bad >= self.config.max_bad_steps:
+        if state.bad >= self.config.optimizer.max_bad_steps:
             if self.job.store:
                 self.job.store.wait()
             good = self.job.store and checkpoint.newest(self.job.store.folder, state.config_hash)
             raise UserError(
-                f"learning_rate={self.config.learning_rate}: {state.bad} steps in a row without a finite gradient, up to step "
+                f"learning_rate={self.config.optimizer.learning_rate}: {state.bad} steps in a row without a finite gradient, up to step "
                 f"{state.step + 1} (last good checkpoint: {good or 'none'}); lower it, or look at the data"
             )
 
@@ -223,9 +232,12 @@ class _Run:
 
     def after_step(self) -> None:
         step = self.state.step
-        if step % self.config.log_every == 0:
+        if step % self.config.metrics.log_every == 0:
             self.meter.tell(self.state, self.planned)
-        save, validate = step % self.config.checkpoint_every == 0, step % self.config.validate_every == 0
+        save, validate = (
+            step % self.config.checkpoint.checkpoint_every == 0,
+            step % self.config.metrics.validate_every == 0,
+        )
         if save or validate:
             self.report(validate, save)
 
@@ -257,8 +269,11 @@ class _Run:
 
 def planned_steps(config: TrainConfig, per_epoch: int, workers: int) -> int:
     """About how many optimizer steps a run takes."""
-    steps = max(1, math.ceil(per_epoch / (workers * config.accumulation_steps))) * config.epochs
-    return steps if config.max_steps is None else min(steps, config.max_steps)
+    steps = (
+        max(1, math.ceil(per_epoch / (workers * config.optimizer.accumulation_steps)))
+        * config.optimizer.epochs
+    )
+    return steps if config.optimizer.max_steps is None else min(steps, config.optimizer.max_steps)
 
 
 def validate_at(loss: TargetLoss, sets: Mapping[int, list[Batch]]) -> dict[str, float]:

@@ -200,7 +200,7 @@ def test_the_rate_follows_the_data_whatever_the_number_of_workers(monkeypatch: p
         monkeypatch.setattr(loop, "_workers", lambda: workers)
         moving = loop._Run(replace(job(settings, Recorder()), per_epoch=600), None)
         moving.state.batches = batches
-        return learning_rate(settings, moving.position(), moving.planned)
+        return learning_rate(settings.optimizer, moving.position(), moving.planned)
 
     for batches in (100, 300, 500):
         assert rate(1, batches) == pytest.approx(rate(2, batches), rel=0.02)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny import save_tiny, tiny_llama, tiny_tokenizer
 from torch import Tensor
 
-from parallelmind.config import LoraConfig, ModelConfig, TrainConfig
+from parallelmind.config import ModelConfig, TrainConfig
 from parallelmind.errors import UserError
 from parallelmind.model.adapter import (
     add_lora,
@@ -99,7 +99,7 @@ def test_weights_from_elsewhere_are_saved_in_place_of_the_models_own(
         ("pissa", {"lora_init": "pissa"}),
     ):
         config = run(base, **{"lora_rank": 4, **settings})
-        model = patched() if name == "model" else add_lora(patched(), config.part(LoraConfig), seed=0)
+        model = patched() if name == "model" else add_lora(patched(), config.lora, seed=0)
         gathered = {name: weight.clone() for name, weight in trained_weights(train(model)).items()}
         expected = logits(model)
         for weight in trained_weights(model).values():

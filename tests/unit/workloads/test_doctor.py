@@ -203,12 +203,12 @@ def test_bad_arguments_are_user_errors(given: str, message: str) -> None:
 
 
 def test_without_the_libraries_of_the_command_line_itself_there_is_still_a_remedy(place: Path) -> None:
-    (place / "omegaconf.py").write_text("raise ModuleNotFoundError(name='omegaconf')")
+    (place / "yaml.py").write_text("raise ModuleNotFoundError(name='yaml')")
     done = subprocess.run(
         [sys.executable, "-m", "workloads.doctor"], capture_output=True, text=True, env=_with(place)
     )
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert "omegaconf is missing; run `make setup`" in done.stderr
+    assert "yaml is missing; run `make setup`" in done.stderr
 
 
 def _with(place: Path) -> dict[str, str]:

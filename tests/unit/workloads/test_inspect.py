@@ -246,4 +246,4 @@ def test_mistakes_are_one_line(base, data, argv, message):
 def test_help_shows_every_field(capsys):
     inspect_data.main(["--help"])
     out = capsys.readouterr().out
-    assert all(name in out for name in inspect_data.InspectConfig.model_fields)
+    assert all(name in out for name in inspect_data.InspectConfig.flat_fields())

@@ -87,7 +87,7 @@ def test_other_records_under_the_same_path_are_refused(begun: TrainConfig, tmp_p
         ({"min_workers": 2}, "min_workers=2: exceeds num_workers=1"),
         (
             {"validation_branches": [4, 0, -3]},
-            "validation_branches=0: a sample has one branch at least; give counts",
+            "validation_branches=0: a sample has at least one branch; give counts",
         ),
         ({"quantize": "4bit", "tuning": "full"}, "quantize=4bit"),
         ({"quantize": "4bit", "sharding": "full"}, "quantize=4bit"),
@@ -113,16 +113,19 @@ def test_a_run_in_a_folder_that_cannot_be_written_is_one_line(begun: TrainConfig
 
 def test_a_disk_that_fills_up_on_the_way_is_one_line(begun: TrainConfig) -> None:
     full = OSError(errno.ENOSPC, "No space left on device", "loss.png")
-    place, output_dir = train.run_place(begun), begun.output_dir
+    place, output_dir = train.run_place(begun), begun.run.output_dir
     with (
         pytest.raises(
             UserError,
             match=rf"^output_dir={output_dir}: cannot be written \(No space left on device\); make room",
         ),
-        train.alone_at(place, begun.name, output_dir),
+        train.alone_at(place, begun.run.name, output_dir),
     ):
         train_fit._end_if_final(failed(ray.exceptions.RayActorError(error_msg="The actor died."), full), 1)
-    with pytest.raises(ConnectionError), train.alone_at(place, begun.name, output_dir):  # of something else
+    with (
+        pytest.raises(ConnectionError),
+        train.alone_at(place, begun.run.name, output_dir),
+    ):  # of something else
         raise ConnectionError
 
 

@@ -31,7 +31,7 @@ class End:
         self.config = config(
             output_dir=str(folder / "runs"), name="cut", data_path=str(folder / "none.jsonl")
         )
-        self.place = RemotePath(Path(self.config.output_dir) / f"cut-{self.config.fingerprint()[:8]}")
+        self.place = RemotePath(Path(self.config.run.output_dir) / f"cut-{self.config.fingerprint()[:8]}")
         self.uri = f"sqlite:///{folder}/mlflow.db"
 
     def reach(self) -> None:

@@ -1,0 +1,156 @@
+"""Base classes of every configuration: frozen, strict, flat on the outside, hashed by content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from typing import Any, ClassVar, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+
+
+class FrozenConfig(BaseModel):
+    """Frozen, strict group of fields. An unknown field is an error."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        validate_default=True,
+        ser_json_inf_nan="constants",  # otherwise `GroupedConfig` would dump infinity as null
+    )
+
+    NON_IDENTITY_FIELDS: ClassVar[frozenset[str]] = frozenset()
+    """Fields that say where something runs or how it is reported. They do not change the fingerprint."""
+
+    @classmethod
+    def flat_fields(cls) -> dict[str, FieldInfo]:
+        """Every field by the name that a user writes, in the order of config.yaml."""
+        return dict(cls.model_fields)
+
+    @classmethod
+    def field_owners(cls) -> dict[str, type[FrozenConfig]]:
+        """The class that declares each flat field."""
+        return {
+            name: next(base for base in cls.__mro__ if name in vars(base).get("__annotations__", {}))
+            for name in cls.model_fields
+        }
+
+    @field_validator("output_path", "png_path", check_fields=False)
+    @classmethod
+    def _refuse_uri(cls, path: str | None, info: ValidationInfo) -> str | None:
+        """Output files are local. As a path, a URI would become a folder named after its scheme."""
+        if path is not None and "://" in path:
+            raise ValueError(
+                f"{info.field_name}={path}: is a URI, and output files are written to this machine; "
+                "give a local path, and copy the file there"
+            )
+        return path
+
+    def fingerprint(self) -> str:
+        """First 12 hex digits of the SHA-256 of all fields except `NON_IDENTITY_FIELDS`.
+
+        The same settings give the same fingerprint on every machine.
+        """
+        identity = {
+            name: value
+            for name, value in self.model_dump(mode="json").items()
+            if name not in self.NON_IDENTITY_FIELDS
+        }
+        canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+class GroupedConfig(FrozenConfig):
+    """Configuration whose fields are groups, read and written as one flat namespace.
+
+    A field whose type is a FrozenConfig is a group: code reads `config.rope.visibility`. Users write flat
+    names: keyword arguments, `model_validate`, YAML and `key=value` take `visibility=isolated`, and
+    `model_dump` returns the same flat mapping. A group instance is accepted under the group's name. A field
+    whose type is itself a GroupedConfig is an ordinary nested field, not a group.
+    """
+
+    @classmethod
+    def groups(cls) -> dict[str, type[FrozenConfig]]:
+        """The class of every group, by the name of its field."""
+        return {
+            name: field.annotation
+            for name, field in cls.model_fields.items()
+            if isinstance(field.annotation, type)
+            and issubclass(field.annotation, FrozenConfig)
+            and not issubclass(field.annotation, GroupedConfig)
+        }
+
+    @classmethod
+    def flat_fields(cls) -> dict[str, FieldInfo]:
+        groups = cls.groups()
+        fields: dict[str, FieldInfo] = {}
+        for name, field in cls.model_fields.items():
+            fields |= groups[name].model_fields if name in groups else {name: field}
+        return fields
+
+    @classmethod
+    def field_owners(cls) -> dict[str, type[FrozenConfig]]:
+        groups = cls.groups()
+        owners: dict[str, type[FrozenConfig]] = {}
+        for name, owner in super().field_owners().items():
+            owners |= groups[name].field_owners() if name in groups else {name: owner}
+        return owners
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a class whose flat names are ambiguous.
+
+        Raises:
+            TypeError: two groups have a field of the same name, or a field has the name of a group.
+        """
+        super().__pydantic_init_subclass__(**kwargs)
+        names = Counter(
+            [*cls.model_fields, *(name for group in cls.groups().values() for name in group.model_fields)]
+        )
+        if ambiguous := [name for name, count in names.items() if count > 1]:
+            raise TypeError(
+                f"{cls.__name__}: field names are not unique across groups: {', '.join(ambiguous)}"
+            )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _group_flat_values(cls, values: Any) -> Any:
+        """Sort flat values into their groups. Unknown names stay at the top, where they are refused."""
+        if not isinstance(values, dict):
+            return values
+        groups = cls.groups()
+        group_of = {field: name for name, group in groups.items() for field in group.model_fields}
+        grouped: dict[str, Any] = {name: {} for name in groups}
+        for name, value in values.items():
+            if name in group_of:
+                grouped[group_of[name]][name] = value
+            elif name not in groups:
+                grouped[name] = value
+            elif isinstance(value, groups[name]):
+                grouped[name] = {**dict(value), **grouped[name]}
+            else:
+                raise ValueError(f"{name}: unknown field; --help lists them all")
+        return grouped
+
+    @model_serializer(mode="wrap")
+    def _flatten(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        groups = self.groups()
+        flat: dict[str, Any] = {}
+        for name, value in serialize(self).items():
+            flat |= value if name in groups else {name: value}
+        return flat
+
+    def replace(self, **fields: Any) -> Self:
+        """A validated copy with other values of flat fields."""
+        return type(self).model_validate({**self.model_dump(), **fields})

@@ -1,0 +1,100 @@
+"""From flat values and `key=value` overrides to a validated configuration."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+from yaml import YAMLError
+
+from parallelmind.config.frozen import FrozenConfig, GroupedConfig
+from parallelmind.config.yaml_file import parse_yaml
+from parallelmind.errors import UserError, first_line, format_value
+
+ConfigT = TypeVar("ConfigT", bound=FrozenConfig)
+
+
+def resolve(
+    kind: type[ConfigT], values: Mapping[str, Any], overrides: Sequence[str] = (), source: str = "config"
+) -> ConfigT:
+    """Validate `values` with `key=value` overrides on top as a configuration of class `kind`.
+
+    A dotted key sets a value inside a mapping (`train.max_steps=2`); mappings are merged, everything else is
+    replaced. The value of a text field is taken literally, apart from `null`; other values are YAML.
+
+    Raises:
+        UserError: one line with every problem, each as field, value and remedy.
+    """
+    merged = dict(values)
+    try:
+        for override in overrides:
+            key, _, text = override.partition("=")
+            _set(merged, key.split("."), text if _is_literal(kind, key, text) else parse_yaml(text))
+    except YAMLError as error:
+        raise UserError(
+            f"{source}: cannot read the overrides {' '.join(overrides)} ({first_line(error)}); write key=value"
+        ) from error
+    try:
+        return kind.model_validate(merged)
+    except ValidationError as error:
+        raise UserError("; ".join(_explain(kind, problem) for problem in error.errors())) from error
+
+
+def did_you_mean(field: str, kind: type[FrozenConfig]) -> str:
+    """The most similar field name of `kind` in parentheses, or an empty string."""
+    similar = difflib.get_close_matches(field, kind.flat_fields(), n=1)
+    return f" (did you mean {similar[0]}?)" if similar else ""
+
+
+def _set(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    """Set a value in nested mappings, which are copied before they change."""
+    key, *rest = path
+    current = values.get(key)
+    if rest:
+        values[key] = dict(current) if isinstance(current, Mapping) else {}
+        _set(values[key], rest, value)
+    elif isinstance(current, Mapping) and isinstance(value, Mapping):
+        values[key] = dict(current)
+        for name, inner in value.items():
+            _set(values[key], [name], inner)
+    else:
+        values[key] = value
+
+
+def _is_literal(kind: type[FrozenConfig], name: str, text: str) -> bool:
+    """Whether an override is the text of a text field; `null` switches an optional text off."""
+    field = kind.flat_fields().get(name)
+    if field is None or text == "null":
+        return False
+    union = typing.get_origin(field.annotation) in (typing.Union, types.UnionType)
+    return field.annotation is str or (union and str in typing.get_args(field.annotation))
+
+
+def _explain(kind: type[FrozenConfig], problem: Any) -> str:
+    """One pydantic error as field, value and remedy."""
+    field = _flat_name(kind, problem["loc"]) or "config"
+    if problem["type"] == "extra_forbidden":
+        return f"{field}: unknown field{did_you_mean(field, kind)}; --help lists them all"
+    if problem["type"] == "missing":
+        return f"{field}: required and not given; add {field}=…"
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    remedy = problem["msg"].removeprefix("Input ").removeprefix("String ")
+    return f"{field}={format_value(problem['input'])}: {remedy}"
+
+
+def _flat_name(kind: Any, location: Sequence[int | str]) -> str:
+    """The location of an error as the user writes it: dotted, without the names of groups."""
+    parts = []
+    for part in location:
+        if isinstance(kind, type) and issubclass(kind, GroupedConfig) and part in kind.groups():
+            kind = kind.groups()[str(part)]
+            continue
+        parts.append(str(part))
+        fields = kind.model_fields if isinstance(kind, type) and issubclass(kind, FrozenConfig) else {}
+        kind = fields[part].annotation if part in fields else None
+    return ".".join(parts)

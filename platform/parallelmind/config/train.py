@@ -1,0 +1,108 @@
+"""Configuration of one training run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from pydantic import model_validator
+
+from parallelmind.config.frozen import GroupedConfig
+from parallelmind.config.groups import (
+    CheckpointConfig,
+    DataConfig,
+    LoraConfig,
+    MetricsConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RopeConfig,
+    RunConfig,
+    ServicesConfig,
+    WorkersConfig,
+)
+
+
+class TrainConfig(GroupedConfig):
+    """Training run. It may resume with another worker count and other logging settings.
+
+    The order of groups and fields is the order in config.yaml.
+    """
+
+    NON_IDENTITY_FIELDS: ClassVar[frozenset[str]] = frozenset(
+        {
+            "num_workers",
+            "min_workers",
+            "sharding",
+            "use_gpu",
+            "ray_address",
+            "output_dir",
+            "mlflow_uri",
+            "mlflow_experiment",
+            "log_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+        }
+    )
+
+    model: ModelConfig
+    rope: RopeConfig
+    lora: LoraConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    run: RunConfig
+    workers: WorkersConfig
+    checkpoint: CheckpointConfig
+    metrics: MetricsConfig
+    services: ServicesConfig
+
+    if TYPE_CHECKING:  # flat field names, which the type checker cannot know
+
+        def __init__(self, **fields: Any) -> None: ...
+
+    @model_validator(mode="after")
+    def _check_branches(self) -> Self:
+        data = self.data
+        if not self.rope.patch_rope and (data.branches_per_sample or data.max_branches_per_sample) != 1:
+            raise ValueError(
+                "patch_rope=false: trains one branch per sample; "
+                "set branches_per_sample=1 max_branches_per_sample=1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_workers(self) -> Self:
+        workers = self.workers
+        if workers.min_workers is not None and workers.min_workers > workers.num_workers:
+            raise ValueError(
+                f"min_workers={workers.min_workers}: exceeds num_workers={workers.num_workers}; "
+                "lower the former or raise the latter"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_quantization(self) -> Self:
+        quantize = self.model.quantize
+        if quantize == "none":
+            return self
+        for field, value in (("tuning", self.optimizer.tuning), ("sharding", self.workers.sharding)):
+            if value == "full":
+                raise ValueError(
+                    f"quantize={quantize}: quantized weights can be neither trained nor sharded; "
+                    f"drop it or {field}=full"
+                )
+        if self.lora.lora_init == "pissa":
+            raise ValueError(
+                f"lora_init=pissa: cannot decompose quantized weights; set lora_init=zero or drop quantize={quantize}"
+            )
+        if quantize == "8bit" and self.lora.use_dora:
+            raise ValueError(
+                "use_dora=true: loses the scales of 8-bit weights; set quantize=4bit or quantize=none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_tuning(self) -> Self:
+        if self.optimizer.tuning == "full" and self.optimizer.resume_adapter:
+            raise ValueError(
+                "tuning=full: trains no adapter; give the folder to continue from as base_model, not as resume_adapter"
+            )
+        return self
