@@ -66,7 +66,7 @@ def test_a_patched_model_keeps_its_names():
     model = tiny_llama()
     patch(model, RopeConfig(rope_2d_ratio=1.0))
     assert type(model.model.rotary_emb).__name__ == "LlamaRotaryEmbedding"
-    with pytest.raises(UserError, match="patched already"):
+    with pytest.raises(UserError, match="already patched"):
         patch(model, RopeConfig())
     unpatch(model)
     assert not model._forward_hooks

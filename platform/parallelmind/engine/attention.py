@@ -20,7 +20,8 @@ from torch import Tensor
 
 from parallelmind.engine.batch import AttentionSegment
 from parallelmind.layout import Ints
-from parallelmind.model.attention import AttentionBackend, length_bucket
+from parallelmind.model.attention import length_bucket
+from parallelmind.model.hf_compat import AttentionBackend
 from parallelmind.visibility import AttentionWindow
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from parallelmind.engine.scheduler import EngineConfig
 from parallelmind.engine.sequence import ScheduledTokens, SequenceState
 from parallelmind.engine.sequence_group import Running
 from parallelmind.layout import Tokens
-from parallelmind.model.attention import hands_over_masks
 from parallelmind.model.cpu_linears import cpu_linears, small_batch_linear
+from parallelmind.model.hf_compat import OwnAttention, hands_over_masks
 from parallelmind.model.mask import layer_windows
 from parallelmind.model.patch import is_patched
 from parallelmind.model.rotary import depends_on_length
@@ -46,7 +47,7 @@ class ModelRunner:
         self.cache = PagedKVCache()
         self._patched = is_patched(inner)
         self._reaches = layer_windows(model)
-        self._reads_itself = hands_over_masks(inner)
+        self._attention = OwnAttention(inner) if hands_over_masks(inner) else None
 
     def use(self, model: Model) -> None:
         """The same model, once an adapter has been put on it or taken off."""
@@ -79,7 +80,7 @@ class ModelRunner:
         }
         if self._patched:
             inputs["pos2d"] = torch.stack([branch, time], dim=-1)[None]
-        with small_batch_linear(self._layers):
+        with small_batch_linear(self._layers), self._attention or nullcontext():
             logits: Tensor = self.model(**inputs).logits
         return logits[0]
 
@@ -87,7 +88,7 @@ class ModelRunner:
         """Tell the cache where this call writes and reads; returns the masks as the model takes them."""
         tokens, dtype, device = len(step.ids), self.model.dtype, self.model.device
         masks: dict[Any, Any]
-        if self._reads_itself:
+        if self._attention is not None:
             self.cache.address(slots, None)
             masks = {
                 reach: CascadeAttention(step.stretches, tokens, reach, dtype, device)

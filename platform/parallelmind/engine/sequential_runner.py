@@ -24,6 +24,7 @@ from parallelmind.engine.scheduler import EngineConfig
 from parallelmind.engine.sequence_group import Running
 from parallelmind.errors import UserError
 from parallelmind.layout import MAIN, Ints
+from parallelmind.model.hf_compat import is_stateful
 from parallelmind.model.structure import causal_lm
 
 _MEMORIES = (
@@ -52,7 +53,7 @@ class SequentialRunner:
             raise UserError(
                 f"base_model: {kind} remembers nothing between forward passes; choose another model"
             )
-        self._memory_name, self._stateful = names[0], inner._is_stateful
+        self._memory_name, self._stateful = names[0], is_stateful(inner)
         self._memories: dict[Running, dict[int, Any]] = {}  # of each sequence of a sample
 
     def use(self, model: Model) -> None:

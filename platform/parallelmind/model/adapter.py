@@ -8,14 +8,13 @@ its card.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import peft
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,6 +25,7 @@ from parallelmind.model import pissa
 from parallelmind.model.base_model import load_base, load_meta_model
 from parallelmind.model.card import write_card
 from parallelmind.model.full_model import save_model
+from parallelmind.model.hf_compat import wrap_with_adapter
 from parallelmind.model.manifest import (
     WEIGHTS,
     Manifest,
@@ -71,30 +71,13 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         try:
-            adapted = _wrap(model, settings)
+            adapted = wrap_with_adapter(model, settings, ADAPTER)
         except ValueError as error:
             reason = first_line(error).rstrip(".")
             raise UserError(f"lora_targets={config.lora_targets}: {reason}; choose other layers") from error
         if config.lora_init == "pissa":
             pissa.initialize_pissa(adapted)
     return adapted
-
-
-def _wrap(model: PreTrainedModel | PeftModel, settings: peft.LoraConfig, name: str = ADAPTER) -> PeftModel:
-    """peft still asks for an attribute that transformers has renamed, tells which way round GPT-2's weights
-    lie, and sets ranks of its own for fused experts, of which it then finds none: none of it is our user's
-    business or ours.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
-        warnings.filterwarnings(
-            "ignore", "The following (rank|alpha)_pattern keys did not match", RuntimeWarning
-        )
-        if isinstance(model, PeftModel):
-            model.add_adapter(name, settings)
-            return model
-        return cast(PeftModel, get_peft_model(model, settings, adapter_name=name))
 
 
 def _refuse_dora_on_8bit(model: PreTrainedModel | PeftModel, config: LoraConfig | None) -> None:
@@ -205,7 +188,7 @@ def _put_on(
     )  # the manifest has told that it is the right one
     for field, value in changes.items():
         setattr(settings, field, value)
-    adapted = _wrap(model, settings, name)
+    adapted = wrap_with_adapter(model, settings, name)
     load_weights(adapted, load_file(folder / WEIGHTS), f"lora_path={folder}", name)
     return adapted
 

@@ -33,6 +33,7 @@ from transformers.utils import logging as transformers_logging
 
 from parallelmind.config import ModelConfig
 from parallelmind.errors import UserError, first_line
+from parallelmind.model.hf_compat import drop_quantization
 from parallelmind.model.quantize import quantization_config
 from parallelmind.storage import cache_dir, fsync_tree, process_lock, sha256
 
@@ -236,9 +237,7 @@ def _convert(source: Path, built: Path) -> None:
     with redirect_stderr(StringIO()), no_progress_bars():  # its progress bars know no other switch
         model = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
-    # transformers refuses to save a model as long as its quantization is on record.
-    del model.config.quantization_config
-    model.hf_quantizer = None  # type: ignore[assignment]
+    drop_quantization(model)
     model.config._name_or_path = model.name_or_path = SMOLLM2
     with no_progress_bars():
         model.save_pretrained(built)

@@ -1,8 +1,8 @@
-"""How the coordinates of a running forward pass reach the rotary modules deep inside it.
+"""Coordinates of a running forward pass, for the rotary modules inside the model.
 
-Eager threads that share a model must not see each other's coordinates, so they travel in context variables. A
-compiler cannot trace those, so while it traces they travel in a plain attribute, which it turns into edges of
-its graph.
+Threads that share a model must not see each other's coordinates, so they are kept in context variables. A
+compiler cannot trace context variables, so while it traces they are kept in a plain attribute, which becomes
+an edge of its graph.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class ForwardContext(Generic[T]):
-    """One value per thread and call, none by default, that a compiler can trace too."""
+    """One value per thread, None by default, that a compiler can trace."""
 
     def __init__(self, name: str) -> None:
         self._context: ContextVar[T | None] = ContextVar(name, default=None)
@@ -38,60 +38,55 @@ class ForwardContext(Generic[T]):
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """The pos2d of one running forward pass (None: a lone branch) and the call that it is nested in."""
+class ForwardCall:
+    """A running forward pass. pos2d: None for a single branch. outer: the call in which it is nested."""
 
     pos2d: Tensor | None
-    outer: Call | None
+    outer: ForwardCall | None
 
 
-CURRENT: ForwardContext[Call] = ForwardContext("parallelmind_pos2d")
+CURRENT_CALL: ForwardContext[ForwardCall] = ForwardContext("parallelmind_pos2d")
 
 
 def push(pos2d: Tensor | None, inherit: bool) -> None:
-    """Begin a forward pass; `inherit` keeps the coordinates of the pass that it is nested in."""
-    outer = CURRENT.get()
-    CURRENT.set(Call(outer.pos2d if inherit and outer else pos2d, outer))
+    """Begin a forward pass. inherit: take the coordinates of the enclosing pass, if there is one."""
+    outer = CURRENT_CALL.get()
+    CURRENT_CALL.set(ForwardCall(outer.pos2d if inherit and outer else pos2d, outer))
 
 
 def pop() -> None:
-    call = CURRENT.get()
-    CURRENT.set(call.outer if call else None)
+    """End the innermost forward pass."""
+    call = CURRENT_CALL.get()
+    CURRENT_CALL.set(call.outer if call else None)
 
 
 def coordinates(position_ids: Tensor, angle: BranchAngle) -> tuple[Tensor, Tensor, Tensor]:
-    """What flat, branch and time pairs of the running forward pass's tokens follow, in the shape of the
-    positions.
+    """The coordinates that drive flat, branch and time pairs, each in the shape of `position_ids`.
 
-    angle: whether that is the branch coordinate alone for branch pairs, or added to the time. position_ids:
-    `[batch, seq]`, or `[axes, batch, seq]` in a multimodal model, whose axes are all the same for text.
-
-    A call without pos2d is a lone branch at coordinate 0 whose time is its position.
+    position_ids: `[batch, seq]`, or `[axes, batch, seq]` in a multimodal model, where all axes are equal for
+    text.
+    angle: `alone` gives branch pairs the branch coordinate, `added` its sum with the time. A call without
+    pos2d is a single branch at coordinate 0 whose time is its position.
     """
-    call = CURRENT.get()
+    call = CURRENT_CALL.get()
     if call is None or call.pos2d is None:
-        return (
-            position_ids,
-            position_ids if angle == "added" else torch.zeros_like(position_ids),
-            position_ids,
-        )
+        branch = position_ids if angle == "added" else torch.zeros_like(position_ids)
+        return position_ids, branch, position_ids
     branch, time = call.pos2d.unbind(-1)  # [batch, seq]
     branch = branch + time if angle == "added" else branch
     shape = torch.broadcast_shapes(position_ids.shape, branch.shape)
     return position_ids.expand(shape), branch.expand(shape), time.expand(shape)
 
 
-def checkpoint_with_context(checkpoint: Callable[..., Any], run: Callable[..., Any], *args: Any) -> Any:
-    """`checkpoint(run, *args)` such that the recomputation, long after the call, sees the call's own
-    coordinates.
-    """
-    return checkpoint(partial(_resume, CURRENT.get(), run), *args)
+def checkpoint_with_context(checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any) -> Any:
+    """`checkpoint(function, *args)`, whose recomputation sees the coordinates of this call."""
+    return checkpoint(partial(_run_in_call, CURRENT_CALL.get(), function), *args)
 
 
-def _resume(call: Call | None, run: Callable[..., Any], *args: Any) -> Any:
-    now = CURRENT.get()
-    CURRENT.set(call)
+def _run_in_call(call: ForwardCall | None, function: Callable[..., Any], *args: Any) -> Any:
+    previous = CURRENT_CALL.get()
+    CURRENT_CALL.set(call)
     try:
-        return run(*args)
+        return function(*args)
     finally:
-        CURRENT.set(now)
+        CURRENT_CALL.set(previous)

@@ -1,6 +1,4 @@
-"""Logits from hidden states by the model's own rules: a cap, a scale or a bias of its head need no formula
-here.
-"""
+"""Logits from hidden states, computed by the model's own head with its caps, scales and biases."""
 
 from __future__ import annotations
 
@@ -11,47 +9,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from parallelmind.errors import UserError
-from parallelmind.model.structure import decoder, decoder_name
-
-
-class _Known:
-    """The output of a decoder that has already run."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        self.last_hidden_state = hidden
-
-    def __getattr__(self, name: str) -> None:
-        return None
-
-    def __getitem__(self, index: int) -> Tensor | None:
-        return self.last_hidden_state if index == 0 else None
-
-
-class _Decoded:
-    """A model whose decoder answers with hidden states that are known; all else is the model's own."""
-
-    def __init__(self, model: PreTrainedModel, hidden: Tensor) -> None:
-        self._model, self._decoder, self._hidden = model, decoder_name(model), hidden
-
-    def __getattr__(self, name: str) -> Any:
-        return (
-            (lambda *args, **kwargs: _Known(self._hidden))
-            if name == self._decoder
-            else getattr(self._model, name)
-        )
+from parallelmind.model.hf_compat import DecodedModel
+from parallelmind.model.structure import decoder
 
 
 def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """`[tokens, vocab]` logits of `[tokens, width]` hidden states: the class's own forward, past its
-    decoder.
-    """
+    """`[tokens, vocab]` logits of `[tokens, width]` hidden states, by the model's own forward."""
     forward = cast(Any, type(model)).forward
-    return cast(Tensor, forward(_Decoded(model, hidden[None]), input_ids=None).logits[0])
+    return cast(Tensor, forward(DecodedModel(model, hidden[None]), input_ids=None).logits[0])
 
 
 @torch.no_grad()
 def check_lm_head(model: PreTrainedModel) -> None:
-    """Raises UserError if the model's logits are not what its class makes of its hidden states."""
+    """Raises UserError if `head_logits` does not give the model's own logits."""
     ids = torch.tensor([[1, 2]], device=model.device)
     hidden = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
     logits = model(input_ids=ids, use_cache=False).logits[0]

@@ -1,9 +1,8 @@
-"""Teach a Hugging Face causal LM the two coordinates of pos2d, in place and reversibly.
+"""Patch a Hugging Face causal LM for pos2d, in place and reversibly: `model(..., pos2d=…)`.
 
-Its rotary modules learn to mix coordinates (`rotary`), and hooks on the model take `pos2d` out of the call
-and carry it there (`coordinates`): `model(..., pos2d=…)`. Without `pos2d` a call is a lone branch at
-coordinate 0 whose time is `position_ids`. No model is named anywhere: what cannot be patched is told from its
-structure (`support`).
+Rotary modules mix the coordinates (`rotary`), and hooks take `pos2d` out of the call and carry it to them
+(`forward_context`). A call without `pos2d` is a single branch at coordinate 0 whose time is `position_ids`.
+No model is named anywhere: whether a model can be patched is decided by its structure (`support`).
 """
 
 from __future__ import annotations
@@ -19,8 +18,9 @@ from transformers import PreTrainedModel
 
 from parallelmind.config import Positions, RopeConfig
 from parallelmind.errors import UserError
-from parallelmind.model import forward_context as coordinates
-from parallelmind.model import rotary
+from parallelmind.model import forward_context
+from parallelmind.model.hf_compat import OwnAttention, compares_attention_name, hands_over_masks
+from parallelmind.model.rotary import patch_rotary, unpatch_rotary
 from parallelmind.model.structure import decoder
 from parallelmind.model.support import check_supported
 from parallelmind.visibility import effective_penalty
@@ -28,91 +28,99 @@ from parallelmind.visibility import effective_penalty
 
 @dataclass(frozen=True, slots=True)
 class _Patch:
-    """What a patched model carries: its settings, and the hooks to take away again."""
+    """State of a patched model. attention: None where the model keeps transformers' attention."""
 
     config: RopeConfig
-    handles: tuple[RemovableHandle, ...]
+    hooks: tuple[RemovableHandle, ...]
+    attention: OwnAttention | None
 
 
 def patch(model: PreTrainedModel, config: RopeConfig) -> None:
-    """Patch in place. Raises UserError, with nothing changed, if the model is patched already or cannot hold
-    branches.
+    """Patch `model` in place.
+
+    Raises UserError, with nothing changed, if the model is already patched or cannot hold branches.
     """
     if is_patched(model):
-        raise UserError("model: is patched already; unpatch it first")
+        raise UserError("model: is already patched; unpatch it first")
     check_supported(model)
     if config.rope_2d_ratio > 0:
-        rotary.patch_rotary(model, config)
-    handles = []
-    # peft calls the whole model's forward past its hooks, training calls the decoder alone: both take pos2d.
-    for entrance in (model, decoder(model)):
-        handles.append(
-            entrance.register_forward_pre_hook(partial(_enter, config.positions), with_kwargs=True)
+        patch_rotary(model, config)
+    hooks = []
+    # Both take pos2d: peft calls the model's forward without its hooks, and training calls the decoder alone.
+    for module in (model, decoder(model)):
+        hooks.append(
+            module.register_forward_pre_hook(partial(_before_forward, config.positions), with_kwargs=True)
         )
-        handles.append(entrance.register_forward_hook(_leave, always_call=True))
-    object.__setattr__(model, "_pos2d", _Patch(config, tuple(handles)))
+        hooks.append(module.register_forward_hook(_after_forward, always_call=True))
+    attention = None
+    if hands_over_masks(model) and not compares_attention_name(model):
+        attention = OwnAttention(model)
+        attention.acquire()
+    object.__setattr__(model, "_pos2d", _Patch(config, tuple(hooks), attention))
 
 
 def unpatch(model: PreTrainedModel) -> None:
-    """Undo `patch`: classes, buffers and hooks are as they were. Raises UserError if the model is not
-    patched.
-    """
-    for handle in _patch_of(model).handles:
-        handle.remove()
-    rotary.unpatch_rotary(model)
+    """Undo `patch`: classes, buffers, hooks and configuration are as before. Raises UserError if unpatched."""
+    state = _patch_of(model)
+    for hook in state.hooks:
+        hook.remove()
+    if state.attention is not None:
+        state.attention.release()
+    unpatch_rotary(model)
     object.__delattr__(model, "_pos2d")
 
 
 def is_patched(model: nn.Module) -> bool:
+    """Whether the model (or the model inside a PeftModel) is patched."""
     return getattr(model, "_pos2d", None) is not None
 
 
 def rope_config(model: nn.Module) -> RopeConfig:
-    """The settings that the model (or the model inside a PeftModel) was patched with."""
+    """The settings of a patched model, or of the one inside a PeftModel. Raises UserError if unpatched."""
     return _patch_of(model).config
 
 
 def sibling_penalty(model: nn.Module) -> float:
-    """What is taken off the attention scores of siblings; nothing in a model that is not patched."""
+    """The number subtracted from attention scores of siblings; 0 for a model that is not patched."""
     return effective_penalty(rope_config(model)) if is_patched(model) else 0.0
 
 
 def _patch_of(model: nn.Module) -> _Patch:
-    found = getattr(model, "_pos2d", None)
-    if not isinstance(found, _Patch):
+    state = getattr(model, "_pos2d", None)
+    if not isinstance(state, _Patch):
         raise UserError(
             "model: is not patched; call patch(model, RopeConfig(...)) or load_model_with_lora first"
         )
-    return found
+    return state
 
 
-def _enter(
+def _before_forward(
     positions: Positions, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Take pos2d out of the call; what it is nested in keeps its own."""
+    """Take pos2d out of the call. A call without pos2d inherits that of the call in which it is nested."""
     if "pos2d" not in kwargs:
-        coordinates.push(None, inherit=True)
+        forward_context.push(None, inherit=True)
         return args, kwargs
     kwargs = dict(kwargs)
     pos2d = kwargs.pop("pos2d")
-    coordinates.push(pos2d, inherit=False)
+    forward_context.push(pos2d, inherit=False)
     if pos2d is not None:
         if kwargs.get("attention_mask") is None:
             raise ValueError(
                 "attention_mask: pos2d needs the mask of its layout; build it with parallelmind.model.mask"
             )
         if kwargs.get("position_ids") is None:
-            kwargs["position_ids"] = _positions(positions, pos2d, kwargs.get("past_key_values"))
+            kwargs["position_ids"] = _position_ids(positions, pos2d, kwargs.get("past_key_values"))
     return args, kwargs
 
 
-def _positions(positions: Positions, pos2d: Tensor, past: Any) -> Tensor:
-    """`[batch, seq]` 1D positions of a call that names only pos2d."""
+def _position_ids(positions: Positions, pos2d: Tensor, past_key_values: Any) -> Tensor:
+    """`[batch, seq]` 1D positions for a call that passes only pos2d."""
     if positions == "time":
         return pos2d[..., 1]
-    start = past.get_seq_length() if past is not None else 0
+    start = past_key_values.get_seq_length() if past_key_values is not None else 0
     return torch.arange(start, start + pos2d.shape[1], device=pos2d.device).expand(pos2d.shape[:2])
 
 
-def _leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    coordinates.pop()
+def _after_forward(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    forward_context.pop()

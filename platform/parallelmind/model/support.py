@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from parallelmind.errors import UserError
+from parallelmind.model.hf_compat import is_stateful
 from parallelmind.model.rotary import is_complex, is_table, layer_types, rotary_modules
 from parallelmind.model.structure import text_modules
 
@@ -56,7 +57,7 @@ def check_supported(model: PreTrainedModel) -> None:
 
 
 def _has_state(model: PreTrainedModel, config: PreTrainedConfig) -> bool:
-    if model._is_stateful or any(isinstance(module, nn.Conv1d) for module in text_modules(model).values()):
+    if is_stateful(model) or any(isinstance(module, nn.Conv1d) for module in text_modules(model).values()):
         return True
     return not set(getattr(config, "layer_types", None) or ()) <= _ATTENTION_LAYERS
 

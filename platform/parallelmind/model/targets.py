@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from parallelmind.errors import UserError
+from parallelmind.model.hf_compat import is_stateful
 from parallelmind.model.structure import text_modules
 
 
@@ -19,7 +20,7 @@ def excluded_modules(model: PreTrainedModel, every: bool) -> list[str]:
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     odd = {name for name in linears if name not in text}
     if every:
-        fused = "out_proj" if model._is_stateful else None
+        fused = "out_proj" if is_stateful(model) else None
         odd |= {
             name for name, module in linears.items() if name.rpartition(".")[2] == fused or _is_router(module)
         }

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from torch.distributed.fsdp import fully_shard
 
+from parallelmind.model.hf_compat import block_class_names
 from parallelmind.model.structure import causal_lm
 from parallelmind.training.loss import TargetLoss
 
@@ -16,7 +17,7 @@ def shard(loss: TargetLoss) -> None:
 
     Gradients come out as sums over the workers, like everywhere here, not as means.
     """
-    layers = set(getattr(causal_lm(loss.model), "_no_split_modules", None) or ())
+    layers = block_class_names(causal_lm(loss.model))
     units = [module for module in loss.model.modules() if type(module).__name__ in layers]
     for unit in (*units, loss):
         sharded = fully_shard(unit)
