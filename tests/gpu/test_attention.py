@@ -10,8 +10,8 @@ from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from parallelmind.config import LoraConfig, RopeConfig
-from parallelmind.evaluation.laws import rope_config_grid
 from parallelmind.evaluation.probes import check_close, patched
+from parallelmind.evaluation.rope_configs import rope_config_grid
 from parallelmind.layout import Tokens, arrange, collate
 from parallelmind.model.adapter import add_lora
 from parallelmind.model.attention import FLEX_ABOVE, AttentionLogger, _fits_device

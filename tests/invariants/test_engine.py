@@ -35,8 +35,8 @@ from parallelmind.engine.sampler import SampledToken, SamplingRow
 from parallelmind.engine.scheduler import EngineConfig
 from parallelmind.engine.sequence import SequenceState
 from parallelmind.errors import CapacityError
-from parallelmind.evaluation.laws import rope_config_grid
 from parallelmind.evaluation.probes import check_close, patched
+from parallelmind.evaluation.rope_configs import rope_config_grid
 from parallelmind.evaluation.tiny_models import VOCABULARY, tiny_tokenizer
 from parallelmind.layout import PADDING
 from parallelmind.model.mask import attention_masks

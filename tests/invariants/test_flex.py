@@ -11,8 +11,9 @@ from flexing import chosen, gradients, long_batch, on_a_cpu, real_logits
 from torch.utils import _pytree
 
 from parallelmind.config import LoraConfig, RopeConfig
-from parallelmind.evaluation.laws import check_cached_decoding, check_siblings, rope_config_grid
+from parallelmind.evaluation.laws import check_cached_decoding, check_siblings
 from parallelmind.evaluation.probes import check_close, patched
+from parallelmind.evaluation.rope_configs import rope_config_grid
 from parallelmind.model.adapter import add_lora
 from parallelmind.model.attention import FLEX, choose_attention
 from parallelmind.model.mask import attention_masks

@@ -11,7 +11,7 @@ from torch import nn
 from parallelmind import visibility
 from parallelmind.config import RopeConfig
 from parallelmind.errors import UserError
-from parallelmind.evaluation.laws import ALL_ROPE_CONFIGS, LAWS, check_cached_decoding
+from parallelmind.evaluation.laws import LAWS, check_cached_decoding
 from parallelmind.evaluation.model_support import attention_implementations
 from parallelmind.evaluation.probes import (
     BRANCHES,
@@ -21,6 +21,7 @@ from parallelmind.evaluation.probes import (
     patched,
     sample_logits,
 )
+from parallelmind.evaluation.rope_configs import ALL_ROPE_CONFIGS
 from parallelmind.evaluation.tiny_models import WINDOW
 from parallelmind.model import rope2d, rotary
 from parallelmind.model.patch import patch, rope_config, unpatch

@@ -56,7 +56,7 @@ def _values(config: AttentionConfig, found: AttentionMap, shares: NDArray[np.flo
     return {
         "mean": _named(shares.mean(axis=0)),
         "layers": [{"layer": number, **_named(row)} for number, row in enumerate(shares)],
-        "times": found.times,
+        "times": found.query_times,
         "config": config.model_dump(mode="json"),
     }
 

@@ -44,10 +44,10 @@ def attention_figure(found: AttentionMap) -> Figure:
     """One map for the mean over layers, and one each for the first, the middle and the last layer."""
     from matplotlib.figure import Figure
 
-    layers = len(found.mass)
-    panels = {f"mean of {layers} layers": found.mass.mean(axis=0)}
-    panels |= {f"layer {number}": found.mass[number] for number in sorted({0, layers // 2, layers - 1})}
-    rows, times = found.mass.shape[1:]
+    layers = len(found.weights)
+    panels = {f"mean of {layers} layers": found.weights.mean(axis=0)}
+    panels |= {f"layer {number}": found.weights[number] for number in sorted({0, layers // 2, layers - 1})}
+    rows, times = found.weights.shape[1:]
     figure = Figure(figsize=(min(4 + times * 0.12, 16), (1 + 0.3 * rows) * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), 1, sharex=True)
     for place, (title, mass) in zip(axes, panels.items(), strict=True):
@@ -68,9 +68,14 @@ def _draw_map(axes: Axes, mass: NDArray[np.float32], found: AttentionMap) -> Axe
     seen = np.where(np.isnan(mass), np.nan, np.clip(mass, _LEAST, 1))
     axes.set_facecolor("lightgrey")
     image = axes.imshow(seen, aspect="auto", norm=LogNorm(_LEAST, 1), cmap="viridis", interpolation="nearest")
-    first, last = found.times[0], found.times[-1]
+    first, last = found.query_times[0], found.query_times[-1]
     frame = Rectangle(
-        (first - 0.5, found.sequence - 0.5), last - first + 1, 1, fill=False, edgecolor="red", linewidth=1.5
+        (first - 0.5, found.query_sequence - 0.5),
+        last - first + 1,
+        1,
+        fill=False,
+        edgecolor="red",
+        linewidth=1.5,
     )
     axes.add_patch(frame)
     names = {number: "main" if number == MAIN else f"branch {number - 1}" for number in range(len(mass))}

@@ -16,7 +16,7 @@ from parallelmind.data.files import file_parts, find_files
 from parallelmind.data.held_out import HeldOut
 from parallelmind.data.survey import combine, survey_part
 from parallelmind.errors import UserError
-from parallelmind.evaluation.branch_tax import TaxPoint, largest_sample, tax_curve
+from parallelmind.evaluation.branch_tax import TaxPoint, max_branches, tax_curve
 from parallelmind.model.patch import is_patched
 from parallelmind.training.step import NoMemoryError
 from workloads.common.inference_config import InferenceModelConfig
@@ -76,7 +76,7 @@ def tax(argv: list[str]) -> None:
     if not is_patched(model):
         print("patch_rope=false: the model holds one branch in a sequence; measured at 1", flush=True)
     sets = {count: held_out.batches(count, _SEED) for count in counts}
-    missed = {count: largest for count, found in sets.items() if (largest := largest_sample(found)) < count}
+    missed = {count: largest for count, found in sets.items() if (largest := max_branches(found)) < count}
     measured = {count: found for count, found in sets.items() if count not in missed}
     curve = tax_curve(model, measured, tokenizer.pad_token_id or 0)
     with cli.progress("measuring", len(measured)) as tell:

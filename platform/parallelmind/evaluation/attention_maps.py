@@ -1,4 +1,4 @@
-"""Where a branch looks: the share of its attention that goes to each (branch, time) of a sample."""
+"""Attention maps: how a branch distributes its attention over branches and times of a sample."""
 
 from __future__ import annotations
 
@@ -22,57 +22,57 @@ QueryTokens = Literal["last", "all"]
 
 @dataclass(frozen=True, slots=True)
 class AttentionMap:
-    """Attention of one branch, averaged over heads.
+    """Attention of the query tokens of one branch, averaged over heads and queries.
 
-    mass: `[layers, 1 + N, times]` share on the token there, main in row 0; nan where no token is. sequence:
-    the row that asks. times: `[queries]` when the tokens that ask stand.
+    weights: `[layers, 1 + N, times]`, attention to the token at (sequence, time); sequence 0 is main, NaN
+    where there is no token. query_sequence: sequence of the query branch. query_times: times of the query
+    tokens.
     """
 
-    mass: NDArray[np.float32]
-    sequence: int
-    times: list[int]
+    weights: NDArray[np.float32]
+    query_sequence: int
+    query_times: list[int]
 
     def shares(self) -> NDArray[np.float32]:
-        """`[layers, 3]`: what goes to main, to the own branch and to its siblings.
+        """`[layers, 3]`: total attention to main, to the query branch itself and to its siblings.
 
-        A row adds up to 1, but for models that let attention go nowhere.
+        A row sums to 1, except for models whose attention has a sink.
         """
-        rows = np.nansum(self.mass, axis=2)  # [layers, 1 + N]
-        siblings = np.delete(rows, [MAIN, self.sequence], axis=1).sum(axis=1)
-        return np.stack([rows[:, MAIN], rows[:, self.sequence], siblings], axis=1)
+        by_sequence = np.nansum(self.weights, axis=2)  # [layers, 1 + N]
+        siblings = np.delete(by_sequence, [MAIN, self.query_sequence], axis=1).sum(axis=1)
+        return np.stack([by_sequence[:, MAIN], by_sequence[:, self.query_sequence], siblings], axis=1)
 
 
 @torch.inference_mode()
 def attention_map(
-    model: Model, tokens: Tokens, branch: int = 0, asking: QueryTokens = "last"
+    model: Model, tokens: Tokens, branch: int = 0, query_tokens: QueryTokens = "last"
 ) -> AttentionMap:
-    """One forward pass over main and all branches, in training's layout; every layer's attention is held for
-    its length.
+    """Compute the attention map of one branch in one forward pass, with the layout of training.
 
-    branch: who asks, 0..N-1. asking: its last token alone, or the mean over all of its tokens. The model must
-    be loaded with `attn_implementation="eager"`: no other attention tells its weights. Raises UserError where
-    there are none to tell.
+    branch: the query branch, 0..N-1. query_tokens: its last token, or the mean over all its tokens. The
+    attention weights of all layers are in memory at a time. The model must be loaded with
+    `attn_implementation="eager"`, since other implementations do not return weights. Raises UserError if the
+    model is not patched, `branch` is out of range, or the model returns no attention weights.
     """
     if not is_patched(model):
-        raise UserError("patch_rope=false: without the patch there are no branches to map; leave it out")
+        raise UserError("patch_rope=false: an attention map needs the patch; drop patch_rope")
     if not 0 <= branch < tokens.branches:
         raise UserError(
             f"branch={branch}: the sample has branches 0 to {tokens.branches - 1}; choose one of them"
         )
     config, inner = rope_config(model), causal_lm(model)
     batch = make_batch([tokens], config, pad_id=0)
-    sequence, time = batch.sequence[0], batch.pos2d[0, :, 1]
-    queries = np.flatnonzero(sequence == branch + 1)[0 if asking == "all" else -1 :]
+    sequence, time = batch.sequence[0], batch.pos2d[0, :, 1]  # [tokens] each
+    queries = np.flatnonzero(sequence == branch + 1)[0 if query_tokens == "all" else -1 :]
     inputs = decoder_inputs(inner, to_tensors(batch, inner.device), config.visibility)
-    weights = getattr(
-        decoder(inner)(**inputs, output_attentions=True), "attentions", None
-    )  # of each [1, heads, tokens, tokens]
-    if not weights or any(layer is None for layer in weights):
+    # One [1, heads, tokens, tokens] tensor per layer.
+    attentions = getattr(decoder(inner)(**inputs, output_attentions=True), "attentions", None)
+    if not attentions or any(layer is None for layer in attentions):
         raise UserError(
-            f"base_model: {inner.config.model_type} does not tell its attention weights; choose another model"
+            f"base_model: {inner.config.model_type} returns no attention weights; choose another model"
         )
-    mass = np.full((len(weights), 1 + tokens.branches, int(time.max()) + 1), np.nan, dtype=np.float32)
-    asked = torch.from_numpy(queries)
-    for number, layer in enumerate(weights):
-        mass[number, sequence, time] = layer[0, :, asked].float().mean(dim=(0, 1)).cpu().numpy()  # [tokens]
-    return AttentionMap(mass, branch + 1, time[queries].tolist())
+    weights = np.full((len(attentions), 1 + tokens.branches, int(time.max()) + 1), np.nan, dtype=np.float32)
+    query_index = torch.from_numpy(queries)
+    for number, layer in enumerate(attentions):
+        weights[number, sequence, time] = layer[0, :, query_index].float().mean(dim=(0, 1)).cpu().numpy()
+    return AttentionMap(weights, branch + 1, time[queries].tolist())

@@ -1,4 +1,4 @@
-"""Ways to put questions about one passage to a model, and what each of them keeps in memory."""
+"""Ways to decode the questions of one passage: as branches of one sequence, or as a padded batch."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ BackendName = Literal["parallel", "one_by_one", "batch"]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What was said, by branch. tokens: decoded, those that end a text included.
+    """Generated text of one sample.
 
-    kv_bytes: of keys and values at their most; None where the model keeps something else.
+    texts: one per branch. tokens: decoded tokens, end-of-text tokens included. kv_bytes: peak size of keys
+    and values; None if the model keeps another kind of state.
     """
 
     texts: list[str]
@@ -32,91 +33,87 @@ class Answer:
     kv_bytes: int | None
 
 
-Ask = Callable[[Model, PreTrainedTokenizerBase, Sample, int], Answer]
+Backend = Callable[[Model, PreTrainedTokenizerBase, Sample, int], Answer]
 
 
 def generate_branches(
     model: Model, tokenizer: PreTrainedTokenizerBase, sample: Sample, max_new_tokens: int
 ) -> Answer:
-    """Every question a branch of one sequence, by an engine of its own. Greedy."""
+    """Decode all branches of a sample greedily in one sequence."""
     return generate_samples(model, tokenizer, [sample], max_new_tokens)[0]
 
 
 def generate_samples(
     model: Model, tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample], max_new_tokens: int
 ) -> list[Answer]:
-    """Samples as `generate_branches`, all in one engine: their steps are shared, and so is what is told of
-    memory.
+    """Decode several samples greedily in one engine, which shares its steps among them.
+
+    `kv_bytes` of every answer is the peak of the whole engine.
     """
     sampling = {"max_new_tokens": max_new_tokens}
-    engine = engine_for(
-        model, tokenizer, [tokenize_request(tokenizer, sample, None, None, sampling) for sample in samples]
-    )
+    requests = [tokenize_request(tokenizer, sample, None, None, sampling) for sample in samples]
+    engine = engine_for(model, tokenizer, requests)
     texts, tokens = [[""] * len(sample.branches) for sample in samples], [0] * len(samples)
     while engine.busy:
         for event in engine.step():
             texts[event.sample][event.branch] += event.text
             tokens[event.sample] += 1
-    forward = engine.runner
-    kept = forward.cache.bytes() if isinstance(forward, ModelRunner) else None
-    return [Answer(*said, kept) for said in zip(texts, tokens, strict=True)]
+    runner = engine.runner
+    kv_bytes = runner.cache.bytes() if isinstance(runner, ModelRunner) else None
+    return [Answer(*answer, kv_bytes) for answer in zip(texts, tokens, strict=True)]
 
 
 def generate_padded_batch(
     model: Model, tokenizer: PreTrainedTokenizerBase, sample: Sample, max_new_tokens: int
 ) -> Answer:
-    """Every question a row of main and question, padded on the left, through Hugging Face's own `generate`.
-    Greedy.
+    """Decode greedily with the `generate` of transformers: one left-padded row of main and prompt per branch.
 
-    Every row is a lone branch, main included: branch coordinate 0, times 0, 1, 2…
+    Every row is a single branch that contains main: branch coordinate 0, times 0, 1, 2, ….
     """
     main, *prompts = tokenize_sample(tokenizer, sample).split()
-    longest, pad = len(main) + max(map(len, prompts)), tokenizer.pad_token_id or 0
-    gaps = [longest - len(main) - len(prompt) for prompt in prompts]
-    ids = [[pad] * gap + main + prompt for gap, prompt in zip(gaps, prompts, strict=True)]
-    mask = [[0] * gap + [1] * (longest - gap) for gap in gaps]
-    ends = eos_token_ids(model, tokenizer)
-    whole: Any = model
-    found = whole.generate(
+    length, pad_id = len(main) + max(map(len, prompts)), tokenizer.pad_token_id or 0
+    padding = [length - len(main) - len(prompt) for prompt in prompts]
+    ids = [[pad_id] * pads + main + prompt for pads, prompt in zip(padding, prompts, strict=True)]
+    mask = [[0] * pads + [1] * (length - pads) for pads in padding]
+    eos_ids = eos_token_ids(model, tokenizer)
+    causal_model: Any = model
+    output = causal_model.generate(
         input_ids=torch.tensor(ids, device=model.device),
         attention_mask=torch.tensor(mask, device=model.device),
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        eos_token_id=sorted(ends) or None,
-        pad_token_id=pad,
+        eos_token_id=sorted(eos_ids) or None,
+        pad_token_id=pad_id,
         return_dict_in_generate=True,
     )
-    new = found.sequences[:, longest:].tolist()
-    writers = [
-        OutputProcessor(tokenizer, prompt, SamplingParams(max_new_tokens=max_new_tokens), ends)
-        for prompt in prompts
-    ]
-    read = [_read(writer, row) for writer, row in zip(writers, new, strict=True)]
-    return Answer(
-        [text for text, _ in read], sum(count for _, count in read), _cache_bytes(found.past_key_values)
-    )
+    new_tokens = output.sequences[:, length:].tolist()  # [branches, new tokens]
+    params = SamplingParams(max_new_tokens=max_new_tokens)
+    processors = [OutputProcessor(tokenizer, prompt, params, eos_ids) for prompt in prompts]
+    decoded = [_decode_row(processor, row) for processor, row in zip(processors, new_tokens, strict=True)]
+    texts, tokens = [text for text, _ in decoded], sum(count for _, count in decoded)
+    return Answer(texts, tokens, _cache_bytes(output.past_key_values))
 
 
-BACKENDS: dict[BackendName, Ask] = {
+BACKENDS: dict[BackendName, Backend] = {
     "parallel": generate_branches,
     "one_by_one": generate_branches,
     "batch": generate_padded_batch,
 }
 
 
-def _read(writer: OutputProcessor, row: list[int]) -> tuple[str, int]:
-    """The text of a row, and its tokens up to its end; padding follows."""
+def _decode_row(processor: OutputProcessor, row: list[int]) -> tuple[str, int]:
+    """Text and number of tokens of a row, up to its end-of-text token. The rest of the row is padding."""
     text = ""
     for count, token in enumerate(row, start=1):
-        piece, reason = writer.write(token)
+        piece, finish_reason = processor.write(token)
         text += piece
-        if reason:
+        if finish_reason:
             return text, count
     return text, len(row)
 
 
 def _cache_bytes(cache: Any) -> int | None:
-    """What Hugging Face's cache holds: it only grows, so at the end it is at its most."""
+    """Bytes of keys and values in a cache of transformers. It only grows, so its final size is its peak."""
     layers = getattr(cache, "layers", ())
     tensors = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
     if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors):

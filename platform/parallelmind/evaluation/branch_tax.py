@@ -1,6 +1,4 @@
-"""The branch tax: what it costs in loss that branches share a sequence, on the same text at every branch
-count.
-"""
+"""Branch tax: the loss at N branches per sample minus the loss at one branch, on the same text."""
 
 from __future__ import annotations
 
@@ -19,16 +17,17 @@ from parallelmind.model.structure import causal_lm
 from parallelmind.training.loss import TargetLoss
 from parallelmind.training.step import evaluate
 
-Batches = Sequence[Sequence[Tokens]]  # the samples of every batch
+SampleBatches = Sequence[Sequence[Tokens]]  # batches of samples
 
 
 @dataclass(frozen=True, slots=True)
 class TaxPoint:
-    """What one branch count costs.
+    """Measurements at one branch count.
 
-    mean_branches: of the samples as they are, since the last ones of a text may hold fewer. loss: nats per
-    target token. tax: that loss minus the loss of lone branches. tokens: read in all, main again in every
-    sample that repeats it. peak_extra_bytes: the most memory above what the loaded model took.
+    branches: the branch count. mean_branches: mean over the samples; the last samples of a record may have
+    fewer branches. loss: nats per target token. tax: `loss` minus the loss at one branch. targets: target
+    tokens. tokens: tokens read, main counted in each sample that repeats it. seconds: wall-clock time.
+    peak_extra_bytes: peak memory above that of the loaded model.
     """
 
     branches: int
@@ -42,43 +41,43 @@ class TaxPoint:
     peak_extra_bytes: int
 
 
-def largest_sample(batches: Batches) -> int:
-    """Branches of the sample that has the most."""
+def max_branches(batches: SampleBatches) -> int:
+    """Number of branches of the largest sample."""
     return max((sample.branches for batch in batches for sample in batch), default=0)
 
 
-def tax_curve(model: Model, sets: Mapping[int, Batches], pad_id: int) -> Iterator[TaxPoint]:
-    """Loss, speed and memory at every branch count, lone branches first.
+def tax_curve(model: Model, batches_by_count: Mapping[int, SampleBatches], pad_id: int) -> Iterator[TaxPoint]:
+    """Measure loss, speed and memory at every branch count, in ascending order.
 
-    sets: the batches of the same text by branch count, 1 among them. Computes as validation in training does.
-    Raises UserError for a text without a target.
+    batches_by_count: the batches of the same text for each branch count; must contain 1. The loss is computed
+    as in validation during training. Raises UserError if the text has no target token.
     """
     rope = rope_config(model) if is_patched(model) else RopeConfig(patch_rope=False)
-    loss = TargetLoss(model, rope.visibility, causal_lm(model).dtype).eval()
-    evaluate(
-        loss, [make_batch(batch[:1], rope, pad_id) for batch in sets[1][:1]]
-    )  # weights are read when they are first used
-    at_rest, lone = memory_in_use(loss.device), None
-    for branches, batches in sorted(sets.items()):
-        found = [make_batch(batch, rope, pad_id) for batch in batches]
+    loss_module = TargetLoss(model, rope.visibility, causal_lm(model).dtype).eval()
+    warmup = [make_batch(batch[:1], rope, pad_id) for batch in batches_by_count[1][:1]]
+    evaluate(loss_module, warmup)  # weights are read from disk at their first use
+    bytes_before, single_branch_loss = memory_in_use(loss_module.device), None
+    for branches, sample_batches in sorted(batches_by_count.items()):
+        batches = [make_batch(batch, rope, pad_id) for batch in sample_batches]
         started = time.perf_counter()
-        with PeakMemory(loss.device) as peak:
-            totals = evaluate(loss, found)
+        with PeakMemory(loss_module.device) as peak:
+            totals = evaluate(loss_module, batches)
         seconds = time.perf_counter() - started
         if not totals.targets:
             raise UserError(
-                "data_path: its text has no target token; check the answer offsets, or raise max_branch_tokens"
+                "data_path: its text has no target token; "
+                "check the answer offsets, or raise max_branch_tokens"
             )
-        mean = totals.loss / totals.targets
-        lone = mean if lone is None else lone
+        loss = totals.loss / totals.targets
+        single_branch_loss = loss if single_branch_loss is None else single_branch_loss
         yield TaxPoint(
             branches=branches,
-            mean_branches=totals.branches / sum(map(len, batches)),
-            loss=mean,
-            tax=mean - lone,
+            mean_branches=totals.branches / sum(map(len, sample_batches)),
+            loss=loss,
+            tax=loss - single_branch_loss,
             targets=int(totals.targets),
             tokens=int(totals.tokens),
             seconds=seconds,
             tokens_per_second=totals.tokens / seconds,
-            peak_extra_bytes=peak.max_bytes - at_rest,
+            peak_extra_bytes=peak.max_bytes - bytes_before,
         )

@@ -1,4 +1,4 @@
-"""Seeded demo data: passages of small facts about people, and questions that only the passage can answer."""
+"""Seeded demo data: passages of invented facts about people, with questions that only the passage answers."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from typing import Any
 from parallelmind.errors import UserError
 
 _PEOPLE = (
-    "Ada Amir Anna Boris Carla Chen Clara Daniel Diego Elena Emma Felix Fatima Grace Hana Hugo Ines Ivan Jonas Julia Kofi "
-    "Laura Leo Lina Lucas Maria Max Mia Nadia Nina Noah Omar Oscar Paul Priya Rosa Sam Sara Sofia Theo Tom Vera Yara Zoe"
+    "Ada Amir Anna Boris Carla Chen Clara Daniel Diego Elena Emma Felix Fatima Grace Hana Hugo Ines "
+    "Ivan Jonas Julia Kofi Laura Leo Lina Lucas Maria Max Mia Nadia Nina Noah Omar Oscar Paul Priya "
+    "Rosa Sam Sara Sofia Theo Tom Vera Yara Zoe"
 ).split()
 
 
 @dataclass(frozen=True, slots=True)
 class _Relation:
-    """One kind of fact: ways to state it, ways to ask for it, and one-word values."""
+    """A kind of fact: two statements of it, two questions for it, and its one-word values."""
 
     facts: tuple[str, str]
     questions: tuple[str, str]
@@ -37,7 +38,8 @@ _RELATIONS = (
             "The home of {name} is a small flat in the center of {value}.",
         ),
         ("Which city does {name} live in?", "In which city is the home of {name}?"),
-        "Oslo Paris London Berlin Madrid Rome Vienna Prague Dublin Lisbon Athens Warsaw Cairo Lima Tokyo Delhi Boston Chicago",
+        "Oslo Paris London Berlin Madrid Rome Vienna Prague Dublin Lisbon Athens Warsaw Cairo Lima "
+        "Tokyo Delhi Boston Chicago",
     ),
     _relation(
         (
@@ -45,7 +47,8 @@ _RELATIONS = (
             "Since leaving school {name} has earned a living as a {value}.",
         ),
         ("What is the job of {name}?", "What does {name} work as?"),
-        "baker farmer teacher doctor nurse pilot lawyer painter singer writer chef judge miner sailor plumber dentist barber",
+        "baker farmer teacher doctor nurse pilot lawyer painter singer writer chef judge miner sailor "
+        "plumber dentist barber",
     ),
     _relation(
         (
@@ -91,9 +94,7 @@ _RELATIONS = (
 
 
 def write_facts(path: str | Path, samples: int, seed: int, branches: int = 8) -> None:
-    """Write `samples` records as parallel JSONL. The same seed gives the same file; another seed other
-    passages.
-    """
+    """Write `facts_records` as parallel JSONL. Creates the parent folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
@@ -102,10 +103,9 @@ def write_facts(path: str | Path, samples: int, seed: int, branches: int = 8) ->
 
 
 def facts_records(samples: int, seed: int, branches: int = 8) -> Iterator[dict[str, Any]]:
-    """Parallel-JSONL records: a passage of 6 to 8 facts as `main`, and one question with its answer per
-    branch.
+    """Generate records with a passage of 6 to 8 facts as `main` and one question with its answer per branch.
 
-    Record i depends on the seed and on i alone. Raises UserError for fewer than one sample or branch.
+    Record i depends only on the seed and on i. Raises UserError for fewer than one sample or branch.
     """
     for field, value in (("samples", samples), ("branches", branches)):
         if value < 1:
@@ -115,8 +115,7 @@ def facts_records(samples: int, seed: int, branches: int = 8) -> Iterator[dict[s
 
 
 def _record(random: Random, branches: int) -> dict[str, Any]:
-    # Few people and every value used once: a question is answered by reading person *and* relation, not by
-    # elimination.
+    # Few people, and every value used once: answering needs both the person and the relation of a question.
     people = random.sample(_PEOPLE, random.randint(3, 5))
     pairs = random.sample(
         [(name, relation) for name in people for relation in _RELATIONS], random.randint(6, 8)
@@ -126,14 +125,18 @@ def _record(random: Random, branches: int) -> dict[str, Any]:
     passage = " ".join(
         random.choice(relation.facts).format(name=name, value=value) for name, relation, value in facts
     )
-    asked = random.sample(facts, len(facts))
-    wording = random.randint(0, 1)
-    return {"main": passage, "branches": [_branch(asked, index, wording) for index in range(branches)]}
+    question_order = random.sample(facts, len(facts))
+    first_wording = random.randint(0, 1)
+    return {
+        "main": passage,
+        "branches": [_branch(question_order, index, first_wording) for index in range(branches)],
+    }
 
 
-def _branch(asked: list[tuple[str, _Relation, str]], index: int, wording: int) -> dict[str, str]:
-    """Every fact once, then every fact again in the other wording, and so on."""
-    again, place = divmod(index, len(asked))
-    name, relation, value = asked[place]
-    question = relation.questions[(wording + place + again) % 2].format(name=name)
+def _branch(facts: list[tuple[str, _Relation, str]], index: int, first_wording: int) -> dict[str, str]:
+    """Question number `index`: first each fact once, then each fact in the other wording, and so on."""
+    repetition, fact_index = divmod(index, len(facts))
+    name, relation, value = facts[fact_index]
+    wording = (first_wording + fact_index + repetition) % 2
+    question = relation.questions[wording].format(name=name)
     return {"prompt": f" Question: {question}\nAnswer:", "completion": f" {value}"}

@@ -1,6 +1,4 @@
-"""The most memory that a stretch of work holds: on the GPU where the model is there, else of the whole
-process.
-"""
+"""Peak memory of a block of code: of the GPU for a model on a GPU, otherwise of the process."""
 
 from __future__ import annotations
 
@@ -11,21 +9,24 @@ import psutil
 import torch
 
 _CPU = torch.device("cpu")
-_PAUSE = 0.002  # seconds between two looks
+_SAMPLE_INTERVAL = 0.002  # seconds
 
 
 def memory_in_use(device: torch.device = _CPU) -> int:
-    """Bytes that are held now, once rubbish is gone."""
+    """Bytes in use after garbage collection: allocated on the GPU, or resident in the process."""
     gc.collect()
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _resident()
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _resident_bytes()
 
 
 class PeakMemory:
-    """`with PeakMemory() as peak: work()`, and then `peak.max_bytes` is the most bytes that were held meanwhile."""
+    """Context manager that measures peak memory; `max_bytes` holds the result afterwards.
+
+    On the CPU a thread samples the resident memory of the process.
+    """
 
     def __init__(self, device: torch.device = _CPU) -> None:
-        self._device, self._over = device, threading.Event()
-        self._watch = threading.Thread(target=self._look, daemon=True)
+        self._device, self._stopped = device, threading.Event()
+        self._sampler = threading.Thread(target=self._sample, daemon=True)
         self.max_bytes = 0
 
     def __enter__(self) -> PeakMemory:
@@ -33,20 +34,20 @@ class PeakMemory:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         else:
-            self._watch.start()
+            self._sampler.start()
         return self
-
-    def _look(self) -> None:
-        while not self._over.wait(_PAUSE):
-            self.max_bytes = max(self.max_bytes, _resident())
 
     def __exit__(self, *_: object) -> None:
         if self._device.type == "cuda":
             self.max_bytes = torch.cuda.max_memory_allocated(self._device)
         else:
-            self._over.set()
-            self._watch.join()
+            self._stopped.set()
+            self._sampler.join()
+
+    def _sample(self) -> None:
+        while not self._stopped.wait(_SAMPLE_INTERVAL):
+            self.max_bytes = max(self.max_bytes, _resident_bytes())
 
 
-def _resident() -> int:
+def _resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)

@@ -1,8 +1,7 @@
-"""What the laws are made of: logits of a whole sample, of a lone text and of every decoding step, and how far
-apart they are.
+"""Logits that the laws compare, and the tolerances of the comparison.
 
-The laws are exact in exact arithmetic; what is allowed for is the rounding of float32. A check that looks for
-a difference needs weights wide enough for one token to matter, as `evaluation.tiny` makes them.
+The laws are exact in exact arithmetic; the tolerances allow for float32 rounding. A check that expects a
+difference needs weights large enough for one token to matter, as those of `evaluation.tiny_models` are.
 """
 
 from __future__ import annotations
@@ -27,18 +26,20 @@ from parallelmind.layout import Tokens, arrange
 from parallelmind.model.patch import patch, unpatch
 
 MAIN, BRANCHES = CHECK_MAIN, CHECK_BRANCHES
-CLOSE = 5e-4  # what float32 rounding may do, as a share of the largest logit
-LEAK = 1e-2  # what a visible token does at least
+# Both as a share of the largest logit.
+ROUNDING_TOLERANCE = 5e-4  # largest difference that float32 rounding causes
+VISIBLE_CHANGE = 1e-2  # smallest difference that a visible token causes
 
 Branches = list[list[int]]
 
 
 class LawViolationError(Exception):
-    """A check failed; the message says by how much."""
+    """A model does not obey a law. The message states by how much."""
 
 
 @contextmanager
 def patched(model: PreTrainedModel, config: RopeConfig) -> Iterator[RopeConfig]:
+    """Patch the model with `config`, and unpatch it at the end."""
     patch(model, config)
     try:
         yield config
@@ -51,28 +52,32 @@ def sample_logits(
     config: RopeConfig,
     branches: Branches = BRANCHES,
     shift: int = 0,
-    move: int = 0,
-    by: int = 0,
+    moved_branch: int = 0,
+    move_by: int = 0,
 ) -> list[Tensor]:
-    """`layout_logits` of MAIN and these branches.
+    """Logits of one forward pass over MAIN and `branches`, as one `[length, vocab]` tensor for each of them.
 
-    shift: added to every branch coordinate. move, by: a branch whose coordinate is changed, and by how much.
+    shift: added to all branch coordinates. move_by: added to the branch coordinate of sequence
+    `moved_branch` (1 is the first branch).
     """
     layout = arrange(Tokens.of(MAIN, branches), config)
-    moved = layout.branch + shift + (layout.sequence == move) * by
-    return layout_logits(model, replace(layout, branch=moved), config)
+    coordinates = layout.branch + shift + (layout.sequence == moved_branch) * move_by
+    return layout_logits(model, replace(layout, branch=coordinates), config)
 
 
 @torch.no_grad()
 def plain_logits(model: PreTrainedModel, ids: list[int]) -> Tensor:
+    """`[length, vocab]` logits of one text, without pos2d."""
     return model(torch.tensor([ids], device=model.device), use_cache=False).logits[0]
 
 
-def check_close(found: Tensor, expected: Tensor, what: str, share: float = CLOSE) -> None:
-    if found.numel() and not (distance := relative_distance(found, expected)) <= share:
-        raise LawViolationError(f"{what} differ by {distance:.2g} of the largest logit")
+def check_close(actual: Tensor, expected: Tensor, label: str, tolerance: float = ROUNDING_TOLERANCE) -> None:
+    """Raise LawViolationError unless the logits are equal up to `tolerance`. `label` names the logits."""
+    if actual.numel() and not (distance := relative_distance(actual, expected)) <= tolerance:
+        raise LawViolationError(f"{label} differ by {distance:.2g} of the largest logit")
 
 
-def check_differ(found: Tensor, expected: Tensor, what: str) -> None:
-    if not (distance := relative_distance(found, expected)) > LEAK:
-        raise LawViolationError(f"{what}: logits move by {distance:.2g} of the largest only")
+def check_differ(actual: Tensor, expected: Tensor, label: str) -> None:
+    """Raise LawViolationError unless the logits differ visibly. `label` names the logits."""
+    if not (distance := relative_distance(actual, expected)) > VISIBLE_CHANGE:
+        raise LawViolationError(f"{label}: logits differ by only {distance:.2g} of the largest logit")

@@ -1,9 +1,9 @@
-"""Ask a model the questions of held-out records, score its answers, and count what asking has cost."""
+"""Answer the questions of held-out records and score the answers, with speed and memory."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -24,10 +24,10 @@ from parallelmind.model.support import assess
 
 @dataclass(frozen=True, slots=True)
 class RecordAnswers:
-    """One record: passage, and per branch the question, what the model said and what is right.
+    """Answers to the questions of one record.
 
-    tokens: decoded. seconds: to read and to answer. kv_bytes: of keys and values at their most, None where
-    unknown.
+    main: the passage. questions, predictions, references: one entry per branch. tokens: decoded tokens.
+    seconds: time to read the prompts and to decode. kv_bytes: peak size of keys and values; None if unknown.
     """
 
     main: str
@@ -41,11 +41,11 @@ class RecordAnswers:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """exact_match, f1: means over all questions. The rates are by wall clock, reading of passages and prompts
-    included.
+    """Scores over all records.
 
-    tokens_per_second: decoded. peak_kv_bytes: keys and values of what is asked at once, at their most over
-    all records.
+    exact_match, f1: means over all questions. questions_per_second, tokens_per_second: wall-clock rates,
+    prompts included; tokens are the decoded ones. peak_kv_bytes: largest size of keys and values over all
+    records; None if unknown.
     """
 
     questions: int
@@ -57,33 +57,34 @@ class Scores:
 
 
 def read_question_records(path: str, limit: int) -> list[Record]:
-    """The first `limit` records of a file. Raises UserError unless each is text with prompts and
-    completions.
+    """Read the first `limit` records of a JSONL file.
+
+    Raises UserError unless every record is text and every branch has a prompt and a completion.
     """
     file = Path(path).expanduser()
     if not file.is_file():
         raise UserError(
             f"data_path={path}: no such file; give parallel JSONL whose branches have prompt and completion"
         )
-    found: list[Record] = []
+    records: list[Record] = []
     with open(file, "rb") as lines:
         for number, raw in enumerate(lines, start=1):
-            if len(found) == limit:
+            if len(records) == limit:
                 break
             if raw.strip():
-                found.append(_question_record(raw, f"data_path={path}:{number}:"))
-    if not found:
-        raise UserError(f"data_path={path}: holds no record; write one JSON object a line")
-    return found
+                records.append(_parse_question_record(raw, f"data_path={path}:{number}:"))
+    if not records:
+        raise UserError(f"data_path={path}: holds no record; write one JSON object per line")
+    return records
 
 
-def _question_record(raw: bytes, where: str) -> Record:
+def _parse_question_record(raw: bytes, location: str) -> Record:
     try:
         record = parse_line(raw)
     except RecordError as error:
-        raise UserError(f"{where} {error}; mend the line") from error
+        raise UserError(f"{location} {error}; correct the line") from error
     if not isinstance(record.main, str) or any(branch.completion is None for branch in record.branches):
-        raise UserError(f"{where} has no questions to score; give every branch a prompt and a completion")
+        raise UserError(f"{location} has no questions to score; give every branch a prompt and a completion")
     return record
 
 
@@ -97,88 +98,94 @@ def answer_records(
     records_at_once: int = 1,
     max_new_tokens: int,
 ) -> Iterator[RecordAnswers]:
-    """Every record answered, greedily. at_once: questions of a record that are asked together, all by
-    default.
+    """Answer the questions of every record greedily.
 
-    records_at_once: that one engine works on side by side (engine "parallel" alone). Raises UserError where
-    the model cannot hold several questions in one sequence.
+    at_once: questions of a record that are decoded together; None means all. records_at_once: records that
+    one engine decodes concurrently, for engine="parallel" only. Raises UserError if the model cannot hold
+    several questions in one sequence.
     """
-    size = 1 if engine == "one_by_one" else at_once
+    questions_per_sample = 1 if engine == "one_by_one" else at_once
     for group in _batched(records, records_at_once):
-        pieces = [_pieces(record, size) for record in group]
-        flat = [piece for own in pieces for piece in own]
-        if engine == "parallel" and any(len(piece.branches) > 1 for piece in flat):
-            _refuse_untaught(model)
+        samples_by_record = [_split_record(record, questions_per_sample) for record in group]
+        samples = [sample for record_samples in samples_by_record for sample in record_samples]
+        if engine == "parallel" and any(len(sample.branches) > 1 for sample in samples):
+            _require_branches(model)
         started = time.perf_counter()
         if records_at_once > 1:
-            said = generate_samples(model, tokenizer, flat, max_new_tokens)
+            answers = generate_samples(model, tokenizer, samples, max_new_tokens)
         else:
-            said = [BACKENDS[engine](model, tokenizer, piece, max_new_tokens) for piece in flat]
-        seconds = (time.perf_counter() - started) / sum(len(piece.branches) for piece in flat)
-        answers = iter(said)
-        for record, own in zip(group, pieces, strict=True):
-            yield _answered(record, [next(answers) for _ in own], seconds * len(record.branches))
+            answers = [BACKENDS[engine](model, tokenizer, sample, max_new_tokens) for sample in samples]
+        seconds_per_question = (time.perf_counter() - started) / sum(
+            len(sample.branches) for sample in samples
+        )
+        remaining = iter(answers)
+        for record, record_samples in zip(group, samples_by_record, strict=True):
+            record_answers = [next(remaining) for _ in record_samples]
+            yield _merge_answers(record, record_answers, seconds_per_question * len(record.branches))
 
 
-def _pieces(record: Record, size: int | None) -> list[Sample]:
-    """A record's questions, so many at once; None: all."""
-    prompts = [branch.body for branch in record.branches]
-    most = len(prompts) if size is None else min(size, len(prompts))
-    return [Sample(record.main, prompts[first : first + most]) for first in range(0, len(prompts), most)]
-
-
-def _answered(record: Record, said: list[Answer], seconds: float) -> RecordAnswers:
-    return RecordAnswers(
-        main=str(record.main),
-        questions=[str(branch.body).strip() for branch in record.branches],
-        predictions=[_first_line(text) for piece in said for text in piece.texts],
-        references=[_references(branch) for branch in record.branches],
-        tokens=sum(piece.tokens for piece in said),
-        seconds=seconds,
-        kv_bytes=_most([piece.kv_bytes for piece in said]),
+def score_answers(answered: Iterable[RecordAnswers]) -> tuple[list[RecordAnswers], Scores]:
+    """Collect the answers and compute their scores."""
+    records = list(answered)
+    pairs = [pair for record in records for pair in zip(record.predictions, record.references, strict=True)]
+    seconds = sum(record.seconds for record in records)
+    return records, Scores(
+        questions=len(pairs),
+        exact_match=fmean(exact_match(prediction, references) for prediction, references in pairs),
+        f1=fmean(f1(prediction, references) for prediction, references in pairs),
+        questions_per_second=len(pairs) / seconds,
+        tokens_per_second=sum(record.tokens for record in records) / seconds,
+        peak_kv_bytes=_max_or_none([record.kv_bytes for record in records]),
     )
 
 
-def _batched(records: Iterable[Record], size: int) -> Iterator[Sequence[Record]]:
+def _batched(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
     source = iter(records)
     while group := list(islice(source, size)):
         yield group
 
 
-def score_answers(answered: Iterable[RecordAnswers]) -> tuple[list[RecordAnswers], Scores]:
-    """All answers and their mean scores."""
-    items = list(answered)
-    pairs = [pair for item in items for pair in zip(item.predictions, item.references, strict=True)]
-    seconds = sum(item.seconds for item in items)
-    return items, Scores(
-        questions=len(pairs),
-        exact_match=fmean(exact_match(prediction, references) for prediction, references in pairs),
-        f1=fmean(f1(prediction, references) for prediction, references in pairs),
-        questions_per_second=len(pairs) / seconds,
-        tokens_per_second=sum(item.tokens for item in items) / seconds,
-        peak_kv_bytes=_most([item.kv_bytes for item in items]),
-    )
+def _split_record(record: Record, questions_per_sample: int | None) -> list[Sample]:
+    """Samples with main and up to `questions_per_sample` questions each; None means all."""
+    prompts = [branch.body for branch in record.branches]
+    size = len(prompts) if questions_per_sample is None else min(questions_per_sample, len(prompts))
+    return [Sample(record.main, prompts[first : first + size]) for first in range(0, len(prompts), size)]
 
 
-def _refuse_untaught(model: Model) -> None:
-    """A model without the patch has not been taught to hold branches; one that never could decodes them row
-    by row.
+def _require_branches(model: Model) -> None:
+    """Raise UserError for a model that could be patched but is not.
+
+    A model that cannot be patched decodes each branch in its own row.
     """
     if not is_patched(model) and assess(causal_lm(model)).reason is None:
         raise UserError(
-            "engine=parallel: a model without the patch holds one question at a time; set engine=one_by_one or engine=batch"
+            "engine=parallel: a model without the patch holds one question at a time; "
+            "set engine=one_by_one or engine=batch"
         )
+
+
+def _merge_answers(record: Record, answers: list[Answer], seconds: float) -> RecordAnswers:
+    return RecordAnswers(
+        main=str(record.main),
+        questions=[str(branch.body).strip() for branch in record.branches],
+        predictions=[_first_line(text) for answer in answers for text in answer.texts],
+        references=[_references(branch) for branch in record.branches],
+        tokens=sum(answer.tokens for answer in answers),
+        seconds=seconds,
+        kv_bytes=_max_or_none([answer.kv_bytes for answer in answers]),
+    )
 
 
 def _references(branch: Branch) -> list[str]:
     return [text.strip() for text in (branch.completion or "", *branch.references)]
 
 
-def _most(counts: list[int | None]) -> int | None:
-    known = [count for count in counts if count is not None]
-    return max(known) if len(known) == len(counts) else None
-
-
 def _first_line(text: str) -> str:
-    """What counts as the answer: a base model often starts a new line first, and goes on after its answer."""
+    """The first non-blank line. Base models often start with a newline and continue after the answer."""
     return (text.strip().splitlines() or [""])[0].strip()
+
+
+def _max_or_none(values: list[int | None]) -> int | None:
+    """The maximum, or None if any value is unknown."""
+    known = [value for value in values if value is not None]
+    return max(known) if len(known) == len(values) else None

@@ -36,9 +36,9 @@ def test_shares_add_up_and_siblings_are_seen_by_the_rule(model_type, visibility)
     assert (siblings > 1e-3).any() if visibility == "columnar" else (siblings == 0).all()
     assert (shares[:, 1] > 0).all()
     # Where there is a token, and nowhere else, there is a figure.
-    lengths = [np.isfinite(found.mass[0, row]).sum() for row in range(4)]
+    lengths = [np.isfinite(found.weights[0, row]).sum() for row in range(4)]
     assert lengths == [len(MAIN), *map(len, BRANCHES)]
-    assert found.times == [len(MAIN) + len(BRANCHES[1]) - 1]
+    assert found.query_times == [len(MAIN) + len(BRANCHES[1]) - 1]
 
 
 @pytest.mark.parametrize("align_to", ["left", "right"])
@@ -46,11 +46,11 @@ def test_nobody_looks_ahead_in_time(align_to):
     model = tiny_model("llama")
     with patched(model, RopeConfig(align_to=align_to)):
         found = attention_map(model, TOKENS, branch=0)
-    (now,) = found.times
+    (now,) = found.query_times
     assert now == len(MAIN) + (3 if align_to == "left" else 5)
-    seen = np.nan_to_num(found.mass)
+    seen = np.nan_to_num(found.weights)
     assert (seen[:, :, now + 1 :] == 0).all()
-    assert (np.delete(seen[:, :, now], found.sequence, axis=1) == 0).all()
+    assert (np.delete(seen[:, :, now], found.query_sequence, axis=1) == 0).all()
 
 
 @pytest.mark.parametrize("model_type", TYPES)
@@ -64,18 +64,18 @@ def test_the_map_is_the_plain_models_own_attention(model_type):
         for layer in model(text, output_attentions=True, use_cache=False).attentions
     ]
     with patched(model, RopeConfig(visibility="isolated", rope_2d_ratio=0)):
-        last, mean = (attention_map(model, TOKENS, branch, asking) for asking in ("last", "all"))
+        last, mean = (attention_map(model, TOKENS, branch, query_tokens) for query_tokens in ("last", "all"))
     for number, layer in enumerate(alone):
         for found, expected in ((last, layer[-1]), (mean, layer[len(MAIN) :].mean(axis=0))):
-            own = found.mass[number, branch + 1]
-            row = np.concatenate([found.mass[number, 0, : len(MAIN)], own[np.isfinite(own)]])
+            own = found.weights[number, branch + 1]
+            row = np.concatenate([found.weights[number, 0, : len(MAIN)], own[np.isfinite(own)]])
             np.testing.assert_allclose(row, expected, atol=1e-4)
-    assert mean.times == [len(MAIN), len(MAIN) + 1]
+    assert mean.query_times == [len(MAIN), len(MAIN) + 1]
 
 
 def test_what_has_no_map_is_refused():
     model = tiny_model("llama")
-    with pytest.raises(UserError, match="patch_rope=false: without the patch"):
+    with pytest.raises(UserError, match="patch_rope=false: an attention map needs the patch"):
         attention_map(model, TOKENS)
     with (
         patched(model, RopeConfig()),
