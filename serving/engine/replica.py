@@ -56,7 +56,7 @@ class EngineReplica:
         model, tokenizer = config.load()
         limits = EngineConfig(cache_tokens=config.cache_tokens) if config.cache_tokens else None
         engines = 1 if config.num_gpus >= 1 else config.max_replicas  # that may share this one's memory
-        self._engine = pm.Engine(model, tokenizer, limits, engines=engines)
+        self._engine = pm.Engine(model, tokenizer, limits, num_engines=engines)
         self._shelf = AdapterRegistry(self._engine, config)
         self._meters = EngineMetrics(self._engine.stats, self._shelf.loaded)
         threads = config.num_threads or max(1, (os.cpu_count() or 1) // config.max_replicas)

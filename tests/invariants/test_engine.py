@@ -1,5 +1,6 @@
-"""Whatever comes and goes in an engine, each token is drawn from the logits of one full forward over its own
-sample.
+"""Every token of an engine is sampled from the logits of one full forward pass over its own sample.
+
+Samples are submitted, extended, cancelled and finished at random in between.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from families import variant
@@ -33,7 +33,7 @@ from parallelmind.engine.engine import Engine
 from parallelmind.engine.request import Sample
 from parallelmind.engine.sampler import SampledToken, SamplingRow
 from parallelmind.engine.scheduler import EngineConfig
-from parallelmind.engine.sequence import SequenceState
+from parallelmind.engine.sequence_group import SequenceGroup
 from parallelmind.errors import CapacityError
 from parallelmind.evaluation.probes import check_close, patched
 from parallelmind.evaluation.rope_configs import rope_config_grid
@@ -66,59 +66,61 @@ EFFORT = settings(
     phases=[Phase.generate],  # a failing example is readable as it is, and takes minutes to shrink
     suppress_health_check=list(HealthCheck),
 )
-MOST_BRANCHES = 7
-LENGTH, MOST, STEPS = st.integers(1, 18), st.integers(1, 12), st.integers(0, 3)
+MAX_BRANCHES = 7
+LENGTH, NEW_TOKENS, STEPS = st.integers(1, 18), st.integers(1, 12), st.integers(0, 3)
 MAIN, SHAPE = (
     st.sampled_from(MAINS),
-    st.lists(st.tuples(LENGTH, MOST), min_size=1, max_size=4),
+    st.lists(st.tuples(LENGTH, NEW_TOKENS), min_size=1, max_size=4),
 )  # prompt and new tokens
 
 
-class Recording(Engine):
-    """Keeps the logits of every draw, by the seed that says whose it is, and draws without regard to them.
+class RecordingEngine(Engine):
+    """Records the logits of every sampled token by its seed, and chooses tokens regardless of them.
 
-    Tokens chosen by the logits of a tiny model soon repeat, and equal tokens hide a mistaken place.
+    Tokens chosen by the logits of a tiny model soon repeat, and equal tokens hide a wrong position.
     """
 
     def __init__(self, model: PreTrainedModel, limits: EngineConfig) -> None:
         super().__init__(model, tiny_tokenizer(), limits)
-        self.seen: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
+        self.logits: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
 
     def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
-        for row, found in zip(rows, logits, strict=True):
-            self.seen[row.seed, row.branch].append(found)
+        for row, row_logits in zip(rows, logits, strict=True):
+            self.logits[row.seed, row.branch].append(row_logits)
         return [SampledToken(token_of(row.seed, row.branch, row.index), None) for row in rows]
 
 
-def token_of(*place: int) -> int:
-    """Any token, one in twenty the end of a text."""
-    draw = random.Random(repr(place))
-    return END if draw.random() < 0.05 else draw.randrange(END + 1, VOCABULARY)
+def token_of(*key: int) -> int:
+    """A token that depends on these numbers alone; one in twenty ends the text."""
+    rng = random.Random(repr(key))
+    return END if rng.random() < 0.05 else rng.randrange(END + 1, VOCABULARY)
 
 
-def prompt(length: int, *place: int) -> list[int]:
-    return [random.Random(repr((place, index))).randrange(END + 1, VOCABULARY) for index in range(length)]
+def prompt(length: int, *key: int) -> list[int]:
+    return [random.Random(repr((key, index))).randrange(END + 1, VOCABULARY) for index in range(length)]
 
 
 @torch.no_grad()
-def whole_logits(model: PreTrainedModel, state: SequenceState) -> list[Tensor]:
-    """`[length, vocab]` of main and each branch, from one uncached forward; who reads all of a sample does so
-    by columns.
+def full_forward_logits(model: PreTrainedModel, group: SequenceGroup) -> list[Tensor]:
+    """`[length, vocab]` logits of main and each branch, from one forward pass without a cache.
+
+    A reduce branch attends as in the columnar visibility.
     """
-    layout = state.final_layout()
+    layout = group.final_layout()
     ids, sequence, branch, time, position = (
         torch.from_numpy(part)[None]
         for part in (layout.ids, layout.sequence, layout.branch, layout.time, layout.position)
     )
-    wide = torch.from_numpy(np.append(False, state.reads_all))[sequence[0]][:, None]
+    reads_all = torch.tensor([False, *(branch.reads_all for branch in group.branches)])[sequence[0]][:, None]
 
     def mask(rule: Visibility) -> dict[Any, Tensor]:
-        found = attention_masks(model, time, sequence, rule)
-        return found if isinstance(found, dict) else {None: found}
+        masks = attention_masks(model, time, sequence, rule)
+        return masks if isinstance(masks, dict) else {None: masks}
 
     columns = mask("columnar")
     masks = {
-        kind: torch.where(wide, columns[kind], own) for kind, own in mask(state.config.visibility).items()
+        kind: torch.where(reads_all, columns[kind], own)
+        for kind, own in mask(group.config.visibility).items()
     }
     logits = model(
         input_ids=ids,
@@ -127,66 +129,70 @@ def whole_logits(model: PreTrainedModel, state: SequenceState) -> list[Tensor]:
         pos2d=torch.stack([branch, time], dim=-1),
         use_cache=False,
     ).logits[0]
-    return [logits[sequence[0] == number] for number in range(len(state.lengths) + 1)]
+    return [logits[sequence[0] == number] for number in range(len(group.branches) + 1)]
 
 
-class ComingAndGoing(RuleBasedStateMachine):
+class EngineMachine(RuleBasedStateMachine):
     """Samples come, grow, lose branches and leave, in a pool that holds two or three of them."""
 
     def __init__(self, models: list[PreTrainedModel], happened: Counter[str]) -> None:
         super().__init__()
         self.models, self.happened = models, happened
-        self.states: dict[int, SequenceState] = {}  # of samples that go on
+        self.groups: dict[int, SequenceGroup] = {}  # unfinished samples by id
 
     @initialize(
         number=st.integers(0, len(MODELS) - 1), main=MAIN, shape=SHAPE, last=st.none() | LENGTH, then=STEPS
     )
     def begin(self, number: int, **sample: Any) -> None:
         self.model = self.models[number]
-        self.engine = Recording(
+        self.engine = RecordingEngine(
             self.model,
-            EngineConfig(cache_tokens=20 * BLOCK, max_prefill_tokens=7, max_branches=MOST_BRANCHES),
+            EngineConfig(cache_tokens=20 * BLOCK, max_prefill_tokens=7, max_branches=MAX_BRANCHES),
         )
         self.submit(**sample)
 
     @rule(main=MAIN, shape=SHAPE, last=st.none() | LENGTH, then=STEPS)
     def submit(self, main: list[int], shape: list[tuple[int, int]], last: int | None, then: int) -> None:
-        number = self.engine.scheduler._count
+        number = self.engine._num_submitted
         prompts = [prompt(length, number, branch) for branch, (length, _) in enumerate(shape)]
         most = [{"max_new_tokens": count} for _, count in shape]
         reduce = prompt(last, number, PADDING) if last else None
-        found = self.engine.submit(
+        sample_id = self.engine.submit(
             Sample(main, prompts), per_branch=most, reduce=reduce, max_new_tokens=4, seed=number
         )
-        assert found == number
-        self.states[number] = self.engine._samples[number].entry.decoding
+        assert sample_id == number
+        self.groups[number] = self.engine._groups[number]
         self.step(then)
 
     @precondition(lambda self: self.open())
-    @rule(data=st.data(), length=LENGTH, most=MOST, then=STEPS)
-    def join(self, data: st.DataObject, length: int, most: int, then: int) -> None:
+    @rule(data=st.data(), length=LENGTH, max_new_tokens=NEW_TOKENS, then=STEPS)
+    def join(self, data: st.DataObject, length: int, max_new_tokens: int, then: int) -> None:
         number = data.draw(st.sampled_from(self.open()))
-        state = self.states[number]
+        group = self.groups[number]
         with suppress(CapacityError):
             self.engine.join(
-                number, prompt(length, number, len(state.lengths)), max_new_tokens=most, seed=number
+                number,
+                prompt(length, number, len(group.branches)),
+                max_new_tokens=max_new_tokens,
+                seed=number,
             )
-            self.happened["joined late"] += bool(state.fed.any())
+            self.happened["joined late"] += any(branch.num_computed for branch in group.branches)
         self.step(then)
 
-    @precondition(lambda self: self.states)
+    @precondition(lambda self: self.groups)
     @rule(data=st.data(), then=STEPS)
     def cancel_a_branch(self, data: st.DataObject, then: int) -> None:
-        number = data.draw(st.sampled_from(sorted(self.states)))
+        number = data.draw(st.sampled_from(sorted(self.groups)))
         self.engine.cancel(
-            number, data.draw(st.sampled_from(np.flatnonzero(self.states[number].live).tolist()))
+            number,
+            data.draw(st.sampled_from([branch.index for branch in self.groups[number].running_branches])),
         )
         self.step(then)
 
-    @precondition(lambda self: len(self.states) > 1)
+    @precondition(lambda self: len(self.groups) > 1)
     @rule(data=st.data(), then=STEPS)
     def cancel_a_sample(self, data: st.DataObject, then: int) -> None:
-        self.engine.cancel(data.draw(st.sampled_from(sorted(self.states))))
+        self.engine.cancel(data.draw(st.sampled_from(sorted(self.groups))))
         self.step(then)
 
     @rule(count=st.integers(1, 4))
@@ -195,57 +201,57 @@ class ComingAndGoing(RuleBasedStateMachine):
             self.engine.step()
             waiting, running = self.engine.scheduler.waiting, self.engine.scheduler.running
             self.happened["waited for room"] += bool(waiting and running)
-            self.happened["stopped within a prompt"] += any(entry.decoding.waiting for entry in running)
-            self.happened["read by all"] += any(entry.decoding.reads_all.any() for entry in running)
-            self.what_has_ended_was_one_forward()
+            self.happened["stopped within a prompt"] += any(group.num_waiting_prefill for group in running)
+            self.happened["read by all"] += any(group.reduce_started for group in running)
+            self.finished_samples_agree_with_one_forward_pass()
             self.every_block_has_one_holder()
 
     def open(self) -> list[int]:
-        """Samples that can be joined: nobody may come before one who reads them all."""
-        fits = {
-            number: state for number, state in self.states.items() if len(state.lengths) < MOST_BRANCHES - 1
-        }
-        return [number for number, state in fits.items() if not state.reads_all.any()]
+        """Samples that can be joined: the reduce branch has not started, and one more branch is allowed."""
+        return [
+            number
+            for number, group in self.groups.items()
+            if len(group.branches) < MAX_BRANCHES - 1 and not group.reduce_started
+        ]
 
     @invariant()
-    def what_has_ended_was_one_forward(self) -> None:
-        for number in [number for number, state in self.states.items() if state.done]:
-            state = self.states.pop(number)
-            whole = whole_logits(self.model, state)[1:]
-            for branch, start in enumerate((state.prompt_lengths - 1).tolist()):
-                seen = self.engine.seen[number, branch]
-                assert len(seen) == len(state.generated(branch))
-                if seen:
-                    expected = whole[branch][start : start + len(seen)]
+    def finished_samples_agree_with_one_forward_pass(self) -> None:
+        for number in [number for number, group in self.groups.items() if not group.is_running]:
+            group = self.groups.pop(number)
+            expected = full_forward_logits(self.model, group)[1:]
+            for branch in group.branches:
+                logits = self.engine.logits[number, branch.index]
+                assert len(logits) == len(branch.generated)
+                if logits:
+                    first = branch.num_prompt - 1
                     check_close(
-                        torch.stack(seen),
-                        expected,
-                        f"sample {number}, branch {branch}: cached and full logits",
+                        torch.stack(logits),
+                        expected[branch.index][first : first + len(logits)],
+                        f"sample {number}, branch {branch.index}: cached and full logits",
                     )
 
     @invariant()
     def every_block_has_one_holder(self) -> None:
-        """Beside those of a main that have been computed, which may have several."""
+        """Only cached blocks of mains may have several holders."""
         running = self.engine.scheduler.running
-        own = [block for entry in running for block in entry.stored().trunk.blocks[entry.shared :]]
-        own += [
-            block for entry in running for stream in entry.stored().branches or [] for block in stream.blocks
-        ]
-        own += [block for entry in running if entry.reduction for block in entry.reserved]
-        shared = {block for entry in running for block in entry.stored().trunk.blocks[: entry.shared]}
+        tables = [(group, group.block_tables) for group in running]
+        own = [block for group, (table, *_) in tables for block in table.blocks[group.num_cached_blocks :]]
+        own += [block for _, (_, *tables_) in tables for table in tables_ for block in table.blocks]
+        own += [block for group in running for block in group.reduce_blocks]
+        cached = {block for group, (table, *_) in tables for block in table.blocks[: group.num_cached_blocks]}
         assert len(set(own)) == len(own)
-        assert shared.isdisjoint(own)
-        assert len(own) + len(shared) == self.engine.scheduler.blocks.held
+        assert cached.isdisjoint(own)
+        assert len(own) + len(cached) == self.engine.scheduler.block_manager.num_allocated
 
     def teardown(self) -> None:
         while self.engine.busy:
             self.step(1)
         scheduler = self.engine.scheduler
-        assert not self.states
+        assert not self.groups
         assert not scheduler.running
         assert not scheduler.waiting
-        assert scheduler.blocks.available == scheduler.blocks.count
-        self.happened["reused a main"] += bool(scheduler.reused_tokens)
+        assert scheduler.block_manager.num_available == scheduler.block_manager.num_blocks
+        self.happened["reused a main"] += bool(scheduler.num_reused_tokens)
 
 
 @pytest.mark.parametrize(
@@ -256,8 +262,8 @@ def test_samples_that_come_and_go_are_each_one_full_forward(config: RopeConfig) 
     models = [variant(*each) for each in MODELS]
 
     @seed(CONFIGS.index(config))
-    def machine() -> ComingAndGoing:
-        return ComingAndGoing(models, happened)
+    def machine() -> EngineMachine:
+        return EngineMachine(models, happened)
 
     with ExitStack() as stack:
         for model in models:

@@ -58,7 +58,7 @@ def test_samples_of_several_adapters_and_of_the_base_are_decoded_together(folder
         tokens = said(run(engine))
         found = [[tokens[number, branch] for branch in range(2)] for number in numbers]
         assert found == [expected[at] for at in (0, 1, 2, 2, 1, 0)]
-    assert engine.scheduler.reused_tokens == len(asked) * 32
+    assert engine.scheduler.num_reused_tokens == len(asked) * 32
 
 
 def test_a_model_loaded_with_an_adapter_keeps_it_for_those_who_name_none(folders, expected) -> None:
@@ -80,7 +80,7 @@ def test_a_new_version_reads_its_main_anew_and_samples_under_way_end_with_the_ol
     assert len(on_model(engine)) == 2
     tokens = said(events + run(engine))
     assert [[tokens[number, branch] for branch in range(2)] for number in (old, new)] == expected[:2]
-    assert engine.scheduler.reused_tokens == 0
+    assert engine.scheduler.num_reused_tokens == 0
     assert len(on_model(engine)) == 1
 
 

@@ -51,18 +51,18 @@ def test_a_sample_says_the_same_alone_and_in_company(config: RopeConfig, samplin
             events += engine.step()
     tokens = said(events + run(engine))
     assert [tokens[own, branch] for branch in range(3)] == alone
-    assert engine.scheduler.reused_tokens
+    assert engine.scheduler.num_reused_tokens
 
 
 @BOTH
 def test_a_main_in_the_cache_is_not_read_again(config: RopeConfig) -> None:
     engine = tiny_engine(config)
     first = answers(engine, SAMPLE, max_new_tokens=6)
-    assert (engine.scheduler.prompt_tokens, engine.scheduler.reused_tokens) == (40, 0)
+    assert (engine.scheduler.num_main_tokens, engine.scheduler.num_reused_tokens) == (40, 0)
     assert answers(engine, SAMPLE, max_new_tokens=6) == first
-    assert (engine.scheduler.prompt_tokens, engine.scheduler.reused_tokens) == (80, 32)
+    assert (engine.scheduler.num_main_tokens, engine.scheduler.num_reused_tokens) == (80, 32)
     other = answers(engine, Sample(MAIN[:20], [[5]]), max_new_tokens=6)
-    assert engine.scheduler.reused_tokens == 48
+    assert engine.scheduler.num_reused_tokens == 48
     assert other == answers(tiny_engine(config), Sample(MAIN[:20], [[5]]), max_new_tokens=6)
 
 
@@ -141,11 +141,11 @@ def test_each_branch_ends_for_its_own_reason() -> None:
 def test_logprobs_are_those_of_one_full_forward(config: RopeConfig) -> None:
     engine = tiny_engine(config, max_prefill_tokens=10)
     number = engine.submit(SAMPLE, max_new_tokens=6, logprobs=3, temperature=1.0, seed=1, ignore_eos=True)
-    state = engine._samples[number].entry.decoding
+    group = engine._groups[number]
     events = run(engine)
-    whole = layout_logits(engine.model, state.final_layout(), config)[1:]
+    whole = layout_logits(engine.model, group.final_layout(), config)[1:]
     for branch, logits in enumerate(whole):
-        expected = logits[int(state.prompt_lengths[branch]) - 1 : -1].log_softmax(dim=-1)
+        expected = logits[group.branches[branch].num_prompt - 1 : -1].log_softmax(dim=-1)
         own = [event for event in events if event.branch == branch]
         chosen = expected[range(6), [event.token for event in own]]
         torch.testing.assert_close(
@@ -205,8 +205,8 @@ def test_what_is_cancelled_during_a_step_says_nothing_more(make: Callable[[], En
     assert [len(tokens[number, branch]) for branch in (0, 2)] == [6, 6]
     for key in ((number, 1), *((dropped, branch) for branch in range(3))):
         assert tokens[key] == before.get(key, [])
-    assert engine.scheduler.blocks.held == 0
-    assert not getattr(engine.runner, "_memories", None)
+    assert engine.scheduler.block_manager.num_allocated == 0
+    assert not getattr(engine.runner, "_states", None)
 
 
 @BOTH
@@ -246,4 +246,4 @@ def test_threads_may_submit_join_and_cancel_while_another_steps() -> None:
     assert [tokens[own, branch] for branch in range(3)] == expected
     ends = Counter((event.sample, event.branch) for event in events if event.finish_reason)
     assert ends == dict.fromkeys(begun, 1)
-    assert engine.scheduler.blocks.held == 0
+    assert engine.scheduler.block_manager.num_allocated == 0

@@ -55,7 +55,7 @@ class Listener:
 
     def begin(self, engine: Engine) -> int:
         """Go on where this sample has come to, or begin it."""
-        number = engine.enqueue(self.asked, progress=self.progress if self.progress.start_times else None)
+        number = engine.enqueue(self.asked, resume=self.progress if self.progress.start_times else None)
         self.progress.start_times[:] = [time for _, time in engine.start_pos2d(number)][
             : self.asked.tokens.branches
         ]

@@ -58,7 +58,7 @@ class AdapterManager:
             self._versions[name] = version
         finally:
             self._use(active)
-            self.tidy()
+            self.collect()
         return version
 
     def unload(self, name: str) -> None:
@@ -69,7 +69,7 @@ class AdapterManager:
             )
         self.version(name)
         del self._versions[name]
-        self.tidy()
+        self.collect()
 
     def version(self, name: str | None) -> str:
         """What a sample that asks for this name gets. Raises UserError for an unknown one."""
@@ -79,7 +79,7 @@ class AdapterManager:
             raise UserError(f"adapter={name!r}: not loaded; choose from {', '.join(sorted(self._versions))}")
         return self._versions[name]
 
-    def hold(self, version: str) -> None:
+    def acquire(self, version: str) -> None:
         self._users[version] += 1
 
     def release(self, version: str) -> None:
@@ -101,7 +101,7 @@ class AdapterManager:
             self.model.set_adapter(version, inference_mode=True)
         self._active = version
 
-    def tidy(self) -> None:
+    def collect(self) -> None:
         """Take off the model what neither a name nor a sample asks for. To be called by whoever computes, in
         between.
         """

@@ -1,9 +1,9 @@
-"""How the tokens of a step read the pool.
+"""Attention of a step's tokens over the paged KV cache.
 
-A model that hands masks to its attention as they are lets `CascadeAttention` do the work: stretches of like shape
-are gathered and attended to together, every key is read once for all heads that share it, and what a token
-finds in several stretches is joined by the weights of their softmax (as Hydragen and FlashInfer's cascade do
-for shared prefixes). For any other model there is one dense mask over all keys of the step.
+For a model that hands masks to its attention unchanged, `CascadeAttention` takes the place of a mask: segments
+of similar shape are gathered and attended to together, each key is read once for all query heads that share
+it, and the results that a token has from several segments are merged by their log-sum-exp (as Hydragen and
+FlashInfer's cascade do for shared prefixes). Any other model gets one dense mask over all keys of the step.
 """
 
 from __future__ import annotations
@@ -26,59 +26,51 @@ from parallelmind.visibility import AttentionWindow
 
 
 class CascadeAttention(AttentionBackend):
-    """Attention of a step's tokens over their stretches, for layers of one reach."""
+    """Attention of a step's tokens over their segments, for the layers of one attention window."""
 
     def __init__(
         self,
-        stretches: Sequence[AttentionSegment],
-        tokens: int,
-        reach: AttentionWindow,
+        segments: Sequence[AttentionSegment],
+        num_tokens: int,
+        window: AttentionWindow,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        super().__init__(tokens)
-        alike = defaultdict(list)
-        for stretch in stretches:
-            alike[
-                stretch.own, length_bucket(len(stretch.queries)), length_bucket(len(stretch.keys.slots))
-            ].append(stretch)
-        self._bundles = [SegmentBatch.of(group, reach, dtype, device) for group in alike.values()]
-        self._tokens = tokens
-        self._joins = sum(len(stretch.queries) for stretch in stretches) > tokens
+        super().__init__(num_tokens)
+        similar = defaultdict(list)
+        for segment in segments:
+            shape = length_bucket(len(segment.query_indices)), length_bucket(len(segment.keys.slots))
+            similar[segment.own_branch, *shape].append(segment)
+        self._batches = [SegmentBatch.of(group, window, dtype, device) for group in similar.values()]
+        self._num_tokens = num_tokens
+        self._needs_merge = sum(len(segment.query_indices) for segment in segments) > num_tokens
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         queries, keys, values = (
-            part[0].transpose(0, 1) for part in (query, key, value)
+            states[0].transpose(0, 1) for states in (query, key, value)
         )  # [tokens or slots, heads, dim]
-        shape = (self._tokens, queries.shape[1], values.shape[-1])
-        if not self._joins:
+        shape = (self._num_tokens, queries.shape[1], values.shape[-1])
+        if not self._needs_merge:
             out = values.new_empty(shape)
-            for bundle in self._bundles:
-                out[bundle.targets] = bundle.attend(queries, keys, values, scale)
+            for batch in self._batches:
+                out[batch.targets] = batch.attend(queries, keys, values, scale)
             return out[None]
-        out, weight = (
-            values.new_zeros(shape),
-            queries.new_full((*shape[:2], 1), -torch.inf, dtype=torch.float32),
-        )
-        for bundle in self._bundles:
-            part, part_weight = bundle.attend_weighed(queries, keys, values, scale)
-            at = bundle.targets
-            total = torch.logaddexp(weight[at], part_weight)
-            out[at] = (out[at] * (weight[at] - total).exp() + part * (part_weight - total).exp()).to(
-                out.dtype
-            )
-            weight[at] = total
+        out = values.new_zeros(shape)
+        lse = queries.new_full((*shape[:2], 1), -torch.inf, dtype=torch.float32)
+        for batch in self._batches:
+            merge_lse(out, lse, batch.targets, *batch.attend_with_lse(queries, keys, values, scale))
         return out[None]
 
 
 @dataclass(slots=True)
 class SegmentBatch:
-    """Stretches of like shape, padded to one.
+    """Segments of similar shape, padded to the same shape.
 
-    queries: `[stretches, n]` indices into the step. keys: `[stretches, keys]` slots, or a slice of the pool
-    where they lie side by side. bias: what is added to scores, `[stretches, 1, n, keys]`, or None. real:
-    `[found]` which of the `stretches * n` queries are no padding, or None; targets: `[found]` these queries'
-    indices into the step.
+    queries: `[segments, n]` indices into the step's tokens.
+    keys: `[segments, keys]` cache slots, or a slice of the cache if there is one segment of adjacent slots.
+    bias: `[segments, 1, n, keys]` summand of the scores, or None if it is zero.
+    real: `[real]` flat indices of the queries that are not padding, or None if there is no padding.
+    targets: `[real]` indices of these queries into the step's tokens.
     """
 
     queries: Tensor
@@ -86,100 +78,118 @@ class SegmentBatch:
     bias: Tensor | None
     real: Tensor | None
     targets: Tensor
-    _folded: dict[int, Tensor | None] = field(default_factory=dict)
+    _grouped_bias: dict[int, Tensor | None] = field(default_factory=dict)  # by query heads of one KV head
 
     @staticmethod
     def of(
-        group: Sequence[AttentionSegment], reach: AttentionWindow, dtype: torch.dtype, device: torch.device
+        segments: Sequence[AttentionSegment],
+        window: AttentionWindow,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> SegmentBatch:
-        counts = [len(stretch.queries) for stretch in group]
-        most, longest = max(counts), max(len(stretch.keys.slots) for stretch in group)
-        queries, keys = np.zeros((len(group), most), np.int64), np.zeros((len(group), longest), np.int64)
-        bias = np.full((len(group), most, longest), -np.inf, np.float32)
-        for row, stretch in enumerate(group):
-            count, length = len(stretch.queries), len(stretch.keys.slots)
-            queries[row, :count], queries[row, count:] = stretch.queries, stretch.queries[0]
-            keys[row, :length] = stretch.keys.slots
-            bias[row, :count, :length] = stretch.bias(reach)
-            bias[row, count:] = bias[row, 0]  # padding reads what the first query reads, and is dropped
-        real = None if min(counts) == most else np.flatnonzero(np.arange(most) < np.array(counts)[:, None])
+        counts = [len(segment.query_indices) for segment in segments]
+        num_queries, num_keys = max(counts), max(len(segment.keys.slots) for segment in segments)
+        queries = np.zeros((len(segments), num_queries), np.int64)
+        keys = np.zeros((len(segments), num_keys), np.int64)
+        bias = np.full((len(segments), num_queries, num_keys), -np.inf, np.float32)
+        for row, segment in enumerate(segments):
+            count, length = counts[row], len(segment.keys.slots)
+            queries[row, :count], queries[row, count:] = segment.query_indices, segment.query_indices[0]
+            keys[row, :length] = segment.keys.slots
+            bias[row, :count, :length] = segment.bias(window)
+            bias[row, count:] = bias[row, 0]  # padding attends as the first query does, and is dropped
+        is_real = np.arange(num_queries) < np.array(counts)[:, None]
+        real = None if is_real.all() else np.flatnonzero(is_real)
         targets = queries.ravel() if real is None else queries.ravel()[real]
         return SegmentBatch(
             queries=torch.from_numpy(queries).to(device),
-            keys=_side_by_side(keys) or torch.from_numpy(keys).to(device),
-            bias=additive(bias[:, None], dtype, device) if bias.any() else None,
+            keys=_adjacent_slots(keys) or torch.from_numpy(keys).to(device),
+            bias=additive_mask(bias[:, None], dtype, device) if bias.any() else None,
             real=None if real is None else torch.from_numpy(real).to(device),
             targets=torch.from_numpy(targets).to(device),
         )
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-        """`[found, heads, dim]`: all that these queries see is here."""
-        query, key, value, bias = self._gathered(queries, keys, values)
-        return self._found(F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale))
+        """`[real, heads, dim]` attention of queries that have no other segment."""
+        query, key, value, bias = self._gather(queries, keys, values)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
+        return self._ungroup(out)
 
-    def attend_weighed(
+    def attend_with_lse(
         self, queries: Tensor, keys: Tensor, values: Tensor, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """`[found, heads, dim]`, and `[found, heads, 1]`: the logarithm of the sum of the scores'
-        exponentials, in float32.
-        """
-        query, key, value, bias = self._gathered(queries, keys, values)
+        """`[real, heads, dim]` attention, and the float32 `[real, heads, 1]` log-sum-exp of its scores."""
+        query, key, value, bias = self._gather(queries, keys, values)
         if query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
-            out, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 query, key, value, 0.0, False, attn_mask=bias, scale=scale
             )
-            return self._found(out), self._found(weight[..., None])
+            return self._ungroup(out), self._ungroup(lse[..., None])
         scores = (query @ key.transpose(-1, -2)).float() * scale
         scores = scores if bias is None else scores + bias
-        weight = scores.logsumexp(dim=-1, keepdim=True)
-        return self._found((scores - weight).exp().to(value.dtype) @ value), self._found(weight)
+        lse = scores.logsumexp(dim=-1, keepdim=True)
+        return self._ungroup((scores - lse).exp().to(value.dtype) @ value), self._ungroup(lse)
 
-    def _gathered(
+    def _gather(
         self, queries: Tensor, keys: Tensor, values: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """`[stretches, kv heads, group * n, dim]` and twice `[stretches, kv heads, keys, dim]`; the bias of
-        so many heads.
+        """Query `[segments, kv heads, group * n, dim]`, key and value `[segments, kv heads, keys, dim]`, bias.
+
+        group: query heads that share one KV head.
         """
-        query = queries[self.queries]  # [stretches, n, heads, dim]
+        query = queries[self.queries]  # [segments, n, heads, dim]
         group = query.shape[2] // keys.shape[1]
         query = query.unflatten(2, (-1, group)).permute(0, 2, 3, 1, 4).flatten(2, 3)
         key, value = (
-            (part[None, self.keys] if isinstance(self.keys, slice) else part[self.keys]).transpose(1, 2)
-            for part in (keys, values)
+            (states[None, self.keys] if isinstance(self.keys, slice) else states[self.keys]).transpose(1, 2)
+            for states in (keys, values)
         )
-        if group not in self._folded:
-            self._folded[group] = None if self.bias is None else self.bias.repeat(1, 1, group, 1)
-        return query, key, value, self._folded[group]
+        if group not in self._grouped_bias:
+            self._grouped_bias[group] = None if self.bias is None else self.bias.repeat(1, 1, group, 1)
+        return query, key, value, self._grouped_bias[group]
 
-    def _found(self, part: Tensor) -> Tensor:
-        """From `[stretches, kv heads, group * n, dim]` to `[found, heads, dim]`."""
+    def _ungroup(self, out: Tensor) -> Tensor:
+        """`[segments, kv heads, group * n, dim]` to `[real, heads, dim]`."""
         n = self.queries.shape[1]
-        rows = part.unflatten(2, (-1, n)).permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1, 2)
+        rows = out.unflatten(2, (-1, n)).permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1, 2)
         return rows if self.real is None else rows[self.real]
 
 
-def dense(
-    stretches: Sequence[AttentionSegment], tokens: int, reaches: Sequence[AttentionWindow]
-) -> tuple[Ints, dict[AttentionWindow, NDArray[np.float32]]]:
-    """All slots that a step reads, `[keys]`, and for each reach what is added to every token's scores,
-    `[tokens, keys]`.
+def merge_lse(out: Tensor, lse: Tensor, targets: Tensor, new_out: Tensor, new_lse: Tensor) -> None:
+    """Merge the attention over one more segment into that of the targets' earlier segments, in place.
+
+    out, lse: `[tokens, heads, dim]` and `[tokens, heads, 1]`. new_out, new_lse: the same of `targets` alone.
     """
-    slots = np.unique(np.concatenate([stretch.keys.slots for stretch in stretches]))
-    masks = {reach: np.full((tokens, len(slots)), -np.inf, np.float32) for reach in reaches}
-    for stretch in stretches:
-        where = np.ix_(stretch.queries, np.searchsorted(slots, stretch.keys.slots))
-        for reach, mask in masks.items():
-            mask[where] = stretch.bias(reach)
+    total = torch.logaddexp(lse[targets], new_lse)
+    scaled = out[targets] * (lse[targets] - total).exp() + new_out * (new_lse - total).exp()
+    out[targets] = scaled.to(out.dtype)
+    lse[targets] = total
+
+
+def dense_masks(
+    segments: Sequence[AttentionSegment], num_tokens: int, windows: Sequence[AttentionWindow]
+) -> tuple[Ints, dict[AttentionWindow, NDArray[np.float32]]]:
+    """One mask for all segments.
+
+    Returns the `[keys]` slots that the step reads, and for each window the `[tokens, keys]` summand of the
+    scores.
+    """
+    slots = np.unique(np.concatenate([segment.keys.slots for segment in segments]))
+    masks = {window: np.full((num_tokens, len(slots)), -np.inf, np.float32) for window in windows}
+    for segment in segments:
+        where = np.ix_(segment.query_indices, np.searchsorted(slots, segment.keys.slots))
+        for window, mask in masks.items():
+            mask[where] = segment.bias(window)
     return slots, masks
 
 
-def additive(bias: NDArray[np.float32], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """For an attention that takes no infinity: a row without any key would be nan."""
+def additive_mask(bias: NDArray[np.float32], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The bias as a tensor without infinities: a row that sees no key would become NaN."""
     return torch.from_numpy(bias).to(device).clamp(min=torch.finfo(dtype).min).to(dtype)
 
 
-def _side_by_side(keys: Ints) -> slice | None:
-    """The slots of a lone stretch as a slice, if they are one: reading them copies nothing."""
+def _adjacent_slots(keys: Ints) -> slice | None:
+    """The slots of a lone segment as a slice if they are adjacent: reading a slice copies nothing."""
     if len(keys) > 1 or (np.diff(keys[0]) != 1).any():
         return None
     return slice(int(keys[0, 0]), int(keys[0, -1]) + 1)

@@ -1,44 +1,43 @@
-"""One forward pass over many samples: their tokens side by side, and which of them reads which stretch of the
-pool.
+"""Input of one forward pass over many samples: their tokens side by side, and what each token attends to.
 
-A *stretch* is some tokens of the step and the keys they choose from; the rule of visibility says which of
-these they see. A token may be in several stretches, such as main and its own branch, but no key is in two
-stretches of one token.
+An *attention segment* is some tokens of the batch and the keys that they choose from; the visibility decides
+which of these keys each token sees. A token may be in several segments, such as main and its own branch, but
+no key is in two segments of one token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from parallelmind.config import Visibility
 from parallelmind.engine.block_manager import BlockTable
-from parallelmind.engine.sequence import ScheduledTokens, SequenceState
+from parallelmind.engine.scheduler import ScheduledGroup
+from parallelmind.engine.sequence_group import SequenceGroup, sequence_runs
 from parallelmind.layout import MAIN, Ints
 from parallelmind.visibility import RULES, AttentionWindow, effective_penalty, is_sibling
 
 
 @dataclass(frozen=True, slots=True)
 class TokenMeta:
-    """slots, time, sequence: `[tokens]`, where tokens lie and what a mask asks about them."""
+    """What a mask needs to know of tokens: `[tokens]` cache slots, time coordinates and sequence numbers."""
 
     slots: Ints
     time: Ints
     sequence: Ints
 
     @staticmethod
-    def of(streams: Sequence[BlockTable]) -> TokenMeta:
-        if len(streams) == 1:
-            return TokenMeta(streams[0].slots, streams[0].time, streams[0].sequence)
+    def of(tables: Sequence[BlockTable]) -> TokenMeta:
+        """All tokens of these block tables."""
+        if len(tables) == 1:
+            return TokenMeta(tables[0].slots, tables[0].time, tables[0].sequence)
         return TokenMeta(
-            *(
-                np.concatenate([getattr(each, part) for each in streams])
-                for part in ("slots", "time", "sequence")
-            )
+            np.concatenate([table.slots for table in tables]),
+            np.concatenate([table.time for table in tables]),
+            np.concatenate([table.sequence for table in tables]),
         )
 
     def at(self, index: Ints) -> TokenMeta:
@@ -47,45 +46,48 @@ class TokenMeta:
 
 @dataclass(frozen=True, slots=True)
 class AttentionSegment:
-    """queries: `[n]` indices into the step. asking, keys: the places of these tokens, and of all that they
-    choose from.
+    """Some tokens of the batch, and the keys that they choose from.
 
-    own: whether it is a branch of its own that they read, after main. No token is in two stretches of the
-    same kind. penalty: taken off the scores of siblings.
+    query_indices: `[queries]` indices into the batch.
+    queries: `[queries]` metadata of these tokens.
+    keys: `[keys]` metadata of the tokens in the cache.
+    penalty: subtracted from the scores of sibling keys.
+    own_branch: whether the keys are those of the queries' own branch, apart from main. No token is in two
+        segments with the same value of it.
     """
 
-    queries: Ints
-    asking: TokenMeta
+    query_indices: Ints
+    queries: TokenMeta
     keys: TokenMeta
-    rule: Visibility
-    own: bool
+    visibility: Visibility
     penalty: float
+    own_branch: bool = False
 
-    def bias(self, reach: AttentionWindow) -> NDArray[np.float32]:
-        """`[n, keys]`: what is added to the score of each query and key; minus infinity where it is not
-        seen.
-        """
-        away = is_sibling(self.asking.sequence[:, None], self.keys.sequence) if self.penalty else False
-        return np.where(
-            self.seen(reach), np.where(away, np.float32(-self.penalty), np.float32(0)), np.float32(-np.inf)
-        )
+    def bias(self, window: AttentionWindow) -> NDArray[np.float32]:
+        """`[queries, keys]` summand of the scores; minus infinity where the key is not visible."""
+        visible = self.is_visible(window)
+        if not self.penalty:
+            return np.where(visible, np.float32(0), np.float32(-np.inf))
+        sibling = is_sibling(self.queries.sequence[:, None], self.keys.sequence)
+        seen = np.where(sibling, np.float32(-self.penalty), np.float32(0))
+        return np.where(visible, seen, np.float32(-np.inf))
 
-    def seen(self, reach: AttentionWindow) -> NDArray[np.bool_]:
-        """`[n, keys]`: which key each query sees."""
-        q_time, q_sequence, q_slots = (
-            part[:, None] for part in (self.asking.time, self.asking.sequence, self.asking.slots)
-        )
-        seen = RULES[self.rule](q_time, q_sequence, self.keys.time, self.keys.sequence) | (
-            q_slots == self.keys.slots
-        )
-        near = reach.within(q_time, self.keys.time)
-        return seen if near is None else seen & near
+    def is_visible(self, window: AttentionWindow) -> NDArray[np.bool_]:
+        """`[queries, keys]` whether the query attends to the key."""
+        time, sequence = self.queries.time[:, None], self.queries.sequence[:, None]
+        visible = RULES[self.visibility](time, sequence, self.keys.time, self.keys.sequence)
+        visible = visible | (self.queries.slots[:, None] == self.keys.slots)
+        in_window = window.within(time, self.keys.time)
+        return visible if in_window is None else visible & in_window
 
 
 @dataclass(frozen=True, slots=True)
 class ModelInput:
-    """ids, branch, time, position, slots: `[tokens]`. rows: `[sampled]` indices of the tokens whose logits
-    are wanted.
+    """Tokens of all samples of one forward pass, side by side.
+
+    ids, branch, time, position: `[tokens]`, as in `ScheduledTokens`.
+    slots: `[tokens]` cache slots that the tokens are written to.
+    logits_indices: `[sampled]` tokens whose logits are needed.
     """
 
     ids: Ints
@@ -93,92 +95,55 @@ class ModelInput:
     time: Ints
     position: Ints
     slots: Ints
-    rows: Ints
-    stretches: list[AttentionSegment]
+    logits_indices: Ints
+    segments: list[AttentionSegment]
 
     @staticmethod
-    def of(parts: Sequence[tuple[SequenceState, ScheduledTokens, SequenceBlocks]]) -> ModelInput:
-        """Enter the feeds of some samples into their streams, side by side."""
-        starts = np.cumsum([0, *(len(feed.ids) for _, feed, _ in parts)])
-        slots, stretches = [], []
-        for start, (decoding, feed, storage) in zip(starts, parts, strict=False):
-            slots.append(storage.enter(feed))
-            stretches += storage.stretches(
-                decoding, TokenMeta(slots[-1], feed.time, feed.sequence), int(start)
-            )
-        ids, branch, time, position = (
-            np.concatenate([getattr(feed, name) for _, feed, _ in parts])
-            for name in ("ids", "branch", "time", "position")
+    def of(scheduled: Sequence[ScheduledGroup]) -> ModelInput:
+        """Assign cache slots to the scheduled tokens and lay the samples side by side."""
+        starts = np.cumsum([0, *(len(tokens.ids) for _, tokens in scheduled)])[:-1].tolist()
+        slots, segments = [], []
+        for start, (group, tokens) in zip(starts, scheduled, strict=True):
+            slots.append(group.assign_slots(tokens))
+            queries = TokenMeta(slots[-1], tokens.time, tokens.sequence)
+            segments += attention_segments(group, queries, start)
+        indices = [
+            start + tokens.logits_indices for start, (_, tokens) in zip(starts, scheduled, strict=True)
+        ]
+        return ModelInput(
+            ids=np.concatenate([tokens.ids for _, tokens in scheduled]),
+            branch=np.concatenate([tokens.branch for _, tokens in scheduled]),
+            time=np.concatenate([tokens.time for _, tokens in scheduled]),
+            position=np.concatenate([tokens.position for _, tokens in scheduled]),
+            slots=np.concatenate(slots),
+            logits_indices=np.concatenate(indices),
+            segments=segments,
         )
-        rows = np.concatenate([start + feed.rows for start, (_, feed, _) in zip(starts, parts, strict=False)])
-        return ModelInput(ids, branch, time, position, np.concatenate(slots), rows, stretches)
 
 
-class SequenceBlocks:
-    """The streams of one sample: main and, where the order is free, one for each branch; else all of it is
-    one stream.
+def attention_segments(group: SequenceGroup, queries: TokenMeta, start: int) -> list[AttentionSegment]:
+    """Segments of a sample's tokens, which have their slots already.
+
+    start: index of the first of these tokens in the batch.
     """
+    visibility, penalty = group.config.visibility, effective_penalty(group.config)
+    main_table, *branch_tables = group.block_tables
+    reads_all = np.array([False, *(branch.reads_all for branch in group.branches)])[queries.sequence]
+    index = np.arange(len(queries.slots))
 
-    def __init__(self, trunk: BlockTable, branches: list[BlockTable] | None) -> None:
-        self.trunk, self.branches = trunk, branches
+    def segment(index: Ints, keys: TokenMeta, visibility: Visibility, own: bool = False) -> AttentionSegment:
+        return AttentionSegment(start + index, queries.at(index), keys, visibility, penalty, own)
 
-    def grow(self, blocks: list[int]) -> None:
-        """Blocks for a branch that joins late."""
-        if self.branches is None:
-            self.trunk.grow(blocks)
-        else:
-            self.branches.append(BlockTable(blocks))
-
-    @property
-    def extent(self) -> int:
-        return max(stream.extent for stream in [self.trunk, *(self.branches or [])])
-
-    def enter(self, feed: ScheduledTokens) -> Ints:
-        """`[tokens]` slots of the tokens of a feed."""
-        if self.branches is None:
-            return self.trunk.append(feed.time, feed.sequence)
-        slots = []
-        for sequence, index in _runs(feed.sequence):
-            stream = self.trunk if sequence == MAIN else self.branches[sequence - 1]
-            slots.append(stream.append(feed.time[index], feed.sequence[index]))
-        return np.concatenate(slots)
-
-    def stretches(self, decoding: SequenceState, places: TokenMeta, start: int) -> list[AttentionSegment]:
-        """What the tokens that have just been entered read; `start`: index of the first of them in the
-        step.
-        """
-        queries, rule = np.arange(len(places.slots)), decoding.config.visibility
-        taken = effective_penalty(decoding.config)
-        wide = np.append(False, decoding.reads_all)[places.sequence]
-        found, narrow = [], queries[~wide]
-        if wide.any():
-            everything = TokenMeta.of([self.trunk, *(self.branches or [])])
-            found.append(_stretch(queries[wide], places, everything, "columnar", start, taken))
-        if self.trunk.length and len(narrow):
-            found.append(_stretch(narrow, places, TokenMeta.of([self.trunk]), rule, start, taken))
-        if self.branches is None:
-            return found
-        for sequence, index in _runs(places.sequence):
-            if sequence != MAIN and not decoding.reads_all[sequence - 1]:
-                keys = TokenMeta.of([self.branches[sequence - 1]])
-                found.append(_stretch(queries[index], places, keys, rule, start, taken, own=True))
-        return found
-
-
-def _stretch(
-    queries: Ints,
-    places: TokenMeta,
-    keys: TokenMeta,
-    rule: Visibility,
-    start: int,
-    penalty: float,
-    own: bool = False,
-) -> AttentionSegment:
-    return AttentionSegment(start + queries, places.at(queries), keys, rule, own, penalty)
-
-
-def _runs(sequence: Ints) -> list[tuple[int, slice]]:
-    """Each sequence of a feed in free order, where its tokens stand side by side, and where they stand."""
-    cuts = np.flatnonzero(np.diff(sequence)) + 1
-    bounds = [0, *cuts.tolist(), len(sequence)]
-    return [(int(sequence[first]), slice(first, last)) for first, last in pairwise(bounds) if last > first]
+    segments = []
+    if reads_all.any():
+        all_tokens = TokenMeta.of([main_table, *branch_tables])
+        segments.append(segment(index[reads_all], all_tokens, "columnar"))
+    if main_table.length and not reads_all.all():
+        segments.append(segment(index[~reads_all], TokenMeta.of([main_table]), visibility))
+    if not group.free_order:
+        return segments
+    for sequence, run in sequence_runs(queries.sequence):
+        if sequence != MAIN and not reads_all[run.start]:
+            own_tokens = TokenMeta.of([branch_tables[sequence - 1]])
+            segments.append(segment(index[run], own_tokens, visibility, own=True))
+    return segments

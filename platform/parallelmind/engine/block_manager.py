@@ -1,9 +1,8 @@
-"""Who holds which part of the key-value pool: plain Python and NumPy, no tensors.
+"""Blocks of the paged KV cache: which are free, allocated or cached, and which tokens they hold. No tensors.
 
-The pool is a row of slots, one token each, in blocks. A stream is a text that grows in blocks of its own. It
-is given all the blocks that it can ever fill when it begins, or none: what is promised is there. Full blocks
-of a main can be shared, by the hash of everything before their end; they stay, after their last reader has
-gone, until somebody needs the room.
+The cache has one slot for each token, in blocks of `BLOCK` slots. Full blocks of a main can be reused by other
+samples, under a hash of everything up to their end. A cached block without a reader stays until its room is
+needed; the one idle for longest is evicted first.
 """
 
 from __future__ import annotations
@@ -19,61 +18,63 @@ from parallelmind.layout import Ints
 BLOCK = 16  # tokens
 
 
-def blocks_for(tokens: int) -> int:
-    return -(-tokens // BLOCK)
+def blocks_for(num_tokens: int) -> int:
+    """Blocks that hold so many tokens."""
+    return -(-num_tokens // BLOCK)
 
 
-def prefix_keys(ids: Ints, version: str) -> list[bytes]:
-    """A key for each full block of a main: of its tokens, all before them, and of what computes them."""
-    key, keys = version.encode(), []
+def prefix_keys(ids: Ints, adapter_version: str) -> list[bytes]:
+    """A key for each full block of a main: a hash of the adapter version and all tokens up to its end."""
+    key, keys = adapter_version.encode(), []
     for end in range(BLOCK, len(ids) + 1, BLOCK):
-        key = hashlib.blake2b(
-            key + ids[end - BLOCK : end].astype(np.int64).tobytes(), digest_size=16
-        ).digest()
+        block = ids[end - BLOCK : end].astype(np.int64).tobytes()
+        key = hashlib.blake2b(key + block, digest_size=16).digest()
         keys.append(key)
     return keys
 
 
 class BlockTable:
-    """A text in the pool. slots, time, sequence: `[length]`, where each of its tokens lies and what a mask
-    asks about it.
+    """The blocks of a growing sequence of tokens.
+
+    slots, time, sequence: `[length]`, the cache slot of each token, and what a mask needs to know of it.
     """
 
     def __init__(self, blocks: list[int]) -> None:
         self.blocks, self.length = blocks, 0
-        self._slots = _slots(blocks)
+        self._slots = _slots_of(blocks)
         self._time, self._sequence = np.zeros((2, len(self._slots)), np.int64)
 
     def append(self, time: Ints, sequence: Ints) -> Ints:
-        """Enter tokens that are about to be computed; returns their slots."""
+        """Append tokens that are about to be computed; returns their slots."""
         start, self.length = self.length, self.length + len(time)
         self._time[start : self.length], self._sequence[start : self.length] = time, sequence
         return self.slots[start:]
 
-    def give_up(self, tokens: int) -> list[int]:
-        """The blocks that a stream of no more than `tokens` will not need; they are its own no longer."""
-        kept = max(blocks_for(tokens), blocks_for(self.length))
-        rest, self.blocks = self.blocks[kept:], self.blocks[:kept]
-        self._slots, self._time, self._sequence = (
-            part[: kept * BLOCK] for part in (self._slots, self._time, self._sequence)
-        )
-        return rest
-
-    def give_up_all(self) -> list[int]:
-        """All blocks: whatever they hold will not be read again."""
-        self.length = 0
-        return self.give_up(0)
-
-    def grow(self, blocks: list[int]) -> None:
+    def extend(self, blocks: list[int]) -> None:
+        """Append blocks."""
         self.blocks = self.blocks + blocks
-        self._slots = np.append(self._slots, _slots(blocks))
+        self._slots = np.append(self._slots, _slots_of(blocks))
         self._time, self._sequence = (
-            np.pad(part, (0, len(blocks) * BLOCK)) for part in (self._time, self._sequence)
+            np.pad(values, (0, len(blocks) * BLOCK)) for values in (self._time, self._sequence)
         )
+
+    def trim(self, max_tokens: int) -> list[int]:
+        """Remove and return the blocks that a sequence of at most `max_tokens` does not need."""
+        kept = max(blocks_for(max_tokens), blocks_for(self.length))
+        removed, self.blocks = self.blocks[kept:], self.blocks[:kept]
+        self._slots, self._time, self._sequence = (
+            values[: kept * BLOCK] for values in (self._slots, self._time, self._sequence)
+        )
+        return removed
+
+    def release(self) -> list[int]:
+        """Remove and return all blocks: their tokens are not read again."""
+        self.length = 0
+        return self.trim(0)
 
     @property
-    def extent(self) -> int:
-        """The pool must have so many slots to hold it at its longest."""
+    def min_cache_slots(self) -> int:
+        """Slots that the cache needs for these blocks to exist."""
         return BLOCK * (max(self.blocks, default=-1) + 1)
 
     @property
@@ -89,87 +90,82 @@ class BlockTable:
         return self._sequence[: self.length]
 
 
-def _slots(blocks: list[int]) -> Ints:
+def _slots_of(blocks: list[int]) -> Ints:
     return (np.asarray(blocks, np.int64)[:, None] * BLOCK + np.arange(BLOCK)).ravel()
 
 
 class BlockManager:
-    """The blocks of a pool: free ones, held ones, and shared ones that are kept although nobody reads
-    them.
-    """
+    """All blocks of the cache: free ones, allocated ones, and cached ones, which have a count of readers."""
 
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self._free = np.ones(count, dtype=bool)
-        self._readers: dict[int, int] = {}  # of shared blocks
-        self._by_key: dict[bytes, int] = {}
-        self._key_of: dict[int, bytes] = {}
-        self._idle: OrderedDict[int, None] = (
-            OrderedDict()
-        )  # shared blocks without a reader, longest idle first
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self._is_free = np.ones(num_blocks, dtype=bool)
+        self._readers: dict[int, int] = {}  # of cached blocks
+        self._block_by_key: dict[bytes, int] = {}
+        self._key_of_block: dict[int, bytes] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()  # cached without a reader, longest idle first
 
     @property
-    def available(self) -> int:
-        """Blocks that `take` could give."""
-        return int(self._free.sum()) + len(self._idle)
+    def num_available(self) -> int:
+        """Blocks that `allocate` can return: free ones, and cached ones without a reader."""
+        return int(self._is_free.sum()) + len(self._idle)
 
     @property
-    def held(self) -> int:
-        return self.count - self.available
+    def num_allocated(self) -> int:
+        return self.num_blocks - self.num_available
 
-    def take(self, count: int) -> list[int] | None:
-        """Blocks of one's own, side by side where there are any; None if there are too few."""
-        if count > self.available:
+    def allocate(self, count: int) -> list[int] | None:
+        """Allocate blocks, adjacent ones if there are any; None if too few are available."""
+        if count > self.num_available:
             return None
-        while int(self._free.sum()) < count:
+        while int(self._is_free.sum()) < count:
             block, _ = self._idle.popitem(last=False)
-            self._forget(block)
-        free = np.flatnonzero(self._free)
-        chosen = free[_run(free, count) :][:count]
-        self._free[chosen] = False
+            self._evict(block)
+        free = np.flatnonzero(self._is_free)
+        chosen = free[_first_run(free, count) :][:count]
+        self._is_free[chosen] = False
         return [int(block) for block in chosen]
 
-    def give(self, blocks: Sequence[int]) -> None:
-        """Return blocks that `take` or `find` has given; of a main, its end will be forgotten before its
+    def free(self, blocks: Sequence[int]) -> None:
+        """Return blocks of `allocate` or `match_prefix`.
+
+        Cached blocks become idle from the last to the first, so that the end of a main is evicted before its
         beginning.
         """
         for block in reversed(blocks):
             if block not in self._readers:
-                self._free[block] = True
+                self._is_free[block] = True
                 continue
             self._readers[block] -= 1
             if not self._readers[block]:
                 self._idle[block] = None
 
-    def find(self, keys: Sequence[bytes]) -> list[int]:
-        """The shared blocks that hold the longest known beginning of a main; they count one reader more
-        each.
-        """
-        found: list[int] = []
+    def match_prefix(self, keys: Sequence[bytes]) -> list[int]:
+        """Cached blocks of the longest prefix of these keys. Each gets one reader more; return it to `free`."""
+        blocks: list[int] = []
         for key in keys:
-            if (block := self._by_key.get(key)) is None:
+            if (block := self._block_by_key.get(key)) is None:
                 break
             self._readers[block] += 1
             self._idle.pop(block, None)
-            found.append(block)
-        return found
+            blocks.append(block)
+        return blocks
 
-    def share(self, key: bytes, block: int) -> None:
-        """From now on `find` knows this block, which has been computed and whose holder becomes its first
-        reader.
+    def cache_block(self, key: bytes, block: int) -> None:
+        """Let `match_prefix` return this computed block, unless the key is cached already.
+
+        The holder of the block becomes its first reader.
         """
-        if key not in self._by_key and block not in self._readers:
-            self._by_key[key], self._key_of[block], self._readers[block] = block, key, 1
+        if key not in self._block_by_key and block not in self._readers:
+            self._block_by_key[key], self._key_of_block[block], self._readers[block] = block, key, 1
 
-    def _forget(self, block: int) -> None:
-        del self._by_key[self._key_of.pop(block)], self._readers[block]
-        self._free[block] = True
+    def _evict(self, block: int) -> None:
+        del self._block_by_key[self._key_of_block.pop(block)], self._readers[block]
+        self._is_free[block] = True
 
 
-def _run(free: Ints, count: int) -> int:
-    """Where in the rising list of free blocks the first run of `count` neighbours begins; 0 if there is
-    none.
-    """
+def _first_run(free: Ints, count: int) -> int:
+    """Index in the sorted free blocks of the first run of `count` adjacent ones; 0 if there is none."""
     if count <= 1 or len(free) < count:
         return 0
     starts = np.flatnonzero(free[count - 1 :] - free[: len(free) - count + 1] == count - 1)

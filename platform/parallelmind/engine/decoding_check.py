@@ -49,7 +49,7 @@ class LogitRecorder(Engine):
         number = self.submit(
             Sample(list(main), [list(prompt) for prompt in branches]), per_branch=lengths, ignore_eos=True
         )
-        self.state = self._samples[number].entry.decoding
+        self.group = self._groups[number]
 
     def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
         for row, row_logits in zip(rows, logits, strict=True):
@@ -103,7 +103,7 @@ def decoding_distance(
     """
     engine = LogitRecorder(model, tokenizer, main, branches)
     engine.run()
-    expected = layout_logits(model, engine.state.final_layout(), config)[1:]
+    expected = layout_logits(model, engine.group.final_layout(), config)[1:]
     distances = [
         relative_distance(torch.stack(decoded), whole[len(prompt) - 1 : -1])
         for decoded, whole, prompt in zip(engine.logits, expected, branches, strict=True)

@@ -1,7 +1,4 @@
-"""The decoding engine: samples come and go at any step, and one forward pass serves all of their branches.
-
-`submit`, `join` and `cancel` may be called from any thread while another one calls `step`.
-"""
+"""The decoding engine: samples come and go at any step, and one forward pass serves all of their branches."""
 
 from __future__ import annotations
 
@@ -17,100 +14,107 @@ from transformers import PreTrainedTokenizerBase
 
 from parallelmind.config import RopeConfig
 from parallelmind.engine.adapters import AdapterManager
-from parallelmind.engine.model_runner import Model, ModelRunner, Part
-from parallelmind.engine.output import Event, FinishReason, OutputProcessor
+from parallelmind.engine.model_runner import Model, ModelRunner
+from parallelmind.engine.output import Event, OutputProcessor
 from parallelmind.engine.request import ResumeState, Sample, Text, TokenizedRequest
-from parallelmind.engine.sampler import SampledToken, SamplingRow, fresh_seed, sample
+from parallelmind.engine.sampler import SampledToken, SamplingRow, random_seed, sample_tokens
 from parallelmind.engine.sampling_params import SamplingParams
-from parallelmind.engine.scheduler import EngineConfig, EngineStats, Scheduler
-from parallelmind.engine.sequence_group import Reduction
+from parallelmind.engine.scheduler import EngineConfig, EngineStats, ScheduledGroup, Scheduler
+from parallelmind.engine.sequence import BranchState
+from parallelmind.engine.sequence_group import SequenceGroup
 from parallelmind.engine.sequential_runner import SequentialRunner
-from parallelmind.engine.speech import Speech
 from parallelmind.engine.tokenization import eos_token_ids, tokenize, tokenize_request
-from parallelmind.engine.validation import check_joining, check_sample
+from parallelmind.engine.validation import check_added_branch, check_request
 from parallelmind.errors import UserError
 from parallelmind.model.patch import is_patched, rope_config
 from parallelmind.model.structure import causal_lm
 from parallelmind.model.support import assess
 
-# What an unpatched model does anyway, where there is one branch.
-_PLAIN = RopeConfig(patch_rope=False, rope_2d_ratio=0, visibility="isolated", positions="time")
+# What an unpatched model computes for a lone branch.
+_UNPATCHED = RopeConfig(patch_rope=False, rope_2d_ratio=0, visibility="isolated", positions="time")
 
 
 class Engine:
-    """One model, its pool of keys and values, and the samples that share them."""
+    """Decodes samples with one model and one KV cache.
+
+    One thread calls `step`. `submit`, `join` and `cancel` may be called from any thread meanwhile.
+
+    rope_config: rope settings of the model.
+    config: limits of the engine.
+    fallback_reason: why branches cannot share a sequence on this model; None if they can. Such a model decodes
+        each branch isolated, in a row of its own.
+    state_lock: guards the state of all samples. Hold it for calls that belong together.
+    seconds_in_model: total time of all forward passes.
+    """
 
     def __init__(
         self,
         model: Model,
         tokenizer: PreTrainedTokenizerBase,
-        limits: EngineConfig | None = None,
-        engines: int = 1,
+        config: EngineConfig | None = None,
+        num_engines: int = 1,
     ) -> None:
-        """limits: without any the pool is as large as memory allows, of which so many engines have a part
-        each.
-        """
+        """config: without it the cache takes half of the free memory, divided by `num_engines`."""
         self.tokenizer = tokenizer
         self.adapters = AdapterManager(model, tokenizer)
-        self.rope_config = rope_config(model) if is_patched(model) else _PLAIN
-        # Why branches cannot share a sequence here, if so; an unpatched model could, but has not been taught
-        # how.
+        self.rope_config = rope_config(model) if is_patched(model) else _UNPATCHED
         self.fallback_reason = None if is_patched(model) else assess(causal_lm(model)).reason
         self.runner = SequentialRunner(model) if self.fallback_reason else ModelRunner(model)
-        self.config = self.runner.limited(limits, self.rope_config, engines)
-        self.scheduler = Scheduler(self.config, shares=not self.fallback_reason)
-        self.state_lock, self.step_lock = (
-            RLock(),
-            RLock(),
-        )  # of the samples (hold it for calls that belong together), and of the model
-        self._samples: dict[int, Speech] = {}  # by number
-        self._ends = eos_token_ids(model, tokenizer)
+        self.config = self.runner.resolve_config(config, self.rope_config, num_engines)
+        self.scheduler = Scheduler(self.config, reuse_prefixes=not self.fallback_reason)
+        self.state_lock = RLock()
+        self._step_lock = RLock()  # held while the model is in use
+        self._groups: dict[int, SequenceGroup] = {}  # unfinished samples by id
+        self._num_submitted = 0
+        self._pending_events: list[Event] = []  # of branches that were cancelled between two steps
+        self._eos_token_ids = eos_token_ids(model, tokenizer)
         self.seconds_in_model = 0.0
-        self._said: list[Event] = []  # of branches that have ended outside of a step
 
     @property
     def model(self) -> Model:
         return self.adapters.model
 
+    # Adapters
+
     def load_adapter(
         self, name: str, folder: str | Path, check: Callable[[Model], None] | None = None
     ) -> None:
-        """Let samples ask for an adapter by this name; those that have begun with an older one of the name
-        end with it.
+        """Load an adapter under a name. Samples that run with an earlier adapter of that name keep it.
 
-        check: looks at the model with the adapter at work; what it raises leaves the older one in place.
-        Raises UserError for a folder that is no adapter of this base, or whose rope settings are not the
-        model's.
+        check: called with the model while the new adapter is active; if it raises, the earlier one stays.
+        Raises UserError for a folder that is not an adapter of this base model, or whose rope settings differ
+        from the model's.
         """
-        with self.step_lock, self.state_lock:
+        with self._step_lock, self.state_lock:
             try:
                 self.adapters.load(name, folder, check)
             finally:
-                self.runner.use(self.adapters.model)
+                self.runner.set_model(self.adapters.model)
 
     def unload_adapter(self, name: str) -> None:
-        """Forget an adapter; samples that have begun with it end with it. Raises UserError for an unknown
-        one.
-        """
-        with self.step_lock, self.state_lock:
+        """Remove an adapter. Samples that run with it keep it. Raises UserError for an unknown name."""
+        with self._step_lock, self.state_lock:
             self.adapters.unload(name)
+
+    # Samples
 
     @property
     def busy(self) -> bool:
-        """Whether there is anything to do or to tell."""
-        return bool(self._samples or self._said)
+        """Whether a step would compute or return anything."""
+        return bool(self._groups or self._pending_events)
 
-    def has_sample(self, number: int) -> bool:
-        """Whether a sample is still going on."""
-        return number in self._samples
+    def has_sample(self, sample_id: int) -> bool:
+        """Whether a sample is unfinished."""
+        return sample_id in self._groups
 
-    def is_finished(self, number: int) -> bool:
-        """Whether a sample has ended, and steps have told all of it. For the thread that calls `step`."""
+    def is_finished(self, sample_id: int) -> bool:
+        """Whether a sample is finished and `step` has returned all of its events. For the step thread."""
         with self.state_lock:
-            return not self.has_sample(number) and all(event.sample != number for event in self._said)
+            pending = any(event.sample == sample_id for event in self._pending_events)
+            return not self.has_sample(sample_id) and not pending
 
     def stats(self) -> EngineStats:
-        """What the engine is busy with at this moment."""
+        """Current load."""
         with self.state_lock:
             return self.scheduler.stats()
 
@@ -123,166 +127,188 @@ class Engine:
         adapter: str | None = None,
         **sampling: Any,
     ) -> int:
-        """Queue a sample; returns its number.
+        """Queue a sample; returns its id.
 
-        sampling: fields of `SamplingParams`; per_branch: other values of them for each branch. reduce: the
-        prompt of one more branch, which follows when all others have ended and reads main and all of them.
-        adapter: a name that one was loaded by. Raises UserError, before any computing, for a bad setting, an
-        empty branch, several branches on an unpatched model, and what the model's context or the engine's
-        cache cannot hold.
+        per_branch: settings of each branch, which override `sampling`.
+        reduce: prompt of one more branch, which starts when all others have finished and attends to main and
+            all of them.
+        adapter: name of a loaded adapter.
+        sampling: fields of `SamplingParams`.
+        Raises UserError, before anything is computed, for a bad setting, an empty branch, several branches on
+        an unpatched model, and a sample that exceeds the model's context or the cache.
         """
         return self.enqueue(tokenize_request(self.tokenizer, sample, per_branch, reduce, sampling), adapter)
 
     def enqueue(
-        self, asked: TokenizedRequest, adapter: str | None = None, progress: ResumeState | None = None
+        self, request: TokenizedRequest, adapter: str | None = None, resume: ResumeState | None = None
     ) -> int:
-        """`submit` for what has been put in tokens already.
+        """`submit` for a tokenized request.
 
-        progress: how far another engine had come with it. Branches that joined it late stand among the others
-        then, and what has been told is not told again; tokens are those that the other engine would have
-        drawn, where they are greedy or seeded.
+        resume: progress of the sample on another engine. Branches that joined it late are part of the request
+        then. Events that were emitted there are not emitted again. The next tokens are those that the other
+        engine would have sampled, if sampling is greedy or seeded.
         """
-        check_sample(self.model, self.rope_config, asked, self.fallback_reason)
+        check_request(self.model, self.rope_config, request, self.fallback_reason)
         with self.state_lock:
-            number = self._queue(asked, self.adapters.version(adapter))
-            if progress is not None:
-                self._go_on(self._samples[number], progress)
-            return number
+            version = self.adapters.version(adapter)
+            group = SequenceGroup(
+                request,
+                self.rope_config,
+                self._make_output,
+                id=self._num_submitted,
+                adapter_version=version,
+                seed=random_seed(),
+            )
+            self.scheduler.submit(group)
+            self.adapters.acquire(version)
+            self._groups[group.id] = group
+            self._num_submitted += 1
+            if resume is not None:
+                self._resume(group, resume)
+            return group.id
 
-    def _go_on(self, sample: Speech, progress: ResumeState) -> None:
-        begun = len(progress.start_times)
-        sample.entry.decoding.starts[:] = progress.start_times
-        for branch in range(begun):
-            sample.has_said(branch, progress.token_ids[branch])
-        for branch, reason in enumerate(progress.finish_reasons[:begun]):
-            if reason is not None:
-                self._end(sample, branch, reason)  # the last one makes way for the branch that reads them all
-        for branch in range(begun, len(progress.token_ids)):
-            sample.has_said(branch, progress.token_ids[branch])
+    def join(self, sample_id: int, text: Text, **sampling: Any) -> int:
+        """Add a branch to an unfinished sample; returns the index of the branch.
 
-    def _queue(self, asked: TokenizedRequest, version: str) -> int:
-        tokens, params, last = asked.tokens, asked.params, asked.reduce
-        reduction = None if last is None else Reduction(last.token_ids, last.params.max_new_tokens)
-        most = [each.max_new_tokens for each in params]
-        entry = self.scheduler.submit(tokens, self.rope_config, most, version, reduction)
-        found = Speech(entry, fresh_seed(), last)
-        for prompt, each in zip(tokens.split()[1:], params, strict=True):
-            self._begin(found, prompt, each)
-        self._samples[entry.number] = found
-        self.adapters.hold(version)
-        return entry.number
-
-    def join(self, number: int, text: Text, **sampling: Any) -> int:
-        """Add a branch to a sample that is going on; returns the branch's number.
-
-        Raises UserError if the sample has ended or the branch does not fit, Overloaded if it does not fit
-        now.
+        sampling: fields of `SamplingParams`. Raises UserError if the sample is finished or the branch does not
+        fit, and CapacityError if it does not fit now.
         """
-        ids, params = tokenize(self.tokenizer, text, first=False), SamplingParams.of(sampling)
+        token_ids, params = tokenize(self.tokenizer, text, first=False), SamplingParams.of(sampling)
         with self.state_lock:
-            found = self._of(number)
-            check_joining(self.model, self.rope_config, found.entry, ids, params, self.fallback_reason)
-            branch = self.scheduler.join(found.entry, ids, params.max_new_tokens)
-            self._begin(found, ids, params)
-            return branch
+            group = self._group(sample_id)
+            check_added_branch(self.model, self.rope_config, group, token_ids, params, self.fallback_reason)
+            return self.scheduler.add_branch(group, token_ids, params).index
 
-    def start_pos2d(self, number: int) -> list[tuple[int, int]]:
-        """The branch and time coordinates of the first token of every branch. Raises UserError if the sample
-        has ended.
-        """
+    def start_pos2d(self, sample_id: int) -> list[tuple[int, int]]:
+        """Branch and time coordinates of the first token of every branch. Raises UserError if finished."""
         with self.state_lock:
-            return self._of(number).places()
+            group = self._group(sample_id)
+            return [group.pos2d(branch) for branch in group.branches]
 
-    def cancel(self, number: int, branch: int | None = None) -> None:
-        """End a sample, or one of its branches, before the next step; what has ended already is left as it
-        is.
-        """
+    def cancel(self, sample_id: int, branch: int | None = None) -> None:
+        """Cancel a sample, or one of its branches, before the next step. Does nothing if it is finished."""
         with self.state_lock:
-            if not self.has_sample(number):
+            if not self.has_sample(sample_id):
                 return
-            found = self._samples[number]
-            live = found.live
-            told = live if branch is None else [each for each in live if each == branch]
-            self._said += map(found.cancelled, told)
+            group = self._groups[sample_id]
+            cancelled = [
+                running for running in group.running_branches if branch is None or running.index == branch
+            ]
+            self._pending_events += [
+                Event(running.index, "", None, "cancelled", sample=sample_id) for running in cancelled
+            ]
             if branch is None:
-                self.scheduler.drop(found.entry)
-                self._forget(found, live)
-            elif told:
-                self._end(found, branch, "cancelled")
+                self.scheduler.abort(group)
+            else:
+                for running in cancelled:
+                    self.scheduler.finish_branch(group, running, "cancelled")
+            self._free(group, cancelled)
+
+    # Steps
 
     def step(self) -> list[Event]:
-        """One forward pass for every live branch (one for each adapter in use); returns what has been
-        said.
+        """Compute the next tokens of all running samples: one forward pass for each adapter in use.
+
+        Returns the events of these tokens, and of branches that were cancelled since the last step.
         """
-        with self.step_lock:
+        with self._step_lock:
             with self.state_lock:
-                events, self._said = self._said, []
-                groups: dict[Any, list[Part]] = defaultdict(list)
-                for entry, feed in self.scheduler.schedule():
-                    groups[entry.version, entry.number if self.runner.alone else None].append((entry, feed))
-                entered: list[Any] = [self.runner.enter(parts) for parts in groups.values()]
-            for ((version, _), parts), step in zip(groups.items(), entered, strict=True):
-                began = perf_counter()
-                with self.adapters.active(version):
-                    logits = self.runner(step)
-                self.seconds_in_model += perf_counter() - began
+                events, self._pending_events = self._pending_events, []
+                plans = self._split(self.scheduler.schedule())
+                inputs: list[Any] = [self.runner.prepare_inputs(plan) for plan in plans]
+            for plan, plan_inputs in zip(plans, inputs, strict=True):
+                logits = self._run(plan, plan_inputs)
                 with self.state_lock:
-                    events += self._accept(parts, logits)
+                    events += self._sample_and_commit(plan, logits)
             with self.state_lock:
-                self.adapters.tidy()
+                self.adapters.collect()
             return events
 
-    def _accept(self, parts: Sequence[Part], logits: Tensor) -> list[Event]:
-        """Draw and enter the next tokens. A branch that was cancelled during the forward pass says nothing
-        more.
-        """
-        asked = [
-            (self._samples.get(entry.number), branch)
-            for entry, feed in parts
-            for branch in feed.sampled.tolist()
+    def _split(self, scheduled: Sequence[ScheduledGroup]) -> list[list[ScheduledGroup]]:
+        """Divide a step into forward passes: one for each adapter, or for each sample."""
+        plans: dict[Any, list[ScheduledGroup]] = defaultdict(list)
+        for item in scheduled:
+            alone = item.group.id if self.runner.one_sample_per_forward else None
+            plans[item.group.adapter_version, alone].append(item)
+        return list(plans.values())
+
+    def _run(self, plan: Sequence[ScheduledGroup], inputs: Any) -> Tensor:
+        """`[sampled, vocab]` logits of one forward pass."""
+        start = perf_counter()
+        with self.adapters.active(plan[0].group.adapter_version):
+            logits = self.runner(inputs)
+        self.seconds_in_model += perf_counter() - start
+        return logits
+
+    def _sample_and_commit(self, plan: Sequence[ScheduledGroup], logits: Tensor) -> list[Event]:
+        """Sample the next tokens. Branches that were cancelled during the forward pass get none."""
+        sampled = [
+            (group, group.branches[index])
+            for group, tokens in plan
+            for index in tokens.sampled_branches.tolist()
         ]
-        for entry, _ in parts:
-            if entry.number in self._samples:
-                self.scheduler.computed(entry)
-        live = [
-            (sample, branch)
-            for sample, branch in asked
-            if sample is not None and sample.entry.decoding.live[branch]
-        ]
-        if len(live) < len(asked):
-            logits = logits[[row for row, pair in enumerate(asked) if pair in live]]
-        choices = self.sample(logits, [sample.row(branch) for sample, branch in live]) if live else []
+        running = [row for row, (_, branch) in enumerate(sampled) if branch.is_running]
+        if len(running) < len(sampled):
+            logits, sampled = logits[running], [sampled[row] for row in running]
+        rows = [_sampling_row(branch) for _, branch in sampled]
+        tokens = self.sample(logits, rows) if rows else []
+        for group, _ in plan:
+            if self.has_sample(group.id):
+                self.scheduler.commit(group)
         return [
-            self._say(sample, branch, choice) for (sample, branch), choice in zip(live, choices, strict=True)
+            self._emit(group, branch, token) for (group, branch), token in zip(sampled, tokens, strict=True)
         ]
 
     def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
-        """The next token of every row."""
-        return sample(logits, rows)
+        """The next token of every row of `[rows, vocab]` logits."""
+        return sample_tokens(logits, rows)
 
-    def _say(self, sample: Speech, branch: int, choice: SampledToken) -> Event:
-        event = sample.say(branch, choice)
-        if event.finish_reason:
-            self._end(sample, branch, event.finish_reason)
-        return event
+    def _emit(self, group: SequenceGroup, branch: BranchState, sampled: SampledToken) -> Event:
+        """Append a sampled token to its branch; returns the event of it."""
+        pos2d = group.pos2d(branch, branch.num_tokens)
+        text, finish_reason = branch.append_token(sampled.token)
+        if finish_reason is not None:
+            self.scheduler.finish_branch(group, branch, finish_reason)
+            self._free(group, [branch])
+        return Event(
+            branch.index, text, sampled.token, finish_reason, sampled.logprob, sampled.top, group.id, pos2d
+        )
 
-    def _begin(self, sample: Speech, prompt: list[int], params: SamplingParams) -> None:
-        sample.add(params, OutputProcessor(self.tokenizer, prompt, params, self._ends))
+    # State
 
-    def _end(self, sample: Speech, branch: int, reason: FinishReason) -> None:
-        follows = self.scheduler.finish(sample.entry, branch, reason)
-        if follows is not None and sample.reducing is not None:
-            self._begin(sample, sample.reducing.token_ids, sample.reducing.params)
-        self._forget(sample, [branch])
+    def _make_output(self, prompt: Sequence[int], params: SamplingParams) -> OutputProcessor:
+        return OutputProcessor(self.tokenizer, prompt, params, self._eos_token_ids)
 
-    def _forget(self, sample: Speech, branches: Sequence[int]) -> None:
-        for branch in branches:
-            self.runner.forget(sample.entry, branch)
-        if sample.entry.decoding.done:
-            del self._samples[sample.entry.number]
-            self.adapters.release(sample.entry.version)
+    def _group(self, sample_id: int) -> SequenceGroup:
+        if not self.has_sample(sample_id):
+            raise UserError(f"sample {sample_id}: has ended or never was; begin another one")
+        return self._groups[sample_id]
 
-    def _of(self, number: int) -> Speech:
-        if not self.has_sample(number):
-            raise UserError(f"sample {number}: has ended or never was; begin another one")
-        return self._samples[number]
+    def _resume(self, group: SequenceGroup, resume: ResumeState) -> None:
+        """Bring a new sample to the progress that it had on another engine."""
+        num_started = len(resume.start_times)
+        started = list(group.branches)
+        for branch, start_time in zip(started, resume.start_times, strict=True):
+            branch.start_time = start_time
+            branch.append_tokens(resume.token_ids[branch.index])
+        for branch in started:
+            reason = resume.finish_reasons[branch.index]
+            if reason is not None:  # the last branch that finishes starts the reduce branch
+                self.scheduler.finish_branch(group, branch, reason)
+                self._free(group, [branch])
+        for branch in group.branches[num_started:]:
+            if branch.index < len(resume.token_ids):
+                branch.append_tokens(resume.token_ids[branch.index])
+
+    def _free(self, group: SequenceGroup, finished: Sequence[BranchState]) -> None:
+        """Free what finished branches hold outside of the scheduler."""
+        for branch in finished:
+            self.runner.free(group, branch)
+        if not group.is_running:
+            del self._groups[group.id]
+            self.adapters.release(group.adapter_version)
+
+
+def _sampling_row(branch: BranchState) -> SamplingRow:
+    num_generated = branch.num_tokens - branch.num_prompt
+    return SamplingRow(branch.params, branch.seed, branch.index, num_generated, branch.token_ids)

@@ -1,8 +1,8 @@
-"""The key-value pool of all samples: one row of slots for each layer, written and read by slot.
+"""Paged KV cache: for each layer one row of slots that all samples share.
 
-transformers' own dynamic layers copy the whole cache at every step, and its sliding layers drop by storage
-order, which is not the order of time here. These layers keep everything where `blocks` says; windows belong
-into the mask.
+transformers' dynamic layers copy the whole cache in every step, and its sliding layers drop tokens by storage
+order, which is not the order of time here. These layers keep every token in the slot that the block manager
+has assigned to it; attention windows belong into the mask.
 """
 
 from __future__ import annotations
@@ -16,16 +16,14 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 class PagedKVLayer(CacheLayerMixin):
-    """Keys and values of one layer, `[slots, heads, dim]` each; a model sees them as `[1, heads, slots,
-    dim]`.
-    """
+    """Keys and values of one layer, `[slots, heads, dim]` each; the model gets `[1, heads, slots, dim]`."""
 
     is_sliding = False
 
-    def __init__(self, pool: PagedKVCache) -> None:
+    def __init__(self, cache: PagedKVCache) -> None:
         super().__init__()
-        self._pool = pool
-        self._parts: dict[str, Tensor] = {}
+        self._cache = cache
+        self._pools: dict[str, Tensor] = {}  # by the kind of state: keys, values, indexer
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -34,85 +32,90 @@ class PagedKVLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """What the layer has to read: the slots that the call asks for, or, for a mask that reads by itself,
-        all.
-        """
+        """Write the states of the step's tokens; returns keys and values of `kv_indices`, or of all slots."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        keys, values = (
-            self._enter(name, states[0].transpose(0, 1))
-            for name, states in (("keys", key_states), ("values", value_states))
-        )
+        keys = self._write("keys", key_states[0].transpose(0, 1))
+        values = self._write("values", value_states[0].transpose(0, 1))
         self.keys, self.values = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
         return self.keys, self.values
 
     def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
-        """Keys of an attention that chooses its tokens by a smaller attention first, `[1, tokens, dim]`."""
-        return self._enter("indexer", indexer_key_states[0])[None]
+        """The same for the `[1, tokens, dim]` keys of an attention that first selects its tokens."""
+        return self._write("indexer", indexer_key_states[0])[None]
 
-    def _enter(self, name: str, states: Tensor) -> Tensor:
-        """Write `[tokens, …]` to the call's slots; returns what is to be read."""
-        part = self._parts.get(name)
-        if part is None or len(part) < self._pool.slots_needed:
-            part = self._parts[name] = _grown(part, states, self._pool.slots_needed, self._pool.most)
-        part.index_copy_(0, self._pool.written, states)
-        return part if self._pool.read is None else part.index_select(0, self._pool.read)
+    def _write(self, kind: str, states: Tensor) -> Tensor:
+        """Write `[tokens, …]` to `slot_mapping`; returns what the step reads."""
+        cache, pool = self._cache, self._pools.get(kind)
+        if pool is None or len(pool) < cache.min_slots:
+            pool = self._pools[kind] = _grow(pool, states, cache.min_slots, cache.max_slots)
+        pool.index_copy_(0, cache.slot_mapping, states)
+        return pool if cache.kv_indices is None else pool.index_select(0, cache.kv_indices)
 
     def bytes_per_slot(self) -> int:
-        return sum(part[0].numel() * part.element_size() for part in self._parts.values())
+        return sum(pool[0].numel() * pool.element_size() for pool in self._pools.values())
 
-    def slots(self) -> int:
-        return max((len(part) for part in self._parts.values()), default=0)
+    def num_slots(self) -> int:
+        return max((len(pool) for pool in self._pools.values()), default=0)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._pool.past + query_length, 0
+        return self._cache.past_length + query_length, 0
 
     def get_seq_length(self) -> int:
-        return self._pool.past
+        return self._cache.past_length
 
     def get_max_length(self) -> int:
         return -1
 
     def reset(self) -> None:
-        self._parts.clear()
+        self._pools.clear()
         self.is_initialized = False
 
 
 class PagedKVCache(Cache):
-    """The layers of a model, and which slots the running call writes and reads."""
+    """The layers of a model, and the slots that the running step writes and reads.
+
+    slot_mapping: `[tokens]` slots that the step's tokens are written to.
+    kv_indices: `[keys]` slots that the step reads; None for all.
+    min_slots: slots that the pools must have.
+    max_slots: slots that the pools ever need, as far as that is known.
+    past_length: keys that the step reads beyond its own tokens.
+    """
 
     def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=cast(type[PagedKVLayer], partial(PagedKVLayer, self)))
-        self.written = torch.zeros(0, dtype=torch.long)
-        self.read: Tensor | None = None
-        self.slots_needed = self.past = 0
-        self.most = 0  # slots that will ever be needed, as far as that is known
+        self.slot_mapping = torch.zeros(0, dtype=torch.long)
+        self.kv_indices: Tensor | None = None
+        self.min_slots = self.max_slots = self.past_length = 0
 
-    def reserve(self, slots: int) -> None:
-        """The pool is going to need so many slots."""
-        self.slots_needed = max(self.slots_needed, slots)
+    def reserve(self, num_slots: int) -> None:
+        """Let the pools have at least so many slots from the next step on."""
+        self.min_slots = max(self.min_slots, num_slots)
 
-    def address(self, written: Tensor, read: Tensor | None) -> None:
-        """Before a call. written: `[tokens]` slots of its tokens; read: `[keys]` slots to see, or all."""
-        self.written, self.read = written, read
-        self.past = max((0 if read is None else len(read)) - len(written), 0)
+    def set_step(self, slot_mapping: Tensor, kv_indices: Tensor | None) -> None:
+        """Set the slots that the next step writes and reads."""
+        self.slot_mapping, self.kv_indices = slot_mapping, kv_indices
+        num_read = 0 if kv_indices is None else len(kv_indices)
+        self.past_length = max(num_read - len(slot_mapping), 0)
 
     def bytes_per_token(self) -> int:
-        return sum(layer.bytes_per_slot() for layer in self.layers if isinstance(layer, PagedKVLayer))
+        return sum(layer.bytes_per_slot() for layer in self._paged_layers())
 
     def bytes(self) -> int:
-        """What the pool holds on to, filled or not."""
-        return sum(
-            layer.bytes_per_slot() * layer.slots() for layer in self.layers if isinstance(layer, PagedKVLayer)
-        )
+        """Memory of all pools, filled or not."""
+        return sum(layer.bytes_per_slot() * layer.num_slots() for layer in self._paged_layers())
+
+    def _paged_layers(self) -> list[PagedKVLayer]:
+        return [layer for layer in self.layers if isinstance(layer, PagedKVLayer)]
 
 
-def _grown(part: Tensor | None, like: Tensor, slots: int, most: int) -> Tensor:
-    """A pool of one kind with room for `slots`, what it held, and half as many again where so many can be
-    needed.
+def _grow(pool: Tensor | None, states: Tensor, num_slots: int, max_slots: int) -> Tensor:
+    """A copy of the pool with room for `num_slots`, and for half as many again within `max_slots`.
+
+    Without a pool a new one, of the shape and type of these states.
     """
-    known = 0 if part is None else len(part)
-    grown = like.new_zeros((max(slots, min(known + known // 2, most)), *like.shape[1:]))
-    if part is not None:
-        grown[:known] = part
+    size = 0 if pool is None else len(pool)
+    grown = states.new_zeros((max(num_slots, min(size + size // 2, max_slots)), *states.shape[1:]))
+    if pool is not None:
+        grown[:size] = pool
     return grown

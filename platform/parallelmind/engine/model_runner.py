@@ -1,4 +1,4 @@
-"""The tensors of decoding: one forward pass of the model over a step."""
+"""Run the model over the scheduled tokens of all samples, side by side in one sequence."""
 
 from __future__ import annotations
 
@@ -15,129 +15,129 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from parallelmind.config import RopeConfig
-from parallelmind.engine.attention import CascadeAttention, additive, dense
-from parallelmind.engine.batch import ModelInput, SequenceBlocks
-from parallelmind.engine.block_manager import BLOCK, BlockTable
+from parallelmind.engine.attention import CascadeAttention, additive_mask, dense_masks
+from parallelmind.engine.batch import AttentionSegment, ModelInput, TokenMeta
+from parallelmind.engine.block_manager import BLOCK
 from parallelmind.engine.kv_cache import PagedKVCache
-from parallelmind.engine.scheduler import EngineConfig
-from parallelmind.engine.sequence import ScheduledTokens, SequenceState
-from parallelmind.engine.sequence_group import Running
-from parallelmind.layout import Tokens
+from parallelmind.engine.scheduler import EngineConfig, ScheduledGroup
+from parallelmind.engine.sequence import BranchState
+from parallelmind.engine.sequence_group import SequenceGroup
 from parallelmind.model.cpu_linears import cpu_linears, small_batch_linear
 from parallelmind.model.hf_compat import OwnAttention, hands_over_masks
 from parallelmind.model.mask import layer_windows
 from parallelmind.model.patch import is_patched
 from parallelmind.model.rotary import depends_on_length
 from parallelmind.model.structure import causal_lm
+from parallelmind.visibility import AttentionWindow
 
 Model = PreTrainedModel | PeftModel
-Part = tuple[Running, ScheduledTokens]
 
-_CONTAINER = Path("/sys/fs/cgroup")
-_MOST_TOKENS = 1 << 20  # of a pool whose size nobody has named
+_CGROUP = Path("/sys/fs/cgroup")
+_MAX_CACHE_TOKENS = 1 << 20  # of a cache whose size nobody has set
 
 
 class ModelRunner:
-    """Samples side by side in one sequence, over one pool of keys and values."""
+    """One forward pass over samples side by side, on one paged KV cache.
+
+    one_sample_per_forward: whether samples must not share a forward pass.
+    """
 
     def __init__(self, model: Model) -> None:
-        self.use(model)
+        self.set_model(model)
         inner = causal_lm(model)
-        self.alone = depends_on_length(inner)  # the longest text of a call sets everybody's frequencies
+        # The longest text of a forward pass sets the rotary frequencies of all.
+        self.one_sample_per_forward = depends_on_length(inner)
         self.cache = PagedKVCache()
         self._patched = is_patched(inner)
-        self._reaches = layer_windows(model)
-        self._attention = OwnAttention(inner) if hands_over_masks(inner) else None
+        self._layer_windows = layer_windows(model)
+        self._uses_cascade = hands_over_masks(inner)
+        self._attention = OwnAttention(inner) if self._uses_cascade else nullcontext()
 
-    def use(self, model: Model) -> None:
-        """The same model, once an adapter has been put on it or taken off."""
-        self.model, self._layers = model, cpu_linears(model)
+    def set_model(self, model: Model) -> None:
+        """Use this model: the same one, after an adapter was added or removed."""
+        self.model, self._linears = model, cpu_linears(model)
 
-    def enter(self, parts: Sequence[Part]) -> ModelInput:
-        """Give the tokens of these feeds their places. Nothing of the samples is looked at any more
-        afterwards.
-        """
-        self.cache.reserve(max(entry.stored().extent for entry, _ in parts))
-        return ModelInput.of([(entry.decoding, feed, entry.stored()) for entry, feed in parts])
+    def prepare_inputs(self, scheduled: Sequence[ScheduledGroup]) -> ModelInput:
+        """Assign cache slots to the scheduled tokens. The forward pass does not access the samples."""
+        tables = [table for group, _ in scheduled for table in group.block_tables]
+        self.cache.reserve(max(table.min_cache_slots for table in tables))
+        return ModelInput.of(scheduled)
 
     @torch.inference_mode()
-    def __call__(self, step: ModelInput) -> Tensor:
-        """`[sampled, vocab]` logits after the tokens that ask for them, sample by sample; all others enter
-        the pool alone.
-        """
+    def __call__(self, inputs: ModelInput) -> Tensor:
+        """`[sampled, vocab]` logits of the tokens in `logits_indices`; the cache holds all tokens then."""
         device = self.model.device
-        columns = torch.from_numpy(
-            np.stack([step.ids, step.branch, step.time, step.position, step.slots])
-        ).to(device)
-        ids, branch, time, position, slots = columns
-        inputs: dict[str, Any] = {
+        columns = np.stack([inputs.ids, inputs.branch, inputs.time, inputs.position, inputs.slots])
+        ids, branch, time, position, slots = torch.from_numpy(columns).to(device)  # one copy to the device
+        kwargs: dict[str, Any] = {
             "input_ids": ids[None],
-            "attention_mask": self._address(step, slots),
+            "attention_mask": self._masks(inputs, slots),
             "position_ids": position[None],
             "past_key_values": self.cache,
             "use_cache": True,
-            "logits_to_keep": torch.from_numpy(step.rows).to(device),
+            "logits_to_keep": torch.from_numpy(inputs.logits_indices).to(device),
         }
         if self._patched:
-            inputs["pos2d"] = torch.stack([branch, time], dim=-1)[None]
-        with small_batch_linear(self._layers), self._attention or nullcontext():
-            logits: Tensor = self.model(**inputs).logits
+            kwargs["pos2d"] = torch.stack([branch, time], dim=-1)[None]
+        with small_batch_linear(self._linears), self._attention:
+            logits: Tensor = self.model(**kwargs).logits
         return logits[0]
 
-    def _address(self, step: ModelInput, slots: Tensor) -> Any:
-        """Tell the cache where this call writes and reads; returns the masks as the model takes them."""
-        tokens, dtype, device = len(step.ids), self.model.dtype, self.model.device
-        masks: dict[Any, Any]
-        if self._attention is not None:
-            self.cache.address(slots, None)
+    def _masks(self, inputs: ModelInput, slots: Tensor) -> Any:
+        """Set the cache to the slots of this step; returns the masks in the form that the model takes."""
+        num_tokens, dtype, device = len(inputs.ids), self.model.dtype, self.model.device
+        windows = set(self._layer_windows.values())
+        masks: dict[AttentionWindow, Any]
+        if self._uses_cascade:
+            self.cache.set_step(slots, None)
             masks = {
-                reach: CascadeAttention(step.stretches, tokens, reach, dtype, device)
-                for reach in set(self._reaches.values())
+                window: CascadeAttention(inputs.segments, num_tokens, window, dtype, device)
+                for window in windows
             }
         else:
-            read, added = dense(step.stretches, tokens, list(set(self._reaches.values())))
-            self.cache.address(slots, torch.from_numpy(read).to(device))
-            masks = {reach: additive(bias[None, None], dtype, device) for reach, bias in added.items()}
+            kv_indices, biases = dense_masks(inputs.segments, num_tokens, list(windows))
+            self.cache.set_step(slots, torch.from_numpy(kv_indices).to(device))
+            masks = {
+                window: additive_mask(bias[None, None], dtype, device) for window, bias in biases.items()
+            }
         if len(masks) == 1:
             return masks.popitem()[1]
-        return {kind: masks[reach] for kind, reach in self._reaches.items()}
+        return {layer_type: masks[window] for layer_type, window in self._layer_windows.items()}
 
-    def forget(self, entry: Running, branch: int) -> None:
-        """A branch has ended; its blocks are the scheduler's concern."""
+    def free(self, group: SequenceGroup, branch: BranchState) -> None:
+        """Do nothing for a finished branch: the scheduler frees its blocks."""
 
-    def limited(self, limits: EngineConfig | None, config: RopeConfig, engines: int) -> EngineConfig:
-        """What the pool may grow to: as it is given, or by the memory that so many engines share."""
-        limits = limits or EngineConfig(cache_tokens=self._tokens_that_fit(config, engines))
-        self.cache.most = limits.cache_tokens
-        return limits
+    def resolve_config(
+        self, config: EngineConfig | None, rope_config: RopeConfig, num_engines: int
+    ) -> EngineConfig:
+        """The limits as given, or a cache of half of the free memory, shared by so many engines."""
+        config = config or EngineConfig(cache_tokens=self._cache_tokens_that_fit(rope_config, num_engines))
+        self.cache.max_slots = config.cache_tokens
+        return config
 
-    def _tokens_that_fit(self, config: RopeConfig, engines: int) -> int:
-        """How many tokens each engine's part of half of the free memory can hold, by what one of them
-        takes.
-        """
-        decoding = SequenceState(Tokens.of([], [[0]]), config)
-        entry = Running(
-            0,
-            "",
-            decoding,
-            [1],
-            storage=SequenceBlocks(BlockTable([0]), [BlockTable([1])] if decoding.free else None),
-        )
-        self(self.enter([(entry, decoding.feed(1))]))
-        size = self.cache.bytes_per_token()
+    def _cache_tokens_that_fit(self, rope_config: RopeConfig, num_engines: int) -> int:
+        self(self._probe_input(rope_config))
+        bytes_per_token = self.cache.bytes_per_token()
         self.cache.reset()
-        free = torch.cuda.mem_get_info()[0] if self.model.device.type == "cuda" else _free_memory(_CONTAINER)
-        return min(max(free // 2 // engines // size, BLOCK), _MOST_TOKENS)
+        on_gpu = self.model.device.type == "cuda"
+        free = torch.cuda.mem_get_info()[0] if on_gpu else _free_memory(_CGROUP)
+        return min(max(free // 2 // num_engines // bytes_per_token, BLOCK), _MAX_CACHE_TOKENS)
+
+    def _probe_input(self, rope_config: RopeConfig) -> ModelInput:
+        """One token of a lone branch, which shows how much memory the cache takes for a token."""
+        zeros = np.zeros(1, np.int64)
+        token = TokenMeta(slots=zeros, time=zeros, sequence=zeros + 1)
+        segment = AttentionSegment(zeros, token, token, rope_config.visibility, penalty=0.0)
+        self.cache.reserve(BLOCK)
+        return ModelInput(zeros, zeros, zeros, zeros, zeros, zeros, [segment])
 
 
-def _free_memory(container: Path) -> int:
-    """Bytes that this machine has left, or the container's limit; files that the kernel keeps in memory make
-    room.
-    """
+def _free_memory(cgroup: Path) -> int:
+    """Free bytes of the machine, or of the container if that is less; the file cache counts as free."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
-        most, used = (int((container / f"memory.{name}").read_text()) for name in ("max", "current"))
-        kept = dict(line.split() for line in (container / "memory.stat").read_text().splitlines())
-        return min(free, most - used + int(kept["inactive_file"]) + int(kept["active_file"]))
+        limit, used = (int((cgroup / f"memory.{name}").read_text()) for name in ("max", "current"))
+        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        return min(free, limit - used + int(stat["inactive_file"]) + int(stat["active_file"]))
     except (OSError, ValueError, KeyError):  # no container, or one without a limit
         return free

@@ -130,7 +130,7 @@ class OutputProcessor:
         self._eos = frozenset[int]() if params.ignore_eos else eos
         self._left = params.max_new_tokens
 
-    def write(self, token: int) -> tuple[str, FinishReason | None]:
+    def process(self, token: int) -> tuple[str, FinishReason | None]:
         """The text to show for `token`, and why the branch ends with it, if it does."""
         self._left -= 1
         if token in self._eos:

@@ -20,7 +20,7 @@ from parallelmind.layout import Ints
 class SamplingRow:
     """One live branch that is about to get a token.
 
-    seed: `params.seed`, or one from `fresh_seed` for the branch's sample. branch: its index in the sample.
+    seed: `params.seed`, or one from `random_seed` for the branch's sample. branch: its index in the sample.
     index: how many tokens it has been given before; (seed, branch, index) fix a draw, so a branch can go on
     anywhere. history: `[tokens]` ids that it has read or said, prompt first; looked at for a repetition
     penalty only.
@@ -30,7 +30,7 @@ class SamplingRow:
     seed: int
     branch: int
     index: int
-    history: Ints
+    history: Sequence[int] | Ints
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class SampledToken:
     top: tuple[tuple[int, float], ...] = ()
 
 
-def fresh_seed() -> int:
+def random_seed() -> int:
     """A seed from torch's global generator, so that `torch.manual_seed` governs what is sampled without a
     seed.
     """
@@ -54,7 +54,7 @@ def fresh_seed() -> int:
 
 
 @torch.inference_mode()
-def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
+def sample_tokens(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
     """The next token of every row.
 
     logits: `[rows, vocab]`, never changed. What a row gets does not depend on the rows beside it.

@@ -1,36 +1,32 @@
-"""Which samples are decoded, and what the next forward pass reads of each. Plain Python and NumPy, no
-tensors.
+"""Which samples are decoded, and which of their tokens the next step computes. Plain Python and NumPy.
 
-Samples are admitted in the order in which they came, each with all the blocks that it can ever fill, so that
-whoever has begun can end. A step reads the newest token of every branch that is talking, and prompts in what
-room is left.
+Admission is FIFO and allocates for the worst case, so an admitted sample is never preempted. A step computes
+the newest token of every decoding branch, and prompts within its budget.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from typing import NamedTuple
 
-import numpy as np
-
-from parallelmind.config import RopeConfig
-from parallelmind.engine.batch import SequenceBlocks
-from parallelmind.engine.block_manager import BLOCK, BlockManager, BlockTable, blocks_for, prefix_keys
+from parallelmind.engine.block_manager import BLOCK, BlockManager, blocks_for, prefix_keys
 from parallelmind.engine.output import FinishReason
-from parallelmind.engine.sequence import ScheduledTokens, SequenceState
-from parallelmind.engine.sequence_group import Reduction, Running
+from parallelmind.engine.sampling_params import SamplingParams
+from parallelmind.engine.sequence import BranchState, ScheduledTokens
+from parallelmind.engine.sequence_group import SequenceGroup
+from parallelmind.engine.token_scheduler import schedule_tokens
 from parallelmind.errors import CapacityError, UserError
-from parallelmind.layout import MAIN, Tokens
 
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """What an engine takes on.
+    """Limits of an engine.
 
-    cache_tokens: slots of the key-value pool. max_prefill_tokens: prompt tokens that one step may read beside the
-    newest ones. max_branches: most branches of a sample.
+    cache_tokens: slots of the KV cache.
+    max_prefill_tokens: prompt tokens that one step computes beside the newest ones.
+    max_branches: branches of one sample.
     """
 
     cache_tokens: int
@@ -40,8 +36,11 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """What an engine is busy with. waiting_tokens: of prompts, still to be read. reused_share: of mains,
-    found in the cache.
+    """Load of an engine.
+
+    waiting_tokens: prompt tokens that are still to be computed, of waiting and of running samples.
+    held_tokens: cache slots that running samples hold.
+    reused_share: share of all main tokens that were found in the cache.
     """
 
     waiting_samples: int
@@ -54,173 +53,165 @@ class EngineStats:
     reused_share: float
 
 
+class ScheduledGroup(NamedTuple):
+    """A sample, and its tokens that the next step computes."""
+
+    group: SequenceGroup
+    tokens: ScheduledTokens
+
+
 class Scheduler:
-    """Samples from their arrival to their end."""
+    """Waiting and running samples, and the cache blocks that they hold.
 
-    def __init__(self, limits: EngineConfig, shares: bool = True) -> None:
-        """shares: whether what is computed of one sample's main can be read by others."""
-        self.limits, self._shares = limits, shares
-        self.blocks = BlockManager(limits.cache_tokens // BLOCK)
-        self.waiting: deque[Running] = deque()
-        self.running: list[Running] = []
-        self.prompt_tokens = self.reused_tokens = (
-            0  # of mains that were admitted, and what of them was in the cache
-        )
-        self._count = 0
+    num_main_tokens, num_reused_tokens: tokens of all admitted mains, and those found in the cache.
+    """
 
-    def submit(
-        self,
-        tokens: Tokens,
-        config: RopeConfig,
-        most: Sequence[int],
-        version: str,
-        reduction: Reduction | None = None,
-    ) -> Running:
-        """Queue a sample. Raises UserError for one that would not fit if it were alone."""
-        entry = Running(self._count, version, SequenceState(tokens, config), list(most), reduction)
-        branches = tokens.branches + (reduction is not None)
-        if branches > self.limits.max_branches:
+    def __init__(self, config: EngineConfig, reuse_prefixes: bool = True) -> None:
+        """reuse_prefixes: whether samples reuse cached blocks of each other's mains."""
+        self.config, self._reuse_prefixes = config, reuse_prefixes
+        self.block_manager = BlockManager(config.cache_tokens // BLOCK)
+        self.waiting: deque[SequenceGroup] = deque()
+        self.running: list[SequenceGroup] = []
+        self.num_main_tokens = self.num_reused_tokens = 0
+
+    def submit(self, group: SequenceGroup) -> None:
+        """Queue a sample. Raises UserError for one that would not fit an empty cache."""
+        branches = len(group.branches) + (group.reduce is not None)
+        if branches > self.config.max_branches:
             raise UserError(
-                f"branches: {branches} given, {self.limits.max_branches} allowed; split the sample"
+                f"branches: {branches} given, {self.config.max_branches} allowed; split the sample"
             )
-        self._refuse_large(entry.blocks())
-        self._count += 1
-        self.waiting.append(entry)
-        return entry
+        self._require_fit(group.max_blocks)
+        self.waiting.append(group)
 
-    def join(self, entry: Running, ids: Sequence[int], most: int) -> int:
-        """Add a branch to a sample; returns its number. Raises UserError if it is too much, Overloaded if it
-        is now.
+    def add_branch(
+        self, group: SequenceGroup, token_ids: Sequence[int], params: SamplingParams
+    ) -> BranchState:
+        """Add a branch to an unfinished sample.
+
+        Raises UserError for one that could never fit, and CapacityError for one that does not fit now.
         """
-        if len(entry.most) + (entry.reduction is not None) >= self.limits.max_branches:
+        if len(group.branches) + (group.reduce is not None) >= self.config.max_branches:
             raise UserError(
-                f"branches: the sample has {len(entry.most)}, as many as allowed; begin another sample"
+                f"branches: the sample has {len(group.branches)}, as many as allowed; begin another sample"
             )
-        new, held = len(ids) + most, 0
-        if entry.storage is not None and not entry.decoding.free:
-            held = len(entry.storage.trunk.blocks)
-        need = max(blocks_for(new if entry.decoding.free else entry.trunk_tokens() + new) - held, 0)
-        self._refuse_large(need + held + (entry.blocks() if entry.decoding.free else 0))
-        if entry.storage is not None:
-            if (blocks := self.blocks.take(need)) is None:
-                raise CapacityError(
-                    f"branches: the cache has no room for {new} more tokens now; try again later"
-                )
-            entry.storage.grow(blocks)
-        entry.most.append(most)
-        return entry.decoding.join(ids)
+        new_tokens = len(token_ids) + params.max_new_tokens
+        blocks = self._allocate_for_branch(group, new_tokens)
+        branch = group.add_branch(token_ids, params)
+        if blocks is not None:
+            group.add_blocks(branch, blocks)
+        return branch
 
-    def schedule(self) -> list[tuple[Running, ScheduledTokens]]:
-        """Admit who fits, and say what the next forward pass reads of whom; nothing only if nobody is
-        there.
-        """
+    def schedule(self) -> list[ScheduledGroup]:
+        """Admit waiting samples and choose the tokens of the next step; empty only if no sample is left."""
         while self.waiting and self._admit(self.waiting[0]):
             self.running.append(self.waiting.popleft())
-        return list(self._feeds())
-
-    def _feeds(self) -> Iterator[tuple[Running, ScheduledTokens]]:
-        room = self.limits.max_prefill_tokens
-        for entry in self.running:
-            if room <= 0 and not entry.talking:
+        scheduled, budget = [], self.config.max_prefill_tokens
+        for group in self.running:
+            if budget <= 0 and not group.is_decoding:
                 continue
-            before = entry.decoding.prompts_fed
-            feed = entry.decoding.feed(max(room, 0))
-            room -= entry.decoding.prompts_fed - before
-            yield entry, feed
+            before = group.num_prefill_computed
+            scheduled.append(ScheduledGroup(group, schedule_tokens(group, max(budget, 0))))
+            budget -= group.num_prefill_computed - before
+        return scheduled
 
-    def computed(self, entry: Running) -> None:
-        """After the forward pass: full blocks of main may be read by others from now on."""
-        full = min(entry.decoding.main_fed // BLOCK, len(entry.keys))
-        for place in range(entry.shared, full):
-            self.blocks.share(entry.keys[place], entry.stored().trunk.blocks[place])
-        entry.shared = max(entry.shared, full)
+    def commit(self, group: SequenceGroup) -> None:
+        """Register the computed tokens of a sample: other samples can reuse the full blocks of its main."""
+        num_full = min(group.num_main_computed // BLOCK, len(group.prefix_keys))
+        blocks = group.block_tables[0].blocks
+        for index in range(group.num_cached_blocks, num_full):
+            self.block_manager.cache_block(group.prefix_keys[index], blocks[index])
+        group.num_cached_blocks = max(group.num_cached_blocks, num_full)
 
-    def finish(self, entry: Running, branch: int, reason: FinishReason) -> int | None:
-        """A branch has ended; what nobody can read any more is free. Returns the number of a reducing branch
-        that begins now.
+    def finish_branch(self, group: SequenceGroup, branch: BranchState, reason: FinishReason) -> None:
+        """Finish a branch and free the blocks that are not read again.
+
+        After the last one the reduce branch starts; without a reduce branch the sample leaves.
         """
-        entry.decoding.finish(branch, reason)
-        if entry.decoding.done and entry.reduction is None:
-            self._leave(entry)
-            return None
-        self._shrink(entry, branch)
-        if not entry.decoding.done or entry.reduction is None:
-            return None
-        reduction, entry.reduction = entry.reduction, None
-        if entry.storage is not None and entry.decoding.free:
-            entry.storage.grow(entry.reserved)
-        entry.most.append(reduction.most)
-        return entry.decoding.join(reduction.ids, reads_all=True)
+        branch.finish_reason = reason
+        if not group.is_running and group.reduce is None:
+            self._free(group)
+            return
+        self._trim(group, branch)
+        if not group.is_running:
+            group.start_reduce()
 
-    def drop(self, entry: Running) -> None:
-        """Cancel whatever of a sample still goes on, or is still to come."""
-        for branch in np.flatnonzero(entry.decoding.live).tolist():
-            entry.decoding.finish(branch, "cancelled")
-        self._leave(entry)
+    def abort(self, group: SequenceGroup) -> None:
+        """Cancel the running branches of a sample, and its reduce branch."""
+        for branch in group.running_branches:
+            branch.finish_reason = "cancelled"
+        self._free(group)
 
     def stats(self) -> EngineStats:
-        everyone = [*self.waiting, *self.running]
         return EngineStats(
             waiting_samples=len(self.waiting),
-            waiting_branches=sum(len(entry.most) for entry in self.waiting),
+            waiting_branches=sum(len(group.branches) for group in self.waiting),
             running_samples=len(self.running),
-            live_branches=sum(int(entry.decoding.live.sum()) for entry in self.running),
-            waiting_tokens=sum(entry.decoding.waiting for entry in everyone),
-            held_tokens=self.blocks.held * BLOCK,
-            cache_tokens=self.blocks.count * BLOCK,
-            reused_share=self.reused_tokens / max(self.prompt_tokens, 1),
+            live_branches=sum(len(group.running_branches) for group in self.running),
+            waiting_tokens=sum(group.num_waiting_prefill for group in [*self.waiting, *self.running]),
+            held_tokens=self.block_manager.num_allocated * BLOCK,
+            cache_tokens=self.block_manager.num_blocks * BLOCK,
+            reused_share=self.num_reused_tokens / max(self.num_main_tokens, 1),
         )
 
-    def _admit(self, entry: Running) -> bool:
-        entry.keys = prefix_keys(entry.decoding.main, entry.version) if self._shares else []
-        found = self.blocks.find(entry.keys)
-        trunk, branches = (
-            blocks_for(entry.trunk_tokens()),
-            [blocks_for(tokens) for tokens in entry.branch_tokens()],
-        )
-        blocks = self.blocks.take(trunk - len(found) + sum(branches))
-        if blocks is None:
-            self.blocks.give(found)
+    def _admit(self, group: SequenceGroup) -> bool:
+        """Allocate all blocks that a sample can fill; False if too few are available."""
+        group.prefix_keys = prefix_keys(group.main, group.adapter_version) if self._reuse_prefixes else []
+        cached = self.block_manager.match_prefix(group.prefix_keys)
+        allocated = self.block_manager.allocate(group.max_blocks - len(cached))
+        if allocated is None:
+            self.block_manager.free(cached)
             return False
-        own = trunk - len(found)
-        stream = BlockTable(found + blocks[:own])
-        known = np.arange(len(found) * BLOCK)
-        stream.append(known, np.full_like(known, MAIN))
-        entry.decoding.skip_main(len(known))
-        entry.shared = len(found)
-        cuts = np.cumsum([own, *branches])
-        each = [blocks[start:end] for start, end in pairwise(cuts)]
-        if entry.decoding.free and entry.reduction is not None:
-            entry.reserved = each.pop()
-        entry.storage = SequenceBlocks(stream, list(map(BlockTable, each)) if entry.decoding.free else None)
-        self.prompt_tokens += len(entry.decoding.main)
-        self.reused_tokens += len(known)
+        group.set_blocks(cached, allocated)
+        self.num_main_tokens += len(group.main)
+        self.num_reused_tokens += len(cached) * BLOCK
         return True
 
-    def _shrink(self, entry: Running, branch: int) -> None:
-        """Free what a branch that has ended will not fill and, where nobody reads it, what it has filled."""
-        if entry.storage is None:
-            return
-        if not entry.decoding.free:
-            self.blocks.give(entry.storage.trunk.give_up(entry.trunk_tokens()))
-        elif entry.storage.branches is not None:
-            stream = entry.storage.branches[branch]
-            self.blocks.give(
-                stream.give_up(entry.tokens_of(branch)) if entry.keeps_ended else stream.give_up_all()
+    def _allocate_for_branch(self, group: SequenceGroup, new_tokens: int) -> list[int] | None:
+        """Blocks for one branch more; None for a waiting sample, which gets its blocks at admission."""
+        admitted = group.block_table is not None
+        if group.free_order:
+            needed = blocks_for(new_tokens)
+            self._require_fit(needed + group.max_blocks)
+        else:
+            held = len(group.block_tables[0].blocks) if admitted else 0
+            total = blocks_for(group.max_group_tokens + new_tokens)
+            needed = max(total - held, 0)
+            self._require_fit(needed + held)
+        if not admitted:
+            return None
+        blocks = self.block_manager.allocate(needed)
+        if blocks is None:
+            raise CapacityError(
+                f"branches: the cache has no room for {new_tokens} more tokens now; try again later"
             )
+        return blocks
 
-    def _leave(self, entry: Running) -> None:
-        if entry.storage is None:
-            self.waiting.remove(entry)
+    def _trim(self, group: SequenceGroup, branch: BranchState) -> None:
+        """Free what a finished branch will not fill and, where no branch reads it, what it has filled."""
+        if group.block_table is None:
             return
-        self.running.remove(entry)
-        self.blocks.give(entry.reserved if entry.reduction is not None else [])
-        for stream in [entry.storage.trunk, *(entry.storage.branches or [])]:
-            self.blocks.give(stream.give_up_all())
+        if not group.free_order:
+            self.block_manager.free(group.block_table.trim(group.max_group_tokens))
+        elif branch.block_table is not None:
+            table = branch.block_table
+            unused = table.trim(branch.max_tokens) if group.keeps_finished else table.release()
+            self.block_manager.free(unused)
 
-    def _refuse_large(self, blocks: int) -> None:
-        if blocks > self.blocks.count:
+    def _free(self, group: SequenceGroup) -> None:
+        """Remove a sample and free its blocks."""
+        if group.block_table is None:
+            self.waiting.remove(group)
+            return
+        self.running.remove(group)
+        self.block_manager.free(group.reduce_blocks)
+        for table in group.block_tables:
+            self.block_manager.free(table.release())
+
+    def _require_fit(self, num_blocks: int) -> None:
+        if num_blocks > self.block_manager.num_blocks:
             raise UserError(
-                f"branches: with all their new tokens they need {blocks * BLOCK} tokens of cache, and "
-                f"{self.blocks.count * BLOCK} is all there is; give fewer branches or lower max_new_tokens"
+                f"branches: with all their new tokens they need {num_blocks * BLOCK} tokens of cache, and "
+                f"{self.block_manager.num_blocks * BLOCK} is all there is; give fewer branches or lower "
+                "max_new_tokens"
             )

@@ -1,102 +1,101 @@
-"""What is refused before any computing."""
+"""Check a request against the model before anything is computed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from parallelmind.config import RopeConfig
 from parallelmind.engine.model_runner import Model
 from parallelmind.engine.request import TokenizedRequest
 from parallelmind.engine.sampling_params import SamplingParams
-from parallelmind.engine.sequence_group import Running
+from parallelmind.engine.sequence_group import SequenceGroup
 from parallelmind.errors import UserError
 from parallelmind.layout import start_times
 from parallelmind.model.patch import is_patched
 
 
-def check_ids(model: Model, ids: Sequence[int], params: Sequence[SamplingParams]) -> None:
-    """Raises UserError for a token that the model does not know."""
-    embeddings: Any = model.get_input_embeddings()
-    size = len(embeddings.weight)
-    for what, known in (
-        ("token id", ids),
-        ("logit_bias", [token for each in params for token, _ in each.logit_bias]),
-    ):
-        wrong = [token for token in known if not 0 <= token < size]
-        if wrong:
-            raise UserError(
-                f"{what} {wrong[0]}: the model knows 0..{size - 1}; encode with the model's own tokenizer"
-            )
-
-
-def check_sample(
-    model: Model, config: RopeConfig, asked: TokenizedRequest, fallback_reason: str | None
+def check_request(
+    model: Model, config: RopeConfig, request: TokenizedRequest, fallback_reason: str | None
 ) -> None:
-    """Raises UserError for tokens the model does not know, for branches it cannot hold, and for more than its
-    context holds.
+    """Raise UserError for unknown token ids, unsupported branches, and more tokens than the context holds.
 
-    fallback_reason: why the model's branches cannot share a sequence, if so.
+    fallback_reason: why the model's branches cannot share a sequence; None if they can.
     """
-    tokens, last = asked.tokens, asked.reduce
-    check_ids(model, tokens.ids.tolist(), asked.params)
-    if tokens.branches > 1 or last:
-        _refuse_untaught(model, f"{tokens.branches} given", fallback_reason)
-    if last and fallback_reason:
+    tokens, reduce = request.tokens, request.reduce
+    check_token_ids(model, tokens.ids.tolist(), request.params)
+    if request.num_branches > 1:
+        _check_patched(model, f"{tokens.branches} given", fallback_reason)
+    if reduce and fallback_reason:
         raise UserError(
-            f"reduce: the model {fallback_reason}, so that no branch can read others; leave reduce out"
+            f"reduce: the model {fallback_reason}, so no branch can read the others; leave reduce out"
         )
-    most = np.array([each.max_new_tokens for each in asked.params])
-    starts, prompts = start_times(tokens.lengths, config.align_to)[1:], tokens.lengths[1:]
-    everything, worst = len(tokens.ids) + int(most.sum()), int((starts + prompts + most).argmax())
-    others = everything - int(prompts[worst] + most[worst])
-    _check_context(model, config, int(starts[worst]), others, int(prompts[worst]), int(most[worst]))
-    if last:
-        if not last.token_ids:
+    starts = start_times(tokens.lengths, config.align_to)[1:].tolist()
+    prompts = tokens.lengths[1:].tolist()
+    new_tokens = [params.max_new_tokens for params in request.params]
+    ends = [sum(lengths) for lengths in zip(starts, prompts, new_tokens, strict=True)]
+    total = len(tokens.ids) + sum(new_tokens)
+    last = ends.index(max(ends))  # of all branches, the one that needs the most positions
+    others = total - prompts[last] - new_tokens[last]
+    _check_context(model, config, starts[last], others, prompts[last], new_tokens[last])
+    if reduce:
+        if not reduce.token_ids:
             raise UserError("reduce: holds no token; give it text, or leave it out")
-        check_ids(model, last.token_ids, [last.params])
-        end = int((starts + prompts + most).max())
-        _check_context(model, config, end, everything, len(last.token_ids), last.params.max_new_tokens)
+        check_token_ids(model, reduce.token_ids, [reduce.params])
+        num_new = reduce.params.max_new_tokens
+        _check_context(model, config, max(ends), total, len(reduce.token_ids), num_new)
 
 
-def check_joining(
+def check_added_branch(
     model: Model,
     config: RopeConfig,
-    entry: Running,
-    ids: list[int],
+    group: SequenceGroup,
+    token_ids: list[int],
     params: SamplingParams,
     fallback_reason: str | None,
 ) -> None:
-    """Raises UserError as `check_sample`, for one branch more of a sample that is going on."""
-    if not ids:
+    """Raise UserError as `check_request` does, for a branch that is added to an unfinished sample."""
+    if not token_ids:
         raise UserError("branches: the new one holds no token; give it text")
-    if entry.decoding.reads_all.any():
+    if group.reduce_started:
         raise UserError("branches: the one that reads all others has begun; begin another sample")
-    _refuse_untaught(model, "one more given", fallback_reason)
-    check_ids(model, ids, [params])
-    others = len(entry.decoding.main) + sum(map(entry.tokens_of, range(len(entry.most))))
-    _check_context(model, config, entry.decoding.start_of(len(ids)), others, len(ids), params.max_new_tokens)
+    _check_patched(model, "one more given", fallback_reason)
+    check_token_ids(model, token_ids, [params])
+    start = group.next_start_time(len(token_ids))
+    others = len(group.main) + sum(branch.max_tokens for branch in group.branches)
+    _check_context(model, config, start, others, len(token_ids), params.max_new_tokens)
 
 
-def _refuse_untaught(model: Model, given: str, fallback_reason: str | None) -> None:
+def check_token_ids(model: Model, token_ids: Sequence[int], params: Sequence[SamplingParams]) -> None:
+    """Raise UserError for a token id outside the model's vocabulary."""
+    embeddings: Any = model.get_input_embeddings()
+    size = len(embeddings.weight)
+    biased = [token for branch_params in params for token, _ in branch_params.logit_bias]
+    for field, ids in (("token id", token_ids), ("logit_bias", biased)):
+        unknown = [token for token in ids if not 0 <= token < size]
+        if unknown:
+            raise UserError(
+                f"{field} {unknown[0]}: the model knows 0..{size - 1}; encode with the model's own tokenizer"
+            )
+
+
+def _check_patched(model: Model, given: str, fallback_reason: str | None) -> None:
     if fallback_reason is None and not is_patched(model):
         raise UserError(f"branches: {given}, but the model is not patched; load it with load_model_with_lora")
 
 
-def _check_context(model: Model, config: RopeConfig, start: int, others: int, prompt: int, new: int) -> None:
-    """Refuse a branch that would run past the positions that the model was made for.
+def _check_context(
+    model: Model, config: RopeConfig, start: int, others: int, num_prompt: int, num_new: int
+) -> None:
+    """Raise UserError for a branch that exceeds the model's positions.
 
-    start: its first time. others: all tokens that its sample can ever hold beside it. prompt, new: its own
-    tokens.
+    start: its start time. others: upper bound of all other tokens of its sample. num_prompt, num_new: its
+    own tokens.
     """
-    limit = (
-        getattr(model.config.get_text_config(), "max_position_embeddings", None) or -1
-    )  # -1: as long as one likes
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or -1  # -1: none
     before = others if config.positions == "flat" else start
-    if 0 <= limit < before + prompt + new:
+    if 0 <= limit < before + num_prompt + num_new:
         raise UserError(
-            f"max_new_tokens={new}: {prompt} prompt tokens and {new} new ones, after {before} others, exceed "
-            f"the model's {limit} positions; shorten the sample or lower max_new_tokens"
+            f"max_new_tokens={num_new}: {num_prompt} prompt tokens and {num_new} new ones, after {before} "
+            f"others, exceed the model's {limit} positions; shorten the sample or lower max_new_tokens"
         )

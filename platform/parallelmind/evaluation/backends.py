@@ -105,7 +105,7 @@ def _decode_row(processor: OutputProcessor, row: list[int]) -> tuple[str, int]:
     """Text and number of tokens of a row, up to its end-of-text token. The rest of the row is padding."""
     text = ""
     for count, token in enumerate(row, start=1):
-        piece, finish_reason = processor.write(token)
+        piece, finish_reason = processor.process(token)
         text += piece
         if finish_reason:
             return text, count

@@ -99,7 +99,7 @@ def check_separate_rows(model: PreTrainedModel) -> None:
         engine = LogitRecorder(model, tiny_tokenizer(), main)
         engine.run()
         for branch, prompt in enumerate(BRANCHES):
-            text = [*main, *prompt, *engine.state.generated(branch).tolist()]
+            text = [*main, *prompt, *engine.group.branches[branch].generated]
             first_decoded = len(main) + len(prompt) - 1
             check_close(
                 torch.stack(engine.logits[branch]),

@@ -19,9 +19,9 @@ def keys(count: int, version: str = "base") -> list[bytes]:
 
 def shared(blocks: BlockManager, count: int) -> list[int]:
     """The first blocks of MAIN, computed by a reader of its own."""
-    taken = blocks.take(count) or []
+    taken = blocks.allocate(count) or []
     for key, block in zip(keys(count), taken, strict=True):
-        blocks.share(key, block)
+        blocks.cache_block(key, block)
     return taken
 
 
@@ -41,31 +41,31 @@ def test_a_key_stands_for_everything_before_its_end_and_for_what_computes_it():
 
 def test_too_few_blocks_are_none_at_all():
     blocks = BlockManager(4)
-    assert blocks.take(5) is None
-    assert blocks.take(3) == [0, 1, 2]
-    assert (blocks.available, blocks.held) == (1, 3)
-    assert blocks.take(2) is None
-    assert blocks.take(0) == []
+    assert blocks.allocate(5) is None
+    assert blocks.allocate(3) == [0, 1, 2]
+    assert (blocks.num_available, blocks.num_allocated) == (1, 3)
+    assert blocks.allocate(2) is None
+    assert blocks.allocate(0) == []
 
 
 def test_neighbours_are_given_where_there_are_any():
     blocks = BlockManager(8)
-    everything = blocks.take(8) or []
-    blocks.give([everything[at] for at in (0, 2, 4, 5, 6)])
-    assert blocks.take(3) == [4, 5, 6]
-    assert blocks.take(2) == [0, 2]
+    everything = blocks.allocate(8) or []
+    blocks.free([everything[at] for at in (0, 2, 4, 5, 6)])
+    assert blocks.allocate(3) == [4, 5, 6]
+    assert blocks.allocate(2) == [0, 2]
 
 
 def test_a_shared_block_is_held_until_its_last_reader_has_gone():
     blocks = BlockManager(4)
     first = shared(blocks, 2)
-    assert blocks.find(keys(3)) == first
-    blocks.give(first)
-    assert blocks.held == 2
-    blocks.give(first)
-    assert blocks.held == 0
-    assert blocks.find(keys(3)) == first, "nobody has needed the room"
-    assert blocks.held == 2
+    assert blocks.match_prefix(keys(3)) == first
+    blocks.free(first)
+    assert blocks.num_allocated == 2
+    blocks.free(first)
+    assert blocks.num_allocated == 0
+    assert blocks.match_prefix(keys(3)) == first, "nobody has needed the room"
+    assert blocks.num_allocated == 2
 
 
 def test_what_is_found_ends_where_the_mains_part():
@@ -73,38 +73,38 @@ def test_what_is_found_ends_where_the_mains_part():
     own = shared(blocks, 3)
     other = MAIN.copy()
     other[2 * BLOCK] += 1
-    assert blocks.find(prefix_keys(other, "base")) == own[:2]
-    assert blocks.find(keys(3, "another version")) == []
+    assert blocks.match_prefix(prefix_keys(other, "base")) == own[:2]
+    assert blocks.match_prefix(keys(3, "another version")) == []
 
 
 def test_the_longest_idle_block_goes_first_and_the_end_of_a_main_before_its_beginning():
     blocks = BlockManager(4)
-    old = blocks.take(1) or []
-    blocks.share(b"old", old[0])
-    blocks.give(old)
-    blocks.give(shared(blocks, 3))
-    blocks.give(blocks.find([b"old"]))  # used again: now the youngest
-    blocks.take(2)
-    assert len(blocks.find(keys(3))) == 1
-    assert blocks.find([b"old"]) == old
+    old = blocks.allocate(1) or []
+    blocks.cache_block(b"old", old[0])
+    blocks.free(old)
+    blocks.free(shared(blocks, 3))
+    blocks.free(blocks.match_prefix([b"old"]))  # used again: now the youngest
+    blocks.allocate(2)
+    assert len(blocks.match_prefix(keys(3))) == 1
+    assert blocks.match_prefix([b"old"]) == old
 
 
 def test_what_is_in_use_is_never_evicted():
     blocks = BlockManager(3)
     own = shared(blocks, 2)
-    assert blocks.take(2) is None
-    assert blocks.take(1) is not None
-    assert blocks.find(keys(2)) == own
+    assert blocks.allocate(2) is None
+    assert blocks.allocate(1) is not None
+    assert blocks.match_prefix(keys(2)) == own
 
 
 def test_a_main_computed_twice_is_shared_once():
     blocks = BlockManager(4)
     first, second = shared(blocks, 1), shared(blocks, 1)
-    assert blocks.find(keys(1)) == first
-    blocks.give(second)
-    blocks.give(first)
-    blocks.give(first)
-    assert blocks.available == 4
+    assert blocks.match_prefix(keys(1)) == first
+    blocks.free(second)
+    blocks.free(first)
+    blocks.free(first)
+    assert blocks.num_available == 4
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -115,24 +115,24 @@ def test_no_block_is_ever_given_twice_or_lost(number: int) -> None:
     mains = [prefix_keys(MAIN + 100 * main, "base") for main in range(3)]
     for _ in range(80):
         if held and chance.random() < 0.45:
-            blocks.give(held.pop(chance.randrange(len(held))))
+            blocks.free(held.pop(chance.randrange(len(held))))
         else:
             wanted = chance.choice(mains)[: chance.randrange(4)]
-            found = blocks.find(wanted)
-            own = blocks.take(len(wanted) - len(found) + chance.randrange(3))
+            found = blocks.match_prefix(wanted)
+            own = blocks.allocate(len(wanted) - len(found) + chance.randrange(3))
             if own is None:
-                blocks.give(found)
+                blocks.free(found)
                 continue
             unshared = {block for chain in held for block in chain} & set(own)
             assert not unshared
             held.append(found + own)
             for place in range(len(found), len(wanted)):
-                blocks.share(wanted[place], held[-1][place])
-        assert blocks.held == len({block for chain in held for block in chain})
-        assert 0 <= blocks.available <= blocks.count
+                blocks.cache_block(wanted[place], held[-1][place])
+        assert blocks.num_allocated == len({block for chain in held for block in chain})
+        assert 0 <= blocks.num_available <= blocks.num_blocks
     for chain in held:
-        blocks.give(chain)
-    assert len(blocks.take(12) or []) == 12
+        blocks.free(chain)
+    assert len(blocks.allocate(12) or []) == 12
 
 
 def test_a_stream_fills_its_blocks_in_order():
@@ -148,9 +148,9 @@ def test_a_stream_fills_its_blocks_in_order():
 def test_a_stream_gives_up_what_it_will_not_fill_and_keeps_what_it_has_filled():
     stream = BlockTable([0, 1, 2, 3])
     stream.append(np.arange(BLOCK + 1), np.zeros(BLOCK + 1, np.int64))
-    assert stream.give_up(3 * BLOCK) == [3]
-    assert stream.give_up(0) == [2]
-    stream.grow([7])
+    assert stream.trim(3 * BLOCK) == [3]
+    assert stream.trim(0) == [2]
+    stream.extend([7])
     assert stream.append(np.arange(BLOCK), np.zeros(BLOCK, np.int64)).tolist()[-1] == 7 * BLOCK
-    assert stream.give_up_all() == [0, 1, 7]
+    assert stream.release() == [0, 1, 7]
     assert (stream.length, stream.slots.tolist()) == (0, [])

@@ -70,14 +70,14 @@ def test_a_bad_sample_is_refused_and_others_go_on(sample, settings, message, exp
     engine = tiny_engine(COLUMNAR, **LIMITS)
     number = engine.submit(FINE, max_new_tokens=8, ignore_eos=True)
     events = [event for _ in range(3) for event in engine.step()]
-    held = engine.scheduler.blocks.held
+    held = engine.scheduler.block_manager.num_allocated
     hook = engine.model.register_forward_pre_hook(lambda *_: pytest.fail("something was computed"))
     with pytest.raises(UserError, match=message) as error:
         engine.submit(sample, **settings)
     hook.remove()
     assert len(str(error.value)) < 300
     assert "\n" not in str(error.value)
-    assert (engine.scheduler.blocks.held, len(engine.scheduler.waiting)) == (held, 0)
+    assert (engine.scheduler.block_manager.num_allocated, len(engine.scheduler.waiting)) == (held, 0)
     tokens = said(events + run(engine))
     assert tokens == {(number, branch): expected[branch] for branch in range(2)}
 

@@ -31,7 +31,9 @@ def test_a_containers_limit_counts_where_there_is_one(tmp_path: Path) -> None:
 def test_engines_that_share_a_memory_have_a_part_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forward, "_free_memory", lambda _: FREE)
     made = tiny_engine(ISOLATED)
-    whole, part = (Engine(made.model, made.tokenizer, engines=count).config.cache_tokens for count in (1, 4))
+    whole, part = (
+        Engine(made.model, made.tokenizer, num_engines=count).config.cache_tokens for count in (1, 4)
+    )
     size = 2 * 2 * 2 * 16 * 4  # layers, keys and values, heads of 16 floats
     assert (whole, part) == (FREE // 2 // size, FREE // 8 // size)
 
@@ -42,8 +44,8 @@ def test_a_pool_grows_in_leaps_but_not_beyond_its_limit() -> None:
     for length in (40, 56, 72):
         engine.submit(Sample([], [list(range(50, 50 + length))]), max_new_tokens=2, ignore_eos=True)
         run(engine)
-        slots.append(max(layer.slots() for layer in engine.runner.cache.layers))  # type: ignore[union-attr]
+        slots.append(max(layer.num_slots() for layer in engine.runner.cache.layers))  # type: ignore[union-attr]
     assert slots == [48, 72, 108]
     engine.submit(Sample([], [list(range(50, 159))]), max_new_tokens=2, ignore_eos=True)
     run(engine)
-    assert max(layer.slots() for layer in engine.runner.cache.layers) == 112  # type: ignore[union-attr]
+    assert max(layer.num_slots() for layer in engine.runner.cache.layers) == 112  # type: ignore[union-attr]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers.generation import logits_process as hf
 
-from parallelmind.engine.sampler import SampledToken, SamplingRow, fresh_seed, sample
+from parallelmind.engine.sampler import SampledToken, SamplingRow, random_seed, sample_tokens
 from parallelmind.engine.sampling_params import SamplingParams
 
 VOCAB = 300
@@ -29,7 +29,7 @@ def noise(rows: int, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
 
 
 def tokens(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
-    return [choice.token for choice in sample(logits, rows)]
+    return [choice.token for choice in sample_tokens(logits, rows)]
 
 
 def draws(logits: torch.Tensor, count: int, **settings: Any) -> list[int]:
@@ -55,16 +55,16 @@ def test_a_row_gets_the_same_alone_and_beside_others(dtype):
         logits = noise(len(MIXED), seed=step).to(dtype)
         before = logits.clone()
         rows = [dataclasses.replace(one, index=one.index + step) for one in MIXED]
-        together = sample(logits, rows)
-        assert together == [sample(logits[at : at + 1], [one])[0] for at, one in enumerate(rows)]
-        assert together[::-1] == sample(logits.flip(0), rows[::-1])
+        together = sample_tokens(logits, rows)
+        assert together == [sample_tokens(logits[at : at + 1], [one])[0] for at, one in enumerate(rows)]
+        assert together[::-1] == sample_tokens(logits.flip(0), rows[::-1])
         assert torch.equal(logits, before)
 
 
 def test_equal_logits_are_ranked_alike_alone_and_beside_others():
     logits = torch.zeros(2, VOCAB)
     rows = [row(logprobs=2), row(logprobs=20)]
-    assert sample(logits, rows)[0] == sample(logits[:1], rows[:1])[0]
+    assert sample_tokens(logits, rows)[0] == sample_tokens(logits[:1], rows[:1])[0]
 
 
 def test_seed_branch_and_index_decide_a_draw():
@@ -96,11 +96,11 @@ def test_a_branch_goes_on_at_an_index_as_if_never_interrupted():
     assert run(0, 10) + run(10, 20) == run(0, 20)
 
 
-def test_fresh_seeds_come_from_the_global_generator():
+def test_random_seeds_come_from_the_global_generator():
     torch.manual_seed(3)
-    first = [fresh_seed(), fresh_seed()]
+    first = [random_seed(), random_seed()]
     torch.manual_seed(3)
-    assert first == [fresh_seed(), fresh_seed()]
+    assert first == [random_seed(), random_seed()]
     assert first[0] != first[1]
 
 
@@ -179,7 +179,7 @@ def test_logprobs_are_those_of_the_model_itself(dtype):
         row(),
         row(logprobs=20, logit_bias={17: 100}),
     ]
-    plain, drawn, silent, forced = sample(logits, rows)
+    plain, drawn, silent, forced = sample_tokens(logits, rows)
     expected = logits.float().log_softmax(dim=-1)
     assert plain == SampledToken(int(expected[0].argmax()), expected[0].max().item())
     assert silent == SampledToken(int(expected[2].argmax()), None)
@@ -191,7 +191,7 @@ def test_logprobs_are_those_of_the_model_itself(dtype):
 
 
 def test_a_vocabulary_may_be_smaller_than_what_is_asked_for():
-    (choice,) = sample(torch.tensor([[0.0, 1.0, 2.0]]), [row(logprobs=20)])
+    (choice,) = sample_tokens(torch.tensor([[0.0, 1.0, 2.0]]), [row(logprobs=20)])
     assert [token for token, _ in choice.top] == [2, 1, 0]
 
 
@@ -217,4 +217,4 @@ def test_extreme_settings_still_draw_the_likeliest():
 
 
 def test_no_row_no_token():
-    assert sample(torch.zeros(0, 5), []) == []
+    assert sample_tokens(torch.zeros(0, 5), []) == []

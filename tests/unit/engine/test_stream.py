@@ -39,7 +39,7 @@ def written(tokenizer, text, prompt=(), **sampling):
     writer = OutputProcessor(tokenizer, prompt, SamplingParams(**sampling), frozenset({EOS}))
     pieces = []
     for token in tokens:
-        piece, reason = writer.write(token)
+        piece, reason = writer.process(token)
         pieces.append(piece)
         if reason:
             return pieces, reason

@@ -71,7 +71,7 @@ def test_refused_models_still_decode_branches_in_rows_of_their_own(tmp_path, mod
 
 
 def test_rows_need_a_memory_to_copy():
-    with pytest.raises(UserError, match="openai-gpt remembers nothing"):
+    with pytest.raises(UserError, match="openai-gpt keeps no state"):
         generate(tiny_model("openai-gpt"), tiny_tokenizer(), Sample(branches=[[5], [6]]), max_new_tokens=2)
 
 
