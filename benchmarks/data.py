@@ -24,8 +24,8 @@ from benchmarks.text import texts, tokenizer
 from parallelmind.config import DataConfig, ModelConfig, RopeConfig
 from parallelmind.data.batch_server import ShardAssignment
 from parallelmind.data.files import file_parts
-from parallelmind.data.pipeline import feed, quiet_data, start_feeder, survey
-from parallelmind.data.survey import records
+from parallelmind.data.pipeline import receive_batches, silence_ray_data, start_batch_server, survey_files
+from parallelmind.data.survey import read_records
 
 _SPEED_BYTES = 24 << 20
 _SMALL, _LARGE = 100 << 20, 2 << 30
@@ -48,7 +48,7 @@ def start_ray(cpus: int) -> None:
     ray.init(
         "local", num_cpus=cpus, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR
     )
-    quiet_data()
+    silence_ray_data()
 
 
 def write_records(path: Path, size: int, field: str, values: Sequence[str | list[int]]) -> None:
@@ -63,13 +63,13 @@ def read_everything(path: Path, config: DataConfig) -> tuple[int, int, float]:
     """Read one epoch and return its tokens, its rows, and the seconds from first request to last batch."""
     import ray
 
-    feeder = start_feeder([str(path)], config, ModelConfig(), seed=0, workers=1)
+    feeder = start_batch_server([str(path)], config, ModelConfig(), seed=0, num_workers=1)
     ray.get(feeder.__ray_ready__.remote())
     counts: Counter[str] = Counter()
     tokens = rows = 0
     start = time.perf_counter()
-    for group in feed(feeder, ShardAssignment("", 0, 0, 1), 0, counts):
-        batch = group.batch(RopeConfig(), 0)
+    for group in receive_batches(feeder, ShardAssignment("", 0, 0, 1), 0, counts):
+        batch = group.collate(RopeConfig(), 0)
         tokens += batch.tokens
         rows += sum(sample.branches for sample in group.samples)
     return tokens, rows, time.perf_counter() - start
@@ -182,12 +182,12 @@ def quarantine(parallelism: int) -> float:
                 offset += file.write(line + b"\n")
         start_ray(parallelism)
         config = DataConfig(data_path=str(path))
-        result = survey([str(path)], config)
+        result = survey_files([str(path)], config)
         ray.shutdown()
         read = [
             record.branches[0].body
             for part in file_parts([str(path)])
-            for record in records(part, config, None)
+            for record in read_records(part, config, None)
         ]
     assert result.lines == _LINES == result.records + len(result.bad)
     located = sum(bad.get(item.offset) == item.line for item in result.bad)

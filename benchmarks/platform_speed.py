@@ -21,9 +21,9 @@ from benchmarks.text import tokenizer
 from parallelmind.config import TrainConfig
 from parallelmind.config.yaml_file import save_yaml
 from parallelmind.data.files import file_parts, find_files
-from parallelmind.data.packing import Seeds, groups
-from parallelmind.data.pipeline import read_part
-from parallelmind.data.tables import to_rows, to_table
+from parallelmind.data.packing import EpochSeed, sample_batches
+from parallelmind.data.tables import from_tables, to_table
+from parallelmind.data.tokenise import tokenise_part
 from parallelmind.evaluation.facts import write_facts
 
 _STEPS, _WARM_UP = 30, 6
@@ -73,11 +73,11 @@ def bare() -> float:
     with tempfile.TemporaryDirectory() as folder:
         config = _config(folder, _STEPS)
         tables = [
-            to_table(read_part(part, tokenizer(), config.data))
+            to_table(tokenise_part(part, tokenizer(), config.data))
             for part in file_parts(find_files(config.data.data_path))
         ]
-    grouped = groups(to_rows(tables, Counter()), config.data, Seeds(config.optimizer.seed))
-    batches = [group.batch(config.rope, 0) for group in islice(grouped, _STEPS)]
+    grouped = sample_batches(from_tables(tables, Counter()), config.data, EpochSeed(config.optimizer.seed))
+    batches = [group.collate(config.rope, 0) for group in islice(grouped, _STEPS)]
     learner = Learner(config.rope)
     for batch in batches[:_WARM_UP]:
         learner.step(batch)

@@ -35,11 +35,12 @@ from benchmarks.scale_step import cpu_seconds, line, reducing, stepping
 from benchmarks.text import texts, tokenizer
 from parallelmind.config import DataConfig, RopeConfig
 from parallelmind.data.batch_server import BatchServer, ShardAssignment
-from parallelmind.data.files import Part, file_parts
-from parallelmind.data.packing import SampleBatch, Seeds, groups
-from parallelmind.data.pipeline import _dataset, feed, read_part
+from parallelmind.data.files import FilePart, file_parts
+from parallelmind.data.packing import EpochSeed, SampleBatch, sample_batches
+from parallelmind.data.pipeline import map_parts, receive_batches
 from parallelmind.data.survey import survey_part
-from parallelmind.data.tables import to_rows, to_table
+from parallelmind.data.tables import from_tables, to_table
+from parallelmind.data.tokenise import tokenise_part
 
 _TOKENS = 16384  # of a worker's batch, padding included
 _BYTES = 4 << 20
@@ -50,24 +51,25 @@ _COSTS = RESULTS.parent / "005_scale.costs.json"
 @cache
 def tables(data: DataConfig) -> list[pa.Table]:
     """Tokenise all records of the data file."""
-    return [to_table(read_part(part, tokenizer(), data)) for part in file_parts([data.data_path])]
+    return [to_table(tokenise_part(part, tokenizer(), data)) for part in file_parts([data.data_path])]
 
 
 def batches(data: DataConfig) -> list[SampleBatch]:
     """Group all records into batches."""
-    return list(groups(to_rows(tables(data), Counter()), data, Seeds(0)))
+    return list(sample_batches(from_tables(tables(data), Counter()), data, EpochSeed(0)))
 
 
 def reading(data: DataConfig) -> dict[str, float]:
     """Measure survey and tokenisation, and the bytes per token, on the part that one task reads."""
     part = file_parts([data.data_path])[0]
-    table = to_table(read_part(part, tokenizer(), data))
+    table = to_table(tokenise_part(part, tokenizer(), data))
     tokens, size = table.column("ids").combine_chunks().values.__len__(), part.end - part.start
     return {
         "bytes_per_token": size / tokens,
         "arrow_bytes_per_token": table.nbytes / tokens,
         "survey_s_per_byte": cpu_seconds(lambda: survey_part(part, data, None)) / size,
-        "tokenise_s_per_token": cpu_seconds(lambda: to_table(read_part(part, tokenizer(), data))) / tokens,
+        "tokenise_s_per_token": cpu_seconds(lambda: to_table(tokenise_part(part, tokenizer(), data)))
+        / tokens,
     }
 
 
@@ -78,7 +80,7 @@ def batching(data: DataConfig) -> dict[str, Any]:
     sizes = [_padded_tokens(batch) for batch in all_batches]
     lengths = np.array([len(sample.ids) for batch in all_batches for sample in batch.samples], float)
     return {
-        "layout_s_per_token": cpu_seconds(lambda: [batch.batch(RopeConfig(), 0) for batch in first_batches])
+        "layout_s_per_token": cpu_seconds(lambda: [batch.collate(RopeConfig(), 0) for batch in first_batches])
         / sum(map(_tokens, first_batches)),
         "padding_share": float(1 - lengths.sum() / sum(sizes)),
         "seen_per_token": float((lengths**2).sum() / 2 / lengths.sum()),
@@ -123,11 +125,14 @@ def feeding(data: DataConfig) -> dict[str, float]:
             .options(num_cpus=0.2, max_concurrency=4)
             .remote(lambda tokenised=tokenised: iter(tokenised), config, 0)
         )
-        list(feed(feeder, ShardAssignment("", 0, 0, 1), 0, Counter()))
+        list(receive_batches(feeder, ShardAssignment("", 0, 0, 1), 0, Counter()))
         per_batch, tokens = [], 0.0
         for epoch in (1, 2):
             start = ray.get(feeder.cpu_seconds.remote())
-            sizes = [_tokens(batch) for batch in feed(feeder, ShardAssignment("", epoch, 0, 1), 0, Counter())]
+            sizes = [
+                _tokens(batch)
+                for batch in receive_batches(feeder, ShardAssignment("", epoch, 0, 1), 0, Counter())
+            ]
             per_batch.append((ray.get(feeder.cpu_seconds.remote()) - start) / len(sizes))
             tokens = sum(sizes) / len(sizes)
         points.append((tokens, min(per_batch)))
@@ -148,7 +153,7 @@ def task_cost(_: DataConfig) -> dict[str, float]:
 
 
 def _run_tasks(count: int) -> None:
-    _dataset([Part("", at, at + 1) for at in range(count)], _identity).take_all()
+    map_parts([FilePart("", at, at + 1) for at in range(count)], _identity).take_all()
 
 
 def _fastest_report() -> float:

@@ -19,7 +19,7 @@ def made(values: list[Any], **settings: Any) -> list[dict[str, Any] | Bad]:
     results = list(converter.items(Item(str(index), value) for index, value in enumerate(values)))
     for result in results:
         if not isinstance(result, Bad):
-            assert parse_value(result).extra == ()
+            assert parse_value(result).unknown_keys == ()
     return results
 
 

@@ -12,7 +12,8 @@ from peft import PeftModel, get_peft_model_state_dict
 from tiny import tiny_llama
 
 from parallelmind.config import TrainConfig
-from parallelmind.data.packing import Row, Seeds, groups, make_batch, regrouped
+from parallelmind.data.held_out import regroup_branches
+from parallelmind.data.packing import EpochSeed, TokenRecord, make_batch, sample_batches
 from parallelmind.layout import Batch, Tokens
 from parallelmind.model.adapter import add_lora
 from parallelmind.model.patch import patch
@@ -22,7 +23,7 @@ from parallelmind.training.checkpoint import CheckpointManager
 from parallelmind.training.loop import Job, train
 from parallelmind.training.outcome import Outcome
 
-ROWS = [Row(Tokens.of([], [[5 + i % 7, 20, 30 + i % 3, 40, 2]]), lone=True) for i in range(36)]
+ROWS = [TokenRecord(Tokens.of([], [[5 + i % 7, 20, 30 + i % 3, 40, 2]]), standalone=True) for i in range(36)]
 
 
 def config(**settings: object) -> TrainConfig:
@@ -90,11 +91,13 @@ def job(
     rope = settings.rope
 
     def stream(epoch: int, first: int) -> Iterator[Batch]:
-        for group in islice(groups(ROWS, settings.data, Seeds(settings.optimizer.seed, epoch)), first, None):
-            yield group.batch(rope, 0)
+        for group in islice(
+            sample_batches(ROWS, settings.data, EpochSeed(settings.optimizer.seed, epoch)), first, None
+        ):
+            yield group.collate(rope, 0)
 
     validation = {
-        n: [make_batch(regrouped(ROWS, n, 8, settings.data), rope, 0)]
+        n: [make_batch(regroup_branches(ROWS, n, 8, settings.data), rope, 0)]
         for n in settings.metrics.validation_branches
     }
     return Job(

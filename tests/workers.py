@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from parallelmind.config import TrainConfig
-from parallelmind.data.packing import Row, Seeds, groups, make_batch
+from parallelmind.data.packing import EpochSeed, TokenRecord, make_batch, sample_batches
 from parallelmind.layout import Batch, Tokens
 from parallelmind.model.adapter import add_lora
 from parallelmind.model.patch import patch
@@ -29,7 +29,10 @@ from parallelmind.training.loss import TargetLoss
 from parallelmind.training.sharding import shard
 from parallelmind.training.step import accumulate_gradients, sum_over_workers, trainable
 
-ROWS = [Row(Tokens.of([], [[5 + i % 7, 20, *range(30, 31 + i % 9), 40, 2]]), lone=True) for i in range(44)]
+ROWS = [
+    TokenRecord(Tokens.of([], [[5 + i % 7, 20, *range(30, 31 + i % 9), 40, 2]]), standalone=True)
+    for i in range(44)
+]
 
 
 def fresh(settings: TrainConfig) -> nn.Module:
@@ -52,7 +55,10 @@ def settings(**values: object) -> TrainConfig:
 
 
 def batches(config: TrainConfig) -> list[Batch]:
-    return [group.batch(config.rope, 0) for group in groups(ROWS, config.data, Seeds(config.optimizer.seed))]
+    return [
+        group.collate(config.rope, 0)
+        for group in sample_batches(ROWS, config.data, EpochSeed(config.optimizer.seed))
+    ]
 
 
 def gradients(loss: TargetLoss, own: list[Batch]) -> Tensor:
@@ -83,7 +89,7 @@ def token_exact(config: TrainConfig) -> None:
     chosen = batches(config)[: 2 * workers - 1]  # the last worker has one less
     samples = [
         sample
-        for group in islice(groups(ROWS, config.data, Seeds(config.optimizer.seed)), len(chosen))
+        for group in islice(sample_batches(ROWS, config.data, EpochSeed(config.optimizer.seed)), len(chosen))
         for sample in group.samples
     ]
     loss = TargetLoss(wake(fresh(config)), config.rope.visibility)

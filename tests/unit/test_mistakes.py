@@ -19,7 +19,7 @@ from filelock import FileLock
 from parallelmind import cli
 from parallelmind.config import TrainConfig
 from parallelmind.data.files import file_parts, find_files
-from parallelmind.data.survey import combine, survey_part
+from parallelmind.data.survey import combine_surveys, survey_part
 from parallelmind.errors import UserError
 from tools.mistakes import MISTAKES, PAGE, Mistake, Outcome, outcome, prepare, row, run_mistake
 from workloads.common import resources
@@ -92,7 +92,7 @@ def test_wrong_format(folder: Path) -> None:
     config = read_config(TrainConfig, shlex.split(mistake.command)[3:]).data
     parts = file_parts(find_files(config.data_path))
     with pytest.raises(UserError) as error:
-        combine(parts, [survey_part(part, config, None) for part in parts]).refuse_too_many(
+        combine_surveys(parts, [survey_part(part, config, None) for part in parts]).raise_if_unusable(
             config, "data_path"
         )
     assert row(mistake, as_reported(error.value, folder)) == ROWS[mistake.name], "run make docs"

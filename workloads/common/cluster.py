@@ -24,7 +24,7 @@ from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator impor
     get_or_create_autoscaling_coordinator,
 )
 
-from parallelmind.data.pipeline import quiet_data
+from parallelmind.data.pipeline import silence_ray_data
 from parallelmind.errors import UserError
 
 _LOCAL = "local"
@@ -54,7 +54,7 @@ def connect(address: str | None, forward_output: bool = True) -> None:
         # The coordinator is a detached actor, placed on the node that first asks for it. Ray Data would ask
         # from a worker node, and the autoscaler could then never remove that node.
         get_or_create_autoscaling_coordinator()
-    quiet_data()
+    silence_ray_data()
     logging.getLogger("ray.train").setLevel(logging.ERROR)  # its warnings are about retries
 
 

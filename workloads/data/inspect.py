@@ -28,11 +28,11 @@ from parallelmind import cli
 from parallelmind.config import DataConfig, GroupedConfig, ModelConfig, RopeConfig, resolve
 from parallelmind.data.files import file_parts, find_files
 from parallelmind.data.lines import Line, read_lines
-from parallelmind.data.packing import Row, SampleBatch, Seeds, groups
+from parallelmind.data.packing import EpochSeed, SampleBatch, TokenRecord, sample_batches
 from parallelmind.data.records import Record
 from parallelmind.data.statistics import Statistics, buckets, percentiles
-from parallelmind.data.survey import BadLine, Survey, check
-from parallelmind.data.tokenise import tokenised
+from parallelmind.data.survey import BadLine, Survey, check_line
+from parallelmind.data.tokenise import tokenise_stream
 from parallelmind.errors import UserError, translate_write_errors
 from parallelmind.layout import Ints, Layout, Tokens, arrange
 from parallelmind.model.base_model import load_tokenizer
@@ -74,19 +74,18 @@ class Look:
             room = self.config.show - len(self.samples)
             self.samples += list(zip(group.samples, group.delays, strict=True))[:room]
 
-    def _groups(self, rows: Iterable[Row]) -> Iterator[SampleBatch]:
-        return groups(rows, self.config.data, Seeds(0))
+    def _groups(self, rows: Iterable[TokenRecord]) -> Iterator[SampleBatch]:
+        return sample_batches(rows, self.config.data, EpochSeed(0))
 
-    def _rows(self, records: Iterator[Record]) -> Iterator[Row]:
-        for record, item in tokenised(records, self.tokenizer, self.config.data):
+    def _rows(self, records: Iterator[Record]) -> Iterator[TokenRecord]:
+        for item in tokenise_stream(records, self.tokenizer, self.config.data):
             self.statistics.add_record(item)
-            if item.tokens is not None:
-                yield Row(item.tokens, record.lone)
+            yield from item.for_packing()
 
     def _records(self, lines: Iterable[tuple[str, int, Line]]) -> Iterator[Record]:
         survey = self.survey
         for file, number, line in lines:
-            found = check(line, self.config.data, len(self.tokenizer))
+            found = check_line(line, self.config.data, len(self.tokenizer))
             if found is None:
                 continue
             if survey.records == self.config.max_records:
@@ -96,8 +95,8 @@ class Look:
             if isinstance(found, Record):
                 survey.records += 1
                 survey.branches += len(found.branches)
-                survey.lone += found.lone
-                survey.extra.update(found.extra)
+                survey.standalone += found.standalone
+                survey.unknown_keys.update(found.unknown_keys)
                 yield found
             else:
                 survey.bad.append(BadLine(file, line.offset, number, found))
@@ -106,7 +105,7 @@ class Look:
         """Raises UserError where training would have nothing to train on."""
         config = self.config.data
         if not self.survey.records:
-            self.survey.refuse_too_many(config, "data_path")
+            self.survey.raise_if_unusable(config, "data_path")
         if not self.statistics.branch_tokens:
             raise UserError(
                 f"max_branch_tokens={config.max_branch_tokens} max_sample_tokens={config.max_sample_tokens} "
@@ -134,7 +133,7 @@ def main(argv: list[str]) -> None:
     path = Path(config.png_path or f"{_file_name(config.data.data_path)}.png")
     write_png(look.statistics, config.data.data_path, path)
     console.print(Text(f"\nhistograms: {path}"))
-    look.survey.refuse_too_many(config.data, "data_path")
+    look.survey.raise_if_unusable(config.data, "data_path")
 
 
 def _config(argv: Sequence[str]) -> InspectConfig:

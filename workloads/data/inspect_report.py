@@ -29,14 +29,16 @@ def print_lines(survey: Survey, complete: bool, console: Console) -> None:
     some = f"the first {survey.records:,} records only; max_records=null reads all"
     table = _counts()
     table.add_row("lines", f"{survey.lines:,}", "" if complete else some)
-    own = survey.records - survey.lone
+    own = survey.records - survey.standalone
     table.add_row(
-        "records", f"{survey.records:,}", f"{own:,} with branches of their own, {survey.lone:,} lone"
+        "records",
+        f"{survey.records:,}",
+        f"{own:,} with branches of their own, {survey.standalone:,} standalone",
     )
     table.add_row("bad", f"{len(survey.bad):,}", "left out of training" if survey.bad else "")
-    if survey.extra:
-        keys = ", ".join(f"{key} ({count:,})" for key, count in survey.extra.most_common(_BAD_SHOWN))
-        table.add_row("other keys", f"{len(survey.extra):,}", Text(f"mean nothing here: {keys}"))
+    if survey.unknown_keys:
+        keys = ", ".join(f"{key} ({count:,})" for key, count in survey.unknown_keys.most_common(_BAD_SHOWN))
+        table.add_row("other keys", f"{len(survey.unknown_keys):,}", Text(f"mean nothing here: {keys}"))
     console.print(table)
     for bad in survey.bad[:_BAD_SHOWN]:
         console.print(Text(f"  {bad}", style="red"), soft_wrap=True)

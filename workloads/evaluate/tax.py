@@ -14,7 +14,7 @@ from parallelmind import cli
 from parallelmind.config import DataConfig
 from parallelmind.data.files import file_parts, find_files
 from parallelmind.data.held_out import HeldOut
-from parallelmind.data.survey import combine, survey_part
+from parallelmind.data.survey import combine_surveys, survey_part
 from parallelmind.errors import UserError
 from parallelmind.evaluation.branch_tax import TaxPoint, max_branches, tax_curve
 from parallelmind.model.patch import is_patched
@@ -98,8 +98,8 @@ def tax(argv: list[str]) -> None:
 def _survey(files: Sequence[str], data: DataConfig, vocabulary: int) -> None:
     """Say which lines are malformed. Raises UserError where no line is good."""
     parts = file_parts(files)
-    found = combine(parts, [survey_part(part, data, vocabulary) for part in parts])
-    found.refuse_too_many(data, "data_path")
+    found = combine_surveys(parts, [survey_part(part, data, vocabulary) for part in parts])
+    found.raise_if_unusable(data, "data_path")
     if found.bad:
         print(f"bad lines left out: {len(found.bad)}, the first: {found.bad[0]}", file=sys.stderr)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from parallelmind.data.files import Part, file_parts, find_files
+from parallelmind.data.files import FilePart, file_parts, find_files
 from parallelmind.data.lines import read_lines
 from workloads.generate.lines import COMPRESSED, InputLine, is_blank, is_text_file
 
@@ -24,7 +24,7 @@ class InputShard:
     lines of the shard. samples: lines that are not blank.
     """
 
-    part: Part
+    part: FilePart
     lines_before_in_file: int
     lines_before: int
     lines: int
@@ -93,11 +93,11 @@ def scan_files(files: Sequence[str]) -> InputDataset:
     return dataset
 
 
-def _split(parts: Sequence[Part]) -> Iterator[Part]:
+def _split(parts: Sequence[FilePart]) -> Iterator[FilePart]:
     """Split parts into shards. The shards depend on the files alone, not on the number of workers."""
     divisible_bytes = sum(part.end - part.start for part in parts if not part.file.endswith(_INDIVISIBLE))
     shard_bytes = max(divisible_bytes // _TARGET_SHARDS, _MIN_SHARD_BYTES)
     for part in parts:
         step = part.end - part.start if part.file.endswith(_INDIVISIBLE) else shard_bytes
         for start in range(part.start, part.end, step):
-            yield Part(part.file, start, min(start + step, part.end))
+            yield FilePart(part.file, start, min(start + step, part.end))

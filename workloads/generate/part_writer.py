@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from parallelmind.data.files import Part
+from parallelmind.data.files import FilePart
 from parallelmind.errors import UserError
 from parallelmind.storage import atomic_file
 from workloads.generate.dataset import InputShard
@@ -59,7 +59,7 @@ class PartWriter:
 
     def _write_part(self, index: int, part: dict[str, Any], **line_counts: int) -> dict[str, Any]:
         """Write the part file of one shard, which appears only when it is complete. Returns the report."""
-        shard = InputShard(Part(**part), **line_counts)
+        shard = InputShard(FilePart(**part), **line_counts)
         samples, skipped, tokens_before = 0, list[tuple[str, str]](), self.decoder.tokens
         try:
             with atomic_file(part_file(self.config.folder, index)) as file:

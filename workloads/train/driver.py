@@ -17,7 +17,7 @@ import workloads.common.ray_env  # noqa: F401  (before Ray)
 # isort: split
 from parallelmind.config import TrainConfig
 from parallelmind.config.yaml_file import save_yaml
-from parallelmind.data.pipeline import epoch_batches, survey
+from parallelmind.data.pipeline import estimate_epoch_batches, survey_files
 from parallelmind.data.survey import Survey, write_quarantine
 from parallelmind.errors import UserError
 from parallelmind.model.base_model import load_meta_model, load_tokenizer
@@ -133,7 +133,7 @@ def prepare(
         )
     tracker = _tracker(config, place, found.fingerprint, share.parent)
     threads = resources.threads_per_process(config.workers.num_workers * share.runs)
-    per_epoch = epoch_batches(found, config.data, config.model, config.optimizer.seed)
+    per_epoch = estimate_epoch_batches(found, config.data, config.model, config.optimizer.seed)
     task = Task(config, place, tuple(held_out), tracker.uri, tracker.run_id, per_epoch, threads)
     tracker.set_tags(
         {"bad_lines": len(found.bad), "folder": place, "data_sha256": found.fingerprint, **code_version()}
@@ -167,10 +167,10 @@ def _survey(
 
     Returns what was found to train on, and the fingerprints of all (`PreparedRun.data`).
     """
-    found = survey(files, config.data, vocabulary)
+    found = survey_files(files, config.data, vocabulary)
     bad, data = list(found.bad), found.fingerprint
     if held_out:
-        compared = survey(held_out, config.data, vocabulary, "validation_path")
+        compared = survey_files(held_out, config.data, vocabulary, "validation_path")
         bad, data = bad + compared.bad, f"{data} {compared.fingerprint}"
     for line in bad[:_SHOWN_BAD_LINES]:
         print(f"left out: {line}", file=sys.stderr)
@@ -182,7 +182,7 @@ def _survey(
             f"bad lines left out: {len(bad)}, all in {where}; strict=true stops at the first", file=sys.stderr
         )
     ignored = "".join(
-        f", key {key!r} ignored in {count}" for key, count in found.extra.most_common(_SHOWN_KEYS)
+        f", key {key!r} ignored in {count}" for key, count in found.unknown_keys.most_common(_SHOWN_KEYS)
     )
     print(
         f"data: {found.records} records, {found.branches} branches, {len(found.bad)} bad lines{ignored}",

@@ -15,7 +15,7 @@ import torch.distributed
 from ray.train import UserCallback
 from ray.train.torch import TorchTrainer
 
-from parallelmind.data.pipeline import start_feeder
+from parallelmind.data.pipeline import start_batch_server
 from parallelmind.errors import UserError, first_line
 from parallelmind.training import checkpoint
 from parallelmind.training.outcome import Outcome
@@ -50,7 +50,7 @@ def fit(task: Task, files: list[str], beside: int = 1, callbacks: Sequence[UserC
     saved = task.place.child(CHECKPOINTS)
     lost, reached = 0, checkpoint.written(saved)
     while True:
-        feeder = start_feeder(
+        feeder = start_batch_server(
             files, config.data, config.model, config.optimizer.seed, config.workers.num_workers
         )
         try:

@@ -26,7 +26,7 @@ from parallelmind.config import TrainConfig
 from parallelmind.data.batch_server import ShardAssignment
 from parallelmind.data.held_out import HeldOut
 from parallelmind.data.packing import make_batch
-from parallelmind.data.pipeline import feed
+from parallelmind.data.pipeline import receive_batches
 from parallelmind.errors import translate_write_errors
 from parallelmind.layout import Batch
 from parallelmind.model.adapter import add_lora, resume_adapter, save_trained
@@ -130,8 +130,10 @@ def run_worker(task: Task, feeder: Any) -> Outcome:
 
         def stream(epoch: int, first: int) -> Iterator[Batch]:
             counts: Counter[str] = Counter()
-            for chosen in feed(feeder, ShardAssignment(group, epoch, first, workers), rank, counts):
-                yield chosen.batch(config.rope, tokenizer.pad_token_id or 0)
+            for chosen in receive_batches(
+                feeder, ShardAssignment(group, epoch, first, workers), rank, counts
+            ):
+                yield chosen.collate(config.rope, tokenizer.pad_token_id or 0)
             if any(counts.values()):
                 hooks.say(
                     f"epoch {epoch}: {counts['truncated']} texts truncated, {counts['skipped']} branches skipped"

@@ -1,38 +1,40 @@
-"""How many batches an epoch will hold, from the sample that a survey took: a run's learning rate falls over
-so many.
-"""
+"""Estimate the number of batches in an epoch from a survey's sample, for the learning rate schedule."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from itertools import chain, repeat
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from parallelmind.config import DataConfig
-from parallelmind.data.packing import Row, Seeds, groups
+from parallelmind.data.packing import EpochSeed, TokenRecord, sample_batches
 from parallelmind.data.survey import Survey
-from parallelmind.data.tokenise import tokenised
+from parallelmind.data.tokenise import tokenise_stream
 
-_ENOUGH = 64  # batches in which the last one, which is not full, no longer matters
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_ENOUGH_BATCHES = 64  # with so many batches, the incomplete last one no longer distorts the estimate
 
 
-def epoch_batches(found: Survey, tokenizer: PreTrainedTokenizerBase, data: DataConfig, seed: int) -> int:
-    """Exact for the first epoch where the sample holds every record, else about so many; the same for the
-    same data.
+def estimate_batch_count(
+    survey: Survey, tokenizer: PreTrainedTokenizerBase, config: DataConfig, seed: int
+) -> int:
+    """Number of batches in the first epoch, the same for the same data.
 
-    The sample goes all the way that the data will go: no rule of thumb knows the language, the limits and the
-    padding.
+    It is exact if the sample holds every record, otherwise an estimate. The sample is tokenised and batched
+    like the data itself, because no rule of thumb knows the language, the limits and the padding.
     """
-    items = tokenised(iter(found.sample), tokenizer, data)
-    rows = [Row(item.tokens, record.lone) for record, item in items if item.tokens is not None]
-    times, as_large = 1, found.records / max(len(found.sample), 1)
-    while (count := _batches(rows, times, data, seed)) < _ENOUGH and 2 * times <= as_large:
-        times *= 2
-    return max(1, math.ceil(count / times * as_large))
+    tokenised = tokenise_stream(iter(survey.sample), tokenizer, config)
+    records = [record for item in tokenised for record in item.for_packing()]
+    repeats, scale = 1, survey.records / max(len(survey.sample), 1)
+    while (count := _count(records, repeats, config, seed)) < _ENOUGH_BATCHES and 2 * repeats <= scale:
+        repeats *= 2
+    return max(1, math.ceil(count / repeats * scale))
 
 
-def _batches(rows: Sequence[Row], times: int, data: DataConfig, seed: int) -> int:
-    """Of the rows, repeated so many times: a large batch may hold more than all of them."""
-    return sum(1 for _ in groups(chain.from_iterable(repeat(rows, times)), data, Seeds(seed)))
+def _count(records: Sequence[TokenRecord], repeats: int, config: DataConfig, seed: int) -> int:
+    """Batches of the records, repeated because one large batch may hold more than all of them."""
+    repeated = chain.from_iterable(repeat(records, repeats))
+    return sum(1 for _ in sample_batches(repeated, config, EpochSeed(seed)))

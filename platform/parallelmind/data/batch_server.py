@@ -1,6 +1,4 @@
-"""The batches of an epoch, given out in turns to however many workers there are, and again after a
-restart.
-"""
+"""Serve the batches of an epoch to any number of workers in turns, and resume after a restart."""
 
 from __future__ import annotations
 
@@ -9,123 +7,123 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from queue import Empty, Full, Queue
-from typing import Any
 
 import pyarrow as pa
 
 from parallelmind.config import DataConfig
-from parallelmind.data.packing import SampleBatch, Seeds, groups
-from parallelmind.data.tables import to_rows
+from parallelmind.data.packing import EpochSeed, SampleBatch, sample_batches
+from parallelmind.data.tables import from_tables
 
-_AHEAD = 4  # batches that wait for each worker
-_KEPT = 64 << 20  # bytes of tokenised records that the feeder keeps for later epochs
-_OVER = "these turns are over: other workers have begun"
+_PREFETCH = 4  # batches that wait for each worker
+_CACHE_BYTES = 64 << 20  # limit of tokenised records that are kept in memory for later epochs
+_POLL_SECONDS = 0.2
+_SUPERSEDED = "this shard assignment has ended: other workers have started"
+
+# The last item of a worker: the counts of the length limits, or the error that ended the stream.
+_Item = SampleBatch | Counter[str] | BaseException
+_MakeBatches = Callable[[int, Counter[str]], Iterator[SampleBatch]]  # (epoch, counts) -> batches
 
 
 @dataclass(frozen=True, slots=True)
 class ShardAssignment:
-    """Who shares an epoch's batches from the batch `first` on. group: names this start of the workers, apart
-    from any other.
+    """Which workers share the batches of an epoch, beginning with `first_batch`.
+
+    worker_group: identifies one start of the workers.
     """
 
-    group: str
+    worker_group: str
     epoch: int
-    first: int
-    workers: int
+    first_batch: int
+    num_workers: int
 
 
 class BatchServer:
-    """The batches of an epoch, given out in turns: batch k goes to worker (k - first) mod workers. Run it as
-    an actor.
+    """Serves batch k of an epoch to worker (k - first_batch) mod num_workers. Runs as a Ray actor.
 
-    Where a restart finds `first` batches already taken, by however many workers, it goes on with exactly the
-    others.
+    After a restart, any number of workers continue with exactly the batches from `first_batch` on.
     """
 
-    def __init__(self, read: Callable[[], Iterable[pa.Table]], data: DataConfig, seed: int) -> None:
-        self._read, self._config, self._seed = read, data, seed
-        self._kept: list[pa.Table] | None = None  # of an earlier epoch, where all of it is small
+    def __init__(self, read: Callable[[], Iterable[pa.Table]], config: DataConfig, seed: int) -> None:
+        self._read, self._config, self._seed = read, config, seed
+        self._cached_tables: list[pa.Table] | None = None  # all tables of an epoch, if they are small
         self._lock = threading.Lock()
-        self._run: _Run | None = None
-        self._over: set[str] = set()  # groups of workers that others have taken the place of
+        self._stream: _EpochStream | None = None
+        self._ended_groups: set[str] = set()  # worker groups that were replaced by others
 
-    def next(self, turns: ShardAssignment, rank: int) -> SampleBatch | Counter[str]:
-        """The worker's next batch; after its last, what the length limits cost. Raises what the reading
-        raised.
+    def next_batch(self, assignment: ShardAssignment, rank: int) -> SampleBatch | Counter[str]:
+        """The worker's next batch; after its last one, the counts of truncated and skipped texts.
+
+        Raises the exception that reading the data raised.
         """
         with self._lock:
-            run = self._run_of(turns)
-        found = run.get(rank)
-        if isinstance(found, BaseException):
-            raise found
-        return found
+            stream = self._stream_of(assignment)
+        item = stream.get(rank)
+        if isinstance(item, BaseException):
+            raise item
+        return item
 
-    def _run_of(self, turns: ShardAssignment) -> _Run:
-        if turns.group in self._over:  # a late call of a worker that was given up for lost
-            raise RuntimeError(_OVER)
-        if self._run is None or self._run.turns != turns:
-            if self._run:
-                self._run.stop.set()
-                self._over |= {self._run.turns.group} - {turns.group}
-            self._run = _Run(turns, self._groups)
-        return self._run
+    def _stream_of(self, assignment: ShardAssignment) -> _EpochStream:
+        if assignment.worker_group in self._ended_groups:  # a late call of a worker presumed dead
+            raise RuntimeError(_SUPERSEDED)
+        if self._stream is None or self._stream.assignment != assignment:
+            if self._stream:
+                self._stream.stop.set()
+                self._ended_groups |= {self._stream.assignment.worker_group} - {assignment.worker_group}
+            self._stream = _EpochStream(assignment, self._batches)
+        return self._stream
 
-    def _groups(self, epoch: int, counts: Counter[str]) -> Iterator[SampleBatch]:
-        tables = self._keeping() if self._kept is None else self._kept
-        return groups(to_rows(tables, counts), self._config, Seeds(self._seed, epoch))
+    def _batches(self, epoch: int, counts: Counter[str]) -> Iterator[SampleBatch]:
+        tables = self._read_and_cache() if self._cached_tables is None else self._cached_tables
+        return sample_batches(from_tables(tables, counts), self._config, EpochSeed(self._seed, epoch))
 
-    def _keeping(self) -> Iterator[pa.Table]:
-        """The tables as they are read; if they are few, later epochs need not read and tokenise them
-        again.
-        """
-        kept: list[pa.Table] = []
+    def _read_and_cache(self) -> Iterator[pa.Table]:
+        """The tables as they are read. Small data is kept, so that later epochs do not tokenise it again."""
+        tables: list[pa.Table] = []
         size = 0
         for table in self._read():
             size += table.nbytes
-            kept = [*kept, table] if size <= _KEPT else []
+            tables = [*tables, table] if size <= _CACHE_BYTES else []
             yield table
-        if size <= _KEPT:
-            self._kept = kept
+        if size <= _CACHE_BYTES:
+            self._cached_tables = tables
 
 
-class _Run:
-    """One epoch on its way: a thread that fills a short queue for each worker."""
+class _EpochStream:
+    """One epoch in progress: a thread that fills a short queue for each worker."""
 
-    def __init__(self, turns: ShardAssignment, groups_of: Any) -> None:
-        self.turns, self._groups_of = turns, groups_of
+    def __init__(self, assignment: ShardAssignment, make_batches: _MakeBatches) -> None:
+        self.assignment, self._make_batches = assignment, make_batches
         self.stop = threading.Event()
-        self._queues: list[Queue[Any]] = [Queue(_AHEAD) for _ in range(turns.workers)]
+        self._queues: list[Queue[_Item]] = [Queue(_PREFETCH) for _ in range(assignment.num_workers)]
         threading.Thread(target=self._fill, daemon=True).start()
 
-    def get(self, rank: int) -> Any:
-        """Wait for the worker's next item. Raises RuntimeError once the run is over: nobody waits for the
-        answer then.
-        """
+    def get(self, rank: int) -> _Item:
+        """Wait for the worker's next item. Raises RuntimeError after the stream was stopped."""
         while not self.stop.is_set():
             try:
-                return self._queues[rank].get(timeout=0.2)
+                return self._queues[rank].get(timeout=_POLL_SECONDS)
             except Empty:
                 continue
-        raise RuntimeError(_OVER)
+        raise RuntimeError(_SUPERSEDED)
 
     def _fill(self) -> None:
-        turns = self.turns
+        first, num_workers = self.assignment.first_batch, self.assignment.num_workers
         counts: Counter[str] = Counter()
         last: Counter[str] | BaseException = counts
         try:
-            for number, group in enumerate(self._groups_of(turns.epoch, counts)):
-                if number >= turns.first and not self._put((number - turns.first) % turns.workers, group):
+            for number, batch in enumerate(self._make_batches(self.assignment.epoch, counts)):
+                if number >= first and not self._put((number - first) % num_workers, batch):
                     return
-        except BaseException as error:  # for whoever asks next
+        except BaseException as error:  # raised in the next call of every worker
             last = error
-        for rank in range(turns.workers):
+        for rank in range(num_workers):
             self._put(rank, last)
 
-    def _put(self, rank: int, item: Any) -> bool:
-        """Wait until the worker has room; false once the run is over."""
+    def _put(self, rank: int, item: _Item) -> bool:
+        """Wait until the worker's queue has room. Returns False after the stream was stopped."""
         while not self.stop.is_set():
             try:
-                self._queues[rank].put(item, timeout=0.2)
+                self._queues[rank].put(item, timeout=_POLL_SECONDS)
                 return True
             except Full:
                 continue

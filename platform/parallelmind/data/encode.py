@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # importing transformers takes seconds, and reader processes may not need it
+    from transformers import PreTrainedTokenizerBase
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, first: bool) -> list[int]:
-    """Token ids of `text`, without the special tokens that a tokenizer puts around a whole input.
+    """Token ids of `text`, without the special tokens that a tokenizer adds around a whole input.
 
-    first: `text` opens the sample (main, or every branch where there is no main), so it gets the BOS that
-    this tokenizer would add, unless the text (a chat template's, say) begins with it already.
+    first: `text` starts the sample (it is main, or a branch of a sample without main). It then begins with
+    the BOS of this tokenizer, which is not added twice if the text (of a chat template, for example) already
+    has it.
     """
     (ids,) = encode_texts(tokenizer, [text])
-    return opened_by(ids, opening(tokenizer)) if first else ids
+    return prepend_bos(ids, bos_ids(tokenizer)) if first else ids
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Token ids of many texts in one call, without special tokens around them."""
+    """Token ids of many texts in one call, without special tokens."""
     if not texts:
         return []
     ids: list[list[int]] = tokenizer(
@@ -25,12 +29,12 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[l
     return ids
 
 
-def opened_by(ids: list[int], bos: list[int]) -> list[int]:
-    """`ids` with BOS in front, once."""
+def prepend_bos(ids: list[int], bos: list[int]) -> list[int]:
+    """`bos` + `ids`, or `ids` alone if they already start with `bos`."""
     return ids if ids[: len(bos)] == bos else bos + ids
 
 
-def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The BOS that this tokenizer puts in front of an input, as a list of no or one id."""
-    around: list[int] = tokenizer("").input_ids
-    return around[:1] if around and around[0] == tokenizer.bos_token_id else []
+def bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The BOS that this tokenizer adds to an input: a list of one id, or an empty list."""
+    special: list[int] = tokenizer("").input_ids
+    return special[:1] if special and special[0] == tokenizer.bos_token_id else []

@@ -1,66 +1,90 @@
-"""Held-out text to measure a model on: the same branches, target by target, however many of them share a
-sample.
-"""
+"""Held-out text to evaluate on: the same target tokens, however many branches share a sample."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedTokenizerBase
+import numpy as np
 
 from parallelmind.config import DataConfig
 from parallelmind.data.files import file_parts
-from parallelmind.data.packing import Row, Seeds, batch, regrouped
-from parallelmind.data.survey import records
-from parallelmind.data.tokenise import Tokenised, tokenised
+from parallelmind.data.packing import EpochSeed, TokenRecord, batch, pack, take_branches
+from parallelmind.data.tokenise import TokenisedRecord, tokenise_part
 from parallelmind.layout import Tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """The first `pool` branches of some files, as far as they go. truncated: texts that were cut. skipped:
-    branches left out.
+    """The records that hold the first `pool` branches of some files, or all if there are fewer.
+
+    truncated: number of truncated texts. skipped: number of branches left out by the length limits.
     """
 
-    rows: list[Row]
+    records: list[TokenRecord]
     pool: int
-    data: DataConfig
+    config: DataConfig
     truncated: int
     skipped: int
 
     @staticmethod
     def read(
-        files: Sequence[str], pool: int, tokenizer: PreTrainedTokenizerBase, data: DataConfig
+        files: Sequence[str], pool: int, tokenizer: PreTrainedTokenizerBase, config: DataConfig
     ) -> HeldOut:
-        """Bad lines are left out: a survey tells of them."""
-        items = list(_first_items(files, pool, tokenizer, data))
-        rows = [Row(item.tokens, lone) for item, lone in items if item.tokens is not None]
+        """Read and tokenise the files. Bad lines are left out; the survey reports them."""
+        tokenised = list(_first_records(files, pool, tokenizer, config))
         return HeldOut(
-            rows, pool, data, sum(item.truncated for item, _ in items), sum(item.skipped for item, _ in items)
+            [record for item in tokenised for record in item.for_packing()],
+            pool,
+            config,
+            sum(item.truncated for item in tokenised),
+            sum(item.skipped for item in tokenised),
         )
 
     @property
     def branches(self) -> int:
-        """How many there are: `pool`, or fewer where the files end before."""
-        return min(sum(row.tokens.branches for row in self.rows), self.pool)
+        """Number of branches: `pool`, or fewer if the files hold fewer."""
+        return min(sum(record.tokens.branches for record in self.records), self.pool)
 
     def batches(self, branches: int, seed: int) -> list[list[Tokens]]:
-        """The samples of every batch, with up to `branches` branches each. Branches of one record stay with
-        their main.
-        """
-        return list(
-            batch(regrouped(self.rows, branches, self.pool, self.data), self.data, Seeds(seed).generator())
-        )
+        """The samples of every batch, with up to `branches` branches each."""
+        samples = regroup_branches(self.records, branches, self.pool, self.config)
+        return list(batch(samples, self.config, EpochSeed(seed).generator()))
 
 
-def _first_items(
-    files: Sequence[str], pool: int, tokenizer: PreTrainedTokenizerBase, data: DataConfig
-) -> Iterator[tuple[Tokenised, bool]]:
-    """Every good record until `pool` branches are there, and whether it is a lone one."""
+def _first_records(
+    files: Sequence[str], pool: int, tokenizer: PreTrainedTokenizerBase, config: DataConfig
+) -> Iterator[TokenisedRecord]:
+    """Tokenised records until they hold `pool` branches."""
     for part in file_parts(files):
-        for record, item in tokenised(records(part, data, len(tokenizer)), tokenizer, data):
+        for record in tokenise_part(part, tokenizer, config):
             if pool <= 0:
                 return
-            yield item, record.lone
-            pool -= item.tokens.branches if item.tokens is not None else 0
+            yield record
+            pool -= record.tokens.branches if record.tokens is not None else 0
+
+
+def regroup_branches(
+    records: Iterable[TokenRecord], branches: int, pool: int, config: DataConfig
+) -> list[Tokens]:
+    """The first `pool` branches as samples of `branches` each: the same text whatever `branches` is.
+
+    Branches of one record stay with their main, so its last sample may hold fewer.
+    """
+    fixed = config.model_copy(update={"branches_per_sample": branches, "max_branches_per_sample": branches})
+    return list(pack(_first_branches(records, pool), fixed, np.random.default_rng(0)))
+
+
+def _first_branches(records: Iterable[TokenRecord], pool: int) -> Iterator[TokenRecord]:
+    for record in records:
+        if pool <= 0:
+            return
+        if record.tokens.branches <= pool:
+            yield record
+        else:
+            yield TokenRecord(take_branches(record.tokens, 0, pool), record.standalone)
+        pool -= record.tokens.branches

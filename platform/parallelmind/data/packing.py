@@ -1,8 +1,8 @@
-"""Tokenised records to samples to batches: seeded, in one pass, nothing lost.
+"""Tokenised records to samples to batches: seeded, in one pass, without loss.
 
-The batches of an epoch are one sequence, which depends on the data, the settings and (seed, epoch) alone.
-Workers take turns, so how many there are changes who trains on a batch, never which batches there are; and
-the number of batches taken so far says, whoever has taken them, exactly what is left.
+The batches of an epoch form one sequence, which depends only on the data, the config and (seed, epoch).
+Workers take its batches in turns: their number decides who trains on a batch, never which batches exist. The
+number of batches taken so far determines exactly which ones remain.
 """
 
 from __future__ import annotations
@@ -15,92 +15,104 @@ import numpy as np
 from parallelmind.config import DataConfig, RopeConfig
 from parallelmind.layout import Batch, Ints, Tokens, arrange, collate
 
-_SHUFFLE, _GROUP, _DELAY, _BATCH = range(
-    4
-)  # streams of their own: a change of one setting leaves the others' draws alone
+# Separate random streams, so that changing one setting leaves the draws of the others unchanged.
+_SHUFFLE, _GROUP, _DELAY, _BATCH = range(4)
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """A tokenised record; `lone` ones are grouped into samples."""
+class TokenRecord:
+    """A tokenised record with at least one branch. Standalone records are grouped into samples."""
 
     tokens: Tokens
-    lone: bool
+    standalone: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Seeds:
-    """What every random choice depends on."""
+class EpochSeed:
+    """Seed of all random choices in one epoch."""
 
     seed: int
     epoch: int = 0
 
     def generator(self, *stream: int) -> np.random.Generator:
+        """The generator of one random stream."""
         return np.random.default_rng([self.seed, self.epoch, *stream])
 
 
 @dataclass(frozen=True, slots=True)
 class SampleBatch:
-    """The samples of one batch. delays: `[branches]` extra time before the branches of each sample."""
+    """The samples of one batch. delays: one `[branches]` array per sample, extra time before each branch."""
 
     samples: list[Tokens]
     delays: list[Ints]
 
-    def batch(self, rope: RopeConfig, pad_id: int) -> Batch:
+    def collate(self, rope: RopeConfig, pad_id: int) -> Batch:
+        """The padded batch for the model."""
         return make_batch(self.samples, rope, pad_id, self.delays)
 
 
-def groups(rows: Iterable[Row], data: DataConfig, seeds: Seeds) -> Iterator[SampleBatch]:
-    """Shuffle, group and batch the rows of an epoch."""
-    rows = shuffle(rows, data.shuffle_window, seeds.generator(_SHUFFLE))
-    samples = pack(rows, data, seeds.generator(_GROUP))
-    for number, chosen in enumerate(batch(samples, data, seeds.generator(_BATCH))):
-        delays = seeds.generator(_DELAY, number)
-        late = [
-            delays.integers(0, data.random_time_offset, size=sample.branches, endpoint=True)
-            for sample in chosen
+def sample_batches(
+    records: Iterable[TokenRecord], config: DataConfig, seed: EpochSeed
+) -> Iterator[SampleBatch]:
+    """Shuffle, pack and batch the records of an epoch."""
+    shuffled = shuffle(records, config.shuffle_window, seed.generator(_SHUFFLE))
+    samples = pack(shuffled, config, seed.generator(_GROUP))
+    for number, samples_of_batch in enumerate(batch(samples, config, seed.generator(_BATCH))):
+        generator = seed.generator(_DELAY, number)
+        delays = [
+            generator.integers(0, config.random_time_offset, size=sample.branches, endpoint=True)
+            for sample in samples_of_batch
         ]
-        yield SampleBatch(chosen, late)
+        yield SampleBatch(samples_of_batch, delays)
 
 
-def shuffle(rows: Iterable[Row], window: int, generator: np.random.Generator) -> Iterator[Row]:
-    """Rows in random order, `window` of them held at a time. Shuffling before grouping gives new neighbours
-    every epoch.
+def shuffle(
+    records: Iterable[TokenRecord], window: int, generator: np.random.Generator
+) -> Iterator[TokenRecord]:
+    """Records in random order, with `window` of them in memory.
+
+    Records are shuffled before they are packed, so that a sample has other branches in every epoch.
     """
-    held: list[Row] = []
-    for row in rows:
-        held.append(row)
-        if len(held) >= window:
-            yield _take(held, generator)
-    while held:
-        yield _take(held, generator)
+    buffer: list[TokenRecord] = []
+    for record in records:
+        buffer.append(record)
+        if len(buffer) >= window:
+            yield _pop_random(buffer, generator)
+    while buffer:
+        yield _pop_random(buffer, generator)
 
 
-def _take(held: list[Row], generator: np.random.Generator) -> Row:
-    index = int(generator.integers(len(held)))
-    held[index], held[-1] = held[-1], held[index]
-    return held.pop()
+def _pop_random(buffer: list[TokenRecord], generator: np.random.Generator) -> TokenRecord:
+    index = int(generator.integers(len(buffer)))
+    buffer[index], buffer[-1] = buffer[-1], buffer[index]
+    return buffer.pop()
 
 
-def pack(rows: Iterable[Row], config: DataConfig, generator: np.random.Generator) -> Iterator[Tokens]:
-    """Samples. Lone rows gather into groups of `branches_per_sample`, or of a size drawn from min..max; a
-    group also ends where the next row would exceed `max_sample_tokens`. The last group may be small.
+def pack(
+    records: Iterable[TokenRecord], config: DataConfig, generator: np.random.Generator
+) -> Iterator[Tokens]:
+    """Pack records into samples.
+
+    Standalone records form groups of `branches_per_sample`, or of a size drawn from
+    `min_branches_per_sample..max_branches_per_sample`. A group also ends where the next record would exceed
+    `max_sample_tokens`; the last group may be smaller. Other records are split if they are too large.
     """
-    held: list[Tokens] = []
+    group: list[Tokens] = []
     size = _group_size(config, generator)
-    for row in rows:
-        if not row.lone:
-            yield from split(row.tokens, config.max_branches_per_sample, config.max_sample_tokens)
+    for record in records:
+        tokens = record.tokens
+        if not record.standalone:
+            yield from split(tokens, config.max_branches_per_sample, config.max_sample_tokens)
             continue
-        if held and sum(len(tokens.ids) for tokens in held) + len(row.tokens.ids) > config.max_sample_tokens:
-            yield merge(held)
-            held, size = [], _group_size(config, generator)
-        held.append(row.tokens)
-        if len(held) == size:
-            yield merge(held)
-            held, size = [], _group_size(config, generator)
-    if held:
-        yield merge(held)
+        if group and sum(len(member.ids) for member in group) + len(tokens.ids) > config.max_sample_tokens:
+            yield merge(group)
+            group, size = [], _group_size(config, generator)
+        group.append(tokens)
+        if len(group) == size:
+            yield merge(group)
+            group, size = [], _group_size(config, generator)
+    if group:
+        yield merge(group)
 
 
 def _group_size(config: DataConfig, generator: np.random.Generator) -> int:
@@ -111,72 +123,72 @@ def _group_size(config: DataConfig, generator: np.random.Generator) -> int:
     )
 
 
-def merge(parts: Sequence[Tokens]) -> Tokens:
-    """One sample of all branches of samples that have no main."""
-    assert all(part.lengths[0] == 0 for part in parts)
+def merge(samples: Sequence[Tokens]) -> Tokens:
+    """One sample with the branches of several samples, none of which has a main."""
+    assert all(sample.lengths[0] == 0 for sample in samples)
     return Tokens(
-        np.concatenate([part.ids for part in parts]),
-        np.concatenate([[0], *(part.lengths[1:] for part in parts)]),
-        np.concatenate([part.answer_offsets for part in parts]),
+        np.concatenate([sample.ids for sample in samples]),
+        np.concatenate([[0], *(sample.lengths[1:] for sample in samples)]),
+        np.concatenate([sample.answer_offsets for sample in samples]),
     )
 
 
 def split(tokens: Tokens, max_branches: int, max_tokens: int) -> Iterator[Tokens]:
-    """Samples of at most `max_branches` branches and `max_tokens` tokens, main repeated in each.
+    """Samples of at most `max_branches` branches and `max_tokens` tokens; each repeats main.
 
-    A single branch that is too long beside its main was left out before (see `tokenise`).
+    `tokenise` has already skipped a branch that exceeds `max_tokens` together with main.
     """
     first, total = 0, tokens.lengths[0]
     for index, length in enumerate(tokens.lengths[1:]):
         if index > first and (index - first == max_branches or total + length > max_tokens):
-            yield _cut(tokens, first, index)
+            yield take_branches(tokens, first, index)
             first, total = index, tokens.lengths[0]
         total += length
-    yield _cut(tokens, first, tokens.branches)
+    yield take_branches(tokens, first, tokens.branches)
 
 
-def _cut(tokens: Tokens, first: int, last: int) -> Tokens:
-    """The sample of branches first..last-1."""
+def take_branches(tokens: Tokens, start: int, stop: int) -> Tokens:
+    """The sample of main and the branches start..stop-1."""
     main = tokens.lengths[0]
     ends = np.cumsum(tokens.lengths)
     return Tokens(
-        np.concatenate([tokens.ids[:main], tokens.ids[ends[first] : ends[last]]]),
-        np.concatenate([[main], tokens.lengths[first + 1 : last + 1]]),
-        tokens.answer_offsets[first:last],
+        np.concatenate([tokens.ids[:main], tokens.ids[ends[start] : ends[stop]]]),
+        np.concatenate([[main], tokens.lengths[start + 1 : stop + 1]]),
+        tokens.answer_offsets[start:stop],
     )
 
 
 def batch(
     samples: Iterable[Tokens], config: DataConfig, generator: np.random.Generator
 ) -> Iterator[list[Tokens]]:
-    """Samples of like length in batches of `batch_size` samples (or branches), or of at most `batch_tokens`
-    places.
+    """Batches of samples of similar length.
 
-    `length_window` batches' worth of samples are held, sorted by length, cut, and their batches given out in
-    random order.
+    A batch holds `batch_size` samples (or branches), or at most `batch_tokens` tokens, padding included.
+    `length_window` batches' worth of samples are held in memory, sorted by length and cut into batches, which
+    are yielded in random order.
     """
-    held: list[Tokens] = []
-    places = 0
+    window: list[Tokens] = []
+    tokens = 0
     for sample in samples:
-        held.append(sample)
-        places += len(sample.ids)
+        window.append(sample)
+        tokens += len(sample.ids)
         if config.batch_tokens is None:
-            full = len(held) >= config.length_window * config.batch_size
+            full = len(window) >= config.length_window * config.batch_size
         else:
-            full = places >= config.length_window * config.batch_tokens
+            full = tokens >= config.length_window * config.batch_tokens
         if full:
-            yield from _cut_by_length(held, config, generator)
-            held, places = [], 0
-    yield from _cut_by_length(held, config, generator)
+            yield from _batch_window(window, config, generator)
+            window, tokens = [], 0
+    yield from _batch_window(window, config, generator)
 
 
-def _cut_by_length(
-    held: list[Tokens], config: DataConfig, generator: np.random.Generator
+def _batch_window(
+    window: list[Tokens], config: DataConfig, generator: np.random.Generator
 ) -> Iterator[list[Tokens]]:
     if config.length_window > 1:
-        held = sorted(held, key=lambda sample: -len(sample.ids))
+        window = sorted(window, key=lambda sample: -len(sample.ids))
     batches: list[list[Tokens]] = []
-    for sample in held:
+    for sample in window:
         if not batches or not _fits(batches[-1], sample, config):
             batches.append([])
         batches[-1].append(sample)
@@ -184,39 +196,23 @@ def _cut_by_length(
     yield from (batches[index] for index in order)
 
 
-def _fits(batch: list[Tokens], sample: Tokens, config: DataConfig) -> bool:
+def _fits(samples: list[Tokens], sample: Tokens, config: DataConfig) -> bool:
+    """Whether one more sample fits into a batch."""
     if config.batch_tokens is not None:
-        longest = max(len(sample.ids), *(len(other.ids) for other in batch))
-        return (len(batch) + 1) * longest <= config.batch_tokens
+        longest = max(len(member.ids) for member in (*samples, sample))
+        return (len(samples) + 1) * longest <= config.batch_tokens
     if config.batch_by_samples:
-        return len(batch) < config.batch_size
-    return sum(other.branches for other in batch) + sample.branches <= config.batch_size
+        return len(samples) < config.batch_size
+    return sum(member.branches for member in samples) + sample.branches <= config.batch_size
 
 
 def make_batch(
     samples: Sequence[Tokens], rope: RopeConfig, pad_id: int, delays: Sequence[Ints] | None = None
 ) -> Batch:
-    """Padded layouts of the samples. delays: one `[branches]` array per sample, extra time before each
-    branch.
+    """The padded batch of the samples.
+
+    delays: one `[branches]` array per sample, extra time before each branch; None for no extra time.
     """
-    late: Sequence[Ints | None] = [None] * len(samples) if delays is None else delays
-    return collate(
-        [arrange(sample, rope, delay) for sample, delay in zip(samples, late, strict=True)], pad_id
-    )
-
-
-def regrouped(rows: Iterable[Row], branches: int, pool: int, config: DataConfig) -> list[Tokens]:
-    """The first `pool` branches as samples of `branches` each: the same text whatever `branches` is.
-
-    Branches of one record stay with their main, so its last sample may hold fewer.
-    """
-    fixed = config.model_copy(update={"branches_per_sample": branches, "max_branches_per_sample": branches})
-    return list(pack(_first_branches(rows, pool), fixed, np.random.default_rng(0)))
-
-
-def _first_branches(rows: Iterable[Row], pool: int) -> Iterator[Row]:
-    for row in rows:
-        if pool <= 0:
-            return
-        yield row if row.tokens.branches <= pool else Row(_cut(row.tokens, 0, pool), row.lone)
-        pool -= row.tokens.branches
+    delay_of: Sequence[Ints | None] = [None] * len(samples) if delays is None else delays
+    layouts = [arrange(sample, rope, delay) for sample, delay in zip(samples, delay_of, strict=True)]
+    return collate(layouts, pad_id)

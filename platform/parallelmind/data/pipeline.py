@@ -1,9 +1,9 @@
-"""Files through Ray Data: a survey of every line first, then one stream of batches that all workers share.
+"""The data pipeline on Ray Data: a survey of every line, then one stream of batches for all workers.
 
-Parts of files are read and tokenised in parallel, in order, by Ray Data; a feeder takes the records,
-shuffles, groups and batches them, and gives the batches out in turns. Records travel as Arrow lists, so there
-is no Python object per token. Nothing here imports torch or transformers before a tokenizer is needed: every
-reading process would pay seconds for it.
+Ray Data reads and tokenises file parts in parallel and in order. A batch server shuffles, packs and batches
+the records, and serves the batches to the workers in turns. Records travel as Arrow lists, without a Python
+object per token. torch and transformers are imported only when a tokenizer is needed, because importing them
+costs every reader process seconds.
 """
 
 from __future__ import annotations
@@ -20,57 +20,56 @@ import ray.data
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from parallelmind.config import DataConfig, ModelConfig
+from parallelmind.data.batch_count import estimate_batch_count
 from parallelmind.data.batch_server import BatchServer, ShardAssignment
-from parallelmind.data.files import Part, file_parts, total_bytes
+from parallelmind.data.files import FilePart, file_parts, total_bytes
 from parallelmind.data.packing import SampleBatch
-from parallelmind.data.survey import SAMPLE, Survey, combine, records, survey_part
+from parallelmind.data.survey import SAMPLE_CHARACTERS, Survey, combine_surveys, survey_part
 from parallelmind.data.tables import to_table
+from parallelmind.data.tokenise import tokenise_part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from parallelmind.data.tokenise import Tokenised
-
-_TASK_CPUS = 0.2  # workers leave 0.4 of a CPU at least, which is room for the feeder and a reader
+_TASK_CPUS = 0.2  # training workers leave at least 0.4 CPUs free, enough for the batch server and one reader
 _PARTS_PER_READER = 16
-_FEW_PARTS = 4  # are read on the spot: starting processes for them takes longer
-_DRAWN = 4  # times what a sample holds: chance, and records as long as a sample, must not leave it empty
-_IN_FLIGHT = (
-    256 << 20
-)  # bytes of records between reading and batching; Ray Data would fill its whole store with them
+_FEW_PARTS = 4  # up to this number, parts are read in this process; starting reader processes takes longer
+# Sampled characters, as a multiple of the sample's size: some draws are unlucky, and some records are longer
+# than the whole sample.
+_OVERSAMPLING = 4
+# Limit of records between reading and batching; Ray Data would fill its whole object store with them.
+_IN_FLIGHT_BYTES = 256 << 20
 
 
-def quiet_data() -> None:
-    """No progress bars from Ray Data in this process, and no warnings about them."""
+def silence_ray_data() -> None:
+    """Turn off the progress bars of Ray Data in this process, and its warnings about them."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
-def survey(
-    files: Sequence[str], config: DataConfig, vocab_size: int | None = None, name: str = "data_path"
+def survey_files(
+    files: Sequence[str], config: DataConfig, vocab_size: int | None = None, field: str = "data_path"
 ) -> Survey:
-    """Parse every line once. Raises UserError for no good record and for more bad ones than the settings
-    allow.
-    """
-    parts = file_parts(files, name)
-    share = _DRAWN * SAMPLE / max(total_bytes(files), 1)
+    """Parse every line once. Raises UserError if none is good, or more are bad than the config allows."""
+    parts = file_parts(files, field)
+    share = _OVERSAMPLING * SAMPLE_CHARACTERS / max(total_bytes(files), 1)
     if len(parts) <= _FEW_PARTS:
         rows = [survey_part(part, config, vocab_size, share) for part in parts]
     else:
-        look = functools.partial(_survey_table, config=config, vocab_size=vocab_size, share=share)
-        rows = _dataset(parts, look).take_all()
-    found = combine(parts, rows)
-    found.refuse_too_many(config, name)
-    return found
+        function = functools.partial(_survey_table, config=config, vocab_size=vocab_size, share=share)
+        rows = map_parts(parts, function).take_all()
+    survey = combine_surveys(parts, rows)
+    survey.raise_if_unusable(config, field)
+    return survey
 
 
-def _dataset(parts: Sequence[Part], function: Any) -> ray.data.Dataset:
-    """One block per part, mapped in order to one Arrow table each; as many reading processes as there is work
-    for.
+def map_parts(parts: Sequence[FilePart], function: Callable[[pa.Table], pa.Table]) -> ray.data.Dataset:
+    """Map every file part to one Arrow table, in order. The number of reader processes follows the work.
 
-    Each holds a tokenizer and the libraries under it, so there is never more than one for each CPU.
+    function: receives a table of one row with the fields of a `FilePart`. A reader process holds a tokenizer
+    and the libraries under it, so there is at most one per CPU.
     """
     cpus = int(ray.cluster_resources().get("CPU", 1))
     readers = ray.data.TaskPoolStrategy(size=max(1, min(len(parts) // _PARTS_PER_READER, cpus)))
@@ -81,82 +80,78 @@ def _dataset(parts: Sequence[Part], function: Any) -> ray.data.Dataset:
     )
     options = mapped.context.execution_options
     options.preserve_order = True
-    options.resource_limits = options.resource_limits.copy(object_store_memory=_IN_FLIGHT)
+    options.resource_limits = options.resource_limits.copy(object_store_memory=_IN_FLIGHT_BYTES)
     return mapped
 
 
-def _part_of(table: pa.Table) -> Part:
-    return Part(**table.to_pylist()[0])
+def _part_of(table: pa.Table) -> FilePart:
+    return FilePart(**table.to_pylist()[0])
 
 
 def _survey_table(table: pa.Table, config: DataConfig, vocab_size: int | None, share: float) -> pa.Table:
     return pa.Table.from_pylist([survey_part(_part_of(table), config, vocab_size, share)])
 
 
-def epoch_batches(found: Survey, data: DataConfig, base: ModelConfig, seed: int) -> int:
-    """About how many batches an epoch holds (see `plan.epoch_batches`)."""
-    from parallelmind.data import batch_count as plan
-
-    return plan.epoch_batches(found, _tokenizer(base), data, seed)
-
-
-def sample_rows(files: Sequence[str], data: DataConfig, base: ModelConfig) -> ray.data.Dataset:
-    """One row per good record, in the order of the files: token ids, lengths, answer offsets, what the length
-    limits cost.
-    """
-    return _dataset(file_parts(files), functools.partial(_tokenise_part, data=data, base=base))
-
-
-def _tokenise_part(table: pa.Table, data: DataConfig, base: ModelConfig) -> pa.Table:
-    return to_table(read_part(_part_of(table), _tokenizer(base), data))
+def _tokenise_table(table: pa.Table, config: DataConfig, model: ModelConfig) -> pa.Table:
+    return to_table(tokenise_part(_part_of(table), _load_tokenizer(model), config))
 
 
 @functools.cache
-def _tokenizer(base: ModelConfig) -> PreTrainedTokenizerBase:
-    """Loaded once per process, not once per part."""
+def _load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model, loaded once per process instead of once per part."""
     from parallelmind.model.base_model import load_tokenizer
 
-    return load_tokenizer(base)
+    return load_tokenizer(model)
 
 
-def read_part(
-    part: Part, tokenizer: PreTrainedTokenizerBase, data: DataConfig
-) -> Iterator[tuple[Tokenised, bool]]:
-    """Every good record of a part, tokenised, and whether it is a lone one. Bad lines were reported by the
-    survey.
-    """
-    from parallelmind.data.tokenise import tokenised
-
-    for record, item in tokenised(records(part, data, len(tokenizer)), tokenizer, data):
-        yield item, record.lone
+def estimate_epoch_batches(survey: Survey, config: DataConfig, model: ModelConfig, seed: int) -> int:
+    """Number of batches in an epoch; see `batch_count.estimate_batch_count`."""
+    return estimate_batch_count(survey, _load_tokenizer(model), config, seed)
 
 
-def feed(feeder: Any, turns: ShardAssignment, rank: int, counts: Counter[str]) -> Iterator[SampleBatch]:
-    """This worker's batches of an epoch from the `BatchServer` actor; the next one is on its way while one is
-    trained on.
-    """
-    waiting = feeder.next.remote(turns, rank)
-    while isinstance(found := ray.get(waiting), SampleBatch):
-        waiting = feeder.next.remote(turns, rank)
-        yield found
-    counts.update(found)
-
-
-def start_feeder(files: Sequence[str], data: DataConfig, base: ModelConfig, seed: int, workers: int) -> Any:
-    """A `BatchServer` actor; every worker may wait in it at once."""
+def start_batch_server(
+    files: Sequence[str], config: DataConfig, model: ModelConfig, seed: int, num_workers: int
+) -> Any:
+    """Start a `BatchServer` actor in which all workers may wait at once. Returns its handle."""
     parts = file_parts(files)
-    read: Callable[[], Iterable[pa.Table]] = functools.partial(_tables, list(files), data, base)
+    read: Callable[[], Iterable[pa.Table]] = functools.partial(
+        _tokenise_with_ray_data, list(files), config, model
+    )
     if len(parts) <= _FEW_PARTS:
-        read = functools.partial(iter, [to_table(read_part(part, _tokenizer(base), data)) for part in parts])
-    # None: not in the place that a sweep holds for whoever calls this, which is too small.
+        tokenizer = _load_tokenizer(model)
+        tables = [to_table(tokenise_part(part, tokenizer, config)) for part in parts]
+        read = functools.partial(iter, tables)
+    # None: outside of the placement group that a sweep holds for the caller, which is too small.
     strategy = PlacementGroupSchedulingStrategy(None)  # type: ignore[arg-type]  # documented, not typed
-    options = {"num_cpus": _TASK_CPUS, "max_concurrency": 2 * workers + 2, "scheduling_strategy": strategy}
-    return ray.remote(BatchServer).options(**options).remote(read, data, seed)
+    options = {
+        "num_cpus": _TASK_CPUS,
+        "max_concurrency": 2 * num_workers + 2,
+        "scheduling_strategy": strategy,
+    }
+    return ray.remote(BatchServer).options(**options).remote(read, config, seed)
 
 
-def _tables(files: Sequence[str], data: DataConfig, base: ModelConfig) -> Iterable[pa.Table]:
-    quiet_data()
-    tables: Iterable[pa.Table] = sample_rows(files, data, base).iter_batches(
+def _tokenise_with_ray_data(
+    files: Sequence[str], config: DataConfig, model: ModelConfig
+) -> Iterable[pa.Table]:
+    """One table per file part, with one row per good record, in the order of the files."""
+    silence_ray_data()
+    function = functools.partial(_tokenise_table, config=config, model=model)
+    tables: Iterable[pa.Table] = map_parts(file_parts(files), function).iter_batches(
         batch_size=None, batch_format="pyarrow"
     )
     return tables
+
+
+def receive_batches(
+    batch_server: Any, assignment: ShardAssignment, rank: int, counts: Counter[str]
+) -> Iterator[SampleBatch]:
+    """This worker's batches of an epoch from the `BatchServer` actor, with one batch requested ahead.
+
+    Adds the numbers of truncated and skipped texts to `counts` after the last batch.
+    """
+    pending = batch_server.next_batch.remote(assignment, rank)
+    while isinstance(item := ray.get(pending), SampleBatch):
+        pending = batch_server.next_batch.remote(assignment, rank)
+        yield item
+    counts.update(item)

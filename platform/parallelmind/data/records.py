@@ -1,5 +1,6 @@
-"""One line of parallel JSONL to a checked record. Strict about types, so that a mistake is reported and not
-trained on.
+"""Parse one line of parallel JSONL into a checked record.
+
+Types are checked strictly, so that a mistake is reported instead of trained on.
 """
 
 from __future__ import annotations
@@ -9,25 +10,25 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-Piece = str | list[int]  # text, or token ids in place of it
+TextOrIds = str | list[int]
 
 _KEYS = ("main", "branches", "text", "input_ids", "answer_offset", "prompt", "completion")
 _BOM = b"\xef\xbb\xbf"
 
 
 class RecordError(ValueError):
-    """Why a line is no record."""
+    """The reason why a line is not a record."""
 
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """One parallel text. With a completion, `body` is the prompt and targets begin where the completion does.
+    """One parallel text. With a completion, `body` is the prompt and the completion holds the targets.
 
-    references: other completions that are right as well; an evaluation takes any of them, training reads the
-    completion.
+    answer_offset: index of the first target token, for a branch without completion. references: other correct
+    completions; an evaluation accepts any of them, training uses the completion.
     """
 
-    body: Piece
+    body: TextOrIds
     completion: str | None = None
     answer_offset: int = 0
     references: tuple[str, ...] = ()
@@ -35,14 +36,16 @@ class Branch:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """`lone` records hold one branch and no main; the pipeline groups them into samples. extra: keys that
-    mean nothing here.
+    """One line of parallel JSONL.
+
+    standalone: the record is a single branch without main; packing groups such records into samples.
+    unknown_keys: keys that have no meaning here, such as an id.
     """
 
-    main: Piece
+    main: TextOrIds
     branches: tuple[Branch, ...]
-    lone: bool
-    extra: tuple[str, ...] = ()
+    standalone: bool
+    unknown_keys: tuple[str, ...] = ()
 
 
 def parse_line(raw: bytes, vocab_size: int | None = None) -> Record:
@@ -51,27 +54,29 @@ def parse_line(raw: bytes, vocab_size: int | None = None) -> Record:
 
 
 def parse_value(value: Any, vocab_size: int | None = None) -> Record:
-    """The record in one JSON value or row of Parquet.
+    """The record in one JSON value or row of Parquet. Raises RecordError with the reason.
 
-    vocab_size: token ids given in place of text must be below it, where it is known. Keys that mean nothing
-    here (an id, a source) are kept apart, but a misspelt one is an error. Raises RecordError with the reason.
+    vocab_size: upper bound of given token ids, if it is known. Unknown keys are kept in `unknown_keys`, but a
+    misspelt key is an error.
     """
     if not isinstance(value, dict):
-        raise RecordError(f"is a JSON {_kind(value)}, not an object")
-    _refuse_misspelt(value)
-    extra = tuple(key for key in value if key not in _KEYS)
+        raise RecordError(f"is a JSON {_json_type(value)}, not an object")
+    _check_spelling(value)
+    unknown_keys = tuple(key for key in value if key not in _KEYS)
     if "branches" not in value:
-        return Record("", (_branch(value, "record", vocab_size),), True, extra)
+        return Record("", (_branch(value, "record", vocab_size),), True, unknown_keys)
     branches = value["branches"]
     if not isinstance(branches, list) or not branches:
         raise RecordError("branches must be a list of at least one branch")
     main = _main(value.get("main", ""), vocab_size)
-    return Record(
-        main,
-        tuple(_branch(item, f"branches[{i}]", vocab_size) for i, item in enumerate(branches)),
-        False,
-        extra,
-    )
+    parsed = tuple(_branch(item, f"branches[{i}]", vocab_size) for i, item in enumerate(branches))
+    return Record(main, parsed, False, unknown_keys)
+
+
+def check_surrogates(text: str, where: str) -> None:
+    """Raise RecordError if the text holds half of a surrogate pair, which no tokenizer accepts."""
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise RecordError(f"{where} holds half of a surrogate pair, which is not a character")
 
 
 def _parse_json(raw: bytes) -> Any:
@@ -79,7 +84,7 @@ def _parse_json(raw: bytes) -> Any:
         return json.loads(
             raw.removeprefix(_BOM).decode("utf-8"),
             object_pairs_hook=_unique_keys,
-            parse_constant=_no_constant,
+            parse_constant=_refuse_constant,
         )
     except UnicodeDecodeError as error:
         raise RecordError(f"byte {error.start} is not UTF-8") from error
@@ -92,81 +97,76 @@ def _parse_json(raw: bytes) -> Any:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    value = dict(pairs)
+    if len(value) < len(pairs):
         keys = [key for key, _ in pairs]
         raise RecordError(f"has the key {next(key for key in keys if keys.count(key) > 1)!r} twice")
-    return found
+    return value
 
 
-def _no_constant(name: str) -> Any:
-    raise RecordError(f"is not JSON: {name} is no JSON number")
+def _refuse_constant(name: str) -> Any:
+    raise RecordError(f"is not JSON: {name} is not a JSON number")
 
 
-def _refuse_misspelt(value: dict[str, Any]) -> None:
+def _check_spelling(value: dict[str, Any]) -> None:
     for key in value.keys() - set(_KEYS):
         if near := difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.8):
             raise RecordError(f"has the key {key!r} (did you mean {near[0]}?)")
 
 
-def _main(value: Any, vocab_size: int | None) -> Piece:
+def _main(value: Any, vocab_size: int | None) -> TextOrIds:
     if isinstance(value, dict):
-        return _body(value, "main", vocab_size)
+        return _text_or_ids(value, "main", vocab_size)
     return _text(value, "main")
 
 
 def _branch(value: Any, where: str, vocab_size: int | None) -> Branch:
     if isinstance(value, str):
-        return Branch(_filled(_text(value, where), where))
+        return Branch(_nonempty(_text(value, where), where))
     if not isinstance(value, dict):
-        raise RecordError(f"{where} is a JSON {_kind(value)}, not text or an object")
-    _refuse_misspelt(value)
+        raise RecordError(f"{where} is a JSON {_json_type(value)}, not text or an object")
+    _check_spelling(value)
     if "prompt" in value or "completion" in value:
-        return _prompted(value, where)
+        return _prompt_and_completion(value, where)
     offset = value.get("answer_offset", 0)
     if type(offset) is not int or offset < 0:
         raise RecordError(f"{where}.answer_offset={offset!r} must be a token count of 0 or more")
-    return Branch(_filled(_body(value, where, vocab_size), where), answer_offset=offset)
+    return Branch(_nonempty(_text_or_ids(value, where, vocab_size), where), answer_offset=offset)
 
 
-def _prompted(value: dict[str, Any], where: str) -> Branch:
-    if extra := value.keys() & {"text", "input_ids", "answer_offset"}:
-        raise RecordError(f"{where} has prompt or completion beside {min(extra)}; give one form")
+def _prompt_and_completion(value: dict[str, Any], where: str) -> Branch:
+    if conflicting := value.keys() & {"text", "input_ids", "answer_offset"}:
+        raise RecordError(f"{where} has prompt or completion beside {min(conflicting)}; give one form")
     if missing := {"prompt", "completion"} - value.keys():
         raise RecordError(f"{where} has no {missing.pop()}")
     completion = _text(value["completion"], f"{where}.completion")
     references = value.get("references", [])
     if not isinstance(references, list):
-        raise RecordError(f"{where}.references is a JSON {_kind(references)}, not a list of texts")
-    others = tuple(_filled(_text(item, f"{where}.references"), f"{where}.references") for item in references)
+        raise RecordError(f"{where}.references is a JSON {_json_type(references)}, not a list of texts")
+    name = f"{where}.references"
+    checked_references = tuple(_nonempty(_text(item, name), name) for item in references)
     prompt = _text(value["prompt"], f"{where}.prompt")
-    return Branch(prompt, _filled(completion, f"{where}.completion"), references=others)
+    return Branch(prompt, _nonempty(completion, f"{where}.completion"), references=checked_references)
 
 
-def _body(value: dict[str, Any], where: str, vocab_size: int | None) -> Piece:
-    if ("text" in value) == ("input_ids" in value):
-        raise RecordError(
-            f"{where} needs either text or input_ids" + (", not both" if "text" in value else "")
-        )
+def _text_or_ids(value: dict[str, Any], where: str, vocab_size: int | None) -> TextOrIds:
+    if "text" in value and "input_ids" in value:
+        raise RecordError(f"{where} needs either text or input_ids, not both")
     if "text" in value:
         return _text(value["text"], f"{where}.text")
-    return _ids(value["input_ids"], f"{where}.input_ids", vocab_size)
+    if "input_ids" in value:
+        return _token_ids(value["input_ids"], f"{where}.input_ids", vocab_size)
+    raise RecordError(f"{where} needs either text or input_ids")
 
 
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
-        raise RecordError(f"{where} is a JSON {_kind(value)}, not text")
-    refuse_surrogates(value, where)
+        raise RecordError(f"{where} is a JSON {_json_type(value)}, not text")
+    check_surrogates(value, where)
     return value
 
 
-def refuse_surrogates(text: str, where: str) -> None:
-    """Raises RecordError for text that holds half of a surrogate pair, which no tokenizer takes."""
-    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise RecordError(f"{where} holds half of a surrogate pair, which is no character")
-
-
-def _ids(value: Any, where: str, vocab_size: int | None) -> list[int]:
+def _token_ids(value: Any, where: str, vocab_size: int | None) -> list[int]:
     if not isinstance(value, list) or set(map(type, value)) - {int} or min(value, default=0) < 0:
         raise RecordError(f"{where} must be a list of token ids")
     limit = 2**31 if vocab_size is None else vocab_size
@@ -175,12 +175,12 @@ def _ids(value: Any, where: str, vocab_size: int | None) -> list[int]:
     return value
 
 
-def _filled(piece: Any, where: str) -> Any:
-    if not piece:
+def _nonempty(value: Any, where: str) -> Any:
+    if not value:
         raise RecordError(f"{where} is empty")
-    return piece
+    return value
 
 
-def _kind(value: Any) -> str:
+def _json_type(value: Any) -> str:
     names = {str: "string", bool: "boolean", int: "number", float: "number", list: "array", dict: "object"}
     return names.get(type(value), "null")

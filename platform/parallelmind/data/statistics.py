@@ -15,7 +15,7 @@ import numpy as np
 from parallelmind.layout import IGNORE, MAIN, Layout, Tokens
 
 if TYPE_CHECKING:
-    from parallelmind.data.tokenise import Tokenised
+    from parallelmind.data.tokenise import TokenisedRecord
 
 PERCENTILES = (50, 90, 99, 100)
 
@@ -46,7 +46,7 @@ class Statistics:
     batch_tokens: list[int] = field(default_factory=list)
     batch_places: list[int] = field(default_factory=list)
 
-    def add_record(self, item: Tokenised) -> None:
+    def add_record(self, item: TokenisedRecord) -> None:
         self.truncated += item.truncated
         self.skipped += item.skipped
         if item.tokens is None:

@@ -1,4 +1,4 @@
-"""Every line checked once before training: what is good, what is bad and why, and a sample of the good."""
+"""Check every line before training: count the records, list the bad lines, and draw a sample of records."""
 
 from __future__ import annotations
 
@@ -12,21 +12,23 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from parallelmind.config import DataConfig
-from parallelmind.data.files import Part
+from parallelmind.data.files import FilePart
 from parallelmind.data.lines import Line, read_lines
 from parallelmind.data.records import Record, RecordError, parse_line, parse_value
 from parallelmind.errors import UserError
 
-_CONVERT = "turn it into parallel JSONL with `python -m workloads.convert`"
-_COUNTS = ("lines", "records", "branches", "lone")
+SAMPLE_CHARACTERS = 1 << 20  # size of a survey's sample; a tokenizer needs about a second for it
 
-SAMPLE = 1 << 20  # characters of records in a survey's sample: a second's work for a tokenizer
+_COUNTS = ("lines", "records", "branches", "standalone")
+_CONVERT_REMEDY = "convert it to parallel JSONL with `python -m workloads.convert`"
 
 
 @dataclass(frozen=True, slots=True)
 class BadLine:
-    """offset: bytes into the (uncompressed) file, or the row's number in Parquet. line: from 1, blank lines
-    included.
+    """A line that is not a record.
+
+    offset: bytes into the (uncompressed) file, or the row number in Parquet. line: counted from 1, blank
+    lines included.
     """
 
     file: str
@@ -40,57 +42,65 @@ class BadLine:
 
 @dataclass(slots=True)
 class Survey:
-    """What the files hold. lines: that are not blank; each is a record or bad. lone: records that grouping
-    will gather.
+    """Content of the files.
 
-    extra: records by each key that means nothing here. fingerprint: 12 hex digits of the SHA-256 of all
-    lines, in order. sample: records in their order, all of them where they are few, else some from
-    everywhere.
+    lines: number of lines that are not blank; each is a record or bad. standalone: number of standalone
+    records. unknown_keys: number of records that have each unknown key. fingerprint: 12 hex digits of the
+    SHA-256 of all lines, in order. sample: some records from all over the files in their order, or all of
+    them if they are few.
     """
 
     lines: int = 0
     records: int = 0
     branches: int = 0
-    lone: int = 0
+    standalone: int = 0
     bad: list[BadLine] = field(default_factory=list)
-    extra: Counter[str] = field(default_factory=Counter)
+    unknown_keys: Counter[str] = field(default_factory=Counter)
     fingerprint: str = ""
     sample: list[Record] = field(default_factory=list)
 
-    def refuse_too_many(self, config: DataConfig, name: str) -> None:
-        """Raises UserError without a single good record, and for more bad ones than the settings allow."""
-        worst = f", the first: {self.bad[0]}" if self.bad else ""
-        what = f"{name}={getattr(config, name)}"
+    def raise_if_unusable(self, config: DataConfig, field: str) -> None:
+        """Raise UserError if there is no good record, or more bad lines than the config allows.
+
+        field: the config field that names the files.
+        """
+        path = f"{field}={getattr(config, field)}"
+        first_bad = f", the first: {self.bad[0]}" if self.bad else ""
         if not self.records:
-            raise UserError(f"{what}: holds no record (bad lines: {len(self.bad)}{worst}); {_CONVERT}")
+            raise UserError(
+                f"{path}: holds no record (bad lines: {len(self.bad)}{first_bad}); {_CONVERT_REMEDY}"
+            )
         if config.strict and self.bad:
             raise UserError(
-                f"{what}: {self.bad[0]}; mend it, or set strict=false to leave out bad lines ({len(self.bad)})"
+                f"{path}: {self.bad[0]}; correct it, or set strict=false to skip bad lines ({len(self.bad)})"
             )
         limit = config.max_bad_records
         if limit is not None and len(self.bad) > (limit if limit >= 1 else limit * self.lines):
             share = f"{len(self.bad)} of {self.lines} lines are bad"
-            raise UserError(f"max_bad_records={limit:g}: {share}{worst}; mend them, or raise the limit")
+            raise UserError(
+                f"max_bad_records={limit:g}: {share}{first_bad}; correct them, or raise the limit"
+            )
 
 
-def records(part: Part, config: DataConfig, vocab_size: int | None) -> Iterator[Record]:
-    """Every good record of a part; `survey_part` tells of the others."""
+def read_records(part: FilePart, config: DataConfig, vocab_size: int | None) -> Iterator[Record]:
+    """Every good record of a part. Bad lines are left out; `survey_part` reports them."""
     for line in read_lines(part):
-        found = check(line, config, vocab_size)
-        if isinstance(found, Record):
-            yield found
+        result = check_line(line, config, vocab_size)
+        if isinstance(result, Record):
+            yield result
 
 
-def check(line: Line, config: DataConfig, vocab_size: int | None) -> Record | str | None:
-    """The record in a line, the reason why there is none, or nothing for a blank line."""
+def check_line(line: Line, config: DataConfig, vocab_size: int | None) -> Record | str | None:
+    """The record in a line, the reason why it is bad, or None for a blank line."""
     if line.problem is not None:
         return line.problem
     if line.raw is not None and not line.raw.strip():
         return None
     try:
-        record = (
-            parse_line(line.raw, vocab_size) if line.raw is not None else parse_value(line.value, vocab_size)
-        )
+        if line.raw is not None:
+            record = parse_line(line.raw, vocab_size)
+        else:
+            record = parse_value(line.value, vocab_size)
     except RecordError as error:
         return str(error)
     limit = config.max_branches_per_sample
@@ -99,67 +109,71 @@ def check(line: Line, config: DataConfig, vocab_size: int | None) -> Record | st
     return record
 
 
-def survey_part(part: Part, config: DataConfig, vocab_size: int | None, share: float = 0.0) -> dict[str, Any]:
-    """Counts and bad lines of one part, as one row of plain values; line numbers start at 1 within the part.
+def survey_part(
+    part: FilePart, config: DataConfig, vocab_size: int | None, share: float = 0.0
+) -> dict[str, Any]:
+    """Counts, bad lines and sampled records of one part, as one row of plain values for `combine_surveys`.
 
-    share: of its records that go into the sample, beside the first. Each draws a number, the same one
-    wherever the files lie.
+    share: the share of records to sample; the first record is always sampled. The random draws depend on the
+    file's name and the part, not on the file's folder. Line numbers count from 1 within the part.
     """
     counts: Counter[str] = Counter()
-    extra: Counter[str] = Counter()
+    unknown_keys: Counter[str] = Counter()
     bad: list[tuple[int, int, str]] = []
     sample: list[tuple[float, str]] = []
-    draws = random.Random(f"{PurePosixPath(part.file).name} {part.start}")
+    random_draws = random.Random(f"{PurePosixPath(part.file).name} {part.start}")
     digest = hashlib.sha256()
     for number, line in enumerate(read_lines(part), start=1):
         counts["numbered"] = number
         digest.update(b"\n" + (line.raw if line.raw is not None else repr(line.value).encode()))
-        found = check(line, config, vocab_size)
-        if isinstance(found, Record):
-            counts.update(lines=1, records=1, branches=len(found.branches), lone=int(found.lone))
-            extra.update(found.extra)
-            if (draw := draws.random()) < share or not sample:
-                sample.append((draw, _text(line)))
-        elif found is not None:
+        result = check_line(line, config, vocab_size)
+        if isinstance(result, Record):
+            counts.update(
+                lines=1, records=1, branches=len(result.branches), standalone=int(result.standalone)
+            )
+            unknown_keys.update(result.unknown_keys)
+            if (draw := random_draws.random()) < share or not sample:
+                sample.append((draw, _json_text(line)))
+        elif result is not None:
             counts["lines"] += 1
-            bad.append((line.offset, number, found))
+            bad.append((line.offset, number, result))
     row = {name: counts[name] for name in (*_COUNTS, "numbered")}
-    lists = {"bad": json.dumps(bad), "extra": json.dumps(extra), "sample": json.dumps(sample)}
+    lists = {"bad": json.dumps(bad), "unknown_keys": json.dumps(unknown_keys), "sample": json.dumps(sample)}
     return {**row, **lists, "digest": digest.hexdigest()}
 
 
-def _text(line: Line) -> str:
-    """The JSON of a good line. Columns that mean nothing here may hold what JSON lacks."""
-    return (
-        line.raw.decode("utf-8-sig")
-        if line.raw is not None
-        else json.dumps(line.value, ensure_ascii=False, default=str)
-    )
+def _json_text(line: Line) -> str:
+    """The JSON of a good line. Unknown columns of Parquet may hold values that JSON has no form for."""
+    if line.raw is not None:
+        return line.raw.decode("utf-8-sig")
+    return json.dumps(line.value, ensure_ascii=False, default=str)
 
 
-def combine(parts: Sequence[Part], rows: Sequence[dict[str, Any]]) -> Survey:
-    """One survey of the rows of `survey_part`, in the order of the parts."""
-    found, before, file = Survey(), 0, ""
+def combine_surveys(parts: Sequence[FilePart], rows: Sequence[dict[str, Any]]) -> Survey:
+    """One survey from the rows of `survey_part`, given in the order of the parts."""
+    survey, lines_before, file = Survey(), 0, ""
     for part, row in zip(parts, rows, strict=True):
-        before = before if part.file == file else 0
+        lines_before = lines_before if part.file == file else 0
         file = part.file
         for name in _COUNTS:
-            setattr(found, name, getattr(found, name) + row[name])
-        found.extra.update(json.loads(row["extra"]))
-        found.bad += [
-            BadLine(file, offset, before + number, why) for offset, number, why in json.loads(row["bad"])
+            setattr(survey, name, getattr(survey, name) + row[name])
+        survey.unknown_keys.update(json.loads(row["unknown_keys"]))
+        survey.bad += [
+            BadLine(file, offset, lines_before + number, reason)
+            for offset, number, reason in json.loads(row["bad"])
         ]
-        before += row["numbered"]
-    found.sample = _sampled([(draw, text) for row in rows for draw, text in json.loads(row["sample"])])
-    found.fingerprint = hashlib.sha256("".join(row["digest"] for row in rows).encode()).hexdigest()[:12]
-    return found
+        lines_before += row["numbered"]
+    survey.sample = _lowest_draws([(draw, text) for row in rows for draw, text in json.loads(row["sample"])])
+    survey.fingerprint = hashlib.sha256("".join(row["digest"] for row in rows).encode()).hexdigest()[:12]
+    return survey
 
 
-def _sampled(drawn: Sequence[tuple[float, str]]) -> list[Record]:
-    """In their order, the records with the lowest draws, as many as `SAMPLE` holds and one at least: as if
-    drawn evenly.
+def _lowest_draws(drawn: Sequence[tuple[float, str]]) -> list[Record]:
+    """The records with the lowest draws, in file order: at least one, else up to `SAMPLE_CHARACTERS`.
+
+    The result is distributed as if all records had been drawn with equal probability.
     """
-    room = SAMPLE
+    room = SAMPLE_CHARACTERS
     chosen: list[int] = []
     for index in sorted(range(len(drawn)), key=lambda index: drawn[index][0]):
         room -= len(drawn[index][1])
@@ -170,7 +184,7 @@ def _sampled(drawn: Sequence[tuple[float, str]]) -> list[Record]:
 
 
 def write_quarantine(path: Path, bad: Sequence[BadLine]) -> None:
-    """One JSON object for each bad line: file, offset, line and reason."""
+    """Write one JSON object per bad line: file, offset, line and reason."""
     lines = (
         json.dumps({"file": item.file, "offset": item.offset, "line": item.line, "reason": item.reason})
         for item in bad

@@ -1,54 +1,58 @@
-"""Tokenised records as Arrow lists, in which they travel: no Python object per token."""
+"""Tokenised records as Arrow tables, the form in which they travel: no Python object per token."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from parallelmind.data.packing import Row
-from parallelmind.layout import Tokens
+from parallelmind.data.packing import TokenRecord
+from parallelmind.data.tokenise import TokenisedRecord
+from parallelmind.layout import Ints, Tokens
 
-if TYPE_CHECKING:
-    from parallelmind.data.tokenise import Tokenised
+_TOKEN_COLUMNS = ("ids", "lengths", "answer_offsets")  # the fields of `Tokens`
+_COUNT_COLUMNS = ("truncated", "skipped")
+_SCHEMA = pa.schema(
+    [
+        *((name, pa.list_(pa.int32())) for name in _TOKEN_COLUMNS),
+        ("standalone", pa.bool_()),
+        *((name, pa.int32()) for name in _COUNT_COLUMNS),
+    ]
+)
 
-_ROWS = pa.schema([("ids", pa.list_(pa.int32())), ("lengths", pa.list_(pa.int32())), ("answer_offsets", pa.list_(pa.int32())),
-                   ("lone", pa.bool_()), ("truncated", pa.int32()), ("skipped", pa.int32())])  # fmt: skip
 
-
-def to_table(tokenised: Iterable[tuple[Tokenised, bool]]) -> pa.Table:
-    """Tokenised records as Arrow lists; a record without a branch left has empty ones."""
-    none = Tokens(*(np.empty(0, np.int64) for _ in range(3)))
-    columns: dict[str, list[Any]] = {name: [] for name in _ROWS.names}
-    for item, lone in tokenised:
-        tokens = item.tokens or none
-        for name in ("ids", "lengths", "answer_offsets"):
+def to_table(records: Iterable[TokenisedRecord]) -> pa.Table:
+    """Tokenised records as one table. A record without a remaining branch has empty lists."""
+    no_tokens = Tokens(*(np.empty(0, np.int64) for _ in _TOKEN_COLUMNS))
+    columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
+    for record in records:
+        tokens = record.tokens or no_tokens
+        for name in _TOKEN_COLUMNS:
             columns[name].append(getattr(tokens, name).astype(np.int32))
-        for name, value in (("lone", lone), ("truncated", item.truncated), ("skipped", item.skipped)):
-            columns[name].append(value)
-    return pa.table(columns, schema=_ROWS)
+        for name in ("standalone", *_COUNT_COLUMNS):
+            columns[name].append(getattr(record, name))
+    return pa.table(columns, schema=_SCHEMA)
 
 
-def to_rows(tables: Iterable[pa.Table], counts: Counter[str]) -> Iterator[Row]:
-    """The records of Arrow tables; adds what was truncated and skipped to `counts`."""
+def from_tables(tables: Iterable[pa.Table], counts: Counter[str]) -> Iterator[TokenRecord]:
+    """The records of the tables. Adds the numbers of truncated and skipped texts to `counts`."""
     for table in tables:
         if not table.num_rows:
             continue
-        lists = [_arrays(table.column(name)) for name in ("ids", "lengths", "answer_offsets")]
-        for *parts, lone in zip(*lists, table.column("lone").to_pylist(), strict=True):
-            if len(parts[0]):
-                yield Row(Tokens(*parts), lone)
-        for name in ("truncated", "skipped"):
+        lists = [_arrays(table.column(name)) for name in _TOKEN_COLUMNS]
+        for *arrays, standalone in zip(*lists, table.column("standalone").to_pylist(), strict=True):
+            if len(arrays[0]):
+                yield TokenRecord(Tokens(*arrays), standalone)
+        for name in _COUNT_COLUMNS:
             counts[name] += int(np.sum(table.column(name).to_numpy()))
 
 
-def _arrays(column: pa.ChunkedArray) -> list[Any]:
+def _arrays(column: pa.ChunkedArray) -> list[Ints]:
     """One integer array per row of a list column."""
     combined = column.combine_chunks()
     offsets = combined.offsets.to_numpy()
-    return np.split(
-        combined.values.to_numpy().astype(np.int64)[offsets[0] : offsets[-1]], (offsets - offsets[0])[1:-1]
-    )
+    values = combined.values.to_numpy().astype(np.int64)[offsets[0] : offsets[-1]]
+    return np.split(values, (offsets - offsets[0])[1:-1])

@@ -1,105 +1,129 @@
-"""Records to `layout.Tokens`, within the length limits."""
+"""Records to token ids, within the length limits."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from parallelmind.config import DataConfig
-from parallelmind.data.encode import encode_texts, opened_by, opening
-from parallelmind.data.records import Piece, Record
+from parallelmind.data.encode import bos_ids, encode_texts, prepend_bos
+from parallelmind.data.files import FilePart
+from parallelmind.data.packing import TokenRecord
+from parallelmind.data.records import Record, TextOrIds
+from parallelmind.data.survey import read_records
 from parallelmind.layout import Tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_RECORDS_PER_CALL = 256  # records whose texts are encoded in one call of the tokenizer
 
 
 @dataclass(frozen=True, slots=True)
-class Tokenised:
-    """tokens: None where no branch is left. truncated: mains and branches that were cut. skipped: branches
-    left out.
+class TokenisedRecord:
+    """Token ids of one record, and what the length limits removed.
+
+    tokens: None if no branch remains. standalone: as in `Record`. truncated: number of truncated mains and
+    branches. skipped: number of branches left out.
     """
 
     tokens: Tokens | None
+    standalone: bool
     truncated: int
     skipped: int
 
+    def for_packing(self) -> Iterator[TokenRecord]:
+        """The record as input of packing, or nothing if no branch remains."""
+        if self.tokens is not None:
+            yield TokenRecord(self.tokens, self.standalone)
 
-_TOGETHER = 256  # records whose texts are encoded in one call
+
+def tokenise_part(
+    part: FilePart, tokenizer: PreTrainedTokenizerBase, config: DataConfig
+) -> Iterator[TokenisedRecord]:
+    """Every good record of a file part, tokenised. Bad lines are left out; the survey reports them."""
+    return tokenise_stream(read_records(part, config, len(tokenizer)), tokenizer, config)
 
 
-def tokenised(
+def tokenise_stream(
     records: Iterator[Record], tokenizer: PreTrainedTokenizerBase, config: DataConfig
-) -> Iterator[tuple[Record, Tokenised]]:
-    """Each record of a stream with its token ids."""
-    while held := list(islice(records, _TOGETHER)):
-        yield from zip(held, tokenise(held, tokenizer, config), strict=True)
+) -> Iterator[TokenisedRecord]:
+    """Tokenise a stream of records, many at a time."""
+    while chunk := list(islice(records, _RECORDS_PER_CALL)):
+        yield from tokenise(chunk, tokenizer, config)
 
 
 def tokenise(
     records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, config: DataConfig
-) -> list[Tokenised]:
-    """Token ids of many records, their texts encoded in one call.
+) -> list[TokenisedRecord]:
+    """Tokenise many records, with one call of the tokenizer.
 
-    Prompt and completion are tokenised apart, so decoding the prompt gives exactly the training prefix. Text
-    and completions end with the tokenizer's EOS, so that a model learns to stop; `input_ids` are taken as
-    they are. A main or branch over `max_branch_tokens` is cut from the right or skipped; a branch without a
-    target is skipped, and so is one that would not fit into `max_sample_tokens` beside its main.
+    Prompt and completion are tokenised separately, so encoding the prompt for decoding gives exactly the
+    training prefix. Texts and completions end with the tokenizer's EOS, so that a model learns to stop;
+    `input_ids` are used unchanged. A main or branch longer than `max_branch_tokens` is truncated on the right
+    or skipped. A branch without a target is skipped, and so is one that exceeds `max_sample_tokens` together
+    with its main.
     """
     texts = [text for record in records for text in _texts(record)]
     encoded = iter(encode_texts(tokenizer, texts))
-    bos = opening(tokenizer)
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return [_fitted(*_encoded(record, encoded, bos, end), config) for record in records]
+    bos = bos_ids(tokenizer)
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return [
+        _apply_limits(*_assemble(record, encoded, bos, eos), record.standalone, config) for record in records
+    ]
 
 
 def _texts(record: Record) -> Iterator[str]:
-    """The texts of a record, in the order in which `_encoded` takes them."""
-    for piece in (
-        record.main,
-        *(piece for branch in record.branches for piece in (branch.body, branch.completion)),
-    ):
-        if isinstance(piece, str):
-            yield piece
+    """The texts of a record, in the order in which `_assemble` consumes their ids."""
+    branch_parts = (part for branch in record.branches for part in (branch.body, branch.completion))
+    for part in (record.main, *branch_parts):
+        if isinstance(part, str):
+            yield part
 
 
-def _encoded(
-    record: Record, encoded: Iterator[list[int]], bos: list[int], end: list[int]
+def _assemble(
+    record: Record, encoded: Iterator[list[int]], bos: list[int], eos: list[int]
 ) -> tuple[list[int], list[tuple[list[int], int]]]:
-    """Ids of main, and of every branch with the index of its first target."""
+    """The ids of main, and for every branch its ids and the index of its first target."""
 
-    def ids(piece: Piece, first: bool) -> list[int]:
-        found = next(encoded) if isinstance(piece, str) else piece
-        return opened_by(found, bos) if first and isinstance(piece, str) else found
+    def ids_of(part: TextOrIds, first: bool) -> list[int]:
+        if not isinstance(part, str):
+            return part
+        ids = next(encoded)
+        return prepend_bos(ids, bos) if first else ids
 
-    main = ids(record.main, first=bool(record.main))
+    main = ids_of(record.main, first=bool(record.main))
     branches = []
     for branch in record.branches:
-        body = ids(branch.body, first=not main)
+        body = ids_of(branch.body, first=not main)
         if branch.completion is not None:
-            branches.append((body + ids(branch.completion, first=False) + end, len(body)))
+            branches.append((body + ids_of(branch.completion, first=False) + eos, len(body)))
         else:
-            branches.append((body + end if isinstance(branch.body, str) else body, branch.answer_offset))
+            branches.append((body + eos if isinstance(branch.body, str) else body, branch.answer_offset))
     return main, branches
 
 
-def _fitted(main: list[int], branches: list[tuple[list[int], int]], config: DataConfig) -> Tokenised:
-    """What is left within the limits. The first token of a branch is never a target: nothing precedes it."""
+def _apply_limits(
+    main: list[int], branches: list[tuple[list[int], int]], standalone: bool, config: DataConfig
+) -> TokenisedRecord:
+    """Truncate and skip. The first token of a branch is never a target, as no token precedes it."""
     limit = config.max_branch_tokens
-    main_cut = len(main) > limit
-    if main_cut and config.overlong == "skip":
-        return Tokenised(None, 0, len(branches))
+    main_too_long = len(main) > limit
+    if main_too_long and config.overlong == "skip":
+        return TokenisedRecord(None, standalone, 0, len(branches))
     main = main[:limit]
-    kept, offsets, truncated = [], [], int(main_cut)
+    kept, offsets, truncated = [], [], int(main_too_long)
     for ids, offset in branches:
-        cut = len(ids) > limit
-        if cut and config.overlong == "skip":
+        too_long = len(ids) > limit
+        if too_long and config.overlong == "skip":
             continue
         ids = ids[:limit]
         if len(ids) <= max(offset, 1) or len(main) + len(ids) > config.max_sample_tokens:
             continue
         kept.append(ids)
         offsets.append(offset)
-        truncated += cut
+        truncated += too_long
     tokens = Tokens.of(main, kept, offsets) if kept else None
-    return Tokenised(tokens, truncated, len(branches) - len(kept))
+    return TokenisedRecord(tokens, standalone, truncated, len(branches) - len(kept))

@@ -1,6 +1,4 @@
-"""How many batches an epoch is said to hold is what it holds, whatever the format, the language and the
-limits.
-"""
+"""The estimated number of batches is the real one, whatever the format, the language and the limits."""
 
 from __future__ import annotations
 
@@ -17,17 +15,18 @@ from tiny import tiny_tokenizer
 
 from parallelmind.config import DataConfig
 from parallelmind.data import survey as survey_module
-from parallelmind.data.batch_count import epoch_batches
+from parallelmind.data.batch_count import estimate_batch_count
 from parallelmind.data.files import file_parts
-from parallelmind.data.packing import Row, Seeds, groups
-from parallelmind.data.pipeline import read_part, survey
+from parallelmind.data.packing import EpochSeed, sample_batches
+from parallelmind.data.pipeline import survey_files
+from parallelmind.data.tokenise import tokenise_part
 
 ENGLISH = "The answer to the question is in the passage. "
 CHINESE = "问题的答案就在这段文字里,请仔细阅读。"
 
 
 def texts(text: str, count: int) -> list[dict[str, Any]]:
-    """Records of very different lengths, the long ones last: a sample from the beginning would mislead."""
+    """Records of very different lengths, the long ones last, so a sample from the beginning is biased."""
     draws = random.Random(0)
     return [
         {"text": f"{number} {text * draws.randint(1, 3 + number * 6 // count)}"} for number in range(count)
@@ -49,65 +48,67 @@ def config(path: Path, **settings: Any) -> DataConfig:
     return DataConfig.model_validate({"data_path": str(path), "length_window": 4, **settings})
 
 
-def planned(path: Path, data: DataConfig) -> int:
-    return epoch_batches(survey([str(path)], data), tiny_tokenizer(), data, seed=3)
+def estimate(path: Path, data: DataConfig) -> int:
+    return estimate_batch_count(survey_files([str(path)], data), tiny_tokenizer(), data, seed=3)
 
 
-def held(path: Path, data: DataConfig) -> int:
+def count(path: Path, data: DataConfig) -> int:
     """The batches of the first epoch, counted."""
-    items = (item for part in file_parts([str(path)]) for item in read_part(part, tiny_tokenizer(), data))
-    rows = (Row(item.tokens, lone) for item, lone in items if item.tokens is not None)
-    return sum(1 for _ in groups(rows, data, Seeds(3)))
+    tokenised = (
+        item for part in file_parts([str(path)]) for item in tokenise_part(part, tiny_tokenizer(), data)
+    )
+    records = (record for item in tokenised for record in item.for_packing())
+    return sum(1 for _ in sample_batches(records, data, EpochSeed(3)))
 
 
 MODES: list[dict[str, Any]] = [
     {"batch_tokens": 4096},
-    {"batch_size": 3, "max_sample_tokens": 400},  # which ends groups before they have their number
+    {"batch_size": 3, "max_sample_tokens": 400},  # ends groups before they reach their size
     {"batch_size": 10, "batch_by_samples": False, "max_branch_tokens": 60, "overlong": "skip"},
 ]
 
 
 @pytest.mark.parametrize("settings", MODES)
-def test_a_small_epoch_is_counted_and_is_the_same_in_either_format(
+def test_small_epoch_is_counted_exactly_and_equal_in_both_formats(
     tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     records = [*texts(CHINESE, 150), {"main": ENGLISH * 3, "branches": [ENGLISH] * 20}]
-    whole = [write(tmp_path / name, records) for name in ("data.jsonl", "data.parquet")]
-    found = [planned(path, config(path, **settings)) for path in whole]
-    assert found == [held(path, config(path, **settings)) for path in whole]
-    assert found[0] == found[1] > 5
+    paths = [write(tmp_path / name, records) for name in ("data.jsonl", "data.parquet")]
+    estimates = [estimate(path, config(path, **settings)) for path in paths]
+    assert estimates == [count(path, config(path, **settings)) for path in paths]
+    assert estimates[0] == estimates[1] > 5
 
 
 @pytest.mark.parametrize("settings", MODES)
 @pytest.mark.parametrize("name", ["data.jsonl", "data.parquet"])
 @pytest.mark.parametrize("text", [ENGLISH, CHINESE])
-def test_a_large_epoch_is_planned_from_a_sample(
+def test_large_epoch_is_estimated_from_a_sample(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, name: str, settings: dict[str, Any]
 ) -> None:
     path = write(tmp_path / name, texts(text, 2000 if name == "data.jsonl" else 400))
-    monkeypatch.setattr(survey_module, "SAMPLE", 20_000)
-    monkeypatch.setattr("parallelmind.data.pipeline.SAMPLE", 20_000)
+    monkeypatch.setattr(survey_module, "SAMPLE_CHARACTERS", 20_000)
+    monkeypatch.setattr("parallelmind.data.pipeline.SAMPLE_CHARACTERS", 20_000)
     data = config(path, **settings)
-    assert 0 < len(survey([str(path)], data).sample) < 400
-    assert planned(path, data) == planned(path, data)  # as a run that goes on would
-    assert planned(path, data) == pytest.approx(held(path, data), rel=0.15)
+    assert 0 < len(survey_files([str(path)], data).sample) < 400
+    assert estimate(path, data) == estimate(path, data)  # as a resumed run requires
+    assert estimate(path, data) == pytest.approx(count(path, data), rel=0.15)
 
 
-def test_records_as_long_as_the_sample_are_counted_on_too(
+def test_records_longer_than_the_sample_are_estimated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path / "data.jsonl", [{"main": "", "branches": [ENGLISH] * 50}] * 40)
-    monkeypatch.setattr(survey_module, "SAMPLE", 20)
-    monkeypatch.setattr("parallelmind.data.pipeline.SAMPLE", 20)
+    monkeypatch.setattr(survey_module, "SAMPLE_CHARACTERS", 20)
+    monkeypatch.setattr("parallelmind.data.pipeline.SAMPLE_CHARACTERS", 20)
     data = config(path, batch_tokens=4096)
-    assert planned(path, data) == pytest.approx(held(path, data), rel=0.15)
+    assert estimate(path, data) == pytest.approx(count(path, data), rel=0.15)
 
 
 def test_batches_larger_than_the_sample_are_not_rounded_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path / "data.jsonl", texts(ENGLISH, 4000))
-    monkeypatch.setattr(survey_module, "SAMPLE", 20_000)
-    monkeypatch.setattr("parallelmind.data.pipeline.SAMPLE", 20_000)
+    monkeypatch.setattr(survey_module, "SAMPLE_CHARACTERS", 20_000)
+    monkeypatch.setattr("parallelmind.data.pipeline.SAMPLE_CHARACTERS", 20_000)
     data = config(path, batch_tokens=60_000, length_window=1)
-    assert planned(path, data) == pytest.approx(held(path, data), rel=0.15)
+    assert estimate(path, data) == pytest.approx(count(path, data), rel=0.15)

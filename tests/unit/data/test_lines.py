@@ -1,6 +1,4 @@
-"""Lines of plain, compressed and columnar files: each read once, with its place, and none lost to a bad
-neighbour.
-"""
+"""Every line of plain, compressed and Parquet files is read once, whatever its neighbours hold."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parallelmind.data import lines as lines_module
-from parallelmind.data.files import Part, file_parts
+from parallelmind.data.files import FilePart, file_parts
 from parallelmind.data.lines import Line, read_lines
 
 PIECES = [b"a", b"bb", b"\n", b"\r", "\u2028".encode(), "\u0085".encode(), b"\xff", b"\x00"]
@@ -30,7 +28,7 @@ def all_lines(file: Path) -> list[Line]:
     size=st.integers(1, 12),
     longest=st.integers(3, 50),
 )
-def test_every_line_is_read_once_wherever_the_cuts_fall(tmp_path_factory, content, size, longest):
+def test_every_line_is_read_once_wherever_parts_begin(tmp_path_factory, content, size, longest):
     file = tmp_path_factory.mktemp("lines") / "data"
     data = b"".join(content)
     file.write_bytes(data)
@@ -39,23 +37,23 @@ def test_every_line_is_read_once_wherever_the_cuts_fall(tmp_path_factory, conten
         expected.append((offset, raw))
         offset += len(raw) + 1
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lines_module, "LONGEST", longest)
-        parts = [Part(str(file), at, min(at + size, len(data))) for at in range(0, len(data), size)]
-        found = [line for part in parts for line in read_lines(part)]
-    assert [line.offset for line in found] == [offset for offset, _ in expected]
-    for line, (_, raw) in zip(found, expected, strict=True):
+        patch.setattr(lines_module, "MAX_LINE_BYTES", longest)
+        parts = [FilePart(str(file), at, min(at + size, len(data))) for at in range(0, len(data), size)]
+        lines = [line for part in parts for line in read_lines(part)]
+    assert [line.offset for line in lines] == [offset for offset, _ in expected]
+    for line, (_, raw) in zip(lines, expected, strict=True):
         if line.problem is None:
             assert line.raw == raw
         else:
             assert len(raw) + 1 > longest
-            assert "more than the" in line.problem
+            assert "the limit for a line is" in line.problem
 
 
-def test_a_very_long_line_is_passed_over_once_and_not_held(tmp_path, monkeypatch):
-    """The parts in the middle of it look no further than their own end."""
+def test_very_long_line_is_skipped_once_without_being_held(tmp_path, monkeypatch):
+    """Parts inside the line do not read beyond their own end."""
     file = tmp_path / "data.jsonl"
     file.write_bytes(b'{"text": "a"}\n' + b"x" * (20 << 20) + b'\n{"text": "b"}\n')
-    monkeypatch.setattr(lines_module, "LONGEST", 1000)
+    monkeypatch.setattr(lines_module, "MAX_LINE_BYTES", 1000)
     read = []
 
     class Counting:
@@ -89,7 +87,7 @@ def test_compressed_files(tmp_path, ending):
     assert all_lines(file)[7].offset == TEXT.index(b'{"text": "7"}')
 
 
-def test_a_damaged_gzip_tail_costs_only_what_comes_after_it(tmp_path):
+def test_damaged_gzip_file_yields_the_lines_before_the_damage(tmp_path):
     whole = gzip.compress(TEXT)
     for damaged in (whole[: len(whole) // 2], whole[: len(whole) // 2] + b"\x00" * 50, whole + b"garbage"):
         file = tmp_path / "data.jsonl.gz"
@@ -104,17 +102,17 @@ def test_a_damaged_gzip_tail_costs_only_what_comes_after_it(tmp_path):
 def test_rows_of_parquet(tmp_path):
     rows = [
         {"main": "m", "branches": [{"prompt": "p", "completion": "c", "text": None}], "text": None},
-        {"main": None, "branches": None, "text": "lone"},
+        {"main": None, "branches": None, "text": "standalone"},
     ]
     file = tmp_path / "data.parquet"
     pq.write_table(pa.Table.from_pylist(rows * 3), file, row_group_size=2)
-    found = all_lines(file)
-    assert [line.offset for line in found] == list(range(6))
-    assert found[2].value == {"main": "m", "branches": [{"prompt": "p", "completion": "c"}]}
-    assert found[5].value == {"text": "lone"}
+    lines = all_lines(file)
+    assert [line.offset for line in lines] == list(range(6))
+    assert lines[2].value == {"main": "m", "branches": [{"prompt": "p", "completion": "c"}]}
+    assert lines[5].value == {"text": "standalone"}
 
 
-def test_a_damaged_row_group_costs_no_other(tmp_path):
+def test_damaged_row_group_costs_no_other(tmp_path):
     file = tmp_path / "data.parquet"
     pq.write_table(
         pa.table({"text": [f"{number} lives" for number in range(3000)]}), file, row_group_size=1000
@@ -124,16 +122,16 @@ def test_a_damaged_row_group_costs_no_other(tmp_path):
     first, size = column.dictionary_page_offset, column.total_compressed_size
     content[first : first + size] = b"\xff" * size
     file.write_bytes(content)
-    found = all_lines(file)
-    (bad,) = [line for line in found if line.problem]
+    lines = all_lines(file)
+    (bad,) = [line for line in lines if line.problem]
     assert bad.offset == 1000
     assert "damaged from here on" in bad.problem
-    assert [line.value["text"] for line in found if not line.problem] == [
+    assert [line.value["text"] for line in lines if not line.problem] == [
         f"{number} lives" for number in (*range(1000), *range(2000, 3000))
     ]
 
 
-def test_parquet_text_that_is_not_utf8_is_told(tmp_path):
+def test_parquet_text_that_is_not_utf8_is_reported(tmp_path):
     file = tmp_path / "data.parquet"
     column = pa.array([b"good", b"\xff\xfe"]).cast(pa.string(), safe=False)
     pq.write_table(pa.table({"text": column}), file, row_group_size=1)

@@ -1,4 +1,4 @@
-"""Grouping, shuffling and batching: nothing lost, everything repeatable."""
+"""Packing, shuffling and batching lose nothing and are repeatable."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parallelmind.config import DataConfig, RopeConfig
+from parallelmind.data.held_out import regroup_branches
 from parallelmind.data.packing import (
-    Row,
-    Seeds,
+    EpochSeed,
+    TokenRecord,
     batch,
-    groups,
     make_batch,
     pack,
-    regrouped,
+    sample_batches,
     shuffle,
     split,
 )
@@ -30,29 +30,34 @@ def config(**settings: object) -> DataConfig:
     return DataConfig.model_validate({"data_path": "-", **settings})
 
 
-def lone_rows(count: int) -> list[Row]:
-    return [Row(Tokens.of([], [[10 + i, 1000 + i, 2000 + i][: 2 + i % 2]]), lone=True) for i in range(count)]
+def standalone_records(count: int) -> list[TokenRecord]:
+    return [
+        TokenRecord(Tokens.of([], [[10 + i, 1000 + i, 2000 + i][: 2 + i % 2]]), standalone=True)
+        for i in range(count)
+    ]
 
 
-def record_row(branches: int, main: int = 3) -> Row:
-    return Row(
-        Tokens.of([7] * main, [[100 + i] * (2 + i) for i in range(branches)], range(branches)), lone=False
+def record_with_main(branches: int, main: int = 3) -> TokenRecord:
+    return TokenRecord(
+        Tokens.of([7] * main, [[100 + i] * (2 + i) for i in range(branches)], range(branches)),
+        standalone=False,
     )
 
 
 def contents(samples: list[Tokens]) -> Counter[tuple[int, ...]]:
-    found: Counter[tuple[int, ...]] = Counter()
+    """How often each branch occurs in the samples."""
+    branches: Counter[tuple[int, ...]] = Counter()
     for sample in samples:
-        found.update(
+        branches.update(
             tuple(part.tolist()) for part in np.split(sample.ids, np.cumsum(sample.lengths)[:-1])[1:]
         )
-    return found
+    return branches
 
 
-def test_fixed_groups_flush_their_rest() -> None:
-    samples = list(pack(lone_rows(10), config(branches_per_sample=4), np.random.default_rng(0)))
+def test_last_group_of_fixed_size_may_be_smaller() -> None:
+    samples = list(pack(standalone_records(10), config(branches_per_sample=4), np.random.default_rng(0)))
     assert [sample.branches for sample in samples] == [4, 4, 2]
-    assert contents(samples) == contents([row.tokens for row in lone_rows(10)])
+    assert contents(samples) == contents([record.tokens for record in standalone_records(10)])
 
 
 @given(
@@ -62,46 +67,46 @@ def test_fixed_groups_flush_their_rest() -> None:
     limit=st.integers(4, 30),
     seed=st.integers(0, 9),
 )
-def test_random_groups_keep_every_row_within_the_limits(
+def test_random_groups_keep_every_record_within_the_limits(
     count: int, low: int, extra: int, limit: int, seed: int
 ) -> None:
     settings = config(
         min_branches_per_sample=low, max_branches_per_sample=low + extra, max_sample_tokens=limit
     )
-    samples = list(pack(lone_rows(count), settings, np.random.default_rng(seed)))
-    assert contents(samples) == contents([row.tokens for row in lone_rows(count)])
+    samples = list(pack(standalone_records(count), settings, np.random.default_rng(seed)))
+    assert contents(samples) == contents([record.tokens for record in standalone_records(count)])
     assert all(sample.branches <= low + extra and len(sample.ids) <= limit for sample in samples)
 
 
 def test_records_keep_their_branches_and_repeat_main_when_split() -> None:
-    row = record_row(5)
-    pieces = list(split(row.tokens, max_branches=2, max_tokens=100))
+    tokens = record_with_main(5).tokens
+    pieces = list(split(tokens, max_branches=2, max_tokens=100))
     assert [piece.branches for piece in pieces] == [2, 2, 1]
     assert all(piece.ids[:3].tolist() == [7, 7, 7] for piece in pieces)
     assert np.concatenate([piece.answer_offsets for piece in pieces]).tolist() == [0, 1, 2, 3, 4]
-    assert contents(pieces) == contents([row.tokens])
-    assert all(len(piece.ids) <= 10 for piece in split(row.tokens, max_branches=8, max_tokens=10))
+    assert contents(pieces) == contents([tokens])
+    assert all(len(piece.ids) <= 10 for piece in split(tokens, max_branches=8, max_tokens=10))
 
 
-def test_shuffle_keeps_rows_and_window_one_keeps_order() -> None:
-    rows = lone_rows(50)
-    order = [id(row) for row in rows]
-    assert [id(row) for row in shuffle(rows, 1, np.random.default_rng(0))] == order
-    mixed = [id(row) for row in shuffle(rows, 16, np.random.default_rng(0))]
-    assert mixed != order
-    assert sorted(mixed) == sorted(order)
+def test_shuffle_keeps_records_and_window_one_keeps_order() -> None:
+    records = standalone_records(50)
+    order = [id(record) for record in records]
+    assert [id(record) for record in shuffle(records, 1, np.random.default_rng(0))] == order
+    shuffled = [id(record) for record in shuffle(records, 16, np.random.default_rng(0))]
+    assert shuffled != order
+    assert sorted(shuffled) == sorted(order)
 
 
-def cut(samples: list[Tokens], **settings: object) -> list[list[Tokens]]:
+def make_batches(samples: list[Tokens], **settings: object) -> list[list[Tokens]]:
     return list(batch(samples, config(**settings), np.random.default_rng(0)))
 
 
 def test_batches_by_samples_by_branches_and_by_tokens() -> None:
-    samples = [record_row(count).tokens for count in (3, 1, 2, 5, 1)]
-    assert [len(group) for group in cut(samples, batch_size=2, length_window=1)] == [2, 2, 1]
-    by_branches = cut(samples, batch_size=4, batch_by_samples=False, length_window=1)
+    samples = [record_with_main(count).tokens for count in (3, 1, 2, 5, 1)]
+    assert [len(group) for group in make_batches(samples, batch_size=2, length_window=1)] == [2, 2, 1]
+    by_branches = make_batches(samples, batch_size=4, batch_by_samples=False, length_window=1)
     assert [[sample.branches for sample in group] for group in by_branches] == [[3, 1], [2], [5], [1]]
-    by_tokens = cut(samples, batch_tokens=24, length_window=1)
+    by_tokens = make_batches(samples, batch_tokens=24, length_window=1)
     assert [[len(sample.ids) for sample in group] for group in by_tokens] == [[12, 5], [8], [23], [5]]
 
 
@@ -114,43 +119,47 @@ def test_a_token_budget_is_kept_and_nothing_is_lost(
 ) -> None:
     samples = [Tokens.of([], [[number] * length]) for number, length in enumerate(lengths)]
     settings = config(batch_tokens=tokens, length_window=window)
-    found = list(batch(samples, settings, np.random.default_rng(seed)))
-    assert all(len(group) * max(len(sample.ids) for sample in group) <= tokens for group in found)
-    assert contents([sample for group in found for sample in group]) == contents(samples)
+    batches = list(batch(samples, settings, np.random.default_rng(seed)))
+    assert all(len(group) * max(len(sample.ids) for sample in group) <= tokens for group in batches)
+    assert contents([sample for group in batches for sample in group]) == contents(samples)
 
 
 @pytest.mark.parametrize("budget", [{}, {"batch_tokens": 2000}], ids=["size", "tokens"])
-def test_samples_of_like_length_share_a_batch(budget: dict[str, int]) -> None:
+def test_samples_of_similar_length_share_a_batch(budget: dict[str, int]) -> None:
     generator = np.random.default_rng(0)
     samples = [
         Tokens.of([], [[1] * int(length)]) for length in generator.lognormal(4, 0.8, 2000).clip(2, 500)
     ]
 
     def padding(window: int) -> float:
-        shapes = [make_batch(group, ROPE, 0) for group in cut(samples, length_window=window, **budget)]
-        return 1 - sum(batch.tokens for batch in shapes) / sum(batch.ids.size for batch in shapes)
+        batches = [
+            make_batch(group, ROPE, 0) for group in make_batches(samples, length_window=window, **budget)
+        ]
+        return 1 - sum(batch.tokens for batch in batches) / sum(batch.ids.size for batch in batches)
 
     assert padding(32) < 0.1 < padding(1)
 
 
-@pytest.mark.parametrize("other", [Seeds(1), Seeds(0, epoch=1)])
-def test_batches_depend_on_seed_and_epoch_alone(other: Seeds) -> None:
+@pytest.mark.parametrize("other", [EpochSeed(1), EpochSeed(0, epoch=1)])
+def test_batches_depend_on_seed_and_epoch_alone(other: EpochSeed) -> None:
     settings = config(random_time_offset=5, max_branches_per_sample=4)
 
-    def ids(seeds: Seeds) -> list[list[object]]:
-        made = [group.batch(ROPE, 0) for group in groups(lone_rows(40), settings, seeds)]
-        return [batch.pos2d.tolist() + batch.ids.tolist() for batch in made]
+    def ids(seed: EpochSeed) -> list[list[object]]:
+        batches = [group.collate(ROPE, 0) for group in sample_batches(standalone_records(40), settings, seed)]
+        return [batch.pos2d.tolist() + batch.ids.tolist() for batch in batches]
 
-    assert ids(Seeds(0)) == ids(Seeds(0))
-    assert ids(Seeds(0)) != ids(other)
+    assert ids(EpochSeed(0)) == ids(EpochSeed(0))
+    assert ids(EpochSeed(0)) != ids(other)
 
 
 def test_delays_start_branches_late_within_the_limit() -> None:
     settings = config(random_time_offset=5, branches_per_sample=4, shuffle_window=1)
-    made = [group.batch(ROPE, 0) for group in groups(lone_rows(40), settings, Seeds(0))]
+    batches = [
+        group.collate(ROPE, 0) for group in sample_batches(standalone_records(40), settings, EpochSeed(0))
+    ]
     starts = [
         int(batch.pos2d[row, batch.sequence[row] == branch, 1].min())
-        for batch in made
+        for batch in batches
         for row in range(len(batch.ids))
         for branch in range(1, 5)
     ]
@@ -158,16 +167,16 @@ def test_delays_start_branches_late_within_the_limit() -> None:
 
 
 def test_make_batch_pads() -> None:
-    batch = make_batch([record_row(1).tokens, record_row(2).tokens], ROPE, pad_id=9)
+    batch = make_batch([record_with_main(1).tokens, record_with_main(2).tokens], ROPE, pad_id=9)
     assert batch.ids.shape == (2, 8)
     assert (batch.ids[0, 5:] == 9).all()
     assert (batch.sequence[0, 5:] == PADDING).all()
     assert (batch.labels[0, 5:] == IGNORE).all()
 
 
-def test_regrouped_holds_the_same_text_at_every_branch_count() -> None:
-    rows = [*lone_rows(9), record_row(5), *lone_rows(4)]
-    found = {n: regrouped(rows, n, pool=12, config=config()) for n in (1, 2, 4, 16)}
-    assert all(contents(samples) == contents(found[1]) for samples in found.values())
-    assert sum(contents(found[1]).values()) == 12
-    assert max(sample.branches for sample in found[4]) == 4
+def test_regrouping_keeps_the_same_text_at_every_branch_count() -> None:
+    records = [*standalone_records(9), record_with_main(5), *standalone_records(4)]
+    samples = {n: regroup_branches(records, n, pool=12, config=config()) for n in (1, 2, 4, 16)}
+    assert all(contents(regrouped) == contents(samples[1]) for regrouped in samples.values())
+    assert sum(contents(samples[1]).values()) == 12
+    assert max(sample.branches for sample in samples[4]) == 4

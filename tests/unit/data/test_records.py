@@ -1,4 +1,4 @@
-"""Parallel JSONL: what is a record, and the reason given for what is not."""
+"""Parse parallel JSONL: every form of a record, and the reason why a line is not one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def parse(value: object, vocab_size: int | None = None) -> Record:
     return parse_line(json.dumps(value).encode(), vocab_size)
 
 
-def test_every_form() -> None:
+def test_every_form_of_a_record() -> None:
     record = parse(
         {
             "main": "passage",
@@ -34,21 +34,21 @@ def test_every_form() -> None:
             Branch("q", "a"),
             Branch([3, 4], answer_offset=1),
         ),
-        lone=False,
-        extra=("id",),
+        standalone=False,
+        unknown_keys=("id",),
     )
     assert parse({"text": "alone", "answer_offset": 1}) == Record(
-        "", (Branch("alone", answer_offset=1),), lone=True
+        "", (Branch("alone", answer_offset=1),), standalone=True
     )
     assert parse({"input_ids": [1, 2]}).branches[0].body == [1, 2]
     assert parse({"main": {"input_ids": [5]}, "branches": ["b"]}).main == [5]
     assert parse({"branches": ["b"]}).main == ""
-    several = {"prompt": "q", "completion": "a", "references": ["b", "c"]}
-    assert parse({"branches": [several]}).branches == (Branch("q", "a", references=("b", "c")),)
-    assert parse(several).branches == (Branch("q", "a", references=("b", "c")),)
+    with_references = {"prompt": "q", "completion": "a", "references": ["b", "c"]}
+    assert parse({"branches": [with_references]}).branches == (Branch("q", "a", references=("b", "c")),)
+    assert parse(with_references).branches == (Branch("q", "a", references=("b", "c")),)
 
 
-def test_line_separators_of_unicode_and_a_byte_order_mark_are_text() -> None:
+def test_unicode_line_separators_are_text_and_a_byte_order_mark_is_ignored() -> None:
     raw = '{"text": "a\u2028b\u0085c"}'.encode()
     assert parse_line(raw).branches[0].body == "a\u2028b\u0085c"
     assert parse_line(b"\xef\xbb\xbf" + raw) == parse_line(raw)
@@ -62,7 +62,7 @@ def test_line_separators_of_unicode_and_a_byte_order_mark_are_text() -> None:
         (b"[1]", "is a JSON array, not an object"),
         (b"null", "is a JSON null"),
         (b'{"text": "\xff"}', "byte 10 is not UTF-8"),
-        (b'{"text": NaN}', "NaN is no JSON number"),
+        (b'{"text": NaN}', "NaN is not a JSON number"),
         (b'{"text": "a", "text": "b"}', "'text' twice"),
         (b'{"text": "\\ud800"}', "half of a surrogate pair"),
         (b'{"text": 1}', "record.text is a JSON number"),
@@ -91,7 +91,7 @@ def test_line_separators_of_unicode_and_a_byte_order_mark_are_text() -> None:
         (b"[" * 100_000, "nested too deeply"),
     ],
 )
-def test_reasons(raw: bytes, reason: str) -> None:
+def test_reason_of_a_bad_line(raw: bytes, reason: str) -> None:
     with pytest.raises(RecordError) as caught:
         parse_line(raw, vocab_size=10)
     assert reason in str(caught.value)

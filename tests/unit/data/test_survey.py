@@ -1,4 +1,4 @@
-"""Every line is a record or in quarantine with its place and the reason, whatever its neighbours hold."""
+"""Every line is a record, or a bad line with its offset and reason, whatever its neighbours hold."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from parallelmind.config import DataConfig
 from parallelmind.data import files as files_module
 from parallelmind.data.files import file_parts
-from parallelmind.data.survey import Survey, combine, records, survey_part, write_quarantine
+from parallelmind.data.survey import Survey, combine_surveys, read_records, survey_part, write_quarantine
 from parallelmind.errors import UserError
 
 GOOD = [
@@ -52,26 +52,27 @@ def config(**settings: object) -> DataConfig:
 
 def survey_of(*files, **settings) -> Survey:
     parts = file_parts([str(file) for file in files])
-    return combine(parts, [survey_part(part, config(**settings), vocab_size=1000) for part in parts])
+    return combine_surveys(parts, [survey_part(part, config(**settings), vocab_size=1000) for part in parts])
 
 
 @pytest.mark.parametrize("part_bytes", [50, 1000, 10**9])
 def test_one_bad_line_costs_no_neighbour(tmp_path, monkeypatch, part_bytes):
-    monkeypatch.setattr(files_module, "_PART_BYTES", (part_bytes, part_bytes))
+    monkeypatch.setattr(files_module, "_MIN_PART_BYTES", part_bytes)
+    monkeypatch.setattr(files_module, "_MAX_PART_BYTES", part_bytes)
     lines, expected = [], []
-    for number, (bad, why) in enumerate(BAD.items()):
+    for number, (bad, reason) in enumerate(BAD.items()):
         good = GOOD[number % len(GOOD)]
         lines += [good, bad, b"", b"  "]
-        expected.append((len(lines) - 2, sum(map(len, lines[:-3])) + len(lines) - 3, why))
+        expected.append((len(lines) - 2, sum(map(len, lines[:-3])) + len(lines) - 3, reason))
     file = tmp_path / "data.jsonl"
     file.write_bytes(b"\xef\xbb\xbf" + b"\n".join(lines))
-    found = survey_of(file)
-    assert found.lines == found.records + len(found.bad) == 2 * len(BAD)
-    for item, (line, offset, why) in zip(found.bad, expected, strict=True):
+    survey = survey_of(file)
+    assert survey.lines == survey.records + len(survey.bad) == 2 * len(BAD)
+    for item, (line, offset, reason) in zip(survey.bad, expected, strict=True):
         assert (item.line, item.offset - 3) == (line, offset)
-        assert why in item.reason, item
-    assert found.extra == {"id": 4, "source": 4}
-    good = [record for part in file_parts([str(file)]) for record in records(part, config(), 1000)]
+        assert reason in item.reason, item
+    assert survey.unknown_keys == {"id": 4, "source": 4}
+    good = [record for part in file_parts([str(file)]) for record in read_records(part, config(), 1000)]
     assert len(good) == len(BAD)
     assert good[1].branches[0].body == "line\u2028and\u0085next"
 
@@ -79,8 +80,8 @@ def test_one_bad_line_costs_no_neighbour(tmp_path, monkeypatch, part_bytes):
 def test_line_numbers_begin_anew_in_every_file(tmp_path):
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).write_bytes(GOOD[0] + b"\nbroken\n")
-    found = survey_of(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
-    assert [(item.file[-7:], item.line, item.offset) for item in found.bad] == [
+    survey = survey_of(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+    assert [(item.file[-7:], item.line, item.offset) for item in survey.bad] == [
         ("a.jsonl", 2, 18),
         ("b.jsonl", 2, 18),
     ]
@@ -119,16 +120,16 @@ def test_records_with_too_many_branches_are_split_or_bad(tmp_path):
 def test_how_many_bad_lines_are_too_many(tmp_path, settings, complaint):
     file = tmp_path / "data.jsonl"
     file.write_bytes(b"\n".join([*GOOD, b"{", b"}"]))
-    found = survey_of(file, **settings)
+    survey = survey_of(file, **settings)
     if complaint is None:
-        found.refuse_too_many(config(**settings), "data_path")
+        survey.raise_if_unusable(config(**settings), "data_path")
     else:
         with pytest.raises(UserError, match=complaint):
-            found.refuse_too_many(config(**settings), "data_path")
+            survey.raise_if_unusable(config(**settings), "data_path")
 
 
 def test_no_record_at_all_is_refused(tmp_path):
     file = tmp_path / "data.jsonl"
     file.write_bytes(b"{\n\n")
     with pytest.raises(UserError, match=r"holds no record \(bad lines: 1, the first: .*data.jsonl:1"):
-        survey_of(file).refuse_too_many(config(), "data_path")
+        survey_of(file).raise_if_unusable(config(), "data_path")

@@ -1,4 +1,4 @@
-"""Token ids of records, within the limits."""
+"""Tokenised records keep to the length limits, and to what decoding reads."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from tiny import tiny_tokenizer
 from parallelmind.config import DataConfig
 from parallelmind.data.encode import encode_text
 from parallelmind.data.records import parse_line
-from parallelmind.data.tokenise import Tokenised, tokenise
+from parallelmind.data.tokenise import TokenisedRecord, tokenise
 
 TOKENIZER = tiny_tokenizer()
 EOS = TOKENIZER.eos_token_id
 
 
-def run(value: object, **settings: object) -> Tokenised:
+def tokenise_one(value: object, **settings: object) -> TokenisedRecord:
     config = DataConfig.model_validate({"data_path": "-", **settings})
-    (done,) = tokenise([parse_line(json.dumps(value).encode())], TOKENIZER, config)
-    return done
+    (record,) = tokenise([parse_line(json.dumps(value).encode())], TOKENIZER, config)
+    return record
 
 
-def test_the_prompt_is_what_decoding_reads_and_the_completion_ends() -> None:
-    tokens = run({"main": "passage", "branches": [{"prompt": "who ", "completion": "lives"}]}).tokens
+def test_prompt_equals_what_decoding_reads_and_completion_ends_with_eos() -> None:
+    tokens = tokenise_one({"main": "passage", "branches": [{"prompt": "who ", "completion": "lives"}]}).tokens
     assert tokens is not None
     main = encode_text(TOKENIZER, "passage", first=True)
     prompt = encode_text(TOKENIZER, "who ", first=False)
@@ -33,8 +33,8 @@ def test_the_prompt_is_what_decoding_reads_and_the_completion_ends() -> None:
 
 
 def test_text_ends_with_eos_and_ids_stay_as_they_are() -> None:
-    text = run({"text": "lives"}).tokens
-    ids = run({"input_ids": [5, 6, 7], "answer_offset": 2}).tokens
+    text = tokenise_one({"text": "lives"}).tokens
+    ids = tokenise_one({"input_ids": [5, 6, 7], "answer_offset": 2}).tokens
     assert text is not None
     assert ids is not None
     assert text.ids.tolist() == [*encode_text(TOKENIZER, "lives", first=True), EOS]
@@ -42,43 +42,43 @@ def test_text_ends_with_eos_and_ids_stay_as_they_are() -> None:
 
 
 def test_truncation_cuts_the_right_end() -> None:
-    done = run(
+    record = tokenise_one(
         {"main": {"input_ids": list(range(3, 20))}, "branches": [{"input_ids": list(range(30, 50))}]},
         max_branch_tokens=8,
     )
-    assert done.tokens is not None
-    assert done.tokens.ids.tolist() == [*range(3, 11), *range(30, 38)]
-    assert (done.truncated, done.skipped) == (2, 0)
+    assert record.tokens is not None
+    assert record.tokens.ids.tolist() == [*range(3, 11), *range(30, 38)]
+    assert (record.truncated, record.skipped) == (2, 0)
 
 
-def test_overlong_is_skipped_when_asked() -> None:
+def test_overlong_branches_are_skipped_on_request() -> None:
     branches = [{"input_ids": list(range(3, 20))}, {"input_ids": [3, 4]}]
-    done = run({"branches": branches}, max_branch_tokens=8, overlong="skip")
-    assert done.tokens is not None
-    assert (done.tokens.branches, done.truncated, done.skipped) == (1, 0, 1)
+    record = tokenise_one({"branches": branches}, max_branch_tokens=8, overlong="skip")
+    assert record.tokens is not None
+    assert (record.tokens.branches, record.truncated, record.skipped) == (1, 0, 1)
     main = {"main": {"input_ids": list(range(3, 20))}, "branches": branches}
-    assert run(main, max_branch_tokens=8, overlong="skip") == Tokenised(None, 0, 2)
+    assert tokenise_one(main, max_branch_tokens=8, overlong="skip") == TokenisedRecord(None, False, 0, 2)
 
 
 @pytest.mark.parametrize("branch", [{"input_ids": [5]}, {"input_ids": [5, 6], "answer_offset": 2}])
 def test_a_branch_without_a_target_is_skipped(branch: object) -> None:
-    assert run({"branches": [branch]}) == Tokenised(None, 0, 1)
+    assert tokenise_one({"branches": [branch]}) == TokenisedRecord(None, False, 0, 1)
 
 
 def test_a_target_lost_to_truncation_is_skipped_not_truncated() -> None:
-    assert run({"input_ids": list(range(3, 20)), "answer_offset": 12}, max_branch_tokens=8) == Tokenised(
-        None, 0, 1
-    )
+    assert tokenise_one(
+        {"input_ids": list(range(3, 20)), "answer_offset": 12}, max_branch_tokens=8
+    ) == TokenisedRecord(None, True, 0, 1)
 
 
 def test_a_branch_that_does_not_fit_beside_main_is_skipped() -> None:
     value = {"main": {"input_ids": [3] * 6}, "branches": [{"input_ids": [4] * 5}, {"input_ids": [5] * 4}]}
-    done = run(value, max_sample_tokens=10)
-    assert done.tokens is not None
-    assert (done.tokens.lengths.tolist(), done.skipped) == ([6, 4], 1)
+    record = tokenise_one(value, max_sample_tokens=10)
+    assert record.tokens is not None
+    assert (record.tokens.lengths.tolist(), record.skipped) == ([6, 4], 1)
 
 
-def test_many_records_are_what_each_is_alone() -> None:
+def test_records_tokenised_together_equal_records_tokenised_alone() -> None:
     values = [
         {
             "main": "passage",
@@ -90,10 +90,10 @@ def test_many_records_are_what_each_is_alone() -> None:
     ]
     config = DataConfig(data_path="-")
     together = tokenise([parse_line(json.dumps(value).encode()) for value in values], TOKENIZER, config)
-    for found, value in zip(together, values, strict=True):
-        alone = run(value).tokens
-        assert found.tokens is not None
+    for record, value in zip(together, values, strict=True):
+        alone = tokenise_one(value).tokens
+        assert record.tokens is not None
         assert alone is not None
-        assert found.tokens.ids.tolist() == alone.ids.tolist()
-        assert found.tokens.lengths.tolist() == alone.lengths.tolist()
-        assert found.tokens.answer_offsets.tolist() == alone.answer_offsets.tolist()
+        assert record.tokens.ids.tolist() == alone.ids.tolist()
+        assert record.tokens.lengths.tolist() == alone.lengths.tolist()
+        assert record.tokens.answer_offsets.tolist() == alone.answer_offsets.tolist()

@@ -172,9 +172,9 @@ def test_a_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_inspect_is_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[list[str]] = []
-    module = types.ModuleType("workloads.inspect_data")
+    module = types.ModuleType("workloads.data.inspect")
     module.main = given.append  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "workloads.inspect_data", module)
+    monkeypatch.setitem(sys.modules, "workloads.data.inspect", module)
     convert.main(["--inspect", "a.jsonl", "show=1"])
     assert given == [["a.jsonl", "show=1"]]
 

@@ -23,7 +23,7 @@ from parallelmind.data.statistics import (
     text_width,
     visible,
 )
-from parallelmind.data.tokenise import Tokenised
+from parallelmind.data.tokenise import TokenisedRecord
 from parallelmind.errors import UserError
 from parallelmind.layout import Tokens, arrange
 from workloads.data import inspect as inspect_data
@@ -138,7 +138,11 @@ def test_percentiles_are_values_that_occur() -> None:
 def test_statistics_count_tokens_targets_and_padding() -> None:
     found = Statistics()
     samples = [sample("abc", ["de", "fghi"], [0, 3]), sample("", ["x" * 5])]
-    for item in (Tokenised(samples[0], 1, 2), Tokenised(samples[1], 0, 0), Tokenised(None, 0, 1)):
+    for item in (
+        TokenisedRecord(samples[0], False, 1, 2),
+        TokenisedRecord(samples[1], True, 0, 0),
+        TokenisedRecord(None, True, 0, 1),
+    ):
         found.add_record(item)
     found.add_batch(samples)
     assert (found.main_tokens, found.branch_tokens, found.tokens) == ([3], [2, 4, 5], 14)
@@ -183,7 +187,7 @@ def look(capsys, *argv: str) -> str:
 
 def test_it_prints_counts_samples_and_a_picture(base, data, tmp_path, capsys):
     out = look(capsys, str(data), base, "shuffle_window=1", "length_window=1")
-    assert "records 6 1 with branches of their own, 5 lone" in out
+    assert "records 6 1 with branches of their own, 5 standalone" in out
     assert "bad 1 left out of training other keys 1 mean nothing here: id (1)" in out
     assert f"{data}:2: is not JSON" in out
     assert "branches 7 0 more skipped, 0 texts truncated" in out

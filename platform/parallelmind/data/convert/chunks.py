@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from parallelmind.data.convert.items import Bad, Converted
 from parallelmind.data.convert.spans import Spans, spans
-from parallelmind.data.encode import encode_text, opening
+from parallelmind.data.encode import bos_ids, encode_text
 
 _BLOCK = 1 << 16  # characters tokenised together
 
@@ -21,7 +21,7 @@ def chunks(
 
     Only a block of the text is held. A chunk of white space alone is left out.
     """
-    room = chunk_tokens - len(opening(tokenizer)) - (tokenizer.eos_token_id is not None)
+    room = chunk_tokens - len(bos_ids(tokenizer)) - (tokenizer.eos_token_id is not None)
     block = max(_BLOCK, 16 * chunk_tokens)
     held = ""
     for piece in pieces:

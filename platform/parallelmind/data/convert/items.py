@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from parallelmind.data.records import RecordError, refuse_surrogates
+from parallelmind.data.records import RecordError, check_surrogates
 
 Converted = dict[str, Any]  # one record of parallel JSONL
 
@@ -64,5 +64,5 @@ def checked_text(text: Any, name: str) -> str:
         raise RecordError(f"{name} is not text")
     if not text.strip():
         raise RecordError(f"{name} is empty")
-    refuse_surrogates(text, name)
+    check_surrogates(text, name)
     return text

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from parallelmind.data.convert.items import Bad, Item
 from parallelmind.data.files import file_parts, open_file
-from parallelmind.data.lines import LONGEST, Line, read_lines
+from parallelmind.data.lines import MAX_LINE_BYTES, Line, read_lines
 from parallelmind.errors import UserError, first_line
 
 _BOM = b"\xef\xbb\xbf"
@@ -94,7 +94,7 @@ def _lines(file: str) -> Iterator[Item | Bad]:
 
 def _table(file: str) -> Iterator[Item | Bad]:
     """The rows of a CSV file under the names of its header."""
-    csv.field_size_limit(LONGEST)  # the default of 128 KiB is less than many a document
+    csv.field_size_limit(MAX_LINE_BYTES)  # the default of 128 KiB is less than many a document
     problems: list[Bad] = []
     rows = csv.DictReader(_csv_lines(file, problems), strict=True)
     while True:
