@@ -76,6 +76,11 @@ def prose(path: Path) -> str:
     return "\n".join(outside)
 
 
+def code_spans(path: Path) -> list[str]:
+    """Return the inline code of a page."""
+    return re.findall(r"`([^`\n]+)`", prose(path))
+
+
 def links(path: Path) -> list[str]:
     """Return the link targets within the repository."""
     bare = re.sub(r"`[^`\n]*`(?!\])", "", prose(path))

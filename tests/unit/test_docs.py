@@ -6,12 +6,13 @@ import ast
 import json
 import re
 import types
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import yaml
-from docs import PAGES, ROOT, Block, anchors, blocks, commands, links, prose
+from docs import PAGES, ROOT, Block, anchors, blocks, code_spans, commands, links, prose
 
 from parallelmind import cli
 from parallelmind.config import FrozenConfig, TrainConfig, resolve
@@ -21,6 +22,8 @@ from workloads.common.read_config import read_config
 from workloads.sweep.config import SweepConfig
 
 TARGETS = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+PROJECT_FOLDERS = "platform workloads serving experiments benchmarks docs tools tests".split()
+LIBRARY = ROOT / "platform" / "parallelmind"
 ALL_BLOCKS = [block for page in PAGES for block in blocks(page)]
 RUN = {"data_path": "train.jsonl", "validation_path": "held_out.jsonl"}
 # Stands in for a configuration file of the reader.
@@ -42,6 +45,35 @@ def test_links_resolve(page: Path) -> None:
         assert target.exists(), f"{page.name}: {link}"
         if anchor_name:
             assert anchor_name in anchors(target), f"{page.name}: {link}: no such heading"
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_named_files_and_modules_exist(page: Path) -> None:
+    for span in code_spans(page):
+        if re.fullmatch(r"[\w.-]+(/[\w.-]+)*/?", span) and is_project_path(span, page):
+            folders = (ROOT, LIBRARY, page.parent)
+            assert any((folder / span).exists() for folder in folders), f"{page.name}: no file {span}"
+        elif re.fullmatch(
+            r"(parallelmind|workloads|serving|benchmarks|tools|experiments)(\.(?!json)\w+)+", span
+        ):
+            assert is_importable(span), f"{page.name}: no module or attribute {span}"
+
+
+def is_project_path(span: str, page: Path) -> bool:
+    """Whether a code span names a file of this project. migration.md also names files of another one."""
+    first, separator, _ = span.partition("/")
+    if separator:
+        return first in PROJECT_FOLDERS or bool(first and (LIBRARY / first).is_dir())
+    return span.endswith(".py") and span != "__init__.py" and page.name != "migration.md"
+
+
+def is_importable(name: str) -> bool:
+    """Whether a dotted name is a module or an attribute of one."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:  # the parent is a module, not a package
+        return hasattr(import_module(module), attribute)
 
 
 @of("bash", "sh", "shell")
