@@ -1,9 +1,7 @@
-"""The node types of ray_cluster.yaml on this machine: Ray's own autoscaler, with processes in place of rented
-machines.
+"""The cluster of ray_cluster.yaml on this machine: Ray's autoscaler starts processes instead of machines.
 
-Real: the head, the autoscaler, its decisions, and raylets that come and go. Not real: the machines, and so
-ssh, containers, setup commands and spot prices. Every node has the resources of its type on paper, whatever
-this machine has.
+The head, the autoscaler and the raylets are real. Machines, and so ssh, containers, setup commands and spot
+prices, are not. A node declares the resources of its type, whatever this machine has.
 """
 
 from __future__ import annotations
@@ -21,39 +19,40 @@ from servers import ROOT, Server
 from serving.runtime.ports import free_port
 
 CLUSTER = ROOT / "ray_cluster.yaml"
-_HEAD_ID = "f" * 51 + "00000"  # what Ray's provider of processes takes the head to be
+_HEAD_ID = "f" * 51 + "00000"  # the id that Ray's fake node provider expects of the head
 _HEAD_TYPE = "ray.head.default"
 GROWS_TO = "PARALLELMIND_GROWS_TO"
 
 
-def prepared() -> dict[str, Any]:
-    """ray_cluster.yaml with Ray's defaults filled in, as `ray up` does before it rents anything."""
+def prepared_config() -> dict[str, Any]:
+    """ray_cluster.yaml with Ray's defaults filled in, as by `ray up`."""
     from ray.autoscaler._private.util import prepare_config
 
     return prepare_config(yaml.safe_load(CLUSTER.read_text(encoding="utf-8")))
 
 
 def grows_to(config: dict[str, Any]) -> str:
-    """What nodes are told of how large the cluster may become."""
-    (found,) = [option for option in config["docker"]["run_options"] if GROWS_TO in option]
-    return str(found.partition(f"{GROWS_TO}=")[2])
+    """The value of $PARALLELMIND_GROWS_TO on the nodes: how large the cluster may become."""
+    (run_option,) = [option for option in config["docker"]["run_options"] if GROWS_TO in option]
+    return str(run_option.partition(f"{GROWS_TO}=")[2])
 
 
-def local_form(gcs_port: int, idle_s: float) -> dict[str, Any]:
-    config = prepared()
+def local_config(gcs_port: int, idle_s: float) -> dict[str, Any]:
+    """The configuration with processes of this machine as nodes."""
+    config = prepared_config()
     types = config["available_node_types"]
-    nothing = {name: [] for name in config if name.endswith("_commands")}
+    no_commands = {name: [] for name in config if name.endswith("_commands")}
     return {
         **{
             name: config[name]
             for name in ("cluster_name", "max_workers", "upscaling_speed", "cluster_synced_files")
         },
-        **nothing,
+        **no_commands,
         "idle_timeout_minutes": idle_s / 60,
         "provider": {
             "type": "fake_multinode",
             "gcs_address": f"127.0.0.1:{gcs_port}",
-            "use_node_id_as_ip": True,  # all have the same address
+            "use_node_id_as_ip": True,  # all nodes have the same address
             "disable_node_updaters": True,
             "disable_launch_config_check": True,
         },
@@ -61,24 +60,26 @@ def local_form(gcs_port: int, idle_s: float) -> dict[str, Any]:
         "file_mounts": {},
         "head_node_type": _HEAD_TYPE,
         "available_node_types": {
-            _HEAD_TYPE if name == config["head_node_type"] else name: _local_type(found)
-            for name, found in types.items()
+            _HEAD_TYPE if name == config["head_node_type"] else name: _local_node_type(node_type)
+            for name, node_type in types.items()
         },
     }
 
 
-def _local_type(found: dict[str, Any]) -> dict[str, Any]:
-    kept = {name: found[name] for name in ("min_workers", "max_workers")}
-    return {**kept, "node_config": {}, "resources": {**found["resources"], "object_store_memory": 2**27}}
+def _local_node_type(node_type: dict[str, Any]) -> dict[str, Any]:
+    limits = {name: node_type[name] for name in ("min_workers", "max_workers")}
+    return {
+        **limits,
+        "node_config": {},
+        "resources": {**node_type["resources"], "object_store_memory": 2**27},
+    }
 
 
 @contextmanager
-def autoscaled(python: Path, folder: Path, idle_s: float) -> Iterator[Server]:
-    """A head with the CPUs that ray_cluster.yaml gives it, and its autoscaler; a worker goes after `idle_s`
-    without work.
-    """
+def autoscaling_cluster(python: Path, folder: Path, idle_s: float) -> Iterator[Server]:
+    """A running head with its autoscaler; yields the dashboard. A worker ends after `idle_s` without work."""
     gcs_port = free_port()
-    config = local_form(gcs_port, idle_s)
+    config = local_config(gcs_port, idle_s)
     path = folder / "cluster.json"
     path.write_text(json.dumps(config), encoding="utf-8")
     settings = {
@@ -86,7 +87,7 @@ def autoscaled(python: Path, folder: Path, idle_s: float) -> Iterator[Server]:
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": _HEAD_ID,
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "AUTOSCALER_METRIC_PORT": str(free_port()),
-        GROWS_TO: grows_to(prepared()),
+        GROWS_TO: grows_to(prepared_config()),
     }
     cpus = config["available_node_types"][_HEAD_TYPE]["resources"]["CPU"]
     options = [f"--autoscaling-config={path}"]
@@ -94,9 +95,9 @@ def autoscaled(python: Path, folder: Path, idle_s: float) -> Iterator[Server]:
         yield dashboard
 
 
-def workers(dashboard: Server) -> int:
-    """How many nodes there are beside the head, which must be there."""
-    found = dashboard.get("/api/v0/nodes?detail=True&limit=1000")[1]["data"]["result"]["result"]
-    alive = [each["is_head_node"] for each in found if each["state"] == "ALIVE"]
-    assert alive.count(True) == 1, "the head is not there"
-    return alive.count(False)
+def count_workers(dashboard: Server) -> int:
+    """The number of live nodes without the head, which must be alive."""
+    nodes = dashboard.get("/api/v0/nodes?detail=True&limit=1000")[1]["data"]["result"]["result"]
+    is_head = [node["is_head_node"] for node in nodes if node["state"] == "ALIVE"]
+    assert is_head.count(True) == 1, "the head is not alive"
+    return is_head.count(False)

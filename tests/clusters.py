@@ -1,5 +1,6 @@
-"""A one-node Ray cluster on loopback whose Python has the dependencies but not the project, and what is
-deployed on it.
+"""A one-node Ray cluster on loopback whose Python has the dependencies but not the project.
+
+Jobs and applications bring the project with them, as they do on a real cluster.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from servers import ROOT, Server
 from serving.runtime.ports import free_port
 
 _STARTUP_S, _WAIT_S = 180, 120
-# Serve's settings that `ray start` needs in its environment, by whoever has the project.
-_SETTLED = "import os, sys, serving.runtime.ray_env; os.execv(sys.argv[1], sys.argv[1:])"
+# Sets Serve's environment variables for `ray start`; runs in the Python that has the project.
+_WITH_SERVE_ENV = "import os, sys, serving.runtime.ray_env; os.execv(sys.argv[1], sys.argv[1:])"
 
 
 def bare_python(folder: Path) -> Path:
     """A virtual environment that sees the installed packages, but not the editable install of this project.
 
-    A folder named in a .pth file is searched, while the .pth files in it (ours among them) are not read.
+    A folder named in a .pth file is on the path, but .pth files inside it, such as ours, are not read.
     """
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
@@ -40,27 +41,30 @@ def bare_python(folder: Path) -> Path:
         sysconfig.get_path("purelib")
     )
     python = folder / "bin" / "python"
-    found = subprocess.run(
+    completed = subprocess.run(
         [python, "-c", "import ray, torch; import parallelmind"], capture_output=True, text=True, cwd=folder
     )
-    assert "No module named 'parallelmind'" in found.stderr
+    assert "No module named 'parallelmind'" in completed.stderr
     return python
 
 
 def environment(python: Path, **settings: str) -> dict[str, str]:
-    """`python` of a job resolves through the PATH of the shell that started the cluster."""
-    ours = {"RAY_AUTH_MODE": "disabled", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "OMP_NUM_THREADS": "1"}
-    # What this process has settled for a server of its own (serving/runtime/ray_env.py) has ports that two
-    # would share.
-    left = (
+    """Environment of a process of the cluster. settings: more variables.
+
+    A job finds `python` on the PATH of the shell that started the cluster.
+    """
+    defaults = {"RAY_AUTH_MODE": "disabled", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "OMP_NUM_THREADS": "1"}
+    # RAY_SERVE_: this process may have set ports for a server of its own (serving/runtime/ray_env.py).
+    # MAKE: `make test` may run this process.
+    removed = (
         "RAY_ADDRESS",
         "PYTHONPATH",
         "RAY_SERVE_",
         "MAKE",
         "MFLAGS",
-    )  # these tests may be a part of `make`
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(left)}
-    return {**kept, **ours, "PATH": f"{python.parent}:{os.environ['PATH']}", **settings}
+    )
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(removed)}
+    return {**inherited, **defaults, "PATH": f"{python.parent}:{os.environ['PATH']}", **settings}
 
 
 @contextmanager
@@ -72,15 +76,14 @@ def cluster(
     options: Sequence[str] = (),
     **settings: str,
 ) -> Iterator[Server]:
-    """A cluster until the end of the block, as a server of its dashboard; only its own processes are ended
-    afterwards.
+    """A running cluster; yields its dashboard. Kills only its own processes afterwards.
 
-    serves: with the settings of serving/runtime/ray_env.py. gcs_port: where nodes join; none: a free one.
-    options: more of `ray start`. settings: more of its environment.
+    serves: set the variables of serving/runtime/ray_env.py. gcs_port: the port that nodes join; None: a free
+    one. options: more options of `ray start`. settings: more environment variables.
     """
     port = free_port()
     line: list[str | Path] = [
-        *((sys.executable, "-c", _SETTLED) if serves else ()),
+        *((sys.executable, "-c", _WITH_SERVE_ENV) if serves else ()),
         *(
             python,
             "-m",
@@ -100,13 +103,15 @@ def cluster(
         *(f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}"),
         *(f"--object-store-memory={2**28}", "--include-dashboard=true", *options),
     ]
-    with tempfile.TemporaryDirectory(prefix="pm-ray-") as folder:  # a short path: Ray has sockets in it
+    with tempfile.TemporaryDirectory(
+        prefix="pm-ray-"
+    ) as folder:  # a short name: Ray limits the length of socket paths
         log = Path(folder) / "log"
-        place = ROOT if serves else python.parent
+        cwd = ROOT if serves else python.parent
         with open(log, "wb") as output:
             line.append(f"--temp-dir={folder}")
             process = subprocess.Popen(
-                line, cwd=place, env=environment(python, **settings), stdout=output, stderr=output
+                line, cwd=cwd, env=environment(python, **settings), stdout=output, stderr=output
             )
         server = Server(process, port, log)
         try:
@@ -119,7 +124,7 @@ def cluster(
 def command(
     python: Path, module: str, *arguments: str | Path, timeout_s: float = 240, **settings: str
 ) -> subprocess.CompletedProcess[str]:
-    """One of Ray's command lines, from the project's root, to its end. settings: more of its environment."""
+    """Run a module of Ray as a command in the project's root. settings: more environment variables."""
     line = [python, "-m", module, *arguments]
     return subprocess.run(
         line, cwd=ROOT, env=environment(python, **settings), capture_output=True, text=True, timeout=timeout_s
@@ -127,49 +132,48 @@ def command(
 
 
 class Application:
-    """`serving/serve.yaml` on a cluster without the project, with a port and arguments of our own."""
+    """The application of `serving/serve.yaml`, with another port and other arguments."""
 
     def __init__(self, python: Path, dashboard: Server, folder: Path) -> None:
         self._python, self._dashboard, self._file = python, dashboard, folder / "serve.yaml"
         self._config = yaml.safe_load((ROOT / "serving" / "serve.yaml").read_text(encoding="utf-8"))
         self._config["http_options"]["port"] = port = free_port()
-        self._only["runtime_env"]["working_dir"] = _zipped(folder / "parallelmind.zip").as_uri()
+        self._application["runtime_env"]["working_dir"] = _zipped(folder / "parallelmind.zip").as_uri()
         self.server = Server(dashboard.process, port, dashboard.log)
-        self._known: dict[str, set[str]] = {}
+        self._replicas: dict[str, set[str]] = {}
 
     @property
-    def _only(self) -> Any:
+    def _application(self) -> Any:
         return self._config["applications"][0]
 
     def deploy(self, **args: Any) -> None:
-        """With these arguments, if they are new to it; returns once all processes are new. There is a front
-        all the time.
+        """Deploy with these arguments, and wait until every replica has been replaced.
+
+        Does nothing if the application has the arguments. An ingress replica runs at all times.
         """
-        if args.items() <= self._only["args"].items():
+        if args.items() <= self._application["args"].items():
             return
         before = self.running("Ingress") | self.running("EngineReplica")
-        self._only["args"] |= args
+        self._application["args"] |= args
         self._file.write_text(yaml.safe_dump(self._config), encoding="utf-8")
-        done = command(
+        completed = command(
             self._python, "ray.serve.scripts", "deploy", self._file, "--address", self._dashboard.url
         )
-        assert done.returncode == 0, done.stderr
+        assert completed.returncode == 0, completed.stderr
         wait_until(lambda: self._replaced(before))
 
     def _replaced(self, before: set[str]) -> bool:
-        fronts, engines = self.running("Ingress"), self.running("EngineReplica")
-        assert fronts or not before
-        return self._status()["status"] == "RUNNING" and (fronts | engines).isdisjoint(before)
+        ingresses, engines = self.running("Ingress"), self.running("EngineReplica")
+        assert ingresses or not before
+        return self._status()["status"] == "RUNNING" and (ingresses | engines).isdisjoint(before)
 
     def running(self, deployment: str) -> set[str]:
-        """Its replicas that are up, as last known: nothing is told of them while the application is being
-        built.
-        """
-        for name, found in self._status().get("deployments", {}).items():
-            self._known[name] = {
-                each["replica_id"] for each in found["replicas"] if each["state"] == "RUNNING"
+        """Ids of its running replicas. While the application is built, the last known ones."""
+        for name, status in self._status().get("deployments", {}).items():
+            self._replicas[name] = {
+                replica["replica_id"] for replica in status["replicas"] if replica["state"] == "RUNNING"
             }
-        return self._known.get(deployment, set())
+        return self._replicas.get(deployment, set())
 
     def _status(self) -> Any:
         return self._dashboard.get("/api/serve/applications/")[1]["applications"].get("parallelmind", {})
@@ -183,7 +187,7 @@ def wait_until(holds: Callable[[], bool]) -> None:
 
 
 def _zipped(path: Path) -> Path:
-    """What `working_dir` needs of the project."""
+    """Zip the parts of the project that `working_dir` needs."""
     with zipfile.ZipFile(path, "w") as file:
         for part in ("platform/parallelmind", "serving"):
             for source in (ROOT / part).rglob("*"):
@@ -204,7 +208,7 @@ def _wait_for(server: Server) -> None:
 
 
 def _end(server: Server) -> None:
-    """At once: a raylet that is asked to end waits half a minute for its actors."""
+    """Kill the cluster: a raylet that is asked to end waits half a minute for its actors."""
     killed = kill(server.process.pid)
     server.process.wait(timeout=30)
     assert psutil.wait_procs(killed, timeout=30)[1] == []

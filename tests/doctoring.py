@@ -1,4 +1,4 @@
-"""One check of the doctor at a time, in a working directory of its own."""
+"""Running one check of the doctor in a temporary working directory."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from workloads.doctor import command as doctor
-from workloads.doctor.command import CHECKS, Check
-from workloads.doctor.local_checks import CheckResult, DoctorConfig
+from workloads.doctor.check import Check, CheckResult, run_checks
+from workloads.doctor.command import CHECKS
+from workloads.doctor.config import DoctorConfig
 
 
-def place_of_our_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory of our own, and no cluster or cache of this machine."""
+def isolated_cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Change to a temporary working directory, and hide clusters and caches of this machine."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("PARALLELMIND_CACHE", str(tmp_path / "cache"))
@@ -21,9 +21,10 @@ def place_of_our_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def found(name: str, **fields: Any) -> CheckResult:
-    """What the check of that name finds."""
-    (check,) = [each for each in CHECKS if each.name == name]
-    (finding,) = doctor.findings([Check(name, check.find)], DoctorConfig(**fields))
-    assert "\n" not in finding.line()
-    return finding
+def run_check(check_name: str, **fields: Any) -> CheckResult:
+    """The result of one check alone, without those that it needs."""
+    (check,) = [check for check in CHECKS if check.name == check_name]
+    ((name, result),) = run_checks([Check(check.name, check.run)], DoctorConfig(**fields))
+    assert name == check_name
+    assert "\n" not in result.line(name)
+    return result

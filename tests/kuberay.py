@@ -1,7 +1,7 @@
-"""What the manifests in docs/deploy use of KubeRay's ray.io/v1, by hand: its own schemas come in no package.
+"""The part of KubeRay's ray.io/v1 that the manifests in docs/deploy use, as strict pydantic models.
 
-A field that stands here under another name, or with another type, than in KubeRay 1.6 would not be found out.
-What is in pods is checked against Kubernetes' published schemas, by the package kubernetes-validate.
+No package holds KubeRay's own schemas, so these models are written by hand after KubeRay 1.6: a mistake in
+them is not detected. Pods are checked against Kubernetes' published schemas by kubernetes-validate.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ DEPLOY = ROOT / "docs" / "deploy"
 _KUBERNETES = "1.32"
 
 
-class Known(BaseModel):
-    """Refuses what it does not know, as the API server does under strict validation."""
+class StrictModel(BaseModel):
+    """Refuses unknown fields, as the API server does under strict validation."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, alias_generator=AliasGenerator(validation_alias=to_camel)
     )
 
 
-class Authentication(Known):
+class Authentication(StrictModel):
     mode: Literal["token"]
 
 
-class Autoscaler(Known):
+class Autoscaler(StrictModel):
     idle_timeout_seconds: int
     security_context: dict[str, Any]
 
 
-class Head(Known):
+class Head(StrictModel):
     ray_start_params: dict[str, str]
     template: dict[str, Any]
 
@@ -47,7 +47,7 @@ class Workers(Head):
     max_replicas: int = Field(ge=1)
 
 
-class Cluster(Known):
+class Cluster(StrictModel):
     ray_version: str
     auth_options: Authentication
     enable_in_tree_autoscaling: Literal[True]
@@ -56,7 +56,7 @@ class Cluster(Known):
     worker_group_specs: list[Workers]
 
 
-class JobSpec(Known):
+class JobSpec(StrictModel):
     entrypoint: str
     runtime_env: str = Field(validation_alias="runtimeEnvYAML")
     shutdown_after_job_finishes: bool
@@ -64,23 +64,23 @@ class JobSpec(Known):
     cluster: Cluster = Field(validation_alias="rayClusterSpec")
 
 
-class ServiceSpec(Known):
+class ServiceSpec(StrictModel):
     serve_config: str = Field(validation_alias="serveConfigV2")
     cluster: Cluster = Field(validation_alias="rayClusterConfig")
 
 
-class Metadata(Known):
-    name: str = Field(pattern=r"^[a-z][a-z0-9-]{0,46}$")  # KubeRay puts more behind it
+class Metadata(StrictModel):
+    name: str = Field(pattern=r"^[a-z][a-z0-9-]{0,46}$")  # KubeRay appends a suffix
 
 
-class Job(Known):
+class Job(StrictModel):
     api_version: Literal["ray.io/v1"]
     kind: Literal["RayJob"]
     metadata: Metadata
     spec: JobSpec
 
 
-class Service(Known):
+class Service(StrictModel):
     api_version: Literal["ray.io/v1"]
     kind: Literal["RayService"]
     metadata: Metadata
@@ -100,10 +100,10 @@ def service() -> ServiceSpec:
 
 
 def pods(cluster: Cluster) -> list[dict[str, Any]]:
-    """The specs of its pods, the head's first."""
+    """The pod specs of a cluster, the head's first."""
     return [group.template["spec"] for group in (cluster.head_group_spec, *cluster.worker_group_specs)]
 
 
 def validate(kind: str, **parts: Any) -> None:
-    """Raises for an object of Kubernetes' core that its API server would refuse, unknown fields included."""
+    """Raise if the Kubernetes API server would refuse the object; unknown fields count."""
     kubernetes_validate.validate({"apiVersion": "v1", "kind": kind, **parts}, _KUBERNETES, strict=True)

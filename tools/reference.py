@@ -15,7 +15,7 @@ from serving.config import ServerConfig
 from workloads.chat import ChatConfig
 from workloads.data.convert import ConvertConfig
 from workloads.data.inspect import InspectConfig
-from workloads.doctor.local_checks import DoctorConfig
+from workloads.doctor.config import DoctorConfig
 from workloads.evaluate.answers import AnswersConfig
 from workloads.evaluate.attention import AttentionConfig
 from workloads.evaluate.support import SupportConfig

@@ -33,7 +33,7 @@ def test_trials_bring_the_nodes_that_they_need(tmp_path: Path) -> None:
         "max_concurrent": 2,
     }
     (tmp_path / "sweep.yaml").write_text(json.dumps(sweep, default=str))  # JSON is YAML
-    with autoscaling.autoscaled(PYTHON, tmp_path, idle_s=5) as dashboard:
+    with autoscaling.autoscaling_cluster(PYTHON, tmp_path, idle_s=5) as dashboard:
         clusters.wait_until(lambda: dashboard.get("/api/jobs/")[0] == 200)
         line = [
             "job",
@@ -56,8 +56,8 @@ def test_trials_bring_the_nodes_that_they_need(tmp_path: Path) -> None:
             str(tmp_path / "sweep.yaml"),
         ]
         assert clusters.command(PYTHON, "ray.scripts.scripts", *line).returncode == 0
-        clusters.wait_until(lambda: autoscaling.workers(dashboard) > 0)
+        clusters.wait_until(lambda: autoscaling.count_workers(dashboard) > 0)
         clusters.wait_until(lambda: dashboard.get("/api/jobs/sweep")[1]["status"] in ("SUCCEEDED", "FAILED"))
         said = dashboard.get("/api/jobs/sweep/logs")[1]["logs"]
         assert "trials   2 finished" in said, said
-        clusters.wait_until(lambda: autoscaling.workers(dashboard) == 0)
+        clusters.wait_until(lambda: autoscaling.count_workers(dashboard) == 0)

@@ -17,7 +17,7 @@ from runs import prepare
 
 from parallelmind.storage import sha256
 
-pytestmark = [pytest.mark.chaos, nodes.NEEDED]
+pytestmark = [pytest.mark.chaos, nodes.requires_namespaces]
 EVERY, CUT_S = 10, 30
 SETTINGS = {
     "branches_per_sample": 3,
@@ -46,9 +46,9 @@ def start(place: Path, cluster: Nodes, name: str) -> subprocess.Popen[bytes]:
     line.append(f"mlflow_uri=sqlite:///{name}.db")
     with open(place / f"{name}.log", "wb") as log:
         return subprocess.Popen(
-            cluster.place.command(*line),
+            cluster.host.command(*line),
             cwd=place,
-            env=cluster.place.environment(),
+            env=cluster.host.environment(),
             stdout=log,
             stderr=subprocess.STDOUT,
         )
@@ -111,7 +111,7 @@ def test_a_network_that_is_cut_for_half_a_minute(place: Path, running: list[subp
         ended(running[-1], place, "uncut")
         running.append(start(place, cluster, "cut"))
         wait_for(running[-1], place, "cut", lambda: steps(place, "cut") >= 2 * EVERY)
-        with nodes.cut(there):
+        with nodes.disconnect(there):
             time.sleep(CUT_S)
         if not far.alive():  # it was given up; whoever looks after nodes starts it again
             cluster.add(cpus=1, place=there)

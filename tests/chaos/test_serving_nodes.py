@@ -22,7 +22,7 @@ from servers import ROOT, Server, save_talker
 
 from serving.runtime.ports import free_port
 
-pytestmark = [pytest.mark.chaos, nodes.NEEDED]
+pytestmark = [pytest.mark.chaos, nodes.requires_namespaces]
 CUT_S, CLIENTS = 30, 4
 BODY: dict[str, Any] = {
     "model": "talker",
@@ -57,15 +57,15 @@ def deploy(cluster: Nodes, base: str, folder: Path) -> Server:
         dashboard,
     ]
     done = subprocess.run(
-        cluster.place.command(*line),
+        cluster.host.command(*line),
         cwd=ROOT,
-        env=cluster.place.environment(),
+        env=cluster.host.environment(),
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    found = Server(cluster.nodes[0].process, config["http_options"]["port"], folder / "log", cluster.place.ip)
+    found = Server(cluster.nodes[0].process, config["http_options"]["port"], folder / "log", cluster.host.ip)
     wait_for(lambda: healthy(found) and all(node.family("EngineReplica") for node in cluster.nodes[1:]))
     return found
 
@@ -153,7 +153,7 @@ def test_a_network_that_is_cut_for_half_a_minute(base: str, tmp_path: Path) -> N
         cluster.wait_for(2)
         server = deploy(cluster, base, tmp_path)
         with load(server) as answered:
-            with nodes.cut(there):
+            with nodes.disconnect(there):
                 time.sleep(CUT_S)
             before = answered[0]
             wait_for(lambda: answered[0] > before + 3 * CLIENTS)

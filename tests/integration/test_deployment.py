@@ -46,16 +46,16 @@ sys.stdin.read()
 def test_tasks_bring_workers_of_their_type_which_go_when_idle(tmp_path: Path) -> None:
     script = tmp_path / "tasks.py"
     script.write_text(TASKS, encoding="utf-8")
-    with autoscaling.autoscaled(PYTHON, tmp_path, idle_s=3) as dashboard:
+    with autoscaling.autoscaling_cluster(PYTHON, tmp_path, idle_s=3) as dashboard:
         job = {"entrypoint": f"python {script}", "submission_id": "tasks"}
         clusters.wait_until(lambda: dashboard.request("POST", "/api/jobs/", job).status == 200)
-        clusters.wait_until(lambda: autoscaling.workers(dashboard) > 0)
+        clusters.wait_until(lambda: autoscaling.count_workers(dashboard) > 0)
         clusters.wait_until(lambda: dashboard.get("/api/jobs/tasks")[1]["status"] in ("SUCCEEDED", "FAILED"))
         said = dashboard.get("/api/jobs/tasks/logs")[1]["logs"]
         assert "trials at a time: 2 12" in said  # of nodes of which none is there yet
         assert "task on data_worker" in said
         assert "trainer on gpu_worker" in said
-        clusters.wait_until(lambda: autoscaling.workers(dashboard) == 0)
+        clusters.wait_until(lambda: autoscaling.count_workers(dashboard) == 0)
         assert listening(psutil.Process(dashboard.process.pid)) <= LOOPBACK
 
 

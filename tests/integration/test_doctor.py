@@ -19,62 +19,66 @@ ROOT = Path(__file__).resolve().parents[2]
 NAMES = ["libraries", "model", "gpu", "memory", "disk", "ray", "storage", "nodes", "mlflow", "end to end"]
 
 
-def doctor(place: Path, *arguments: str, **settings: str) -> tuple[int, dict[str, tuple[str, str]]]:
-    """The exit code and, for each check, its mark and what it said. Nothing is left of what was tried."""
-    tiny = save_tiny(place / "tiny")
+def run_doctor(cwd: Path, *arguments: str, **settings: str) -> tuple[int, dict[str, tuple[str, str]]]:
+    """Run the doctor; returns its exit code and, by check, status and text. It must leave no files behind."""
+    tiny = save_tiny(cwd / "tiny")
     paths = os.pathsep.join([str(ROOT / "platform"), str(ROOT)])
-    kept = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    done = subprocess.run(
+    inherited = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    completed = subprocess.run(
         [sys.executable, "-m", "workloads.doctor", f"base_model={tiny}", *arguments],
-        cwd=place,
-        env={**kept, "PYTHONPATH": paths, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", **settings},
+        cwd=cwd,
+        env={
+            **inherited,
+            "PYTHONPATH": paths,
+            "RAY_AUTH_MODE": "disabled",
+            "OMP_NUM_THREADS": "1",
+            **settings,
+        },
         capture_output=True,
         text=True,
         timeout=400,
         check=False,
     )
     assert [
-        line for line in done.stderr.splitlines() if "InvalidAuthToken" not in line
-    ] == []  # Ray itself says that
-    assert [path.name for path in place.iterdir()] == ["tiny"]
-    lines = done.stdout.splitlines()
+        line for line in completed.stderr.splitlines() if "InvalidAuthToken" not in line
+    ] == []  # a log line of Ray itself
+    assert [path.name for path in cwd.iterdir()] == ["tiny"]
+    lines = completed.stdout.splitlines()
     assert [line[6:16].rstrip() for line in lines] == NAMES
-    return done.returncode, {line[6:16].rstrip(): (line[:4].rstrip(), line[18:]) for line in lines}
+    return completed.returncode, {line[6:16].rstrip(): (line[:4].rstrip(), line[18:]) for line in lines}
 
 
 @pytest.mark.slow
-def test_a_machine_that_is_fine(tmp_path: Path) -> None:
-    code, found = doctor(tmp_path)
-    assert code == 0, found
-    assert {mark for mark, _ in found.values()} <= {"ok", "warn"}
-    assert "1 node" in found["ray"][1]
-    assert found["end to end"][1].startswith(
-        "3 steps of training, then 2 branches decoded with the adapter, in "
-    )
+def test_a_working_machine_passes(tmp_path: Path) -> None:
+    code, results = run_doctor(tmp_path)
+    assert code == 0, results
+    assert {status for status, _ in results.values()} <= {"ok", "warn"}
+    assert "1 node" in results["ray"][1]
+    assert results["end to end"][1].startswith("trained 3 steps and decoded 2 branches with the adapter, in ")
 
 
 @pytest.mark.slow
-def test_without_its_mlflow_server(tmp_path: Path) -> None:
+def test_an_unreachable_mlflow_server_fails_alone(tmp_path: Path) -> None:
     uri = f"http://127.0.0.1:{free_port()}"
-    code, found = doctor(tmp_path, f"mlflow_uri={uri}", "end_to_end=false")
-    assert code == 1, found
-    assert [name for name, (mark, _) in found.items() if mark == "FAIL"] == ["mlflow"]
-    assert found["mlflow"][1].startswith(f"mlflow_uri={uri}: cannot be used (")
-    assert found["end to end"] == ("skip", "end_to_end=false")
+    code, results = run_doctor(tmp_path, f"mlflow_uri={uri}", "end_to_end=false")
+    assert code == 1, results
+    assert [name for name, (status, _) in results.items() if status == "FAIL"] == ["mlflow"]
+    assert results["mlflow"][1].startswith(f"mlflow_uri={uri}: cannot be used (")
+    assert results["end to end"] == ("skip", "end_to_end=false")
 
 
 @pytest.mark.slow
-def test_a_cluster_is_joined_with_its_token_only(tmp_path: Path) -> None:
+def test_a_cluster_is_joined_only_with_its_token(tmp_path: Path) -> None:
     port, token = free_port(), {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    asked = f"ray_address=127.0.0.1:{port}", "end_to_end=false"
+    arguments = f"ray_address=127.0.0.1:{port}", "end_to_end=false"
     with clusters.cluster(Path(sys.executable), gcs_port=port, **token):
-        code, found = doctor(tmp_path, *asked, **token)
-        assert (code, found["ray"][0], found["nodes"][0]) == (0, "ok", "ok"), found
-        assert found["ray"][1].startswith(
-            f"Ray {ray.__version__}, joined 127.0.0.1:{port}, of the same version: 1 node, 2 CPUs"
+        code, results = run_doctor(tmp_path, *arguments, **token)
+        assert (code, results["ray"][0], results["nodes"][0]) == (0, "ok", "ok"), results
+        assert results["ray"][1].startswith(f"Ray {ray.__version__}, joined 127.0.0.1:{port}: 1 node, 2 CPUs")
+        assert results["ray"][1].endswith("token auth on")
+        code, results = run_doctor(tmp_path, *arguments, **{**token, "RAY_AUTH_TOKEN": secrets.token_hex(32)})
+        assert (code, results["ray"][0], results["nodes"][0]) == (1, "FAIL", "skip"), results
+        assert results["ray"][1].startswith(
+            f"ray_address=127.0.0.1:{port}: cannot be used (Failed to connect "
         )
-        assert found["ray"][1].endswith("token auth on")
-        code, found = doctor(tmp_path, *asked, **{**token, "RAY_AUTH_TOKEN": secrets.token_hex(32)})
-        assert (code, found["ray"][0], found["nodes"][0]) == (1, "FAIL", "skip"), found
-        assert found["ray"][1].startswith(f"ray_address=127.0.0.1:{port}: cannot be used (Failed to connect ")
-        assert "RAY_AUTH_TOKEN" in found["ray"][1]
+        assert "RAY_AUTH_TOKEN" in results["ray"][1]

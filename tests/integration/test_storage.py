@@ -211,7 +211,7 @@ def store(kind: str, folder: Path) -> Iterator[str]:
     """Where an MLflow server keeps its records."""
     if kind == "sqlite":
         yield f"sqlite:///{folder}/server.db"
-    elif postgres.programs() is None:
+    elif postgres.bin_dir() is None:
         pytest.skip("no PostgreSQL here (apt-get install postgresql)")
     else:
         with postgres.server() as uri:

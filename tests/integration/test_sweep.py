@@ -101,7 +101,7 @@ def test_a_killed_sweep_goes_on_and_every_trial_is_there_once(place: Path) -> No
     assert "trials   1 finished, 1 failed" in told
     assert "lora_targets" in told  # why the other one failed
     folder = next((place / "runs").glob("tiny-*"))
-    journal = Journal.read(RemotePath(folder / "journal.jsonl"))
+    journal = Journal.open(RemotePath(folder / "journal.jsonl"))
     counts = Counter((event["trial"], event["step"]) for event in events(place) if "metrics" in event)
     assert set(counts.values()) == {1}
     assert Counter(event["trial"] for event in events(place) if "status" in event) == {0: 1, 1: 1}
@@ -123,7 +123,7 @@ def _stop_while_trials_start(place: Path) -> None:
     running.send_signal(signal.SIGINT)
     output, _ = running.communicate(timeout=200)
     assert running.returncode == 130, output
-    assert "stopped; the same command goes on from there" in output
+    assert "stopped; the same command resumes the sweep" in output
     assert any("folder" in event for event in events(place))
     assert not any("status" in event for event in events(place))
 

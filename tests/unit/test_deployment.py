@@ -1,4 +1,4 @@
-"""The files that put the project on a cluster, as far as they can be checked without one."""
+"""Deployment files: ray_cluster.yaml, the Dockerfile and the Kubernetes manifests, checked without a cluster."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ CLUSTERS = {
 
 
 @pytest.fixture(scope="module")
-def launched() -> dict[str, Any]:
-    return autoscaling.prepared()
+def launch_config() -> dict[str, Any]:
+    return autoscaling.prepared_config()
 
 
 @pytest.fixture(params=CLUSTERS)
@@ -43,74 +43,73 @@ def cluster(request: pytest.FixtureRequest) -> kuberay.Cluster:
 
 
 def instructions() -> list[tuple[str, str]]:
-    """Of the Dockerfile, as (name, rest)."""
+    """The instructions of the Dockerfile as (name, arguments)."""
     lines = re.sub(r"^\s*#.*\n", "", DOCKERFILE, flags=re.MULTILINE).replace("\\\n", " ").splitlines()
-    parted = [line.partition(" ") for line in lines if line.strip()]
-    return [(name, rest.strip()) for name, _, rest in parted]
+    parts = [line.partition(" ") for line in lines if line.strip()]
+    return [(name, rest.strip()) for name, _, rest in parts]
 
 
-def images(launched: dict[str, Any]) -> set[str]:
-    of_types = {
-        found["docker"]["worker_image"]
-        for found in launched["available_node_types"].values()
-        if "docker" in found
+def images(launch_config: dict[str, Any]) -> set[str]:
+    node_images = {
+        node_type["docker"]["worker_image"]
+        for node_type in launch_config["available_node_types"].values()
+        if "docker" in node_type
     }
     return (
-        of_types | {launched["docker"]["image"]} | {rest for name, rest in instructions() if name == "FROM"}
+        node_images
+        | {launch_config["docker"]["image"]}
+        | {rest for name, rest in instructions() if name == "FROM"}
     )
 
 
-def test_ray_up_takes_the_cluster(launched: dict[str, Any]) -> None:
-    """Against the schema and the checks that `ray up` runs before it rents anything."""
+def test_ray_up_accepts_the_cluster(launch_config: dict[str, Any]) -> None:
+    """The schema and the checks of `ray up`."""
     from ray.autoscaler._private.util import validate_config
 
-    validate_config(launched)
-    assert launched["provider"]["type"] == "aws"
+    validate_config(launch_config)
+    assert launch_config["provider"]["type"] == "aws"
 
 
-def test_ray_up_refuses_an_unknown_field(launched: dict[str, Any]) -> None:
-    """So that the test above says something."""
+def test_ray_up_refuses_an_unknown_field(launch_config: dict[str, Any]) -> None:
     from jsonschema import ValidationError as SchemaError
     from ray.autoscaler._private.util import validate_config
 
     with pytest.raises(SchemaError):
-        validate_config({**launched, "max_worker": 3})
+        validate_config({**launch_config, "max_worker": 3})
 
 
-def test_the_head_takes_no_tasks_and_spot_workers_start_from_none(launched: dict[str, Any]) -> None:
-    types = dict(launched["available_node_types"])
-    assert types.pop(launched["head_node_type"])["resources"] == {"CPU": 0}
-    assert sorted("GPU" in found["resources"] for found in types.values()) == [False, True]
-    for found in types.values():
-        assert found["min_workers"] == 0
-        assert found["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
-    assert sum(found["max_workers"] for found in types.values()) == launched["max_workers"]
+def test_the_head_runs_no_tasks_and_spot_workers_start_from_zero(launch_config: dict[str, Any]) -> None:
+    types = dict(launch_config["available_node_types"])
+    assert types.pop(launch_config["head_node_type"])["resources"] == {"CPU": 0}
+    assert sorted("GPU" in node_type["resources"] for node_type in types.values()) == [False, True]
+    for node_type in types.values():
+        assert node_type["min_workers"] == 0
+        assert node_type["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    assert sum(node_type["max_workers"] for node_type in types.values()) == launch_config["max_workers"]
 
 
-def test_jobs_are_told_of_all_nodes_that_may_come(launched: dict[str, Any]) -> None:
-    groups = launched["available_node_types"].values()
-    most = {
-        name: sum(found["max_workers"] * found["resources"].get(name, 0) for found in groups)
+def test_jobs_know_how_large_the_cluster_may_become(launch_config: dict[str, Any]) -> None:
+    node_types = launch_config["available_node_types"].values()
+    limits = {
+        name: sum(node_type["max_workers"] * node_type["resources"].get(name, 0) for node_type in node_types)
         for name in ("CPU", "GPU")
     }
-    assert autoscaling.grows_to(launched) == f"CPU={most['CPU']},GPU={most['GPU']}"
+    assert autoscaling.grows_to(launch_config) == f"CPU={limits['CPU']},GPU={limits['GPU']}"
 
 
-def test_every_node_asks_for_the_token_and_has_it(launched: dict[str, Any]) -> None:
-    assert "-e RAY_AUTH_MODE=token" in launched["docker"]["run_options"]
-    assert launched["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
-    head = " ".join(launched["head_start_ray_commands"])
+def test_every_node_requires_the_token_and_has_it(launch_config: dict[str, Any]) -> None:
+    assert "-e RAY_AUTH_MODE=token" in launch_config["docker"]["run_options"]
+    assert launch_config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
+    head = " ".join(launch_config["head_start_ray_commands"])
     assert "--dashboard-host=127.0.0.1" in head
     assert "0.0.0.0" not in autoscaling.CLUSTER.read_text(encoding="utf-8")
 
 
 def test_setup_installs_the_dependencies_and_not_the_project(
-    launched: dict[str, Any], tmp_path: Path
+    launch_config: dict[str, Any], tmp_path: Path
 ) -> None:
-    """The commands themselves, with what `ray up` copies, and a pip that only writes down what it is asked
-    for.
-    """
-    for remote, local in launched["file_mounts"].items():
+    """Runs the setup commands with the files that `ray up` copies and a pip that only records its arguments."""
+    for remote, local in launch_config["file_mounts"].items():
         if not local.startswith("~"):
             path = tmp_path / remote.removeprefix("~/")
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,45 +117,45 @@ def test_setup_installs_the_dependencies_and_not_the_project(
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").symlink_to(sys.executable)
     pip = tmp_path / "bin" / "pip"
-    pip.write_text('#!/bin/sh\necho "$@" >> ~/asked\n')
+    pip.write_text('#!/bin/sh\necho "$@" >> ~/pip-arguments\n')
     pip.chmod(0o755)
     env = {"HOME": str(tmp_path), "PATH": f"{pip.parent}:{os.environ['PATH']}"}
-    for line in launched["worker_setup_commands"]:
+    for line in launch_config["worker_setup_commands"]:
         subprocess.run(["bash", "-ec", line], env=env, check=True)
-    assert (tmp_path / "asked").read_text() == "install -q -c constraints.txt -r requirements.txt\n"
+    assert (tmp_path / "pip-arguments").read_text() == "install -q -c constraints.txt -r requirements.txt\n"
     assert (tmp_path / "dependencies" / "requirements.txt").read_text().splitlines() == PROJECT[
         "dependencies"
     ]
     assert {Requirement(line).name for line in PROJECT["dependencies"]} <= set(PINNED)
 
 
-def test_images_have_the_pinned_ray_and_a_python_that_will_do(launched: dict[str, Any]) -> None:
-    for image in images(launched):
-        found = re.fullmatch(r"rayproject/ray:([\d.]+)-py3(\d+)-(cpu|gpu)", image)
-        assert found, image
-        assert found[1] == PINNED["ray"]
-        assert f"3.{found[2]}" in Requirement(f"python{PROJECT['requires-python']}").specifier
+def test_images_have_the_pinned_ray_and_a_supported_python(launch_config: dict[str, Any]) -> None:
+    for image in images(launch_config):
+        match = re.fullmatch(r"rayproject/ray:([\d.]+)-py3(\d+)-(cpu|gpu)", image)
+        assert match, image
+        assert match[1] == PINNED["ray"]
+        assert f"3.{match[2]}" in Requirement(f"python{PROJECT['requires-python']}").specifier
 
 
-def test_the_image_is_built_from_what_is_there_and_runs_as_nobody_special() -> None:
-    found = instructions()
+def test_the_image_is_built_from_existing_files_and_runs_unprivileged() -> None:
+    lines = instructions()
     ignored = (kuberay.DEPLOY / "Dockerfile.dockerignore").read_text(encoding="utf-8").split()
-    sources = {source for name, rest in found if name == "COPY" for source in rest.split()[1:-1]}
+    sources = {source for name, rest in lines if name == "COPY" for source in rest.split()[1:-1]}
     assert all((ROOT / source).exists() for source in sources)
     assert {f"!{source}" for source in sources} == {line for line in ignored if line.startswith("!")}
     assert ignored[0] == "*"
-    assert [rest for name, rest in found if name == "USER"] == ["ray"]
-    assert {name for name, _ in found} == {"FROM", "USER", "WORKDIR", "COPY", "RUN"}
+    assert [rest for name, rest in lines if name == "USER"] == ["ray"]
+    assert {name for name, _ in lines} == {"FROM", "USER", "WORKDIR", "COPY", "RUN"}
 
 
-def test_the_image_has_the_same_dependencies_as_a_launched_node(launched: dict[str, Any]) -> None:
+def test_the_image_has_the_same_dependencies_as_a_launched_node(launch_config: dict[str, Any]) -> None:
     (run,) = [rest for name, rest in instructions() if name == "RUN"]
-    listing = re.compile(r"python -c '.*?'")
-    assert listing.findall(run) == listing.findall(launched["setup_commands"][0])
+    list_dependencies = re.compile(r"python -c '.*?'")
+    assert list_dependencies.findall(run) == list_dependencies.findall(launch_config["setup_commands"][0])
     assert "pip install --no-cache-dir -c constraints.txt -r /tmp/requirements.txt" in run
 
 
-def test_pods_are_what_kubernetes_takes(cluster: kuberay.Cluster) -> None:
+def test_kubernetes_accepts_the_pods(cluster: kuberay.Cluster) -> None:
     for spec in kuberay.pods(cluster):
         kuberay.validate("Pod", metadata={"name": "any"}, spec=spec)
     broken = {**kuberay.pods(cluster)[0], "volume": []}
@@ -164,20 +163,20 @@ def test_pods_are_what_kubernetes_takes(cluster: kuberay.Cluster) -> None:
         kuberay.validate("Pod", metadata={"name": "any"}, spec=broken)
 
 
-def test_pods_have_no_privileges_and_say_what_they_need(cluster: kuberay.Cluster) -> None:
-    locked = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
-    assert cluster.autoscaler_options.security_context == locked
+def test_pods_have_no_privileges_and_request_resources(cluster: kuberay.Cluster) -> None:
+    unprivileged = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    assert cluster.autoscaler_options.security_context == unprivileged
     for spec in kuberay.pods(cluster):
         assert spec["securityContext"]["runAsNonRoot"]
         (container,) = spec["containers"]
-        assert container["securityContext"] == locked
+        assert container["securityContext"] == unprivileged
         assert {"cpu", "memory"} <= set(container["resources"]["requests"])
         assert container["resources"]["limits"]["memory"] == container["resources"]["requests"]["memory"]
         assert not container["image"].endswith(":latest")
         assert ":" in container["image"]
 
 
-def test_pods_share_one_volume_that_is_claimed(cluster: kuberay.Cluster) -> None:
+def test_pods_share_the_claimed_volume(cluster: kuberay.Cluster) -> None:
     claim = kuberay.read("storage.yaml")
     kuberay.validate(claim["kind"], metadata=claim["metadata"], spec=claim["spec"])
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
@@ -187,7 +186,7 @@ def test_pods_share_one_volume_that_is_claimed(cluster: kuberay.Cluster) -> None
         assert {mount["name"] for mount in spec["containers"][0]["volumeMounts"]} == set(claims)
 
 
-def test_the_head_takes_no_tasks_and_groups_can_grow(cluster: kuberay.Cluster) -> None:
+def test_the_head_runs_no_tasks_and_groups_can_grow(cluster: kuberay.Cluster) -> None:
     assert cluster.head_group_spec.ray_start_params == {"num-cpus": "0"}
     assert cluster.ray_version == PINNED["ray"]
     for group in cluster.worker_group_specs:
@@ -197,45 +196,48 @@ def test_the_head_takes_no_tasks_and_groups_can_grow(cluster: kuberay.Cluster) -
 @pytest.mark.parametrize(
     ("kind", "name"), [(kuberay.Job, "rayjob.yaml"), (kuberay.Service, "rayservice.yaml")]
 )
-def test_an_unknown_field_of_a_manifest_is_refused(kind: type[kuberay.Known], name: str) -> None:
-    found = kuberay.read(name)
+def test_an_unknown_field_of_a_manifest_is_refused(kind: type[kuberay.StrictModel], name: str) -> None:
+    manifest = kuberay.read(name)
     with pytest.raises(ValidationError):
-        kind.model_validate({**found, "spec": {**found["spec"], "sped": 1}})
+        kind.model_validate({**manifest, "spec": {**manifest["spec"], "sped": 1}})
 
 
 def test_the_job_is_a_command_of_this_project() -> None:
     job = kuberay.job()
-    given = {each["name"]: each["value"] for each in kuberay.pods(job.cluster)[0]["containers"][0]["env"]}
+    environment = {
+        variable["name"]: variable["value"]
+        for variable in kuberay.pods(job.cluster)[0]["containers"][0]["env"]
+    }
     shell, option, line = shlex.split(job.entrypoint)
     assert [shell, option] == ["sh", "-c"]
-    meant = re.sub(r"\$(\w+)", lambda found: given[found[1]], line)
-    python, option, module, *arguments = meant.split()
+    expanded = re.sub(r"\$(\w+)", lambda match: environment[match[1]], line)
+    python, option, module, *arguments = expanded.split()
     assert [python, option, module] == ["python", "-m", "workloads.train"]
     config = read_config(TrainConfig, arguments)
-    assert config.services.mlflow_uri == given["MLFLOW_TRACKING_URI"]
+    assert config.services.mlflow_uri == environment["MLFLOW_TRACKING_URI"]
     assert config.run.output_dir.startswith(
         kuberay.pods(job.cluster)[0]["containers"][0]["volumeMounts"][0]["mountPath"]
     )
     gpu = next(group for group in job.cluster.worker_group_specs if group.group_name == "gpu")
-    assert config.workers.num_workers <= gpu.replicas  # they are counted when it starts
+    assert config.workers.num_workers <= gpu.replicas  # the job counts the replicas when it starts
 
 
-def test_both_find_the_project_where_the_image_has_it() -> None:
+def test_job_and_service_find_the_project_in_the_image() -> None:
     from ray.runtime_env import RuntimeEnv
     from ray.serve.schema import ServeDeploySchema
 
     (home,) = [rest for name, rest in instructions() if name == "WORKDIR"]
-    served = ServeDeploySchema.model_validate(yaml.safe_load(kuberay.service().serve_config))
-    (application,) = served.applications
-    for found in (RuntimeEnv(**yaml.safe_load(kuberay.job().runtime_env)), application.runtime_env):
-        assert found["env_vars"] == {"PYTHONPATH": f"{home}/platform:{home}"}
+    serve_config = ServeDeploySchema.model_validate(yaml.safe_load(kuberay.service().serve_config))
+    (application,) = serve_config.applications
+    for runtime_env in (RuntimeEnv(**yaml.safe_load(kuberay.job().runtime_env)), application.runtime_env):
+        assert runtime_env["env_vars"] == {"PYTHONPATH": f"{home}/platform:{home}"}
     assert application.import_path == "serving.app:build"
 
 
-def test_the_service_fits_its_pods_and_asks_for_keys() -> None:
+def test_the_service_fits_its_pods_and_requires_keys() -> None:
     service = kuberay.service()
-    served = yaml.safe_load(service.serve_config)
-    config = AppConfig.of(served["applications"][0]["args"])
+    serve_config = yaml.safe_load(service.serve_config)
+    config = AppConfig.of(serve_config["applications"][0]["args"])
     (gpu,) = service.cluster.worker_group_specs
     assert (gpu.min_replicas, gpu.max_replicas) == (config.min_replicas, config.max_replicas)
     requested = gpu.template["spec"]["containers"][0]["resources"]["requests"]
@@ -246,10 +248,10 @@ def test_the_service_fits_its_pods_and_asks_for_keys() -> None:
         (keys,) = container["env"]
         assert keys["name"] == "PARALLELMIND_API_KEYS"
         assert not keys["valueFrom"]["secretKeyRef"].get("optional")
-        assert served["http_options"]["port"] in [port["containerPort"] for port in container["ports"]]
+        assert serve_config["http_options"]["port"] in [port["containerPort"] for port in container["ports"]]
 
 
-def test_every_file_that_the_guide_names_is_there() -> None:
+def test_every_file_that_the_guide_links_exists() -> None:
     guide = (kuberay.DEPLOY / "README.md").read_text(encoding="utf-8")
     links = [target for target in re.findall(r"\]\(([^)#]+)\)", guide) if "://" not in target]
     assert links

@@ -1,7 +1,7 @@
-"""The memory of a sweep: one JSON line for everything that happened, on the disk before anything rests on it.
+"""The journal of a sweep: one JSON line per event, on disk before anything depends on the event.
 
-Ray Tune's own state is a pickle that is written now and then; after a crash it would repeat trials or forget
-them.
+Ray Tune saves its own state as a pickle from time to time. After a crash that state would repeat or forget
+trials, so a sweep never reads it and resumes from the journal alone.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from workloads.sweep.trial import Status, Trial
 
 
 @dataclass(slots=True)
-class Report:
-    """What a trial told at a step, in the order of all trials' reports."""
+class MetricsReport:
+    """The metrics that a trial reported at a step."""
 
     number: int
     step: int
@@ -28,53 +28,55 @@ class Report:
 
 @dataclass(slots=True)
 class Journal:
-    """Opened by `read`. Its methods may be called from any thread."""
+    """Create it with `open`. Methods may be called from any thread.
+
+    reports: those of all trials, in the order of arrival. notes: facts about the whole sweep.
+    """
 
     file: RemotePath
     trials: dict[int, Trial] = field(default_factory=dict)
-    reports: list[Report] = field(default_factory=list)
+    reports: list[MetricsReport] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
-    def read(cls, file: RemotePath) -> Journal:
-        """What is known. A last line that was cut short by a crash is removed: what it told has not
-        happened.
-        """
+    def open(cls, file: RemotePath) -> Journal:
+        """Replay the journal. A last line that a crash cut short is removed: its event did not happen."""
         journal, path = cls(file), file.local
         if file.uri is not None:
             path.write_bytes(file.read_bytes() or b"")
         if path.is_file():
-            whole, _, cut = path.read_bytes().rpartition(b"\n")
-            if cut:
-                os.truncate(path, len(whole) + 1 if whole else 0)
-            for line in whole.splitlines():
+            complete, _, cut_line = path.read_bytes().rpartition(b"\n")
+            if cut_line:
+                os.truncate(path, len(complete) + 1 if complete else 0)
+            for line in complete.splitlines():
                 journal._apply(json.loads(line))
         return journal
 
-    def begin(self, number: int, settings: dict[str, Any]) -> None:
-        self._write({"trial": number, "settings": settings})
+    def add_trial(self, number: int, settings: dict[str, Any]) -> None:
+        self._append({"trial": number, "settings": settings})
 
-    def placed(self, number: int, folder: str, run_id: str) -> None:
-        """Where a trial is on the disk and in MLflow."""
-        self._write({"trial": number, "folder": folder, "run_id": run_id})
+    def set_location(self, number: int, folder: str, run_id: str) -> None:
+        """Record the run folder and the MLflow run of a trial, which is running from now on."""
+        self._append({"trial": number, "folder": folder, "run_id": run_id})
 
-    def report(self, number: int, step: int, metrics: Mapping[str, float]) -> bool:
-        """False for a step that was told before, which a trial repeats after a crash: it is left out."""
-        fresh = step > self.trials[number].step
-        if fresh:
-            self._write({"trial": number, "step": step, "metrics": dict(metrics)})
-        return fresh
+    def add_report(self, number: int, step: int, metrics: Mapping[str, float]) -> bool:
+        """Record metrics. Returns False for a step that a trial repeats after a crash, which is dropped."""
+        is_new = step > self.trials[number].step
+        if is_new:
+            self._append({"trial": number, "step": step, "metrics": dict(metrics)})
+        return is_new
 
-    def end(self, number: int, status: Status, error: str | None = None) -> None:
+    def end_trial(self, number: int, status: Status, error: str | None = None) -> None:
+        """Record how a trial ended, unless it has ended already."""
         if not self.trials[number].ended:
-            self._write({"trial": number, "status": status, "error": error})
+            self._append({"trial": number, "status": status, "error": error})
 
-    def note(self, **facts: Any) -> None:
-        """Facts about the sweep as a whole."""
-        self._write({"notes": facts})
+    def add_notes(self, **notes: Any) -> None:
+        """Record facts about the whole sweep."""
+        self._append({"notes": notes})
 
-    def _write(self, event: dict[str, Any]) -> None:
+    def _append(self, event: dict[str, Any]) -> None:
         with self._lock:
             with open(self.file.local, "a", encoding="utf-8") as file:
                 file.write(json.dumps(event) + "\n")
@@ -96,7 +98,7 @@ class Journal:
             trial.step, trial.metrics = event["step"], event["metrics"]
             trial.seconds = trial.metrics.get("seconds", 0.0)
             trial.curve.append((trial.step, trial.metrics))
-            self.reports.append(Report(number, trial.step, trial.metrics))
+            self.reports.append(MetricsReport(number, trial.step, trial.metrics))
         if "folder" in event:
             trial.status = "running"
         for name in ("folder", "run_id", "status", "error"):

@@ -1,4 +1,4 @@
-"""What a sweep tries, remembers and stops, without Ray."""
+"""Configuration, search, journal and scheduling of a sweep, without a running Ray."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from parallelmind.config import resolve
 from parallelmind.errors import UserError
 from parallelmind.remote import RemotePath
 from workloads.common.stopping import StopFile
-from workloads.sweep import command as sweep
-from workloads.sweep.config import SweepConfig, check
+from workloads.sweep import command
+from workloads.sweep.config import SweepConfig
 from workloads.sweep.journal import Journal
-from workloads.sweep.search import point, winner
+from workloads.sweep.ranking import find_winner
+from workloads.sweep.scheduler import JournalingScheduler
+from workloads.sweep.search import choose_point, draw_point
+from workloads.sweep.searcher import JournalSearcher
+from workloads.sweep.space import check_space
 from workloads.sweep.trial import Trial
-from workloads.sweep.tune import JournalingScheduler, JournalSearcher
 from workloads.train.command import STOP
 
 LOSS, TAX = "validation/loss_1", "validation/branch_tax_8"
@@ -31,14 +34,21 @@ SPACE = {
 }
 
 
-def config(**values: Any) -> SweepConfig:
+def sweep_config(**values: Any) -> SweepConfig:
     return resolve(SweepConfig, {"train": RUN, "space": {"lora_rank": [4, 8]}, **values})
 
 
-def over(
+def ended_trial(
     number: int, settings: dict[str, Any], loss: float, tax: float = 0.0, status: str = "finished"
 ) -> Trial:
-    return Trial(number, {**settings, "seed": 0}, status, metrics={LOSS: loss, TAX: tax})  # type: ignore[arg-type]
+    metrics = {LOSS: loss, TAX: tax}
+    return Trial(number, {**settings, "seed": 0}, status, metrics=metrics)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Journal:
+    """An empty journal."""
+    return Journal(RemotePath(tmp_path / "journal.jsonl"))
 
 
 @pytest.mark.parametrize(
@@ -51,29 +61,29 @@ def over(
         ),
         ({"space": {"seed": [1]}}, r"space.seed: .* seeds=\[…\]"),
         ({"space": {}}, "space: nothing to try"),
-        (
-            {"space": {"lora_rank": []}},
-            r"space.lora_rank=\[\]: holds nothing to try; give at least one value",
-        ),
+        ({"space": {"lora_rank": []}}, r"space.lora_rank=\[\]: has no values; give at least one"),
         ({"space": SPACE}, "space.lora_rank: a range needs search=random or search=optuna"),
         ({"space": {"lora_rank": {"low": 8, "high": 2}}, "search": "random", "trials": 1}, "low < high"),
         ({"search": "optuna"}, "search=optuna: draws points from a space; give trials=NUMBER and space="),
         ({"trials": 4}, "trials=4: needs search=random or search=optuna"),
         (
             {"metrics": ["validation/loss_3"]},
-            "metrics=validation/loss_3: no trial reports it; choose from loss, valid",
+            "metrics=validation/loss_3: is not reported by these trials; choose from loss, valid",
         ),
         ({"seeds": [0, -1]}, "seeds"),
         ({"register_as": "org/model"}, "register_as=org/model"),
         ({"alias": "no name"}, "alias=no name"),
-        ({"alias": "Latest"}, "alias=Latest: means a version by itself in MLflow"),
-        ({"alias": "v2"}, "alias=v2: means a version by itself in MLflow"),
-        ({"train": {"data_path": "d"}}, "metrics=validation/loss_1: no trial reports it; choose from loss$"),
+        ({"alias": "Latest"}, "alias=Latest: is reserved by MLflow"),
+        ({"alias": "v2"}, "alias=v2: is reserved by MLflow"),
+        (
+            {"train": {"data_path": "d"}},
+            "metrics=validation/loss_1: is not reported by these trials; choose from loss$",
+        ),
     ],
 )
-def test_what_cannot_be_swept_is_refused_in_one_line(values: dict[str, Any], message: str) -> None:
+def test_invalid_configurations_are_refused_in_one_line(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        config(**values)
+        sweep_config(**values)
     assert "\n" not in str(caught.value)
 
 
@@ -91,200 +101,257 @@ def test_what_cannot_be_swept_is_refused_in_one_line(values: dict[str, Any], mes
         ),
     ],
 )
-def test_every_value_is_held_against_the_training_run(values: dict[str, Any], message: str) -> None:
+def test_every_value_of_the_space_is_checked_as_a_training_setting(
+    values: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
-        check(config(**values))
+        check_space(sweep_config(**values))
 
 
-def test_bad_input_ends_with_2_before_anything_starts(
+def test_bad_input_exits_with_2_before_anything_starts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
         "sys.argv", ["sweep", "train.data_path=nowhere.jsonl", "space.lora_rank=[2]", "metrics=[loss]"]
     )
-    with pytest.raises(SystemExit) as ended:
-        cli.run(sweep.main)
-    assert ended.value.code == 2
+    with pytest.raises(SystemExit) as exit_info:
+        cli.run(command.main)
+    assert exit_info.value.code == 2
     assert capsys.readouterr().err.startswith("error: data_path=nowhere.jsonl: ")
 
 
-def test_a_grid_lies_over_each_point() -> None:
-    found = list(
-        config(
-            space={"lora_rank": [4, 8], "pairs": ["low", "mid"]}, points=[{}, {"positions": "flat"}]
-        ).grid()
+def test_a_grid_combines_its_lists_with_each_point() -> None:
+    config = sweep_config(
+        space={"lora_rank": [4, 8], "pairs": ["low", "mid"]}, points=[{}, {"positions": "flat"}]
     )
-    assert len(found) == 8
-    assert {"positions": "flat", "lora_rank": 8, "pairs": "mid"} in found
+    points = list(config.grid())
+    assert len(points) == 8
+    assert {"positions": "flat", "lora_rank": 8, "pairs": "mid"} in points
 
 
-def test_draws_depend_on_seed_and_number_alone_and_keep_to_the_space() -> None:
-    settings = config(space=SPACE, search="random", trials=200)
-    drawn = [point(settings, index, []) for index in range(200)]
-    assert drawn == [point(settings, index, [over(0, {}, 1.0)]) for index in range(200)]
-    assert point(settings, 200, []) is None
-    ranks = [found["lora_rank"] for found in drawn if found]
+def test_random_points_depend_on_seed_and_index_alone_and_lie_in_the_space() -> None:
+    config = sweep_config(space=SPACE, search="random", trials=200)
+    points = [choose_point(config, index, []) for index in range(200)]
+    assert points == [choose_point(config, index, [ended_trial(0, {}, 1.0)]) for index in range(200)]
+    assert choose_point(config, 200, []) is None
+    ranks = [point["lora_rank"] for point in points if point]
     assert {min(ranks), max(ranks)} <= set(range(2, 33))
     assert all(isinstance(rank, int) for rank in ranks)
-    assert sum(rank <= 8 for rank in ranks) > 80  # half of the logarithm
-    for settings_of in drawn:
-        assert settings_of is not None
-        settings.trial(0, settings_of, "runs")
+    assert sum(rank <= 8 for rank in ranks) > 80  # half of the logarithmic range
+    for point in points:
+        assert point is not None
+        config.trial_config(0, point, "runs")
 
 
-def test_optuna_is_told_what_is_known() -> None:
-    """A loss that falls with the ratio draws the suggestions up, the same ones however often it is asked."""
-    settings = config(
+def test_optuna_follows_a_falling_loss_and_is_deterministic() -> None:
+    config = sweep_config(
         space={"rope_2d_ratio": {"low": 0, "high": 1}}, search="optuna", trials=99, metrics=[LOSS]
     )
-    known = [over(number, {"rope_2d_ratio": number / 20}, 1 - number / 20) for number in range(20)]
-    asked = [point(settings, index, known) for index in range(20, 40)]
-    assert asked == [point(settings, index, known) for index in range(20, 40)]
-    ratios = [found["rope_2d_ratio"] for found in asked if found]
+    trials = [ended_trial(number, {"rope_2d_ratio": number / 20}, 1 - number / 20) for number in range(20)]
+    points = [choose_point(config, index, trials) for index in range(20, 40)]
+    assert points == [choose_point(config, index, trials) for index in range(20, 40)]
+    ratios = [point["rope_2d_ratio"] for point in points if point]
     assert sum(ratios) / len(ratios) > 0.7
 
 
-def test_optuna_makes_both_of_two_metrics_small_and_bears_failures() -> None:
-    settings = config(space=SPACE, search="optuna", trials=99)
-    known: list[Trial] = []
+def test_optuna_bears_failed_trials_and_suggests_no_point_twice() -> None:
+    config = sweep_config(space=SPACE, search="optuna", trials=99)
+    trials: list[Trial] = []
     for index in range(12):
-        found = point(settings, index, known)
-        assert found is not None
-        known.append(
-            over(
-                index,
-                found,
-                found["rope_2d_ratio"],
-                1 / found["lora_rank"],
-                "failed" if index == 5 else "finished",
-            )
-        )
-    assert len({repr(trial.point) for trial in known}) == 12
+        point = choose_point(config, index, trials)
+        assert point is not None
+        status = "failed" if index == 5 else "finished"
+        trials.append(ended_trial(index, point, point["rope_2d_ratio"], 1 / point["lora_rank"], status))
+    assert len({repr(trial.point) for trial in trials}) == 12
+
+
+PLANE = {"rope_2d_ratio": {"low": 0.0, "high": 1.0}, "lora_dropout": {"low": 0.0, "high": 0.9}}
+OPTIMUM = {"rope_2d_ratio": 0.8, "lora_dropout": 0.2}
+
+
+def plane_trial(number: int, point: dict[str, Any], optimum: dict[str, float]) -> Trial:
+    """A trial with two objectives; each depends on one field only and is zero at the optimum."""
+    loss, tax = (abs(point[name] - optimum[name]) for name in PLANE)
+    return ended_trial(number, point, loss, tax)
+
+
+def mean_distances(points: list[dict[str, Any]], optimum: dict[str, float]) -> dict[str, float]:
+    """Mean distance of the points from the optimum, by field."""
+    return {name: sum(abs(point[name] - optimum[name]) for point in points) / len(points) for name in PLANE}
+
+
+@pytest.mark.parametrize("search_seed", [0, 7])
+def test_optuna_minimizes_both_of_two_metrics_and_random_search_neither(search_seed: int) -> None:
+    """A search of 80 points on a known objective: the later half lies near the optimum in both fields."""
+    options = {"space": PLANE, "trials": 80, "search_seed": search_seed, "metrics": [LOSS, TAX]}
+    config = sweep_config(search="optuna", **options)
+    trials: list[Trial] = []
+    for index in range(80):
+        point = choose_point(config, index, trials)
+        assert point is not None
+        trials.append(plane_trial(index, point, OPTIMUM))
+    suggested = mean_distances([trial.point for trial in trials[40:]], OPTIMUM)
+    drawn = mean_distances([draw_point(config, index) for index in range(40, 80)], OPTIMUM)
+    for name in PLANE:
+        assert suggested[name] < 0.2
+        assert suggested[name] < 0.6 * drawn[name]
+
+
+def test_what_optuna_suggests_depends_on_the_results_of_both_metrics() -> None:
+    """The same points with mirrored results of one metric: suggestions move in the field of that metric."""
+    config = sweep_config(space=PLANE, search="optuna", trials=99, metrics=[LOSS, TAX])
+    points = [{"rope_2d_ratio": x / 5, "lora_dropout": 0.9 * y / 5} for x in range(6) for y in range(6)]
+
+    def mean_suggestion(optimum: dict[str, float]) -> dict[str, float]:
+        trials = [plane_trial(number, point, optimum) for number, point in enumerate(points)]
+        suggestions = [choose_point(config, index, trials) or {} for index in range(36, 56)]
+        return {name: sum(point[name] for point in suggestions) / len(suggestions) for name in PLANE}
+
+    mean = mean_suggestion(OPTIMUM)
+    other_loss = mean_suggestion({**OPTIMUM, "rope_2d_ratio": 0.2})
+    other_tax = mean_suggestion({**OPTIMUM, "lora_dropout": 0.72})
+    assert mean["rope_2d_ratio"] > other_loss["rope_2d_ratio"] + 0.4
+    assert mean["lora_dropout"] < other_tax["lora_dropout"] - 0.4
 
 
 def test_the_winner_has_the_lowest_sum_over_its_seeds() -> None:
     trials = [
-        over(0, {"a": 1}, 1.0, 0.5),
-        over(1, {"a": 2}, 1.2, 0.1),
-        over(2, {"a": 2}, 1.4, 0.1),
-        over(3, {"a": 3}, 0.1, 0.0),
+        ended_trial(0, {"a": 1}, 1.0, 0.5),
+        ended_trial(1, {"a": 2}, 1.2, 0.1),
+        ended_trial(2, {"a": 2}, 1.4, 0.1),
+        ended_trial(3, {"a": 3}, 0.1, 0.0),
     ]
     trials[3].status = "stopped"
-    found = winner(config(), trials)
-    assert found is not None
-    assert found.number == 1
-    assert winner(config(), trials[3:]) is None
+    winner = find_winner(sweep_config(), trials)
+    assert winner is not None
+    assert winner.number == 1
+    assert find_winner(sweep_config(), trials[3:]) is None
 
 
-def test_a_journal_is_read_back_and_a_cut_line_never_was(tmp_path: Path) -> None:
-    journal = Journal(RemotePath(tmp_path / "journal.jsonl"))
-    journal.note(mlflow_key="k")
-    journal.begin(0, {"lora_rank": 4, "seed": 0})
-    journal.placed(0, "folder", "run")
-    assert journal.report(0, 5, {"loss": 1.0, "seconds": 2.0})
-    assert not journal.report(0, 5, {"loss": 9.0})
+def test_a_journal_is_replayed_without_its_cut_line(journal: Journal) -> None:
+    journal.add_notes(mlflow_key="k")
+    journal.add_trial(0, {"lora_rank": 4, "seed": 0})
+    journal.set_location(0, "folder", "run")
+    assert journal.add_report(0, 5, {"loss": 1.0, "seconds": 2.0})
+    assert not journal.add_report(0, 5, {"loss": 9.0})
     with open(journal.file.local, "a") as file:
         file.write('{"trial": 0, "status": "fin')
-    again = Journal.read(journal.file)
-    assert again.trials == journal.trials
-    assert again.notes == {"mlflow_key": "k"}
-    again.end(0, "finished")
-    again.end(0, "failed", "too late")
-    assert Journal.read(journal.file).trials[0].status == "finished"
+    replayed = Journal.open(journal.file)
+    assert replayed.trials == journal.trials
+    assert replayed.notes == {"mlflow_key": "k"}
+    replayed.end_trial(0, "finished")
+    replayed.end_trial(0, "failed", "too late")
+    assert Journal.open(journal.file).trials[0].status == "finished"
     assert [json.loads(line) for line in journal.file.local.read_text().splitlines()]
 
 
-def test_what_was_begun_is_gone_on_with_before_anything_new(tmp_path: Path) -> None:
-    settings, journal = config(seeds=[1, 2]), Journal(RemotePath(tmp_path / "journal.jsonl"))
-    first = JournalSearcher(settings, journal)
-    begun = [first.suggest("") for _ in range(3)]
-    assert [each["settings"] for each in begun] == [  # type: ignore[index]
+def test_the_journal_has_the_keys_of_earlier_versions(journal: Journal) -> None:
+    journal.add_notes(mlflow_key="k")
+    journal.add_trial(0, {"lora_rank": 4, "seed": 0})
+    journal.set_location(0, "folder", "run")
+    journal.add_report(0, 5, {"loss": 1.0})
+    journal.end_trial(0, "failed", "why")
+    assert [json.loads(line) for line in journal.file.local.read_text().splitlines()] == [
+        {"notes": {"mlflow_key": "k"}},
+        {"trial": 0, "settings": {"lora_rank": 4, "seed": 0}},
+        {"trial": 0, "folder": "folder", "run_id": "run"},
+        {"trial": 0, "step": 5, "metrics": {"loss": 1.0}},
+        {"trial": 0, "status": "failed", "error": "why"},
+    ]
+
+
+def test_started_trials_are_handed_out_before_new_ones(journal: Journal) -> None:
+    config = sweep_config(seeds=[1, 2])
+    searcher = JournalSearcher(config, journal)
+    started = [searcher.suggest("") for _ in range(3)]
+    assert [trial["settings"] for trial in started] == [  # type: ignore[index]
         {"lora_rank": 4, "seed": 1}, {"lora_rank": 4, "seed": 2}, {"lora_rank": 8, "seed": 1}
     ]  # fmt: skip
-    journal.end(1, "finished")
-    again = JournalSearcher(settings, Journal.read(journal.file))
-    handed = [again.suggest("") for _ in range(4)]
-    assert [each["number"] for each in handed[:3]] == [0, 2, 3]  # type: ignore[index]
-    assert handed[3] == "FINISHED"
+    journal.end_trial(1, "finished")
+    resumed = JournalSearcher(config, Journal.open(journal.file))
+    suggested = [resumed.suggest("") for _ in range(4)]
+    assert [trial["number"] for trial in suggested[:3]] == [0, 2, 3]  # type: ignore[index]
+    assert suggested[3] == "FINISHED"
 
 
-def test_what_failed_is_repeated_once_all_have_ended(tmp_path: Path) -> None:
-    settings, journal = config(), Journal(RemotePath(tmp_path / "journal.jsonl"))
-    first = JournalSearcher(settings, journal)
-    assert not first.over()
+def test_failed_trials_are_repeated_once_all_have_ended(journal: Journal) -> None:
+    searcher = JournalSearcher(sweep_config(), journal)
+    assert not searcher.is_exhausted()
     for number, status in enumerate(("failed", "finished")):
-        first.suggest("")
-        journal.end(number, status)  # type: ignore[arg-type]
-        assert first.over() == (number == 1)
-    again = JournalSearcher(settings, Journal.read(journal.file))
-    assert not again.over()
-    assert [again.suggest(""), again.suggest("")] == [
+        searcher.suggest("")
+        journal.end_trial(number, status)  # type: ignore[arg-type]
+        assert searcher.is_exhausted() == (number == 1)
+    resumed = JournalSearcher(sweep_config(), Journal.open(journal.file))
+    assert not resumed.is_exhausted()
+    assert [resumed.suggest(""), resumed.suggest("")] == [
         {"number": 0, "settings": {"lora_rank": 4, "seed": 0}, "data": None}, "FINISHED"
     ]  # fmt: skip
 
 
-class _Tuned:
-    """A trial as Ray Tune shows it to a scheduler."""
+class FakeTuneTrial:
+    """A trial as Ray Tune passes it to a scheduler."""
 
     def __init__(self, number: int) -> None:
         self.config = {"number": number}
 
 
-@pytest.mark.parametrize("ending", [False, True])
-def test_a_trial_that_was_starting_at_a_stop_is_stopped_too(tmp_path: Path, ending: bool) -> None:
-    journal = Journal(RemotePath(tmp_path / "journal.jsonl"))
-    journal.begin(0, {})
-    referee = JournalingScheduler(config(), journal, lambda: None)
-    referee.ending = ending
-    trial: Any = _Tuned(0)
-    referee.on_trial_result(None, trial, {"folder": str(tmp_path / "trial"), "run_id": "run"})
-    assert StopFile(RemotePath(tmp_path / "trial" / STOP)).is_requested() == ending
+@pytest.mark.parametrize("stopping", [False, True])
+def test_a_trial_that_was_starting_at_a_stop_is_stopped_too(
+    journal: Journal, tmp_path: Path, stopping: bool
+) -> None:
+    journal.add_trial(0, {})
+    scheduler = JournalingScheduler(sweep_config(), journal, lambda: None)
+    scheduler.stopping = stopping
+    trial: Any = FakeTuneTrial(0)
+    scheduler.on_trial_result(None, trial, {"folder": str(tmp_path / "trial"), "run_id": "run"})
+    assert StopFile(RemotePath(tmp_path / "trial" / STOP)).is_requested() == stopping
 
 
-def test_all_trials_have_the_data_of_the_first(tmp_path: Path) -> None:
-    journal = Journal(RemotePath(tmp_path / "journal.jsonl"))
-    suggestions, referee, trial = (
-        JournalSearcher(config(), journal),
-        JournalingScheduler(config(), journal, lambda: None),
-        _Tuned(0),
-    )
-    assert suggestions.suggest("")["data"] is None  # type: ignore[index, call-overload]
+def test_all_trials_have_the_data_of_the_first(journal: Journal) -> None:
+    searcher = JournalSearcher(sweep_config(), journal)
+    scheduler = JournalingScheduler(sweep_config(), journal, lambda: None)
+    assert searcher.suggest("")["data"] is None  # type: ignore[index, call-overload]
     for data in ("first", "other"):
-        told = {"folder": "trial", "run_id": "run", "data": data}
-        referee.on_trial_result(None, trial, told)  # type: ignore[arg-type]
-    assert JournalSearcher(config(), Journal.read(journal.file)).suggest("")["data"] == "first"  # type: ignore[index, call-overload]
+        result = {"folder": "trial", "run_id": "run", "data": data}
+        scheduler.on_trial_result(None, FakeTuneTrial(0), result)  # type: ignore[arg-type]
+    resumed = JournalSearcher(sweep_config(), Journal.open(journal.file))
+    assert resumed.suggest("")["data"] == "first"  # type: ignore[index, call-overload]
 
 
-def _reports(count: int) -> list[tuple[int, int, float]]:
-    """(trial, step, loss) in the order in which trials side by side tell them; the later a trial, the worse
-    it is.
-    """
+Reports = list[tuple[int, int, float]]  # (trial, step, loss)
+
+
+def interleaved_reports(count: int) -> Reports:
+    """Reports of concurrent trials in the order of arrival; a trial is worse the higher its number."""
     return [(number, step, 1 + number / count + 1 / step) for step in (10, 30, 90) for number in range(count)]
+
+
+def feed(scheduler: JournalingScheduler, journal: Journal, reports: Reports) -> None:
+    """Pass reports of running trials to the scheduler; its decisions must match the journal."""
+    for number, step, loss in reports:
+        if not journal.trials[number].ended:
+            result = {"step": step, LOSS: loss}
+            decision = scheduler.on_trial_result(None, FakeTuneTrial(number), result)  # type: ignore[arg-type]
+            assert (decision == TrialScheduler.STOP) == (journal.trials[number].status == "stopped")
 
 
 @pytest.mark.parametrize("stopping", ["asha", "median"])
 @pytest.mark.parametrize("cut", [3, 9, 15, 20])
-def test_who_is_stopped_does_not_depend_on_an_interruption(tmp_path: Path, stopping: str, cut: int) -> None:
-    settings = config(
+def test_early_stopping_does_not_depend_on_an_interruption(tmp_path: Path, stopping: str, cut: int) -> None:
+    config = sweep_config(
         stopping=stopping, grace_steps=10, metrics=[LOSS], space={"lora_rank": list(range(1, 9))}
     )
-
-    def judged(referee: JournalingScheduler, journal: Journal, reports: list[tuple[int, int, float]]) -> None:
-        for number, step, loss in reports:
-            if not journal.trials[number].ended:
-                decision = referee.on_trial_result(None, _Tuned(number), {"step": step, LOSS: loss})  # type: ignore[arg-type]
-                assert (decision == TrialScheduler.STOP) == (journal.trials[number].status == "stopped")
-
-    ends = []
-    for name, parts in (("whole", [_reports(8)]), ("cut", [_reports(8)[:cut], _reports(8)[cut:]])):
+    reports = interleaved_reports(8)
+    statuses = []
+    for name, parts in (("whole", [reports]), ("cut", [reports[:cut], reports[cut:]])):
         path = RemotePath(tmp_path / f"{name}.jsonl")
-        begun = JournalSearcher(settings, Journal.read(path))
+        searcher = JournalSearcher(config, Journal.open(path))
         for _ in range(8):
-            begun.suggest("")
+            searcher.suggest("")
         for part in parts:
-            journal = Journal.read(path)
-            judged(JournalingScheduler(settings, journal, lambda: None), journal, part)
-        ends.append({number: trial.status for number, trial in Journal.read(path).trials.items()})
-    assert ends[0] == ends[1]
-    assert "stopped" in ends[0].values()
-    assert ends[0][0] != "stopped"
+            journal = Journal.open(path)
+            feed(JournalingScheduler(config, journal, lambda: None), journal, part)
+        statuses.append({number: trial.status for number, trial in Journal.open(path).trials.items()})
+    assert statuses[0] == statuses[1]
+    assert "stopped" in statuses[0].values()
+    assert statuses[0][0] != "stopped"

@@ -1,4 +1,4 @@
-"""A sweep's report tells every trial, draws those that may be compared, and lets no text out of its place."""
+"""A sweep's report: it lists every trial, plots those that may be compared, and escapes all text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HOSTILE = "<script>alert('$1')</script>"
 
 
 def trial(number: int, loss: float | None = None, status="finished", **settings) -> Trial:
-    """Losses at 1 and 8 branches, one apart, where a loss is given."""
+    """A trial; with a loss, it has that loss at 8 branches and one less at 1 branch."""
     metrics = {} if loss is None else {"validation/loss_1": loss - 1, OBJECTIVE: loss}
     error = "CUDA <b>lost</b>\nsecond line" if status == "failed" else None
     return Trial(
@@ -32,7 +32,7 @@ def trial(number: int, loss: float | None = None, status="finished", **settings)
 
 @pytest.fixture
 def grid() -> list[Trial]:
-    """Ratio x rank with two seeds each, one cell without a finished trial."""
+    """Ratio x rank with two trials each; one cell has no finished trial."""
     points = [{"rope_2d_ratio": ratio, "lora_rank": rank} for ratio in (0.5, 1.0) for rank in (8, 16)]
     trials = [trial(index, 3.0 + index / 10, **point) for index, point in enumerate(points * 2)]
     trials[3].status = trials[7].status = "stopped"
@@ -45,7 +45,7 @@ def grid() -> list[Trial]:
 
 def report(folder, trials, winner=None) -> str:
     return write_report(
-        folder, "a <sweep>", trials, [OBJECTIVE], winner, lambda one: f"train {one.describe()}"
+        folder, "a <sweep>", trials, [OBJECTIVE], winner, lambda trial: f"train {trial.describe()}"
     ).read_text("utf-8")
 
 
@@ -53,7 +53,7 @@ def texts(figure) -> list[str]:
     return [text.get_text() for text in figure.axes[0].texts]
 
 
-def test_everything_is_there_and_nothing_half_written(tmp_path, grid):
+def test_the_report_is_complete_and_leaves_no_partial_file(tmp_path, grid):
     page = report(tmp_path, grid, winner=0)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         [*PNGS, "report.html", "trials.csv", "trials.parquet"]
@@ -62,10 +62,10 @@ def test_everything_is_there_and_nothing_half_written(tmp_path, grid):
     assert "10 trials: 7 finished, 2 stopped early, 1 failed." in page
     assert re.findall(r'<tr class="winner"><td>(\d+)', page) == ["0"]
     assert "Branch tax is" in page
-    assert all(f"<pre><code>train {one.describe()}</code></pre>" in page for one in grid)
+    assert all(f"<pre><code>train {trial.describe()}</code></pre>" in page for trial in grid)
 
 
-def test_the_page_needs_nothing_from_elsewhere(tmp_path, grid):
+def test_the_page_is_self_contained(tmp_path, grid):
     page = report(tmp_path, grid)
     assert not re.search(r"<script|<link|@import|url\(|https?://", page)
     assert set(re.findall(r'(?:src|href)="([^",]*)', page)) == {
@@ -75,7 +75,7 @@ def test_the_page_needs_nothing_from_elsewhere(tmp_path, grid):
     }
 
 
-def test_text_stays_text(tmp_path):
+def test_hostile_text_is_escaped(tmp_path):
     trials = [
         trial(index, 2.0 + index, pairs=pairs)
         for index, pairs in enumerate([HOSTILE, "$a", "\udcff", "mid" * 99])
@@ -87,7 +87,7 @@ def test_text_stays_text(tmp_path):
     assert "<h1>a &lt;sweep&gt;</h1>" in page
 
 
-def test_rows_are_ordered_by_the_objective_and_those_without_one_come_last(tmp_path):
+def test_rows_are_sorted_by_the_objective_and_trials_without_it_come_last(tmp_path):
     page = report(
         tmp_path,
         [trial(0, 3.0, x=1), trial(1, None, "failed", x=2), trial(2, math.nan, x=3), trial(3, 2.0, x=4)],
@@ -95,7 +95,7 @@ def test_rows_are_ordered_by_the_objective_and_those_without_one_come_last(tmp_p
     assert re.findall(r"<tr class=\"\w+\"><td>(\d)", page) == ["3", "0", "1", "2"]
 
 
-def test_the_table_keeps_types_and_tells_missing_from_not_a_number(tmp_path):
+def test_the_table_keeps_types_and_distinguishes_missing_from_nan(tmp_path):
     trials = [
         trial(0, 2.0, learning_rate=0.5, rank=4, lists=[8]),
         trial(1, math.nan, learning_rate=1, rank=None),
@@ -124,21 +124,21 @@ def test_the_table_keeps_types_and_tells_missing_from_not_a_number(tmp_path):
 @pytest.mark.parametrize(
     "trials", [[], [trial(0, None, "failed", x=1), trial(1, 2.0, "stopped", x=2), trial(2, None, x=3)]]
 )
-def test_without_a_finished_trial_there_are_no_pictures_and_old_ones_go(tmp_path, trials):
+def test_without_a_finished_trial_there_are_no_plots_and_old_files_are_removed(tmp_path, trials):
     (tmp_path / "heat_map.png").write_bytes(b"old")
     page = report(tmp_path, trials)
     assert not list(tmp_path.glob("*.png"))
     assert "There is no winner." in page
 
 
-def test_one_trial_shows_its_branches_and_nothing_to_compare(tmp_path):
+def test_one_trial_has_only_the_plot_of_its_branches(tmp_path):
     report(tmp_path, [trial(0, 2.0, x=1)], winner=0)
     assert [path.name for path in tmp_path.glob("*.png")] == ["loss_vs_branches.png"]
 
 
-def test_one_line_per_point_with_its_seeds_averaged(grid):
+def test_loss_lines_average_the_seeds_of_a_point(grid):
     grid[9].metrics["validation/loss_1"] = (
-        9.0  # lacks the loss at 8: its place in the mean at 1 would bend the line
+        9.0  # has no loss at 8 branches, so it must not count in the mean at 1
     )
     lines = loss_vs_branches(grid).axes[0].lines
     points = (
@@ -151,28 +151,30 @@ def test_one_line_per_point_with_its_seeds_averaged(grid):
     assert lines[2].get_ydata() == pytest.approx([2.4, 3.4])
 
 
-def test_one_line_per_ratio_where_there_are_too_many_points():
+def test_loss_lines_stand_for_ratios_when_there_are_too_many_points():
     trials = [trial(n, 3.0 + n % 7, rope_2d_ratio=n // 7, lora_rank=n % 7) for n in range(14)]
     lines = loss_vs_branches(trials).axes[0].lines
     assert [line.get_label() for line in lines] == ["rope_2d_ratio=0, n = 7", "rope_2d_ratio=1, n = 7"]
     assert lines[0].get_ydata() == pytest.approx([5.0, 6.0])
 
 
-def test_many_lines_have_colours_in_place_of_a_legend():
+def test_many_lines_are_colored_by_tax_without_a_legend():
     few, many = ([trial(n, 2.0 + n, path=f"{n}{'/long' * 9}") for n in range(count)] for count in (12, 13))
-    assert len(loss_vs_branches(few).legends[0].get_texts()) == 12  # though their names are cut to the same
+    assert (
+        len(loss_vs_branches(few).legends[0].get_texts()) == 12
+    )  # even though their shortened names are equal
     crowded = loss_vs_branches(many)
     assert not crowded.legends
     assert "branch tax" in crowded.axes[1].get_ylabel()
 
 
-def test_the_heat_map_writes_the_means_and_leaves_out_what_did_not_finish(grid):
+def test_the_heat_map_shows_means_of_finished_trials(grid):
     figure = heat_map(grid, OBJECTIVE)
     assert (figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel()) == ("rope_2d_ratio", "lora_rank")
     assert texts(figure) == ["3.200", "3.300", "3.400"]
 
 
-def test_the_heat_map_needs_two_fields_of_few_values():
+def test_the_heat_map_needs_two_fields_with_few_values():
     trials = [
         trial(n, 2.0 + n, learning_rate=n / 1e4, pairs="low" if n % 2 else "mid", rank=n % 3)
         for n in range(20)
@@ -182,22 +184,24 @@ def test_the_heat_map_needs_two_fields_of_few_values():
     assert heat_map([trial(n, 2.0, rank=n % 3) for n in range(6)], OBJECTIVE) is None
 
 
-def test_parallel_coordinates_tell_apart_what_finished(grid):
+def test_parallel_coordinates_dash_unfinished_trials_and_use_log_axes(grid):
     axes = parallel_coordinates(grid, OBJECTIVE).axes[0]
     dashed = [line for line in axes.lines if line.get_linestyle() == "--"]
-    assert [len(line.get_xdata()) for line in dashed] == [3, 3, 2]  # the failed one reached no objective
-    assert len(axes.lines) == 3 + 6 + 3  # and those with one, and the axes
+    assert [len(line.get_xdata()) for line in dashed] == [3, 3, 2]  # the failed trial has no objective
+    assert len(axes.lines) == 3 + 6 + 3  # dashed lines, finished trials, axes
     spread = [trial(n, 2.0, learning_rate=rate) for n, rate in enumerate([1e-5, 1e-4, 1e-3])]
     lines = parallel_coordinates(spread, OBJECTIVE).axes[0].lines
-    assert [line.get_ydata()[0] for line in lines[:3]] == pytest.approx([0, 0.5, 1])  # to the logarithm
+    assert [line.get_ydata()[0] for line in lines[:3]] == pytest.approx(
+        [0, 0.5, 1]
+    )  # evenly spaced in the logarithm
 
 
-def test_the_front_joins_what_nothing_beats():
+def test_the_pareto_front_joins_undominated_trials():
     trials = [trial(n, loss, x=n) for n, loss in enumerate([3.0, 3.5, 2.0, 2.5, math.nan])]
     figure = cost_vs_quality([*trials, trial(5, 1.0, "stopped", x=5)], OBJECTIVE)
     assert list(figure.axes[0].lines[0].get_xdata()) == [
         10.0,
         12.0,
         13.0,
-    ]  # the last step goes on to the costliest
+    ]  # the last step extends to the longest training time
     assert texts(figure) == ["5", "0", "1", "2", "3"]

@@ -1,0 +1,88 @@
+"""The end of a sweep: MLflow runs are closed, the report is written, the winner is registered."""
+
+from __future__ import annotations
+
+import shlex
+
+from parallelmind.remote import RemotePath
+from parallelmind.tracking import Tracker, register_model
+from workloads.sweep.journal import Journal
+from workloads.sweep.progress import format_metrics
+from workloads.sweep.ranking import find_winner
+from workloads.sweep.report import write_report
+from workloads.sweep.trainable import SweepContext
+from workloads.sweep.trial import END_STATUSES, Trial
+from workloads.train.command import ADAPTER, result_place
+
+
+def close_trial_runs(journal: Journal, tracker: Tracker) -> None:
+    """Tag and close the MLflow runs of the trials; a killed process leaves its run open."""
+    run_statuses = {"finished": "FINISHED", "stopped": "FINISHED", "failed": "FAILED"}
+    for trial in journal.trials.values():
+        if trial.run_id:
+            trial_run = Tracker(tracker.uri, trial.run_id)
+            trial_run.set_tags({"trial": trial.number, "trial_status": trial.status})
+            trial_run.finish(run_statuses.get(trial.status, "KILLED"))
+
+
+def conclude(context: SweepContext, journal: Journal, tracker: Tracker, all_ended: bool) -> None:
+    """Write the report and, if all trials have ended, register the winner. Prints the results."""
+    trials = list(journal.trials.values())
+    winner = find_winner(context.config, trials) if all_ended else None
+    _publish_report(context, trials, winner, tracker)
+    if winner:
+        _log_winner(context, winner, trials, tracker)
+        _register_winner(context, winner, tracker)
+    counts = {status: sum(trial.status == status for trial in trials) for status in END_STATUSES}
+    summary = ", ".join(f"{count} {status}" for status, count in counts.items() if count) or "none ended"
+    if all_ended and counts["failed"]:
+        summary += "; the same command repeats the failed trials"
+    print(f"trials   {summary}")
+    print(f"report   {context.sweep_dir.child('report.html')}\nmlflow   run {tracker.run_id}", flush=True)
+
+
+def train_command(trial: Trial) -> str:
+    """The command that trains a trial again by itself; empty if the trial never ran."""
+    if not trial.folder:
+        return ""
+    config_path = f"{trial.folder}/config.yaml"
+    return shlex.join(["python", "-m", "workloads.train", config_path, "output_dir=runs"])
+
+
+def _publish_report(
+    context: SweepContext, trials: list[Trial], winner: Trial | None, tracker: Tracker
+) -> None:
+    """Write the report, upload it and log it to MLflow."""
+    config, folder = context.config, context.sweep_dir.local
+    number = winner.number if winner else None
+    write_report(folder, config.name, trials, config.metrics, number, train_command)
+    plots = [path.name for path in folder.glob("*.png")]
+    for name in ("report.html", "trials.csv", "trials.parquet", "journal.jsonl", *plots):
+        file = context.sweep_dir.child(name)
+        if file.local.is_file():
+            file.upload()
+            tracker.log_file(file.local)
+
+
+def _log_winner(context: SweepContext, winner: Trial, trials: list[Trial], tracker: Tracker) -> None:
+    """Log the winner's metrics to the sweep's run, at the number of finished trials as the step.
+
+    A sweep that resumes with more trials may have another winner.
+    """
+    finished = sum(trial.status == "finished" for trial in trials)
+    tracker.log_metrics({name: winner.metrics[name] for name in context.config.metrics}, finished)
+    tracker.set_tags({"winner": winner.number, "winner_run": winner.run_id})
+
+
+def _register_winner(context: SweepContext, winner: Trial, tracker: Tracker) -> None:
+    """Print the winner, and register its adapter as `register_as` if that is set."""
+    config = context.config
+    assert winner.run_id is not None
+    metrics = format_metrics(winner, config.metrics)
+    print(f"winner   trial {winner.number}: {winner.describe()}  {metrics}")
+    run_dir = RemotePath.at(str(winner.folder))
+    result = result_place(context.trial_config(winner.number, winner.settings), run_dir)
+    if config.register_as and result.local.name == ADAPTER:
+        version = register_model(tracker.uri, winner.run_id, ADAPTER, config.register_as, config.alias)
+        print(f"model    models:/{config.register_as}@{config.alias}, version {version}")
+    print(f"{result.local.name:8} {result}")
