@@ -22,6 +22,7 @@ from rich.text import Text
 
 import parallelmind as pm
 from parallelmind import cli
+from parallelmind.config import GroupedConfig
 from parallelmind.errors import UserError
 from workloads.common.inference_config import InferenceModelConfig, SamplingConfig
 
@@ -34,11 +35,18 @@ A || B       decode prompts A and B in parallel"""
 _SEPARATOR = " || "
 
 
-class ChatConfig(SamplingConfig, InferenceModelConfig):
-    """One conversation."""
+class ChatSamplingConfig(SamplingConfig):
+    """Answer length. Overrides the default of other commands."""
 
     max_new_tokens: int = Field(256, description="maximum number of new tokens per branch")
+
+
+class ChatConfig(GroupedConfig):
+    """Conversation."""
+
     main: str = Field("", description="passage that all prompts share")
+    sampling: ChatSamplingConfig
+    model: InferenceModelConfig
 
 
 class Conversation:
@@ -123,8 +131,8 @@ def main(argv: list[str]) -> None:
         cli.print_help(f"{(__doc__ or '').strip()}\n\n{COMMANDS}", ChatConfig)
         return
     config = cli.parse(ChatConfig, argv)
-    sampling = config.sampling_kwargs()
-    conversation = Conversation(*config.load_model(), sampling, config.main)
+    sampling = config.sampling.to_kwargs()  # raises for a value out of range before anything is loaded
+    conversation = Conversation(*config.model.load(), sampling, config.main)
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         print(COMMANDS)

@@ -20,7 +20,7 @@ from parallelmind.config import (
 
 
 class InferenceModelConfig(FrozenConfig):
-    """Model to load. A null field takes the adapter's value, or the training default without an adapter."""
+    """Model. A null field takes the adapter's value, or the training default without an adapter."""
 
     base_model: str | None = Field(
         None, description="smollm2-135m, a local folder, or a hub id; null: the adapter's own"
@@ -47,12 +47,11 @@ class InferenceModelConfig(FrozenConfig):
     visibility: Visibility | None = Field(None, description="what branches see of each other")
     align_to: Alignment | None = Field(None, description="whether prompts start or end together")
 
-    def model_kwargs(self) -> dict[str, Any]:
+    def load_kwargs(self) -> dict[str, Any]:
         """Arguments for `parallelmind.load_model_with_lora`: the fields that are not null."""
-        values = {name: getattr(self, name) for name in InferenceModelConfig.model_fields}
-        return {name: value for name, value in values.items() if value is not None}
+        return self.model_dump(exclude_none=True)
 
-    def load_model(self) -> tuple[Any, Any]:
+    def load(self) -> tuple[Any, Any]:
         """Load model and tokenizer, and move the model to the GPU if there is one.
 
         Raises UserError if the model cannot be loaded or a field contradicts the adapter.
@@ -61,12 +60,12 @@ class InferenceModelConfig(FrozenConfig):
 
         from parallelmind.model.structure import to_gpu
 
-        model, tokenizer = pm.load_model_with_lora(**self.model_kwargs())
+        model, tokenizer = pm.load_model_with_lora(**self.load_kwargs())
         return to_gpu(model) if torch.cuda.is_available() else model, tokenizer
 
 
 class SamplingConfig(FrozenConfig):
-    """How to sample. `parallelmind.SamplingParams` defines the valid ranges."""
+    """Sampling. `parallelmind.SamplingParams` defines the valid ranges."""
 
     max_new_tokens: int = Field(64, description="maximum number of new tokens per branch")
     temperature: float = Field(0.0, description="0: take the most likely token; above 0: draw at random")
@@ -82,8 +81,8 @@ class SamplingConfig(FrozenConfig):
     seed: int | None = Field(None, description="the same seed gives the same draws; null: random draws")
     ignore_eos: bool = Field(False, description="continue after the end-of-text token")
 
-    def sampling_kwargs(self) -> dict[str, Any]:
+    def to_kwargs(self) -> dict[str, Any]:
         """Arguments for `parallelmind.generate`. Raises UserError if a value is out of range."""
-        values = {name: getattr(self, name) for name in SamplingConfig.model_fields}
+        values = self.model_dump()
         pm.SamplingParams(**values)
         return values

@@ -1,4 +1,4 @@
-"""`python -m workloads.evaluate`."""
+"""Entry point of `python -m workloads.evaluate`."""
 
 from parallelmind import cli
 from workloads.evaluate.command import main

@@ -1,4 +1,4 @@
-"""The scores of a model's answers, for `python -m workloads.evaluate answers`."""
+"""`evaluate answers`: answer the questions of held-out records and score the answers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from rich.table import Table
 
 from parallelmind import cli
+from parallelmind.config import FrozenConfig, GroupedConfig
 from parallelmind.evaluation.backends import BackendName
 from parallelmind.evaluation.qa_eval import (
     RecordAnswers,
@@ -21,31 +22,36 @@ from workloads.common.inference_config import InferenceModelConfig
 from workloads.evaluate.output import console, output_file, write_json
 
 
-class AnswersConfig(InferenceModelConfig):
-    """One run of `evaluate answers`."""
+class QuestionsConfig(FrozenConfig):
+    """Questions."""
 
     data_path: str = Field(
         min_length=1, description="parallel JSONL; every branch has a prompt and a completion"
     )
     max_records: int = Field(16, ge=1, description="records to answer, from the start of the file")
-    max_new_tokens: int = Field(12, ge=1, description="longest answer, in tokens")
+    max_new_tokens: int = Field(12, ge=1, description="maximum length of an answer, in tokens")
+
+
+class BackendConfig(FrozenConfig):
+    """Decoding."""
+
     engine: BackendName = Field(
-        "parallel", description="questions as branches of a sequence, each alone, or as padded rows"
+        "parallel",
+        description="questions as branches of one sequence, one sequence per question, or padded rows",
     )
     at_once: int | None = Field(
-        None, ge=1, description="questions of a record that are asked together; null: all"
+        None, ge=1, description="questions of a record that are decoded together; null: all"
     )
     records_at_once: int = Field(
-        1, ge=1, description="records that one engine works on side by side (engine=parallel)"
+        1, ge=1, description="records that one engine decodes concurrently (engine=parallel)"
     )
-    show: int = Field(1, ge=0, description="records to print with passage, questions and answers")
-    output_path: str | None = Field(None, description="JSON file for the scores")
 
     @model_validator(mode="after")
-    def _alone(self) -> Self:
+    def _check_engine(self) -> Self:
         if self.engine == "one_by_one" and self.at_once not in (None, 1):
             raise ValueError(
-                f"at_once={self.at_once}: engine=one_by_one asks one question at a time; drop one of the two"
+                f"at_once={self.at_once}: engine=one_by_one decodes one question at a time; "
+                "drop one of the two"
             )
         if self.engine != "parallel" and self.records_at_once > 1:
             raise ValueError(
@@ -54,50 +60,64 @@ class AnswersConfig(InferenceModelConfig):
         return self
 
 
-def answers(argv: list[str]) -> None:
+class AnswersOutputConfig(FrozenConfig):
+    """Output."""
+
+    show: int = Field(1, ge=0, description="records to print with passage, questions and answers")
+    output_path: str | None = Field(None, description="JSON file for the scores")
+
+
+class AnswersConfig(GroupedConfig):
+    """Run of `evaluate answers`."""
+
+    model: InferenceModelConfig
+    questions: QuestionsConfig
+    backend: BackendConfig
+    output: AnswersOutputConfig
+
+
+def evaluate_answers(argv: list[str]) -> None:
+    """Answer the questions, print the scores, and write them as JSON if asked to."""
     config = cli.parse(AnswersConfig, argv)
-    output = output_file(config.output_path, ".json")
-    records = read_question_records(config.data_path, config.max_records)
-    model, tokenizer = config.load_model()
-    asked = cli.tracked(
-        records, "answering", len(records), lambda done: f"{done} of {len(records)} records answered"
+    output = output_file(config.output.output_path, ".json")
+    records = read_question_records(config.questions.data_path, config.questions.max_records)
+    model, tokenizer = config.model.load()
+    total = len(records)
+    tracked = cli.tracked(records, "answering", total, lambda done: f"{done} of {total} records answered")
+    answered, scores = score_answers(
+        answer_records(
+            model,
+            tokenizer,
+            tracked,
+            engine=config.backend.engine,
+            at_once=config.backend.at_once,
+            records_at_once=config.backend.records_at_once,
+            max_new_tokens=config.questions.max_new_tokens,
+        )
     )
-    found = answer_records(
-        model,
-        tokenizer,
-        asked,
-        engine=config.engine,
-        at_once=config.at_once,
-        records_at_once=config.records_at_once,
-        max_new_tokens=config.max_new_tokens,
-    )
-    items, scores = score_answers(found)
-    for item in items[: config.show]:
-        console().print(table(item))
-    print(line(scores), flush=True)
+    for record in answered[: config.output.show]:
+        console().print(_answers_table(record))
+    print(_scores_line(scores), flush=True)
     if output:
         write_json(output, {**asdict(scores), "config": config.model_dump(mode="json")})
 
 
-def table(item: RecordAnswers) -> Table:
-    """Passage and answers of one record, for a terminal."""
-    drawn = Table(title=item.main or None, title_justify="left", title_style="italic", expand=False)
+def _answers_table(record: RecordAnswers) -> Table:
+    """Passage, questions and answers of one record."""
+    table = Table(title=record.main or None, title_justify="left", title_style="italic", expand=False)
     for header in ("branch", "question", "answer", "expected"):
-        drawn.add_column(header)
-    for index, (question, found, expected) in enumerate(
-        zip(item.questions, item.predictions, item.references, strict=True)
-    ):
-        short = question.removeprefix("Question: ").removesuffix("\nAnswer:")
-        drawn.add_row(str(index), short, found, " / ".join(expected))
-    return drawn
+        table.add_column(header)
+    rows = zip(record.questions, record.predictions, record.references, strict=True)
+    for branch, (question, prediction, references) in enumerate(rows):
+        short_question = question.removeprefix("Question: ").removesuffix("\nAnswer:")
+        table.add_row(str(branch), short_question, prediction, " / ".join(references))
+    return table
 
 
-def line(scores: Scores) -> str:
-    memory = (
-        ""
-        if scores.peak_kv_bytes is None
-        else f", at most {scores.peak_kv_bytes / 2**20:.1f} MiB of keys and values"
-    )
+def _scores_line(scores: Scores) -> str:
+    memory = ""
+    if scores.peak_kv_bytes is not None:
+        memory = f", peak KV cache {scores.peak_kv_bytes / 2**20:.1f} MiB"
     return (
         f"exact match {scores.exact_match:.1%}  F1 {scores.f1:.1%}  over {scores.questions} questions, "
         f"{scores.questions_per_second:.2f} questions/s, {scores.tokens_per_second:.1f} tokens/s{memory}"

@@ -1,4 +1,4 @@
-"""Maps of where a branch looks, for `python -m workloads.evaluate attention`."""
+"""`evaluate attention`: draw attention maps of one branch and its shares per layer."""
 
 from __future__ import annotations
 
@@ -11,61 +11,82 @@ from rich.table import Table
 
 import parallelmind as pm
 from parallelmind import cli
+from parallelmind.config import FrozenConfig, GroupedConfig
 from parallelmind.engine.tokenization import tokenize_sample
 from parallelmind.evaluation.attention_maps import AttentionMap, QueryTokens, attention_map
 from workloads.common.inference_config import InferenceModelConfig
 from workloads.evaluate.output import console, output_file, write_json, write_png
 from workloads.evaluate.plots import attention_figure
 
-_PARTS = ("main", "own", "siblings")
+_KEY_GROUPS = ("main", "own", "siblings")  # the columns of `AttentionMap.shares`
 
 
-class AttentionConfig(InferenceModelConfig):
-    """One run of `evaluate attention`."""
+class SampleConfig(FrozenConfig):
+    """Sample."""
 
     main: str = Field("", description="text that all prompts share")
     prompts: list[str] = Field(min_length=1, description="the branches")
-    branch: int = Field(0, ge=0, description="which of them asks, from 0")
+
+
+class QueryConfig(FrozenConfig):
+    """Query tokens."""
+
+    branch: int = Field(0, ge=0, description="the branch whose attention is shown, from 0")
     tokens: QueryTokens = Field(
-        "last", description="whose attention: the branch's last token, or the mean over all its tokens"
+        "last", description="attention of the branch's last token, or the mean over all its tokens"
     )
+
+
+class AttentionOutputConfig(FrozenConfig):
+    """Output."""
+
     output_path: str = Field(
-        min_length=1, description="PNG file for the maps; the shares go beside it as .json"
+        min_length=1, description="PNG file for the maps; the shares are written beside it as .json"
     )
 
 
-def attention(argv: list[str]) -> None:
+class AttentionConfig(GroupedConfig):
+    """Run of `evaluate attention`."""
+
+    model: InferenceModelConfig
+    sample: SampleConfig
+    query: QueryConfig
+    output: AttentionOutputConfig
+
+
+def evaluate_attention(argv: list[str]) -> None:
+    """Write the maps as PNG and the shares as JSON, and print the shares."""
     config = cli.parse(AttentionConfig, argv)
-    output = output_file(config.output_path, ".png")
-    assert output is not None, "output_path is required"
-    model, tokenizer = pm.load_model_with_lora(**config.model_kwargs(), attn_implementation="eager")
-    sample = tokenize_sample(tokenizer, pm.Sample(config.main, config.prompts))
-    found = attention_map(model, sample, config.branch, config.tokens)
-    shares = found.shares()
-    write_png(output, attention_figure(found))
-    write_json(output.with_suffix(".json"), _values(config, found, shares))
-    console().print(_table(shares))
-    print(f"{output} and {output.with_suffix('.json').name}", flush=True)
+    output = output_file(config.output.output_path, ".png")
+    assert output is not None, "output_path is a required field"
+    model, tokenizer = pm.load_model_with_lora(**config.model.load_kwargs(), attn_implementation="eager")
+    tokens = tokenize_sample(tokenizer, pm.Sample(config.sample.main, config.sample.prompts))
+    attention = attention_map(model, tokens, config.query.branch, config.query.tokens)
+    shares = attention.shares()
+    write_png(output, attention_figure(attention))
+    write_json(output.with_suffix(".json"), _json_values(config, attention, shares))
+    console().print(_shares_table(shares))
+    print(f"wrote {output} and {output.with_suffix('.json').name}", flush=True)
 
 
-def _named(shares: NDArray[np.float32]) -> dict[str, float]:
-    return {name: float(share) for name, share in zip(_PARTS, shares, strict=True)}
-
-
-def _values(config: AttentionConfig, found: AttentionMap, shares: NDArray[np.float32]) -> dict[str, Any]:
+def _json_values(
+    config: AttentionConfig, attention: AttentionMap, shares: NDArray[np.float32]
+) -> dict[str, Any]:
     return {
-        "mean": _named(shares.mean(axis=0)),
-        "layers": [{"layer": number, **_named(row)} for number, row in enumerate(shares)],
-        "times": found.query_times,
+        "mean": _by_key_group(shares.mean(axis=0)),
+        "layers": [{"layer": number, **_by_key_group(row)} for number, row in enumerate(shares)],
+        "times": attention.query_times,
         "config": config.model_dump(mode="json"),
     }
 
 
-def _table(shares: NDArray[np.float32]) -> Table:
-    drawn = Table("layer", *_PARTS, title="share of attention", title_justify="left")
-    for name, row in [
-        *((str(number), row) for number, row in enumerate(shares)),
-        ("mean", shares.mean(axis=0)),
-    ]:
-        drawn.add_row(name, *(f"{share:.1%}" for share in row))
-    return drawn
+def _by_key_group(shares: NDArray[np.float32]) -> dict[str, float]:
+    return {name: float(share) for name, share in zip(_KEY_GROUPS, shares, strict=True)}
+
+
+def _shares_table(shares: NDArray[np.float32]) -> Table:
+    table = Table("layer", *_KEY_GROUPS, title="share of attention", title_justify="left")
+    rows = [*((str(number), row) for number, row in enumerate(shares)), ("mean", shares.mean(axis=0))]
+    for name, row in rows:
+        table.add_row(name, *(f"{share:.1%}" for share in row))
+    return table

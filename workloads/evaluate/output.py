@@ -1,4 +1,4 @@
-"""What the evaluations write and where they print."""
+"""Console and output files of the evaluations."""
 
 from __future__ import annotations
 
@@ -15,22 +15,24 @@ from parallelmind.storage import atomic_binary_file, atomic_file
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_PLAIN_WIDTH = 120  # where the output is no terminal
+_PLAIN_WIDTH = 120  # columns where stdout is no terminal
 
 
-def console() -> Console:
-    return Console(highlight=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
+def console(plain_width: int = _PLAIN_WIDTH) -> Console:
+    """A console on stdout, `plain_width` columns wide where stdout is no terminal."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else plain_width)
 
 
-def output_file(path: str | None, ending: str) -> Path | None:
-    """The file to write, if any. Raises UserError for another ending: what lies beside it takes its name from
-    it.
+def output_file(path: str | None, suffix: str) -> Path | None:
+    """The file to write, or None.
+
+    Raises UserError if the path does not end in `suffix`: companion files take its stem as their name.
     """
     if path is None:
         return None
     file = Path(path).expanduser()
-    if file.suffix != ending:
-        raise UserError(f"output_path={path}: is not named as what it will be; end it in {ending}")
+    if file.suffix != suffix:
+        raise UserError(f"output_path={path}: does not end in {suffix}; end it in {suffix}")
     return file
 
 

@@ -1,4 +1,4 @@
-"""Pictures of the evaluations."""
+"""Figures of the evaluations."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
     from matplotlib.image import AxesImage
     from numpy.typing import NDArray
 
-_LEAST = 1e-4  # share of attention that is still told from none
+_MIN_SHARE = 1e-4  # lower end of the logarithmic colour scale
 
 
 def tax_figure(points: Sequence[TaxPoint]) -> Figure:
-    """Tax by branch count; its axis shows doublings as equal steps."""
+    """Tax by branch count, on a logarithmic axis of branch counts."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot(
         xlabel="branches per sample",
         ylabel="tax (nats per target token)",
-        title=f"Branch tax; loss of 1 is {points[0].loss:.3f}",
+        title=f"Branch tax; loss at one branch is {points[0].loss:.3f}",
     )
     counts = [point.branches for point in points]
     axes.axhline(0, color="grey", linewidth=1)
@@ -40,44 +40,39 @@ def tax_figure(points: Sequence[TaxPoint]) -> Figure:
     return figure
 
 
-def attention_figure(found: AttentionMap) -> Figure:
-    """One map for the mean over layers, and one each for the first, the middle and the last layer."""
+def attention_figure(attention: AttentionMap) -> Figure:
+    """Maps of the mean over all layers and of the first, the middle and the last layer."""
     from matplotlib.figure import Figure
 
-    layers = len(found.weights)
-    panels = {f"mean of {layers} layers": found.weights.mean(axis=0)}
-    panels |= {f"layer {number}": found.weights[number] for number in sorted({0, layers // 2, layers - 1})}
-    rows, times = found.weights.shape[1:]
-    figure = Figure(figsize=(min(4 + times * 0.12, 16), (1 + 0.3 * rows) * len(panels)), layout="constrained")
-    axes = figure.subplots(len(panels), 1, sharex=True)
-    for place, (title, mass) in zip(axes, panels.items(), strict=True):
-        image = _draw_map(place, mass, found)
-        place.set_title(title, fontsize=9)
-    axes[-1].set_xlabel("time")
-    figure.colorbar(image, ax=axes, label="share of attention", extend="min")
+    layers, sequences, times = attention.weights.shape
+    panels = {f"mean of {layers} layers": attention.weights.mean(axis=0)}
+    panels |= {
+        f"layer {number}": attention.weights[number] for number in sorted({0, layers // 2, layers - 1})
+    }
+    size = (min(4 + times * 0.12, 16), (1 + 0.3 * sequences) * len(panels))
+    figure = Figure(figsize=size, layout="constrained")
+    all_axes = figure.subplots(len(panels), 1, sharex=True)
+    for axes, (title, weights) in zip(all_axes, panels.items(), strict=True):
+        image = _draw_map(axes, weights, attention)
+        axes.set_title(title, fontsize=9)
+    all_axes[-1].set_xlabel("time")
+    figure.colorbar(image, ax=all_axes, label="share of attention", extend="min")
     return figure
 
 
-def _draw_map(axes: Axes, mass: NDArray[np.float32], found: AttentionMap) -> AxesImage:
-    """Rows are main and the branches, columns times; what holds no token stays grey. The tokens that ask are
-    framed.
-    """
+def _draw_map(axes: Axes, weights: NDArray[np.float32], attention: AttentionMap) -> AxesImage:
+    """Draw `[1 + N, times]` weights; cells without a token are grey and the query tokens have a red frame."""
     from matplotlib.colors import LogNorm
     from matplotlib.patches import Rectangle
 
-    seen = np.where(np.isnan(mass), np.nan, np.clip(mass, _LEAST, 1))
+    clipped = np.where(np.isnan(weights), np.nan, np.clip(weights, _MIN_SHARE, 1))
     axes.set_facecolor("lightgrey")
-    image = axes.imshow(seen, aspect="auto", norm=LogNorm(_LEAST, 1), cmap="viridis", interpolation="nearest")
-    first, last = found.query_times[0], found.query_times[-1]
-    frame = Rectangle(
-        (first - 0.5, found.query_sequence - 0.5),
-        last - first + 1,
-        1,
-        fill=False,
-        edgecolor="red",
-        linewidth=1.5,
+    image = axes.imshow(
+        clipped, aspect="auto", norm=LogNorm(_MIN_SHARE, 1), cmap="viridis", interpolation="nearest"
     )
-    axes.add_patch(frame)
-    names = {number: "main" if number == MAIN else f"branch {number - 1}" for number in range(len(mass))}
-    axes.set_yticks(list(names), list(names.values()), fontsize=8)
+    first, last = attention.query_times[0], attention.query_times[-1]
+    corner = (first - 0.5, attention.query_sequence - 0.5)
+    axes.add_patch(Rectangle(corner, last - first + 1, 1, fill=False, edgecolor="red", linewidth=1.5))
+    labels = ["main" if number == MAIN else f"branch {number - 1}" for number in range(len(weights))]
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
     return image

@@ -1,4 +1,4 @@
-"""The table of supported model types, for `python -m workloads.evaluate support`."""
+"""`evaluate support`: the table of model types that hold parallel branches."""
 
 from __future__ import annotations
 
@@ -18,80 +18,90 @@ from parallelmind.config import FrozenConfig
 from parallelmind.errors import UserError, translate_write_errors
 from parallelmind.evaluation.model_support import COLUMNS, FALLBACK, SupportRow, check_model_types
 from parallelmind.evaluation.tiny_models import causal_lm_types
+from workloads.evaluate.output import console
 
-_GENERATED = "<!-- generated: everything below comes from `python -m workloads.evaluate support` -->"
+_MARKER = "<!-- generated: everything below comes from `python -m workloads.evaluate support` -->"
+_PLAIN_WIDTH = 200  # columns of the table where stdout is no terminal
 
 
 class SupportConfig(FrozenConfig):
-    """One run of `evaluate support`."""
+    """Model types and output."""
 
-    model_types: str | None = Field(
-        None, description="types to check_model_types, comma-separated; null: all"
+    model_types: str | None = Field(None, description="model types to check, comma-separated; null: all")
+    csv: bool = Field(False, description="print comma-separated values instead of a table; also as --csv")
+    output_path: str | None = Field(
+        None, description="Markdown file; the table replaces everything below its marker line"
     )
-    csv: bool = Field(False, description="print comma-separated values (--csv will do) in place of a table")
-    output_path: str | None = Field(None, description="Markdown file whose generated part becomes the table")
 
 
-def support(argv: list[str]) -> None:
+def evaluate_support(argv: list[str]) -> None:
+    """Check the model types; print the table, and write it to a Markdown file if asked to."""
     config = cli.parse(SupportConfig, argv)
-    chosen = _chosen(config.model_types)
-    logging.set_verbosity_error()  # tiny models have no checkpoints, kernels or padding to be warned of
-    console = Console(stderr=True)
-    progress = track(
-        check_model_types(chosen),
-        "holding models against the laws",
-        len(chosen),
-        console=console,
-        disable=not console.is_terminal,
+    model_types = _parse_model_types(config.model_types)
+    logging.set_verbosity_error()  # tiny models cause warnings about checkpoints, kernels and padding
+    stderr = Console(stderr=True)
+    rows = list(
+        track(
+            check_model_types(model_types),
+            "checking model types",
+            len(model_types),
+            console=stderr,
+            disable=not stderr.is_terminal,
+        )
     )
-    rows = list(progress)
     if config.output_path:
-        _write_markdown(Path(config.output_path), rows)
+        write_markdown(Path(config.output_path), rows)
     if config.csv:
         csv.writer(sys.stdout, lineterminator="\n").writerows([COLUMNS, *(row.cells() for row in rows)])
     else:
         _print_table(rows)
 
 
-def _chosen(names: str | None) -> list[str]:
+def _parse_model_types(names: str | None) -> list[str]:
     known = causal_lm_types()
-    wanted = known if names is None else [name.strip() for name in names.split(",") if name.strip()]
-    for name in wanted:
+    if names is None:
+        return known
+    model_types = [name.strip() for name in names.split(",") if name.strip()]
+    for name in model_types:
         if name not in known:
             raise UserError(
-                f"model_types={name}: no causal LM of the installed transformers; leave model_types out for all"
+                f"model_types={name}: is no causal LM of the installed transformers; "
+                "leave model_types out for all types"
             )
-    return wanted
+    return model_types
 
 
 def _print_table(rows: Sequence[SupportRow]) -> None:
-    drawn = Table(*COLUMNS)
+    table = Table(*COLUMNS)
     for row in rows:
-        drawn.add_row(*row.cells())
-    Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(drawn)
+        table.add_row(*row.cells())
+    console(_PLAIN_WIDTH).print(table)
     print(summary(rows))
 
 
 def summary(rows: Sequence[SupportRow]) -> str:
-    """Counts, in one line."""
-    held = sum(row.supported for row in rows)
+    """Number of supported types and of types with the fallback, as one line."""
+    supported = sum(row.supported for row in rows)
     fallback = sum(FALLBACK in row.laws for row in rows)
-    return f"{held} of {len(rows)} types hold parallel branches; {fallback} more decode them one row each"
+    return (
+        f"{supported} of {len(rows)} types hold parallel branches; {fallback} more decode them one row each"
+    )
 
 
-def _write_markdown(path: Path, rows: Sequence[SupportRow]) -> None:
-    """Keep what is written by hand, up to and with the marker line."""
-    written = path.read_text(encoding="utf-8") if path.exists() else f"{_GENERATED}\n"
-    if _GENERATED not in written:
-        raise UserError(f"output_path={path}: has no line {_GENERATED}; add it where the table should begin")
-    lines = [
-        "| " + " | ".join(text.replace("|", "/") for text in texts) + " |"
-        for texts in (COLUMNS, *(row.cells() for row in rows))
+def write_markdown(path: Path, rows: Sequence[SupportRow]) -> None:
+    """Replace everything below the marker line with the table.
+
+    Raises UserError if the file exists and has no marker line.
+    """
+    text = path.read_text(encoding="utf-8") if path.exists() else f"{_MARKER}\n"
+    if _MARKER not in text:
+        raise UserError(f"output_path={path}: has no line {_MARKER}; add it where the table should begin")
+    header, *lines = [
+        "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
+        for cells in (COLUMNS, *(row.cells() for row in rows))
     ]
     rule = "|" + " --- |" * len(COLUMNS)
-    by_hand = written[: written.index(_GENERATED) + len(_GENERATED)]
+    handwritten = text[: text.index(_MARKER) + len(_MARKER)]
+    parts = [handwritten, "", f"{summary(rows)}.", "", header, rule, *lines]
     with translate_write_errors("output_path", path):
-        path.write_text(
-            "\n".join([by_hand, "", f"{summary(rows)}.", "", lines[0], rule, *lines[1:]]) + "\n",
-            encoding="utf-8",
-        )
+        path.write_text("\n".join(parts) + "\n", encoding="utf-8")

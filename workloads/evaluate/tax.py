@@ -1,62 +1,62 @@
-"""The branch tax curve, for `python -m workloads.evaluate tax`."""
+"""`evaluate tax`: the branch tax at several branch counts."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from pydantic import Field, model_validator
 from rich.table import Table
+from transformers import PreTrainedTokenizerBase
 
 from parallelmind import cli
-from parallelmind.config import DataConfig
+from parallelmind.config import DataConfig, FrozenConfig, GroupedConfig
 from parallelmind.data.files import file_parts, find_files
 from parallelmind.data.held_out import HeldOut
 from parallelmind.data.survey import combine_surveys, survey_part
 from parallelmind.errors import UserError
-from parallelmind.evaluation.branch_tax import TaxPoint, max_branches, tax_curve
+from parallelmind.evaluation.branch_tax import SampleBatches, TaxPoint, max_branches, tax_curve
 from parallelmind.model.patch import is_patched
 from parallelmind.training.step import NoMemoryError
 from workloads.common.inference_config import InferenceModelConfig
 from workloads.evaluate.output import console, output_file, write_json, write_png
 from workloads.evaluate.plots import tax_figure
 
-_SEED = 0  # of the order of batches, which changes no loss
+_SEED = 0  # orders the batches; the loss does not depend on it
 
 
-class TaxConfig(InferenceModelConfig):
-    """One run of `evaluate tax`."""
+class HeldOutConfig(FrozenConfig):
+    """Held-out text."""
 
     data_path: str = Field(
         min_length=1,
-        description="held-out parallel JSONL or Parquet: file, folder, glob, URL, or several with commas",
+        description=(
+            "held-out parallel JSONL or Parquet: file, folder, glob, URL, or several separated by commas"
+        ),
     )
     branches: list[int] = Field(
         [1, 2, 4, 8, 16, 32, 64], min_length=1, description="branch counts; 1 is always measured"
     )
     pool: int = Field(64, ge=1, description="held-out branches to measure on, the same at every count")
     max_branch_tokens: int = Field(
-        256, ge=2, description="longest main or branch, in tokens; more is cut off"
+        256, ge=2, description="maximum length of main or a branch, in tokens; the rest is cut off"
     )
     batch_tokens: int = Field(
-        8192, ge=4, description="most tokens of a batch, and of a sample: what memory has to hold"
-    )
-    output_path: str | None = Field(
-        None, description="JSON file for the figures; the curve goes beside it as .png"
+        8192, ge=4, description="maximum tokens of a batch and of a sample; bounds the memory"
     )
 
     @model_validator(mode="after")
-    def _counts(self) -> Self:
-        if wrong := [count for count in self.branches if count < 1]:
+    def _check_branches(self) -> Self:
+        if invalid := [count for count in self.branches if count < 1]:
             raise ValueError(
-                f"branches={wrong[0]}: a sample has one branch at least; give counts of 1 or more"
+                f"branches={invalid[0]}: a sample has at least one branch; give counts of 1 or more"
             )
         return self
 
-    def data(self) -> DataConfig:
-        """How validation in training would read the same file."""
+    def data_config(self) -> DataConfig:
+        """Settings with which validation during training would read the same file."""
         return DataConfig(
             data_path=self.data_path,
             max_branch_tokens=self.max_branch_tokens,
@@ -65,61 +65,120 @@ class TaxConfig(InferenceModelConfig):
         )
 
 
-def tax(argv: list[str]) -> None:
+class TaxOutputConfig(FrozenConfig):
+    """Output."""
+
+    output_path: str | None = Field(
+        None, description="JSON file for the figures; the curve is written beside it as .png"
+    )
+
+
+class TaxConfig(GroupedConfig):
+    """Run of `evaluate tax`."""
+
+    model: InferenceModelConfig
+    held_out: HeldOutConfig
+    output: TaxOutputConfig
+
+
+@dataclass(frozen=True, slots=True)
+class TaxReport:
+    """Result of one evaluation.
+
+    not_measured: largest sample by branch count, for the counts that no sample of the data reaches.
+    """
+
+    held_out: HeldOut
+    points: list[TaxPoint]
+    not_measured: dict[int, int]
+
+
+def evaluate_tax(argv: list[str]) -> None:
+    """Measure the branch tax and print it; write the figures and the curve if asked to."""
     config = cli.parse(TaxConfig, argv)
-    output = output_file(config.output_path, ".json")
-    files = find_files(config.data_path)
-    model, tokenizer = config.load_model()
-    _survey(files, config.data(), len(tokenizer))
-    held_out = _held_out(files, tokenizer, config)
-    counts = sorted({1, *config.branches}) if is_patched(model) else [1]
-    if not is_patched(model):
-        print("patch_rope=false: the model holds one branch in a sequence; measured at 1", flush=True)
-    sets = {count: held_out.batches(count, _SEED) for count in counts}
-    missed = {count: largest for count, found in sets.items() if (largest := max_branches(found)) < count}
-    measured = {count: found for count, found in sets.items() if count not in missed}
-    curve = tax_curve(model, measured, tokenizer.pad_token_id or 0)
-    with cli.progress("measuring", len(measured)) as tell:
-        points: list[TaxPoint] = []
+    output = output_file(config.output.output_path, ".json")
+    files = find_files(config.held_out.data_path)
+    model, tokenizer = config.model.load()
+    _report_bad_lines(files, config.held_out.data_config(), len(tokenizer))
+    held_out = _read_held_out(files, tokenizer, config.held_out)
+    batches_by_count, not_measured = _select_counts(held_out, _branch_counts(model, config.held_out))
+    curve = tax_curve(model, batches_by_count, tokenizer.pad_token_id or 0)
+    points = _collect(curve, len(batches_by_count), config.held_out)
+    report = TaxReport(held_out, points, not_measured)
+    _print_report(config.held_out, report)
+    if output:
+        write_json(output, _json_values(config, report))
+        write_png(output.with_suffix(".png"), tax_figure(report.points))
+        print(f"wrote {output} and {output.with_suffix('.png').name}", flush=True)
+
+
+def _report_bad_lines(files: Sequence[str], data: DataConfig, vocab_size: int) -> None:
+    """Report bad lines. Raises UserError if no line is good."""
+    parts = file_parts(files)
+    survey = combine_surveys(parts, [survey_part(part, data, vocab_size) for part in parts])
+    survey.raise_if_unusable(data, "data_path")
+    if survey.bad:
+        print(f"skipped {len(survey.bad)} bad lines, the first: {survey.bad[0]}", file=sys.stderr)
+
+
+def _read_held_out(
+    files: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: HeldOutConfig
+) -> HeldOut:
+    held_out = HeldOut.read(files, config.pool, tokenizer, config.data_config())
+    if not held_out.branches:
+        raise UserError(
+            f"max_branch_tokens={config.max_branch_tokens} batch_tokens={config.batch_tokens}: "
+            f"leave none of {held_out.skipped} branches usable; raise them, or lower the answer offsets"
+        )
+    return held_out
+
+
+def _branch_counts(model: Any, config: HeldOutConfig) -> list[int]:
+    if is_patched(model):
+        return sorted({1, *config.branches})
+    print("patch_rope=false: the model holds one branch per sequence; measuring one branch only", flush=True)
+    return [1]
+
+
+def _select_counts(
+    held_out: HeldOut, counts: Sequence[int]
+) -> tuple[Mapping[int, SampleBatches], dict[int, int]]:
+    """Batches of each count that the data reaches, and the largest sample at each other count."""
+    batches_by_count: dict[int, SampleBatches] = {}
+    not_measured: dict[int, int] = {}
+    for count in counts:
+        batches = held_out.batches(count, _SEED)
+        largest = max_branches(batches)
+        if largest < count:
+            not_measured[count] = largest
+        else:
+            batches_by_count[count] = batches
+    return batches_by_count, not_measured
+
+
+def _collect(curve: Iterator[TaxPoint], total: int, config: HeldOutConfig) -> list[TaxPoint]:
+    """Measure all points. Raises UserError if a batch does not fit into memory."""
+    points: list[TaxPoint] = []
+    with cli.progress("measuring", total) as tell:
         try:
             for point in curve:
                 points.append(point)
-                tell(len(points), lambda: f"{len(points)} of {len(measured)} branch counts measured")
+                tell(len(points), lambda: f"{len(points)} of {total} branch counts measured")
         except NoMemoryError as error:
-            remedy = "lower it, or leave the largest of branches out"
-            raise UserError(f"batch_tokens={config.batch_tokens}: {error.batch}; {remedy}") from error
-    _report(config, held_out, points, missed)
-    if output:
-        write_json(output, _values(config, held_out, points, missed))
-        write_png(output.with_suffix(".png"), tax_figure(points))
-        print(f"{output} and {output.with_suffix('.png').name}", flush=True)
+            raise UserError(
+                f"batch_tokens={config.batch_tokens}: {error.batch}; "
+                "lower it, or drop the largest count of branches"
+            ) from error
+    return points
 
 
-def _survey(files: Sequence[str], data: DataConfig, vocabulary: int) -> None:
-    """Say which lines are malformed. Raises UserError where no line is good."""
-    parts = file_parts(files)
-    found = combine_surveys(parts, [survey_part(part, data, vocabulary) for part in parts])
-    found.raise_if_unusable(data, "data_path")
-    if found.bad:
-        print(f"bad lines left out: {len(found.bad)}, the first: {found.bad[0]}", file=sys.stderr)
-
-
-def _held_out(files: Sequence[str], tokenizer: Any, config: TaxConfig) -> HeldOut:
-    found = HeldOut.read(files, config.pool, tokenizer, config.data())
-    if not found.branches:
-        raise UserError(
-            f"max_branch_tokens={config.max_branch_tokens} batch_tokens={config.batch_tokens}: "
-            f"leave none of {found.skipped} branches; raise them, or lower the answer offsets"
-        )
-    return found
-
-
-def _report(config: TaxConfig, held_out: HeldOut, points: Sequence[TaxPoint], missed: dict[int, int]) -> None:
-    drawn = Table(caption_justify="left", title_justify="left", title=f"branch tax on {config.data_path}")
-    for header in ("branches", "mean of samples", "loss", "tax", "tokens/s", "seconds", "extra memory"):
-        drawn.add_column(header, justify="right")
+def _print_report(config: HeldOutConfig, report: TaxReport) -> None:
+    held_out, points = report.held_out, report.points
+    table = Table(title_justify="left", title=f"branch tax on {config.data_path}")
+    for header in ("branches", "mean per sample", "loss", "tax", "tokens/s", "seconds", "extra memory"):
+        table.add_column(header, justify="right")
     for point in points:
-        drawn.add_row(
+        table.add_row(
             str(point.branches),
             f"{point.mean_branches:.1f}",
             f"{point.loss:.4f}",
@@ -128,24 +187,27 @@ def _report(config: TaxConfig, held_out: HeldOut, points: Sequence[TaxPoint], mi
             f"{point.seconds:.1f}",
             f"{point.peak_extra_bytes / 2**20:.0f} MiB",
         )
-    console().print(drawn)
-    cut = f", {held_out.truncated} texts cut, {held_out.skipped} branches skipped for their length"
-    few = "" if held_out.branches == config.pool else f" (pool={config.pool}: there are no more)"
-    print(f"nats per target token, {points[0].targets} of them in {held_out.branches} branches{few}{cut}")
-    for count, largest in missed.items():
+    console().print(table)
+    fewer = "" if held_out.branches == config.pool else f" (the data holds fewer than pool={config.pool})"
+    print(
+        f"loss and tax in nats per target token, over {points[0].targets} target tokens in "
+        f"{held_out.branches} branches{fewer}; {held_out.truncated} texts truncated, "
+        f"{held_out.skipped} branches skipped for their length"
+    )
+    for count, largest in report.not_measured.items():
         print(
-            f"{count} branches: not measured; the largest sample that data and batch_tokens give has {largest}"
+            f"{count} branches: not measured; the largest sample of data_path and batch_tokens has {largest}"
         )
 
 
-def _values(
-    config: TaxConfig, held_out: HeldOut, points: Sequence[TaxPoint], missed: dict[int, int]
-) -> dict[str, Any]:
+def _json_values(config: TaxConfig, report: TaxReport) -> dict[str, Any]:
     return {
-        "points": [asdict(point) for point in points],
-        "not_measured": [{"branches": count, "largest_sample": largest} for count, largest in missed.items()],
-        "held_out_branches": held_out.branches,
-        "truncated_texts": held_out.truncated,
-        "skipped_branches": held_out.skipped,
+        "points": [asdict(point) for point in report.points],
+        "not_measured": [
+            {"branches": count, "largest_sample": largest} for count, largest in report.not_measured.items()
+        ],
+        "held_out_branches": report.held_out.branches,
+        "truncated_texts": report.held_out.truncated,
+        "skipped_branches": report.held_out.skipped,
         "config": config.model_dump(mode="json"),
     }

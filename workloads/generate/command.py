@@ -32,13 +32,13 @@ def main(argv: list[str]) -> None:
         cli.print_help(__doc__ or "", GenerateConfig)
         return
     config = cli.parse(GenerateConfig, argv)
-    config.sampling_kwargs()  # reject a value out of range before anything is loaded
+    config.sampling.to_kwargs()  # reject a value out of range before anything is loaded
     # Imported late: torch and Ray take seconds to import, and --help needs neither.
-    if config.data_path is None:
+    if config.input.data_path is None:
         from workloads.generate.prompts import generate_from_prompts
 
         generate_from_prompts(config)
-    elif config.num_workers:
+    elif config.run.num_workers:
         from workloads.generate.distributed import generate_on_cluster
 
         generate_on_cluster(config)

@@ -6,12 +6,13 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
+from parallelmind.config import FrozenConfig, GroupedConfig
 from parallelmind.errors import format_value
 from workloads.common.inference_config import InferenceModelConfig, SamplingConfig
 
 
-class GenerateConfig(SamplingConfig, InferenceModelConfig):
-    """One run of this command."""
+class InputConfig(FrozenConfig):
+    """Input. Exactly one of `prompt`, `prompts` and `data_path` is given."""
 
     prompt: str | None = Field(None, description="one prompt to continue")
     prompts: list[str] = Field([], description="prompts to continue in parallel, as branches of one sample")
@@ -26,18 +27,9 @@ class GenerateConfig(SamplingConfig, InferenceModelConfig):
     reduce: str | None = Field(
         None, min_length=1, description="prompt of a last branch, which reads main and all other branches"
     )
-    output_path: str | None = Field(
-        None, description="JSONL file for the results, a folder with num_workers; null: stdout"
-    )
-    num_workers: int = Field(
-        0, ge=0, description="Ray workers that share data_path, one engine each; 0: run in this process"
-    )
-    ray_address: str | None = Field(
-        None, description="Ray cluster to join; null: $RAY_ADDRESS, or a local one"
-    )
 
     @model_validator(mode="after")
-    def _check_input(self) -> Self:
+    def _check_source(self) -> Self:
         sources = [name for name in ("prompt", "prompts", "data_path") if getattr(self, name)]
         if len(sources) != 1:
             raise ValueError(
@@ -49,9 +41,36 @@ class GenerateConfig(SamplingConfig, InferenceModelConfig):
                 f"main={format_value(self.main)}: each line of data_path has its own main; "
                 "write main into the lines"
             )
-        if self.num_workers and not (self.data_path and self.output_path):
+        return self
+
+
+class GenerateRunConfig(FrozenConfig):
+    """Output and workers."""
+
+    output_path: str | None = Field(
+        None, description="JSONL file for the results, a folder with num_workers; null: stdout"
+    )
+    num_workers: int = Field(
+        0, ge=0, description="Ray workers that share data_path, one engine each; 0: run in this process"
+    )
+    ray_address: str | None = Field(
+        None, description="Ray cluster to join; null: $RAY_ADDRESS, or a local one"
+    )
+
+
+class GenerateConfig(GroupedConfig):
+    """Run of `python -m workloads.generate`."""
+
+    input: InputConfig
+    run: GenerateRunConfig
+    sampling: SamplingConfig
+    model: InferenceModelConfig
+
+    @model_validator(mode="after")
+    def _check_workers(self) -> Self:
+        if self.run.num_workers and not (self.input.data_path and self.run.output_path):
             raise ValueError(
-                f"num_workers={self.num_workers}: workers read data_path and write files; "
+                f"num_workers={self.run.num_workers}: workers read data_path and write files; "
                 "give data_path and output_path"
             )
         return self

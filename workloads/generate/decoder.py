@@ -27,11 +27,11 @@ class Decoder:
 
     @classmethod
     def load(
-        cls, model_kwargs: Mapping[str, Any], sampling: Mapping[str, Any], reduce: str | None, use_gpu: bool
+        cls, load_kwargs: Mapping[str, Any], sampling: Mapping[str, Any], reduce: str | None, use_gpu: bool
     ) -> Decoder:
-        """Load the model with `load_model_with_lora(**model_kwargs)` and raise its UserErrors."""
+        """Load the model with `load_model_with_lora(**load_kwargs)` and raise its UserErrors."""
         model: Any
-        model, tokenizer = pm.load_model_with_lora(**model_kwargs)
+        model, tokenizer = pm.load_model_with_lora(**load_kwargs)
         return cls(pm.Engine(to_gpu(model) if use_gpu else model, tokenizer), sampling, reduce)
 
     def decode(self, lines: Iterable[InputLine]) -> Iterator[list[LineResult]]:
@@ -62,7 +62,10 @@ class Decoder:
         except (RecordError, UserError) as error:
             return LineResult(line, skip_reason=str(error))
         if self.engine.fallback_reason and len(sample.branches) > 1:
-            notice = f"the model {self.engine.fallback_reason}; each branch is decoded isolated, in a row of its own"
+            notice = (
+                f"the model {self.engine.fallback_reason}; "
+                "each branch is decoded isolated, in a row of its own"
+            )
             warnings.warn(notice, UserNotice, stacklevel=2)
         running[number] = GeneratedSample.empty(sample, self.reduce)
         return LineResult(line, running[number])

@@ -30,13 +30,13 @@ def generate_on_cluster(config: GenerateConfig) -> None:
 
     Raises UserError for invalid settings and for a folder that cannot be written or resumed.
     """
-    folder = Path(config.output_path or "").expanduser().absolute()
+    folder = Path(config.run.output_path or "").expanduser().absolute()
     if folder.is_file():
         raise UserError(
-            f"output_path={folder}: is a file, and num_workers={config.num_workers} fills a folder; "
+            f"output_path={folder}: is a file, and num_workers={config.run.num_workers} fills a folder; "
             "choose another name"
         )
-    dataset = open_dataset(config.data_path or "", folder)
+    dataset = open_dataset(config.input.data_path or "", folder)
     with translate_write_errors("output_path", folder):
         folder.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(folder):
@@ -64,7 +64,7 @@ def _write_folder(config: GenerateConfig, dataset: InputDataset, folder: Path) -
                 stats.report_skip(location, reason)
             tell(stats.processed, stats.progress_line)
     _remove_temporary_files(folder)
-    stats.report_end(config.data_path or "", has_rows=any(file.stat().st_size for file in files))
+    stats.report_end(config.input.data_path or "", has_rows=any(file.stat().st_size for file in files))
 
 
 def _open_manifest(manifest: OutputManifest) -> bool:
@@ -81,14 +81,14 @@ def _run_tasks(config: GenerateConfig, folder: Path, tasks: list[dict[str, Any]]
 
     Ray repeats the task of a lost worker. Raises UserError for the first part that cannot be written.
     """
-    cluster.connect(config.ray_address)
-    workers = min(config.num_workers, len(tasks))
+    cluster.connect(config.run.ray_address)
+    workers = min(config.run.num_workers, len(tasks))
     use_gpu = resources.capacity("GPU") >= workers
     worker_config = WorkerConfig(
         folder=folder,
-        model_kwargs=config.model_kwargs(),
-        sampling=config.sampling_kwargs(),
-        reduce=config.reduce,
+        load_kwargs=config.model.load_kwargs(),
+        sampling=config.sampling.to_kwargs(),
+        reduce=config.input.reduce,
         threads=resources.threads_per_process(workers),
         use_gpu=use_gpu,
     )

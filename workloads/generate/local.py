@@ -30,11 +30,11 @@ def generate_in_process(config: GenerateConfig) -> None:
     Raises UserError for invalid settings and for an output that cannot be written or resumed. A line that
     cannot be continued is reported and skipped.
     """
-    data_path = config.data_path or ""
-    if config.output_path is None:
-        _decode(config, open_dataset(data_path, None), functools.partial(print, flush=True))
+    data_path = config.input.data_path or ""
+    if config.run.output_path is None:
+        _decode(config, open_dataset(data_path, output=None), functools.partial(print, flush=True))
         return
-    output = Path(config.output_path).expanduser().absolute()
+    output = Path(config.run.output_path).expanduser().absolute()
     if output.is_dir():
         raise UserError(
             f"output_path={output}: is a folder, and num_workers=0 writes a file; choose another name"
@@ -78,7 +78,10 @@ def _decode(
 ) -> None:
     """Decode the lines whose number is greater than `after`."""
     decoder = Decoder.load(
-        config.model_kwargs(), config.sampling_kwargs(), config.reduce, use_gpu=torch.cuda.is_available()
+        config.model.load_kwargs(),
+        config.sampling.to_kwargs(),
+        config.input.reduce,
+        use_gpu=torch.cuda.is_available(),
     )
     stats = ProgressStats(dataset.count(after))
     with cli.progress("generating", stats.total) as tell:
@@ -87,7 +90,7 @@ def _decode(
             for result in results:
                 _write_result(result, stats, write_row)
             tell(stats.processed, stats.progress_line)
-    stats.report_end(config.data_path or "", has_rows=existing_rows + stats.samples > 0)
+    stats.report_end(config.input.data_path or "", has_rows=existing_rows + stats.samples > 0)
 
 
 def _write_result(result: LineResult, stats: ProgressStats, write_row: WriteRow) -> None:

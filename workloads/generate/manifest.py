@@ -15,7 +15,7 @@ from workloads.generate.dataset import InputDataset
 
 def run_settings(config: GenerateConfig, dataset: InputDataset) -> dict[str, Any]:
     """All settings that the rows of an output depend on, by field name."""
-    settings = {**config.model_kwargs(), **config.sampling_kwargs(), "reduce": config.reduce}
+    settings = {**config.model.load_kwargs(), **config.sampling.to_kwargs(), "reduce": config.input.reduce}
     for name in ("base_model", "lora_path"):
         path = settings.get(name)
         adapter_manifest = Path(path or "").expanduser() / MANIFEST

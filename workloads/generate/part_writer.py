@@ -24,11 +24,11 @@ from workloads.generate.decoder import Decoder
 class WorkerConfig:
     """Settings of every worker.
 
-    model_kwargs: arguments of `load_model_with_lora`. threads: compute threads per worker.
+    load_kwargs: arguments of `load_model_with_lora`. threads: compute threads per worker.
     """
 
     folder: Path
-    model_kwargs: dict[str, Any]
+    load_kwargs: dict[str, Any]
     sampling: dict[str, Any]
     reduce: str | None
     threads: int
@@ -47,7 +47,7 @@ class PartWriter:
         self.config, self.error = config, ""
         try:
             self.decoder = Decoder.load(
-                config.model_kwargs, config.sampling, config.reduce, use_gpu=config.use_gpu
+                config.load_kwargs, config.sampling, config.reduce, use_gpu=config.use_gpu
             )
         except UserError as error:
             self.error = str(error)

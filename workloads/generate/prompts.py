@@ -20,13 +20,14 @@ def generate_from_prompts(config: GenerateConfig) -> None:
 
     Raises UserError if `output_path` exists or the model cannot decode the prompts.
     """
-    output = Path(config.output_path).expanduser() if config.output_path else None
+    prompt, prompts, reduce = config.input.prompt, config.input.prompts, config.input.reduce
+    output = Path(config.run.output_path).expanduser() if config.run.output_path else None
     if output and output.exists():
         raise UserError(f"output_path={output}: already exists; choose another name, or remove it")
-    plain_text = bool(config.prompt) and output is None and config.reduce is None
-    sample = pm.Sample(config.main, config.prompts or [config.prompt or ""])
-    generated = GeneratedSample.empty(sample, config.reduce)
-    events = pm.stream(*config.load_model(), sample, reduce=config.reduce, **config.sampling_kwargs())
+    plain_text = bool(prompt) and output is None and reduce is None
+    sample = pm.Sample(config.input.main, prompts or [prompt or ""])
+    generated = GeneratedSample.empty(sample, reduce)
+    events = pm.stream(*config.model.load(), sample, reduce=reduce, **config.sampling.to_kwargs())
     started, tokens = time.monotonic(), 0
     for event in events:
         generated.append(event)

@@ -4,9 +4,6 @@ branch.
 
 from __future__ import annotations
 
-import csv
-import io
-
 import pytest
 import torch
 from families import FAMILIES, variant
@@ -16,7 +13,7 @@ from parallelmind.config import LoraConfig, ModelConfig, RopeConfig
 from parallelmind.engine.generate import generate, generate_text
 from parallelmind.engine.request import Sample
 from parallelmind.errors import UserError, UserNotice
-from parallelmind.evaluation.tiny_models import causal_lm_types, tiny_config, tiny_model, tiny_tokenizer
+from parallelmind.evaluation.tiny_models import tiny_config, tiny_model, tiny_tokenizer
 from parallelmind.layout import Tokens, arrange, collate
 from parallelmind.model.adapter import add_lora, load_model_with_lora, save_adapter
 from parallelmind.model.base_model import build_meta_model, load_base
@@ -27,8 +24,6 @@ from parallelmind.model.structure import decoder
 from parallelmind.model.support import assess
 from parallelmind.training.loss import target_loss, to_tensors
 from parallelmind.visibility import AttentionWindow
-from workloads.evaluate import command as evaluate
-from workloads.evaluate.support import SupportRow, _write_markdown
 
 REFUSED = {
     "mamba": "recurrent or convolutional state",
@@ -165,44 +160,3 @@ def test_every_linear_layer_of_the_decoder_is_adapted(family):
     adapted = add_lora(model, LoraConfig(lora_rank=2), seed=0)
     layers = [name for name, module in adapted.named_modules() if hasattr(module, "lora_A")]
     assert linears == {name.partition(".model.")[2].partition(".")[2] for name in layers}
-
-
-def test_the_table_as_csv(capsys):
-    evaluate.main(["support", "model_types=llama, gptj,mamba", "--csv"])
-    first, *rows = csv.reader(io.StringIO(capsys.readouterr().out))
-    assert first == ["model_type", "family", "supported", "reason", "laws"]
-    assert [(row[0], row[2]) for row in rows] == [("llama", "yes"), ("gptj", "yes"), ("mamba", "no")]
-    assert (
-        rows[0][4]
-        == "unpatch single_branch isolated_branches cached_decoding siblings coordinate_shift save_load"
-    )
-    assert "recurrent" in rows[2][3]
-
-
-def test_the_table_in_a_document(tmp_path):
-    path = tmp_path / "models.md"
-    rows = [
-        SupportRow("llama", "shared", True, "", ("base",)),
-        SupportRow("odd", "not built", False, "a | b", ()),
-    ]
-    _write_markdown(path, rows)
-    path.write_text("by hand\n\n" + path.read_text())
-    _write_markdown(path, rows[:1])
-    text = path.read_text()
-    assert text.startswith("by hand\n\n<!-- generated")
-    assert "| llama | shared | yes |  | base |" in text
-    assert "odd" not in text
-    path.write_text("by hand only\n")
-    with pytest.raises(UserError, match="has no line <!-- generated"):
-        _write_markdown(path, rows)
-    assert path.read_text() == "by hand only\n"
-
-
-def test_unknown_types_and_evaluations_are_refused():
-    with pytest.raises(UserError, match="model_types=nix"):
-        evaluate.main(["support", "model_types=nix"])
-    with pytest.raises(
-        UserError, match="evaluate tables: unknown evaluation; choose one of answers, tax, attention, support"
-    ):
-        evaluate.main(["tables"])
-    assert "llama" in causal_lm_types()

@@ -1,4 +1,4 @@
-"""Ways of asking: where branches cannot meet they say the same in every way, and what each of them costs."""
+"""`workloads.evaluate answers`: the backends agree on isolated branches, and each one's scores and memory."""
 
 from __future__ import annotations
 
@@ -16,128 +16,132 @@ from parallelmind.errors import UserError
 from parallelmind.evaluation.backends import generate_branches, generate_padded_batch
 from parallelmind.evaluation.qa_eval import RecordAnswers, answer_records, score_answers
 from parallelmind.model.patch import patch
-from workloads.evaluate import command as evaluate
+from workloads.evaluate.command import main as evaluate
 
-APART = RopeConfig(visibility="isolated", rope_2d_ratio=0, positions="time")
+ISOLATED = RopeConfig(visibility="isolated", rope_2d_ratio=0, positions="time")
 QUESTIONS = ["who", " where is the passage", " what in that 你好", "a question of the answer", " lives"]
 
 
-def record(main: str = "the answer is in the passage " * 4, **branch: Any) -> Record:
-    branches = [{"prompt": question, "completion": " it", **branch} for question in QUESTIONS]
+def question_record(main: str = "the answer is in the passage " * 4, **branch_fields: Any) -> Record:
+    branches = [{"prompt": question, "completion": " it", **branch_fields} for question in QUESTIONS]
     return parse_value({"main": main, "branches": branches})
 
 
-def model_with(rope: RopeConfig):
+def patched_model(rope: RopeConfig):
     model = tiny_llama()
     patch(model, rope)
     return model
 
 
-def ask(rope: RopeConfig, **settings: Any) -> RecordAnswers:
-    (found,) = answer_records(model_with(rope), tiny_tokenizer(), [record()], max_new_tokens=8, **settings)
-    return found
+def answer_record(rope: RopeConfig, **settings: Any) -> RecordAnswers:
+    (answers,) = answer_records(
+        patched_model(rope), tiny_tokenizer(), [question_record()], max_new_tokens=8, **settings
+    )
+    return answers
 
 
-def test_every_engine_says_the_same_where_branches_cannot_meet():
-    together = ask(APART)
-    assert len(set(together.predictions)) > 1
+def test_all_backends_agree_on_isolated_branches():
+    expected = answer_record(ISOLATED)
+    assert len(set(expected.predictions)) > 1
     for settings in (
         {"engine": "one_by_one"},
         {"engine": "batch"},
         {"at_once": 2},
         {"engine": "batch", "at_once": 2},
     ):
-        other = ask(APART, **settings)
-        assert (other.predictions, other.tokens) == (together.predictions, together.tokens)
+        answers = answer_record(ISOLATED, **settings)
+        assert (answers.predictions, answers.tokens) == (expected.predictions, expected.tokens)
 
 
-def test_records_side_by_side_are_answered_as_one_after_another():
-    """Questions of a record meet, those of another never do."""
-    records = [record(), record("another passage"), record("the third")]
-    model, tokenizer = model_with(RopeConfig()), tiny_tokenizer()
-    alone, beside = (
+def test_concurrent_records_equal_sequential_ones():
+    """Branches of one record see each other, branches of different records do not."""
+    records = [question_record(), question_record("another passage"), question_record("the third")]
+    model, tokenizer = patched_model(RopeConfig()), tiny_tokenizer()
+    sequential, concurrent = (
         list(answer_records(model, tokenizer, records, at_once=2, records_at_once=count, max_new_tokens=8))
         for count in (1, 2)
     )
-    assert [(each.main, each.predictions, each.tokens) for each in beside] == [
-        (each.main, each.predictions, each.tokens) for each in alone
+    assert [(answers.main, answers.predictions, answers.tokens) for answers in concurrent] == [
+        (answers.main, answers.predictions, answers.tokens) for answers in sequential
     ]
 
 
-def test_branches_that_meet_do_not_say_what_they_say_alone():
-    assert ask(RopeConfig()).predictions != ask(RopeConfig(), engine="one_by_one").predictions
+def test_columnar_branches_differ_from_separate_questions():
+    columnar = RopeConfig()
+    separate = answer_record(columnar, engine="one_by_one")
+    assert answer_record(columnar).predictions != separate.predictions
 
 
 @pytest.mark.parametrize("main", ["", "the passage"])
-def test_texts_end_where_the_model_ends_them(main):
-    """Rows that end early are filled with padding, which is neither text nor a token that was decoded."""
-    model, tokenizer, sample = model_with(APART), tiny_tokenizer(), Sample(main, QUESTIONS)
-    free = generate_branches(model, tokenizer, sample, 12)
-    common = tokenizer("".join(free.texts), add_special_tokens=False).input_ids
+def test_padding_of_finished_rows_is_no_answer(main):
+    """Padding after an end-of-text token counts neither as text nor as a decoded token."""
+    model, tokenizer, sample = patched_model(ISOLATED), tiny_tokenizer(), Sample(main, QUESTIONS)
+    without_eos = generate_branches(model, tokenizer, sample, 12)
+    common = tokenizer("".join(without_eos.texts), add_special_tokens=False).input_ids
     model.generation_config.eos_token_id = [2, *sorted(set(common))[::3]]
-    branches, batch = (
-        generate_branches(model, tokenizer, sample, 12),
-        generate_padded_batch(model, tokenizer, sample, 12),
-    )
-    assert branches.tokens < free.tokens
+    branches = generate_branches(model, tokenizer, sample, 12)
+    batch = generate_padded_batch(model, tokenizer, sample, 12)
+    assert branches.tokens < without_eos.tokens
     assert (batch.texts, batch.tokens) == (branches.texts, branches.tokens)
 
 
-def test_memory_is_what_is_asked_at_once():
-    per_token = 2 * 2 * 2 * 16 * 4  # keys and values, layers, heads, dimensions, bytes
-    kinds = {"parallel": ask(APART), "pairs": ask(APART, at_once=2), "one": ask(APART, engine="one_by_one")}
-    kinds["batch"] = ask(APART, engine="batch")
-    kept = {name: found.kv_bytes / per_token for name, found in kinds.items()}
-    assert kept["one"] < kept["pairs"] < kept["parallel"] < kept["batch"]
+def test_peak_kv_memory_is_that_of_concurrent_questions():
+    bytes_per_token = 2 * 2 * 2 * 16 * 4  # keys and values, layers, heads, dimensions, bytes
+    answers = {
+        "parallel": answer_record(ISOLATED),
+        "pairs": answer_record(ISOLATED, at_once=2),
+        "one": answer_record(ISOLATED, engine="one_by_one"),
+        "batch": answer_record(ISOLATED, engine="batch"),
+    }
+    kv_tokens = {name: answer.kv_bytes / bytes_per_token for name, answer in answers.items()}
+    assert kv_tokens["one"] < kv_tokens["pairs"] < kv_tokens["parallel"] < kv_tokens["batch"]
     ids = tiny_tokenizer()(
         ["the answer is in the passage " * 4, *QUESTIONS], add_special_tokens=False
     ).input_ids
-    longest = len(ids[0]) + max(map(len, ids[1:]))
-    assert kept["batch"] == len(QUESTIONS) * (longest + 8 - 1)  # the last token that is drawn is never read
+    row_length = len(ids[0]) + max(map(len, ids[1:]))
+    # The last token of a row is drawn, but its keys and values are never computed.
+    assert kv_tokens["batch"] == len(QUESTIONS) * (row_length + 8 - 1)
 
 
-def test_any_reference_is_right():
-    said = ask(APART).predictions
-    right = [
-        RecordAnswers(
-            "", QUESTIONS, said, [["no", text] for text in said], tokens=40, seconds=2.0, kv_bytes=8
-        ),
-        RecordAnswers("", QUESTIONS[:1], ["x"], [["no"]], tokens=2, seconds=1.0, kv_bytes=16),
-    ]
-    _, scores = score_answers(right)
+def test_any_reference_counts_as_correct():
+    predictions = answer_record(ISOLATED).predictions
+    all_correct = RecordAnswers(
+        "", QUESTIONS, predictions, [["no", text] for text in predictions], tokens=40, seconds=2.0, kv_bytes=8
+    )
+    wrong = RecordAnswers("", QUESTIONS[:1], ["x"], [["no"]], tokens=2, seconds=1.0, kv_bytes=16)
+    _, scores = score_answers([all_correct, wrong])
     assert scores.exact_match == scores.f1 == 5 / 6
     assert (scores.questions, scores.peak_kv_bytes) == (6, 16)
     assert (scores.questions_per_second, scores.tokens_per_second) == (2, 14)
 
 
-def test_references_come_from_the_record():
-    (found,) = answer_records(
-        model_with(APART), tiny_tokenizer(), [record(references=[" they"])], max_new_tokens=2
-    )
-    assert found.references == [["it", "they"]] * len(QUESTIONS)
+def test_references_are_the_completion_and_those_of_the_record():
+    records = [question_record(references=[" they"])]
+    (answers,) = answer_records(patched_model(ISOLATED), tiny_tokenizer(), records, max_new_tokens=2)
+    assert answers.references == [["it", "they"]] * len(QUESTIONS)
 
 
-def test_the_command(tmp_path, capsys):
-    base, data, output = save_tiny(tmp_path / "tiny"), tmp_path / "data.jsonl", tmp_path / "scores.json"
+def test_command_prints_and_writes_scores(tmp_path, capsys):
+    base_model, data, output = save_tiny(tmp_path / "tiny"), tmp_path / "data.jsonl", tmp_path / "scores.json"
     branches = [{"prompt": question, "completion": " it", "references": [" they"]} for question in QUESTIONS]
     write_records(data, [{"main": "the passage", "branches": branches}] * 2)
-    given = [
+    argv = [
         "answers",
-        f"base_model={base}",
+        f"base_model={base_model}",
         f"data_path={data}",
         f"output_path={output}",
         "max_new_tokens=3",
     ]
-    evaluate.main([*given, "engine=batch", "at_once=2"])
-    found = json.loads(output.read_text())
-    assert (found["questions"], found["config"]["engine"], found["config"]["at_once"]) == (10, "batch", 2)
-    assert found["questions_per_second"] > 0
+    evaluate([*argv, "engine=batch", "at_once=2"])
+    scores = json.loads(output.read_text())
+    assert (scores["questions"], scores["config"]["engine"], scores["config"]["at_once"]) == (10, "batch", 2)
+    assert scores["questions_per_second"] > 0
     out = capsys.readouterr().out
     assert "it / they" in out
-    assert "MiB of keys and values" in out
+    assert "peak KV cache" in out
     with pytest.raises(UserError, match="engine=parallel: .*set engine=one_by_one or engine=batch"):
-        evaluate.main([*given, "patch_rope=false"])
+        evaluate([*argv, "patch_rope=false"])
     for settings in (["engine=batch"], ["engine=one_by_one"], ["at_once=1"]):
-        evaluate.main([*given, "patch_rope=false", *settings])
-    with pytest.raises(UserError, match="at_once=2: engine=one_by_one asks one"):
-        evaluate.main([*given, "engine=one_by_one", "at_once=2"])
+        evaluate([*argv, "patch_rope=false", *settings])
+    with pytest.raises(UserError, match="at_once=2: engine=one_by_one decodes one"):
+        evaluate([*argv, "engine=one_by_one", "at_once=2"])

@@ -1,6 +1,4 @@
-"""Attention maps: all of the attention is somewhere, and it is where the rule of visibility and the plain
-model put it.
-"""
+"""Attention maps: weights sum to one, follow the visibility and equal those of the unpatched model."""
 
 from __future__ import annotations
 
@@ -17,63 +15,65 @@ from parallelmind.evaluation.attention_maps import attention_map
 from parallelmind.evaluation.probes import BRANCHES, MAIN, patched
 from parallelmind.evaluation.tiny_models import tiny_model
 from parallelmind.layout import Tokens
-from workloads.evaluate import command as evaluate
+from workloads.evaluate.command import main as evaluate
 
 TOKENS = Tokens.of(MAIN, BRANCHES)
-TYPES = ["llama", "gemma3_text", "gptj"]
+MODEL_TYPES = ["llama", "gemma3_text", "gptj"]
 
 
 @pytest.mark.parametrize("visibility", ["columnar", "isolated"])
-@pytest.mark.parametrize("model_type", TYPES)
-def test_shares_add_up_and_siblings_are_seen_by_the_rule(model_type, visibility):
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_shares_sum_to_one_and_siblings_follow_the_visibility(model_type, visibility):
     model = tiny_model(model_type)
     with patched(model, RopeConfig(visibility=visibility)):
-        found = attention_map(model, TOKENS, branch=1)
-    shares = found.shares()
+        attention = attention_map(model, TOKENS, branch=1)
+    shares = attention.shares()
     assert shares.shape == (model.config.num_hidden_layers, 3)
     np.testing.assert_allclose(shares.sum(axis=1), 1, atol=1e-5)
     siblings = shares[:, 2]
     assert (siblings > 1e-3).any() if visibility == "columnar" else (siblings == 0).all()
     assert (shares[:, 1] > 0).all()
-    # Where there is a token, and nowhere else, there is a figure.
-    lengths = [np.isfinite(found.weights[0, row]).sum() for row in range(4)]
+    # Every token has a weight, and cells without a token have none.
+    lengths = [np.isfinite(attention.weights[0, sequence]).sum() for sequence in range(4)]
     assert lengths == [len(MAIN), *map(len, BRANCHES)]
-    assert found.query_times == [len(MAIN) + len(BRANCHES[1]) - 1]
+    assert attention.query_times == [len(MAIN) + len(BRANCHES[1]) - 1]
 
 
 @pytest.mark.parametrize("align_to", ["left", "right"])
-def test_nobody_looks_ahead_in_time(align_to):
+def test_later_times_have_no_weight(align_to):
     model = tiny_model("llama")
     with patched(model, RopeConfig(align_to=align_to)):
-        found = attention_map(model, TOKENS, branch=0)
-    (now,) = found.query_times
-    assert now == len(MAIN) + (3 if align_to == "left" else 5)
-    seen = np.nan_to_num(found.weights)
-    assert (seen[:, :, now + 1 :] == 0).all()
-    assert (np.delete(seen[:, :, now], found.query_sequence, axis=1) == 0).all()
+        attention = attention_map(model, TOKENS, branch=0)
+    (query_time,) = attention.query_times
+    assert query_time == len(MAIN) + (3 if align_to == "left" else 5)
+    weights = np.nan_to_num(attention.weights)
+    assert (weights[:, :, query_time + 1 :] == 0).all()
+    assert (np.delete(weights[:, :, query_time], attention.query_sequence, axis=1) == 0).all()
 
 
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 @torch.no_grad()
-def test_the_map_is_the_plain_models_own_attention(model_type):
-    """Isolated branches with ratio 0 attend as main and branch do alone."""
+def test_isolated_map_equals_the_attention_of_the_unpatched_model(model_type):
+    """Isolated branches with ratio 0 attend as main and branch run alone."""
     model, branch = tiny_model(model_type), 2
     text = torch.tensor([MAIN + BRANCHES[branch]])
-    alone = [
+    expected_layers = [
         layer[0].mean(dim=0).numpy()
         for layer in model(text, output_attentions=True, use_cache=False).attentions
     ]
     with patched(model, RopeConfig(visibility="isolated", rope_2d_ratio=0)):
-        last, mean = (attention_map(model, TOKENS, branch, query_tokens) for query_tokens in ("last", "all"))
-    for number, layer in enumerate(alone):
-        for found, expected in ((last, layer[-1]), (mean, layer[len(MAIN) :].mean(axis=0))):
-            own = found.weights[number, branch + 1]
-            row = np.concatenate([found.weights[number, 0, : len(MAIN)], own[np.isfinite(own)]])
+        last = attention_map(model, TOKENS, branch, query_tokens="last")
+        mean = attention_map(model, TOKENS, branch, query_tokens="all")
+    for number, layer in enumerate(expected_layers):
+        for attention, expected in ((last, layer[-1]), (mean, layer[len(MAIN) :].mean(axis=0))):
+            own = attention.weights[number, branch + 1]
+            main = attention.weights[number, 0, : len(MAIN)]
+            row = np.concatenate([main, own[np.isfinite(own)]])
             np.testing.assert_allclose(row, expected, atol=1e-4)
     assert mean.query_times == [len(MAIN), len(MAIN) + 1]
 
 
-def test_what_has_no_map_is_refused():
+def test_unpatched_models_and_missing_branches_are_refused():
     model = tiny_model("llama")
     with pytest.raises(UserError, match="patch_rope=false: an attention map needs the patch"):
         attention_map(model, TOKENS)
@@ -84,19 +84,19 @@ def test_what_has_no_map_is_refused():
         attention_map(model, TOKENS, branch=3)
 
 
-def test_the_command(tmp_path, capsys):
+def test_command_writes_maps_and_shares(tmp_path, capsys):
     output = tmp_path / "maps" / "map.png"
     prompts = "prompts=[who lives, where is the passage, what]"
-    given = ["attention", f"base_model={save_tiny(tmp_path)}", "main=the answer is in the passage", prompts]
-    evaluate.main([*given, "branch=1", "tokens=all", f"output_path={output}", "visibility=isolated"])
+    argv = ["attention", f"base_model={save_tiny(tmp_path)}", "main=the answer is in the passage", prompts]
+    evaluate([*argv, "branch=1", "tokens=all", f"output_path={output}", "visibility=isolated"])
     assert output.read_bytes().startswith(b"\x89PNG")
-    found = json.loads(output.with_suffix(".json").read_text())
-    assert len(found["layers"]) == 2
-    for shares in (*found["layers"], found["mean"]):
+    report = json.loads(output.with_suffix(".json").read_text())
+    assert len(report["layers"]) == 2
+    for shares in (*report["layers"], report["mean"]):
         assert sum(shares[name] for name in ("main", "own", "siblings")) == pytest.approx(1, abs=1e-4)
         assert shares["siblings"] == pytest.approx(0, abs=1e-6)
     assert "siblings" in capsys.readouterr().out
     with pytest.raises(UserError, match="output_path=map.jpg: .*end it in .png"):
-        evaluate.main([*given, "output_path=map.jpg"])
+        evaluate([*argv, "output_path=map.jpg"])
     with pytest.raises(UserError, match="prompts"):
-        evaluate.main(["attention", "output_path=map.png"])
+        evaluate(["attention", "output_path=map.png"])

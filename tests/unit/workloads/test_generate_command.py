@@ -88,11 +88,11 @@ def test_wrong_arguments_give_a_one_line_error(argv, message):
     "value", ["1: why?", "a=b ${x} \\${y} \\n", '"quoted"', "12", "[a", "#", "", "~", "line\ntwo"]
 )
 def test_text_fields_take_their_value_verbatim(value):
-    assert cli.parse(GenerateConfig, ["prompt=a", f"main={value}"]).main == value
+    assert cli.parse(GenerateConfig, ["prompt=a", f"main={value}"]).input.main == value
 
 
 def test_null_unsets_an_optional_text_field():
-    assert cli.parse(GenerateConfig, ["prompt=a", "lora_path=null", "--top_k=3"]).lora_path is None
+    assert cli.parse(GenerateConfig, ["prompt=a", "lora_path=null", "--top_k=3"]).model.lora_path is None
 
 
 def test_help_shows_every_field(capsys, monkeypatch):

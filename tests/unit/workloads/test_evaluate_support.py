@@ -1,0 +1,54 @@
+"""`workloads.evaluate support`: the table of model types on stdout and in a document."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+import pytest
+
+from parallelmind.errors import UserError
+from parallelmind.evaluation.tiny_models import causal_lm_types
+from workloads.evaluate.command import main as evaluate
+from workloads.evaluate.support import SupportRow, write_markdown
+
+
+def test_table_as_csv(capsys):
+    evaluate(["support", "model_types=llama, gptj,mamba", "--csv"])
+    first, *rows = csv.reader(io.StringIO(capsys.readouterr().out))
+    assert first == ["model_type", "family", "supported", "reason", "laws"]
+    assert [(row[0], row[2]) for row in rows] == [("llama", "yes"), ("gptj", "yes"), ("mamba", "no")]
+    assert (
+        rows[0][4]
+        == "unpatch single_branch isolated_branches cached_decoding siblings coordinate_shift save_load"
+    )
+    assert "recurrent" in rows[2][3]
+
+
+def test_table_in_a_document_keeps_the_text_above_its_marker(tmp_path):
+    path = tmp_path / "models.md"
+    rows = [
+        SupportRow("llama", "shared", True, "", ("unpatch",)),
+        SupportRow("odd", "not built", False, "a | b", ()),
+    ]
+    write_markdown(path, rows)
+    path.write_text("handwritten\n\n" + path.read_text())
+    write_markdown(path, rows[:1])
+    text = path.read_text()
+    assert text.startswith("handwritten\n\n<!-- generated")
+    assert "| llama | shared | yes |  | unpatch |" in text
+    assert "odd" not in text
+    path.write_text("handwritten only\n")
+    with pytest.raises(UserError, match="has no line <!-- generated"):
+        write_markdown(path, rows)
+    assert path.read_text() == "handwritten only\n"
+
+
+def test_unknown_types_and_evaluations_are_refused():
+    with pytest.raises(UserError, match="model_types=nix"):
+        evaluate(["support", "model_types=nix"])
+    with pytest.raises(
+        UserError, match="evaluate tables: unknown evaluation; choose one of answers, tax, attention, support"
+    ):
+        evaluate(["tables"])
+    assert "llama" in causal_lm_types()
