@@ -1,9 +1,9 @@
-"""Serve a model and its adapters on this machine, for this machine: HTTP on 127.0.0.1, until Ctrl-C.
+"""Serve a model and its adapters on this machine: HTTP on 127.0.0.1, until Ctrl-C.
 
     python -m serving lora_path=runs/NAME-HASH/adapter port=8000
     python -m serving base_model=smollm2-135m rope_2d_ratio=0 visibility=isolated max_replicas=2
 
-A page to try it is at /, an OpenAI-compatible interface under /v1, Prometheus' metrics at /metrics.
+A page to try it is at /, an OpenAI-compatible interface under /v1, Prometheus metrics at /metrics.
 """
 
 from __future__ import annotations
@@ -17,29 +17,28 @@ from contextlib import redirect_stderr
 from io import StringIO
 from typing import Any
 
-import serving.runtime.ray_env  # noqa: F401  (before Ray)
-
-# isort: split
-import ray
-from ray import serve
-
 from parallelmind import cli
 from parallelmind.errors import UserError
-from serving.app import build
 from serving.config import HOST, AppConfig, ServerConfig
+from serving.ingress.api_keys import read_api_keys
+from serving.runtime.ray_env import set_serve_env
 
 
 def main(argv: list[str]) -> None:
-    """Serve until interrupted. Raises UserError for bad fields, a taken port, and what cannot be read or
-    loaded.
+    """Serve until interrupted.
+
+    Raises UserError for wrong fields, a port in use, and what cannot be read or loaded.
     """
     if cli.wants_help(argv):
         return cli.print_help(__doc__ or "", ServerConfig)
     config = cli.parse(ServerConfig, argv)
-    _require_free(config.port)
-    config.api_keys()  # what is wrong with them is found before Ray starts
+    _require_free_port(config.port)
+    read_api_keys(config.api_keys_file)
     if config.lora_path:
         _require_adapter(config.lora_path)
+    set_serve_env(config.proxy)  # before Ray is imported
+    import ray
+
     try:
         _start(config)
         print(_greeting(config), flush=True)
@@ -47,36 +46,41 @@ def main(argv: list[str]) -> None:
     except KeyboardInterrupt:
         print("stopping", flush=True)
     finally:
-        _on_stop(signal.SIG_IGN)  # a second Ctrl-C would leave half of Ray behind
-        with redirect_stderr(StringIO()):  # Serve's controller complains that its cluster is going
-            ray.shutdown()  # the cluster is ours alone, so Serve goes with it
+        _on_stop_signal(signal.SIG_IGN)  # a second Ctrl-C would leave processes of Ray behind
+        with redirect_stderr(StringIO()):  # Serve's controller complains about the end of its cluster
+            ray.shutdown()  # ends Serve too: the cluster has no other user
     return None
 
 
 def _start(config: ServerConfig) -> None:
+    import ray
+    from ray import serve
+
+    from serving.app import build
+
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     ray.init("local", include_dashboard=False, logging_level=logging.WARNING)
-    _on_stop(signal.default_int_handler)  # not before Ray, which puts a handler of its own there
+    _on_stop_signal(signal.default_int_handler)  # after Ray, which installs a handler of its own
     quiet = {"log_level": "ERROR", "enable_access_log": False}
     serve.start(http_options={"host": HOST, "port": config.port}, logging_config=quiet)
     fields = {name: getattr(config, name) for name in AppConfig.model_fields}
     try:
         serve.run(build(fields), logging_config=quiet)
     except RuntimeError as error:
-        # Serve reports what a deployment raised as a traceback in text.
-        reason = re.findall(r"UserError: (.+)", str(error))
-        if reason:
-            raise UserError(reason[-1]) from error
+        # Serve reports the exception of a deployment as the text of its traceback.
+        messages = re.findall(r"UserError: (.+)", str(error))
+        if messages:
+            raise UserError(messages[-1]) from error
         raise
 
 
-def _on_stop(handler: Any) -> None:
-    """Ctrl-C, also where a shell has put it out of action for background jobs, and `kill`."""
+def _on_stop_signal(handler: Any) -> None:
+    """Set the handler of Ctrl-C, which a shell may have disabled for background jobs, and of `kill`."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
 
 
-def _require_free(port: int) -> None:
+def _require_free_port(port: int) -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -88,7 +92,7 @@ def _require_free(port: int) -> None:
 
 
 def _require_adapter(lora_path: str) -> None:
-    """The likeliest mistake, found before Ray starts."""
+    """Find the likeliest mistake before Ray starts."""
     from parallelmind.model.manifest import read_adapter  # takes seconds: not for --help
 
     read_adapter(lora_path)
@@ -103,7 +107,8 @@ def _greeting(config: ServerConfig) -> str:
     }
     url = f"http://{HOST}:{config.port}"
     return (
-        f"serving {config.name} at {url}/v1, with a page to try it at {url} (Ctrl-C ends it). Two branches of one sample:\n"
+        f"serving {config.name} at {url}/v1, with a page to try it at {url} (Ctrl-C stops it). "
+        "Two branches of one sample:\n"
         f"  curl {url}/v1/completions -H 'content-type: application/json' -d '{json.dumps(body)}'"
     )
 

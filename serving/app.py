@@ -1,7 +1,9 @@
-"""The application, engines behind an HTTP front: `serve run --address local serving.app:build lora_path=…`.
+"""The Serve application: engines behind an HTTP ingress.
 
-Without an address `serve run` joins whatever cluster this machine has last started. `python -m serving` never
-does.
+    serve run --address local serving.app:build lora_path=…
+
+Without an address `serve run` joins the cluster that was started last on this machine; `python -m serving`
+always starts its own.
 """
 
 from __future__ import annotations
@@ -18,38 +20,36 @@ from serving.engine.autoscaling import BranchLoadPolicy
 from serving.engine.replica import EngineReplica
 from serving.ingress.ingress import Ingress
 
-# How many requests may be open is the gate's business, which answers in OpenAI's shape; Serve's own limits
-# must not come first.
-_NO_LIMIT = 100_000
-# A frozen process is replaced after about three of these.
-_HEALTH: dict[str, Any] = {"health_check_period_s": 1.0, "health_check_timeout_s": 4.0}
-_LEAVE_S = 20.0  # for the samples of an engine that is to leave; after that they move to another
-_DRAIN_S = 300.0  # for the requests of a front that is to leave; they cannot move
+# RequestLimitsMiddleware bounds the open requests and answers in OpenAI's format; Serve's own limits must not
+# come first.
+_MAX_ONGOING_REQUESTS = 100_000
+# A frozen process is replaced after about three failed checks.
+_HEALTH_CHECKS: dict[str, Any] = {"health_check_period_s": 1.0, "health_check_timeout_s": 4.0}
+_ENGINE_SHUTDOWN_S = 20.0  # for its samples to end; after that they move to another engine
+_INGRESS_SHUTDOWN_S = 300.0  # for its requests to end; they cannot move
 
 
 def build(args: Mapping[str, Any]) -> Application:
-    """The application for these fields of `AppConfig`. Raises UserError for an unknown one and for nothing to
-    serve.
-    """
+    """The application for these fields of `AppConfig`. Raises UserError for fields that are wrong."""
     config = AppConfig.of(args)
     engine = serve.deployment(
-        max_ongoing_requests=_NO_LIMIT,
-        autoscaling_config=_scaling(config),
-        graceful_shutdown_timeout_s=_LEAVE_S,
+        max_ongoing_requests=_MAX_ONGOING_REQUESTS,
+        autoscaling_config=_autoscaling(config),
+        graceful_shutdown_timeout_s=_ENGINE_SHUTDOWN_S,
         ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
-        **_HEALTH,
+        **_HEALTH_CHECKS,
     )(EngineReplica)
-    front = serve.deployment(
-        max_ongoing_requests=_NO_LIMIT,
-        max_surge_percent=100,  # in an update a new one is up before the old one goes
-        graceful_shutdown_timeout_s=_DRAIN_S,
+    ingress = serve.deployment(
+        max_ongoing_requests=_MAX_ONGOING_REQUESTS,
+        max_surge_percent=100,  # an update starts the new replica before it stops the old one
+        graceful_shutdown_timeout_s=_INGRESS_SHUTDOWN_S,
         ray_actor_options={"num_cpus": 0.1},
-        **_HEALTH,
+        **_HEALTH_CHECKS,
     )(serve.ingress()(Ingress))
-    return front.bind(engine.bind(config), config)
+    return ingress.bind(engine.bind(config), config)
 
 
-def _scaling(config: AppConfig) -> AutoscalingConfig:
+def _autoscaling(config: AppConfig) -> AutoscalingConfig:
     return AutoscalingConfig(
         min_replicas=config.min_replicas,
         initial_replicas=config.min_replicas,

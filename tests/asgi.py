@@ -1,6 +1,4 @@
-"""ASGI applications called in-process: a client that may be slow, and a front over an engine that says what
-it is told to.
-"""
+"""ASGI applications called in this process: a client that may be slow, and an ingress with a stub engine."""
 
 from __future__ import annotations
 
@@ -20,12 +18,12 @@ from transformers import LlamaConfig
 from parallelmind.engine.output import Event
 from parallelmind.engine.sampling_params import SamplingParams
 from serving.config import AppConfig
-from serving.engine.messages import BranchStarted, StepOutput, packed
+from serving.engine.messages import BranchStarted, StepOutput, pack_step
 from serving.ingress.ingress import Ingress
-from serving.observability.metrics import Meters
+from serving.observability.metrics import ProcessMetrics
 
-# One branch that says one letter.
-TOLD = [
+# One branch of one token.
+ONE_TOKEN_STEPS = [
     StepOutput([], [BranchStarted(0, [5], SamplingParams(), (0, 0))]),
     StepOutput([Event(0, "A", 65, "stop")], []),
 ]
@@ -33,7 +31,7 @@ TOLD = [
 
 @dataclass
 class Reply:
-    """What a client has heard so far."""
+    """What a client has received so far."""
 
     status: int | None = None
     headers: dict[str, str] = field(default_factory=dict)
@@ -41,11 +39,11 @@ class Reply:
 
     @property
     def error(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.body)["error"]
-        return found
+        error: dict[str, Any] = json.loads(self.body)["error"]
+        return error
 
 
-async def ask(
+async def send_request(
     app: ASGIApp,
     method: str = "GET",
     path: str = "/v1/models",
@@ -56,24 +54,25 @@ async def ask(
     reads: int | None = None,
     prefix: str = "",
 ) -> Reply:
-    """One request. body: its chunks; whole: whether an end follows them. reads: messages after which the
-    client reads no more.
+    """Send one request and return its response.
 
-    prefix: of the application, which Serve leaves in the path.
+    body: chunks of the body. whole: whether the body ends after them.
+    reads: number of response messages that the client reads; None: all.
+    prefix: the application's route prefix, which Serve leaves in the path.
     """
-    reply, chunks, heard = Reply(), list(body), 0
+    reply, chunks, received = Reply(), list(body), 0
 
     async def receive() -> Message:
         if chunks:
-            part = chunks.pop(0)
-            return {"type": "http.request", "body": part, "more_body": bool(chunks) or not whole}
-        return await asyncio.Future()  # the client stays and says nothing
+            chunk = chunks.pop(0)
+            return {"type": "http.request", "body": chunk, "more_body": bool(chunks) or not whole}
+        return await asyncio.Future()  # the client stays connected and sends nothing
 
     async def send(message: Message) -> None:
-        nonlocal heard
-        if reads is not None and heard >= reads:
+        nonlocal received
+        if reads is not None and received >= reads:
             await asyncio.Future()
-        heard += 1
+        received += 1
         if message["type"] == "http.response.start":
             reply.status = message["status"]
             reply.headers = {name.decode().lower(): value.decode() for name, value in message["headers"]}
@@ -99,9 +98,9 @@ async def ask(
     return reply
 
 
-async def post(app: ASGIApp, path: str, body: Any, **headers: str) -> Reply:
+async def post_json(app: ASGIApp, path: str, body: Any, **headers: str) -> Reply:
     text = json.dumps(body).encode()
-    return await ask(
+    return await send_request(
         app,
         "POST",
         path,
@@ -110,8 +109,8 @@ async def post(app: ASGIApp, path: str, body: Any, **headers: str) -> Reply:
     )
 
 
-class App:
-    """An application: reads the body, waits until it may go on, and says how long the body was."""
+class StubApp:
+    """ASGI application that reads the body, waits for `may_end`, and answers with the body's length."""
 
     def __init__(self) -> None:
         self.called, self.entered, self.may_end = 0, asyncio.Event(), asyncio.Event()
@@ -132,39 +131,45 @@ class App:
         await send({"type": "http.response.body", "body": str(size).encode()})
 
 
-class _Steps:
-    """What a handle's streaming call returns."""
+class _StubStream:
+    """Stands for the response of a streaming call of a deployment handle."""
 
     def __init__(self, steps: Sequence[StepOutput]) -> None:
         self._steps = steps
 
     async def __aiter__(self) -> AsyncIterator[StepOutput]:
         for step in self._steps:
-            yield packed(step)
+            yield pack_step(step)
 
     def cancel(self) -> None:
-        """The sample is dropped."""
+        """Called when the reader closes the stream."""
 
 
-def counted(meters: Meters, name: str, **labels: str) -> float:
-    """The sum over all samples of a meter that have these labels."""
-    found = [part for family in meters.families() for part in family.samples]
+def metric_value(metrics: ProcessMetrics, name: str, **labels: str) -> float:
+    """The sum of all samples of a metric that have these labels."""
+    samples = [sample for family in metrics.families() for sample in family.samples]
     return sum(
         value
-        for sample, own, value in found
-        if sample == f"parallelmind_{name}" and labels.items() <= own.items()
+        for sample_name, sample_labels, value in samples
+        if sample_name == f"parallelmind_{name}" and labels.items() <= sample_labels.items()
     )
 
 
-def front(folder: Path, steps: Sequence[StepOutput] = (), **settings: Any) -> Ingress:
-    """The process in front as Serve makes it, but for the engine, which answers every sample with these
-    steps.
-    """
+def make_ingress(folder: Path, steps: Sequence[StepOutput] = (), **settings: Any) -> Ingress:
+    """The ingress as Serve builds it, with a stub engine that answers every request with these steps."""
     tiny_tokenizer().save_pretrained(folder)
     LlamaConfig(vocab_size=300, max_position_embeddings=4096).save_pretrained(folder)
-    engine: Any = SimpleNamespace(decode=SimpleNamespace(remote=lambda _: _Steps(steps)))
+    engine: Any = SimpleNamespace(generate=SimpleNamespace(remote=lambda _: _StubStream(steps)))
     engine.options = lambda **_: engine
+    config = AppConfig.of({"base_model": str(folder), "served_name": "tiny", **settings})
+    # These two change the process.
     with patch.multiple(
-        "serving.ingress.ingress", keep_on_node_address=lambda: None, set_up=lambda _: None
-    ):  # these change the process
-        return Ingress(engine, AppConfig.of({"base_model": str(folder), "served_name": "tiny", **settings}))
+        "serving.ingress.ingress",
+        bind_replica_port_to_node_address=lambda: None,
+        configure_log=lambda _: None,
+    ):
+        return Ingress(engine, config)
+
+
+def ingress_app(folder: Path, steps: Sequence[StepOutput] = (), **settings: Any) -> ASGIApp:
+    return make_ingress(folder, steps, **settings).__serve_build_asgi_app__()

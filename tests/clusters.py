@@ -27,7 +27,10 @@ from serving.runtime.ports import free_port
 
 _STARTUP_S, _WAIT_S = 180, 120
 # Sets Serve's environment variables for `ray start`; runs in the Python that has the project.
-_WITH_SERVE_ENV = "import os, sys, serving.runtime.ray_env; os.execv(sys.argv[1], sys.argv[1:])"
+_WITH_SERVE_ENV = (
+    "import os, sys; from serving.runtime.ray_env import set_serve_env; set_serve_env(); "
+    "os.execv(sys.argv[1], sys.argv[1:])"
+)
 
 
 def bare_python(folder: Path) -> Path:

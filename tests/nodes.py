@@ -35,7 +35,10 @@ _ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
 }
 # Sets Serve's environment variables for `ray start`.
-_WITH_SERVE_ENV = "import os, sys, serving.runtime.ray_env; os.execv(sys.argv[1], sys.argv[1:])"
+_WITH_SERVE_ENV = (
+    "import os, sys; from serving.runtime.ray_env import set_serve_env; set_serve_env(); "
+    "os.execv(sys.argv[1], sys.argv[1:])"
+)
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""The deployment that holds the model."""
+"""The engine deployment: the model, its adapters, and the thread that steps the engine."""

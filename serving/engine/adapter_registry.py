@@ -1,6 +1,4 @@
-"""Adapters by name: loaded when first asked for, watched for new versions, and put away when others need the
-room.
-"""
+"""Adapters by name: loaded on first use, refreshed for new versions, evicted when others need room."""
 
 from __future__ import annotations
 
@@ -23,135 +21,137 @@ from serving.engine.adapter_check import check_adapter
 from serving.observability.log import log
 
 
-class AdapterVersionGone(pm.UserError):
-    """A sample cannot go on with the version that it has begun with."""
+class AdapterVersionGoneError(pm.UserError):
+    """The adapter version that a sample started with is not available any more."""
 
 
-class _Unfit(pm.UserError):
-    """A version that would be refused another time as well."""
+class _FailedCheckError(pm.UserError):
+    """The adapter failed its check. Loading the same version again would fail too."""
 
 
 @dataclass(slots=True)
-class _Loaded:
-    """stamp: what tells one version of an adapter from another. looked: when it was last compared.
+class _LoadedAdapter:
+    """version: identifies the content. checked_at: when it was last compared with its source.
 
-    unfit: the stamp of a newer one that is refused. told: why, as the log has it.
+    failed_version: a newer version that failed its check. last_error: the refresh error that was logged last.
     """
 
-    stamp: str
-    looked: float
-    unfit: str | None = None
-    told: str | None = None
+    version: str
+    checked_at: float
+    failed_version: str | None = None
+    last_error: str | None = None
 
 
 class AdapterRegistry:
-    """The adapters of one engine. A new version serves the samples that begin after it; others end with
-    theirs.
+    """The adapters of one engine.
+
+    Samples that start after a new version is loaded use it; running samples end with the version that they
+    started with.
     """
 
     def __init__(self, engine: pm.Engine, config: AppConfig) -> None:
         self._engine, self._config = engine, config
-        self._loaded: OrderedDict[str, _Loaded] = OrderedDict()  # least lately used first
-        self._turn = asyncio.Lock()
-        set_env_defaults(MLFLOW_FAIL_FAST_ENV)  # everybody who wants an adapter waits for the registry
+        self._loaded: OrderedDict[str, _LoadedAdapter] = OrderedDict()  # least recently used first
+        self._lock = asyncio.Lock()
+        set_env_defaults(MLFLOW_FAIL_FAST_ENV)  # requests wait while the registry is asked
 
-    def loaded(self) -> int:
+    def num_loaded(self) -> int:
         return len(self._loaded)
 
-    async def ready(self, model: str, version: str | None = None) -> str | None:
-        """The name that the engine knows this model by, once it is loaded.
+    async def resolve(self, model: str, version: str | None = None) -> str | None:
+        """Load the adapter of a model if needed and return its name in the engine; None for the default one.
 
-        version: what a sample has begun with elsewhere. Raises UserError for an unknown model, and for an
-        adapter that is damaged, of another base, or decodes other than it was trained; Replaced if that
-        version is not to be had any more. What is wrong with a new version leaves the one that is loaded at
-        work.
+        version: the version that the sample started with on another engine.
+
+        A new version that cannot be loaded leaves the loaded one in use. Raises UserError for an unknown
+        model and for an adapter that is damaged, has another base or fails its check, and
+        AdapterVersionGoneError if `version` is not available any more.
         """
         if model == self._config.name:
             return None
         if model == BASE:
             return BASE
-        async with self._turn:
-            known = self._loaded.get(model)
-            if known is None:
-                await asyncio.to_thread(self._refresh, model)
-            elif monotonic() - known.looked > self._config.refresh_s:
-                await asyncio.to_thread(self._look_again, model, known, version)
-            if version is not None and version != self._loaded[model].stamp:
-                model = self._pinned(model, version)
-                await asyncio.to_thread(self._refresh, model)
+        async with self._lock:
+            loaded = self._loaded.get(model)
+            if loaded is None:
+                await asyncio.to_thread(self._load_newest, model)
+            elif monotonic() - loaded.checked_at > self._config.refresh_s:
+                await asyncio.to_thread(self._refresh, model, loaded, version)
+            if version is not None and version != self._loaded[model].version:
+                model = self._registry_name(model, version)
+                await asyncio.to_thread(self._load_newest, model)
             self._loaded.move_to_end(model)
-            await asyncio.to_thread(self._make_room)
+            await asyncio.to_thread(self._evict)
         return model
 
-    def version(self, name: str | None) -> str:
-        """Which one a name stands for now, as `ready` has given it."""
-        return self._loaded[name].stamp if name is not None and name in self._loaded else ""
+    def version_of(self, name: str | None) -> str:
+        """The loaded version of a name that `resolve` returned; "" for the base and the default adapter."""
+        return self._loaded[name].version if name is not None and name in self._loaded else ""
 
-    def _pinned(self, model: str, version: str) -> str:
-        """By which name the registry still has a version that the model's own name does not mean any more."""
-        where = self._config.locate(model) or ""
-        if not where.startswith(REGISTRY):
-            raise AdapterVersionGone(
+    def _registry_name(self, model: str, version: str) -> str:
+        """The name of one version in the model registry. Only a registry keeps old versions."""
+        location = self._config.locate(model) or ""
+        if not location.startswith(REGISTRY):
+            raise AdapterVersionGoneError(
                 f"model={model!r}: has a new version, and the old one is gone with its engine; ask again"
             )
-        name = where.removeprefix(REGISTRY).partition("@")[0].partition("/")[0]
+        name = location.removeprefix(REGISTRY).partition("@")[0].partition("/")[0]
         return f"{REGISTRY}{name}/{version}"
 
-    def _look_again(self, model: str, known: _Loaded, version: str | None) -> None:
-        """Load a new version, if there is one that can be had. Raises UserError for none only if it is asked
-        for by name.
+    def _refresh(self, model: str, loaded: _LoadedAdapter, version: str | None) -> None:
+        """Load a new version if there is one.
+
+        An error is logged once and raised only if the request needs a version that is not loaded.
         """
         try:
-            self._refresh(model)
+            self._load_newest(model)
         except (pm.UserError, OSError) as error:
-            if version not in (None, known.stamp):
+            if version not in (None, loaded.version):
                 raise
-            if str(error) != known.told:
-                log.warning("adapter %r stays at the version that is loaded: %s", model, error)
-            known.told, known.looked = str(error), monotonic()
+            if str(error) != loaded.last_error:
+                log.warning("adapter %r: keeping the loaded version: %s", model, error)
+            loaded.last_error, loaded.checked_at = str(error), monotonic()
 
-    def _refresh(self, model: str) -> None:
-        stamp, fetch = self._find(model)
-        known = self._loaded.get(model)
-        if known is not None and stamp in (known.stamp, known.unfit):
-            known.looked = monotonic()
+    def _load_newest(self, model: str) -> None:
+        version, fetch = self._find_newest(model)
+        loaded = self._loaded.get(model)
+        if loaded is not None and version in (loaded.version, loaded.failed_version):
+            loaded.checked_at = monotonic()
             return
         try:
-            with TemporaryDirectory(prefix="pm-adapter-") as scratch:
-                self._engine.load_adapter(model, fetch(Path(scratch)), check=self._check)
-        except _Unfit:
-            if known is not None:
-                known.unfit = stamp
+            with TemporaryDirectory(prefix="pm-adapter-") as scratch_dir:
+                self._engine.load_adapter(model, fetch(Path(scratch_dir)), check=self._check)
+        except _FailedCheckError:
+            if loaded is not None:
+                loaded.failed_version = version
             raise
-        self._loaded[model] = _Loaded(stamp, monotonic())
+        self._loaded[model] = _LoadedAdapter(version, monotonic())
 
-    def _find(self, model: str) -> tuple[str, Callable[[Path], str | Path]]:
-        """What tells this version from others, and how to get its folder, given one for what has to be
-        fetched.
-        """
-        where = self._config.locate(model)
-        if where is None:
-            raise pm.UserError(f"model={model!r}: not served here; /v1/models lists what is")
-        if where.startswith(REGISTRY):
+    def _find_newest(self, model: str) -> tuple[str, Callable[[Path], str | Path]]:
+        """The newest version, and a function that returns its folder, given a folder to download into."""
+        location = self._config.locate(model)
+        if location is None:
+            raise pm.UserError(f"model={model!r}: not served here; /v1/models lists the models")
+        if location.startswith(REGISTRY):
             from parallelmind import tracking
 
             uri = self._config.mlflow_uri or ""
-            version, source = tracking.find_model_version(uri, where)
-            return version, lambda scratch: tracking.download_artifact(uri, source, scratch)
-        note = RemotePath.at(where, "model").child(MANIFEST).read_bytes()
-        return sha256(note).hexdigest() if note else "", lambda _: where
+            version, source = tracking.find_model_version(uri, location)
+            return version, lambda scratch_dir: tracking.download_artifact(uri, source, scratch_dir)
+        manifest = RemotePath.at(location, "model").child(MANIFEST).read_bytes()
+        return sha256(manifest).hexdigest() if manifest else "", lambda _: location
 
     def _check(self, model: Any) -> None:
-        """Raise _Unfit unless cached decoding gives the logits of one forward pass."""
+        """Raise _FailedCheckError unless cached decoding gives the logits of one forward pass."""
         engine = self._engine
         if engine.fallback_reason or not engine.rope_config.patch_rope:
             return
         try:
             check_adapter(model, engine.tokenizer, engine.rope_config, self._config.dtype)
         except pm.UserError as error:
-            raise _Unfit(str(error)) from error
+            raise _FailedCheckError(str(error)) from error
 
-    def _make_room(self) -> None:
+    def _evict(self) -> None:
         while len(self._loaded) > self._config.max_adapters:
             model, _ = self._loaded.popitem(last=False)
             self._engine.unload_adapter(model)

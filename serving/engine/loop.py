@@ -1,4 +1,4 @@
-"""The thread in which an engine computes, and the event loop in which its samples are waited for."""
+"""The thread that steps the engine, and the queues through which its outputs reach the event loop."""
 
 from __future__ import annotations
 
@@ -13,146 +13,159 @@ from time import monotonic, perf_counter
 import parallelmind as pm
 from serving.engine.messages import BranchStarted, EngineRequest, StepOutput
 
-_NICE = 15  # at 5 whoever wakes up to answer waits some milliseconds for the engine's threads
-_BEAT_S = 1.0
-_SWITCH_S = (
-    1e-4  # by default each of a step's thousand small calls waits 5 ms for whoever hands out what was said
-)
+# At 5 the event loop still waits some milliseconds for the engine's threads.
+_NICENESS = 15
+_HEARTBEAT_S = 1.0
+# With the default of 5 ms each of the thousand short calls of a step can wait that long for the event loop.
+_SWITCH_INTERVAL_S = 1e-4
 
 
 class EngineStuckError(RuntimeError):
-    """The engine has failed, or does not come back from a step; only a new one will help."""
+    """The engine failed, or one step takes too long. Only a new replica helps."""
 
 
 class EngineLoop:
-    """Steps an engine while it is busy. All methods are for the event loop that it was started in."""
+    """Step an engine in a thread while it has work.
+
+    All methods are called from the event loop that called `submit` first.
+    """
 
     def __init__(
-        self, engine: pm.Engine, timed: Callable[[float, float], None], stuck_s: float, threads: int
+        self, engine: pm.Engine, on_step: Callable[[float, float], None], stuck_s: float, num_threads: int
     ) -> None:
-        """timed: is told the seconds of every step, in all and inside of the model. threads: to compute
-        with.
+        """on_step: called after every step with its seconds in total and in the model.
+        stuck_s: seconds in one step after which the engine counts as stuck.
+        num_threads: threads that torch computes with.
         """
-        self._engine, self._timed, self._stuck_s, self._threads = engine, timed, stuck_s, threads
+        self._engine, self._on_step = engine, on_step
+        self._stuck_s, self._num_threads = stuck_s, num_threads
         self._queues: dict[int, asyncio.Queue[StepOutput | None]] = {}
         self._wake = threading.Event()
-        self._began: float | None = None  # when the step at work began
+        self._step_started_at: float | None = None
         self._failure: BaseException | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._stopped = False
 
-    def begin(self, work: EngineRequest, adapter: str | None) -> int:
-        """Queue a sample; returns the engine's number of it. Raises UserError as `Engine.enqueue`, and
-        Stuck.
+    def submit(self, request: EngineRequest, adapter: str | None) -> int:
+        """Queue a sample and return its number in the engine.
+
+        Raises UserError as `Engine.enqueue` does, and EngineStuckError.
         """
-        self.check()
+        self.check_health()
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
             self._thread = threading.Thread(target=self._run, daemon=True, name="engine")
             self._thread.start()
-        number = self._engine.enqueue(work.asked, adapter, work.progress)
+        number = self._engine.enqueue(request.tokenized, adapter, request.resume)
         self._queues[number] = asyncio.Queue()
         self._wake.set()
         return number
 
-    def tell_begun(self, number: int, begun: BranchStarted) -> None:
-        self._queues[number].put_nowait(StepOutput([], [begun]))
+    def announce_branch(self, number: int, started: BranchStarted) -> None:
+        """Put the start of an added branch into the sample's output."""
+        self._queues[number].put_nowait(StepOutput([], [started]))
 
-    async def next(self, number: int) -> StepOutput | None:
-        """What has been added to a sample since, now and then nothing; None at its end. Raises Stuck if the
-        engine has failed.
+    async def next_output(self, number: int) -> StepOutput | None:
+        """Everything added to a sample since the last call; None at its end.
+
+        Returns an empty output every second without one, as a sign of life. Raises EngineStuckError if the
+        engine failed.
         """
         queue = self._queues[number]
         try:
-            async with asyncio.timeout(_BEAT_S):
-                parts = [await queue.get()]
-        except TimeoutError:  # says at least that somebody is there
+            async with asyncio.timeout(_HEARTBEAT_S):
+                outputs = [await queue.get()]
+        except TimeoutError:
             return StepOutput([], [])
-        while not queue.empty():  # who comes late gets all at once
-            parts.append(queue.get_nowait())
-        if parts[-1] is None and len(parts) > 1:
-            queue.put_nowait(parts.pop())
+        while not queue.empty():  # a slow reader gets all outputs at once
+            outputs.append(queue.get_nowait())
+        if outputs[-1] is None and len(outputs) > 1:
+            queue.put_nowait(outputs.pop())
         self._raise_failure()
-        steps = [part for part in parts if part is not None]
+        steps = [output for output in outputs if output is not None]
         if not steps:
             return None
         return StepOutput(
             [event for step in steps for event in step.events],
-            [begun for step in steps for begun in step.begun],
+            [started for step in steps for started in step.started],
         )
 
     def cancel(self, number: int, branch: int | None = None) -> None:
-        """End a sample or a branch; whoever waits for it will hear of it."""
+        """End a sample or one of its branches. The sample's output tells its reader."""
         self._engine.cancel(number, branch)
         self._wake.set()
 
-    def drop(self, number: int) -> None:
-        """Nobody waits for this sample any more."""
+    def release(self, number: int) -> None:
+        """End a sample whose output has no reader any more."""
         del self._queues[number]
         self.cancel(number)
 
     def stop(self) -> None:
-        """End the thread, after the step at work."""
+        """End the thread after the current step."""
         self._stopped = True
         self._wake.set()
         if self._thread is not None:
             self._thread.join()
 
-    def check(self) -> None:
-        """Raises Stuck if the engine has failed or has been in one step for too long."""
+    def check_health(self) -> None:
+        """Raise EngineStuckError if the engine failed or its current step takes too long."""
         self._raise_failure()
-        began = self._began
-        if began is not None and monotonic() - began > self._stuck_s:
+        started_at = self._step_started_at
+        if started_at is not None and monotonic() - started_at > self._stuck_s:
             raise EngineStuckError(f"one step has taken more than {self._stuck_s:g} s")
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
-            raise EngineStuckError(f"the engine has failed: {self._failure}") from self._failure
+            raise EngineStuckError(f"the engine failed: {self._failure}") from self._failure
 
     def _run(self) -> None:
-        import torch
-
         assert self._loop is not None
-        sys.setswitchinterval(_SWITCH_S)
-        torch.set_num_threads(self._threads)  # OpenMP keeps the number for each thread that calls it
-        if (
-            sys.platform == "linux"
-        ):  # where a thread has a priority of its own: on a busy machine the front goes first
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+        self._configure_thread()
         try:
             while not self._stopped:
                 self._wake.wait()
                 self._wake.clear()
                 while self._engine.busy and not self._stopped:
-                    self._loop.call_soon_threadsafe(self._hand_out, *self._step())
+                    self._loop.call_soon_threadsafe(self._dispatch, *self._step())
         except Exception as error:
             self._failure = error
-            self._loop.call_soon_threadsafe(self._end_all)
+            self._loop.call_soon_threadsafe(self._close_all)
             raise
 
-    def _step(self) -> tuple[dict[int, list[pm.Event]], set[int]]:
-        """What has been said, by sample, and which samples are over; a moment later the next step may have
-        ended others.
-        """
-        self._began, began, inside = monotonic(), perf_counter(), self._engine.seconds_in_model
-        events = self._engine.step()
-        self._began = None
-        self._timed(perf_counter() - began, self._engine.seconds_in_model - inside)
-        said: dict[int, list[pm.Event]] = defaultdict(list)
-        for event in events:
-            said[event.sample].append(event)
-        return said, {number for number in said if self._engine.is_finished(number)}
+    def _configure_thread(self) -> None:
+        import torch
 
-    def _hand_out(self, said: dict[int, list[pm.Event]], over: set[int]) -> None:
-        for number, events in said.items():
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
+        torch.set_num_threads(self._num_threads)  # OpenMP keeps the number per calling thread
+        if sys.platform == "linux":
+            # Linux has a priority per thread: on a busy machine the event loop goes first.
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+
+    def _step(self) -> tuple[dict[int, list[pm.Event]], set[int]]:
+        """Returns the events by sample, and the samples that ended.
+
+        Both are taken here: by the time they are dispatched the next step may have ended other samples.
+        """
+        self._step_started_at = monotonic()
+        started_at, model_seconds = perf_counter(), self._engine.seconds_in_model
+        events = self._engine.step()
+        self._step_started_at = None
+        self._on_step(perf_counter() - started_at, self._engine.seconds_in_model - model_seconds)
+        events_by_sample: dict[int, list[pm.Event]] = defaultdict(list)
+        for event in events:
+            events_by_sample[event.sample].append(event)
+        return events_by_sample, {number for number in events_by_sample if self._engine.is_finished(number)}
+
+    def _dispatch(self, events_by_sample: dict[int, list[pm.Event]], ended: set[int]) -> None:
+        for number, events in events_by_sample.items():
             queue = self._queues.get(number)
-            if queue is None:  # whoever waited has gone
+            if queue is None:  # the reader has left
                 continue
             queue.put_nowait(StepOutput(events, []))
-            if number in over:
+            if number in ended:
                 queue.put_nowait(None)
 
-    def _end_all(self) -> None:
+    def _close_all(self) -> None:
         for queue in self._queues.values():
             queue.put_nowait(None)

@@ -1,4 +1,4 @@
-"""What travels between the processes in front and the engines."""
+"""Messages between the ingress and the engine replicas."""
 
 from __future__ import annotations
 
@@ -10,60 +10,62 @@ from parallelmind.engine.output import Event
 from parallelmind.engine.request import ResumeState, TokenizedRequest
 from parallelmind.engine.sampling_params import SamplingParams
 
-_FIELDS = [field.name for field in fields(Event)]
+_EVENT_FIELDS = [field.name for field in fields(Event)]
 
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """A sample to decode. id: unique, by which it can be joined and cancelled.
+    """One sample to decode.
 
-    progress, version: how far a lost engine had come, and with which version of the model's adapter.
+    id: unique; names the sample when a branch is added or cancelled.
+    model: the model's name as the client gave it.
+    resume, adapter_version: where a lost engine stopped, and the version of the adapter that it used.
     """
 
     id: str
     model: str
-    asked: TokenizedRequest
-    progress: ResumeState | None = None
-    version: str | None = None
+    tokenized: TokenizedRequest
+    resume: ResumeState | None = None
+    adapter_version: str | None = None
 
 
 class BranchStarted(NamedTuple):
-    """A branch begins. place: the branch and time coordinates of its prompt's first token."""
+    """A branch begins. pos2d: branch and time coordinate of its first prompt token."""
 
     branch: int
     prompt: list[int]
     params: SamplingParams
-    place: tuple[int, int]
+    pos2d: tuple[int, int]
 
 
 class StepOutput(NamedTuple):
-    """What one step of the engine adds to one sample.
+    """What one engine step adds to one sample.
 
-    begun: branches that joined before it. version: which one of the adapter is at work; told with the first
-    branches.
+    started: branches that begin before the events. adapter_version: set on the first output of a stream.
     """
 
     events: list[Event]
-    begun: list[BranchStarted]
-    version: str | None = None
+    started: list[BranchStarted]
+    adapter_version: str | None = None
 
 
-Packed = tuple[list[tuple[Any, ...]], list[BranchStarted], str | None]
+PackedStep = tuple[list[tuple[Any, ...]], list[BranchStarted], str | None]
 
 
-def packed(step: StepOutput) -> Packed:
-    """A step as it travels: of plain tuples, which Serve's pickler writes ten times as fast as objects."""
-    return [attrgetter(*_FIELDS)(event) for event in step.events], step.begun, step.version
+def pack_step(step: StepOutput) -> PackedStep:
+    """Plain tuples, which Serve's pickler writes ten times as fast as dataclasses."""
+    return [attrgetter(*_EVENT_FIELDS)(event) for event in step.events], step.started, step.adapter_version
 
 
-def unpacked(step: Packed) -> StepOutput:
-    events, begun, version = step
-    return StepOutput([Event(*values) for values in events], begun, version)
+def unpack_step(packed: PackedStep) -> StepOutput:
+    events, started, adapter_version = packed
+    return StepOutput([Event(*values) for values in events], started, adapter_version)
 
 
 class RejectedRequest(NamedTuple):
-    """Why a sample is not decoded. A value and no exception: Serve would log each one's traceback as a
-    failure.
+    """Why a request is not served.
+
+    A return value and not an exception: Serve logs the traceback of every exception as a failure.
     """
 
     message: str

@@ -1,4 +1,4 @@
-"""The deployment that holds the model: one decoding engine, whose steps are shared by all requests."""
+"""The engine deployment: one model and one decoding engine, whose steps all requests share."""
 
 from __future__ import annotations
 
@@ -13,146 +13,153 @@ from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.engine.scheduler import EngineConfig
 from parallelmind.errors import CapacityError
 from serving.config import AppConfig
-from serving.engine.adapter_registry import AdapterRegistry, AdapterVersionGone
+from serving.engine.adapter_registry import AdapterRegistry, AdapterVersionGoneError
+from serving.engine.load_model import load_model
 from serving.engine.loop import EngineLoop
-from serving.engine.messages import BranchStarted, EngineRequest, Packed, RejectedRequest, StepOutput, packed
-from serving.observability.log import set_up
-from serving.observability.metrics import EngineMetrics, Family
-from serving.runtime.ports import keep_on_node_address
+from serving.engine.messages import (
+    BranchStarted,
+    EngineRequest,
+    PackedStep,
+    RejectedRequest,
+    StepOutput,
+    pack_step,
+)
+from serving.observability.log import configure_log
+from serving.observability.metrics import EngineMetrics, MetricFamily
+from serving.runtime.ray_private import bind_replica_port_to_node_address
 
 
 @dataclass(slots=True)
-class _Held:
-    """A sample that is decoded here: the engine's number of it, and how much of what one sample may have it
-    has.
-    """
+class _RunningSample:
+    """A sample of this engine: its number there, and how much of the limits of one sample it uses."""
 
     number: int
     branches: int
     prompt_tokens: int
 
     @classmethod
-    def of(cls, number: int, work: EngineRequest) -> _Held:
-        asked, last = work.asked, work.asked.reduce
-        return cls(
-            number,
-            asked.tokens.branches + (last is not None),
-            len(asked.tokens.ids) + (len(last.token_ids) if last else 0),
-        )
+    def of(cls, number: int, request: EngineRequest) -> _RunningSample:
+        return cls(number, request.tokenized.num_branches, request.tokenized.num_prompt_tokens)
 
 
 class EngineReplica:
-    """Decodes samples for whoever asks; closing an iterator, or the death of who reads it, ends its
-    sample.
-    """
+    """Decode samples. Closing the iterator of `generate`, or losing its reader, ends the sample."""
 
     def __init__(self, config: AppConfig) -> None:
         import torch
 
-        keep_on_node_address()
-        set_up(config.log_level)
-        # torch's own first seed is fixed: requests without a seed would repeat after every restart
-        torch.seed()
-        model, tokenizer = config.load()
-        limits = EngineConfig(cache_tokens=config.cache_tokens) if config.cache_tokens else None
-        engines = 1 if config.num_gpus >= 1 else config.max_replicas  # that may share this one's memory
-        self._engine = pm.Engine(model, tokenizer, limits, num_engines=engines)
-        self._shelf = AdapterRegistry(self._engine, config)
-        self._meters = EngineMetrics(self._engine.stats, self._shelf.loaded)
-        threads = config.num_threads or max(1, (os.cpu_count() or 1) // config.max_replicas)
-        self._stepper = EngineLoop(self._engine, self._meters.stepped, config.stuck_s, threads)
-        self._limits, self._held = config, dict[str, _Held]()
+        bind_replica_port_to_node_address()
+        configure_log(config.log_level)
+        torch.seed()  # torch starts with a fixed seed: unseeded requests would repeat after every restart
+        model, tokenizer = load_model(config)
+        engine_config = EngineConfig(cache_tokens=config.cache_tokens) if config.cache_tokens else None
+        num_engines = 1 if config.num_gpus >= 1 else config.max_replicas  # engines that share this memory
+        self._engine = pm.Engine(model, tokenizer, engine_config, num_engines=num_engines)
+        self._adapters = AdapterRegistry(self._engine, config)
+        self._metrics = EngineMetrics(self._engine.stats, self._adapters.num_loaded)
+        num_threads = config.num_threads or max(1, (os.cpu_count() or 1) // config.max_replicas)
+        self._loop = EngineLoop(self._engine, self._metrics.observe_step, config.stuck_s, num_threads)
+        self._config, self._running = config, dict[str, _RunningSample]()
         self._name = serve.get_replica_context().replica_id.unique_id
 
-    async def decode(self, work: EngineRequest) -> AsyncIterator[Packed | RejectedRequest]:
-        """What is added to a sample, step by step; first how its branches begin. A Refusal is all there is of
-        a wrong one.
+    async def generate(self, request: EngineRequest) -> AsyncIterator[PackedStep | RejectedRequest]:
+        """Yield the steps of a sample; the first one tells how its branches start.
+
+        A request that is not served yields one RejectedRequest and nothing else.
         """
         try:
-            adapter = await self._shelf.ready(work.model, work.version)
-            with self._engine.state_lock:  # it may end within the next millisecond
-                number = self._stepper.begin(work, adapter)
-                begun = self._begun(number, work)
+            adapter = await self._adapters.resolve(request.model, request.adapter_version)
+            with self._engine.state_lock:  # the sample may end within the next millisecond
+                number = self._loop.submit(request, adapter)
+                started = self._started_branches(number, request)
         except pm.UserError as error:
-            yield _refusal(error)
+            yield _rejection(error)
             return
-        self._held[work.id] = _Held.of(number, work)
+        self._running[request.id] = _RunningSample.of(number, request)
         try:
-            yield packed(StepOutput([], begun, self._shelf.version(adapter)))
-            while (step := await self._stepper.next(number)) is not None:
-                yield packed(step)
+            yield pack_step(StepOutput([], started, self._adapters.version_of(adapter)))
+            while (step := await self._loop.next_output(number)) is not None:
+                yield pack_step(step)
         finally:
-            del self._held[work.id]
-            self._stepper.drop(number)
+            del self._running[request.id]
+            self._loop.release(number)
 
-    def _begun(self, number: int, work: EngineRequest) -> list[BranchStarted]:
-        prompts = work.asked.tokens.split()[1:]
-        places = self._engine.start_pos2d(number)[: len(prompts)]
+    def _started_branches(self, number: int, request: EngineRequest) -> list[BranchStarted]:
+        prompts = request.tokenized.tokens.split()[1:]
+        coordinates = self._engine.start_pos2d(number)[: len(prompts)]
         return [
-            BranchStarted(branch, *given)
-            for branch, given in enumerate(zip(prompts, work.asked.params, places, strict=True))
+            BranchStarted(branch, prompt, params, pos2d)
+            for branch, (prompt, params, pos2d) in enumerate(
+                zip(prompts, request.tokenized.params, coordinates, strict=True)
+            )
         ]
 
-    async def join(self, sample: str, ids: list[int], params: SamplingParams) -> int | RejectedRequest | None:
-        """Add a branch; returns its number, and None if the sample is not here."""
-        held = self._held.get(sample)
-        if held is None:
+    async def add_branch(
+        self, sample: str, ids: list[int], params: SamplingParams
+    ) -> int | RejectedRequest | None:
+        """Add a branch to a running sample. Returns its index, or None if the sample is not here."""
+        running = self._running.get(sample)
+        if running is None:
             return None
         try:
-            self._require_room(held, len(ids))
+            self._require_room(running, len(ids))
             with self._engine.state_lock:
                 branch = self._engine.join(
-                    held.number, ids, **{name: getattr(params, name) for name in params.__slots__}
+                    running.number, ids, **{name: getattr(params, name) for name in params.__slots__}
                 )
-                begun = BranchStarted(branch, ids, params, self._engine.start_pos2d(held.number)[branch])
+                pos2d = self._engine.start_pos2d(running.number)[branch]
         except pm.UserError as error:
-            return _refusal(error)
-        held.branches, held.prompt_tokens = held.branches + 1, held.prompt_tokens + len(ids)
-        self._stepper.tell_begun(held.number, begun)
+            return _rejection(error)
+        running.branches += 1
+        running.prompt_tokens += len(ids)
+        self._loop.announce_branch(running.number, BranchStarted(branch, ids, params, pos2d))
         return branch
 
-    def _require_room(self, held: _Held, tokens: int) -> None:
-        """Raises UserError for a branch with which the sample would be larger than one may begin."""
-        branches, read = self._limits.max_branches, self._limits.max_prompt_tokens
-        if held.branches >= branches:
+    def _require_room(self, running: _RunningSample, new_tokens: int) -> None:
+        """Raise UserError if the sample would exceed the limits of a new sample."""
+        max_branches, max_tokens = self._config.max_branches, self._config.max_prompt_tokens
+        if running.branches >= max_branches:
             raise pm.UserError(
-                f"text: branch {held.branches + 1} of its sample, {branches} allowed; begin another sample"
+                f"text: branch {running.branches + 1} of its sample, {max_branches} allowed; "
+                "begin another sample"
             )
-        if held.prompt_tokens + tokens > read:
-            told = f"{held.prompt_tokens + tokens} prompt tokens with the rest of its sample, {read} allowed"
-            raise pm.UserError(f"text: {told}; shorten it or begin another sample")
+        prompt_tokens = running.prompt_tokens + new_tokens
+        if prompt_tokens > max_tokens:
+            raise pm.UserError(
+                f"text: {prompt_tokens} prompt tokens with the rest of its sample, {max_tokens} allowed; "
+                "shorten it or begin another sample"
+            )
 
     async def cancel(self, sample: str, branch: int | None) -> bool:
-        """End a sample or one of its branches; says whether the sample is here."""
-        held = self._held.get(sample)
-        if held is not None:
-            self._stepper.cancel(held.number, branch)
-        return held is not None
+        """End a sample or one of its branches. Returns whether the sample is here."""
+        running = self._running.get(sample)
+        if running is not None:
+            self._loop.cancel(running.number, branch)
+        return running is not None
 
-    async def alive(self) -> None:
-        """Raises Stuck if the engine computes no more."""
-        self._stepper.check()
+    async def ping(self) -> None:
+        """Raise EngineStuckError if the engine does not compute."""
+        self._loop.check_health()
 
     def __del__(self) -> None:
-        """Serve calls this once the last request has ended."""
-        self._stepper.stop()
+        """Serve calls this after the last request has ended."""
+        self._loop.stop()
 
     async def check_health(self) -> None:
-        """Serve asks now and then, and replaces a replica that raises or does not answer."""
-        self._stepper.check()
+        """Serve calls this periodically and replaces a replica that raises or does not answer."""
+        self._loop.check_health()
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """What the number of replicas follows, see `serving.engine.autoscaling`."""
-        load = self._engine.stats()
-        return {"live_branches": load.live_branches, "waiting_branches": load.waiting_branches}
+        """The metrics of `BranchLoadPolicy`; Serve calls this periodically."""
+        stats = self._engine.stats()
+        return {"live_branches": stats.live_branches, "waiting_branches": stats.waiting_branches}
 
-    async def meters(self) -> tuple[str, list[Family]]:
-        """This process' name, and its meters."""
-        return self._name, self._meters.families()
+    async def metrics(self) -> tuple[str, list[MetricFamily]]:
+        """The name of this process and its metrics."""
+        return self._name, self._metrics.families()
 
 
-def _refusal(error: pm.UserError) -> RejectedRequest:
-    return RejectedRequest(
-        str(error),
-        429 if isinstance(error, CapacityError) else 503 if isinstance(error, AdapterVersionGone) else 400,
-    )
+def _rejection(error: pm.UserError) -> RejectedRequest:
+    if isinstance(error, CapacityError):
+        return RejectedRequest(str(error), 429)
+    return RejectedRequest(str(error), 503 if isinstance(error, AdapterVersionGoneError) else 400)

@@ -1,1 +1,1 @@
-"""The HTTP deployment: routes, limits, preprocessing, failover."""
+"""The ingress deployment: HTTP routes, limits, preprocessing and failover. It holds no model."""

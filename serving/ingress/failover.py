@@ -1,4 +1,4 @@
-"""A sample as a process in front follows it, from engine to engine if need be."""
+"""Follow a sample from engine to engine: if one is lost, another resumes the sample where it stopped."""
 
 from __future__ import annotations
 
@@ -19,142 +19,159 @@ from parallelmind.layout import MAIN, Tokens
 from serving.engine.messages import (
     BranchStarted,
     EngineRequest,
-    Packed,
+    PackedStep,
     RejectedRequest,
     StepOutput,
-    unpacked,
+    unpack_step,
 )
 from serving.observability.log import log
 from serving.observability.metrics import IngressMetrics
-from serving.protocol.errors import EngineLostError, refused
+from serving.protocol.errors import EngineLostError, rejection_error
 
-# What the death, the loss or the failure of an engine looks like from here.
-_LOST = (RayError, RayServeException, grpc.RpcError, RuntimeError)
-_TRIES = 6  # without a token in between; then the sample itself may be what kills engines
-_PAUSE_S = 0.25
-_SILENT_S = 6.0  # an engine says something every second; Serve takes longer to find one that is frozen
-_FIRST_S = 20.0  # before its first word one may still have to start
+# How the death or the failure of an engine shows in its caller.
+_ENGINE_ERRORS = (RayError, RayServeException, grpc.RpcError, RuntimeError)
+MAX_ATTEMPTS = 6  # without a token in between: after that the sample itself may be what kills engines
+_RETRY_PAUSE_S = 0.25
+# An engine sends something every second. Serve takes longer to notice a frozen one.
+SILENCE_TIMEOUT_S = 6.0
+# Before its first message an engine may still be starting.
+FIRST_MESSAGE_TIMEOUT_S = 20.0
 
 
 class RequestReplay:
-    """What has been told of a sample: enough for another engine to go on with it."""
+    """What a sample has received so far: enough for another engine to resume it."""
 
-    def __init__(self, work: EngineRequest) -> None:
-        self._work = work
-        self.begun: list[BranchStarted] = []
-        self._said: list[list[int]] = []
-        self._ended: list[FinishReason | None] = []
-        self._version: str | None = None
-
-    @property
-    def quiet(self) -> bool:
-        """Nobody who has begun goes on; after a cancel the branch that reads all others need not have."""
-        return bool(self._ended) and all(self._ended)
+    def __init__(self, request: EngineRequest) -> None:
+        self._request = request
+        self._started: list[BranchStarted] = []
+        self._tokens: list[list[int]] = []
+        self._finish_reasons: list[FinishReason | None] = []
+        self._adapter_version: str | None = None
 
     @property
-    def done(self) -> bool:
-        return self.quiet and len(self._ended) == len(self.begun) + (self._work.asked.reduce is not None)
+    def all_ended(self) -> bool:
+        """Whether every started branch has finished. The reduce branch may not have started."""
+        return bool(self._finish_reasons) and all(self._finish_reasons)
 
-    def heard(self, step: StepOutput) -> StepOutput:
-        """Take note of a step; returns what of it is new."""
-        self._version = step.version if self._version is None else self._version
-        new = step.begun[max(len(self.begun) - step.begun[0].branch, 0) :] if step.begun else []
-        for begun in new:
-            self.begun.append(begun)
-            self._add()
+    @property
+    def is_complete(self) -> bool:
+        """Whether every branch has finished, the reduce branch included."""
+        expected = len(self._started) + (self._request.tokenized.reduce is not None)
+        return self.all_ended and len(self._finish_reasons) == expected
+
+    def record(self, step: StepOutput) -> StepOutput:
+        """Record a step. Returns it without the branch starts that an earlier engine announced."""
+        if self._adapter_version is None:
+            self._adapter_version = step.adapter_version
+        known = max(len(self._started) - step.started[0].branch, 0) if step.started else 0
+        new_branches = step.started[known:]
+        for started in new_branches:
+            self._started.append(started)
+            self._add_branch()
         for event in step.events:
-            if event.branch == len(self._said):  # the branch that reads all others
-                self._add()
-            self._said[event.branch] += [] if event.token is None else [event.token]
-            self._ended[event.branch] = event.finish_reason
-        return StepOutput(step.events, new)
+            if event.branch == len(self._tokens):  # the reduce branch starts with its first event
+                self._add_branch()
+            if event.token is not None:
+                self._tokens[event.branch].append(event.token)
+            self._finish_reasons[event.branch] = event.finish_reason
+        return StepOutput(step.events, new_branches)
 
-    def _add(self) -> None:
-        self._said.append([])
-        self._ended.append(None)
+    def _add_branch(self) -> None:
+        self._tokens.append([])
+        self._finish_reasons.append(None)
 
-    def rest(self) -> EngineRequest:
-        """What is left to do."""
-        if not self.begun:
-            return self._work
-        asked = self._work.asked
-        tokens = Tokens.of(asked.tokens.split()[MAIN], [begun.prompt for begun in self.begun])
-        asked = TokenizedRequest(tokens, [begun.params for begun in self.begun], asked.reduce)
-        progress = ResumeState([begun.place[1] for begun in self.begun], self._said, self._ended)
-        return replace(self._work, asked=asked, progress=progress, version=self._version)
+    def remaining_request(self) -> EngineRequest:
+        """The request for the next engine."""
+        if not self._started:
+            return self._request
+        tokenized = self._request.tokenized
+        main = tokenized.tokens.split()[MAIN]
+        tokenized = TokenizedRequest(
+            Tokens.of(main, [started.prompt for started in self._started]),
+            [started.params for started in self._started],
+            tokenized.reduce,
+        )
+        start_times = [started.pos2d[1] for started in self._started]
+        resume = ResumeState(start_times, self._tokens, self._finish_reasons)
+        return replace(
+            self._request, tokenized=tokenized, resume=resume, adapter_version=self._adapter_version
+        )
 
 
-async def follow(
-    engine: DeploymentHandle, work: EngineRequest, meters: IngressMetrics
+async def stream_with_failover(
+    engine: DeploymentHandle, request: EngineRequest, metrics: IngressMetrics
 ) -> AsyncGenerator[StepOutput, None]:
-    """All steps of a sample. If its engine is lost another one goes on where it stopped.
+    """All steps of a sample, whichever engines decode it.
 
-    Closing the iterator ends the sample. Raises RequestError for a sample that is refused, EngineLost if no
-    engine can end it.
+    Closing the iterator ends the sample. Raises RequestError for a rejected request, and EngineLostError if
+    no engine can finish it.
     """
-    tale, tries = RequestReplay(work), 0
-    while tries < _TRIES:
-        tries += 1
-        source: Any = engine.decode.remote(tale.rest())
+    replay, attempts = RequestReplay(request), 0
+    while attempts < MAX_ATTEMPTS:
+        attempts += 1
+        stream: Any = engine.generate.remote(replay.remaining_request())
         try:
-            async for step in _spoken(source):
-                if isinstance(step, RejectedRequest):
-                    raise refused(step)
-                if any(step):
-                    new = unpacked(step)
-                    tries = (
-                        0 if new.events else tries
-                    )  # to have begun is no progress: what kills engines does so as well
-                    yield tale.heard(new)
-            if tale.quiet:
+            async for message in _messages(stream):
+                if isinstance(message, RejectedRequest):
+                    raise rejection_error(message)
+                if any(message):
+                    step = unpack_step(message)
+                    if step.events:  # a start alone is no progress: a sample that kills engines starts too
+                        attempts = 0
+                    yield replay.record(step)
+            if replay.all_ended:
                 return
-            log.warning("sample %s was left by its engine midway", work.id)
-        except _LOST as error:
-            log.warning("sample %s has lost its engine (%s)", work.id, type(error).__name__)
-            tries -= isinstance(error, _NotStarted)
+            failure = "closed the stream before the sample finished"
+        except _ENGINE_ERRORS as error:
+            failure = f"failed ({type(error).__name__})"
+            attempts -= isinstance(error, _EngineNotStartedError)
         finally:
-            source.cancel()
-        if tale.done:
+            stream.cancel()
+        if replay.is_complete:
             return
-        meters.moved.inc()
-        await asyncio.sleep(_PAUSE_S * tries)
-    meters.lost.inc()
+        log.warning("engine of %s %s; retrying (%d/%d)", request.id, failure, attempts, MAX_ATTEMPTS)
+        metrics.moved_samples.inc()
+        await asyncio.sleep(_RETRY_PAUSE_S * attempts)
+    metrics.lost_samples.inc()
     raise EngineLostError
 
 
-class _Silent(RuntimeError):  # noqa: N818
-    """An engine has not been heard of for too long."""
+class _SilentEngineError(RuntimeError):
+    """An engine has not sent anything for too long."""
 
 
-class _NotStarted(_Silent):
-    """There was not a word from it yet: it may be starting. The request's own time limits how often that is
-    tried.
+class _EngineNotStartedError(_SilentEngineError):
+    """An engine has not sent its first message; it may be starting.
+
+    Not counted as an attempt: the timeout of the request bounds how often it happens.
     """
 
 
-async def _spoken(source: Any) -> AsyncGenerator[Packed | RejectedRequest, None]:
-    """All that an engine says, as long as it says something."""
-    messages, heard = aiter(source), False
+async def _messages(stream: Any) -> AsyncGenerator[PackedStep | RejectedRequest, None]:
+    """All messages of an engine. Raises _SilentEngineError if the next one takes too long."""
+    messages, received = aiter(stream), False
     while True:
         try:
-            async with asyncio.timeout(_SILENT_S if heard else _FIRST_S):
+            async with asyncio.timeout(SILENCE_TIMEOUT_S if received else FIRST_MESSAGE_TIMEOUT_S):
                 message = await anext(messages)
         except StopAsyncIteration:
             return
         except TimeoutError:
-            raise (_Silent if heard else _NotStarted) from None
-        heard = True
+            raise (_SilentEngineError if received else _EngineNotStartedError) from None
+        received = True
         yield message
 
 
-async def within(seconds: float, steps: AsyncGenerator[StepOutput, None]) -> AsyncGenerator[StepOutput, None]:
-    """The steps, as long as they come in time. Raises TimeoutError."""
-    end = asyncio.get_running_loop().time() + seconds
-    async with aclosing(steps) as each:
+async def with_deadline(
+    timeout_s: float, steps: AsyncGenerator[StepOutput, None]
+) -> AsyncGenerator[StepOutput, None]:
+    """The steps. Raises TimeoutError if they have not ended after `timeout_s` seconds."""
+    deadline = asyncio.get_running_loop().time() + timeout_s
+    async with aclosing(steps):
         while True:
             try:
-                async with asyncio.timeout_at(end):
-                    step = await anext(each)
+                async with asyncio.timeout_at(deadline):
+                    step = await anext(steps)
             except StopAsyncIteration:
                 return
             yield step

@@ -1,172 +1,183 @@
-"""Every route, as FastAPI serves it."""
+"""All HTTP routes, as a FastAPI application."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.staticfiles import StaticFiles
 
+from serving.config import AppConfig
 from serving.engine.messages import EngineRequest
-from serving.ingress.ingress import Ingress
-from serving.observability.metrics import exposition
-from serving.protocol import branch_response as branch_answer
-from serving.protocol import response as answer
-from serving.protocol.branches import AddBranchRequest, BranchesAnswer, BranchesRequest, Joined
-from serving.protocol.errors import install
+from serving.ingress.engine_client import EngineClient
+from serving.ingress.error_handlers import install_error_handlers
+from serving.ingress.preprocessor import RequestPreprocessor
+from serving.ingress.streaming import event_stream
+from serving.ingress.vocabulary import Vocabulary
+from serving.observability.metrics import render_metrics
+from serving.protocol.branches import (
+    AddBranchRequest,
+    AddBranchResponse,
+    BranchesRequest,
+    BranchesResponse,
+)
+from serving.protocol.branches_response import branches_chunks, branches_response
+from serving.protocol.errors import ErrorBody
 from serving.protocol.openai import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
-    ErrorBody,
     ModelCard,
     ModelList,
     TokenizeRequest,
 )
+from serving.protocol.openai_response import (
+    ChatFormatter,
+    CompletionFormatter,
+    ResponseFormatter,
+    complete_response,
+    response_chunks,
+)
 
-_WEB = Path(__file__).parents[1] / "web"
-_STRICT = {
+_WEB_DIR = Path(__file__).parents[1] / "web"
+_PAGE_HEADERS = {
     "content-security-policy": "default-src 'self'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
 }
-_PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody, "description": meaning}
-    for status, meaning in {
+_ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": description}
+    for status, description in {
         400: "a field is wrong",
         401: "no valid API key",
         404: "no such model or sample",
         405: "no such method",
-        408: "the body did not come in time",
+        408: "the body did not arrive in time",
         413: "the body is too long",
-        429: "busy; Retry-After says when to come again",
+        429: "overloaded; Retry-After says when to try again",
         431: "the headers are too long",
-        500: "the server failed",
-        503: "no engine could go on",
-        504: "it took too long",
+        500: "internal server error",
+        503: "no engine could finish the request",
+        504: "the request took too long",
     }.items()
 }
 
 
-def routes(front: Ingress) -> FastAPI:
-    """The application around a front."""
-    app = FastAPI(
-        title="parallelmind", docs_url=None, redoc_url=None, responses=_PROBLEMS
-    )  # docs pages load foreign scripts
-    install(app)
-    _openai(app, front)
-    _branches(app, front)
-    _tokens(app, front)
-    _operation(app, front)
-    _page(app)
+def build_routes(config: AppConfig, preprocessor: RequestPreprocessor, engines: EngineClient) -> FastAPI:
+    # FastAPI's documentation pages load scripts from other sites.
+    app = FastAPI(title="parallelmind", docs_url=None, redoc_url=None, responses=_ERROR_RESPONSES)
+    install_error_handlers(app)
+    _add_openai_routes(app, config, preprocessor, engines)
+    _add_branches_routes(app, preprocessor, engines)
+    _add_token_routes(app, preprocessor)
+    _add_operation_routes(app, engines)
+    _add_pages(app)
     return app
 
 
-def _openai(app: FastAPI, front: Ingress) -> None:
-    spell, encoded = front.asker.spell, front.asker.encoded
+def _add_openai_routes(
+    app: FastAPI, config: AppConfig, preprocessor: RequestPreprocessor, engines: EngineClient
+) -> None:
+    vocabulary = Vocabulary(preprocessor.tokenizer)
 
     @app.get("/v1/models")
     async def models() -> ModelList:
-        return ModelList(data=[ModelCard(id=name) for name in front.config.names])
+        return ModelList(data=[ModelCard(id=name) for name in config.names])
 
     @app.post("/v1/completions", response_model=None)
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        """Continue one prompt, or several as the branches of one sample."""
-        work = await front.work(front.asker.completion, body, await _size(request))
-        return await _answer(front, body, work, answer.CompletionFormatter(work.id, body.model, spell))
+        """Continue one prompt, or several prompts as the branches of one sample."""
+        work = await preprocessor.run(preprocessor.completion, body, await _body_bytes(request))
+        formatter = CompletionFormatter(work.id, body.model, vocabulary)
+        return await _respond(engines, body, work, formatter)
 
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation, n times as n branches that share it."""
-        work = await front.work(front.asker.chat, body, await _size(request))
-        return await _answer(front, body, work, answer.ChatFormatter(work.id, body.model, spell, encoded))
+        work = await preprocessor.run(preprocessor.chat, body, await _body_bytes(request))
+        return await _respond(engines, body, work, ChatFormatter(work.id, body.model, vocabulary))
 
 
-async def _answer(
-    front: Ingress,
+async def _respond(
+    engines: EngineClient,
     body: CompletionRequest | ChatRequest,
     work: EngineRequest,
-    shape: answer.ResponseFormatter,
+    formatter: ResponseFormatter,
 ) -> Response:
-    steps = await front.begin(work)
-    read = len(work.asked.tokens.ids)
+    steps = await engines.start(work)
+    prompt_tokens = len(work.tokenized.tokens.ids)
     if body.stream:
-        return _stream(answer.parts(shape, read, steps, body.wants_usage))
-    return JSONResponse(await answer.whole(shape, read, steps))
+        return event_stream(response_chunks(formatter, prompt_tokens, steps, body.wants_usage))
+    return JSONResponse(await complete_response(formatter, prompt_tokens, steps))
 
 
-def _stream(bodies: AsyncIterator[dict[str, Any]]) -> Response:
-    return StreamingResponse(
-        answer.server_sent(bodies),
-        media_type="text/event-stream",
-        headers={"cache-control": "no-store", "x-accel-buffering": "no"},
-    )
-
-
-def _branches(app: FastAPI, front: Ingress) -> None:
-    @app.post("/v1/branches", response_model=BranchesAnswer)
+def _add_branches_routes(app: FastAPI, preprocessor: RequestPreprocessor, engines: EngineClient) -> None:
+    @app.post("/v1/branches", response_model=BranchesResponse)
     async def branches(body: BranchesRequest, request: Request) -> Response:
         """Continue branches that share a main, each with settings of its own."""
-        work = await front.work(front.asker.branches, body, await _size(request))
-        steps = await front.begin(work)
+        work = await preprocessor.run(preprocessor.branches, body, await _body_bytes(request))
+        steps = await engines.start(work)
         if body.stream:
-            return _stream(branch_answer.parts(work, steps))
-        return JSONResponse(await branch_answer.whole(work, steps))
+            return event_stream(branches_chunks(work, steps))
+        return JSONResponse(await branches_response(work, steps))
 
     @app.post("/v1/branches/{sample}/branches", status_code=201)
-    async def join(sample: str, body: AddBranchRequest, request: Request) -> Joined:
-        """Add a branch to a sample that is going on; its stream tells what it says."""
-        ids, params = await front.work(front.asker.joining, body, await _size(request))
-        return Joined(id=sample, index=await front.join(sample, ids, params))
+    async def join(sample: str, body: AddBranchRequest, request: Request) -> AddBranchResponse:
+        """Add a branch to a running sample; its output is part of the sample's stream."""
+        size = await _body_bytes(request)
+        ids, params = await preprocessor.run(preprocessor.added_branch, body, size)
+        return AddBranchResponse(id=sample, index=await engines.add_branch(sample, ids, params))
 
     @app.delete("/v1/branches/{sample}/branches/{index}", status_code=204)
     async def cancel(sample: str, index: int) -> None:
-        """End one branch of a sample that is going on."""
-        await front.cancel(sample, index)
+        """End one branch of a running sample."""
+        await engines.cancel(sample, index)
 
     @app.delete("/v1/branches/{sample}", status_code=204)
     async def cancel_all(sample: str) -> None:
-        """End a sample that is going on."""
-        await front.cancel(sample, None)
+        """End a running sample."""
+        await engines.cancel(sample, None)
 
 
-def _tokens(app: FastAPI, front: Ingress) -> None:
+def _add_token_routes(app: FastAPI, preprocessor: RequestPreprocessor) -> None:
     @app.post("/tokenize", response_model=None)
     async def tokenize(body: TokenizeRequest, request: Request) -> Response:
-        tokens = await front.work(front.asker.tokenize, body, await _size(request))
-        # Written at once: FastAPI would look at every token.
-        return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": front.asker.context})
+        tokens = await preprocessor.run(preprocessor.tokenize, body, await _body_bytes(request))
+        # FastAPI's own encoder would visit every token.
+        return JSONResponse(
+            {"tokens": tokens, "count": len(tokens), "max_model_len": preprocessor.max_context_tokens}
+        )
 
     @app.post("/detokenize", response_model=None)
     async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
-        return JSONResponse({"prompt": await front.work(front.asker.detokenize, body, await _size(request))})
+        text = await preprocessor.run(preprocessor.detokenize, body, await _body_bytes(request))
+        return JSONResponse({"prompt": text})
 
 
-def _operation(app: FastAPI, front: Ingress) -> None:
+def _add_operation_routes(app: FastAPI, engines: EngineClient) -> None:
     @app.get("/health")
     async def health() -> Response:
-        """Whether an engine answers and computes."""
-        well = await front.healthy()
-        return JSONResponse({"status": "ok" if well else "no engine computes"}, 200 if well else 503)
+        """Whether an engine computes."""
+        healthy = await engines.is_healthy()
+        return JSONResponse({"status": "ok" if healthy else "no engine computes"}, 200 if healthy else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        """What Prometheus reads, of all engines too."""
-        return Response(exposition(await front.all_meters()), media_type=CONTENT_TYPE_LATEST)
+        """The metrics of all processes in Prometheus' text format."""
+        return Response(render_metrics(await engines.metric_families()), media_type=CONTENT_TYPE_LATEST)
 
 
-def _page(app: FastAPI) -> None:
+def _add_pages(app: FastAPI) -> None:
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
-        return FileResponse(_WEB / "index.html", headers=_STRICT)
+        return FileResponse(_WEB_DIR / "index.html", headers=_PAGE_HEADERS)
 
-    app.mount("/web", StaticFiles(directory=_WEB), name="web")
+    app.mount("/web", StaticFiles(directory=_WEB_DIR), name="web")
 
 
-async def _size(request: Request) -> int:
-    """Of the body, which has been read. Its length need not be in the headers."""
+async def _body_bytes(request: Request) -> int:
+    """Length of the body, which FastAPI has read. The headers need not tell it."""
     return len(await request.body())

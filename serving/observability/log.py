@@ -1,28 +1,25 @@
-"""Log lines of our own on stderr, where Ray collects them, each with its request's id. Never a key, and no
-prompt unasked.
+"""The server's log: lines on stderr, where Ray collects them, each with the id of its request.
+
+Lines never hold API keys, and hold prompts only with `log_prompts`.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from contextvars import ContextVar
+
+from asgi_correlation_id import CorrelationIdFilter
 
 log = logging.getLogger("parallelmind.serving")
-request_id: ContextVar[str] = ContextVar("request_id", default="-")
 
 
-class _Named(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        record.request = request_id.get()
-        return True
-
-
-def set_up(level: str) -> None:
-    """Call it once in a process."""
+def configure_log(level: str) -> None:
+    """Call once per process."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.addFilter(_Named())
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(request)s %(message)s"))
+    handler.addFilter(CorrelationIdFilter(default_value="-"))
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(correlation_id)s %(message)s"))
     log.handlers[:] = [handler]
     log.propagate = False
     log.setLevel(level.upper())
+    # It warns of every request id that is replaced: clients could fill the log.
+    logging.getLogger("asgi_correlation_id").setLevel(logging.ERROR)

@@ -1,1 +1,1 @@
-"""Requests and responses: schemas, response formats, errors."""
+"""The HTTP interface: request and response schemas, response formats, errors."""

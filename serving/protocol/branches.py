@@ -1,4 +1,4 @@
-"""Bodies of /v1/branches: a main and branches that each have settings of their own."""
+"""Requests and responses of /v1/branches: a main, and branches that each have settings of their own."""
 
 from __future__ import annotations
 
@@ -6,24 +6,25 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from serving.protocol.openai import Items, Sampling, Text, Usage
+from serving.protocol.fields import Items, Text
+from serving.protocol.openai import Sampling, Usage
 
 
 class BranchSettings(Sampling):
-    """Defaults are the library's: greedy, 64 tokens."""
+    """Sampling settings with the library's defaults: greedy, 64 tokens."""
 
     temperature: float = 0.0
     max_tokens: int = 64
     logprobs: int | None = None
 
-    def all(self) -> dict[str, Any]:
-        """As fields of `pm.SamplingParams`."""
-        return self.settings(self.max_tokens, self.logprobs)
+    def all_sampling_fields(self) -> dict[str, Any]:
+        """All settings as fields of `pm.SamplingParams`."""
+        return self.sampling_fields(self.max_tokens, self.logprobs)
 
-    def own(self) -> dict[str, Any]:
-        """Those alone that were given."""
+    def given_sampling_fields(self) -> dict[str, Any]:
+        """The settings that the request holds."""
         given = {"max_new_tokens" if name == "max_tokens" else name for name in self.model_fields_set}
-        return {name: value for name, value in self.all().items() if name in given}
+        return {name: value for name, value in self.all_sampling_fields().items() if name in given}
 
 
 class Branch(BranchSettings):
@@ -31,8 +32,9 @@ class Branch(BranchSettings):
 
 
 class BranchesRequest(BranchSettings):
-    """The settings are those of every branch that brings no others. reduce: a last branch, which reads main
-    and all others.
+    """Settings are those of every branch that has none of its own.
+
+    reduce: prompt of a last branch, which reads main and all branches after they have ended.
     """
 
     model: str
@@ -42,23 +44,17 @@ class BranchesRequest(BranchSettings):
     stream: bool = False
 
 
-class Delta(BaseModel):
-    """What one token adds to one branch. branch, time: the token's coordinates; none where a branch ends
-    without one.
-    """
+class AddBranchRequest(Branch):
+    """A further branch for a running sample."""
 
+
+class AddBranchResponse(BaseModel):
+    id: str
     index: int
-    text: str
-    token: int | None
-    branch: int | None
-    time: int | None
-    finish_reason: str | None
-    logprob: float | None
-    top: list[tuple[int, float]]
 
 
 class BranchStart(BaseModel):
-    """Where a branch begins: the coordinates of its first prompt token."""
+    """Where a branch begins. branch, time: coordinates of its first prompt token."""
 
     index: int
     prompt_tokens: int
@@ -71,6 +67,22 @@ class BranchesStarted(BaseModel):
     object: Literal["branches.begun", "branches.joined"]
     model: str
     branches: list[BranchStart]
+
+
+class Delta(BaseModel):
+    """What one token adds to a branch.
+
+    branch, time: the token's coordinates; null where a branch ends without a token.
+    """
+
+    index: int
+    text: str
+    token: int | None
+    branch: int | None
+    time: int | None
+    finish_reason: str | None
+    logprob: float | None
+    top: list[tuple[int, float]]
 
 
 class Deltas(BaseModel):
@@ -86,7 +98,7 @@ class Done(BaseModel):
 
 
 class BranchOutput(BaseModel):
-    """All of one branch."""
+    """The whole output of one branch."""
 
     index: int
     text: str
@@ -98,19 +110,10 @@ class BranchOutput(BaseModel):
     top: list[list[tuple[int, float]]] | None = None
 
 
-class BranchesAnswer(BaseModel):
+class BranchesResponse(BaseModel):
     id: str
     object: Literal["branches"] = "branches"
     created: int
     model: str
     branches: list[BranchOutput]
     usage: Usage
-
-
-class Joined(BaseModel):
-    id: str
-    index: int
-
-
-class AddBranchRequest(Branch):
-    """One branch more for a sample that is going on."""

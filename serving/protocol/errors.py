@@ -1,6 +1,4 @@
-"""Whatever goes wrong in a request leaves as OpenAI's error shape, with the status that its clients
-expect.
-"""
+"""Errors in OpenAI's format, with the HTTP statuses that its clients expect."""
 
 from __future__ import annotations
 
@@ -8,142 +6,125 @@ import json
 import re
 from typing import Any
 
-from fastapi import FastAPI, HTTPException, Request
-from fastapi.exceptions import RequestValidationError
+from fastapi import HTTPException
 from fastapi.responses import Response
-from starlette.exceptions import HTTPException as StarletteHTTPException
+from pydantic import BaseModel
 
 from serving.engine.messages import RejectedRequest
-from serving.protocol.openai import ErrorBody, ErrorInfo
+
+
+class ErrorInfo(BaseModel):
+    """What went wrong. param: the request's field that caused it, if one did."""
+
+    message: str
+    type: str = "invalid_request_error"
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(BaseModel):
+    error: ErrorInfo
+
 
 _FIELD = re.compile(r"([a-z_]\w*(?:\[\d+\])?(?:\.\w+)?)[=:]")
-_OURS = re.compile(r"\bmax_new_tokens\b")  # the library's name for max_tokens
-_SHOWN = 80  # characters of a wrong value
+_LIBRARY_NAME = re.compile(r"\bmax_new_tokens\b")  # the library's name of max_tokens
+_MAX_SHOWN_CHARS = 80  # of a wrong value
 
-FAILED = ErrorInfo(message="the server failed; its log says why", type="server_error", code="internal_error")
-LOST = ErrorInfo(
-    message="the engine was lost and no other could go on; try again", type="server_error", code="engine_lost"
+INTERNAL_ERROR = ErrorInfo(
+    message="internal server error; the server's log has the details",
+    type="server_error",
+    code="internal_error",
 )
-LATE = ErrorInfo(
-    message="longer than the server allows; ask for fewer tokens", type="server_error", code="timeout"
+ENGINE_LOST = ErrorInfo(
+    message="the engine was lost and no other could resume the request; try again",
+    type="server_error",
+    code="engine_lost",
 )
-BUSY = ErrorInfo(
-    message="the server is busy; try again a little later", type="rate_limit_error", code="overloaded"
+TIMED_OUT = ErrorInfo(
+    message="the request took longer than the server allows; ask for fewer tokens",
+    type="server_error",
+    code="timeout",
+)
+OVERLOADED = ErrorInfo(
+    message="the server is overloaded; try again later", type="rate_limit_error", code="overloaded"
 )
 
 
 class RequestError(HTTPException):
-    """A request that is refused with this status and problem; of a kind that FastAPI lets through while it
-    reads a body.
+    """A request that is answered with this status and error.
+
+    An HTTPException, since FastAPI replaces other exceptions that are raised while it reads a body.
     """
 
-    def __init__(self, status: int, problem: ErrorInfo, headers: dict[str, str] | None = None) -> None:
-        super().__init__(status, problem.message, headers)
-        self.problem = problem
+    def __init__(self, status: int, info: ErrorInfo, headers: dict[str, str] | None = None) -> None:
+        super().__init__(status, info.message, headers)
+        self.info = info
 
 
 class EngineLostError(Exception):
-    """The engine that decoded a sample is gone, and no other could go on with it."""
+    """The engine of a sample is gone, and no other engine could resume the sample."""
 
 
-def install(app: FastAPI) -> None:
-    """Answer every kind of failure in one shape."""
-    app.exception_handler(RequestError)(_refused)
-    app.exception_handler(RequestValidationError)(_invalid)
-    app.exception_handler(StarletteHTTPException)(_http)
-    app.exception_handler(EngineLostError)(_lost)
-    app.exception_handler(TimeoutError)(_late)
-    app.exception_handler(Exception)(_failed)
+def overloaded_error(message: str = OVERLOADED.message) -> RequestError:
+    return RequestError(429, OVERLOADED.model_copy(update={"message": message}), {"retry-after": "1"})
 
 
-def problem_of(error: BaseException) -> ErrorInfo:
-    """What to say of an error in the middle of a stream, whose status is out already."""
-    if isinstance(error, RequestError):
-        return error.problem
-    return LOST if isinstance(error, EngineLostError) else LATE if isinstance(error, TimeoutError) else FAILED
-
-
-def refusal(message: str, status: int = 400) -> RequestError:
-    """For a UserError's message, which begins with `field=value` or `field:` if a field is to blame."""
-    message = _OURS.sub("max_tokens", message)
+def user_error(message: str, status: int = 400) -> RequestError:
+    """The error of a UserError, whose message begins with `field=value` or `field:` if a field caused it."""
+    message = _LIBRARY_NAME.sub("max_tokens", message)
     field = _FIELD.match(message)
     if status == 400 and field and field[1] == "model":
         return RequestError(404, ErrorInfo(message=message, param="model", code="model_not_found"))
     if status == 429:
-        return busy(message)
+        return overloaded_error(message)
     if status == 503:
-        return RequestError(503, LOST.model_copy(update={"message": message}), {"retry-after": "1"})
-    return RequestError(
-        status, ErrorInfo(message=message, param=field[1] if field else None, code="invalid_value")
-    )
+        return RequestError(503, ENGINE_LOST.model_copy(update={"message": message}), {"retry-after": "1"})
+    info = ErrorInfo(message=message, param=field[1] if field else None, code="invalid_value")
+    return RequestError(status, info)
 
 
-def refused(given: RejectedRequest) -> RequestError:
-    return refusal(given.message, given.status)
+def rejection_error(rejected: RejectedRequest) -> RequestError:
+    return user_error(rejected.message, rejected.status)
 
 
-def busy(message: str = BUSY.message) -> RequestError:
-    return RequestError(429, BUSY.model_copy(update={"message": message}), {"retry-after": "1"})
+def error_info(error: BaseException) -> ErrorInfo:
+    """The error of an exception inside a stream, whose status has been sent already."""
+    if isinstance(error, RequestError):
+        return error.info
+    if isinstance(error, EngineLostError):
+        return ENGINE_LOST
+    return TIMED_OUT if isinstance(error, TimeoutError) else INTERNAL_ERROR
 
 
-def answer(status: int, problem: ErrorInfo, headers: dict[str, str] | None = None) -> Response:
-    """In ASCII, since what a client has sent, and is told of, need not be encodable."""
-    body = json.dumps(ErrorBody(error=problem).model_dump(), separators=(",", ":"))
+def error_response(status: int, info: ErrorInfo, headers: dict[str, str] | None = None) -> Response:
+    """The body is ASCII: a message may quote text of the client that cannot be encoded."""
+    body = json.dumps(ErrorBody(error=info).model_dump(), separators=(",", ":"))
     return Response(body, status, headers, "application/json")
 
 
-def _refused(_: Request, error: RequestError) -> Response:
-    return answer(error.status_code, error.problem, dict(error.headers or {}))
-
-
-def _invalid(_: Request, error: RequestValidationError) -> Response:
-    return answer(400, _first_problem(error.errors()[0]))
-
-
-def _http(_: Request, error: StarletteHTTPException) -> Response:
-    return answer(error.status_code, ErrorInfo(message=str(error.detail)), dict(error.headers or {}))
-
-
-def _lost(_: Request, __: EngineLostError) -> Response:
-    return answer(503, LOST, {"retry-after": "1"})
-
-
-def _late(_: Request, __: TimeoutError) -> Response:
-    return answer(504, LATE)
-
-
-def _failed(_: Request, __: Exception) -> Response:
-    return answer(500, FAILED)
-
-
-def _first_problem(found: dict[str, Any]) -> ErrorInfo:
-    """One of FastAPI's validation errors. Its place is ("body", field, …)."""
-    where = [
-        str(part) for part in found["loc"][1:] if "[" not in str(part) and part not in ("str", "int")
-    ]  # names of types
-    if found["type"] == "json_invalid":
+def validation_error_info(error: dict[str, Any]) -> ErrorInfo:
+    """The error of one of FastAPI's validation errors, whose `loc` is ("body", field, …)."""
+    if error["type"] == "json_invalid":
+        return ErrorInfo(message=f"invalid JSON: {error['ctx']['error']}", code="invalid_json")
+    field = _field_name(error["loc"])
+    if not field:
         return ErrorInfo(
-            message=f"the body is not JSON ({found['ctx']['error']}); mend it", code="invalid_json"
+            message="the body is empty or not a JSON object; send one as application/json",
+            code="invalid_json",
         )
-    if not where:
-        return ErrorInfo(
-            message="the body is empty or no JSON object; send one, as application/json", code="invalid_json"
-        )
-    field = re.sub(r"\.(\d+)\b", r"[\1]", ".".join(where))  # branches.1.text is branches[1].text
-    if found["type"] == "extra_forbidden":
-        return ErrorInfo(
-            message=f"{field}: not a field that is served; leave it out",
-            param=field,
-            code="unknown_parameter",
-        )
-    if found["type"] == "missing":
+    if error["type"] == "extra_forbidden":
+        return ErrorInfo(message=f"{field}: unknown field; remove it", param=field, code="unknown_parameter")
+    if error["type"] == "missing":
         return ErrorInfo(
             message=f"{field}: required and not given; add it", param=field, code="missing_required_parameter"
         )
-    shown = repr(found["input"])
-    shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}…"
-    return ErrorInfo(message=f"{field}={shown}: {_remedy(found['msg'])}", param=field, code="invalid_value")
+    value = repr(error["input"])
+    value = value if len(value) <= _MAX_SHOWN_CHARS else f"{value[:_MAX_SHOWN_CHARS]}…"
+    remedy = error["msg"].removeprefix("Input ").removeprefix("Value error, ")
+    return ErrorInfo(message=f"{field}={value}: {remedy}", param=field, code="invalid_value")
 
 
-def _remedy(message: str) -> str:
-    return message.removeprefix("Input ").removeprefix("Value error, ")
+def _field_name(location: tuple[Any, ...]) -> str:
+    """`branches[1].text` for ("body", "branches", 1, "text"), without the names of types."""
+    parts = [str(part) for part in location[1:] if "[" not in str(part) and part not in ("str", "int")]
+    return re.sub(r"\.(\d+)\b", r"[\1]", ".".join(parts))

@@ -1,1 +1,1 @@
-"""Ports, environment and proxy of a server of our own."""
+"""Environment, ports and proxy of the Ray Serve processes."""

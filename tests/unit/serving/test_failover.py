@@ -1,4 +1,4 @@
-"""A sample whose engine dies is ended by another one, and whoever follows it does not notice."""
+"""A sample whose engine is lost is finished by another one, and its client does not notice."""
 
 from __future__ import annotations
 
@@ -7,141 +7,228 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from engine_loops import BRANCHES, MAIN, running_loop, sample_request
 from engines import COLUMNAR, ISOLATED, tiny_engine
 from ray.exceptions import ActorDiedError
-from stepping import BRANCHES, MAIN, started, work
 from tiny import tiny_tokenizer
 
 from parallelmind.config import RopeConfig
 from parallelmind.engine.request import Sample
 from parallelmind.engine.tokenization import tokenize_request
 from parallelmind.errors import UserError
-from serving.engine.messages import BranchStarted, EngineRequest, Packed, RejectedRequest, StepOutput, packed
-from serving.ingress.failover import follow, within
+from serving.engine.messages import (
+    BranchStarted,
+    EngineRequest,
+    PackedStep,
+    RejectedRequest,
+    StepOutput,
+    pack_step,
+)
+from serving.ingress import failover
+from serving.ingress.failover import stream_with_failover, with_deadline
 from serving.observability.metrics import IngressMetrics
 from serving.protocol.errors import EngineLostError, RequestError
 
+TIMEOUT_S = 30
 
-class Engines:
-    """Stands in for Serve's handle, which cannot die on command: real engines, each of which dies after so
-    many steps.
 
-    quietly: they say no more, as if all had been said.
+class StubStream:
+    """Stands for the response of a streaming call. cancelled: whether its reader has cancelled the call."""
+
+    def __init__(self, messages: AsyncIterator[Any]) -> None:
+        self._messages = messages
+        self.cancelled = False
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self._messages
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class DyingEngines:
+    """Stands for Serve's handle: real engines, each of which dies after a given number of steps.
+
+    quietly: a dying engine ends its stream as if the sample had finished.
     """
 
-    def __init__(self, config: RopeConfig, lives: list[int], quietly: bool = False) -> None:
-        self._config, self._lives, self._quietly = config, lives, quietly
-        self.asked: list[EngineRequest] = []
+    def __init__(self, config: RopeConfig, lifetimes: list[int], quietly: bool = False) -> None:
+        self._config, self._lifetimes, self._quietly = config, lifetimes, quietly
+        self.requests: list[EngineRequest] = []
+        self.streams: list[StubStream] = []
 
     @property
-    def decode(self) -> Any:
+    def generate(self) -> Any:
         return self
 
-    def remote(self, work: EngineRequest) -> Any:
-        self.asked.append(work)
-        life = self._lives[len(self.asked) - 1] if len(self.asked) <= len(self._lives) else 10_000
-        return _Steps(self._decode(work, life))
+    def remote(self, request: EngineRequest) -> StubStream:
+        self.requests.append(request)
+        number = len(self.requests)
+        lifetime = self._lifetimes[number - 1] if number <= len(self._lifetimes) else 10_000
+        self.streams.append(StubStream(self._messages(request, lifetime)))
+        return self.streams[-1]
 
-    async def _decode(self, work: EngineRequest, life: int) -> AsyncIterator[Packed | RejectedRequest]:
-        if life == 0:
+    async def _messages(
+        self, request: EngineRequest, lifetime: int
+    ) -> AsyncIterator[PackedStep | RejectedRequest]:
+        if lifetime == 0:
             raise ActorDiedError
-        with started(tiny_engine(self._config)) as stepper:
+        with running_loop(tiny_engine(self._config)) as loop:
             try:
-                number = stepper.begin(work, None)
+                number = loop.submit(request, None)
             except UserError as error:
                 yield RejectedRequest(str(error))
                 return
-            places = stepper._engine.start_pos2d(number)[: work.asked.tokens.branches]
-            given = zip(work.asked.tokens.split()[1:], work.asked.params, places, strict=True)
-            version = work.version or f"version {len(self.asked)}"
-            yield packed(
-                StepOutput([], [BranchStarted(branch, *each) for branch, each in enumerate(given)], version)
-            )
-            while (step := await stepper.next(number)) is not None:
-                life -= 1
-                if life == 0:
-                    stepper.drop(number)
+            yield pack_step(self._first_step(request, loop._engine.start_pos2d(number)))
+            while (step := await loop.next_output(number)) is not None:
+                lifetime -= 1
+                if lifetime == 0:
+                    loop.release(number)
                     if self._quietly:
                         return
                     raise ActorDiedError
-                yield packed(step)
-            stepper.drop(number)
+                yield pack_step(step)
+            loop.release(number)
+
+    def _first_step(self, request: EngineRequest, coordinates: list[tuple[int, int]]) -> StepOutput:
+        tokens, params = request.tokenized.tokens, request.tokenized.params
+        branches = zip(tokens.split()[1:], params, coordinates[: tokens.branches], strict=True)
+        started = [BranchStarted(index, *branch) for index, branch in enumerate(branches)]
+        return StepOutput([], started, request.adapter_version or f"version {len(self.requests)}")
 
 
-class _Steps:
-    def __init__(self, steps: AsyncIterator[Any]) -> None:
-        self._steps = steps
+class SilentEngines:
+    """Engines that each send the given messages; all but the last engine then send nothing any more."""
 
-    def __aiter__(self) -> AsyncIterator[Any]:
-        return self._steps
+    def __init__(self, *messages: list[StepOutput]) -> None:
+        self._remaining = list(messages)
+        self.streams: list[StubStream] = []
 
-    def cancel(self) -> None:
-        pass
+    @property
+    def generate(self) -> Any:
+        return self
+
+    def remote(self, _: EngineRequest) -> StubStream:
+        self.streams.append(StubStream(self._messages(self._remaining.pop(0))))
+        return self.streams[-1]
+
+    async def _messages(self, steps: list[StepOutput]) -> AsyncIterator[PackedStep]:
+        for step in steps:
+            yield pack_step(step)
+        if self._remaining:
+            await asyncio.Future()
 
 
-def heard(engines: Engines, asked: EngineRequest) -> tuple[list[Any], str, IngressMetrics]:
-    """Everything that is said, in order, by branch; how often branches began; the meters."""
-    meters = IngressMetrics()
+def follow(engines: Any, request: EngineRequest) -> tuple[list[Any], str, IngressMetrics]:
+    """The tokens, texts and ends of every branch; the indices of started branches; the metrics."""
+    metrics = IngressMetrics()
 
-    async def listen() -> list[StepOutput]:
-        return [step async for step in follow(engines, asked, meters)]  # type: ignore[arg-type]
+    async def collect() -> list[StepOutput]:
+        return [step async for step in stream_with_failover(engines, request, metrics)]
 
-    steps = asyncio.run(listen())
-    events = [event for step in steps for event in step.events]
-    told: list[Any] = [[], [], [], []]
-    for each in events:
-        told[each.branch].append((each.token, each.text, each.finish_reason, each.pos2d))
-    return told, str([begun.branch for step in steps for begun in step.begun]), meters
+    steps = asyncio.run(asyncio.wait_for(collect(), TIMEOUT_S))
+    outputs: list[Any] = [[], [], [], []]
+    for event in (event for step in steps for event in step.events):
+        outputs[event.branch].append((event.token, event.text, event.finish_reason, event.pos2d))
+    return outputs, str([started.branch for step in steps for started in step.started]), metrics
 
 
 @pytest.mark.parametrize("config", [COLUMNAR, ISOLATED], ids=["columnar", "isolated"])
 @pytest.mark.parametrize("reduce", [False, True], ids=["", "reduced"])
-@pytest.mark.parametrize("lives", [[1], [0, 0, 4, 2], [2, 2, 2, 2, 2, 2]], ids=str)
+@pytest.mark.parametrize("lifetimes", [[1], [0, 0, 4, 2], [2, 2, 2, 2, 2, 2]], ids=str)
 @pytest.mark.parametrize("quietly", [False, True], ids=["", "quietly"])
-def test_nobody_notices_that_engines_die(
-    config: RopeConfig, reduce: bool, lives: list[int], quietly: bool
+def test_the_output_does_not_depend_on_engines_that_die(
+    config: RopeConfig, reduce: bool, lifetimes: list[int], quietly: bool
 ) -> None:
-    whole = heard(Engines(config, []), work(reduce))
-    parts = heard(Engines(config, lives, quietly), work(reduce))
-    assert parts[:2] == whole[:2]
-    assert parts[2].moved._value.get() >= 1
+    undisturbed = follow(DyingEngines(config, []), sample_request(reduce))
+    resumed = follow(DyingEngines(config, lifetimes, quietly), sample_request(reduce))
+    assert resumed[:2] == undisturbed[:2]
+    assert resumed[2].moved_samples._value.get() >= 1
 
 
-def test_a_sample_goes_on_with_the_version_that_it_has_begun_with() -> None:
-    engines = Engines(ISOLATED, [0, 3, 2])
-    heard(engines, work())
-    assert [asked.version for asked in engines.asked] == [None, None, "version 2", "version 2"]
+def test_a_sample_is_resumed_with_the_adapter_version_that_it_started_with() -> None:
+    engines = DyingEngines(ISOLATED, [0, 3, 2])
+    follow(engines, sample_request())
+    versions = [request.adapter_version for request in engines.requests]
+    assert versions == [None, None, "version 2", "version 2"]
 
 
-@pytest.mark.parametrize("life", [0, 1], ids=["before a word", "once it has begun"])
-def test_a_sample_that_kills_every_engine_is_given_up(life: int) -> None:
-    engines = Engines(ISOLATED, [life] * 100)
+@pytest.mark.parametrize("lifetime", [0, 1], ids=["before the first message", "after the branches start"])
+def test_a_sample_that_kills_every_engine_is_given_up(lifetime: int) -> None:
+    engines = DyingEngines(ISOLATED, [lifetime] * 100)
     with pytest.raises(EngineLostError):
-        heard(engines, work())
-    assert 1 < len(engines.asked) < 20
+        follow(engines, sample_request())
+    assert 1 < len(engines.requests) < 20
 
 
-def test_a_refused_sample_is_asked_for_once() -> None:
-    engines = Engines(ISOLATED, [])
-    asked = tokenize_request(tiny_tokenizer(), Sample(MAIN, BRANCHES), None, None, {"max_new_tokens": 99999})
+def test_a_rejected_request_is_not_retried() -> None:
+    engines = DyingEngines(ISOLATED, [])
+    tokenized = tokenize_request(
+        tiny_tokenizer(), Sample(MAIN, BRANCHES), None, None, {"max_new_tokens": 99999}
+    )
     with pytest.raises(RequestError, match=r"max_tokens=99999: .* exceed the model's"):
-        heard(engines, EngineRequest("smp-1", "base", asked))
-    assert len(engines.asked) == 1
+        follow(engines, EngineRequest("smp-1", "base", tokenized))
+    assert len(engines.requests) == 1
+
+
+def test_closing_the_reader_cancels_the_engines_stream() -> None:
+    engines = DyingEngines(ISOLATED, [])
+
+    async def read_one_step() -> None:
+        steps = stream_with_failover(engines, sample_request(), IngressMetrics())  # type: ignore[arg-type]
+        await anext(steps)
+        assert [stream.cancelled for stream in engines.streams] == [False]
+        await steps.aclose()
+
+    asyncio.run(asyncio.wait_for(read_one_step(), TIMEOUT_S))
+    assert [stream.cancelled for stream in engines.streams] == [True]
+
+
+def test_the_stream_of_a_lost_engine_is_cancelled_before_another_one_resumes() -> None:
+    engines = DyingEngines(ISOLATED, [2, 2])
+    follow(engines, sample_request())
+    assert len(engines.streams) == 3
+    assert all(stream.cancelled for stream in engines.streams)
+
+
+def steps_of_one_engine() -> list[StepOutput]:
+    """Everything that an engine sends for `sample_request`."""
+
+    async def collect() -> list[StepOutput]:
+        steps = stream_with_failover(DyingEngines(ISOLATED, []), sample_request(), IngressMetrics())  # type: ignore[arg-type]
+        return [step async for step in steps]
+
+    return asyncio.run(collect())
+
+
+@pytest.mark.parametrize("sent", [0, 1, 3], ids=["at the start", "after the branches start", "midway"])
+def test_an_engine_that_sends_nothing_is_not_waited_for_without_a_limit(
+    monkeypatch: pytest.MonkeyPatch, sent: int
+) -> None:
+    steps = steps_of_one_engine()
+    limit = "SILENCE_TIMEOUT_S" if sent else "FIRST_MESSAGE_TIMEOUT_S"
+    monkeypatch.setattr(failover, limit, 0.05)
+    rest = steps[sent:] if sent else steps
+    engines = SilentEngines(steps[:sent], rest)
+    outputs, _, metrics = follow(engines, sample_request())
+    assert outputs == follow(SilentEngines(steps), sample_request())[0]
+    assert [stream.cancelled for stream in engines.streams] == [True, True]
+    assert metrics.moved_samples._value.get() == 1
 
 
 def test_steps_that_take_too_long_end_in_a_timeout() -> None:
-    ended = []
+    closed = []
 
-    async def slow() -> Any:
+    async def slow_steps() -> Any:
         try:
             yield StepOutput([], [])
             await asyncio.sleep(60)
         finally:
-            ended.append(True)
+            closed.append(True)
 
-    async def listen() -> list[StepOutput]:
-        return [step async for step in within(0.05, slow())]
+    async def collect() -> list[StepOutput]:
+        return [step async for step in with_deadline(0.05, slow_steps())]
 
     with pytest.raises(TimeoutError):
-        asyncio.run(listen())
-    assert ended
+        asyncio.run(collect())
+    assert closed

@@ -1,4 +1,4 @@
-"""The thread that steps an engine tells everything to whoever waits, failures too."""
+"""The thread that steps an engine delivers every output, and every failure, to the readers of its samples."""
 
 from __future__ import annotations
 
@@ -9,111 +9,107 @@ from threading import Event
 from typing import Any
 
 import pytest
+from engine_loops import running_loop, sample_request
 from engines import ISOLATED, tiny_engine
-from stepping import started, work
 from tiny import tiny_tokenizer
 
 from parallelmind.engine.engine import Engine
-from parallelmind.engine.output import Event as Said
+from parallelmind.engine.output import Event as EngineEvent
 from parallelmind.engine.request import Sample
 from parallelmind.engine.tokenization import tokenize_request
 from serving.engine.loop import EngineStuckError
 from serving.engine.messages import EngineRequest
 
 
-def failing_engine(act: Callable[[], object]) -> Any:
+def failing_engine(before_failure: Callable[[], object]) -> Any:
+    """An engine whose forward pass calls the function and then raises."""
     engine = tiny_engine(ISOLATED)
 
     def fail(*_: Any) -> Any:
-        act()
+        before_failure()
         raise ValueError("no such luck")
 
     engine.runner.__class__ = type("Failing", (type(engine.runner),), {"__call__": fail})
     return engine
 
 
-UNHANDLED = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+IGNORE_THREAD_EXCEPTION = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
 
-@UNHANDLED
-def test_an_engine_that_fails_tells_everybody_and_takes_no_more() -> None:
-    async def use() -> None:
-        with started(failing_engine(lambda: None)) as stepper:
-            number = stepper.begin(work(), None)
+@IGNORE_THREAD_EXCEPTION
+def test_a_failed_engine_tells_every_reader_and_takes_no_further_request() -> None:
+    async def run() -> None:
+        with running_loop(failing_engine(lambda: None)) as loop:
+            number = loop.submit(sample_request(), None)
             with pytest.raises(EngineStuckError, match="no such luck"):
-                await asyncio.wait_for(stepper.next(number), 10)
+                await asyncio.wait_for(loop.next_output(number), 10)
             with pytest.raises(EngineStuckError):
-                stepper.begin(work(), None)
+                loop.submit(sample_request(), None)
             with pytest.raises(EngineStuckError):
-                stepper.check()
+                loop.check_health()
 
-    asyncio.run(use())
+    asyncio.run(run())
 
 
-@UNHANDLED
-def test_an_engine_that_does_not_come_back_from_a_step_is_not_healthy() -> None:
-    go_on = Event()
+@IGNORE_THREAD_EXCEPTION
+def test_an_engine_that_stays_in_a_step_is_not_healthy() -> None:
+    end_step = Event()
 
-    async def use() -> None:
-        with started(failing_engine(lambda: go_on.wait(10)), stuck_s=0.05) as stepper:
-            stepper.check()
-            number = stepper.begin(work(), None)
+    async def run() -> None:
+        with running_loop(failing_engine(lambda: end_step.wait(10)), stuck_s=0.05) as loop:
+            loop.check_health()
+            number = loop.submit(sample_request(), None)
             await asyncio.sleep(0.3)
             with pytest.raises(EngineStuckError, match=r"more than 0.05 s"):
-                stepper.check()
-            go_on.set()
+                loop.check_health()
+            end_step.set()
             with suppress(EngineStuckError):
-                await asyncio.wait_for(stepper.next(number), 10)
+                await asyncio.wait_for(loop.next_output(number), 10)
 
-    asyncio.run(use())
+    asyncio.run(run())
 
 
-def test_who_leaves_is_forgotten_by_the_engine() -> None:
-    async def use() -> None:
+def test_a_released_sample_leaves_the_engine() -> None:
+    async def run() -> None:
         engine = tiny_engine(ISOLATED)
-        with started(engine) as stepper:
-            number = stepper.begin(work(max_new_tokens=200), None)
-            await stepper.next(number)
-            stepper.drop(number)
+        with running_loop(engine) as loop:
+            number = loop.submit(sample_request(max_new_tokens=200), None)
+            await loop.next_output(number)
+            loop.release(number)
             assert not engine.has_sample(number)
             assert engine.stats().live_branches == 0
 
-    asyncio.run(use())
+    asyncio.run(run())
 
 
-class Ahead(Engine):
-    """Has computed its last step by the time that anybody looks at the one before, and tells of it later
-    still.
-    """
+class AheadEngine(Engine):
+    """Computes its last step before the events of the previous one are read, and returns it later."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.computed, self.tell = Event(), Event()
+        self.computed, self.may_return = Event(), Event()
 
-    def step(self) -> list[Said]:
+    def step(self) -> list[EngineEvent]:
         events = super().step()
-        if not self._samples:
+        if not self.busy:
             self.computed.set()
-            self.tell.wait(10)
+            self.may_return.wait(10)
         return events
 
 
-def test_a_sample_is_not_over_before_its_last_word_has_been_told() -> None:
-    async def use() -> list[int | None]:
-        engine = tiny_engine(ISOLATED, Ahead)
-        assert isinstance(engine, Ahead)
-        with started(engine) as stepper:
-            sample = EngineRequest(
-                "smp-1",
-                "base",
-                tokenize_request(tiny_tokenizer(), Sample([], [[5, 6]]), None, None, {"max_new_tokens": 2}),
-            )
-            number = stepper.begin(sample, None)
-            engine.computed.wait(10)  # and nobody listens meanwhile
-            heard = []
-            while (step := await stepper.next(number)) is not None:
-                heard += [event.token for event in step.events]
-                engine.tell.set()
-            return heard
+def test_a_sample_does_not_end_before_its_last_event_is_delivered() -> None:
+    async def run() -> list[int | None]:
+        engine = tiny_engine(ISOLATED, AheadEngine)
+        assert isinstance(engine, AheadEngine)
+        with running_loop(engine) as loop:
+            sample, settings = Sample([], [[5, 6]]), {"max_new_tokens": 2}
+            tokenized = tokenize_request(tiny_tokenizer(), sample, None, None, settings)
+            number = loop.submit(EngineRequest("smp-1", "base", tokenized), None)
+            engine.computed.wait(10)  # nothing is read meanwhile
+            tokens = []
+            while (step := await loop.next_output(number)) is not None:
+                tokens += [event.token for event in step.events]
+                engine.may_return.set()
+            return tokens
 
-    assert len(asyncio.run(use())) == 2
+    assert len(asyncio.run(run())) == 2

@@ -1,4 +1,4 @@
-"""What OpenAI's clients send of their own accord is taken as they mean it."""
+"""Fields that OpenAI's clients send on their own are taken as they mean them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from serving.config import AppConfig
 from serving.ingress.preprocessor import RequestPreprocessor
 from serving.protocol.openai import ChatRequest, CompletionRequest
 
-NAMING = "{% for m in messages %}{{ m['role'] }}{% if 'name' in m %} {{ m.name }}{% endif %}: {{ m.content }};{% endfor %}"
+TEMPLATE_WITH_NAMES = (
+    "{% for m in messages %}{{ m['role'] }}{% if 'name' in m %} {{ m.name }}{% endif %}: "
+    "{{ m.content }};{% endfor %}"
+)
 SAMPLING = [
     "temperature",
     "top_p",
@@ -54,22 +57,22 @@ def chat(**fields: Any) -> ChatRequest:
     ],
 )
 def test_null_means_that_a_field_is_not_given(call: Any, names: list[str]) -> None:
-    found = call(**dict.fromkeys(names))
-    assert (found, found.model_fields_set) == (call(), call().model_fields_set)
+    request = call(**dict.fromkeys(names))
+    assert (request, request.model_fields_set) == (call(), call().model_fields_set)
 
 
 @pytest.mark.parametrize(
     ("call", "fields"),
     [(completion, {"model": None}), (completion, {"prompt": None}), (chat, {"nonsense": None})],
 )
-def test_null_is_no_value_of_a_field_that_is_required_or_unknown(call: Any, fields: dict[str, Any]) -> None:
+def test_null_is_refused_for_required_and_unknown_fields(call: Any, fields: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=next(iter(fields))):
         call(**fields)
 
 
-def test_an_answer_may_be_sent_back_as_it_came_and_the_template_reads_names() -> None:
+def test_a_response_message_can_be_sent_back_and_the_template_reads_names() -> None:
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = NAMING
+    tokenizer.chat_template = TEMPLATE_WITH_NAMES
     messages = [
         {"role": "user", "content": "who", "name": "ann"},
         {"role": "assistant", "content": "you", "refusal": None},
@@ -78,6 +81,6 @@ def test_an_answer_may_be_sent_back_as_it_came_and_the_template_reads_names() ->
     main, turn = (
         RequestPreprocessor(AppConfig.of({"base_model": "tiny"}), tokenizer, 4096)
         .chat(chat(messages=messages))
-        .asked.tokens.split()
+        .tokenized.tokens.split()
     )
     assert tokenizer.decode(main + turn) == "user ann: who;assistant: you;user: me;"

@@ -1,11 +1,10 @@
-"""What an application may be told, what of a request is served, how many engines there are, and what
-Prometheus reads.
-"""
+"""Fields of an application, strictness of request schemas, autoscaling, and the metrics exposition."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from parallelmind.engine.scheduler import EngineStats
 from parallelmind.errors import UserError
 from serving.config import AppConfig
 from serving.engine.autoscaling import BranchLoadPolicy
-from serving.observability.metrics import EngineMetrics, IngressMetrics, Meters, exposition
+from serving.observability.metrics import EngineMetrics, IngressMetrics, ProcessMetrics, render_metrics
 from serving.protocol.branches import BranchesRequest
 from serving.protocol.openai import ChatRequest, CompletionRequest
 
@@ -29,7 +28,7 @@ def config(**values: Any) -> AppConfig:
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "parts"),
     [
         ({"base_model": None}, ["lora_path", "required", "base_model="]),
         ({"base_model": ""}, ['base_model=""']),
@@ -46,14 +45,14 @@ def config(**values: Any) -> AppConfig:
         ({"log_level": "loud"}, ["log_level=loud", "'warning'"]),
     ],
 )
-def test_an_error_names_field_value_and_remedy(values: dict[str, Any], told: list[str]) -> None:
+def test_an_error_names_field_value_and_remedy(values: dict[str, Any], parts: list[str]) -> None:
     with pytest.raises(UserError) as error:
         config(**values)
-    assert all(part in str(error.value) for part in told)
+    assert all(part in str(error.value) for part in parts)
     assert "\n" not in str(error.value)
 
 
-def test_text_will_do_for_every_number() -> None:
+def test_numbers_may_be_given_as_text() -> None:
     found = config(
         max_requests="5", slow_client_s="0.5", trust_remote_code="true", rope_2d_ratio="0", min_replicas="0"
     )
@@ -73,8 +72,8 @@ def test_text_will_do_for_every_number() -> None:
         ("cors_origins", "[http://localhost]", ["http://localhost"]),
     ],
 )
-def test_text_will_do_for_lists_and_mappings(field: str, text: str, value: Any) -> None:
-    """`serve run serving.app:build` gives nothing else."""
+def test_lists_and_mappings_may_be_given_as_text(field: str, text: str, value: Any) -> None:
+    """`serve run serving.app:build` passes text only."""
     assert getattr(config(**{field: text}), field) == value
 
 
@@ -91,11 +90,11 @@ def test_text_will_do_for_lists_and_mappings(field: str, text: str, value: Any) 
         ({"lora_path": "runs/demo/adapter", "served_name": "mine"}, "mine"),
     ],
 )
-def test_a_model_is_named_after_its_run_and_never_by_a_path(values: dict[str, Any], name: str) -> None:
+def test_a_model_is_named_after_its_run_and_never_after_a_path(values: dict[str, Any], name: str) -> None:
     assert config(**values).name == name
 
 
-def test_names_are_those_that_can_always_be_asked_for_each_once() -> None:
+def test_names_lists_every_model_once() -> None:
     assert config(adapters={"legal": "x", "medical": "y"}).names == [
         "tiny",
         "base",
@@ -105,7 +104,7 @@ def test_names_are_those_that_can_always_be_asked_for_each_once() -> None:
     assert config(served_name="base").names == ["base"]
 
 
-def test_an_adapter_is_found_by_its_name_in_the_root(tmp_path: Path) -> None:
+def test_an_adapter_is_located_by_its_name_in_the_root(tmp_path: Path) -> None:
     for name in ("run/adapter", "plain"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "parallelmind.json").touch()
@@ -124,7 +123,7 @@ def test_an_adapter_is_found_by_its_name_in_the_root(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["../out", "..", ".", "", "a/b", "/{root}/out", ".hidden", "in\n", "in\0", "./in", "in/"]
 )
-def test_nobody_gets_out_of_the_root(tmp_path: Path, name: str) -> None:
+def test_a_name_cannot_leave_the_root(tmp_path: Path, name: str) -> None:
     for folder in ("out", "root", "root/in", "root/a/b", "root/.hidden"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "parallelmind.json").touch()
@@ -135,12 +134,12 @@ def test_nobody_gets_out_of_the_root(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "漢" * 100])
-def test_a_name_that_no_folder_can_have_is_unknown(tmp_path: Path, name: str) -> None:
-    """Of characters few enough, and of bytes too many for a file system."""
+def test_a_name_that_is_too_long_for_a_folder_is_unknown(tmp_path: Path, name: str) -> None:
+    """The second has few characters and too many bytes."""
     assert config(adapter_root=str(tmp_path)).locate(f"base:{name}") is None
 
 
-def test_the_registry_is_open_only_if_it_is_named(tmp_path: Path) -> None:
+def test_registry_names_are_served_only_with_a_registry(tmp_path: Path) -> None:
     assert config(adapter_root=str(tmp_path)).locate("models:/legal@best") is None
     assert config(mlflow_uri="sqlite:///x.db").locate("models:/legal@best") == "models:/legal@best"
 
@@ -174,7 +173,7 @@ def test_the_registry_is_open_only_if_it_is_named(tmp_path: Path) -> None:
         (BranchesRequest, {"n": 2}),
     ],
 )
-def test_what_is_not_served_is_refused_and_not_ignored(kind: Any, fields: dict[str, Any]) -> None:
+def test_an_unsupported_field_is_refused_and_not_ignored(kind: Any, fields: dict[str, Any]) -> None:
     fine = {"prompt": "who", "messages": [{"role": "user", "content": "who"}], "branches": [{"text": "who"}]}
     body = {"model": "tiny"} | {name: value for name, value in fine.items() if name in kind.model_fields}
     kind(**body)
@@ -182,54 +181,56 @@ def test_what_is_not_served_is_refused_and_not_ignored(kind: Any, fields: dict[s
         kind(**{**body, **fields})
 
 
-def wanted(
+def replicas_for(
     live: Sequence[float], waiting: Sequence[float] = (), requests: float = 0, queued: float = 0
 ) -> float:
-    """Engines by a policy of 16 branches each."""
-    names = {"live_branches": live, "waiting_branches": waiting}
-    found: Any = {name: dict(enumerate(values)) for name, values in names.items() if values}
-    fields = "deployment_id deployment_name app_name current_num_replicas target_num_replicas running_replicas raw_metrics "
-    fields += "capacity_adjusted_min_replicas capacity_adjusted_max_replicas policy_state last_scale_up_time "
-    rest: Any = dict.fromkeys((fields + "last_scale_down_time current_time config").split())
-    return BranchLoadPolicy(16)(
-        AutoscalingContext(
-            total_num_requests=requests, total_queued_requests=queued, aggregated_metrics=found, **rest
-        )
-    )[0]
+    """Replicas that the policy asks for, at 16 branches each."""
+    metrics = {
+        name: dict(enumerate(values))
+        for name, values in {"live_branches": live, "waiting_branches": waiting}.items()
+        if values
+    }
+    fields: dict[str, Any] = dict.fromkeys(signature(AutoscalingContext).parameters)
+    fields |= {
+        "total_num_requests": requests,
+        "total_queued_requests": queued,
+        "aggregated_metrics": metrics,
+    }
+    return BranchLoadPolicy(16)(AutoscalingContext(**fields))[0]
 
 
-def test_engines_are_as_many_as_branches_call_for_and_not_requests() -> None:
-    assert wanted([32], requests=1) == 2
-    assert wanted([16, 16], [8, 8], requests=2) == 3
-    assert wanted([1, 0], requests=1) == 1
-    assert wanted([4, 4], requests=8) == 1
+def test_replicas_follow_branches_and_not_requests() -> None:
+    assert replicas_for([32], requests=1) == 2
+    assert replicas_for([16, 16], [8, 8], requests=2) == 3
+    assert replicas_for([1, 0], requests=1) == 1
+    assert replicas_for([4, 4], requests=8) == 1
 
 
-def test_without_an_engine_requests_in_the_queue_call_for_one() -> None:
-    assert wanted([], requests=1, queued=1) == 1
-    assert wanted([], requests=40, queued=40) == 2.5
-    assert wanted([], requests=0) == wanted([0, 0], [0, 0]) == 0
+def test_queued_requests_start_the_first_replica() -> None:
+    assert replicas_for([], requests=1, queued=1) == 1
+    assert replicas_for([], requests=40, queued=40) == 2.5
+    assert replicas_for([], requests=0) == replicas_for([0, 0], [0, 0]) == 0
 
 
-def parsed(processes: dict[str, Meters]) -> dict[str, Any]:
-    text = exposition({name: meters.families() for name, meters in processes.items()}).decode()
+def parse_exposition(processes: dict[str, ProcessMetrics]) -> dict[str, Any]:
+    text = render_metrics({name: metrics.families() for name, metrics in processes.items()}).decode()
     families = {family.name: family for family in text_string_to_metric_families(text)}
     assert text.count("# TYPE") == text.count("# HELP") == len(families)
     return families
 
 
-def test_meters_of_all_processes_are_read_as_one() -> None:
-    front = IngressMetrics()
-    front.requests.labels("/v1/completions", "200").inc(3)
-    front.tokens.labels('ti"ny\n', "prompt").inc(7)
-    front.first.labels("tiny").observe(0.03)
+def test_metrics_of_all_processes_are_one_exposition() -> None:
+    ingress = IngressMetrics()
+    ingress.requests.labels("/v1/completions", "200").inc(3)
+    ingress.tokens.labels('ti"ny\n', "prompt").inc(7)
+    ingress.time_to_first_token.labels("tiny").observe(0.03)
     engines = []
     for live in (2, 5):
         load = EngineStats(1, 3, 1, live, 10, 20, 1024, 0.5)
         engines.append(EngineMetrics(lambda load=load: load, lambda: 1))  # type: ignore[misc]
-        engines[-1].stepped(0.3, 0.25)
-        engines[-1].stepped(60, 1)
-    found = parsed({"front": front, "one": engines[0], "two": engines[1]})
+        engines[-1].observe_step(0.3, 0.25)
+        engines[-1].observe_step(60, 1)
+    found = parse_exposition({"front": ingress, "one": engines[0], "two": engines[1]})
     samples = [part for family in found.values() for part in family.samples]
     assert {part.labels["process"] for part in samples} == {"front", "one", "two"}
     assert all(
@@ -260,15 +261,18 @@ def test_meters_of_all_processes_are_read_as_one() -> None:
     assert found["parallelmind_step_seconds"].type == "histogram"
 
 
-def test_nothing_that_has_happened_is_valid_as_well() -> None:
-    found = parsed({"front": IngressMetrics()})
+def test_metrics_without_observations_are_valid() -> None:
+    found = parse_exposition({"front": IngressMetrics()})
     assert found["parallelmind_open_requests"].samples[0].value == 0
-    assert exposition({}) == b""
+    assert render_metrics({}) == b""
 
 
-def test_the_dashboard_asks_for_meters_that_exist() -> None:
-    front, engine = IngressMetrics(), EngineMetrics(lambda: EngineStats(0, 0, 0, 0, 0, 0, 0, 0.0), lambda: 0)
-    known = {family.name for each in (front, engine) for family in each.families()}
+def test_the_dashboard_queries_existing_metrics() -> None:
+    ingress, engine = (
+        IngressMetrics(),
+        EngineMetrics(lambda: EngineStats(0, 0, 0, 0, 0, 0, 0, 0.0), lambda: 0),
+    )
+    known = {family.name for each in (ingress, engine) for family in each.families()}
     asked = set(
         re.findall(
             r"parallelmind_[a-z_]+",

@@ -1,0 +1,51 @@
+"""Load what an application serves: the model, its tokenizer and the length of its context."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import parallelmind as pm
+from parallelmind.config import ModelConfig
+from parallelmind.model.manifest import read_adapter
+from serving.config import AppConfig
+
+
+def load_model(config: AppConfig) -> tuple[Any, Any]:
+    """Model and tokenizer; on the GPU if the engine reserves one.
+
+    Raises UserError for what cannot be loaded.
+    """
+    from parallelmind.model.structure import to_gpu
+
+    rope: dict[str, Any] = {"rope_2d_ratio": config.rope_2d_ratio, "visibility": config.visibility}
+    model, tokenizer = pm.load_model_with_lora(
+        config.base_model,
+        config.lora_path,
+        dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
+        **{field: value for field, value in rope.items() if value is not None},
+    )
+    return to_gpu(model) if config.num_gpus else model, tokenizer
+
+
+def load_tokenizer(config: AppConfig) -> Any:
+    """The tokenizer alone. Raises UserError for one that cannot be loaded."""
+    from parallelmind.model import base_model
+
+    return base_model.load_tokenizer(_base_model(config))
+
+
+def max_context_tokens(config: AppConfig) -> int | None:
+    """Number of positions that the model was made for, or None if its configuration does not say.
+
+    Raises UserError for a model that cannot be loaded.
+    """
+    from parallelmind.model import base_model
+
+    text_config = base_model.load_base_config(_base_model(config)).get_text_config()
+    return getattr(text_config, "max_position_embeddings", None)
+
+
+def _base_model(config: AppConfig) -> ModelConfig:
+    name = config.base_model or read_adapter(config.lora_path or "").base_model
+    return ModelConfig(base_model=name, trust_remote_code=config.trust_remote_code)

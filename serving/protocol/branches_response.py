@@ -1,0 +1,122 @@
+"""Engine steps as the response of /v1/branches, with tokens and coordinates beside the text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from typing import Any, Literal
+
+import parallelmind as pm
+from parallelmind.layout import MAIN
+from serving.engine.messages import BranchStarted, EngineRequest, StepOutput
+from serving.protocol.branches import (
+    BranchesResponse,
+    BranchesStarted,
+    BranchOutput,
+    BranchStart,
+    Delta,
+    Deltas,
+    Done,
+)
+from serving.protocol.openai import Usage
+
+
+class BranchTracker:
+    """The branches of a sample that have started.
+
+    The engine does not announce the reduce branch: it starts with its first token.
+    prompt_tokens: of main and of all started branches.
+    """
+
+    def __init__(self, request: EngineRequest) -> None:
+        self._reduce = request.tokenized.reduce
+        self._started = 0
+        self.prompt_tokens = int(request.tokenized.tokens.lengths[MAIN])
+
+    def new_branches(self, step: StepOutput) -> list[BranchStart]:
+        """The branches that start in this step."""
+        starts = [_branch_start(started) for started in step.started]
+        self._started += len(starts)
+        for event in step.events:
+            if event.branch >= self._started and self._reduce and event.pos2d:
+                branch, time = event.pos2d
+                length = len(self._reduce.token_ids)
+                starts.append(
+                    BranchStart(index=event.branch, prompt_tokens=length, branch=branch, time=time - length)
+                )
+                self._started += 1
+        self.prompt_tokens += sum(start.prompt_tokens for start in starts)
+        return starts
+
+    def events_of_started(self, step: StepOutput) -> list[pm.Event]:
+        """The events, without those of a reduce branch that was cancelled before its first token."""
+        return [event for event in step.events if event.branch < self._started]
+
+
+def _branch_start(started: BranchStarted) -> BranchStart:
+    branch, time = started.pos2d
+    return BranchStart(index=started.branch, prompt_tokens=len(started.prompt), branch=branch, time=time)
+
+
+def _delta(event: pm.Event) -> Delta:
+    branch, time = event.pos2d or (None, None)
+    return Delta(
+        index=event.branch,
+        text=event.text,
+        token=event.token,
+        branch=branch,
+        time=time,
+        finish_reason=event.finish_reason,
+        logprob=event.logprob,
+        top=list(event.top),
+    )
+
+
+async def branches_chunks(
+    request: EngineRequest, steps: AsyncIterator[StepOutput]
+) -> AsyncIterator[dict[str, Any]]:
+    """The started branches, the deltas of every step, and the usage."""
+    tracker, completion_tokens = BranchTracker(request), 0
+    kind: Literal["branches.begun", "branches.joined"] = "branches.begun"
+    async for step in steps:
+        if starts := tracker.new_branches(step):
+            chunk = BranchesStarted(id=request.id, object=kind, model=request.model, branches=starts)
+            yield chunk.model_dump()
+            kind = "branches.joined"
+        if events := tracker.events_of_started(step):
+            completion_tokens += sum(event.token is not None for event in events)
+            yield Deltas(id=request.id, deltas=[_delta(event) for event in events]).model_dump()
+    usage = Usage.of(tracker.prompt_tokens, completion_tokens)
+    yield Done(id=request.id, usage=usage).model_dump()
+
+
+async def branches_response(request: EngineRequest, steps: AsyncIterator[StepOutput]) -> dict[str, Any]:
+    """The response with every branch, once all have ended."""
+    tracker, outputs = BranchTracker(request), dict[int, BranchOutput]()
+    async for step in steps:
+        for start in tracker.new_branches(step):
+            outputs[start.index] = BranchOutput(
+                index=start.index,
+                text="",
+                tokens=[],
+                finish_reason=None,
+                branch=start.branch,
+                time=start.time,
+            )
+        for event in tracker.events_of_started(step):
+            _append(outputs[event.branch], event)
+    branches = [outputs[index] for index in sorted(outputs)]
+    usage = Usage.of(tracker.prompt_tokens, sum(len(branch.tokens) for branch in branches))
+    return BranchesResponse(
+        id=request.id, created=int(time.time()), model=request.model, branches=branches, usage=usage
+    ).model_dump()
+
+
+def _append(output: BranchOutput, event: pm.Event) -> None:
+    output.text += event.text
+    output.finish_reason = event.finish_reason
+    if event.token is not None:
+        output.tokens.append(event.token)
+    if event.logprob is not None:
+        output.logprobs = [*(output.logprobs or []), event.logprob]
+        output.top = [*(output.top or []), list(event.top)]

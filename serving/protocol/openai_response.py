@@ -1,0 +1,166 @@
+"""Engine steps as OpenAI's responses, whole or as the chunks of a stream."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Protocol
+
+import parallelmind as pm
+from serving.engine.messages import StepOutput
+from serving.protocol.openai import Usage
+
+Json = dict[str, Any]
+
+
+class TokenTexts(Protocol):
+    """How tokens are written in log-probabilities."""
+
+    def token_text(self, token: int) -> str: ...
+
+    def token_bytes(self, token: int) -> bytes | None: ...
+
+
+class ResponseFormatter(Protocol):
+    """The response format of one route."""
+
+    def choice(self, index: int, events: Sequence[pm.Event]) -> Json:
+        """The whole output of one branch."""
+
+    def delta(self, event: pm.Event, text_offset: int | None) -> Json:
+        """What one token adds to a branch.
+
+        text_offset: characters of the branch before it; None for the first chunk of the branch.
+        """
+
+    def envelope(self, choices: list[Json], usage: Usage | None, streamed: bool) -> Json:
+        """The response around choices or deltas."""
+
+
+class CompletionFormatter:
+    """Format of /v1/completions."""
+
+    def __init__(self, id: str, model: str, texts: TokenTexts) -> None:
+        self._head = {"id": id, "object": "text_completion", "created": int(time.time()), "model": model}
+        self._texts = texts
+
+    def choice(self, index: int, events: Sequence[pm.Event]) -> Json:
+        return self._choice(index, events, 0)
+
+    def delta(self, event: pm.Event, text_offset: int | None) -> Json:
+        return self._choice(event.branch, [event], text_offset or 0)
+
+    def envelope(self, choices: list[Json], usage: Usage | None, streamed: bool) -> Json:
+        return {**self._head, "choices": choices, **_usage_field(usage)}
+
+    def _choice(self, index: int, events: Sequence[pm.Event], text_offset: int) -> Json:
+        return {
+            "index": index,
+            "text": _joined_text(events),
+            "logprobs": self._logprobs(_with_logprobs(events), text_offset),
+            "finish_reason": _finish_reason(events[-1]),
+        }
+
+    def _logprobs(self, events: list[pm.Event], text_offset: int) -> Json | None:
+        """text_offset: where the text of the first event begins in the branch."""
+        if not events:
+            return None
+        offsets = []
+        for event in events:
+            offsets.append(text_offset)
+            text_offset += len(event.text)
+        text_of = self._texts.token_text
+        return {
+            "tokens": [text_of(event.token or 0) for event in events],
+            "token_logprobs": [event.logprob for event in events],
+            "top_logprobs": [{text_of(token): value for token, value in event.top} for event in events],
+            "text_offset": offsets,
+        }
+
+
+class ChatFormatter:
+    """Format of /v1/chat/completions."""
+
+    def __init__(self, id: str, model: str, texts: TokenTexts) -> None:
+        self._head = {"id": id, "created": int(time.time()), "model": model}
+        self._texts = texts
+
+    def choice(self, index: int, events: Sequence[pm.Event]) -> Json:
+        message = {"role": "assistant", "content": _joined_text(events), "refusal": None}
+        return {"index": index, "message": message, **self._logprobs_and_reason(events)}
+
+    def delta(self, event: pm.Event, text_offset: int | None) -> Json:
+        delta = {**({"role": "assistant"} if text_offset is None else {}), "content": event.text}
+        return {"index": event.branch, "delta": delta, **self._logprobs_and_reason([event])}
+
+    def envelope(self, choices: list[Json], usage: Usage | None, streamed: bool) -> Json:
+        kind = "chat.completion.chunk" if streamed else "chat.completion"
+        return {**self._head, "object": kind, "choices": choices, **_usage_field(usage)}
+
+    def _logprobs_and_reason(self, events: Sequence[pm.Event]) -> Json:
+        content = [
+            {
+                **self._token(event.token or 0, event.logprob),
+                "top_logprobs": [self._token(token, value) for token, value in event.top],
+            }
+            for event in _with_logprobs(events)
+        ]
+        return {
+            "logprobs": {"content": content, "refusal": None} if content else None,
+            "finish_reason": _finish_reason(events[-1]),
+        }
+
+    def _token(self, token: int, logprob: float | None) -> Json:
+        raw = self._texts.token_bytes(token)
+        return {
+            "token": self._texts.token_text(token),
+            "logprob": logprob,
+            "bytes": None if raw is None else list(raw),
+        }
+
+
+def _joined_text(events: Sequence[pm.Event]) -> str:
+    return "".join(event.text for event in events)
+
+
+def _finish_reason(event: pm.Event) -> str | None:
+    """OpenAI's format has no word for a cancelled branch."""
+    return "stop" if event.finish_reason == "cancelled" else event.finish_reason
+
+
+def _with_logprobs(events: Sequence[pm.Event]) -> list[pm.Event]:
+    return [event for event in events if event.logprob is not None and event.token is not None]
+
+
+def _usage_field(usage: Usage | None) -> Json:
+    return {"usage": usage.model_dump()} if usage else {}
+
+
+async def complete_response(
+    formatter: ResponseFormatter, prompt_tokens: int, steps: AsyncIterator[StepOutput]
+) -> Json:
+    """The response with every branch, once all have ended."""
+    events: dict[int, list[pm.Event]] = {}
+    async for step in steps:
+        for event in step.events:
+            events.setdefault(event.branch, []).append(event)
+    completion_tokens = sum(event.token is not None for branch in events.values() for event in branch)
+    choices = [formatter.choice(branch, events[branch]) for branch in sorted(events)]
+    return formatter.envelope(choices, Usage.of(prompt_tokens, completion_tokens), streamed=False)
+
+
+async def response_chunks(
+    formatter: ResponseFormatter, prompt_tokens: int, steps: AsyncIterator[StepOutput], wants_usage: bool
+) -> AsyncIterator[Json]:
+    """One chunk for every branch and step with something to show, and the usage if it is wanted."""
+    text_lengths: dict[int, int] = {}
+    completion_tokens = 0
+    async for step in steps:
+        for event in step.events:
+            completion_tokens += event.token is not None
+            if event.text or event.finish_reason or event.logprob is not None:
+                delta = formatter.delta(event, text_lengths.get(event.branch))
+                yield formatter.envelope([delta], None, streamed=True)
+                text_lengths[event.branch] = text_lengths.get(event.branch, 0) + len(event.text)
+    if wants_usage:
+        yield formatter.envelope([], Usage.of(prompt_tokens, completion_tokens), streamed=True)
