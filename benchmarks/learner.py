@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from transformers import PreTrainedModel
+
 from benchmarks.text import passages
 from parallelmind.config import LoraConfig, ModelConfig, OptimizerConfig, RopeConfig
 from parallelmind.layout import Batch, Tokens
@@ -15,10 +17,10 @@ _MAIN = 512
 
 
 class Learner:
-    """SmolLM2 with a fresh LoRA adapter and an optimizer."""
+    """A base model, by default SmolLM2, with a fresh LoRA adapter and an optimizer."""
 
-    def __init__(self, rope: RopeConfig) -> None:
-        self.base, _ = load_base(ModelConfig())
+    def __init__(self, rope: RopeConfig, base: PreTrainedModel | None = None) -> None:
+        self.base = load_base(ModelConfig())[0] if base is None else base
         if rope.patch_rope:
             patch(self.base, rope)
         self.model = add_lora(self.base, LoraConfig(), seed=0)

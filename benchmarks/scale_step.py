@@ -13,19 +13,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.harness import seconds
-from parallelmind.config import LoraConfig, ModelConfig, OptimizerConfig, RopeConfig
+from benchmarks.learner import Learner
+from parallelmind.config import RopeConfig
 from parallelmind.data.packing import make_batch
-from parallelmind.layout import Tokens
-from parallelmind.model.adapter import add_lora
-from parallelmind.model.base_model import load_base
-from parallelmind.model.patch import patch
+from parallelmind.layout import Batch, Tokens
 from parallelmind.training import checkpoint
 from parallelmind.training.checkpoint import State
-from parallelmind.training.loss import TargetLoss
-from parallelmind.training.step import accumulate_gradients, make_optimizer, optimizer_step
 
 
 def cpu_seconds(work: Callable[[], object], repeats: int = 5) -> float:
@@ -44,21 +40,21 @@ def line(points: list[tuple[float, float]]) -> tuple[float, float]:
     return max(float(intercept), 0.0), max(float(slope), 0.0)
 
 
-class _Learner:
-    """A model with a LoRA adapter; a step trains on one sample of four branches."""
+def _one_sample_batch(tokens: int, vocabulary: int) -> Batch:
+    """Return a batch of one sample of four branches with `tokens` tokens in total."""
+    branches = np.split(np.arange(tokens) % vocabulary, 4)
+    return make_batch([Tokens.of([], [branch.tolist() for branch in branches])], RopeConfig(), 0)
 
-    def __init__(self, model: PreTrainedModel, vocabulary: int) -> None:
-        patch(model, RopeConfig())
-        self.model, self.vocabulary = add_lora(model, LoraConfig(), seed=0), vocabulary
-        self.loss = TargetLoss(self.model, "columnar").train()
-        self.optimizer = make_optimizer(self.model, OptimizerConfig())
-        self.trained = sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
 
-    def step(self, tokens: int) -> None:
-        ids = np.arange(tokens) % self.vocabulary
-        sample = Tokens.of([], [branch.tolist() for branch in np.split(ids, 4)])
-        totals = accumulate_gradients(self.loss, iter([make_batch([sample], RopeConfig(), 0)]), 1)
-        optimizer_step(self.loss, self.optimizer, totals.targets, clip=1.0)
+def _step_seconds(learner: Learner, tokens: int, repeats: int) -> float:
+    """Return the CPU time of a step, layout of the batch included, after one warm-up step."""
+    vocabulary = learner.base.config.vocab_size
+
+    def step() -> None:
+        learner.step(_one_sample_batch(tokens, vocabulary))
+
+    step()
+    return cpu_seconds(step, repeats)
 
 
 def stepping() -> dict[str, float]:
@@ -75,20 +71,19 @@ def stepping() -> dict[str, float]:
             num_hidden_layers=layers,
             num_attention_heads=2,
         )
-        learner = _Learner(LlamaForCausalLM(config), 64)
-        learner.step(16)
-        points.append((float(layers), cpu_seconds(partial(learner.step, 16), 10)))
+        learner = Learner(RopeConfig(), LlamaForCausalLM(config))
+        points.append((float(layers), _step_seconds(learner, 16, 10)))
     base_s, layer_s = line(points)
-    learner = _Learner(load_base(ModelConfig())[0], 49152)
-    learner.step(256)
-    step_s = cpu_seconds(lambda: learner.step(256), 4)
+    learner = Learner(RopeConfig())
+    step_s = _step_seconds(learner, 256, 4)
+    trained = sum(weight.numel() for weight in learner.model.parameters() if weight.requires_grad)
     square = torch.randn(2048, 2048)
     product_s = cpu_seconds(lambda: square @ square)
     snapshot_s = cpu_seconds(lambda: checkpoint.snapshot(learner.model, learner.optimizer, State("")))
     return {
         "dispatch_s": base_s,
         "dispatch_s_per_layer": layer_s,
-        "checkpoint_s_per_byte": snapshot_s / (12 * learner.trained),
+        "checkpoint_s_per_byte": snapshot_s / (12 * trained),
         "cpu_step_s_per_token": step_s / 256,
         "cpu_flops": 2 * 2048**3 / product_s,
     }

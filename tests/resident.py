@@ -1,7 +1,8 @@
 """Stands behind `python`, `make`, `ray` and other programs when blocks of the pages are run.
 
-python resident.py stay SOCKET            run every `python -m …` in one process, so that imports happen once
-python resident.py ask NAME ARGUMENT…     what these programs start; the socket is $READER_SOCKET
+Usage:
+    python resident.py stay SOCKET            run every `python -m …` in one process, so that imports happen once
+    python resident.py ask NAME ARGUMENT…     what these programs start; the socket is $READER_SOCKET
 """
 
 from __future__ import annotations

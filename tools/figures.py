@@ -1,6 +1,6 @@
 """Draw docs/figures: layouts, masks, rotary pairs and measured losses, with the library's own functions.
 
-python -m tools.figures
+Usage: python -m tools.figures
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Write docs/reference.md: every field of every command, read from the configuration classes.
 
-python -m tools.reference
+Usage: python -m tools.reference
 """
 
 from __future__ import annotations
