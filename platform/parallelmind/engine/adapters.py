@@ -1,6 +1,4 @@
-"""The adapters that one base model carries: which are known by name, which is at work, and which are still
-needed.
-"""
+"""The adapters on one base model: their names, the active one, and the versions that samples still use."""
 
 from __future__ import annotations
 
@@ -21,102 +19,96 @@ BASE = "base"
 
 
 class AdapterManager:
-    """Every load of an adapter is a version of its own: samples that have begun with an older one end with
-    it.
+    """Loads adapters on a model. Each load is a version, which samples keep until they finish.
 
-    The base model alone is `BASE`; what the model was loaded with goes by no name, and needs none.
+    `BASE` names the model without an adapter. The adapter that the model was loaded with has no name: it
+    serves samples that name none.
     """
 
     def __init__(self, model: Model, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self._tokenizer = model, tokenizer
-        self._versions: dict[str, str] = {BASE: BASE}
-        self._users: Counter[str] = Counter()
-        self._own = self._active = ADAPTER if isinstance(model, PeftModel) else BASE
-        self._loads = 0
-        self._carried: set[str] = set()  # versions that have been put on the model from here
+        self._version_by_name: dict[str, str] = {BASE: BASE}
+        self._num_samples: Counter[str] = Counter()  # by version
+        self._default = self._active = ADAPTER if isinstance(model, PeftModel) else BASE
+        self._num_loads = 0
+        self._loaded: set[str] = set()  # versions on the model that this manager has loaded
 
     def load(self, name: str, folder: str | Path, check: Callable[[Model], None] | None = None) -> str:
-        """Make an adapter available under this name, in place of what had it; returns its version.
+        """Load an adapter under a name, in place of an earlier one of that name; returns its version.
 
-        check: looks at the model with the adapter at work, and may raise. Raises UserError for a folder that
-        is no adapter of this base, or whose rope settings are not the model's. In either case everything is
-        as it was.
+        check: called with the model while the adapter is active; may raise. Raises UserError for a folder
+        that is not an adapter of this base model, or whose rope settings differ from the model's. After an
+        error everything is as before.
         """
         if name == BASE:
-            raise UserError(
-                f"adapter={name!r}: is the name of the model without an adapter; choose another name"
-            )
-        self._loads += 1
-        version = f"{ADAPTER}-{self._loads}"
+            raise UserError(f"adapter={name!r}: names the model without an adapter; choose another name")
+        self._num_loads += 1
+        version = f"{ADAPTER}-{self._num_loads}"
         self.model = add_adapter(self.model, self._tokenizer, folder, version)
-        self._carried.add(version)
+        self._loaded.add(version)
+        # A model that had no adapter before must have an active one.
         active = version if self._active == BASE else self._active
         try:
             if check is not None:
-                self._use(version)
+                self._activate(version)
                 check(self.model)
-            self._versions[name] = version
+            self._version_by_name[name] = version
         finally:
-            self._use(active)
+            self._activate(active)
             self.collect()
         return version
 
     def unload(self, name: str) -> None:
-        """Forget a name; samples that use its adapter go on. Raises UserError for an unknown one."""
+        """Remove a name; samples that use its adapter keep it. Raises UserError for an unknown name."""
         if name == BASE:
-            raise UserError(
-                f"adapter={name!r}: is the name of the model without an adapter, which stays; name another"
-            )
+            raise UserError(f"adapter={name!r}: the model without an adapter stays; name another")
         self.version(name)
-        del self._versions[name]
+        del self._version_by_name[name]
         self.collect()
 
     def version(self, name: str | None) -> str:
-        """What a sample that asks for this name gets. Raises UserError for an unknown one."""
+        """The version that a new sample gets for this name. Raises UserError for an unknown name."""
         if name is None:
-            return self._own
-        if name not in self._versions:
-            raise UserError(f"adapter={name!r}: not loaded; choose from {', '.join(sorted(self._versions))}")
-        return self._versions[name]
+            return self._default
+        if name not in self._version_by_name:
+            known = ", ".join(sorted(self._version_by_name))
+            raise UserError(f"adapter={name!r}: not loaded; choose from {known}")
+        return self._version_by_name[name]
 
     def acquire(self, version: str) -> None:
-        self._users[version] += 1
+        """Count a sample that uses this version."""
+        self._num_samples[version] += 1
 
     def release(self, version: str) -> None:
-        self._users[version] -= 1
+        """Discount a finished sample of this version. `collect` deletes the version later."""
+        self._num_samples[version] -= 1
 
     @contextmanager
     def active(self, version: str) -> Iterator[None]:
-        """While this lasts the model computes with that version."""
+        """Context in which the model computes with this version."""
         if version == BASE and isinstance(self.model, PeftModel):
             with self.model.disable_adapter():
                 yield
             return
         if version != self._active:
-            self._use(version)
+            self._activate(version)
         yield
 
-    def _use(self, version: str) -> None:
+    def collect(self) -> None:
+        """Delete unreferenced adapter versions. Call between steps, from the step thread."""
+        if not isinstance(self.model, PeftModel):
+            return
+        in_use = {version for version, count in self._num_samples.items() if count}
+        unused = sorted(self._loaded - in_use - {ADAPTER, *self._version_by_name.values()})
+        if len(unused) == len(self.model.peft_config):
+            unused.pop()  # peft cannot compute with a model that has lost all of its adapters
+        for version in unused:
+            if version == self._active:
+                self._activate(next(kept for kept in self.model.peft_config if kept not in unused))
+            self.model.delete_adapter(version)
+            self._loaded.remove(version)
+
+    def _activate(self, version: str) -> None:
         if isinstance(self.model, PeftModel) and version != BASE:
             self.model.set_adapter(version, inference_mode=True)
         self._active = version
-
-    def collect(self) -> None:
-        """Take off the model what neither a name nor a sample asks for. To be called by whoever computes, in
-        between.
-        """
-        if not isinstance(self.model, PeftModel):
-            return
-        needed = {
-            ADAPTER,
-            *self._versions.values(),
-            *(version for version, users in self._users.items() if users),
-        }
-        spare = sorted(self._carried - needed)
-        if len(spare) == len(self.model.peft_config):
-            spare.pop()  # peft cannot compute with a model that has lost all of its adapters
-        for version in spare:
-            if version == self._active:
-                self._use(next(known for known in self.model.peft_config if known not in spare))
-            self.model.delete_adapter(version)
-            self._carried.remove(version)

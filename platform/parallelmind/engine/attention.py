@@ -1,9 +1,10 @@
 """Attention of a step's tokens over the paged KV cache.
 
-For a model that hands masks to its attention unchanged, `CascadeAttention` takes the place of a mask: segments
-of similar shape are gathered and attended to together, each key is read once for all query heads that share
-it, and the results that a token has from several segments are merged by their log-sum-exp (as Hydragen and
-FlashInfer's cascade do for shared prefixes). Any other model gets one dense mask over all keys of the step.
+For a model that hands masks to its attention unchanged, `CascadeAttention` takes the place of a mask:
+segments of similar shape are gathered and attended to together, each key is read once for all query heads that
+share it, and the results that a token has from several segments are merged by their log-sum-exp (as Hydragen
+and FlashInfer's cascade do for shared prefixes). Any other model gets one dense mask over all keys of the
+step.
 """
 
 from __future__ import annotations
@@ -133,9 +134,10 @@ class SegmentBatch:
     def _gather(
         self, queries: Tensor, keys: Tensor, values: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Query `[segments, kv heads, group * n, dim]`, key and value `[segments, kv heads, keys, dim]`, bias.
+        """Query, key and value of all segments, and the bias.
 
-        group: query heads that share one KV head.
+        Shapes: `[segments, kv heads, group * n, dim]`, and twice `[segments, kv heads, keys, dim]`.
+        `group` query heads share one KV head.
         """
         query = queries[self.queries]  # [segments, n, heads, dim]
         group = query.shape[2] // keys.shape[1]

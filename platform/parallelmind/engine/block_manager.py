@@ -1,8 +1,8 @@
 """Blocks of the paged KV cache: which are free, allocated or cached, and which tokens they hold. No tensors.
 
-The cache has one slot for each token, in blocks of `BLOCK` slots. Full blocks of a main can be reused by other
-samples, under a hash of everything up to their end. A cached block without a reader stays until its room is
-needed; the one idle for longest is evicted first.
+The cache has one slot for each token, in blocks of `BLOCK` slots. Full blocks of a main can be reused by
+other samples, under a hash of everything up to their end. A cached block without a reader stays until its
+room is needed; the one idle for longest is evicted first.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class BlockManager:
                 self._idle[block] = None
 
     def match_prefix(self, keys: Sequence[bytes]) -> list[int]:
-        """Cached blocks of the longest prefix of these keys. Each gets one reader more; return it to `free`."""
+        """Cached blocks of the longest prefix of these keys; each gets one more reader."""
         blocks: list[int] = []
         for key in keys:
             if (block := self._block_by_key.get(key)) is None:

@@ -1,7 +1,7 @@
 """Compare the logits of cached decoding with those of one forward pass over the same tokens.
 
-Both run the same model. They differ by rounding alone as long as the caches, masks and coordinates of decoding
-are those that the model was trained with.
+Both run the same model. They differ by rounding alone as long as the caches, masks and coordinates of
+decoding are those that the model was trained with.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from parallelmind.engine.scheduler import EngineConfig
 from parallelmind.layout import Layout
 from parallelmind.model.mask import attention_masks
 
-# Token ids of the checked sample. Any vocabulary of a language model has them, and their text does not matter.
+# Token ids of the checked sample. Every vocabulary has them, and their text does not matter.
 CHECK_MAIN = [5, 6, 7, 8, 9, 10, 11, 12]
 CHECK_BRANCHES = [[20, 21, 22, 23], [30, 31, 32, 33, 34, 35], [40, 41]]
 _FIRST_NEW_TOKEN, _TOKENS_PER_BRANCH = 60, 10

@@ -41,8 +41,8 @@ class Engine:
 
     rope_config: rope settings of the model.
     config: limits of the engine.
-    fallback_reason: why branches cannot share a sequence on this model; None if they can. Such a model decodes
-        each branch isolated, in a row of its own.
+    fallback_reason: why branches cannot share a sequence on this model; None if they can. Such a model
+        decodes each branch isolated, in a row of its own.
     state_lock: guards the state of all samples. Hold it for calls that belong together.
     seconds_in_model: total time of all forward passes.
     """
@@ -170,8 +170,9 @@ class Engine:
     def join(self, sample_id: int, text: Text, **sampling: Any) -> int:
         """Add a branch to an unfinished sample; returns the index of the branch.
 
-        sampling: fields of `SamplingParams`. Raises UserError if the sample is finished or the branch does not
-        fit, and CapacityError if it does not fit now.
+        sampling: fields of `SamplingParams`.
+        Raises UserError if the sample is finished or the branch does not fit, and CapacityError if it does
+        not fit now.
         """
         token_ids, params = tokenize(self.tokenizer, text, first=False), SamplingParams.of(sampling)
         with self.state_lock:

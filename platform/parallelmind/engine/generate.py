@@ -1,4 +1,4 @@
-"""Generating text: every branch of a sample, streamed or whole, by an engine of its own."""
+"""Generate text for one sample: every branch, streamed or complete, by an engine of its own."""
 
 from __future__ import annotations
 
@@ -28,40 +28,19 @@ def stream(
     reduce: Text | None = None,
     **sampling: Any,
 ) -> Iterator[Event]:
-    """Decode and yield every branch's text as it comes.
+    """Decode a sample and yield the text of every branch as it comes.
 
-    sampling: fields of `SamplingParams`; per_branch: other values of them for each branch. reduce: the prompt
-    of one more branch, the last, which follows when all others have ended and reads main and all of them.
-    Raises UserError, before any computing, for a bad setting, an empty branch, an unpatched model with
-    several branches, and a sample that the model's context cannot hold. A model that no patch can teach
-    parallel branches decodes them isolated, one row each, and a warning says so. Closing the iterator early
-    ends the work.
+    per_branch: settings of each branch, which override `sampling`.
+    reduce: prompt of one more branch, the last one, which starts when all others have finished and attends to
+        main and all of them.
+    sampling: fields of `SamplingParams`.
+    Raises UserError, before anything is computed, for a bad setting, an empty branch, several branches on an
+    unpatched model, and a sample that exceeds the model's context. A model that cannot hold branches in one
+    sequence decodes each isolated, in a row of its own, with a UserNotice. Closing the iterator stops
+    decoding.
     """
-    return _events(
-        engine_for(model, tokenizer, [tokenize_request(tokenizer, sample, per_branch, reduce, sampling)])
-    )
-
-
-def engine_for(model: Model, tokenizer: PreTrainedTokenizerBase, asked: Sequence[TokenizedRequest]) -> Engine:
-    """An engine with room for these samples, which wait in it, numbered from 0. Errors and warning are those
-    of `stream`.
-    """
-    engine = Engine(model, tokenizer, _config_for(asked))
-    if engine.fallback_reason and any(each.tokens.branches > 1 for each in asked):
-        kind = causal_lm(model).config.model_type
-        said = f"{kind} {engine.fallback_reason}; its branches are decoded isolated, each in a row of its own"
-        warnings.warn(said, UserNotice, stacklevel=3)
-    for each in asked:
-        engine.enqueue(each)
-    return engine
-
-
-def _config_for(requests: Sequence[TokenizedRequest]) -> EngineConfig:
-    """Limits that hold these requests side by side, and no more."""
-    branches = sum(request.num_branches for request in requests)
-    tokens = sum(request.num_prompt_tokens + request.max_new_tokens for request in requests)
-    blocks = branches + len(requests)  # every branch and every main may fill a block in part
-    return EngineConfig(tokens + BLOCK * blocks, max_branches=branches)
+    request = tokenize_request(tokenizer, sample, per_branch, reduce, sampling)
+    return _events(engine_for(model, tokenizer, [request]))
 
 
 def generate(model: Model, tokenizer: PreTrainedTokenizerBase, sample: Sample, **settings: Any) -> list[str]:
@@ -75,6 +54,30 @@ def generate(model: Model, tokenizer: PreTrainedTokenizerBase, sample: Sample, *
 def generate_text(model: Model, tokenizer: PreTrainedTokenizerBase, text: Text, **settings: Any) -> str:
     """The continuation of one text. Settings and errors are those of `stream`."""
     return generate(model, tokenizer, Sample(branches=[text]), **settings)[0]
+
+
+def engine_for(
+    model: Model, tokenizer: PreTrainedTokenizerBase, requests: Sequence[TokenizedRequest]
+) -> Engine:
+    """An engine that holds exactly these requests, queued, with ids from 0. Raises and warns as `stream`."""
+    engine = Engine(model, tokenizer, _config_for(requests))
+    if engine.fallback_reason and any(request.tokens.branches > 1 for request in requests):
+        model_type = causal_lm(model).config.model_type
+        notice = (
+            f"{model_type} {engine.fallback_reason}; each branch is decoded isolated, in a row of its own"
+        )
+        warnings.warn(notice, UserNotice, stacklevel=3)
+    for request in requests:
+        engine.enqueue(request)
+    return engine
+
+
+def _config_for(requests: Sequence[TokenizedRequest]) -> EngineConfig:
+    """Limits that hold these requests side by side, and no more."""
+    branches = sum(request.num_branches for request in requests)
+    tokens = sum(request.num_prompt_tokens + request.max_new_tokens for request in requests)
+    partial_blocks = branches + len(requests)  # the last block of every branch and of every main
+    return EngineConfig(cache_tokens=tokens + BLOCK * partial_blocks, max_branches=branches)
 
 
 def _events(engine: Engine) -> Iterator[Event]:

@@ -1,4 +1,4 @@
-"""Tokens of one branch to text, as they come: whole characters only, and never a part of a stop text."""
+"""Decoded tokens to text as they come, and the detection of a branch's end. No torch."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from parallelmind.engine.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
-_INCOMPLETE = "\ufffd"
-_CONTEXT = 8  # prompt tokens that decide whether the first word begins with a space
+_INCOMPLETE = "\ufffd"  # what a tokenizer decodes an incomplete character to
+_NUM_CONTEXT = 8  # prompt tokens that decide whether the first word begins with a space
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,40 +46,39 @@ class Tokenizer(Protocol):
 
 
 class Detokenizer:
-    """Text of a growing list of ids; a character that is split over tokens waits until it is whole."""
+    """Decodes a growing list of ids; a character that is split over tokens waits until it is complete."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._backend: Any = getattr(
-            tokenizer, "backend_tokenizer", None
-        )  # none: a tokenizer written in Python
+        # None for a tokenizer that is written in Python
+        self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)
         self._pending: list[int] = []
-        context = list(prompt[-_CONTEXT:])
+        context = list(prompt[-_NUM_CONTEXT:])
         if self._decode(context).endswith(_INCOMPLETE):
-            context = []  # the stream would say the prompt's half character again
+            context = []  # the stream would return the incomplete character of the prompt again
         self._context = context
         self._stream = DecodeStream(ids=context, skip_special_tokens=True) if self._backend else None
 
     def push(self, token: int) -> str:
-        """The text that `token` completes, which may be none."""
+        """The text that `token` completes; may be empty."""
         self._pending.append(token)
-        piece = self._stream.step(self._backend, token) if self._stream else self._slow_step()
-        if not piece:
+        text = self._stream.step(self._backend, token) if self._stream else self._step_in_python()
+        if not text:
             return ""
         self._pending.clear()
-        return str(piece)
+        return str(text)
 
     def flush(self) -> str:
-        """What is still incomplete, with the replacement character for broken bytes."""
-        rest, self._pending = self._decode(self._pending), []
-        return rest
+        """The text that is still incomplete, with the replacement character for incomplete bytes."""
+        text, self._pending = self._decode(self._pending), []
+        return text
 
-    def _slow_step(self) -> str:
-        """For tokenizers written in Python: the difference that the pending tokens make to their context."""
+    def _step_in_python(self) -> str:
+        """The text that the pending tokens add to their context."""
         before, after = self._decode(self._context), self._decode(self._context + self._pending)
         if after.endswith(_INCOMPLETE):
             return ""
-        self._context = (self._context + self._pending)[-_CONTEXT:]
+        self._context = (self._context + self._pending)[-_NUM_CONTEXT:]
         return after[len(before) :]
 
     def _decode(self, ids: list[int]) -> str:
@@ -87,60 +86,62 @@ class Detokenizer:
 
 
 class StopChecker:
-    """Withholds what might be the beginning of a stop text, and ends before one."""
+    """Finds stop texts, and withholds text that may be the beginning of one."""
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = stop
-        self._held = ""
+        self._withheld = ""
 
-    def push(self, piece: str) -> tuple[str, bool]:
-        """The text that can be shown now, and whether a stop text has been met."""
-        text, self._held = self._held + piece, ""
-        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
-        if found:
-            return text[: min(found)], True
-        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
-        cut = len(text) - keep
-        self._held = text[cut:]
+    def push(self, text: str) -> tuple[str, bool]:
+        """The text that can be shown now, and whether a stop text was found after it."""
+        text, self._withheld = self._withheld + text, ""
+        positions = [position for stop in self._stop if (position := text.find(stop)) >= 0]
+        if positions:
+            return text[: min(positions)], True
+        num_withheld = max((_overlap(text, stop) for stop in self._stop), default=0)
+        cut = len(text) - num_withheld
+        self._withheld = text[cut:]
         return text[:cut], False
 
     def flush(self) -> str:
-        rest, self._held = self._held, ""
-        return rest
+        """The withheld text: the branch ends without a stop text."""
+        text, self._withheld = self._withheld, ""
+        return text
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` begins with."""
+    """Length of the longest suffix of `text` that is a prefix of `stop`, `stop` itself excluded."""
     longest = min(len(text), len(stop) - 1)
-    return next((size for size in range(longest, 0, -1) if stop.startswith(text[-size:])), 0)
+    return next((length for length in range(longest, 0, -1) if stop.startswith(text[-length:])), 0)
 
 
 class OutputProcessor:
-    """Follows one branch: what each decoded token adds to its text, and when the branch ends."""
+    """Turns the decoded tokens of one branch into text, and detects its end."""
 
     def __init__(
         self,
         tokenizer: Tokenizer,
         prompt: Sequence[int],
         params: SamplingParams,
-        eos: frozenset[int],
+        eos_token_ids: frozenset[int],
     ) -> None:
         self._detokenizer = Detokenizer(tokenizer, prompt)
-        self._stop_text = StopChecker(params.stop)
-        self._eos = frozenset[int]() if params.ignore_eos else eos
-        self._left = params.max_new_tokens
+        self._stop_checker = StopChecker(params.stop)
+        self._eos_token_ids = frozenset[int]() if params.ignore_eos else eos_token_ids
+        self._num_left = params.max_new_tokens
 
     def process(self, token: int) -> tuple[str, FinishReason | None]:
-        """The text to show for `token`, and why the branch ends with it, if it does."""
-        self._left -= 1
-        if token in self._eos:
-            return self._rest()[0], "stop"
-        text, met = self._stop_text.push(self._detokenizer.push(token))
-        if met or self._left:
-            return text, "stop" if met else None
-        rest, met = self._rest()
-        return text + rest, "stop" if met else "length"
+        """The text to show for `token`, and why the branch finishes with it, if it does."""
+        self._num_left -= 1
+        if token in self._eos_token_ids:
+            return self._flush()[0], "stop"
+        text, stopped = self._stop_checker.push(self._detokenizer.push(token))
+        if stopped or self._num_left:
+            return text, "stop" if stopped else None
+        rest, stopped = self._flush()
+        return text + rest, "stop" if stopped else "length"
 
-    def _rest(self) -> tuple[str, bool]:
-        text, met = self._stop_text.push(self._detokenizer.flush())
-        return (text, True) if met else (text + self._stop_text.flush(), False)
+    def _flush(self) -> tuple[str, bool]:
+        """All text that is left, and whether it contained a stop text."""
+        text, stopped = self._stop_checker.push(self._detokenizer.flush())
+        return (text, True) if stopped else (text + self._stop_checker.flush(), False)

@@ -1,9 +1,10 @@
-"""Draw the next token of every branch from the logits: one pass over rows with different settings."""
+"""Sample the next token of every branch from the logits, in one pass over rows with different settings."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from typing import Any
 
@@ -14,16 +15,18 @@ from transformers.generation import logits_process as hf
 
 from parallelmind.engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from parallelmind.layout import Ints
+from parallelmind.model.hf_compat import process_rows
+
+_SMALLEST, _LARGEST = 1e-15, 1e15  # settings within these bounds keep scores finite in float32
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingRow:
-    """One live branch that is about to get a token.
+    """A branch whose next token is sampled.
 
-    seed: `params.seed`, or one from `random_seed` for the branch's sample. branch: its index in the sample.
-    index: how many tokens it has been given before; (seed, branch, index) fix a draw, so a branch can go on
-    anywhere. history: `[tokens]` ids that it has read or said, prompt first; looked at for a repetition
-    penalty only.
+    seed, branch, index: the random draw is a function of these alone, so that any engine can continue a
+        branch. `branch` is the index of the branch in its sample, `index` the number of its decoded tokens.
+    history: token ids of the branch, prompt first; used by the repetition penalty alone.
     """
 
     params: SamplingParams
@@ -35,10 +38,11 @@ class SamplingRow:
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
-    """A branch's next token.
+    """The next token of a branch.
 
-    logprob, top: where asked for, the natural log-probability of `token`, and the likeliest (id, log-probability) pairs from
-        the likeliest down, by the model's own distribution: before bias, penalty, temperature and the rest.
+    logprob: natural log-probability of `token`, if `SamplingParams.logprobs` is set.
+    top: (id, log-probability) pairs of the most likely tokens, in descending order.
+    Both are of the model's own distribution, before any setting changes it.
     """
 
     token: int
@@ -47,119 +51,125 @@ class SampledToken:
 
 
 def random_seed() -> int:
-    """A seed from torch's global generator, so that `torch.manual_seed` governs what is sampled without a
-    seed.
-    """
+    """A seed from torch's global generator, which `torch.manual_seed` controls."""
     return int(torch.randint(2**62, ()))
 
 
 @torch.inference_mode()
 def sample_tokens(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
-    """The next token of every row.
+    """Sample the next token of every row.
 
-    logits: `[rows, vocab]`, never changed. What a row gets does not depend on the rows beside it.
+    logits: `[rows, vocab]`; not modified. The token of a row does not depend on the other rows.
     """
-    scores = _penalised(_biased(logits, rows), rows)
-    picked = scores.argmax(dim=-1)
-    drawing = [at for at, row in enumerate(rows) if row.params.temperature]
-    if drawing:
-        picked[drawing] = _draw(scores[drawing].float(), [rows[at] for at in drawing])
+    scores = _apply_repetition_penalty(_apply_logit_bias(logits, rows), rows)
+    token_ids = scores.argmax(dim=-1)
+    random = [index for index, row in enumerate(rows) if row.params.temperature]
+    if random:
+        token_ids[random] = _draw(scores[random].float(), [rows[index] for index in random])
     if all(row.params.logprobs is None for row in rows):
-        return [SampledToken(token, None) for token in picked.tolist()]
-    return _with_logprobs(logits, picked, rows)
+        return [SampledToken(token, None) for token in token_ids.tolist()]
+    return _with_logprobs(logits, token_ids, rows)
 
 
-def _biased(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    biases = [(at, token, bias) for at, row in enumerate(rows) for token, bias in row.params.logit_bias]
+def _apply_logit_bias(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    biases = [(index, token, bias) for index, row in enumerate(rows) for token, bias in row.params.logit_bias]
     if not biases:
         return scores
-    at, tokens, added = (torch.tensor(column, device=scores.device) for column in zip(*biases, strict=True))
-    return scores.float().index_put((at, tokens), added.float(), accumulate=True)
+    indices, tokens, values = (
+        torch.tensor(column, device=scores.device) for column in zip(*biases, strict=True)
+    )
+    return scores.float().index_put((indices, tokens), values.float(), accumulate=True)
 
 
-def _penalised(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    penalties = {
-        at: row.params.repetition_penalty for at, row in enumerate(rows) if row.params.repetition_penalty != 1
-    }
+def _apply_repetition_penalty(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    penalties = _rows_with([row.params for row in rows], "repetition_penalty", off=1)
     if not penalties:
         return scores
-    longest = max(len(rows[at].history) for at in penalties)
-    history = np.full(
-        (len(penalties), longest), scores.shape[-1]
-    )  # filled up with an id that the processor drops
-    for line, at in zip(history, penalties, strict=True):
-        line[: len(rows[at].history)] = rows[at].history
-    ids = torch.from_numpy(history).to(scores.device)
-    return _per_row(hf.RepetitionPenaltyLogitsProcessor, "penalty", penalties, scores.float(), ids)
+    longest = max(len(rows[index].history) for index in penalties)
+    # Padded with an id beyond the vocabulary, which the processor ignores.
+    history = np.full((len(penalties), longest), scores.shape[-1])
+    for line, index in zip(history, penalties, strict=True):
+        line[: len(rows[index].history)] = rows[index].history
+    input_ids = torch.from_numpy(history).to(scores.device)
+    return _process(hf.RepetitionPenaltyLogitsProcessor, "penalty", penalties, scores.float(), input_ids)
 
 
 def _draw(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """`[rows]` ids, by inverting the cumulative distribution: one number per row instead of one per word of
-    the vocabulary.
-    """
-    cumulative = _warped(scores, [row.params for row in rows]).softmax(dim=-1).double().cumsum(dim=-1)
+    """`[rows]` ids by inversion of the cumulative distribution: one random number for each row."""
+    cumulative = _shape_distribution(scores, [row.params for row in rows]).softmax(-1).double().cumsum(-1)
     uniform = torch.tensor([[_uniform(row)] for row in rows], dtype=torch.float64, device=scores.device)
-    picked = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
-    return picked.squeeze(-1).clamp_(max=scores.shape[-1] - 1)  # NaN logits: whatever, but an id
+    token_ids = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+    return token_ids.squeeze(-1).clamp_(max=scores.shape[-1] - 1)  # NaN logits give any valid id
 
 
 def _uniform(row: SamplingRow) -> float:
-    """A number in [0, 1) that is a function of (seed, branch, index) alone: 53 bits of their hash."""
+    """A number in [0, 1) from 53 bits of a hash of (seed, branch, index)."""
     digest = blake2b(f"{row.seed},{row.branch},{row.index}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
-def _warped(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """`[rows, vocab]` scores after what shapes a draw, in transformers' own order."""
-
-    def asked(field: str, off: float) -> dict[int, float]:
-        return {at: getattr(own, field) for at, own in enumerate(params) if getattr(own, field) != off}
-
-    scores = _per_row(hf.TemperatureLogitsWarper, "temperature", asked("temperature", off=1), scores)
-    top_k = asked("top_k", off=0)
-    for k in set(top_k.values()):  # topk takes one number for all
-        scores = _apply(hf.TopKLogitsWarper(int(k)), [at for at in top_k if top_k[at] == k], scores)
-    scores = _per_row(hf.TopPLogitsWarper, "top_p", asked("top_p", off=1), scores)
-    return _per_row(hf.MinPLogitsWarper, "min_p", asked("min_p", off=0), scores)
+def _shape_distribution(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """`[rows, vocab]` scores after temperature, top-k, top-p and min-p, in the order of transformers."""
+    temperatures = _rows_with(params, "temperature", off=1)
+    scores = _process(hf.TemperatureLogitsWarper, "temperature", temperatures, scores)
+    top_k = _rows_with(params, "top_k", off=0)
+    for k in set(top_k.values()):  # torch.topk takes one number for all rows
+        indices = [index for index, row_k in top_k.items() if row_k == k]
+        scores = _replace_rows(scores, indices, partial(_keep_top_k, int(k)))
+    scores = _process(hf.TopPLogitsWarper, "top_p", _rows_with(params, "top_p", off=1), scores)
+    return _process(hf.MinPLogitsWarper, "min_p", _rows_with(params, "min_p", off=0), scores)
 
 
-def _per_row(
-    kind: Any, attribute: str, values: dict[int, float], scores: Tensor, history: Any = None
+def _keep_top_k(k: int, scores: Tensor) -> Tensor:
+    processor: Any = hf.TopKLogitsWarper(k)
+    processed: Tensor = processor(None, scores)
+    return processed
+
+
+def _rows_with(params: Sequence[SamplingParams], field: str, off: float) -> dict[int, float]:
+    """Values of a setting by row, without the rows where it is off."""
+    values = ((index, getattr(row_params, field)) for index, row_params in enumerate(params))
+    return {index: value for index, value in values if value != off}
+
+
+def _process(
+    processor: type[hf.LogitsProcessor],
+    attribute: str,
+    values: dict[int, float],
+    scores: Tensor,
+    input_ids: Tensor | None = None,
 ) -> Tensor:
-    """Process the rows of `values` (row -> value): processors check for one number, but a `[rows, 1]` column
-    computes alike.
-    """
-    processor = kind(1.0)
+    """Apply a processor of transformers with a value of its own to each of these rows."""
     column = torch.tensor(list(values.values()), dtype=torch.float32, device=scores.device)
-    setattr(processor, attribute, column.clamp(1e-15, 1e15)[:, None])  # scores stay finite in float32
-    return _apply(processor, list(values), scores, history)
+    column = column.clamp(_SMALLEST, _LARGEST)
+    return _replace_rows(
+        scores, list(values), lambda rows: process_rows(processor, attribute, column, rows, input_ids)
+    )
 
 
-def _apply(processor: hf.LogitsProcessor, at: list[int], scores: Tensor, history: Any = None) -> Tensor:
-    """`scores` with the rows `at` processed and all others as they are."""
-    if not at:
+def _replace_rows(scores: Tensor, indices: list[int], process: Callable[[Tensor], Tensor]) -> Tensor:
+    """`scores` with these rows processed."""
+    if not indices:
         return scores
-    if len(at) == len(scores):
-        return processor(history, scores)
-    where = torch.tensor(at, device=scores.device)
-    return scores.index_copy(0, where, processor(history, scores[where]))
+    if len(indices) == len(scores):
+        return process(scores)
+    index = torch.tensor(indices, device=scores.device)
+    return scores.index_copy(0, index, process(scores[index]))
 
 
-def _with_logprobs(logits: Tensor, picked: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
-    logs = logits.float().log_softmax(dim=-1)
-    width = min(
-        MAX_LOGPROBS, logs.shape[-1]
-    )  # always as many, since which of several equals comes first depends on it
-    values, ids = logs.topk(width)
-    own = picked[:, None]
-    table = torch.cat(
-        [own.double(), logs.gather(1, own), ids, values], dim=1
-    )  # float64 holds every id: one copy to the host
-    choices = []
-    for row, (token, logprob, *likeliest) in zip(rows, table.tolist(), strict=True):
-        top = zip(map(int, likeliest[:width]), likeliest[width:], strict=True)
-        k = row.params.logprobs
-        choices.append(
-            SampledToken(int(token), None) if k is None else SampledToken(int(token), logprob, tuple(top)[:k])
-        )
-    return choices
+def _with_logprobs(logits: Tensor, token_ids: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
+    logprobs = logits.float().log_softmax(dim=-1)
+    # Always the same number, because the order of equal values depends on it.
+    count = min(MAX_LOGPROBS, logprobs.shape[-1])
+    top_logprobs, top_ids = logprobs.topk(count)
+    chosen = token_ids[:, None]
+    # One copy to the host; float64 represents every id exactly.
+    table = torch.cat([chosen.double(), logprobs.gather(1, chosen), top_ids, top_logprobs], dim=1)
+    sampled = []
+    for row, (token, logprob, *top) in zip(rows, table.tolist(), strict=True):
+        if row.params.logprobs is None:
+            sampled.append(SampledToken(int(token), None))
+            continue
+        pairs = tuple(zip(map(int, top[:count]), top[count:], strict=True))
+        sampled.append(SampledToken(int(token), logprob, pairs[: row.params.logprobs]))
+    return sampled

@@ -21,18 +21,21 @@ Biases = tuple[tuple[int, float], ...]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
-    """How a branch is continued. Raises UserError for a value that means nothing.
+    """How a branch is continued. Raises UserError for a value out of range.
 
-    max_new_tokens: most tokens per branch.
-    temperature: 0 always takes the likeliest token; 1 draws from the model's own distribution.
-    top_k, top_p, min_p: draw only from the k likeliest tokens (0: all), from the fewest tokens that hold probability p
-        (1: all), from those at least p times as likely as the likeliest (0: all).
-    repetition_penalty: above 1 makes what a branch has already read or said less likely.
-    logit_bias: token id -> number from -100 to 100 that is added to its logit; kept as (id, bias) pairs in order of id.
-    stop: a branch ends before any of these texts.
-    seed: the same seed draws the same tokens, whatever siblings a branch has; none draws from torch's global generator.
-    ignore_eos: go on after the end-of-text token.
-    logprobs: also give the log-probability of each chosen token, and of this many likeliest tokens; None gives neither.
+    max_new_tokens: upper bound of the branch's decoded tokens.
+    temperature: 0 takes the most likely token; 1 samples from the model's own distribution.
+    top_k: sample from the k most likely tokens; 0: from all.
+    top_p: sample from the fewest tokens that hold this probability; 1: from all.
+    min_p: sample from the tokens at least this times as likely as the most likely one; 0: from all.
+    repetition_penalty: above 1 makes tokens of the prompt and decoded tokens less likely.
+    logit_bias: numbers from -100 to 100 by token id, which are added to the logits; kept as sorted
+        (id, bias) pairs.
+    stop: the branch finishes before any of these texts.
+    seed: equal seeds sample equal tokens, whatever siblings a branch has; None draws a seed from torch's
+        global generator.
+    ignore_eos: continue after an end-of-text token.
+    logprobs: return the log-probability of each token, and of this many most likely tokens; None: neither.
     """
 
     max_new_tokens: int = 64
@@ -48,24 +51,17 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        self._whole("max_new_tokens", least=1)
-        self._whole("top_k", least=0)
+        self._check_integer("max_new_tokens", 1)
+        self._check_integer("top_k", 0)
         if self.seed is not None:
-            self._whole("seed", least=0)
+            self._check_integer("seed", 0)
         if self.logprobs is not None:
-            self._whole("logprobs", least=0, most=MAX_LOGPROBS)
-        self._number(
-            "temperature",
-            0 <= _float(self.temperature) < math.inf,
-            "give 0 (greedy) or a finite number above it",
-        )
-        self._number("top_p", 0 < _float(self.top_p) <= 1, "give a number above 0 and up to 1")
-        self._number("min_p", 0 <= _float(self.min_p) <= 1, "give a number from 0 to 1")
-        self._number(
-            "repetition_penalty",
-            0 < _float(self.repetition_penalty) < math.inf,
-            "give a number above 0; 1 is off",
-        )
+            self._check_integer("logprobs", 0, MAX_LOGPROBS)
+        temperature, penalty = _number(self.temperature), _number(self.repetition_penalty)
+        self._check("temperature", 0 <= temperature < math.inf, "give 0 (greedy) or a finite number above it")
+        self._check("top_p", 0 < _number(self.top_p) <= 1, "give a number above 0 and up to 1")
+        self._check("min_p", 0 <= _number(self.min_p) <= 1, "give a number from 0 to 1")
+        self._check("repetition_penalty", 0 < penalty < math.inf, "give a number above 0; 1 is off")
         object.__setattr__(self, "logit_bias", _checked_biases(self.logit_bias))
         object.__setattr__(self, "stop", _checked_stops(self.stop))
 
@@ -76,31 +72,33 @@ class SamplingParams:
         for name, value in values.items():
             if name not in known:
                 raise UserError(
-                    f"{str(name)[:40]}={short(value)}: unknown sampling setting; choose from {', '.join(known)}"
+                    f"{str(name)[:40]}={short(value)}: unknown sampling setting; choose from "
+                    f"{', '.join(known)}"
                 )
         return cls(**values)
 
-    def _whole(self, name: str, least: int, most: int | None = None) -> None:
-        value = getattr(self, name)
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int)
-            or value < least
-            or (most is not None and value > most)
-        ):
-            raise UserError(
-                f"{name}={short(value)}: give a whole number from {least} {'up' if most is None else f'to {most}'}"
-            )
+    def _check_integer(self, field: str, minimum: int, maximum: int | None = None) -> None:
+        value = getattr(self, field)
+        fits = _is_integer(value) and value >= minimum and (maximum is None or value <= maximum)
+        self._check(
+            field,
+            fits,
+            f"give a whole number from {minimum} {'up' if maximum is None else f'to {maximum}'}",
+        )
 
-    def _number(self, name: str, fits: bool, remedy: str) -> None:
+    def _check(self, field: str, fits: bool, remedy: str) -> None:
         if not fits:
-            raise UserError(f"{name}={short(getattr(self, name))}: {remedy}")
+            raise UserError(f"{field}={short(getattr(self, field))}: {remedy}")
 
 
-def _float(value: Any) -> float:
-    """NaN, which fits no range, for whatever is no number or beyond every float."""
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(value: Any) -> float:
+    """The value as a float; NaN, which fits no range, if it is not a number or too large."""
     try:
-        return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+        return float(value) if isinstance(value, float) or _is_integer(value) else math.nan
     except OverflowError:
         return math.nan
 
@@ -113,14 +111,10 @@ def _checked_biases(value: Any) -> Biases:
     if len(pairs) > MAX_BIASES:
         raise UserError(f"logit_bias={short(value)} ({len(pairs)} token ids): give at most {MAX_BIASES}")
     for token, bias in pairs:
-        if (
-            isinstance(token, bool)
-            or not isinstance(token, int)
-            or token < 0
-            or not abs(_float(bias)) <= MAX_BIAS
-        ):
+        if not (_is_integer(token) and token >= 0 and abs(_number(bias)) <= MAX_BIAS):
             raise UserError(
-                f"logit_bias={short({token: bias})}: give ids from 0 up with numbers from -{MAX_BIAS} to {MAX_BIAS}"
+                f"logit_bias={short({token: bias})}: give ids from 0 up with numbers from -{MAX_BIAS} "
+                f"to {MAX_BIAS}"
             )
     return tuple(sorted((token, float(bias)) for token, bias in dict(pairs).items()))
 
@@ -133,6 +127,7 @@ def _checked_stops(value: Any) -> tuple[str, ...]:
     longest = max(value, key=len, default="")
     if len(longest) > MAX_STOP_CHARS:
         raise UserError(
-            f"stop={short(longest)} ({len(longest)} characters): give texts of at most {MAX_STOP_CHARS} characters"
+            f"stop={short(longest)} ({len(longest)} characters): give texts of at most {MAX_STOP_CHARS} "
+            "characters"
         )
     return tuple(value)

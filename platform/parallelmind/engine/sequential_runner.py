@@ -1,7 +1,7 @@
 """Run models that cannot hold branches in one sequence: a row, and a state of its own, for each branch.
 
-The model's state after main, be it keys and values or a recurrent state, is computed once and copied for every
-branch. Branches are isolated; the price is one forward pass for each branch and step.
+The model's state after main, be it keys and values or a recurrent state, is computed once and copied for
+every branch. Branches are isolated; the price is one forward pass for each branch and step.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.generation.logits_process import LogitsProcessor
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, flex_attention_mask, sdpa_mask
@@ -346,3 +347,26 @@ def wrap_with_adapter(model: PreTrainedModel | PeftModel, settings: peft.LoraCon
             model.add_adapter(name, settings)
             return model
         return cast(PeftModel, get_peft_model(model, settings, adapter_name=name))
+
+
+# Sampling
+
+
+def process_rows(
+    processor: type[LogitsProcessor],
+    attribute: str,
+    values: Tensor,
+    scores: Tensor,
+    input_ids: Tensor | None = None,
+) -> Tensor:
+    """Apply a logits processor that takes one number with a number for each row.
+
+    values: `[rows]` numbers. scores: `[rows, vocab]`. input_ids: `[rows, tokens]` history of each row.
+
+    Relies on: the constructor takes the number alone and stores it under `attribute`; the call uses it in
+    arithmetic and comparisons only, which a `[rows, 1]` column broadcasts.
+    """
+    instance: Any = processor(1.0)  # type: ignore[call-arg]
+    setattr(instance, attribute, values[:, None])
+    processed: Tensor = instance(input_ids, scores)
+    return processed

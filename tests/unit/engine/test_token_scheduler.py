@@ -180,7 +180,7 @@ def test_the_reduce_branch_starts_after_all_decoded_tokens(config):
 @BOTH
 @pytest.mark.parametrize("budget", [1, 3, AMPLE])
 def test_computed_tokens_are_those_of_the_final_layout(config, budget):
-    """In column order they come in the physical order of the layout; in free order coordinates alone agree."""
+    """Column order computes them in the order of the layout, free order with the same coordinates."""
     group, steps = start(config), []
     for number in range(30):
         steps.append(step(group, budget))

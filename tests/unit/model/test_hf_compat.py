@@ -20,6 +20,7 @@ from adapting import ROPE, branch_logits, patched
 from tiny import tiny_llama
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
+from transformers.generation import logits_process
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -39,6 +40,7 @@ from parallelmind.model.hf_compat import (
     hands_over_masks,
     has_own_attention,
     is_stateful,
+    process_rows,
     restore_class,
     swap_class,
     undecorated_forward,
@@ -385,3 +387,23 @@ def test_peft_wraps_without_a_warning() -> None:
             assert adapted.get_base_model() is model
             assert wrap_with_adapter(adapted, copy.copy(settings), "second") is adapted
             assert set(adapted.peft_config) == {"default", "second"}
+
+
+# Sampling
+
+
+@pytest.mark.parametrize(
+    ("processor", "attribute", "values"),
+    [
+        (logits_process.TemperatureLogitsWarper, "temperature", [0.5, 1.0, 3.0]),
+        (logits_process.TopPLogitsWarper, "top_p", [0.2, 0.6, 1.0]),
+        (logits_process.MinPLogitsWarper, "min_p", [0.02, 0.3, 1.0]),
+        (logits_process.RepetitionPenaltyLogitsProcessor, "penalty", [0.5, 1.0, 3.0]),
+    ],
+)
+def test_logits_processors_take_a_number_for_each_row(processor, attribute: str, values: list[float]) -> None:
+    scores = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)) * 3
+    input_ids = torch.tensor([[1, 2], [3, 3], [5, 39]])
+    expected = [processor(value)(input_ids[row, None], scores[row, None]) for row, value in enumerate(values)]
+    processed = process_rows(processor, attribute, torch.tensor(values), scores, input_ids)
+    torch.testing.assert_close(processed, torch.cat(expected))
