@@ -1,10 +1,10 @@
-"""The main job from start to end, on generated data: train an adapter, then answer in a new process.
+"""End-to-end demo on generated data: train an adapter, then answer questions with it in a new process.
 
     python -m workloads.demo
 
-Writes a seeded parallel JSONL, measures the base model on held-out questions, fine-tunes SmolLM2 with 2D RoPE
-and LoRA under Ray Train, and lets a new process load the adapter and answer the same questions. Every step is
-a command of its own, printed before it runs.
+Writes seeded parallel JSONL, scores the base model on held-out questions, fine-tunes SmolLM2 with 2D RoPE and
+LoRA under Ray Train, and scores the adapter on the same questions in a new process. Each step is a command of
+its own, which is printed before it runs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from parallelmind.tracking import absolute_uri
 from workloads.common.read_config import read_config
 from workloads.train.command import ADAPTER, run_place
 
-_TRAIN_PASSAGES, _HELD_OUT_PASSAGES = 96, 6
+_TRAIN_PASSAGES, _HELD_OUT_PASSAGES, _QUESTIONS = 96, 6, 8
+
+Scores = dict[str, float]  # the JSON of `workloads.evaluate answers`
 
 
 def main(argv: list[str]) -> None:
@@ -37,31 +39,39 @@ def main(argv: list[str]) -> None:
         )
     started = time.monotonic()
     config = read_config(TrainConfig, ["demo"])
-    folder = run_place(config).local
-    _say("writing the data")
-    write_facts(config.data.data_path, _TRAIN_PASSAGES, seed=1)
-    held_out = str(config.data.validation_path)
-    write_facts(held_out, _HELD_OUT_PASSAGES, seed=2)
-    print(
-        f"{config.data.data_path}: {_TRAIN_PASSAGES} passages; {held_out}: {_HELD_OUT_PASSAGES} others; 8 questions each"
-    )
+    run_dir = run_place(config).local
+    run_dir.mkdir(parents=True, exist_ok=True)
+    held_out = _write_data(config)
+    base = _score("base model", run_dir / "base.json", held_out, ["rope_2d_ratio=0", "visibility=isolated"])
     rope = [f"{name}={getattr(config.rope, name)}" for name in ("rope_2d_ratio", "visibility", "positions")]
-    folder.mkdir(parents=True, exist_ok=True)
-    untouched = _answers(
-        "the base model as it is", folder / "base.json", held_out, ["rope_2d_ratio=0", "visibility=isolated"]
-    )
-    before = _answers("the base model with 2D RoPE, before training", folder / "before.json", held_out, rope)
-    _say("training")
+    untrained = _score("base model with 2D RoPE, before training", run_dir / "before.json", held_out, rope)
+    _print_step("training")
     _run("workloads.train", "demo")
-    trained = [f"lora_path={folder / ADAPTER}"]
-    after = _answers("the adapter, loaded by a new process", folder / "after.json", held_out, trained, show=2)
-    _say("done")
-    _summary(config, folder, (untouched, before, after), time.monotonic() - started)
+    adapter = run_dir / ADAPTER
+    trained = _score(
+        "adapter, in a new process", run_dir / "after.json", held_out, [f"lora_path={adapter}"], show=2
+    )
+    _print_step("done")
+    _print_scores({"base model": base, "with 2D RoPE, untrained": untrained, "adapter": trained})
+    _print_next_steps(adapter, absolute_uri(config.services.mlflow_uri), time.monotonic() - started)
 
 
-def _answers(title: str, output: Path, held_out: str, settings: list[str], show: int = 0) -> dict[str, float]:
-    """Scores on the held-out questions, by a process of its own."""
-    _say(f"answering: {title}")
+def _write_data(config: TrainConfig) -> str:
+    """Write training and held-out data. Returns the path of the latter."""
+    _print_step("writing the data")
+    train, held_out = config.data.data_path, str(config.data.validation_path)
+    write_facts(train, _TRAIN_PASSAGES, seed=1, branches=_QUESTIONS)
+    write_facts(held_out, _HELD_OUT_PASSAGES, seed=2, branches=_QUESTIONS)
+    print(
+        f"{train}: {_TRAIN_PASSAGES} passages; {held_out}: {_HELD_OUT_PASSAGES} other passages; "
+        f"{_QUESTIONS} questions each"
+    )
+    return held_out
+
+
+def _score(title: str, output: Path, held_out: str, settings: list[str], show: int = 0) -> Scores:
+    """Score the held-out questions in a new process. `show`: number of passages to print with answers."""
+    _print_step(f"scoring: {title}")
     _run(
         "workloads.evaluate",
         "answers",
@@ -70,32 +80,33 @@ def _answers(title: str, output: Path, held_out: str, settings: list[str], show:
         f"show={show}",
         f"output_path={output}",
     )
-    scores: dict[str, float] = json.loads(output.read_text(encoding="utf-8"))
+    scores: Scores = json.loads(output.read_text(encoding="utf-8"))
     return scores
 
 
 def _run(module: str, *arguments: str) -> None:
+    """Run a command of this project. A failure ends the demo with the exit code of the command."""
     print("$ " + shlex.join(["python", "-m", module, *arguments]), flush=True)
-    done = subprocess.run([sys.executable, "-m", module, *arguments], check=False)
-    if done.returncode:
-        sys.exit(done.returncode)
+    completed = subprocess.run([sys.executable, "-m", module, *arguments], check=False)
+    if completed.returncode:
+        sys.exit(completed.returncode)
 
 
-def _say(title: str) -> None:
+def _print_step(title: str) -> None:
     print(f"\n== {title}", flush=True)
 
 
-def _summary(config: TrainConfig, folder: Path, scores: tuple[dict[str, float], ...], seconds: float) -> None:
-    names = ("base model", "with 2D RoPE, untrained", "adapter")
-    for name, found in zip(names, scores, strict=True):
-        speed = f"{found['tokens_per_second']:6.1f} tokens/s"
-        print(f"exact match {found['exact_match']:6.1%}   F1 {found['f1']:6.1%}   {speed}   {name}")
-    adapter = folder / ADAPTER
-    uri = absolute_uri(config.services.mlflow_uri)
+def _print_scores(scores_by_model: dict[str, Scores]) -> None:
+    for name, scores in scores_by_model.items():
+        speed = f"{scores['tokens_per_second']:6.1f} tokens/s"
+        print(f"exact match {scores['exact_match']:6.1%}   F1 {scores['f1']:6.1%}   {speed}   {name}")
+
+
+def _print_next_steps(adapter: Path, mlflow_uri: str, seconds: float) -> None:
     print(f"""
 {seconds / 60:.1f} minutes in all. Where to look next:
   adapter   {adapter}
-  metrics   .venv/bin/mlflow ui --host 127.0.0.1 --backend-store-uri {uri}
+  metrics   .venv/bin/mlflow ui --host 127.0.0.1 --backend-store-uri {mlflow_uri}
   chat      .venv/bin/python -m workloads.chat lora_path={adapter}
   serve     .venv/bin/python -m serving lora_path={adapter} port=8000
   generate  .venv/bin/python -m workloads.generate lora_path={adapter} prompt="The sky is"

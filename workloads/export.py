@@ -1,10 +1,10 @@
-"""Merge an adapter into plain weights, a folder that transformers loads without parallelmind.
+"""Merge an adapter into its base model and write a folder that transformers loads without parallelmind.
 
     python -m workloads.export lora_path=runs/demo-HASH/adapter output_path=merged
 
-Only where that is exact: adapters trained with patch_rope=false, or with rope_2d_ratio=0 positions=time,
-whose lone branch has the base model's own positions. Any other is refused. The weights are float32, and are
-compared with the adapter's logits before the folder appears.
+Only exact merges are possible: adapters trained with patch_rope=false, or with rope_2d_ratio=0 and
+positions=time, where a single branch has the positions of the base model. Other adapters are refused. The
+weights are float32. Before the folder appears, its logits are compared with those of the adapter.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from parallelmind.config import FrozenConfig
 
 
 class ExportConfig(FrozenConfig):
-    """One run of this command."""
+    """Adapter and output."""
 
     lora_path: str = Field(min_length=1, description="adapter folder")
     output_path: str = Field(
-        min_length=1, description="folder for the merged model: new, empty, or an earlier one to replace"
+        min_length=1, description="folder for the merged model: new, empty, or an earlier export to replace"
     )
     base_model: str | None = Field(
         None, description="smollm2-135m, a local folder, or a hub id; null: the adapter's own"
@@ -30,14 +30,15 @@ class ExportConfig(FrozenConfig):
 
 def main(argv: list[str]) -> None:
     if cli.wants_help(argv):
-        return cli.print_help(__doc__ or "", ExportConfig)
+        cli.print_help(__doc__ or "", ExportConfig)
+        return
     config = cli.parse(ExportConfig, argv)
-    from parallelmind.model.export import export  # takes seconds: not for --help
+    # Imported late: torch and peft take seconds to import, and --help needs neither.
+    from parallelmind.model.export import export
 
     export(config.lora_path, config.output_path, config.base_model, config.trust_remote_code)
-    print(f"exported {config.output_path}; same logits as the adapter")
+    print(f"exported {config.output_path}; its logits equal those of the adapter")
     print(f"load it with transformers: AutoModelForCausalLM.from_pretrained({config.output_path!r})")
-    return None
 
 
 if __name__ == "__main__":
