@@ -136,7 +136,8 @@ class Nodes:
 
     def wait_for(self, count: int) -> None:
         """Wait until this many nodes are alive."""
-        count_nodes = f"import ray; ray.init({self.address!r}, log_to_driver=False); print(sum(n['Alive'] for n in ray.nodes()))"
+        connect = f"import ray; ray.init({self.address!r}, log_to_driver=False)"
+        count_nodes = f"{connect}; print(sum(node['Alive'] for node in ray.nodes()))"
         deadline = time.monotonic() + _WAIT_S
         while time.monotonic() < deadline:
             line = self.host.command(sys.executable, "-c", count_nodes)
@@ -186,7 +187,7 @@ def network(*names: str) -> Iterator[list[Host]]:
             _ip("-n", space, "link", "set", "eth0", "up")
         yield hosts
     finally:
-        # Otherwise the link lives as long as the last process in these namespaces and blocks the next network.
+        # Otherwise the link lives as long as the last process in these namespaces, in the next network's way.
         subprocess.run(["ip", "link", "delete", tag], check=False, capture_output=True)
         for space in [hub, *(host.namespace for host in hosts)]:
             subprocess.run(["ip", "netns", "delete", space], check=False, capture_output=True)

@@ -1,6 +1,4 @@
-"""A sweep on a cluster that has no workers when it begins: the autoscaler adds them for its trials, and takes
-them away again.
-"""
+"""A sweep on a cluster without workers: the autoscaler adds them for the trials, and removes them later."""
 
 from __future__ import annotations
 
@@ -17,17 +15,17 @@ pytestmark = pytest.mark.chaos
 PYTHON = Path(sys.executable)
 
 
-def test_trials_bring_the_nodes_that_they_need(tmp_path: Path) -> None:
+def test_the_autoscaler_adds_nodes_for_trials_and_removes_them(tmp_path: Path) -> None:
     prepare(tmp_path, records=64, settings={})
     train = {
         "base_model": tmp_path / "tiny",
         "data_path": tmp_path / "data.jsonl",
         "output_dir": tmp_path / "runs",
     }
-    where = {**train, "mlflow_uri": f"sqlite:///{tmp_path / 'mlflow.db'}", "max_steps": 3}
+    train_settings = {**train, "mlflow_uri": f"sqlite:///{tmp_path / 'mlflow.db'}", "max_steps": 3}
     sweep = {
         "name": "grown",
-        "train": where,
+        "train": train_settings,
         "space": {"lora_rank": [2, 4]},
         "metrics": ["loss"],
         "max_concurrent": 2,
@@ -35,7 +33,7 @@ def test_trials_bring_the_nodes_that_they_need(tmp_path: Path) -> None:
     (tmp_path / "sweep.yaml").write_text(json.dumps(sweep, default=str))  # JSON is YAML
     with autoscaling.autoscaling_cluster(PYTHON, tmp_path, idle_s=5) as dashboard:
         clusters.wait_until(lambda: dashboard.get("/api/jobs/")[0] == 200)
-        line = [
+        command = [
             "job",
             "submit",
             "--address",
@@ -45,7 +43,7 @@ def test_trials_bring_the_nodes_that_they_need(tmp_path: Path) -> None:
             "--runtime-env",
             "runtime_env.yaml",
         ]
-        line += [
+        command += [
             "--no-wait",
             "--submission-id",
             "sweep",
@@ -55,9 +53,9 @@ def test_trials_bring_the_nodes_that_they_need(tmp_path: Path) -> None:
             "workloads.sweep",
             str(tmp_path / "sweep.yaml"),
         ]
-        assert clusters.command(PYTHON, "ray.scripts.scripts", *line).returncode == 0
+        assert clusters.command(PYTHON, "ray.scripts.scripts", *command).returncode == 0
         clusters.wait_until(lambda: autoscaling.count_workers(dashboard) > 0)
         clusters.wait_until(lambda: dashboard.get("/api/jobs/sweep")[1]["status"] in ("SUCCEEDED", "FAILED"))
-        said = dashboard.get("/api/jobs/sweep/logs")[1]["logs"]
-        assert "trials   2 finished" in said, said
+        logs = dashboard.get("/api/jobs/sweep/logs")[1]["logs"]
+        assert "trials   2 finished" in logs, logs
         clusters.wait_until(lambda: autoscaling.count_workers(dashboard) == 0)

@@ -1,6 +1,4 @@
-"""Clusters as the deployment files make them, on this machine: they grow, ask for the token, and listen on
-loopback only.
-"""
+"""Clusters as the deployment files define them: they scale, require the token, and listen on loopback."""
 
 from __future__ import annotations
 
@@ -21,10 +19,11 @@ TASKS = """
 import os, ray
 from workloads.common import cluster, resources
 cluster.connect(None, forward_output=False)
-print("trials at a time:", resources.max_concurrent_runs(8, 2, True, None), resources.max_concurrent_runs(8, 1, False, None))
-where = lambda: os.environ["RAY_NODE_TYPE_NAME"]
-print("task on", ray.get(ray.remote(num_cpus=1)(where).remote()))
-print("trainer on", ray.get(ray.remote(num_gpus=1)(where).remote()))
+concurrent = [resources.max_concurrent_runs(8, *run, None) for run in ((2, True), (1, False))]
+print("trials at a time:", *concurrent)
+node_type = lambda: os.environ["RAY_NODE_TYPE_NAME"]
+print("task on", ray.get(ray.remote(num_cpus=1)(node_type).remote()))
+print("trainer on", ray.get(ray.remote(num_gpus=1)(node_type).remote()))
 """
 LOCAL = """
 import sys, urllib.error, urllib.request
@@ -32,7 +31,8 @@ from workloads.common.cluster import connect
 connect(None)
 import ray
 print(ray.get(ray.remote(lambda: "works").remote()))
-request = urllib.request.Request(f"http://{ray._private.worker.get_dashboard_url()}/api/jobs/", b"{}", method="POST")
+url = f"http://{ray._private.worker.get_dashboard_url()}/api/jobs/"
+request = urllib.request.Request(url, b"{}", method="POST")
 try:
     urllib.request.urlopen(request)
 except urllib.error.HTTPError as error:
@@ -43,7 +43,7 @@ sys.stdin.read()
 
 
 @pytest.mark.slow
-def test_tasks_bring_workers_of_their_type_which_go_when_idle(tmp_path: Path) -> None:
+def test_tasks_add_workers_of_their_type_which_end_when_idle(tmp_path: Path) -> None:
     script = tmp_path / "tasks.py"
     script.write_text(TASKS, encoding="utf-8")
     with autoscaling.autoscaling_cluster(PYTHON, tmp_path, idle_s=3) as dashboard:
@@ -51,54 +51,62 @@ def test_tasks_bring_workers_of_their_type_which_go_when_idle(tmp_path: Path) ->
         clusters.wait_until(lambda: dashboard.request("POST", "/api/jobs/", job).status == 200)
         clusters.wait_until(lambda: autoscaling.count_workers(dashboard) > 0)
         clusters.wait_until(lambda: dashboard.get("/api/jobs/tasks")[1]["status"] in ("SUCCEEDED", "FAILED"))
-        said = dashboard.get("/api/jobs/tasks/logs")[1]["logs"]
-        assert "trials at a time: 2 12" in said  # of nodes of which none is there yet
-        assert "task on data_worker" in said
-        assert "trainer on gpu_worker" in said
+        logs = dashboard.get("/api/jobs/tasks/logs")[1]["logs"]
+        assert "trials at a time: 2 12" in logs  # on nodes that do not exist yet
+        assert "task on data_worker" in logs
+        assert "trainer on gpu_worker" in logs
         clusters.wait_until(lambda: autoscaling.count_workers(dashboard) == 0)
         assert listening(psutil.Process(dashboard.process.pid)) <= LOOPBACK
 
 
-def asked(dashboard: Server, method: str, **headers: str) -> int:
-    """The status that the jobs API answers with."""
+def jobs_status(dashboard: Server, method: str, **headers: str) -> int:
+    """The HTTP status of a request to the jobs API."""
     with dashboard.request(method, "/api/jobs/", {"entrypoint": "true"}, **headers) as response:
         return response.status
 
 
 @pytest.mark.slow
-def test_without_the_token_no_job_is_taken() -> None:
+def test_jobs_are_refused_without_the_token() -> None:
     token = secrets.token_hex(32)
     settings = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
     with clusters.cluster(PYTHON, SHARED="/shared", **settings) as dashboard:
         for headers, status in (({}, 401), ({"authorization": "Bearer guess"}, 403)):
-            assert asked(dashboard, "POST", **headers) == asked(dashboard, "GET", **headers) == status
-        known = {"authorization": f"Bearer {token}"}
+            assert (
+                jobs_status(dashboard, "POST", **headers)
+                == jobs_status(dashboard, "GET", **headers)
+                == status
+            )
+        valid = {"authorization": f"Bearer {token}"}
         clusters.wait_until(
-            lambda: asked(dashboard, "POST", **known) == 200
-        )  # once the node's agent is up, too
-        assert asked(dashboard, "GET", **known) == 200
-        line = ["job", "submit", "--address", dashboard.url, "--no-wait", "--submission-id", "a"]
-        line += ["--", "sh", "-c", "echo runs are in $SHARED/runs"]
-        assert clusters.command(PYTHON, "ray.scripts.scripts", *line).returncode != 0
-        assert clusters.command(PYTHON, "ray.scripts.scripts", *line, **settings).returncode == 0
+            lambda: jobs_status(dashboard, "POST", **valid) == 200
+        )  # the node's agent must be up, too
+        assert jobs_status(dashboard, "GET", **valid) == 200
+        command = ["job", "submit", "--address", dashboard.url, "--no-wait", "--submission-id", "a"]
+        command += ["--", "sh", "-c", "echo runs are in $SHARED/runs"]
+        assert clusters.command(PYTHON, "ray.scripts.scripts", *command).returncode != 0
+        assert clusters.command(PYTHON, "ray.scripts.scripts", *command, **settings).returncode == 0
         logs = "/api/jobs/a/logs"
         clusters.wait_until(
-            lambda: "runs are in /shared/runs" in answer(dashboard.request("GET", logs, **known))[1]["logs"]
+            lambda: "runs are in /shared/runs" in answer(dashboard.request("GET", logs, **valid))[1]["logs"]
         )
 
 
 @pytest.mark.slow
-def test_a_cluster_of_our_own_listens_on_loopback_and_asks_for_the_token(tmp_path: Path) -> None:
+def test_a_local_cluster_listens_on_loopback_and_requires_the_token(tmp_path: Path) -> None:
     paths = os.pathsep.join([str(ROOT / "platform"), str(ROOT)])
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    env = {**kept, "PYTHONPATH": paths, "HOME": str(tmp_path)}  # where Ray writes a token if there is none
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    env = {
+        **inherited,
+        "PYTHONPATH": paths,
+        "HOME": str(tmp_path),
+    }  # Ray writes a token there if there is none
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([PYTHON, "-c", LOCAL], cwd=tmp_path, env=env, text=True, **pipes) as driver:
         assert driver.stdout is not None
-        said = [driver.stdout.readline().strip() for _ in range(2)]
+        lines = [driver.stdout.readline().strip() for _ in range(2)]
         addresses = listening(psutil.Process(driver.pid))
         driver.communicate("")
-    assert said == ["works", "a job without the token: 401"]
+    assert lines == ["works", "a job without the token: 401"]
     assert addresses
     assert addresses <= LOOPBACK
     assert (tmp_path / ".ray" / "auth_token").read_text()

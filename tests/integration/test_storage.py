@@ -1,5 +1,6 @@
-"""Runs whose folder is at a URI, on machines that share no disk: a real S3 server, and a real MLflow server
-that uses it.
+"""Runs and sweeps whose folder is at a URI, with real S3 and MLflow servers.
+
+A machine is a process with a cache folder of its own, so machines share nothing but the bucket.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ def bucket() -> Iterator[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, bucket: dict[str, str]) -> Path:
-    """A working directory with a model and settings; the data is in the bucket."""
+def cwd(tmp_path_factory: pytest.TempPathFactory, bucket: dict[str, str]) -> Path:
+    """A working directory with a model, run.yaml and sweep.yaml; the data is in the bucket."""
     folder = tmp_path_factory.mktemp("storage")
     save_tiny(folder / "tiny")
     lines = [{"text": f"Question: {i % 5} Answer: the {i % 5} lives", "answer_offset": 4} for i in range(60)]
@@ -82,95 +83,104 @@ def _client(bucket: dict[str, str]):  # type: ignore[no-untyped-def]
 
 
 def start(
-    place: Path, bucket: dict[str, str], machine: str, workload: str, *arguments: str
+    cwd: Path, bucket: dict[str, str], machine: str, workload: str, *arguments: str
 ) -> subprocess.Popen[str]:
-    """A command on a machine that has nothing of the others' working copies."""
+    """Start `python -m workloads.WORKLOAD` on a machine, which is named after its cache folder."""
     paths = os.pathsep.join([str(ROOT / "platform"), str(ROOT)])
-    ours = {"PYTHONPATH": paths, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    env = {**os.environ, **bucket, **ours, "PARALLELMIND_CACHE": str(place / machine)}
+    variables = {
+        "PYTHONPATH": paths,
+        "RAY_AUTH_MODE": "disabled",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+    env = {**os.environ, **bucket, **variables, "PARALLELMIND_CACHE": str(cwd / machine)}
     command = [sys.executable, "-m", f"workloads.{workload}", *arguments]
     return subprocess.Popen(
-        command, cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
-def said(running: subprocess.Popen[str], status: int = 0) -> str:
-    output, _ = running.communicate(timeout=400)
-    assert running.returncode == status, output
+def wait_for_output(process: subprocess.Popen[str], status: int = 0) -> str:
+    """Wait for the end of the process; returns its output."""
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == status, output
     return output
 
 
-def keys(bucket: dict[str, str], prefix: str) -> list[str]:
-    found = _client(bucket).list_objects_v2(Bucket=s3.BUCKET, Prefix=prefix)
-    return [item["Key"] for item in found.get("Contents", ()) if not item["Key"].endswith("/")]
+def list_keys(bucket: dict[str, str], prefix: str) -> list[str]:
+    """The keys of all objects under a prefix."""
+    response = _client(bucket).list_objects_v2(Bucket=s3.BUCKET, Prefix=prefix)
+    return [item["Key"] for item in response.get("Contents", ()) if not item["Key"].endswith("/")]
 
 
 @pytest.mark.chaos
-def test_a_run_is_gone_on_with_on_another_machine(
-    place: Path, bucket: dict[str, str], tmp_path: Path
-) -> None:
-    assert said(start(place, bucket, "first", "train", "run.yaml", "name=whole"))
-    running = start(place, bucket, "first", "train", "run.yaml", f"output_dir={RUNS}", "name=whole")
-    assert running.stdout is not None
-    for line in running.stdout:
+def test_a_run_resumes_on_another_machine(cwd: Path, bucket: dict[str, str], tmp_path: Path) -> None:
+    assert wait_for_output(start(cwd, bucket, "first", "train", "run.yaml", "name=whole"))
+    process = start(cwd, bucket, "first", "train", "run.yaml", f"output_dir={RUNS}", "name=whole")
+    assert process.stdout is not None
+    for line in process.stdout:
         if line.startswith("step 13/"):
             break
-    kill(running.pid)
-    running.communicate()
-    assert [key for key in keys(bucket, "tests/whole-") if key.endswith("step-5/state.json")]
-    shutil.rmtree(place / "first" / "copies")
-    told = said(start(place, bucket, "second", "train", "run.yaml", f"output_dir={RUNS}", "name=whole"))
-    assert f"resuming from {RUNS}/whole-" in told
-    assert f"adapter  {RUNS}/whole-" in told
-    (local,) = (place / "runs").glob("whole-*")
-    (there,) = {key.split("/")[1] for key in keys(bucket, "tests/whole-")}
-    assert there == local.name
+    kill(process.pid)
+    process.communicate()
+    assert [key for key in list_keys(bucket, "tests/whole-") if key.endswith("step-5/state.json")]
+    shutil.rmtree(cwd / "first" / "copies")
+    output = wait_for_output(
+        start(cwd, bucket, "second", "train", "run.yaml", f"output_dir={RUNS}", "name=whole")
+    )
+    assert f"resuming from {RUNS}/whole-" in output
+    assert f"adapter  {RUNS}/whole-" in output
+    (local,) = (cwd / "runs").glob("whole-*")
+    (remote_name,) = {key.split("/")[1] for key in list_keys(bucket, "tests/whole-")}
+    assert remote_name == local.name
     _client(bucket).download_file(
-        s3.BUCKET, f"tests/{there}/adapter/adapter_model.safetensors", str(tmp_path / "weights")
+        s3.BUCKET, f"tests/{remote_name}/adapter/adapter_model.safetensors", str(tmp_path / "weights")
     )
     assert sha256(tmp_path / "weights") == sha256(local / "adapter" / "adapter_model.safetensors")
-    left = {key.split("/")[3] for key in keys(bucket, f"tests/{there}/checkpoints/")}
-    assert left == {path.name for path in (local / "checkpoints").glob("step-*")}
-    assert not [key for key in keys(bucket, f"tests/{there}/") if "/." in key]
-    again = said(start(place, bucket, "third", "train", "run.yaml", f"output_dir={RUNS}", "name=whole"))
-    assert again.startswith(f"finished before: {RUNS}/whole-")
-    lora = f"lora_path={RUNS}/{there}/adapter"
-    assert said(start(place, bucket, "third", "generate", lora, "prompt=the", "max_new_tokens=3"))
-
-
-def test_a_stop_saves_a_checkpoint_there(place: Path, bucket: dict[str, str]) -> None:
-    running = start(
-        place, bucket, "first", "train", "run.yaml", f"output_dir={RUNS}", "name=stopped", "epochs=200"
+    checkpoints = {key.split("/")[3] for key in list_keys(bucket, f"tests/{remote_name}/checkpoints/")}
+    assert checkpoints == {path.name for path in (local / "checkpoints").glob("step-*")}
+    assert not [key for key in list_keys(bucket, f"tests/{remote_name}/") if "/." in key]
+    output = wait_for_output(
+        start(cwd, bucket, "third", "train", "run.yaml", f"output_dir={RUNS}", "name=whole")
     )
-    assert running.stdout is not None
-    for line in running.stdout:
+    assert output.startswith(f"finished before: {RUNS}/whole-")
+    lora = f"lora_path={RUNS}/{remote_name}/adapter"
+    assert wait_for_output(start(cwd, bucket, "third", "generate", lora, "prompt=the", "max_new_tokens=3"))
+
+
+def test_a_stopped_run_saves_a_checkpoint_at_the_uri(cwd: Path, bucket: dict[str, str]) -> None:
+    process = start(
+        cwd, bucket, "first", "train", "run.yaml", f"output_dir={RUNS}", "name=stopped", "epochs=200"
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
         if line.startswith("step 3/"):
-            running.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGTERM)
             break
-    told = said(running, status=130)
-    assert f"checkpoint: {RUNS}/stopped-" in told
-    assert [key for key in keys(bucket, "tests/stopped-") if key.endswith("/state.json")]
+    output = wait_for_output(process, status=130)
+    assert f"checkpoint: {RUNS}/stopped-" in output
+    assert [key for key in list_keys(bucket, "tests/stopped-") if key.endswith("/state.json")]
 
 
 @pytest.mark.chaos
-def test_a_sweep_there_goes_on_elsewhere(place: Path, bucket: dict[str, str]) -> None:
-    first = start(place, bucket, "first", "sweep", "sweep.yaml")
+def test_a_sweep_resumes_on_another_machine(cwd: Path, bucket: dict[str, str]) -> None:
+    first = start(cwd, bucket, "first", "sweep", "sweep.yaml")
     deadline = time.monotonic() + 200
-    while not any(key.endswith("/adapter/parallelmind.json") for key in keys(bucket, "tests/tiny-")):
+    while not any(key.endswith("/adapter/parallelmind.json") for key in list_keys(bucket, "tests/tiny-")):
         assert first.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.1)
     kill(first.pid)
     first.communicate()
-    told = said(start(place, bucket, "second", "sweep", "sweep.yaml"))
-    assert "trials   2 finished" in told
-    assert any(key.endswith("/report.html") for key in keys(bucket, "tests/tiny-"))
+    output = wait_for_output(start(cwd, bucket, "second", "sweep", "sweep.yaml"))
+    assert "trials   2 finished" in output
+    assert any(key.endswith("/report.html") for key in list_keys(bucket, "tests/tiny-"))
 
 
 @contextmanager
-def mlflow_server(place: Path, bucket: dict[str, str], store: str) -> Iterator[str]:
+def mlflow_server(cwd: Path, bucket: dict[str, str], store: str) -> Iterator[str]:
     url = f"http://127.0.0.1:{(port := free_port())}"
-    line = [
+    command = [
         sys.executable,
         "-m",
         "mlflow",
@@ -182,10 +192,10 @@ def mlflow_server(place: Path, bucket: dict[str, str], store: str) -> Iterator[s
         "--workers",
         "1",
     ]
-    line += ["--backend-store-uri", store, "--artifacts-destination", f"s3://{s3.BUCKET}/mlflow"]
+    command += ["--backend-store-uri", store, "--artifacts-destination", f"s3://{s3.BUCKET}/mlflow"]
     env = {**os.environ, **bucket, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with open(place / "mlflow.log", "wb") as log:
-        server = subprocess.Popen(line, cwd=place, env=env, stdout=log, stderr=log)
+    with open(cwd / "mlflow.log", "wb") as log:
+        server = subprocess.Popen(command, cwd=cwd, env=env, stdout=log, stderr=log)
     try:
         _wait_for(f"{url}/health", server)
         yield url
@@ -208,7 +218,7 @@ def _wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
 
 @contextmanager
 def store(kind: str, folder: Path) -> Iterator[str]:
-    """Where an MLflow server keeps its records."""
+    """The URI of an empty database for an MLflow server."""
     if kind == "sqlite":
         yield f"sqlite:///{folder}/server.db"
     elif postgres.bin_dir() is None:
@@ -220,13 +230,13 @@ def store(kind: str, folder: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
 def test_artifacts_and_models_go_through_an_mlflow_server(
-    place: Path, bucket: dict[str, str], tmp_path: Path, kind: str
+    cwd: Path, bucket: dict[str, str], tmp_path: Path, kind: str
 ) -> None:
-    with store(kind, tmp_path) as records, mlflow_server(place, bucket, records) as url:
-        settings = [f"train.mlflow_uri={url}", f"name={kind}", "register_as=tiny"]
-        told = said(start(place, bucket, "first", "sweep", "sweep.yaml", *settings))
-        assert "model    models:/tiny@champion, version 1" in told
-        found = find_model_version(url, "models:/tiny@champion")
-        folder = download_artifact(url, found.source, tmp_path)
+    with store(kind, tmp_path) as store_uri, mlflow_server(cwd, bucket, store_uri) as url:
+        settings = [f"train.mlflow_uri={url}", f"name={kind}", "register_as=tiny", "space.lora_rank=[2]"]
+        output = wait_for_output(start(cwd, bucket, "first", "sweep", "sweep.yaml", *settings))
+        assert "model    models:/tiny@champion, version 1" in output
+        version = find_model_version(url, "models:/tiny@champion")
+        folder = download_artifact(url, version.source, tmp_path)
         assert (folder / "adapter_model.safetensors").is_file()
-    assert any(key.endswith("adapter/parallelmind.json") for key in keys(bucket, "mlflow/"))
+    assert any(key.endswith("adapter/parallelmind.json") for key in list_keys(bucket, "mlflow/"))

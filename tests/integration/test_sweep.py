@@ -1,6 +1,4 @@
-"""`python -m workloads.sweep` as a user runs it: real Ray, a real MLflow database, a tiny model, and a driver
-that is killed.
-"""
+"""`python -m workloads.sweep` with real Ray and MLflow and a tiny model; its driver is killed."""
 
 from __future__ import annotations
 
@@ -47,7 +45,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cwd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sweep")
     save_tiny(folder / "tiny")
     lines = [{"text": f"Question: {i % 5} Answer: the {i % 5} lives", "answer_offset": 4} for i in range(60)]
@@ -56,7 +54,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(place: Path) -> subprocess.Popen[str]:
+def start(cwd: Path) -> subprocess.Popen[str]:
     paths = os.pathsep.join([str(ROOT / "platform"), str(ROOT)])
     env = {
         **os.environ,
@@ -67,70 +65,71 @@ def start(place: Path) -> subprocess.Popen[str]:
     }
     command = [sys.executable, "-m", "workloads.sweep", "sweep.yaml"]
     return subprocess.Popen(
-        command, cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
-def end(running: subprocess.Popen[str]) -> str:
-    output, _ = running.communicate(timeout=400)
-    assert running.returncode == 0, output
+def wait_for_output(process: subprocess.Popen[str]) -> str:
+    """Wait until the sweep ends with exit code 0; returns its output."""
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output
     return output
 
 
-def events(place: Path) -> list[dict[str, object]]:
-    path = next(iter((place / "runs").glob("tiny-*/journal.jsonl")), None)
+def journal_events(cwd: Path) -> list[dict[str, object]]:
+    path = next(iter((cwd / "runs").glob("tiny-*/journal.jsonl")), None)
     return [json.loads(line) for line in path.read_text().splitlines()] if path else []
 
 
-def wait_until(running: subprocess.Popen[str], true: Callable[[], bool]) -> None:
+def wait_until(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
+    """Wait until the condition holds, while the process runs."""
     deadline = time.monotonic() + 300
-    while not true():
-        assert running.poll() is None
+    while not condition():
+        assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
-def test_a_killed_sweep_goes_on_and_every_trial_is_there_once(place: Path) -> None:
-    _stop_while_trials_start(place)
-    running = start(place)
-    wait_until(running, lambda: any("metrics" in event for event in events(place)))
-    os.kill(running.pid, signal.SIGKILL)
-    running.communicate()
-    told = end(start(place))
-    assert "winner   trial 0" in told
-    assert "trials   1 finished, 1 failed" in told
-    assert "lora_targets" in told  # why the other one failed
-    folder = next((place / "runs").glob("tiny-*"))
+def test_a_killed_sweep_resumes_and_runs_every_trial_once(cwd: Path) -> None:
+    _stop_while_trials_start(cwd)
+    process = start(cwd)
+    wait_until(process, lambda: any("metrics" in event for event in journal_events(cwd)))
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    output = wait_for_output(start(cwd))
+    assert "winner   trial 0" in output
+    assert "trials   1 finished, 1 failed" in output
+    assert "lora_targets" in output  # the reason of the failure
+    folder = next((cwd / "runs").glob("tiny-*"))
     journal = Journal.open(RemotePath(folder / "journal.jsonl"))
-    counts = Counter((event["trial"], event["step"]) for event in events(place) if "metrics" in event)
+    counts = Counter((event["trial"], event["step"]) for event in journal_events(cwd) if "metrics" in event)
     assert set(counts.values()) == {1}
-    assert Counter(event["trial"] for event in events(place) if "status" in event) == {0: 1, 1: 1}
-    _check_tracking(place, journal)
+    assert Counter(event["trial"] for event in journal_events(cwd) if "status" in event) == {0: 1, 1: 1}
+    _check_tracking(cwd, journal)
     assert (folder / "report.html").read_text().count("<html")
-    before = events(place)
-    again = end(start(place))
-    assert "winner   trial 0" in again
-    assert {event.get("trial") for event in events(place)[len(before) :]} == {
-        1
-    }  # what failed, and that alone
-    assert "1 finished, 1 failed" in again
+    before = journal_events(cwd)
+    output = wait_for_output(start(cwd))
+    assert "winner   trial 0" in output
+    repeated = {event.get("trial") for event in journal_events(cwd)[len(before) :]}
+    assert repeated == {1}  # the failed trial alone
+    assert "1 finished, 1 failed" in output
 
 
-def _stop_while_trials_start(place: Path) -> None:
-    """Before there is anybody who could be asked to stop."""
-    running = start(place)
-    wait_until(running, lambda: any("settings" in event for event in events(place)))
-    running.send_signal(signal.SIGINT)
-    output, _ = running.communicate(timeout=200)
-    assert running.returncode == 130, output
+def _stop_while_trials_start(cwd: Path) -> None:
+    """Stop the sweep before a trial has a process that could be asked to stop."""
+    process = start(cwd)
+    wait_until(process, lambda: any("settings" in event for event in journal_events(cwd)))
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 130, output
     assert "stopped; the same command resumes the sweep" in output
-    assert any("folder" in event for event in events(place))
-    assert not any("status" in event for event in events(place))
+    assert any("folder" in event for event in journal_events(cwd))
+    assert not any("status" in event for event in journal_events(cwd))
 
 
-def _check_tracking(place: Path, journal: Journal) -> None:
-    """One parent, a child for each trial, every point of a metric once, and the winner in the registry."""
-    uri = f"sqlite:///{place / 'mlflow.db'}"
+def _check_tracking(cwd: Path, journal: Journal) -> None:
+    """One parent run, one child run per trial, no metric step twice, and the winner in the registry."""
+    uri = f"sqlite:///{cwd / 'mlflow.db'}"
     client = MlflowClient(uri)
     runs = client.search_runs([client.get_experiment_by_name("parallelmind").experiment_id])  # type: ignore[union-attr]
     parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
@@ -138,12 +137,12 @@ def _check_tracking(place: Path, journal: Journal) -> None:
     assert [run.info.status for run in parents] == ["FINISHED"]
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parents[0].info.run_id}
     assert sorted(run.info.status for run in children) == ["FAILED", "FINISHED"]
-    best = journal.trials[0]
-    steps = [point.step for point in client.get_metric_history(str(best.run_id), "validation/loss_1")]
+    winner = journal.trials[0]
+    steps = [point.step for point in client.get_metric_history(str(winner.run_id), "validation/loss_1")]
     assert steps == sorted(set(steps))
     version = find_model_version(uri, "models:/parallelmind@champion")
     assert version.version == "1"
     model, _ = load_model_with_lora(
-        lora_path=str(Path(str(best.folder)) / "adapter"), base_model=str(place / "tiny")
+        lora_path=str(Path(str(winner.folder)) / "adapter"), base_model=str(cwd / "tiny")
     )
     assert model is not None

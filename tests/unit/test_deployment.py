@@ -1,4 +1,4 @@
-"""Deployment files: ray_cluster.yaml, the Dockerfile and the Kubernetes manifests, checked without a cluster."""
+"""ray_cluster.yaml, the Dockerfile and the Kubernetes manifests, checked without a cluster."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_every_node_requires_the_token_and_has_it(launch_config: dict[str, Any])
 def test_setup_installs_the_dependencies_and_not_the_project(
     launch_config: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Runs the setup commands with the files that `ray up` copies and a pip that only records its arguments."""
+    """The setup commands run with the files that `ray up` copies and a pip that records its arguments."""
     for remote, local in launch_config["file_mounts"].items():
         if not local.startswith("~"):
             path = tmp_path / remote.removeprefix("~/")
