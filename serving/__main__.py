@@ -32,11 +32,11 @@ def main(argv: list[str]) -> None:
     if cli.wants_help(argv):
         return cli.print_help(__doc__ or "", ServerConfig)
     config = cli.parse(ServerConfig, argv)
-    _require_free_port(config.port)
-    read_api_keys(config.api_keys_file)
-    if config.lora_path:
-        _require_adapter(config.lora_path)
-    set_serve_env(config.proxy)  # before Ray is imported
+    _require_free_port(config.network.port)
+    read_api_keys(config.access.api_keys_file)
+    if config.model.lora_path:
+        _require_adapter(config.model.lora_path)
+    set_serve_env(config.network.proxy)  # before Ray is imported
     import ray
 
     try:
@@ -62,8 +62,9 @@ def _start(config: ServerConfig) -> None:
     ray.init("local", include_dashboard=False, logging_level=logging.WARNING)
     _on_stop_signal(signal.default_int_handler)  # after Ray, which installs a handler of its own
     quiet = {"log_level": "ERROR", "enable_access_log": False}
-    serve.start(http_options={"host": HOST, "port": config.port}, logging_config=quiet)
-    fields = {name: getattr(config, name) for name in AppConfig.model_fields}
+    serve.start(http_options={"host": HOST, "port": config.network.port}, logging_config=quiet)
+    app_fields = AppConfig.flat_fields()
+    fields = {name: value for name, value in config.model_dump().items() if name in app_fields}
     try:
         serve.run(build(fields), logging_config=quiet)
     except RuntimeError as error:
@@ -100,14 +101,14 @@ def _require_adapter(lora_path: str) -> None:
 
 def _greeting(config: ServerConfig) -> str:
     body: dict[str, Any] = {
-        "model": config.name,
+        "model": config.model.name,
         "prompt": ["The sky is", "The sea is"],
         "max_tokens": 16,
         "temperature": 0,
     }
-    url = f"http://{HOST}:{config.port}"
+    url = f"http://{HOST}:{config.network.port}"
     return (
-        f"serving {config.name} at {url}/v1, with a page to try it at {url} (Ctrl-C stops it). "
+        f"serving {config.model.name} at {url}/v1, with a page to try it at {url} (Ctrl-C stops it). "
         "Two branches of one sample:\n"
         f"  curl {url}/v1/completions -H 'content-type: application/json' -d '{json.dumps(body)}'"
     )

@@ -36,7 +36,7 @@ def build(args: Mapping[str, Any]) -> Application:
         max_ongoing_requests=_MAX_ONGOING_REQUESTS,
         autoscaling_config=_autoscaling(config),
         graceful_shutdown_timeout_s=_ENGINE_SHUTDOWN_S,
-        ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
+        ray_actor_options={"num_cpus": config.replicas.num_cpus, "num_gpus": config.replicas.num_gpus},
         **_HEALTH_CHECKS,
     )(EngineReplica)
     ingress = serve.deployment(
@@ -51,15 +51,15 @@ def build(args: Mapping[str, Any]) -> Application:
 
 def _autoscaling(config: AppConfig) -> AutoscalingConfig:
     return AutoscalingConfig(
-        min_replicas=config.min_replicas,
-        initial_replicas=config.min_replicas,
-        max_replicas=config.max_replicas,
-        upscale_delay_s=min(2.0, config.idle_s),
-        downscale_delay_s=config.idle_s,
+        min_replicas=config.replicas.min_replicas,
+        initial_replicas=config.replicas.min_replicas,
+        max_replicas=config.replicas.max_replicas,
+        upscale_delay_s=min(2.0, config.replicas.idle_s),
+        downscale_delay_s=config.replicas.idle_s,
         metrics_interval_s=1.0,
         look_back_period_s=3.0,
         policy=AutoscalingPolicy(
             policy_function=BranchLoadPolicy,
-            policy_kwargs={"branches_per_replica": config.branches_per_replica},
+            policy_kwargs={"branches_per_replica": config.replicas.branches_per_replica},
         ),
     )

@@ -13,7 +13,7 @@ from typing import Any, Literal, Self, TypeVar
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from parallelmind.config import Dtype, FrozenConfig, Visibility, resolve
+from parallelmind.config import Dtype, FrozenConfig, GroupedConfig, Visibility, resolve
 from parallelmind.config.yaml_file import parse_yaml
 
 HOST = "127.0.0.1"
@@ -25,27 +25,14 @@ _ADAPTER_NAME = re.compile(r"\w[\w.-]{0,99}")  # a single path component: it can
 AppT = TypeVar("AppT", bound="AppConfig")
 
 
-class RequestLimits(FrozenConfig):
-    """Request limits. Each ingress process counts its own open requests."""
+class _Group(FrozenConfig):
+    """Group of fields that may be given as text."""
 
     model_config = ConfigDict(strict=False)
 
-    max_requests: int = Field(128, ge=1, description="open requests; further ones get status 429 at once")
-    max_branches: int = Field(64, ge=1, le=256, description="branches of one sample, n included")
-    max_prompt_tokens: int = Field(
-        8192, ge=1, description="prompt tokens of one sample, all branches together"
-    )
-    max_new_tokens: int = Field(4096, ge=1, description="new tokens of one branch")
-    max_body_bytes: int = Field(1 << 20, ge=1024, description="bytes of a request body")
-    max_header_bytes: int = Field(16 << 10, ge=1024, description="bytes of the headers of a request")
-    timeout_s: float = Field(600, gt=0, description="seconds that a request may take")
-    slow_client_s: float = Field(
-        30, gt=0, description="seconds that the server waits for a client to send its body or to read"
-    )
 
-
-class AppConfig(RequestLimits):
-    """Application: one base model, its adapters, and how they are served."""
+class ServedModelConfig(_Group):
+    """Model."""
 
     lora_path: str | None = Field(
         None, min_length=1, description="adapter folder; null: the base model alone"
@@ -66,6 +53,31 @@ class AppConfig(RequestLimits):
         None, description="columnar: branches attend to each other's past; isolated: not; null: as trained"
     )
     trust_remote_code: bool = Field(False, description="allow a model of the hub to run its own code")
+
+    @model_validator(mode="after")
+    def _require_model(self) -> Self:
+        if self.lora_path is None and self.base_model is None:
+            raise ValueError(
+                "lora_path: required and not given; "
+                "add lora_path=runs/NAME-HASH/adapter or base_model=smollm2-135m"
+            )
+        return self
+
+    @property
+    def name(self) -> str:
+        """The name of the model in requests; never a path of this machine."""
+        if self.served_name:
+            return self.served_name
+        path = Path(self.lora_path or self.base_model or "")
+        if self.lora_path:
+            path = path if path.name else path.absolute()  # "." has no name
+            return path.parent.name if path.name == _ADAPTER_DIR and path.parent.name else path.name
+        return path.name if path.is_absolute() else str(path)
+
+
+class AdaptersConfig(_Group):
+    """Adapters."""
+
     adapters: dict[str, str] = Field(
         {}, description="further adapters by name, each a folder or models:/NAME@ALIAS"
     )
@@ -81,79 +93,11 @@ class AppConfig(RequestLimits):
     refresh_s: float = Field(
         10, ge=0, description="seconds between two checks of an adapter for a new version"
     )
-    min_replicas: int = Field(1, ge=0, description="minimum number of engines")
-    max_replicas: int = Field(1, ge=1, description="maximum number of engines")
-    branches_per_replica: float = Field(
-        16, gt=0, description="live and waiting branches per engine that autoscaling aims at"
-    )
-    idle_s: float = Field(60, ge=0, description="seconds of lower load before an engine is removed")
-    num_cpus: float = Field(0.5, ge=0, description="CPUs that Ray reserves for an engine")
-    num_gpus: float = Field(0, ge=0, description="GPUs that Ray reserves for an engine")
-    num_threads: int | None = Field(
-        None, ge=1, description="threads that an engine computes with; null: the CPUs divided by max_replicas"
-    )
-    cache_tokens: int | None = Field(
-        None, ge=64, description="capacity of an engine's KV cache in tokens; null: by the free memory"
-    )
-    stuck_s: float = Field(
-        60, gt=0, description="seconds in one step after which an engine counts as stuck and is replaced"
-    )
-    api_keys_file: str | None = Field(
-        None,
-        description="file with one API key a line; $PARALLELMIND_API_KEYS holds keys separated by commas",
-    )
-    cors_origins: list[str] = Field(
-        [], description="web origins whose pages may call the server; []: its own pages only"
-    )
-    log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "warning", description="lowest level that is logged; info: a line for every request"
-    )
-    log_prompts: bool = Field(False, description="log the bodies of requests at level info")
 
-    @field_validator("adapters", "cors_origins", mode="before")
+    @field_validator("adapters", mode="before")
     @classmethod
     def _parse_text(cls, value: Any) -> Any:
-        """Text is YAML."""
         return parse_yaml(value) if isinstance(value, str) else value
-
-    @model_validator(mode="after")
-    def _check_fields(self) -> Self:
-        if self.lora_path is None and self.base_model is None:
-            raise ValueError(
-                "lora_path: required and not given; "
-                "add lora_path=runs/NAME-HASH/adapter or base_model=smollm2-135m"
-            )
-        if self.max_replicas < self.min_replicas:
-            raise ValueError(
-                f"max_replicas={self.max_replicas}: is below min_replicas={self.min_replicas}; raise it"
-            )
-        for name in self.adapters:
-            if name in (BASE, self.name) or ":" in name or "/" in name:
-                raise ValueError(
-                    f"adapters.{name}: is taken, or has a colon or a slash in it; choose another name"
-                )
-        return self
-
-    @classmethod
-    def of(cls: type[AppT], fields: Mapping[str, Any]) -> AppT:
-        """Raises UserError for an unknown field, a bad value, or if there is nothing to serve."""
-        return resolve(cls, dict(fields), source="serving")
-
-    @property
-    def name(self) -> str:
-        """The name of the served model in requests; never a path of this machine."""
-        if self.served_name:
-            return self.served_name
-        path = Path(self.lora_path or self.base_model or "")
-        if self.lora_path:
-            path = path if path.name else path.absolute()  # "." has no name
-            return path.parent.name if path.name == _ADAPTER_DIR and path.parent.name else path.name
-        return path.name if path.is_absolute() else str(path)
-
-    @property
-    def names(self) -> list[str]:
-        """The models that every request can name."""
-        return list(dict.fromkeys([self.name, BASE, *(f"{BASE}:{name}" for name in self.adapters)]))
 
     def locate(self, model: str) -> str | None:
         """Where the adapter of this name is: a folder, or models:/…; None if there is no such adapter."""
@@ -173,8 +117,112 @@ class AppConfig(RequestLimits):
         return None
 
 
-class ServerConfig(AppConfig):
-    """An application on this machine: where it listens, and behind which proxy."""
+class RequestLimits(_Group):
+    """Request limits. Each ingress process counts its own open requests."""
+
+    max_requests: int = Field(128, ge=1, description="open requests; further ones get status 429 at once")
+    max_branches: int = Field(64, ge=1, le=256, description="branches of one sample, n included")
+    max_prompt_tokens: int = Field(
+        8192, ge=1, description="prompt tokens of one sample, all branches together"
+    )
+    max_new_tokens: int = Field(4096, ge=1, description="new tokens of one branch")
+    max_body_bytes: int = Field(1 << 20, ge=1024, description="bytes of a request body")
+    max_header_bytes: int = Field(16 << 10, ge=1024, description="bytes of the headers of a request")
+    timeout_s: float = Field(600, gt=0, description="seconds that a request may take")
+    slow_client_s: float = Field(
+        30, gt=0, description="seconds that the server waits for a client to send its body or to read"
+    )
+
+
+class ReplicasConfig(_Group):
+    """Engine replicas."""
+
+    min_replicas: int = Field(1, ge=0, description="minimum number of engines")
+    max_replicas: int = Field(1, ge=1, description="maximum number of engines")
+    branches_per_replica: float = Field(
+        16, gt=0, description="live and waiting branches per engine that autoscaling aims at"
+    )
+    idle_s: float = Field(60, ge=0, description="seconds of lower load before an engine is removed")
+    num_cpus: float = Field(0.5, ge=0, description="CPUs that Ray reserves for an engine")
+    num_gpus: float = Field(0, ge=0, description="GPUs that Ray reserves for an engine")
+    num_threads: int | None = Field(
+        None, ge=1, description="threads that an engine computes with; null: the CPUs divided by max_replicas"
+    )
+    cache_tokens: int | None = Field(
+        None, ge=64, description="capacity of an engine's KV cache in tokens; null: by the free memory"
+    )
+    stuck_s: float = Field(
+        60, gt=0, description="seconds in one step after which an engine counts as stuck and is replaced"
+    )
+
+    @model_validator(mode="after")
+    def _check_bounds(self) -> Self:
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(
+                f"max_replicas={self.max_replicas}: is below min_replicas={self.min_replicas}; raise it"
+            )
+        return self
+
+
+class AccessConfig(_Group):
+    """Access."""
+
+    api_keys_file: str | None = Field(
+        None,
+        description="file with one API key a line; $PARALLELMIND_API_KEYS holds keys separated by commas",
+    )
+    cors_origins: list[str] = Field(
+        [], description="web origins whose pages may call the server; []: its own pages only"
+    )
+
+    @field_validator("cors_origins", mode="before")
+    @classmethod
+    def _parse_text(cls, value: Any) -> Any:
+        return parse_yaml(value) if isinstance(value, str) else value
+
+
+class LogConfig(_Group):
+    """Log."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "warning", description="lowest level that is logged; info: a line for every request"
+    )
+    log_prompts: bool = Field(False, description="log the bodies of requests at level info")
+
+
+class AppConfig(GroupedConfig):
+    """Application: one base model, its adapters, and how they are served."""
+
+    model: ServedModelConfig
+    adapter_sources: AdaptersConfig
+    limits: RequestLimits
+    replicas: ReplicasConfig
+    access: AccessConfig
+    log: LogConfig
+
+    @model_validator(mode="after")
+    def _check_adapter_names(self) -> Self:
+        for name in self.adapter_sources.adapters:
+            if name in (BASE, self.model.name) or ":" in name or "/" in name:
+                raise ValueError(
+                    f"adapters.{name}: is taken, or has a colon or a slash in it; choose another name"
+                )
+        return self
+
+    @classmethod
+    def of(cls: type[AppT], fields: Mapping[str, Any]) -> AppT:
+        """Raises UserError for an unknown field, a bad value, or if there is nothing to serve."""
+        return resolve(cls, dict(fields), source="serving")
+
+    @property
+    def names(self) -> list[str]:
+        """The models that every request can name."""
+        adapters = [f"{BASE}:{name}" for name in self.adapter_sources.adapters]
+        return list(dict.fromkeys([self.model.name, BASE, *adapters]))
+
+
+class NetworkConfig(_Group):
+    """Network."""
 
     port: int = Field(8000, ge=1, le=65535, description=f"port on {HOST}")
     proxy: Literal["haproxy", "serve"] = Field(
@@ -182,3 +230,9 @@ class ServerConfig(AppConfig):
         description="haproxy: HAProxy, with patches of private parts of Ray Serve; serve: Serve's own proxy and "
         "no patches, slower, and replicas listen on every network interface",
     )
+
+
+class ServerConfig(AppConfig):
+    """An application on this machine."""
+
+    network: NetworkConfig

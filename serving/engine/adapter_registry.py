@@ -67,7 +67,7 @@ class AdapterRegistry:
         model and for an adapter that is damaged, has another base or fails its check, and
         AdapterVersionGoneError if `version` is not available any more.
         """
-        if model == self._config.name:
+        if model == self._config.model.name:
             return None
         if model == BASE:
             return BASE
@@ -75,7 +75,7 @@ class AdapterRegistry:
             loaded = self._loaded.get(model)
             if loaded is None:
                 await asyncio.to_thread(self._load_newest, model)
-            elif monotonic() - loaded.checked_at > self._config.refresh_s:
+            elif monotonic() - loaded.checked_at > self._config.adapter_sources.refresh_s:
                 await asyncio.to_thread(self._refresh, model, loaded, version)
             if version is not None and version != self._loaded[model].version:
                 model = self._registry_name(model, version)
@@ -90,7 +90,7 @@ class AdapterRegistry:
 
     def _registry_name(self, model: str, version: str) -> str:
         """The name of one version in the model registry. Only a registry keeps old versions."""
-        location = self._config.locate(model) or ""
+        location = self._config.adapter_sources.locate(model) or ""
         if not location.startswith(REGISTRY):
             raise AdapterVersionGoneError(
                 f"model={model!r}: has a new version, and the old one is gone with its engine; ask again"
@@ -129,13 +129,13 @@ class AdapterRegistry:
 
     def _find_newest(self, model: str) -> tuple[str, Callable[[Path], str | Path]]:
         """The newest version, and a function that returns its folder, given a folder to download into."""
-        location = self._config.locate(model)
+        location = self._config.adapter_sources.locate(model)
         if location is None:
             raise pm.UserError(f"model={model!r}: not served here; /v1/models lists the models")
         if location.startswith(REGISTRY):
             from parallelmind import tracking
 
-            uri = self._config.mlflow_uri or ""
+            uri = self._config.adapter_sources.mlflow_uri or ""
             version, source = tracking.find_model_version(uri, location)
             return version, lambda scratch_dir: tracking.download_artifact(uri, source, scratch_dir)
         manifest = RemotePath.at(location, "model").child(MANIFEST).read_bytes()
@@ -147,11 +147,11 @@ class AdapterRegistry:
         if engine.fallback_reason or not engine.rope_config.patch_rope:
             return
         try:
-            check_adapter(model, engine.tokenizer, engine.rope_config, self._config.dtype)
+            check_adapter(model, engine.tokenizer, engine.rope_config, self._config.model.dtype)
         except pm.UserError as error:
             raise _FailedCheckError(str(error)) from error
 
     def _evict(self) -> None:
-        while len(self._loaded) > self._config.max_adapters:
+        while len(self._loaded) > self._config.adapter_sources.max_adapters:
             model, _ = self._loaded.popitem(last=False)
             self._engine.unload_adapter(model)

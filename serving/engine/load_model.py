@@ -17,15 +17,18 @@ def load_model(config: AppConfig) -> tuple[Any, Any]:
     """
     from parallelmind.model.structure import to_gpu
 
-    rope: dict[str, Any] = {"rope_2d_ratio": config.rope_2d_ratio, "visibility": config.visibility}
+    rope: dict[str, Any] = {
+        "rope_2d_ratio": config.model.rope_2d_ratio,
+        "visibility": config.model.visibility,
+    }
     model, tokenizer = pm.load_model_with_lora(
-        config.base_model,
-        config.lora_path,
-        dtype=config.dtype,
-        trust_remote_code=config.trust_remote_code,
+        config.model.base_model,
+        config.model.lora_path,
+        dtype=config.model.dtype,
+        trust_remote_code=config.model.trust_remote_code,
         **{field: value for field, value in rope.items() if value is not None},
     )
-    return to_gpu(model) if config.num_gpus else model, tokenizer
+    return to_gpu(model) if config.replicas.num_gpus else model, tokenizer
 
 
 def load_tokenizer(config: AppConfig) -> Any:
@@ -47,5 +50,5 @@ def max_context_tokens(config: AppConfig) -> int | None:
 
 
 def _base_model(config: AppConfig) -> ModelConfig:
-    name = config.base_model or read_adapter(config.lora_path or "").base_model
-    return ModelConfig(base_model=name, trust_remote_code=config.trust_remote_code)
+    name = config.model.base_model or read_adapter(config.model.lora_path or "").base_model
+    return ModelConfig(base_model=name, trust_remote_code=config.model.trust_remote_code)

@@ -49,16 +49,24 @@ class EngineReplica:
         import torch
 
         bind_replica_port_to_node_address()
-        configure_log(config.log_level)
+        configure_log(config.log.log_level)
         torch.seed()  # torch starts with a fixed seed: unseeded requests would repeat after every restart
         model, tokenizer = load_model(config)
-        engine_config = EngineConfig(cache_tokens=config.cache_tokens) if config.cache_tokens else None
-        num_engines = 1 if config.num_gpus >= 1 else config.max_replicas  # engines that share this memory
+        engine_config = (
+            EngineConfig(cache_tokens=config.replicas.cache_tokens) if config.replicas.cache_tokens else None
+        )
+        num_engines = (
+            1 if config.replicas.num_gpus >= 1 else config.replicas.max_replicas
+        )  # engines that share this memory
         self._engine = pm.Engine(model, tokenizer, engine_config, num_engines=num_engines)
         self._adapters = AdapterRegistry(self._engine, config)
         self._metrics = EngineMetrics(self._engine.stats, self._adapters.num_loaded)
-        num_threads = config.num_threads or max(1, (os.cpu_count() or 1) // config.max_replicas)
-        self._loop = EngineLoop(self._engine, self._metrics.observe_step, config.stuck_s, num_threads)
+        num_threads = config.replicas.num_threads or max(
+            1, (os.cpu_count() or 1) // config.replicas.max_replicas
+        )
+        self._loop = EngineLoop(
+            self._engine, self._metrics.observe_step, config.replicas.stuck_s, num_threads
+        )
         self._config, self._running = config, dict[str, _RunningSample]()
         self._name = serve.get_replica_context().replica_id.unique_id
 
@@ -117,7 +125,7 @@ class EngineReplica:
 
     def _require_room(self, running: _RunningSample, new_tokens: int) -> None:
         """Raise UserError if the sample would exceed the limits of a new sample."""
-        max_branches, max_tokens = self._config.max_branches, self._config.max_prompt_tokens
+        max_branches, max_tokens = self._config.limits.max_branches, self._config.limits.max_prompt_tokens
         if running.branches >= max_branches:
             raise pm.UserError(
                 f"text: branch {running.branches + 1} of its sample, {max_branches} allowed; "

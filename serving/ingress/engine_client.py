@@ -35,7 +35,7 @@ class EngineClient:
         status.
         """
         steps = stream_with_failover(self._streams, request, self._metrics)
-        measured = self._measure(request, with_deadline(self._config.timeout_s, steps))
+        measured = self._measure(request, with_deadline(self._config.limits.timeout_s, steps))
         first = await anext(measured)
         return _prepend(first, measured)
 
@@ -82,7 +82,7 @@ class EngineClient:
 
     async def is_healthy(self) -> bool:
         """Whether an engine computes; with min_replicas=0 also if there is none, since one can be started."""
-        if not self._config.min_replicas and not await self._ask_all("ping"):
+        if not self._config.replicas.min_replicas and not await self._ask_all("ping"):
             return True
         try:
             await asyncio.wait_for(self._engine.ping.remote(), _CONTROL_TIMEOUT_S)

@@ -24,7 +24,7 @@ class Ingress:
 
     def __init__(self, engine: DeploymentHandle, config: AppConfig) -> None:
         bind_replica_port_to_node_address()
-        configure_log(config.log_level)
+        configure_log(config.log.log_level)
         self._config = config
         self.metrics = IngressMetrics()
         self.engines = EngineClient(engine, config, self.metrics)
@@ -33,14 +33,14 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """The application that Serve calls. Raises UserError for API keys that cannot be read."""
         routes = build_routes(self._config, self.preprocessor, self.engines)
-        keys = ApiKeys(read_api_keys(self._config.api_keys_file))
-        app = with_request_id(RequestLimitsMiddleware(routes, self._config, keys, self.metrics))
-        if not self._config.cors_origins:
+        keys = ApiKeys(read_api_keys(self._config.access.api_keys_file))
+        app = with_request_id(RequestLimitsMiddleware(routes, self._config.limits, keys, self.metrics))
+        if not self._config.access.cors_origins:
             return app
         # Outermost: a browser's preflight request has no key, and it must be able to read a rejection.
         return CORSMiddleware(
             app,
-            allow_origins=self._config.cors_origins,
+            allow_origins=self._config.access.cors_origins,
             allow_methods=["*"],
             allow_headers=["authorization", "content-type"],
         )

@@ -49,7 +49,7 @@ class RequestPreprocessor:
 
         Raises RequestError for a request that is not served.
         """
-        if self.config.log_prompts:
+        if self.config.log.log_prompts:
             log.info("request body: %r", body)
         try:
             if body_bytes > _LONG_BODY_BYTES:
@@ -131,7 +131,7 @@ class RequestPreprocessor:
         return str(self.tokenizer.decode(request.tokens))
 
     def require_model(self, model: str) -> None:
-        if model not in (self.config.name, BASE) and self.config.locate(model) is None:
+        if model not in (self.config.model.name, BASE) and self.config.adapter_sources.locate(model) is None:
             raise pm.UserError(f"model={model[:80]!r}: not served here; use {', '.join(self.config.names)}")
 
     def _engine_request(
@@ -197,7 +197,7 @@ class RequestPreprocessor:
             if self.max_context_tokens is None
             else self.max_context_tokens - prompt_tokens
         )
-        return max(1, min(_DEFAULT_CHAT_TOKENS, room, self.config.max_new_tokens))
+        return max(1, min(_DEFAULT_CHAT_TOKENS, room, self.config.limits.max_new_tokens))
 
     def _branch_sampling(self, request: BranchesRequest | AddBranchRequest) -> dict[str, Any]:
         max_new_tokens = self._max_new_tokens(request, request.max_tokens)
@@ -206,7 +206,7 @@ class RequestPreprocessor:
     def _max_new_tokens(self, request: Sampling, max_tokens: int) -> int:
         """max_tokens as given; its default no higher than the limit."""
         is_given = "max_tokens" in request.model_fields_set
-        return max_tokens if is_given else min(max_tokens, self.config.max_new_tokens)
+        return max_tokens if is_given else min(max_tokens, self.config.limits.max_new_tokens)
 
     def _encode(self, field: str, text: str | list[int], first: bool) -> list[int]:
         """Raises UserError for a text without a token and for invalid ids."""
@@ -219,20 +219,20 @@ class RequestPreprocessor:
         return ids
 
     def _require_branches(self, field: str, branches: int) -> None:
-        limit = self.config.max_branches
+        limit = self.config.limits.max_branches
         if branches > limit:
             raise pm.UserError(f"{field}: {branches} branches, {limit} allowed in one request; send several")
 
     def _require_tokens(self, field: str, prompt_tokens: int, params: Sequence[SamplingParams]) -> None:
-        limit = self.config.max_prompt_tokens
+        limit = self.config.limits.max_prompt_tokens
         if prompt_tokens > limit:
             raise pm.UserError(
                 f"{field}: {prompt_tokens} tokens, {limit} allowed; shorten it or send several requests"
             )
         longest = max(branch.max_new_tokens for branch in params)
-        if longest > self.config.max_new_tokens:
+        if longest > self.config.limits.max_new_tokens:
             raise pm.UserError(
-                f"max_new_tokens={longest}: {self.config.max_new_tokens} allowed; give no more"
+                f"max_new_tokens={longest}: {self.config.limits.max_new_tokens} allowed; give no more"
             )
 
 

@@ -239,10 +239,13 @@ def test_the_service_fits_its_pods_and_requires_keys() -> None:
     serve_config = yaml.safe_load(service.serve_config)
     config = AppConfig.of(serve_config["applications"][0]["args"])
     (gpu,) = service.cluster.worker_group_specs
-    assert (gpu.min_replicas, gpu.max_replicas) == (config.min_replicas, config.max_replicas)
+    assert (gpu.min_replicas, gpu.max_replicas) == (
+        config.replicas.min_replicas,
+        config.replicas.max_replicas,
+    )
     requested = gpu.template["spec"]["containers"][0]["resources"]["requests"]
-    assert config.num_gpus == float(requested["nvidia.com/gpu"])
-    assert config.num_cpus < float(requested["cpu"])
+    assert config.replicas.num_gpus == float(requested["nvidia.com/gpu"])
+    assert config.replicas.num_cpus < float(requested["cpu"])
     for spec in kuberay.pods(service.cluster):
         (container,) = spec["containers"]
         (keys,) = container["env"]

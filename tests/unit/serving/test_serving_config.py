@@ -16,7 +16,7 @@ from ray.serve.config import AutoscalingContext
 import serving
 from parallelmind.engine.scheduler import EngineStats
 from parallelmind.errors import UserError
-from serving.config import AppConfig
+from serving.config import AppConfig, ServerConfig
 from serving.engine.autoscaling import BranchLoadPolicy
 from serving.observability.metrics import EngineMetrics, IngressMetrics, ProcessMetrics, render_metrics
 from serving.protocol.branches import BranchesRequest
@@ -53,16 +53,12 @@ def test_an_error_names_field_value_and_remedy(values: dict[str, Any], parts: li
 
 
 def test_numbers_may_be_given_as_text() -> None:
-    found = config(
+    application = config(
         max_requests="5", slow_client_s="0.5", trust_remote_code="true", rope_2d_ratio="0", min_replicas="0"
     )
-    assert (found.max_requests, found.slow_client_s, found.trust_remote_code, found.min_replicas) == (
-        5,
-        0.5,
-        True,
-        0,
-    )
-    assert found.rope_2d_ratio == 0
+    assert (application.limits.max_requests, application.limits.slow_client_s) == (5, 0.5)
+    assert (application.model.trust_remote_code, application.model.rope_2d_ratio) == (True, 0)
+    assert application.replicas.min_replicas == 0
 
 
 @pytest.mark.parametrize(
@@ -74,7 +70,7 @@ def test_numbers_may_be_given_as_text() -> None:
 )
 def test_lists_and_mappings_may_be_given_as_text(field: str, text: str, value: Any) -> None:
     """`serve run serving.app:build` passes text only."""
-    assert getattr(config(**{field: text}), field) == value
+    assert config(**{field: text}).model_dump()[field] == value
 
 
 @pytest.mark.parametrize(
@@ -91,7 +87,7 @@ def test_lists_and_mappings_may_be_given_as_text(field: str, text: str, value: A
     ],
 )
 def test_a_model_is_named_after_its_run_and_never_after_a_path(values: dict[str, Any], name: str) -> None:
-    assert config(**values).name == name
+    assert config(**values).model.name == name
 
 
 def test_names_lists_every_model_once() -> None:
@@ -109,11 +105,15 @@ def test_an_adapter_is_located_by_its_name_in_the_root(tmp_path: Path) -> None:
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "parallelmind.json").touch()
     (tmp_path / "empty").mkdir()
-    found = config(adapter_root=str(tmp_path), adapters={"plain": "elsewhere"})
-    assert found.locate("base:run") == str(tmp_path / "run/adapter")
-    assert found.locate("base:plain") == "elsewhere"  # named ones come first
-    assert config(adapter_root=str(tmp_path)).locate("base:plain") == str(tmp_path / "plain")
-    assert (found.locate("base:empty"), found.locate("base:none"), config().locate("base:run")) == (
+    application = config(adapter_root=str(tmp_path), adapters={"plain": "elsewhere"})
+    assert application.adapter_sources.locate("base:run") == str(tmp_path / "run/adapter")
+    assert application.adapter_sources.locate("base:plain") == "elsewhere"  # named ones come first
+    assert config(adapter_root=str(tmp_path)).adapter_sources.locate("base:plain") == str(tmp_path / "plain")
+    assert (
+        application.adapter_sources.locate("base:empty"),
+        application.adapter_sources.locate("base:none"),
+        config().adapter_sources.locate("base:run"),
+    ) == (
         None,
         None,
         None,
@@ -128,20 +128,26 @@ def test_a_name_cannot_leave_the_root(tmp_path: Path, name: str) -> None:
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "parallelmind.json").touch()
     served = config(adapter_root=str(tmp_path / "root"))
-    assert served.locate("base:in")
+    assert served.adapter_sources.locate("base:in")
     name = name.replace("/{root}", str(tmp_path))
-    assert (served.locate(f"base:{name}"), served.locate(name)) == (None, None)
+    assert (served.adapter_sources.locate(f"base:{name}"), served.adapter_sources.locate(name)) == (
+        None,
+        None,
+    )
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "漢" * 100])
 def test_a_name_that_is_too_long_for_a_folder_is_unknown(tmp_path: Path, name: str) -> None:
     """The second has few characters and too many bytes."""
-    assert config(adapter_root=str(tmp_path)).locate(f"base:{name}") is None
+    assert config(adapter_root=str(tmp_path)).adapter_sources.locate(f"base:{name}") is None
 
 
 def test_registry_names_are_served_only_with_a_registry(tmp_path: Path) -> None:
-    assert config(adapter_root=str(tmp_path)).locate("models:/legal@best") is None
-    assert config(mlflow_uri="sqlite:///x.db").locate("models:/legal@best") == "models:/legal@best"
+    assert config(adapter_root=str(tmp_path)).adapter_sources.locate("models:/legal@best") is None
+    assert (
+        config(mlflow_uri="sqlite:///x.db").adapter_sources.locate("models:/legal@best")
+        == "models:/legal@best"
+    )
 
 
 @pytest.mark.parametrize(
@@ -280,3 +286,17 @@ def test_the_dashboard_queries_existing_metrics() -> None:
         )
     )
     assert {re.sub(r"_(total|sum|count|bucket)$", "", name) for name in asked} == known
+
+
+def test_fields_are_flat_outside_and_unique_across_groups() -> None:
+    fields = ServerConfig.flat_fields()
+    assert config().model_dump().keys() == fields.keys() - {"port", "proxy"}
+    assert {
+        "base_model",
+        "adapters",
+        "max_requests",
+        "min_replicas",
+        "api_keys_file",
+        "log_level",
+    } <= fields.keys()
+    assert not ServerConfig.groups().keys() & fields.keys()
