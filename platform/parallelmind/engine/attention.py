@@ -1,10 +1,9 @@
 """Attention of a step's tokens over the paged KV cache.
 
-For a model that hands masks to its attention unchanged, `CascadeAttention` takes the place of a mask:
-segments of similar shape are gathered and attended to together, each key is read once for all query heads that
-share it, and the results that a token has from several segments are merged by their log-sum-exp (as Hydragen
-and FlashInfer's cascade do for shared prefixes). Any other model gets one dense mask over all keys of the
-step.
+For a model that hands masks to its attention unchanged, `CascadeAttention` stands in for a mask. Segments
+of similar shape are gathered and attended to together. Each key is read once for all query heads that share
+it. The results that a token has from several segments are merged by their log-sum-exp, as Hydragen and
+FlashInfer's cascade do for shared prefixes. Any other model gets one dense mask over all keys of the step.
 """
 
 from __future__ import annotations

@@ -30,6 +30,8 @@ from parallelmind.model.patch import is_patched, rope_config
 from parallelmind.model.structure import causal_lm
 from parallelmind.model.support import assess
 
+GroupBranch = tuple[SequenceGroup, BranchState]
+
 # What an unpatched model computes for a lone branch.
 _UNPATCHED = RopeConfig(patch_rope=False, rope_2d_ratio=0, visibility="isolated", positions="time")
 
@@ -220,7 +222,10 @@ class Engine:
             for plan, plan_inputs in zip(plans, inputs, strict=True):
                 logits = self._run(plan, plan_inputs)
                 with self.state_lock:
-                    events += self._sample_and_commit(plan, logits)
+                    branches, logits = _without_cancelled(plan, logits)
+                    tokens = self.sample(logits, [_sampling_row(branch) for _, branch in branches])
+                    self.scheduler.commit(plan)
+                    events += self._emit(branches, tokens)
             with self.state_lock:
                 self.adapters.collect()
             return events
@@ -241,31 +246,18 @@ class Engine:
         self.seconds_in_model += perf_counter() - start
         return logits
 
-    def _sample_and_commit(self, plan: Sequence[ScheduledGroup], logits: Tensor) -> list[Event]:
-        """Sample the next tokens. Branches that were cancelled during the forward pass get none."""
-        sampled = [
-            (group, group.branches[index])
-            for group, tokens in plan
-            for index in tokens.sampled_branches.tolist()
-        ]
-        running = [row for row, (_, branch) in enumerate(sampled) if branch.is_running]
-        if len(running) < len(sampled):
-            logits, sampled = logits[running], [sampled[row] for row in running]
-        rows = [_sampling_row(branch) for _, branch in sampled]
-        tokens = self.sample(logits, rows) if rows else []
-        for group, _ in plan:
-            if self.has_sample(group.id):
-                self.scheduler.commit(group)
-        return [
-            self._emit(group, branch, token) for (group, branch), token in zip(sampled, tokens, strict=True)
-        ]
-
     def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
         """The next token of every row of `[rows, vocab]` logits."""
-        return sample_tokens(logits, rows)
+        return sample_tokens(logits, rows) if rows else []
 
-    def _emit(self, group: SequenceGroup, branch: BranchState, sampled: SampledToken) -> Event:
-        """Append a sampled token to its branch; returns the event of it."""
+    def _emit(self, branches: Sequence[GroupBranch], tokens: Sequence[SampledToken]) -> list[Event]:
+        """Append sampled tokens to their branches; returns one event for each."""
+        return [
+            self._emit_token(group, branch, token)
+            for (group, branch), token in zip(branches, tokens, strict=True)
+        ]
+
+    def _emit_token(self, group: SequenceGroup, branch: BranchState, sampled: SampledToken) -> Event:
         pos2d = group.pos2d(branch, branch.num_tokens)
         text, finish_reason = branch.append_token(sampled.token)
         if finish_reason is not None:
@@ -308,6 +300,17 @@ class Engine:
         if not group.is_running:
             del self._groups[group.id]
             self.adapters.release(group.adapter_version)
+
+
+def _without_cancelled(plan: Sequence[ScheduledGroup], logits: Tensor) -> tuple[list[GroupBranch], Tensor]:
+    """The sampled branches and their logits, without branches cancelled during the forward pass."""
+    branches = [
+        (group, group.branches[index]) for group, tokens in plan for index in tokens.sampled_branches.tolist()
+    ]
+    running = [row for row, (_, branch) in enumerate(branches) if branch.is_running]
+    if len(running) == len(branches):
+        return branches, logits
+    return [branches[row] for row in running], logits[running]
 
 
 def _sampling_row(branch: BranchState) -> SamplingRow:

@@ -115,13 +115,14 @@ class Scheduler:
             budget -= group.num_prefill_computed - before
         return scheduled
 
-    def commit(self, group: SequenceGroup) -> None:
-        """Register the computed tokens of a sample: other samples can reuse the full blocks of its main."""
-        num_full = min(group.num_main_computed // BLOCK, len(group.prefix_keys))
-        blocks = group.block_tables[0].blocks
-        for index in range(group.num_cached_blocks, num_full):
-            self.block_manager.cache_block(group.prefix_keys[index], blocks[index])
-        group.num_cached_blocks = max(group.num_cached_blocks, num_full)
+    def commit(self, scheduled: Sequence[ScheduledGroup]) -> None:
+        """Register computed tokens: other samples can reuse the full blocks of these mains.
+
+        Samples that were aborted during the forward pass have no blocks any more.
+        """
+        for group, _ in scheduled:
+            if group.is_running:
+                self._cache_main(group)
 
     def finish_branch(self, group: SequenceGroup, branch: BranchState, reason: FinishReason) -> None:
         """Finish a branch and free the blocks that are not read again.
@@ -166,6 +167,13 @@ class Scheduler:
         self.num_main_tokens += len(group.main)
         self.num_reused_tokens += len(cached) * BLOCK
         return True
+
+    def _cache_main(self, group: SequenceGroup) -> None:
+        num_full = min(group.num_main_computed // BLOCK, len(group.prefix_keys))
+        blocks = group.block_tables[0].blocks
+        for index in range(group.num_cached_blocks, num_full):
+            self.block_manager.cache_block(group.prefix_keys[index], blocks[index])
+        group.num_cached_blocks = max(group.num_cached_blocks, num_full)
 
     def _allocate_for_branch(self, group: SequenceGroup, new_tokens: int) -> list[int] | None:
         """Blocks for one branch more; None for a waiting sample, which gets its blocks at admission."""

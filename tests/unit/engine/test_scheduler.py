@@ -57,8 +57,8 @@ def step(scheduler: Scheduler) -> list[ScheduledGroup]:
     scheduled = scheduler.schedule()
     for group, tokens in scheduled:
         group.assign_slots(tokens)
+    scheduler.commit(scheduled)
     for group, tokens in scheduled:
-        scheduler.commit(group)
         for index in tokens.sampled_branches.tolist():
             branch = group.branches[index]
             branch.append_token(1)
