@@ -21,7 +21,7 @@ from parallelmind.config import RopeConfig
 from parallelmind.data.packing import make_batch
 from parallelmind.layout import Batch, Tokens
 from parallelmind.training import checkpoint
-from parallelmind.training.checkpoint import State
+from parallelmind.training.checkpoint import TrainingState
 
 
 def cpu_seconds(work: Callable[[], object], repeats: int = 5) -> float:
@@ -79,7 +79,7 @@ def stepping() -> dict[str, float]:
     trained = sum(weight.numel() for weight in learner.model.parameters() if weight.requires_grad)
     square = torch.randn(2048, 2048)
     product_s = cpu_seconds(lambda: square @ square)
-    snapshot_s = cpu_seconds(lambda: checkpoint.snapshot(learner.model, learner.optimizer, State("")))
+    snapshot_s = cpu_seconds(lambda: checkpoint.snapshot(learner.model, learner.optimizer, TrainingState("")))
     return {
         "dispatch_s": base_s,
         "dispatch_s_per_layer": layer_s,

@@ -22,7 +22,8 @@ from parallelmind.data.packing import make_batch
 from parallelmind.layout import IGNORE, Batch, Tokens
 from parallelmind.remote import RemotePath
 from parallelmind.training import checkpoint
-from parallelmind.training.checkpoint import CheckpointManager, State
+from parallelmind.training.checkpoint import TrainingState
+from parallelmind.training.checkpoint_manager import CheckpointManager
 from parallelmind.training.step import optimizer_step
 
 _SAMPLES, _MAX_TOKENS, _BRANCH = 2, 512, 32
@@ -89,7 +90,9 @@ def save_cost() -> float:
         numbers = iter(range(100))
 
         def saving() -> None:
-            manager.save(checkpoint.snapshot(learner.model, learner.optimizer, State("", step=next(numbers))))
+            manager.save(
+                checkpoint.snapshot(learner.model, learner.optimizer, TrainingState("", step=next(numbers)))
+            )
             learner.step(batch)
             learner.step(batch)
 

@@ -1,4 +1,4 @@
-"""Short runs of the loop without Ray, on a tiny model, and what is left of them."""
+"""Short runs of the training loop without Ray, on a tiny model."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from parallelmind.layout import Batch, Tokens
 from parallelmind.model.adapter import add_lora
 from parallelmind.model.patch import patch
 from parallelmind.remote import RemotePath
-from parallelmind.training import checkpoint
-from parallelmind.training.checkpoint import CheckpointManager
-from parallelmind.training.loop import Job, train
+from parallelmind.training.checkpoint_manager import CheckpointManager, checkpoint_dirs
+from parallelmind.training.loop import TrainingInputs, train
 from parallelmind.training.outcome import Outcome
 
 ROWS = [TokenRecord(Tokens.of([], [[5 + i % 7, 20, 30 + i % 3, 40, 2]]), standalone=True) for i in range(36)]
@@ -51,7 +50,7 @@ class Run(NamedTuple):
 
 
 class Recorder:
-    """Hooks that keep what they are told; ask to stop from the poll named on."""
+    """Hooks that record lines and metrics, and ask to stop from the poll number `stop_at` on."""
 
     def __init__(self, stop_at: int | None = None) -> None:
         self.stop_at, self.polled = stop_at, 0
@@ -61,7 +60,7 @@ class Recorder:
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         self.metrics[step] = self.metrics.get(step, {}) | dict(metrics)
 
-    def say(self, line: str) -> None:
+    def print_line(self, line: str) -> None:
         self.lines.append(line)
 
     def report(self, metrics: Mapping[str, float], step: int) -> None:
@@ -82,12 +81,12 @@ def weights(model: PeftModel) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in get_peft_model_state_dict(model).items()}
 
 
-def job(
+def training_inputs(
     settings: TrainConfig,
     hooks: Recorder,
     model: PeftModel | None = None,
-    store: CheckpointManager | None = None,
-) -> Job:
+    checkpoints: CheckpointManager | None = None,
+) -> TrainingInputs:
     rope = settings.rope
 
     def stream(epoch: int, first: int) -> Iterator[Batch]:
@@ -100,47 +99,48 @@ def job(
         n: [make_batch(regroup_branches(ROWS, n, 8, settings.data), rope, 0)]
         for n in settings.metrics.validation_branches
     }
-    return Job(
+    return TrainingInputs(
         settings,
         model or fresh_model(settings),
         stream,
         hooks,
-        per_epoch=6,
+        batches_per_epoch=6,
         validation=validation,
-        store=store,
+        checkpoints=checkpoints,
     )
 
 
 def run(
     settings: TrainConfig, folder: Path, hooks: Recorder | None = None, model: PeftModel | None = None
 ) -> Run:
-    """Train with a store in `folder`, from its newest checkpoint if there is one."""
+    """Train with checkpoints in `folder`, from the newest one if there is any."""
     hooks = hooks or Recorder()
-    store = CheckpointManager(RemotePath(folder), settings.checkpoint.keep_checkpoints)
-    work = job(settings, hooks, model, store)
+    manager = CheckpointManager(RemotePath(folder), settings.checkpoint.keep_checkpoints)
+    inputs = training_inputs(settings, hooks, model, manager)
     try:
-        return Run(train(work, store.resume(settings.fingerprint(), hooks.say)), hooks, weights(work.model))
+        newest = manager.resume(settings.fingerprint(), hooks.print_line)
+        return Run(train(inputs, newest), hooks, weights(inputs.model))
     finally:
-        store.close()
+        manager.close()
 
 
-def logged(run: Run) -> dict[tuple[int, str], float]:
-    """Every metric that is not a matter of the clock or the machine, by step and name."""
-    own = ("tokens_per_second", "peak_memory_gib", "seconds")
+def deterministic_metrics(run: Run) -> dict[tuple[int, str], float]:
+    """Every metric that does not depend on the clock or the machine, by step and name."""
+    excluded = ("tokens_per_second", "peak_memory_gib", "seconds")
     return {
         (step, name): value
-        for step, found in run.hooks.metrics.items()
-        for name, value in found.items()
-        if name not in own
+        for step, metrics in run.hooks.metrics.items()
+        for name, value in metrics.items()
+        if name not in excluded
     }
 
 
-def steps(folder: Path) -> list[str]:
-    return [path.name for path in checkpoint.by_step(folder)]
+def checkpoint_steps(folder: Path) -> list[str]:
+    return [path.name for path in checkpoint_dirs(folder)]
 
 
-def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+def assert_same_weights(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     """Bit for bit."""
-    assert found.keys() == expected.keys()
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        assert torch.equal(found[name], value), name
+        assert torch.equal(actual[name], value), name

@@ -23,8 +23,9 @@ from parallelmind.layout import Batch, Tokens
 from parallelmind.model.adapter import add_lora
 from parallelmind.model.patch import patch
 from parallelmind.remote import RemotePath
-from parallelmind.training.checkpoint import CheckpointManager, whole_weights
-from parallelmind.training.loop import Job, train
+from parallelmind.training.checkpoint import full_weights
+from parallelmind.training.checkpoint_manager import CheckpointManager
+from parallelmind.training.loop import TrainingInputs, train
 from parallelmind.training.loss import TargetLoss
 from parallelmind.training.sharding import shard
 from parallelmind.training.step import accumulate_gradients, sum_over_workers, trainable
@@ -63,7 +64,7 @@ def batches(config: TrainConfig) -> list[Batch]:
 
 def gradients(loss: TargetLoss, own: list[Batch]) -> Tensor:
     """Mean gradient over the targets of all workers, as `update` takes it."""
-    totals = accumulate_gradients(loss, iter(own), len(own)).everywhere(loss.device)
+    totals = accumulate_gradients(loss, iter(own), len(own)).all_reduce(loss.device)
     found = [weight.grad for weight in trainable(loss)]
     parts = [
         grad.full_tensor() if isinstance(grad, DTensor) else sum_over_workers(grad.clone())
@@ -116,7 +117,7 @@ class Silent:
         if "loss" in metrics:
             self.losses[step] = metrics["loss"]
 
-    def say(self, line: str) -> None: ...
+    def print_line(self, line: str) -> None: ...
 
     def report(self, metrics: Mapping[str, float], step: int) -> None: ...
 
@@ -138,8 +139,8 @@ def run(
         yield from batches(config)[first + rank :: workers]
 
     held_out = {1: batches(config)[rank :: workers + 1]}  # one worker may have more than another
-    train(Job(config, model, stream, hooks, 8, held_out, store), found[0])
-    weights = whole_weights(model)
+    train(TrainingInputs(config, model, stream, hooks, 8, held_out, store), found[0])
+    weights = full_weights(model)
     if store:
         store.close()
     dist.barrier()

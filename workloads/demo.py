@@ -22,7 +22,7 @@ from parallelmind.errors import UserError
 from parallelmind.evaluation.facts import write_facts
 from parallelmind.tracking import absolute_uri
 from workloads.common.read_config import read_config
-from workloads.train.command import ADAPTER, run_place
+from workloads.train.run_dir import RunDir
 
 _TRAIN_PASSAGES, _HELD_OUT_PASSAGES, _QUESTIONS = 96, 6, 8
 
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
         )
     started = time.monotonic()
     config = read_config(TrainConfig, ["demo"])
-    run_dir = run_place(config).local
+    run_dir = RunDir.of(config).path.local
     run_dir.mkdir(parents=True, exist_ok=True)
     held_out = _write_data(config)
     base = _score("base model", run_dir / "base.json", held_out, ["rope_2d_ratio=0", "visibility=isolated"])
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
     untrained = _score("base model with 2D RoPE, before training", run_dir / "before.json", held_out, rope)
     _print_step("training")
     _run("workloads.train", "demo")
-    adapter = run_dir / ADAPTER
+    adapter = RunDir.of(config).result.local
     trained = _score(
         "adapter, in a new process", run_dir / "after.json", held_out, [f"lora_path={adapter}"], show=2
     )

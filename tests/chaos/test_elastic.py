@@ -125,7 +125,7 @@ def test_a_run_goes_on_with_fewer_workers_while_a_node_is_lost(cluster: Cluster,
     finally:
         running.driver.kill()
     said = running.said()
-    assert "lost a worker; starting again" in said
+    assert "lost a worker; restarting" in said
     assert said.count("resuming from") >= 2
     assert len(list(place.glob("runs/*/adapter/parallelmind.json"))) == 1
     with sqlite3.connect(place / "mlflow.db") as database:

@@ -143,7 +143,7 @@ def test_a_run_resumes_on_another_machine(cwd: Path, bucket: dict[str, str], tmp
     output = wait_for_output(
         start(cwd, bucket, "third", "train", "run.yaml", f"output_dir={RUNS}", "name=whole")
     )
-    assert output.startswith(f"finished before: {RUNS}/whole-")
+    assert output.startswith(f"already finished: {RUNS}/whole-")
     lora = f"lora_path={RUNS}/{remote_name}/adapter"
     assert wait_for_output(start(cwd, bucket, "third", "generate", lora, "prompt=the", "max_new_tokens=3"))
 

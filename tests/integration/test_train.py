@@ -144,7 +144,7 @@ def test_a_run_from_start_to_adapter(place: Path, workers: int) -> None:
     assert run.data.metrics["branches"] == 2 * BRANCHES
     again = train(place, str(folder / "config.yaml"))
     assert again.returncode == 0
-    assert "finished before" in again.stdout
+    assert "already finished" in again.stdout
 
 
 def test_strict_stops_at_the_first_bad_line(place: Path) -> None:

@@ -24,7 +24,7 @@ from parallelmind.errors import UserError
 from tools.mistakes import MISTAKES, PAGE, Mistake, Outcome, outcome, prepare, row, run_mistake
 from workloads.common import resources
 from workloads.common.read_config import read_config
-from workloads.train.command import run_place
+from workloads.train.run_dir import RunDir
 
 NAMED = {mistake.name: mistake for mistake in MISTAKES}
 ROWS = {
@@ -79,7 +79,7 @@ def test_two_runs_at_once(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mistake = Mistake("two runs at once", NAMED["two runs at once"].command)
-    run_folder = run_place(read_config(TrainConfig, shlex.split(mistake.command)[3:])).local
+    run_folder = RunDir.of(read_config(TrainConfig, shlex.split(mistake.command)[3:])).path.local
     run_folder.mkdir(parents=True)
     with FileLock(run_folder / ".lock"):
         assert row(mistake, run_in_process(mistake, folder, capsys, monkeypatch)) == ROWS[mistake.name], (

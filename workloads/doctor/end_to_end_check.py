@@ -40,7 +40,7 @@ def _train_and_decode(config: DoctorConfig, run_dir: RemotePath) -> list[str]:
     """Train on generated facts; returns the texts of the branches of one more sample."""
     import parallelmind as pm
     from parallelmind.evaluation.facts import facts_records, write_facts
-    from workloads.train.command import ADAPTER, run_training
+    from workloads.train.run import run_training
 
     data = run_dir.child("train.jsonl")
     write_facts(data.local, _STEPS, seed=1, branches=_BRANCHES)
@@ -56,7 +56,7 @@ def _train_and_decode(config: DoctorConfig, run_dir: RemotePath) -> list[str]:
         batch_size=1,
         lora_rank=4,
     )
-    adapter = run_training(train).child(ADAPTER)
+    adapter = run_training(train).result
     model, tokenizer = pm.load_model_with_lora(base_model=config.base_model, lora_path=str(adapter))
     (record,) = facts_records(1, seed=2, branches=_BRANCHES)
     sample = pm.Sample(record["main"], [branch["prompt"] for branch in record["branches"]])

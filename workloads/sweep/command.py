@@ -22,7 +22,7 @@ from parallelmind.remote import RemotePath
 from workloads.common.read_config import read_config
 from workloads.sweep.config import SweepConfig
 from workloads.sweep.space import check_space
-from workloads.train.command import alone_at
+from workloads.train.run_dir import lock_dir
 
 
 def main(argv: list[str]) -> None:
@@ -46,7 +46,7 @@ def run_sweep(config: SweepConfig) -> RemotePath:
     if config.train.data.validation_path:
         find_files(config.train.data.validation_path, "validation_path")
     sweep_dir = sweep_dir_of(config)
-    with alone_at(sweep_dir, config.name, config.train.run.output_dir):
+    with lock_dir(sweep_dir, config.name, config.train.run.output_dir):
         from workloads.sweep.driver import execute  # imports Ray
 
         execute(config, sweep_dir)

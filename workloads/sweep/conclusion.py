@@ -12,7 +12,7 @@ from workloads.sweep.ranking import find_winner
 from workloads.sweep.report import write_report
 from workloads.sweep.trainable import SweepContext
 from workloads.sweep.trial import END_STATUSES, Trial
-from workloads.train.command import ADAPTER, result_place
+from workloads.train.run_dir import ADAPTER, RunDir
 
 
 def close_trial_runs(journal: Journal, tracker: Tracker) -> None:
@@ -80,8 +80,8 @@ def _register_winner(context: SweepContext, winner: Trial, tracker: Tracker) -> 
     assert winner.run_id is not None
     metrics = format_metrics(winner, config.metrics)
     print(f"winner   trial {winner.number}: {winner.describe()}  {metrics}")
-    run_dir = RemotePath.at(str(winner.folder))
-    result = result_place(context.trial_config(winner.number, winner.settings), run_dir)
+    result_name = RunDir.of(context.trial_config(winner.number, winner.settings)).result_name
+    result = RemotePath.at(str(winner.folder)).child(result_name)
     if config.register_as and result.local.name == ADAPTER:
         version = register_model(tracker.uri, winner.run_id, ADAPTER, config.register_as, config.alias)
         print(f"model    models:/{config.register_as}@{config.alias}, version {version}")

@@ -14,11 +14,10 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
 from parallelmind.remote import RemotePath
-from workloads.common.stopping import StopFile
 from workloads.sweep.config import SweepConfig
 from workloads.sweep.journal import Journal
 from workloads.sweep.stateless_pickle import StatelessPickle
-from workloads.train.command import STOP
+from workloads.train.run_dir import stop_file
 
 MAX_RESTARTS = 3  # of a trial whose process is lost
 _NO_STEP_LIMIT = 1 << 40  # more steps than any trial takes
@@ -103,7 +102,7 @@ class JournalingScheduler(StatelessPickle, FIFOScheduler):
 
 def stop_trial(folder: str) -> None:
     """Ask the trial that trains in this folder to save a checkpoint and end."""
-    StopFile(RemotePath.at(folder).child(STOP)).request()
+    stop_file(RemotePath.at(folder)).request()
 
 
 def _is_metric(name: str) -> bool:

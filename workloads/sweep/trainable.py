@@ -10,20 +10,21 @@ from typing import Any
 import workloads.common.ray_env  # noqa: F401  (before Ray)
 
 # isort: split
-from filelock import FileLock
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from parallelmind.config import TrainConfig
-from parallelmind.data.files import find_files
 from parallelmind.errors import UserError, first_line
 from parallelmind.model.manifest import MANIFEST
 from parallelmind.remote import RemotePath
+from parallelmind.storage import process_lock
 from workloads.sweep.config import SweepConfig
-from workloads.train.command import result_place, run_place
-from workloads.train.driver import SharedRunContext, begin, ended, prepare
+from workloads.train.conclude import close_tracker
+from workloads.train.data_files import DataFiles
 from workloads.train.fit import fit
-from workloads.train.provenance import keep_losses
+from workloads.train.prepare import SharedRunContext, begin, prepare
+from workloads.train.provenance import save_loss_plot
+from workloads.train.run_dir import RunDir
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class SweepContext:
 def run_trial(trial: dict[str, Any], context: SweepContext) -> None:
     """Train one trial and report to Ray Tune where it runs, its metrics, and how it ended.
 
-    trial: `number`, `settings` and `data`, the fingerprint that the data must have (`PreparedRun.data`) or
+    trial: `number`, `settings` and `data`, the fingerprint that the data must have (`PreparedRun.data_fingerprint`) or
     None. An error of the training is reported and not raised: Ray Tune repeats trials that raise. A trial
     whose process is lost is repeated.
     """
@@ -59,27 +60,22 @@ def run_trial(trial: dict[str, Any], context: SweepContext) -> None:
 
 def _train(config: TrainConfig, context: SweepContext, data: str | None) -> dict[str, Any]:
     """Train the run, unless it is complete; returns the last report."""
-    run_dir = run_place(config)
-    run_dir.local.mkdir(parents=True, exist_ok=True)
+    run_dir = RunDir.of(config)
     # A process that Ray Tune considers lost may still train in this folder: wait for it.
-    with FileLock(run_dir.local / ".lock"):
-        manifest = result_place(config, run_dir).child(MANIFEST).read_bytes()
+    with process_lock(run_dir.path.local / ".lock"):
+        manifest = run_dir.result.child(MANIFEST).read_bytes()
         if manifest is not None:  # the run finished before the sweep received its last report
             extra = json.loads(manifest)["extra"]
             tune.report({"folder": str(run_dir), "run_id": extra["mlflow_run"]})
             return {"status": "finished", "step": extra["step"], "metrics": extra["metrics"]}
-        vocabulary = begin(config, run_dir)
-        files = find_files(config.data.data_path)
-        held_out = (
-            find_files(config.data.validation_path, "validation_path") if config.data.validation_path else []
-        )
+        vocabulary_size = begin(config, run_dir)
         shared = SharedRunContext(context.max_concurrent, context.parent_run_id, data)
-        task, tracker, data = prepare(config, run_dir, files, held_out, vocabulary, shared)
-        tune.report({"folder": str(run_dir), "run_id": tracker.run_id, "data": data})
-        with ended(tracker) as end:
-            outcome = fit(task, files, context.max_concurrent, [TuneReportCallback()])
-            end(outcome)
+        run = prepare(config, run_dir, DataFiles.find(config.data), vocabulary_size, shared)
+        tune.report({"folder": str(run_dir), "run_id": run.tracker.run_id, "data": run.data_fingerprint})
+        with close_tracker(run.tracker) as set_outcome:
+            outcome = fit(run, context.max_concurrent, [TuneReportCallback()])
+            set_outcome(outcome)
         if not outcome.finished:
-            keep_losses(run_dir, tracker)
+            save_loss_plot(run_dir, run.tracker)
     status = "finished" if outcome.finished else "interrupted"
     return {"status": status, "step": outcome.step, "metrics": outcome.metrics}

@@ -1,6 +1,4 @@
-"""What a run leaves in MLflow beside its metrics: which code and libraries ran, and a picture of its
-losses.
-"""
+"""What a run records in MLflow beside its metrics: versions of code and libraries, and a plot of its losses."""
 
 from __future__ import annotations
 
@@ -11,21 +9,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from parallelmind.remote import RemotePath
+from workloads.train.run_dir import RunDir
 
 if TYPE_CHECKING:
     from parallelmind.tracking import Tracker
 
-LOSSES = "loss.png"  # in a run's folder
 _ROOT = Path(__file__).resolve().parents[2]
 _SOURCES = ("platform", "workloads")
 _LIBRARIES = ("torch", "transformers", "peft", "ray", "mlflow", "numpy", "pyarrow")
 
 
 def code_version() -> dict[str, str]:
-    """Tags: the SHA-256 of this project's source, its git commit where there is one, and the versions of its
-    libraries.
-    """
+    """MLflow tags: SHA-256 of this project's source, git commit if there is one, versions of libraries."""
     digest = hashlib.sha256()
     for path in sorted(path for folder in _SOURCES for path in (_ROOT / folder).rglob("*.py")):
         digest.update(f"{path.relative_to(_ROOT)}\n".encode() + path.read_bytes())
@@ -34,27 +29,24 @@ def code_version() -> dict[str, str]:
         **{f"version.{name}": version(name) for name in _LIBRARIES},
     }
     if (_ROOT / ".git").exists() and shutil.which("git"):
-        asked = subprocess.run(
-            ["git", "-C", str(_ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        )
+        command = ["git", "-C", str(_ROOT), "rev-parse", "HEAD"]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
         if (
-            asked.returncode == 0
-        ):  # not before a first commit, nor where git does not trust the folder's owner
-            tags["mlflow.source.git.commit"] = asked.stdout.strip()
+            result.returncode == 0
+        ):  # fails before the first commit, and if git does not trust the folder's owner
+            tags["mlflow.source.git.commit"] = result.stdout.strip()
     return tags
 
 
-def keep_losses(place: RemotePath, tracker: Tracker) -> RemotePath:
-    """The losses of a run as loss.png, in its folder and in MLflow."""
-    picture = place.child(LOSSES)
-    _draw_losses(tracker, picture.local)
-    picture.upload()
-    tracker.log_file(picture.local)
-    return picture
+def save_loss_plot(run_dir: RunDir, tracker: Tracker) -> None:
+    """Plot the losses of a run; save the plot in its folder and in MLflow."""
+    _plot_losses(tracker, run_dir.loss_plot.local)
+    run_dir.loss_plot.upload()
+    tracker.log_file(run_dir.loss_plot.local)
 
 
-def _draw_losses(tracker: Tracker, path: Path) -> None:
-    """A PNG of the training loss and of every validation loss, by step."""
+def _plot_losses(tracker: Tracker, path: Path) -> None:
+    """Save the training loss and every validation loss by step as PNG."""
     from matplotlib.figure import Figure
 
     names = ["loss", *sorted(name for name in tracker.metric_names() if name.startswith("validation/loss_"))]

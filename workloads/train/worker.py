@@ -1,6 +1,4 @@
-"""What every Ray Train worker runs: build model and data streams, hand them to the training loop, keep its
-results.
-"""
+"""Ray Train worker: build model and data streams, run the training loop, save the result."""
 
 from __future__ import annotations
 
@@ -8,10 +6,10 @@ import logging
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import ray.train
@@ -34,180 +32,163 @@ from parallelmind.model.base_model import load_base
 from parallelmind.model.lm_head import check_lm_head
 from parallelmind.model.manifest import MANIFEST, check_replaceable
 from parallelmind.model.patch import patch
-from parallelmind.remote import RemotePath
 from parallelmind.storage import atomic_dir, remove_partial_dirs
-from parallelmind.training.checkpoint import CheckpointManager, download, whole_weights
-from parallelmind.training.loop import Job, train
+from parallelmind.training.checkpoint import full_weights
+from parallelmind.training.checkpoint_manager import CheckpointManager, download_checkpoint
+from parallelmind.training.loop import TrainingInputs, train
 from parallelmind.training.outcome import Outcome
-from workloads.common.stopping import StopFile
-from workloads.train.command import CHECKPOINTS, STOP, result_place
-from workloads.train.provenance import keep_losses
-
-if TYPE_CHECKING:
-    from parallelmind.tracking import Tracker
+from workloads.train.provenance import save_loss_plot
+from workloads.train.ray_hooks import RayHooks
+from workloads.train.run_dir import RunDir
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
-    """What the driver settled; paths and the tracking URI are absolute. place: the run's folder. per_epoch:
-    batches, about.
+class WorkerTask:
+    """Everything that a worker needs to know; paths and the tracking URI are absolute.
 
-    threads: of each worker.
+    batches_per_epoch: of all workers, estimated. threads: compute threads of each worker.
     """
 
     config: TrainConfig
-    place: RemotePath
+    run_dir: RunDir
     validation_files: tuple[str, ...]
     mlflow_uri: str
     mlflow_run: str
-    per_epoch: int
+    batches_per_epoch: int
     threads: int
 
 
-class RayHooks:
-    """Metrics to MLflow and lines to the terminal from rank 0; reports, which are a barrier, from every
-    worker.
-    """
+def run_worker(task: WorkerTask, feeder: Any) -> Outcome:
+    """Train on this worker's share of the feeder's batches.
 
-    def __init__(self, task: Task, leads: bool) -> None:
-        self.leads, self._stop = leads, StopFile(task.place.child(STOP)) if leads else None
-        self._opening = ThreadPoolExecutor(1).submit(_open_tracker, task) if leads else None
-
-    @property
-    def tracker(self) -> Tracker | None:
-        return self._opening.result() if self._opening else None
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        if self.tracker:
-            self.tracker.log_metrics(metrics, step)
-
-    def say(self, line: str) -> None:
-        if self.leads:
-            print(line, flush=True)
-
-    def should_stop(self) -> bool:
-        return self._stop is not None and self._stop.is_requested()
-
-    def report(self, metrics: Mapping[str, float], step: int) -> None:
-        ray.train.report({**metrics, "step": step})
-
-
-def _open_tracker(task: Task) -> Tracker:
-    """While the first step runs: importing MLflow and opening its database takes seconds."""
-    from parallelmind.tracking import Tracker
-
-    return Tracker(task.mlflow_uri, task.mlflow_run)
-
-
-def run_worker(task: Task, feeder: Any) -> Outcome:
-    """Train on this worker's turns of the feeder's batches; rank 0 writes checkpoints, and the adapter at the
-    end.
-
-    Raises UserError for what the model refuses.
+    Rank 0 writes the checkpoints, and the result when the run is finished. Raises UserError for a model that
+    cannot be trained with these settings.
     """
     torch.set_num_threads(min(task.threads, os.cpu_count() or 1))
-    logging.getLogger().setLevel(logging.WARNING)  # Ray tells every report at INFO
+    logging.getLogger().setLevel(logging.WARNING)  # Ray logs every report at INFO
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     config, context = task.config, ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
-    hooks = RayHooks(task, leads=rank == 0)
-    store = (
-        CheckpointManager(task.place.child(CHECKPOINTS), config.checkpoint.keep_checkpoints)
-        if rank == 0
-        else None
+    hooks = RayHooks(task.run_dir, task.mlflow_uri, task.mlflow_run, is_leader=rank == 0)
+    manager = (
+        CheckpointManager(task.run_dir.checkpoints, config.checkpoint.keep_checkpoints) if rank == 0 else None
     )
     try:
-        found = store.resume(config.fingerprint(), hooks.say) if store else None
-        group, newest = broadcast_from_rank_zero((uuid4().hex, found and found.name))
-        resume = None
-        if newest is not None:
-            saved = task.place.child(CHECKPOINTS).child(newest)
-            hooks.say(f"resuming from {saved}")
-            resume = download(saved)
+        group, checkpoint = _agree_on_start(task, manager, hooks)
         if config.workers.min_workers is not None:
-            hooks.say(f"{workers} of {config.workers.num_workers} workers")
+            hooks.print_line(f"{workers} of {config.workers.num_workers} workers")
         model, tokenizer = build_model(config)
-
-        def stream(epoch: int, first: int) -> Iterator[Batch]:
-            counts: Counter[str] = Counter()
-            for chosen in receive_batches(
-                feeder, ShardAssignment(group, epoch, first, workers), rank, counts
-            ):
-                yield chosen.collate(config.rope, tokenizer.pad_token_id or 0)
-            if any(counts.values()):
-                hooks.say(
-                    f"epoch {epoch}: {counts['truncated']} texts truncated, {counts['skipped']} branches skipped"
-                )
-
-        held_out = validation_sets(task, tokenizer, rank, workers)
-        outcome = train(
-            Job(config, model, stream, hooks, task.per_epoch, held_out, store, task.mlflow_run), resume
+        inputs = TrainingInputs(
+            config,
+            model,
+            _batch_stream(task, feeder, group, tokenizer, hooks),
+            hooks,
+            task.batches_per_epoch,
+            validation_batches(task, tokenizer, rank, workers),
+            manager,
+            task.mlflow_run,
         )
+        outcome = train(inputs, checkpoint)
     finally:
-        if store:
-            store.close()
+        if manager:
+            manager.close()
     if outcome.finished:
-        keep(task, model, tokenizer, hooks, outcome)
+        save_result(task, model, tokenizer, hooks, outcome)
     return outcome
 
 
-def keep(
-    task: Task, model: nn.Module, tokenizer: PreTrainedTokenizerBase, hooks: RayHooks, outcome: Outcome
+def _agree_on_start(
+    task: WorkerTask, manager: CheckpointManager | None, hooks: RayHooks
+) -> tuple[str, Path | None]:
+    """A name for this group of workers, and the checkpoint to resume from on this machine; from rank 0."""
+    newest = manager.resume(task.config.fingerprint(), hooks.print_line) if manager else None
+    group, name = broadcast_from_rank_zero((uuid4().hex, newest and newest.name))
+    if name is None:
+        return group, None
+    checkpoint = task.run_dir.checkpoints.child(name)
+    hooks.print_line(f"resuming from {checkpoint}")
+    return group, download_checkpoint(checkpoint)
+
+
+def _batch_stream(
+    task: WorkerTask, feeder: Any, group: str, tokenizer: PreTrainedTokenizerBase, hooks: RayHooks
+) -> Callable[[int, int], Iterator[Batch]]:
+    """This worker's batches of an epoch, from a given batch on."""
+    context = ray.train.get_context()
+    rank, workers = context.get_world_rank(), context.get_world_size()
+
+    def stream(epoch: int, first: int) -> Iterator[Batch]:
+        counts: Counter[str] = Counter()
+        for batch in receive_batches(feeder, ShardAssignment(group, epoch, first, workers), rank, counts):
+            yield batch.collate(task.config.rope, tokenizer.pad_token_id or 0)
+        if any(counts.values()):
+            hooks.print_line(
+                f"epoch {epoch}: {counts['truncated']} texts truncated, {counts['skipped']} branches skipped"
+            )
+
+    return stream
+
+
+def build_model(config: TrainConfig) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """The patched model on this worker's device, with float32 weights where it is trained."""
+    optimizer = config.optimizer
+    full = optimizer.tuning == "full"
+    base = config.model.model_copy(update={"dtype": "float32"}) if full else config.model
+    model, tokenizer = load_base(base)
+    check_lm_head(model)
+    if config.rope.patch_rope:
+        patch(model, config.rope)
+    trained: nn.Module = model
+    if optimizer.resume_adapter is not None:
+        trained = resume_adapter(model, tokenizer, optimizer.resume_adapter, config.lora)
+    elif not full:
+        trained = add_lora(model, config.lora, optimizer.seed)
+    return trained.to(ray.train.torch.get_device()), tokenizer
+
+
+def validation_batches(
+    task: WorkerTask, tokenizer: PreTrainedTokenizerBase, rank: int, workers: int
+) -> dict[int, list[Batch]]:
+    """This worker's batches of the held-out data, by branches per sample; the text is the same at each."""
+    if not task.validation_files:
+        return {}
+    config, pad_id = task.config, tokenizer.pad_token_id or 0
+    metrics = config.metrics
+    held_out = HeldOut.read(task.validation_files, metrics.validation_samples, tokenizer, config.data)
+    batches = {}
+    for branches in metrics.validation_branches if config.rope.patch_rope else [1]:
+        own = held_out.batches(branches, config.optimizer.seed)[rank::workers]
+        batches[branches] = [make_batch(samples, config.rope, pad_id) for samples in own]
+    return batches
+
+
+def save_result(
+    task: WorkerTask,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    hooks: RayHooks,
+    outcome: Outcome,
 ) -> None:
-    """Write what was trained, to MLflow and in the run's folder. Its name there comes last and vouches for
-    all: a run that is killed on the way does the rest when the same command goes on with it.
+    """Save the trained adapter or model to MLflow and to the run folder.
+
+    The folder gets its name last: a run that is killed before repeats this step when it is resumed.
     """
-    weights = whole_weights(model)  # by every worker: they may hold shards
+    weights = full_weights(model)  # a collective operation where the model is sharded
     if hooks.tracker is None:
         return
+    run_dir, result = task.run_dir, task.run_dir.result
     extra = {
-        "run": task.place.local.name,
+        "run": run_dir.name,
         "mlflow_run": task.mlflow_run,
         "step": outcome.step,
         "metrics": outcome.metrics,
     }
-    result = result_place(task.config, task.place)
     check_replaceable(result.local)
-    remove_partial_dirs(task.place.local)
-    with atomic_dir(result.local) as built:
+    remove_partial_dirs(run_dir.path.local)
+    with atomic_dir(result.local) as folder:
         with translate_write_errors("output_dir", task.config.run.output_dir, SafetensorError):
-            save_trained(model, tokenizer, built, task.config, extra, weights)
-        hooks.tracker.log_folder(built, result.local.name)
-        keep_losses(task.place, hooks.tracker)
+            save_trained(model, tokenizer, folder, task.config, extra, weights)
+        hooks.tracker.log_folder(folder, run_dir.result_name)
+        save_loss_plot(run_dir, hooks.tracker)
         hooks.tracker.finish()
     result.upload(last=MANIFEST)
-
-
-def build_model(config: TrainConfig) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """The patched model with what is to be trained, float32 there, on this worker's device."""
-    base = config.model
-    model, tokenizer = load_base(
-        base if config.optimizer.tuning == "lora" else base.model_copy(update={"dtype": "float32"})
-    )
-    check_lm_head(model)
-    if config.rope.patch_rope:
-        patch(model, config.rope)
-    learner: nn.Module = model
-    if config.optimizer.resume_adapter is not None:
-        learner = resume_adapter(model, tokenizer, config.optimizer.resume_adapter, config.lora)
-    elif config.optimizer.tuning == "lora":
-        learner = add_lora(model, config.lora, config.optimizer.seed)
-    return learner.to(ray.train.torch.get_device()), tokenizer
-
-
-def validation_sets(
-    task: Task, tokenizer: PreTrainedTokenizerBase, rank: int, workers: int
-) -> dict[int, list[Batch]]:
-    """This worker's batches of the same held-out text at every branch count."""
-    if not task.validation_files:
-        return {}
-    config, rope, pad = task.config, task.config.rope, tokenizer.pad_token_id or 0
-    held_out = HeldOut.read(task.validation_files, config.metrics.validation_samples, tokenizer, config.data)
-    counts = config.metrics.validation_branches if config.rope.patch_rope else [1]
-    return {
-        n: [
-            make_batch(group, rope, pad)
-            for group in held_out.batches(n, config.optimizer.seed)[rank::workers]
-        ]
-        for n in counts
-    }

@@ -1,8 +1,7 @@
-"""The training loop of one worker. It knows no Ray: batches come from a function and everything outward goes
-to hooks.
+"""Training loop of one worker. Data comes from a function; everything else outside is reached through `Hooks`.
 
-All workers decide alike, because each decision (the data has ended, stop, skip this step) rests on sums over
-all of them.
+All workers take the same decisions (end of the data, stop, skipped step), because each decision depends on
+sums over all workers.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -24,8 +22,9 @@ from parallelmind.layout import Batch
 from parallelmind.model.attention import AttentionLogger
 from parallelmind.model.structure import causal_lm
 from parallelmind.model.weights import load_weights
-from parallelmind.training import checkpoint
-from parallelmind.training.checkpoint import CheckpointManager, State
+from parallelmind.training.checkpoint import TrainingState, read_checkpoint, restore_optimizer, snapshot
+from parallelmind.training.checkpoint_manager import CheckpointManager, newest_checkpoint
+from parallelmind.training.hooks import Hooks
 from parallelmind.training.loss import TargetLoss
 from parallelmind.training.metrics_logger import MetricsLogger
 from parallelmind.training.outcome import Outcome
@@ -39,147 +38,137 @@ from parallelmind.training.step import (
     optimizer_step,
 )
 
-_FIRST_SCALE, _CLEAN_STEPS = (
-    2.0**8,
-    1000,
-)  # float16: the scale of loss sums to begin with, doubled after so many steps
-
-
-class Hooks(Protocol):
-    """What the loop tells the outside, on every worker alike."""
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None: ...
-
-    def say(self, line: str) -> None: ...
-
-    def report(self, metrics: Mapping[str, float], step: int) -> None:
-        """At validations and checkpoints."""
-
-    def should_stop(self) -> bool: ...
+# float16: the first loss scale, and the number of finite steps after which it is doubled.
+_INITIAL_LOSS_SCALE, _STEPS_PER_SCALE = 2.0**8, 1000
 
 
 @dataclass(slots=True)
-class Job:
-    """What `train` works on.
+class TrainingInputs:
+    """Inputs of `train`.
 
-    batches: this worker's turns of an epoch's batches, from the given one on. per_epoch: about how many an
-    epoch has, of all workers. validation: this worker's share of the held-out batches, by branches per
-    sample. store: on the first worker.
+    batches: function of (epoch, first batch) that returns this worker's batches of an epoch.
+    batches_per_epoch: of all workers, estimated. validation: this worker's held-out batches, by branches per
+    sample. checkpoints: on rank 0.
     """
 
     config: TrainConfig
     model: nn.Module
     batches: Callable[[int, int], Iterable[Batch]]
     hooks: Hooks
-    per_epoch: int
+    batches_per_epoch: int
     validation: Mapping[int, list[Batch]]
-    store: CheckpointManager | None = None
+    checkpoints: CheckpointManager | None = None
     run_id: str | None = None
 
 
-def train(job: Job, resume: Path | None = None) -> Outcome:
-    """Train to the end, or until a hook asks to stop; either way with a checkpoint at the end.
+def train(inputs: TrainingInputs, resume_from: Path | None = None) -> Outcome:
+    """Train to the end, or until a hook asks to stop. Both end with a checkpoint.
 
-    Raises UserError if the data gives no target at all, for too many steps in a row without a finite
-    gradient, and for memory or a disk that is too small.
+    Raises:
+        UserError: the data has no target token, too many consecutive steps had no finite gradient, or memory
+            or disk is full.
     """
-    run = _Run(job, resume)
-    while run.state.epoch < job.config.optimizer.epochs and not run.ended:
-        run.epoch()
-    if not run.stopped and run.state.step == run.state.skipped:
-        raise UserError(
-            f"data_path={job.config.data.data_path}: no step had a finite loss on any target; "
-            "check answer_offset, the limits and learning_rate"
-        )
-    if not run.stopped:  # what a stopped run has not told yet it tells when it goes on
-        run.meter.tell(run.state, run.planned)
-    run.report(validate=not run.stopped, save=True)
-    if job.store:
-        job.store.wait()
-    return Outcome(not run.stopped, run.state.step, run.state.metrics)
+    trainer = Trainer(inputs, resume_from)
+    while trainer.state.epoch < inputs.config.optimizer.epochs and not trainer.is_done:
+        trainer.train_epoch()
+    if not trainer.stopped:
+        if trainer.state.step == trainer.state.skipped_steps:
+            raise UserError(
+                f"data_path={inputs.config.data.data_path}: no step had a finite loss on any target; "
+                "check answer_offset, the length limits and learning_rate"
+            )
+        trainer.metrics_logger.log(trainer.state, trainer.planned_steps)  # a stopped run logs when it resumes
+    trainer.report(validate=not trainer.stopped, save=True)
+    if inputs.checkpoints:
+        inputs.checkpoints.wait()
+    return Outcome(not trainer.stopped, trainer.state.step, trainer.state.metrics)
 
 
-class _Run:
-    """The moving parts: loss, optimizer and position."""
+class Trainer:
+    """Loss, optimizer and state of a run while it trains."""
 
-    def __init__(self, job: Job, resume: Path | None) -> None:
-        self.job, self.config = job, job.config
-        if self.config.optimizer.gradient_checkpointing:
-            causal_lm(job.model).activation_checkpointing_enable()
-        scale = _FIRST_SCALE if self.config.model.dtype == "float16" else 1.0
-        self.state = State(self.config.fingerprint(), job.run_id, scale=scale)
-        saved = checkpoint.read(resume) if resume is not None else None
+    def __init__(self, inputs: TrainingInputs, resume_from: Path | None) -> None:
+        self.inputs, self.config, self.hooks = inputs, inputs.config, inputs.hooks
+        self.optimizer_config, self.dtype = self.config.optimizer, self.config.model.dtype
+        if self.optimizer_config.gradient_checkpointing:
+            causal_lm(inputs.model).activation_checkpointing_enable()
+        saved = read_checkpoint(resume_from) if resume_from is not None else None
         if saved is not None:
-            load_weights(job.model, saved.weights, str(resume))
-            self.state = saved.state
-        self.state.per_epoch = (
-            self.state.per_epoch or job.per_epoch
-        )  # the checkpoint's: a resumed run keeps to its schedule
-        self.loss = TargetLoss(
-            job.model, self.config.rope.visibility, getattr(torch, self.config.model.dtype)
-        ).train()
+            load_weights(inputs.model, saved.weights, str(resume_from))
+        self.state = saved.state if saved is not None else self._initial_state()
+        # A resumed run keeps the estimate of its checkpoint, and so its learning rate schedule.
+        self.state.batches_per_epoch = self.state.batches_per_epoch or inputs.batches_per_epoch
+        self.loss = TargetLoss(inputs.model, self.config.rope.visibility, getattr(torch, self.dtype)).train()
         if self.config.workers.sharding == "full":
             shard(self.loss)
-        self.optimizer = make_optimizer(self.loss, self.config.optimizer)
+        self.optimizer = make_optimizer(self.loss, self.optimizer_config)
         if saved is not None:
-            checkpoint.restore_optimizer(job.model, self.optimizer, saved.optimizer)
+            restore_optimizer(inputs.model, self.optimizer, saved.optimizer)
         self.stopped = False
         self.validated_at: int | None = None
-        self.meter = MetricsLogger(job.hooks)
-        self.announce = AttentionLogger(job.model, self.loss.dtype, job.hooks.say)
+        self.metrics_logger = MetricsLogger(self.hooks)
+        self.attention_logger = AttentionLogger(inputs.model, self.loss.dtype, self.hooks.print_line)
+
+    def _initial_state(self) -> TrainingState:
+        scale = _INITIAL_LOSS_SCALE if self.dtype == "float16" else 1.0
+        return TrainingState(self.config.fingerprint(), self.inputs.run_id, loss_scale=scale)
 
     @property
-    def planned(self) -> int:
-        return planned_steps(self.config, self.state.per_epoch, _workers())
+    def planned_steps(self) -> int:
+        return planned_steps(self.config, self.state.batches_per_epoch, _world_size())
 
     @property
-    def ended(self) -> bool:
-        return self.stopped or (
-            self.config.optimizer.max_steps is not None and self.state.step >= self.config.optimizer.max_steps
-        )
+    def is_done(self) -> bool:
+        """Whether the run was stopped or has reached max_steps."""
+        max_steps = self.optimizer_config.max_steps
+        return self.stopped or (max_steps is not None and self.state.step >= max_steps)
 
-    def epoch(self) -> None:
-        stream = iter(self.announce(self.job.batches(self.state.epoch, self.state.batches)))
-        while not self.ended:
-            if not self.step(stream):
-                self.state.per_epoch = self.state.batches or self.state.per_epoch
+    def train_epoch(self) -> None:
+        """Train on the rest of an epoch."""
+        stream = iter(self.attention_logger(self.inputs.batches(self.state.epoch, self.state.batches)))
+        while not self.is_done:
+            if not self.train_step(stream):
+                self.state.batches_per_epoch = self.state.batches or self.state.batches_per_epoch
                 self.state.epoch, self.state.batches = self.state.epoch + 1, 0
                 return
 
-    def step(self, stream: Iterator[Batch]) -> bool:
-        """One optimizer step; false where no worker has data left."""
-        set_seed(
-            hash((self.config.optimizer.seed, self.state.step, _rank())) % 2**32
-        )  # dropout, the same after a restart
+    def train_step(self, stream: Iterator[Batch]) -> bool:
+        """Take one optimizer step; False if no worker has data left."""
+        # Dropout draws the same values after a restart.
+        set_seed(hash((self.optimizer_config.seed, self.state.step, _rank())) % 2**32)
         own = accumulate_gradients(
-            self.loss, stream, self.config.optimizer.accumulation_steps, self.state.scale
+            self.loss, stream, self.optimizer_config.accumulation_steps, self.state.loss_scale
         )
-        own.stop = float(self.job.hooks.should_stop())
-        totals = own.everywhere(self.loss.device)
+        own.stop = float(self.hooks.should_stop())
+        totals = own.all_reduce(self.loss.device)
         self.stopped = totals.stop > 0
         if not totals.batches:
             return False
-        rate = learning_rate(self.config.optimizer, self.position(), self.planned)
-        norm = self.apply(totals, rate)
+        rate = learning_rate(self.optimizer_config, self.position(), self.planned_steps)
+        norm = self._update_weights(totals, rate)
         self.state.step += 1
         self.state.batches += int(totals.batches)
         self.state.branches += int(totals.branches)
-        self.meter.add(self.state, totals, rate, norm)
-        self.after_step()
+        self.metrics_logger.add(self.state, totals, rate, norm)
+        self._after_step()
         return True
 
     def position(self) -> float:
-        """How far the run is, in steps of as many batches as there are workers now: the same data, the same
-        rate.
-        """
-        done = (
-            self.state.epoch + min(self.state.batches / self.state.per_epoch, 1)
-        ) / self.config.optimizer.epochs
-        return max(done * self.planned, float(self.state.step if self.config.optimizer.max_steps else 0))
+        """Progress through the data in steps at the current worker count.
 
-    def apply(self, totals: Totals, rate: float) -> float:
-        """Move the weights, unless there is no target or no finite gradient: such a step is counted and left
-        out.
+        The learning rate depends on it, so it does not change when the worker count does.
+        """
+        state = self.state
+        epochs_done = state.epoch + min(state.batches / state.batches_per_epoch, 1)
+        share_done = epochs_done / self.optimizer_config.epochs
+        return max(
+            share_done * self.planned_steps, float(state.step if self.optimizer_config.max_steps else 0)
+        )
+
+    def _update_weights(self, totals: Totals, rate: float) -> float:
+        """Update the weights and return the gradient norm.
+
+        A step without a target or a finite gradient is counted and skipped; its norm is not finite.
         """
         if not totals.targets or not math.isfinite(totals.loss):
             self.optimizer.zero_grad(set_to_none=True)
@@ -187,113 +176,112 @@ class _Run:
         else:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            norm = optimizer_step(
-                self.loss,
-                self.optimizer,
-                totals.targets * self.state.scale,
-                self.config.optimizer.gradient_clip,
-            )
+            targets = totals.targets * self.state.loss_scale
+            norm = optimizer_step(self.loss, self.optimizer, targets, self.optimizer_config.gradient_clip)
         if math.isfinite(norm):
-            self.state.bad = 0
+            self.state.bad_steps = 0
         else:
-            self.skip(totals)
-        if self.config.model.dtype == "float16":
-            self.rescale(math.isfinite(norm))
+            self._skip_step(totals)
+        if self.dtype == "float16":
+            self._update_loss_scale(math.isfinite(norm))
         return norm
 
-    def skip(self, totals: Totals) -> None:
+    def _skip_step(self, totals: Totals) -> None:
         state = self.state
-        state.skipped += 1
-        state.bad += (
-            1 if state.scale == 1 or not math.isfinite(totals.loss) else 0
-        )  # float16 overflows while it finds its scale
-        self.job.hooks.say(
-            f"step {state.step + 1}: no finite gradient over {totals.targets:.0f} targets; step left out"
+        state.skipped_steps += 1
+        if state.loss_scale == 1 or not math.isfinite(totals.loss):  # otherwise float16 lowers its loss scale
+            state.bad_steps += 1
+        self.hooks.print_line(
+            f"step {state.step + 1}: no finite gradient over {totals.targets:.0f} targets; step skipped"
         )
-        if state.bad >= self.config.optimizer.max_bad_steps:
-            if self.job.store:
-                self.job.store.wait()
-            good = self.job.store and checkpoint.newest(self.job.store.folder, state.config_hash)
-            raise UserError(
-                f"learning_rate={self.config.optimizer.learning_rate}: {state.bad} steps in a row without a finite gradient, up to step "
-                f"{state.step + 1} (last good checkpoint: {good or 'none'}); lower it, or look at the data"
-            )
+        if state.bad_steps < self.optimizer_config.max_bad_steps:
+            return
+        checkpoints = self.inputs.checkpoints
+        if checkpoints:
+            checkpoints.wait()
+        newest = checkpoints and newest_checkpoint(checkpoints.folder, state.config_hash)
+        raise UserError(
+            f"learning_rate={self.optimizer_config.learning_rate}: {state.bad_steps} consecutive steps without a "
+            f"finite gradient, up to step {state.step + 1} (last good checkpoint: {newest or 'none'}); "
+            "lower it, or check the data"
+        )
 
-    def rescale(self, finite: bool) -> None:
-        """float16 gradients vanish or overflow unless the loss is scaled to where they fit, which is found by
-        trying.
+    def _update_loss_scale(self, finite: bool) -> None:
+        """Halve the loss scale after an overflow, double it after many finite steps.
+
+        Without it float16 gradients underflow or overflow.
         """
         state = self.state
-        state.clean = state.clean + 1 if finite else 0
+        state.clean_steps = state.clean_steps + 1 if finite else 0
         if not finite:
-            state.scale = max(state.scale / 2, 1.0)
-        elif state.clean % _CLEAN_STEPS == 0:
-            state.scale *= 2
+            state.loss_scale = max(state.loss_scale / 2, 1.0)
+        elif state.clean_steps % _STEPS_PER_SCALE == 0:
+            state.loss_scale *= 2
 
-    def after_step(self) -> None:
-        step = self.state.step
-        if step % self.config.metrics.log_every == 0:
-            self.meter.tell(self.state, self.planned)
-        save, validate = (
-            step % self.config.checkpoint.checkpoint_every == 0,
-            step % self.config.metrics.validate_every == 0,
-        )
+    def _after_step(self) -> None:
+        step, metrics = self.state.step, self.config.metrics
+        if step % metrics.log_every == 0:
+            self.metrics_logger.log(self.state, self.planned_steps)
+        save = step % self.config.checkpoint.checkpoint_every == 0
+        validate = step % metrics.validate_every == 0
         if save or validate:
             self.report(validate, save)
 
     def report(self, validate: bool, save: bool) -> None:
-        """Measure on held-out text, write a checkpoint, tell. The best measurement so far is always
-        written.
-        """
-        if validate and self.job.validation and self.validated_at != self.state.step:
-            improved = self.validate()
+        """Validate, save a checkpoint, report. A checkpoint is also saved when the validation is the best."""
+        if validate and self.inputs.validation and self.validated_at != self.state.step:
+            improved = self._validate()
             save = save or improved
         if save:
-            moment = checkpoint.snapshot(self.job.model, self.optimizer, self.state)
-            if self.job.store:
-                self.job.store.save(moment)
-        self.job.hooks.report(self.state.metrics, self.state.step)
+            copy = snapshot(self.inputs.model, self.optimizer, self.state)  # by every worker
+            if self.inputs.checkpoints:
+                self.inputs.checkpoints.save(copy)
+        self.hooks.report(self.state.metrics, self.state.step)
 
-    def validate(self) -> bool:
-        """True where the mean of the validation losses is the lowest so far."""
+    def _validate(self) -> bool:
+        """Validate; True if the mean of the validation losses is the lowest so far."""
         self.validated_at = self.state.step
-        measured = validate_at(self.loss, self.job.validation)
-        self.meter.validated(self.state, measured)
-        losses = [value for name, value in measured.items() if name.startswith("validation/loss_")]
-        mean = sum(losses) / max(len(losses), 1)
-        if not losses or not (self.state.best is None or mean < self.state.best):
+        metrics = validation_metrics(self.loss, self.inputs.validation)
+        self.metrics_logger.log_validation(self.state, metrics)
+        losses = [value for name, value in metrics.items() if name.startswith("validation/loss_")]
+        if not losses:
             return False
-        self.state.best, self.state.best_step = mean, self.state.step
+        mean = sum(losses) / len(losses)
+        if self.state.best_loss is not None and not mean < self.state.best_loss:
+            return False
+        self.state.best_loss, self.state.best_step = mean, self.state.step
         return True
 
 
-def planned_steps(config: TrainConfig, per_epoch: int, workers: int) -> int:
-    """About how many optimizer steps a run takes."""
-    steps = (
-        max(1, math.ceil(per_epoch / (workers * config.optimizer.accumulation_steps)))
-        * config.optimizer.epochs
-    )
-    return steps if config.optimizer.max_steps is None else min(steps, config.optimizer.max_steps)
+def planned_steps(config: TrainConfig, batches_per_epoch: int, workers: int) -> int:
+    """Estimated number of optimizer steps of a run."""
+    optimizer = config.optimizer
+    steps_per_epoch = max(1, math.ceil(batches_per_epoch / (workers * optimizer.accumulation_steps)))
+    steps = steps_per_epoch * optimizer.epochs
+    return steps if optimizer.max_steps is None else min(steps, optimizer.max_steps)
 
 
-def validate_at(loss: TargetLoss, sets: Mapping[int, list[Batch]]) -> dict[str, float]:
-    """Mean loss at each branch count over the same text, and the branch tax: that loss minus the loss of lone
-    branches.
+def validation_metrics(loss: TargetLoss, batches: Mapping[int, list[Batch]]) -> dict[str, float]:
+    """Mean loss at each branch count, and the branch tax: that loss minus the loss at one branch.
+
+    batches: this worker's batches by branches per sample; the text is the same at every branch count.
     """
-    found = {}
-    for branches, own in sorted(sets.items()):
-        totals = evaluate(loss, own).everywhere(loss.device)
+    losses = {}
+    for branches, own in sorted(batches.items()):
+        totals = evaluate(loss, own).all_reduce(loss.device)
         if totals.targets:
-            found[branches] = totals.loss / totals.targets
+            losses[branches] = totals.loss / totals.targets
     taxes = {
-        f"validation/branch_tax_{n}": value - found[1] for n, value in found.items() if n > 1 and 1 in found
+        f"validation/branch_tax_{branches}": value - losses[1]
+        for branches, value in losses.items()
+        if branches > 1 and 1 in losses
     }
-    return {f"validation/loss_{n}": value for n, value in found.items()} | taxes
+    return {f"validation/loss_{branches}": value for branches, value in losses.items()} | taxes
 
 
 def _rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def _workers() -> int:
+def _world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

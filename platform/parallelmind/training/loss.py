@@ -1,7 +1,7 @@
-"""The loss over target tokens, without logits for any other token.
+"""Loss over the target tokens.
 
-The decoder's hidden states are gathered where there is a label, and the head runs on those, a chunk at a
-time. A vocabulary of 150,000 would otherwise cost 0.6 MB of float32 logits for every token of main.
+The hidden states at target tokens are gathered, and the LM head runs on those alone, in chunks. With a
+vocabulary of 150,000, the float32 logits of one token take 0.6 MB.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from parallelmind.model.mask import attention_masks
 from parallelmind.model.patch import is_patched
 from parallelmind.model.structure import causal_lm, decoder
 
-_LOGITS = 1 << 24  # that exist at one time: 64 MiB in float32
+_MAX_LOGITS = 1 << 24  # of one chunk: 64 MiB in float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +41,9 @@ def to_tensors(batch: Batch, device: torch.device | str = "cpu") -> Tensors:
 
 
 class TargetLoss(nn.Module):
-    """`target_loss` as a module, whose forward is where a sharded model gathers its weights.
+    """`target_loss` as a module; FSDP gathers the weights of a sharded model around its forward.
 
-    dtype: what to compute in, where that is not the type of the weights.
+    dtype: compute dtype, by autocast if it is not float32.
     """
 
     def __init__(self, model: nn.Module, visibility: Visibility, dtype: torch.dtype = torch.float32) -> None:
@@ -60,22 +60,18 @@ class TargetLoss(nn.Module):
 
 
 def target_loss(model: nn.Module, batch: Tensors, visibility: Visibility) -> tuple[Tensor, int]:
-    """Summed float32 cross entropy over the target tokens (a scalar with gradients), and how many there
-    are.
-    """
+    """Float32 cross entropy summed over the target tokens, a scalar with gradients, and their number."""
     inner = causal_lm(model)
-    hidden = decoder(inner)(
-        **decoder_inputs(inner, batch, visibility)
-    ).last_hidden_state  # [batch, seq, width]
-    wanted = batch.labels != IGNORE
-    hidden, labels = hidden[wanted], batch.labels[wanted]  # [targets, width], [targets]
-    size = max(_LOGITS // inner.config.get_text_config(decoder=True).vocab_size, 1)
-    *before, last = zip(hidden.split(size), labels.split(size), strict=True)
-    # The backward pass begins with the last chunk, so its logits can stay: one chunk's exist at a time all
-    # the same.
+    inputs = decoder_inputs(inner, batch, visibility)
+    hidden = decoder(inner)(**inputs).last_hidden_state  # [batch, seq, width]
+    is_target = batch.labels != IGNORE
+    hidden, labels = hidden[is_target], batch.labels[is_target]  # [targets, width], [targets]
+    size = max(_MAX_LOGITS // inner.config.get_text_config(decoder=True).vocab_size, 1)
+    *chunks, last = zip(hidden.split(size), labels.split(size), strict=True)
+    # The backward pass starts with the last chunk, so its logits are kept: still one chunk's at a time.
     total = _chunk_loss(inner, *last)
-    for part, target in before:
-        total = total + checkpoint(_chunk_loss, inner, part, target, use_reentrant=False)
+    for chunk, targets in chunks:
+        total = total + checkpoint(_chunk_loss, inner, chunk, targets, use_reentrant=False)
     return total, len(labels)
 
 
@@ -84,7 +80,7 @@ def _chunk_loss(model: PreTrainedModel, hidden: Tensor, labels: Tensor) -> Tenso
 
 
 def decoder_inputs(model: PreTrainedModel, batch: Tensors, visibility: Visibility) -> dict[str, Any]:
-    """What the decoder is called with: ids, and mask and coordinates of the layout if it is patched."""
+    """Keyword arguments of the decoder: ids and, for a patched model, mask and coordinates of the layout."""
     if not is_patched(model):  # one branch per row: plain sequences, padded on the right
         return {
             "input_ids": batch.ids,

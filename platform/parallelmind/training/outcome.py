@@ -1,6 +1,4 @@
-"""What becomes of a training run. It has a module of its own, so that who only hands it on loads no model
-library for it.
-"""
+"""Outcome of a training run, in a module that imports no model library."""
 
 from __future__ import annotations
 
@@ -9,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """finished: false where a stop was asked for. metrics: the last ones."""
+    """finished: false if the run was stopped. metrics: the latest ones."""
 
     finished: bool
     step: int

@@ -1,6 +1,4 @@
-"""A model split over all workers (FSDP2): each holds a part of every weight and gathers a layer's when it
-needs them.
-"""
+"""Fully sharded data parallelism (FSDP2)."""
 
 from __future__ import annotations
 
@@ -12,14 +10,14 @@ from parallelmind.training.loss import TargetLoss
 
 
 def shard(loss: TargetLoss) -> None:
-    """Split in place, a decoder layer at a time and the rest as one. The process group must exist, weights be
-    loaded.
+    """Shard the model in place, each decoder layer as one unit and the rest as another.
 
-    Gradients come out as sums over the workers, like everywhere here, not as means.
+    The weights must be loaded and the process group initialised. Gradients are summed over the workers, as
+    everywhere in this package, not averaged.
     """
     layers = block_class_names(causal_lm(loss.model))
     units = [module for module in loss.model.modules() if type(module).__name__ in layers]
     for unit in (*units, loss):
         sharded = fully_shard(unit)
         sharded.set_gradient_divide_factor(1.0)
-        sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+        sharded.set_force_sum_reduction_for_comms(True)  # gloo supports no other reduction

@@ -1,7 +1,7 @@
-"""One optimizer step: gradients of loss *sums*, divided once by the targets of all workers and all
-micro-batches.
+"""One optimizer step.
 
-So a target token weighs the same wherever it lies, whatever the lengths of the batches around it.
+Gradients are those of loss *sums*, divided once by the number of targets of all workers and all batches of the
+step. So every target token has the same weight, whatever batch it is in.
 """
 
 from __future__ import annotations
@@ -24,34 +24,36 @@ from parallelmind.errors import UserError
 from parallelmind.layout import Batch, Tokens
 from parallelmind.training.loss import TargetLoss, to_tensors
 
-_NO_MEMORY = ("can't allocate memory", "not enough memory")  # how torch says so on a CPU
+_CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")  # in the text of torch's RuntimeError
 
 
 @dataclass(slots=True)
 class Totals:
-    """What the workers add up at a step. batches, stop: of how many workers' batches, how many want to
-    stop.
+    """Sums of one worker, or of all workers, over the batches of a step.
+
+    loss: over target tokens. tokens, padded_tokens: without and with padding. stop: workers that want to stop.
     """
 
     loss: float = 0.0
     targets: float = 0.0
     tokens: float = 0.0
-    places: float = 0.0
+    padded_tokens: float = 0.0
     branches: float = 0.0
     batches: float = 0.0
     stop: float = 0.0
 
-    def everywhere(self, device: torch.device) -> Totals:
+    def all_reduce(self, device: torch.device) -> Totals:
+        """The sums over all workers."""
         values = torch.tensor(
             [getattr(self, item.name) for item in fields(self)], dtype=torch.float64, device=device
         )
         return Totals(*sum_over_workers(values).tolist())
 
-    def count(self, batch: Batch, loss: float) -> None:
+    def add(self, batch: Batch, loss: float) -> None:
         self.loss += loss
         self.targets += batch.targets
         self.tokens += batch.tokens
-        self.places += batch.ids.size
+        self.padded_tokens += batch.ids.size
         self.branches += int(batch.sequence.max(axis=1).sum())
         self.batches += 1
 
@@ -65,9 +67,7 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
 
 
 def learning_rate(config: OptimizerConfig, position: float, planned: int) -> float:
-    """The rate at step 0, 1, … of about `planned`: a pure function, so a resumed run needs no scheduler
-    state.
-    """
+    """Learning rate at a position in steps of `planned`. A pure function: a resumed run needs no scheduler."""
     warmup = math.ceil(config.warmup_ratio * planned)
     if position < warmup:
         return config.learning_rate * min((position + 1) / warmup, 1.0)
@@ -77,71 +77,71 @@ def learning_rate(config: OptimizerConfig, position: float, planned: int) -> flo
 
 
 def accumulate_gradients(loss: TargetLoss, stream: Iterator[Batch], count: int, scale: float = 1.0) -> Totals:
-    """Add the gradients of up to `count` batches, times `scale`; fewer, or none, where the stream ends."""
-    return _passes(loss, list(islice(stream, count)), lambda value: (value * scale).backward())
+    """Accumulate the gradients of up to `count` batches, times `scale`; of fewer or none at the stream's end."""
+    return _run_batches(loss, list(islice(stream, count)), lambda value: (value * scale).backward())
 
 
 @torch.no_grad()
 def evaluate(loss: TargetLoss, batches: Iterable[Batch]) -> Totals:
-    """The same sums without gradients, in eval mode."""
+    """Sums over batches in eval mode, without gradients."""
     training = loss.training
     loss.eval()
-    totals = _passes(loss, list(batches))
+    totals = _run_batches(loss, list(batches))
     loss.train(training)
     if isinstance(loss, FSDPModule):
-        loss.reshard()  # a backward pass, which would do it, doesn't follow
+        loss.reshard()  # otherwise the backward pass does this
     return totals
 
 
-def _passes(
-    loss: TargetLoss, batches: list[Batch], then: Callable[[Tensor], None] = lambda value: None
+def _run_batches(
+    loss: TargetLoss, batches: list[Batch], use_loss: Callable[[Tensor], None] = lambda value: None
 ) -> Totals:
-    """The sums over the batches; `then` gets each loss."""
+    """Compute the loss of every batch, pass it to `use_loss`, and return the sums."""
     totals = Totals()
-    for batch in _in_step(loss, batches):
-        with _memory_for(batch):
+    for batch in _pad_batches(loss, batches):
+        with _explain_out_of_memory(batch):
             value, _ = loss(to_tensors(batch, loss.device))
-            then(value)
-        if batch is not _BLANK:
-            totals.count(batch, value.item())
+            use_loss(value)
+        if batch is not _EMPTY_BATCH:
+            totals.add(batch, value.item())
     return totals
 
 
-_BLANK = make_batch([Tokens.of([], [[0, 0]], [2])], RopeConfig(), pad_id=0)  # no target
+_EMPTY_BATCH = make_batch([Tokens.of([], [[0, 0]], [2])], RopeConfig(), pad_id=0)  # no target
 
 
-def _in_step(loss: TargetLoss, batches: list[Batch]) -> list[Batch]:
-    """The batches; where the model is sharded, filled up to as many as the worker with the most has.
+def _pad_batches(loss: TargetLoss, batches: list[Batch]) -> list[Batch]:
+    """The batches; for a sharded model, with empty ones up to the largest number that a worker has.
 
-    A forward pass of a sharded model needs every worker.
+    A forward pass of a sharded model is a collective operation.
     """
     if not isinstance(loss, FSDPModule):
         return batches
-    most = torch.tensor(len(batches), device=loss.device)
-    dist.all_reduce(most, dist.ReduceOp.MAX)
-    return batches + [_BLANK] * (int(most) - len(batches))
+    largest = torch.tensor(len(batches), device=loss.device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return batches + [_EMPTY_BATCH] * (int(largest) - len(batches))
 
 
 class NoMemoryError(UserError):
-    """Memory ran out on a batch; `batch` says on which one. The remedy is that of training."""
+    """Out of memory on a batch, which `batch` describes."""
 
     def __init__(self, batch: str) -> None:
         remedy = "lower batch_size, max_branches_per_sample or max_sample_tokens, or set gradient_checkpointing=true"
         super().__init__(f"batch_size: {batch}; {remedy}")
         self.batch = batch
 
-    def __reduce__(self) -> tuple[type[NoMemoryError], tuple[str]]:  # it goes from workers to the driver
+    def __reduce__(self) -> tuple[type[NoMemoryError], tuple[str]]:  # workers send it to the driver
         return NoMemoryError, (self.batch,)
 
 
 @contextmanager
-def _memory_for(batch: Batch) -> Iterator[None]:
-    """Running out of memory becomes one line that says on what, and what to do."""
+def _explain_out_of_memory(batch: Batch) -> Iterator[None]:
+    """Turn torch's out-of-memory errors into NoMemoryError."""
     try:
         yield
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and not any(
-            text in str(error) for text in _NO_MEMORY
+            text in str(error) for text in _CPU_OUT_OF_MEMORY
         ):
             raise
         rows, tokens = batch.ids.shape
@@ -152,14 +152,14 @@ def _memory_for(batch: Batch) -> Iterator[None]:
 
 
 def optimizer_step(loss: TargetLoss, optimizer: torch.optim.Optimizer, targets: float, clip: float) -> float:
-    """Mean gradient over all workers' targets, clipped, one step. Returns the gradient norm before clipping.
+    """Divide the gradients by `targets`, clip them to norm `clip` and take one step.
 
-    targets: times the scale that the losses had. A norm that is not finite leaves the weights and the
-    optimizer's state as they were.
+    targets: of all workers, times the loss scale. Returns the gradient norm before clipping; if it is not
+    finite, the weights and the optimizer state stay as they were.
     """
-    parts = [_own_part(parameter) for parameter in trainable(loss)]
+    parts = [_local_gradient(parameter) for parameter in trainable(loss)]
     flat = torch.cat([part.flatten().float() for part in parts])
-    if not isinstance(loss, FSDPModule):  # there the backward pass has added the workers up
+    if not isinstance(loss, FSDPModule):  # FSDP sums over the workers in the backward pass
         sum_over_workers(flat)
     flat /= targets
     norm = float(sum_over_workers(flat.norm() ** 2).sqrt() if isinstance(loss, FSDPModule) else flat.norm())
@@ -172,17 +172,15 @@ def optimizer_step(loss: TargetLoss, optimizer: torch.optim.Optimizer, targets: 
     return norm
 
 
-def _own_part(parameter: nn.Parameter) -> Tensor:
-    """This worker's part of a gradient, to read and to write; zeros where no pass has touched the
-    parameter.
-    """
+def _local_gradient(parameter: nn.Parameter) -> Tensor:
+    """This worker's shard of a gradient, writable; zeros if no backward pass has reached the parameter."""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
 
 
 def sum_over_workers(values: Tensor) -> Tensor:
-    """Summed in place over all workers; itself where there is but one."""
+    """Sum in place over all workers."""
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(values)
     return values

@@ -1,6 +1,4 @@
-"""The loop without Ray: it learns, stops, resumes as if undisturbed, and leaves out steps that are not
-finite.
-"""
+"""The training loop without Ray: it learns, stops, resumes exactly, and skips steps without a finite loss."""
 
 from __future__ import annotations
 
@@ -13,7 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from looping import Recorder, config, fresh_model, job, logged, run, same, steps
+from looping import (
+    Recorder,
+    assert_same_weights,
+    checkpoint_steps,
+    config,
+    deterministic_metrics,
+    fresh_model,
+    run,
+    training_inputs,
+)
 from peft import PeftModel
 from tiny import tiny_llama
 
@@ -21,12 +28,14 @@ from parallelmind.config import TrainConfig
 from parallelmind.errors import UserError
 from parallelmind.model import attention
 from parallelmind.remote import RemotePath
-from parallelmind.training import checkpoint, loop
+from parallelmind.training import loop
+from parallelmind.training.checkpoint import read_state
+from parallelmind.training.checkpoint_manager import CheckpointManager, checkpoint_dirs
 from parallelmind.training.loop import train
 from parallelmind.training.step import learning_rate
 
 
-def test_loss_falls_and_lines_and_metrics_are_told(tmp_path: Path) -> None:
+def test_loss_falls_and_lines_and_metrics_are_deterministic_metrics(tmp_path: Path) -> None:
     outcome, hooks, _ = run(config(), tmp_path)
     assert outcome.finished
     assert outcome.step == 6
@@ -40,16 +49,16 @@ def test_loss_falls_and_lines_and_metrics_are_told(tmp_path: Path) -> None:
     assert "tok/s  ETA" in hooks.lines[1]
 
 
-def test_attention_is_told_once_for_all_shorter_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_is_printed_once_for_all_shorter_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         attention, "choose_attention", lambda _, limit, __: "flex_attention" if limit > 256 else "sdpa"
     )
     lines: list[str] = []
-    say = attention.AttentionLogger(tiny_llama(), torch.float32, lines.append)
+    log_attention = attention.AttentionLogger(tiny_llama(), torch.float32, lines.append)
     batches: list[Any] = [
         SimpleNamespace(ids=np.zeros((1, length))) for length in (64, 32, 512, 16, 256, 100, 300)
     ]
-    assert list(say(batches)) == batches
+    assert list(log_attention(batches)) == batches
     assert lines == [
         "attention: sdpa for up to 64 tokens",
         "attention: flex_attention for up to 512 tokens",
@@ -63,27 +72,27 @@ def test_attention_is_told_once_for_all_shorter_batches(monkeypatch: pytest.Monk
 )  # the fourth comes at the end of an epoch
 def test_resume_equals_the_undisturbed_run(tmp_path: Path, poll: int, step: int, log_every: int) -> None:
     settings = config(log_every=log_every)
-    whole = run(settings, tmp_path / "whole")
-    cut = run(settings, tmp_path / "cut", Recorder(poll))
-    assert (cut.outcome.finished, cut.outcome.step) == (False, step)
-    again = run(settings, tmp_path / "cut")
-    assert again.outcome.metrics["loss"] == whole.outcome.metrics["loss"]
-    assert logged(cut) | logged(again) == logged(whole)
-    same(again.weights, whole.weights)
+    undisturbed = run(settings, tmp_path / "whole")
+    stopped = run(settings, tmp_path / "cut", Recorder(poll))
+    assert (stopped.outcome.finished, stopped.outcome.step) == (False, step)
+    resumed = run(settings, tmp_path / "cut")
+    assert resumed.outcome.metrics["loss"] == undisturbed.outcome.metrics["loss"]
+    assert deterministic_metrics(stopped) | deterministic_metrics(resumed) == deterministic_metrics(
+        undisturbed
+    )
+    assert_same_weights(resumed.weights, undisturbed.weights)
 
 
 def test_every_checkpoint_leads_to_the_same_end(tmp_path: Path) -> None:
-    """Also from one that is older than the newest, as after damage: the logged losses are the same once
-    more.
-    """
+    """Also an older one, as after damage to the newest; the logged losses are the same resumed."""
     settings = config(keep_checkpoints=10)
-    whole = run(settings, tmp_path)
-    for name in steps(tmp_path)[:-1]:
+    undisturbed = run(settings, tmp_path)
+    for name in checkpoint_steps(tmp_path)[:-1]:
         other = tmp_path / f"from-{name}"
         shutil.copytree(tmp_path / name, other / name)
-        again = run(settings, other)
-        same(again.weights, whole.weights)
-        assert logged(again).items() <= logged(whole).items()
+        resumed = run(settings, other)
+        assert_same_weights(resumed.weights, undisturbed.weights)
+        assert deterministic_metrics(resumed).items() <= deterministic_metrics(undisturbed).items()
 
 
 def test_the_newest_and_the_best_checkpoint_are_kept(tmp_path: Path) -> None:
@@ -98,21 +107,21 @@ def test_the_newest_and_the_best_checkpoint_are_kept(tmp_path: Path) -> None:
     )
     losses = iter([3.0, 2.0, *[5.0] * 20])
     with pytest.MonkeyPatch.context() as patch_:
-        patch_.setattr(loop, "validate_at", lambda *_: {"validation/loss_1": next(losses)})
+        patch_.setattr(loop, "validation_metrics", lambda *_: {"validation/loss_1": next(losses)})
         outcome = run(settings, tmp_path).outcome
-    assert steps(tmp_path) == ["step-2", f"step-{outcome.step}"]
-    state = checkpoint.read_state(tmp_path / f"step-{outcome.step}")
+    assert checkpoint_steps(tmp_path) == ["step-2", f"step-{outcome.step}"]
+    state = read_state(tmp_path / f"step-{outcome.step}")
     assert state is not None
-    assert (state.best, state.best_step) == (2.0, 2)
+    assert (state.best_loss, state.best_step) == (2.0, 2)
 
 
 def test_max_steps_ends_the_run(tmp_path: Path) -> None:
-    outcome = train(job(config(max_steps=2), Recorder()))
+    outcome = train(training_inputs(config(max_steps=2), Recorder()))
     assert (outcome.finished, outcome.step) == (True, 2)
 
 
-def spoiled(settings: TrainConfig, calls: int) -> PeftModel:
-    """A model whose first so many logits are not finite."""
+def model_with_nan_logits(settings: TrainConfig, calls: int) -> PeftModel:
+    """A model whose first `calls` forward passes give NaN logits."""
     model = fresh_model(settings)
     numbers = iter(range(1000))
     head = model.get_base_model().get_output_embeddings()
@@ -122,27 +131,28 @@ def spoiled(settings: TrainConfig, calls: int) -> PeftModel:
     return model
 
 
-def test_a_step_without_a_finite_loss_is_left_out_and_counted(tmp_path: Path) -> None:
+def test_a_step_without_a_finite_loss_is_skipped_and_counted(tmp_path: Path) -> None:
     settings = config(epochs=1)
-    outcome, hooks, found = run(settings, tmp_path, model=spoiled(settings, 2))
+    outcome, hooks, weights = run(settings, tmp_path, model=model_with_nan_logits(settings, 2))
     assert outcome.metrics["skipped_steps"] == 1
     assert np.isfinite(outcome.metrics["loss"])
-    assert all(value.isfinite().all() for value in found.values())
-    assert any("step left out" in line for line in hooks.lines)
+    assert all(value.isfinite().all() for value in weights.values())
+    assert any("step skipped" in line for line in hooks.lines)
 
 
-def test_too_many_bad_steps_in_a_row_end_the_run_and_name_the_last_good_checkpoint(tmp_path: Path) -> None:
+def test_too_many_bad_steps_end_the_run_and_name_the_last_good_checkpoint(tmp_path: Path) -> None:
     settings = config(epochs=9, max_bad_steps=3)
     run(settings, tmp_path, Recorder(stop_at=4))
     with pytest.raises(
-        UserError, match=r"learning_rate=0.01: 3 steps in a row .*last good checkpoint: .*step-4\); lower it"
+        UserError,
+        match=r"learning_rate=0.01: 3 consecutive steps .*last good checkpoint: .*step-4\); lower it",
     ):
-        run(settings, tmp_path, model=spoiled(settings, 999))
-    assert steps(tmp_path) == ["step-3", "step-4"]
+        run(settings, tmp_path, model=model_with_nan_logits(settings, 999))
+    assert checkpoint_steps(tmp_path) == ["step-3", "step-4"]
 
 
 def test_no_finite_step_at_all_is_an_error() -> None:
-    empty = job(config(), Recorder())
+    empty = training_inputs(config(), Recorder())
     empty.batches = lambda epoch, first: []
     with pytest.raises(UserError, match="data_path=-: no step"):
         train(empty)
@@ -165,61 +175,66 @@ def test_half_precision_learns_about_as_well(tmp_path: Path, dtype: str) -> None
 
 
 def test_float16_finds_its_scale_and_keeps_it_in_the_checkpoint(tmp_path: Path) -> None:
-    """A loss scale that overflows is halved, without the steps counting as bad ones."""
+    """A loss scale that overflows is halved, and the step does not count as bad."""
     settings = config(dtype="float16", max_bad_steps=2, epochs=8)
     with pytest.MonkeyPatch.context() as patch_:
-        patch_.setattr(loop, "_FIRST_SCALE", 2.0**20)
-        patch_.setattr(loop, "_CLEAN_STEPS", 10**6)
+        patch_.setattr(loop, "_INITIAL_LOSS_SCALE", 2.0**20)
+        patch_.setattr(loop, "_STEPS_PER_SCALE", 10**6)
         run(settings, tmp_path)
-    state = checkpoint.read_state(checkpoint.by_step(tmp_path)[-1])
+    state = read_state(checkpoint_dirs(tmp_path)[-1])
     assert state is not None
-    assert state.scale == 2.0 ** (20 - state.skipped)
-    assert 0 < state.skipped < state.step
-    assert state.bad == 0
+    assert state.loss_scale == 2.0 ** (20 - state.skipped_steps)
+    assert 0 < state.skipped_steps < state.step
+    assert state.bad_steps == 0
 
 
 def test_running_out_of_memory_names_the_shape_and_what_to_lower() -> None:
-    work = job(config(), Recorder())
+    inputs = training_inputs(config(), Recorder())
 
     def forward(*args: object, **kwargs: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    work.model.get_base_model().model.forward = forward
+    inputs.model.get_base_model().model.forward = forward
     with pytest.raises(
         UserError,
         match=r"a batch of 3 x 10 tokens, up to 2 branches .* lower batch_size, .*max_sample_tokens",
     ):
-        train(work)
+        train(inputs)
 
 
-def test_the_rate_follows_the_data_whatever_the_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that goes on with fewer workers, so with more steps to come, keeps to its schedule."""
+def test_the_learning_rate_depends_on_the_data_not_on_the_number_of_workers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A run that resumes with fewer workers takes more steps and keeps its schedule."""
     settings = config(epochs=1, accumulation_steps=1)
 
     def rate(workers: int, batches: int) -> float:
-        monkeypatch.setattr(loop, "_workers", lambda: workers)
-        moving = loop._Run(replace(job(settings, Recorder()), per_epoch=600), None)
-        moving.state.batches = batches
-        return learning_rate(settings.optimizer, moving.position(), moving.planned)
+        monkeypatch.setattr(loop, "_world_size", lambda: workers)
+        trainer = loop.Trainer(replace(training_inputs(settings, Recorder()), batches_per_epoch=600), None)
+        trainer.state.batches = batches
+        return learning_rate(settings.optimizer, trainer.position(), trainer.planned_steps)
 
     for batches in (100, 300, 500):
         assert rate(1, batches) == pytest.approx(rate(2, batches), rel=0.02)
     assert rate(1, 100) > rate(1, 500)
 
 
-def test_an_epoch_that_was_planned_wrong_is_counted_for_those_to_come(tmp_path: Path) -> None:
-    """Also by a run that goes on, whatever it would have planned itself."""
+def test_a_wrong_estimate_of_batches_per_epoch_is_corrected_after_one_epoch(tmp_path: Path) -> None:
+    """A resumed run keeps the corrected number, not its own estimate."""
     settings = config(epochs=3, keep_checkpoints=99)
     rates = []
     for planned in (6, 2):
         hooks = Recorder()
-        store = checkpoint.CheckpointManager(RemotePath(tmp_path / str(planned)), 99)
-        train(replace(job(settings, hooks, store=store), per_epoch=planned))
-        store.close()
+        manager = CheckpointManager(RemotePath(tmp_path / str(planned)), 99)
+        train(replace(training_inputs(settings, hooks, checkpoints=manager), batches_per_epoch=planned))
+        manager.close()
         rates.append([hooks.metrics[step]["learning_rate"] for step in sorted(hooks.metrics)])
     right, wrong = rates
     assert right[:3] != pytest.approx(wrong[:3])
     assert right[3:] == pytest.approx(wrong[3:])
     hooks = Recorder()
-    train(replace(job(settings, hooks), per_epoch=100), resume=tmp_path / "2" / "step-2")
+    train(
+        replace(training_inputs(settings, hooks), batches_per_epoch=100),
+        resume_from=tmp_path / "2" / "step-2",
+    )
     assert [hooks.metrics[step]["learning_rate"] for step in sorted(hooks.metrics)] == wrong[2:]

@@ -13,7 +13,6 @@ from parallelmind import cli
 from parallelmind.config import resolve
 from parallelmind.errors import UserError
 from parallelmind.remote import RemotePath
-from workloads.common.stopping import StopFile
 from workloads.sweep import command
 from workloads.sweep.config import SweepConfig
 from workloads.sweep.journal import Journal
@@ -23,7 +22,7 @@ from workloads.sweep.search import choose_point, draw_point
 from workloads.sweep.searcher import JournalSearcher
 from workloads.sweep.space import check_space
 from workloads.sweep.trial import Trial
-from workloads.train.command import STOP
+from workloads.train.run_dir import stop_file
 
 LOSS, TAX = "validation/loss_1", "validation/branch_tax_8"
 RUN = {"data_path": "data.jsonl", "validation_path": "held_out.jsonl", "max_steps": 90}
@@ -304,7 +303,7 @@ def test_a_trial_that_was_starting_at_a_stop_is_stopped_too(
     scheduler.stopping = stopping
     trial: Any = FakeTuneTrial(0)
     scheduler.on_trial_result(None, trial, {"folder": str(tmp_path / "trial"), "run_id": "run"})
-    assert StopFile(RemotePath(tmp_path / "trial" / STOP)).is_requested() == stopping
+    assert stop_file(RemotePath(tmp_path / "trial")).is_requested() == stopping
 
 
 def test_all_trials_have_the_data_of_the_first(journal: Journal) -> None:

@@ -1,4 +1,4 @@
-"""What the training command refuses before anything starts, and what it leaves in MLflow."""
+"""What the training command refuses before it starts, which errors are final, and what it records in MLflow."""
 
 from __future__ import annotations
 
@@ -15,70 +15,71 @@ from parallelmind.config.yaml_file import save_yaml
 from parallelmind.errors import UserError
 from parallelmind.remote import RemotePath
 from parallelmind.tracking import Tracker
-from workloads.train import command as train
-from workloads.train import driver as train_driver
-from workloads.train import fit as train_fit
-from workloads.train import provenance as record
-from workloads.train.provenance import code_version, keep_losses
+from workloads.train import provenance
+from workloads.train.fit import raise_if_final
+from workloads.train.prepare import open_tracker
+from workloads.train.provenance import code_version, save_loss_plot
+from workloads.train.run import run_training
+from workloads.train.run_dir import RunDir, check_no_changed_run, lock_dir
 
 
 @pytest.fixture
-def begun(tmp_path: Path) -> TrainConfig:
-    """The settings of a run that was interrupted after its first checkpoint."""
+def unfinished(tmp_path: Path) -> TrainConfig:
+    """The configuration of a run that was interrupted after its first checkpoint."""
     (tmp_path / "data.jsonl").write_text('{"text": "one"}\n')
     config = TrainConfig(
         name="mine", data_path=str(tmp_path / "data.jsonl"), output_dir=str(tmp_path / "runs")
     )
-    folder = train.run_place(config).local
+    folder = RunDir.of(config).path.local
     (folder / "checkpoints" / "step-100").mkdir(parents=True)
     save_yaml(config, folder / "config.yaml")
     return config
 
 
 def changed(config: TrainConfig, **values: object) -> TrainConfig:
-    return TrainConfig.model_validate({**config.model_dump(), **values})
+    return config.replace(**values)
 
 
-def test_other_settings_are_refused_by_name(begun: TrainConfig) -> None:
+def test_other_settings_are_refused_by_name(unfinished: TrainConfig) -> None:
     with pytest.raises(
         UserError, match=r"name=mine: .* has lora_rank=16 \(now 8\), learning_rate=0.0002 \(now 0.1\); "
-    ) as caught:
-        train.run_training(changed(begun, lora_rank=8, learning_rate=0.1, log_every=1))
-    assert "log_every" not in str(caught.value)
-    assert "\n" not in str(caught.value)
+    ) as error:
+        run_training(changed(unfinished, lora_rank=8, learning_rate=0.1, log_every=1))
+    assert "log_every" not in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
     "values", [{"num_workers": 4, "min_workers": 2}, {"sharding": "full"}, {"keep_checkpoints": 9}]
 )
-def test_where_and_how_it_is_told_may_change(begun: TrainConfig, values: dict[str, object]) -> None:
-    assert train.run_place(changed(begun, **values)) == train.run_place(begun)
+def test_workers_and_logging_may_change(unfinished: TrainConfig, values: dict[str, object]) -> None:
+    assert RunDir.of(changed(unfinished, **values)) == RunDir.of(unfinished)
 
 
 @pytest.mark.parametrize("values", [{"name": "other"}, {"name": "mine-2"}])
 def test_another_name_is_another_run(
-    begun: TrainConfig, values: dict[str, object], monkeypatch: pytest.MonkeyPatch
+    unfinished: TrainConfig, values: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = changed(begun, lora_rank=8, **values)
-    train._refuse_changed(config)
+    config = changed(unfinished, lora_rank=8, **values)
+    check_no_changed_run(config, RunDir.of(config))
 
 
-def test_a_finished_run_refuses_nothing(begun: TrainConfig) -> None:
-    adapter = train.run_place(begun).local / train.ADAPTER
+def test_a_finished_run_refuses_nothing(unfinished: TrainConfig) -> None:
+    adapter = RunDir.of(unfinished).result.local
     adapter.mkdir()
     (adapter / "parallelmind.json").write_text("{}")
-    config = changed(begun, lora_rank=8)
-    train._refuse_changed(config)
+    config = changed(unfinished, lora_rank=8)
+    check_no_changed_run(config, RunDir.of(config))
 
 
-def test_other_records_under_the_same_path_are_refused(begun: TrainConfig, tmp_path: Path) -> None:
-    config = changed(begun, mlflow_uri=f"sqlite:///{tmp_path}/mlflow.db")
-    place = train.run_place(config)
-    first = train_driver._tracker(config, place, "aaa")
+def test_other_records_under_the_same_path_are_refused(unfinished: TrainConfig, tmp_path: Path) -> None:
+    config = changed(unfinished, mlflow_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    run_dir = RunDir.of(config)
+    first = open_tracker(config, run_dir, "aaa")
     with pytest.raises(UserError, match="data_path=.*its records are not those"):
-        train_driver._tracker(config, place, "bbb")
-    (place.local / "checkpoints" / "step-100").rmdir()  # nothing was trained on them yet
-    assert train_driver._tracker(config, place, "bbb").run_id == first.run_id
+        open_tracker(config, run_dir, "bbb")
+    (run_dir.checkpoints.local / "step-100").rmdir()  # nothing was trained on the first ones
+    assert open_tracker(config, run_dir, "bbb").run_id == first.run_id
 
 
 @pytest.mark.parametrize(
@@ -97,35 +98,37 @@ def test_other_records_under_the_same_path_are_refused(begun: TrainConfig, tmp_p
     ],
 )
 def test_settings_that_contradict_each_other(
-    begun: TrainConfig, values: dict[str, object], message: str
+    unfinished: TrainConfig, values: dict[str, object], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        changed(begun, **values)
+        changed(unfinished, **values)
 
 
-def test_a_run_in_a_folder_that_cannot_be_written_is_one_line(begun: TrainConfig, tmp_path: Path) -> None:
+def test_a_run_in_a_folder_that_cannot_be_written_is_one_line(
+    unfinished: TrainConfig, tmp_path: Path
+) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(
         UserError, match=r"^output_dir=.*/file: cannot be written \(Not a directory\); make room, or give"
     ):
-        train.run_training(changed(begun, output_dir=str(tmp_path / "file")))
+        run_training(changed(unfinished, output_dir=str(tmp_path / "file")))
 
 
-def test_a_disk_that_fills_up_on_the_way_is_one_line(begun: TrainConfig) -> None:
-    full = OSError(errno.ENOSPC, "No space left on device", "loss.png")
-    place, output_dir = train.run_place(begun), begun.run.output_dir
+def test_a_disk_that_fills_up_on_the_way_is_one_line(unfinished: TrainConfig) -> None:
+    disk_full = OSError(errno.ENOSPC, "No space left on device", "loss.png")
+    path, name, output_dir = RunDir.of(unfinished).path, unfinished.run.name, unfinished.run.output_dir
     with (
         pytest.raises(
             UserError,
             match=rf"^output_dir={output_dir}: cannot be written \(No space left on device\); make room",
         ),
-        train.alone_at(place, begun.run.name, output_dir),
+        lock_dir(path, name, output_dir),
     ):
-        train_fit._end_if_final(failed(ray.exceptions.RayActorError(error_msg="The actor died."), full), 1)
+        raise_if_final(failed(ray.exceptions.RayActorError(error_msg="The actor died."), disk_full), 1)
     with (
         pytest.raises(ConnectionError),
-        train.alone_at(place, begun.run.name, output_dir),
-    ):  # of something else
+        lock_dir(path, name, output_dir),
+    ):
         raise ConnectionError
 
 
@@ -133,51 +136,47 @@ def failed(*causes: Exception) -> ray.train.WorkerGroupError:
     return ray.train.WorkerGroupError("workers failed", dict(enumerate(causes)))
 
 
-def test_what_was_lost_is_replaced_and_what_is_wrong_is_told() -> None:
-    gone = ray.exceptions.RayActorError(error_msg="The actor died.")
+def test_losses_are_restarted_a_few_times_and_other_failures_are_final() -> None:
+    lost = ray.exceptions.RayActorError(error_msg="The actor died.")
     for times in range(1, 4):
-        train_fit._end_if_final(failed(gone), times)
-        train_fit._end_if_final(gone, times)
-    with pytest.raises(UserError, match="lost 4 times without a new checkpoint .*lower batch_size") as caught:
-        train_fit._end_if_final(failed(gone), 4)
-    assert "\n" not in str(caught.value)
-    with pytest.raises(
-        UserError, match="lora_targets"
-    ):  # the other worker was only lost because this one ended
-        train_fit._end_if_final(failed(gone, UserError("lora_targets: no such layer")), 1)
+        raise_if_final(failed(lost), times)
+        raise_if_final(lost, times)
+    with pytest.raises(UserError, match="lost 4 times without a new checkpoint .*lower batch_size") as error:
+        raise_if_final(failed(lost), 4)
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="lora_targets"):  # the other worker was lost because this one ended
+        raise_if_final(failed(lost, UserError("lora_targets: no such layer")), 1)
     with pytest.raises(ray.train.WorkerGroupError):
-        train_fit._end_if_final(failed(ZeroDivisionError()), 1)
+        raise_if_final(failed(ZeroDivisionError()), 1)
 
 
-def told_by_ray(cause: Exception) -> ray.train.WorkerGroupError:
-    """As the error of the feeder reaches the driver, through the worker that has asked it."""
+def as_ray_raises(cause: Exception) -> ray.train.WorkerGroupError:
+    """An error of the feeder as it reaches the driver, through the worker that called it."""
     try:
         raise ray.exceptions.RayTaskError("Feeder.next()", "Traceback", cause).as_instanceof_cause()
     except ray.exceptions.RayTaskError as error:
         return failed(error)
 
 
-def test_what_the_feeder_cannot_read_is_told_as_it_is() -> None:
+def test_a_failure_of_the_feeder_is_raised_unwrapped() -> None:
     with pytest.raises(UserError, match="^data_path=a.jsonl: gone$"):
-        train_fit._end_if_final(told_by_ray(UserError("data_path=a.jsonl: gone")), 1)
+        raise_if_final(as_ray_raises(UserError("data_path=a.jsonl: gone")), 1)
     with pytest.raises(ray.train.WorkerGroupError):  # it would happen again
-        train_fit._end_if_final(told_by_ray(ZeroDivisionError()), 1)
-    for passing in (ConnectionResetError("reset by peer"), ray.exceptions.OutOfMemoryError("killed")):
-        train_fit._end_if_final(told_by_ray(passing), 3)
+        raise_if_final(as_ray_raises(ZeroDivisionError()), 1)
+    for temporary in (ConnectionResetError("reset by peer"), ray.exceptions.OutOfMemoryError("killed")):
+        raise_if_final(as_ray_raises(temporary), 3)
     with pytest.raises(UserError, match=r"lost 4 times .*\(reset by peer\)"):
-        train_fit._end_if_final(told_by_ray(ConnectionResetError("reset by peer")), 4)
+        raise_if_final(as_ray_raises(ConnectionResetError("reset by peer")), 4)
 
 
-def test_a_repository_without_a_commit_only_lacks_that_tag(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_commit_only_its_tag_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
-    monkeypatch.setattr(record, "_ROOT", tmp_path)
+    monkeypatch.setattr(provenance, "_ROOT", tmp_path)
     assert {"code_sha256", "version.torch"} <= code_version().keys()
     assert "mlflow.source.git.commit" not in code_version()
 
 
-def test_code_and_losses_are_on_record(tmp_path: Path) -> None:
+def test_code_version_and_loss_plot_are_recorded(tmp_path: Path) -> None:
     tags = code_version()
     assert len(tags["code_sha256"]) == 12
     assert tags == code_version()
@@ -188,5 +187,6 @@ def test_code_and_losses_are_on_record(tmp_path: Path) -> None:
         tracker.log_metrics(
             {"loss": 3 / step, **({"validation/loss_4": 4 / step} if step % 4 == 0 else {})}, step
         )
-    picture = keep_losses(RemotePath(tmp_path), tracker)
-    assert picture.local.read_bytes().startswith(b"\x89PNG")
+    run_dir = RunDir(RemotePath(tmp_path), "adapter")
+    save_loss_plot(run_dir, tracker)
+    assert run_dir.loss_plot.local.read_bytes().startswith(b"\x89PNG")

@@ -1,4 +1,4 @@
-"""The end of a run, cut short anywhere: what has its name is in MLflow too, and the same command does the
+"""The end of a run, killed at any point: a named result is also in MLflow, and the same command completes the
 rest.
 """
 
@@ -17,38 +17,39 @@ from parallelmind.remote import RemotePath
 from parallelmind.tracking import Tracker
 from parallelmind.training.outcome import Outcome
 from workloads.train import worker as train_worker
-from workloads.train.command import run_training
+from workloads.train.run import run_training
+from workloads.train.run_dir import RunDir
 
 
 class Killed(BaseException):
-    """In place of SIGKILL: nothing that follows is done."""
+    """Stands for SIGKILL: nothing after it runs."""
 
 
-class End:
-    """What the leading worker has at the end of a run in `folder`."""
+class EndOfRun:
+    """The state of rank 0 at the end of a run in `folder`."""
 
     def __init__(self, folder: Path) -> None:
         self.config = config(
             output_dir=str(folder / "runs"), name="cut", data_path=str(folder / "none.jsonl")
         )
-        self.place = RemotePath(Path(self.config.run.output_dir) / f"cut-{self.config.fingerprint()[:8]}")
+        self.run_dir = RunDir.of(self.config)
         self.uri = f"sqlite:///{folder}/mlflow.db"
 
-    def reach(self) -> None:
-        """As every start of the command does it, with no step left to take."""
+    def save_result(self) -> None:
+        """As every start of the command does it, with no step left to train."""
         tracker = Tracker.start(self.uri, "tests", "cut", self.config, "key")
         tracker.log_metrics({"loss": 1.0}, 1)
-        task: Any = SimpleNamespace(config=self.config, place=self.place, mlflow_run=tracker.run_id)
+        task: Any = SimpleNamespace(config=self.config, run_dir=self.run_dir, mlflow_run=tracker.run_id)
         hooks: Any = SimpleNamespace(tracker=tracker)
-        train_worker.keep(
+        train_worker.save_result(
             task, fresh_model(self.config), tiny_tokenizer(), hooks, Outcome(True, 1, {"loss": 1.0})
         )
 
     @property
-    def named(self) -> bool:
-        return (self.place.local / "adapter" / "parallelmind.json").exists()
+    def result_exists(self) -> bool:
+        return (self.run_dir.result.local / "parallelmind.json").exists()
 
-    def tracked(self) -> tuple[str, set[str]]:
+    def mlflow_state(self) -> tuple[str, set[str]]:
         """Status and artifacts of the one MLflow run."""
         client = MlflowClient(self.uri)
         (run,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
@@ -61,44 +62,40 @@ class End:
 
 
 @pytest.mark.parametrize(
-    ("owner", "step", "named"),
+    ("owner", "method", "result_exists"),
     [
         (train_worker, "save_trained", False),
         (Tracker, "log_folder", False),
-        (train_worker, "keep_losses", False),
+        (train_worker, "save_loss_plot", False),
         (Tracker, "finish", False),
-        (
-            RemotePath,
-            "upload",
-            True,
-        ),  # the first thing after the name has appeared, beside that of the picture
+        (RemotePath, "upload", True),  # the first call after the result has appeared, besides the plot's
     ],
 )
-def test_a_run_that_is_killed_at_its_end_is_whole_after_the_same_command(
+def test_a_run_that_is_killed_at_its_end_is_completed_by_the_same_command(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     owner: Any,
-    step: str,
-    named: bool,
+    method: str,
+    result_exists: bool,
 ) -> None:
-    end, done = End(tmp_path), getattr(owner, step)
+    end, original = EndOfRun(tmp_path), getattr(owner, method)
 
-    def cut(*args: Any, **kwargs: Any) -> Any:
-        if step == "upload" and not kwargs:
-            return done(*args)
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        if method == "upload" and not kwargs:
+            return original(*args)
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(owner, step, cut)
+        patched.setattr(owner, method, killed)
         with pytest.raises(Killed):
-            end.reach()
-    assert end.named is named
-    if not named:
-        end.reach()
-    status, artifacts = end.tracked()
-    assert end.named
+            end.save_result()
+    assert end.result_exists is result_exists
+    if not result_exists:
+        end.save_result()
+    status, artifacts = end.mlflow_state()
+    assert end.result_exists
     assert status == "FINISHED"
     assert artifacts >= {"loss.png", "adapter/parallelmind.json", "adapter/adapter_model.safetensors"}
     run_training(end.config)
-    assert "finished before" in capsys.readouterr().out
+    assert "already finished" in capsys.readouterr().out

@@ -1,0 +1,57 @@
+"""Conclude a run: close it in MLflow, and print where everything is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from parallelmind.tracking import Tracker
+from parallelmind.training.checkpoint_manager import checkpoint_names
+from parallelmind.training.outcome import Outcome
+from workloads.train.prepare import PreparedRun
+from workloads.train.provenance import save_loss_plot
+from workloads.train.run_dir import RunDir
+
+
+@contextmanager
+def close_tracker(tracker: Tracker) -> Iterator[Callable[[Outcome], None]]:
+    """Close the MLflow run with the status of the outcome that is passed to the yielded function.
+
+    Without an outcome the status is KILLED after Ctrl-C and FAILED after any other exception.
+    """
+    status = "FAILED"
+
+    def set_outcome(outcome: Outcome) -> None:
+        nonlocal status
+        status = "FINISHED" if outcome.finished else "KILLED"
+
+    try:
+        yield set_outcome
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        tracker.finish(status)
+
+
+def conclude(run: PreparedRun, outcome: Outcome) -> None:
+    """Print where the results of a finished run are. Raises KeyboardInterrupt for a stopped run."""
+    run_dir = run.task.run_dir
+    run_dir.stop_file().clear()
+    if not outcome.finished:
+        save_loss_plot(run_dir, run.tracker)
+        print(
+            f"stopped at step {outcome.step}; checkpoint: {_newest_checkpoint(run_dir)}\n"
+            "the same command resumes from there",
+            flush=True,
+        )
+        raise KeyboardInterrupt
+    print(
+        f"run      {run_dir}\n{run_dir.result_name:8} {run_dir.result}\nloss     {run_dir.loss_plot}\n"
+        f"mlflow   run {run.tracker.run_id}\n         mlflow ui --backend-store-uri {run.tracker.uri}",
+        flush=True,
+    )
+
+
+def _newest_checkpoint(run_dir: RunDir) -> str:
+    return str(run_dir.checkpoints.child(checkpoint_names(run_dir.checkpoints)[-1]))

@@ -1,0 +1,210 @@
+"""Prepare a run: check model and data, write the settings, open the MLflow run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+from uuid import uuid4
+
+import workloads.common.ray_env  # noqa: F401  (before Ray)
+
+# isort: split
+from parallelmind.config import DataConfig, TrainConfig
+from parallelmind.config.yaml_file import save_yaml
+from parallelmind.data.pipeline import estimate_epoch_batches, survey_files
+from parallelmind.data.survey import BadLine, Survey, write_quarantine
+from parallelmind.errors import UserError
+from parallelmind.model.base_model import load_meta_model, load_tokenizer
+from parallelmind.model.manifest import read_adapter
+from parallelmind.model.support import check_supported
+from parallelmind.storage import atomic_file
+from parallelmind.tracking import Tracker, absolute_uri
+from parallelmind.training.checkpoint_manager import checkpoint_names
+from workloads.common import resources
+from workloads.train.data_files import DataFiles
+from workloads.train.provenance import code_version
+from workloads.train.run_dir import RunDir
+from workloads.train.worker import WorkerTask
+
+_MAX_BAD_LINES_SHOWN, _MAX_KEYS_SHOWN = 10, 5
+
+
+@dataclass(frozen=True, slots=True)
+class SharedRunContext:
+    """What the runs of a sweep share.
+
+    concurrent_runs: runs that share the cluster at a time. parent: id of their parent MLflow run.
+    data_fingerprint: `PreparedRun.data_fingerprint` of the other runs, where one is known.
+    """
+
+    concurrent_runs: int = 1
+    parent: str | None = None
+    data_fingerprint: str | None = None
+
+
+SINGLE_RUN = SharedRunContext()
+
+
+class PreparedRun(NamedTuple):
+    """A run that is ready to train.
+
+    data_fingerprint: of the training data and, where there is any, of the held-out data.
+    """
+
+    task: WorkerTask
+    tracker: Tracker
+    files: DataFiles
+    data_fingerprint: str
+
+
+class SurveyedData(NamedTuple):
+    """The survey of the training data; bad lines and fingerprint of all data."""
+
+    train: Survey
+    bad: list[BadLine]
+    fingerprint: str
+
+
+def begin(config: TrainConfig, run_dir: RunDir) -> int:
+    """Download what is known of the run, write config.yaml and check the model; needs no Ray.
+
+    Returns the vocabulary size.
+
+    Raises:
+        UserError: the model or the adapter to resume cannot be used with these settings.
+    """
+    run_dir.path.download(exclude="*.safetensors")
+    save_yaml(config, run_dir.config_file.local)
+    run_dir.config_file.upload()
+    run_dir.stop_file().clear()
+    vocabulary_size = len(load_tokenizer(config.model))
+    if config.rope.patch_rope:
+        check_supported(load_meta_model(config.model))
+    if config.optimizer.resume_adapter is not None:
+        settings = {**config.rope.model_dump(), **config.lora.model_dump(exclude={"lora_dropout"})}
+        read_adapter(config.optimizer.resume_adapter).check_settings(settings)
+    return vocabulary_size
+
+
+def prepare(
+    config: TrainConfig,
+    run_dir: RunDir,
+    files: DataFiles,
+    vocabulary_size: int,
+    shared: SharedRunContext = SINGLE_RUN,
+) -> PreparedRun:
+    """Survey all data and open the MLflow run.
+
+    Raises:
+        UserError: bad data, other data than before or than in the other runs of a sweep, missing GPUs.
+    """
+    workers = config.workers
+    if workers.use_gpu:
+        resources.require_gpus(workers.num_workers)
+    data = survey_data(files, config.data, vocabulary_size)
+    _quarantine(data.bad, run_dir)
+    _print_summary(data.train)
+    _check_same_data(data, config.data, shared)
+    tracker = open_tracker(config, run_dir, data.train.fingerprint, shared.parent)
+    tracker.set_tags(
+        {
+            "bad_lines": len(data.train.bad),
+            "folder": run_dir,
+            "data_sha256": data.train.fingerprint,
+            **code_version(),
+        }
+    )
+    task = WorkerTask(
+        config,
+        run_dir,
+        validation_files=tuple(files.validation),
+        mlflow_uri=tracker.uri,
+        mlflow_run=tracker.run_id,
+        batches_per_epoch=estimate_epoch_batches(
+            data.train, config.data, config.model, config.optimizer.seed
+        ),
+        threads=resources.threads_per_process(workers.num_workers * shared.concurrent_runs),
+    )
+    return PreparedRun(task, tracker, files, data.fingerprint)
+
+
+def survey_data(files: DataFiles, config: DataConfig, vocabulary_size: int) -> SurveyedData:
+    """Check every line of every file. Raises UserError for more bad lines than the settings tolerate."""
+    train = survey_files(files.train, config, vocabulary_size)
+    if not files.validation:
+        return SurveyedData(train, list(train.bad), train.fingerprint)
+    validation = survey_files(files.validation, config, vocabulary_size, "validation_path")
+    return SurveyedData(train, [*train.bad, *validation.bad], f"{train.fingerprint} {validation.fingerprint}")
+
+
+def _quarantine(bad: Sequence[BadLine], run_dir: RunDir) -> None:
+    """Print the first bad lines and write all of them to the quarantine file."""
+    for line in bad[:_MAX_BAD_LINES_SHOWN]:
+        print(f"skipped: {line}", file=sys.stderr)
+    write_quarantine(run_dir.quarantine_file.local, bad)
+    run_dir.quarantine_file.upload()
+    if bad:
+        print(
+            f"bad lines skipped: {len(bad)}, listed in {run_dir.quarantine_file}; "
+            "strict=true stops at the first",
+            file=sys.stderr,
+        )
+
+
+def _print_summary(train: Survey) -> None:
+    ignored = "".join(
+        f", key {key!r} ignored in {count}" for key, count in train.unknown_keys.most_common(_MAX_KEYS_SHOWN)
+    )
+    print(
+        f"data: {train.records} records, {train.branches} branches, {len(train.bad)} bad lines{ignored}",
+        flush=True,
+    )
+
+
+def _check_same_data(data: SurveyedData, config: DataConfig, shared: SharedRunContext) -> None:
+    """Refuse other data than the other runs of the sweep have. Raises UserError."""
+    if shared.data_fingerprint in (None, data.fingerprint):
+        return
+    fields = f"data_path={config.data_path}"
+    if config.validation_path:
+        fields += f" or validation_path={config.validation_path}"
+    raise UserError(
+        f"{fields}: the records differ from those of the earlier trials; restore them, or choose another name"
+    )
+
+
+def open_tracker(
+    config: TrainConfig, run_dir: RunDir, data_fingerprint: str, parent: str | None = None
+) -> Tracker:
+    """Start the run in MLflow, or continue it after an interruption.
+
+    Raises:
+        UserError: the data has changed since the first checkpoint.
+    """
+    record_file = run_dir.record_file
+    if record_file.local.is_file():
+        record = json.loads(record_file.local.read_text(encoding="utf-8"))
+    else:  # written before the MLflow run exists: a run whose start is interrupted is found by this key
+        record = {"mlflow_key": uuid4().hex, "data_sha256": data_fingerprint}
+    if record["data_sha256"] != data_fingerprint and checkpoint_names(run_dir.checkpoints):
+        raise UserError(
+            f"data_path={config.data.data_path}: its records are not those that {run_dir} was started with "
+            f"({data_fingerprint}, not {record['data_sha256']}); restore them, or choose another name"
+        )
+    with atomic_file(record_file.local) as file:
+        file.write(json.dumps({**record, "data_sha256": data_fingerprint}) + "\n")
+    record_file.upload()
+    services = config.services
+    tracker = Tracker.start(
+        absolute_uri(services.mlflow_uri),
+        services.mlflow_experiment,
+        run_dir.name,
+        config,
+        record["mlflow_key"],
+        parent,
+    )
+    tracker.log_file(run_dir.config_file.local)
+    return tracker

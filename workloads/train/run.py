@@ -1,0 +1,49 @@
+"""One training run: prepare, fit, conclude."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from parallelmind.config import TrainConfig
+from workloads.common.stopping import run_stoppable
+from workloads.train.data_files import DataFiles
+from workloads.train.run_dir import RunDir, check_no_changed_run, lock_dir
+
+
+def run_training(config: TrainConfig) -> RunDir:
+    """Train to the end, unless that is done already; returns the run folder.
+
+    Raises:
+        UserError: an input that the user can correct.
+        KeyboardInterrupt: the run was stopped; its checkpoint is saved.
+    """
+    run_dir = RunDir.of(config)
+    if run_dir.is_finished():
+        print(f"already finished: {run_dir.result}; change a field or the name to train another run")
+        return run_dir
+    check_no_changed_run(config, run_dir)
+    files = DataFiles.find(config.data)
+    with lock_dir(run_dir.path, config.run.name, config.run.output_dir), ThreadPoolExecutor(1) as executor:
+        from workloads.common import cluster
+
+        connecting = executor.submit(cluster.connect, config.services.ray_address)
+        _train(config, run_dir, files, connecting.result)
+    return run_dir
+
+
+def _train(config: TrainConfig, run_dir: RunDir, files: DataFiles, wait_for_ray: Callable[[], None]) -> None:
+    # Importing torch and MLflow takes as long as starting Ray: both happen at the same time.
+    from workloads.train.conclude import close_tracker, conclude
+    from workloads.train.fit import fit
+    from workloads.train.prepare import begin, prepare
+
+    vocabulary_size = begin(config, run_dir)
+    wait_for_ray()
+    run = prepare(config, run_dir, files, vocabulary_size)
+    with close_tracker(run.tracker) as set_outcome:
+        outcome = run_stoppable(
+            lambda: fit(run), run_dir.stop_file().request, "stopping after this step, with a checkpoint"
+        )
+        set_outcome(outcome)
+    conclude(run, outcome)
