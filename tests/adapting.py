@@ -1,6 +1,4 @@
-"""What tests of adapters and trained models share: a little training, and logits here and in a fresh
-process.
-"""
+"""Helpers for tests of adapters and trained models: short training, and logits in a new process."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ from parallelmind.model.patch import patch
 ROPE = RopeConfig(rope_2d_ratio=0.5, branch_stride=16)
 IDS = torch.arange(10, 16)[None]
 _POS2D = torch.tensor([[[0, 0], [0, 1], [0, 2], [16, 0], [16, 1], [16, 2]]])
-_ELSEWHERE = """
+_FRESH_PROCESS = """
 import json, sys, adapting
 from safetensors.torch import save_file
 from parallelmind.model.adapter import load_model_with_lora
@@ -32,21 +30,21 @@ save_file({"logits": adapting.logits(model)}, sys.argv[2])
 """
 
 
-def lora(**changes: Any) -> LoraConfig:
-    """Rank 4, unless told otherwise."""
+def lora_config(**changes: Any) -> LoraConfig:
+    """Rank 4 by default."""
     return LoraConfig.model_validate({"lora_rank": 4, "lora_alpha": 6, **changes})
 
 
-def patched(rope: RopeConfig = ROPE, **overrides: Any) -> Any:
-    """The tiny model with branches."""
+def patched_llama(rope: RopeConfig = ROPE, **overrides: Any) -> Any:
+    """A patched tiny Llama."""
     model = tiny_llama(**overrides)
     patch(model, rope)
     return model
 
 
-def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """To what float32 holds, for logits of about 10."""
-    return bool((found - expected).abs().max() < 2e-4)
+def allclose_logits(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Equal to float32 rounding, for logits of about 10."""
+    return bool((actual - expected).abs().max() < 2e-4)
 
 
 def branch_logits(model: Any) -> torch.Tensor:
@@ -73,11 +71,13 @@ def train(model: Any, steps: int = 2) -> Any:
     return model.eval()
 
 
-def logits_elsewhere(**settings: Any) -> torch.Tensor:
-    """The logits of `load_model_with_lora(**settings)` in a process of its own."""
+def logits_in_fresh_process(**settings: Any) -> torch.Tensor:
+    """The logits of `load_model_with_lora(**settings)` in a new process."""
     here = Path(__file__).resolve().parent
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (here, here.parent / "platform")))}
     with TemporaryDirectory() as scratch:
         file = Path(scratch) / "logits.safetensors"
-        subprocess.run([sys.executable, "-c", _ELSEWHERE, json.dumps(settings), file], env=env, check=True)
+        subprocess.run(
+            [sys.executable, "-c", _FRESH_PROCESS, json.dumps(settings), file], env=env, check=True
+        )
         return load_file(file)["logits"]

@@ -1,6 +1,4 @@
-"""The models that stand for all: one for each mechanism of the patch, and one for each thing it should not
-notice.
-"""
+"""Representative tiny models: one for each mechanism of the patch, and variants that must not need one."""
 
 from __future__ import annotations
 
@@ -33,7 +31,7 @@ _SCALED: dict[str, dict[str, Any]] = {
     },
 }
 
-# name: model type and what differs from its tiny defaults
+# name: model type and the values that differ from its tiny defaults
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{
         name: ("llama", {"rope_parameters": {"rope_type": name, "rope_theta": 1e4, **rest}})
@@ -58,12 +56,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def model_class(name: str) -> type[PreTrainedModel]:
-    """The class of a family's or variant's model."""
+    """The class of the model of a family or variant."""
     return MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[_settings(name)[0]]]
 
 
 def variant(name: str, attention: str = "eager") -> PreTrainedModel:
-    """A tiny model by the name of its family or variant."""
+    """A tiny model of a family or variant."""
     model_type, differences = _settings(name)
     return tiny_model(model_type, attention, **differences)
 

@@ -1,6 +1,4 @@
-"""Long samples for FlexAttention, and what lets it run on a CPU, where it is slow, uncompiled and made for
-inference only.
-"""
+"""Long samples for FlexAttention, and contexts in which it runs uncompiled on a CPU, with gradients."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ from parallelmind.training.loss import TargetLoss, Tensors, to_tensors
 SHAPES = [
     (150, (40, 70, 9)),
     (37, (60, 5)),
-]  # main and branches: a batch of two, of no whole number of blocks, with padding
+]  # lengths of main and branches: two rows, padding, and no whole number of blocks
 
 
 def long_batch(
@@ -40,7 +38,7 @@ def long_batch(
 
 @torch.no_grad()
 def real_logits(model: torch.nn.Module, batch: Tensors, config: RopeConfig) -> torch.Tensor:
-    """`[real tokens, vocab]`: nothing is promised of padding."""
+    """`[tokens, vocab]` logits of all tokens that are not padding."""
     mask = attention_masks(model, batch.pos2d[..., 1], batch.sequence, config.visibility)
     logits = model(
         input_ids=batch.ids,
@@ -53,8 +51,8 @@ def real_logits(model: torch.nn.Module, batch: Tensors, config: RopeConfig) -> t
 
 
 @contextmanager
-def chosen() -> Iterator[None]:
-    """Every length is long and every device and type are fast enough."""
+def flex_always_chosen() -> Iterator[None]:
+    """Every length counts as long, and every device and dtype as fast enough."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "FLEX_ABOVE", 0)
         patch.setattr(attention, "_fits_device", lambda device, dtype: True)
@@ -62,8 +60,8 @@ def chosen() -> Iterator[None]:
 
 
 @contextmanager
-def on_a_cpu() -> Iterator[None]:
-    """The kernel's mathematics without its compiler, with gradients too."""
+def flex_on_cpu() -> Iterator[None]:
+    """FlexAttention without its compiler, with gradients, on a CPU."""
     with pytest.MonkeyPatch.context() as patch, torch.compiler.set_stance("force_eager"):
         patch.setattr(flex_attention, "_validate_device", lambda query, key, value: None)
         yield
@@ -72,7 +70,7 @@ def on_a_cpu() -> Iterator[None]:
 def gradients(
     model: torch.nn.Module, batch: Tensors, visibility: Visibility, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """Of everything that is trained, in one row, after one batch; computed in `dtype`."""
+    """All gradients after one batch, flattened; computed in `dtype`."""
     model.zero_grad()
     TargetLoss(model, visibility, dtype)(batch)[0].backward()
     return torch.cat(
@@ -80,14 +78,14 @@ def gradients(
     )
 
 
-class Largest(TorchDispatchMode):
-    """Bytes of the largest tensor that is made within."""
+class LargestTensor(TorchDispatchMode):
+    """Records the bytes of the largest tensor that is created within the context."""
 
     bytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        for part in tree_leaves(made):
-            if isinstance(part, torch.Tensor):
-                self.bytes = max(self.bytes, part.untyped_storage().nbytes())
-        return made
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.bytes = max(self.bytes, leaf.untyped_storage().nbytes())
+        return result

@@ -29,7 +29,7 @@ from processes import kill
 from resident import ask
 from servers import save_talker
 
-from parallelmind.model.base_model import smollm2_folder
+from parallelmind.model.smollm2 import smollm2_folder
 from serving.runtime.ports import free_port
 
 _PROJECT_FOLDERS = "platform workloads serving experiments tools benchmarks".split()

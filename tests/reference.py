@@ -1,4 +1,4 @@
-"""The scheme, spelled out token by token: slow, plain, and what the fast code is checked against."""
+"""The scheme computed token by token: the slow reference for the vectorised code."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from typing import IO
 from parallelmind.config import LoraConfig, ModelConfig, RopeConfig
 from parallelmind.evaluation.tiny_models import tiny_model, tiny_tokenizer
 from parallelmind.model.adapter import add_lora, save_adapter
-from parallelmind.model.base_model import no_progress_bars
+from parallelmind.model.hf_compat import no_progress_bars
 from parallelmind.model.patch import patch
 from tools.marked import fill
 

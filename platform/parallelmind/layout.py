@@ -1,8 +1,8 @@
-"""Samples to coordinates, physical order, labels and batches. NumPy only, no loop over tokens.
+"""From samples to coordinates, physical order, labels and batches. NumPy only, without loops over tokens.
 
-A sample is an optional `main` and N branches of token ids. Sequence 0 is always main (it may be empty) and
-branches are sequences 1..N, so a mask can tell main from a branch. The *branch coordinate* counts from main
-where there is one and from the first branch otherwise.
+A sample is an optional `main` and N branches of token ids. Sequence 0 is always main, which may be empty, and
+branches are sequences 1..N, so that a mask can tell main from a branch. The *branch coordinate* counts from
+main if there is one and from the first branch otherwise.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Tokens:
     """A tokenised sample.
 
     ids: `[total]` token ids, main first, then the branches one after another.
-    lengths: `[1 + N]` tokens of main (may be 0) and of every branch (at least 1).
+    lengths: `[1 + N]` numbers of tokens of main (may be 0) and of every branch (at least 1).
     answer_offsets: `[N]` index of the first target token within each branch.
     """
 
@@ -40,7 +40,7 @@ class Tokens:
     def of(
         main: Sequence[int], branches: Sequence[Sequence[int]], answer_offsets: Sequence[int] | None = None
     ) -> Tokens:
-        """From plain lists. Raises UserError if there is no branch or an empty one."""
+        """Build from plain lists. Raises UserError for no branch and for an empty branch."""
         if not branches:
             raise UserError("branches=[]: a sample needs at least one branch")
         lengths = np.array([len(main), *map(len, branches)], dtype=np.int64)
@@ -49,7 +49,7 @@ class Tokens:
             raise UserError(
                 f"branches[{empty}]: holds no token; give it text, or move the end of main into it"
             )
-        ids = np.concatenate([np.asarray(part, dtype=np.int64) for part in (main, *branches)])
+        ids = np.concatenate([np.asarray(segment, dtype=np.int64) for segment in (main, *branches)])
         offsets = (
             np.zeros(len(branches), np.int64)
             if answer_offsets is None
@@ -59,19 +59,20 @@ class Tokens:
 
     @property
     def branches(self) -> int:
+        """Number of branches."""
         return len(self.lengths) - 1
 
     def split(self) -> list[list[int]]:
-        """The ids of main, and of every branch."""
-        return [part.tolist() for part in np.split(self.ids, np.cumsum(self.lengths)[:-1])]
+        """The ids of main and of every branch."""
+        return [segment.tolist() for segment in np.split(self.ids, np.cumsum(self.lengths)[:-1])]
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
     """One sample in physical order; every array is `[tokens]`.
 
-    sequence: 0 for main, 1..N for the branches. branch, time: the pos2d coordinates. position: what drives
-    the pairs that pos2d does not. labels: the token that each one predicts, or -100.
+    sequence: 0 for main, 1..N for the branches. branch, time: the pos2d coordinates. position: the position
+    of pairs that pos2d does not drive. labels: the token that each token predicts, or -100.
     """
 
     ids: Ints
@@ -84,9 +85,7 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Padded layouts: all `[batch, seq]`, pos2d `[batch, seq, 2]`; sequence is -1 where there is only
-    padding.
-    """
+    """Padded layouts: all `[batch, seq]`, pos2d `[batch, seq, 2]`; sequence is -1 for padding."""
 
     ids: Ints
     sequence: Ints
@@ -96,21 +95,22 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Real tokens, padding left out."""
+        """Number of tokens without padding."""
         return int((self.sequence != PADDING).sum())
 
     @property
     def targets(self) -> int:
+        """Number of tokens that have a label."""
         return int((self.labels != IGNORE).sum())
 
 
 def branch_coordinates(sequence: Ints, has_main: bool, stride: int) -> Ints:
-    """Sequence index × stride; without a main the first branch is at 0. Main itself is always at 0."""
+    """Sequence index × stride. Main is at 0; without a main the first branch is at 0."""
     return (sequence - (0 if has_main else 1)) * stride
 
 
 def start_times(lengths: Ints, align_to: Alignment) -> Ints:
-    """`[1 + N]`: time coordinate of the first token of main and of every branch."""
+    """`[1 + N]` time coordinates of the first token of main and of every branch."""
     main, branches = lengths[0], lengths[1:]
     starts = np.full(len(lengths), main)
     if align_to == "right":
@@ -122,12 +122,12 @@ def start_times(lengths: Ints, align_to: Alignment) -> Ints:
 def arrange(tokens: Tokens, config: RopeConfig, delays: Ints | None = None) -> Layout:
     """Place every token of one sample.
 
-    delays: `[N]` extra time steps before each branch (the random time offset), none if absent.
+    delays: `[N]` time steps added before each branch (the random time offset); none by default.
     """
     lengths = tokens.lengths
     ends = np.cumsum(lengths)
     sequence = np.repeat(np.arange(len(lengths)), lengths)
-    index = np.arange(len(sequence)) - (ends - lengths)[sequence]  # k: place within its own sequence
+    index = np.arange(len(sequence)) - (ends - lengths)[sequence]  # within its own sequence
     starts = start_times(lengths, config.align_to)
     if delays is not None:
         starts[1:] += delays
@@ -146,22 +146,20 @@ def arrange(tokens: Tokens, config: RopeConfig, delays: Ints | None = None) -> L
 
 
 def next_token_labels(ids: Ints, sequence: Ints, index: Ints, answer_offsets: Ints) -> Ints:
-    """`[tokens]` labels in logical order: token k predicts token k+1 of its own branch, from `answer_offset`
-    on.
-    """
+    """`[tokens]` labels in logical order: token k predicts k+1 of its branch, from `answer_offset` on."""
     labels = np.full(len(ids), IGNORE)
-    same = (sequence[1:] == sequence[:-1]) & (sequence[1:] != MAIN)
+    in_same_branch = (sequence[1:] == sequence[:-1]) & (sequence[1:] != MAIN)
     offsets = np.concatenate([[0], answer_offsets])
-    target = same & (index[1:] >= offsets[sequence[1:]])
-    labels[:-1][target] = ids[1:][target]
+    is_target = in_same_branch & (index[1:] >= offsets[sequence[1:]])
+    labels[:-1][is_target] = ids[1:][is_target]
     return labels
 
 
 def physical_order(time: Ints, sequence: Ints, config: RopeConfig) -> Ints:
     """Indices that sort logical order into physical order.
 
-    Columns (time, then sequence) make the columnar mask nearly causal. When neither mask nor positions depend
-    on where siblings stand, branches stay one after another, which keeps the isolated mask block-sparse.
+    Sorting by time, then sequence, makes the columnar mask nearly causal. Where neither mask nor positions
+    depend on siblings, branches stay one after another, which keeps the isolated mask block-sparse.
     """
     if is_free_order(config):
         return np.arange(len(time))
@@ -169,19 +167,19 @@ def physical_order(time: Ints, sequence: Ints, config: RopeConfig) -> Ints:
 
 
 def is_free_order(config: RopeConfig) -> bool:
-    """Whether a branch's tokens can be stored, and decoded, without regard to its siblings' progress."""
+    """Whether the order of a branch's tokens is independent of its siblings, in storage and in decoding."""
     return config.visibility == "isolated" and config.positions == "time"
 
 
 def collate(layouts: Sequence[Layout], pad_id: int) -> Batch:
-    """Right-pad layouts to one length. Padding has sequence -1, label -100 and coordinates 0."""
+    """Pad layouts on the right to one length. Padding has sequence -1, label -100 and coordinates 0."""
     lengths = np.array([len(layout.ids) for layout in layouts])
-    real = np.arange(lengths.max(initial=0)) < lengths[:, None]  # [batch, seq]
+    is_token = np.arange(lengths.max(initial=0)) < lengths[:, None]  # [batch, seq]
 
     def pad(field: str, value: int) -> Ints:
-        out = np.full(real.shape, value, dtype=np.int64)
-        out[real] = np.concatenate([getattr(layout, field) for layout in layouts])
-        return out
+        padded = np.full(is_token.shape, value, dtype=np.int64)
+        padded[is_token] = np.concatenate([getattr(layout, field) for layout in layouts])
+        return padded
 
     return Batch(
         ids=pad("ids", pad_id),

@@ -1,8 +1,7 @@
-"""Who sees whom: one rule per policy, which training, prefill and every decoding step ask. Operators alone,
-no torch.
+"""Visibility rules: which tokens a token may attend to, in training, prefill and every decoding step.
 
-A layer's own window or chunk narrows it further, measured in time: what is near in storage may be far in a
-branch.
+Rules use operators only, so they work on arrays of NumPy and torch. A layer's window or chunk restricts
+visibility further. It is measured in time, since neighbours in storage may be far apart in time.
 """
 
 from __future__ import annotations
@@ -18,22 +17,22 @@ Array = TypeVar("Array", bound=Any)  # of NumPy or torch
 
 
 def columnar(q_time: Array, q_sequence: Array, k_time: Array, k_sequence: Array) -> Array:
-    """Everything earlier in time, whoever wrote it."""
+    """Everything earlier in time."""
     return k_time < q_time
 
 
 def isolated(q_time: Array, q_sequence: Array, k_time: Array, k_sequence: Array) -> Array:
-    """Everything earlier in main or in the own branch."""
+    """Everything earlier in time in main or in the token's own branch."""
     return (k_time < q_time) & ((k_sequence == MAIN) | (k_sequence == q_sequence))
 
 
 def is_sibling(q_sequence: Array, k_sequence: Array) -> Array:
-    """Tokens of another branch, as a branch sees them."""
+    """Whether query and key are tokens of different branches."""
     return (q_sequence > MAIN) & (k_sequence > MAIN) & (k_sequence != q_sequence)
 
 
 def effective_penalty(config: RopeConfig) -> float:
-    """What is taken off the scores of siblings: nothing where they are not seen."""
+    """The number subtracted from the scores of siblings: 0 where siblings are not visible."""
     return config.sibling_penalty if config.visibility == "columnar" else 0.0
 
 
@@ -42,15 +41,13 @@ RULES: dict[Visibility, Callable[..., Any]] = {"columnar": columnar, "isolated":
 
 @dataclass(frozen=True, slots=True)
 class AttentionWindow:
-    """How far back a kind of layer looks, in time: the last `window` tokens, or its own chunk of `chunk`
-    tokens.
-    """
+    """How far back a layer looks, in time: the last `window` tokens, or the query's chunk."""
 
     window: int | None = None
     chunk: int | None = None
 
     def within(self, q_time: Array, k_time: Array) -> Array | None:
-        """Which keys are near enough; None if all are."""
+        """Which keys are within the window; None if all are."""
         if self.chunk is not None:
             return q_time // self.chunk == k_time // self.chunk
         return None if self.window is None else q_time - k_time < self.window

@@ -1,8 +1,8 @@
-"""Every check runs on an accelerator where there is one, and is rehearsed on a CPU, uncompiled."""
+"""Tests run on an accelerator if there is one, and uncompiled on a CPU."""
 
 import pytest
 import torch
-from flexing import on_a_cpu
+from flexing import flex_on_cpu
 
 CUDA = pytest.param(
     "cuda",
@@ -15,5 +15,5 @@ def device(request):
     if request.param == "cuda":
         yield request.param
         return
-    with on_a_cpu():
+    with flex_on_cpu():
         yield request.param

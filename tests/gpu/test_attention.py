@@ -1,11 +1,11 @@
-"""FlexAttention, SDPA and eager on an accelerator: the same logits and gradients, whatever is compiled."""
+"""FlexAttention, SDPA and eager on an accelerator give the same logits and gradients, compiled or not."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from families import variant
-from flexing import SHAPES, chosen, gradients, long_batch, real_logits
+from flexing import SHAPES, flex_always_chosen, gradients, long_batch, real_logits
 from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -18,7 +18,7 @@ from parallelmind.model.attention import FLEX_ABOVE, AttentionLogger, _fits_devi
 from parallelmind.model.patch import patch
 from parallelmind.training.loss import target_loss
 
-LONG = [(1500, (300, 500, 111)), (700, (600, 50))]  # over the threshold, and no whole number of blocks
+LONG = [(1500, (300, 500, 111)), (700, (600, 50))]  # above the threshold, and no whole number of blocks
 NAMES = ("shared", "layer types", "complex", "windows beside full attention", "windows in every layer")
 
 names = pytest.mark.parametrize("name", NAMES)
@@ -33,7 +33,9 @@ def shapes(device: str) -> list[tuple[int, tuple[int, ...]]]:
     return LONG if device == "cuda" else SHAPES
 
 
-def learner(model: torch.nn.Module, config: RopeConfig, checkpointing: bool = False) -> torch.nn.Module:
+def patched_with_adapter(
+    model: torch.nn.Module, config: RopeConfig, checkpointing: bool = False
+) -> torch.nn.Module:
     patch(model, config)
     if checkpointing:
         model.activation_checkpointing_enable()
@@ -48,32 +50,33 @@ def learner(model: torch.nn.Module, config: RopeConfig, checkpointing: bool = Fa
 
 @names
 @every_mask
-def test_three_attentions_read_the_same(device, name, config):
+def test_three_attentions_give_the_same_logits(device, name, config):
     batch = long_batch(config, shapes(device), device=device)
-    found = {}
+    results = {}
     for attention in ("eager", "sdpa"):
         model = variant(name, attention).to(device)
         with patched(model, config):
-            found[attention] = real_logits(model, batch, config)
+            results[attention] = real_logits(model, batch, config)
             if attention == "sdpa":
-                with chosen():
-                    found["flex"] = real_logits(model, batch, config)
-    check_close(found["sdpa"], found["eager"], "SDPA and eager")
-    check_close(found["flex"], found["eager"], "FlexAttention and eager")
+                with flex_always_chosen():
+                    results["flex"] = real_logits(model, batch, config)
+    check_close(results["sdpa"], results["eager"], "SDPA and eager")
+    check_close(results["flex"], results["eager"], "FlexAttention and eager")
 
 
 @names
 @pytest.mark.parametrize("visibility", ["columnar", "isolated"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
-def test_three_attentions_learn_the_same(device, name, visibility, checkpointing):
+def test_three_attentions_give_the_same_gradients(device, name, visibility, checkpointing):
     config = RopeConfig(visibility=visibility, sibling_penalty=0)
     batch = long_batch(config, shapes(device), device=device)
     eager, sdpa = (
-        learner(variant(name, kind).to(device), config, checkpointing) for kind in ("eager", "sdpa")
+        patched_with_adapter(variant(name, kind).to(device), config, checkpointing)
+        for kind in ("eager", "sdpa")
     )
     expected = gradients(eager, batch, visibility)
     check_close(gradients(sdpa, batch, visibility), expected, "gradients of SDPA and eager", 2e-3)
-    with chosen():
+    with flex_always_chosen():
         check_close(
             gradients(sdpa, batch, visibility), expected, "gradients of FlexAttention and eager", 2e-3
         )
@@ -82,23 +85,23 @@ def test_three_attentions_learn_the_same(device, name, visibility, checkpointing
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(14, 2, 64), (28, 4, 128)])
 @pytest.mark.parametrize("visibility", ["columnar", "isolated"])
 def test_bfloat16_with_heads_of_real_models(device, heads, kv_heads, size, visibility):
-    """Weights and adapter as a run has them: a bfloat16 base, float32 adapters, autocast."""
+    """As in a run: a bfloat16 base, float32 adapters, autocast."""
     config = RopeConfig(visibility=visibility, sibling_penalty=0)
-    if device == "cpu":  # where bfloat16 is slow
+    if device == "cpu":  # bfloat16 is slow there
         heads, kv_heads, size = heads // kv_heads, 1, size // 4
     width = {"hidden_size": heads * size, "intermediate_size": 256, "vocab_size": 128}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         count = {"num_hidden_layers": 2, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
         model = LlamaForCausalLM(LlamaConfig(**width, **count, attn_implementation="sdpa")).to(device)
-    model = learner(model, config)
+    model = patched_with_adapter(model, config)
     batch = long_batch(config, shapes(device), device=device)
     exact = gradients(model, batch, visibility)
     for name, weight in model.named_parameters():
         if "lora" not in name:
             weight.data = weight.data.to(torch.bfloat16)
     plain = gradients(model, batch, visibility, torch.bfloat16)
-    with chosen():
+    with flex_always_chosen():
         flexible = gradients(model, batch, visibility, torch.bfloat16)
     rough = ((plain - exact).norm() / exact.norm()).item()
     assert rough < 0.1
@@ -109,24 +112,24 @@ def test_bfloat16_with_heads_of_real_models(device, heads, kv_heads, size, visib
 def test_a_compiled_loss_is_the_eager_loss(device):
     torch.compiler.reset()
     config = RopeConfig(sibling_penalty=0)
-    model = learner(variant("windows in every layer", "sdpa").to(device), config)
+    model = patched_with_adapter(variant("windows in every layer", "sdpa").to(device), config)
     batch = long_batch(config, shapes(device), device=device)
     compiled = torch.compile(target_loss, backend="inductor" if device == "cuda" else "aot_eager")
-    with chosen():
+    with flex_always_chosen():
         expected = gradients(model, batch, config.visibility)
         model.zero_grad()
         with torch.compiler.set_stance("default"):
             compiled(model, batch, config.visibility)[0].backward()
-    found = torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])
-    check_close(found, expected, "gradients of a compiled and an eager loss", 2e-3)
+    results = torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])
+    check_close(results, expected, "gradients of a compiled and an eager loss", 2e-3)
 
 
-def test_new_lengths_are_not_compiled_anew(device):
+def test_new_lengths_do_not_recompile(device):
     torch.compiler.reset()
     config = RopeConfig(visibility="isolated")
-    model = learner(variant("shared", "sdpa").to(device), config)
+    model = patched_with_adapter(variant("shared", "sdpa").to(device), config)
     graphs = []
-    with chosen():
+    with flex_always_chosen():
         for number in range(8):
             batch = long_batch(config, [(150 + 70 * number, (40 + 9 * number, 33))] * 3, device=device)
             gradients(model, batch, config.visibility)
@@ -134,17 +137,17 @@ def test_new_lengths_are_not_compiled_anew(device):
     assert graphs[-1] == graphs[3]
 
 
-def test_two_steps_give_the_same_bits(device):
-    """A resumed run repeats its steps."""
+def test_two_steps_are_bit_exact(device):
+    """A resumed run repeats steps."""
     config = RopeConfig(sibling_penalty=0)
-    model = learner(variant("shared", "sdpa").to(device), config)
+    model = patched_with_adapter(variant("shared", "sdpa").to(device), config)
     batch = long_batch(config, shapes(device), device=device)
-    with chosen():
+    with flex_always_chosen():
         first, second = (gradients(model, batch, config.visibility, torch.bfloat16) for _ in range(2))
     assert torch.equal(first, second)
 
 
-def test_the_choice_is_told(device):
+def test_the_choice_is_logged(device):
     config, lines = RopeConfig(sibling_penalty=0), []
     model = variant("shared", "sdpa").to(device)
     batches = [

@@ -1,4 +1,4 @@
-"""The GPU benchmark: its arithmetic, and all of it in small."""
+"""The GPU benchmark: its arithmetic, and small runs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_small_run(device, visibility, checkpointing):
 
 
 def test_flops_are_those_of_the_matrices(device):
-    """The counter sees every pair of tokens, visible or not."""
+    """The counter includes every pair of tokens, visible or not."""
     model, visibility = build(TINY, device), "columnar"
     inner = causal_lm(model)
     inner.set_attn_implementation("eager")
@@ -54,14 +54,14 @@ def test_flops_are_those_of_the_matrices(device):
     placed = to_tensors(batch)
     unseen = int((~visibility_mask(placed.pos2d[..., 1], placed.sequence, visibility)).sum())
     attention = 12 * unseen * inner.config.num_hidden_layers * inner.config.hidden_size
-    # Nothing is trained before the first layer, so what reads its input gives that no gradient.
+    # Nothing is trained before the first layer, so its input projections compute no input gradient.
     reading = [getattr(decoder(inner).layers[0].self_attn, name) for name in ("q_proj", "k_proj", "v_proj")]
     unneeded = sum(layer.weight.numel() + layer.lora_A["default"].weight.numel() for layer in reading)
     expected = step_flops(inner, batch, visibility) + attention - 2 * batch.tokens * unneeded
     assert expected == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
-def test_peaks_go_by_whole_words():
+def test_peaks_match_whole_words():
     names = {
         "NVIDIA H100 80GB HBM3": 989e12,
         "NVIDIA A100-SXM4-40GB": 312e12,
@@ -72,7 +72,7 @@ def test_peaks_go_by_whole_words():
     assert peak("NVIDIA L40S") is None
 
 
-def test_no_share_without_a_peak():
+def test_no_mfu_without_a_known_peak():
     known, unknown = ({bench.name for bench in benches(name)} for name in ("NVIDIA H200", "Tesla T4"))
     assert {"training.gpu_05b_tokens_per_s", "training.gpu_7b_tokens_per_s"} <= unknown
     assert {name.removesuffix("_mfu") for name in known - unknown} == {
@@ -80,14 +80,14 @@ def test_no_share_without_a_peak():
     }
 
 
-def test_shapes_are_those_of_their_names():
+def test_shapes_have_the_sizes_of_their_names():
     for shape, size in (("05b", 0.494e9), ("7b", 7.62e9)):
         model = build_meta_model(SHAPES[shape].config)
         assert sum(weight.numel() for weight in model.parameters()) == pytest.approx(size, rel=0.01)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has an accelerator")
-def test_one_line_where_there_is_no_gpu():
+def test_without_a_gpu_the_error_is_one_line():
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu"],
@@ -102,6 +102,6 @@ def test_one_line_where_there_is_no_gpu():
     assert done.stderr.count("\n") == 1
 
 
-def test_decoding_in_small(device):
+def test_a_small_decoding_run(device):
     rows = gpu_decoding.benches(TINY.config, device, main=32, tokens=2)
     assert all(row.measure() > 0 for row in rows)

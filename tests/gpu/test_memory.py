@@ -1,4 +1,4 @@
-"""What a step never holds: logits of tokens that carry no target, and a dense mask of a long sequence."""
+"""A step never holds logits of tokens without target, nor a dense mask of a long sequence."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from flexing import Largest, chosen, gradients, long_batch
+from flexing import LargestTensor, flex_always_chosen, gradients, long_batch
 from tiny import tiny_llama
 
 from parallelmind.config import LoraConfig, RopeConfig
@@ -17,14 +17,12 @@ from parallelmind.model.patch import patch
 VOCABULARY = 32_000
 
 
-def most_bytes(device: str, work: Callable[[], object]) -> int:
-    """What `work` holds at its peak beyond what was there, after a first time; on a CPU its largest
-    tensor.
-    """
+def peak_bytes(device: str, work: Callable[[], object]) -> int:
+    """Peak memory of the second call of `work`, in bytes above the start; on a CPU, the largest tensor."""
     if device == "cpu":
-        with Largest() as made:
+        with LargestTensor() as largest:
             work()
-        return made.bytes
+        return largest.bytes
     work()
     gc.collect()
     torch.cuda.synchronize()
@@ -35,7 +33,7 @@ def most_bytes(device: str, work: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def learner(device: str, config: RopeConfig, vocabulary: int) -> torch.nn.Module:
+def patched_with_adapter(device: str, config: RopeConfig, vocabulary: int) -> torch.nn.Module:
     model = tiny_llama(vocab_size=vocabulary, max_position_embeddings=32768, attn_implementation="sdpa")
     model = model.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
     patch(model, config)
@@ -45,8 +43,8 @@ def learner(device: str, config: RopeConfig, vocabulary: int) -> torch.nn.Module
 def test_only_targets_have_logits(device):
     config = RopeConfig(sibling_penalty=0)
     batch = long_batch(config, [(4000 if device == "cuda" else 1000, (16, 16))], device=device)
-    model = learner(device, config, VOCABULARY)
-    peak = most_bytes(device, lambda: gradients(model, batch, config.visibility, model.dtype))
+    model = patched_with_adapter(device, config, VOCABULARY)
+    peak = peak_bytes(device, lambda: gradients(model, batch, config.visibility, model.dtype))
     assert peak < batch.ids.numel() * VOCABULARY * 4
 
 
@@ -55,10 +53,10 @@ def test_a_long_sequence_has_no_dense_mask(device, visibility):
     config = RopeConfig(visibility=visibility, sibling_penalty=0)
     shape = (8192, (1024,) * 8) if device == "cuda" else (300, (50,) * 8)
     batch = long_batch(config, [shape], device=device)
-    model = learner(device, config, vocabulary=128)
-    with chosen():
+    model = patched_with_adapter(device, config, vocabulary=128)
+    with flex_always_chosen():
         if device == "cpu":
             gradients(model, batch, visibility)
-            pytest.skip("uncompiled, the kernel holds the score of every pair")
-        peak = most_bytes(device, lambda: gradients(model, batch, visibility, model.dtype))
-    assert peak < 2 * batch.ids.shape[1] ** 2  # one such mask in bfloat16
+            pytest.skip("the uncompiled kernel stores the score of every pair")
+        peak = peak_bytes(device, lambda: gradients(model, batch, visibility, model.dtype))
+    assert peak < 2 * batch.ids.shape[1] ** 2  # the size of one dense mask in bfloat16

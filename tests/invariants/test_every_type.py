@@ -1,6 +1,4 @@
-"""Every causal-LM type of transformers against the table in the docs: what it promises holds, and it is
-complete.
-"""
+"""Every causal-LM type of transformers compared with the table in the docs, which is complete."""
 
 from __future__ import annotations
 
@@ -56,7 +54,7 @@ def test_the_table_is_complete() -> None:
 
 
 def test_nearly_every_rotary_type_is_supported() -> None:
-    """Of the types that rotate by position, whose layers are all attention, and that can be built."""
+    """Counted among types with rotary embeddings and attention layers only that can be built."""
     families = [row.family for row in documented()]
     held, pooled = sum(row.supported for row in documented()), families.count("pooled")
     assert held / (held + pooled) >= 0.95

@@ -1,13 +1,11 @@
-"""FlexAttention over blocks reads what eager attention reads over a dense mask, and learns the same from
-it.
-"""
+"""FlexAttention over blocks gives the logits and gradients of eager attention over a dense mask."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from families import FAMILIES, VARIANTS, model_class, variant
-from flexing import chosen, gradients, long_batch, on_a_cpu, real_logits
+from flexing import flex_always_chosen, flex_on_cpu, gradients, long_batch, real_logits
 from torch.utils import _pytree
 
 from parallelmind.config import LoraConfig, RopeConfig
@@ -19,7 +17,7 @@ from parallelmind.model.attention import FLEX, choose_attention
 from parallelmind.model.mask import attention_masks
 from parallelmind.model.patch import patch
 
-# Sinks; no attention of transformers' own; masks that a layer makes itself; heads of 512.
+# Attention sinks; no attention interface; masks computed by layers; heads of size 512.
 NEVER_CHOSEN = {
     "several",
     "table in each attention",
@@ -47,7 +45,7 @@ every_mask = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def _cpu():
-    with on_a_cpu():
+    with flex_on_cpu():
         yield
 
 
@@ -59,19 +57,19 @@ def expected_logits(name: str, config: RopeConfig) -> torch.Tensor:
 
 @names
 @every_mask
-def test_what_is_chosen_agrees_with_eager(name, config):
+def test_the_chosen_attention_agrees_with_eager(name, config):
     model = variant(name, "sdpa" if model_class(name)._supports_sdpa else "eager")
-    with patched(model, config), chosen():
-        reader = choose_attention(model, 300, model.dtype)
-        found = real_logits(model, long_batch(config), config)
-    assert (reader != FLEX) == (name in NEVER_CHOSEN)
-    check_close(found, expected_logits(name, config), "the chosen attention and eager")
+    with patched(model, config), flex_always_chosen():
+        chosen_attention = choose_attention(model, 300, model.dtype)
+        actual = real_logits(model, long_batch(config), config)
+    assert (chosen_attention != FLEX) == (name in NEVER_CHOSEN)
+    check_close(actual, expected_logits(name, config), "the chosen attention and eager")
 
 
 @pytest.mark.parametrize(
     "name", [name for name in [*FAMILIES, *VARIANTS] if model_class(name)._supports_flex_attn]
 )
-def test_a_model_that_is_set_to_flex_attention_agrees_with_eager(name):
+def test_a_model_set_to_flex_attention_agrees_with_eager(name):
     if name == "several":
         pytest.skip("FlexAttention has sinks on accelerators only")
     config = RopeConfig(visibility="isolated", align_to="right")
@@ -87,57 +85,57 @@ def test_a_model_that_is_set_to_flex_attention_agrees_with_eager(name):
 @mechanisms
 @pytest.mark.parametrize("visibility", ["columnar", "isolated"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
-def test_adapters_get_the_same_gradients(name, visibility, checkpointing):
+def test_adapters_have_the_same_gradients(name, visibility, checkpointing):
     config = RopeConfig(visibility=visibility, sibling_penalty=0)
     model = variant(name, "sdpa")
     patch(model, config)
-    adapted = add_lora(model, LoraConfig(lora_rank=2), seed=0).train()
+    model_with_adapter = add_lora(model, LoraConfig(lora_rank=2), seed=0).train()
     if checkpointing:
         model.activation_checkpointing_enable()
-    expected = gradients(adapted, long_batch(config), visibility)
-    with chosen():
+    expected = gradients(model_with_adapter, long_batch(config), visibility)
+    with flex_always_chosen():
         check_close(
-            gradients(adapted, long_batch(config), visibility),
+            gradients(model_with_adapter, long_batch(config), visibility),
             expected,
             "gradients of FlexAttention and SDPA",
         )
 
 
-def test_autocast_gives_flex_attention_one_type():
-    """float32 weights: rotated queries and keys are float32 again, values are not."""
+def test_autocast_gives_flex_attention_one_dtype():
+    """With float32 weights, rotated queries and keys are float32 and values are not."""
     config = RopeConfig()
     model = variant("shared", "sdpa")
     patch(model, config)
     expected = gradients(model, long_batch(config), config.visibility, torch.bfloat16)
-    with chosen():
-        found = gradients(model, long_batch(config), config.visibility, torch.bfloat16)
-    check_close(found, expected, "gradients in bfloat16", 0.25)
+    with flex_always_chosen():
+        actual = gradients(model, long_batch(config), config.visibility, torch.bfloat16)
+    check_close(actual, expected, "gradients in bfloat16", 0.25)
 
 
 @mechanisms
-def test_decoding_stays_dense_beside_it(name):
+def test_decoding_uses_dense_masks(name):
     model = variant(name, "sdpa")
-    with chosen():
+    with flex_always_chosen():
         check_cached_decoding(model)
         check_siblings(model)
     time, prompt = torch.arange(4)[None], torch.arange(3, 40)[None]
     with patched(model, RopeConfig()):
         expected = model.generate(prompt, max_new_tokens=4, do_sample=False, pad_token_id=0)
-        with chosen():
+        with flex_always_chosen():
             masks = attention_masks(model, time, time * 0, "columnar", queries=4)
-            said = model.generate(prompt, max_new_tokens=4, do_sample=False, pad_token_id=0)
+            tokens = model.generate(prompt, max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert all(
         isinstance(mask, torch.Tensor) for mask in (masks.values() if isinstance(masks, dict) else [masks])
     )
-    assert torch.equal(said, expected)
+    assert torch.equal(tokens, expected)
 
 
-def test_decoding_works_where_flex_attention_is_asked_for():
+def test_decoding_works_for_a_model_set_to_flex_attention():
     check_cached_decoding(variant("shared", FLEX))
 
 
-def test_a_mask_can_be_taken_apart_and_put_together():
-    """As a wrapper does that looks for tensors in what it passes on."""
+def test_a_block_mask_survives_a_pytree_round_trip():
+    """Wrappers that look for tensors in arguments do this."""
     config = RopeConfig()
     model = variant("shared", "sdpa")
 
@@ -146,7 +144,7 @@ def test_a_mask_can_be_taken_apart_and_put_together():
 
     for layer in model.model.layers:
         layer.register_forward_pre_hook(rebuilt, with_kwargs=True)
-    with patched(model, config), chosen():
+    with patched(model, config), flex_always_chosen():
         check_close(
             real_logits(model, long_batch(config), config),
             expected_logits("shared", config),

@@ -1,4 +1,4 @@
-"""The laws of the patch on a model of every family and variant; and that a broken mechanism breaks them."""
+"""The laws of the patch for every family and variant, and that a broken mechanism breaks a law."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ def test_cached_decoding_equals_one_full_forward_in_every_setting(name, attentio
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_is_what_its_representative_says(family):
+def test_the_family_of_each_representative(family):
     assert assess(variant(family)).family == family
 
 
 def test_time_positions_do_not_depend_on_the_number_of_siblings(model):
     with patched(model, RopeConfig(visibility="isolated", positions="time")) as config:
-        few, many = sample_logits(model, config, BRANCHES[:1]), sample_logits(model, config)
-    check_close(few[1], many[1], "a branch with and without siblings")
+        one_branch, all_branches = sample_logits(model, config, BRANCHES[:1]), sample_logits(model, config)
+    check_close(one_branch[1], all_branches[1], "a branch with and without siblings")
 
 
 def test_a_patched_model_keeps_its_names():
@@ -84,8 +84,8 @@ def test_pos2d_without_a_mask_is_refused():
     assert model(torch.tensor([[1, 2]])).logits.shape[1] == 2  # the failed call left nothing behind
 
 
-def test_branch_coordinates_do_not_wake_a_length_trigger():
-    """A long text changes the frequencies of these models; a far branch must not."""
+def test_branch_coordinates_do_not_trigger_length_scaling():
+    """A long text changes the frequencies of these models. A large branch coordinate must not."""
     for name in ("dynamic", "longrope"):
         model = variant(name)
         before = model.model.rotary_emb.inv_freq.clone()
@@ -96,7 +96,7 @@ def test_branch_coordinates_do_not_wake_a_length_trigger():
         assert not torch.equal(model.model.rotary_emb.inv_freq, before)
 
 
-# Every mechanism is broken once, to see that a law notices.
+# Each mechanism is broken once; a law must fail.
 
 
 def broken(law: str, name: str) -> bool:
@@ -107,8 +107,8 @@ def broken(law: str, name: str) -> bool:
     return False
 
 
-def test_a_wrong_column_map_is_noticed(monkeypatch):
-    """One column of a pair turned by the branch, the other by time."""
+def test_a_wrong_column_map_breaks_a_law(monkeypatch):
+    """One column of a pair follows the branch, the other follows time."""
 
     def mix(flat, branch, time, axes):
         first_half = torch.arange(len(axes)) < len(axes) // 2
@@ -121,24 +121,24 @@ def test_a_wrong_column_map_is_noticed(monkeypatch):
 @pytest.mark.parametrize(
     "name", ["windows in every layer", "windows beside full attention", "layer types", "complex"]
 )
-def test_a_forgotten_window_is_noticed(monkeypatch, name):
+def test_a_missing_window_breaks_a_law(monkeypatch, name):
     monkeypatch.setattr(visibility.AttentionWindow, "within", lambda *args: None)
     assert broken("single_branch", name)
 
 
-def test_a_window_in_storage_order_is_noticed(monkeypatch):
+def test_a_window_in_storage_order_breaks_a_law(monkeypatch):
     def near(reach, q_time, k_time):
-        place = torch.arange(k_time.shape[-1])
-        return place[-q_time.shape[-2] :, None] - place < reach.window
+        storage_index = torch.arange(k_time.shape[-1])
+        return storage_index[-q_time.shape[-2] :, None] - storage_index < reach.window
 
     monkeypatch.setattr(visibility.AttentionWindow, "within", near)
     assert broken("isolated_branches", "windows in every layer")
 
 
 @pytest.mark.parametrize("name", ["dynamic", "longrope"])
-def test_a_woken_trigger_is_noticed(monkeypatch, name):
-    class Careless(rotary.BranchRotary):
-        """Asks for all three coordinates at once."""
+def test_a_length_trigger_that_sees_branches_breaks_a_law(monkeypatch, name):
+    class UncheckedRotary(rotary.BranchRotary):
+        """Passes all three coordinates through the length trigger."""
 
         def forward(self, x, position_ids, *args, **kwargs):
             coordinates = rotary.coordinates(position_ids, self.pos2d_angle)
@@ -149,11 +149,11 @@ def test_a_woken_trigger_is_noticed(monkeypatch, name):
             )
             return tuple(rotary.mix(*table.chunk(3), self.pos2d_axes) for table in tables)
 
-    monkeypatch.setattr(rotary, "BranchRotary", Careless)
+    monkeypatch.setattr(rotary, "BranchRotary", UncheckedRotary)
     assert broken("coordinate_shift", name)
 
 
-def test_a_leak_between_branches_is_noticed(monkeypatch):
+def test_a_leak_between_branches_breaks_a_law(monkeypatch):
     monkeypatch.setitem(visibility.RULES, "isolated", visibility.columnar)
     assert broken("siblings", "shared")
     assert broken("isolated_branches", "shared")

@@ -1,6 +1,4 @@
-"""What training does to a model leaves pos2d alone: checkpointing, compiling, bfloat16, adapters, threads,
-processes.
-"""
+"""pos2d with gradient checkpointing, compilation, bfloat16, adapters, threads and processes."""
 
 from __future__ import annotations
 
@@ -40,7 +38,7 @@ def training_batch(main: list[int] = MAIN) -> Tensors:
     return to_tensors(collate([arrange(Tokens.of(main, BRANCHES), CONFIG)], pad_id=0))
 
 
-def ready(family: str) -> torch.nn.Module:
+def patched_variant(family: str) -> torch.nn.Module:
     model = variant(family)
     patch(model, CONFIG)
     return model.train()
@@ -56,70 +54,72 @@ def gradients(model: torch.nn.Module, loss=target_loss) -> torch.Tensor:
 @families
 @pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
 def test_gradient_checkpointing_changes_no_gradient(family, reentrant):
-    model = ready(family)
+    model = patched_variant(family)
     plain = gradients(model)
-    model.enable_input_require_grads()  # what a reentrant checkpoint needs to see a gradient at all
+    model.enable_input_require_grads()  # reentrant checkpoints need inputs with gradients
     model.activation_checkpointing_enable({"use_reentrant": reentrant})
     torch.testing.assert_close(gradients(model), plain, rtol=1e-4, atol=1e-5)
 
 
 @families
-def test_a_shared_main_is_paid_once_and_teaches_what_separate_rows_do(family):
-    """M + sum of L tokens in place of sum of (M + L), and, isolated, the same gradient."""
+def test_a_shared_main_costs_its_tokens_once_and_gives_the_gradient_of_separate_rows(family):
+    """M + sum(L) tokens instead of sum(M + L), and the same gradient with isolated visibility."""
     config = RopeConfig(visibility="isolated", rope_2d_ratio=0)
     model = variant(family)
     patch(model, config)
     rows = [[Tokens.of(MAIN, BRANCHES)], [Tokens.of(MAIN, [branch]) for branch in BRANCHES]]
-    found = []
+    actual = []
     for samples in rows:
         batch = collate([arrange(sample, config) for sample in samples], pad_id=0)
         model.zero_grad()
         target_loss(model, to_tensors(batch), "isolated")[0].backward()
-        found.append(
+        actual.append(
             torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])
         )
         lengths = [len(branch) for branch in BRANCHES]
         assert batch.tokens == len(samples) * len(MAIN) + sum(lengths)
-    assert float((found[0] - found[1]).norm() / found[1].norm()) <= 1e-3
+    assert float((actual[0] - actual[1]).norm() / actual[1].norm()) <= 1e-3
 
 
 @families
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_step_is_the_eager_step(family):
-    """Traced whole, without a break: the hooks and the coordinates become part of the graph."""
+    """Traced with fullgraph: hooks and coordinates become part of the graph."""
     torch.compiler.reset()
-    model = ready(family)
+    model = patched_variant(family)
     inputs = decoder_inputs(model, training_batch(), CONFIG.visibility)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     weight = torch.randn(model.config.vocab_size, generator=torch.Generator().manual_seed(0))
-    found = []
+    actual = []
     for run in (model, compiled):
         model.zero_grad()
         (run(**inputs).logits.log_softmax(-1) @ weight).sum().backward()
-        found.append(torch.cat([part.grad.flatten() for part in model.parameters() if part.grad is not None]))
-    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+        actual.append(
+            torch.cat([part.grad.flatten() for part in model.parameters() if part.grad is not None])
+        )
+    torch.testing.assert_close(actual[1], actual[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_loss_is_the_eager_loss():
     torch.compiler.reset()
-    model = ready("shared")
+    model = patched_variant("shared")
     compiled = torch.compile(target_loss, backend="aot_eager")
     torch.testing.assert_close(gradients(model, compiled), gradients(model), rtol=1e-4, atol=1e-5)
 
 
 @families
-def test_bfloat16_stays_near_float32_and_isolates_as_well(family):
+def test_bfloat16_is_close_to_float32_and_isolates_exactly(family):
     model = variant(family)
     with patched(model, RopeConfig(visibility="isolated")) as config:
-        exact = torch.cat(sample_logits(model, config))
+        float32_logits = torch.cat(sample_logits(model, config))
     model = model.to(torch.bfloat16)
     with patched(model, RopeConfig(visibility="isolated")) as config:
-        rough = torch.cat(sample_logits(model, config))
+        bfloat16_logits = torch.cat(sample_logits(model, config))
         changed = sample_logits(model, config, [[*BRANCHES[0][:1], 99, *BRANCHES[0][2:]], *BRANCHES[1:]])
         same = sample_logits(model, config)
-    assert rough.dtype == torch.bfloat16
-    check_close(rough, exact, "bfloat16 and float32", 0.25)
+    assert bfloat16_logits.dtype == torch.bfloat16
+    check_close(bfloat16_logits, float32_logits, "bfloat16 and float32", 0.25)
     for number in (0, 2, 3):
         check_close(changed[number], same[number], "a sibling in bfloat16", 0)
 
@@ -132,7 +132,7 @@ def test_laws_hold_with_adapters_on_every_linear_layer(family):
     with patched(base, RopeConfig()) as config:
         before = sample_logits(adapted, config)
     with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(0)  # not what the tests before have left of the generator
+        torch.manual_seed(0)  # independent of earlier tests
         for weight in adapted.parameters():
             if weight.requires_grad:
                 weight.normal_(0, 0.1)
@@ -142,36 +142,34 @@ def test_laws_hold_with_adapters_on_every_linear_layer(family):
 
 
 @families
-def test_threads_never_share_coordinates(family):
-    """Two threads read different samples on one model; each gets what it gets alone, every time."""
+def test_threads_do_not_share_coordinates(family):
+    """Two threads run different samples on one model; each gets its own logits every time."""
     model = variant(family)
     texts = [BRANCHES, [branch[::-1] for branch in BRANCHES[::-1]]]
     with patched(model, RopeConfig(branch_stride=3)) as config:
         expected = [torch.cat(sample_logits(model, config, text)) for text in texts]
         with ThreadPoolExecutor(2) as pool:
-            found = list(
+            actual = list(
                 pool.map(lambda turn: torch.cat(sample_logits(model, config, texts[turn % 2])), range(40))
             )
-    for turn, logits in enumerate(found):
+    for turn, logits in enumerate(actual):
         check_close(logits, expected[turn % 2], "a sample read beside another thread's and alone")
 
 
-def test_threads_settle_their_own_frequencies():
-    """A long text changes the frequencies of the model; a short one in another thread must not change them
-    back.
-    """
+def test_threads_do_not_share_dynamic_frequencies():
+    """A long text changes the model's frequencies; a short one in another thread must not reset them."""
     model = variant("longrope")
     texts = [list(range(3, 23)), list(range(3, 93))]
     with patched(model, RopeConfig()):
         expected = [plain_logits(model, text) for text in texts]
         with ThreadPoolExecutor(2) as pool:
-            found = list(pool.map(lambda turn: plain_logits(model, texts[turn % 2]), range(200)))
-    for turn, logits in enumerate(found):
+            actual = list(pool.map(lambda turn: plain_logits(model, texts[turn % 2]), range(200)))
+    for turn, logits in enumerate(actual):
         check_close(logits, expected[turn % 2], "a text read beside another thread's and alone")
 
 
 def in_two_processes(*arguments: str) -> str:
-    """What a module of these tests prints when two processes run it together."""
+    """The output of a test module that two processes run together."""
     env = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -186,11 +184,11 @@ def in_two_processes(*arguments: str) -> str:
         "-m",
         *arguments,
     ]
-    done = subprocess.run(
+    result = subprocess.run(
         command, cwd=ROOT / "tests", env=env, capture_output=True, text=True, timeout=300, check=False
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
 
 
 def test_two_processes_average_the_gradients_of_one():
@@ -198,8 +196,6 @@ def test_two_processes_average_the_gradients_of_one():
 
 
 @pytest.mark.parametrize("case", ["gradients", "resume"])
-def test_two_workers_do_what_one_does(case, tmp_path):
-    """Whole or sharded, adapter or full model: the same gradient to 1e-5, and after a stop the same run bit
-    for bit.
-    """
+def test_two_workers_equal_one(case, tmp_path):
+    """Replicated or sharded, adapter or full model: equal gradients to 1e-5, and exact resumption."""
     assert in_two_processes("workers", case, str(tmp_path)).count("agrees") == 8

@@ -1,4 +1,4 @@
-"""Coordinates, order, labels and visibility against a token-by-token reference."""
+"""Coordinates, order, labels and visibility compared with a token-by-token reference."""
 
 import numpy as np
 import pytest
@@ -34,31 +34,31 @@ def test_layout_equals_the_reference(main, branches, data, config):
     assert layout.time.tolist() == expected["time"]
     assert layout.position.tolist() == expected["position"]
     assert layout.labels.tolist() == expected["label"]
-    seen = visibility_mask(
+    visible = visibility_mask(
         torch.from_numpy(layout.time)[None], torch.from_numpy(layout.sequence)[None], config.visibility
     )
-    assert seen[0, 0].tolist() == expected["visible"]
+    assert visible[0, 0].tolist() == expected["visible"]
 
 
-def test_labels_leave_out_main_the_prompt_and_branch_borders():
+def test_main_prompts_and_last_tokens_have_no_labels():
     layout = arrange(Tokens.of([1, 2], [[3, 4, 5], [6, 7]], [2, 0]), RopeConfig(visibility="isolated"))
     assert layout.ids.tolist() == [1, 2, 3, 4, 5, 6, 7]
     assert layout.labels.tolist() == [IGNORE, IGNORE, IGNORE, 5, IGNORE, 7, IGNORE]
 
 
-def test_main_is_index_zero_only_where_there_is_one():
+def test_branch_coordinates_with_and_without_main():
     config = RopeConfig(branch_stride=10, visibility="isolated")
     assert arrange(Tokens.of([1], [[2], [3]]), config).branch.tolist() == [0, 10, 20]
     assert arrange(Tokens.of([], [[2], [3]]), config).branch.tolist() == [0, 10]
 
 
-def test_delays_move_single_branches_later():
+def test_delays_shift_the_time_of_branches():
     tokens = Tokens.of([1, 2], [[3, 4], [5, 6]])
     layout = arrange(tokens, RopeConfig(visibility="isolated"), delays=np.array([0, 3]))
     assert layout.time.tolist() == [0, 1, 2, 3, 5, 6]
 
 
-def test_padding_is_seen_by_nothing_and_no_row_is_empty():
+def test_padding_sees_only_itself_and_is_seen_by_nothing():
     config = RopeConfig()
     batch = collate(
         [arrange(Tokens.of([1], [[2], [3]]), config), arrange(Tokens.of([], [[4]]), config)], pad_id=9
@@ -66,13 +66,13 @@ def test_padding_is_seen_by_nothing_and_no_row_is_empty():
     assert batch.ids.tolist() == [[1, 2, 3], [4, 9, 9]]
     assert batch.sequence.tolist() == [[0, 1, 2], [1, PADDING, PADDING]]
     assert batch.tokens == 4
-    seen = visibility_mask(
+    visible = visibility_mask(
         torch.from_numpy(batch.pos2d[..., 1]), torch.from_numpy(batch.sequence), "columnar"
     )
-    assert seen[1, 0].tolist() == torch.eye(3, dtype=torch.bool).tolist()
+    assert visible[1, 0].tolist() == torch.eye(3, dtype=torch.bool).tolist()
 
 
-def test_last_queries_are_the_last_rows_of_the_whole_mask():
+def test_last_queries_have_the_last_rows_of_the_mask():
     layout = arrange(Tokens.of([1, 2], [[3, 4, 5], [6, 7]]), RopeConfig())
     time, sequence = torch.from_numpy(layout.time)[None], torch.from_numpy(layout.sequence)[None]
     for policy in ("columnar", "isolated"):
@@ -82,18 +82,18 @@ def test_last_queries_are_the_last_rows_of_the_whole_mask():
         )
 
 
-def test_each_attention_gets_the_mask_it_understands():
-    seen = torch.tensor([[[[True, False], [True, True]]]])
-    assert dense_attention_mask(seen.to("meta"), "sdpa", torch.float32).dtype == torch.bool
+def test_masks_have_the_form_of_each_attention():
+    visible = torch.tensor([[[[True, False], [True, True]]]])
+    assert dense_attention_mask(visible.to("meta"), "sdpa", torch.float32).dtype == torch.bool
     for implementation in ("sdpa", "eager"):
-        additive = dense_attention_mask(seen, implementation, torch.bfloat16)
+        additive = dense_attention_mask(visible, implementation, torch.bfloat16)
         assert additive.dtype == torch.bfloat16
         assert additive[0, 0, 0].tolist() == [0.0, torch.finfo(torch.bfloat16).min]
     with pytest.raises(ValueError, match="flash_attention_2"):
-        dense_attention_mask(seen, "flash_attention_2", torch.float32)
+        dense_attention_mask(visible, "flash_attention_2", torch.float32)
 
 
-def test_a_sample_needs_branches_that_hold_tokens():
+def test_a_sample_without_branches_or_with_an_empty_one_is_refused():
     with pytest.raises(UserError, match="at least one branch"):
         Tokens.of([1], [])
     with pytest.raises(UserError, match=r"branches\[1\]"):

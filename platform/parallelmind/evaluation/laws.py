@@ -30,7 +30,7 @@ from parallelmind.evaluation.rope_configs import SAMPLED_ROPE_CONFIGS, rope_conf
 from parallelmind.evaluation.tiny_models import tiny_tokenizer
 from parallelmind.layout import Tokens, arrange
 from parallelmind.model.adapter import add_lora, load_model_with_lora, save_adapter
-from parallelmind.model.base_model import no_progress_bars
+from parallelmind.model.hf_compat import no_progress_bars
 from parallelmind.model.structure import causal_lm
 
 _LARGE_MOVE = 100_003  # changes the angle of even the slowest pair of a long-context model

@@ -1,8 +1,7 @@
-"""LoRA adapters: adding, saving, loading and resuming them, together with everything that must match when
-they are loaded.
+"""LoRA adapters: adding, saving, loading and resuming.
 
-An adapter folder is what peft reads (safetensors only) plus `parallelmind.json`, the manifest, and README.md,
-its card.
+An adapter folder holds what peft reads (safetensors only), `parallelmind.json`, the manifest, and README.md,
+the model card. Loading checks that base model, chat template and placement are those of the training.
 """
 
 from __future__ import annotations
@@ -50,14 +49,14 @@ class LoadConfig(GroupedConfig):
 
 
 def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
-    """Wrap `model` with fresh float32 LoRA weights, the same for the same seed; the caller's generator is
-    left alone.
+    """Wrap `model` with untrained float32 LoRA weights; the global random generator is not advanced.
 
-    lora_init=pissa changes the base's weights too, the same way every time. Raises UserError for a target
-    that the model does not have, and for what its layers cannot do.
+    The same seed gives the same weights. lora_init=pissa also changes the base's weights, in the same way
+    each time. Raises UserError for a target that the model does not have, and for a setting that its layers
+    do not support.
     """
-    _refuse_dora_on_8bit(model, config)
-    every = config.lora_targets == "all-linear"
+    _check_dora(model, config)
+    all_linear = config.lora_targets == "all-linear"
     settings = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_rank,
@@ -65,8 +64,8 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel
         lora_dropout=config.lora_dropout,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
-        target_modules="all-linear" if every else parse_targets(model, config.lora_targets),
-        exclude_modules=excluded_modules(model, every) or None,
+        target_modules="all-linear" if all_linear else parse_targets(model, config.lora_targets),
+        exclude_modules=excluded_modules(model, all_linear) or None,
     )
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
@@ -80,11 +79,9 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel
     return adapted
 
 
-def _refuse_dora_on_8bit(model: PreTrainedModel | PeftModel, config: LoraConfig | None) -> None:
+def _check_dora(model: PreTrainedModel | PeftModel, config: LoraConfig | None) -> None:
     if config is not None and config.use_dora and getattr(model, "is_loaded_in_8bit", False):
-        raise UserError(
-            "use_dora=true: loses the scales of 8-bit weights; set quantize=4bit or quantize=none"
-        )
+        raise UserError("use_dora=true: not supported on 8-bit weights; set quantize=4bit or quantize=none")
 
 
 def save_adapter(
@@ -97,26 +94,24 @@ def save_adapter(
     extra: Mapping[str, Any] | None = None,
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write the adapter folder; it appears whole, in place of what parallelmind wrote there before.
+    """Write the adapter folder atomically; it replaces what parallelmind wrote there before.
 
-    weights: to write in place of the model's own, by the names of `trained_weights`. The manifest tells the
-    adapter as it is stored: one that began as PiSSA is a plain one of twice the rank. Raises UserError if
-    `folder` holds something else.
+    weights: written instead of the model's own, with the names of `trained_weights`. The manifest describes
+    the adapter as stored: one that started as PiSSA is stored as a plain adapter of twice the rank. Raises
+    UserError if `folder` holds other files.
     """
     folder = Path(folder)
     check_replaceable(folder)
     stored, lora = pissa.to_plain_lora(model, trained_weights(model) if weights is None else weights, lora)
     settings = cast(peft.LoraConfig, copy.copy(model.peft_config[model.active_adapter]))
     settings.r, settings.inference_mode = lora.lora_rank, True
-    settings.base_model_name_or_path = (
-        base.base_model
-    )  # as the user named it, not the path it was loaded from
-    with atomic_dir(folder) as built:
-        save_file(to_cpu(stored), built / WEIGHTS, metadata={"format": "pt"})
-        settings.save_pretrained(str(built))
+    settings.base_model_name_or_path = base.base_model  # the user's name for it, not the path of this machine
+    with atomic_dir(folder) as new_folder:
+        save_file(to_cpu(stored), new_folder / WEIGHTS, metadata={"format": "pt"})
+        settings.save_pretrained(str(new_folder))
         config = cast(PreTrainedModel, model.get_base_model()).config
-        manifest = write_manifest(built, base.base_model, config, tokenizer, rope, lora, extra)
-        write_card(built, manifest, base)
+        manifest = write_manifest(new_folder, base.base_model, config, tokenizer, rope, lora, extra)
+        write_card(new_folder, manifest, base)
 
 
 def save_trained(
@@ -127,9 +122,7 @@ def save_trained(
     extra: Mapping[str, Any] | None = None,
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write what a run trained: the adapter (`save_adapter`) or, where there is none, the whole model
-    (`save_model`).
-    """
+    """Write the result of a run: an adapter (`save_adapter`) or a whole model (`save_model`)."""
     base, rope = config.model, config.rope
     if isinstance(model, PeftModel):
         save_adapter(model, tokenizer, folder, base, rope, config.lora, extra, weights)
@@ -138,55 +131,50 @@ def save_trained(
 
 
 def load_adapter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> PeftModel:
-    """Put a saved adapter on a base model that is patched as the adapter's was; frozen, eval mode.
+    """Add a saved adapter to a base model that is patched as in training; frozen, in eval mode.
 
-    Raises UserError naming both values where base architecture, chat template or a rope field differ.
+    Raises UserError with both values where base architecture, chat template or a rope field differ.
     """
-    return _put_on(model, tokenizer, folder, read_adapter(folder), {}).eval()
+    return _attach(model, tokenizer, folder, read_adapter(folder), {}).eval()
 
 
 def add_adapter(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, name: str
 ) -> PeftModel:
-    """Put a saved adapter beside those that the model has, under a name of its own. Raises UserError as
-    `load_adapter`.
-    """
-    return _put_on(model, tokenizer, folder, read_adapter(folder), {}, name).eval()
+    """Add a saved adapter beside those of the model, as `name`. Raises UserError as `load_adapter` does."""
+    return _attach(model, tokenizer, folder, read_adapter(folder), {}, name).eval()
 
 
 def resume_adapter(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, lora: LoraConfig
 ) -> PeftModel:
-    """Put a saved adapter on the base, as `load_adapter` does, to train it further in float32.
+    """Add a saved adapter as `load_adapter` does, trainable in float32.
 
-    Raises UserError as `load_adapter`, and where a field of `lora` differs; the dropout alone may be another.
+    Raises UserError as `load_adapter` does, and for a field of `lora` other than lora_dropout that differs.
     """
     manifest = read_adapter(folder)
     manifest.check_settings(lora.model_dump(exclude={"lora_dropout"}))
-    return _put_on(
-        model, tokenizer, folder, manifest, {"inference_mode": False, "lora_dropout": lora.lora_dropout}
-    )
+    overrides = {"inference_mode": False, "lora_dropout": lora.lora_dropout}
+    return _attach(model, tokenizer, folder, manifest, overrides)
 
 
-def _put_on(
+def _attach(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     folder: str | Path,
     manifest: Manifest,
-    changes: Mapping[str, Any],
+    overrides: Mapping[str, Any],
     name: str = ADAPTER,
 ) -> PeftModel:
-    """`changes`: fields of peft's settings that are not to be as they were saved."""
+    """Check that the adapter fits the model and add it. overrides: fields of peft's settings to change."""
     folder = fetch_adapter(folder)
     rope = rope_config(model) if is_patched(model) else manifest.rope.model_copy(update={"patch_rope": False})
     manifest.check_settings(rope.model_dump())
     manifest.check_base(model.config, tokenizer)
-    _refuse_dora_on_8bit(model, manifest.lora)
+    _check_dora(model, manifest.lora)
     settings = cast(peft.LoraConfig, peft.PeftConfig.from_pretrained(str(folder)))
-    settings.base_model_name_or_path = (
-        model.name_or_path or None
-    )  # the manifest has told that it is the right one
-    for field, value in changes.items():
+    settings.base_model_name_or_path = model.name_or_path or None  # the manifest's checks replace peft's
+    for field, value in overrides.items():
         setattr(settings, field, value)
     adapted = wrap_with_adapter(model, settings, name)
     load_weights(adapted, load_file(folder / WEIGHTS), f"lora_path={folder}", name)
@@ -201,33 +189,40 @@ def load_model_with_lora(
     attn_implementation: str | None = None,
     **settings: Any,
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    """A patched model with its adapter, and the tokenizer; without `lora_path` the patched base model alone.
+    """Load a patched model with its adapter, and the tokenizer. Without `lora_path`: the patched base model.
 
     base_model: by default the adapter's own. settings: fields of RopeConfig, by default those of the adapter,
-    or of the training of the whole model in the folder `base_model`; `dtype` (a name or torch's own);
+    or of the whole model that was trained into the folder `base_model`; `dtype` (a name or a torch.dtype);
     `quantize`; `trust_remote_code`. Raises UserError for an unknown field and for a value that contradicts
-    what was trained.
+    the training.
     """
     if isinstance(settings.get("dtype"), torch.dtype):
         settings["dtype"] = str(settings["dtype"]).removeprefix("torch.")
-    given = settings if base_model is None else {**settings, "base_model": str(base_model)}
-    if lora_path is not None:
-        lora_path = fetch_adapter(lora_path)
-        manifest = read_adapter(lora_path)
-        manifest.check_settings(settings if lora_rank is None else {**settings, "lora_rank": lora_rank})
-        given = {"base_model": manifest.base_model, **manifest.rope.model_dump(), **given}
-    elif lora_rank is not None:
-        raise UserError(
-            f"lora_rank={lora_rank}: needs lora_path, the adapter of that rank; without one leave lora_rank out"
-        )
-    elif base_model is not None and (tuned := read_model(base_model)):
-        tuned.check_settings(settings)
-        given = {**tuned.rope.model_dump(), **given}
-    config = resolve(LoadConfig, given, source="load_model_with_lora")
-    base = config.model
+    values = settings if base_model is None else {**settings, "base_model": str(base_model)}
+    folder = None if lora_path is None else fetch_adapter(lora_path)
+    trained_values = _trained_values(base_model, folder, lora_rank, settings)
+    config = resolve(LoadConfig, {**trained_values, **values}, source="load_model_with_lora")
     if config.rope.patch_rope:
-        check_supported(load_meta_model(base))  # before any weight is read
-    model, tokenizer = load_base(base, attn_implementation)
+        check_supported(load_meta_model(config.model))  # before any weights are read
+    model, tokenizer = load_base(config.model, attn_implementation)
     if config.rope.patch_rope:
         patch(model, config.rope)
-    return (model if lora_path is None else load_adapter(model, tokenizer, lora_path)), tokenizer
+    return (model if folder is None else load_adapter(model, tokenizer, folder)), tokenizer
+
+
+def _trained_values(
+    base_model: str | None, folder: Path | None, lora_rank: int | None, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The values of the adapter's or the whole model's manifest. Raises UserError if `settings` differ."""
+    if folder is not None:
+        manifest = read_adapter(folder)
+        manifest.check_settings(settings if lora_rank is None else {**settings, "lora_rank": lora_rank})
+        return {"base_model": manifest.base_model, **manifest.rope.model_dump()}
+    if lora_rank is not None:
+        raise UserError(
+            f"lora_rank={lora_rank}: needs lora_path, the adapter of that rank; set it, or drop lora_rank"
+        )
+    if base_model is not None and (trained := read_model(base_model)):
+        trained.check_settings(settings)
+        return trained.rope.model_dump()
+    return {}

@@ -1,6 +1,4 @@
-"""The README.md of what was trained: what it is, how it was placed, how to load it. No path of a machine is
-in it.
-"""
+"""The model card (README.md) of an adapter or a model, without local paths."""
 
 from __future__ import annotations
 
@@ -24,14 +22,14 @@ def write_card(folder: Path, manifest: Manifest, base: ModelConfig) -> None:
 
 
 def model_card(manifest: Manifest, base: ModelConfig) -> str:
-    """Markdown with the hub's front matter. Metrics are taken from `manifest.extra["metrics"]`."""
+    """Markdown with the hub's front matter. Metrics come from `manifest.extra["metrics"]`."""
     name = manifest.base_model if is_hub_id(manifest.base_model) else Path(manifest.base_model).name
-    whole = manifest.lora is None
+    is_whole = manifest.lora is None
     front = ModelCardData(
         base_model=name,
-        library_name="transformers" if whole else "peft",
+        library_name="transformers" if is_whole else "peft",
         pipeline_tag="text-generation",
-        tags=["parallelmind", "branch-parallel", *(() if whole else ("lora",))],
+        tags=["parallelmind", "branch-parallel", *(() if is_whole else ("lora",))],
     )
     tables = {
         "Placement": manifest.rope.model_dump(),
@@ -39,19 +37,20 @@ def model_card(manifest: Manifest, base: ModelConfig) -> str:
         "Metrics": manifest.extra.get("metrics", {}),
         "Versions": manifest.versions,
     }
-    what = f"{'All parameters' if whole else 'A LoRA adapter'} of {name}. {_PARALLEL if manifest.rope.patch_rope else _PLAIN}"
+    contents = f"{'All parameters' if is_whole else 'A LoRA adapter'} of {name}."
+    use = _PARALLEL if manifest.rope.patch_rope else _PLAIN
     parts = [
         f"---\n{front.to_yaml()}\n---",
         f"# {name}, branch-parallel",
-        f"{what} Trained with dtype={base.dtype} and quantize={base.quantize}.",
-        _usage(name, whole),
+        f"{contents} {use} Trained with dtype={base.dtype} and quantize={base.quantize}.",
+        _usage(name, is_whole),
         *(_table(title, rows) for title, rows in tables.items() if rows),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _usage(name: str, whole: bool) -> str:
-    source = 'base_model="this folder"' if whole else f'base_model="{name}", lora_path="this folder"'
+def _usage(name: str, is_whole: bool) -> str:
+    source = 'base_model="this folder"' if is_whole else f'base_model="{name}", lora_path="this folder"'
     return f"""```python
 import parallelmind as pm
 

@@ -1,11 +1,9 @@
-"""Linear layers as decoding needs them on a CPU.
+"""Linear layers for decoding on a CPU, where a product of few rows with a large matrix depends on its form.
 
-There, a product of few rows with a large matrix takes its time from the way in which it is asked for, not
-from its size. On AVX2, `weight @ x.T` takes 0.75 of the time of `x @ weight.T` at 16 rows and 0.35 at 4, and
-as long for one. Where the processor has no arithmetic of its own for half precision, torch multiplies such
-numbers at a quarter of the speed of float32 and less: here a slice of the weight at a time becomes float32,
-in the processor's cache, and is multiplied as such. The product is summed in float32 and rounded once, as
-half precision hardware does.
+On AVX2, `weight @ x.T` takes 0.75 of the time of `x @ weight.T` at 16 rows, 0.35 at 4, and as long at 1. On a
+processor without half precision arithmetic, torch multiplies half precision numbers at a quarter of the speed
+of float32 or less. There, slices of the weight that fit the cache are converted to float32 and multiplied;
+the product is accumulated in float32 and rounded once, as half precision hardware does.
 """
 
 from __future__ import annotations
@@ -16,21 +14,22 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-_FEW = range(2, 65)  # rows; above, both ways of asking take the same time
-_SLICE = 1 << 20  # numbers of a weight that become float32 together: 4 MiB
-_SLOW_HALVES = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
+_SMALL_BATCHES = range(2, 65)  # rows; above, both forms take the same time
+_SLICE = 1 << 20  # elements of a weight that are converted to float32 together: 4 MiB
+_SLOW_HALF_PRECISION = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
 
 
-class _FewRows(nn.Linear):
-    """What `nn.Linear` computes, asked for the other way round."""
+class _SmallBatchLinear(nn.Linear):
+    """`nn.Linear` that computes small batches as `(weight @ x.T).T`."""
 
     def forward(self, input: Tensor) -> Tensor:
         rows, half = input.reshape(-1, self.in_features), self.weight.dtype in (torch.bfloat16, torch.float16)
-        if not (_SLOW_HALVES and len(rows) > 1 if half else len(rows) in _FEW):
+        is_faster = _SLOW_HALF_PRECISION and len(rows) > 1 if half else len(rows) in _SMALL_BATCHES
+        if not is_faster:
             return super().forward(input)
         if half:
-            parts, columns = self.weight.split(max(1, _SLICE // self.in_features)), rows.float().t()
-            product = torch.cat([part.float() @ columns for part in parts]).t().contiguous()
+            slices, columns = self.weight.split(max(1, _SLICE // self.in_features)), rows.float().t()
+            product = torch.cat([weight.float() @ columns for weight in slices]).t().contiguous()
         else:
             product = (self.weight @ rows.t()).t().contiguous()
         if self.bias is not None:
@@ -40,9 +39,12 @@ class _FewRows(nn.Linear):
 
 @contextmanager
 def small_batch_linear(layers: list[nn.Linear]) -> Iterator[None]:
-    """While this lasts, these layers are quick with few rows; they are what they were afterwards."""
+    """Make `layers` fast for small batches within the context.
+
+    Relies on: assigning `__class__` of modules whose class is exactly `nn.Linear`.
+    """
     for layer in layers:
-        layer.__class__ = _FewRows
+        layer.__class__ = _SmallBatchLinear
     try:
         yield
     finally:
@@ -51,8 +53,6 @@ def small_batch_linear(layers: list[nn.Linear]) -> Iterator[None]:
 
 
 def cpu_linears(model: nn.Module) -> list[nn.Linear]:
-    """The layers that `small_batch_linear` can take: none where another device or another kind of layer does the
-    work.
-    """
-    found = [module for module in model.modules() if type(module) is nn.Linear]
-    return [module for module in found if module.weight.device.type == "cpu"]
+    """The layers that `small_batch_linear` takes: plain linear layers whose weights are on a CPU."""
+    linears = [module for module in model.modules() if type(module) is nn.Linear]
+    return [linear for linear in linears if linear.weight.device.type == "cpu"]

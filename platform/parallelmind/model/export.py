@@ -1,6 +1,4 @@
-"""An adapter merged into plain weights, which transformers loads without parallelmind: only where that is
-exact.
-"""
+"""Merging an adapter into plain weights that transformers loads without parallelmind, where that is exact."""
 
 from __future__ import annotations
 
@@ -16,15 +14,15 @@ from parallelmind.config import ModelConfig, RopeConfig
 from parallelmind.errors import UserError, translate_write_errors
 from parallelmind.layout import Tokens, arrange, collate
 from parallelmind.model.adapter import load_model_with_lora
-from parallelmind.model.base_model import no_progress_bars
 from parallelmind.model.full_model import write_model
+from parallelmind.model.hf_compat import no_progress_bars
 from parallelmind.model.manifest import check_replaceable, read_adapter
 from parallelmind.model.mask import attention_masks
 from parallelmind.model.patch import is_patched, unpatch
 from parallelmind.storage import atomic_dir
 
-TOLERANCE = 5e-4  # of the largest logit
-_PROBED = 32  # tokens
+TOLERANCE = 5e-4  # largest difference of logits, as a share of the largest logit
+_PROBE_TOKENS = 32
 
 
 def export(
@@ -33,50 +31,50 @@ def export(
     base_model: str | None = None,
     trust_remote_code: bool = False,
 ) -> None:
-    """Write base and adapter as one float32 model; the folder appears whole, and only if its logits are the
-    adapter's.
+    """Write base and adapter as one float32 model, atomically, after its logits have been compared.
 
-    The base is loaded in float32 whatever the adapter was trained on, a quantised base among it. Raises
-    UserError where plain weights cannot compute what the adapter does, and where `output_path` holds other
-    things.
+    The base is loaded in float32, also where the adapter was trained on a quantised base. Raises UserError
+    where plain weights cannot compute what the adapter does, and where `output_path` holds other files.
     """
     output = Path(output_path)
     manifest = read_adapter(lora_path)
-    _refuse_inexact(lora_path, manifest.rope)
+    _check_exact(lora_path, manifest.rope)
     check_replaceable(output, "output_path")
     base = ModelConfig(base_model=base_model or manifest.base_model, trust_remote_code=trust_remote_code)
     model, tokenizer = load_model_with_lora(
         base.base_model, lora_path, dtype=base.dtype, trust_remote_code=base.trust_remote_code
     )
-    ids = _probe(tokenizer)
+    ids = _probe_ids(tokenizer)
     expected = _branch_logits(model, manifest.rope, ids)
     merged: PreTrainedModel = model.merge_and_unload()  # type: ignore[operator]
     if is_patched(merged):
         unpatch(merged)
-    with translate_write_errors("output_path", output, SafetensorError), atomic_dir(output) as built:
-        write_model(merged, tokenizer, built, base, manifest.rope, manifest.extra)
-        _verify(built, lora_path, ids, expected)
+    with translate_write_errors("output_path", output, SafetensorError), atomic_dir(output) as new_folder:
+        write_model(merged, tokenizer, new_folder, base, manifest.rope, manifest.extra)
+        _check_merged(new_folder, lora_path, ids, expected)
 
 
-def _refuse_inexact(lora_path: str | Path, rope: RopeConfig) -> None:
+def _check_exact(lora_path: str | Path, rope: RopeConfig) -> None:
     if rope.patch_rope and rope.rope_2d_ratio > 0:
-        why = f"rope_2d_ratio={rope.rope_2d_ratio}, and plain weights cannot turn by the branch"
+        reason = (
+            f"rope_2d_ratio={rope.rope_2d_ratio}, and plain weights cannot rotate by the branch coordinate"
+        )
     elif rope.patch_rope and rope.positions == "flat":
-        why = "positions=flat, and plain weights do not know where the other branches lie"
+        reason = "positions=flat, and plain weights do not know the positions of other branches"
     else:
         return
     remedy = "load it with load_model_with_lora, or train with rope_2d_ratio=0 positions=time"
-    raise UserError(f"lora_path={lora_path}: was trained with {why}; {remedy}")
+    raise UserError(f"lora_path={lora_path}: was trained with {reason}; {remedy}")
 
 
-def _probe(tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """`[tokens]` ids, the same every time."""
-    return torch.randint(len(tokenizer), (_PROBED,), generator=torch.Generator().manual_seed(0))
+def _probe_ids(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """`[tokens]` random ids, the same in every process."""
+    return torch.randint(len(tokenizer), (_PROBE_TOKENS,), generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
 def _branch_logits(model: PreTrainedModel | PeftModel, rope: RopeConfig, ids: Tensor) -> Tensor:
-    """`[tokens, vocab]` logits of a lone branch, as the adapter was trained to read it."""
+    """`[tokens, vocab]` logits of a single branch in training's layout."""
     if not rope.patch_rope:
         return model(input_ids=ids[None]).logits[0]
     batch = collate([arrange(Tokens.of([], [ids.tolist()]), rope)], pad_id=0)
@@ -86,13 +84,13 @@ def _branch_logits(model: PreTrainedModel | PeftModel, rope: RopeConfig, ids: Te
 
 
 @torch.no_grad()
-def _verify(folder: Path, lora_path: str | Path, ids: Tensor, expected: Tensor) -> None:
+def _check_merged(folder: Path, lora_path: str | Path, ids: Tensor, expected: Tensor) -> None:
     with no_progress_bars():
         plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    found = plain.eval()(input_ids=ids[None]).logits[0]
-    error = ((found - expected).abs().max() / expected.abs().max()).item()
+    logits = plain.eval()(input_ids=ids[None]).logits[0]
+    error = ((logits - expected).abs().max() / expected.abs().max()).item()
     if not error <= TOLERANCE:
         raise UserError(
-            f"lora_path={lora_path}: merged, its logits are off by {error:.2g} of the largest, over {TOLERANCE}; "
+            f"lora_path={lora_path}: merged, its logits differ by {error:.2g} (over {TOLERANCE}); "
             "load it with load_model_with_lora"
         )

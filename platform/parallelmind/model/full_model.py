@@ -1,4 +1,4 @@
-"""Whole models as folders that transformers loads, with the manifest that says how they were trained."""
+"""Whole models as folders that transformers loads, with a manifest and a model card."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parallelmind.config import ModelConfig, RopeConfig
-from parallelmind.model.base_model import no_progress_bars
 from parallelmind.model.card import write_card
+from parallelmind.model.hf_compat import no_progress_bars
 from parallelmind.model.manifest import check_replaceable, write_manifest
 from parallelmind.model.weights import to_cpu, trained_weights
 from parallelmind.storage import atomic_dir
@@ -26,15 +26,15 @@ def save_model(
     extra: Mapping[str, Any] | None = None,
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write the whole model; the folder appears whole, in place of what parallelmind wrote there before.
+    """Write the whole model atomically; it replaces what parallelmind wrote there before.
 
-    base: what it was trained from. weights: to write in place of the model's own, by the names of
-    `trained_weights`. Raises UserError if `folder` holds something else.
+    base: the model that was trained. weights: written instead of the model's own, with the names of
+    `trained_weights`. Raises UserError if `folder` holds other files.
     """
     folder = Path(folder)
     check_replaceable(folder)
-    with atomic_dir(folder) as built:
-        write_model(model, tokenizer, built, base, rope, extra, weights)
+    with atomic_dir(folder) as new_folder:
+        write_model(model, tokenizer, new_folder, base, rope, extra, weights)
 
 
 def write_model(
@@ -46,7 +46,7 @@ def write_model(
     extra: Mapping[str, Any] | None = None,
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """`save_model` into an empty folder that is there."""
+    """`save_model` into an existing, empty folder, not atomically."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     buffers = {name: value for name, value in model.state_dict().items() if name not in parameters}
     state = to_cpu({**(trained_weights(model) if weights is None else weights), **buffers})

@@ -13,7 +13,8 @@ import re
 import sys
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from threading import Lock
 from typing import Any, cast
@@ -30,6 +31,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, flex_attention_mask, sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging as transformers_logging
 
 from parallelmind.model.forward_context import checkpoint_with_context
 from parallelmind.model.structure import decoder_name, text_modules
@@ -347,6 +349,18 @@ def wrap_with_adapter(model: PreTrainedModel | PeftModel, settings: peft.LoraCon
             model.add_adapter(name, settings)
             return model
         return cast(PeftModel, get_peft_model(model, settings, adapter_name=name))
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Hide the progress bars of transformers within the context. Relies on: `transformers.utils.logging`."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 # Sampling

@@ -27,6 +27,6 @@ def check_lm_head(model: PreTrainedModel) -> None:
     logits = model(input_ids=ids, use_cache=False).logits[0]
     if not torch.allclose(logits.float(), head_logits(model, hidden).float(), rtol=1e-2, atol=1e-2):
         raise UserError(
-            f"base_model: the logits of {model.config.model_type} are not its own forward over its hidden states; "
+            f"base_model: the logits of {model.config.model_type} cannot be computed from its hidden states; "
             "choose another model"
         )

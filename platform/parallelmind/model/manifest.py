@@ -1,6 +1,4 @@
-"""`parallelmind.json`: what an adapter or a model was trained as, and whether its files are still as they
-were written.
-"""
+"""`parallelmind.json`: how an adapter or a model was trained, and checksums of its files."""
 
 from __future__ import annotations
 
@@ -25,7 +23,8 @@ MANIFEST = "parallelmind.json"
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 FORMAT = 2
 
-# What LoRA weights depend on. Fixed by us, so that no path and no version of transformers is in the hash.
+# Fields of the configuration that LoRA weights depend on. A fixed list: the hash must not depend on the path
+# of the model or on the version of transformers.
 _ARCHITECTURE = (
     "model_type",
     "vocab_size",
@@ -40,55 +39,54 @@ _ARCHITECTURE = (
 
 
 class Manifest(FrozenConfig):
-    """What an adapter or a whole model was trained as; its `parallelmind.json`."""
+    """Content of `parallelmind.json`: how an adapter or a whole model was trained."""
 
-    format_version: int = Field(description="layout of this file")
-    base_model: str = Field(description="base model, as the user named it")
+    format_version: int = Field(description="version of this file's layout")
+    base_model: str = Field(description="base model, by the user's name for it")
     base_config_sha256: str = Field(description="hash of the base model's architecture fields")
     chat_template_sha256: str | None = Field(
-        description="hash of the tokenizer's chat template; none: it has none"
+        description="hash of the tokenizer's chat template; null without one"
     )
     rope: RopeConfig = Field(description="how the base was patched")
-    lora: LoraConfig | None = Field(description="the adapter as it is stored; none: a whole model")
-    versions: dict[str, str] = Field(description="libraries that wrote it")
+    lora: LoraConfig | None = Field(description="the stored adapter; null for a whole model")
+    versions: dict[str, str] = Field(description="versions of the libraries that wrote it")
     files: dict[str, str] = Field(description="SHA-256 of each file")
-    extra: dict[str, Any] = Field(description="what the writer adds: the run's id, metrics")
+    extra: dict[str, Any] = Field(description="values added by the writer, such as run id and metrics")
 
-    def check_settings(self, given: Mapping[str, Any]) -> None:
-        """Raises UserError, naming both values, for a field of rope or lora that is not as given here."""
+    def check_settings(self, settings: Mapping[str, Any]) -> None:
+        """Raises UserError with both values for a field of rope or lora that differs from the training."""
         trained = {**self.rope.model_dump(), **(self.lora.model_dump() if self.lora else {})}
-        for field, value in given.items():
+        owner = "adapter" if self.lora else "model"
+        for field, value in settings.items():
             if field in trained and value != trained[field]:
-                what = "adapter" if self.lora else "model"
-                raise UserError(
-                    f"{field}={format_value(value)}: the {what} has {field}={format_value(trained[field])}; use that value"
-                )
+                expected = f"{field}={format_value(trained[field])}"
+                raise UserError(f"{field}={format_value(value)}: the {owner} has {expected}; use that value")
 
     def check_base(self, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raises UserError where architecture or chat template are not those of the base it was trained
-        on.
-        """
-        found = {"architecture": base_config_hash(config), "chat template": chat_template_hash(tokenizer)}
-        expected = {"architecture": self.base_config_sha256, "chat template": self.chat_template_sha256}
-        ours = f"base_model={config._name_or_path}" if config._name_or_path else "base_model"
-        for what, value in found.items():
-            if value != expected[what]:
-                here, there = (text[:12] if text else "none" for text in (value, expected[what]))
+        """Raises UserError where architecture or chat template differ from those of the adapter's base."""
+        hashes = {
+            "architecture": (base_config_hash(config), self.base_config_sha256),
+            "chat template": (chat_template_hash(tokenizer), self.chat_template_sha256),
+        }
+        field = f"base_model={config._name_or_path}" if config._name_or_path else "base_model"
+        for part, (actual, expected) in hashes.items():
+            if actual != expected:
+                here, there = (sha[:12] if sha else "none" for sha in (actual, expected))
                 raise UserError(
-                    f"{ours}: its {what} ({here}) is not that of the adapter's base ({there}); "
+                    f"{field}: its {part} ({here}) is not that of the adapter's base ({there}); "
                     f"give base_model={self.base_model}, or another adapter"
                 )
 
 
 def fetch_adapter(path: str | Path) -> Path:
-    """An adapter's folder; one at a URI is copied here first. Raises UserError where it cannot be reached."""
+    """The local folder of an adapter; a URI is downloaded. Raises UserError if it cannot be read."""
     return fetch_cached(path, MANIFEST, "lora_path")
 
 
 def read_adapter(path: str | Path) -> Manifest:
     """The manifest of an adapter, in a folder or at a URI.
 
-    Raises UserError as `read_manifest` and `fetch_adapter`, and for what is no adapter in safetensors.
+    Raises UserError as `read_manifest` and `fetch_adapter` do, and for a pickle or a whole model.
     """
     folder = fetch_adapter(path)
     if (folder / PICKLE).is_file() and not (folder / WEIGHTS).is_file():
@@ -102,8 +100,9 @@ def read_adapter(path: str | Path) -> Manifest:
 
 
 def read_model(base_model: str | Path) -> Manifest | None:
-    """The manifest of a whole model that was trained, None for any other base. Raises UserError as
-    `read_manifest`.
+    """The manifest of a model that parallelmind trained, None for any other. Raises UserError for an adapter.
+
+    Other errors are those of `read_manifest`.
     """
     folder = Path(base_model).expanduser()
     if not (folder / MANIFEST).is_file():
@@ -115,19 +114,19 @@ def read_model(base_model: str | Path) -> Manifest | None:
 
 
 def read_manifest(folder: str | Path, field: str = "lora_path") -> Manifest:
-    """The manifest of a folder whose files are as they were written; `field` names the folder in errors.
+    """The manifest of a folder, whose files are checked against their checksums. field: named in errors.
 
-    Raises UserError for a missing folder or manifest, a malformed one, and a file that was changed.
+    Raises UserError for a missing folder or manifest, a malformed manifest and a changed file.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{field}={folder}: no such folder; give the one that a run wrote")
     manifest = _parse(folder, field)
     for name, expected in manifest.files.items():
-        found = sha256(folder / name) if (folder / name).is_file() else "missing"
-        if found != expected:
+        actual = sha256(folder / name) if (folder / name).is_file() else "missing"
+        if actual != expected:
             raise UserError(
-                f"{field}={folder}: {name} is {found[:12]}, not {expected[:12]} as saved; copy the folder again"
+                f"{field}={folder}: {name} is {actual[:12]}, not {expected[:12]} as saved; copy it again"
             )
     return manifest
 
@@ -138,16 +137,17 @@ def _parse(folder: Path, field: str) -> Manifest:
 
     try:
         values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        written = values["format_version"]
+        format_version = values["format_version"]
     except FileNotFoundError as error:
         raise UserError(
             f"{field}={folder}: no {MANIFEST} in it; give a folder that parallelmind saved"
         ) from error
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise damaged(repr(error)) from error
-    if written != FORMAT:
+    if format_version != FORMAT:
         raise UserError(
-            f"{field}={folder}: format_version={written}, but {FORMAT} is read here; use the version that wrote it"
+            f"{field}={folder}: format_version={format_version}, but this version reads {FORMAT}; "
+            "use the version that wrote it"
         )
     try:
         return Manifest.model_validate(values)
@@ -158,12 +158,10 @@ def _parse(folder: Path, field: str) -> Manifest:
 
 
 def check_replaceable(folder: Path, field: str = "folder") -> None:
-    """Raises UserError if `folder` is there and holds anything but what parallelmind wrote; `field` names
-    it.
-    """
+    """Raises UserError if `folder` exists and parallelmind did not write it. field: named in the error."""
     if folder.exists() and not (folder / MANIFEST).is_file() and (folder.is_file() or any(folder.iterdir())):
         raise UserError(
-            f"{field}={folder}: holds other files; give a new or empty folder, or one of parallelmind's to replace"
+            f"{field}={folder}: holds other files; give a new or empty folder, or one that parallelmind wrote"
         )
 
 
@@ -176,7 +174,7 @@ def write_manifest(
     lora: LoraConfig | None,
     extra: Mapping[str, Any] | None,
 ) -> Manifest:
-    """Describe what lies in `folder`, every file of it, in its manifest. config: the model's."""
+    """Write the manifest of all files in `folder`. config: the model's configuration."""
     manifest = Manifest(
         format_version=FORMAT,
         base_model=base_model,
@@ -193,29 +191,27 @@ def write_manifest(
 
 
 def base_config_hash(config: PreTrainedConfig) -> str:
-    """SHA-256 of the architecture fields, the same wherever the model lies and whichever transformers loaded
-    it.
-    """
-    text = config.get_text_config(decoder=True)
-    written = text.to_dict()  # attributes that differ between layers cannot be asked for one by one
-    fields = {name: written.get(text.attribute_map.get(name, name)) for name in _ARCHITECTURE}
+    """SHA-256 of the architecture fields; independent of the model's path and the version of transformers."""
+    text_config = config.get_text_config(decoder=True)
+    values = text_config.to_dict()  # reading an attribute that differs between layers raises
+    fields = {name: values.get(text_config.attribute_map.get(name, name)) for name in _ARCHITECTURE}
     if fields["head_dim"] is None and fields["num_attention_heads"]:
         fields["head_dim"] = fields["hidden_size"] // fields["num_attention_heads"]
-    numbers = json.loads(json.dumps(fields), parse_int=float)  # 10000 and 10000.0 are the same theta
+    numbers = json.loads(json.dumps(fields), parse_int=float)  # 10000 equals 10000.0
     return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()
 
 
 def chat_template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """SHA-256 of the chat template, or None where there is none."""
+    """SHA-256 of the chat template, None without one."""
     template = tokenizer.chat_template
     return hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest() if template else None
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in ("parallelmind", "torch", "transformers", "peft"):
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:  # run from the source tree, as `ray job submit` does
-            found[name] = "source"
-    return found
+            versions[name] = "source"
+    return versions

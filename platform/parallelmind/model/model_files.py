@@ -1,4 +1,4 @@
-"""Whether a base model lies whole on this machine. Nothing is fetched, and no weights are loaded."""
+"""Whether the files of a base model are complete on this machine, without fetching or loading."""
 
 from __future__ import annotations
 
@@ -10,14 +10,8 @@ from safetensors import SafetensorError, safe_open
 
 from parallelmind.config import ModelConfig
 from parallelmind.errors import UserError, first_line
-from parallelmind.model.base_model import (
-    SMOLLM2,
-    is_hub_id,
-    load_base_config,
-    load_tokenizer,
-    resolve_base_model,
-    smollm2_folder,
-)
+from parallelmind.model.base_model import is_hub_id, load_base_config, load_tokenizer, resolve_base_model
+from parallelmind.model.smollm2 import SMOLLM2, smollm2_folder
 
 _WEIGHTS = (
     "model.safetensors",
@@ -28,38 +22,35 @@ _WEIGHTS = (
 
 
 def find_local_base(name: str) -> Path:
-    """The folder that holds the model. Raises UserError, with how to get it, where it is missing or not
-    whole.
-    """
-    folder = _folder(name)
+    """The folder of a complete local model. Raises UserError if files are missing or damaged."""
+    folder = _local_folder(name)
     files = weight_files(folder)
-    broken = next(
-        (reason for file in files if (reason := _broken(file))), None if files else f"it has no {_WEIGHTS[0]}"
-    )
-    if broken:
-        raise UserError(f"base_model={name}: {folder} is not whole ({broken}); {_again(name, folder)}")
-    inside = ModelConfig(base_model=str(folder))
-    load_base_config(inside)
-    load_tokenizer(inside)
+    problems = [problem for file in files if (problem := _file_problem(file))]
+    if problems or not files:
+        problem = problems[0] if problems else f"it has no {_WEIGHTS[0]}"
+        raise UserError(f"base_model={name}: {folder} is incomplete ({problem}); {_remedy(name, folder)}")
+    config = ModelConfig(base_model=str(folder))
+    load_base_config(config)
+    load_tokenizer(config)
     return folder
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Every file that the weights of a model should lie in; none where nothing says so."""
-    found = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
-    if found is None or found.suffix != ".json":
-        return [found] if found else []
-    parts = json.loads(found.read_text(encoding="utf-8"))["weight_map"].values()
-    return [folder / name for name in sorted(set(parts))]
+    """The files that should hold a model's weights; empty without weights and index."""
+    first = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
+    if first is None or first.suffix != ".json":
+        return [first] if first else []
+    shards = json.loads(first.read_text(encoding="utf-8"))["weight_map"].values()
+    return [folder / name for name in sorted(set(shards))]
 
 
-def _folder(name: str) -> Path:
+def _local_folder(name: str) -> Path:
     if name == SMOLLM2:
         folder = smollm2_folder()
         if not (folder / "config.json").is_file():
             raise UserError(f"base_model={name}: is not in {folder.parent} yet; run `make model`")
         return folder
-    resolve_base_model(name)  # what has no known shape is refused
+    resolve_base_model(name)  # raises for an invalid name
     if not is_hub_id(name):
         return Path(name).expanduser()
     config = try_to_load_from_cache(name, "config.json")
@@ -70,8 +61,8 @@ def _folder(name: str) -> Path:
     return Path(config).parent
 
 
-def _broken(file: Path) -> str | None:
-    """What is wrong with a file of weights. The header of safetensors tells how long it must be."""
+def _file_problem(file: Path) -> str | None:
+    """The problem with a file of weights, None if there is none. The header of safetensors has its length."""
     if not file.is_file():
         return f"{file.name} is missing"
     if file.suffix == ".safetensors":
@@ -83,7 +74,7 @@ def _broken(file: Path) -> str | None:
     return None
 
 
-def _again(name: str, folder: Path) -> str:
+def _remedy(name: str, folder: Path) -> str:
     if name == SMOLLM2:
         return f"remove {folder} and run `make model`"
     return (

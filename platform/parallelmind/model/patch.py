@@ -60,7 +60,7 @@ def patch(model: PreTrainedModel, config: RopeConfig) -> None:
 
 
 def unpatch(model: PreTrainedModel) -> None:
-    """Undo `patch`: classes, buffers, hooks and configuration are as before. Raises UserError if unpatched."""
+    """Undo `patch`: classes, buffers, hooks and configuration are restored. Raises UserError if unpatched."""
     state = _patch_of(model)
     for hook in state.hooks:
         hook.remove()

@@ -1,8 +1,7 @@
-"""PiSSA: an adapter that starts as the leading singular directions of the weights, which the base lacks while
-it trains.
+"""PiSSA: an adapter initialised with the leading singular directions of the weights.
 
-It is saved as a plain adapter of twice the rank for the untouched base: what it became, less what it started
-as.
+While it trains, the base's weights lack these directions. It is saved as a plain adapter of twice the rank
+for the unchanged base: its final weights minus its initial ones.
 """
 
 from __future__ import annotations
@@ -20,28 +19,27 @@ from parallelmind.config import LoraConfig
 from parallelmind.errors import UserError
 from parallelmind.model.weights import trained_weights
 
-_START = "_pissa_start"
-_SPARE, _ITERATIONS = 8, 16  # directions sought beside those wanted, which sharpens them
+_INITIAL_WEIGHTS = "_pissa_initial_weights"
+_OVERSAMPLING, _ITERATIONS = 8, 16  # of the randomised singular value decomposition
 
 
 def initialize_pissa(model: PeftModel) -> None:
-    """Move the leading directions of every adapted weight from the base into the adapter; the model computes
-    what it did.
+    """Move the leading directions of every adapted weight from the base into the adapter.
 
-    The same weights and the same seed of the global generator give the same start bit for bit. Raises
-    UserError, with nothing changed, for a layer that cannot be split.
+    The model's output stays the same. The same weights and the same seed of the global generator give the
+    same result bit for bit. Raises UserError, with nothing changed, for a layer that cannot be split.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     weights = [weight for _, weight in model.named_parameters(remove_duplicate=False)]
     for name, layer in layers.items():
-        _refuse(name.removeprefix("base_model.model."), layer, weights)
+        _check_layer(name.removeprefix("base_model.model."), layer, weights)
     for layer in layers.values():
         _split(layer)
     initial = {name: weight.detach().cpu().clone() for name, weight in trained_weights(model).items()}
-    object.__setattr__(model, _START, initial)
+    object.__setattr__(model, _INITIAL_WEIGHTS, initial)
 
 
-def _refuse(name: str, layer: LoraLayer, weights: list[nn.Parameter]) -> None:
+def _check_layer(name: str, layer: LoraLayer, weights: list[nn.Parameter]) -> None:
     base = layer.get_base_layer()
     if not isinstance(base, (nn.Linear, Conv1D)) or not base.weight.is_floating_point():
         kind = type(base).__name__
@@ -52,27 +50,25 @@ def _refuse(name: str, layer: LoraLayer, weights: list[nn.Parameter]) -> None:
         raise UserError(
             f"lora_init=pissa: {name} shares its weight with another layer; leave it out of lora_targets"
         )
-    rank, most = max(layer.r.values()), min(base.weight.shape)
-    if rank > most:
-        raise UserError(
-            f"lora_rank={rank}: lora_init=pissa takes at most the {most} directions of {name}; lower it"
-        )
+    rank, max_rank = max(layer.r.values()), min(base.weight.shape)
+    if rank > max_rank:
+        raise UserError(f"lora_rank={rank}: lora_init=pissa allows at most {max_rank} for {name}; lower it")
 
 
 @torch.no_grad()
 def _split(layer: LoraLayer) -> None:
-    """Leave in the weight W what `scale * B @ A` does not hold. In float64, so that the order of summation
-    hardly shows.
+    """Set A and B to the leading directions of the weight W and subtract `scale * B @ A` from W.
+
+    Computed in float64, so that the order of summation has little effect.
     """
     name = layer.active_adapters[0]
     base, scale, rank = layer.get_base_layer(), layer.scaling[name], layer.r[name]
-    a, b, weight = (cast(Tensor, part.weight) for part in (layer.lora_A[name], layer.lora_B[name], base))
+    a, b, weight = (cast(Tensor, module.weight) for module in (layer.lora_A[name], layer.lora_B[name], base))
     if isinstance(base, Conv1D):
-        weight = weight.T  # now [out, in] like any other
-    # Power iterations find the few directions that are wanted in seconds, where all of them would take
-    # minutes.
+        weight = weight.T  # [out, in], as in nn.Linear
+    # Power iterations find the leading directions in seconds. A full decomposition takes minutes.
     left, values, right = torch.svd_lowrank(
-        weight.double(), q=min(rank + _SPARE, *weight.shape), niter=_ITERATIONS
+        weight.double(), q=min(rank + _OVERSAMPLING, *weight.shape), niter=_ITERATIONS
     )
     root = (values[:rank] / scale).sqrt()
     a.copy_((right[:, :rank] * root).T)
@@ -83,19 +79,19 @@ def _split(layer: LoraLayer) -> None:
 def to_plain_lora(
     model: PeftModel, weights: Mapping[str, Tensor], lora: LoraConfig
 ) -> tuple[Mapping[str, Tensor], LoraConfig]:
-    """An adapter for the untouched base that does what `weights` do on the model's own, and its settings.
+    """The adapter for the unchanged base that is equivalent to `weights` on the split base, and its settings.
 
-    B A - B0 A0 = [B, -B0] [A; A0], and B makes up for the scale, which falls with the rank. It is as exact as
-    the base's own type: a bfloat16 base was rounded once more when it was split.
+    B A - B0 A0 = [B, -B0] [A; A0]; B is multiplied by the factor by which the scale falls with the higher
+    rank. The result is as exact as the base's dtype: splitting rounded a bfloat16 base once more.
     """
-    initial: Mapping[str, Tensor] | None = getattr(model, _START, None)
+    initial: Mapping[str, Tensor] | None = getattr(model, _INITIAL_WEIGHTS, None)
     if initial is None:
         return weights, lora
-    lost = 2**0.5 if lora.use_rslora else 2
-    plain = dict(weights)  # magnitudes of DoRA are those of the same sum
+    scale_ratio = 2**0.5 if lora.use_rslora else 2
+    plain = dict(weights)  # magnitudes of DoRA stay: the sum of base and adapter is the same
     for name, weight in weights.items():
         if "lora_A" in name:
             plain[name] = torch.cat([weight, initial[name].to(weight.device)])
         elif "lora_B" in name:
-            plain[name] = torch.cat([weight, -initial[name].to(weight.device)], dim=1) * lost
+            plain[name] = torch.cat([weight, -initial[name].to(weight.device)], dim=1) * scale_ratio
     return plain, lora.model_copy(update={"lora_init": "zero", "lora_rank": 2 * lora.lora_rank})

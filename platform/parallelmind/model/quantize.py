@@ -1,4 +1,4 @@
-"""Base weights in fewer bits, by bitsandbytes. LoRA on top stays in float32."""
+"""Quantised base weights by bitsandbytes. LoRA weights stay in float32."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from parallelmind.errors import UserError
 
 
 def quantization_config(config: ModelConfig) -> BitsAndBytesConfig | None:
-    """How bitsandbytes should hold the linear layers. Raises UserError where it is not installed."""
+    """The settings for bitsandbytes, None for no quantisation. Raises UserError if it is not installed."""
     if config.quantize == "none":
         return None
     if find_spec("bitsandbytes") is None:
@@ -21,7 +21,7 @@ def quantization_config(config: ModelConfig) -> BitsAndBytesConfig | None:
             f"quantize={config.quantize}: needs bitsandbytes; pip install bitsandbytes, or set quantize=none"
         )
     if config.quantize == "8bit":
-        # Its layers compute in float16 and say so on every call.
+        # Its layers compute in float16 and log that on every call.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(

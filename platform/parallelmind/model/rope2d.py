@@ -1,8 +1,8 @@
-"""2D RoPE as pure functions: which rotary pair follows which coordinate, and how angles are picked.
+"""2D RoPE as pure functions: the coordinate of each rotary pair, and the selection of angles.
 
-Source: the ParallelMind scheme (a share of the lowest frequencies alternates between branch and time),
-generalised in where the share lies and in what turns it. No formula of a rotary embedding is repeated here:
-angles come from the model's own module.
+Source: the ParallelMind scheme, in which a share of the lowest frequencies alternates between branch and
+time. Here the share may lie elsewhere, and pairs may follow other combinations of coordinates. No RoPE
+formula is repeated: angles come from the model's own module.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ FLAT, BRANCH, TIME = 0, 1, 2
 
 
 def selected_pairs(pairs: int, ratio: float, where: Pairs) -> NDArray[np.int64]:
-    """Rising indices of the `clamp(round(pairs * ratio), 1, pairs)` pairs driven by pos2d; none for ratio 0.
+    """Ascending indices of the `clamp(round(pairs * ratio), 1, pairs)` pairs that pos2d drives.
 
-    pairs: rotary frequency pairs of a head, highest frequency first.
+    Empty for ratio 0. pairs: number of rotary frequency pairs of a head, highest frequency first.
     """
     if ratio == 0 or pairs == 0:
         return np.empty(0, dtype=np.int64)
@@ -37,21 +37,20 @@ def selected_pairs(pairs: int, ratio: float, where: Pairs) -> NDArray[np.int64]:
 def pair_axes(pairs: int, ratio: float, where: Pairs, angle: BranchAngle) -> NDArray[np.int64]:
     """`[pairs]`: FLAT, BRANCH or TIME for every pair.
 
-    alone: the selected ones alternate, branch first, since a pair can follow but one of the two. added: all
-    are BRANCH.
+    With `alone` the selected pairs alternate, branch first, since a pair follows one coordinate. With `added`
+    all selected pairs are BRANCH.
     """
     axes = np.full(pairs, FLAT)
-    chosen = selected_pairs(pairs, ratio, where)
-    axes[chosen] = BRANCH
+    selected = selected_pairs(pairs, ratio, where)
+    axes[selected] = BRANCH
     if angle == "alone":
-        axes[chosen[1::2]] = TIME
+        axes[selected[1::2]] = TIME
     return axes
 
 
 def mix(flat: Tensor, branch: Tensor, time: Tensor, axes: Tensor) -> Tensor:
-    """Columns of one table out of three.
+    """`[..., columns]`: each column from the table of its coordinate.
 
-    flat, branch, time: `[..., columns]`, the table at each coordinate. axes: `[columns]`. Returns `[...,
-    columns]`.
+    flat, branch, time: `[..., columns]`, the table at each coordinate. axes: `[columns]`.
     """
     return torch.where(axes == BRANCH, branch, torch.where(axes == TIME, time, flat))

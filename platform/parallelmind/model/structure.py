@@ -1,4 +1,4 @@
-"""Finding one's way in a Hugging Face model, whatever its parts are called."""
+"""The parts of a Hugging Face model, whatever their names."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ _TOWERS = ("vision", "visual", "image", "audio")
 
 
 def to_gpu(model: Any) -> Any:
-    """The model on this process's GPU. Weights in few bits are there already."""
+    """Move the model to this process's GPU. Quantised weights are already there."""
     return model.cuda() if model.device.type == "cpu" else model
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
-    """The Hugging Face model inside, whatever wraps it (PeftModel, and DDP around that)."""
+    """The Hugging Face model inside of PeftModel and DDP."""
     inner = getattr(model, "module", model)
     return cast(PreTrainedModel, inner.get_base_model() if isinstance(inner, PeftModel) else inner)
 
 
 def decoder_name(model: PreTrainedModel) -> str:
-    """The name of the part that turns token ids into hidden states; the head is the rest."""
-    return next(name for name, part in model.named_children() if isinstance(part, PreTrainedModel))
+    """The name of the child that turns token ids into hidden states."""
+    return next(name for name, child in model.named_children() if isinstance(child, PreTrainedModel))
 
 
 def decoder(model: PreTrainedModel) -> PreTrainedModel:
+    """The child that turns token ids into hidden states."""
     return cast(PreTrainedModel, getattr(model, decoder_name(model)))
 
 
 def text_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """All modules by name, but those of vision and audio towers."""
+    """All modules by name, except those of vision and audio towers."""
     return {
         name: module for name, module in model.named_modules() if not any(tower in name for tower in _TOWERS)
     }

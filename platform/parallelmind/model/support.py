@@ -1,4 +1,4 @@
-"""Which models can hold parallel branches: told from their structure, before any weight is touched."""
+"""Which models support parallel branches, decided by their structure without weights."""
 
 from __future__ import annotations
 
@@ -12,17 +12,22 @@ from parallelmind.model.hf_compat import is_stateful
 from parallelmind.model.rotary import is_complex, is_table, layer_types, rotary_modules
 from parallelmind.model.structure import text_modules
 
-# Kinds of layer whose memory is keys and values, one for each token, and so can be masked token by token.
+# Layer types with one key and one value per token, which a mask can hide token by token.
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "indexed_attention"}
-_NO_ROTARY = "has no rotary embedding that takes a position for each token: it learns, counts or biases positions instead"
-# Settings of attentions that read several neighbouring tokens of the cache as one.
+_NO_ROTARY = (
+    "has no rotary embedding that takes a position for each token: "
+    "it learns, counts or biases positions instead"
+)
+# Settings of attention that reads several neighbouring tokens of the cache as one.
 _POOLING_FIELDS = ("index_block_size", "compress_rates", "patcher_config")
 
 
 @dataclass(frozen=True, slots=True)
 class Support:
-    """family: how the model rotates, or what it does in place of it. reason: why branches cannot live in it,
-    if so.
+    """Whether a model supports parallel branches.
+
+    family: the kind of rotary embedding, or what the model has instead. reason: why branches are not
+    supported, None if they are.
     """
 
     family: str
@@ -30,7 +35,7 @@ class Support:
 
 
 def assess(model: PreTrainedModel) -> Support:
-    """From modules and settings alone; a model on the meta device will do."""
+    """Decide from modules and configuration. Works on the meta device."""
     config = model.config.get_text_config(decoder=True)
     if pooling := [name for name in _POOLING_FIELDS if getattr(config, name, None) is not None]:
         return Support(
@@ -49,7 +54,7 @@ def assess(model: PreTrainedModel) -> Support:
 
 
 def check_supported(model: PreTrainedModel) -> None:
-    """Raises UserError with the reason and the remedy if the model cannot hold parallel branches."""
+    """Raises UserError if the model does not support parallel branches."""
     support = assess(model)
     if support.reason:
         remedy = "choose another model, or set patch_rope=false for single branches"
@@ -63,7 +68,7 @@ def _has_state(model: PreTrainedModel, config: PreTrainedConfig) -> bool:
 
 
 def _family(rotary: dict[str, nn.Module]) -> str:
-    """What the modules do, as far as it asks for a mechanism of its own."""
+    """The kind of rotary embedding, as far as it needs its own mechanism."""
     modules = list(rotary.values())
     if any(map(is_table, modules)):
         return "table in each attention"

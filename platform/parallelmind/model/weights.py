@@ -1,4 +1,4 @@
-"""The weights that training changes, by the names they are saved under."""
+"""The weights that training changes, by the names under which they are saved."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from torch import Tensor, nn
 
 from parallelmind.errors import UserError
 
-ADAPTER = "default"  # what peft calls a model's first adapter
+ADAPTER = "default"  # peft's name for a model's first adapter
 
 
 def trained_weights(model: nn.Module, name: str = ADAPTER) -> dict[str, Tensor]:
-    """An adapter's weights, or all parameters of a model without one, tied ones once. They share the model's
-    memory.
+    """The weights of an adapter, or all parameters of a model without one, tied ones once.
+
+    The tensors share the model's memory.
     """
     if isinstance(model, PeftModel):
-        # Left to choose, peft asks the hub whether the embeddings were resized.
+        # By default peft asks the hub whether the embeddings were resized.
         return peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     return {name: weight.detach() for name, weight in model.named_parameters()}
 
@@ -29,22 +30,25 @@ def trained_weights(model: nn.Module, name: str = ADAPTER) -> dict[str, Tensor]:
 def load_weights(
     model: nn.Module, saved: Mapping[str, Tensor], origin: str | Path, name: str = ADAPTER
 ) -> None:
-    """Copy saved weights into the model (into its adapter of this name), all of them and by their own names.
+    """Copy all saved weights into the model, or into its adapter `name`, without renaming.
 
-    peft's own loading renames them as transformers renames old base checkpoints, and only warns of those that
-    it loses. Raises UserError, which begins with `origin`, where names or shapes are not the same.
+    peft's own loading renames weights as transformers does for old checkpoints, and only warns about missing
+    ones. Raises UserError, which begins with `origin`, where names or shapes differ.
     """
-    own = trained_weights(model, name)
-    expected, found = ({name: weight.shape for name, weight in weights.items()} for weights in (own, saved))
-    if expected != found:
-        odd = min(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    weights = trained_weights(model, name)
+    shapes, saved_shapes = (
+        {key: weight.shape for key, weight in group.items()} for group in (weights, saved)
+    )
+    if shapes != saved_shapes:
+        keys = shapes.keys() | saved_shapes.keys()
+        mismatch = min(key for key in keys if shapes.get(key) != saved_shapes.get(key))
         raise UserError(
-            f"{origin}: its weights and the model's do not agree on {odd}; load the base they were trained on"
+            f"{origin}: its weights and the model's differ in {mismatch}; load the base they were trained on"
         )
-    for name, weight in own.items():
-        weight.copy_(saved[name])
+    for key, weight in weights.items():
+        weight.copy_(saved[key])
 
 
 def to_cpu(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same on the CPU, in the form that safetensors takes."""
+    """Contiguous copies on the CPU, as safetensors takes them."""
     return {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}

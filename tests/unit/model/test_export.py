@@ -1,6 +1,4 @@
-"""`workloads.export`: what plain transformers computes from the merged folder, and what is refused
-instead.
-"""
+"""`workloads.export`: logits of the merged model in plain transformers, and refused adapters."""
 
 from __future__ import annotations
 
@@ -22,12 +20,12 @@ from parallelmind.model.patch import is_patched, rope_config
 from workloads import export
 from workloads.generate import command as generate
 
-LONE = RopeConfig(rope_2d_ratio=0.0, visibility="isolated", branch_stride=16)
+ISOLATED = RopeConfig(rope_2d_ratio=0.0, visibility="isolated", branch_stride=16)
 
 
-def adapter(place: Path, rope: RopeConfig, tied: bool = False, dtype: str = "float32", **lora: Any) -> Path:
-    """An adapter whose every weight has moved, on a base beside it."""
-    base = ModelConfig(base_model=save_tiny(place / "base", tie_word_embeddings=tied), dtype=dtype)
+def adapter(folder: Path, rope: RopeConfig, tied: bool = False, dtype: str = "float32", **lora: Any) -> Path:
+    """Save a base model and an adapter with random weights under `folder`; returns the adapter's folder."""
+    base = ModelConfig(base_model=save_tiny(folder / "base", tie_word_embeddings=tied), dtype=dtype)
     model, tokenizer = load_model_with_lora(base.base_model, dtype=dtype, **rope.model_dump())
     config = LoraConfig.model_validate({"lora_rank": 4, **lora})
     adapted = add_lora(model, config, seed=0)
@@ -36,20 +34,20 @@ def adapter(place: Path, rope: RopeConfig, tied: bool = False, dtype: str = "flo
         for weight in adapted.parameters():
             if weight.requires_grad:
                 weight.add_(torch.randn_like(weight), alpha=0.05)
-    save_adapter(adapted, tokenizer, place / "adapter", base, rope, config, {"run": "abc"})
-    return place / "adapter"
+    save_adapter(adapted, tokenizer, folder / "adapter", base, rope, config, {"run": "abc"})
+    return folder / "adapter"
 
 
 @torch.no_grad()
-def lone(model: Any) -> Tensor:
+def plain_logits(model: Any) -> Tensor:
     return model(input_ids=IDS).logits
 
 
 @pytest.mark.parametrize(
     ("rope", "settings"),
     [
-        (LONE, {}),
-        (LONE, {"use_dora": True, "use_rslora": True, "tied": True, "dtype": "bfloat16"}),
+        (ISOLATED, {}),
+        (ISOLATED, {"use_dora": True, "use_rslora": True, "tied": True, "dtype": "bfloat16"}),
         (RopeConfig(patch_rope=False), {"lora_init": "pissa"}),
     ],
 )
@@ -59,12 +57,14 @@ def test_plain_transformers_computes_the_adapters_logits(
     lora_path, output = adapter(tmp_path, rope, **settings), tmp_path / "merged"
     export.main([f"lora_path={lora_path}", f"output_path={output}"])
     assert str(output) in capsys.readouterr().out
-    expected = lone(load_model_with_lora(lora_path=lora_path)[0])
+    expected = plain_logits(load_model_with_lora(lora_path=lora_path)[0])
     plain = AutoModelForCausalLM.from_pretrained(output).eval()
     assert not is_patched(plain)
     assert plain.dtype == torch.float32
-    assert (lone(plain) - expected).abs().max() <= 5e-4 * expected.abs().max()
-    assert (lone(AutoModelForCausalLM.from_pretrained(tmp_path / "base")) - expected).abs().max() > 0.1
+    assert (plain_logits(plain) - expected).abs().max() <= 5e-4 * expected.abs().max()
+    assert (
+        plain_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "base")) - expected
+    ).abs().max() > 0.1
     assert (
         AutoTokenizer.from_pretrained(output).chat_template
         == AutoTokenizer.from_pretrained(tmp_path / "base").chat_template
@@ -73,12 +73,12 @@ def test_plain_transformers_computes_the_adapters_logits(
         assert path.name == "parallelmind.json" or str(tmp_path).encode() not in path.read_bytes()
 
 
-def test_the_merged_model_goes_on_as_it_was_placed(
+def test_the_merged_model_keeps_the_placement_of_the_adapter(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lora_path, output = adapter(tmp_path, LONE), tmp_path / "merged"
+    lora_path, output = adapter(tmp_path, ISOLATED), tmp_path / "merged"
     exporting.export(lora_path, output)
-    assert rope_config(load_model_with_lora(str(output))[0]) == LONE
+    assert rope_config(load_model_with_lora(str(output))[0]) == ISOLATED
     texts = []
     for source in (f"base_model={output}", f"lora_path={lora_path}"):
         generate.main([source, "prompt=who is in", "max_new_tokens=4", "ignore_eos=true"])
@@ -87,7 +87,7 @@ def test_the_merged_model_goes_on_as_it_was_placed(
 
 
 @pytest.mark.parametrize(
-    ("rope", "told"),
+    ("rope", "message"),
     [
         (
             {"rope_2d_ratio": 0.5},
@@ -99,12 +99,12 @@ def test_the_merged_model_goes_on_as_it_was_placed(
         ),
     ],
 )
-def test_what_needs_the_patch_is_refused_before_anything_is_loaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rope: dict[str, Any], told: str
+def test_adapters_that_need_the_patch_are_refused_before_loading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rope: dict[str, Any], message: str
 ) -> None:
     lora_path = adapter(tmp_path, RopeConfig(**rope))
     monkeypatch.setattr(exporting, "load_model_with_lora", None)
-    with pytest.raises(UserError, match=told) as error:
+    with pytest.raises(UserError, match=message) as error:
         export.main([f"lora_path={lora_path}", f"output_path={tmp_path / 'merged'}"])
     assert "\n" not in str(error.value)
     assert not (tmp_path / "merged").exists()
@@ -112,16 +112,16 @@ def test_what_needs_the_patch_is_refused_before_anything_is_loaded(
 
 def test_a_merge_that_changes_the_logits_leaves_no_folder(tmp_path: Path) -> None:
     lora_path = adapter(
-        tmp_path, LONE, tied=True, lora_targets="lm_head"
-    )  # merged, it would change the embedding too
-    with pytest.raises(UserError, match="merged, its logits are off by .*load_model_with_lora"):
+        tmp_path, ISOLATED, tied=True, lora_targets="lm_head"
+    )  # merging would change the tied embedding
+    with pytest.raises(UserError, match="merged, its logits differ by .*load_model_with_lora"):
         exporting.export(lora_path, tmp_path / "merged")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
-def test_a_folder_of_other_things_is_left_alone(tmp_path: Path) -> None:
-    lora_path = adapter(tmp_path, LONE)
+def test_a_folder_of_other_things_is_left_aplain_logits(tmp_path: Path) -> None:
+    lora_path = adapter(tmp_path, ISOLATED)
     with pytest.raises(UserError, match="base: holds other files"):
         exporting.export(lora_path, tmp_path / "base")
     exporting.export(lora_path, tmp_path / "merged")
-    exporting.export(lora_path, tmp_path / "merged")  # its own earlier one is replaced
+    exporting.export(lora_path, tmp_path / "merged")  # replaces the earlier export

@@ -16,7 +16,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from adapting import ROPE, branch_logits, patched
+from adapting import ROPE, branch_logits, patched_llama
 from tiny import tiny_llama
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
@@ -111,7 +111,7 @@ def test_importing_every_module_changes_nothing_in_other_libraries() -> None:
 
 
 def test_a_patched_model_leaves_other_models_alone() -> None:
-    plain, other = tiny_llama(), patched()
+    plain, other = tiny_llama(), patched_llama()
     functions, masks = dict(ALL_ATTENTION_FUNCTIONS), dict(ALL_MASK_ATTENTION_FUNCTIONS)
     expected = plain(IDS).logits
     types = [type(module) for module in plain.modules()]
@@ -156,7 +156,7 @@ def test_patch_switches_the_attention_of_text_layers_and_unpatch_restores_it(mod
 
 
 def test_a_saved_configuration_does_not_hold_the_name(tmp_path: Path) -> None:
-    model = patched()
+    model = patched_llama()
     assert has_own_attention(model)
     model.save_pretrained(tmp_path)
     assert "parallelmind" not in (tmp_path / "config.json").read_text()
@@ -166,7 +166,7 @@ def test_a_saved_configuration_does_not_hold_the_name(tmp_path: Path) -> None:
 
 
 def test_a_copy_of_a_patched_model_is_unpatched_by_itself() -> None:
-    model = patched()
+    model = patched_llama()
     expected = branch_logits(model)
     twin = copy.deepcopy(model)
     assert torch.equal(branch_logits(twin), expected)
@@ -178,7 +178,7 @@ def test_a_copy_of_a_patched_model_is_unpatched_by_itself() -> None:
 
 
 def test_set_attn_implementation_of_a_patched_model_is_kept() -> None:
-    model = patched()
+    model = patched_llama()
     expected = branch_logits(model)
     for name in ("eager", "sdpa"):
         model.set_attn_implementation(name)
@@ -238,7 +238,7 @@ def test_threads_that_acquire_and_release_leave_the_original_name() -> None:
 
 
 def test_a_backend_is_passed_through_to_every_layer() -> None:
-    model = patched()
+    model = patched_llama()
     seen = []
 
     class Recorder(AttentionBackend):
@@ -265,7 +265,7 @@ def test_flex_attention_adds_the_score_bias() -> None:
 def test_the_recompile_limit_of_dynamo_is_as_before_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     from parallelmind.model import hf_compat
 
-    model, limits = patched(), []
+    model, limits = patched_llama(), []
     default = torch._dynamo.config.recompile_limit
 
     def record(module: torch.nn.Module, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -1,11 +1,11 @@
-"""Block masks against dense ones, and the choice between them."""
+"""Block masks compared with dense ones, and the choice of attention."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from families import variant
-from flexing import Largest, chosen, long_batch
+from flexing import LargestTensor, flex_always_chosen, long_batch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask, flex_attention
 
@@ -26,8 +26,8 @@ FIELDS = [
 ]
 
 
-def places(length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Time and sequence of two samples with branches of any length, the second with padding."""
+def random_tokens(length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random time and sequence of two samples, the second with padding."""
     random = torch.Generator().manual_seed(length)
     time = torch.randint(0, length, (2, length), generator=random).sort(1).values
     sequence = torch.randint(0, 4, (2, length), generator=random)
@@ -38,45 +38,45 @@ def places(length: int) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("length", [1, 127, 128, 300, 1100])
 @pytest.mark.parametrize("visibility", ["columnar", "isolated"])
 @pytest.mark.parametrize(
-    "reach",
+    "window",
     [AttentionWindow(), AttentionWindow(window=6), AttentionWindow(chunk=100)],
     ids=["", "window", "chunk"],
 )
 @pytest.mark.parametrize("share", [None, 0.5, 0], ids=["whole", "half", "one query"])
-def test_blocks_hold_what_is_visible(length, visibility, reach, share):
-    time, sequence = places(length)
+def test_block_masks_equal_dense_masks(length, visibility, window, share):
+    time, sequence = random_tokens(length)
     queries = None if share is None else max(int(length * share), 1)
-    seen = visibility_mask(time, sequence, visibility, queries)
-    first = length - seen.shape[2]
-    near = reach.within(time[:, None, first:, None], time[:, None, None, :])
-    seen = seen if near is None else seen & near
-    mask = block_mask(time, sequence, visibility, reach, queries)
-    assert torch.equal(create_mask(mask.mask_mod, 2, 1, *seen.shape[2:], device="cpu"), seen)
-    expected = create_block_mask(mask.mask_mod, 2, None, *seen.shape[2:], device="cpu")
+    visible = visibility_mask(time, sequence, visibility, queries)
+    first = length - visible.shape[2]
+    within = window.within(time[:, None, first:, None], time[:, None, None, :])
+    visible = visible if within is None else visible & within
+    mask = block_mask(time, sequence, visibility, window, queries)
+    assert torch.equal(create_mask(mask.mask_mod, 2, 1, *visible.shape[2:], device="cpu"), visible)
+    expected = create_block_mask(mask.mask_mod, 2, None, *visible.shape[2:], device="cpu")
     assert mask.shape == expected.shape
     for field in FIELDS:
         torch.testing.assert_close(getattr(mask, field), getattr(expected, field), rtol=0, atol=0)
 
 
-def test_blocks_are_found_without_a_dense_mask():
+def test_block_masks_need_no_dense_mask():
     length = 8192
     time, sequence = torch.arange(length)[None], torch.ones(1, length, dtype=torch.long)
-    with Largest() as made:
+    with LargestTensor() as made:
         block_mask(time, sequence, "isolated", AttentionWindow(window=100))
     assert made.bytes < length * length / 2
 
 
-def test_isolated_branches_leave_most_blocks_out():
+def test_isolated_branches_skip_most_blocks():
     main, branches = [1] * 1024, [[2] * 512] * 8
     config = RopeConfig(visibility="isolated")
     batch = collate([arrange(Tokens.of(main, branches), config)], pad_id=0)
     mask = block_mask(
         torch.from_numpy(batch.pos2d[..., 1]), torch.from_numpy(batch.sequence), "isolated", AttentionWindow()
     )
-    assert mask.sparsity() > 65  # percent; plain causal attention leaves out 49
+    assert mask.sparsity() > 65  # percent; plain causal attention skips 49
 
 
-def test_a_mask_for_each_layer_type_that_reaches_as_far():
+def test_there_is_a_mask_for_each_layer_type_with_its_own_window():
     config = RopeConfig(sibling_penalty=0)
     batch = long_batch(config)
     for name, kinds in (
@@ -84,13 +84,13 @@ def test_a_mask_for_each_layer_type_that_reaches_as_far():
         ("shared", None),
     ):
         model = variant(name, "sdpa")
-        with patched(model, config), chosen():
+        with patched(model, config), flex_always_chosen():
             masks = attention_masks(model, batch.pos2d[..., 1], batch.sequence, config.visibility)
         assert kinds is None or list(masks) == kinds
         assert all(isinstance(mask, BlockMask) for mask in (masks.values() if kinds else [masks]))
 
 
-def test_a_penalty_divides_the_weight_of_siblings_and_of_nobody_else():
+def test_a_penalty_scales_the_attention_weights_of_siblings_only():
     model = variant("shared", "eager")
     text = [Tokens.of([5, 6], [[7, 8, 9], [10, 11, 12]])]
     shares = []
@@ -99,31 +99,31 @@ def test_a_penalty_divides_the_weight_of_siblings_and_of_nobody_else():
             layout = arrange(text[0], config)
             batch = collate([layout], pad_id=0)
             time, sequence = torch.from_numpy(batch.pos2d[..., 1]), torch.from_numpy(batch.sequence)
-            added = attention_masks(model, time, sequence, "columnar")
-            shares.append(torch.softmax(added[0, 0], dim=-1))
-    away = (sequence[0, :, None] != sequence[0]) & (sequence[0] > 0) & (sequence[0, :, None] > 0)
-    relative = shares[1] / shares[1].diagonal()[:, None]  # as much as what a token says to itself
-    expected = torch.where(away, torch.e**-2, 1.0) * (shares[0] > 0)
+            scores = attention_masks(model, time, sequence, "columnar")
+            shares.append(torch.softmax(scores[0, 0], dim=-1))
+    siblings = (sequence[0, :, None] != sequence[0]) & (sequence[0] > 0) & (sequence[0, :, None] > 0)
+    relative = shares[1] / shares[1].diagonal()[:, None]  # to the weight of the token itself
+    expected = torch.where(siblings, torch.e**-2, 1.0) * (shares[0] > 0)
     torch.testing.assert_close(relative, expected)
-    assert (away & (shares[0] > 0)).any()
+    assert (siblings & (shares[0] > 0)).any()
 
 
-def test_a_new_length_is_not_compiled_anew():
-    """Twice in all: for the first length, and then for any."""
+def test_new_lengths_do_not_recompile():
+    """Two compilations: for the first length, and for dynamic lengths."""
     torch.compiler.reset()
     counter = CompileCounterWithBackend("eager")
-    read = torch.compile(flex_attention, backend=counter)
+    compiled = torch.compile(flex_attention, backend=counter)
     for length in (700, 300, 800, 515, 640, 1200):
         time, sequence = torch.arange(length).expand(3, -1), torch.ones(3, length, dtype=torch.long)
         query = torch.randn(3, 2, length, 16)
-        found = read(
+        actual = compiled(
             query,
             query,
             query,
             block_mask=block_mask(time, sequence, "columnar", AttentionWindow(window=5000)),
         )
         expected = torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True)
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     assert counter.frame_count <= 2
 
 
@@ -132,11 +132,11 @@ def test_buckets_are_powers_of_two():
     assert length_bucket(FLEX_ABOVE) == FLEX_ABOVE
 
 
-def test_flex_attention_is_chosen_for_long_sequences_on_a_card_it_is_made_for(monkeypatch):
+def test_flex_attention_is_chosen_for_long_sequences_on_a_suitable_gpu(monkeypatch):
     model = variant("shared", "sdpa")
     lengths, half = (FLEX_ABOVE, FLEX_ABOVE + 1), torch.bfloat16
     with patched(model, RopeConfig(sibling_penalty=0)):
-        assert [choose_attention(model, length, half) for length in lengths] == ["sdpa", "sdpa"]  # no card
+        assert [choose_attention(model, length, half) for length in lengths] == ["sdpa", "sdpa"]  # no GPU
         monkeypatch.setattr(attention, "_fits_device", lambda device, dtype: dtype == half)
         assert [choose_attention(model, length, half) for length in lengths] == ["sdpa", FLEX]
         assert choose_attention(model, lengths[1], torch.float32) == "sdpa"
@@ -147,28 +147,28 @@ def test_flex_attention_is_chosen_for_long_sequences_on_a_card_it_is_made_for(mo
         model.set_attn_implementation("eager")
         assert choose_attention(model, lengths[1], half) == "eager"
     model.set_attn_implementation("sdpa")
-    assert choose_attention(model, lengths[1], half) == "sdpa"  # unpatched, its masks are its own
+    assert choose_attention(model, lengths[1], half) == "sdpa"  # an unpatched model builds its own masks
 
 
-def test_heads_of_a_size_that_the_kernel_refuses_keep_sdpa():
+def test_unsupported_head_sizes_keep_sdpa():
     for size, reader in ((16, FLEX), (8, "sdpa")):
         model = variant("shared", "sdpa")
         model.model.layers[0].self_attn.head_dim = size
-        with patched(model, RopeConfig(sibling_penalty=0)), chosen():
+        with patched(model, RopeConfig(sibling_penalty=0)), flex_always_chosen():
             assert choose_attention(model, 100, model.dtype) == reader
 
 
-def test_a_bucket_is_announced_unless_a_longer_one_was():
+def test_a_bucket_is_logged_unless_a_longer_one_was():
     model, lines = variant("shared", "sdpa"), []
     batches = [
         collate([arrange(Tokens.of([], [[1] * n]), RopeConfig(sibling_penalty=0))], pad_id=0)
         for n in (9, 16, 17, 12, 30, 5)
     ]
-    with patched(model, RopeConfig(sibling_penalty=0)), chosen():
-        announced = AttentionLogger(model, torch.bfloat16, lines.append)
-        first = announced(batches[:3])
+    with patched(model, RopeConfig(sibling_penalty=0)), flex_always_chosen():
+        logger = AttentionLogger(model, torch.bfloat16, lines.append)
+        first = logger(batches[:3])
         assert lines == []
         assert next(first) is batches[0]
         assert lines == ["attention: flex_attention for up to 16 tokens"]
-        assert [*first, *announced(batches[3:])] == batches[1:]
+        assert [*first, *logger(batches[3:])] == batches[1:]
     assert lines[1:] == ["attention: flex_attention for up to 32 tokens"]

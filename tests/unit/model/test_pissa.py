@@ -1,6 +1,4 @@
-"""A start from the principal directions of the base: stored, made again bit for bit, refused where it cannot
-be had.
-"""
+"""PiSSA adapters: stored as plain ones, initialised bit for bit again, refused for unsupported layers."""
 
 from __future__ import annotations
 
@@ -9,7 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from adapting import IDS, ROPE, close, logits, logits_elsewhere, lora, patched, train
+from adapting import (
+    IDS,
+    ROPE,
+    allclose_logits,
+    logits,
+    logits_in_fresh_process,
+    lora_config,
+    patched_llama,
+    train,
+)
 from peft import PeftModel
 from tiny import tiny_llama, tiny_tokenizer
 
@@ -20,23 +27,27 @@ from parallelmind.model.adapter import add_lora, load_model_with_lora, save_adap
 from parallelmind.model.weights import load_weights, trained_weights
 
 
-def test_a_pissa_adapter_works_in_a_fresh_process_by_its_stored_rank(
+def test_a_pissa_adapter_loads_in_a_new_process_with_its_stored_rank(
     base: ModelConfig, tmp_path: Path
 ) -> None:
-    model = train(add_lora(patched(), lora(lora_init="pissa"), seed=0))
-    save_adapter(model, tiny_tokenizer(), tmp_path / "adapter", base, ROPE, lora(lora_init="pissa"))
-    assert close(logits_elsewhere(lora_path=str(tmp_path / "adapter"), lora_rank=8), logits(model))
+    model = train(add_lora(patched_llama(), lora_config(lora_init="pissa"), seed=0))
+    save_adapter(model, tiny_tokenizer(), tmp_path / "adapter", base, ROPE, lora_config(lora_init="pissa"))
+    assert allclose_logits(
+        logits_in_fresh_process(lora_path=str(tmp_path / "adapter"), lora_rank=8), logits(model)
+    )
     with pytest.raises(UserError, match="lora_rank=4: the adapter has lora_rank=8"):
         load_model_with_lora(lora_path=tmp_path / "adapter", lora_rank=4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_pissa_is_made_again_bit_for_bit_and_resumes(dtype: torch.dtype) -> None:
-    def made() -> PeftModel:
-        return add_lora(patched().to(dtype), lora(lora_init="pissa"), seed=0)
+def test_initialisation_is_deterministic_and_training_resumes(dtype: torch.dtype) -> None:
+    def initialised() -> PeftModel:
+        return add_lora(patched_llama().to(dtype), lora_config(lora_init="pissa"), seed=0)
 
-    first, again = made(), made()
-    assert all(torch.equal(one, two) for one, two in zip(first.parameters(), again.parameters(), strict=True))
+    first, second = initialised(), initialised()
+    assert all(
+        torch.equal(one, two) for one, two in zip(first.parameters(), second.parameters(), strict=True)
+    )
     assert {weight.dtype for weight in trained_weights(first).values()} == {torch.float32}
     changed = [name for name, weight in first.get_base_model().named_parameters() if "base_layer" in name]
     own = dict(tiny_llama().to(dtype).named_parameters())
@@ -54,25 +65,25 @@ def test_pissa_is_made_again_bit_for_bit_and_resumes(dtype: torch.dtype) -> None
     )
     train(first)
     load_weights(
-        again, {name: weight.clone() for name, weight in trained_weights(first).items()}, "checkpoint"
+        second, {name: weight.clone() for name, weight in trained_weights(first).items()}, "checkpoint"
     )
-    assert torch.equal(logits(again.eval()), logits(first))
+    assert torch.equal(logits(second.eval()), logits(first))
 
 
 def test_pissa_splits_transposed_weights_too(tmp_path: Path) -> None:
     model = tiny_model("gpt2").eval()
     expected = model(IDS).logits
-    adapted = add_lora(model, lora(lora_init="pissa", lora_targets="c_attn"), seed=0)
-    assert close(adapted.eval()(IDS).logits, expected)
+    adapted = add_lora(model, lora_config(lora_init="pissa", lora_targets="c_attn"), seed=0)
+    assert allclose_logits(adapted.eval()(IDS).logits, expected)
     for weight in trained_weights(adapted).values():
         weight.zero_()
-    assert not close(adapted(IDS).logits, expected)
+    assert not allclose_logits(adapted(IDS).logits, expected)
 
 
 @pytest.mark.parametrize(
-    ("settings", "overrides", "told"),
+    ("settings", "overrides", "message"),
     [
-        ({"lora_rank": 33}, {}, "lora_rank=33: lora_init=pissa takes at most the 32 directions of .*k_proj"),
+        ({"lora_rank": 33}, {}, "lora_rank=33: lora_init=pissa allows at most 32 for .*k_proj"),
         (
             {"lora_targets": "lm_head"},
             {"tie_word_embeddings": True},
@@ -85,8 +96,8 @@ def test_pissa_splits_transposed_weights_too(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_pissa_cannot_split_is_refused(
-    settings: dict[str, Any], overrides: dict[str, Any], told: str
+def test_layers_that_cannot_be_split_are_refused(
+    settings: dict[str, Any], overrides: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(UserError, match=told):
-        add_lora(tiny_llama(**overrides), lora(lora_init="pissa", **settings), seed=0)
+    with pytest.raises(UserError, match=message):
+        add_lora(tiny_llama(**overrides), lora_config(lora_init="pissa", **settings), seed=0)

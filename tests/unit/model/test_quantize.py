@@ -1,4 +1,4 @@
-"""LoRA on a base in few bits."""
+"""LoRA on a quantised base."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapting import ROPE, logits, lora, train
+from adapting import ROPE, logits, lora_config, train
 
 from parallelmind.config import ModelConfig
 from parallelmind.errors import UserError
@@ -36,7 +36,7 @@ def test_lora_on_a_quantised_base(base: ModelConfig, tmp_path: Path, bits: str, 
     frozen = {weight.dtype for weight in model.parameters()}
     assert frozen == {getattr(torch, dtype), torch.int8 if bits == "8bit" else torch.uint8}
     before = logits(model)
-    config = lora(use_dora=bits == "4bit")
+    config = lora_config(use_dora=bits == "4bit")
     adapted = add_lora(model, config, seed=0)
     layers = {
         name.rpartition(".")[2] for name, module in adapted.named_modules() if hasattr(module, "lora_A")
@@ -56,16 +56,16 @@ def test_lora_on_a_quantised_base(base: ModelConfig, tmp_path: Path, bits: str, 
 
 
 @pytest.mark.parametrize(
-    ("bits", "settings", "told"),
+    ("bits", "settings", "message"),
     [
         ("4bit", {"lora_init": "pissa"}, r"lora_init=pissa: cannot split .* \(Linear4bit\)"),
-        ("8bit", {"use_dora": True}, "^use_dora=true: loses the scales of 8-bit weights"),
+        ("8bit", {"use_dora": True}, "^use_dora=true: not supported on 8-bit weights"),
     ],
 )
-def test_what_a_quantised_base_cannot_do_is_refused(
-    base: ModelConfig, bits: str, settings: dict[str, Any], told: str
+def test_settings_that_a_quantised_base_does_not_support_are_refused(
+    base: ModelConfig, bits: str, settings: dict[str, Any], message: str
 ) -> None:
     pytest.importorskip("bitsandbytes")
     model, _ = load_base(ModelConfig.model_validate({**base.model_dump(), "quantize": bits}))
-    with pytest.raises(UserError, match=told):
-        add_lora(model, lora(**settings), seed=0)
+    with pytest.raises(UserError, match=message):
+        add_lora(model, lora_config(**settings), seed=0)

@@ -1,4 +1,4 @@
-"""Which pairs the ratio selects, and which coordinate drives each."""
+"""The pairs that a ratio selects, and the coordinate of each."""
 
 import pytest
 
@@ -25,10 +25,10 @@ def test_selected_pairs(pairs, ratio, where, expected):
     assert selected_pairs(pairs, ratio, where).tolist() == expected
 
 
-def test_branch_and_time_alternate_and_the_branch_comes_first():
+def test_selected_pairs_alternate_branch_first():
     assert pair_axes(6, 0.5, "low", "alone").tolist() == [FLAT, FLAT, FLAT, BRANCH, TIME, BRANCH]
     assert pair_axes(6, 0.5, "mid", "alone").tolist() == [FLAT, BRANCH, TIME, BRANCH, FLAT, FLAT]
 
 
-def test_a_branch_that_is_added_to_the_time_has_all_pairs():
+def test_added_branches_drive_all_selected_pairs():
     assert pair_axes(6, 0.5, "high", "added").tolist() == [BRANCH, BRANCH, BRANCH, FLAT, FLAT, FLAT]

@@ -1,6 +1,4 @@
-"""Models that cannot hold branches: recognised from their structure, refused in one line, decoded one row per
-branch.
-"""
+"""Models that do not support branches: recognised by structure, refused, decoded with one row per branch."""
 
 from __future__ import annotations
 
@@ -36,18 +34,18 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("model_type", "why"), REFUSED.items())
-def test_refused_before_anything_is_touched(model_type, why):
+@pytest.mark.parametrize(("model_type", "reason"), REFUSED.items())
+def test_unsupported_models_are_refused_unchanged(model_type, reason):
     model = tiny_model(model_type)
     classes = [type(module) for module in model.modules()]
-    with pytest.raises(UserError, match=f"{model_type} .*{why}.*patch_rope=false"):
+    with pytest.raises(UserError, match=f"{model_type} .*{reason}.*patch_rope=false"):
         patch(model, RopeConfig(rope_2d_ratio=0))
     assert [type(module) for module in model.modules()] == classes
     assert not is_patched(model)
 
 
-def test_refused_before_a_weight_is_read(tmp_path):
-    """The folder holds no weights at all, and the line is still about branches."""
+def test_unsupported_models_are_refused_before_weights_are_read(tmp_path):
+    """The folder has no weights, and the error is still about branches."""
     tiny_config("mamba").save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(UserError, match="recurrent or convolutional state.*patch_rope=false"):
@@ -55,38 +53,41 @@ def test_refused_before_a_weight_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("model_type", ["mamba", "jamba", "gpt2", "bloom"])
-def test_refused_models_still_decode_branches_in_rows_of_their_own(tmp_path, model_type):
+def test_unsupported_models_decode_branches_in_separate_rows(tmp_path, model_type):
     tiny_model(model_type).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     model, tokenizer = load_model_with_lora(base_model=str(tmp_path), patch_rope=False)
     branches, options = [[20, 21], [30]], {"max_new_tokens": 4, "ignore_eos": True}
-    with pytest.warns(UserNotice, match=f"{model_type} .*isolated, each in a row of its own"):
+    with pytest.warns(UserNotice, match=f"{model_type} .*isolated, in a row of its own"):
         together = generate(model, tokenizer, Sample(main=[5, 6, 7], branches=branches), **options)
     assert together == [generate_text(model, tokenizer, [5, 6, 7, *branch], **options) for branch in branches]
 
 
-def test_rows_need_a_memory_to_copy():
+def test_separate_rows_need_a_cache():
     with pytest.raises(UserError, match="openai-gpt keeps no state"):
         generate(tiny_model("openai-gpt"), tiny_tokenizer(), Sample(branches=[[5], [6]]), max_new_tokens=2)
 
 
-def test_a_patchable_model_is_not_decoded_in_rows_in_silence():
+def test_an_unpatched_supported_model_refuses_branches():
     with pytest.raises(UserError, match="2 given, but the model is not patched"):
         generate(tiny_model("llama"), tiny_tokenizer(), Sample(branches=[[5], [6]]), max_new_tokens=2)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "llama4_text", "mamba", "gpt2", "minimax_m3_vl_text"])
-def test_structure_alone_tells(model_type):
-    """What the meta device says is what the weights say."""
+def test_support_is_decided_on_the_meta_device(model_type):
+    """The result is that of the model with weights."""
     assert assess(build_meta_model(tiny_config(model_type))) == assess(tiny_model(model_type))
 
 
 @pytest.mark.parametrize(
-    ("model_type", "reaches"),
+    ("model_type", "windows"),
     [
         ("llama", {"full_attention": AttentionWindow()}),
         ("mistral", {"sliding_attention": AttentionWindow(window=6)}),
-        ("moshi", {"full_attention": AttentionWindow()}),  # its configuration has a window, its code none
+        (
+            "moshi",
+            {"full_attention": AttentionWindow()},
+        ),  # its configuration has a window that its code does not apply
         (
             "gemma3_text",
             {"sliding_attention": AttentionWindow(window=6), "full_attention": AttentionWindow()},
@@ -94,15 +95,15 @@ def test_structure_alone_tells(model_type):
         ("llama4_text", {"chunked_attention": AttentionWindow(chunk=6), "full_attention": AttentionWindow()}),
     ],
 )
-def test_how_far_layers_reach(model_type, reaches):
-    assert layer_windows(build_meta_model(tiny_config(model_type))) == reaches
+def test_layer_windows(model_type, windows):
+    assert layer_windows(build_meta_model(tiny_config(model_type))) == windows
 
 
 @pytest.mark.parametrize(
     "model_type", "cohere gemma2 granite minicpm3 modernbert-decoder nanochat llama4_text".split()
 )
 @torch.no_grad()
-def test_logits_from_hidden_states_are_the_models_own(model_type):
+def test_logits_from_hidden_states_equal_the_models(model_type):
     """Scaled, soft-capped and biased heads."""
     model = tiny_model(model_type)
     ids = torch.tensor([[5, 6, 7, 8]])
@@ -115,15 +116,15 @@ def adapted_layers(model_type: str) -> set[str]:
     return {name for name, module in adapted.named_modules() if hasattr(module, "lora_A")}
 
 
-def test_adapters_leave_towers_and_routers_alone():
+def test_towers_and_routers_get_no_adapter():
     layers = adapted_layers("gemma3")
     assert layers
     assert not [name for name in layers if "vision" in name]
     assert not [name for name in adapted_layers("llama4_text") if "router" in name]
 
 
-def test_an_adapter_of_a_model_without_branches(tmp_path):
-    """patch_rope=false: trained, saved and loaded like any other, on single branches."""
+def test_an_adapter_for_an_unpatched_model(tmp_path):
+    """With patch_rope=false it is trained on single branches, saved and loaded like any other."""
     rope, lora, folder = RopeConfig(patch_rope=False), LoraConfig(lora_rank=2), tmp_path / "base"
     tiny_model("mamba").save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
@@ -136,10 +137,12 @@ def test_an_adapter_of_a_model_without_branches(tmp_path):
     loss, targets = target_loss(adapted, batch, "isolated")
     loss.backward()
     assert targets == 3
-    moved = [weight for weight in adapted.parameters() if weight.grad is not None and weight.grad.any()]
-    assert moved
+    trained_weights = [
+        weight for weight in adapted.parameters() if weight.grad is not None and weight.grad.any()
+    ]
+    assert trained_weights
     with torch.no_grad():
-        for weight in moved:
+        for weight in trained_weights:
             weight.sub_(weight.grad.sign())
     save_adapter(adapted, tokenizer, tmp_path / "adapter", base, rope, lora)
     loaded, _ = load_model_with_lora(lora_path=tmp_path / "adapter")
@@ -148,7 +151,7 @@ def test_an_adapter_of_a_model_without_branches(tmp_path):
     )
 
 
-def test_what_peft_refuses_is_one_line():
+def test_errors_of_peft_become_one_line():
     with pytest.raises(UserError, match="lora_targets=out_proj: .*incompatible with Mamba"):
         add_lora(tiny_model("mamba"), LoraConfig(lora_targets="out_proj"), seed=0)
 

@@ -124,7 +124,7 @@ def test_a_head_that_its_class_does_not_know_is_refused(monkeypatch: pytest.Monk
         return output
 
     monkeypatch.setattr(model, "forward", capped)
-    with pytest.raises(UserError, match="not its own forward"):
+    with pytest.raises(UserError, match="cannot be computed from its hidden states"):
         check_lm_head(model)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapting import ROPE, close, logits, logits_elsewhere, lora, patched, train
+from adapting import ROPE, allclose_logits, logits, logits_in_fresh_process, lora_config, patched_llama, train
 from safetensors.torch import load_file
 from tiny import save_tiny, tiny_llama, tiny_tokenizer
 from torch import Tensor
@@ -41,13 +41,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def test_a_variant_starts_as_the_base_learns_and_comes_back(
     base: ModelConfig, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
-    before, model = logits(patched()), add_lora(patched(), lora(**settings), seed=0)
-    assert close(logits(model), before)
+    before, model = logits(patched_llama()), add_lora(patched_llama(), lora_config(**settings), seed=0)
+    assert allclose_logits(logits(model), before)
     expected = logits(train(model))
     assert (expected - before).abs().max() > 0.1
-    save_adapter(model, tiny_tokenizer(), tmp_path / "adapter", base, ROPE, lora(**settings))
+    save_adapter(model, tiny_tokenizer(), tmp_path / "adapter", base, ROPE, lora_config(**settings))
     loaded, _ = load_model_with_lora(lora_path=tmp_path / "adapter")
-    assert close(logits(loaded), expected)
+    assert allclose_logits(logits(loaded), expected)
     manifest, written = (
         read_manifest(tmp_path / "adapter"),
         json.loads((tmp_path / "adapter/adapter_config.json").read_text()),
@@ -59,7 +59,7 @@ def test_a_variant_starts_as_the_base_learns_and_comes_back(
 
 
 def test_lora_stays_float32_on_a_float16_base() -> None:
-    model = train(add_lora(patched().to(torch.float16), lora(use_dora=True), seed=0), steps=1)
+    model = train(add_lora(patched_llama().to(torch.float16), lora_config(use_dora=True), seed=0), steps=1)
     assert {weight.dtype for weight in trained_weights(model).values()} == {torch.float32}
     assert logits(model).dtype == torch.float16
 
@@ -79,7 +79,7 @@ def test_a_whole_model_comes_back_with_its_placement(tmp_path: Path, tied: bool)
     assert ("lm_head.weight" in trained_weights(model)) == (not tied)
     save_trained(model, tokenizer, tmp_path / "model", run(base, tuning="full"), {"metrics": {"loss": 1.5}})
     found = str(tmp_path / "model")
-    there = logits_elsewhere(base_model=found) if tied else logits(load_model_with_lora(found)[0])
+    there = logits_in_fresh_process(base_model=found) if tied else logits(load_model_with_lora(found)[0])
     assert torch.equal(there, expected)
     assert (there - before).abs().max() > 0.1
     manifest = read_manifest(tmp_path / "model", "base_model")
@@ -99,25 +99,25 @@ def test_weights_from_elsewhere_are_saved_in_place_of_the_models_own(
         ("pissa", {"lora_init": "pissa"}),
     ):
         config = run(base, **{"lora_rank": 4, **settings})
-        model = patched() if name == "model" else add_lora(patched(), config.lora, seed=0)
+        model = patched_llama() if name == "model" else add_lora(patched_llama(), config.lora, seed=0)
         gathered = {name: weight.clone() for name, weight in trained_weights(train(model)).items()}
         expected = logits(model)
         for weight in trained_weights(model).values():
             weight.zero_()
         save_trained(model, tiny_tokenizer(), tmp_path / name, config, weights=gathered)
         where = {"base_model": str(tmp_path / name)} if name == "model" else {"lora_path": tmp_path / name}
-        assert close(logits(load_model_with_lora(**where)[0]), expected)
+        assert allclose_logits(logits(load_model_with_lora(**where)[0]), expected)
 
 
 def test_a_whole_model_is_filled_like_an_adapter() -> None:
     saved = {name: weight.clone() for name, weight in trained_weights(tiny_llama(seed=1)).items()}
-    model = patched()
+    model = patched_llama()
     load_weights(model, saved, "checkpoint")
     assert torch.equal(logits(model), logits_of_seed_one())
-    with pytest.raises(UserError, match="^checkpoint: .*do not agree on lm_head.weight"):
+    with pytest.raises(UserError, match="^checkpoint: .*differ in lm_head.weight"):
         load_weights(model, {**saved, "lm_head.weight": torch.zeros(1, 64)}, "checkpoint")
     saved.pop("lm_head.weight")
-    with pytest.raises(UserError, match="^checkpoint: .*do not agree on lm_head.weight"):
+    with pytest.raises(UserError, match="^checkpoint: .*differ in lm_head.weight"):
         load_weights(model, saved, "checkpoint")
 
 
@@ -130,7 +130,7 @@ def logits_of_seed_one() -> Tensor:
 @pytest.fixture(scope="module")
 def whole(base: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "model"
-    save_trained(patched(), tiny_tokenizer(), folder, run(base, tuning="full"))
+    save_trained(patched_llama(), tiny_tokenizer(), folder, run(base, tuning="full"))
     return folder
 
 
@@ -147,14 +147,19 @@ def test_a_whole_model_and_an_adapter_are_not_taken_for_each_other(
     with pytest.raises(UserError, match=r"lora_path=.*holds a whole model.*base_model"):
         load_model_with_lora(lora_path=whole)
     save_adapter(
-        add_lora(patched(), lora(), seed=0), tiny_tokenizer(), tmp_path / "adapter", base, ROPE, lora()
+        add_lora(patched_llama(), lora_config(), seed=0),
+        tiny_tokenizer(),
+        tmp_path / "adapter",
+        base,
+        ROPE,
+        lora_config(),
     )
     with pytest.raises(UserError, match=r"base_model=.*holds an adapter.*lora_path"):
         load_model_with_lora(str(tmp_path / "adapter"))
 
 
 def test_a_changed_file_of_a_whole_model_is_refused(base: ModelConfig, tmp_path: Path) -> None:
-    save_trained(patched(), tiny_tokenizer(), tmp_path / "model", run(base, tuning="full"))
+    save_trained(patched_llama(), tiny_tokenizer(), tmp_path / "model", run(base, tuning="full"))
     weights = tmp_path / "model/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
     with pytest.raises(UserError, match=r"base_model=.*: model\.safetensors is .*copy the folder again"):
@@ -164,18 +169,24 @@ def test_a_changed_file_of_a_whole_model_is_refused(base: ModelConfig, tmp_path:
 @pytest.fixture(scope="module")
 def begun(base: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor]:
     folder = tmp_path_factory.mktemp("begun") / "adapter"
-    model = train(add_lora(patched(), lora(), seed=0))
-    save_adapter(model, tiny_tokenizer(), folder, base, ROPE, lora())
+    model = train(add_lora(patched_llama(), lora_config(), seed=0))
+    save_adapter(model, tiny_tokenizer(), folder, base, ROPE, lora_config())
     return folder, logits(model)
 
 
 def test_an_adapter_is_trained_further(base: ModelConfig, begun: tuple[Path, Tensor]) -> None:
-    model = resume_adapter(patched().to(torch.bfloat16), tiny_tokenizer(), begun[0], lora(lora_dropout=0.1))
+    model = resume_adapter(
+        patched_llama().to(torch.bfloat16), tiny_tokenizer(), begun[0], lora_config(lora_dropout=0.1)
+    )
     assert {weight.dtype for weight in trained_weights(model).values()} == {torch.float32}
-    model = resume_adapter(patched(), tiny_tokenizer(), begun[0], lora(lora_dropout=0.1))
+    model = resume_adapter(patched_llama(), tiny_tokenizer(), begun[0], lora_config(lora_dropout=0.1))
     assert torch.equal(logits(model.eval()), begun[1])
     assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {0.1}
-    expected = {name for name, _ in add_lora(patched(), lora(), seed=0).named_parameters() if "lora_" in name}
+    expected = {
+        name
+        for name, _ in add_lora(patched_llama(), lora_config(), seed=0).named_parameters()
+        if "lora_" in name
+    }
     assert {name for name, weight in model.named_parameters() if weight.requires_grad} == expected
     assert (logits(train(model)) - begun[1]).abs().max() > 0.1
 
@@ -192,19 +203,19 @@ def test_going_on_with_other_settings_is_refused(
     begun: tuple[Path, Tensor], settings: dict[str, Any], told: str
 ) -> None:
     with pytest.raises(UserError, match=told):
-        resume_adapter(patched(), tiny_tokenizer(), begun[0], lora(**settings))
+        resume_adapter(patched_llama(), tiny_tokenizer(), begun[0], lora_config(**settings))
 
 
 def test_going_on_with_another_placement_is_refused(begun: tuple[Path, Tensor]) -> None:
     model = tiny_llama()
     patch(model, ROPE.model_copy(update={"positions": "flat"}))
     with pytest.raises(UserError, match="positions=flat: the adapter has positions=time"):
-        resume_adapter(model, tiny_tokenizer(), begun[0], lora())
+        resume_adapter(model, tiny_tokenizer(), begun[0], lora_config())
 
 
 def test_only_safetensors_is_written(base: ModelConfig, begun: tuple[Path, Tensor], whole: Path) -> None:
     assert set(load_file(begun[0] / "adapter_model.safetensors")) == set(
-        trained_weights(add_lora(patched(), lora(), seed=0))
+        trained_weights(add_lora(patched_llama(), lora_config(), seed=0))
     )
     names = [path.suffix for folder in (begun[0], whole) for path in folder.iterdir()]
     assert set(names) <= {".safetensors", ".json", ".jinja", ".md"}

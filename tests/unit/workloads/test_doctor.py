@@ -104,15 +104,15 @@ def test_truncated_and_missing_weights_fail(cwd: Path) -> None:
     (folder / "model.safetensors").write_bytes(weights[:-100])
     result = run_check("model", base_model=str(folder))
     assert result.status == "FAIL"
-    assert "is not whole (model.safetensors: " in result.message
+    assert "is incomplete (model.safetensors: " in result.message
     assert result.remedy == "save the model there again with save_pretrained"
     (folder / "model.safetensors").unlink()
-    assert "is not whole (it has no model.safetensors)" in run_check("model", base_model=str(folder)).message
+    assert "is incomplete (it has no model.safetensors)" in run_check("model", base_model=str(folder)).message
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"a": "model-1.safetensors"}})
     )
     assert (
-        "is not whole (model-1.safetensors is missing)" in run_check("model", base_model=str(folder)).message
+        "is incomplete (model-1.safetensors is missing)" in run_check("model", base_model=str(folder)).message
     )
 
 
