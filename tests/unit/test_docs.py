@@ -76,6 +76,35 @@ def is_importable(name: str) -> bool:
         return hasattr(import_module(module), attribute)
 
 
+def test_architecture_names_functions_of_the_files_beside_them() -> None:
+    """In tables with the columns file and function, each function is defined in a file of its row."""
+    rows = [
+        [re.findall(r"`([^`]+)`", cell) for cell in line.strip("|").split("|")]
+        for line in (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith("| ")
+    ]
+    paths_of_requests_and_records = [(row[-2], row[-1]) for row in rows if len(row) == 4 and row[-2]]
+    assert len(paths_of_requests_and_records) > 30
+    for files, functions in paths_of_requests_and_records:
+        defined = set().union(*(definitions(file) for file in files))
+        assert set(functions) <= defined, f"{set(functions) - defined}: not in {files}"
+
+
+def definitions(file: str) -> set[str]:
+    """Return the functions, classes and `Class.method`s of a file."""
+    path = next(root / file for root in (ROOT, LIBRARY) if (root / file).is_file())
+    names = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            functions = (
+                item for item in node.body if isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef)
+            )
+            names |= {f"{node.name}.{function.name}" for function in functions}
+    return names
+
+
 @of("bash", "sh", "shell")
 def test_commands_are_valid(block: Block) -> None:
     for words in commands(block):
