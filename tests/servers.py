@@ -1,4 +1,4 @@
-"""`python -m serving` as a user runs it: real Ray Serve on a loopback port, plain HTTP."""
+"""`python -m serving` in a process of its own, reached by plain HTTP on a loopback port."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _WAIT_S = 120
 
 
 def save_talker(folder: Path) -> str:
-    """A tiny model that never prefers the end-of-text token, so that an answer is as long as it may be."""
+    """Save a tiny model that never ends a text by itself: an output is as long as max_tokens allows."""
     model, tokenizer = tiny_llama(), tiny_tokenizer()
     with torch.no_grad():
         model.lm_head.weight[tokenizer.eos_token_id] = 0
@@ -40,7 +40,7 @@ def save_talker(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class Server:
-    """A running server. log: what it has printed."""
+    """A running server. log: the file with its output."""
 
     process: subprocess.Popen[bytes]
     port: int
@@ -52,7 +52,7 @@ class Server:
         return f"http://{self.host}:{self.port}"
 
     def family(self, name: str = "") -> list[psutil.Process]:
-        """Its processes, children of children too, whose command names this."""
+        """Its descendant processes whose command line contains the name."""
         return family(self.process.pid, name)
 
     def get(self, path: str) -> tuple[int, Any]:
@@ -65,7 +65,7 @@ class Server:
         return self.connect(method, path, body, **headers).getresponse()
 
     def connect(self, method: str, path: str, body: Any = None, **headers: str) -> http.client.HTTPConnection:
-        """A connection on which the request has been sent."""
+        """A connection on which the request has been sent and the response not been read."""
         connection = http.client.HTTPConnection(self.host, self.port, timeout=_WAIT_S)
         content = json.dumps(body) if isinstance(body, (dict, list)) else body
         connection.request(
@@ -74,7 +74,7 @@ class Server:
         return connection
 
     def stream(self, path: str, body: dict[str, Any]) -> Iterator[Any]:
-        """The bodies of all events; the last is "[DONE]", unless the stream was cut off."""
+        """The events of a stream; the last is "[DONE]" unless the stream was cut off."""
         with self.request("POST", path, {**body, "stream": True}) as response:
             assert response.status == 200, response.read()
             for line in response:
@@ -82,8 +82,8 @@ class Server:
                 if text:
                     yield text if text == "[DONE]" else json.loads(text)
 
-    def meter(self, name: str) -> float:
-        """The sum of a meter over all processes and labels."""
+    def metric(self, name: str) -> float:
+        """The sum of a metric over all processes and labels."""
         with self.request("GET", "/metrics") as response:
             lines = response.read().decode().splitlines()
         return sum(
@@ -94,14 +94,16 @@ class Server:
 
 
 def listening(process: psutil.Process) -> set[str]:
-    """The addresses that it and its children, children of theirs too, accept connections at."""
-    found = set()
-    for each in [process, *process.children(recursive=True)]:
-        with suppress(psutil.NoSuchProcess):  # it has gone meanwhile
-            found |= {
-                one.laddr.ip for one in each.net_connections("inet") if one.status == psutil.CONN_LISTEN
+    """The addresses that a process and its descendants listen on."""
+    addresses = set()
+    for member in [process, *process.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+            addresses |= {
+                connection.laddr.ip
+                for connection in member.net_connections("inet")
+                if connection.status == psutil.CONN_LISTEN
             }
-    return found
+    return addresses
 
 
 def answer(response: http.client.HTTPResponse) -> tuple[int, Any]:
@@ -112,9 +114,9 @@ def answer(response: http.client.HTTPResponse) -> tuple[int, Any]:
 
 @contextmanager
 def serving(folder: Path, complaints: bool = False, **fields: Any) -> Iterator[Server]:
-    """A server until the end of the block, where Ctrl-C must end it cleanly, and all of its Ray with it.
+    """Run a server until the end of the block, where SIGINT must end it and all of its processes.
 
-    complaints: whether Ray may have printed tracebacks, as it does when its processes are killed.
+    complaints: whether the log may hold tracebacks, as it does when processes are killed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     log, port = folder / "log", free_port()

@@ -1,6 +1,4 @@
-"""The site that the browser visits: a real server whose model takes its time, so that a person's clicks find
-it talking.
-"""
+"""The site that the browser visits: a server with a model slow enough for clicks to reach running samples."""
 
 from __future__ import annotations
 
@@ -19,17 +17,17 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("site")
     with serving(
-        folder / "server", base_model=_save_slow_talker(folder / "tiny"), served_name="tiny"
+        folder / "server", base_model=_save_slow_model(folder / "tiny"), served_name="tiny"
     ) as server:
         yield server.url
 
 
-def _save_slow_talker(folder: Path) -> str:
-    """About 60 million random weights: some 40 steps a second; it never ends a text."""
+def _save_slow_model(folder: Path) -> str:
+    """Save a model of about 60 million random weights: some 40 steps a second, and it never ends a text."""
     tokenizer = tiny_tokenizer()
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -1,17 +1,15 @@
-"""The server as its clients see it: OpenAI's own client, plain HTTP, and whoever leaves early."""
+"""The server as its clients see it: OpenAI's own client, plain HTTP, and clients that leave early."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import openai
 import psutil
 import pytest
-from servers import LOOPBACK, Server, listening, save_talker, serving
+from servers import LOOPBACK, Server, listening
 
 import parallelmind as pm
 
@@ -28,26 +26,13 @@ BRANCHES = {
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_talker(tmp_path_factory.mktemp("serving") / "talker")
+def client(shared_server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{shared_server.url}/v1", api_key="none", max_retries=0)
 
 
 @pytest.fixture(scope="module")
-def server(base: str) -> Iterator[Server]:
-    with serving(
-        Path(base).parent / "server", base_model=base, max_requests=16, max_body_bytes=65536
-    ) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def client(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-
-
-@pytest.fixture(scope="module")
-def model(base: str) -> Any:
-    return pm.load_model_with_lora(base)
+def model(talker: str) -> Any:
+    return pm.load_model_with_lora(talker)
 
 
 @pytest.fixture(scope="module")
@@ -60,16 +45,16 @@ def test_openais_client_lists_models(client: openai.OpenAI) -> None:
 
 
 def test_prompts_are_branches_of_one_sample(client: openai.OpenAI, expected: list[str]) -> None:
-    found = client.completions.create(**GREEDY)
-    assert [(choice.index, choice.text, choice.finish_reason) for choice in found.choices] == [
+    response = client.completions.create(**GREEDY)
+    assert [(choice.index, choice.text, choice.finish_reason) for choice in response.choices] == [
         (0, expected[0], "length"),
         (1, expected[1], "length"),
     ]
-    assert found.usage is not None
-    assert found.usage.completion_tokens == 48
+    assert response.usage is not None
+    assert response.usage.completion_tokens == 48
 
 
-def test_a_stream_says_the_same(client: openai.OpenAI, expected: list[str]) -> None:
+def test_a_stream_holds_the_same_output(client: openai.OpenAI, expected: list[str]) -> None:
     texts, reasons, usage = ["", ""], [None, None], None
     for part in client.completions.create(**GREEDY, stream=True, stream_options={"include_usage": True}):
         usage = part.usage or usage
@@ -80,18 +65,20 @@ def test_a_stream_says_the_same(client: openai.OpenAI, expected: list[str]) -> N
     assert usage == client.completions.create(**GREEDY).usage
 
 
-def test_answers_to_a_conversation_are_branches_that_share_it(client: openai.OpenAI, model: Any) -> None:
+def test_the_answers_of_a_chat_are_branches_that_share_the_conversation(
+    client: openai.OpenAI, model: Any
+) -> None:
     asked: Any = {
         "model": "talker",
         "messages": [{"role": "user", "content": "who works?"}],
         "temperature": 0,
         "max_tokens": 9,
     }
-    found = client.chat.completions.create(**asked, n=2)
+    response = client.chat.completions.create(**asked, n=2)
     text = model[1].apply_chat_template(asked["messages"], tokenize=False, add_generation_prompt=True)
     main, turn = text[: -len("<s>assistant\n")], "<s>assistant\n"
     expected = pm.generate(*model, pm.Sample(main, [turn] * 2), max_new_tokens=9)
-    assert [choice.message.content for choice in found.choices] == expected
+    assert [choice.message.content for choice in response.choices] == expected
     streamed = ["", ""]
     for part in client.chat.completions.create(**asked, n=2, stream=True):
         for choice in part.choices:
@@ -99,7 +86,7 @@ def test_answers_to_a_conversation_are_branches_that_share_it(client: openai.Ope
     assert streamed == expected
 
 
-def test_a_seed_repeats_and_its_absence_does_not(client: openai.OpenAI) -> None:
+def test_only_outputs_with_a_seed_repeat(client: openai.OpenAI) -> None:
     def texts(**seed: Any) -> list[str]:
         return [
             choice.text
@@ -112,37 +99,37 @@ def test_a_seed_repeats_and_its_absence_does_not(client: openai.OpenAI) -> None:
 
 
 def test_logprobs_are_those_of_the_library(client: openai.OpenAI, model: Any) -> None:
-    found = (
+    response = (
         client.completions.create(**{**GREEDY, "prompt": PROMPTS[0], "max_tokens": 4}, logprobs=3)
         .choices[0]
         .logprobs
     )
     events = list(pm.stream(*model, pm.Sample(branches=PROMPTS[:1]), max_new_tokens=4, logprobs=3))
-    assert found is not None
-    assert found.token_logprobs == pytest.approx([event.logprob for event in events], abs=1e-4)
-    assert [len(each) for each in found.top_logprobs or []] == [3] * 4
+    assert response is not None
+    assert response.token_logprobs == pytest.approx([event.logprob for event in events], abs=1e-4)
+    assert [len(each) for each in response.top_logprobs or []] == [3] * 4
 
 
-def test_branches_have_settings_of_their_own_and_coordinates(server: Server, model: Any) -> None:
+def test_branches_have_settings_of_their_own_and_coordinates(shared_server: Server, model: Any) -> None:
     own = {
         **BRANCHES,
         "branches": [{"text": QUESTIONS[0], "max_tokens": 3}, {"text": QUESTIONS[1]}],
         "reduce": " so",
     }
-    status, found = server.post("/v1/branches", own)
+    status, response = shared_server.post("/v1/branches", own)
     settings: list[dict[str, Any]] = [{"max_new_tokens": 3}, {}]
     expected = pm.generate(
         *model, pm.Sample(MAIN, QUESTIONS), per_branch=settings, reduce=" so", max_new_tokens=12
     )
     assert status == 200
-    assert [branch["text"] for branch in found["branches"]] == expected
-    assert [len(branch["tokens"]) for branch in found["branches"]] == [3, 12, 12]
-    assert [branch["branch"] for branch in found["branches"]] == [16, 32, 48]
+    assert [branch["text"] for branch in response["branches"]] == expected
+    assert [len(branch["tokens"]) for branch in response["branches"]] == [3, 12, 12]
+    assert [branch["branch"] for branch in response["branches"]] == [16, 32, 48]
 
 
-def test_one_branch_is_stopped_and_another_joins_while_a_sample_goes_on(server: Server) -> None:
+def test_a_running_sample_loses_one_branch_and_gains_another(shared_server: Server) -> None:
     sample, reasons, tokens = "", {}, dict[int, int]()
-    for event in server.stream("/v1/branches", {**BRANCHES, "max_tokens": 200}):
+    for event in shared_server.stream("/v1/branches", {**BRANCHES, "max_tokens": 200}):
         if event == "[DONE]":
             break
         for delta in event.get("deltas", []):
@@ -151,19 +138,20 @@ def test_one_branch_is_stopped_and_another_joins_while_a_sample_goes_on(server: 
         if event["object"] == "branches.begun":
             sample = event["id"]
             assert (
-                server.post(f"/v1/branches/{sample}/branches", {"text": " when?", "max_tokens": 5})[0] == 201
+                shared_server.post(f"/v1/branches/{sample}/branches", {"text": " when?", "max_tokens": 5})[0]
+                == 201
             )
-            assert server.request("DELETE", f"/v1/branches/{sample}/branches/0").status == 204
+            assert shared_server.request("DELETE", f"/v1/branches/{sample}/branches/0").status == 204
     assert reasons == {0: "cancelled", 1: "length", 2: "length"}
     assert (tokens[1], tokens[2]) == (200, 5)
     assert tokens[0] < 200
-    assert server.request("DELETE", f"/v1/branches/{sample}").status == 404
+    assert shared_server.request("DELETE", f"/v1/branches/{sample}").status == 404
 
 
-def test_text_comes_back_from_its_tokens(server: Server) -> None:
-    _, found = server.post("/tokenize", {"prompt": PROMPTS[0]})
-    assert found["count"] == len(found["tokens"])
-    assert server.post("/detokenize", {"tokens": found["tokens"]})[1] == {"prompt": PROMPTS[0]}
+def test_detokenize_inverts_tokenize(shared_server: Server) -> None:
+    _, response = shared_server.post("/tokenize", {"prompt": PROMPTS[0]})
+    assert response["count"] == len(response["tokens"])
+    assert shared_server.post("/detokenize", {"tokens": response["tokens"]})[1] == {"prompt": PROMPTS[0]}
 
 
 @pytest.mark.parametrize(
@@ -180,12 +168,12 @@ def test_text_comes_back_from_its_tokens(server: Server) -> None:
         ({"model": "other"}, 404, "model", "model_not_found"),
     ],
 )
-def test_a_refusal_has_openais_shape(
-    server: Server, change: dict[str, Any], status: int, param: str, code: str
+def test_an_error_has_openais_format(
+    shared_server: Server, change: dict[str, Any], status: int, param: str, code: str
 ) -> None:
-    found, body = server.post("/v1/completions", {**GREEDY, **change})
+    response, body = shared_server.post("/v1/completions", {**GREEDY, **change})
     error = body["error"]
-    assert (found, error["type"], error["param"], error["code"]) == (
+    assert (response, error["type"], error["param"], error["code"]) == (
         status,
         "invalid_request_error",
         param,
@@ -195,41 +183,43 @@ def test_a_refusal_has_openais_shape(
     assert "\n" not in error["message"]
 
 
-def test_too_many_at_once_are_told_to_come_again(server: Server) -> None:
-    working = [server.connect("POST", "/v1/completions", {**GREEDY, "max_tokens": 200}) for _ in range(16)]
+def test_requests_beyond_max_requests_get_429(shared_server: Server) -> None:
+    working = [
+        shared_server.connect("POST", "/v1/completions", {**GREEDY, "max_tokens": 200}) for _ in range(16)
+    ]
     deadline = time.monotonic() + 20
-    while server.meter("open_requests") <= 16 and time.monotonic() < deadline:
+    while shared_server.metric("open_requests") <= 16 and time.monotonic() < deadline:
         time.sleep(0.01)
-    with server.request("POST", "/v1/completions", GREEDY) as refused:
+    with shared_server.request("POST", "/v1/completions", GREEDY) as refused:
         assert (refused.status, refused.headers["retry-after"]) == (429, "1")
     assert [connection.getresponse().status for connection in working] == [200] * 16
-    assert server.post("/v1/completions", GREEDY)[0] == 200
+    assert shared_server.post("/v1/completions", GREEDY)[0] == 200
 
 
 @pytest.mark.parametrize("late_s", [0, 0.1])
 @pytest.mark.parametrize("stream", [True, False])
-def test_who_leaves_frees_the_engine(server: Server, stream: bool, late_s: float) -> None:
-    """late_s: how long after its headers the body comes."""
+def test_a_client_that_leaves_frees_the_engine(shared_server: Server, stream: bool, late_s: float) -> None:
+    """late_s: seconds between the headers and the body."""
     body = json.dumps({**GREEDY, "max_tokens": 400, "stream": stream}).encode()
     parts = (time.sleep(late_s) or body for _ in range(1))
-    leaver = server.connect("POST", "/v1/completions", parts, **{"content-length": str(len(body))})
+    leaver = shared_server.connect("POST", "/v1/completions", parts, **{"content-length": str(len(body))})
     deadline = time.monotonic() + 20
-    while not server.meter("live_branches"):
+    while not shared_server.metric("live_branches"):
         assert time.monotonic() < deadline
     leaver.close()
     left = time.monotonic()
-    while server.meter("live_branches"):
+    while shared_server.metric("live_branches"):
         assert time.monotonic() < left + 2
-    assert server.meter("open_requests") == 1  # the one that asks
+    assert shared_server.metric("open_requests") == 1  # the request for the metrics
 
 
-def test_a_body_that_is_too_long_is_not_read(server: Server) -> None:
-    status, body = server.post("/v1/completions", {**GREEDY, "prompt": "x" * 70000})
+def test_a_body_that_is_too_long_is_rejected(shared_server: Server) -> None:
+    status, body = shared_server.post("/v1/completions", {**GREEDY, "prompt": "x" * 70000})
     assert (status, body["error"]["code"]) == (413, "too_large")
 
 
-def test_meters_and_health_are_open_to_see(server: Server) -> None:
-    assert server.get("/health") == (200, {"status": "ok"})
+def test_metrics_and_health_are_served(shared_server: Server) -> None:
+    assert shared_server.get("/health") == (200, {"status": "ok"})
     for name in (
         "requests_total",
         "time_to_first_token_seconds_count",
@@ -237,10 +227,10 @@ def test_meters_and_health_are_open_to_see(server: Server) -> None:
         "cache_tokens",
         "tokens_total",
     ):
-        assert server.meter(name) > 0, name
+        assert shared_server.metric(name) > 0, name
 
 
-def test_nothing_listens_beyond_this_machine(server: Server) -> None:
-    addresses = listening(psutil.Process(server.process.pid))
+def test_nothing_listens_beyond_this_machine(shared_server: Server) -> None:
+    addresses = listening(psutil.Process(shared_server.process.pid))
     assert addresses
     assert addresses <= LOOPBACK

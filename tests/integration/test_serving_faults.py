@@ -63,7 +63,7 @@ def during(server: Server, act: Any, clients: int = 6) -> list[list[tuple[str, l
     with ThreadPoolExecutor(clients) as pool:
         found = [pool.submit([unary, streamed][number % 2], server) for number in range(clients)]
         deadline = time.monotonic() + 60
-        while server.meter("live_branches") < clients:
+        while server.metric("live_branches") < clients:
             assert time.monotonic() < deadline
         act()
         return [each.result() for each in found]
@@ -85,9 +85,9 @@ def wait_for_engines(server: Server, count: int = 2) -> None:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
 def test_samples_go_on_where_their_engine_was_lost(server: Server, expected: Any, number: int) -> None:
     wait_for_engines(server)
-    moved = server.meter("moved_samples_total")
+    moved = server.metric("moved_samples_total")
     assert during(server, lambda: signalled(server, "EngineReplica", number)) == [expected] * 6
-    assert server.meter("moved_samples_total") > moved
+    assert server.metric("moved_samples_total") > moved
     wait_for_engines(server)
 
 
@@ -110,7 +110,7 @@ def test_the_way_in_is_back_in_seconds(server: Server, expected: Any, name: str)
         except (OSError, AssertionError, ValueError):
             time.sleep(0.2)
     print(f"{name}: back after {time.monotonic() - lost:.1f} s")
-    assert server.meter("live_branches") == 0  # whoever was cut off is not worked for
+    assert server.metric("live_branches") == 0  # whoever was cut off is not worked for
 
 
 def test_a_lost_engine_is_replaced_by_a_new_process(server: Server) -> None:

@@ -137,7 +137,7 @@ def test_a_new_version_serves_what_begins_after_it(
     asked = {"model": CHAMPION, "max_tokens": LONG}
     with ThreadPoolExecutor(4) as pool:
         begun = [pool.submit(said, server, number % 2 == 0, **asked) for number in range(4)]
-        wait_until(lambda: server.meter("live_branches") == 8)
+        wait_until(lambda: server.metric("live_branches") == 8)
         tracking.MlflowClient(registry).set_registered_model_alias("demo", "champion", "2")
         later = said(server, **{**asked, "max_tokens": 8})
         assert not any(each.done() for each in begun)
