@@ -1,4 +1,4 @@
-"""Engines over a tiny model, and what their samples have said."""
+"""Engines over a tiny model, and the tokens of their samples."""
 
 from __future__ import annotations
 
@@ -27,38 +27,38 @@ def tiny_engine(config: RopeConfig = ISOLATED, kind: type[Engine] = Engine, **li
     return kind(model, tiny_tokenizer(), EngineConfig(**{"cache_tokens": 4096, **limits}))
 
 
-class Interrupted:
-    """A forward pass before whose first computation something happens, as from another thread."""
+class InterruptedRunner:
+    """A model runner that calls `act` before each forward pass, as another thread could."""
 
-    def __init__(self, forward: Any, act: Callable[[], object]) -> None:
-        self._forward, self._act = forward, act
+    def __init__(self, runner: Any, act: Callable[[], object]) -> None:
+        self._runner, self._act = runner, act
 
     def __call__(self, *args: Any) -> Any:
         self._act()
-        return self._forward(*args)
+        return self._runner(*args)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._forward, name)
+        return getattr(self._runner, name)
 
 
 def step_interrupted(engine: Engine, act: Callable[[], object]) -> list[Event]:
-    """A step in which `act` comes when the work has been chosen and nothing is computed yet."""
-    forward = engine.runner
-    engine.runner = Interrupted(forward, act)  # type: ignore[assignment]
+    """Step the engine; `act` is called after scheduling and before the forward pass."""
+    runner = engine.runner
+    engine.runner = InterruptedRunner(runner, act)  # type: ignore[assignment]
     events = engine.step()
-    engine.runner = forward
+    engine.runner = runner
     return events
 
 
-def run(engine: Engine) -> list[Event]:
-    """All that is said until nothing is left to say."""
+def run_to_end(engine: Engine) -> list[Event]:
+    """Step the engine until it is idle; returns all events."""
     events = []
     while engine.busy:
         events += engine.step()
     return events
 
 
-def said(events: list[Event]) -> dict[tuple[int, int], list[int]]:
+def tokens_by_branch(events: list[Event]) -> dict[tuple[int, int], list[int]]:
     """The tokens of every (sample, branch)."""
     tokens = defaultdict(list)
     for event in events:
@@ -66,15 +66,15 @@ def said(events: list[Event]) -> dict[tuple[int, int], list[int]]:
     return tokens
 
 
-def answers(engine: Engine, *args: Any, **settings: Any) -> list[list[int]]:
-    """What the branches of one sample say, with nobody else about."""
-    number = engine.submit(*args, **settings)
-    tokens = said(run(engine))
-    return [tokens[sample, branch] for sample, branch in sorted(tokens) if sample == number]
+def decode(engine: Engine, *args: Any, **settings: Any) -> list[list[int]]:
+    """Tokens of every branch of one sample, decoded alone."""
+    sample_id = engine.submit(*args, **settings)
+    tokens = tokens_by_branch(run_to_end(engine))
+    return [tokens[sample, branch] for sample, branch in sorted(tokens) if sample == sample_id]
 
 
 def save_random_adapter(folder: Path, base: ModelConfig, seed: int) -> None:
-    """An adapter that changes what the tiny model says, as training would."""
+    """Save an adapter that changes the tokens of the tiny model."""
     model = tiny_llama()
     patch(model, ISOLATED)
     adapted = add_lora(model, LORA, seed)
@@ -87,7 +87,7 @@ def save_random_adapter(folder: Path, base: ModelConfig, seed: int) -> None:
 
 
 def saved_adapters(root: Path) -> list[Path]:
-    """Two adapters of one base, which is there too."""
+    """Save a base model and two adapters of it; returns the adapter folders."""
     base = ModelConfig(base_model=save_tiny(root / "base"))
     for seed in range(2):
         save_random_adapter(root / str(seed), base, seed)

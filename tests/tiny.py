@@ -1,4 +1,4 @@
-"""A tiny tokenizer and a tiny Llama, built in memory: the stand-ins for real models in fast tests."""
+"""A tiny tokenizer and a tiny Llama, built in memory, that replace real models in fast tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 _CORPUS = [
-    "The answer to the question is in the passage. Question: Answer: who what where the and of in is lives works"
+    "The answer to the question is in the passage. Question: Answer: who what where the and of in is "
+    "lives works"
 ]
 _TEMPLATE = (
     "{% for message in messages %}<s>{{ message['role'] }}\n{{ message['content'] }}</s>\n{% endfor %}"
@@ -36,7 +37,7 @@ def _backend() -> str:
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE of 300 tokens: any text comes back as it was."""
+    """Byte-level BPE of 300 tokens, which encodes any text without loss."""
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_backend()),
         pad_token="<pad>",
@@ -48,8 +49,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_llama(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
-    """Two layers of width 64, float32, eval. Weights are wide enough for one leaked token to move logits by
-    over 0.1.
+    """Two layers of width 64 in float32, in eval mode.
+
+    The weights are large enough that one wrongly visible token changes logits by more than 0.1.
     """
     settings: dict[str, Any] = {
         "vocab_size": len(tiny_tokenizer()),
@@ -75,7 +77,7 @@ def tiny_llama(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
 
 
 def save_tiny(folder: str | Path, seed: int = 0, **overrides: Any) -> str:
-    """Save both, so that `base_model=<folder>` works; returns the folder."""
+    """Save model and tokenizer for `base_model=<folder>`; returns the folder."""
     tiny_llama(seed, **overrides).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return str(folder)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from clusters import Application, bare_python, cluster, wait_until
-from engines import ISOLATED, answers, saved_adapters, tiny_engine
+from engines import ISOLATED, decode, saved_adapters, tiny_engine
 from servers import Server
 
 from parallelmind import tracking
@@ -80,7 +80,7 @@ def alone(tokens: int, folder: Path | None = None) -> Said:
     if folder is not None:
         engine.load_adapter("own", folder)
     name = None if folder is None else "own"
-    return answers(
+    return decode(
         engine, Sample(MAIN, QUESTIONS), per_branch=OWN, adapter=name, max_new_tokens=tokens, ignore_eos=True
     )
 

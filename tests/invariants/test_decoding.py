@@ -1,4 +1,4 @@
-"""Decoding with a patched model says what plain decoding of each branch says, ours and Hugging Face's own."""
+"""A patched model decodes each branch as plain decoding does, with our engine and with transformers."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ MAIN = [5, 6, 7]
 BRANCHES = [[11, 12, 13, 14, 15, 16], [21], [31, 32, 33, 34], [41]]
 
 
-def test_one_branch_is_what_transformers_generates():
+def test_one_branch_equals_generate_of_transformers():
     model = tiny_llama()
     patch(model, RopeConfig())
     prompt = torch.tensor([BRANCHES[0]])
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
     sample = Sample(branches=[BRANCHES[0]])
-    ours = [
+    tokens = [
         event.token for event in stream(model, tiny_tokenizer(), sample, max_new_tokens=12, ignore_eos=True)
     ]
-    assert ours == expected[0, len(BRANCHES[0]) :].tolist()
+    assert tokens == expected[0, len(BRANCHES[0]) :].tolist()
 
 
-def test_isolated_branches_are_what_each_generates_alone():
-    """Main and branch in one go, with r = 0 and time positions: a plain prompt, token for token."""
+def test_isolated_branches_equal_each_prompt_alone():
+    """With r = 0 and time positions, main and branch are decoded as one plain prompt."""
     model = tiny_llama()
     patch(model, RopeConfig(rope_2d_ratio=0, visibility="isolated", positions="time"))
     tokenizer = tiny_tokenizer()
@@ -50,9 +50,7 @@ def test_an_unpatched_model_continues_one_branch():
 
 @pytest.mark.parametrize("wrap", [False, True], ids=["patched", "peft"])
 def test_transformers_generate_still_works(wrap):
-    """A left-padded batch through the chat template gives each prompt what it gets alone, and what ours gives
-    it.
-    """
+    """Each prompt of a left-padded chat batch gets the same tokens alone, and from our engine."""
     model, tokenizer = tiny_llama(), tiny_tokenizer()
     tokenizer.padding_side = "left"
     patch(model, RopeConfig())
@@ -73,8 +71,8 @@ def test_transformers_generate_still_works(wrap):
             [chat], add_generation_prompt=True, return_dict=True, return_tensors="pt"
         )
         prompt = alone["input_ids"][0].tolist()
-        said = model.generate(**alone, **options)[0, len(prompt) :].tolist()
-        assert row.tolist()[: len(said)] == said
+        expected = model.generate(**alone, **options)[0, len(prompt) :].tolist()
+        assert row.tolist()[: len(expected)] == expected
         assert [
             event.token for event in stream(model, tokenizer, Sample(branches=[prompt]), max_new_tokens=8)
-        ] == said
+        ] == expected

@@ -42,7 +42,7 @@ from parallelmind.layout import PADDING
 from parallelmind.model.mask import attention_masks
 
 END = 2
-LONG = [3 + 7 * place % 120 for place in range(53)]
+LONG = [3 + 7 * index % 120 for index in range(53)]
 MAINS = [
     [],
     LONG[:9],
@@ -53,7 +53,7 @@ MAINS = [
 MODELS = [
     (name, attention)
     for name in ("shared", "windows beside full attention")
-    for attention in ("sdpa", "eager")  # the pool is read stretch by stretch, or through one dense mask
+    for attention in ("sdpa", "eager")  # attention by segments, or through one dense mask
 ]
 CONFIGS = rope_config_grid(
     visibility=("columnar", "isolated"), positions=("time", "flat"), align_to=("left", "right")
@@ -129,22 +129,22 @@ def full_forward_logits(model: PreTrainedModel, group: SequenceGroup) -> list[Te
         pos2d=torch.stack([branch, time], dim=-1),
         use_cache=False,
     ).logits[0]
-    return [logits[sequence[0] == number] for number in range(len(group.branches) + 1)]
+    return [logits[sequence[0] == index] for index in range(len(group.branches) + 1)]
 
 
 class EngineMachine(RuleBasedStateMachine):
-    """Samples come, grow, lose branches and leave, in a pool that holds two or three of them."""
+    """Samples are submitted, joined and cancelled at random, in a cache that holds two or three of them."""
 
-    def __init__(self, models: list[PreTrainedModel], happened: Counter[str]) -> None:
+    def __init__(self, models: list[PreTrainedModel], events: Counter[str]) -> None:
         super().__init__()
-        self.models, self.happened = models, happened
+        self.models, self.events = models, events
         self.groups: dict[int, SequenceGroup] = {}  # unfinished samples by id
 
     @initialize(
-        number=st.integers(0, len(MODELS) - 1), main=MAIN, shape=SHAPE, last=st.none() | LENGTH, then=STEPS
+        model=st.integers(0, len(MODELS) - 1), main=MAIN, shape=SHAPE, last=st.none() | LENGTH, then=STEPS
     )
-    def begin(self, number: int, **sample: Any) -> None:
-        self.model = self.models[number]
+    def begin(self, model: int, **sample: Any) -> None:
+        self.model = self.models[model]
         self.engine = RecordingEngine(
             self.model,
             EngineConfig(cache_tokens=20 * BLOCK, max_prefill_tokens=7, max_branches=MAX_BRANCHES),
@@ -153,39 +153,39 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule(main=MAIN, shape=SHAPE, last=st.none() | LENGTH, then=STEPS)
     def submit(self, main: list[int], shape: list[tuple[int, int]], last: int | None, then: int) -> None:
-        number = self.engine._num_submitted
-        prompts = [prompt(length, number, branch) for branch, (length, _) in enumerate(shape)]
-        most = [{"max_new_tokens": count} for _, count in shape]
-        reduce = prompt(last, number, PADDING) if last else None
+        expected_id = self.engine._num_submitted
+        prompts = [prompt(length, expected_id, branch) for branch, (length, _) in enumerate(shape)]
+        per_branch = [{"max_new_tokens": count} for _, count in shape]
+        reduce = prompt(last, expected_id, PADDING) if last else None
         sample_id = self.engine.submit(
-            Sample(main, prompts), per_branch=most, reduce=reduce, max_new_tokens=4, seed=number
+            Sample(main, prompts), per_branch=per_branch, reduce=reduce, max_new_tokens=4, seed=expected_id
         )
-        assert sample_id == number
-        self.groups[number] = self.engine._groups[number]
+        assert sample_id == expected_id
+        self.groups[sample_id] = self.engine._groups[sample_id]
         self.step(then)
 
-    @precondition(lambda self: self.open())
+    @precondition(lambda self: self.open_samples())
     @rule(data=st.data(), length=LENGTH, max_new_tokens=NEW_TOKENS, then=STEPS)
     def join(self, data: st.DataObject, length: int, max_new_tokens: int, then: int) -> None:
-        number = data.draw(st.sampled_from(self.open()))
-        group = self.groups[number]
+        sample_id = data.draw(st.sampled_from(self.open_samples()))
+        group = self.groups[sample_id]
         with suppress(CapacityError):
             self.engine.join(
-                number,
-                prompt(length, number, len(group.branches)),
+                sample_id,
+                prompt(length, sample_id, len(group.branches)),
                 max_new_tokens=max_new_tokens,
-                seed=number,
+                seed=sample_id,
             )
-            self.happened["joined late"] += any(branch.num_computed for branch in group.branches)
+            self.events["joined late"] += any(branch.num_computed for branch in group.branches)
         self.step(then)
 
     @precondition(lambda self: self.groups)
     @rule(data=st.data(), then=STEPS)
     def cancel_a_branch(self, data: st.DataObject, then: int) -> None:
-        number = data.draw(st.sampled_from(sorted(self.groups)))
+        sample_id = data.draw(st.sampled_from(sorted(self.groups)))
         self.engine.cancel(
-            number,
-            data.draw(st.sampled_from([branch.index for branch in self.groups[number].running_branches])),
+            sample_id,
+            data.draw(st.sampled_from([branch.index for branch in self.groups[sample_id].running_branches])),
         )
         self.step(then)
 
@@ -200,34 +200,34 @@ class EngineMachine(RuleBasedStateMachine):
         for _ in range(count):
             self.engine.step()
             waiting, running = self.engine.scheduler.waiting, self.engine.scheduler.running
-            self.happened["waited for room"] += bool(waiting and running)
-            self.happened["stopped within a prompt"] += any(group.num_waiting_prefill for group in running)
-            self.happened["read by all"] += any(group.reduce_started for group in running)
+            self.events["waited for room"] += bool(waiting and running)
+            self.events["stopped within a prompt"] += any(group.num_waiting_prefill for group in running)
+            self.events["read by all"] += any(group.reduce_started for group in running)
             self.finished_samples_agree_with_one_forward_pass()
             self.every_block_has_one_holder()
 
-    def open(self) -> list[int]:
+    def open_samples(self) -> list[int]:
         """Samples that can be joined: the reduce branch has not started, and one more branch is allowed."""
         return [
-            number
-            for number, group in self.groups.items()
+            sample_id
+            for sample_id, group in self.groups.items()
             if len(group.branches) < MAX_BRANCHES - 1 and not group.reduce_started
         ]
 
     @invariant()
     def finished_samples_agree_with_one_forward_pass(self) -> None:
-        for number in [number for number, group in self.groups.items() if not group.is_running]:
-            group = self.groups.pop(number)
+        for sample_id in [sample_id for sample_id, group in self.groups.items() if not group.is_running]:
+            group = self.groups.pop(sample_id)
             expected = full_forward_logits(self.model, group)[1:]
             for branch in group.branches:
-                logits = self.engine.logits[number, branch.index]
+                logits = self.engine.logits[sample_id, branch.index]
                 assert len(logits) == len(branch.generated)
                 if logits:
                     first = branch.num_prompt - 1
                     check_close(
                         torch.stack(logits),
                         expected[branch.index][first : first + len(logits)],
-                        f"sample {number}, branch {branch.index}: cached and full logits",
+                        f"sample {sample_id}, branch {branch.index}: cached and full logits",
                     )
 
     @invariant()
@@ -251,23 +251,23 @@ class EngineMachine(RuleBasedStateMachine):
         assert not scheduler.running
         assert not scheduler.waiting
         assert scheduler.block_manager.num_available == scheduler.block_manager.num_blocks
-        self.happened["reused a main"] += bool(scheduler.num_reused_tokens)
+        self.events["reused a main"] += bool(scheduler.num_reused_tokens)
 
 
 @pytest.mark.parametrize(
     "config", CONFIGS, ids=lambda part: f"{part.visibility}-{part.positions}-{part.align_to}"
 )
-def test_samples_that_come_and_go_are_each_one_full_forward(config: RopeConfig) -> None:
-    happened: Counter[str] = Counter()
-    models = [variant(*each) for each in MODELS]
+def test_every_sample_equals_one_full_forward_pass(config: RopeConfig) -> None:
+    events: Counter[str] = Counter()
+    models = [variant(name, attention) for name, attention in MODELS]
 
     @seed(CONFIGS.index(config))
     def machine() -> EngineMachine:
-        return EngineMachine(models, happened)
+        return EngineMachine(models, events)
 
     with ExitStack() as stack:
         for model in models:
             stack.enter_context(patched(model, config))
         run_state_machine_as_test(machine, settings=EFFORT)
     kinds = {"joined late", "waited for room", "stopped within a prompt", "read by all", "reused a main"}
-    assert set(+happened) == kinds
+    assert set(+events) == kinds

@@ -1,13 +1,11 @@
-"""Several adapters on one base: each sample is decoded by the version that it began with, as if that were the
-only one.
-"""
+"""Several adapters on one base model. Each sample is decoded by its own version, as if it were alone."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from engines import ISOLATED, answers, run, said, saved_adapters, tiny_engine
+from engines import ISOLATED, decode, run_to_end, saved_adapters, tiny_engine, tokens_by_branch
 from tiny import tiny_llama, tiny_tokenizer
 
 from parallelmind.engine.engine import Engine
@@ -34,17 +32,17 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def expected(folders: list[Path]) -> list[list[list[int]]]:
-    """What SAMPLE says with each adapter when it is the only one, and what it says without."""
+    """Tokens of SAMPLE with each adapter alone on the model, and without an adapter."""
     models = [load_adapter(patched(), tiny_tokenizer(), folder) for folder in folders]
-    found = [
-        answers(Engine(model, tiny_tokenizer(), EngineConfig(512)), SAMPLE, **SETTINGS)
+    tokens = [
+        decode(Engine(model, tiny_tokenizer(), EngineConfig(512)), SAMPLE, **SETTINGS)
         for model in [*models, patched()]
     ]
-    assert len({str(each) for each in found}) == 3
-    return found
+    assert len({str(branches) for branches in tokens}) == 3
+    return tokens
 
 
-def on_model(engine: Engine) -> set[str]:
+def versions_on_model(engine: Engine) -> set[str]:
     return set(engine.model.peft_config)
 
 
@@ -54,37 +52,37 @@ def test_samples_of_several_adapters_and_of_the_base_are_decoded_together(folder
         engine.load_adapter(name, folder)
     asked = ["a", "b", "base", None, "b", "a"]
     for _ in range(2):  # the second time mains are in the cache, once for each adapter
-        numbers = [engine.submit(SAMPLE, adapter=name, **SETTINGS) for name in asked]
-        tokens = said(run(engine))
-        found = [[tokens[number, branch] for branch in range(2)] for number in numbers]
-        assert found == [expected[at] for at in (0, 1, 2, 2, 1, 0)]
+        sample_ids = [engine.submit(SAMPLE, adapter=name, **SETTINGS) for name in asked]
+        tokens = tokens_by_branch(run_to_end(engine))
+        decoded = [[tokens[sample_id, branch] for branch in range(2)] for sample_id in sample_ids]
+        assert decoded == [expected[index] for index in (0, 1, 2, 2, 1, 0)]
     assert engine.scheduler.num_reused_tokens == len(asked) * 32
 
 
-def test_a_model_loaded_with_an_adapter_keeps_it_for_those_who_name_none(folders, expected) -> None:
+def test_the_adapter_of_a_loaded_model_serves_samples_that_name_none(folders, expected) -> None:
     engine = Engine(
         load_adapter(patched(), tiny_tokenizer(), folders[0]), tiny_tokenizer(), EngineConfig(512)
     )
     engine.load_adapter("b", folders[1])
-    for name, found in ((None, expected[0]), ("b", expected[1]), ("base", expected[2]), (None, expected[0])):
-        assert answers(engine, SAMPLE, adapter=name, **SETTINGS) == found
+    for name, tokens in ((None, expected[0]), ("b", expected[1]), ("base", expected[2]), (None, expected[0])):
+        assert decode(engine, SAMPLE, adapter=name, **SETTINGS) == tokens
 
 
-def test_a_new_version_reads_its_main_anew_and_samples_under_way_end_with_the_old(folders, expected) -> None:
+def test_a_new_version_reuses_no_cache_and_running_samples_keep_the_old_version(folders, expected) -> None:
     engine = tiny_engine()
     engine.load_adapter("a", folders[0])
     old = engine.submit(SAMPLE, adapter="a", **SETTINGS)
     events = [event for _ in range(3) for event in engine.step()]
     engine.load_adapter("a", folders[1])
     new = engine.submit(SAMPLE, adapter="a", **SETTINGS)
-    assert len(on_model(engine)) == 2
-    tokens = said(events + run(engine))
-    assert [[tokens[number, branch] for branch in range(2)] for number in (old, new)] == expected[:2]
+    assert len(versions_on_model(engine)) == 2
+    tokens = tokens_by_branch(events + run_to_end(engine))
+    assert [[tokens[sample_id, branch] for branch in range(2)] for sample_id in (old, new)] == expected[:2]
     assert engine.scheduler.num_reused_tokens == 0
-    assert len(on_model(engine)) == 1
+    assert len(versions_on_model(engine)) == 1
 
 
-def test_what_is_unloaded_is_refused_and_ends_what_it_has_begun(folders, expected) -> None:
+def test_an_unloaded_adapter_is_refused_and_running_samples_keep_it(folders, expected) -> None:
     engine = tiny_engine()
     for name, folder in zip("ab", folders, strict=True):
         engine.load_adapter(name, folder)
@@ -93,39 +91,39 @@ def test_what_is_unloaded_is_refused_and_ends_what_it_has_begun(folders, expecte
     engine.unload_adapter("a")
     with pytest.raises(UserError, match=r"adapter='a': not loaded; choose from b, base"):
         engine.submit(SAMPLE, adapter="a")
-    tokens = said(events + run(engine))
+    tokens = tokens_by_branch(events + run_to_end(engine))
     assert [tokens[begun, branch] for branch in range(2)] == expected[0]
-    assert len(on_model(engine)) == 1
+    assert len(versions_on_model(engine)) == 1
 
 
-def test_a_version_whose_last_sample_is_cancelled_is_let_go(folders) -> None:
+def test_a_version_is_deleted_after_its_last_sample_is_cancelled(folders) -> None:
     engine = tiny_engine()
     engine.load_adapter("a", folders[0])
-    number = engine.submit(SAMPLE, adapter="a", **SETTINGS)
+    sample_id = engine.submit(SAMPLE, adapter="a", **SETTINGS)
     engine.step()
     engine.load_adapter("a", folders[1])
-    during = engine.model.register_forward_pre_hook(lambda *_: engine.cancel(number))
+    during = engine.model.register_forward_pre_hook(lambda *_: engine.cancel(sample_id))
     engine.step()
     during.remove()
-    run(engine)
-    assert len(on_model(engine)) == 1
+    run_to_end(engine)
+    assert len(versions_on_model(engine)) == 1
 
 
 @pytest.mark.filterwarnings("error::UserWarning")
-def test_adapters_come_and_go_again_and_again(folders, expected) -> None:
+def test_adapters_can_be_loaded_and_unloaded_repeatedly(folders, expected) -> None:
     engine = tiny_engine()
     for turn in range(4):
         engine.load_adapter("a", folders[turn % 2])
         engine.load_adapter("a", folders[1 - turn % 2])
-        assert answers(engine, SAMPLE, adapter="a", **SETTINGS) == expected[1 - turn % 2]
+        assert decode(engine, SAMPLE, adapter="a", **SETTINGS) == expected[1 - turn % 2]
         engine.unload_adapter("a")
-        assert answers(engine, SAMPLE, **SETTINGS) == expected[2]
-        assert len(on_model(engine)) == 1, "peft keeps the last one, but nobody can ask for it"
+        assert decode(engine, SAMPLE, **SETTINGS) == expected[2]
+        assert len(versions_on_model(engine)) == 1, "peft keeps the last one, which no sample can name"
 
 
 def test_an_adapter_that_does_not_fit_changes_nothing(folders, expected, tmp_path: Path) -> None:
     engine = tiny_engine(ISOLATED.model_copy(update={"visibility": "columnar"}))
-    before = answers(engine, SAMPLE, **SETTINGS)
+    before = decode(engine, SAMPLE, **SETTINGS)
     for name, folder, message in (
         ("a", folders[0], "visibility"),
         ("a", tmp_path, "adapter"),
@@ -136,4 +134,4 @@ def test_an_adapter_that_does_not_fit_changes_nothing(folders, expected, tmp_pat
     for name in ("a", "base"):
         with pytest.raises(UserError, match=f"adapter='{name}'"):
             engine.unload_adapter(name)
-    assert answers(engine, SAMPLE, adapter="base", **SETTINGS) == before
+    assert decode(engine, SAMPLE, adapter="base", **SETTINGS) == before

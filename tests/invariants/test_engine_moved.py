@@ -1,4 +1,4 @@
-"""A sample that moves to another engine, after any step, ends there as it would have where it began."""
+"""A sample that is resumed on another engine, after any step, gets the same tokens as on the first one."""
 
 from __future__ import annotations
 
@@ -13,17 +13,14 @@ from tiny import tiny_tokenizer
 from parallelmind.config import RopeConfig
 from parallelmind.engine.engine import Engine
 from parallelmind.engine.request import ResumeState, Sample, TokenizedRequest
+from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.engine.scheduler import EngineConfig
 from parallelmind.engine.tokenization import tokenize_request
-from parallelmind.evaluation import tiny_models as tiny
+from parallelmind.evaluation.tiny_models import tiny_model
 from parallelmind.layout import Tokens
 
-MAIN, BRANCHES, LATE, LAST = (
-    list(range(50, 70)),
-    [[5, 6, 7], [8], list(range(100, 112))],
-    [31, 32],
-    [41, 42, 43],
-)
+MAIN, BRANCHES = list(range(50, 70)), [[5, 6, 7], [8], list(range(100, 112))]
+LATE, REDUCE = [31, 32], [41, 42, 43]
 LENGTHS = [9, 4, 6]
 CONFIGS = [
     RopeConfig(visibility=visibility, positions=positions, align_to=align, rope_2d_ratio=0.5)
@@ -36,84 +33,74 @@ SAMPLING = {
 }
 
 
-class Listener:
-    """Notes what a server would know of a sample, were its engine to die now."""
+class Client:
+    """Keeps what a server knows of a sample if its engine fails: the request, its progress and the text."""
 
-    def __init__(self, asked: TokenizedRequest) -> None:
-        self.asked, self.texts = asked, [""] * (asked.tokens.branches + (asked.reduce is not None))
-        self.progress = ResumeState(
-            [], [[] for _ in range(asked.tokens.branches)], [None] * asked.tokens.branches
-        )
+    def __init__(self, request: TokenizedRequest) -> None:
+        self.request, self.texts = request, [""] * request.num_branches
+        branches = request.tokens.branches
+        self.progress = ResumeState([], [[] for _ in range(branches)], [None] * branches)
 
-    def follow(self, engine: Engine) -> None:
+    def start(self, engine: Engine) -> int:
+        """Submit the sample, or resume it at its progress."""
+        resume = self.progress if self.progress.start_times else None
+        sample_id = engine.enqueue(self.request, resume=resume)
+        start_times = [time for _, time in engine.start_pos2d(sample_id)]
+        self.progress.start_times[:] = start_times[: self.request.tokens.branches]
+        return sample_id
+
+    def step(self, engine: Engine) -> None:
         for event in engine.step():
-            while event.branch >= len(self.progress.token_ids):  # the one that reads all others has begun
-                self._add()
+            while event.branch >= len(self.progress.token_ids):  # the reduce branch has started
+                self._add_branch()
             self.texts[event.branch] += event.text
             self.progress.token_ids[event.branch] += [] if event.token is None else [event.token]
             self.progress.finish_reasons[event.branch] = event.finish_reason
 
-    def begin(self, engine: Engine) -> int:
-        """Go on where this sample has come to, or begin it."""
-        number = engine.enqueue(self.asked, resume=self.progress if self.progress.start_times else None)
-        self.progress.start_times[:] = [time for _, time in engine.start_pos2d(number)][
-            : self.asked.tokens.branches
-        ]
-        return number
-
-    def join(self, engine: Engine, number: int) -> None:
-        branch = engine.join(number, LATE, max_new_tokens=5, ignore_eos=True)
-        tokens = self.asked.tokens
-        prompts = [*(row.tolist() for row in split(tokens)), LATE]
-        params = [*self.asked.params, type(self.asked.params[0])(max_new_tokens=5, ignore_eos=True)]
-        self.asked = TokenizedRequest(
-            Tokens.of(tokens.ids[: tokens.lengths[0]].tolist(), prompts), params, self.asked.reduce
-        )
-        self.progress.start_times.append(engine.start_pos2d(number)[branch][1])
-        self._add()
+    def join(self, engine: Engine, sample_id: int) -> None:
+        branch = engine.join(sample_id, LATE, max_new_tokens=5, ignore_eos=True)
+        main, *prompts = self.request.tokens.split()
+        params = [*self.request.params, SamplingParams(max_new_tokens=5, ignore_eos=True)]
+        self.request = TokenizedRequest(Tokens.of(main, [*prompts, LATE]), params, self.request.reduce)
+        self.progress.start_times.append(engine.start_pos2d(sample_id)[branch][1])
+        self._add_branch()
         self.texts.append("")
 
-    def _add(self) -> None:
+    def _add_branch(self) -> None:
         self.progress.token_ids.append([])
         self.progress.finish_reasons.append(None)
 
 
-def split(tokens: Tokens) -> list[Any]:
-    starts = tokens.lengths.cumsum()
-    return [
-        tokens.ids[start : start + length] for start, length in zip(starts, tokens.lengths[1:], strict=False)
-    ]
-
-
-def asked(reduce: bool, settings: dict[str, Any]) -> TokenizedRequest:
-    each = [{"max_new_tokens": most} for most in LENGTHS]
+def make_request(reduce: bool, settings: dict[str, Any]) -> TokenizedRequest:
+    per_branch = [{"max_new_tokens": length} for length in LENGTHS]
     sampling = {**settings, "ignore_eos": True, "max_new_tokens": 5}
-    return tokenize_request(
-        tiny_tokenizer(), Sample(MAIN, BRANCHES), each, LAST if reduce else None, sampling
-    )
+    reduce_prompt = REDUCE if reduce else None
+    return tokenize_request(tiny_tokenizer(), Sample(MAIN, BRANCHES), per_branch, reduce_prompt, sampling)
 
 
-def moved(
-    engine_of: Callable[[], Engine], settings: dict[str, Any], cut: int, joins: bool, reduce: bool
-) -> Listener:
-    """A sample that another engine goes on with after `cut` steps. A branch may join it late, and one is
-    cancelled.
+def decode_moved(
+    make_engine: Callable[[], Engine], settings: dict[str, Any], move_at: int, joins: bool, reduce: bool
+) -> Client:
+    """Decode a sample that moves to another engine after so many steps (never if negative).
+
+    One branch is cancelled, and one may join late.
     """
-    found, engine, step, late, early = Listener(asked(reduce, settings)), engine_of(), 0, joins, True
-    number, said = found.begin(engine), found.progress.token_ids
+    client, engine, num_steps = Client(make_request(reduce, settings)), make_engine(), 0
+    sample_id, token_ids = client.start(engine), client.progress.token_ids
+    joined, cancelled = not joins, False
     while engine.busy:
-        if step == cut:
-            engine = engine_of()
-            number = found.begin(engine)
-        if late and len(said[0]) == 2:
-            found.join(engine, number)
-            late = False
-        if early and len(said[2]) == 3:
-            engine.cancel(number, 2)
-            early = False
-        found.follow(engine)
-        step += 1
-    return found
+        if num_steps == move_at:
+            engine = make_engine()
+            sample_id = client.start(engine)
+        if not joined and len(token_ids[0]) == 2:
+            client.join(engine, sample_id)
+            joined = True
+        if not cancelled and len(token_ids[2]) == 3:
+            engine.cancel(sample_id, 2)
+            cancelled = True
+        client.step(engine)
+        num_steps += 1
+    return client
 
 
 @pytest.mark.parametrize(
@@ -123,28 +110,27 @@ def moved(
 @pytest.mark.parametrize(
     ("joins", "reduce"), [(False, False), (True, False), (False, True)], ids=["", "joined", "reduced"]
 )
-def test_a_moved_sample_says_the_same(
+def test_a_moved_sample_gets_the_same_tokens(
     config: RopeConfig, settings: dict[str, Any], joins: bool, reduce: bool
 ) -> None:
-    def engine_of() -> Engine:
+    def make_engine() -> Engine:
         return tiny_engine(config, max_prefill_tokens=16)
 
-    whole = moved(engine_of, settings, -1, joins, reduce)
-    for cut in range(1, 12, 3):
-        if (joins and cut in (3, 4, 5)) or cut == 5:
-            continue  # told of, but not yet heard
-        parts = moved(engine_of, settings, cut, joins, reduce)
-        assert (parts.progress.token_ids, parts.texts, parts.progress.finish_reasons) == (
-            whole.progress.token_ids,
-            whole.texts,
-            whole.progress.finish_reasons,
-        ), cut
+    whole = decode_moved(make_engine, settings, -1, joins, reduce)
+    for move_at in range(1, 12, 3):
+        if (joins and move_at in (3, 4, 5)) or move_at == 5:
+            continue  # a branch that has joined or was cancelled has no event yet
+        moved = decode_moved(make_engine, settings, move_at, joins, reduce)
+        assert moved.progress.token_ids == whole.progress.token_ids, move_at
+        assert moved.texts == whole.texts, move_at
+        assert moved.progress.finish_reasons == whole.progress.finish_reasons, move_at
 
 
-def test_a_moved_sample_of_a_model_with_a_memory_says_the_same() -> None:
-    def engine_of() -> Engine:
-        return Engine(tiny.tiny_model("mamba2"), tiny_tokenizer(), EngineConfig(cache_tokens=512))
+def test_a_moved_sample_of_a_recurrent_model_gets_the_same_tokens() -> None:
+    def make_engine() -> Engine:
+        return Engine(tiny_model("mamba2"), tiny_tokenizer(), EngineConfig(cache_tokens=512))
 
-    whole = moved(engine_of, {}, -1, joins=False, reduce=False)
-    for cut in (1, 3, 7):
-        assert moved(engine_of, {}, cut, joins=False, reduce=False).texts == whole.texts
+    whole = decode_moved(make_engine, {}, -1, joins=False, reduce=False)
+    for move_at in (1, 3, 7):
+        moved = decode_moved(make_engine, {}, move_at, joins=False, reduce=False)
+        assert moved.texts == whole.texts

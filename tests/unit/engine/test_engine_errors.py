@@ -1,6 +1,4 @@
-"""What is wrong is refused in one short line before any computing, and others go on as if nobody had
-asked.
-"""
+"""A bad request is refused in one short line before anything is computed; running samples are unaffected."""
 
 from __future__ import annotations
 
@@ -8,7 +6,7 @@ import math
 from typing import Any
 
 import pytest
-from engines import COLUMNAR, answers, run, said, tiny_engine
+from engines import COLUMNAR, decode, run_to_end, tiny_engine, tokens_by_branch
 from tiny import tiny_llama, tiny_tokenizer
 
 from parallelmind.config import RopeConfig
@@ -19,7 +17,7 @@ from parallelmind.errors import CapacityError, UserError
 from parallelmind.evaluation import tiny_models as tiny
 from parallelmind.model.patch import patch
 
-FINE = Sample("the passage", ["who", "where is the answer"])
+VALID = Sample("the passage", ["who", "where is the answer"])
 LIMITS = {"cache_tokens": 1024, "max_branches": 8, "max_prefill_tokens": 16}
 
 
@@ -37,8 +35,8 @@ REFUSED = [
         Sample("", [[5] * 4090]), "max_new_tokens=64: 4090 prompt tokens and 64 new ones.* 4096 positions"
     ),
     refused(Sample([5] * 1000, ["who"]), "branches: .* tokens of cache, and 1024 is all there is"),
-    refused(FINE, "max_new_tokens=1000000000: .* 4096 positions", max_new_tokens=10**9),
-    refused(FINE, "max_new_tokens=0: give a whole number", max_new_tokens=0),
+    refused(VALID, "max_new_tokens=1000000000: .* 4096 positions", max_new_tokens=10**9),
+    refused(VALID, "max_new_tokens=0: give a whole number", max_new_tokens=0),
     refused(Sample("", ["who"] * 9), "branches: 9 given, 8 allowed"),
     refused(Sample("", ["who"] * 8), "branches: 9 given, 8 allowed", reduce="all"),
     refused(Sample("", [[5, 300]]), r"token id 300: the model knows 0\.\.299"),
@@ -46,40 +44,40 @@ REFUSED = [
     refused(Sample("", [[2**70]]), r"tokens=\[1180591620717411303424\]: give text, or a list of token ids"),
     refused(Sample("", [[1.5]]), r"tokens=\[1\.5\]: give text, or a list of token ids"),
     refused(Sample([None] * 10**5, ["who"]), "tokens=.*None.*: give text, or a list of token ids"),
-    refused(FINE, r"token id 999: the model knows 0\.\.299", reduce=[999]),
-    refused(FINE, "reduce: holds no token", reduce=""),
-    refused(FINE, "max_new_tokens=64: 4000 prompt tokens .*, after .* others, exceed", reduce=[5] * 4000),
-    refused(FINE, r"logit_bias 300: the model knows 0\.\.299", logit_bias={300: 1.0}),
-    refused(FINE, r"logit_bias=.*: give ids from 0 up", logit_bias={-1: 1.0}),
-    refused(FINE, "temperature=nan: give", temperature=math.nan),
-    refused(FINE, "top_p=nan: give", per_branch=[{}, {"top_p": math.nan}]),
-    refused(FINE, "stop=.*1000000 characters.*at most 1000", stop=["x" * 10**6]),
-    refused(FINE, "per_branch: 1 settings for 2 branches", per_branch=[{}]),
-    refused(FINE, "tempreature=1: unknown", tempreature=1),
-    refused(FINE, "adapter='other': not loaded; choose from base", adapter="other"),
+    refused(VALID, r"token id 999: the model knows 0\.\.299", reduce=[999]),
+    refused(VALID, "reduce: holds no token", reduce=""),
+    refused(VALID, "max_new_tokens=64: 4000 prompt tokens .*, after .* others, exceed", reduce=[5] * 4000),
+    refused(VALID, r"logit_bias 300: the model knows 0\.\.299", logit_bias={300: 1.0}),
+    refused(VALID, r"logit_bias=.*: give ids from 0 up", logit_bias={-1: 1.0}),
+    refused(VALID, "temperature=nan: give", temperature=math.nan),
+    refused(VALID, "top_p=nan: give", per_branch=[{}, {"top_p": math.nan}]),
+    refused(VALID, "stop=.*1000000 characters.*at most 1000", stop=["x" * 10**6]),
+    refused(VALID, "per_branch: 1 settings for 2 branches", per_branch=[{}]),
+    refused(VALID, "tempreature=1: unknown", tempreature=1),
+    refused(VALID, "adapter='other': not loaded; choose from base", adapter="other"),
 ]
 
 
 @pytest.fixture(scope="module")
 def expected() -> list[list[int]]:
-    return answers(tiny_engine(COLUMNAR, **LIMITS), FINE, max_new_tokens=8, ignore_eos=True)
+    return decode(tiny_engine(COLUMNAR, **LIMITS), VALID, max_new_tokens=8, ignore_eos=True)
 
 
 @pytest.mark.parametrize(("sample", "settings", "message"), REFUSED)
-def test_a_bad_sample_is_refused_and_others_go_on(sample, settings, message, expected) -> None:
+def test_a_bad_sample_is_refused_and_other_samples_continue(sample, settings, message, expected) -> None:
     engine = tiny_engine(COLUMNAR, **LIMITS)
-    number = engine.submit(FINE, max_new_tokens=8, ignore_eos=True)
+    sample_id = engine.submit(VALID, max_new_tokens=8, ignore_eos=True)
     events = [event for _ in range(3) for event in engine.step()]
     held = engine.scheduler.block_manager.num_allocated
-    hook = engine.model.register_forward_pre_hook(lambda *_: pytest.fail("something was computed"))
+    hook = engine.model.register_forward_pre_hook(lambda *_: pytest.fail("the model was called"))
     with pytest.raises(UserError, match=message) as error:
         engine.submit(sample, **settings)
     hook.remove()
     assert len(str(error.value)) < 300
     assert "\n" not in str(error.value)
     assert (engine.scheduler.block_manager.num_allocated, len(engine.scheduler.waiting)) == (held, 0)
-    tokens = said(events + run(engine))
-    assert tokens == {(number, branch): expected[branch] for branch in range(2)}
+    tokens = tokens_by_branch(events + run_to_end(engine))
+    assert tokens == {(sample_id, branch): expected[branch] for branch in range(2)}
 
 
 @pytest.mark.parametrize(
@@ -93,31 +91,35 @@ def test_a_bad_sample_is_refused_and_others_go_on(sample, settings, message, exp
         ([5] * 1000, {}, "is all there is"),
     ],
 )
-def test_a_bad_branch_is_refused_and_its_siblings_go_on(text, settings, message, expected) -> None:
+def test_a_bad_branch_is_refused_and_its_siblings_continue(text, settings, message, expected) -> None:
     engine = tiny_engine(COLUMNAR, **LIMITS)
-    number = engine.submit(FINE, max_new_tokens=8, ignore_eos=True)
+    sample_id = engine.submit(VALID, max_new_tokens=8, ignore_eos=True)
     events = [event for _ in range(3) for event in engine.step()]
     with pytest.raises(UserError, match=message) as error:
-        engine.join(number, text, **settings)
+        engine.join(sample_id, text, **settings)
     assert not isinstance(error.value, CapacityError)
-    assert said(events + run(engine)) == {(number, branch): expected[branch] for branch in range(2)}
-    with pytest.raises(UserError, match=f"sample {number}: has ended or never was"):
-        engine.join(number, "who")
+    assert tokens_by_branch(events + run_to_end(engine)) == {
+        (sample_id, branch): expected[branch] for branch in range(2)
+    }
+    with pytest.raises(UserError, match=f"sample {sample_id}: has ended or never was"):
+        engine.join(sample_id, "who")
 
 
-def test_a_branch_that_finds_no_room_now_may_come_later() -> None:
+def test_a_branch_without_room_now_can_join_later() -> None:
     engine = tiny_engine(cache_tokens=96)
-    number, other = (engine.submit(Sample("", [[5]]), max_new_tokens=40, ignore_eos=True) for _ in range(2))
+    sample_id, other = (
+        engine.submit(Sample("", [[5]]), max_new_tokens=40, ignore_eos=True) for _ in range(2)
+    )
     engine.step()
     with pytest.raises(CapacityError, match="no room for 20 more tokens now"):
-        engine.join(number, [5] * 10, max_new_tokens=10)
+        engine.join(sample_id, [5] * 10, max_new_tokens=10)
     engine.cancel(other)
-    assert engine.join(number, [5] * 10, max_new_tokens=10, ignore_eos=True) == 1
-    assert len(said(run(engine))[number, 1]) == 10
+    assert engine.join(sample_id, [5] * 10, max_new_tokens=10, ignore_eos=True) == 1
+    assert len(tokens_by_branch(run_to_end(engine))[sample_id, 1]) == 10
 
 
 @pytest.mark.parametrize("positions", ["time", "flat"])
-def test_nobody_joins_or_follows_past_the_models_positions(positions: str) -> None:
+def test_late_and_reduce_branches_stay_within_the_models_positions(positions: str) -> None:
     model = tiny_llama(max_position_embeddings=40)
     patch(model, RopeConfig(positions=positions))
     engine = Engine(model, tiny_tokenizer(), EngineConfig(512))
@@ -125,35 +127,35 @@ def test_nobody_joins_or_follows_past_the_models_positions(positions: str) -> No
         engine.submit(
             Sample("", [[5]]), per_branch=[{"max_new_tokens": 30}], reduce=[5] * 5, max_new_tokens=5
         )
-    number = engine.submit(Sample("", [[5]]), max_new_tokens=30, ignore_eos=True)
+    sample_id = engine.submit(Sample("", [[5]]), max_new_tokens=30, ignore_eos=True)
     for _ in range(30 - 1):
         engine.step()
     with pytest.raises(UserError, match="exceed the model's 40 positions"):
-        engine.join(number, [5] * 6, max_new_tokens=6)
-    engine.join(number, [5] * 4, max_new_tokens=5)
+        engine.join(sample_id, [5] * 6, max_new_tokens=6)
+    engine.join(sample_id, [5] * 4, max_new_tokens=5)
 
 
-def test_nobody_joins_in_free_order_once_one_has_begun_who_reads_all() -> None:
+def test_no_branch_joins_after_the_reduce_branch_has_started() -> None:
     engine = tiny_engine()
-    number = engine.submit(Sample("", [[5]]), reduce=[6], max_new_tokens=3, ignore_eos=True)
-    assert engine.join(number, [7], max_new_tokens=3) == 1
+    sample_id = engine.submit(Sample("", [[5]]), reduce=[6], max_new_tokens=3, ignore_eos=True)
+    assert engine.join(sample_id, [7], max_new_tokens=3) == 1
     for _ in range(4):
         engine.step()
     with pytest.raises(UserError, match="branches: the one that reads all others has begun"):
-        engine.join(number, [8])
+        engine.join(sample_id, [8])
 
 
-def test_a_model_without_parallel_branches_has_nobody_to_read_them() -> None:
+def test_a_model_without_parallel_branches_refuses_reduce() -> None:
     engine = Engine(tiny.tiny_model("mamba2"), tiny.tiny_tokenizer(), EngineConfig(512))
     with pytest.raises(UserError, match="reduce: the model .* leave reduce out"):
         engine.submit(Sample([5], [[6]]), reduce=[7])
 
 
-def test_what_is_unknown_or_has_ended_is_cancelled_without_effect() -> None:
+def test_cancelling_an_unknown_or_finished_sample_has_no_effect() -> None:
     engine = tiny_engine()
-    number = engine.submit(Sample("", [[5], [6]]), max_new_tokens=2, ignore_eos=True)
+    sample_id = engine.submit(Sample("", [[5], [6]]), max_new_tokens=2, ignore_eos=True)
     for _ in range(3):
         engine.step()
-    for arguments in ((number,), (number, 0), (99,), (99, 3)):
+    for arguments in ((sample_id,), (sample_id, 0), (99,), (99, 3)):
         engine.cancel(*arguments)
     assert not engine.busy

@@ -1,4 +1,4 @@
-"""A row's token is the same whatever rows stand beside it, and is drawn as transformers would shape it."""
+"""A row's token does not depend on the other rows, and follows the distribution of transformers."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ MIXED = [
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_gets_the_same_alone_and_beside_others(dtype):
+def test_a_row_gets_the_same_token_alone_and_in_a_batch(dtype):
     for step in range(30):
         logits = noise(len(MIXED), seed=step).to(dtype)
         before = logits.clone()
@@ -61,24 +61,24 @@ def test_a_row_gets_the_same_alone_and_beside_others(dtype):
         assert torch.equal(logits, before)
 
 
-def test_equal_logits_are_ranked_alike_alone_and_beside_others():
+def test_equal_logits_are_ranked_the_same_alone_and_in_a_batch():
     logits = torch.zeros(2, VOCAB)
     rows = [row(logprobs=2), row(logprobs=20)]
     assert sample_tokens(logits, rows)[0] == sample_tokens(logits[:1], rows[:1])[0]
 
 
-def test_seed_branch_and_index_decide_a_draw():
+def test_seed_branch_and_index_determine_a_draw():
     logits = torch.zeros(1, VOCAB)
 
-    def drawn(**place: int) -> list[int]:
-        return [tokens(logits, [row(**{"index": index, **place}, temperature=1.0)])[0] for index in range(20)]
+    def drawn(**key: int) -> list[int]:
+        return [tokens(logits, [row(**{"index": index, **key}, temperature=1.0)])[0] for index in range(20)]
 
     assert drawn(seed=7) == drawn(seed=7)
     assert (
         len(
             {
-                tuple(drawn(**place))
-                for place in ({"seed": 7}, {"seed": 8}, {"seed": 7, "branch": 1}, {"index": 3})
+                tuple(drawn(**key))
+                for key in ({"seed": 7}, {"seed": 8}, {"seed": 7, "branch": 1}, {"index": 3})
             }
         )
         == 4
@@ -86,7 +86,7 @@ def test_seed_branch_and_index_decide_a_draw():
     assert len(set(drawn(seed=7))) > 10
 
 
-def test_a_branch_goes_on_at_an_index_as_if_never_interrupted():
+def test_a_branch_continues_at_any_index():
     def run(first: int, last: int) -> list[int]:
         return [
             tokens(noise(1, seed=index), [row(index=index, temperature=1.0, top_p=0.9)])[0]
@@ -122,7 +122,7 @@ def test_draws_follow_the_distribution():
         ([{"min_p": 0.02}, {"min_p": 0.2}, {"min_p": 1.0}], hf.MinPLogitsWarper),
     ],
 )
-def test_draws_come_from_what_transformers_leaves(settings, processor):
+def test_draws_follow_the_distribution_of_transformers(settings, processor):
     logits = noise(1, scale=1.5)[:, :30]
     rows = [row(index=index, temperature=1.0, **own) for index in range(2000) for own in [*settings, {}]]
     drawn = tokens(logits.expand(len(rows), -1), rows)
@@ -149,13 +149,13 @@ def test_repetition_penalty_is_that_of_transformers_for_histories_of_any_length(
         assert tokens(logits, [row(repetition_penalty=penalty, history=own) for own in histories]) == expected
 
 
-def test_repetition_penalty_sees_the_own_branch_only():
+def test_repetition_penalty_applies_to_the_own_branch_only():
     logits = torch.tensor([[2.0, 1.9, 0.0]] * 3)
     rows = [row(repetition_penalty=10.0, history=history) for history in ([0, 0], [2], [])]
     assert tokens(logits, rows) == [1, 0, 0]
 
 
-def test_a_bias_forces_and_forbids():
+def test_a_bias_can_force_and_forbid_a_token():
     logits = noise(4)
     best = logits.argmax(dim=-1).tolist()
     rows = [
@@ -190,20 +190,20 @@ def test_logprobs_are_those_of_the_model_itself(dtype):
         assert list(values) == expected[at].topk(count).values.tolist() == expected[at, list(ids)].tolist()
 
 
-def test_a_vocabulary_may_be_smaller_than_what_is_asked_for():
+def test_a_vocabulary_may_be_smaller_than_the_number_of_logprobs():
     (choice,) = sample_tokens(torch.tensor([[0.0, 1.0, 2.0]]), [row(logprobs=20)])
     assert [token for token, _ in choice.top] == [2, 1, 0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_logits_of_any_type_are_drawn_from(dtype):
+def test_logits_of_any_dtype_can_be_sampled(dtype):
     logits = noise(1).to(dtype)
     settings = {"temperature": 0.8, "top_p": 0.95}
     assert draws(logits, 50, **settings) == draws(logits.float(), 50, **settings)
     assert tokens(logits, [row()]) == [int(logits.argmax())]
 
 
-def test_extreme_settings_still_draw_the_likeliest():
+def test_extreme_settings_still_draw_the_most_likely_token():
     logits = noise(1)
     for settings in (
         {"temperature": 1e-300},
@@ -216,5 +216,5 @@ def test_extreme_settings_still_draw_the_likeliest():
     assert len(Counter(draws(logits, 200, temperature=1e300))) > 100
 
 
-def test_no_row_no_token():
+def test_no_rows_give_no_tokens():
     assert sample_tokens(torch.zeros(0, 5), []) == []

@@ -1,4 +1,4 @@
-"""Settings of sampling are checked before anything is computed."""
+"""Checks of sampling settings."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ from parallelmind.errors import UserError
         ("logit_bias", dict.fromkeys(range(1025), 1.0)),
     ],
 )
-def test_a_bad_value_is_named(field, value):
+def test_a_bad_value_is_named_with_its_field(field, value):
     with pytest.raises(UserError, match=rf"^{field}=.*: give ") as error:
         SamplingParams(**{field: value})
     assert len(str(error.value)) < 200
@@ -62,7 +62,7 @@ def test_a_long_value_is_cut_short(field):
     assert len(str(error.value)) < 200
 
 
-def test_a_long_stop_text_is_told_by_its_length():
+def test_a_long_stop_text_is_described_by_its_length():
     with pytest.raises(UserError, match=r"^stop=.*1000000 characters.*at most 1000 ") as error:
         SamplingParams(stop=["end", "x" * 1_000_000])
     assert len(str(error.value)) < 200
@@ -77,7 +77,7 @@ def test_an_unknown_setting_is_named():
     assert len(str(error.value)) < 400
 
 
-def test_settings_are_kept_immutable_and_can_be_replaced():
+def test_settings_are_immutable_and_can_be_replaced():
     params = SamplingParams(logit_bias={7: 1, 3: -2.5}, stop=["a"])
     assert params.logit_bias == ((3, -2.5), (7, 1.0))
     assert hash(params) == hash(dataclasses.replace(params))

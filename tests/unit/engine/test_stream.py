@@ -1,4 +1,4 @@
-"""Text as it streams: whole characters, stop texts, ends, and an engine that works on any model."""
+"""Streamed text: complete characters, stop texts, finish reasons and errors."""
 
 from __future__ import annotations
 
@@ -33,41 +33,41 @@ def model():
     return model
 
 
-def written(tokenizer, text, prompt=(), **sampling):
-    """The pieces and the reason that a branch gives when the model says `text`."""
+def process_text(tokenizer, text, prompt=(), **sampling):
+    """The emitted pieces and the finish reason of a branch that decodes the tokens of `text`."""
     tokens = tokenizer(text).input_ids
-    writer = OutputProcessor(tokenizer, prompt, SamplingParams(**sampling), frozenset({EOS}))
+    processor = OutputProcessor(tokenizer, prompt, SamplingParams(**sampling), frozenset({EOS}))
     pieces = []
     for token in tokens:
-        piece, reason = writer.process(token)
+        piece, reason = processor.process(token)
         pieces.append(piece)
         if reason:
             return pieces, reason
     return pieces, None
 
 
-def test_a_character_split_over_tokens_comes_whole(tokenizer):
+def test_a_character_split_over_tokens_is_emitted_complete(tokenizer):
     text = "né 你好 👍🏽 end"
-    pieces, _ = written(tokenizer, text)
+    pieces, _ = process_text(tokenizer, text)
     assert len(tokenizer(text).input_ids) > len(text)
     assert "".join(pieces) == text
     assert not any("\ufffd" in piece for piece in pieces)
 
 
-def test_a_broken_character_at_the_end_is_shown_as_one(tokenizer):
+def test_an_incomplete_character_at_the_end_becomes_a_replacement_character(tokenizer):
     tokens = tokenizer("a👍").input_ids[:-1]
-    pieces, reason = written(tokenizer, tokenizer.decode([]) + "a👍", max_new_tokens=len(tokens))
+    pieces, reason = process_text(tokenizer, tokenizer.decode([]) + "a👍", max_new_tokens=len(tokens))
     assert ("".join(pieces), reason) == ("a\ufffd", "length")
 
 
-def test_a_prompt_that_ends_inside_a_character_is_not_said_again(tokenizer):
+def test_a_prompt_that_ends_inside_a_character_is_not_repeated(tokenizer):
     half = tokenizer("👍").input_ids[:2]
     stream_of_text = Detokenizer(tokenizer, half)
     assert "".join(stream_of_text.push(token) for token in tokenizer("ok").input_ids) == "ok"
 
 
 def test_leading_spaces_depend_on_the_prompt():
-    """A sentencepiece-style decoder drops the space at the very beginning of a text, and only there."""
+    """A sentencepiece-style decoder drops the space at the beginning of a text, and only there."""
     backend = Tokenizer(models.WordLevel({"▁Hello": 0, "▁world": 1}, unk_token="▁Hello"))
     backend.decoder = decoders.Metaspace()
     python = SimpleNamespace(decode=lambda ids, **_: backend.decode(ids))
@@ -81,13 +81,13 @@ def test_leading_spaces_depend_on_the_prompt():
     ("stop", "shown"), [("sto", "do not "), ("not", "do "), ("d", ""), ("not stop", "do ")]
 )
 def test_a_stop_text_is_found_across_tokens_and_trimmed(tokenizer, stop, shown):
-    pieces, reason = written(tokenizer, "do not stop now", stop=(stop,))
+    pieces, reason = process_text(tokenizer, "do not stop now", stop=(stop,))
     assert ("".join(pieces), reason) == (shown, "stop")
 
 
-def test_what_only_began_like_a_stop_text_is_shown(tokenizer):
+def test_text_that_only_begins_like_a_stop_text_is_shown(tokenizer):
     text = "ab\n\nab\n"
-    pieces, reason = written(
+    pieces, reason = process_text(
         tokenizer, text, stop=("\n\n\n", "abc"), max_new_tokens=len(tokenizer(text).input_ids)
     )
     assert ("".join(pieces), reason) == (text, "length")
@@ -95,10 +95,10 @@ def test_what_only_began_like_a_stop_text_is_shown(tokenizer):
     assert [held.push(piece) for piece in "aaab"] == [("", False), ("", False), ("a", False), ("", True)]
 
 
-def test_end_of_text_ends_and_is_not_shown(tokenizer):
-    pieces, reason = written(tokenizer, "who</s>more")
+def test_end_of_text_finishes_the_branch_and_is_not_shown(tokenizer):
+    pieces, reason = process_text(tokenizer, "who</s>more")
     assert ("".join(pieces), reason) == ("who", "stop")
-    pieces, reason = written(tokenizer, "who</s>more", ignore_eos=True)
+    pieces, reason = process_text(tokenizer, "who</s>more", ignore_eos=True)
     assert ("".join(pieces), reason) == ("whomore", None)
 
 
@@ -114,7 +114,7 @@ def test_events_add_up_to_generate(model, tokenizer):
         assert joined[branch] == tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-def test_a_seeded_branch_says_the_same_beside_isolated_siblings(tokenizer):
+def test_a_seeded_branch_is_the_same_beside_isolated_siblings(tokenizer):
     model = tiny_llama()
     patch(model, RopeConfig(visibility="isolated"))
     settings = {"temperature": 1.0, "seed": 5, "max_new_tokens": 8, "repetition_penalty": 1.3, "top_k": 50}
@@ -122,7 +122,7 @@ def test_a_seeded_branch_says_the_same_beside_isolated_siblings(tokenizer):
     assert generate(model, tokenizer, Sample(branches=["who", "where is"]), **settings)[0] == alone[0]
 
 
-def test_stop_ends_one_branch_and_not_the_other(model, tokenizer):
+def test_a_stop_text_finishes_one_branch_only(model, tokenizer):
     sample = Sample(branches=["who", "where is"])
     first, second = generate(model, tokenizer, sample, max_new_tokens=8, ignore_eos=True)
     stop = next(letter for letter in second[1:] if letter not in first)
@@ -136,7 +136,9 @@ def test_closing_a_stream_early_leaves_the_model_usable(model, tokenizer):
     before = generate_text(model, tokenizer, "who", max_new_tokens=5)
     events = stream(model, tokenizer, Sample(branches=["who", "where"]), max_new_tokens=50)
     assert isinstance(next(events), Event)
-    assert not torch.is_inference_mode_enabled(), "a paused stream must not change its caller's mode"
+    assert not torch.is_inference_mode_enabled(), (
+        "a paused stream must not change its caller's inference mode"
+    )
     events.close()
     assert generate_text(model, tokenizer, "who", max_new_tokens=5) == before
 
@@ -156,7 +158,7 @@ def test_closing_a_stream_early_leaves_the_model_usable(model, tokenizer):
         (Sample(branches=["who"]), {"tempreature": 1}, "tempreature=1: unknown"),
     ],
 )
-def test_user_errors_come_before_any_work(model, tokenizer, sample, sampling, message):
+def test_user_errors_are_raised_before_decoding(model, tokenizer, sample, sampling, message):
     with pytest.raises(UserError, match=message):
         stream(model, tokenizer, sample, **sampling)
 
@@ -179,7 +181,7 @@ def test_flat_positions_count_every_token_against_the_context(tokenizer):
     stream(model, tokenizer, Sample(branches=[[5], [6]]), max_new_tokens=19)
 
 
-def test_bos_opens_the_first_sequence_only(tokenizer, monkeypatch):
+def test_only_the_first_sequence_begins_with_bos(tokenizer, monkeypatch):
     bare = tokenize_sample(tokenizer, Sample(main="who", branches=["is", "in"]))
 
     class AddsBos:

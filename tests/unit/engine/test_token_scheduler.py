@@ -182,11 +182,11 @@ def test_the_reduce_branch_starts_after_all_decoded_tokens(config):
 def test_computed_tokens_are_those_of_the_final_layout(config, budget):
     """Column order computes them in the order of the layout, free order with the same coordinates."""
     group, steps = start(config), []
-    for number in range(30):
+    for step_index in range(30):
         steps.append(step(group, budget))
-        if number == 4:
+        if step_index == 4:
             group.add_branch([41, 42, 43], SamplingParams())
-        if number == 8:
+        if step_index == 8:
             group.branches[0].finish_reason = "cancelled"
     fields = ("time", "sequence", "ids", "position")
     computed = np.stack([np.concatenate([getattr(tokens, field) for tokens in steps]) for field in fields])

@@ -9,7 +9,15 @@ from time import monotonic
 from typing import Any
 
 import pytest
-from engines import ISOLATED, answers, run, said, save_random_adapter, saved_adapters, tiny_engine
+from engines import (
+    ISOLATED,
+    decode,
+    run_to_end,
+    save_random_adapter,
+    saved_adapters,
+    tiny_engine,
+    tokens_by_branch,
+)
 
 from parallelmind import tracking
 from parallelmind.config import FrozenConfig, ModelConfig
@@ -47,14 +55,14 @@ def adapter_names(folders: list[Path]) -> dict[str, str]:
 def test_an_adapter_is_loaded_on_first_use(folders: list[Path]) -> None:
     engine = tiny_engine(ISOLATED)
     registry = make_registry(engine, folders, adapters=adapter_names(folders))
-    base = answers(engine, SAMPLE, **SETTINGS)
+    base = decode(engine, SAMPLE, **SETTINGS)
     assert registry.num_loaded() == 0
     one, two = (
-        answers(engine, SAMPLE, adapter=resolve(registry, f"base:{name}"), **SETTINGS)
+        decode(engine, SAMPLE, adapter=resolve(registry, f"base:{name}"), **SETTINGS)
         for name in adapter_names(folders)
     )
     assert len({str(answer) for answer in (base, one, two)}) == 3
-    assert answers(engine, SAMPLE, adapter=resolve(registry, "base"), **SETTINGS) == base
+    assert decode(engine, SAMPLE, adapter=resolve(registry, "base"), **SETTINGS) == base
 
 
 def test_the_least_recently_used_adapter_is_evicted(folders: list[Path]) -> None:
@@ -67,9 +75,9 @@ def test_the_least_recently_used_adapter_is_evicted(folders: list[Path]) -> None
     assert registry.num_loaded() == 1
     with pytest.raises(UserError, match="not loaded"):
         engine.submit(SAMPLE, adapter=one, **SETTINGS)
-    tokens = said(run(engine))
+    tokens = tokens_by_branch(run_to_end(engine))
     assert (
-        tokens[number, 0] == answers(engine, SAMPLE, adapter=resolve(registry, "one"), **SETTINGS)[0][1:]
+        tokens[number, 0] == decode(engine, SAMPLE, adapter=resolve(registry, "one"), **SETTINGS)[0][1:]
     )  # it went on
 
 
@@ -78,14 +86,14 @@ def test_a_new_version_serves_samples_that_start_after_it(folders: list[Path], t
     shutil.copytree(folders[0], folder)
     engine = tiny_engine(ISOLATED)
     registry = make_registry(engine, folders, adapter_root=str(tmp_path))
-    before = answers(engine, SAMPLE, adapter=resolve(registry, "base:live"), **SETTINGS)
+    before = decode(engine, SAMPLE, adapter=resolve(registry, "base:live"), **SETTINGS)
     number = engine.submit(SAMPLE, adapter=resolve(registry, "base:live"), **SETTINGS)
-    first = said(engine.step())
+    first = tokens_by_branch(engine.step())
     save_random_adapter(folder, ModelConfig(base_model=str(folders[0].parent / "base")), seed=1)
     after = engine.submit(SAMPLE, adapter=resolve(registry, "base:live"), **SETTINGS)
-    tokens = said(run(engine))
+    tokens = tokens_by_branch(run_to_end(engine))
     assert [first[number, branch] + tokens[number, branch] for branch in range(2)] == before
-    assert [tokens[after, branch] for branch in range(2)] == answers(
+    assert [tokens[after, branch] for branch in range(2)] == decode(
         engine_with_adapter(folders[1]), SAMPLE, adapter="x", **SETTINGS
     )
 
@@ -110,7 +118,7 @@ def test_an_adapter_that_fails_its_check_is_refused(folders: list[Path], monkeyp
         resolve(registry, "two")
     monkeypatch.undo()
     assert registry.num_loaded() == 1
-    assert answers(engine, SAMPLE, adapter=resolve(registry, "one"), **SETTINGS)
+    assert decode(engine, SAMPLE, adapter=resolve(registry, "one"), **SETTINGS)
 
 
 @pytest.mark.parametrize("name", ["base:none", "other", "models:/demo@champion", "base:../0", ""])
@@ -135,17 +143,17 @@ def test_a_damaged_version_leaves_the_old_one_in_use(
     shutil.copytree(folders[0], folder)
     engine = tiny_engine(ISOLATED)
     registry = make_registry(engine, folders, adapter_root=str(tmp_path))
-    before = answers(engine, SAMPLE, adapter=resolve(registry, "live"), **SETTINGS)
+    before = decode(engine, SAMPLE, adapter=resolve(registry, "live"), **SETTINGS)
     started_version = registry.version_of("live")
     (folder / "parallelmind.json").write_text("{")
     for version in (None, started_version, None):
-        assert answers(engine, SAMPLE, adapter=resolve(registry, "live", version), **SETTINGS) == before
+        assert decode(engine, SAMPLE, adapter=resolve(registry, "live", version), **SETTINGS) == before
     assert [record.getMessage().partition(":")[0] for record in caplog.records] == ["adapter 'live'"]
     with pytest.raises(UserError):
         resolve(registry, "live", "another")
     shutil.rmtree(folder)
     shutil.copytree(folders[1], folder)
-    assert answers(engine, SAMPLE, adapter=resolve(registry, "live"), **SETTINGS) != before
+    assert decode(engine, SAMPLE, adapter=resolve(registry, "live"), **SETTINGS) != before
 
 
 def test_a_version_that_failed_its_check_is_not_loaded_again(
@@ -155,7 +163,7 @@ def test_a_version_that_failed_its_check_is_not_loaded_again(
     shutil.copytree(folders[0], folder)
     engine = tiny_engine(ISOLATED)
     registry = make_registry(engine, folders, adapter_root=str(tmp_path))
-    before = answers(engine, SAMPLE, adapter=resolve(registry, "live"), **SETTINGS)
+    before = decode(engine, SAMPLE, adapter=resolve(registry, "live"), **SETTINGS)
     shutil.rmtree(folder)
     shutil.copytree(folders[1], folder)
     loads, load, call = [], engine.load_adapter, ModelRunner.__call__
@@ -166,7 +174,7 @@ def test_a_version_that_failed_its_check_is_not_loaded_again(
         wrong.setattr(ModelRunner, "__call__", lambda self, step: call(self, step) * 1.01)
         assert [resolve(registry, "live") for _ in range(3)] == ["live"] * 3
     assert len(loads) == 1
-    assert answers(engine, SAMPLE, adapter="live", **SETTINGS) == before
+    assert decode(engine, SAMPLE, adapter="live", **SETTINGS) == before
 
 
 def test_an_unreachable_registry_leaves_loaded_adapters_in_use(
@@ -218,19 +226,19 @@ def test_the_model_registry_resolves_aliases_to_versions(
         )
     engine = tiny_engine(ISOLATED)
     registry = make_registry(engine, folders, mlflow_uri=uri)
-    expected = [answers(engine_with_adapter(folder), SAMPLE, adapter="x", **SETTINGS) for folder in folders]
+    expected = [decode(engine_with_adapter(folder), SAMPLE, adapter="x", **SETTINGS) for folder in folders]
     assert (
-        answers(engine, SAMPLE, adapter=resolve(registry, "models:/demo@champion"), **SETTINGS) == expected[0]
+        decode(engine, SAMPLE, adapter=resolve(registry, "models:/demo@champion"), **SETTINGS) == expected[0]
     )
-    assert answers(engine, SAMPLE, adapter=resolve(registry, "models:/demo/2"), **SETTINGS) == expected[1]
+    assert decode(engine, SAMPLE, adapter=resolve(registry, "models:/demo/2"), **SETTINGS) == expected[1]
     tracking.MlflowClient(uri).set_registered_model_alias("demo", "champion", "2")
     assert (
-        answers(engine, SAMPLE, adapter=resolve(registry, "models:/demo@champion"), **SETTINGS) == expected[1]
+        decode(engine, SAMPLE, adapter=resolve(registry, "models:/demo@champion"), **SETTINGS) == expected[1]
     )
     moved = resolve(
         registry, "models:/demo@champion", version="1"
     )  # by a sample that had started_version with it on another engine
     assert (moved, registry.version_of(moved)) == ("models:/demo/1", "1")
-    assert answers(engine, SAMPLE, adapter=moved, **SETTINGS) == expected[0]
+    assert decode(engine, SAMPLE, adapter=moved, **SETTINGS) == expected[0]
     with pytest.raises(UserError, match="model='models:/demo@nobody': not in the registry"):
         resolve(registry, "models:/demo@nobody")
