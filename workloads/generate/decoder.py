@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import parallelmind as pm
 from parallelmind.data.records import RecordError
-from parallelmind.errors import UserError, UserNotice
+from parallelmind.engine.generate import warn_if_fallback
+from parallelmind.errors import UserError
 from parallelmind.model.structure import to_gpu
 from workloads.generate.lines import InputLine
 from workloads.generate.results import GeneratedSample, LineResult
@@ -61,12 +61,8 @@ class Decoder:
             number = self.engine.submit(sample, reduce=self.reduce, **self.sampling)
         except (RecordError, UserError) as error:
             return LineResult(line, skip_reason=str(error))
-        if self.engine.fallback_reason and len(sample.branches) > 1:
-            notice = (
-                f"the model {self.engine.fallback_reason}; "
-                "each branch is decoded isolated, in a row of its own"
-            )
-            warnings.warn(notice, UserNotice, stacklevel=2)
+        if len(sample.branches) > 1:
+            warn_if_fallback(self.engine)
         running[number] = GeneratedSample.empty(sample, self.reduce)
         return LineResult(line, running[number])
 

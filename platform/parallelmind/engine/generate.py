@@ -61,15 +61,21 @@ def engine_for(
 ) -> Engine:
     """An engine that holds exactly these requests, queued, with ids from 0. Raises and warns as `stream`."""
     engine = Engine(model, tokenizer, _config_for(requests))
-    if engine.fallback_reason and any(request.tokens.branches > 1 for request in requests):
-        model_type = causal_lm(model).config.model_type
-        notice = (
-            f"{model_type} {engine.fallback_reason}; each branch is decoded isolated, in a row of its own"
-        )
-        warnings.warn(notice, UserNotice, stacklevel=3)
+    if any(request.tokens.branches > 1 for request in requests):
+        warn_if_fallback(engine)
     for request in requests:
         engine.enqueue(request)
     return engine
+
+
+def warn_if_fallback(engine: Engine) -> None:
+    """Warn with a UserNotice if the engine cannot decode several branches in one sequence."""
+    if engine.fallback_reason:
+        model_type = causal_lm(engine.model).config.model_type
+        notice = (
+            f"{model_type} {engine.fallback_reason}; each branch is decoded isolated, in a row of its own"
+        )
+        warnings.warn(notice, UserNotice, stacklevel=4)
 
 
 def _config_for(requests: Sequence[TokenizedRequest]) -> EngineConfig:

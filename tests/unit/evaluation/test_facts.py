@@ -1,3 +1,5 @@
+"""Generated demo data: answers are in the passage, questions are distinct, and the seed determines all."""
+
 from __future__ import annotations
 
 import json
@@ -20,27 +22,29 @@ def test_every_answer_is_one_word_of_the_passage() -> None:
             assert words.count(branch["completion"].strip()) == 1
 
 
-def test_no_question_is_asked_twice_in_a_sample() -> None:
+def test_questions_of_a_record_are_distinct() -> None:
     for record in facts_records(50, seed=0):
         prompts = [branch["prompt"] for branch in record["branches"]]
         assert len(set(prompts)) == len(prompts) == 8
 
 
-def test_one_seed_gives_one_file_and_another_seed_other_passages(tmp_path: Path) -> None:
+def test_seed_determines_the_file(tmp_path: Path) -> None:
     write_facts(tmp_path / "new" / "a.jsonl", 20, seed=1)
     write_facts(tmp_path / "b.jsonl", 20, seed=1)
     write_facts(tmp_path / "c.jsonl", 20, seed=2)
-    first, second, other = ((tmp_path / name).read_text() for name in ("new/a.jsonl", "b.jsonl", "c.jsonl"))
-    assert first == second
-    passages = [{json.loads(line)["main"] for line in text.splitlines()} for text in (first, other)]
+    first, same_seed, other_seed = (
+        (tmp_path / name).read_text() for name in ("new/a.jsonl", "b.jsonl", "c.jsonl")
+    )
+    assert first == same_seed
+    passages = [{json.loads(line)["main"] for line in text.splitlines()} for text in (first, other_seed)]
     assert len(passages[0] | passages[1]) == 40
 
 
-def test_a_record_does_not_depend_on_how_many_follow() -> None:
+def test_record_does_not_depend_on_the_number_of_records() -> None:
     assert list(facts_records(3, seed=5)) == list(facts_records(9, seed=5))[:3]
 
 
-@pytest.mark.parametrize(("samples", "branches", "told"), [(0, 8, "samples=0"), (1, 0, "branches=0")])
-def test_counts_below_one_are_refused(samples: int, branches: int, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+@pytest.mark.parametrize(("samples", "branches", "message"), [(0, 8, "samples=0"), (1, 0, "branches=0")])
+def test_counts_below_one_are_refused(samples: int, branches: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         list(facts_records(samples, 0, branches))

@@ -32,10 +32,10 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture
-def lone_texts(tmp_path):
+def standalone_texts(tmp_path):
     """A file of texts that are grouped into samples."""
-    write_records(tmp_path / "lone.jsonl", [{"text": text} for text in TEXTS])
-    return tmp_path / "lone.jsonl"
+    write_records(tmp_path / "texts.jsonl", [{"text": text} for text in TEXTS])
+    return tmp_path / "texts.jsonl"
 
 
 def measure(tiny: str, data: Path, *settings: str) -> dict[str, Any]:
@@ -60,8 +60,8 @@ def reference_loss() -> float:
     return total / count
 
 
-def test_isolated_branches_have_no_tax(tiny, lone_texts, capsys):
-    report = measure(tiny, lone_texts, *ISOLATED, "branches=[2, 4, 8, 16]", "pool=8")
+def test_isolated_branches_have_no_tax(tiny, standalone_texts, capsys):
+    report = measure(tiny, standalone_texts, *ISOLATED, "branches=[2, 4, 8, 16]", "pool=8")
     assert losses(report) == pytest.approx(dict.fromkeys((1, 2, 4, 8), reference_loss()), abs=1e-4)
     assert [point["tax"] for point in report["points"]] == pytest.approx([0] * 4, abs=1e-4)
     assert len({point["targets"] for point in report["points"]}) == 1
@@ -74,16 +74,16 @@ def test_isolated_branches_have_no_tax(tiny, lone_texts, capsys):
     assert "in 8 branches;" in out
 
 
-def test_columnar_branches_have_a_tax(tiny, lone_texts):
-    report = measure(tiny, lone_texts, "visibility=columnar", "branches=[1, 8]")
+def test_columnar_branches_have_a_tax(tiny, standalone_texts):
+    report = measure(tiny, standalone_texts, "visibility=columnar", "branches=[1, 8]")
     assert report["held_out_branches"] == 8
     assert report["points"][0]["tax"] == 0
     assert abs(report["points"][1]["tax"]) > 1e-2
     assert report["points"][1]["tax"] == pytest.approx(losses(report)[8] - losses(report)[1])
 
 
-def test_unpatched_model_is_measured_at_one_branch(tiny, lone_texts, capsys):
-    report = measure(tiny, lone_texts, "patch_rope=false")
+def test_unpatched_model_is_measured_at_one_branch(tiny, standalone_texts, capsys):
+    report = measure(tiny, standalone_texts, "patch_rope=false")
     assert losses(report) == pytest.approx({1: reference_loss()}, abs=1e-4)
     assert "patch_rope=false: the model holds one branch" in capsys.readouterr().out
 
@@ -101,15 +101,17 @@ def test_branches_of_a_record_keep_their_main(tiny, tmp_path):
     assert report["held_out_branches"] == 5
 
 
-def test_count_above_batch_tokens_is_not_measured(tiny, lone_texts):
-    report = measure(tiny, lone_texts, *ISOLATED, "branches=[8]", "max_branch_tokens=10", "batch_tokens=40")
+def test_count_above_batch_tokens_is_not_measured(tiny, standalone_texts):
+    report = measure(
+        tiny, standalone_texts, *ISOLATED, "branches=[8]", "max_branch_tokens=10", "batch_tokens=40"
+    )
     assert report["not_measured"] == [{"branches": 8, "largest_sample": 4}]
     assert report["truncated_texts"] > 0
 
 
-def test_bad_lines_are_reported(tiny, lone_texts, capsys):
-    lone_texts.write_text("{\n" + lone_texts.read_text())
-    assert measure(tiny, lone_texts, "branches=[1]")["held_out_branches"] == 8
+def test_bad_lines_are_reported(tiny, standalone_texts, capsys):
+    standalone_texts.write_text("{\n" + standalone_texts.read_text())
+    assert measure(tiny, standalone_texts, "branches=[1]")["held_out_branches"] == 8
     assert "skipped 1 bad lines, the first: " in capsys.readouterr().err
 
 
@@ -133,9 +135,9 @@ def test_text_without_a_target_is_refused(tiny, tmp_path):
         measure(tiny, tmp_path / "none.jsonl")
 
 
-def test_every_count_is_measured_on_the_same_text(lone_texts):
-    data = DataConfig(data_path=str(lone_texts))
-    held_out = HeldOut.read([str(lone_texts)], 5, tiny_tokenizer(), data)
+def test_every_count_is_measured_on_the_same_text(standalone_texts):
+    data = DataConfig(data_path=str(standalone_texts))
+    held_out = HeldOut.read([str(standalone_texts)], 5, tiny_tokenizer(), data)
     texts = [
         sorted(map(tuple, (t for batch in held_out.batches(n, 0) for s in batch for t in s.split()[1:])))
         for n in (1, 2, 5)
@@ -144,10 +146,12 @@ def test_every_count_is_measured_on_the_same_text(lone_texts):
     assert texts[0] == texts[1] == texts[2]
 
 
-def test_tax_is_relative_to_one_branch(lone_texts):
+def test_tax_is_relative_to_one_branch(standalone_texts):
     model = tiny_llama()
     patch(model, RopeConfig())
-    held_out = HeldOut.read([str(lone_texts)], 8, tiny_tokenizer(), DataConfig(data_path=str(lone_texts)))
+    held_out = HeldOut.read(
+        [str(standalone_texts)], 8, tiny_tokenizer(), DataConfig(data_path=str(standalone_texts))
+    )
     first, second = tax_curve(model, {4: held_out.batches(4, 0), 1: held_out.batches(1, 0)}, pad_id=0)
     assert (first.branches, first.tax, second.branches) == (1, 0, 4)
     assert second.mean_branches == 4
@@ -161,7 +165,7 @@ def test_peak_memory_is_kept_after_it_is_freed():
 
 
 def test_out_of_memory_error_names_the_fields_of_this_command(
-    tiny: str, lone_texts: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: str, standalone_texts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def curve(*_: object) -> Any:
         raise NoMemoryError("out of memory on a batch of 2 x 99 tokens, up to 4 branches each")
@@ -171,4 +175,4 @@ def test_out_of_memory_error_names_the_fields_of_this_command(
     with pytest.raises(
         UserError, match=r"^batch_tokens=8192: out of memory on a batch of 2 x 99 .*; lower it, or drop "
     ):
-        measure(tiny, lone_texts)
+        measure(tiny, standalone_texts)
