@@ -76,32 +76,37 @@ def is_importable(name: str) -> bool:
         return hasattr(import_module(module), attribute)
 
 
-def test_architecture_names_functions_of_the_files_beside_them() -> None:
-    """In tables with the columns file and function, each function is defined in a file of its row."""
+def test_architecture_names_definitions_of_the_right_files() -> None:
+    """Names in the column next to the files, and names in "`name` in `file`", are defined in these files."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     rows = [
-        [re.findall(r"`([^`]+)`", cell) for cell in line.strip("|").split("|")]
-        for line in (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").splitlines()
-        if line.startswith("| ")
+        [spans(cell) for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"
     ]
-    paths_of_requests_and_records = [(row[-2], row[-1]) for row in rows if len(row) == 4 and row[-2]]
-    assert len(paths_of_requests_and_records) > 30
-    for files, functions in paths_of_requests_and_records:
-        defined = set().union(*(definitions(file) for file in files))
-        assert set(functions) <= defined, f"{set(functions) - defined}: not in {files}"
+    places = [(row[-1], row[-2]) for row in rows if len(row) == 4 and row[-2]]
+    places += [([name], [file]) for name, file in re.findall(r"`([\w.]+)` in `([\w./]+\.py)`", text)]
+    assert len(places) > 40
+    for names, files in places:
+        undefined = set(names) - set().union(*map(definitions, files))
+        assert not undefined, f"{undefined}: not in {files}"
+
+
+def spans(text: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", text)
 
 
 def definitions(file: str) -> set[str]:
-    """Return the functions, classes and `Class.method`s of a file."""
-    path = next(root / file for root in (ROOT, LIBRARY) if (root / file).is_file())
+    """Return the module-level names of a file, and `Class.method` of its classes."""
+    path = next(folder / file for folder in (ROOT, LIBRARY) if (folder / file).is_file())
     names = set()
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {target.id for target in targets if isinstance(target, ast.Name)}
         if isinstance(node, ast.ClassDef):
-            functions = (
-                item for item in node.body if isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef)
-            )
-            names |= {f"{node.name}.{function.name}" for function in functions}
+            methods = (item for item in node.body if isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef))
+            names |= {f"{node.name}.{method.name}" for method in methods}
     return names
 
 
