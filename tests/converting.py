@@ -1,4 +1,4 @@
-"""Source records to parallel JSONL with the tiny tokenizer, and every result checked to be a record."""
+"""Convert source records with the tiny tokenizer, and check that every result is a record."""
 
 from __future__ import annotations
 
@@ -6,24 +6,27 @@ from typing import Any
 
 from tiny import tiny_tokenizer
 
-from parallelmind.data.convert.converter import Converter, ConvertSettings
-from parallelmind.data.convert.items import Bad, Item
+from parallelmind.data.convert.converter import Converter
+from parallelmind.data.convert.settings import ConvertSettings
+from parallelmind.data.convert.source_records import BadRecord, SourceRecord
 from parallelmind.data.records import parse_value
 
 TOKENIZER = tiny_tokenizer()
 
 
-def made(values: list[Any], **settings: Any) -> list[dict[str, Any] | Bad]:
-    """What records become; all that is written must be records of parallel JSONL."""
+def convert(values: list[Any], **settings: Any) -> list[dict[str, Any] | BadRecord]:
+    """The results of the source records, each checked to be a record of parallel JSONL or a BadRecord."""
     converter = Converter(ConvertSettings.model_validate(settings), lambda: TOKENIZER)
-    results = list(converter.items(Item(str(index), value) for index, value in enumerate(values)))
+    records = (SourceRecord(str(index), value) for index, value in enumerate(values))
+    results = list(converter.convert_records(records))
     for result in results:
-        if not isinstance(result, Bad):
+        if not isinstance(result, BadRecord):
             assert parse_value(result).unknown_keys == ()
     return results
 
 
 def bad_reason(value: Any, **settings: Any) -> str:
-    (result,) = made([value], **settings)
-    assert isinstance(result, Bad)
+    """Why the source record cannot be converted."""
+    (result,) = convert([value], **settings)
+    assert isinstance(result, BadRecord)
     return result.reason

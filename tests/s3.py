@@ -1,4 +1,4 @@
-"""A server on loopback that speaks S3 and keeps what it is given in memory."""
+"""An S3 server on loopback that keeps its objects in memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BUCKET = "runs"
 
 @contextmanager
 def server() -> Iterator[dict[str, str]]:
-    """With an empty bucket; gives the environment that S3's clients find it by."""
+    """Start the server with an empty bucket. Yields the environment variables for S3 clients."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     app = make_server("127.0.0.1", 0, DomainDispatcherApplication(create_backend_app), threaded=True)
     threading.Thread(target=app.serve_forever, daemon=True).start()

@@ -1,5 +1,6 @@
-"""Errors that a user can cause. Workloads turn them into exit 2 and one line; a server turns them into a
-4xx.
+"""Errors that a user can cause.
+
+Workloads report them in one line and exit with 2; a server turns them into a 4xx response.
 """
 
 from __future__ import annotations
@@ -11,45 +12,45 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """A wrong value, named in one line with its field and its remedy."""
+    """A wrong value. The message names the field, the value and the remedy in one line."""
 
 
 class CapacityError(UserError):
-    """Nothing is wrong with it, but there is no room now."""
+    """A valid request for which there is no capacity at the moment."""
 
 
 class UserNotice(UserWarning):
-    """Something that a user should know and need not mend; workloads print it as one line."""
+    """Information that needs no correction. Workloads print it as one line."""
 
 
 def format_value(value: Any) -> str:
-    """A value as one would type it after `field=`: true, false, null, and text bare unless it is empty or
-    cannot be seen.
+    """A value as a user would type it after `field=`.
+
+    JSON, except that text stands without quotes unless it is empty, not printable, or starts or ends with
+    white space.
     """
-    bare = isinstance(value, str) and value.isprintable() and value.strip() == value != ""
-    return str(value) if bare else json.dumps(value, ensure_ascii=False, default=str)
+    plain = isinstance(value, str) and value.isprintable() and value.strip() == value != ""
+    return str(value) if plain else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line; its type where it says nothing."""
+    """The first line of the error's message, or its type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def write_error(field: str, path: object, error: BaseException) -> UserError:
-    """For a file or folder that the user has named."""
+    """The UserError for a file or folder, named by a config field, that cannot be written."""
     reason = getattr(error, "strerror", None) or first_line(error)
     return UserError(
-        f"{field}={path}: cannot be written ({reason}); make room, or give another place that you may write to"
+        f"{field}={path}: cannot be written ({reason}); make room, or give a path that you may write to"
     )
 
 
 @contextmanager
-def translate_write_errors(field: str, path: object, *others: type[Exception]) -> Iterator[None]:
-    """What keeps it from being written becomes one line. others: what a library raises in place of
-    OSError.
-    """
-    kinds: tuple[type[Exception], ...] = (OSError, *others)
+def translate_write_errors(field: str, path: object, *library_errors: type[Exception]) -> Iterator[None]:
+    """Turn an OSError into `write_error`. library_errors: types that a library raises instead of OSError."""
+    error_types: tuple[type[Exception], ...] = (OSError, *library_errors)
     try:
         yield
-    except kinds as error:
+    except error_types as error:
         raise write_error(field, path, error) from error

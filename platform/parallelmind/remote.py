@@ -1,15 +1,14 @@
-"""Folders at a URI (s3://…, gs://…, any that fsspec or pyarrow knows), and the working copy that each machine
-has of one.
+"""Files and folders at a URI that fsspec or pyarrow supports, with a local copy on each machine.
 
-What is at the URI is the truth. An object there is whole or not there; of a folder one file is written last
-and vouches for the rest.
+The content at the URI is authoritative. A single object there is complete or absent. For a folder, one marker
+file is copied last, so that its presence proves that the folder is complete.
 """
 
 from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -23,31 +22,32 @@ from fsspec.implementations.arrow import ArrowFSWrapper
 from parallelmind.errors import UserError, first_line
 from parallelmind.storage import atomic_binary_file, cache_dir, process_lock
 
-_BLOCK = 1 << 24  # bytes copied at a time
-_FULL = {errno.EDQUOT, errno.ENOSPC}
+_COPY_BYTES = 1 << 24  # copied at a time
+_DISK_FULL = {errno.EDQUOT, errno.ENOSPC}
 
 
 def is_uri(path: str | Path) -> bool:
     return "://" in str(path)
 
 
-def resolve_filesystem(place: str) -> tuple[Any, str]:
-    """The fsspec filesystem of a path or URI, and the path in it. What fsspec lacks a driver for, pyarrow may
-    have.
+def resolve_filesystem(path: str) -> tuple[Any, str]:
+    """The fsspec filesystem of a path or URI, and the path within it.
+
+    Falls back to pyarrow's filesystems for a protocol that fsspec has no driver for.
     """
     try:
-        return cast(tuple[Any, str], fsspec.core.url_to_fs(place))
+        return cast(tuple[Any, str], fsspec.core.url_to_fs(path))
     except ImportError:
-        system, inner = pyarrow.fs.FileSystem.from_uri(place)
-        return ArrowFSWrapper(system), inner
+        filesystem, inner = pyarrow.fs.FileSystem.from_uri(path)
+        return ArrowFSWrapper(filesystem), inner
 
 
 @dataclass(frozen=True, slots=True)
 class RemotePath:
-    """A file or folder, and where it lies for all machines; without a URI it lies nowhere else, and nothing
-    is copied.
+    """A file or folder at a URI and its local copy. Without a URI it is local only, and nothing is copied.
 
-    field: how the user has named it. Every method raises UserError with it where the URI cannot be reached.
+    local: the path on this machine. uri: where all machines find it. field: the config field that names it.
+    Every method raises UserError that names `field` if the URI cannot be reached.
     """
 
     local: Path
@@ -56,130 +56,135 @@ class RemotePath:
 
     @classmethod
     def at(cls, path: str | Path, field: str = "output_dir") -> RemotePath:
-        """The folder that a path or URI means. Working copies have the same path on all machines."""
+        """The RemotePath of a local path or a URI, whose local copy has the same path on all machines."""
         if not is_uri(path):
             return cls(Path(path).expanduser().absolute(), None, field)
         uri = str(path).rstrip("/")
         return cls(cache_dir() / "copies" / uri.replace("://", "/"), uri, field)
 
     def child(self, name: str) -> RemotePath:
-        """A file or folder in this one."""
+        """A file or folder in this folder."""
         return RemotePath(self.local / name, self.uri and f"{self.uri}/{name}", self.field)
 
     def __str__(self) -> str:
         return self.uri or str(self.local)
 
     def read_bytes(self) -> bytes | None:
-        """What this file holds, None where it is not."""
+        """The content of this file at the URI, or None if it does not exist."""
         if self.uri is None:
             return self.local.read_bytes() if self.local.is_file() else None
-        with self._reached() as (system, inner):
-            return bytes(system.cat_file(inner)) if system.isfile(inner) else None
+        with self._open_remote() as (filesystem, inner):
+            return bytes(filesystem.cat_file(inner)) if filesystem.isfile(inner) else None
 
     def list_names(self) -> list[str]:
-        """Of the files and folders in this folder."""
+        """Sorted names of the files and folders in this folder at the URI."""
         if self.uri is None:
             return sorted(path.name for path in self.local.glob("*"))
-        with self._reached() as (system, inner):
-            found = system.ls(inner, detail=False) if system.isdir(inner) else ()
-            return sorted({PurePosixPath(path).name for path in found})
+        with self._open_remote() as (filesystem, inner):
+            paths = filesystem.ls(inner, detail=False) if filesystem.isdir(inner) else ()
+            return sorted({PurePosixPath(path).name for path in paths})
 
     def upload(self, last: str | None = None) -> None:
-        """Copy this file, or what this folder holds but for hidden files, to the URI. last: the file that
-        follows all others.
+        """Copy this file, or all files of this folder except hidden ones, to the URI.
+
+        last: name of the marker file, which is copied after all others.
         """
         if self.uri is None:
             return
-        files = _visible(self.local) if self.local.is_dir() else {"": self.local}
-        with self._reached() as (system, inner):
-            for name in sorted(files, key=lambda name: (name == last, name)):
+        files = _visible_files(self.local) if self.local.is_dir() else {"": self.local}
+        with self._open_remote() as (filesystem, inner):
+            for name in _with_last(files, last):
                 target = PurePosixPath(inner, name)
-                system.makedirs(str(target.parent), exist_ok=True)
-                system.put_file(str(files[name]), str(target))
+                filesystem.makedirs(str(target.parent), exist_ok=True)
+                filesystem.put_file(str(files[name]), str(target))
 
     def download(self, exclude: str = "", last: str | None = None) -> None:
-        """Make this folder hold the files that are at the URI, and no others but hidden ones.
+        """Make the local folder equal to the folder at the URI: copy its files and delete all others.
 
-        exclude: a pattern of files that stay as they are. last: the file that follows all others.
+        Hidden local files stay. exclude: pattern of files to leave unchanged. last: name of the marker file,
+        which is copied after all others.
         """
         if self.uri is None:
             return
-        with self._reached() as (system, inner):
-            there = {str(PurePosixPath(file).relative_to(inner)): file for file in system.find(inner)}
-            for name, path in _visible(self.local).items():
-                if name not in there:
+        with self._open_remote() as (filesystem, inner):
+            sources = {str(PurePosixPath(file).relative_to(inner)): file for file in filesystem.find(inner)}
+            for name, path in _visible_files(self.local).items():
+                if name not in sources:
                     path.unlink(missing_ok=True)
-            for name in sorted(there, key=lambda name: (name == last, name)):
-                if not fnmatch(name, exclude):
-                    with (
-                        atomic_binary_file(self.local / name) as copy,
-                        system.open(there[name], "rb") as source,
-                    ):
-                        shutil.copyfileobj(source, copy, _BLOCK)
+            for name in _with_last(sources, last):
+                if fnmatch(name, exclude):
+                    continue
+                with (
+                    atomic_binary_file(self.local / name) as copy,
+                    filesystem.open(sources[name], "rb") as source,
+                ):
+                    shutil.copyfileobj(source, copy, _COPY_BYTES)
 
     def pyarrow_filesystem(self) -> tuple[str, pyarrow.fs.FileSystem | None]:
-        """Path and filesystem of this folder, for libraries that ask for pyarrow's; None is this
-        machine's.
-        """
+        """Path and pyarrow filesystem of this folder; None is the local filesystem."""
         if self.uri is None:
             return str(self.local), None
-        with self._reached() as (system, inner):
-            if isinstance(system, ArrowFSWrapper):
-                return inner, system.fs
-            return inner, pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(system))
+        with self._open_remote() as (filesystem, inner):
+            if isinstance(filesystem, ArrowFSWrapper):
+                return inner, filesystem.fs
+            return inner, pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem))
 
     def delete(self) -> None:
-        """Remove this folder, here and there."""
+        """Delete this folder, locally and at the URI."""
         shutil.rmtree(self.local, ignore_errors=True)
         self.delete_remote()
 
     def delete_remote(self) -> None:
-        """At the URI alone."""
+        """Delete this file or folder at the URI only."""
         if self.uri is None:
             return
-        with self._reached() as (system, inner):
-            if system.exists(inner):
-                system.rm(inner, recursive=True)
+        with self._open_remote() as (filesystem, inner):
+            if filesystem.exists(inner):
+                filesystem.rm(inner, recursive=True)
 
     @contextmanager
-    def _reached(self) -> Iterator[tuple[Any, str]]:
+    def _open_remote(self) -> Iterator[tuple[Any, str]]:
+        """The filesystem of the URI and the path within it. Errors inside the block become UserError."""
         try:
-            system, inner = resolve_filesystem(str(self.uri))
-            system.invalidate_cache()
-            yield system, inner.rstrip("/")
+            filesystem, inner = resolve_filesystem(str(self.uri))
+            filesystem.invalidate_cache()
+            yield filesystem, inner.rstrip("/")
         except (OSError, ValueError, ImportError) as error:
-            what, remedy = "cannot be reached", "check address and credentials"
-            if getattr(error, "errno", None) in _FULL:
-                what, remedy = (
-                    "a disk is full",
-                    f"make room there, and for the copy on this machine, {self.local}",
-                )
-            raise UserError(f"{self.field}={self.uri}: {what} ({first_line(error)}); {remedy}") from error
+            problem, remedy = "cannot be reached", "check address and credentials"
+            if getattr(error, "errno", None) in _DISK_FULL:
+                problem = "a disk is full"
+                remedy = f"make room there, and for the local copy, {self.local}"
+            raise UserError(f"{self.field}={self.uri}: {problem} ({first_line(error)}); {remedy}") from error
 
 
-def fetch_cached(path: str | Path, note: str, field: str) -> Path:
-    """The folder that a path or URI means, copied here first if its file `note` is another than the one that
-    is here.
+def fetch_cached(path: str | Path, marker: str, field: str) -> Path:
+    """The local folder of a path or URI. A URI is downloaded unless the local copy has the same marker file.
 
-    Raises UserError, naming `field`, where it cannot be reached or has no such file.
+    marker: name of the file that is written last. Raises UserError that names `field` if the URI cannot be
+    reached or has no marker file.
     """
     if not is_uri(path):
         return Path(path)
-    mirror = RemotePath.at(path, field)
-    with process_lock(mirror.local / ".lock"):
-        there = mirror.child(note).read_bytes()
-        if there is None:
-            raise UserError(f"{field}={path}: holds no {note}; give the folder that a run wrote")
-        if RemotePath(mirror.local / note).read_bytes() != there:
-            mirror.download(last=note)
-    return mirror.local
+    remote = RemotePath.at(path, field)
+    with process_lock(remote.local / ".lock"):
+        remote_marker = remote.child(marker).read_bytes()
+        if remote_marker is None:
+            raise UserError(f"{field}={path}: holds no {marker}; give the folder that a run wrote")
+        if RemotePath(remote.local / marker).read_bytes() != remote_marker:
+            remote.download(last=marker)
+    return remote.local
 
 
-def _visible(folder: Path) -> dict[str, Path]:
-    """The files under a folder by their path in it, but for hidden ones and those in hidden folders."""
-    names = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
+def _with_last(names: Iterable[str], last: str | None) -> list[str]:
+    """The names in order, `last` at the end."""
+    return sorted(names, key=lambda name: (name == last, name))
+
+
+def _visible_files(folder: Path) -> dict[str, Path]:
+    """All files under a folder by their relative path, without hidden files and files in hidden folders."""
+    files = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
     return {
         name.as_posix(): path
-        for name, path in names.items()
+        for name, path in files.items()
         if not any(part.startswith(".") for part in name.parts)
     }

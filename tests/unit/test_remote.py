@@ -1,6 +1,4 @@
-"""Folders at a URI: what is copied, in which order, what is left alone, and what is said where it cannot be
-reached.
-"""
+"""Folders at a URI: which files are copied in which order, which ones stay, and how errors are reported."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ def bucket() -> Iterator[dict[str, str]]:
 def uri(
     request: pytest.FixtureRequest, tmp_path: Path, bucket: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> str:
-    """A place of its own, and an empty cache of this machine's."""
+    """A new URI, and an empty cache on this machine."""
     monkeypatch.setenv("PARALLELMIND_CACHE", str(tmp_path / "cache"))
     for name, value in bucket.items():
         monkeypatch.setenv(name, value)
@@ -36,19 +34,20 @@ def uri(
 
 
 def fill(folder: Path, **files: str) -> None:
+    """Write files. In their names `__` stands for a slash and `_` for a dot."""
     for name, text in files.items():
         file = folder / name.replace("__", "/").replace("_", ".")
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
 
 
-def held(folder: Path) -> dict[str, str]:
+def read_files(folder: Path) -> dict[str, str]:
     return {
         path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()
     }
 
 
-def test_what_is_pushed_can_be_pulled_elsewhere(
+def test_uploaded_folder_can_be_downloaded_elsewhere(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = RemotePath.at(uri).child("run")
@@ -60,79 +59,75 @@ def test_what_is_pushed_can_be_pulled_elsewhere(
     copy = RemotePath.at(f"{uri}/run/")
     assert copy.local != run.local
     copy.download()
-    assert held(copy.local) == {"a.txt": "1", "inner/b.txt": "2"}
+    assert read_files(copy.local) == {"a.txt": "1", "inner/b.txt": "2"}
 
 
-def test_a_pull_leaves_what_was_asked_and_what_is_hidden(uri: str) -> None:
+def test_download_keeps_excluded_and_hidden_files(uri: str) -> None:
     run = RemotePath.at(uri)
     fill(run.local, a_txt="1", big_bin="2")
     run.upload()
     fill(run.local, a_txt="old", big_bin="mine", gone_txt="x", _lock="held", _part__new="half")
     run.download(exclude="*.bin")
-    assert held(run.local) == {"a.txt": "1", "big.bin": "mine", ".lock": "held", ".part/new": "half"}
+    assert read_files(run.local) == {"a.txt": "1", "big.bin": "mine", ".lock": "held", ".part/new": "half"}
     run.upload()
     assert run.list_names() == ["a.txt", "big.bin"]
 
 
-def test_a_folder_is_vouched_for_by_its_last_file(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy that is cut short is not taken for a whole one, there or here."""
+def test_marker_file_is_uploaded_last(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupted copy is never mistaken for a complete one."""
     run = RemotePath.at(uri).child("adapter")
     fill(run.local, a_note="first of all by name", z_weights="w")
-    put, order = fsspec.AbstractFileSystem.put_file, list[str]()
+    put_file, order = fsspec.AbstractFileSystem.put_file, list[str]()
 
-    def recorded(self: object, path: str, target: str, **given: object) -> None:
+    def record(self: object, path: str, target: str, **options: object) -> None:
         order.append(Path(path).name)
-        put(self, path, target, **given)
+        put_file(self, path, target, **options)
 
-    monkeypatch.setattr(fsspec.AbstractFileSystem, "put_file", recorded)
-    monkeypatch.setattr(type(fsspec.filesystem("memory")), "put_file", recorded, raising=False)
+    monkeypatch.setattr(fsspec.AbstractFileSystem, "put_file", record)
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "put_file", record, raising=False)
     run.upload(last="a.note")
     assert order == ["z.weights", "a.note"]
 
 
-def test_what_was_fetched_before_is_fetched_again_only_if_it_has_changed(uri: str, tmp_path: Path) -> None:
+def test_folder_is_fetched_again_only_if_its_marker_has_changed(uri: str, tmp_path: Path) -> None:
     run = RemotePath.at(uri).child("adapter")
     fill(run.local, note_json="1", weights="a")
     run.upload(last="note.json")
     folder = fetch_cached(str(run), "note.json", "lora_path")
     assert folder == run.local
     fill(folder, weights="touched")
-    assert held(fetch_cached(str(run), "note.json", "lora_path"))["weights"] == "touched"
-    theirs = RemotePath(tmp_path / "theirs", run.uri)
-    fill(theirs.local, note_json="2", weights="b")
-    theirs.upload(last="note.json")
-    assert held(fetch_cached(str(run), "note.json", "lora_path"))["weights"] == "b"
+    assert read_files(fetch_cached(str(run), "note.json", "lora_path"))["weights"] == "touched"
+    other_copy = RemotePath(tmp_path / "other", run.uri)
+    fill(other_copy.local, note_json="2", weights="b")
+    other_copy.upload(last="note.json")
+    assert read_files(fetch_cached(str(run), "note.json", "lora_path"))["weights"] == "b"
     with pytest.raises(UserError, match=r"lora_path=.*/none: holds no note.json; "):
         fetch_cached(f"{uri}/none", "note.json", "lora_path")
 
 
-def test_what_is_removed_is_gone_there(uri: str) -> None:
+def test_delete_remote_keeps_the_local_copy(uri: str) -> None:
     run = RemotePath.at(uri)
     fill(run.local, old__a_txt="1", b_txt="2")
     run.upload()
     run.child("old").delete_remote()
     run.child("never").delete_remote()
     assert run.list_names() == ["b.txt"]
-    assert held(run.local) == {"old/a.txt": "1", "b.txt": "2"}
+    assert read_files(run.local) == {"old/a.txt": "1", "b.txt": "2"}
 
 
-@pytest.mark.parametrize(
-    ("path", "why"), [("s3://no-such-bucket/x", "cannot be reached"), ("nonsense://x", "cannot be reached")]
-)
-def test_an_unreachable_uri_is_told_in_one_line(path: str, why: str, uri: str) -> None:
+@pytest.mark.parametrize("path", ["s3://no-such-bucket/x", "nonsense://x"])
+def test_unreachable_uri_is_reported_in_one_line(path: str, uri: str) -> None:
     file = RemotePath.at(path)
     file.local.parent.mkdir(parents=True, exist_ok=True)
     file.local.write_text("x")
     with pytest.raises(
-        UserError, match=f"output_dir={path}: {why} .*; check address and credentials"
+        UserError, match=f"output_dir={path}: cannot be reached .*; check address and credentials"
     ) as caught:
         file.upload()
     assert "\n" not in str(caught.value)
 
 
-def test_a_full_disk_of_this_machine_is_told_as_such(
-    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_is_reported_as_such(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RemotePath.at(uri)
     fill(run.local, a_txt="1")
     run.upload()
@@ -145,10 +140,10 @@ def test_a_full_disk_of_this_machine_is_told_as_such(
         UserError, match=rf"^output_dir={uri}: a disk is full \(.*\); make room .*{run.local}$"
     ):
         run.download()
-    assert held(run.local) == {"a.txt": "1"}
+    assert read_files(run.local) == {"a.txt": "1"}
 
 
-def test_a_folder_of_this_machine_is_itself(tmp_path: Path) -> None:
+def test_local_folder_is_used_without_a_copy(tmp_path: Path) -> None:
     run = RemotePath.at(tmp_path / "runs").child("run")
     assert run == RemotePath(tmp_path / "runs" / "run")
     fill(run.local, a_txt="1")
@@ -161,7 +156,7 @@ def test_a_folder_of_this_machine_is_itself(tmp_path: Path) -> None:
     assert fetch_cached(tmp_path, "a.txt", "lora_path") == tmp_path
 
 
-def test_a_run_elsewhere_is_asked_to_stop(uri: str) -> None:
+def test_stop_of_a_run_at_a_uri_can_be_requested(uri: str) -> None:
     file = RemotePath.at(f"{uri}/run").child("STOP")
     assert not file.local.parent.exists()
     StopFile(file).request()

@@ -1,4 +1,4 @@
-"""A look before training: the numbers, the columns, and the command line on a tiny tokenizer."""
+"""Inspection of a file before training: statistics, columns, and the command with a tiny tokenizer."""
 
 from __future__ import annotations
 
@@ -13,21 +13,15 @@ from hypothesis import strategies as st
 from tiny import save_tiny, tiny_tokenizer
 
 from parallelmind.config import RopeConfig
-from parallelmind.data.statistics import (
-    Bucket,
-    Statistics,
-    bars,
-    buckets,
-    columns,
-    percentiles,
-    text_width,
-    visible,
-)
 from parallelmind.data.tokenise import TokenisedRecord
 from parallelmind.errors import UserError
 from parallelmind.layout import Tokens, arrange
 from workloads.data import inspect as inspect_data
-from workloads.data.inspect_report import token_texts
+from workloads.data.histogram import Bucket, bars, histogram
+from workloads.data.inspect_report import token_decoder
+from workloads.data.inspection import numbered_lines
+from workloads.data.sample_columns import sample_columns, text_width, visible
+from workloads.data.statistics import LengthStatistics, percentiles
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -41,13 +35,13 @@ def sample(main: str, branches: list[str], offsets: list[int] | None = None) -> 
 
 
 def text(tokens: Tokens, width: int = 200, delays: list[int] | None = None, **rope: object) -> list[str]:
-    late = None if delays is None else np.array(delays)
-    lines = columns(arrange(tokens, RopeConfig.model_validate(rope), late), letters, width)
+    delay_array = None if delays is None else np.array(delays)
+    lines = sample_columns(arrange(tokens, RopeConfig.model_validate(rope), delay_array), letters, width)
     return ["".join(piece for piece, _ in line).rstrip() for line in lines]
 
 
 @pytest.mark.parametrize("rope", [{"visibility": "columnar"}, {"visibility": "isolated"}])
-def test_every_token_stands_at_its_time(rope: dict[str, str]) -> None:
+def test_every_token_is_in_the_column_of_its_time(rope: dict[str, str]) -> None:
     assert text(sample("ab", ["cde", "f"], [1, 1]), **rope) == [
         "time      0 1 2 3   4",
         "main      a b",
@@ -61,12 +55,12 @@ def test_alignment_and_delays_move_branches() -> None:
     assert text(sample("", ["abc", "d"], [3, 1]), delays=[0, 1])[2].index("d") == len("branch 2  a ")
 
 
-def test_on_a_terminal_targets_are_told_apart_without_marks() -> None:
-    lines = columns(arrange(sample("", ["abc"], [1]), RopeConfig()), letters, 80, marks=("", ""))
+def test_targets_are_separate_pieces_without_marks() -> None:
+    lines = sample_columns(arrange(sample("", ["abc"], [1]), RopeConfig()), letters, 80, marks=("", ""))
     assert [piece for piece, target in lines[1] if target] == ["b", "c"]
 
 
-def test_a_long_sample_keeps_main_the_branches_and_the_first_targets() -> None:
+def test_long_sample_keeps_main_the_branches_and_the_first_targets() -> None:
     lines = text(sample("M" + "m" * 98 + "n", ["b" * 50 + "tuvwxyz" * 9, "c" * 20], [50, 20]), width=60)
     assert all(text_width(line) <= 60 for line in lines)
     assert [line.count("…") for line in lines] == [3, 1, 2, 1]
@@ -113,20 +107,20 @@ def test_a_token_is_at_most_eight_cells_on_one_line(given_text: str) -> None:
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 5000), min_size=1))
 def test_every_value_is_in_the_bucket_that_names_it(values: list[int]) -> None:
-    found = buckets(values)
+    buckets = histogram(values)
     assert all(
-        bucket.count == sum(bucket.low <= value <= bucket.high for value in values) for bucket in found
+        bucket.count == sum(bucket.low <= value <= bucket.high for value in values) for bucket in buckets
     )
-    assert sum(bucket.count for bucket in found) == len(values)
-    assert found[0].count > 0
-    assert found[-1].count > 0
-    assert all(left.high + 1 == right.low for left, right in pairwise(found))
+    assert sum(bucket.count for bucket in buckets) == len(values)
+    assert buckets[0].count > 0
+    assert buckets[-1].count > 0
+    assert all(left.high + 1 == right.low for left, right in pairwise(buckets))
 
 
-def test_few_numbers_get_a_bucket_each_and_the_fullest_bar_is_the_longest() -> None:
-    found = buckets([2, 2, 2, 2, 4])
-    assert found == [Bucket(2, 2, 4), Bucket(3, 3, 0), Bucket(4, 4, 1)]
-    assert bars(found, 8) == ["2  ████████  4", "3            0", "4  ██        1"]
+def test_small_range_gets_single_value_buckets_and_the_longest_bar_is_the_fullest() -> None:
+    buckets = histogram([2, 2, 2, 2, 4])
+    assert buckets == [Bucket(2, 2, 4), Bucket(3, 3, 0), Bucket(4, 4, 1)]
+    assert bars(buckets, 8) == ["2  ████████  4", "3            0", "4  ██        1"]
     assert bars([Bucket(1, 1, 1000), Bucket(2, 3, 1)], 8)[1] == "2–3  █         1"
 
 
@@ -136,29 +130,33 @@ def test_percentiles_are_values_that_occur() -> None:
 
 
 def test_statistics_count_tokens_targets_and_padding() -> None:
-    found = Statistics()
+    statistics = LengthStatistics()
     samples = [sample("abc", ["de", "fghi"], [0, 3]), sample("", ["x" * 5])]
-    for item in (
+    for record in (
         TokenisedRecord(samples[0], False, 1, 2),
         TokenisedRecord(samples[1], True, 0, 0),
         TokenisedRecord(None, True, 0, 1),
     ):
-        found.add_record(item)
-    found.add_batch(samples)
-    assert (found.main_tokens, found.branch_tokens, found.tokens) == ([3], [2, 4, 5], 14)
-    assert found.targets == 1 + 1 + 4
-    assert (found.truncated, found.skipped) == (1, 3)
-    assert (found.sample_branches, found.batch_tokens, found.batch_places) == ([2, 1], [14], [18])
-    assert found.padding == pytest.approx(4 / 18)
+        statistics.add_record(record)
+    statistics.add_batch(samples)
+    assert (statistics.main_tokens, statistics.branch_tokens, statistics.tokens) == ([3], [2, 4, 5], 14)
+    assert statistics.targets == 1 + 1 + 4
+    assert (statistics.truncated, statistics.skipped) == (1, 3)
+    assert (statistics.sample_branches, statistics.batch_tokens, statistics.batch_padded_tokens) == (
+        [2, 1],
+        [14],
+        [18],
+    )
+    assert statistics.padding == pytest.approx(4 / 18)
 
 
-def test_a_split_character_stands_at_its_last_token() -> None:
+def test_divided_character_is_the_text_of_its_last_token() -> None:
     tokenizer = tiny_tokenizer()
     ids = tokenizer(" the 茶<s>").input_ids
-    texts = token_texts(tokenizer)(ids)
+    texts = token_decoder(tokenizer)(ids)
     assert texts[-4:] == ["·", "·", "茶", "<s>"]
     assert "".join(texts).replace("·", "") == " the 茶<s>"
-    assert token_texts(tokenizer)(ids[-4:-2] * 3), "broken bytes end as well"
+    assert token_decoder(tokenizer)(ids[-4:-2] * 3), "an invalid sequence of bytes ends as well"
 
 
 @pytest.fixture(scope="module")
@@ -170,25 +168,25 @@ def base(tmp_path_factory):
 def data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "data.jsonl"
-    own = {
+    record = {
         "main": "the passage",
         "branches": [{"prompt": "who\n", "completion": " works"}, "in [b]the[/b]"],
         "id": 1,
     }
-    lines = [json.dumps(own), "{nope", "", *(json.dumps({"text": f"where is {i}"}) for i in range(5))]
+    lines = [json.dumps(record), "{nope", "", *(json.dumps({"text": f"where is {i}"}) for i in range(5))]
     path.write_text("\n".join(lines) + "\n")
     return path
 
 
-def look(capsys, *argv: str) -> str:
+def run_inspect(capsys, *argv: str) -> str:
     inspect_data.main([*argv])
     return " ".join(capsys.readouterr().out.split())
 
 
-def test_it_prints_counts_samples_and_a_picture(base, data, tmp_path, capsys):
-    out = look(capsys, str(data), base, "shuffle_window=1", "length_window=1")
+def test_inspect_prints_counts_and_samples_and_writes_a_png(base, data, tmp_path, capsys):
+    out = run_inspect(capsys, str(data), base, "shuffle_window=1", "length_window=1")
     assert "records 6 1 with branches of their own, 5 standalone" in out
-    assert "bad 1 left out of training other keys 1 mean nothing here: id (1)" in out
+    assert "bad 1 skipped in training other keys 1 ignored: id (1)" in out
     assert f"{data}:2: is not JSON" in out
     assert "branches 7 0 more skipped, 0 texts truncated" in out
     assert "main t he ▁pas sag e branch 1 w h o ⏎ «▁w» «or» «ks» «</s>» branch 2 i «n» «▁» «[» «b» «]»" in out
@@ -196,8 +194,8 @@ def test_it_prints_counts_samples_and_a_picture(base, data, tmp_path, capsys):
     assert (tmp_path / "data.jsonl.png").read_bytes().startswith(PNG)
 
 
-def test_settings_change_what_training_would_build(base, data, tmp_path, capsys):
-    out = look(
+def test_settings_change_the_batches_of_training(base, data, tmp_path, capsys):
+    out = run_inspect(
         capsys,
         f"data_path={data}",
         base,
@@ -206,19 +204,19 @@ def test_settings_change_what_training_would_build(base, data, tmp_path, capsys)
         "show=0",
         "png_path=new/look.png",
     )
-    assert "the first 1 records only" in out
+    assert "only the first 1 records" in out
     assert "branches 1 1 more skipped, 2 texts truncated" in out
-    assert "samples 1 batches 1 padding 0.0% of the 8 places" in out
+    assert "samples 1 batches 1 padding 0.0% of the 8 tokens" in out
     assert "sample 1:" not in out
     assert (tmp_path / "new" / "look.png").read_bytes().startswith(PNG)
 
 
-def test_lines_are_numbered_through_every_file(tmp_path):
+def test_lines_are_numbered_within_every_file(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"1\n\n3\n")
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b"1\n2"))
     files = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl.gz")]
-    found = [(file[-8:], number, line.raw) for file, number, line in inspect_data.numbered_lines(files)]
-    assert found == [("/a.jsonl", number, raw) for number, raw in ((1, b"1"), (2, b""), (3, b"3"))] + [
+    lines = [(file[-8:], number, line.raw) for file, number, line in numbered_lines(files)]
+    assert lines == [("/a.jsonl", number, raw) for number, raw in ((1, b"1"), (2, b""), (3, b"3"))] + [
         ("jsonl.gz", 1, b"1"),
         ("jsonl.gz", 2, b"2"),
     ]
@@ -240,7 +238,7 @@ def test_lines_are_numbered_through_every_file(tmp_path):
         ([], "data_path: required"),
     ],
 )
-def test_mistakes_are_one_line(base, data, argv, message):
+def test_mistakes_are_reported_in_one_line(base, data, argv, message):
     data.with_name("empty.jsonl").touch()
     with pytest.raises(UserError, match=message) as error:
         inspect_data.main([*argv, base])

@@ -1,4 +1,4 @@
-"""Plain text of any length as lone records of so many tokens; joined, they are the text again."""
+"""Plain text of any length to standalone records of limited length, which joined give the text again."""
 
 from __future__ import annotations
 
@@ -6,68 +6,68 @@ from collections.abc import Iterable, Iterator
 
 from transformers import PreTrainedTokenizerBase
 
-from parallelmind.data.convert.items import Bad, Converted
-from parallelmind.data.convert.spans import Spans, spans
+from parallelmind.data.convert.source_records import BadRecord, ParallelRecord
+from parallelmind.data.convert.token_spans import TokenSpans, token_spans
 from parallelmind.data.encode import bos_ids, encode_text
 
-_BLOCK = 1 << 16  # characters tokenised together
+_MIN_BLOCK = 1 << 16  # characters tokenised together
 
 
-def chunks(
-    pieces: Iterable[str | Bad], tokenizer: PreTrainedTokenizerBase, chunk_tokens: int
-) -> Iterator[Converted | Bad]:
-    """{"text"} records of the pieces' text, none over `chunk_tokens` as training counts it, BOS and EOS
-    included.
+def chunk_text(
+    pieces: Iterable[str | BadRecord], tokenizer: PreTrainedTokenizerBase, chunk_tokens: int
+) -> Iterator[ParallelRecord | BadRecord]:
+    """{"text"} records of at most `chunk_tokens` tokens as training counts them, BOS and EOS included.
 
-    Only a block of the text is held. A chunk of white space alone is left out.
+    pieces: the text, in order. One block of the text is in memory at a time. Blank chunks are left out.
     """
-    room = chunk_tokens - len(bos_ids(tokenizer)) - (tokenizer.eos_token_id is not None)
-    block = max(_BLOCK, 16 * chunk_tokens)
-    held = ""
+    max_tokens = chunk_tokens - len(bos_ids(tokenizer)) - (tokenizer.eos_token_id is not None)
+    block_characters = max(_MIN_BLOCK, 16 * chunk_tokens)
+    block = ""
     for piece in pieces:
-        if isinstance(piece, Bad):
+        if isinstance(piece, BadRecord):
             yield piece
             continue
-        held += piece
-        if len(held) >= block:
-            *full, held = cut(held, tokenizer, room)
-            yield from _records(full)
-    yield from _records(cut(held, tokenizer, room))
+        block += piece
+        if len(block) >= block_characters:
+            *full_chunks, block = split_text(block, tokenizer, max_tokens)
+            yield from _text_records(full_chunks)
+    yield from _text_records(split_text(block, tokenizer, max_tokens))
 
 
-def _records(texts: list[str]) -> Iterator[Converted]:
+def _text_records(texts: list[str]) -> Iterator[ParallelRecord]:
     return ({"text": text} for text in texts if text.strip())
 
 
-def cut(text: str, tokenizer: PreTrainedTokenizerBase, room: int) -> list[str]:
-    """The text in at least one part, each of at most `room` tokens when it is tokenised alone."""
-    found = spans(tokenizer, text)
-    parts, token, place = [], 0, 0
-    while token < len(found):
-        for stop in _stops(text, found, token, room):
-            end = found.ends[stop - 1] if stop < len(found) else len(text)
-            # Tokens can be more once their neighbours are gone.
-            if len(encode_text(tokenizer, text[place:end], first=False)) <= room:
+def split_text(text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[str]:
+    """Split the text into one or more chunks, each of at most `max_tokens` tokens when tokenised alone."""
+    spans = token_spans(tokenizer, text)
+    chunks, token, start = [], 0, 0
+    while token < len(spans):
+        for stop in _stop_tokens(text, spans, token, max_tokens):
+            end = spans.ends[stop - 1] if stop < len(spans) else len(text)
+            # Without its neighbours, a text may have more tokens.
+            if len(encode_text(tokenizer, text[start:end], first=False)) <= max_tokens:
                 break
-        parts.append(text[place:end])
-        token, place = stop, end
-    return parts or [text]
+        chunks.append(text[start:end])
+        token, start = stop, end
+    return chunks or [text]
 
 
-def _stops(text: str, found: Spans, token: int, room: int) -> Iterator[int]:
-    """Tokens before which a part from `token` on may end, best first: the end, late ones at a space, any
-    between characters.
+def _stop_tokens(text: str, spans: TokenSpans, token: int, max_tokens: int) -> Iterator[int]:
+    """Tokens before which a chunk from `token` on may end, the best first.
+
+    These are the end of the text, late tokens at white space, then any token that begins a character.
     """
-    last = min(token + room, len(found))
-    places = [
+    last = min(token + max_tokens, len(spans))
+    boundaries = [
         stop
         for stop in range(last, token, -1)
-        if stop == len(found) or found.ends[stop - 1] <= found.starts[stop]
+        if stop == len(spans) or spans.ends[stop - 1] <= spans.starts[stop]
     ]
-    if last == len(found):
+    if last == len(spans):
         yield last
-    for stop in places[: len(places) // 2]:
-        end = found.ends[stop - 1]
+    for stop in boundaries[: len(boundaries) // 2]:
+        end = spans.ends[stop - 1]
         if text[end - 1].isspace() or text[end : end + 1].isspace():
             yield stop
-    yield from places or [last]
+    yield from boundaries or [last]

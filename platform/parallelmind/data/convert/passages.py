@@ -1,6 +1,4 @@
-"""Questions about passages, as SQuAD and HotpotQA write them: the passage is main, its questions are the
-branches.
-"""
+"""Questions about passages, as in SQuAD and HotpotQA: the passage is main, its questions are the branches."""
 
 from __future__ import annotations
 
@@ -9,104 +7,108 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from parallelmind.data.convert.items import Bad, Converted, Item, checked_text, text_at
+from parallelmind.data.convert.source_records import (
+    BadRecord,
+    ParallelRecord,
+    SourceRecord,
+    check_text,
+    required_text,
+)
 from parallelmind.data.records import RecordError
 
 
 @dataclass(frozen=True, slots=True)
-class Wording:
-    """How a question becomes a prompt, and its answer a completion."""
+class QuestionTemplates:
+    """Templates that turn a question into a prompt and its answer into a completion."""
 
     question: str
     answer: str
 
-    def pair(self, question: str, answer: str, others: Iterable[str] = ()) -> Converted:
-        """others: answers that are right as well; the branch names them only where they differ."""
-        # By replacement: other braces in a template are text.
+    def branch(self, question: str, answer: str, other_answers: Iterable[str] = ()) -> ParallelRecord:
+        """A branch with prompt and completion. Other correct answers become its references, once each."""
+        # str.replace instead of str.format: other braces in a template are text.
         prompt = self.question.replace("{question}", question.strip())
-        completion, *rest = dict.fromkeys(
-            self.answer.replace("{answer}", text.strip()) for text in (answer, *others)
+        completion, *references = dict.fromkeys(
+            self.answer.replace("{answer}", text.strip()) for text in (answer, *other_answers)
         )
-        return {"prompt": prompt, "completion": completion, **({"references": rest} if rest else {})}
+        branch: ParallelRecord = {"prompt": prompt, "completion": completion}
+        return {**branch, "references": references} if references else branch
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """One question of a passage; branch is None where the source has no answer to it."""
+class PassageQuestion:
+    """One question about a passage. branch: None if the source has no answer to the question."""
 
     passage: str
-    branch: Converted | None
+    branch: ParallelRecord | None
 
 
-def paragraphs(items: Iterable[Item | Bad]) -> Iterator[Item | Bad]:
-    """Articles as their paragraphs; every other item as it is."""
-    for item in items:
-        if (
-            isinstance(item, Item)
-            and isinstance(item.value, dict)
-            and isinstance(item.value.get("paragraphs"), list)
-        ):
-            for index, paragraph in enumerate(item.value["paragraphs"]):
-                yield Item(f"{item.place}.paragraphs[{index}]", paragraph)
+def expand_articles(
+    records: Iterable[SourceRecord | BadRecord],
+) -> Iterator[SourceRecord | BadRecord]:
+    """Replace articles by their paragraphs; all other records stay as they are."""
+    for record in records:
+        value = record.value if isinstance(record, SourceRecord) else None
+        if isinstance(value, dict) and isinstance(value.get("paragraphs"), list):
+            for index, paragraph in enumerate(value["paragraphs"]):
+                yield SourceRecord(f"{record.location}.paragraphs[{index}]", paragraph)
         else:
-            yield item
+            yield record
 
 
-def asked(value: Any, wording: Wording) -> Iterator[Asked]:
-    """The questions of a paragraph with `qas`, or the one of a row with question and answer(s). Raises
-    RecordError.
-    """
+def passage_questions(value: Any, templates: QuestionTemplates) -> Iterator[PassageQuestion]:
+    """The questions of a paragraph with `qas`, or the one question of a row. Raises RecordError."""
     if not isinstance(value, dict) or not value.get("context"):
         raise RecordError("has no context")
     passage = _passage(value["context"])
     if "qas" not in value:
-        yield Asked(passage, _branch(value, "", wording))
+        yield PassageQuestion(passage, _branch(value, "", templates))
         return
     if not isinstance(value["qas"], list) or not value["qas"]:
-        raise RecordError("qas is no list of questions")
+        raise RecordError("qas is not a list of questions")
     for index, question in enumerate(value["qas"]):
-        yield Asked(passage, _branch(question, f"qas[{index}]", wording))
+        yield PassageQuestion(passage, _branch(question, f"qas[{index}]", templates))
 
 
-def _branch(value: Any, where: str, wording: Wording) -> Converted | None:
-    question = text_at(value, "question", where)
+def _branch(value: Any, where: str, templates: QuestionTemplates) -> ParallelRecord | None:
+    question = required_text(value, "question", where)
     answers = _answers(value, where)
     if not answers:
         return None
     name = f"{where}.answers".lstrip(".")
-    return wording.pair(question, checked_text(answers[0], name), _usable(answers[1:], name))
+    return templates.branch(question, check_text(answers[0], name), _valid_texts(answers[1:], name))
 
 
-def _usable(answers: Iterable[Any], name: str) -> Iterator[str]:
-    """What is text among the answers beside the first: a record is not bad for want of a second one."""
+def _valid_texts(answers: Iterable[Any], name: str) -> Iterator[str]:
+    """The answers that are text. A record is not bad because its second answer is."""
     for text in answers:
         with suppress(RecordError):
-            yield checked_text(text, name)
+            yield check_text(text, name)
 
 
 def _answers(value: dict[str, Any], where: str) -> list[Any]:
-    """Texts, from a text, a list of texts, a list of {"text"} or {"text": a list}."""
-    given = value["answers"] if "answers" in value else value.get("answer")
-    if isinstance(given, dict):
-        given = given.get("text")
-    if given is None:
+    """The answers, given as a text, a list of texts, a list of {"text"}, or {"text": a list}."""
+    answers = value["answers"] if "answers" in value else value.get("answer")
+    if isinstance(answers, dict):
+        answers = answers.get("text")
+    if answers is None:
         raise RecordError(f"{where or 'record'} has neither answers nor answer")
-    found = given if isinstance(given, list) else [given]
-    return [item.get("text") if isinstance(item, dict) else item for item in found]
+    answer_list = answers if isinstance(answers, list) else [answers]
+    return [answer.get("text") if isinstance(answer, dict) else answer for answer in answer_list]
 
 
 def _passage(context: Any) -> str:
-    """A text as it is; titles with sentences as one paragraph each, be they pairs or two columns."""
+    """The context as one text. Titles with sentences, as pairs or as two columns, give a paragraph each."""
     if isinstance(context, str):
-        return checked_text(context, "context")
+        return check_text(context, "context")
     try:
-        pairs = (
-            zip(context["title"], context["sentences"], strict=True) if isinstance(context, dict) else context
-        )
-        return checked_text("\n".join(_paragraph(title, sentences) for title, sentences in pairs), "context")
+        pairs = context
+        if isinstance(context, dict):
+            pairs = zip(context["title"], context["sentences"], strict=True)
+        return check_text("\n".join(_paragraph(title, sentences) for title, sentences in pairs), "context")
+    except RecordError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, RecordError):
-            raise
         raise RecordError("context is neither a text nor titles with their sentences") from error
 
 
@@ -116,23 +118,25 @@ def _paragraph(title: str, sentences: list[str]) -> str:
     return f"{title}: " + " ".join(sentence.strip() for sentence in map(str, sentences))
 
 
-def grouped(found: Iterable[Asked | Bad], everywhere: bool) -> Iterator[Converted | Bad]:
-    """One record for each passage: of questions that follow one another, or of all, which are then held in
-    memory.
+def group_by_passage(
+    questions: Iterable[PassageQuestion | BadRecord], all_questions: bool
+) -> Iterator[ParallelRecord | BadRecord]:
+    """One record per passage, in the order of the passages.
 
-    Passages stay in the order in which they first come; questions without an answer must be gone.
+    all_questions: group all questions of a passage, which holds the whole source in memory; otherwise group
+    consecutive ones. Questions without a branch are ignored.
     """
-    held: dict[str, list[Converted]] = {}
-    for item in found:
-        if isinstance(item, Bad):
-            yield item
+    branches: dict[str, list[ParallelRecord]] = {}  # by passage
+    for question in questions:
+        if isinstance(question, BadRecord):
+            yield question
             continue
-        if not everywhere and item.passage not in held:
-            yield from _records(held)
-            held = {}
-        held.setdefault(item.passage, []).extend([item.branch] if item.branch else [])
-    yield from _records(held)
+        if not all_questions and question.passage not in branches:
+            yield from _passage_records(branches)
+            branches = {}
+        branches.setdefault(question.passage, []).extend([question.branch] if question.branch else [])
+    yield from _passage_records(branches)
 
 
-def _records(held: dict[str, list[Converted]]) -> Iterator[Converted]:
-    return ({"main": passage, "branches": branches} for passage, branches in held.items() if branches)
+def _passage_records(branches: dict[str, list[ParallelRecord]]) -> Iterator[ParallelRecord]:
+    return ({"main": passage, "branches": items} for passage, items in branches.items() if items)

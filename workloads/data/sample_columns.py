@@ -1,0 +1,125 @@
+"""A sample as columns of text: time runs across, one line for main and for every branch."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable, Sequence
+from itertools import groupby
+
+import numpy as np
+
+from parallelmind.layout import IGNORE, MAIN, Layout
+
+_MAX_TOKEN_WIDTH = 8  # cells
+_ELLIPSIS = "…"
+_VISIBLE = str.maketrans({"\n": "⏎", "\r": "␍", "\t": "⇥", " ": "▁"})
+
+TokenTexts = Callable[[list[int]], list[str]]  # the text of each token of a sequence
+LinePieces = list[tuple[str, bool]]  # one line of text, divided into targets (True) and the rest
+
+_Cells = dict[tuple[int, int], tuple[str, bool]]  # (sequence, time) -> (text, whether it is a target)
+
+
+def sample_columns(
+    layout: Layout, token_texts: TokenTexts, width: int, marks: tuple[str, str] = ("«", "»")
+) -> list[LinePieces]:
+    """The lines of a sample, with every token at its time coordinate.
+
+    width: cells per line. If the sample does not fit, the beginnings of main, of the branches and of the
+    targets remain. marks: texts around every target.
+    """
+    cells = _cells(layout, token_texts, marks)
+    names = {
+        int(sequence): "main" if sequence == MAIN else f"branch {sequence}"
+        for sequence in np.unique(layout.sequence)
+    }
+    indent = max(map(len, names.values())) + 2
+    widths = _column_widths(cells)
+    shown_times = _choose_times(list(widths), _anchors(layout), widths, width - indent)
+    header: LinePieces = [("time".ljust(indent), False)]
+    lines = {sequence: [(name.ljust(indent), False)] for sequence, name in names.items()}
+    for shown, run in groupby(widths, shown_times.__contains__):
+        for times in [[time] for time in run] if shown else [list(run)]:
+            column_width = widths[times[0]] if shown else 1
+            header += _pad(str(times[0]) if shown else _ELLIPSIS, False, column_width)
+            for sequence, line in lines.items():
+                text, target = next(
+                    (cells[sequence, time] for time in times if (sequence, time) in cells), ("", False)
+                )
+                if shown:
+                    line += _pad(text, target, column_width)
+                else:
+                    line += _pad(_ELLIPSIS if text else "", False, column_width)
+    return [header, *lines.values()]
+
+
+def _pad(text: str, target: bool, column_width: int) -> LinePieces:
+    """A token, and the space up to the next column, which does not belong to a target."""
+    return [(text, target), (" " * (column_width + 1 - text_width(text)), False)]
+
+
+def _cells(layout: Layout, token_texts: TokenTexts, marks: tuple[str, str]) -> _Cells:
+    """The text of every token, and whether it is a target, i.e. the label of the token before it."""
+    cells = {}
+    for sequence in np.unique(layout.sequence).tolist():
+        own = layout.sequence == sequence
+        targets = np.append(False, layout.labels[own][:-1] != IGNORE).tolist()
+        times = layout.time[own].tolist()
+        texts = map(visible, token_texts(layout.ids[own].tolist()))
+        for time, text, target in zip(times, texts, targets, strict=True):
+            cells[sequence, time] = (f"{marks[0]}{text}{marks[1]}" if target else text, target)
+    return cells
+
+
+def _column_widths(cells: _Cells) -> dict[int, int]:
+    """Cells of every time's column, in the order of time."""
+    widths: dict[int, int] = {}
+    for (_, time), (text, _) in sorted(cells.items(), key=lambda item: item[0][1]):
+        widths[time] = max(widths.get(time, len(str(time))), text_width(text))
+    return widths
+
+
+def _anchors(layout: Layout) -> list[int]:
+    """Times to show first: the beginning, and the last ones before the branches and the first target."""
+    starts = [int(layout.time.min()), int(layout.time[layout.sequence != MAIN].min()) - 1]
+    predicting = layout.time[layout.labels != IGNORE]
+    return sorted({*starts, *([int(predicting.min())] if len(predicting) else [])})
+
+
+def _choose_times(
+    times: Sequence[int], anchors: Sequence[int], widths: dict[int, int], room: int
+) -> set[int]:
+    """The times whose columns fit into `room` cells, taken in turns from every anchor onwards."""
+    if sum(width + 1 for width in widths.values()) <= room:
+        return set(times)
+    room -= 2 * len(anchors)  # an ellipsis after each run
+    firsts = np.searchsorted(times, anchors).tolist()
+    chosen: set[int] = set()
+    for step in range(len(times)):
+        for time in (times[first + step] for first in firsts if first + step < len(times)):
+            room -= 0 if time in chosen else widths[time] + 1
+            if room < 0:
+                return chosen
+            chosen.add(time)
+    return chosen
+
+
+def visible(text: str) -> str:
+    """A token's text in at most 8 cells, with visible white space and control characters."""
+    shown = "".join(letter if letter.isprintable() else "▯" for letter in text.translate(_VISIBLE))
+    if text_width(shown) <= _MAX_TOKEN_WIDTH:
+        return shown
+    while text_width(shown) >= _MAX_TOKEN_WIDTH:
+        shown = shown[:-1]
+    return shown + _ELLIPSIS
+
+
+def text_width(text: str) -> int:
+    """Terminal cells of a text: two for a wide East Asian character, none for a combining mark."""
+    return len(text) if text.isascii() else sum(map(_character_width, text))
+
+
+def _character_width(character: str) -> int:
+    if unicodedata.category(character) in ("Mn", "Me"):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1

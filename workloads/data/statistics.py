@@ -1,0 +1,71 @@
+"""Lengths and padding of tokenised records and of the batches made from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from parallelmind.data.tokenise import TokenisedRecord
+from parallelmind.layout import Tokens
+
+PERCENTILES = (50, 90, 99, 100)
+
+
+@dataclass(slots=True)
+class LengthStatistics:
+    """Accumulates counts over records and batches.
+
+    main_tokens, branch_tokens: one entry per main that is not empty and per remaining branch. targets: number
+    of tokens with a loss. truncated: number of truncated mains and branches. skipped: number of branches left
+    out. sample_branches: one entry per sample. batch_tokens, batch_padded_tokens: one entry per batch,
+    without and with padding.
+    """
+
+    main_tokens: list[int] = field(default_factory=list)
+    branch_tokens: list[int] = field(default_factory=list)
+    targets: int = 0
+    truncated: int = 0
+    skipped: int = 0
+    sample_branches: list[int] = field(default_factory=list)
+    batch_tokens: list[int] = field(default_factory=list)
+    batch_padded_tokens: list[int] = field(default_factory=list)
+
+    def add_record(self, record: TokenisedRecord) -> None:
+        self.truncated += record.truncated
+        self.skipped += record.skipped
+        if record.tokens is None:
+            return
+        main, *branches = record.tokens.lengths.tolist()
+        self.main_tokens += [main] if main else []
+        self.branch_tokens += branches
+        first_targets = np.maximum(
+            record.tokens.answer_offsets, 1
+        )  # a branch's first token is never a target
+        self.targets += int((record.tokens.lengths[1:] - first_targets).sum())
+
+    def add_batch(self, samples: Sequence[Tokens]) -> None:
+        """Add the samples of one batch, which are padded to the longest of them."""
+        lengths = [len(sample.ids) for sample in samples]
+        self.sample_branches += [sample.branches for sample in samples]
+        self.batch_tokens.append(sum(lengths))
+        self.batch_padded_tokens.append(len(samples) * max(lengths))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all records; a main counts once, even if several samples repeat it."""
+        return sum(self.main_tokens) + sum(self.branch_tokens)
+
+    @property
+    def padding(self) -> float:
+        """Share of padding in all batches."""
+        return 1 - sum(self.batch_tokens) / max(sum(self.batch_padded_tokens), 1)
+
+
+def percentiles(values: Sequence[int]) -> list[int]:
+    """The smallest value that at least 50, 90, 99 and 100 percent of the values do not exceed.
+
+    values: at least one.
+    """
+    return [int(value) for value in np.percentile(values, PERCENTILES, method="inverted_cdf")]
