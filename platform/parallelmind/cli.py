@@ -1,6 +1,4 @@
-"""What every command line of this project has in common: `key=value` fields, `--help`, one-line errors, exit
-codes.
-"""
+"""Command lines: `key=value` fields, `--help`, one-line errors, exit codes, progress."""
 
 from __future__ import annotations
 
@@ -26,7 +24,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from parallelmind.config import FrozenConfig, resolve
 from parallelmind.errors import UserError, UserNotice
 
-PartT = TypeVar("PartT", bound=FrozenConfig)
+ConfigT = TypeVar("ConfigT", bound=FrozenConfig)
 T = TypeVar("T")
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -37,9 +35,7 @@ _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Call `main` with the command line. A UserError becomes one line on stderr and exit 2; Ctrl-C is exit
-    130.
-    """
+    """Call `main` with the arguments. A UserError prints one line and exits with 2, Ctrl-C exits with 130."""
     warnings.formatwarning = _one_line
     try:
         main(sys.argv[1:])
@@ -51,29 +47,29 @@ def run(main: Callable[[list[str]], None]) -> None:
         sys.exit(130)
 
 
-_formatted = warnings.formatwarning
+_format_warning = warnings.formatwarning
 
 
-def _one_line(message: Warning | str, category: type[Warning], *place: Any, **line: Any) -> str:
-    """Notices without the place in the code that they come from; other people's warnings as they are."""
-    return (
-        f"note: {message}\n"
-        if issubclass(category, UserNotice)
-        else _formatted(message, category, *place, **line)
-    )
+def _one_line(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> str:
+    """A UserNotice without its location in the code; any other warning in the usual format."""
+    if issubclass(category, UserNotice):
+        return f"note: {message}\n"
+    return _format_warning(message, category, *args, **kwargs)
 
 
-Tell = Callable[[int, Callable[[], str]], None]
+Advance = Callable[[int, Callable[[], str]], None]
 
 
 @contextmanager
-def progress(doing: str, total: int | None) -> Iterator[Tell]:
-    """A function to call with the items done so far and a line about them: it moves a bar on a terminal, and
-    elsewhere prints the line on stderr now and then, with the time left where the total is known.
+def progress(description: str, total: int | None) -> Iterator[Advance]:
+    """Show progress on stderr: a bar on a terminal, elsewhere a line every few seconds.
+
+    Yields a function that takes the number of items done and a function that returns a line about them. With
+    `total` the time left is shown.
     """
     if sys.stderr.isatty():
         columns = (
-            TextColumn(doing),
+            TextColumn(description),
             BarColumn(),
             TaskProgressColumn(),
             TimeRemainingColumn(),
@@ -82,29 +78,35 @@ def progress(doing: str, total: int | None) -> Iterator[Tell]:
         with Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task("", total=total)
             yield lambda done, line: bar.update(task, completed=done, description=line())
-        return
-    started = told = time.monotonic()
+    else:
+        yield _print_periodically(total)
 
-    def tell(done: int, line: Callable[[], str]) -> None:
-        nonlocal told
+
+def _print_periodically(total: int | None) -> Advance:
+    started = last_print = time.monotonic()
+
+    def advance(done: int, line: Callable[[], str]) -> None:
+        nonlocal last_print
         now = time.monotonic()
-        if now - told > _SECONDS_BETWEEN_LINES:
-            told = now
-            left = (
-                f", {timedelta(seconds=round((now - started) / done * (total - done)))} left"
-                if total and done
-                else ""
-            )
-            print(f"{line()}{left}", file=sys.stderr, flush=True)
+        if now - last_print <= _SECONDS_BETWEEN_LINES:
+            return
+        last_print = now
+        left = ""
+        if total and done:
+            seconds = round((now - started) / done * (total - done))
+            left = f", {timedelta(seconds=seconds)} left"
+        print(f"{line()}{left}", file=sys.stderr, flush=True)
 
-    yield tell
+    return advance
 
 
-def tracked(items: Iterable[T], doing: str, total: int | None, line: Callable[[int], str]) -> Iterator[T]:
-    """The items, with `progress`; line: of the items so far."""
-    with progress(doing, total) as tell:
+def tracked(
+    items: Iterable[T], description: str, total: int | None, line: Callable[[int], str]
+) -> Iterator[T]:
+    """Iterate over items with `progress`. line: returns the line for a number of items done."""
+    with progress(description, total) as advance:
         for count, item in enumerate(items):
-            tell(count, partial(line, count))
+            advance(count, partial(line, count))
             yield item
 
 
@@ -113,27 +115,25 @@ def wants_help(argv: Sequence[str]) -> bool:
 
 
 def print_help(usage: str, kind: type[FrozenConfig]) -> None:
-    """`usage` (a module's docstring, mostly) and every field of `kind`, on stdout."""
+    """Print `usage`, normally a module's docstring, and every field of `kind`."""
     print(f"{flowing(usage)}\n\nFields (key=value):\n{field_help(kind, _width())}")
 
 
 def flowing(usage: str) -> str:
-    """A docstring with its paragraphs as wide as the terminal; commands and lists, which are indented or
-    aligned, stay.
-    """
-    found: list[str] = []
-    for fixed, group in itertools.groupby(
-        usage.strip().splitlines(), lambda line: not line or line[0] == " " or "   " in line
-    ):
+    """A docstring with its paragraphs wrapped to the terminal; indented and aligned lines stay as is."""
+
+    def is_fixed(line: str) -> bool:
+        return not line or line.startswith(" ") or "   " in line
+
+    flowed: list[str] = []
+    for fixed, group in itertools.groupby(usage.strip().splitlines(), is_fixed):
         lines = list(group)
-        found += lines if fixed else textwrap.wrap(" ".join(lines), _width(), break_on_hyphens=False)
-    return "\n".join(found)
+        flowed += lines if fixed else textwrap.wrap(" ".join(lines), _width(), break_on_hyphens=False)
+    return "\n".join(flowed)
 
 
 def _width() -> int:
-    """Columns of the terminal, or $COLUMNS; without either no line ends before its text does, so that grep
-    finds all of it.
-    """
+    """Columns of the terminal, or $COLUMNS; otherwise unlimited, so that grep finds whole lines."""
     return shutil.get_terminal_size((sys.maxsize, 0)).columns
 
 
@@ -199,15 +199,16 @@ def _field_lines(text: FieldText, sizes: Sequence[int], width: int) -> list[str]
 
 
 def _hanging(text: str, width: int, head: str) -> str:
-    """`head` and a text whose further lines begin where it does, or six columns in."""
+    """`head` and the text, wrapped with a hanging indent of the length of `head`, at least six columns."""
     indent = " " * max(6, len(head))
     return textwrap.fill(text, width, initial_indent=head, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def split_args(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Positionals and `key=value` overrides, each in the order given; `--key=value` counts as `key=value`.
+    """Split arguments into positionals and `key=value` overrides; `--key=value` counts as an override.
 
-    Raises UserError for any other flag.
+    Raises:
+        UserError: any other flag.
     """
     positionals, dotlist = [], []
     for item in argv:
@@ -216,20 +217,23 @@ def split_args(argv: Sequence[str]) -> tuple[list[str], list[str]]:
             dotlist.append(bare)
         elif item.startswith("-") and item != "-":
             raise UserError(
-                f"{item}: there are no flags; write {bare.lstrip('-') or 'key'}=VALUE, and --help lists the fields"
+                f"{item}: there are no flags; write {bare.lstrip('-') or 'key'}=VALUE; "
+                "--help lists the fields"
             )
         else:
             positionals.append(item)
     return positionals, dotlist
 
 
-def parse(kind: type[PartT], argv: Sequence[str]) -> PartT:
-    """The fields of a command that takes `key=value`, and `--key` for `key=true`. Raises UserError for
-    anything else.
+def parse(kind: type[ConfigT], argv: Sequence[str]) -> ConfigT:
+    """The configuration of a command that takes `key=value` and, for `key=true`, `--key`.
+
+    Raises:
+        UserError: anything else.
     """
     positionals, dotlist = split_args([switched(kind, item) for item in argv])
     if positionals:
-        raise UserError(f"{positionals[0]}: not understood; write key=value, and --help lists the fields")
+        raise UserError(f"{positionals[0]}: unknown argument; write key=value; --help lists the fields")
     return resolve(kind, {}, dotlist, source="command line")
 
 
@@ -249,9 +253,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _type_name(annotation: Any) -> str:
-    """`int`, `str | null`, `low | mid | spread`, `list[int]`, `{str: int}`: what to write, in as few words as
-    possible.
-    """
+    """A short name of a type: `int`, `str | null`, `low | mid | spread`, `list[int]`, `{str: int}`."""
     if typing.get_origin(annotation) is typing.Literal:
         return " | ".join(map(str, typing.get_args(annotation)))
     if typing.get_origin(annotation) in (list, tuple):

@@ -1,4 +1,4 @@
-"""From `EXPERIMENT|CONFIG.yaml [key=value …]` to a configuration."""
+"""The configuration of a command line `EXPERIMENT|CONFIG.yaml [key=value …]`."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ from parallelmind.config.yaml_file import load_yaml, yaml_values
 from parallelmind.errors import UserError
 from parallelmind.remote import RemotePath, is_uri
 
-PartT = TypeVar("PartT", bound=FrozenConfig)
+ConfigT = TypeVar("ConfigT", bound=FrozenConfig)
 
 _EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 
 
-def read_config(kind: type[PartT], argv: list[str]) -> PartT:
-    """The one experiment or YAML file that is named, with the overrides on top.
+def read_config(kind: type[ConfigT], argv: list[str]) -> ConfigT:
+    """Read the experiment or YAML file, if one is named, and apply the overrides.
 
-    Raises UserError for an unknown experiment, an unreadable file and a field that `kind` refuses.
+    Raises:
+        UserError: an unknown experiment, an unreadable file, or a field that `kind` refuses.
     """
-    named, dotlist = cli.split_args(argv)
-    if len(named) > 1:
-        raise UserError(f"{named[1]}: a second configuration beside {named[0]}; give one, then key=value")
-    values = _values(kind, named[0]) if named else {}
-    return resolve(kind, values, dotlist, source=named[0] if named else "command line")
+    names, overrides = cli.split_args(argv)
+    if len(names) > 1:
+        raise UserError(f"{names[1]}: a second configuration after {names[0]}; give one, then key=value")
+    values = _read_values(kind, names[0]) if names else {}
+    return resolve(kind, values, overrides, source=names[0] if names else "command line")
 
 
-def _values(kind: type[FrozenConfig], name: str) -> dict[str, Any]:
+def _read_values(kind: type[FrozenConfig], name: str) -> dict[str, Any]:
     if name.endswith((".yaml", ".yml")):
-        return load_yaml(Path(name)) if not is_uri(name) else _yaml_there(name)
+        return load_yaml(Path(name)) if not is_uri(name) else _read_remote_yaml(name)
     path = _experiment_file(name)
-    config = _load(path)
+    config = _run_experiment(path)
     if not isinstance(config, kind):
         raise UserError(
             f"experiment={name}: config() returns {type(config).__name__}; return {kind.__name__}"
@@ -41,15 +42,15 @@ def _values(kind: type[FrozenConfig], name: str) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
-def _yaml_there(uri: str) -> dict[str, Any]:
-    found = RemotePath.at(uri, "config").read_bytes()
-    if found is None:
+def _read_remote_yaml(uri: str) -> dict[str, Any]:
+    content = RemotePath.at(uri, "config").read_bytes()
+    if content is None:
         raise UserError(f"config={uri}: no such file; give the config.yaml of a run")
-    return yaml_values(found, uri)
+    return yaml_values(content, uri)
 
 
 def _experiment_file(name: str) -> Path:
-    """A path to a Python file, or the name of one in experiments/ here or beside this package."""
+    """Resolve a path to a Python file, or the name of one in experiments/, here or of this project."""
     folders = [Path("experiments"), _EXPERIMENTS]
     for path in [Path(name), *(folder / f"{name}.py" for folder in folders)]:
         if path.suffix == ".py" and path.is_file():
@@ -60,7 +61,8 @@ def _experiment_file(name: str) -> Path:
     )
 
 
-def _load(path: Path) -> Any:
+def _run_experiment(path: Path) -> Any:
+    """Import an experiment file and return what its `config()` returns."""
     spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 from uuid import uuid4
@@ -12,10 +10,9 @@ from uuid import uuid4
 import workloads.common.ray_env  # noqa: F401  (before Ray)
 
 # isort: split
-from parallelmind.config import DataConfig, TrainConfig
+from parallelmind.config import TrainConfig
 from parallelmind.config.yaml_file import save_yaml
-from parallelmind.data.pipeline import estimate_epoch_batches, survey_files
-from parallelmind.data.survey import BadLine, Survey, write_quarantine
+from parallelmind.data.pipeline import estimate_epoch_batches
 from parallelmind.errors import UserError
 from parallelmind.model.base_model import load_meta_model, load_tokenizer
 from parallelmind.model.manifest import read_adapter
@@ -27,9 +24,8 @@ from workloads.common import resources
 from workloads.train.data_files import DataFiles
 from workloads.train.provenance import code_version
 from workloads.train.run_dir import RunDir
+from workloads.train.survey import changed_data, survey_data
 from workloads.train.worker import WorkerTask
-
-_MAX_BAD_LINES_SHOWN, _MAX_KEYS_SHOWN = 10, 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +54,6 @@ class PreparedRun(NamedTuple):
     tracker: Tracker
     files: DataFiles
     data_fingerprint: str
-
-
-class SurveyedData(NamedTuple):
-    """The survey of the training data; bad lines and fingerprint of all data."""
-
-    train: Survey
-    bad: list[BadLine]
-    fingerprint: str
 
 
 def begin(config: TrainConfig, run_dir: RunDir) -> int:
@@ -104,10 +92,10 @@ def prepare(
     workers = config.workers
     if workers.use_gpu:
         resources.require_gpus(workers.num_workers)
-    data = survey_data(files, config.data, vocabulary_size)
-    _quarantine(data.bad, run_dir)
-    _print_summary(data.train)
-    _check_same_data(data, config.data, shared)
+    data = survey_data(files, config.data, vocabulary_size, run_dir.quarantine_file)
+    if shared.data_fingerprint not in (None, data.fingerprint):
+        raise changed_data(config.data)
+    batches_per_epoch = estimate_epoch_batches(data.train, config.data, config.model, config.optimizer.seed)
     tracker = open_tracker(config, run_dir, data.train.fingerprint, shared.parent)
     tracker.set_tags(
         {
@@ -123,57 +111,10 @@ def prepare(
         validation_files=tuple(files.validation),
         mlflow_uri=tracker.uri,
         mlflow_run=tracker.run_id,
-        batches_per_epoch=estimate_epoch_batches(
-            data.train, config.data, config.model, config.optimizer.seed
-        ),
+        batches_per_epoch=batches_per_epoch,
         threads=resources.threads_per_process(workers.num_workers * shared.concurrent_runs),
     )
     return PreparedRun(task, tracker, files, data.fingerprint)
-
-
-def survey_data(files: DataFiles, config: DataConfig, vocabulary_size: int) -> SurveyedData:
-    """Check every line of every file. Raises UserError for more bad lines than the settings tolerate."""
-    train = survey_files(files.train, config, vocabulary_size)
-    if not files.validation:
-        return SurveyedData(train, list(train.bad), train.fingerprint)
-    validation = survey_files(files.validation, config, vocabulary_size, "validation_path")
-    return SurveyedData(train, [*train.bad, *validation.bad], f"{train.fingerprint} {validation.fingerprint}")
-
-
-def _quarantine(bad: Sequence[BadLine], run_dir: RunDir) -> None:
-    """Print the first bad lines and write all of them to the quarantine file."""
-    for line in bad[:_MAX_BAD_LINES_SHOWN]:
-        print(f"skipped: {line}", file=sys.stderr)
-    write_quarantine(run_dir.quarantine_file.local, bad)
-    run_dir.quarantine_file.upload()
-    if bad:
-        print(
-            f"bad lines skipped: {len(bad)}, listed in {run_dir.quarantine_file}; "
-            "strict=true stops at the first",
-            file=sys.stderr,
-        )
-
-
-def _print_summary(train: Survey) -> None:
-    ignored = "".join(
-        f", key {key!r} ignored in {count}" for key, count in train.unknown_keys.most_common(_MAX_KEYS_SHOWN)
-    )
-    print(
-        f"data: {train.records} records, {train.branches} branches, {len(train.bad)} bad lines{ignored}",
-        flush=True,
-    )
-
-
-def _check_same_data(data: SurveyedData, config: DataConfig, shared: SharedRunContext) -> None:
-    """Refuse other data than the other runs of the sweep have. Raises UserError."""
-    if shared.data_fingerprint in (None, data.fingerprint):
-        return
-    fields = f"data_path={config.data_path}"
-    if config.validation_path:
-        fields += f" or validation_path={config.validation_path}"
-    raise UserError(
-        f"{fields}: the records differ from those of the earlier trials; restore them, or choose another name"
-    )
 
 
 def open_tracker(

@@ -1,4 +1,4 @@
-"""What a run records in MLflow beside its metrics: versions of code and libraries, and a plot of its losses."""
+"""What a run records in MLflow beside its metrics: versions of code and libraries, and a loss plot."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class RayHooks:
-    """Rank 0 logs metrics to MLflow and prints lines. Every worker reports to Ray Train, which is a barrier."""
+    """Rank 0 logs metrics to MLflow and prints lines. Every worker reports to Ray Train: a barrier."""
 
     def __init__(self, run_dir: RunDir, mlflow_uri: str, mlflow_run: str, is_leader: bool) -> None:
         self._is_leader = is_leader

@@ -59,7 +59,7 @@ class RopeConfig(FrozenConfig):
     sibling_penalty: float = Field(
         3.0,
         ge=0,
-        description="columnar: subtracted from the attention scores of sibling branches, in nats; published: 0",
+        description="columnar: subtracted from attention scores of sibling branches, in nats; published: 0",
     )
     align_to: Alignment = Field(
         "left", description="left: branches start together after main; right: they end together"
@@ -90,7 +90,7 @@ class DataConfig(FrozenConfig):
 
     data_path: str = Field(
         min_length=1,
-        description="parallel JSONL (plain, .gz, .zst) or Parquet: file, folder, glob, URL, or several with commas",
+        description="parallel JSONL (plain, .gz, .zst) or Parquet: file, folder, glob, URL, or a comma list",
     )
     validation_path: str | None = Field(
         None, description="held-out data in the same formats; null: no validation"

@@ -23,8 +23,8 @@ def resolve(
 ) -> ConfigT:
     """Validate `values` with `key=value` overrides on top as a configuration of class `kind`.
 
-    A dotted key sets a value inside a mapping (`train.max_steps=2`); mappings are merged, everything else is
-    replaced. The value of a text field is taken literally, apart from `null`; other values are YAML.
+    A dotted key sets a value inside a mapping (`train.max_steps=2`). Mappings are merged, other values are
+    replaced. The value of a text field is literal, except `null`; other values are YAML.
 
     Raises:
         UserError: one line with every problem, each as field, value and remedy.
@@ -36,7 +36,8 @@ def resolve(
             _set(merged, key.split("."), text if _is_literal(kind, key, text) else parse_yaml(text))
     except YAMLError as error:
         raise UserError(
-            f"{source}: cannot read the overrides {' '.join(overrides)} ({first_line(error)}); write key=value"
+            f"{source}: cannot read the overrides {' '.join(overrides)} ({first_line(error)}); "
+            "write key=value"
         ) from error
     try:
         return kind.model_validate(merged)

@@ -91,7 +91,8 @@ class TrainConfig(GroupedConfig):
                 )
         if self.lora.lora_init == "pissa":
             raise ValueError(
-                f"lora_init=pissa: cannot decompose quantized weights; set lora_init=zero or drop quantize={quantize}"
+                "lora_init=pissa: cannot decompose quantized weights; set lora_init=zero or drop "
+                f"quantize={quantize}"
             )
         if quantize == "8bit" and self.lora.use_dora:
             raise ValueError(
@@ -103,6 +104,7 @@ class TrainConfig(GroupedConfig):
     def _check_tuning(self) -> Self:
         if self.optimizer.tuning == "full" and self.optimizer.resume_adapter:
             raise ValueError(
-                "tuning=full: trains no adapter; give the folder to continue from as base_model, not as resume_adapter"
+                "tuning=full: trains no adapter; give the folder to continue from as base_model, not as "
+                "resume_adapter"
             )
         return self

@@ -1,6 +1,6 @@
 """One training checkpoint: a folder with weights, optimizer state and `state.json`.
 
-`state.json` holds the SHA-256 of the other files and of itself, so a checkpoint is either complete or ignored.
+`state.json` holds the SHA-256 of the other files and of itself: a checkpoint is either complete or ignored.
 Training resumes from it bit for bit: checkpoints are taken between steps, when no gradient is held, and the
 learning rate and every random generator are functions of the configuration, the step and the worker.
 """

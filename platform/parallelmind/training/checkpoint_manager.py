@@ -57,8 +57,8 @@ def _step_of(name: str) -> int:
 class CheckpointManager:
     """Writes the checkpoints of a run in a background thread, as the only writer of their folder.
 
-    path: folder of the checkpoints; at a URI, the checkpoints there are the valid ones. keep: number of newest
-    checkpoints to keep, in addition to the best one.
+    path: folder of the checkpoints; at a URI, the checkpoints there are the valid ones. keep: number of the
+    newest checkpoints to keep, in addition to the best one.
     """
 
     def __init__(self, path: RemotePath, keep: int) -> None:

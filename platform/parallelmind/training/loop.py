@@ -1,4 +1,4 @@
-"""Training loop of one worker. Data comes from a function; everything else outside is reached through `Hooks`.
+"""Training loop of one worker. Data comes from a function; `Hooks` reach everything else outside.
 
 All workers take the same decisions (end of the data, stop, skipped step), because each decision depends on
 sums over all workers.
@@ -201,9 +201,9 @@ class Trainer:
             checkpoints.wait()
         newest = checkpoints and newest_checkpoint(checkpoints.folder, state.config_hash)
         raise UserError(
-            f"learning_rate={self.optimizer_config.learning_rate}: {state.bad_steps} consecutive steps without a "
-            f"finite gradient, up to step {state.step + 1} (last good checkpoint: {newest or 'none'}); "
-            "lower it, or check the data"
+            f"learning_rate={self.optimizer_config.learning_rate}: {state.bad_steps} consecutive steps "
+            f"without a finite gradient, up to step {state.step + 1} (last good checkpoint: "
+            f"{newest or 'none'}); lower it, or check the data"
         )
 
     def _update_loss_scale(self, finite: bool) -> None:

@@ -1,7 +1,7 @@
 """One optimizer step.
 
-Gradients are those of loss *sums*, divided once by the number of targets of all workers and all batches of the
-step. So every target token has the same weight, whatever batch it is in.
+Gradients are those of loss *sums*, divided once by the number of targets of all workers and all batches of
+the step. So every target token has the same weight, whatever batch it is in.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ _CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")  # in the te
 class Totals:
     """Sums of one worker, or of all workers, over the batches of a step.
 
-    loss: over target tokens. tokens, padded_tokens: without and with padding. stop: workers that want to stop.
+    loss: over target tokens. tokens, padded_tokens: without and with padding. stop: workers that ask to
+    stop.
     """
 
     loss: float = 0.0
@@ -67,7 +68,7 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
 
 
 def learning_rate(config: OptimizerConfig, position: float, planned: int) -> float:
-    """Learning rate at a position in steps of `planned`. A pure function: a resumed run needs no scheduler."""
+    """Learning rate at a position in `planned` steps. Pure, so a resumed run needs no scheduler state."""
     warmup = math.ceil(config.warmup_ratio * planned)
     if position < warmup:
         return config.learning_rate * min((position + 1) / warmup, 1.0)
@@ -77,7 +78,7 @@ def learning_rate(config: OptimizerConfig, position: float, planned: int) -> flo
 
 
 def accumulate_gradients(loss: TargetLoss, stream: Iterator[Batch], count: int, scale: float = 1.0) -> Totals:
-    """Accumulate the gradients of up to `count` batches, times `scale`; of fewer or none at the stream's end."""
+    """Accumulate the gradients of up to `count` batches, times `scale`; of fewer at the stream's end."""
     return _run_batches(loss, list(islice(stream, count)), lambda value: (value * scale).backward())
 
 
@@ -126,8 +127,10 @@ class NoMemoryError(UserError):
     """Out of memory on a batch, which `batch` describes."""
 
     def __init__(self, batch: str) -> None:
-        remedy = "lower batch_size, max_branches_per_sample or max_sample_tokens, or set gradient_checkpointing=true"
-        super().__init__(f"batch_size: {batch}; {remedy}")
+        super().__init__(
+            f"batch_size: {batch}; lower batch_size, max_branches_per_sample or max_sample_tokens, or set "
+            "gradient_checkpointing=true"
+        )
         self.batch = batch
 
     def __reduce__(self) -> tuple[type[NoMemoryError], tuple[str]]:  # workers send it to the driver

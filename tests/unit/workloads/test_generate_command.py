@@ -75,7 +75,7 @@ def test_unsupported_model_is_refused_with_a_remedy_that_works(tmp_path, capsys)
         (["prompt=a", "tempreature=1"], "did you mean temperature"),
         (["prompt=a", "lora_path=nowhere"], "nowhere"),
         (["prompt=a", "--verbose"], "there are no flags"),
-        (["hello"], "hello: not understood"),
+        (["hello"], "hello: unknown argument"),
     ],
 )
 def test_wrong_arguments_give_a_one_line_error(argv, message):

@@ -1,4 +1,4 @@
-"""What the training command refuses before it starts, which errors are final, and what it records in MLflow."""
+"""What training refuses before it starts, which errors are final, and what it records in MLflow."""
 
 from __future__ import annotations
 
