@@ -44,7 +44,7 @@ def bind_replica_port_to_node_address() -> None:
     """Make Serve bind this replica's gRPC port to the address of the node's raylet.
 
     Call it in a deployment's constructor, which runs before Serve binds the port. Serve binds to all network
-    interfaces and unpickles what is sent there, without authentication: whoever reaches the port can run
+    interfaces and unpickles what is sent there, without authentication: anyone who reaches the port can run
     code. The raylet's address is 127.0.0.1 for `python -m serving`.
     """
     if os.environ.get(PROXY_ENV_VARIABLE) == "serve":

@@ -8,16 +8,16 @@ const texts = () => fields().map(({ value }) => value);
 const say = (message) => ($("status").textContent = message);
 const column = (of, index) => (of.columns[index] ??= new Column(index));
 
-let sample = { over: true }; // the one that is shown
+let sample = { over: true }; // the sample that is shown
 
 const failure = (message, more) => Object.assign(new Error(message), more);
-const cutOff = (story) => (error) => Promise.reject(error.name === "AbortError" ? error : failure(`${story}: ${error.message}`));
+const networkError = (message) => (error) => Promise.reject(error.name === "AbortError" ? error : failure(`${message}: ${error.message}`));
 
 async function call(method, path, body, signal) {
   const key = sessionStorage.getItem("key");
   const headers = { ...(body && { "Content-Type": "application/json" }), ...(key && { Authorization: `Bearer ${key}` }) };
   const sent = fetch(path, { method, headers, body: body && JSON.stringify(body), signal });
-  const response = await sent.catch(cutOff("The server can't be reached"));
+  const response = await sent.catch(networkError("The server can't be reached"));
   if (response.ok) return response;
   const { message = `The server answered ${response.status}`, param } = (await response.json().catch(() => null))?.error ?? {};
   const wait = response.headers.get("Retry-After");
@@ -28,7 +28,7 @@ async function call(method, path, body, signal) {
 async function* events(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   for (let rest = ""; ; ) {
-    const { value, done } = await reader.read().catch(cutOff("The connection broke"));
+    const { value, done } = await reader.read().catch(networkError("The connection broke"));
     if (done) throw failure("The connection closed before the sample was done.");
     const lines = (rest + value).split("\n");
     rest = lines.pop();
@@ -50,7 +50,7 @@ class Column {
     this.node = cloned("column");
     const parts = ["h2", ".state", "button", ".prompt", ".tokens", "footer"].map((part) => this.node.querySelector(part));
     [this.title, this.badge, this.stop, this.prompt, this.tokens, this.place] = parts;
-    this.silent = []; // tokens whose text is still to come
+    this.silent = []; // tokens whose text has not arrived yet
     this.node.ariaLabel = this.title.textContent = `Branch ${index + 1}`;
     Object.assign(this.stop, { ariaLabel: `Stop branch ${index + 1}`, onclick: () => stop(this.stop, `/branches/${index}`) });
     this.show("waiting");
@@ -82,14 +82,14 @@ class Column {
     const span = document.createElement("span");
     span.textContent = text;
     span.title = [text ? JSON.stringify(text) : "no text", ...this.silent.splice(0)].join("\n");
-    span.tabIndex = this.tokens.childElementCount ? -1 : 0; // Tab stops once in a column, arrow keys go on from there
+    span.tabIndex = this.tokens.childElementCount ? -1 : 0; // one tab stop per column; arrow keys move within it
     this.tokens.append(span);
   }
 
   end(reason) {
-    if (this.stop.hidden) return; // it has ended before
+    if (this.stop.hidden) return; // already ended
     this.show(reason);
-    if (this.stop === document.activeElement) this.node.focus({ preventScroll: true }); // keep the place of who has pressed it
+    if (this.stop === document.activeElement) this.node.focus({ preventScroll: true }); // keep the keyboard focus in this column
     this.stop.hidden = true;
     if (!sample.over) say(`${this.node.ariaLabel} ended: ${reason}`);
   }
@@ -148,14 +148,14 @@ function finish(reason, message) {
   $("run").removeAttribute("aria-disabled");
   if ($("stop-all") === document.activeElement) $("output").focus({ preventScroll: true });
   $("stop-all").hidden = true;
-  adder.hidden = !adder.contains(document.activeElement); // nobody's field goes while they type in it
+  adder.hidden = !adder.contains(document.activeElement); // do not hide a field that has the focus
   say(message);
 }
 
 /** Cancel the sample, or the part of it at `path`. The stream then tells that it has ended. */
 async function stop(button, path = "") {
   const from = sample;
-  if (!from.id) return path ? say("Not begun yet: Stop all calls it off") : from.abort.abort();
+  if (!from.id) return path ? say("Not started yet: use Stop all") : from.abort.abort();
   button.setAttribute("aria-disabled", "true");
   await call("DELETE", `v1/branches/${from.id}${path}`).catch((error) => from.over || complain(error));
   button.removeAttribute("aria-disabled");
@@ -206,7 +206,7 @@ function fillRows(values, active) {
   if (active !== undefined) (fields()[active] ?? fields().at(-1)).focus();
 }
 
-let pointed; // the token under the pointer, or else the focused one
+let pointed; // the token under the pointer, otherwise the focused one
 function showCard({ target }) {
   pointed = [target, document.activeElement].find((each) => each?.matches(".tokens > span"));
   card.hidden = !pointed;

@@ -107,7 +107,7 @@ def test_logprobs_are_those_of_the_library(client: openai.OpenAI, model: Any) ->
     events = list(pm.stream(*model, pm.Sample(branches=PROMPTS[:1]), max_new_tokens=4, logprobs=3))
     assert response is not None
     assert response.token_logprobs == pytest.approx([event.logprob for event in events], abs=1e-4)
-    assert [len(each) for each in response.top_logprobs or []] == [3] * 4
+    assert [len(top) for top in response.top_logprobs or []] == [3] * 4
 
 
 def test_branches_have_settings_of_their_own_and_coordinates(shared_server: Server, model: Any) -> None:

@@ -1,4 +1,4 @@
-"""Processes of the server die, freeze and are replaced, and its clients are answered all the same."""
+"""Processes of the server die, freeze and are replaced; its clients receive complete responses."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     base = save_talker(folder / "talker")
     with serving(
         folder / "server", complaints=True, base_model=base, min_replicas=2, max_replicas=2
-    ) as found:
-        yield found
+    ) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
 def expected(server: Server) -> list[tuple[str, list[int]]]:
-    return unary(server)
+    return complete(server)
 
 
-def unary(server: Server) -> list[tuple[str, list[int]]]:
-    status, found = server.post("/v1/branches", BODY)
-    assert status == 200, found
-    return [(branch["text"], branch["tokens"]) for branch in found["branches"]]
+def complete(server: Server) -> list[tuple[str, list[int]]]:
+    status, body = server.post("/v1/branches", BODY)
+    assert status == 200, body
+    return [(branch["text"], branch["tokens"]) for branch in body["branches"]]
 
 
-def streamed(server: Server) -> list[tuple[str, list[int]]]:
+def stream(server: Server) -> list[tuple[str, list[int]]]:
     texts, tokens = [""] * 4, list[list[int]]([[], [], [], []])
     event = None
     for event in server.stream("/v1/branches", BODY):
@@ -58,21 +58,21 @@ def streamed(server: Server) -> list[tuple[str, list[int]]]:
     return list(zip(texts, tokens, strict=True))
 
 
-def during(server: Server, act: Any, clients: int = 6) -> list[list[tuple[str, list[int]]]]:
-    """What clients get, half of them streams, while something happens as soon as all are being answered."""
+def outputs_during(server: Server, act: Any, clients: int = 6) -> list[list[tuple[str, list[int]]]]:
+    """The outputs of clients, half of them streams; `act` is called once all are being answered."""
     with ThreadPoolExecutor(clients) as pool:
-        found = [pool.submit([unary, streamed][number % 2], server) for number in range(clients)]
+        outputs = [pool.submit([complete, stream][number % 2], server) for number in range(clients)]
         deadline = time.monotonic() + 60
         while server.metric("live_branches") < clients:
             assert time.monotonic() < deadline
         act()
-        return [each.result() for each in found]
+        return [output.result() for output in outputs]
 
 
-def signalled(server: Server, name: str, number: int) -> None:
-    found = server.family(name)
-    assert found, name
-    found[0].send_signal(number)
+def send_signal(server: Server, name: str, number: int) -> None:
+    processes = server.family(name)
+    assert processes, name
+    processes[0].send_signal(number)
 
 
 def wait_for_engines(server: Server, count: int = 2) -> None:
@@ -83,34 +83,37 @@ def wait_for_engines(server: Server, count: int = 2) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
-def test_samples_go_on_where_their_engine_was_lost(server: Server, expected: Any, number: int) -> None:
+def test_samples_are_resumed_when_their_engine_is_lost(server: Server, expected: Any, number: int) -> None:
     wait_for_engines(server)
     moved = server.metric("moved_samples_total")
-    assert during(server, lambda: signalled(server, "EngineReplica", number)) == [expected] * 6
+    assert outputs_during(server, lambda: send_signal(server, "EngineReplica", number)) == [expected] * 6
     assert server.metric("moved_samples_total") > moved
     wait_for_engines(server)
 
 
-def test_the_loss_of_the_controller_is_not_noticed(server: Server, expected: Any) -> None:
+def test_clients_do_not_notice_the_loss_of_the_controller(server: Server, expected: Any) -> None:
     wait_for_engines(server)
-    assert during(server, lambda: signalled(server, "ServeController", signal.SIGKILL)) == [expected] * 6
-    assert streamed(server) == expected
+    assert (
+        outputs_during(server, lambda: send_signal(server, "ServeController", signal.SIGKILL))
+        == [expected] * 6
+    )
+    assert stream(server) == expected
 
 
 @pytest.mark.parametrize("name", ["haproxy", "Ingress"])
-def test_the_way_in_is_back_in_seconds(server: Server, expected: Any, name: str) -> None:
+def test_proxy_and_ingress_are_back_in_seconds(server: Server, expected: Any, name: str) -> None:
     wait_for_engines(server)
-    assert unary(server) == expected
-    signalled(server, name, signal.SIGKILL)
-    lost, found = time.monotonic(), None
-    while found != expected:
-        assert time.monotonic() < lost + 60
+    assert complete(server) == expected
+    send_signal(server, name, signal.SIGKILL)
+    lost_at, output = time.monotonic(), None
+    while output != expected:
+        assert time.monotonic() < lost_at + 60
         try:
-            found = unary(server)
+            output = complete(server)
         except (OSError, AssertionError, ValueError):
             time.sleep(0.2)
-    print(f"{name}: back after {time.monotonic() - lost:.1f} s")
-    assert server.metric("live_branches") == 0  # whoever was cut off is not worked for
+    print(f"{name}: back after {time.monotonic() - lost_at:.1f} s")
+    assert server.metric("live_branches") == 0  # nothing is decoded for clients that were cut off
 
 
 def test_a_lost_engine_is_replaced_by_a_new_process(server: Server) -> None:

@@ -42,9 +42,9 @@ def ids(text: str) -> list[int]:
     return token_ids
 
 
-def token_ids(work: EngineRequest) -> list[list[int]]:
+def token_ids(request: EngineRequest) -> list[list[int]]:
     """Token ids of main and of the branches."""
-    return work.tokenized.tokens.split()
+    return request.tokenized.tokens.split()
 
 
 def complete(preprocessor: RequestPreprocessor | None = None, **fields: Any) -> EngineRequest:
@@ -89,7 +89,7 @@ def test_every_form_of_prompt_becomes_branches_in_order_each_n_times(
     prompt: Any, branches: list[list[int]]
 ) -> None:
     assert token_ids(complete(prompt=prompt)) == [[], *branches]
-    assert token_ids(complete(prompt=prompt, n=3)) == [[], *(each for each in branches for _ in range(3))]
+    assert token_ids(complete(prompt=prompt, n=3)) == [[], *(branch for branch in branches for _ in range(3))]
 
 
 @pytest.mark.parametrize("prompt", [[], [1, "who"], [True], 5, None, {"text": "who"}, [[1, [2]]]])
@@ -141,8 +141,8 @@ def test_an_exceeded_limit_names_field_value_and_limit(
 
 
 def test_a_request_at_the_limits_is_served() -> None:
-    work = complete(make_preprocessor(**NARROW), prompt=[[5] * 2, [6]], n=2, max_tokens=50)
-    assert token_ids(work) == [[], [5, 5], [5, 5], [6], [6]]
+    request = complete(make_preprocessor(**NARROW), prompt=[[5] * 2, [6]], n=2, max_tokens=50)
+    assert token_ids(request) == [[], [5, 5], [5, 5], [6], [6]]
     assert branch(
         make_preprocessor(**NARROW), main=[5], branches=[{"text": [6]}] * 3, reduce=[7, 8], max_tokens=50
     ).tokenized.reduce
@@ -193,13 +193,13 @@ def test_the_error_of_an_unknown_model_lists_the_served_ones(call: Any) -> None:
 
 def test_a_seed_is_kept_and_a_missing_one_is_drawn() -> None:
     assert [params.seed for params in complete(prompt=["a", "b"], seed=7).tokenized.params] == [7, 7]
-    drawn = [each.seed for _ in range(2) for each in complete(prompt=["a", "b"], n=2).tokenized.params]
+    drawn = [params.seed for _ in range(2) for params in complete(prompt=["a", "b"], n=2).tokenized.params]
     assert len(set(drawn)) == 8
     assert None not in drawn
-    work = branch(branches=[{"text": "a", "seed": 0}, {"text": "b"}], reduce="c")
-    assert work.tokenized.reduce
-    assert work.tokenized.params[0].seed == 0
-    assert None not in (work.tokenized.params[1].seed, work.tokenized.reduce.params.seed)
+    request = branch(branches=[{"text": "a", "seed": 0}, {"text": "b"}], reduce="c")
+    assert request.tokenized.reduce
+    assert request.tokenized.params[0].seed == 0
+    assert None not in (request.tokenized.params[1].seed, request.tokenized.reduce.params.seed)
     assert make_preprocessor().added_branch(AddBranchRequest(text="a", seed=3))[1].seed == 3
     assert make_preprocessor().added_branch(AddBranchRequest(text="a"))[1].seed is not None
 
@@ -217,24 +217,26 @@ def test_drawn_seeds_differ_after_every_start(tmp_path: Path) -> None:
 def test_settings_of_a_branch_override_those_of_the_request() -> None:
     shared = {"temperature": 0.5, "max_tokens": 7, "stop": "end", "top_k": 3, "seed": 1, "logprobs": 2}
     own = [{}, {"temperature": 0, "stop": None}, {"max_tokens": 3, "seed": 2, "logit_bias": {"5": 1}}]
-    work = branch(branches=[{"text": "a", **each} for each in own], reduce="all", main="passage", **shared)
+    request = branch(
+        branches=[{"text": "a", **settings} for settings in own], reduce="all", main="passage", **shared
+    )
     base = {"temperature": 0.5, "max_new_tokens": 7, "stop": ["end"], "top_k": 3, "seed": 1, "logprobs": 2}
     changed = [{}, {"temperature": 0, "stop": []}, {"max_new_tokens": 3, "seed": 2, "logit_bias": {5: 1}}]
-    assert work.tokenized.params == [SamplingParams(**{**base, **each}) for each in changed]
-    assert work.tokenized.reduce
-    assert (work.tokenized.reduce.token_ids, work.tokenized.reduce.params) == (
+    assert request.tokenized.params == [SamplingParams(**{**base, **settings}) for settings in changed]
+    assert request.tokenized.reduce
+    assert (request.tokenized.reduce.token_ids, request.tokenized.reduce.params) == (
         ids("all"),
         SamplingParams(**base),
     )
-    assert token_ids(work) == [ids("passage"), *[ids("a")] * 3]
+    assert token_ids(request) == [ids("passage"), *[ids("a")] * 3]
     assert (branch().tokenized.params[0].max_new_tokens, branch().tokenized.params[0].temperature) == (64, 0)
 
 
 def test_a_conversation_is_main_and_the_header_of_the_assistant_begins_every_branch() -> None:
     spelled = "<s>system\nbe brief</s>\n<s>user\nwho</s>\n"
-    work = chat(n=3, stop=["a", "b"], seed=4)
-    assert token_ids(work) == [ids(spelled), *[ids("<s>assistant\n")] * 3]
-    assert {(each.seed, each.stop) for each in work.tokenized.params} == {(4, ("a", "b"))}
+    request = chat(n=3, stop=["a", "b"], seed=4)
+    assert token_ids(request) == [ids(spelled), *[ids("<s>assistant\n")] * 3]
+    assert {(params.seed, params.stop) for params in request.tokenized.params} == {(4, ("a", "b"))}
     pieces = [{"type": "text", "text": "be "}, {"type": "text", "text": "brief"}]
     assert token_ids(chat(messages=[{"role": "system", "content": pieces}, TALK[1]])) == token_ids(chat())
 
@@ -258,11 +260,11 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize(("template", "told"), BROKEN)
-def test_the_error_of_a_broken_template_is_one_line(template: str | None, told: str) -> None:
+@pytest.mark.parametrize(("template", "part"), BROKEN)
+def test_the_error_of_a_broken_template_is_one_line(template: str | None, part: str) -> None:
     info = error_of(chat, make_preprocessor(template=template))
     assert info.param == "messages"
-    assert told in info.message
+    assert part in info.message
 
 
 def test_max_tokens_of_a_chat_defaults_to_the_room_in_the_context() -> None:

@@ -98,9 +98,9 @@ def test_health_needs_no_key_and_without_keys_no_route_does() -> None:
 
 
 def test_headers_that_are_too_long_are_rejected() -> None:
-    app, most = StubApp(), LIMITS.max_header_bytes - len("x-long") - 4
-    assert send(headers={"x-long": "x" * most}).status == 200
-    reply = send(headers={"x-long": "x" * (most + 1)}, keys=["one"], app=app)
+    app, longest = StubApp(), LIMITS.max_header_bytes - len("x-long") - 4
+    assert send(headers={"x-long": "x" * longest}).status == 200
+    reply = send(headers={"x-long": "x" * (longest + 1)}, keys=["one"], app=app)
     assert (reply.status, reply.error["code"], app.called) == (431, "too_large", 0)
     assert "1025 bytes, 1024 allowed" in reply.error["message"]
 

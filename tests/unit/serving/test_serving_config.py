@@ -236,13 +236,13 @@ def test_metrics_of_all_processes_are_one_exposition() -> None:
         engines.append(EngineMetrics(lambda load=load: load, lambda: 1))  # type: ignore[misc]
         engines[-1].observe_step(0.3, 0.25)
         engines[-1].observe_step(60, 1)
-    found = parse_exposition({"front": ingress, "one": engines[0], "two": engines[1]})
-    samples = [part for family in found.values() for part in family.samples]
+    families = parse_exposition({"front": ingress, "one": engines[0], "two": engines[1]})
+    samples = [part for family in families.values() for part in family.samples]
     assert {part.labels["process"] for part in samples} == {"front", "one", "two"}
     assert all(
         part.name.startswith("parallelmind_") and not part.name.endswith("_created") for part in samples
     )
-    assert found["parallelmind_requests"].type == "counter"
+    assert families["parallelmind_requests"].type == "counter"
     read = {(part.name, *sorted(part.labels.items())): part.value for part in samples}
     assert (
         read[
@@ -258,18 +258,22 @@ def test_metrics_of_all_processes_are_one_exposition() -> None:
     )
     assert [read["parallelmind_live_branches", ("process", name)] for name in ("one", "two")] == [2, 5]
     for part, total in (("model", 1.25), ("engine", 59.05)):
-        own = [each for each in found["parallelmind_step_seconds"].samples if each.labels["process"] == "two"]
-        own = [each for each in own if each.labels["part"] == part]
-        buckets = [each.value for each in own if each.name.endswith("_bucket")]
+        own = [
+            sample
+            for sample in families["parallelmind_step_seconds"].samples
+            if sample.labels["process"] == "two"
+        ]
+        own = [sample for sample in own if sample.labels["part"] == part]
+        buckets = [sample.value for sample in own if sample.name.endswith("_bucket")]
         assert buckets == sorted(buckets)
-        assert buckets[-1] == next(each.value for each in own if each.name.endswith("_count")) == 2
-        assert next(each.value for each in own if each.name.endswith("_sum")) == pytest.approx(total)
-    assert found["parallelmind_step_seconds"].type == "histogram"
+        assert buckets[-1] == next(sample.value for sample in own if sample.name.endswith("_count")) == 2
+        assert next(sample.value for sample in own if sample.name.endswith("_sum")) == pytest.approx(total)
+    assert families["parallelmind_step_seconds"].type == "histogram"
 
 
 def test_metrics_without_observations_are_valid() -> None:
-    found = parse_exposition({"front": IngressMetrics()})
-    assert found["parallelmind_open_requests"].samples[0].value == 0
+    families = parse_exposition({"front": IngressMetrics()})
+    assert families["parallelmind_open_requests"].samples[0].value == 0
     assert render_metrics({}) == b""
 
 
@@ -278,7 +282,7 @@ def test_the_dashboard_queries_existing_metrics() -> None:
         IngressMetrics(),
         EngineMetrics(lambda: EngineStats(0, 0, 0, 0, 0, 0, 0, 0.0), lambda: 0),
     )
-    known = {family.name for each in (ingress, engine) for family in each.families()}
+    known = {family.name for process in (ingress, engine) for family in process.families()}
     asked = set(
         re.findall(
             r"parallelmind_[a-z_]+",
