@@ -3,7 +3,8 @@
 Every function and class names what it relies on. `tests/unit/model/test_hf_compat.py` has a test for each,
 which fails when a new version of either library no longer behaves that way.
 
-Nothing here runs on import, and nothing changes what models that are not patched do.
+Nothing here runs on import, and nothing changes other models than those that are patched or decoded by the
+engine.
 """
 
 from __future__ import annotations

@@ -126,7 +126,8 @@ def read_manifest(folder: str | Path, field: str = "lora_path") -> Manifest:
         actual = sha256(folder / name) if (folder / name).is_file() else "missing"
         if actual != expected:
             raise UserError(
-                f"{field}={folder}: {name} is {actual[:12]}, not {expected[:12]} as saved; copy it again"
+                f"{field}={folder}: {name} is {actual[:12]}, not {expected[:12]} as saved; "
+                "copy the folder again"
             )
     return manifest
 
