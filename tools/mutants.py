@@ -1,0 +1,261 @@
+"""Break the code in known ways, one at a time; the tests must notice: `python -m tools.mutants [NAME ...]`.
+
+Each mutation replaces one piece of source text in a copy of the project and runs the tests that guard it. A
+mutation that no test notices survives, and the command fails.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+_COPIED = (
+    "platform",
+    "workloads",
+    "serving",
+    "experiments",
+    "benchmarks",
+    "tools",
+    "tests",
+    "pyproject.toml",
+)
+_LIMIT_S = 300
+_PASSED, _FAILED = 0, 1  # exit codes of pytest; others mean that the tests did not run
+
+
+@dataclass(frozen=True, slots=True)
+class Mutation:
+    """before: text that occurs once in `file`. after: its replacement. tests: arguments of pytest."""
+
+    name: str
+    file: str
+    before: str
+    after: str
+    tests: str
+
+    def apply(self, root: Path) -> None:
+        path = root / self.file
+        source = path.read_text(encoding="utf-8")
+        if source.count(self.before) != 1:
+            raise ValueError(
+                f"{self.name}: {source.count(self.before)} places in {self.file} match; expected 1"
+            )
+        path.write_text(source.replace(self.before, self.after), encoding="utf-8")
+
+
+MUTATIONS = [
+    Mutation(
+        "data: every epoch shuffles alike",
+        "platform/parallelmind/data/packing.py",
+        "default_rng([self.seed, self.epoch, *stream])",
+        "default_rng([self.seed, *stream])",
+        "tests/unit/data/test_packing.py",
+    ),
+    Mutation(
+        "data: padding does not count towards batch_tokens",
+        "platform/parallelmind/data/packing.py",
+        "(len(samples) + 1) * longest",
+        "len(samples) * longest",
+        "tests/unit/data/test_packing.py",
+    ),
+    Mutation(
+        "data: a branch without a target is kept",
+        "platform/parallelmind/data/tokenise.py",
+        "len(ids) <= max(offset, 1)",
+        "len(ids) <= 1",
+        "tests/unit/data/test_tokenise.py",
+    ),
+    Mutation(
+        "data: replaced workers are still served",
+        "platform/parallelmind/data/batch_server.py",
+        "if assignment.worker_group in self._ended_groups:",
+        "if False:",
+        "tests/unit/data/test_batch_server.py",
+    ),
+    Mutation(
+        "storage: a file is renamed before it is on disk",
+        "platform/parallelmind/storage.py",
+        "        _fsync(partial)\n",
+        "",
+        "tests/unit/test_storage.py",
+    ),
+    Mutation(
+        "loss: tokens before answer_offset are targets",
+        "platform/parallelmind/layout.py",
+        "(index[1:] >= offsets[sequence[1:]])",
+        "(index[1:] >= 0)",
+        "tests/unit/test_layout.py",
+    ),
+    Mutation(
+        "loss: the mean is over batches, not over targets",
+        "platform/parallelmind/training/step.py",
+        "flat /= targets",
+        "flat /= 1",
+        "tests/unit/training/test_step.py",
+    ),
+    Mutation(
+        "loss: the gradient is not clipped",
+        "platform/parallelmind/training/step.py",
+        "min(clip / (norm + 1e-6), 1.0)",
+        "1.0",
+        "tests/unit/training/test_step.py",
+    ),
+    Mutation(
+        "mask: isolated branches see their siblings",
+        "platform/parallelmind/visibility.py",
+        "(k_sequence == MAIN) | (k_sequence == q_sequence)",
+        "(k_sequence >= MAIN)",
+        "tests/unit/model/test_mask.py",
+    ),
+    Mutation(
+        "scheduler: a sample that does not fit keeps cached blocks",
+        "platform/parallelmind/engine/scheduler.py",
+        "            self.block_manager.free(cached)\n",
+        "",
+        "tests/unit/engine/test_scheduler.py",
+    ),
+    Mutation(
+        "scheduler: a cancelled sample keeps the blocks of its reduce branch",
+        "platform/parallelmind/engine/scheduler.py",
+        "        self.block_manager.free(group.reduce_blocks)\n",
+        "",
+        "tests/unit/engine/test_scheduler.py",
+    ),
+    Mutation(
+        "scheduler: a cached block is found whatever comes before it",
+        "platform/parallelmind/engine/block_manager.py",
+        "hashlib.blake2b(key + block, digest_size=16)",
+        "hashlib.blake2b(block, digest_size=16)",
+        "tests/unit/engine/test_block_manager.py",
+    ),
+    Mutation(
+        "sampler: draws of branches are alike",
+        "platform/parallelmind/engine/sampler.py",
+        "{row.seed},{row.branch},{row.index}",
+        "{row.seed},{row.index}",
+        "tests/unit/engine/test_sampler.py",
+    ),
+    Mutation(
+        "checkpoint: a changed weight file counts as complete",
+        "platform/parallelmind/training/checkpoint.py",
+        "if any(sha256(folder / name) != ",
+        "if any(False and sha256(folder / name) != ",
+        "tests/unit/training/test_loop_checkpoints.py",
+    ),
+    Mutation(
+        "checkpoint: the optimizer starts anew",
+        "platform/parallelmind/training/checkpoint.py",
+        "        optimizer.state[parameter][key] = value\n",
+        "        pass\n",
+        "tests/unit/training/test_loop_checkpoints.py",
+    ),
+    Mutation(
+        "sweep: optuna never learns a result",
+        "workloads/sweep/optuna_search.py",
+        "            study.add_trial(known)\n",
+        "            pass\n",
+        "tests/unit/workloads/test_sweep.py",
+    ),
+    Mutation(
+        "sweep: a repeated step counts twice",
+        "workloads/sweep/journal.py",
+        "is_new = step > self.trials[number].step",
+        "is_new = True",
+        "tests/unit/workloads/test_sweep.py",
+    ),
+    Mutation(
+        "serving: an abandoned stream is not cancelled",
+        "serving/ingress/failover.py",
+        "            stream.cancel()\n",
+        "            pass\n",
+        "tests/unit/serving/test_failover.py",
+    ),
+    Mutation(
+        "serving: a silent engine is waited for without limit",
+        "serving/ingress/failover.py",
+        "asyncio.timeout(SILENCE_TIMEOUT_S if received else FIRST_MESSAGE_TIMEOUT_S)",
+        "asyncio.timeout(None)",
+        "tests/unit/serving/test_failover.py",
+    ),
+    Mutation(
+        "serving: any key is valid",
+        "serving/ingress/api_keys.py",
+        "for known in self._hashes]) > 0",
+        "for known in self._hashes]) >= 0",
+        "tests/unit/serving/test_request_limits.py",
+    ),
+]
+
+
+def main(names: Sequence[str]) -> int:
+    """Exit code: 0 if every mutation is noticed."""
+    chosen = [mutation for mutation in MUTATIONS if not names or mutation.name in names]
+    survivors = 0
+    table = Table("mutation", "file", "result", "seconds")
+    with _copy() as root:
+        for mutation in chosen:
+            began = time.monotonic()
+            result = _try(mutation, root)
+            survivors += result != "killed"
+            print(f"{result:9} {mutation.name}", flush=True)
+            table.add_row(mutation.name, mutation.file, result, f"{time.monotonic() - began:.0f}")
+    Console(width=120).print(table)
+    print(f"{len(chosen) - survivors} of {len(chosen)} killed")
+    return 1 if survivors or not chosen else 0
+
+
+@contextmanager
+def _copy() -> Iterator[Path]:
+    """A copy of the project's code and tests."""
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        for name in _COPIED:
+            source, target = ROOT / name, Path(folder) / name
+            ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+            shutil.copytree(source, target, ignore=ignored) if source.is_dir() else shutil.copy(
+                source, target
+            )
+        yield Path(folder)
+
+
+def _try(mutation: Mutation, root: Path) -> str:
+    """killed: the tests pass without the mutation and fail with it."""
+    path = root / mutation.file
+    original = path.read_text(encoding="utf-8")
+    if _run(mutation.tests, root) != _PASSED:
+        return "no tests"  # they fail or do not run without the mutation
+    mutation.apply(root)
+    try:
+        return "killed" if _run(mutation.tests, root) == _FAILED else "survived"
+    finally:
+        path.write_text(original, encoding="utf-8")
+
+
+def _run(tests: str, root: Path) -> int:
+    """The exit code of pytest in the copy. Tests that do not end within the limit count as failed."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests.split()]
+    env = {
+        **os.environ,
+        "PYTHONPATH": f"{root / 'platform'}{os.pathsep}{root}",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    try:
+        done = subprocess.run(command, cwd=root, env=env, capture_output=True, timeout=_LIMIT_S, check=False)
+    except subprocess.TimeoutExpired:
+        return _FAILED
+    return done.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
