@@ -76,13 +76,13 @@ def _log_winner(context: SweepContext, winner: Trial, trials: list[Trial], track
 
 def _register_winner(context: SweepContext, winner: Trial, tracker: Tracker) -> None:
     """Print the winner, and register its adapter as `register_as` if that is set."""
-    config = context.config
+    config, registry = context.config, context.config.registry
     assert winner.run_id is not None
     metrics = format_metrics(winner, config.metrics)
     print(f"winner   trial {winner.number}: {winner.describe()}  {metrics}")
     result_name = RunDir.of(context.trial_config(winner.number, winner.settings)).result_name
     result = RemotePath.at(str(winner.folder)).child(result_name)
-    if config.register_as and result.local.name == ADAPTER:
-        version = register_model(tracker.uri, winner.run_id, ADAPTER, config.register_as, config.alias)
-        print(f"model    models:/{config.register_as}@{config.alias}, version {version}")
+    if registry.register_as and result.local.name == ADAPTER:
+        version = register_model(tracker.uri, winner.run_id, ADAPTER, registry.register_as, registry.alias)
+        print(f"model    models:/{registry.register_as}@{registry.alias}, version {version}")
     print(f"{result.local.name:8} {result}")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from itertools import product
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeInt, ValidationInfo, field_validator, model_validator
 
-from parallelmind.config import FrozenConfig, TrainConfig, did_you_mean, resolve
+from parallelmind.config import FrozenConfig, GroupedConfig, TrainConfig, did_you_mean, resolve
 from parallelmind.errors import format_value
 
 # Fields that trials share: where and how a run happens, and what trials are compared by.
@@ -41,17 +41,9 @@ class Between(FrozenConfig):
         return self
 
 
-class SweepConfig(FrozenConfig):
-    """A whole sweep. It may resume with more trials, and with more of them at a time."""
+class SearchSpaceConfig(FrozenConfig):
+    """Search space."""
 
-    NON_IDENTITY_FIELDS: ClassVar[frozenset[str]] = frozenset(
-        {"trials", "cpus_per_trial", "max_concurrent", "register_as", "alias"}
-    )
-
-    name: str = Field(
-        "sweep", pattern=r"^[A-Za-z0-9._-]+$", description="name of the sweep; its folder is name-confighash"
-    )
-    train: TrainConfig = Field(description="settings of the training run that all trials share")
     space: dict[str, list[Any] | Between] = Field(
         {}, description="values to try, by field: a list, or {low, high, log}"
     )
@@ -59,35 +51,6 @@ class SweepConfig(FrozenConfig):
         [], description="settings to try as they are; a grid combines each with the lists of space"
     )
     seeds: list[NonNegativeInt] = Field([0], min_length=1, description="seeds to train every point with")
-    search: Literal["grid", "random", "optuna"] = Field(
-        "grid", description="how points are chosen (optuna: TPE sampler)"
-    )
-    trials: int | None = Field(
-        None, ge=1, description="random, optuna: number of points to try, including `points`"
-    )
-    search_seed: int = Field(0, ge=0, description="random, optuna: seed of the search")
-    metrics: list[str] = Field(
-        ["validation/loss_1", "validation/branch_tax_8"],
-        min_length=1,
-        description="metrics to minimize; the winner has the lowest sum",
-    )
-    stopping: Literal["none", "asha", "median"] = Field(
-        "none", description="rule that stops trials early when they fall behind"
-    )
-    grace_steps: int = Field(50, ge=1, description="optimizer steps before a trial may be stopped")
-    reduction_factor: int = Field(
-        3, ge=2, description="asha: one in this many trials passes each rung (grace_steps times 1, 3, 9, …)"
-    )
-    cpus_per_trial: int = Field(1, ge=1, description="CPUs of a trial, for all its workers together")
-    max_concurrent: int | None = Field(
-        None, ge=1, description="most trials at a time; null: as many as fit on the cluster"
-    )
-    register_as: str | None = Field(
-        "parallelmind",
-        pattern="^[^/:']+$",
-        description="registered model that gets the winner as a new version; null: none",
-    )
-    alias: str = Field("champion", pattern=r"^[\w-]+$", description="alias of that version")
 
     @field_validator("space", "points")
     @classmethod
@@ -104,6 +67,65 @@ class SweepConfig(FrozenConfig):
                 raise ValueError(f"{info.field_name}.{name}: cannot differ between trials; {remedy}")
         return value
 
+    @model_validator(mode="after")
+    def _check_values(self) -> Self:
+        if not self.space and not self.points:
+            raise ValueError("space: nothing to try; give space={field: [values]} or points=[{field: value}]")
+        if empty := [name for name, values in self.space.items() if values == []]:
+            raise ValueError(f"space.{empty[0]}=[]: has no values; give at least one")
+        return self
+
+    def grid(self) -> Iterator[dict[str, Any]]:
+        """Every combination of the lists of `space`, for each of `points`."""
+        lists = {name: values for name, values in self.space.items() if isinstance(values, list)}
+        for point in self.points or [{}]:
+            for values in product(*lists.values()):
+                yield {**point, **dict(zip(lists, values, strict=True))}
+
+
+class SearchStrategyConfig(FrozenConfig):
+    """Search strategy."""
+
+    search: Literal["grid", "random", "optuna"] = Field(
+        "grid", description="how points are chosen (optuna: TPE sampler)"
+    )
+    trials: int | None = Field(
+        None, ge=1, description="random, optuna: number of points to try, including `points`"
+    )
+    search_seed: int = Field(0, ge=0, description="random, optuna: seed of the search")
+
+
+class EarlyStoppingConfig(FrozenConfig):
+    """Early stopping of trials."""
+
+    stopping: Literal["none", "asha", "median"] = Field(
+        "none", description="rule that stops trials early when they fall behind"
+    )
+    grace_steps: int = Field(50, ge=1, description="optimizer steps before a trial may be stopped")
+    reduction_factor: int = Field(
+        3, ge=2, description="asha: one in this many trials passes each rung (grace_steps times 1, 3, 9, …)"
+    )
+
+
+class TrialResourcesConfig(FrozenConfig):
+    """Resources of trials."""
+
+    cpus_per_trial: int = Field(1, ge=1, description="CPUs of a trial, for all its workers together")
+    max_concurrent: int | None = Field(
+        None, ge=1, description="most trials at a time; null: as many as fit on the cluster"
+    )
+
+
+class RegistryConfig(FrozenConfig):
+    """Model registry."""
+
+    register_as: str | None = Field(
+        "parallelmind",
+        pattern="^[^/:']+$",
+        description="registered model that gets the winner as a new version; null: none",
+    )
+    alias: str = Field("champion", pattern=r"^[\w-]+$", description="alias of that version")
+
     @field_validator("alias")
     @classmethod
     def _check_alias(cls, value: str) -> str:
@@ -111,28 +133,52 @@ class SweepConfig(FrozenConfig):
             raise ValueError(f"alias={value}: is reserved by MLflow; choose another name")
         return value
 
+
+class SweepConfig(GroupedConfig):
+    """Sweep. It may resume with more trials, and with more of them at a time.
+
+    The order of groups and fields is the order in config.yaml.
+    """
+
+    NON_IDENTITY_FIELDS: ClassVar[frozenset[str]] = frozenset(
+        {"trials", "cpus_per_trial", "max_concurrent", "register_as", "alias"}
+    )
+
+    name: str = Field(
+        "sweep", pattern=r"^[A-Za-z0-9._-]+$", description="name of the sweep; its folder is name-confighash"
+    )
+    train: TrainConfig = Field(description="settings of the training run that all trials share")
+    search_space: SearchSpaceConfig
+    strategy: SearchStrategyConfig
+    metrics: list[str] = Field(
+        ["validation/loss_1", "validation/branch_tax_8"],
+        min_length=1,
+        description="metrics to minimize; the winner has the lowest sum",
+    )
+    early_stopping: EarlyStoppingConfig
+    resources: TrialResourcesConfig
+    registry: RegistryConfig
+
+    if TYPE_CHECKING:  # flat field names, which the type checker cannot know
+
+        def __init__(self, **fields: Any) -> None: ...
+
     @model_validator(mode="after")
-    def _check_search(self) -> Self:
-        if not self.space and not self.points:
-            raise ValueError("space: nothing to try; give space={field: [values]} or points=[{field: value}]")
-        if self.search == "grid":
-            self._check_grid()
-        elif self.trials is None or not self.space:
+    def _check_strategy(self) -> Self:
+        search, trials, space = self.strategy.search, self.strategy.trials, self.search_space.space
+        if search == "grid":
+            ranges = [name for name, values in space.items() if isinstance(values, Between)]
+            if ranges or trials:
+                field = f"space.{ranges[0]}: a range" if ranges else f"trials={trials}:"
+                raise ValueError(
+                    f"{field} needs search=random or search=optuna; a grid tries every value of its lists"
+                )
+        elif trials is None or not space:
             raise ValueError(
-                f"search={self.search}: draws points from a space; "
+                f"search={search}: draws points from a space; "
                 "give trials=NUMBER and space={field: [values]}"
             )
-        if empty := [name for name, values in self.space.items() if values == []]:
-            raise ValueError(f"space.{empty[0]}=[]: has no values; give at least one")
         return self
-
-    def _check_grid(self) -> None:
-        ranges = [name for name, values in self.space.items() if isinstance(values, Between)]
-        if ranges or self.trials:
-            field = f"space.{ranges[0]}: a range" if ranges else f"trials={self.trials}:"
-            raise ValueError(
-                f"{field} needs search=random or search=optuna; a grid tries every value of its lists"
-            )
 
     @model_validator(mode="after")
     def _check_metrics(self) -> Self:
@@ -154,13 +200,6 @@ class SweepConfig(FrozenConfig):
             *(f"validation/loss_{count}" for count in counts),
             *(f"validation/branch_tax_{count}" for count in tax_counts),
         ]
-
-    def grid(self) -> Iterator[dict[str, Any]]:
-        """Every combination of the lists of `space`, for each of `points`."""
-        lists = {name: values for name, values in self.space.items() if isinstance(values, list)}
-        for point in self.points or [{}]:
-            for values in product(*lists.values()):
-                yield {**point, **dict(zip(lists, values, strict=True))}
 
     def trial_config(self, number: int, settings: dict[str, Any], output_dir: str) -> TrainConfig:
         """The configuration of a trial's run. Raises UserError if training rejects the settings."""

@@ -27,7 +27,10 @@ def execute(config: SweepConfig, sweep_dir: RemotePath) -> None:
     train = config.train
     cluster.connect(train.services.ray_address, forward_output=False)
     max_concurrent = resources.max_concurrent_runs(
-        config.cpus_per_trial, train.workers.num_workers, train.workers.use_gpu, config.max_concurrent
+        config.resources.cpus_per_trial,
+        train.workers.num_workers,
+        train.workers.use_gpu,
+        config.resources.max_concurrent,
     )
     config_file = sweep_dir.child("config.yaml")
     save_yaml(config, config_file.local)
@@ -91,6 +94,10 @@ def _run_trials(context: SweepContext, journal: Journal) -> bool:
 
 def _count_trials(config: SweepConfig) -> int:
     """The number of trials of the whole sweep."""
-    points = sum(1 for _ in config.grid()) if config.search == "grid" else config.trials
+    points = (
+        sum(1 for _ in config.search_space.grid())
+        if config.strategy.search == "grid"
+        else config.strategy.trials
+    )
     assert points is not None
-    return points * len(config.seeds)
+    return points * len(config.search_space.seeds)

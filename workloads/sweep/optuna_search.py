@@ -24,14 +24,14 @@ def suggest_point(config: SweepConfig, index: int, trials: Sequence[Trial]) -> d
     The study is rebuilt every time. It has one objective per metric. Points without results count as bad
     (`constant_liar`), so that points suggested meanwhile differ from them.
     """
-    sampler = optuna.samplers.TPESampler(seed=config.search_seed + index, constant_liar=True)
+    sampler = optuna.samplers.TPESampler(seed=config.strategy.search_seed + index, constant_liar=True)
     study = optuna.create_study(directions=["minimize"] * len(config.metrics), sampler=sampler)
-    distributions = {name: _distribution(name, values) for name, values in config.space.items()}
+    distributions = {name: _distribution(name, values) for name, values in config.search_space.space.items()}
     for group in group_by_point(trials):
         if known := _study_trial(config, group, distributions):
             study.add_trial(known)
     suggested = study.ask(distributions)
-    return {name: _decode(config.space[name], value) for name, value in suggested.params.items()}
+    return {name: _decode(config.search_space.space[name], value) for name, value in suggested.params.items()}
 
 
 def _study_trial(
@@ -40,10 +40,11 @@ def _study_trial(
     """The point of a group for the study; None if it lies outside the space, as one of `points` may."""
     settings = group[0].settings
     if not all(
-        name in settings and _contains(values, settings[name]) for name, values in config.space.items()
+        name in settings and _contains(values, settings[name])
+        for name, values in config.search_space.space.items()
     ):
         return None
-    params = {name: _encode(values, settings[name]) for name, values in config.space.items()}
+    params = {name: _encode(values, settings[name]) for name, values in config.search_space.space.items()}
     means = mean_metrics(config, group)
     if means is not None:
         return create_trial(params=params, distributions=dict(distributions), values=means)

@@ -111,15 +111,17 @@ def _is_metric(name: str) -> bool:
 
 def _stopping_rule(config: SweepConfig) -> TrialScheduler:
     options: dict[str, Any] = {"time_attr": "step", "metric": config.metrics[0], "mode": "min"}
-    if config.stopping == "asha":
+    if config.early_stopping.stopping == "asha":
         max_steps = config.train.optimizer.max_steps or _NO_STEP_LIMIT
         return AsyncHyperBandScheduler(
             **options,
-            grace_period=min(config.grace_steps, max_steps),
+            grace_period=min(config.early_stopping.grace_steps, max_steps),
             max_t=max_steps,
-            reduction_factor=config.reduction_factor,
+            reduction_factor=config.early_stopping.reduction_factor,
             stop_last_trials=False,
         )
-    if config.stopping == "median":
-        return MedianStoppingRule(**options, grace_period=config.grace_steps, min_time_slice=_NO_STEP_LIMIT)
+    if config.early_stopping.stopping == "median":
+        return MedianStoppingRule(
+            **options, grace_period=config.early_stopping.grace_steps, min_time_slice=_NO_STEP_LIMIT
+        )
     return FIFOScheduler()

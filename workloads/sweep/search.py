@@ -20,20 +20,24 @@ from workloads.sweep.trial import Trial
 
 def choose_point(config: SweepConfig, index: int, trials: Sequence[Trial]) -> dict[str, Any] | None:
     """The settings of point number `index`; None after the last point. trials: all that were started."""
-    if config.search == "grid":
-        return next(islice(config.grid(), index, None), None)
-    assert config.trials is not None
-    if index >= config.trials:
+    if config.strategy.search == "grid":
+        return next(islice(config.search_space.grid(), index, None), None)
+    assert config.strategy.trials is not None
+    if index >= config.strategy.trials:
         return None
-    if index < len(config.points):
-        return config.points[index]
-    return draw_point(config, index) if config.search == "random" else suggest_point(config, index, trials)
+    if index < len(config.search_space.points):
+        return config.search_space.points[index]
+    return (
+        draw_point(config, index)
+        if config.strategy.search == "random"
+        else suggest_point(config, index, trials)
+    )
 
 
 def draw_point(config: SweepConfig, index: int) -> dict[str, Any]:
     """A random point, which depends on `search_seed` and `index` alone."""
-    generator = np.random.default_rng([config.search_seed, index])
-    return {name: _draw(name, values, generator) for name, values in config.space.items()}
+    generator = np.random.default_rng([config.strategy.search_seed, index])
+    return {name: _draw(name, values, generator) for name, values in config.search_space.space.items()}
 
 
 def _draw(name: str, values: list[Any] | Between, generator: np.random.Generator) -> Any:

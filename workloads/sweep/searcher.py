@@ -52,7 +52,7 @@ class JournalSearcher(StatelessPickle, Searcher):
 
     def _next_settings(self) -> dict[str, Any] | None:
         """The settings of the first trial that was never started; None after the last trial."""
-        number, seeds = len(self._journal.trials), self._config.seeds
+        number, seeds = len(self._journal.trials), self._config.search_space.seeds
         point: dict[str, Any] | None
         if number % len(seeds):
             point = self._journal.trials[number - 1].point

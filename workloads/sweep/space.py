@@ -16,13 +16,15 @@ def check_space(config: SweepConfig) -> None:
     A grid is checked point by point; for the other searches, every point of `points` and every value or end
     of a range alone.
     """
-    if config.search == "grid":
-        points = list(config.grid())
+    if config.strategy.search == "grid":
+        points = list(config.search_space.grid())
     else:
         single_values = [
-            {name: value} for name, values in config.space.items() for value in _endpoints(name, values)
+            {name: value}
+            for name, values in config.search_space.space.items()
+            for value in _endpoints(name, values)
         ]
-        points = [*config.points, *single_values]
+        points = [*config.search_space.points, *single_values]
     for settings in points:
         try:
             config.trial_config(0, settings, config.train.run.output_dir)

@@ -76,11 +76,11 @@ def test_requirements_are_read_from_pyproject_toml_if_the_project_is_not_install
         "warn",
         "start this in the project's folder",
     )
-    asked = (
+    dependencies = (
         'dependencies = ["torch>=2.9", "nothing-of-that-name>=1", "uvloop>=99; sys_platform == \'win32\'"]'
     )
     (cwd / "pyproject.toml").write_text(
-        f'[project]\nname = "parallelmind"\nrequires-python = ">=3.11"\n{asked}\n'
+        f'[project]\nname = "parallelmind"\nrequires-python = ">=3.11"\n{dependencies}\n'
     )
     result = run_check("libraries")
     assert result.message.endswith(", but nothing-of-that-name is missing")

@@ -123,7 +123,7 @@ def test_a_grid_combines_its_lists_with_each_point() -> None:
     config = sweep_config(
         space={"lora_rank": [4, 8], "pairs": ["low", "mid"]}, points=[{}, {"positions": "flat"}]
     )
-    points = list(config.grid())
+    points = list(config.search_space.grid())
     assert len(points) == 8
     assert {"positions": "flat", "lora_rank": 8, "pairs": "mid"} in points
 
