@@ -274,7 +274,7 @@ class Engine:
 
     def _group(self, sample_id: int) -> SequenceGroup:
         if not self.has_sample(sample_id):
-            raise UserError(f"sample {sample_id}: has ended or never was; begin another one")
+            raise UserError(f"sample {sample_id}: unknown or finished; submit another one")
         return self._groups[sample_id]
 
     def _resume(self, group: SequenceGroup, resume: ResumeState) -> None:

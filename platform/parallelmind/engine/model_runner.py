@@ -33,7 +33,7 @@ from parallelmind.visibility import AttentionWindow
 Model = PreTrainedModel | PeftModel
 
 _CGROUP = Path("/sys/fs/cgroup")
-_MAX_CACHE_TOKENS = 1 << 20  # of a cache whose size nobody has set
+_MAX_CACHE_TOKENS = 1 << 20  # of a cache without a configured size
 
 
 class ModelRunner:

@@ -27,7 +27,7 @@ class SamplingParams:
     temperature: 0 takes the most likely token; 1 samples from the model's own distribution.
     top_k: sample from the k most likely tokens; 0: from all.
     top_p: sample from the fewest tokens that hold this probability; 1: from all.
-    min_p: sample from the tokens at least this times as likely as the most likely one; 0: from all.
+    min_p: sample from the tokens whose probability is at least this share of the highest one; 0: from all.
     repetition_penalty: above 1 makes tokens of the prompt and decoded tokens less likely.
     logit_bias: numbers from -100 to 100 by token id, which are added to the logits; kept as sorted
         (id, bias) pairs.

@@ -93,7 +93,7 @@ class Scheduler:
         """
         if len(group.branches) + (group.reduce is not None) >= self.config.max_branches:
             raise UserError(
-                f"branches: the sample has {len(group.branches)}, as many as allowed; begin another sample"
+                f"branches: the sample has {len(group.branches)}, the maximum; submit another sample"
             )
         new_tokens = len(token_ids) + params.max_new_tokens
         blocks = self._allocate_for_branch(group, new_tokens)
@@ -219,7 +219,6 @@ class Scheduler:
     def _require_fit(self, num_blocks: int) -> None:
         if num_blocks > self.block_manager.num_blocks:
             raise UserError(
-                f"branches: with all their new tokens they need {num_blocks * BLOCK} tokens of cache, and "
-                f"{self.block_manager.num_blocks * BLOCK} is all there is; give fewer branches or lower "
-                "max_new_tokens"
+                f"branches: need up to {num_blocks * BLOCK} tokens of cache, but the cache holds "
+                f"{self.block_manager.num_blocks * BLOCK}; give fewer branches or lower max_new_tokens"
             )

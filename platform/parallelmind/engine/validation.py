@@ -56,9 +56,9 @@ def check_added_branch(
 ) -> None:
     """Raise UserError as `check_request` does, for a branch that is added to an unfinished sample."""
     if not token_ids:
-        raise UserError("branches: the new one holds no token; give it text")
+        raise UserError("branches: the new branch holds no token; give it text")
     if group.reduce_started:
-        raise UserError("branches: the one that reads all others has begun; begin another sample")
+        raise UserError("branches: the reduce branch has started; submit another sample")
     _check_patched(model, "one more given", fallback_reason)
     check_token_ids(model, token_ids, [params])
     start = group.next_start_time(len(token_ids))
@@ -75,7 +75,8 @@ def check_token_ids(model: Model, token_ids: Sequence[int], params: Sequence[Sam
         unknown = [token for token in ids if not 0 <= token < size]
         if unknown:
             raise UserError(
-                f"{field} {unknown[0]}: the model knows 0..{size - 1}; encode with the model's own tokenizer"
+                f"{field} {unknown[0]}: the model's vocabulary is 0..{size - 1}; "
+                "encode with the model's own tokenizer"
             )
 
 

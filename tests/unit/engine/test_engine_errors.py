@@ -34,20 +34,20 @@ REFUSED = [
     refused(
         Sample("", [[5] * 4090]), "max_new_tokens=64: 4090 prompt tokens and 64 new ones.* 4096 positions"
     ),
-    refused(Sample([5] * 1000, ["who"]), "branches: .* tokens of cache, and 1024 is all there is"),
+    refused(Sample([5] * 1000, ["who"]), "branches: need up to .* tokens of cache, but the cache holds 1024"),
     refused(VALID, "max_new_tokens=1000000000: .* 4096 positions", max_new_tokens=10**9),
     refused(VALID, "max_new_tokens=0: give a whole number", max_new_tokens=0),
     refused(Sample("", ["who"] * 9), "branches: 9 given, 8 allowed"),
     refused(Sample("", ["who"] * 8), "branches: 9 given, 8 allowed", reduce="all"),
-    refused(Sample("", [[5, 300]]), r"token id 300: the model knows 0\.\.299"),
-    refused(Sample([-1], ["who"]), r"token id -1: the model knows 0\.\.299"),
+    refused(Sample("", [[5, 300]]), r"token id 300: the model's vocabulary is 0\.\.299"),
+    refused(Sample([-1], ["who"]), r"token id -1: the model's vocabulary is 0\.\.299"),
     refused(Sample("", [[2**70]]), r"tokens=\[1180591620717411303424\]: give text, or a list of token ids"),
     refused(Sample("", [[1.5]]), r"tokens=\[1\.5\]: give text, or a list of token ids"),
     refused(Sample([None] * 10**5, ["who"]), "tokens=.*None.*: give text, or a list of token ids"),
-    refused(VALID, r"token id 999: the model knows 0\.\.299", reduce=[999]),
+    refused(VALID, r"token id 999: the model's vocabulary is 0\.\.299", reduce=[999]),
     refused(VALID, "reduce: holds no token", reduce=""),
     refused(VALID, "max_new_tokens=64: 4000 prompt tokens .*, after .* others, exceed", reduce=[5] * 4000),
-    refused(VALID, r"logit_bias 300: the model knows 0\.\.299", logit_bias={300: 1.0}),
+    refused(VALID, r"logit_bias 300: the model's vocabulary is 0\.\.299", logit_bias={300: 1.0}),
     refused(VALID, r"logit_bias=.*: give ids from 0 up", logit_bias={-1: 1.0}),
     refused(VALID, "temperature=nan: give", temperature=math.nan),
     refused(VALID, "top_p=nan: give", per_branch=[{}, {"top_p": math.nan}]),
@@ -83,12 +83,12 @@ def test_a_bad_sample_is_refused_and_other_samples_continue(sample, settings, me
 @pytest.mark.parametrize(
     ("text", "settings", "message"),
     [
-        ("", {}, "branches: the new one holds no token"),
+        ("", {}, "branches: the new branch holds no token"),
         ([300], {}, "token id 300"),
         ("who", {"temperature": math.nan}, "temperature=nan"),
         ("who", {"logit_bias": {300: 1}}, "logit_bias 300"),
         ([5] * 4090, {}, "max_new_tokens=64: 4090 prompt tokens and 64 new ones, after .* others, exceed"),
-        ([5] * 1000, {}, "is all there is"),
+        ([5] * 1000, {}, "but the cache holds"),
     ],
 )
 def test_a_bad_branch_is_refused_and_its_siblings_continue(text, settings, message, expected) -> None:
@@ -101,7 +101,7 @@ def test_a_bad_branch_is_refused_and_its_siblings_continue(text, settings, messa
     assert tokens_by_branch(events + run_to_end(engine)) == {
         (sample_id, branch): expected[branch] for branch in range(2)
     }
-    with pytest.raises(UserError, match=f"sample {sample_id}: has ended or never was"):
+    with pytest.raises(UserError, match=f"sample {sample_id}: unknown or finished"):
         engine.join(sample_id, "who")
 
 
@@ -141,7 +141,7 @@ def test_no_branch_joins_after_the_reduce_branch_has_started() -> None:
     assert engine.join(sample_id, [7], max_new_tokens=3) == 1
     for _ in range(4):
         engine.step()
-    with pytest.raises(UserError, match="branches: the one that reads all others has begun"):
+    with pytest.raises(UserError, match="branches: the reduce branch has started"):
         engine.join(sample_id, [8])
 
 
