@@ -68,6 +68,7 @@ bench-gpu: setup ## print tokens/s and MFU of training on this machine's GPU
 
 docs: setup model ## write the generated parts of docs/: reference, table of models (minutes), memory estimates, mistakes, figures
 	@$(PY) -m tools.reference
+	@$(PY) -m tools.source_files
 	@$(PY) -m tools.memory
 	@$(PY) -m tools.mistakes
 	@$(PY) -m tools.figures

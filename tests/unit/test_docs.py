@@ -17,6 +17,8 @@ from docs import PAGES, ROOT, Block, anchors, blocks, code_spans, commands, link
 from parallelmind import cli
 from parallelmind.config import FrozenConfig, TrainConfig, resolve
 from parallelmind.errors import UserError
+from tools import source_files
+from tools.marked import filled
 from tools.reference import COMMANDS, PAGE, anchor, reference
 from workloads.common.read_config import read_config
 from workloads.sweep.config import SweepConfig
@@ -220,6 +222,11 @@ def test_both_readmes_have_the_same_structure() -> None:
     english, chinese = ROOT / "README.md", ROOT / "README.zh-CN.md"
     assert [(b.language, b.text) for b in blocks(chinese)] == [(b.language, b.text) for b in blocks(english)]
     assert outline(chinese) == outline(english)
+
+
+def test_the_list_of_source_files_is_current() -> None:
+    page = source_files.PAGE.read_text(encoding="utf-8")
+    assert filled(page, source_files.PART, source_files.source_files()) == page, "run make docs"
 
 
 def test_the_reference_is_current() -> None:

@@ -1,0 +1,1 @@
+"""The decoding engine: continuous batching of branches over a paged KV cache."""

@@ -1,0 +1,1 @@
+"""Measurements of a model on held-out text, and the laws that a patched model obeys."""

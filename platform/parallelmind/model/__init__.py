@@ -1,0 +1,1 @@
+"""2D RoPE: the patch, masks and attention; base models and adapters."""

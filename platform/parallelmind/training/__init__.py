@@ -1,0 +1,1 @@
+"""Training of one worker: loss, optimizer step, loop and checkpoints. No Ray."""

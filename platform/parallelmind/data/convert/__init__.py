@@ -1,0 +1,1 @@
+"""Conversion of common sources (chats, instructions, questions, plain text) to parallel JSONL."""
