@@ -1,7 +1,7 @@
 """One of several processes that train together; `python -m torch.distributed.run … -m workers CASE FOLDER`.
 
-Each case compares what the group finds with what one process finds on the same tokens, and prints a line if
-they agree.
+Each case compares the results of the group with those of one process on the same tokens, and prints a line if
+they are equal.
 """
 
 from __future__ import annotations
@@ -62,20 +62,20 @@ def batches(config: TrainConfig) -> list[Batch]:
     ]
 
 
-def gradients(loss: TargetLoss, own: list[Batch]) -> Tensor:
-    """Mean gradient over the targets of all workers, as `update` takes it."""
+def mean_gradient(loss: TargetLoss, own: list[Batch]) -> Tensor:
+    """Mean gradient over the targets of all workers, as `optimizer_step` computes it."""
     totals = accumulate_gradients(loss, iter(own), len(own)).all_reduce(loss.device)
-    found = [weight.grad for weight in trainable(loss)]
+    gradients = [weight.grad for weight in trainable(loss)]
     parts = [
         grad.full_tensor() if isinstance(grad, DTensor) else sum_over_workers(grad.clone())
-        for grad in found
+        for grad in gradients
         if grad is not None
     ]
     return torch.cat([part.flatten() for part in parts]) / totals.targets
 
 
-def wake(model: nn.Module) -> nn.Module:
-    """Fresh LoRA adds nothing, and half of its gradients are zero."""
+def with_nonzero_lora(model: nn.Module) -> nn.Module:
+    """Fill the B matrices: with fresh LoRA, where they are zero, half of the gradients are zero."""
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             nn.init.constant_(weight, 0.05)
@@ -83,9 +83,7 @@ def wake(model: nn.Module) -> nn.Module:
 
 
 def token_exact(config: TrainConfig) -> None:
-    """Each worker with two batches, unlike in size, against all of them in one forward pass of one
-    process.
-    """
+    """Two batches of different size per worker, against all of them in one forward pass of one process."""
     rank, workers = dist.get_rank(), dist.get_world_size()
     chosen = batches(config)[: 2 * workers - 1]  # the last worker has one less
     samples = [
@@ -93,22 +91,22 @@ def token_exact(config: TrainConfig) -> None:
         for group in islice(sample_batches(ROWS, config.data, EpochSeed(config.optimizer.seed)), len(chosen))
         for sample in group.samples
     ]
-    loss = TargetLoss(wake(fresh(config)), config.rope.visibility)
-    alone = accumulate_gradients(loss, iter([make_batch(samples, config.rope, 0)]), 1)
+    loss = TargetLoss(with_nonzero_lora(fresh(config)), config.rope.visibility)
+    single = accumulate_gradients(loss, iter([make_batch(samples, config.rope, 0)]), 1)
     expected = (
         torch.cat([weight.grad.flatten() for weight in trainable(loss) if weight.grad is not None])
-        / alone.targets
+        / single.targets
     )
-    together = TargetLoss(wake(fresh(config)), config.rope.visibility)
+    distributed = TargetLoss(with_nonzero_lora(fresh(config)), config.rope.visibility)
     if config.workers.sharding == "full":
-        shard(together)
-    found = gradients(together, chosen[rank::workers])
-    off = float((found - expected).norm() / expected.norm())
-    assert off <= 1e-5, off
+        shard(distributed)
+    actual = mean_gradient(distributed, chosen[rank::workers])
+    error = float((actual - expected).norm() / expected.norm())
+    assert error <= 1e-5, error
 
 
-class Silent:
-    """Hooks that say nothing; ask to stop at a step."""
+class LossRecorder:
+    """Hooks that record losses, and ask to stop at poll `stop_at`."""
 
     def __init__(self, stop_at: int | None) -> None:
         self.polled, self.stop_at, self.losses = 0, stop_at, dict[int, float]()
@@ -130,36 +128,34 @@ def run(
     config: TrainConfig, folder: Path, stop_at: int | None = None
 ) -> tuple[dict[int, float], dict[str, Tensor]]:
     rank, workers = dist.get_rank(), dist.get_world_size()
-    model, hooks = fresh(config), Silent(stop_at)
-    store = CheckpointManager(RemotePath(folder), 2) if rank == 0 else None
-    found = [store.resume(config.fingerprint(), print) if store else None]
-    dist.broadcast_object_list(found)
+    model, hooks = fresh(config), LossRecorder(stop_at)
+    manager = CheckpointManager(RemotePath(folder), 2) if rank == 0 else None
+    newest = [manager.resume(config.fingerprint(), print) if manager else None]
+    dist.broadcast_object_list(newest)
 
     def stream(epoch: int, first: int) -> Iterator[Batch]:
         yield from batches(config)[first + rank :: workers]
 
     held_out = {1: batches(config)[rank :: workers + 1]}  # one worker may have more than another
-    train(TrainingInputs(config, model, stream, hooks, 8, held_out, store), found[0])
+    train(TrainingInputs(config, model, stream, hooks, 8, held_out, manager), newest[0])
     weights = full_weights(model)
-    if store:
-        store.close()
+    if manager:
+        manager.close()
     dist.barrier()
     return hooks.losses, weights
 
 
 def resumed(config: TrainConfig, folder: Path) -> None:
-    """Stopped and gone on with, against undisturbed: bit for bit; and, where sharded, against unsharded:
-    closely.
-    """
+    """Stopped and resumed against undisturbed, bit for bit; sharded against unsharded, closely."""
     losses, weights = run(config, folder / "whole")
     first, _ = run(config, folder / "cut", stop_at=2)
-    second, found = run(config, folder / "cut")
+    second, actual = run(config, folder / "cut")
     assert first | second == losses
-    assert all(torch.equal(found[name], value) for name, value in weights.items())
+    assert all(torch.equal(actual[name], value) for name, value in weights.items())
     if config.workers.sharding == "full":
-        _, other = run(config.replace(sharding="none"), folder / "plain")
-        for name, value in other.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
+        _, unsharded = run(config.replace(sharding="none"), folder / "plain")
+        for name, value in unsharded.items():
+            torch.testing.assert_close(actual[name], value, rtol=1e-3, atol=1e-5)
 
 
 if __name__ == "__main__":
