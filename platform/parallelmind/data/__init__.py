@@ -1,1 +1,1 @@
-"""The data pipeline: lines, records, tokens, samples and batches. Ray is imported in `pipeline.py` only."""
+"""The data pipeline: lines, records, tokens, samples and batches. Only `data/pipeline.py` imports Ray."""
