@@ -42,6 +42,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_tasks_add_workers_of_their_type_which_end_when_idle(tmp_path: Path) -> None:
     script = tmp_path / "tasks.py"

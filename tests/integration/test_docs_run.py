@@ -29,6 +29,7 @@ NOT_RUN = {"", "json", "yaml"}  # languages of blocks without commands
 RUN = sorted(
     (page for page in PAGES if page.name != "README.zh-CN.md"), key=lambda page: page.name != "inference.md"
 )
+FIRST_READ = {"README.md", "quickstart.md"}  # `make test` runs these, `make test-all` the others too
 
 pytestmark = pytest.mark.slow
 
@@ -40,7 +41,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in RUN if blocks(page)], ids=lambda page: str(page.relative_to(ROOT))
+    "page",
+    [
+        pytest.param(
+            page, marks=() if page.name in FIRST_READ else pytest.mark.full, id=str(page.relative_to(ROOT))
+        )
+        for page in RUN
+        if blocks(page)
+    ],
 )
 def test_every_block_of_a_page_runs(folder: Reader, page: Path) -> None:
     folder.begin_page()

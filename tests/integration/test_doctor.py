@@ -47,6 +47,7 @@ def run_doctor(cwd: Path, *arguments: str, **settings: str) -> tuple[int, dict[s
     return completed.returncode, {line[6:16].rstrip(): (line[:4].rstrip(), line[18:]) for line in lines}
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_a_working_machine_passes(tmp_path: Path) -> None:
     code, results = run_doctor(tmp_path)

@@ -56,7 +56,7 @@ def dotlist(**values):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_the_same_job_runs_on_a_cluster_without_the_project(cluster, bare_python, tiny_run, workers):
     done = submit(bare_python, cluster, "train", *dotlist(**settings(tiny_run, num_workers=workers)))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
@@ -76,6 +76,7 @@ def finished(done):
     return done.stdout
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_every_workload_runs_as_a_job(cluster, bare_python, tiny_run):
     """From source records to a sweep, and from its best adapter to answers and texts."""

@@ -228,6 +228,7 @@ def store(kind: str, folder: Path) -> Iterator[str]:
             yield uri
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
 def test_artifacts_and_models_go_through_an_mlflow_server(
     cwd: Path, bucket: dict[str, str], tmp_path: Path, kind: str

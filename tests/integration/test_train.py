@@ -118,7 +118,7 @@ def losses(output: str) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_a_run_from_start_to_adapter(place: Path, workers: int) -> None:
     done = trained(place, workers)
     assert done.returncode == 0, done.stderr
