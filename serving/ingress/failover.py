@@ -59,6 +59,11 @@ class RequestReplay:
         expected = len(self._started) + (self._request.tokenized.reduce is not None)
         return self.all_ended and len(self._finish_reasons) == expected
 
+    @property
+    def may_end(self) -> bool:
+        """Whether a stream may close here. After a cancel the reduce branch may never start."""
+        return self.is_complete or (self.all_ended and "cancelled" in self._finish_reasons)
+
     def record(self, step: StepOutput) -> StepOutput:
         """Record a step. Returns it without the branch starts that an earlier engine announced."""
         if self._adapter_version is None:
@@ -119,7 +124,7 @@ async def stream_with_failover(
                     if step.events:  # a start alone is no progress: a sample that kills engines starts too
                         attempts = 0
                     yield replay.record(step)
-            if replay.all_ended:
+            if replay.may_end:
                 return
             failure = "closed the stream before the sample finished"
         except _ENGINE_ERRORS as error:

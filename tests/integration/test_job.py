@@ -142,7 +142,7 @@ def test_what_is_uploaded_is_small_and_whole(tmp_path):
     excluded = yaml.safe_load((ROOT / "runtime_env.yaml").read_text())["excludes"]
     target = tmp_path / "package.zip"
     create_package(str(ROOT), target, include_gitignore=True, excludes=excluded)
-    assert target.stat().st_size < 2**20
+    assert target.stat().st_size < 2 * 2**20  # stored without compression
     with zipfile.ZipFile(target) as package:
         names = set(package.namelist())
     for folder in ("platform/parallelmind", "workloads", "serving", "experiments"):

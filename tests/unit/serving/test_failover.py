@@ -23,6 +23,7 @@ from serving.engine.messages import (
     RejectedRequest,
     StepOutput,
     pack_step,
+    unpack_step,
 )
 from serving.ingress import failover
 from serving.ingress.failover import stream_with_failover, with_deadline
@@ -144,6 +145,29 @@ def test_the_output_does_not_depend_on_engines_that_die(
     resumed = follow(DyingEngines(config, lifetimes, quietly), sample_request(reduce))
     assert resumed[:2] == undisturbed[:2]
     assert resumed[2].moved_samples._value.get() >= 1
+
+
+class EnginesThatSkipReduce(DyingEngines):
+    """The first engine closes its stream when all branches but the reduce branch have finished."""
+
+    async def _messages(
+        self, request: EngineRequest, lifetime: int
+    ) -> AsyncIterator[PackedStep | RejectedRequest]:
+        num_finished = 0
+        async for message in super()._messages(request, lifetime):
+            yield message
+            assert not isinstance(message, RejectedRequest)
+            num_finished += sum(event.finish_reason is not None for event in unpack_step(message).events)
+            if len(self.requests) == 1 and num_finished == len(BRANCHES):
+                return
+
+
+def test_a_stream_that_closes_before_the_reduce_branch_starts_is_resumed() -> None:
+    engines = EnginesThatSkipReduce(ISOLATED, [])
+    resumed, _, _ = follow(engines, sample_request(reduce=True))
+    undisturbed, _, _ = follow(DyingEngines(ISOLATED, []), sample_request(reduce=True))
+    assert len(engines.requests) == 2
+    assert resumed == undisturbed
 
 
 def test_a_sample_is_resumed_with_the_adapter_version_that_it_started_with() -> None:
