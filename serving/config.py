@@ -227,8 +227,8 @@ class NetworkConfig(_Group):
     port: int = Field(8000, ge=1, le=65535, description=f"port on {HOST}")
     proxy: Literal["haproxy", "serve"] = Field(
         "haproxy",
-        description="haproxy: HAProxy, with patches of private parts of Ray Serve; serve: Serve's own proxy and "
-        "no patches, slower, and replicas listen on every network interface",
+        description="haproxy: HAProxy, with patches of private parts of Ray Serve; serve: Serve's own proxy "
+        "and no patches, slower, and replicas listen on every network interface",
     )
 
 

@@ -1,7 +1,7 @@
 """Stands behind `python`, `make`, `ray` and other programs when blocks of the pages are run.
 
 Usage:
-    python resident.py stay SOCKET            run every `python -m …` in one process, so that imports happen once
+    python resident.py stay SOCKET            run every `python -m …` in one process, which imports once
     python resident.py ask NAME ARGUMENT…     what these programs start; the socket is $READER_SOCKET
 """
 

@@ -96,7 +96,7 @@ class Tracker:
         return {key: self.metric_history(key)[-1][0] for key in self.metric_names()}
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Log one point per metric. Values that are not finite are skipped: SQL stores reject or alter them."""
+        """Log one point per metric. Non-finite values are skipped: SQL stores reject or alter them."""
         now_ms = time.time_ns() // 1_000_000
         new = {
             key: value

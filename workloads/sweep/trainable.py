@@ -44,9 +44,11 @@ class SweepContext:
 def run_trial(trial: dict[str, Any], context: SweepContext) -> None:
     """Train one trial and report to Ray Tune where it runs, its metrics, and how it ended.
 
-    trial: `number`, `settings` and `data`, the fingerprint that the data must have (`PreparedRun.data_fingerprint`) or
-    None. An error of the training is reported and not raised: Ray Tune repeats trials that raise. A trial
-    whose process is lost is repeated.
+    trial: `number`, `settings` and `data`, which is the fingerprint that the data must have
+        (`PreparedRun.data_fingerprint`), or None.
+
+    An error of the training is reported and not raised: Ray Tune repeats trials that raise. A trial whose
+    process is lost is repeated.
     """
     logging.getLogger("ray").setLevel(logging.ERROR)
     try:
