@@ -97,7 +97,8 @@ class AdaptersConfig(_Group):
     @field_validator("adapters", mode="before")
     @classmethod
     def _parse_text(cls, value: Any) -> Any:
-        return parse_yaml(value) if isinstance(value, str) else value
+        """Text is YAML; an empty one is no adapter."""
+        return parse_yaml(value or "{}") if isinstance(value, str) else value
 
     def locate(self, model: str) -> str | None:
         """Where the adapter of this name is: a folder, or models:/…; None if there is no such adapter."""

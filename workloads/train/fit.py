@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import workloads.common.ray_env  # noqa: F401  (before Ray)
@@ -46,14 +46,14 @@ def fit(run: PreparedRun, concurrent_runs: int = 1, callbacks: Sequence[UserCall
             any other kind that a worker raises is final as well.
     """
     config, run_dir = run.task.config, run.task.run_dir
-    cpus = _cpus_per_worker(config.workers, concurrent_runs)
+    cpus_per_worker = _worker_reservation(config.workers, concurrent_runs)
     losses, progress = 0, checkpoint_names(run_dir.checkpoints)
     while True:
         feeder = start_batch_server(
             run.files.train, config.data, config.model, config.optimizer.seed, config.workers.num_workers
         )
         try:
-            result = _trainer(run.task, feeder, cpus, callbacks).fit()
+            result = _trainer(run.task, feeder, cpus_per_worker(), callbacks).fit()
         except (ray.train.WorkerGroupError, ray.train.ControllerError, ray.exceptions.RayActorError) as error:
             previous, progress = progress, checkpoint_names(run_dir.checkpoints)
             losses = losses + 1 if previous == progress else 1
@@ -69,10 +69,17 @@ def fit(run: PreparedRun, concurrent_runs: int = 1, callbacks: Sequence[UserCall
             run_dir.ray_storage.delete()  # a crash may have truncated Ray Train's files
 
 
-def _cpus_per_worker(workers: WorkersConfig, concurrent_runs: int) -> float:
+def _worker_reservation(workers: WorkersConfig, concurrent_runs: int) -> Callable[[], float]:
+    """A function that returns the CPUs to reserve for each worker, to be called at every start.
+
+    An elastic run keeps the share of the nodes that it started with. Any other run divides the CPUs that are
+    left: with the share of a larger cluster, its workers could take all CPUs of the remaining nodes, and Ray
+    Data's readers would wait for one forever.
+    """
     if workers.min_workers is not None and not workers.use_gpu:
-        return resources.cpus_per_elastic_worker(workers.num_workers)
-    return resources.cpus_per_worker(workers.num_workers * concurrent_runs)
+        share = resources.cpus_per_elastic_worker(workers.num_workers)
+        return lambda: share
+    return lambda: resources.cpus_per_worker(workers.num_workers * concurrent_runs)
 
 
 def raise_if_final(error: Exception, losses: int) -> None:

@@ -65,6 +65,7 @@ def test_numbers_may_be_given_as_text() -> None:
     ("field", "text", "value"),
     [
         ("adapters", "{legal: runs/legal}", {"legal": "runs/legal"}),
+        ("adapters", "", {}),
         ("cors_origins", "[http://localhost]", ["http://localhost"]),
     ],
 )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray
@@ -15,12 +17,14 @@ from parallelmind.config.yaml_file import save_yaml
 from parallelmind.errors import UserError
 from parallelmind.remote import RemotePath
 from parallelmind.tracking import Tracker
-from workloads.train import provenance
+from parallelmind.training.outcome import Outcome
+from workloads.train import fit, provenance
 from workloads.train.fit import raise_if_final
 from workloads.train.prepare import open_tracker
 from workloads.train.provenance import code_version, save_loss_plot
 from workloads.train.run import run_training
 from workloads.train.run_dir import RunDir, check_no_changed_run, lock_dir
+from workloads.train.worker import WorkerTask
 
 
 @pytest.fixture
@@ -148,6 +152,46 @@ def test_losses_are_restarted_a_few_times_and_other_failures_are_final() -> None
         raise_if_final(failed(lost, UserError("lora_targets: no such layer")), 1)
     with pytest.raises(ray.train.WorkerGroupError):
         raise_if_final(failed(ZeroDivisionError()), 1)
+
+
+@pytest.mark.parametrize(
+    ("workers", "reserved"),
+    [
+        ({}, [0.5, 0.25]),
+        ({"use_gpu": True}, [0.5, 0.25]),
+        # An elastic run waits for a free node rather than crowd the workers of those that are left.
+        ({"min_workers": 1}, [0.6, 0.6]),
+    ],
+)
+def test_a_restart_reserves_a_share_of_the_cpus_that_are_left(
+    unfinished: TrainConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    workers: dict[str, object],
+    reserved: list[float],
+) -> None:
+    nodes = [{"Alive": True, "Resources": {"CPU": 1.0}} for _ in range(2)]
+    starts: list[float] = []
+
+    class Trainer:
+        def __init__(self, task: object, feeder: object, cpus: float, callbacks: object) -> None:
+            starts.append(cpus)
+
+        def fit(self) -> SimpleNamespace:
+            if len(nodes) == 2:
+                nodes.pop()
+                raise failed(ray.exceptions.RayActorError(error_msg="The actor died."))
+            return SimpleNamespace(return_value=Outcome(finished=True, step=1, metrics={}))
+
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": float(len(nodes))})
+    monkeypatch.setattr(ray, "kill", lambda actor: None)
+    monkeypatch.setattr(fit, "start_batch_server", lambda *arguments: None)
+    monkeypatch.setattr(fit, "_trainer", Trainer)
+    config = changed(unfinished, num_workers=2, **workers)
+    task = WorkerTask(config, RunDir.of(config), (), "", "", batches_per_epoch=1, threads=1)
+    run: Any = SimpleNamespace(task=task, files=SimpleNamespace(train=[]))
+    assert fit.fit(run).finished
+    assert starts == reserved
 
 
 def as_ray_raises(cause: Exception) -> ray.train.WorkerGroupError:
