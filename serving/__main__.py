@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
         print("stopping", flush=True)
     finally:
         _on_stop_signal(signal.SIG_IGN)  # a second Ctrl-C would leave processes of Ray behind
-        with redirect_stderr(StringIO()):  # Serve's controller complains about the end of its cluster
+        with redirect_stderr(StringIO()):  # Serve's controller logs errors when its cluster ends
             ray.shutdown()  # ends Serve too: the cluster has no other user
     return None
 
@@ -93,7 +93,7 @@ def _require_free_port(port: int) -> None:
 
 
 def _require_adapter(lora_path: str) -> None:
-    """Find the likeliest mistake before Ray starts."""
+    """Raise UserError for a missing or damaged adapter, before Ray starts."""
     from parallelmind.model.manifest import read_adapter  # takes seconds: not for --help
 
     read_adapter(lora_path)

@@ -212,7 +212,7 @@ class AppConfig(GroupedConfig):
 
     @classmethod
     def of(cls: type[AppT], fields: Mapping[str, Any]) -> AppT:
-        """Raises UserError for an unknown field, a bad value, or if there is nothing to serve."""
+        """Validate fields. Raises UserError for an unknown or bad one, or if there is nothing to serve."""
         return resolve(cls, dict(fields), source="serving")
 
     @property

@@ -22,7 +22,7 @@ from serving.observability.log import log
 
 
 class AdapterVersionGoneError(pm.UserError):
-    """The adapter version that a sample started with is not available any more."""
+    """The adapter version that a sample started with is no longer available."""
 
 
 class _FailedCheckError(pm.UserError):
@@ -31,7 +31,7 @@ class _FailedCheckError(pm.UserError):
 
 @dataclass(slots=True)
 class _LoadedAdapter:
-    """version: identifies the content. checked_at: when it was last compared with its source.
+    """A loaded adapter. version: identifies its content. checked_at: time of the last check for a new one.
 
     failed_version: a newer version that failed its check. last_error: the refresh error that was logged last.
     """
@@ -53,7 +53,7 @@ class AdapterRegistry:
         self._engine, self._config = engine, config
         self._loaded: OrderedDict[str, _LoadedAdapter] = OrderedDict()  # least recently used first
         self._lock = asyncio.Lock()
-        set_env_defaults(MLFLOW_FAIL_FAST_ENV)  # requests wait while the registry is asked
+        set_env_defaults(MLFLOW_FAIL_FAST_ENV)  # requests wait for the answer of the registry
 
     def num_loaded(self) -> int:
         return len(self._loaded)
@@ -93,7 +93,8 @@ class AdapterRegistry:
         location = self._config.adapter_sources.locate(model) or ""
         if not location.startswith(REGISTRY):
             raise AdapterVersionGoneError(
-                f"model={model!r}: has a new version, and the old one is gone with its engine; ask again"
+                f"model={model!r}: has a new version, and the old one is lost with its engine; "
+                "send the request again"
             )
         name = location.removeprefix(REGISTRY).partition("@")[0].partition("/")[0]
         return f"{REGISTRY}{name}/{version}"

@@ -8,7 +8,7 @@ from ray.serve.config import AutoscalingContext
 
 
 class BranchLoadPolicy:
-    """Number of replicas that the live and the waiting branches call for.
+    """Number of replicas needed for the live and the waiting branches.
 
     For `ray.serve.config.AutoscalingPolicy`; Serve applies its delays and bounds to the result.
     """

@@ -39,7 +39,7 @@ def load_tokenizer(config: AppConfig) -> Any:
 
 
 def max_context_tokens(config: AppConfig) -> int | None:
-    """Number of positions that the model was made for, or None if its configuration does not say.
+    """Number of positions that the model supports, or None if its configuration has no such value.
 
     Raises UserError for a model that cannot be loaded.
     """

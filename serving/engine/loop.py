@@ -13,10 +13,10 @@ from time import monotonic, perf_counter
 import parallelmind as pm
 from serving.engine.messages import BranchStarted, EngineRequest, StepOutput
 
-# At 5 the event loop still waits some milliseconds for the engine's threads.
+# With a niceness of 5 the event loop still waits some milliseconds for the engine's threads.
 _NICENESS = 15
 _HEARTBEAT_S = 1.0
-# With the default of 5 ms each of the thousand short calls of a step can wait that long for the event loop.
+# With the default of 5 ms each of the thousand short calls of a step may wait 5 ms for the event loop.
 _SWITCH_INTERVAL_S = 1e-4
 
 
@@ -92,12 +92,12 @@ class EngineLoop:
         )
 
     def cancel(self, number: int, branch: int | None = None) -> None:
-        """End a sample or one of its branches. The sample's output tells its reader."""
+        """End a sample or one of its branches. The end appears in the sample's output."""
         self._engine.cancel(number, branch)
         self._wake.set()
 
     def release(self, number: int) -> None:
-        """End a sample whose output has no reader any more."""
+        """End a sample whose output is no longer read."""
         del self._queues[number]
         self.cancel(number)
 

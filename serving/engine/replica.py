@@ -71,7 +71,7 @@ class EngineReplica:
         self._name = serve.get_replica_context().replica_id.unique_id
 
     async def generate(self, request: EngineRequest) -> AsyncIterator[PackedStep | RejectedRequest]:
-        """Yield the steps of a sample; the first one tells how its branches start.
+        """Yield the steps of a sample; the first one holds the starts of its branches.
 
         A request that is not served yields one RejectedRequest and nothing else.
         """

@@ -1,4 +1,4 @@
-"""The ingress's side of the engines: start samples, reach running ones, ask all engines."""
+"""Client of the engines: start samples, change running ones, query all engines."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class EngineClient:
         self._config, self._metrics = config, metrics
 
     async def start(self, request: EngineRequest) -> AsyncGenerator[StepOutput, None]:
-        """The steps of a sample, once its first one is there.
+        """Wait for the first step of a sample; return all of its steps.
 
-        Raises RequestError if the request is rejected: the response has not begun, so that the error is its
+        Raises RequestError if the request is rejected: the response has not begun, so the error sets its
         status.
         """
         steps = stream_with_failover(self._streams, request, self._metrics)
@@ -86,7 +86,7 @@ class EngineClient:
             return True
         try:
             await asyncio.wait_for(self._engine.ping.remote(), _CONTROL_TIMEOUT_S)
-        except Exception:  # whatever it is, the engine does not answer
+        except Exception:  # any error means that the engine does not answer
             return False
         return True
 

@@ -28,9 +28,9 @@ from serving.observability.log import log
 from serving.observability.metrics import IngressMetrics
 from serving.protocol.errors import EngineLostError, rejection_error
 
-# How the death or the failure of an engine shows in its caller.
+# Exceptions that a caller gets if an engine dies or fails.
 _ENGINE_ERRORS = (RayError, RayServeException, grpc.RpcError, RuntimeError)
-MAX_ATTEMPTS = 6  # without a token in between: after that the sample itself may be what kills engines
+MAX_ATTEMPTS = 6  # without a new token: after that the sample itself may be the cause
 _RETRY_PAUSE_S = 0.25
 # An engine sends something every second. Serve takes longer to notice a frozen one.
 SILENCE_TIMEOUT_S = 6.0
@@ -121,7 +121,7 @@ async def stream_with_failover(
                     raise rejection_error(message)
                 if any(message):
                     step = unpack_step(message)
-                    if step.events:  # a start alone is no progress: a sample that kills engines starts too
+                    if step.events:  # a start alone is no progress: a sample that crashes engines starts too
                         attempts = 0
                     yield replay.record(step)
             if replay.may_end:

@@ -36,12 +36,12 @@ ResultT = TypeVar("ResultT")
 
 
 class RequestPreprocessor:
-    """The methods named for routes raise UserError for a request that is not served."""
+    """Makes engine requests. Methods named after routes raise UserError for a rejected request."""
 
     def __init__(
         self, config: AppConfig, tokenizer: PreTrainedTokenizerBase, max_context_tokens: int | None
     ) -> None:
-        """max_context_tokens: positions that the model was made for, if its configuration says so."""
+        """max_context_tokens: positions that the model supports; None if unknown."""
         self.config, self.tokenizer, self.max_context_tokens = config, tokenizer, max_context_tokens
 
     async def run(self, method: Callable[[BodyT], ResultT], body: BodyT, body_bytes: int) -> ResultT:
@@ -78,7 +78,7 @@ class RequestPreprocessor:
         self._require_branches("n", request.n)
         if request.top_logprobs is not None and not request.logprobs:
             raise pm.UserError(
-                f"top_logprobs={request.top_logprobs}: needs logprobs=true; add it, or leave this out"
+                f"top_logprobs={request.top_logprobs}: needs logprobs=true; add it, or remove top_logprobs"
             )
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
         main, header = self._conversation(request)
@@ -144,7 +144,7 @@ class RequestPreprocessor:
         per_branch: list[dict[str, Any]] | None = None,
         reduce: list[int] | None = None,
     ) -> EngineRequest:
-        """field: the request's field that errors name if the prompt is too long."""
+        """One sample within the limits. field: named in the error if the prompt is too long."""
         tokenized = tokenize_request(self.tokenizer, sample, per_branch, reduce, settings)
         last = tokenized.reduce
         all_params = [*tokenized.params, *([last.params] if last else [])]
@@ -204,12 +204,12 @@ class RequestPreprocessor:
         return {**request.all_sampling_fields(), "max_new_tokens": max_new_tokens}
 
     def _max_new_tokens(self, request: Sampling, max_tokens: int) -> int:
-        """max_tokens as given; its default no higher than the limit."""
+        """max_tokens of the request, or its default within the limit."""
         is_given = "max_tokens" in request.model_fields_set
         return max_tokens if is_given else min(max_tokens, self.config.limits.max_new_tokens)
 
     def _encode(self, field: str, text: str | list[int], first: bool) -> list[int]:
-        """Raises UserError for a text without a token and for invalid ids."""
+        """Token ids of a text. Raises UserError for a text without a token and for invalid ids."""
         try:
             ids = tokenize(self.tokenizer, text, first)
         except pm.UserError as error:

@@ -1,4 +1,4 @@
-"""Limits on HTTP requests, checked before anything is parsed: key, size, duration and number at once."""
+"""Limits on HTTP requests, checked before anything is parsed: key, size, duration and concurrency."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from serving.observability.log import log
 from serving.observability.metrics import IngressMetrics
 from serving.protocol.errors import ErrorInfo, RequestError, error_response, overloaded_error
 
-# Pages ask for a key by Basic authentication, the only kind for which a browser asks its user.
+# Pages use Basic authentication, the only kind for which a browser prompts its user.
 _PAGES = re.compile(r"/(web/.*)?")
 _HEALTH = "/health"
 _GENERATION = re.compile(r"/v1/(completions|chat/completions|branches)")

@@ -179,5 +179,5 @@ def _add_pages(app: FastAPI) -> None:
 
 
 async def _body_bytes(request: Request) -> int:
-    """Length of the body, which FastAPI has read. The headers need not tell it."""
+    """Length of the body, which FastAPI has read. The headers may not state it."""
     return len(await request.body())

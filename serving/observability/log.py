@@ -14,12 +14,12 @@ log = logging.getLogger("parallelmind.serving")
 
 
 def configure_log(level: str) -> None:
-    """Call once per process."""
+    """Configure the log of this process. Call it once."""
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(CorrelationIdFilter(default_value="-"))
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(correlation_id)s %(message)s"))
     log.handlers[:] = [handler]
     log.propagate = False
     log.setLevel(level.upper())
-    # It warns of every request id that is replaced: clients could fill the log.
+    # This logger warns about every replaced request id, so clients could fill the log.
     logging.getLogger("asgi_correlation_id").setLevel(logging.ERROR)

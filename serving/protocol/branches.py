@@ -1,4 +1,4 @@
-"""Requests and responses of /v1/branches: a main, and branches that each have settings of their own."""
+"""Requests and responses of /v1/branches: a main, and branches with individual settings."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Branch(BranchSettings):
 
 
 class BranchesRequest(BranchSettings):
-    """Settings are those of every branch that has none of its own.
+    """The request's settings are the defaults of its branches.
 
     reduce: prompt of a last branch, which reads main and all branches after they have ended.
     """

@@ -1,4 +1,4 @@
-"""Engine steps as the response of /v1/branches, with tokens and coordinates beside the text."""
+"""Engine steps as the response of /v1/branches, with the text, tokens and coordinates."""
 
 from __future__ import annotations
 

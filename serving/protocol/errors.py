@@ -97,7 +97,7 @@ def error_info(error: BaseException) -> ErrorInfo:
 
 
 def error_response(status: int, info: ErrorInfo, headers: dict[str, str] | None = None) -> Response:
-    """The body is ASCII: a message may quote text of the client that cannot be encoded."""
+    """The error as a response. ASCII, since it may quote client text that UTF-8 cannot encode."""
     body = json.dumps(ErrorBody(error=info).model_dump(), separators=(",", ":"))
     return Response(body, status, headers, "application/json")
 

@@ -57,7 +57,7 @@ def _require_encodable(value: str) -> str:
 
 ItemT = TypeVar("ItemT")
 Str = Annotated[str, AfterValidator(_require_encodable)]
-# Validation stops at the first wrong item: to report all of a long list takes seconds.
+# Validation stops at the first wrong item: reporting every item of a long list takes seconds.
 Items = Annotated[list[ItemT], Field(fail_fast=True)]
 Text = Str | Items[int]
 Texts = Annotated[Items[Str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]

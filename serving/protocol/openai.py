@@ -1,6 +1,6 @@
-"""Requests and responses in OpenAI's format, as far as they are served.
+"""The supported part of OpenAI's request and response format.
 
-`pm.SamplingParams` checks the ranges of sampling settings and words their errors.
+`pm.SamplingParams` checks the ranges of sampling settings and raises their errors.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class StreamOptions(StrictRequest):
 class Sampling(StrictRequest):
     """Sampling settings of all requests, with OpenAI's defaults.
 
-    The second group is not OpenAI's, but known to many servers.
+    The second group of fields is not part of OpenAI's format, but many servers have it.
     """
 
     temperature: float = 1.0
@@ -48,7 +48,7 @@ class OpenAIRequest(Sampling):
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
-    # Penalties are not served; clients that send them at their default are.
+    # Other penalties than the default are rejected; some clients always send the default.
     frequency_penalty: float = Field(0, ge=0, le=0)
     presence_penalty: float = Field(0, ge=0, le=0)
 

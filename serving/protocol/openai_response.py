@@ -62,7 +62,7 @@ class CompletionFormatter:
         }
 
     def _logprobs(self, events: list[pm.Event], text_offset: int) -> Json | None:
-        """text_offset: where the text of the first event begins in the branch."""
+        """Log-probabilities of the events. text_offset: start of the first event's text in the branch."""
         if not events:
             return None
         offsets = []
@@ -124,7 +124,7 @@ def _joined_text(events: Sequence[pm.Event]) -> str:
 
 
 def _finish_reason(event: pm.Event) -> str | None:
-    """OpenAI's format has no word for a cancelled branch."""
+    """Finish reason in OpenAI's format, which has none for a cancelled branch."""
     return "stop" if event.finish_reason == "cancelled" else event.finish_reason
 
 

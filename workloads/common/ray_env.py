@@ -14,7 +14,7 @@ set_env_defaults(
         "RAY_DISABLE_WORKER_LOG_PREFIX": "1",  # print a worker's progress lines as they are
         "RAY_DEDUP_LOGS": "0",
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # do not turn print() into log records
-        # Ray's default adds five seconds to a short run; 0.1 costs CPU time all along.
+        # Ray's default adds five seconds to a short run; 0.1 costs CPU time throughout a run.
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
         # After this time Ray Train retries, on fewer nodes if one was lost.
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",

@@ -16,7 +16,7 @@ from parallelmind.remote import RemotePath
 
 T = TypeVar("T")
 
-_POLL_S = 1.0  # between two looks for a file at a URI
+_POLL_S = 1.0  # between two polls for a file at a URI
 
 
 class StopFile:
@@ -56,7 +56,7 @@ class StopFile:
         time.sleep(_POLL_S)
         try:
             return self._file.read_bytes() is not None
-        except UserError:  # unreachable for a moment: training goes on, and the next poll looks again
+        except UserError:  # temporarily unreachable: training continues until the next poll
             return False
 
 

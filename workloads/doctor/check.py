@@ -21,7 +21,7 @@ class CheckResult:
     remedy: str = ""
 
     def line(self, name: str) -> str:
-        """The result in one line, whatever the message holds."""
+        """The result in one line; line breaks in the message become spaces."""
         text = "; ".join(filter(None, (self.message, self.remedy)))
         return f"{self.status:4}  {name:10}  {' '.join(text.split())}"
 

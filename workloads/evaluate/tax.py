@@ -159,11 +159,11 @@ def _select_counts(
 def _collect(curve: Iterator[TaxPoint], total: int, config: HeldOutConfig) -> list[TaxPoint]:
     """Measure all points. Raises UserError if a batch does not fit into memory."""
     points: list[TaxPoint] = []
-    with cli.progress("measuring", total) as tell:
+    with cli.progress("measuring", total) as report_progress:
         try:
             for point in curve:
                 points.append(point)
-                tell(len(points), lambda: f"{len(points)} of {total} branch counts measured")
+                report_progress(len(points), lambda: f"{len(points)} of {total} branch counts measured")
         except NoMemoryError as error:
             raise UserError(
                 f"batch_tokens={config.batch_tokens}: {error.batch}; "

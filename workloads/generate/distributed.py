@@ -56,13 +56,13 @@ def _write_folder(config: GenerateConfig, dataset: InputDataset, folder: Path) -
         print(f"resuming with {len(missing)} of {len(files)} parts in {folder}", file=sys.stderr)
     tasks = [{"index": index, **asdict(dataset.shards[index])} for index in missing]
     stats = ProgressStats(sum(task["samples"] for task in tasks))
-    with cli.progress("generating", stats.total) as tell:
+    with cli.progress("generating", stats.total) as report_progress:
         for report in _run_tasks(config, folder, tasks) if tasks else ():
             stats.samples += report["samples"]
             stats.tokens += report["tokens"]
             for location, reason in report["skipped"]:
                 stats.report_skip(location, reason)
-            tell(stats.processed, stats.progress_line)
+            report_progress(stats.processed, stats.progress_line)
     _remove_temporary_files(folder)
     stats.report_end(config.input.data_path or "", has_rows=any(file.stat().st_size for file in files))
 

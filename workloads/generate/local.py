@@ -84,12 +84,12 @@ def _decode(
         use_gpu=torch.cuda.is_available(),
     )
     stats = ProgressStats(dataset.count(after))
-    with cli.progress("generating", stats.total) as tell:
+    with cli.progress("generating", stats.total) as report_progress:
         for results in decoder.decode(dataset.read(after)):
             stats.tokens = decoder.tokens
             for result in results:
                 _write_result(result, stats, write_row)
-            tell(stats.processed, stats.progress_line)
+            report_progress(stats.processed, stats.progress_line)
     stats.report_end(config.input.data_path or "", has_rows=existing_rows + stats.samples > 0)
 
 

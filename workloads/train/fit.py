@@ -49,11 +49,11 @@ def fit(run: PreparedRun, concurrent_runs: int = 1, callbacks: Sequence[UserCall
     cpus_per_worker = _worker_reservation(config.workers, concurrent_runs)
     losses, progress = 0, checkpoint_names(run_dir.checkpoints)
     while True:
-        feeder = start_batch_server(
+        batch_server = start_batch_server(
             run.files.train, config.data, config.model, config.optimizer.seed, config.workers.num_workers
         )
         try:
-            result = _trainer(run.task, feeder, cpus_per_worker(), callbacks).fit()
+            result = _trainer(run.task, batch_server, cpus_per_worker(), callbacks).fit()
         except (ray.train.WorkerGroupError, ray.train.ControllerError, ray.exceptions.RayActorError) as error:
             previous, progress = progress, checkpoint_names(run_dir.checkpoints)
             losses = losses + 1 if previous == progress else 1
@@ -65,7 +65,7 @@ def fit(run: PreparedRun, concurrent_runs: int = 1, callbacks: Sequence[UserCall
             assert isinstance(outcome, Outcome)
             return outcome
         finally:
-            ray.kill(feeder)
+            ray.kill(batch_server)
             run_dir.ray_storage.delete()  # a crash may have truncated Ray Train's files
 
 
@@ -107,7 +107,7 @@ def _is_loss(error: BaseException) -> bool:
 
 
 def _root_cause(error: BaseException) -> BaseException:
-    """The exception that a worker, or the feeder, raised inside Ray's wrappers."""
+    """The exception that a worker, or the batch server, raised inside Ray's wrappers."""
     while True:
         inner = next(filter(None, (getattr(error, name, None) for name in _CAUSE_ATTRIBUTES)), None)
         if inner is None:
@@ -115,8 +115,10 @@ def _root_cause(error: BaseException) -> BaseException:
         error = inner
 
 
-def _trainer(task: WorkerTask, feeder: Any, cpus: float, callbacks: Sequence[UserCallback]) -> TorchTrainer:
-    """cpus: CPUs to reserve for each worker."""
+def _trainer(
+    task: WorkerTask, batch_server: Any, cpus: float, callbacks: Sequence[UserCallback]
+) -> TorchTrainer:
+    """Ray Train's trainer for the run. cpus: CPUs to reserve for each worker."""
     workers = task.config.workers
     num_workers = (
         workers.num_workers if workers.min_workers is None else (workers.min_workers, workers.num_workers)
@@ -125,7 +127,7 @@ def _trainer(task: WorkerTask, feeder: Any, cpus: float, callbacks: Sequence[Use
     # Checkpoints are this project's own: written in the background, hashed, and skipped when damaged, which
     # those of Ray Train are not.
     return TorchTrainer(
-        functools.partial(run_worker, task, feeder),  # type: ignore[arg-type]
+        functools.partial(run_worker, task, batch_server),  # type: ignore[arg-type]
         scaling_config=ray.train.ScalingConfig(
             num_workers=num_workers,  # type: ignore[arg-type]  # Ray types its V1 classes
             use_gpu=workers.use_gpu,

@@ -57,7 +57,7 @@ class PreparedRun(NamedTuple):
 
 
 def begin(config: TrainConfig, run_dir: RunDir) -> int:
-    """Download what is known of the run, write config.yaml and check the model; needs no Ray.
+    """Download the existing files of the run, write config.yaml and check the model; needs no Ray.
 
     Returns the vocabulary size.
 

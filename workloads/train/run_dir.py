@@ -1,4 +1,4 @@
-"""Run folder: its name, what lies in it, its lock, and the refusal of changed settings."""
+"""Run folder: its name, its files, its lock, and the check for changed settings."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ class RunDir:
 
     @property
     def record_file(self) -> RemotePath:
-        """Key of the MLflow run and fingerprint of the data."""
+        """File with the key of the MLflow run and the fingerprint of the data."""
         return self.path.child("run.json")
 
     @property
     def quarantine_file(self) -> RemotePath:
-        """The bad records, which are not trained on."""
+        """File of the bad records, which training skips."""
         return self.path.child("quarantine.jsonl")
 
     @property
@@ -81,7 +81,7 @@ class RunDir:
 
     @property
     def ray_storage(self) -> RemotePath:
-        """Folder of Ray Train's own notes."""
+        """Folder of Ray Train's own state."""
         return self.path.child(".ray")
 
     def stop_file(self) -> StopFile:
@@ -108,7 +108,7 @@ def lock_dir(path: RemotePath, name: str, output_dir: str) -> Iterator[None]:
             yield
     except Timeout as error:
         raise UserError(
-            f"name={name}: another process is at work in {path}; wait for it, or choose another name"
+            f"name={name}: another process uses {path}; wait for it, or choose another name"
         ) from error
     except OSError as error:
         if not is_write_error(error):

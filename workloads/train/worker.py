@@ -44,7 +44,7 @@ from workloads.train.run_dir import RunDir
 
 @dataclass(frozen=True, slots=True)
 class WorkerTask:
-    """Everything that a worker needs to know; paths and the tracking URI are absolute.
+    """Input of every worker; paths and the tracking URI are absolute.
 
     batches_per_epoch: of all workers, estimated. threads: compute threads of each worker.
     """
@@ -58,8 +58,8 @@ class WorkerTask:
     threads: int
 
 
-def run_worker(task: WorkerTask, feeder: Any) -> Outcome:
-    """Train on this worker's share of the feeder's batches.
+def run_worker(task: WorkerTask, batch_server: Any) -> Outcome:
+    """Train on this worker's share of the batch server's batches.
 
     Rank 0 writes the checkpoints, and the result when the run is finished. Raises UserError for a model that
     cannot be trained with these settings.
@@ -81,7 +81,7 @@ def run_worker(task: WorkerTask, feeder: Any) -> Outcome:
         inputs = TrainingInputs(
             config,
             model,
-            _batch_stream(task, feeder, group, tokenizer, hooks),
+            _batch_stream(task, batch_server, group, tokenizer, hooks),
             hooks,
             task.batches_per_epoch,
             validation_batches(task, tokenizer, rank, workers),
@@ -100,7 +100,7 @@ def run_worker(task: WorkerTask, feeder: Any) -> Outcome:
 def _agree_on_start(
     task: WorkerTask, manager: CheckpointManager | None, hooks: RayHooks
 ) -> tuple[str, Path | None]:
-    """A name for this group of workers, and the checkpoint to resume from on this machine; from rank 0."""
+    """Name of this worker group, and local folder of the checkpoint to resume from; rank 0 chooses both."""
     newest = manager.resume(task.config.fingerprint(), hooks.print_line) if manager else None
     group, name = broadcast_from_rank_zero((uuid4().hex, newest and newest.name))
     if name is None:
@@ -111,7 +111,7 @@ def _agree_on_start(
 
 
 def _batch_stream(
-    task: WorkerTask, feeder: Any, group: str, tokenizer: PreTrainedTokenizerBase, hooks: RayHooks
+    task: WorkerTask, batch_server: Any, group: str, tokenizer: PreTrainedTokenizerBase, hooks: RayHooks
 ) -> Callable[[int, int], Iterator[Batch]]:
     """This worker's batches of an epoch, from a given batch on."""
     context = ray.train.get_context()
@@ -119,7 +119,9 @@ def _batch_stream(
 
     def stream(epoch: int, first: int) -> Iterator[Batch]:
         counts: Counter[str] = Counter()
-        for batch in receive_batches(feeder, ShardAssignment(group, epoch, first, workers), rank, counts):
+        for batch in receive_batches(
+            batch_server, ShardAssignment(group, epoch, first, workers), rank, counts
+        ):
             yield batch.collate(task.config.rope, tokenizer.pad_token_id or 0)
         if any(counts.values()):
             hooks.print_line(
@@ -171,7 +173,7 @@ def save_result(
 ) -> None:
     """Save the trained adapter or model to MLflow and to the run folder.
 
-    The folder gets its name last: a run that is killed before repeats this step when it is resumed.
+    The folder gets its name last, so a run that is killed earlier repeats this step when it resumes.
     """
     weights = full_weights(model)  # a collective operation where the model is sharded
     if hooks.tracker is None:

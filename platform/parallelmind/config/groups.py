@@ -96,7 +96,7 @@ class DataConfig(FrozenConfig):
         None, description="held-out data in the same formats; null: no validation"
     )
     branches_per_sample: int | None = Field(
-        None, ge=1, description="lone records grouped into one sample; null: a random number"
+        None, ge=1, description="standalone records grouped into one sample; null: a random number"
     )
     min_branches_per_sample: int = Field(1, ge=1, description="minimum branches of a randomly grouped sample")
     max_branches_per_sample: int = Field(8, ge=1, description="maximum branches of a sample")

@@ -15,7 +15,7 @@ from parallelmind.data.tokenise import tokenise_stream
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_ENOUGH_BATCHES = 64  # with so many batches, the incomplete last one no longer distorts the estimate
+_ENOUGH_BATCHES = 64  # with this many batches, the incomplete last one no longer distorts the estimate
 
 
 def estimate_batch_count(
@@ -24,7 +24,7 @@ def estimate_batch_count(
     """Number of batches in the first epoch, the same for the same data.
 
     It is exact if the sample holds every record, otherwise an estimate. The sample is tokenised and batched
-    like the data itself, because no rule of thumb knows the language, the limits and the padding.
+    like the data itself, because the number depends on the language, the limits and the padding.
     """
     tokenised = tokenise_stream(iter(survey.sample), tokenizer, config)
     records = [record for item in tokenised for record in item.for_packing()]
@@ -35,6 +35,6 @@ def estimate_batch_count(
 
 
 def _count(records: Sequence[TokenRecord], repeats: int, config: DataConfig, seed: int) -> int:
-    """Batches of the records, repeated because one large batch may hold more than all of them."""
+    """Number of batches. The records are repeated: one large batch may hold more than all of them."""
     repeated = chain.from_iterable(repeat(records, repeats))
     return sum(1 for _ in sample_batches(repeated, config, EpochSeed(seed)))

@@ -71,7 +71,7 @@ def _first_records(
 def regroup_branches(
     records: Iterable[TokenRecord], branches: int, pool: int, config: DataConfig
 ) -> list[Tokens]:
-    """The first `pool` branches as samples of `branches` each: the same text whatever `branches` is.
+    """The first `pool` branches as samples of `branches` each: the same text for every value of `branches`.
 
     Branches of one record stay with their main, so its last sample may hold fewer.
     """

@@ -1,8 +1,8 @@
 """Tokenised records to samples to batches: seeded, in one pass, without loss.
 
 The batches of an epoch form one sequence, which depends only on the data, the config and (seed, epoch).
-Workers take its batches in turns: their number decides who trains on a batch, never which batches exist. The
-number of batches taken so far determines exactly which ones remain.
+Workers take its batches in turns. The number of workers decides which worker trains on a batch, never which
+batches exist. The number of batches taken so far determines exactly which ones remain.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def shuffle(
 ) -> Iterator[TokenRecord]:
     """Records in random order, with `window` of them in memory.
 
-    Records are shuffled before they are packed, so that a sample has other branches in every epoch.
+    Records are shuffled before they are packed, so that samples combine different records in every epoch.
     """
     buffer: list[TokenRecord] = []
     for record in records:

@@ -143,7 +143,7 @@ def survey_part(
 
 
 def _json_text(line: Line) -> str:
-    """The JSON of a good line. Unknown columns of Parquet may hold values that JSON has no form for."""
+    """The JSON of a good line. Unknown Parquet columns may hold values that JSON cannot represent."""
     if line.raw is not None:
         return line.raw.decode("utf-8-sig")
     return json.dumps(line.value, ensure_ascii=False, default=str)

@@ -1,4 +1,4 @@
-"""Tokenised records as Arrow tables, the form in which they travel: no Python object per token."""
+"""Tokenised records as Arrow tables, to pass them between processes without a Python object per token."""
 
 from __future__ import annotations
 

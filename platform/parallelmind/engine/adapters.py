@@ -38,7 +38,7 @@ class AdapterManager:
 
         check: called with the model while the adapter is active; may raise. Raises UserError for a folder
         that is not an adapter of this base model, or whose rope settings differ from the model's. After an
-        error everything is as before.
+        error the adapters are unchanged.
         """
         if name == BASE:
             raise UserError(f"adapter={name!r}: names the model without an adapter; choose another name")
@@ -46,7 +46,7 @@ class AdapterManager:
         version = f"{ADAPTER}-{self._num_loads}"
         self.model = add_adapter(self.model, self._tokenizer, folder, version)
         self._loaded.add(version)
-        # A model that had no adapter before must have an active one.
+        # After the first adapter of a model is added, an adapter must be active.
         active = version if self._active == BASE else self._active
         try:
             if check is not None:

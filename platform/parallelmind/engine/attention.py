@@ -190,7 +190,7 @@ def additive_mask(bias: NDArray[np.float32], dtype: torch.dtype, device: torch.d
 
 
 def _adjacent_slots(keys: Ints) -> slice | None:
-    """The slots of a lone segment as a slice if they are adjacent: reading a slice copies nothing."""
+    """The slots of a single segment as a slice if they are adjacent: reading a slice copies nothing."""
     if len(keys) > 1 or (np.diff(keys[0]) != 1).any():
         return None
     return slice(int(keys[0, 0]), int(keys[0, -1]) + 1)

@@ -1,8 +1,8 @@
 """Input of one forward pass over many samples: their tokens side by side, and what each token attends to.
 
-An *attention segment* is some tokens of the batch and the keys that they choose from; the visibility decides
-which of these keys each token sees. A token may be in several segments, such as main and its own branch, but
-no key is in two segments of one token.
+An *attention segment* is a group of tokens of the batch and a set of keys; the visibility decides which of
+these keys each token attends to. A token may be in several segments, such as main and its own branch, but the
+segments of one token have no key in common.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from parallelmind.visibility import RULES, AttentionWindow, effective_penalty, i
 
 @dataclass(frozen=True, slots=True)
 class TokenMeta:
-    """What a mask needs to know of tokens: `[tokens]` cache slots, time coordinates and sequence numbers."""
+    """Metadata for masks: `[tokens]` cache slots, time coordinates and sequence numbers."""
 
     slots: Ints
     time: Ints
@@ -46,14 +46,14 @@ class TokenMeta:
 
 @dataclass(frozen=True, slots=True)
 class AttentionSegment:
-    """Some tokens of the batch, and the keys that they choose from.
+    """A group of tokens of the batch, and a set of keys from which visibility selects for each of them.
 
     query_indices: `[queries]` indices into the batch.
     queries: `[queries]` metadata of these tokens.
     keys: `[keys]` metadata of the tokens in the cache.
     penalty: subtracted from the scores of sibling keys.
-    own_branch: whether the keys are those of the queries' own branch, apart from main. No token is in two
-        segments with the same value of it.
+    own_branch: whether the keys are those of the queries' own branch, stored apart from main. A token is in
+        at most one segment for each value.
     """
 
     query_indices: Ints

@@ -2,7 +2,7 @@
 
 The cache has one slot for each token, in blocks of `BLOCK` slots. Full blocks of a main can be reused by
 other samples, under a hash of everything up to their end. A cached block without a reader stays until its
-room is needed; the one idle for longest is evicted first.
+space is needed; the block that has been idle the longest is evicted first.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BLOCK = 16  # tokens
 
 
 def blocks_for(num_tokens: int) -> int:
-    """Blocks that hold so many tokens."""
+    """Number of blocks that hold this many tokens."""
     return -(-num_tokens // BLOCK)
 
 
@@ -36,7 +36,7 @@ def prefix_keys(ids: Ints, adapter_version: str) -> list[bytes]:
 class BlockTable:
     """The blocks of a growing sequence of tokens.
 
-    slots, time, sequence: `[length]`, the cache slot of each token, and what a mask needs to know of it.
+    slots, time, sequence: `[length]`, the cache slot of each token, and the values that masks depend on.
     """
 
     def __init__(self, blocks: list[int]) -> None:
@@ -74,7 +74,7 @@ class BlockTable:
 
     @property
     def min_cache_slots(self) -> int:
-        """Slots that the cache needs for these blocks to exist."""
+        """Smallest size of a cache that contains these blocks, in slots."""
         return BLOCK * (max(self.blocks, default=-1) + 1)
 
     @property

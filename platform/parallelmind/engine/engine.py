@@ -32,7 +32,7 @@ from parallelmind.model.support import assess
 
 GroupBranch = tuple[SequenceGroup, BranchState]
 
-# What an unpatched model computes for a lone branch.
+# The settings that describe how an unpatched model decodes a single branch.
 _UNPATCHED = RopeConfig(patch_rope=False, rope_2d_ratio=0, visibility="isolated", positions="time")
 
 
@@ -234,8 +234,8 @@ class Engine:
         """Divide a step into forward passes: one for each adapter, or for each sample."""
         plans: dict[Any, list[ScheduledGroup]] = defaultdict(list)
         for item in scheduled:
-            alone = item.group.id if self.runner.one_sample_per_forward else None
-            plans[item.group.adapter_version, alone].append(item)
+            sample_id = item.group.id if self.runner.one_sample_per_forward else None
+            plans[item.group.adapter_version, sample_id].append(item)
         return list(plans.values())
 
     def _run(self, plan: Sequence[ScheduledGroup], inputs: Any) -> Tensor:

@@ -79,7 +79,7 @@ def warn_if_fallback(engine: Engine) -> None:
 
 
 def _config_for(requests: Sequence[TokenizedRequest]) -> EngineConfig:
-    """Limits that hold these requests side by side, and no more."""
+    """Limits that are just large enough to decode these requests at the same time."""
     branches = sum(request.num_branches for request in requests)
     tokens = sum(request.num_prompt_tokens + request.max_new_tokens for request in requests)
     partial_blocks = branches + len(requests)  # the last block of every branch and of every main

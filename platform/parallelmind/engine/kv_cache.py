@@ -2,7 +2,7 @@
 
 transformers' dynamic layers copy the whole cache in every step, and its sliding layers drop tokens by storage
 order, which is not the order of time here. These layers keep every token in the slot that the block manager
-has assigned to it; attention windows belong into the mask.
+has assigned to it; attention windows are part of the mask.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class PagedKVLayer(CacheLayerMixin):
         return self.keys, self.values
 
     def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
-        """The same for the `[1, tokens, dim]` keys of an attention that first selects its tokens."""
+        """`update` for the `[1, tokens, dim]` keys of an attention that first selects its tokens."""
         return self._write("indexer", indexer_key_states[0])[None]
 
     def _write(self, kind: str, states: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class PagedKVCache(Cache):
     slot_mapping: `[tokens]` slots that the step's tokens are written to.
     kv_indices: `[keys]` slots that the step reads; None for all.
     min_slots: slots that the pools must have.
-    max_slots: slots that the pools ever need, as far as that is known.
+    max_slots: upper bound of the slots that the pools need, if it is known.
     past_length: keys that the step reads beyond its own tokens.
     """
 
@@ -89,7 +89,7 @@ class PagedKVCache(Cache):
         self.min_slots = self.max_slots = self.past_length = 0
 
     def reserve(self, num_slots: int) -> None:
-        """Let the pools have at least so many slots from the next step on."""
+        """Make the pools hold at least this many slots from the next step on."""
         self.min_slots = max(self.min_slots, num_slots)
 
     def set_step(self, slot_mapping: Tensor, kv_indices: Tensor | None) -> None:
@@ -112,7 +112,7 @@ class PagedKVCache(Cache):
 def _grow(pool: Tensor | None, states: Tensor, num_slots: int, max_slots: int) -> Tensor:
     """A copy of the pool with room for `num_slots`, and for half as many again within `max_slots`.
 
-    Without a pool a new one, of the shape and type of these states.
+    Without a pool, a new one with the shape and dtype of these states.
     """
     size = 0 if pool is None else len(pool)
     grown = states.new_zeros((max(num_slots, min(size + size // 2, max_slots)), *states.shape[1:]))

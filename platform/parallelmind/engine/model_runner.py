@@ -45,7 +45,7 @@ class ModelRunner:
     def __init__(self, model: Model) -> None:
         self.set_model(model)
         inner = causal_lm(model)
-        # The longest text of a forward pass sets the rotary frequencies of all.
+        # On such a model the longest sample of a forward pass sets the rotary frequencies of all its samples.
         self.one_sample_per_forward = depends_on_length(inner)
         self.cache = PagedKVCache()
         self._patched = is_patched(inner)
@@ -54,7 +54,7 @@ class ModelRunner:
         self._attention = OwnAttention(inner) if self._uses_cascade else nullcontext()
 
     def set_model(self, model: Model) -> None:
-        """Use this model: the same one, after an adapter was added or removed."""
+        """Set the model again after an adapter was added or removed."""
         self.model, self._linears = model, cpu_linears(model)
 
     def prepare_inputs(self, scheduled: Sequence[ScheduledGroup]) -> ModelInput:
@@ -65,7 +65,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def __call__(self, inputs: ModelInput) -> Tensor:
-        """`[sampled, vocab]` logits of the tokens in `logits_indices`; the cache holds all tokens then."""
+        """`[sampled, vocab]` logits of the tokens in `logits_indices`; caches all tokens."""
         device = self.model.device
         columns = np.stack([inputs.ids, inputs.branch, inputs.time, inputs.position, inputs.slots])
         ids, branch, time, position, slots = torch.from_numpy(columns).to(device)  # one copy to the device
@@ -110,7 +110,7 @@ class ModelRunner:
     def resolve_config(
         self, config: EngineConfig | None, rope_config: RopeConfig, num_engines: int
     ) -> EngineConfig:
-        """The limits as given, or a cache of half of the free memory, shared by so many engines."""
+        """`config` if it is given, else a cache of half of the free memory, divided by `num_engines`."""
         config = config or EngineConfig(cache_tokens=self._cache_tokens_that_fit(rope_config, num_engines))
         self.cache.max_slots = config.cache_tokens
         return config
@@ -124,7 +124,7 @@ class ModelRunner:
         return min(max(free // 2 // num_engines // bytes_per_token, BLOCK), _MAX_CACHE_TOKENS)
 
     def _probe_input(self, rope_config: RopeConfig) -> ModelInput:
-        """One token of a lone branch, which shows how much memory the cache takes for a token."""
+        """One token of a single branch, to measure the memory that the cache takes for a token."""
         zeros = np.zeros(1, np.int64)
         token = TokenMeta(slots=zeros, time=zeros, sequence=zeros + 1)
         segment = AttentionSegment(zeros, token, token, rope_config.visibility, penalty=0.0)

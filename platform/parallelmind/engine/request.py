@@ -1,4 +1,4 @@
-"""What an engine is asked for: samples, as texts and as token ids, and where to resume one. No torch."""
+"""Requests to an engine: samples as texts and as token ids, and the progress of a resumed one. No torch."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class TokenizedRequest:
 
     @property
     def max_new_tokens(self) -> int:
-        """New tokens of all branches together, at most."""
+        """Upper bound of the new tokens of all branches together."""
         new = sum(params.max_new_tokens for params in self.params)
         return new + (self.reduce.params.max_new_tokens if self.reduce else 0)
 

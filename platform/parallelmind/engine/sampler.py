@@ -139,7 +139,7 @@ def _process(
     scores: Tensor,
     input_ids: Tensor | None = None,
 ) -> Tensor:
-    """Apply a processor of transformers with a value of its own to each of these rows."""
+    """Apply a processor of transformers to these rows, with a different value for each of them."""
     column = torch.tensor(list(values.values()), dtype=torch.float32, device=scores.device)
     column = column.clamp(_SMALLEST, _LARGEST)
     return _replace_rows(

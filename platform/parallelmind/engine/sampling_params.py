@@ -32,7 +32,7 @@ class SamplingParams:
     logit_bias: numbers from -100 to 100 by token id, which are added to the logits; kept as sorted
         (id, bias) pairs.
     stop: the branch finishes before any of these texts.
-    seed: equal seeds sample equal tokens, whatever siblings a branch has; None draws a seed from torch's
+    seed: equal seeds sample equal tokens, independently of the siblings; None draws a seed from torch's
         global generator.
     ignore_eos: continue after an end-of-text token.
     logprobs: return the log-probability of each token, and of this many most likely tokens; None: neither.

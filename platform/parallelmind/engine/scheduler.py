@@ -25,7 +25,7 @@ class EngineConfig:
     """Limits of an engine.
 
     cache_tokens: slots of the KV cache.
-    max_prefill_tokens: prompt tokens that one step computes beside the newest ones.
+    max_prefill_tokens: prompt tokens that one step computes in addition to the newest decoded tokens.
     max_branches: branches of one sample.
     """
 
@@ -118,7 +118,7 @@ class Scheduler:
     def commit(self, scheduled: Sequence[ScheduledGroup]) -> None:
         """Register computed tokens: other samples can reuse the full blocks of these mains.
 
-        Samples that were aborted during the forward pass have no blocks any more.
+        Samples that were aborted during the forward pass no longer have blocks.
         """
         for group, _ in scheduled:
             if group.is_running:
@@ -127,7 +127,7 @@ class Scheduler:
     def finish_branch(self, group: SequenceGroup, branch: BranchState, reason: FinishReason) -> None:
         """Finish a branch and free the blocks that are not read again.
 
-        After the last one the reduce branch starts; without a reduce branch the sample leaves.
+        After the last one the reduce branch starts; without a reduce branch the sample is removed.
         """
         branch.finish_reason = reason
         if not group.is_running and group.reduce is None:
@@ -176,7 +176,7 @@ class Scheduler:
         group.num_cached_blocks = max(group.num_cached_blocks, num_full)
 
     def _allocate_for_branch(self, group: SequenceGroup, new_tokens: int) -> list[int] | None:
-        """Blocks for one branch more; None for a waiting sample, which gets its blocks at admission."""
+        """Blocks for one more branch; None for a waiting sample, which gets its blocks at admission."""
         admitted = group.block_table is not None
         if group.free_order:
             needed = blocks_for(new_tokens)
@@ -196,7 +196,7 @@ class Scheduler:
         return blocks
 
     def _trim(self, group: SequenceGroup, branch: BranchState) -> None:
-        """Free what a finished branch will not fill and, where no branch reads it, what it has filled."""
+        """Free the unused blocks of a finished branch and, if no branch reads them, its used blocks."""
         if group.block_table is None:
             return
         if not group.free_order:

@@ -20,9 +20,9 @@ class BranchState:
     start_time: time coordinate of the first prompt token.
     seed: `params.seed`, or that of the sample.
     output: turns decoded tokens into text and detects the end.
-    reads_all: attends to every earlier token of the sample, whatever the visibility (the reduce branch).
+    reads_all: attends to every earlier token of the sample, regardless of visibility (the reduce branch).
     num_prompt: tokens of the prompt.
-    num_prefill: tokens to compute before the branch decodes: the prompt, and what it decoded elsewhere.
+    num_prefill: tokens to compute before the branch decodes: the prompt, and tokens of another engine.
     num_computed: tokens that a step has computed or is computing.
     finish_reason: None while the branch runs.
     block_table: the cache blocks of the branch, where it has its own (free order).
@@ -50,7 +50,7 @@ class BranchState:
 
     @property
     def end_time(self) -> int:
-        """Time coordinate of the token that comes next."""
+        """Time coordinate of the next token."""
         return self.start_time + len(self.token_ids)
 
     @property
@@ -78,7 +78,7 @@ class BranchState:
         return self.output.process(token)
 
     def append_tokens(self, token_ids: Sequence[int]) -> None:
-        """Append tokens that were decoded and emitted elsewhere. Call before the branch is scheduled."""
+        """Append tokens that another engine decoded and emitted. Call before the branch is scheduled."""
         for token in token_ids:
             self.append_token(token)
         self.num_prefill = len(self.token_ids)

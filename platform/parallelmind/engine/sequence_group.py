@@ -53,7 +53,7 @@ class SequenceGroup:
         adapter_version: str = "",
         seed: int = 0,
     ) -> None:
-        """seed: of the branches whose sampling parameters have none."""
+        """seed: for branches whose sampling parameters have none."""
         self.id, self.adapter_version = id, adapter_version
         self.config, self.free_order = config, is_free_order(config)
         self.reduce = request.reduce
@@ -124,7 +124,7 @@ class SequenceGroup:
         return branch
 
     def next_start_time(self, num_tokens: int) -> int:
-        """Time coordinate at which a branch of so many prompt tokens starts, if it is added now."""
+        """Time coordinate at which a branch with this many prompt tokens starts, if it is added now."""
         if not self.free_order:
             return max(len(self.main), self.next_column)
         if self.config.align_to == "left":
@@ -211,7 +211,7 @@ class SequenceGroup:
             branch.block_table = BlockTable(blocks)
 
     def add_blocks(self, branch: BranchState, blocks: list[int]) -> None:
-        """Blocks of a branch that is added after admission."""
+        """Add the blocks of a branch that joins after admission."""
         if self.free_order:
             branch.block_table = BlockTable(blocks)
         else:

@@ -1,7 +1,7 @@
 """Run models that cannot hold branches in one sequence: a row, and a state of its own, for each branch.
 
-The model's state after main, be it keys and values or a recurrent state, is computed once and copied for
-every branch. Branches are isolated; the price is one forward pass for each branch and step.
+The model's state after main (keys and values, or a recurrent state) is computed once and copied for every
+branch. Branches are isolated; the price is one forward pass for each branch and step.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from parallelmind.model.structure import causal_lm
 # Names under which the forward methods of transformers take and return their state.
 _STATE_NAMES = ("past_key_values", "cache_params", "state")
 
-_CACHE_TOKENS = 1 << 16  # a number for admission alone: the runner does not know the size of a state
+_CACHE_TOKENS = 1 << 16  # for admission only: the runner does not know the size of a state
 
 
 class SequentialRunner:
@@ -53,13 +53,13 @@ class SequentialRunner:
         self._states: dict[SequenceGroup, dict[int, Any]] = {}  # by sequence number, main included
 
     def set_model(self, model: Model) -> None:
-        """Use this model: the same one, after an adapter was added or removed."""
+        """Set the model again after an adapter was added or removed."""
         self.model = model
 
     def resolve_config(
         self, config: EngineConfig | None, rope_config: RopeConfig, num_engines: int
     ) -> EngineConfig:
-        """The limits as given, or a default; prompts are never split, which recurrent models require."""
+        """`config` or a default, with unlimited prefill: recurrent models need prompts in one piece."""
         config = config or EngineConfig(cache_tokens=_CACHE_TOKENS)
         return replace(config, max_prefill_tokens=config.cache_tokens)
 

@@ -6,11 +6,11 @@ order in which tokens may enter the cache:
 - *Free order* (`layout.is_free_order`): nothing depends on the siblings' progress. Prompts are computed as
   fast as the budget allows, and every step computes the newest token of each decoding branch.
 - *Column order*: tokens enter by columns of time. The first steps compute the columns before the one in which
-  a branch decodes its first token. From then on each step computes one column, with whatever every branch has
-  there: the next token of a longer prompt, which may attend to (or be counted after) a token that a shorter
-  sibling has just decoded; the newest token; or the last token of a finished branch, which running siblings
-  may still attend to. A branch that is added late starts in the next column, because the keys and values of
-  earlier columns are final.
+  a branch decodes its first token. From then on each step computes one column, with the token that each
+  branch has there: the next token of a longer prompt, which may attend to (or be counted after) a token that
+  a shorter sibling has just decoded; the newest token; or the last token of a finished branch, which running
+  siblings may still attend to. A branch that is added late starts in the next column, because the keys and
+  values of earlier columns are final.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from parallelmind.layout import Ints, branch_coordinates
 def schedule_tokens(group: SequenceGroup, budget: int) -> ScheduledTokens:
     """Choose the next tokens of a running sample and count them as computed.
 
-    budget: prompt tokens to compute at most. Column order computes at least one column, whatever the budget.
-    The newest tokens of decoding branches are always chosen.
+    budget: prompt tokens to compute at most. Column order computes at least one column. The newest
+        tokens of decoding branches are always chosen.
     """
     branches = group.branches
     if group.free_order:

@@ -73,8 +73,8 @@ def check_isolated_branches(model: PreTrainedModel) -> None:
     """Law 2: with `isolated`, ratio 0 and positions=time, a branch equals main and branch run alone."""
     expected = [plain_logits(model, MAIN + branch)[len(MAIN) :] for branch in BRANCHES]
     with patched(model, RopeConfig(rope_2d_ratio=0, visibility="isolated")) as config:
-        for branch_logits, alone in zip(sample_logits(model, config)[1:], expected, strict=True):
-            check_close(branch_logits, alone, "a branch beside siblings and alone")
+        for branch_logits, expected_logits in zip(sample_logits(model, config)[1:], expected, strict=True):
+            check_close(branch_logits, expected_logits, "a branch beside siblings and alone")
 
 
 def check_cached_decoding(
@@ -142,21 +142,24 @@ def check_siblings(model: PreTrainedModel) -> None:
 
 def check_coordinate_shift(model: PreTrainedModel) -> None:
     """Law 5: shifting all branch coordinates changes nothing, moving one branch changes logits."""
-    alone = rope_config_grid(
+    alone_configs = rope_config_grid(
         pairs=("low", "mid", "spread"),
         branch_angle=("alone",),
         rope_2d_ratio=(0.25, 1.0),
         positions=("time", "flat"),
         branch_stride=(3,),
     )
-    added = rope_config_grid(
+    added_configs = rope_config_grid(
         pairs=("high",),
         branch_angle=("added",),
         rope_2d_ratio=(0.25,),
         positions=("time", "flat"),
         branch_stride=(3,),
     )
-    for config in [*alone[::3], *added]:  # every value of pairs, ratio, angle and positions is included
+    for config in [
+        *alone_configs[::3],
+        *added_configs,
+    ]:  # every value of pairs, ratio, angle and positions is included
         with patched(model, config):
             unmoved = torch.cat(sample_logits(model, config))
             shifted = torch.cat(sample_logits(model, config, shift=_SHIFT))

@@ -64,7 +64,7 @@ def _check_laws(model: PreTrainedModel, model_type: str) -> SupportRow:
                 continue  # saved files do not depend on the attention implementation
             try:
                 check(model)
-            except Exception as error:  # a crash breaks a law as much as a wrong logit does
+            except Exception as error:  # a crash counts as a broken law
                 reason = f"breaks {name} ({attention}: {_error_summary(error)})"
                 return SupportRow(model_type, family, False, reason, ())
     return SupportRow(model_type, family, True, "" if model._supports_sdpa else _EAGER_ONLY, tuple(LAWS))
@@ -74,7 +74,7 @@ def _check_fallback(model: PreTrainedModel, model_type: str) -> SupportRow:
     support = assess(model)
     try:
         check_separate_rows(model)
-    except Exception as error:  # whatever the error, the type has no fallback
+    except Exception as error:  # any error means that the type has no fallback
         reason = f"{support.reason}; no fallback ({type(error).__name__})"
         return SupportRow(model_type, support.family, False, reason, ())
     return SupportRow(model_type, support.family, False, str(support.reason), (FALLBACK,))

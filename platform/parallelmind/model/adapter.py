@@ -94,9 +94,9 @@ def save_adapter(
     extra: Mapping[str, Any] | None = None,
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write the adapter folder atomically; it replaces what parallelmind wrote there before.
+    """Write the adapter folder atomically, in place of an earlier result of parallelmind.
 
-    weights: written instead of the model's own, with the names of `trained_weights`. The manifest describes
+    weights: saved in place of the model's own, under the names of `trained_weights`. The manifest describes
     the adapter as stored: one that started as PiSSA is stored as a plain adapter of twice the rank. Raises
     UserError if `folder` holds other files.
     """

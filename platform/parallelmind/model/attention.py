@@ -1,8 +1,8 @@
-"""The attention that reads a sequence: a dense mask, or FlexAttention's blocks where it is long.
+"""Choice of attention for whole sequences: a dense mask, or FlexAttention's block mask for long ones.
 
-The mask decides: a patched model that is set to sdpa passes a block mask to FlexAttention and any other mask
-to SDPA (`hf_compat.OwnAttention`). Nothing is switched between calls, so recomputed layers, decoding and
-other threads are not affected.
+The type of the mask selects the implementation: a patched model that is set to sdpa passes a block mask to
+FlexAttention and any other mask to SDPA (`hf_compat.OwnAttention`). No state is switched between calls, so
+recomputed layers, decoding and other threads are not affected.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from parallelmind.model.hf_compat import FLEX, SDPA, attention_name, hands_over_
 from parallelmind.model.patch import is_patched, sibling_penalty
 from parallelmind.model.structure import causal_lm, text_modules
 
-# Tokens above which FlexAttention reads a sequence. A default, not a measurement: experiments/LOG.md records
-# no run of the kernel on a GPU, and `make bench-gpu` compares both attentions. It lies between lengths that
-# SDPA is known for and lengths where skipped blocks outweigh the cost of the kernel. A constant, so that a
-# resumed run chooses as before.
+# Number of tokens above which a sequence is computed with FlexAttention. It is a default, not a measurement:
+# experiments/LOG.md records no run of the kernel on a GPU, and `make bench-gpu` compares both attentions. It
+# lies between lengths that suit SDPA and lengths at which skipped blocks outweigh the overhead of the kernel.
+# It is a constant, so that a resumed run makes the same choice.
 FLEX_ABOVE = 2048
 
-# Head sizes: the kernel refuses smaller heads; the tiles of larger ones do not fit the shared memory of some
-# GPUs.
+# Supported head sizes. The kernel rejects smaller heads, and the tiles of larger heads do not fit the shared
+# memory of some GPUs.
 _HEAD_DIMS = range(16, 129)
 # Bytes of shared memory that the kernel's default tiles need. A100 and the H series have them, consumer GPUs
 # do not.
@@ -46,7 +46,7 @@ def compute_dtype(model: PreTrainedModel | PeftModel) -> torch.dtype:
 
 
 def choose_attention(model: nn.Module, length: int, dtype: torch.dtype) -> str:
-    """The attention that reads a whole sequence: flex_attention, or what the model is set to.
+    """Name of the attention for a whole sequence: flex_attention, or the one that the model is set to.
 
     The choice is the same within a bucket of lengths. dtype: what the model computes in.
     """

@@ -1,9 +1,9 @@
-"""Linear layers for decoding on a CPU, where a product of few rows with a large matrix depends on its form.
+"""Linear layers for decoding on a CPU, where the time of a small product depends on its form.
 
-On AVX2, `weight @ x.T` takes 0.75 of the time of `x @ weight.T` at 16 rows, 0.35 at 4, and as long at 1. On a
-processor without half precision arithmetic, torch multiplies half precision numbers at a quarter of the speed
-of float32 or less. There, slices of the weight that fit the cache are converted to float32 and multiplied;
-the product is accumulated in float32 and rounded once, as half precision hardware does.
+On AVX2, `weight @ x.T` takes 0.75 of the time of `x @ weight.T` at 16 rows, 0.35 at 4, and the same at 1. On
+a processor without half precision arithmetic, torch multiplies half precision numbers at a quarter of the
+speed of float32 or less. There, slices of the weight that fit the cache are converted to float32 and
+multiplied; the product is accumulated in float32 and rounded once, as half precision hardware does.
 """
 
 from __future__ import annotations

@@ -26,9 +26,9 @@ def save_model(
     extra: Mapping[str, Any] | None = None,
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write the whole model atomically; it replaces what parallelmind wrote there before.
+    """Write the whole model atomically, in place of an earlier result of parallelmind.
 
-    base: the model that was trained. weights: written instead of the model's own, with the names of
+    base: the model that was trained. weights: saved in place of the model's own, under the names of
     `trained_weights`. Raises UserError if `folder` holds other files.
     """
     folder = Path(folder)

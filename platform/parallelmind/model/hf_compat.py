@@ -3,8 +3,7 @@
 Every function and class names what it relies on. `tests/unit/model/test_hf_compat.py` has a test for each,
 which fails when a new version of either library no longer behaves that way.
 
-Nothing here runs on import, and nothing changes other models than those that are patched or decoded by the
-engine.
+Nothing here runs on import. Only models that are patched or decoded by the engine are changed.
 """
 
 from __future__ import annotations
@@ -132,7 +131,7 @@ class OwnAttention:
 
     The functions are registered under names of their own. While at least one caller has acquired it, the
     configurations of the model's text modules have these names in place of sdpa and flex_attention.
-    Everything else, masks included, is computed by the functions of the original name.
+    The functions of the original name compute everything else, masks included.
 
     Relies on: modules read `config._attn_implementation` in each forward pass;
     `_attn_implementation_internal` sets it for one configuration alone and is not saved to config.json; the
@@ -148,7 +147,7 @@ class OwnAttention:
         )
 
     def acquire(self) -> None:
-        """Switch the configurations to the names of our own. Thread-safe; calls are counted."""
+        """Switch the configurations to the project's names. Thread-safe; calls are counted."""
         with _lock:
             _register_attention()
             setattr(self._model, _USERS, getattr(self._model, _USERS, 0) + 1)
@@ -374,7 +373,7 @@ def process_rows(
     scores: Tensor,
     input_ids: Tensor | None = None,
 ) -> Tensor:
-    """Apply a logits processor that takes one number with a number for each row.
+    """Apply a logits processor that takes a single number, with a different number for each row.
 
     values: `[rows]` numbers. scores: `[rows, vocab]`. input_ids: `[rows, tokens]` history of each row.
 

@@ -21,7 +21,7 @@ def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 @torch.no_grad()
 def check_lm_head(model: PreTrainedModel) -> None:
-    """Raises UserError if `head_logits` does not give the model's own logits."""
+    """Raise UserError if `head_logits` does not give the model's own logits."""
     ids = torch.tensor([[1, 2]], device=model.device)
     hidden = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
     logits = model(input_ids=ids, use_cache=False).logits[0]

@@ -16,7 +16,7 @@ from parallelmind.errors import UserError, format_value
 from parallelmind.remote import fetch_cached
 from parallelmind.storage import sha256
 
-if TYPE_CHECKING:  # processes that only look for a manifest load no model library
+if TYPE_CHECKING:  # processes that only read a manifest do not import a model library
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 MANIFEST = "parallelmind.json"
@@ -54,7 +54,7 @@ class Manifest(FrozenConfig):
     extra: dict[str, Any] = Field(description="values added by the writer, such as run id and metrics")
 
     def check_settings(self, settings: Mapping[str, Any]) -> None:
-        """Raises UserError with both values for a field of rope or lora that differs from the training."""
+        """Raise UserError with both values for a field of rope or lora that differs from the training."""
         trained = {**self.rope.model_dump(), **(self.lora.model_dump() if self.lora else {})}
         owner = "adapter" if self.lora else "model"
         for field, value in settings.items():
@@ -63,7 +63,7 @@ class Manifest(FrozenConfig):
                 raise UserError(f"{field}={format_value(value)}: the {owner} has {expected}; use that value")
 
     def check_base(self, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raises UserError where architecture or chat template differ from those of the adapter's base."""
+        """Raise UserError where architecture or chat template differ from those of the adapter's base."""
         hashes = {
             "architecture": (base_config_hash(config), self.base_config_sha256),
             "chat template": (chat_template_hash(tokenizer), self.chat_template_sha256),
@@ -159,7 +159,7 @@ def _parse(folder: Path, field: str) -> Manifest:
 
 
 def check_replaceable(folder: Path, field: str = "folder") -> None:
-    """Raises UserError if `folder` exists and parallelmind did not write it. field: named in the error."""
+    """Raise UserError if `folder` exists and parallelmind did not write it. field: named in the error."""
     if folder.exists() and not (folder / MANIFEST).is_file() and (folder.is_file() or any(folder.iterdir())):
         raise UserError(
             f"{field}={folder}: holds other files; give a new or empty folder, or one that parallelmind wrote"

@@ -1,6 +1,6 @@
 """Patch a Hugging Face causal LM for pos2d, in place and reversibly: `model(..., pos2d=…)`.
 
-Rotary modules mix the coordinates (`rotary`), and hooks take `pos2d` out of the call and carry it to them
+Rotary modules mix the coordinates (`rotary`), and hooks remove `pos2d` from the call and pass it to them
 (`forward_context`). A call without `pos2d` is a single branch at coordinate 0 whose time is `position_ids`.
 No model is named anywhere: whether a model can be patched is decided by its structure (`support`).
 """
@@ -97,7 +97,7 @@ def _patch_of(model: nn.Module) -> _Patch:
 def _before_forward(
     positions: Positions, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Take pos2d out of the call. A call without pos2d inherits that of the call in which it is nested."""
+    """Remove pos2d from the call. A nested call without pos2d inherits that of the enclosing call."""
     if "pos2d" not in kwargs:
         forward_context.push(None, inherit=True)
         return args, kwargs

@@ -1,8 +1,8 @@
 """2D RoPE as pure functions: the coordinate of each rotary pair, and the selection of angles.
 
 Source: the ParallelMind scheme, in which a share of the lowest frequencies alternates between branch and
-time. Here the share may lie elsewhere, and pairs may follow other combinations of coordinates. No RoPE
-formula is repeated: angles come from the model's own module.
+time. Here the share may be at other frequencies, and pairs may follow other combinations of coordinates. This
+module repeats no RoPE formula: angles come from the model's own module.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rotary embeddings with the coordinates of pos2d, for every kind of rotary module, told apart by structure.
+"""Rotary embeddings with the coordinates of pos2d, for every kind of rotary module, recognized by structure.
 
 A module becomes an instance of a generated subclass of its own class (`hf_compat.swap_class`). No RoPE
 formula is repeated: angles come from the module itself. Which column of its tables holds which frequency is

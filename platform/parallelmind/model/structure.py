@@ -1,4 +1,4 @@
-"""The parts of a Hugging Face model, whatever their names."""
+"""Find the parts of a Hugging Face model, independently of their names."""
 
 from __future__ import annotations
 

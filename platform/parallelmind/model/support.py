@@ -54,7 +54,7 @@ def assess(model: PreTrainedModel) -> Support:
 
 
 def check_supported(model: PreTrainedModel) -> None:
-    """Raises UserError if the model does not support parallel branches."""
+    """Raise UserError if the model does not support parallel branches."""
     support = assess(model)
     if support.reason:
         remedy = "choose another model, or set patch_rope=false for single branches"
@@ -68,7 +68,7 @@ def _has_state(model: PreTrainedModel, config: PreTrainedConfig) -> bool:
 
 
 def _family(rotary: dict[str, nn.Module]) -> str:
-    """The kind of rotary embedding, as far as it needs its own mechanism."""
+    """Kind of rotary embedding. Kinds that are patched in the same way have one name."""
     modules = list(rotary.values())
     if any(map(is_table, modules)):
         return "table in each attention"

@@ -31,7 +31,7 @@ def excluded_modules(model: PreTrainedModel, all_linear: bool) -> list[str]:
 
 @torch.no_grad()
 def _is_router(linear: nn.Linear) -> bool:
-    is_quantised = not linear.weight.is_floating_point()  # and so no router
+    is_quantised = not linear.weight.is_floating_point()  # a quantised layer is not a router
     if type(linear).forward is nn.Linear.forward or is_quantised:
         return False
     probe = torch.zeros(1, linear.in_features, dtype=linear.weight.dtype, device=linear.weight.device)
@@ -41,7 +41,7 @@ def _is_router(linear: nn.Linear) -> bool:
 def parse_targets(model: nn.Module, lora_targets: str) -> list[str]:
     """The layer names in a comma-separated list. Raises UserError for a name that the model does not have.
 
-    peft accepts a list of which one name matches, so it would ignore a misspelt one silently.
+    peft accepts a list if one of its names matches, so it would silently ignore a misspelt name.
     """
     targets = [name.strip() for name in lora_targets.split(",") if name.strip()]
     parameters = model.named_parameters(remove_duplicate=False)

@@ -16,7 +16,7 @@ ADAPTER = "default"  # peft's name for a model's first adapter
 
 
 def trained_weights(model: nn.Module, name: str = ADAPTER) -> dict[str, Tensor]:
-    """The weights of an adapter, or all parameters of a model without one, tied ones once.
+    """The weights of an adapter, or all parameters of a model without one; each tied weight once.
 
     The tensors share the model's memory.
     """

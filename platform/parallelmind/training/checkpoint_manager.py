@@ -1,4 +1,4 @@
-"""The checkpoints of a run: which there are, which one to resume from, and writing them in the background."""
+"""Checkpoints of a run: list them, choose one to resume from, and write new ones in the background."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class CheckpointManager:
     def __init__(self, path: RemotePath, keep: int) -> None:
         self.path, self.folder, self._keep = path, path.local, keep
         self._lock = process_lock(self.folder / ".writer")
-        self._lock.acquire()  # waits for a writer that was taken for lost
+        self._lock.acquire()  # waits for a writer that was presumed dead
         remove_partial_dirs(self.folder)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
@@ -79,7 +79,7 @@ class CheckpointManager:
                 shutil.rmtree(aside, ignore_errors=True)
                 folder.rename(aside)
                 self.path.child(folder.name).delete_remote()
-                print_line(f"{folder} is damaged or of other settings; renamed to {aside.name}")
+                print_line(f"{folder} is damaged or has other settings; renamed to {aside.name}")
         return newest
 
     def _download_newest(self, config_hash: str) -> None:

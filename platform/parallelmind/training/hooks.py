@@ -1,4 +1,4 @@
-"""Interface through which the training loop reaches the outside."""
+"""Callbacks of the training loop: metrics, progress lines, reports and stop requests."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Protocol
 
 
 class Hooks(Protocol):
-    """Callbacks of the training loop; every worker calls each of them at the same step."""
+    """Interface of the callbacks. Every worker calls each of them at the same step."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Log metrics."""

@@ -1,4 +1,4 @@
-"""Training loop of one worker. Data comes from a function; `Hooks` reach everything else outside.
+"""Training loop of one worker. Data comes from a function; metrics and stop requests go through `Hooks`.
 
 All workers take the same decisions (end of the data, stop, skipped step), because each decision depends on
 sums over all workers.
@@ -48,7 +48,7 @@ class TrainingInputs:
 
     batches: function of (epoch, first batch) that returns this worker's batches of an epoch.
     batches_per_epoch: of all workers, estimated. validation: this worker's held-out batches, by branches per
-    sample. checkpoints: on rank 0.
+    sample. checkpoints: set on rank 0 only.
     """
 
     config: TrainConfig
@@ -209,7 +209,7 @@ class Trainer:
     def _update_loss_scale(self, finite: bool) -> None:
         """Halve the loss scale after an overflow, double it after many finite steps.
 
-        Without it float16 gradients underflow or overflow.
+        Without a loss scale, float16 gradients underflow or overflow.
         """
         state = self.state
         state.clean_steps = state.clean_steps + 1 if finite else 0

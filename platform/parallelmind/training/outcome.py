@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """finished: false if the run was stopped. metrics: the latest ones."""
+    """End of a run. finished: False if the run was stopped. metrics: the latest ones."""
 
     finished: bool
     step: int

@@ -1,7 +1,7 @@
 """One optimizer step.
 
 Gradients are those of loss *sums*, divided once by the number of targets of all workers and all batches of
-the step. So every target token has the same weight, whatever batch it is in.
+the step. So every target token has the same weight, independently of its batch.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def learning_rate(config: OptimizerConfig, position: float, planned: int) -> flo
 
 
 def accumulate_gradients(loss: TargetLoss, stream: Iterator[Batch], count: int, scale: float = 1.0) -> Totals:
-    """Accumulate the gradients of up to `count` batches, times `scale`; of fewer at the stream's end."""
+    """Accumulate the gradients of up to `count` batches, times `scale`; fewer at the end of the stream."""
     return _run_batches(loss, list(islice(stream, count)), lambda value: (value * scale).backward())
 
 

@@ -29,7 +29,7 @@ _ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {
 def parse_messages(value: Any, key: str) -> list[Message]:
     """The turns under `key` as {"role", "content"}; in the source they may be {"from", "value"}.
 
-    A `system` text beside the turns becomes the first message. Raises RecordError.
+    A `system` text next to the turns becomes the first message. Raises RecordError.
     """
     turns = value.get(key) if isinstance(value, dict) else None
     if not isinstance(turns, list) or not turns:
@@ -121,4 +121,4 @@ def answer_offset(tokenizer: PreTrainedTokenizerBase, text: str, prompt_length: 
         previous_end = spans.ends[index - 1] if index else 0
         if start >= prompt_length <= previous_end:
             return added_tokens + index
-    raise RecordError("has no token of the answer that is free of the text before it")
+    raise RecordError("has no answer token that starts after the prompt")

@@ -1,4 +1,4 @@
-"""Plain text of any length to standalone records of limited length, which joined give the text again."""
+"""Split plain text into standalone records of limited length. Joined, the records give the text again."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def _numbered_lines(file: str) -> Iterator[tuple[int, Line]]:
         yield from enumerate((line for part in file_parts([file]) for line in read_lines(part)), start=1)
     except (OSError, pa.ArrowException) as error:
         raise UserError(
-            f"data_path={file}: cannot be read ({first_line(error)}); check that it is what its ending says"
+            f"data_path={file}: cannot be read ({first_line(error)}); check that its format matches its name"
         ) from error
 
 

@@ -11,7 +11,7 @@ from parallelmind.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class TokenSpans:
-    """starts, ends: `[tokens]` character offsets in the text, without special tokens.
+    """Spans of tokens. starts, ends: `[tokens]` offsets in characters, without special tokens.
 
     A tokenizer may exclude white space at a token's edge from its span, and gives all tokens of one character
     the same span.
