@@ -63,12 +63,12 @@ def read_everything(path: Path, config: DataConfig) -> tuple[int, int, float]:
     """Read one epoch and return its tokens, its rows, and the seconds from first request to last batch."""
     import ray
 
-    feeder = start_batch_server([str(path)], config, ModelConfig(), seed=0, num_workers=1)
-    ray.get(feeder.__ray_ready__.remote())
+    batch_server = start_batch_server([str(path)], config, ModelConfig(), seed=0, num_workers=1)
+    ray.get(batch_server.__ray_ready__.remote())
     counts: Counter[str] = Counter()
     tokens = rows = 0
     start = time.perf_counter()
-    for group in receive_batches(feeder, ShardAssignment("", 0, 0, 1), 0, counts):
+    for group in receive_batches(batch_server, ShardAssignment("", 0, 0, 1), 0, counts):
         batch = group.collate(RopeConfig(), 0)
         tokens += batch.tokens
         rows += sum(sample.branches for sample in group.samples)

@@ -120,23 +120,23 @@ def feeding(data: DataConfig) -> dict[str, float]:
     for size in (_TOKENS // 8, _TOKENS):
         config = data.model_copy(update={"batch_tokens": size})
         tokenised = [*tables(data)]
-        feeder: Any = (
+        batch_server: Any = (
             ray.remote(_TimedBatchServer)
             .options(num_cpus=0.2, max_concurrency=4)
             .remote(lambda tokenised=tokenised: iter(tokenised), config, 0)
         )
-        list(receive_batches(feeder, ShardAssignment("", 0, 0, 1), 0, Counter()))
+        list(receive_batches(batch_server, ShardAssignment("", 0, 0, 1), 0, Counter()))
         per_batch, tokens = [], 0.0
         for epoch in (1, 2):
-            start = ray.get(feeder.cpu_seconds.remote())
+            start = ray.get(batch_server.cpu_seconds.remote())
             sizes = [
                 _tokens(batch)
-                for batch in receive_batches(feeder, ShardAssignment("", epoch, 0, 1), 0, Counter())
+                for batch in receive_batches(batch_server, ShardAssignment("", epoch, 0, 1), 0, Counter())
             ]
-            per_batch.append((ray.get(feeder.cpu_seconds.remote()) - start) / len(sizes))
+            per_batch.append((ray.get(batch_server.cpu_seconds.remote()) - start) / len(sizes))
             tokens = sum(sizes) / len(sizes)
         points.append((tokens, min(per_batch)))
-        ray.kill(feeder)
+        ray.kill(batch_server)
     per_batch_s, per_token_s = line(points)
     return {"feeder_s_per_batch": per_batch_s, "feeder_s_per_token": per_token_s}
 

@@ -1,4 +1,4 @@
-"""Is there a scheme without branch tax, for a lone branch and for sixteen?
+"""Is there a scheme without branch tax, for one branch and for sixteen?
 
 CONTROL is the unpatched model with plain LoRA and one branch per row. All other points are columnar.
 """

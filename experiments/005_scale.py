@@ -6,8 +6,8 @@
 Without overrides the second command also writes results/005_scale.csv and .png.
 
 Model of a step: every worker lays out its batch, computes, and all-reduces its gradients, without overlap.
-One feeder process makes the batches of all workers, a few ahead. Steps are simulated with batches of unequal
-size and GPUs of unequal speed.
+One feeder process (the batch server) makes the batches of all workers, a few ahead. Steps are simulated with
+batches of unequal size and GPUs of unequal speed.
 """
 
 from __future__ import annotations

@@ -182,9 +182,9 @@ class Application:
         return self._dashboard.get("/api/serve/applications/")[1]["applications"].get("parallelmind", {})
 
 
-def wait_until(holds: Callable[[], bool]) -> None:
+def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + _WAIT_S
-    while not holds():
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.2)
 
@@ -211,7 +211,7 @@ def _wait_for(server: Server) -> None:
 
 
 def _end(server: Server) -> None:
-    """Kill the cluster: a raylet that is asked to end waits half a minute for its actors."""
+    """Kill the cluster: a raylet that receives SIGTERM waits half a minute for its actors."""
     killed = kill(server.process.pid)
     server.process.wait(timeout=30)
     assert psutil.wait_procs(killed, timeout=30)[1] == []

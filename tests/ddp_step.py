@@ -1,5 +1,6 @@
-"""One of two processes: its half of a batch, through DistributedDataParallel, against the whole batch in one
-process.
+"""One of two processes that compare the gradients of DistributedDataParallel with those of one process.
+
+Each process computes one half of a batch, and the whole batch without DistributedDataParallel.
 """
 
 from __future__ import annotations
@@ -16,16 +17,19 @@ from parallelmind.model.adapter import add_lora
 from parallelmind.model.patch import patch
 from parallelmind.training.loss import decoder_inputs, to_tensors
 
+CONFIG = RopeConfig()
 
-def lora_gradients(model: torch.nn.Module, run: torch.nn.Module, mains: list[list[int]]) -> torch.Tensor:
+
+def lora_gradients(
+    model: torch.nn.Module, forward_model: torch.nn.Module, mains: list[list[int]]
+) -> torch.Tensor:
+    """LoRA gradients of one step. forward_model: `model`, or its DistributedDataParallel wrapper."""
     samples = [arrange(Tokens.of(main, BRANCHES), CONFIG) for main in mains]
     inputs = decoder_inputs(model.get_base_model(), to_tensors(collate(samples, pad_id=0)), CONFIG.visibility)
     model.zero_grad()
-    run(**inputs).logits.log_softmax(-1)[..., 5].mean().backward()
+    forward_model(**inputs).logits.log_softmax(-1)[..., 5].mean().backward()
     return torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.requires_grad])
 
-
-CONFIG = RopeConfig()
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
@@ -37,8 +41,8 @@ if __name__ == "__main__":
         for name, weight in adapted.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.constant_(weight, 0.1)
-        whole = lora_gradients(adapted, adapted, halves[0] + halves[1])
-        half = lora_gradients(adapted, DistributedDataParallel(adapted), halves[dist.get_rank()])
-        torch.testing.assert_close(half, whole, rtol=1e-4, atol=1e-6)
+        expected = lora_gradients(adapted, adapted, halves[0] + halves[1])
+        actual = lora_gradients(adapted, DistributedDataParallel(adapted), halves[dist.get_rank()])
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
     print("gradients agree", flush=True)
     dist.destroy_process_group()

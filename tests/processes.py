@@ -1,4 +1,4 @@
-"""Processes that a test has started, and theirs."""
+"""Processes that a test has started, and their descendants."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import psutil
 
 
 def family(pid: int, name: str = "") -> list[psutil.Process]:
-    """The children of a process, children of children too, whose command names this."""
-    return [each for each in psutil.Process(pid).children(recursive=True) if name in _command(each)]
+    """The descendants of a process whose command line contains the name."""
+    return [child for child in psutil.Process(pid).children(recursive=True) if name in _command(child)]
 
 
 def kill(pid: int) -> list[psutil.Process]:
-    """SIGKILL to a process and its family, as by a power cut; returns them. It may have ended before."""
+    """Kill a process and its descendants, like a power cut; return them. The process may have ended."""
     killed: list[psutil.Process] = []
     with suppress(psutil.NoSuchProcess):
         killed = [psutil.Process(pid), *family(pid)]
-    for each in killed:
+    for process in killed:
         with suppress(psutil.NoSuchProcess):
-            each.kill()
+            process.kill()
     return killed
 
 
 def _command(process: psutil.Process) -> str:
     try:
         return " ".join(process.cmdline())
-    except psutil.Error:  # it has gone meanwhile
+    except psutil.Error:  # the process has ended
         return ""

@@ -99,7 +99,7 @@ class Resident:
         return subprocess.CompletedProcess(line, code)
 
     def _serve(self, line: tuple[str, ...]) -> tuple[int, str]:
-        """Start a server in place of the previous one and wait until it is healthy."""
+        """Replace the previous server by a new one and wait until it is healthy."""
         command = [sys.executable, "-m", *line]
         env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         self.end_server()

@@ -1,4 +1,4 @@
-"""A training run of a tiny model: a working directory with all that its command needs."""
+"""The working directory of a training run of a tiny model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tiny import save_tiny
 
 
 def prepare(folder: Path, records: int, settings: Mapping[str, Any]) -> Path:
-    """Model, data of texts of many lengths, and run.yaml with these settings; returns the folder."""
+    """Save a tiny model, records of unequal length and run.yaml with these settings; return the folder."""
     save_tiny(folder / "tiny")
     texts = (
         f"Question: {number % 7} Answer: the {number % 7} lives" + " in" * (number % 23)
@@ -19,6 +19,6 @@ def prepare(folder: Path, records: int, settings: Mapping[str, Any]) -> Path:
     )
     lines = (json.dumps({"text": text, "answer_offset": 4}) for text in texts)
     (folder / "data.jsonl").write_text("".join(f"{line}\n" for line in lines))
-    given = {"base_model": "tiny", "data_path": "data.jsonl", **settings}
-    (folder / "run.yaml").write_text("".join(f"{key}: {value}\n" for key, value in given.items()))
+    fields = {"base_model": "tiny", "data_path": "data.jsonl", **settings}
+    (folder / "run.yaml").write_text("".join(f"{key}: {value}\n" for key, value in fields.items()))
     return folder

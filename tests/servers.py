@@ -97,7 +97,7 @@ def listening(process: psutil.Process) -> set[str]:
     """The addresses that a process and its descendants listen on."""
     addresses = set()
     for member in [process, *process.children(recursive=True)]:
-        with suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+        with suppress(psutil.NoSuchProcess):  # the process has ended
             addresses |= {
                 connection.laddr.ip
                 for connection in member.net_connections("inet")

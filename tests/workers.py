@@ -1,4 +1,6 @@
-"""One of several processes that train together; `python -m torch.distributed.run … -m workers CASE FOLDER`.
+"""One of several processes that train together.
+
+    python -m torch.distributed.run … -m workers CASE FOLDER
 
 Each case compares the results of the group with those of one process on the same tokens, and prints a line if
 they are equal.
@@ -36,14 +38,14 @@ ROWS = [
 ]
 
 
-def fresh(settings: TrainConfig) -> nn.Module:
+def fresh_model(settings: TrainConfig) -> nn.Module:
     model = tiny_llama()
     patch(model, settings.rope)
     return model if settings.optimizer.tuning == "full" else add_lora(model, settings.lora, seed=0)
 
 
 def settings(**values: object) -> TrainConfig:
-    given = {
+    defaults = {
         "data_path": "-",
         "batch_size": 3,
         "branches_per_sample": 2,
@@ -51,7 +53,7 @@ def settings(**values: object) -> TrainConfig:
         "accumulation_steps": 2,
     }
     return TrainConfig.model_validate(
-        {**given, "learning_rate": 0.01, "checkpoint_every": 2, "log_every": 1, **values}
+        {**defaults, "learning_rate": 0.01, "checkpoint_every": 2, "log_every": 1, **values}
     )
 
 
@@ -62,9 +64,9 @@ def batches(config: TrainConfig) -> list[Batch]:
     ]
 
 
-def mean_gradient(loss: TargetLoss, own: list[Batch]) -> Tensor:
+def mean_gradient(loss: TargetLoss, own_batches: list[Batch]) -> Tensor:
     """Mean gradient over the targets of all workers, as `optimizer_step` computes it."""
-    totals = accumulate_gradients(loss, iter(own), len(own)).all_reduce(loss.device)
+    totals = accumulate_gradients(loss, iter(own_batches), len(own_batches)).all_reduce(loss.device)
     gradients = [weight.grad for weight in trainable(loss)]
     parts = [
         grad.full_tensor() if isinstance(grad, DTensor) else sum_over_workers(grad.clone())
@@ -75,29 +77,29 @@ def mean_gradient(loss: TargetLoss, own: list[Batch]) -> Tensor:
 
 
 def with_nonzero_lora(model: nn.Module) -> nn.Module:
-    """Fill the B matrices: with fresh LoRA, where they are zero, half of the gradients are zero."""
+    """Fill the B matrices: while they are zero, as in a new adapter, half of the gradients are zero."""
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             nn.init.constant_(weight, 0.05)
     return model
 
 
-def token_exact(config: TrainConfig) -> None:
-    """Two batches of different size per worker, against all of them in one forward pass of one process."""
+def check_gradients(config: TrainConfig) -> None:
+    """Compare the gradient of batches of unequal size on several workers with that of one forward pass."""
     rank, workers = dist.get_rank(), dist.get_world_size()
-    chosen = batches(config)[: 2 * workers - 1]  # the last worker has one less
+    chosen = batches(config)[: 2 * workers - 1]  # the last worker has one batch less
     samples = [
         sample
         for group in islice(sample_batches(ROWS, config.data, EpochSeed(config.optimizer.seed)), len(chosen))
         for sample in group.samples
     ]
-    loss = TargetLoss(with_nonzero_lora(fresh(config)), config.rope.visibility)
+    loss = TargetLoss(with_nonzero_lora(fresh_model(config)), config.rope.visibility)
     single = accumulate_gradients(loss, iter([make_batch(samples, config.rope, 0)]), 1)
     expected = (
         torch.cat([weight.grad.flatten() for weight in trainable(loss) if weight.grad is not None])
         / single.targets
     )
-    distributed = TargetLoss(with_nonzero_lora(fresh(config)), config.rope.visibility)
+    distributed = TargetLoss(with_nonzero_lora(fresh_model(config)), config.rope.visibility)
     if config.workers.sharding == "full":
         shard(distributed)
     actual = mean_gradient(distributed, chosen[rank::workers])
@@ -109,7 +111,7 @@ class LossRecorder:
     """Hooks that record losses, and ask to stop at poll `stop_at`."""
 
     def __init__(self, stop_at: int | None) -> None:
-        self.polled, self.stop_at, self.losses = 0, stop_at, dict[int, float]()
+        self.num_polls, self.stop_at, self.losses = 0, stop_at, dict[int, float]()
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         if "loss" in metrics:
@@ -120,15 +122,15 @@ class LossRecorder:
     def report(self, metrics: Mapping[str, float], step: int) -> None: ...
 
     def should_stop(self) -> bool:
-        self.polled += 1
-        return self.polled == self.stop_at
+        self.num_polls += 1
+        return self.num_polls == self.stop_at
 
 
 def run(
     config: TrainConfig, folder: Path, stop_at: int | None = None
 ) -> tuple[dict[int, float], dict[str, Tensor]]:
     rank, workers = dist.get_rank(), dist.get_world_size()
-    model, hooks = fresh(config), LossRecorder(stop_at)
+    model, hooks = fresh_model(config), LossRecorder(stop_at)
     manager = CheckpointManager(RemotePath(folder), 2) if rank == 0 else None
     newest = [manager.resume(config.fingerprint(), print) if manager else None]
     dist.broadcast_object_list(newest)
@@ -136,7 +138,7 @@ def run(
     def stream(epoch: int, first: int) -> Iterator[Batch]:
         yield from batches(config)[first + rank :: workers]
 
-    held_out = {1: batches(config)[rank :: workers + 1]}  # one worker may have more than another
+    held_out = {1: batches(config)[rank :: workers + 1]}  # workers may have unequal numbers of batches
     train(TrainingInputs(config, model, stream, hooks, 8, held_out, manager), newest[0])
     weights = full_weights(model)
     if manager:
@@ -145,12 +147,12 @@ def run(
     return hooks.losses, weights
 
 
-def resumed(config: TrainConfig, folder: Path) -> None:
-    """Stopped and resumed against undisturbed, bit for bit; sharded against unsharded, closely."""
+def check_resume(config: TrainConfig, folder: Path) -> None:
+    """A resumed run equals an undisturbed one bit for bit; a sharded run is close to an unsharded one."""
     losses, weights = run(config, folder / "whole")
     first, _ = run(config, folder / "cut", stop_at=2)
-    second, actual = run(config, folder / "cut")
-    assert first | second == losses
+    resumed, actual = run(config, folder / "cut")
+    assert first | resumed == losses
     assert all(torch.equal(actual[name], value) for name, value in weights.items())
     if config.workers.sharding == "full":
         _, unsharded = run(config.replace(sharding="none"), folder / "plain")
@@ -161,15 +163,15 @@ def resumed(config: TrainConfig, folder: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    case, place = sys.argv[1], Path(sys.argv[2])
+    case, folder = sys.argv[1], Path(sys.argv[2])
     for sharding in ("none", "full"):
         for tuning in ("lora", "full"):
-            asked = settings(
+            config = settings(
                 sharding=sharding, tuning=tuning, lora_dropout=0.0 if sharding == "full" else 0.1
             )
             if case == "gradients":
-                token_exact(asked.replace(lora_dropout=0.0))
+                check_gradients(config.replace(lora_dropout=0.0))
             else:
-                resumed(asked, place / f"{sharding}-{tuning}")
+                check_resume(config, folder / f"{sharding}-{tuning}")
             print(f"{sharding} {tuning} agrees", flush=True)
     dist.destroy_process_group()

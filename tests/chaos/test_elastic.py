@@ -1,6 +1,7 @@
-"""A node of the cluster gets a real SIGKILL while a worker trains on it; the run goes on with the other one,
-and with two again as soon as another node is there. Whoever trains, every record is trained on once an epoch,
-and every step is logged once.
+"""A node is killed (SIGKILL) while a worker trains on it, and another node joins.
+
+The run continues with one worker, then with two again. Every record is trained on once an epoch, and every
+step is logged once, whatever the number of workers.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from ray.cluster_utils import Cluster
 from runs import prepare
 
 ROOT = Path(__file__).resolve().parents[2]
-RECORDS, EPOCHS, EVERY = 600, 12, 10
+RECORDS, EPOCHS, CHECKPOINT_EVERY = 600, 12, 10
 NODE = {"num_cpus": 1, "node_ip_address": "127.0.0.1"}  # has room for one worker
 
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
-    """A head that has no room for workers, and two nodes."""
+    """A head without room for workers, and two nodes with room for one worker each."""
     folder = tempfile.mkdtemp(prefix="pm-")  # short: socket paths may have 107 characters
     paths = os.pathsep.join([str(ROOT / "platform"), str(ROOT)])
     local = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": folder}
@@ -49,55 +50,55 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
-    """A working directory with a model, data and settings. No node was started in it."""
+def cwd(tmp_path: Path) -> Path:
+    """A working directory with a model, data and settings; no node runs in it."""
     settings = {
         "branches_per_sample": 3,
         "epochs": EPOCHS,
         "log_every": 1,
-        "checkpoint_every": EVERY,
+        "checkpoint_every": CHECKPOINT_EVERY,
         "num_workers": 2,
         "min_workers": 1,
     }
     return prepare(tmp_path, RECORDS, settings)
 
 
-class Running:
-    """A training command on a cluster that was there before it."""
+class TrainingCommand:
+    """A running training command on an existing cluster."""
 
-    def __init__(self, place: Path, address: str) -> None:
-        self._place, self._output = place, place / "output"
+    def __init__(self, cwd: Path, address: str) -> None:
+        self._cwd, self._log = cwd, cwd / "output"
         command = [sys.executable, "-m", "workloads.train", "run.yaml", f"ray_address={address}"]
-        with open(self._output, "w") as log:
-            self.driver = subprocess.Popen(command, cwd=place, stdout=log, stderr=subprocess.STDOUT)
+        with open(self._log, "w") as output:
+            self.driver = subprocess.Popen(command, cwd=cwd, stdout=output, stderr=subprocess.STDOUT)
 
-    def said(self) -> str:
-        return self._output.read_text()
+    def output(self) -> str:
+        return self._log.read_text()
 
-    def step(self) -> int:
-        """The newest step that a checkpoint was written at."""
-        return max((int(path.name[5:]) for path in self._place.glob("runs/*/checkpoints/step-*")), default=0)
+    def checkpoint_step(self) -> int:
+        """The step of the newest checkpoint."""
+        return max((int(path.name[5:]) for path in self._cwd.glob("runs/*/checkpoints/step-*")), default=0)
 
     def wait_for(
-        self, condition: Callable[[], object], meanwhile: Callable[[], None] = lambda: time.sleep(0.2)
+        self, condition: Callable[[], object], between_polls: Callable[[], None] = lambda: time.sleep(0.2)
     ) -> None:
         deadline = time.monotonic() + 200
         while not condition():
-            assert self.driver.poll() is None, self.said()[-3000:]
-            assert time.monotonic() < deadline, self.said()[-3000:]
-            meanwhile()
+            assert self.driver.poll() is None, self.output()[-3000:]
+            assert time.monotonic() < deadline, self.output()[-3000:]
+            between_polls()
 
 
 def worker_on(node: Any) -> psutil.Process:
-    """The worker that trains on a node."""
+    """The training worker of a node."""
     raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-    living = [process for process in raylet.children() if process.status() != psutil.STATUS_ZOMBIE]
-    (found,) = [process for process in living if "ray::RayTrainWorker" in " ".join(process.cmdline())]
-    return found
+    processes = [process for process in raylet.children() if process.status() != psutil.STATUS_ZOMBIE]
+    (worker,) = [process for process in processes if "ray::RayTrainWorker" in " ".join(process.cmdline())]
+    return worker
 
 
-def hold_back(worker: psutil.Process) -> None:
-    """Stop it for most of a second: on a fast machine too, it must not be done before another joins."""
+def slow_down(worker: psutil.Process) -> None:
+    """Suspend the worker for 0.9 s, so that the run does not end before another node joins."""
     try:
         worker.suspend()
         time.sleep(0.9)
@@ -108,27 +109,29 @@ def hold_back(worker: psutil.Process) -> None:
 
 
 @pytest.mark.chaos
-def test_a_run_goes_on_with_fewer_workers_while_a_node_is_lost(cluster: Cluster, place: Path) -> None:
-    running = Running(place, cluster.address)
+def test_a_run_continues_with_fewer_workers_while_a_node_is_lost(cluster: Cluster, cwd: Path) -> None:
+    running = TrainingCommand(cwd, cluster.address)
     try:
-        running.wait_for(lambda: running.step() >= 2 * EVERY)
-        assert running.said().count("2 of 2 workers") == 1
+        running.wait_for(lambda: running.checkpoint_step() >= 2 * CHECKPOINT_EVERY)
+        assert running.output().count("2 of 2 workers") == 1
         lost, kept = cluster.worker_nodes
         lost.kill_raylet()
-        running.wait_for(lambda: "1 of 2 workers" in running.said())
-        reached = running.step()
-        running.wait_for(lambda: running.step() > reached)
-        alone = worker_on(kept)
+        running.wait_for(lambda: "1 of 2 workers" in running.output())
+        step_after_loss = running.checkpoint_step()
+        running.wait_for(lambda: running.checkpoint_step() > step_after_loss)
+        remaining_worker = worker_on(kept)
         cluster.add_node(**NODE)
-        running.wait_for(lambda: running.said().count("2 of 2 workers") == 2, lambda: hold_back(alone))
-        assert running.driver.wait(timeout=200) == 0, running.said()[-3000:]
+        running.wait_for(
+            lambda: running.output().count("2 of 2 workers") == 2, lambda: slow_down(remaining_worker)
+        )
+        assert running.driver.wait(timeout=200) == 0, running.output()[-3000:]
     finally:
         running.driver.kill()
-    said = running.said()
-    assert "lost a worker; restarting" in said
-    assert said.count("resuming from") >= 2
-    assert len(list(place.glob("runs/*/adapter/parallelmind.json"))) == 1
-    with sqlite3.connect(place / "mlflow.db") as database:
+    output = running.output()
+    assert "lost a worker; restarting" in output
+    assert output.count("resuming from") >= 2
+    assert len(list(cwd.glob("runs/*/adapter/parallelmind.json"))) == 1
+    with sqlite3.connect(cwd / "mlflow.db") as database:
         assert database.execute("SELECT status FROM runs").fetchall() == [("FINISHED",)]
         branches = database.execute(
             "SELECT step, value FROM metrics WHERE key = 'branches' ORDER BY step"
@@ -150,12 +153,12 @@ def test_a_run_goes_on_with_fewer_workers_while_a_node_is_lost(cluster: Cluster,
         ([1], 10, 0.06),
     ],
 )
-def test_an_elastic_worker_takes_most_of_its_part_of_a_node(
+def test_an_elastic_worker_reserves_most_of_its_share_of_a_node(
     monkeypatch: pytest.MonkeyPatch, nodes: list[float], workers: int, cpus: float
 ) -> None:
-    with patch.dict(os.environ):  # Ray's settings are for a process of its own
+    with patch.dict(os.environ):  # the import sets variables for Ray
         from workloads.common.resources import cpus_per_elastic_worker
     monkeypatch.setattr(
-        ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": found}} for found in nodes]
+        ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": cores}} for cores in nodes]
     )
     assert cpus_per_elastic_worker(workers) == cpus

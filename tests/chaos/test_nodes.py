@@ -1,6 +1,4 @@
-"""Training on two nodes: one of them dies, or is out of reach for half a minute. The run ends as if nothing
-had happened.
-"""
+"""Training on two nodes: one is killed, or disconnected for half a minute; the result stays the same."""
 
 from __future__ import annotations
 
@@ -18,24 +16,24 @@ from runs import prepare
 from parallelmind.storage import sha256
 
 pytestmark = [pytest.mark.chaos, nodes.requires_namespaces]
-EVERY, CUT_S = 10, 30
+CHECKPOINT_EVERY, DISCONNECTED_S = 10, 30
 SETTINGS = {
     "branches_per_sample": 3,
     "epochs": 4,
     "log_every": 1,
-    "checkpoint_every": EVERY,
+    "checkpoint_every": CHECKPOINT_EVERY,
     "num_workers": 2,
 }
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working directory with a model, data and settings, that all nodes see."""
+def cwd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory with a model, data and settings; all nodes share it."""
     return prepare(tmp_path_factory.mktemp("nodes"), 600, SETTINGS)
 
 
-def start(place: Path, cluster: Nodes, name: str) -> subprocess.Popen[bytes]:
-    line = [
+def start_training(cwd: Path, cluster: Nodes, name: str) -> subprocess.Popen[bytes]:
+    command = [
         sys.executable,
         "-m",
         "workloads.train",
@@ -43,77 +41,79 @@ def start(place: Path, cluster: Nodes, name: str) -> subprocess.Popen[bytes]:
         f"output_dir={name}",
         f"ray_address={cluster.address}",
     ]
-    line.append(f"mlflow_uri=sqlite:///{name}.db")
-    with open(place / f"{name}.log", "wb") as log:
+    command.append(f"mlflow_uri=sqlite:///{name}.db")
+    with open(cwd / f"{name}.log", "wb") as output:
         return subprocess.Popen(
-            cluster.host.command(*line),
-            cwd=place,
+            cluster.host.command(*command),
+            cwd=cwd,
             env=cluster.host.environment(),
-            stdout=log,
+            stdout=output,
             stderr=subprocess.STDOUT,
         )
 
 
-def said(place: Path, name: str) -> str:
-    return (place / f"{name}.log").read_text()
+def read_log(cwd: Path, name: str) -> str:
+    return (cwd / f"{name}.log").read_text()
 
 
-def wait_for(running: subprocess.Popen[bytes], place: Path, name: str, holds: Callable[[], object]) -> None:
+def wait_for(process: subprocess.Popen[bytes], cwd: Path, name: str, condition: Callable[[], object]) -> None:
     deadline = time.monotonic() + 240
-    while not holds():
-        assert running.poll() is None, said(place, name)[-3000:]
-        assert time.monotonic() < deadline, said(place, name)[-3000:]
+    while not condition():
+        assert process.poll() is None, read_log(cwd, name)[-3000:]
+        assert time.monotonic() < deadline, read_log(cwd, name)[-3000:]
         time.sleep(0.1)
 
 
-def weights(place: Path, name: str) -> str:
-    (found,) = (place / name).glob("*/adapter/adapter_model.safetensors")
-    return sha256(found)
+def adapter_hash(cwd: Path, name: str) -> str:
+    (file,) = (cwd / name).glob("*/adapter/adapter_model.safetensors")
+    return sha256(file)
 
 
-def steps(place: Path, name: str) -> int:
-    return max((int(path.name[5:]) for path in (place / name).glob("*/checkpoints/step-*")), default=0)
+def checkpoint_step(cwd: Path, name: str) -> int:
+    return max((int(path.name[5:]) for path in (cwd / name).glob("*/checkpoints/step-*")), default=0)
 
 
-def ended(running: subprocess.Popen[bytes], place: Path, name: str) -> None:
-    assert running.wait(timeout=300) == 0, said(place, name)[-3000:]
+def wait_for_success(process: subprocess.Popen[bytes], cwd: Path, name: str) -> None:
+    assert process.wait(timeout=300) == 0, read_log(cwd, name)[-3000:]
 
 
 @pytest.fixture
-def running() -> Iterator[list[subprocess.Popen[bytes]]]:
-    """What a test has started and may not have ended."""
-    begun: list[subprocess.Popen[bytes]] = []
-    yield begun
-    for each in begun:
-        each.kill()
+def started() -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Processes that the test adds when it starts them; they are killed at its end."""
+    processes: list[subprocess.Popen[bytes]] = []
+    yield processes
+    for process in processes:
+        process.kill()
 
 
-def test_a_killed_node_and_one_that_joins(place: Path, running: list[subprocess.Popen[bytes]]) -> None:
-    with nodes.network("head", "a", "b") as (head, a, b), nodes.cluster(cpus=0, place=head) as cluster:
-        first, _ = cluster.add(cpus=1, place=a), cluster.add(cpus=1, place=b)
+def test_a_killed_node_is_replaced_by_one_that_joins(
+    cwd: Path, started: list[subprocess.Popen[bytes]]
+) -> None:
+    with nodes.network("head", "a", "b") as (head, a, b), nodes.cluster(cpus=0, host=head) as cluster:
+        first_node, _ = cluster.add(cpus=1, host=a), cluster.add(cpus=1, host=b)
         cluster.wait_for(3)
-        running.append(start(place, cluster, "whole"))
-        ended(running[-1], place, "whole")
-        running.append(start(place, cluster, "killed"))
-        wait_for(running[-1], place, "killed", lambda: steps(place, "killed") >= 2 * EVERY)
-        first.kill()
-        cluster.add(cpus=1, place=a)
-        ended(running[-1], place, "killed")
-    assert "lost a worker" in said(place, "killed")
-    assert weights(place, "killed") == weights(place, "whole")
+        started.append(start_training(cwd, cluster, "whole"))
+        wait_for_success(started[-1], cwd, "whole")
+        started.append(start_training(cwd, cluster, "killed"))
+        wait_for(started[-1], cwd, "killed", lambda: checkpoint_step(cwd, "killed") >= 2 * CHECKPOINT_EVERY)
+        first_node.kill()
+        cluster.add(cpus=1, host=a)
+        wait_for_success(started[-1], cwd, "killed")
+    assert "lost a worker" in read_log(cwd, "killed")
+    assert adapter_hash(cwd, "killed") == adapter_hash(cwd, "whole")
 
 
-def test_a_network_that_is_cut_for_half_a_minute(place: Path, running: list[subprocess.Popen[bytes]]) -> None:
-    with nodes.network("a", "b") as (here, there), nodes.cluster(cpus=1, place=here) as cluster:
-        far = cluster.add(cpus=1, place=there)
+def test_a_node_is_disconnected_for_half_a_minute(cwd: Path, started: list[subprocess.Popen[bytes]]) -> None:
+    with nodes.network("a", "b") as (near_host, far_host), nodes.cluster(cpus=1, host=near_host) as cluster:
+        far_node = cluster.add(cpus=1, host=far_host)
         cluster.wait_for(2)
-        running.append(start(place, cluster, "uncut"))
-        ended(running[-1], place, "uncut")
-        running.append(start(place, cluster, "cut"))
-        wait_for(running[-1], place, "cut", lambda: steps(place, "cut") >= 2 * EVERY)
-        with nodes.disconnect(there):
-            time.sleep(CUT_S)
-        if not far.alive():  # it was given up; whoever looks after nodes starts it again
-            cluster.add(cpus=1, place=there)
-        ended(running[-1], place, "cut")
-    assert weights(place, "cut") == weights(place, "uncut")
+        started.append(start_training(cwd, cluster, "uncut"))
+        wait_for_success(started[-1], cwd, "uncut")
+        started.append(start_training(cwd, cluster, "cut"))
+        wait_for(started[-1], cwd, "cut", lambda: checkpoint_step(cwd, "cut") >= 2 * CHECKPOINT_EVERY)
+        with nodes.disconnect(far_host):
+            time.sleep(DISCONNECTED_S)
+        if not far_node.alive():  # the cluster gave it up; an operator starts it again
+            cluster.add(cpus=1, host=far_host)
+        wait_for_success(started[-1], cwd, "cut")
+    assert adapter_hash(cwd, "cut") == adapter_hash(cwd, "uncut")

@@ -1,6 +1,4 @@
-"""Engines on two nodes: one of them dies, or cannot be reached for half a minute, and every request is
-answered as ever.
-"""
+"""Engines on two nodes: one node is killed, or disconnected for half a minute; responses stay complete."""
 
 from __future__ import annotations
 
@@ -8,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +21,7 @@ from servers import ROOT, Server, save_talker
 from serving.runtime.ports import free_port
 
 pytestmark = [pytest.mark.chaos, nodes.requires_namespaces]
-CUT_S, CLIENTS = 30, 4
+DISCONNECTED_S, CLIENTS = 30, 4
 BODY: dict[str, Any] = {
     "model": "talker",
     "main": "the passage says who works where.",
@@ -38,16 +36,16 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def deploy(cluster: Nodes, base: str, folder: Path) -> Server:
-    """The application for clusters, with one engine on each of two nodes; returns it once both are up."""
+    """Deploy serve.yaml with one engine on each of two nodes; return the server once both engines run."""
     config = yaml.safe_load((ROOT / "serving" / "serve.yaml").read_text(encoding="utf-8"))
-    config["proxy_location"] = "HeadOnly"  # the nodes are one machine
+    config["proxy_location"] = "HeadOnly"  # the nodes share one machine
     config["http_options"] = {"host": "0.0.0.0", "port": free_port()}
     (application,) = config["applications"]
     application["args"] = {"base_model": base, "min_replicas": 2, "max_replicas": 2, "num_cpus": 2}
     application["runtime_env"] = {}
     (folder / "serve.yaml").write_text(yaml.safe_dump(config))
     dashboard = f"http://127.0.0.1:{cluster.dashboard}"
-    line = [
+    command = [
         sys.executable,
         "-m",
         "ray.serve.scripts",
@@ -56,40 +54,40 @@ def deploy(cluster: Nodes, base: str, folder: Path) -> Server:
         "--address",
         dashboard,
     ]
-    done = subprocess.run(
-        cluster.host.command(*line),
+    completed = subprocess.run(
+        cluster.host.command(*command),
         cwd=ROOT,
         env=cluster.host.environment(),
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    found = Server(cluster.nodes[0].process, config["http_options"]["port"], folder / "log", cluster.host.ip)
-    wait_for(lambda: healthy(found) and all(node.family("EngineReplica") for node in cluster.nodes[1:]))
-    return found
+    assert completed.returncode == 0, completed.stderr
+    server = Server(cluster.nodes[0].process, config["http_options"]["port"], folder / "log", cluster.host.ip)
+    wait_for(lambda: is_healthy(server) and all(node.family("EngineReplica") for node in cluster.nodes[1:]))
+    return server
 
 
-def healthy(server: Server) -> bool:
+def is_healthy(server: Server) -> bool:
     try:
         return server.get("/health")[0] == 200
     except (OSError, ValueError):
         return False
 
 
-def wait_for(holds: Any) -> None:
+def wait_for(condition: Callable[[], object]) -> None:
     deadline = time.monotonic() + 180
-    while not holds():
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.3)
 
 
-def asked(server: Server, stream: bool) -> list[list[int]]:
-    """Tokens of both branches; an answer that is cut short or refused fails."""
+def outputs_of(server: Server, stream: bool) -> list[list[int]]:
+    """Tokens of both branches of one request; fails if it is rejected or its stream is cut off."""
     if not stream:
-        status, found = server.post("/v1/branches", BODY)
-        assert status == 200, found
-        return [branch["tokens"] for branch in found["branches"]]
+        status, response = server.post("/v1/branches", BODY)
+        assert status == 200, response
+        return [branch["tokens"] for branch in response["branches"]]
     tokens: list[list[int]] = [[], []]
     event: Any = None
     for event in server.stream("/v1/branches", BODY):
@@ -101,59 +99,65 @@ def asked(server: Server, stream: bool) -> list[list[int]]:
 
 @contextmanager
 def load(server: Server) -> Iterator[list[int]]:
-    """Clients that ask again and again until the end of the block, half of them for streams; all get what a
-    quiet server says.
-    """
-    expected, over, answered = asked(server, False), threading.Event(), [0]
+    """Send requests from several clients until the end of the block, half of them streamed.
 
-    def ask(number: int) -> None:
-        while not over.is_set():
-            assert asked(server, stream=number % 2 == 0) == expected
+    Every response must equal that of the idle server. Yields a list with the number of responses.
+    """
+    expected, stopped, answered = outputs_of(server, False), threading.Event(), [0]
+
+    def send_requests(number: int) -> None:
+        while not stopped.is_set():
+            assert outputs_of(server, stream=number % 2 == 0) == expected
             answered[0] += 1
 
     with ThreadPoolExecutor(CLIENTS) as pool:
-        asking = [pool.submit(ask, number) for number in range(CLIENTS)]
+        running_clients = [pool.submit(send_requests, number) for number in range(CLIENTS)]
         try:
             wait_for(lambda: answered[0] >= CLIENTS)
             yield answered
         finally:
-            over.set()
-        for each in asking:
-            each.result()
+            stopped.set()
+        for client in running_clients:
+            client.result()
 
 
-def without_front(cluster: Nodes) -> Node:
-    """A node with an engine alone: who loses the way in notices."""
+def node_without_ingress(cluster: Nodes) -> Node:
+    """A node with an engine and no ingress: clients notice the loss of their ingress."""
     return next(node for node in cluster.nodes[1:] if not node.family("Ingress"))
 
 
-def test_a_lost_node_is_not_noticed(base: str, tmp_path: Path) -> None:
+def test_clients_do_not_notice_a_killed_node(base: str, tmp_path: Path) -> None:
     with (
         nodes.network("head", "a", "b") as (head, a, b),
-        nodes.cluster(cpus=1, place=head, serves=True) as cluster,
+        nodes.cluster(cpus=1, host=head, serves=True) as cluster,
     ):
-        places = {id(cluster.add(cpus=3, place=place)): place for place in (a, b)}
+        hosts = {id(cluster.add(cpus=3, host=host)): host for host in (a, b)}
         cluster.wait_for(3)
         server = deploy(cluster, base, tmp_path)
         with load(server) as answered:
-            lost = without_front(cluster)
-            lost.kill()
+            lost_node = node_without_ingress(cluster)
+            lost_node.kill()
             before = answered[0]
             wait_for(lambda: answered[0] > before + 3 * CLIENTS)
-            cluster.nodes.remove(lost)
-            joined = cluster.add(cpus=3, place=places[id(lost)])
-            wait_for(lambda: joined.family("EngineReplica"))
+            cluster.nodes.remove(lost_node)
+            new_node = cluster.add(cpus=3, host=hosts[id(lost_node)])
+            wait_for(lambda: new_node.family("EngineReplica"))
             before = answered[0]
             wait_for(lambda: answered[0] > before + 3 * CLIENTS)
 
 
-def test_a_network_that_is_cut_for_half_a_minute(base: str, tmp_path: Path) -> None:
-    with nodes.network("a", "b") as (here, there), nodes.cluster(cpus=3, place=here, serves=True) as cluster:
-        cluster.add(cpus=2, place=there)
+def test_clients_do_not_notice_a_node_that_is_disconnected_for_half_a_minute(
+    base: str, tmp_path: Path
+) -> None:
+    with (
+        nodes.network("a", "b") as (near_host, far_host),
+        nodes.cluster(cpus=3, host=near_host, serves=True) as cluster,
+    ):
+        cluster.add(cpus=2, host=far_host)
         cluster.wait_for(2)
         server = deploy(cluster, base, tmp_path)
         with load(server) as answered:
-            with nodes.disconnect(there):
-                time.sleep(CUT_S)
+            with nodes.disconnect(far_host):
+                time.sleep(DISCONNECTED_S)
             before = answered[0]
             wait_for(lambda: answered[0] > before + 3 * CLIENTS)

@@ -21,8 +21,8 @@ WAIT = 120_000  # milliseconds; the machine may be busy with other tests
 
 
 @contextmanager
-def browsing() -> Iterator[Browser]:
-    """Skips the test where there is no playwright or no Chromium."""
+def running_browser() -> Iterator[Browser]:
+    """A running browser. Skips the test without playwright or Chromium."""
     pytest.importorskip("playwright.sync_api")
     try:
         installed()
@@ -33,7 +33,7 @@ def browsing() -> Iterator[Browser]:
 
 
 class Playground:
-    """What a person sees and does, by the names that they see."""
+    """The page as a user sees it: elements are located by their labels and roles."""
 
     def __init__(self, page: Page, site: str) -> None:
         self.page, self.site = page, site.rstrip("/")
@@ -53,9 +53,10 @@ class Playground:
     def branch_field(self, number: int) -> Locator:
         return self.page.get_by_role("textbox", name=f"Branch {number}", exact=True)
 
-    def write(self, main: str, *branches: str, **settings: str) -> None:
-        """Fill in the form. A setting goes by its label, in lower case and with underscores; greedy, as the
-        model never ends.
+    def fill_form(self, main: str, *branches: str, **settings: str) -> None:
+        """Fill in the form; the temperature is 0 unless given.
+
+        settings: by label, in lower case and with underscores.
         """
         self.field("Main").fill(main)
         for number, text in enumerate(branches, 1):
@@ -80,13 +81,13 @@ class Playground:
     def stop_button(self, number: int) -> Locator:
         return self.page.get_by_role("button", name=f"Stop branch {number}", exact=True)
 
-    def reason(self, number: int) -> str:
-        """Wait until the branch has ended, and say why it has."""
+    def finish_reason(self, number: int) -> str:
+        """Wait until the branch has ended; return its finish reason."""
         self.state(number).filter(has_text=_ENDED).wait_for()
         return self.state(number).inner_text()
 
     def tab_to(self, target: Locator, at_most: int = 40) -> None:
-        """Press Tab until the target has the focus. Every stop on the way must be visibly focused."""
+        """Press Tab until the target has the focus. Every element on the way must show a focus outline."""
         for _ in range(at_most):
             self.page.keyboard.press("Tab")
             outline = self.page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
@@ -95,8 +96,8 @@ class Playground:
                 return
         pytest.fail(f"Tab does not reach {target}")
 
-    def answer(self, body: str = "", status: int = 200, **headers: str) -> None:
-        """Let every new sample have this answer, whatever the server would say."""
+    def respond_with(self, body: str = "", status: int = 200, **headers: str) -> None:
+        """Respond to every new sample with this body instead of passing the request to the server."""
 
         def fulfil(route: Route) -> None:
             kind = "text/event-stream" if status == 200 else "application/json"
@@ -105,7 +106,7 @@ class Playground:
         self.page.route("**/v1/branches", fulfil)
 
     def overflow(self) -> int:
-        """By how many pixels the page is wider than the window."""
+        """Pixels by which the page is wider than the window."""
         return self.page.evaluate(
             "document.documentElement.scrollWidth - document.documentElement.clientWidth"
         )
@@ -115,14 +116,14 @@ def has_focus(target: Locator) -> bool:
     return target.count() == 1 and target.evaluate("node => node === document.activeElement")
 
 
-def begun(branches: int = 1) -> dict[str, Any]:
-    places = [
+def begun_event(branches: int = 1) -> dict[str, Any]:
+    starts = [
         {"index": index, "prompt_tokens": 2, "branch": index + 1, "time": 3} for index in range(branches)
     ]
-    return {"id": "smp-1", "object": "branches.begun", "model": "tiny", "branches": places}
+    return {"id": "smp-1", "object": "branches.begun", "model": "tiny", "branches": starts}
 
 
-def step(*texts: str, time: int = 5, reason: str | None = None) -> dict[str, Any]:
+def step_event(*texts: str, time: int = 5, reason: str | None = None) -> dict[str, Any]:
     """One decoding step, with one text for each branch."""
     deltas = [
         {"index": index, "text": text, "token": 7, "branch": index + 1, "time": time, "finish_reason": reason}
@@ -131,13 +132,13 @@ def step(*texts: str, time: int = 5, reason: str | None = None) -> dict[str, Any
     return {"id": "smp-1", "object": "branches.step", "deltas": deltas}
 
 
-def stream(*events: dict[str, Any], done: bool = True) -> str:
+def stream_body(*events: dict[str, Any], done: bool = True) -> str:
     return "".join(f"data: {json.dumps(event)}\n\n" for event in events) + (
         "data: [DONE]\n\n" if done else ""
     )
 
 
-def error(message: str, param: str | None = None) -> str:
+def error_body(message: str, param: str | None = None) -> str:
     return json.dumps(
         {"error": {"message": message, "type": "invalid_request_error", "param": param, "code": None}}
     )

@@ -1,4 +1,4 @@
-"""The site that the browser visits: a server with a model slow enough for clicks to reach running samples."""
+"""Fixtures: a server whose model is slow enough for clicks to reach running samples, and a browser."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from e2e.browser import Playground, browsing
+from e2e.browser import Playground, running_browser
 from servers import serving
 from tiny import tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -49,7 +49,7 @@ def _save_slow_model(folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with browsing() as started:
+    with running_browser() as started:
         yield started
 
 
@@ -57,7 +57,7 @@ def browser() -> Iterator[Browser]:
 def playground(browser: Browser, site: str, request: pytest.FixtureRequest) -> Iterator[Playground]:
     width, height = getattr(request, "param", (1280, 800))
     context = browser.new_context(viewport={"width": width, "height": height}, reduced_motion="reduce")
-    shown = Playground(context.new_page(), site)
-    shown.open()
-    yield shown
+    opened = Playground(context.new_page(), site)
+    opened.open()
+    yield opened
     context.close()

@@ -1,6 +1,4 @@
-"""The playground, used as a person uses it. `site` is a server with a model named tiny that can write some
-hundred tokens.
-"""
+"""The playground in a browser, with a server whose model named tiny decodes some hundred tokens."""
 
 from __future__ import annotations
 
@@ -17,50 +15,53 @@ pytestmark = pytest.mark.slow
 
 MAIN = "For lunch Ada likes rice."
 QUESTIONS = ("What does Ada eat?", "Who likes rice?")
-FEW, MANY = "8", "200"  # tokens: seen to the end; still running while the test does something
-PLACE = re.compile(r"branch (\d+), time (\d+)\ntoken \d+")
+FEW, MANY = "8", "200"  # tokens: of a branch that ends soon; of one that still runs while the test acts
+COORDINATES = re.compile(r"branch (\d+), time (\d+)\ntoken \d+")
 POLICY = {"Content-Security-Policy": "default-src 'self'"}
 
 
 def test_page_loads_without_errors_or_foreign_requests(browser: Browser, site: str) -> None:
     page = browser.new_page()
     urls: list[str] = []
-    wrong: list[str] = []
-    page.on("request", lambda sent: urls.append(sent.url))
-    # Chromium calls a stream aborted that has come to its end, if its answer must not be stored.
+    errors: list[str] = []
+    page.on("request", lambda request: urls.append(request.url))
+    # Chromium reports a complete stream as aborted if the response must not be stored.
     page.on(
-        "requestfailed", lambda sent: wrong.append(sent.url) if sent.failure != "net::ERR_ABORTED" else None
+        "requestfailed",
+        lambda request: errors.append(request.url) if request.failure != "net::ERR_ABORTED" else None,
     )
-    page.on("response", lambda got: wrong.append(got.url) if got.status >= 400 else None)
-    page.on("pageerror", lambda raised: wrong.append(str(raised)))
+    page.on("response", lambda response: errors.append(response.url) if response.status >= 400 else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
     page.on(
         "console",
-        lambda said: wrong.append(f"{said.text} {said.location['url']}") if said.type == "error" else None,
+        lambda message: (
+            errors.append(f"{message.text} {message.location['url']}") if message.type == "error" else None
+        ),
     )
 
     def with_policy(route: Route) -> None:
-        answer = route.fetch()
-        route.fulfill(response=answer, headers={**answer.headers, **POLICY})
+        response = route.fetch()
+        route.fulfill(response=response, headers={**response.headers, **POLICY})
 
     page.route(f"{site.rstrip('/')}/", with_policy)
-    shown = Playground(page, site)
-    shown.open()
-    shown.write(MAIN, *QUESTIONS, max_tokens=FEW)
-    shown.run()
-    shown.status.filter(has_text="Done").wait_for()
-    shown.tokens(1).first.hover()
+    playground = Playground(page, site)
+    playground.open()
+    playground.fill_form(MAIN, *QUESTIONS, max_tokens=FEW)
+    playground.run()
+    playground.status.filter(has_text="Done").wait_for()
+    playground.tokens(1).first.hover()
     page.close()
     assert [url for url in urls if not url.startswith(site)] == []
-    assert wrong == []
+    assert errors == []
 
 
 def test_branches_stream_side_by_side_and_end_with_a_reason(playground: Playground) -> None:
-    playground.write(MAIN, *QUESTIONS, max_tokens="24")
+    playground.fill_form(MAIN, *QUESTIONS, max_tokens="24")
     playground.run()
     playground.stop_button(1).wait_for()
     lengths = {playground.tokens(1).count() for _ in range(500) if playground.stop_button(1).is_visible()}
-    reasons = {playground.reason(1), playground.reason(2)}
-    assert len(lengths) > 1  # it came in pieces
+    reasons = {playground.finish_reason(1), playground.finish_reason(2)}
+    assert len(lengths) > 1  # it was streamed
     assert reasons <= {"stop", "length"}
     assert QUESTIONS[1] in playground.column(2).inner_text()
     left, right = (playground.column(number).bounding_box() for number in (1, 2))
@@ -73,17 +74,17 @@ def test_branches_stream_side_by_side_and_end_with_a_reason(playground: Playgrou
     assert playground.alert.inner_text() == ""
 
 
-def test_token_under_the_pointer_or_the_focus_tells_its_coordinates(playground: Playground) -> None:
-    playground.write(MAIN, *QUESTIONS, max_tokens=FEW)
+def test_coordinates_of_the_hovered_or_focused_token_are_shown(playground: Playground) -> None:
+    playground.fill_form(MAIN, *QUESTIONS, max_tokens=FEW)
     playground.run()
-    playground.reason(1)
-    playground.reason(2)
+    playground.finish_reason(1)
+    playground.finish_reason(2)
     number = next(
         number for number in (1, 2) if playground.tokens(number).count() > 1
-    )  # not all of it one broken character
+    )  # more than one broken character
     first, second = playground.tokens(number).nth(0), playground.tokens(number).nth(1)
     first.hover()
-    branch, time = map(int, PLACE.search(playground.card.inner_text()).groups())  # type: ignore[union-attr]
+    branch, time = map(int, COORDINATES.search(playground.card.inner_text()).groups())  # type: ignore[union-attr]
     assert first.get_attribute("title") == playground.card.inner_text()
     playground.page.mouse.move(0, 0)
     playground.card.wait_for(state="hidden")
@@ -91,33 +92,33 @@ def test_token_under_the_pointer_or_the_focus_tells_its_coordinates(playground: 
     playground.card.wait_for()
     playground.page.keyboard.press("ArrowRight")
     assert has_focus(second)
-    after = list(map(int, PLACE.search(playground.card.inner_text()).groups()))  # type: ignore[union-attr]
+    after = list(map(int, COORDINATES.search(playground.card.inner_text()).groups()))  # type: ignore[union-attr]
     assert after[0] == branch
     assert after[1] > time  # by more than one where several tokens make one character
     playground.page.keyboard.press("Escape")
     playground.card.wait_for(state="hidden")
 
 
-def test_one_branch_is_stopped_while_the_other_goes_on_to_its_end(playground: Playground) -> None:
-    playground.write(MAIN, *QUESTIONS, max_tokens=MANY)
+def test_one_branch_is_stopped_and_the_other_runs_to_its_end(playground: Playground) -> None:
+    playground.fill_form(MAIN, *QUESTIONS, max_tokens=MANY)
     playground.run()
     playground.tokens(1).nth(2).wait_for()
     playground.stop_button(1).click()
-    assert playground.reason(1) == "cancelled"
+    assert playground.finish_reason(1) == "cancelled"
     written = playground.tokens(2).count()
-    assert playground.reason(2) in {"stop", "length"}
+    assert playground.finish_reason(2) in {"stop", "length"}
     assert playground.tokens(2).count() > written
     assert playground.tokens(1).count() < playground.tokens(2).count()
 
 
 def test_stop_all_stops_every_branch_and_another_sample_can_run(playground: Playground) -> None:
-    playground.write(MAIN, *QUESTIONS, max_tokens=MANY)
+    playground.fill_form(MAIN, *QUESTIONS, max_tokens=MANY)
     playground.run()
     playground.tokens(1).nth(2).wait_for()
     playground.page.get_by_role("button", name="Stop all").click()
-    assert [playground.reason(1), playground.reason(2)] == ["cancelled", "cancelled"]
+    assert [playground.finish_reason(1), playground.finish_reason(2)] == ["cancelled", "cancelled"]
     playground.status.filter(has_text="Done").wait_for()
-    playground.write(MAIN, max_tokens=FEW)
+    playground.fill_form(MAIN, max_tokens=FEW)
     playground.run()
     playground.state(1).filter(has_text=re.compile("stop|length")).wait_for()
 
@@ -125,10 +126,10 @@ def test_stop_all_stops_every_branch_and_another_sample_can_run(playground: Play
 @pytest.mark.parametrize(
     ("label", "value", "valid"), [("Max tokens", "0", FEW), ("Temperature", "-1", "0.7")]
 )
-def test_refused_value_is_explained_and_its_field_marked(
+def test_invalid_value_is_explained_and_its_field_marked(
     playground: Playground, label: str, value: str, valid: str
 ) -> None:
-    playground.write(MAIN, *QUESTIONS, max_tokens=FEW)
+    playground.fill_form(MAIN, *QUESTIONS, max_tokens=FEW)
     playground.field(label).fill(value)
     playground.run()
     playground.alert.filter(has_text=value).wait_for()
@@ -138,12 +139,12 @@ def test_refused_value_is_explained_and_its_field_marked(
     assert playground.field(label).get_attribute("aria-invalid") == "true"
     playground.field(label).fill(valid)
     playground.run()
-    assert playground.reason(1) in {"stop", "length"}
+    assert playground.finish_reason(1) in {"stop", "length"}
     assert playground.alert.inner_text() == ""
     assert marked.count() == 0
 
 
-def test_keyboard_alone_is_enough(playground: Playground) -> None:
+def test_the_keyboard_suffices(playground: Playground) -> None:
     keyboard = playground.page.keyboard
     entries = [
         (playground.field("Main"), MAIN),
@@ -161,31 +162,31 @@ def test_keyboard_alone_is_enough(playground: Playground) -> None:
     playground.tab_to(playground.stop_button(1))
     playground.tokens(1).first.wait_for()
     keyboard.press("Enter")
-    assert playground.reason(1) == "cancelled"
+    assert playground.finish_reason(1) == "cancelled"
     assert has_focus(playground.column(1))
     playground.tab_to(playground.tokens(1).first, at_most=1)
-    assert playground.reason(2) in {"stop", "length"}
+    assert playground.finish_reason(2) in {"stop", "length"}
 
 
 def test_branch_is_added_to_the_running_sample(playground: Playground) -> None:
-    playground.write(MAIN, *QUESTIONS, max_tokens=MANY)
+    playground.fill_form(MAIN, *QUESTIONS, max_tokens=MANY)
     playground.run()
     playground.field("Add to the running sample").fill("Where is lunch?")
     playground.field("Max tokens").fill(FEW)
     playground.page.get_by_role("button", name="Add", exact=True).click()
     playground.tokens(3).first.wait_for()
     assert "Where is lunch?" in playground.column(3).inner_text()
-    assert playground.reason(3) in {"stop", "length"}
-    assert playground.reason(1) in {"stop", "length"}
+    assert playground.finish_reason(3) in {"stop", "length"}
+    assert playground.finish_reason(1) in {"stop", "length"}
     assert playground.tokens(3).count() <= int(FEW)
 
 
 @pytest.mark.parametrize("playground", [(360, 740)], indirect=True)
 def test_narrow_screen_stacks_columns_and_never_scrolls_sideways(playground: Playground) -> None:
     assert playground.overflow() == 0
-    playground.write(MAIN * 8, "unbroken" * 30, QUESTIONS[1], max_tokens="24")
+    playground.fill_form(MAIN * 8, "unbroken" * 30, QUESTIONS[1], max_tokens="24")
     playground.run()
-    assert {playground.reason(1), playground.reason(2)} <= {"stop", "length"}
+    assert {playground.finish_reason(1), playground.finish_reason(2)} <= {"stop", "length"}
     upper, lower = (playground.column(number).bounding_box() for number in (1, 2))
     assert upper is not None
     assert lower is not None

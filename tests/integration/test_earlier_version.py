@@ -104,7 +104,7 @@ def test_a_stopped_run_resumes_and_ends_like_one_that_was_not_stopped(folder: Pa
 
 @pytest.mark.full
 @pytest.mark.slow
-def test_a_stopped_sweep_goes_on_with_the_trial_that_it_was_in(folder: Path) -> None:
+def test_a_stopped_sweep_resumes_its_unfinished_trial(folder: Path) -> None:
     before = (SWEEP / "journal.jsonl").read_text(encoding="utf-8")
     output = run(folder, "workloads.sweep", "sweep.yaml")
     assert "trials   2 finished" in output

@@ -35,20 +35,20 @@ def tiny_run(tmp_path):
 
 
 def submit(python, address, workload, *arguments, options=()):
-    given = ["--address", address, "--working-dir", ".", "--runtime-env", "runtime_env.yaml", *options]
-    line = ["job", "submit", *given, "--", "python", "-m", f"workloads.{workload}", *arguments]
-    return clusters.command(python, "ray.scripts.scripts", *line)
+    options = ["--address", address, "--working-dir", ".", "--runtime-env", "runtime_env.yaml", *options]
+    command = ["job", "submit", *options, "--", "python", "-m", f"workloads.{workload}", *arguments]
+    return clusters.command(python, "ray.scripts.scripts", *command)
 
 
-def settings(tiny_run, **more):
-    """Of a training run, all paths absolute: a job's working directory is a copy of the project."""
-    where = {
+def settings(tiny_run, **overrides):
+    """Settings of a training run. Paths are absolute: a job's working directory is a copy of the project."""
+    paths = {
         "base_model": tiny_run / "base",
         "data_path": tiny_run / "train.jsonl",
         "output_dir": tiny_run / "runs",
         "mlflow_uri": f"sqlite:///{tiny_run / 'mlflow.db'}",
     }
-    return {**where, "max_steps": 3, "log_every": 1, **more}
+    return {**paths, "max_steps": 3, "log_every": 1, **overrides}
 
 
 def dotlist(**values):
@@ -58,37 +58,37 @@ def dotlist(**values):
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_the_same_job_runs_on_a_cluster_without_the_project(cluster, bare_python, tiny_run, workers):
-    done = submit(bare_python, cluster, "train", *dotlist(**settings(tiny_run, num_workers=workers)))
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert "step 3/3" in done.stdout
+    completed = submit(bare_python, cluster, "train", *dotlist(**settings(tiny_run, num_workers=workers)))
+    assert completed.returncode == 0, completed.stdout[-4000:] + completed.stderr[-4000:]
+    assert "step 3/3" in completed.stdout
     assert len(list((tiny_run / "runs").glob("*/adapter/parallelmind.json"))) == 1
 
 
 @pytest.mark.slow
 def test_a_wrong_field_fails_the_job_with_one_line(cluster, bare_python):
-    done = submit(bare_python, cluster, "train", "data_path=x", "lora_rnk=3")
-    assert done.returncode != 0
-    assert "lora_rnk: unknown field (did you mean lora_rank?)" in done.stdout + done.stderr
+    completed = submit(bare_python, cluster, "train", "data_path=x", "lora_rnk=3")
+    assert completed.returncode != 0
+    assert "lora_rnk: unknown field (did you mean lora_rank?)" in completed.stdout + completed.stderr
 
 
-def finished(done):
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return done.stdout
+def output_of(completed):
+    assert completed.returncode == 0, completed.stdout[-4000:] + completed.stderr[-4000:]
+    return completed.stdout
 
 
 @pytest.mark.full
 @pytest.mark.slow
 def test_every_workload_runs_as_a_job(cluster, bare_python, tiny_run):
-    """From source records to a sweep, and from its best adapter to answers and texts."""
+    """Converts records, runs a sweep, and evaluates and generates with its best adapter."""
     articles = [
         {"question": f"what is {n} + {k}?", "answer": f"{n + k}"} for n in range(24) for k in range(3)
     ]
-    (tiny_run / "source.jsonl").write_text("".join(json.dumps(each) + "\n" for each in articles))
+    (tiny_run / "source.jsonl").write_text("".join(json.dumps(article) + "\n" for article in articles))
     converted = tiny_run / "converted.jsonl"
     convert = dotlist(
         data_path=tiny_run / "source.jsonl", output_path=converted, base_model=tiny_run / "base"
     )
-    assert "72 records in" in finished(submit(bare_python, cluster, "convert", *convert))
+    assert "72 records in" in output_of(submit(bare_python, cluster, "convert", *convert))
     run = settings(tiny_run, data_path=converted, base_model=str(tiny_run / "base"))
     sweep = {
         "name": "jobs",
@@ -96,21 +96,21 @@ def test_every_workload_runs_as_a_job(cluster, bare_python, tiny_run):
     }
     sweep |= {"space": {"lora_rank": [2, 4]}, "metrics": ["loss"]}
     (tiny_run / "sweep.yaml").write_text(json.dumps(sweep))  # JSON is YAML
-    told = finished(submit(bare_python, cluster, "sweep", tiny_run / "sweep.yaml"))
-    assert "trials   2 finished" in told
-    adapter = next(line.split()[1] for line in told.splitlines() if line.startswith("adapter "))
+    output = output_of(submit(bare_python, cluster, "sweep", tiny_run / "sweep.yaml"))
+    assert "trials   2 finished" in output
+    adapter = next(line.split()[1] for line in output.splitlines() if line.startswith("adapter "))
     answers = dotlist(
         data_path=tiny_run / "train.jsonl",
         lora_path=adapter,
         max_records=2,
         output_path=tiny_run / "scores.json",
     )
-    assert "over 6 questions" in finished(submit(bare_python, cluster, "evaluate", "answers", *answers))
+    assert "over 6 questions" in output_of(submit(bare_python, cluster, "evaluate", "answers", *answers))
     assert json.loads((tiny_run / "scores.json").read_text())["questions"] == 6
     generate = dotlist(
         lora_path=adapter, data_path=tiny_run / "train.jsonl", output_path=tiny_run / "out", num_workers=2
     )
-    finished(submit(bare_python, cluster, "generate", *generate, "max_new_tokens=2"))
+    output_of(submit(bare_python, cluster, "generate", *generate, "max_new_tokens=2"))
     lines = [
         line for part in (tiny_run / "out").glob("part-*.jsonl") for line in part.read_text().splitlines()
     ]
@@ -132,13 +132,13 @@ def test_a_stopped_job_has_saved_a_checkpoint(cluster, bare_python, tiny_run):
         bare_python, "ray.scripts.scripts", "job", "stop", "--address", cluster, "stopped"
     )
     assert stopped.returncode == 0, stopped.stderr
-    told = clusters.command(bare_python, "ray.scripts.scripts", *logs).stdout
-    assert "stopping after this step, with a checkpoint" in told
-    (saved,) = (tiny_run / "runs").glob("*/checkpoints/step-*/state.json")
-    assert f"checkpoint: {saved.parent}" in told
+    output = clusters.command(bare_python, "ray.scripts.scripts", *logs).stdout
+    assert "stopping after this step, with a checkpoint" in output
+    (state_file,) = (tiny_run / "runs").glob("*/checkpoints/step-*/state.json")
+    assert f"checkpoint: {state_file.parent}" in output
 
 
-def test_what_is_uploaded_is_small_and_whole(tmp_path):
+def test_the_upload_of_a_job_is_small_and_complete(tmp_path):
     excluded = yaml.safe_load((ROOT / "runtime_env.yaml").read_text())["excludes"]
     target = tmp_path / "package.zip"
     create_package(str(ROOT), target, include_gitignore=True, excludes=excluded)

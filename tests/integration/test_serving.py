@@ -68,19 +68,19 @@ def test_a_stream_holds_the_same_output(client: openai.OpenAI, expected: list[st
 def test_the_answers_of_a_chat_are_branches_that_share_the_conversation(
     client: openai.OpenAI, model: Any
 ) -> None:
-    asked: Any = {
+    request: Any = {
         "model": "talker",
         "messages": [{"role": "user", "content": "who works?"}],
         "temperature": 0,
         "max_tokens": 9,
     }
-    response = client.chat.completions.create(**asked, n=2)
-    text = model[1].apply_chat_template(asked["messages"], tokenize=False, add_generation_prompt=True)
+    response = client.chat.completions.create(**request, n=2)
+    text = model[1].apply_chat_template(request["messages"], tokenize=False, add_generation_prompt=True)
     main, turn = text[: -len("<s>assistant\n")], "<s>assistant\n"
     expected = pm.generate(*model, pm.Sample(main, [turn] * 2), max_new_tokens=9)
     assert [choice.message.content for choice in response.choices] == expected
     streamed = ["", ""]
-    for part in client.chat.completions.create(**asked, n=2, stream=True):
+    for part in client.chat.completions.create(**request, n=2, stream=True):
         for choice in part.choices:
             streamed[choice.index] += choice.delta.content or ""
     assert streamed == expected

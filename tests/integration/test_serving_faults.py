@@ -59,7 +59,7 @@ def stream(server: Server) -> list[tuple[str, list[int]]]:
 
 
 def outputs_during(server: Server, act: Any, clients: int = 6) -> list[list[tuple[str, list[int]]]]:
-    """The outputs of clients, half of them streams; `act` is called once all are being answered."""
+    """The outputs of clients, half of them streams; `act` is called once all requests are decoded."""
     with ThreadPoolExecutor(clients) as pool:
         outputs = [pool.submit([complete, stream][number % 2], server) for number in range(clients)]
         deadline = time.monotonic() + 60
@@ -85,9 +85,9 @@ def wait_for_engines(server: Server, count: int = 2) -> None:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
 def test_samples_are_resumed_when_their_engine_is_lost(server: Server, expected: Any, number: int) -> None:
     wait_for_engines(server)
-    moved = server.metric("moved_samples_total")
+    moved_before = server.metric("moved_samples_total")
     assert outputs_during(server, lambda: send_signal(server, "EngineReplica", number)) == [expected] * 6
-    assert server.metric("moved_samples_total") > moved
+    assert server.metric("moved_samples_total") > moved_before
     wait_for_engines(server)
 
 
@@ -113,7 +113,7 @@ def test_proxy_and_ingress_are_back_in_seconds(server: Server, expected: Any, na
         except (OSError, AssertionError, ValueError):
             time.sleep(0.2)
     print(f"{name}: back after {time.monotonic() - lost_at:.1f} s")
-    assert server.metric("live_branches") == 0  # nothing is decoded for clients that were cut off
+    assert server.metric("live_branches") == 0  # nothing is decoded for clients whose connection was cut
 
 
 def test_a_lost_engine_is_replaced_by_a_new_process(server: Server) -> None:

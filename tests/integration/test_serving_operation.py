@@ -57,7 +57,7 @@ def registry(folders: list[Path]) -> str:
 
 @pytest.fixture(scope="module")
 def application(folders: list[Path], registry: str) -> Iterator[Application]:
-    """The application with two engines, whatever the load."""
+    """The application with exactly two engines."""
     root = folders[0].parent
     python = bare_python(root / "bare")
     model = {
@@ -101,20 +101,20 @@ def outputs_of(server: Server, stream: bool = False, **changes: Any) -> Outputs:
 @contextmanager
 def load(server: Server, clients: int) -> Iterator[None]:
     """Send requests until the end of the block, every other one streamed; each must be answered."""
-    expected, over = expected_outputs(BODY["max_tokens"]), Event()
+    expected, stopped = expected_outputs(BODY["max_tokens"]), Event()
 
-    def ask() -> None:
-        times = 0
-        while times < 2 or not over.wait(_PAUSE_S):
-            times += 1
-            assert outputs_of(server, stream=times % 2 == 0) == expected
+    def send_requests() -> None:
+        count = 0
+        while count < 2 or not stopped.wait(_PAUSE_S):
+            count += 1
+            assert outputs_of(server, stream=count % 2 == 0) == expected
 
     with ThreadPoolExecutor(clients) as pool:
-        running_clients = [pool.submit(ask) for _ in range(clients)]
+        running_clients = [pool.submit(send_requests) for _ in range(clients)]
         try:
             yield
         finally:
-            over.set()
+            stopped.set()
         for client in running_clients:
             client.result()
 
@@ -130,15 +130,15 @@ def test_a_new_adapter_version_serves_samples_that_start_after_it(
     application: Application, folders: list[Path], registry: str
 ) -> None:
     server, (first, second) = application.server, [expected_outputs(LONG, folder) for folder in folders]
-    asked = {"model": CHAMPION, "max_tokens": LONG}
+    changes = {"model": CHAMPION, "max_tokens": LONG}
     with ThreadPoolExecutor(4) as pool:
-        running = [pool.submit(outputs_of, server, number % 2 == 0, **asked) for number in range(4)]
+        running = [pool.submit(outputs_of, server, number % 2 == 0, **changes) for number in range(4)]
         wait_until(lambda: server.metric("live_branches") == 8)
         tracking.MlflowClient(registry).set_registered_model_alias("demo", "champion", "2")
-        later = outputs_of(server, **{**asked, "max_tokens": 8})
+        after_update = outputs_of(server, **{**changes, "max_tokens": 8})
         assert not any(output.done() for output in running)
     assert [output.result() for output in running] == [first] * 4
-    assert later == [tokens[:8] for tokens in second] != [tokens[:8] for tokens in first]
+    assert after_update == [tokens[:8] for tokens in second] != [tokens[:8] for tokens in first]
 
 
 def test_clients_do_not_notice_an_update_under_load(application: Application) -> None:

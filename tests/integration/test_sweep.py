@@ -116,7 +116,7 @@ def test_a_killed_sweep_resumes_and_runs_every_trial_once(cwd: Path) -> None:
 
 
 def _stop_while_trials_start(cwd: Path) -> None:
-    """Stop the sweep before a trial has a process that could be asked to stop."""
+    """Stop the sweep before a trial has a process that can receive the request to stop."""
     process = start(cwd)
     wait_until(process, lambda: any("settings" in event for event in journal_events(cwd)))
     process.send_signal(signal.SIGINT)

@@ -50,13 +50,13 @@ def test_samples_of_several_adapters_and_of_the_base_are_decoded_together(folder
     engine = tiny_engine()
     for name, folder in zip("ab", folders, strict=True):
         engine.load_adapter(name, folder)
-    asked = ["a", "b", "base", None, "b", "a"]
+    adapters = ["a", "b", "base", None, "b", "a"]
     for _ in range(2):  # the second time mains are in the cache, once for each adapter
-        sample_ids = [engine.submit(SAMPLE, adapter=name, **SETTINGS) for name in asked]
+        sample_ids = [engine.submit(SAMPLE, adapter=name, **SETTINGS) for name in adapters]
         tokens = tokens_by_branch(run_to_end(engine))
         decoded = [[tokens[sample_id, branch] for branch in range(2)] for sample_id in sample_ids]
         assert decoded == [expected[index] for index in (0, 1, 2, 2, 1, 0)]
-    assert engine.scheduler.num_reused_tokens == len(asked) * 32
+    assert engine.scheduler.num_reused_tokens == len(adapters) * 32
 
 
 def test_the_adapter_of_a_loaded_model_serves_samples_that_name_none(folders, expected) -> None:
@@ -86,13 +86,13 @@ def test_an_unloaded_adapter_is_refused_and_running_samples_keep_it(folders, exp
     engine = tiny_engine()
     for name, folder in zip("ab", folders, strict=True):
         engine.load_adapter(name, folder)
-    begun = engine.submit(SAMPLE, adapter="a", **SETTINGS)
+    sample_id = engine.submit(SAMPLE, adapter="a", **SETTINGS)
     events = engine.step()
     engine.unload_adapter("a")
     with pytest.raises(UserError, match=r"adapter='a': not loaded; choose from b, base"):
         engine.submit(SAMPLE, adapter="a")
     tokens = tokens_by_branch(events + run_to_end(engine))
-    assert [tokens[begun, branch] for branch in range(2)] == expected[0]
+    assert [tokens[sample_id, branch] for branch in range(2)] == expected[0]
     assert len(versions_on_model(engine)) == 1
 
 

@@ -34,7 +34,7 @@ SAMPLING = {
 
 
 class Client:
-    """Keeps what a server knows of a sample if its engine fails: the request, its progress and the text."""
+    """The state of a sample that a server keeps for a failed engine: request, progress and texts."""
 
     def __init__(self, request: TokenizedRequest) -> None:
         self.request, self.texts = request, [""] * request.num_branches

@@ -18,9 +18,9 @@ def test_notice_is_one_line_without_a_source_location():
 
 def test_progress_without_a_terminal_reports_the_remaining_time(monkeypatch, capsys):
     monkeypatch.setattr(cli, "_SECONDS_BETWEEN_LINES", -1)
-    with cli.progress("working", 4) as tell:
+    with cli.progress("working", 4) as report_progress:
         for done in range(3):
-            tell(done, partial("{} done".format, done))
+            report_progress(done, partial("{} done".format, done))
     assert capsys.readouterr().err == "0 done\n1 done, 0:00:00 left\n2 done, 0:00:00 left\n"
 
 

@@ -23,9 +23,9 @@ kinds = pytest.mark.parametrize("kind", COMMANDS.values(), ids=COMMANDS)
 def test_fields_fit_the_terminal(kind: type[FrozenConfig], width: int) -> None:
     lines = cli.field_help(kind, width).splitlines()
     assert [line for line in lines if len(line) > width] == []
-    told = " ".join(" ".join(lines).split())
+    words = " ".join(" ".join(lines).split())
     for text in cli.field_texts(kind):
-        assert text.meaning in told
+        assert text.meaning in words
         assert any(line.startswith(f"  {text.name} ") for line in lines)
 
 
@@ -69,9 +69,9 @@ def test_paragraphs_flow_and_commands_stay(monkeypatch: pytest.MonkeyPatch) -> N
     )
 
 
-def test_values_are_told_as_they_are_typed() -> None:
-    told = {"a b": "a b", "": '""', "a\nb": json.dumps("a\nb"), " a": '" a"'}
-    assert {value: format_value(value) for value in told} == told
+def test_values_are_printed_as_they_are_typed() -> None:
+    typed = {"a b": "a b", "": '""', "a\nb": json.dumps("a\nb"), " a": '" a"'}
+    assert {value: format_value(value) for value in typed} == typed
     assert [format_value(value) for value in (True, None, 3, 0.5, [1, "a"])] == [
         "true",
         "null",
@@ -88,7 +88,7 @@ def test_the_demo_has_no_fields() -> None:
         demo.main(["lora_rank=4"])
 
 
-def test_a_command_asks_how_wide_the_terminal_is() -> None:
+def test_a_command_uses_the_width_of_the_terminal() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "workloads.train", "--help"],
         cwd=ROOT,

@@ -52,13 +52,13 @@ MAY_USE_FIXTURES = ("parallelmind.evaluation.", "workloads.evaluate.support", "b
 @cache
 def modules() -> dict[str, Path]:
     """Dotted name -> file of every module of the project but its tests."""
-    found = {}
+    paths = {}
     for package in PACKAGES:
         folder = LIBRARY if package == "parallelmind" else ROOT / package
         for path in sorted(folder.rglob("*.py")):
             parts = path.relative_to(folder.parent).with_suffix("").parts
-            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+            paths[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return paths
 
 
 @cache
@@ -145,7 +145,7 @@ def test_only_tracking_imports_mlflow() -> None:
 
 @pytest.mark.parametrize("module", WITHOUT_TORCH)
 def test_planning_code_does_not_reach_torch(module: str) -> None:
-    assert module in modules(), f"{module} is gone; name the module that took its place"
+    assert module in modules(), f"{module} is gone; name the module that replaces it"
     pending, reached = [module], {module}
     while pending:
         current = pending.pop()
@@ -168,7 +168,7 @@ def test_the_standard_platform_module_is_not_shadowed() -> None:
 
 
 def test_nothing_unpickles() -> None:
-    """Weights are safetensors and states are JSON: a pickle runs whatever code its writer put in."""
+    """Weights are safetensors and states are JSON: a pickle can run arbitrary code."""
     for module in modules_of(*PRODUCTION):
         assert imported_roots(module).isdisjoint({"pickle", "cloudpickle", "joblib", "dill"}), module
         assert "torch.load(" not in modules()[module].read_text(encoding="utf-8"), module

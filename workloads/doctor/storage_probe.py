@@ -31,7 +31,7 @@ def temporary_subdir(folder: Path) -> Iterator[Path]:
             yield Path(name)
     finally:
         for path in missing:
-            with suppress(OSError):  # another process has written into it meanwhile
+            with suppress(OSError):  # another process has written into it
                 path.rmdir()
 
 

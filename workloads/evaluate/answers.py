@@ -77,7 +77,7 @@ class AnswersConfig(GroupedConfig):
 
 
 def evaluate_answers(argv: list[str]) -> None:
-    """Answer the questions, print the scores, and write them as JSON if asked to."""
+    """Answer the questions, print the scores, and write them as JSON if requested."""
     config = cli.parse(AnswersConfig, argv)
     output = output_file(config.output.output_path, ".json")
     records = read_question_records(config.questions.data_path, config.questions.max_records)

@@ -35,7 +35,7 @@ class SupportConfig(FrozenConfig):
 
 
 def evaluate_support(argv: list[str]) -> None:
-    """Check the model types; print the table, and write it to a Markdown file if asked to."""
+    """Check the model types; print the table, and write it to a Markdown file if requested."""
     config = cli.parse(SupportConfig, argv)
     model_types = _parse_model_types(config.model_types)
     logging.set_verbosity_error()  # tiny models cause warnings about checkpoints, kernels and padding

@@ -94,7 +94,7 @@ class TaxReport:
 
 
 def evaluate_tax(argv: list[str]) -> None:
-    """Measure the branch tax and print it; write the figures and the curve if asked to."""
+    """Measure the branch tax and print it; write the figures and the curve if requested."""
     config = cli.parse(TaxConfig, argv)
     output = output_file(config.output.output_path, ".json")
     files = find_files(config.held_out.data_path)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class HeldOut:
     """The records that hold the first `pool` branches of some files, or all if there are fewer.
 
-    truncated: number of truncated texts. skipped: number of branches left out by the length limits.
+    truncated: number of truncated texts. skipped: number of branches skipped by the length limits.
     """
 
     records: list[TokenRecord]
@@ -35,7 +35,7 @@ class HeldOut:
     def read(
         files: Sequence[str], pool: int, tokenizer: PreTrainedTokenizerBase, config: DataConfig
     ) -> HeldOut:
-        """Read and tokenise the files. Bad lines are left out; the survey reports them."""
+        """Read and tokenise the files. Bad lines are skipped; the survey reports them."""
         tokenised = list(_first_records(files, pool, tokenizer, config))
         return HeldOut(
             [record for item in tokenised for record in item.for_packing()],

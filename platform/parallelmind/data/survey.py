@@ -83,7 +83,7 @@ class Survey:
 
 
 def read_records(part: FilePart, config: DataConfig, vocab_size: int | None) -> Iterator[Record]:
-    """Every good record of a part. Bad lines are left out; `survey_part` reports them."""
+    """Every good record of a part. Bad lines are skipped; `survey_part` reports them."""
     for line in read_lines(part):
         result = check_line(line, config, vocab_size)
         if isinstance(result, Record):

@@ -26,7 +26,7 @@ class TokenisedRecord:
     """Token ids of one record, and what the length limits removed.
 
     tokens: None if no branch remains. standalone: as in `Record`. truncated: number of truncated mains and
-    branches. skipped: number of branches left out.
+    branches. skipped: number of skipped branches.
     """
 
     tokens: Tokens | None
@@ -43,7 +43,7 @@ class TokenisedRecord:
 def tokenise_part(
     part: FilePart, tokenizer: PreTrainedTokenizerBase, config: DataConfig
 ) -> Iterator[TokenisedRecord]:
-    """Every good record of a file part, tokenised. Bad lines are left out; the survey reports them."""
+    """Every good record of a file part, tokenised. Bad lines are skipped; the survey reports them."""
     return tokenise_stream(read_records(part, config, len(tokenizer)), tokenizer, config)
 
 

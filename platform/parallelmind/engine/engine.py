@@ -39,7 +39,7 @@ _UNPATCHED = RopeConfig(patch_rope=False, rope_2d_ratio=0, visibility="isolated"
 class Engine:
     """Decodes samples with one model and one KV cache.
 
-    One thread calls `step`. `submit`, `join` and `cancel` may be called from any thread meanwhile.
+    One thread calls `step`. `submit`, `join` and `cancel` may be called from any thread at any time.
 
     rope_config: rope settings of the model.
     config: limits of the engine.

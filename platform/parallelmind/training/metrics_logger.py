@@ -28,7 +28,7 @@ class MetricsLogger:
         self._warm: tuple[float, int] | None = None
 
     def add(self, state: TrainingState, totals: Totals, rate: float, norm: float) -> None:
-        """Add a step; one without a finite gradient is left out of the means, which it would make NaN."""
+        """Add a step; a step without a finite gradient is excluded from the means."""
         if math.isfinite(norm):
             for name in ("loss", "targets", "tokens", "padded_tokens"):
                 setattr(state.window, name, getattr(state.window, name) + getattr(totals, name))

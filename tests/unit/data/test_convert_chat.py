@@ -68,7 +68,7 @@ def test_each_turn_gives_a_record_that_ends_with_it() -> None:
     assert [last] == convert([{"messages": CONVERSATION}])
 
 
-def test_turn_after_the_last_answer_is_left_out() -> None:
+def test_turn_after_the_last_answer_is_excluded() -> None:
     assert convert([{"messages": [*CONVERSATION, {**USER, "content": "bye"}]}]) == convert(
         [{"messages": CONVERSATION}]
     )

@@ -37,7 +37,7 @@ IGNORE_THREAD_EXCEPTION = pytest.mark.filterwarnings("ignore::pytest.PytestUnhan
 
 
 @IGNORE_THREAD_EXCEPTION
-def test_a_failed_engine_tells_every_reader_and_takes_no_further_request() -> None:
+def test_a_failed_engine_fails_its_readers_and_rejects_further_requests() -> None:
     async def run() -> None:
         with running_loop(failing_engine(lambda: None)) as loop:
             number = loop.submit(sample_request(), None)
@@ -105,7 +105,7 @@ def test_a_sample_does_not_end_before_its_last_event_is_delivered() -> None:
             sample, settings = Sample([], [[5, 6]]), {"max_new_tokens": 2}
             tokenized = tokenize_request(tiny_tokenizer(), sample, None, None, settings)
             number = loop.submit(EngineRequest("smp-1", "base", tokenized), None)
-            engine.computed.wait(10)  # nothing is read meanwhile
+            engine.computed.wait(10)  # no output is read until then
             tokens = []
             while (step := await loop.next_output(number)) is not None:
                 tokens += [event.token for event in step.events]

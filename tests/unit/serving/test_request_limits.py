@@ -117,9 +117,8 @@ def test_a_body_that_becomes_too_long_is_rejected_while_it_arrives() -> None:
     assert send("POST", ROUTE, {"content-length": "1024"}, body=[b"x" * 512, b"x" * 512]).body == b"1024"
     reply = send("POST", ROUTE, body=[b"x" * 512, b"x" * 512, b"x"], whole=False)
     assert (reply.status, reply.error["code"]) == (413, "too_large")
-    assert (
-        send("POST", ROUTE, {"content-length": "5"}, body=[b"x" * 2000]).status == 413
-    )  # and nobody believes its length
+    understated = send("POST", ROUTE, {"content-length": "5"}, body=[b"x" * 2000])
+    assert understated.status == 413
 
 
 @pytest.mark.parametrize("chunks", [[], [b"begun"]])

@@ -309,7 +309,7 @@ def test_steps_that_arrive_together_give_the_same_response() -> None:
     assert branches_streamed(together)[-1] == branches_streamed(BRANCH_STEPS)[-1]
 
 
-def test_a_reduce_branch_that_is_cancelled_before_its_first_token_is_left_out() -> None:
+def test_a_reduce_branch_that_is_cancelled_before_its_first_token_is_omitted() -> None:
     steps = [*BRANCH_STEPS[:-1], StepOutput([Event(3, "", None, "cancelled")], [])]
     deltas = [delta for event in branches_streamed(steps) for delta in event.get("deltas", [])]
     assert {delta["index"] for delta in deltas} == {0, 1, 2}

@@ -284,13 +284,13 @@ def test_the_dashboard_queries_existing_metrics() -> None:
         EngineMetrics(lambda: EngineStats(0, 0, 0, 0, 0, 0, 0, 0.0), lambda: 0),
     )
     known = {family.name for process in (ingress, engine) for family in process.families()}
-    asked = set(
+    queried = set(
         re.findall(
             r"parallelmind_[a-z_]+",
             (Path(serving.__file__).parent / "observability" / "grafana.json").read_text(),
         )
     )
-    assert {re.sub(r"_(total|sum|count|bucket)$", "", name) for name in asked} == known
+    assert {re.sub(r"_(total|sum|count|bucket)$", "", name) for name in queried} == known
 
 
 def test_fields_are_flat_outside_and_unique_across_groups() -> None:

@@ -73,10 +73,10 @@ def test_equals_the_cross_entropy_of_full_logits(rope: RopeConfig, monkeypatch: 
     assert targets == batch.targets
     torch.testing.assert_close(loss, expected)
     loss.backward()
-    found = [weight.grad for weight in trainable(model)]
+    actual = [weight.grad for weight in trainable(model)]
     model.zero_grad()
     expected.backward()
-    for gradient, weight in zip(found, trainable(model), strict=True):
+    for gradient, weight in zip(actual, trainable(model), strict=True):
         torch.testing.assert_close(
             gradient, weight.grad, rtol=1e-4, atol=1e-4
         )  # float32 sums, added up in another order
@@ -89,7 +89,7 @@ def test_a_batch_without_targets_is_zero() -> None:
 
 
 def gradients(model: nn.Module, parts: list[list[Batch]]) -> list[Tensor]:
-    """What `update` does, with the workers one after another: sums of gradients over the sum of targets."""
+    """The gradient of `optimizer_step`, with the workers one after another: sum of gradients per target."""
     sums = [torch.zeros_like(weight) for weight in trainable(model)]
     targets = 0.0
     for batches in parts:

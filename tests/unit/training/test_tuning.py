@@ -71,17 +71,19 @@ def run(base: ModelConfig, **settings: Any) -> TrainConfig:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_whole_model_comes_back_with_its_placement(tmp_path: Path, tied: bool) -> None:
+def test_a_full_model_is_loaded_with_its_rope_settings(tmp_path: Path, tied: bool) -> None:
     base = ModelConfig(base_model=save_tiny(tmp_path / "base", tie_word_embeddings=tied))
     model, tokenizer = load_model_with_lora(base.base_model, **ROPE.model_dump())
     before = logits(model)
     expected = logits(train(model))
     assert ("lm_head.weight" in trained_weights(model)) == (not tied)
     save_trained(model, tokenizer, tmp_path / "model", run(base, tuning="full"), {"metrics": {"loss": 1.5}})
-    found = str(tmp_path / "model")
-    there = logits_in_fresh_process(base_model=found) if tied else logits(load_model_with_lora(found)[0])
-    assert torch.equal(there, expected)
-    assert (there - before).abs().max() > 0.1
+    model_dir = str(tmp_path / "model")
+    reloaded = (
+        logits_in_fresh_process(base_model=model_dir) if tied else logits(load_model_with_lora(model_dir)[0])
+    )
+    assert torch.equal(reloaded, expected)
+    assert (reloaded - before).abs().max() > 0.1
     manifest = read_manifest(tmp_path / "model", "base_model")
     assert (manifest.lora, manifest.rope, manifest.base_model) == (None, ROPE, base.base_model)
     assert "model.safetensors" in manifest.files
@@ -167,20 +169,20 @@ def test_a_changed_file_of_a_whole_model_is_refused(base: ModelConfig, tmp_path:
 
 
 @pytest.fixture(scope="module")
-def begun(base: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor]:
-    folder = tmp_path_factory.mktemp("begun") / "adapter"
+def saved_adapter(base: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor]:
+    folder = tmp_path_factory.mktemp("saved") / "adapter"
     model = train(add_lora(patched_llama(), lora_config(), seed=0))
     save_adapter(model, tiny_tokenizer(), folder, base, ROPE, lora_config())
     return folder, logits(model)
 
 
-def test_an_adapter_is_trained_further(base: ModelConfig, begun: tuple[Path, Tensor]) -> None:
+def test_an_adapter_is_trained_further(base: ModelConfig, saved_adapter: tuple[Path, Tensor]) -> None:
     model = resume_adapter(
-        patched_llama().to(torch.bfloat16), tiny_tokenizer(), begun[0], lora_config(lora_dropout=0.1)
+        patched_llama().to(torch.bfloat16), tiny_tokenizer(), saved_adapter[0], lora_config(lora_dropout=0.1)
     )
     assert {weight.dtype for weight in trained_weights(model).values()} == {torch.float32}
-    model = resume_adapter(patched_llama(), tiny_tokenizer(), begun[0], lora_config(lora_dropout=0.1))
-    assert torch.equal(logits(model.eval()), begun[1])
+    model = resume_adapter(patched_llama(), tiny_tokenizer(), saved_adapter[0], lora_config(lora_dropout=0.1))
+    assert torch.equal(logits(model.eval()), saved_adapter[1])
     assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {0.1}
     expected = {
         name
@@ -188,34 +190,36 @@ def test_an_adapter_is_trained_further(base: ModelConfig, begun: tuple[Path, Ten
         if "lora_" in name
     }
     assert {name for name, weight in model.named_parameters() if weight.requires_grad} == expected
-    assert (logits(train(model)) - begun[1]).abs().max() > 0.1
+    assert (logits(train(model)) - saved_adapter[1]).abs().max() > 0.1
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"lora_rank": 16}, "lora_rank=16: the adapter has lora_rank=4"),
         ({"use_dora": True}, "use_dora=true: the adapter has use_dora=false"),
         ({"lora_init": "pissa"}, "lora_init=pissa: the adapter has lora_init=zero"),
     ],
 )
-def test_going_on_with_other_settings_is_refused(
-    begun: tuple[Path, Tensor], settings: dict[str, Any], told: str
+def test_resuming_with_other_settings_is_rejected(
+    saved_adapter: tuple[Path, Tensor], settings: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(UserError, match=told):
-        resume_adapter(patched_llama(), tiny_tokenizer(), begun[0], lora_config(**settings))
+    with pytest.raises(UserError, match=message):
+        resume_adapter(patched_llama(), tiny_tokenizer(), saved_adapter[0], lora_config(**settings))
 
 
-def test_going_on_with_another_placement_is_refused(begun: tuple[Path, Tensor]) -> None:
+def test_resuming_with_other_positions_is_rejected(saved_adapter: tuple[Path, Tensor]) -> None:
     model = tiny_llama()
     patch(model, ROPE.model_copy(update={"positions": "flat"}))
     with pytest.raises(UserError, match="positions=flat: the adapter has positions=time"):
-        resume_adapter(model, tiny_tokenizer(), begun[0], lora_config())
+        resume_adapter(model, tiny_tokenizer(), saved_adapter[0], lora_config())
 
 
-def test_only_safetensors_is_written(base: ModelConfig, begun: tuple[Path, Tensor], whole: Path) -> None:
-    assert set(load_file(begun[0] / "adapter_model.safetensors")) == set(
+def test_only_safetensors_is_written(
+    base: ModelConfig, saved_adapter: tuple[Path, Tensor], whole: Path
+) -> None:
+    assert set(load_file(saved_adapter[0] / "adapter_model.safetensors")) == set(
         trained_weights(add_lora(patched_llama(), lora_config(), seed=0))
     )
-    names = [path.suffix for folder in (begun[0], whole) for path in folder.iterdir()]
+    names = [path.suffix for folder in (saved_adapter[0], whole) for path in folder.iterdir()]
     assert set(names) <= {".safetensors", ".json", ".jinja", ".md"}

@@ -173,7 +173,7 @@ def test_a_restart_reserves_a_share_of_the_cpus_that_are_left(
     starts: list[float] = []
 
     class Trainer:
-        def __init__(self, task: object, feeder: object, cpus: float, callbacks: object) -> None:
+        def __init__(self, task: object, batch_server: object, cpus: float, callbacks: object) -> None:
             starts.append(cpus)
 
         def fit(self) -> SimpleNamespace:
@@ -195,14 +195,16 @@ def test_a_restart_reserves_a_share_of_the_cpus_that_are_left(
 
 
 def as_ray_raises(cause: Exception) -> ray.train.WorkerGroupError:
-    """An error of the feeder as it reaches the driver, through the worker that called it."""
+    """An error of the batch server as it reaches the driver, through the worker that called it."""
     try:
-        raise ray.exceptions.RayTaskError("Feeder.next()", "Traceback", cause).as_instanceof_cause()
+        raise ray.exceptions.RayTaskError(
+            "BatchServer.next_batch()", "Traceback", cause
+        ).as_instanceof_cause()
     except ray.exceptions.RayTaskError as error:
         return failed(error)
 
 
-def test_a_failure_of_the_feeder_is_raised_unwrapped() -> None:
+def test_a_failure_of_the_batch_server_is_raised_unwrapped() -> None:
     with pytest.raises(UserError, match="^data_path=a.jsonl: gone$"):
         raise_if_final(as_ray_raises(UserError("data_path=a.jsonl: gone")), 1)
     with pytest.raises(ray.train.WorkerGroupError):  # it would happen again

@@ -56,7 +56,7 @@ def loss_vs_branches(trials: Sequence[Trial]) -> Figure | None:
 def _loss_lines(trials: Sequence[Trial], fields: Sequence[str]) -> list[tuple[str, LossLine]]:
     """One labelled line per point; with more points than a legend holds, one per `rope_2d_ratio`.
 
-    A trial that lacks the loss at some number of branches is left out: the means of one line would cover
+    A trial that lacks the loss at some number of branches is omitted: the means of one line would cover
     different trials.
     """
     points = {tuple(setting_value(trial, field) for field in fields) for trial in trials}

@@ -72,7 +72,7 @@ class ChatRenderer:
     def records(self, messages: list[Message], each_turn: bool) -> Iterator[ParallelRecord]:
         """One {"text", "answer_offset"} record for the last assistant turn, or for each one.
 
-        The first message is never an answer. Turns after the answer are left out, as they would be targets.
+        The first message is never an answer. Turns after the answer are excluded: they would become targets.
         Raises RecordError.
         """
         answers = [

@@ -18,7 +18,7 @@ def chunk_text(
 ) -> Iterator[ParallelRecord | BadRecord]:
     """{"text"} records of at most `chunk_tokens` tokens as training counts them, BOS and EOS included.
 
-    pieces: the text, in order. One block of the text is in memory at a time. Blank chunks are left out.
+    pieces: the text, in order. One block of the text is in memory at a time. Blank chunks are skipped.
     """
     max_tokens = chunk_tokens - len(bos_ids(tokenizer)) - (tokenizer.eos_token_id is not None)
     block_characters = max(_MIN_BLOCK, 16 * chunk_tokens)
