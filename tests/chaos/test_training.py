@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS, CHECKPOINT_EVERY = 60, 4
 WORKER, CONTROLLER = "ray::RayTrainWorker", "ray::TrainController"
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.full]
 
 
 @pytest.fixture(scope="module")

@@ -66,6 +66,7 @@ def jobs_status(dashboard: Server, method: str, **headers: str) -> int:
         return response.status
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_jobs_are_refused_without_the_token() -> None:
     token = secrets.token_hex(32)

@@ -29,7 +29,10 @@ NOT_RUN = {"", "json", "yaml"}  # languages of blocks without commands
 RUN = sorted(
     (page for page in PAGES if page.name != "README.zh-CN.md"), key=lambda page: page.name != "inference.md"
 )
-FIRST_READ = {"README.md", "quickstart.md"}  # `make test` runs these, `make test-all` the others too
+FIRST_READ = {
+    ROOT / "README.md",
+    ROOT / "docs" / "quickstart.md",
+}  # `make test` runs these, `make test-all` the others too
 
 pytestmark = pytest.mark.slow
 
@@ -44,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
     "page",
     [
         pytest.param(
-            page, marks=() if page.name in FIRST_READ else pytest.mark.full, id=str(page.relative_to(ROOT))
+            page, marks=() if page in FIRST_READ else pytest.mark.full, id=str(page.relative_to(ROOT))
         )
         for page in RUN
         if blocks(page)

@@ -57,6 +57,7 @@ def test_a_working_machine_passes(tmp_path: Path) -> None:
     assert results["end to end"][1].startswith("trained 3 steps and decoded 2 branches with the adapter, in ")
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_a_cluster_is_joined_only_with_its_token_and_independent_failures_are_all_reported(
     tmp_path: Path,

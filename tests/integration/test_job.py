@@ -64,6 +64,7 @@ def test_the_same_job_runs_on_a_cluster_without_the_project(cluster, bare_python
     assert len(list((tiny_run / "runs").glob("*/adapter/parallelmind.json"))) == 1
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_a_wrong_field_fails_the_job_with_one_line(cluster, bare_python):
     completed = submit(bare_python, cluster, "train", "data_path=x", "lora_rnk=3")
@@ -117,6 +118,7 @@ def test_every_workload_runs_as_a_job(cluster, bare_python, tiny_run):
     assert len(lines) == 48
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_a_stopped_job_has_saved_a_checkpoint(cluster, bare_python, tiny_run):
     run = settings(tiny_run, max_steps=100000, epochs=100000, checkpoint_every=100000)

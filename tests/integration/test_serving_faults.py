@@ -82,7 +82,13 @@ def wait_for_engines(server: Server, count: int = 2) -> None:
         time.sleep(0.2)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGKILL, id="killed"),
+        pytest.param(signal.SIGSTOP, id="frozen", marks=pytest.mark.full),
+    ],
+)
 def test_samples_are_resumed_when_their_engine_is_lost(server: Server, expected: Any, number: int) -> None:
     wait_for_engines(server)
     moved_before = server.metric("moved_samples_total")

@@ -141,11 +141,13 @@ def test_a_new_adapter_version_serves_samples_that_start_after_it(
     assert after_update == [tokens[:8] for tokens in second] != [tokens[:8] for tokens in first]
 
 
+@pytest.mark.full
 def test_clients_do_not_notice_an_update_under_load(application: Application) -> None:
     with load(application.server, clients=4):
         application.deploy(**BY_LOAD)
 
 
+@pytest.mark.full
 def test_the_number_of_engines_follows_the_load(application: Application) -> None:
     def wait_for_engines(count: int) -> None:
         wait_until(lambda: len(application.running("EngineReplica")) == count)

@@ -148,6 +148,7 @@ def test_a_run_resumes_on_another_machine(cwd: Path, bucket: dict[str, str], tmp
     assert wait_for_output(start(cwd, bucket, "third", "generate", lora, "prompt=the", "max_new_tokens=3"))
 
 
+@pytest.mark.full
 def test_a_stopped_run_saves_a_checkpoint_at_the_uri(cwd: Path, bucket: dict[str, str]) -> None:
     process = start(
         cwd, bucket, "first", "train", "run.yaml", f"output_dir={RUNS}", "name=stopped", "epochs=200"

@@ -172,6 +172,7 @@ def test_user_errors_are_one_line_and_exit_2(cwd: Path, override: str, message: 
     assert completed.stderr.count("\n") == 1
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_an_error_of_a_worker_is_one_line_too(cwd: Path) -> None:
     completed = train(cwd, "run.yaml", "name=targets", "lora_targets=nothing", "validation_path=null")
@@ -180,6 +181,7 @@ def test_an_error_of_a_worker_is_one_line_too(cwd: Path) -> None:
     assert "Traceback" not in completed.stderr
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_ctrl_c_saves_and_the_same_command_resumes_with_another_number_of_workers(
     cwd: Path,
@@ -211,6 +213,7 @@ def metric_points(cwd: Path, folder: Path) -> list[tuple[str, int, float]]:
     ]
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_many_files_read_by_ray_data_train_like_one_file_also_when_interrupted(cwd: Path) -> None:
     """Batches depend on the order of the records, not on file parts or on the processes that read them."""

@@ -48,6 +48,7 @@ def test_the_wheel_contains_packages_and_data_files(wheel: Path) -> None:
         assert {path.relative_to(root).as_posix() for path in files} <= names
 
 
+@pytest.mark.full
 def test_commands_run_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
     python, folder = clusters.bare_python(tmp_path / "bare"), tmp_path / "elsewhere"
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", folder / "site", wheel]
