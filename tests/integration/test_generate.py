@@ -25,7 +25,7 @@ INVALID_LINE = 300
 FIELDS = ["base_model=tiny", "data_path=data.jsonl", "max_new_tokens=16", "ignore_eos=true"]
 DISTRIBUTED = ["output_path=parts", "num_workers=1"]
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.full]
 
 
 @pytest.fixture

@@ -106,7 +106,7 @@ def test_clients_do_not_notice_the_loss_of_the_controller(server: Server, expect
     assert stream(server) == expected
 
 
-@pytest.mark.parametrize("name", ["haproxy", "Ingress"])
+@pytest.mark.parametrize("name", [pytest.param("haproxy", marks=pytest.mark.full), "Ingress"])
 def test_proxy_and_ingress_are_back_in_seconds(server: Server, expected: Any, name: str) -> None:
     wait_for_engines(server)
     assert complete(server) == expected

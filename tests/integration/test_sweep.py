@@ -41,7 +41,7 @@ metrics: [validation/loss_1, validation/branch_tax_4]
 max_concurrent: 1
 """
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.full]
 
 
 @pytest.fixture(scope="module")
