@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from rich.console import Console
@@ -233,13 +234,19 @@ def _try(mutation: Mutation, root: Path) -> str:
     """killed: the tests pass without the mutation and fail with it."""
     path = root / mutation.file
     original = path.read_text(encoding="utf-8")
-    if _run(mutation.tests, root) != _PASSED:
+    if not _pass_unchanged(mutation.tests, root):
         return "no tests"  # they fail or do not run without the mutation
     mutation.apply(root)
     try:
         return "killed" if _run(mutation.tests, root) == _FAILED else "survived"
     finally:
         path.write_text(original, encoding="utf-8")
+
+
+@cache
+def _pass_unchanged(tests: str, root: Path) -> bool:
+    """Whether tests pass without a mutation. Several mutations have the same tests, which run once."""
+    return _run(tests, root) == _PASSED
 
 
 def _run(tests: str, root: Path) -> int:

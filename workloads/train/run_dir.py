@@ -148,7 +148,7 @@ def _unfinished_settings(path: RemotePath) -> dict[str, object] | None:
         return None
     settings = yaml_values(content, f"{path}/config.yaml")
     has_checkpoint = any(name.startswith("step-") for name in path.child(_CHECKPOINTS).list_names())
-    finished = any(path.child(result).child(MANIFEST).read_bytes() for result in (ADAPTER, MODEL))
+    finished = any(RunDir(path, result_name).is_finished() for result_name in (ADAPTER, MODEL))
     return settings if has_checkpoint and not finished else None
 
 
