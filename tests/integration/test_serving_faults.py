@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 import pytest
-from servers import Server, save_talker, serving
+from servers import Server, listening, save_talker, serving
 
 pytestmark = pytest.mark.slow
 BODY: dict[str, Any] = {
@@ -80,6 +80,14 @@ def wait_for_engines(server: Server, count: int = 2) -> None:
     while len(server.family("EngineReplica")) < count or server.get("/health")[0] != 200:
         assert time.monotonic() < deadline
         time.sleep(0.2)
+
+
+def test_two_servers_on_one_machine_share_no_port(server: Server, shared_server: Server) -> None:
+    ports, other_ports = (
+        {port for _, port in listening(psutil.Process(one.process.pid))} for one in (server, shared_server)
+    )
+    assert ports
+    assert ports & other_ports == set()
 
 
 @pytest.mark.parametrize(

@@ -70,10 +70,10 @@ def test_serve_reads_every_variable() -> None:
 
 
 def test_two_servers_on_one_machine_have_ports_of_their_own() -> None:
-    names = ("RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT", "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT")
+    names = ("FALLBACK_PROXY_HTTP", "DIRECT_INGRESS_MIN_HTTP", "DIRECT_INGRESS_MAX_HTTP")
     env = haproxy_env()
-    first, last = (int(env[name]) for name in names)
-    assert 0 < first < last < 32768
+    fallback, first, last = (int(env[f"RAY_SERVE_{name}_PORT"]) for name in names)
+    assert 0 < fallback < first < last < 32768
     start, end = free_port_range(50)
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # as an ingress replica does
