@@ -138,7 +138,7 @@ def feeding(data: DataConfig) -> dict[str, float]:
         points.append((tokens, min(per_batch)))
         ray.kill(batch_server)
     per_batch_s, per_token_s = line(points)
-    return {"feeder_s_per_batch": per_batch_s, "feeder_s_per_token": per_token_s}
+    return {"batch_server_s_per_batch": per_batch_s, "batch_server_s_per_token": per_token_s}
 
 
 def _identity(table: pa.Table) -> pa.Table:

@@ -6,7 +6,7 @@
 Without overrides the second command also writes results/005_scale.csv and .png.
 
 Model of a step: every worker lays out its batch, computes, and all-reduces its gradients, without overlap.
-One feeder process (the batch server) makes the batches of all workers, a few ahead. Steps are simulated with
+One process, the batch server, makes the batches of all workers, a few ahead. Steps are simulated with
 batches of unequal size and GPUs of unequal speed.
 """
 
@@ -31,10 +31,10 @@ from parallelmind.config import FrozenConfig, LoraConfig
 
 RESULTS = Path(__file__).resolve().parent / "results"
 WORKERS = tuple(2**k for k in range(9))
-_AHEAD = 5  # batches queued per worker: four in the feeder, one in transit
+_AHEAD = 5  # batches queued per worker: four in the batch server, one in transit
 _EVERY = 100  # steps between checkpoints, and between validations
 _VALIDATION_TOKENS = 3 * 32 * 512  # maximum with default settings
-_ID_BYTES = 8  # of a token id sent from the feeder to a worker
+_ID_BYTES = 8  # of a token id sent from the batch server to a worker
 
 
 class Inputs(FrozenConfig):
@@ -53,7 +53,7 @@ class Inputs(FrozenConfig):
     node_cores: int = Field(
         96,
         ge=9,
-        description="CPU cores per node; each worker uses one core, the feeder one core of the cluster",
+        description="CPU cores per node; each worker uses one core, the batch server one core of the cluster",
     )
     nvlink: float = Field(450e9, gt=0, description="bytes/s between the GPUs of a node")
     infiniband: float = Field(50e9, gt=0, description="bytes/s of each GPU to other nodes: 400 Gbit/s")
@@ -66,8 +66,8 @@ class Inputs(FrozenConfig):
         description="latency in seconds between neighbours in the ring; Ethernet: ten times as much",
     )
     storage: float = Field(10e9, gt=0, description="bytes/s of the storage that all nodes read")
-    feeder_link: float = Field(
-        12.5e9, gt=0, description="bytes/s out of the feeder's node, and the same into it"
+    batch_server_link: float = Field(
+        12.5e9, gt=0, description="bytes/s out of the batch server's node, and the same into it"
     )
     part_bytes: int = Field(
         1 << 26,
@@ -153,15 +153,19 @@ def parts(
         "layout": tokens * cost["layout_s_per_token"],
         "all-reduce": ring(workers, 4 * size, hop, wire) + ring(workers, 56, hop, wire),
         "checkpoints": kept / _EVERY,
-        "feeder": workers * (cost["feeder_s_per_batch"] + tokens * cost["feeder_s_per_token"])
+        "batch server": workers
+        * (cost["batch_server_s_per_batch"] + tokens * cost["batch_server_s_per_token"])
         + text / given.part_bytes * cost["task_s"],
         "readers": workers * tokens * cost["tokenise_s_per_token"] / cores,
         "storage": text / given.storage,
-        "feeder's link": workers * tokens * max(cost["arrow_bytes_per_token"], _ID_BYTES) / given.feeder_link,
+        "batch server's link": workers
+        * tokens
+        * max(cost["arrow_bytes_per_token"], _ID_BYTES)
+        / given.batch_server_link,
     }
 
 
-SOURCES = ("feeder", "readers", "storage", "feeder's link")
+SOURCES = ("batch server", "readers", "storage", "batch server's link")
 
 
 def simulate(
@@ -178,7 +182,7 @@ def simulate(
     Args:
         workers: Number of GPUs.
         part: Seconds of each part of a worker, from `parts`.
-        source: Seconds from one batch to the next in the feeder.
+        source: Seconds from one batch to the next in the batch server.
         places: Quantiles of the size of a batch.
         sigma: Spread of compute time.
         seed: Seed of the draws.
@@ -192,7 +196,7 @@ def simulate(
         compute_s = np.maximum(part["compute"] * size, part["dispatch"]) * np.exp(
             sigma * rng.standard_normal(workers)
         )
-        # The feeder makes one batch at a time, and only for a worker with room in its queue.
+        # The batch server makes one batch at a time, and only for a worker with room in its queue.
         ready = (
             np.maximum.accumulate(np.maximum(taken[-_AHEAD] - order * source, made)) + (order + 1) * source
         )

@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 COLOURS = {
     "compute": "#4c956c",
     "dispatch": "#f2e8cf",
-    "feeder": "#d1495b",
+    "batch server": "#d1495b",
     "readers": "#edae49",
     "storage": "#8d5a97",
 }

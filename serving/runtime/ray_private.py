@@ -39,8 +39,8 @@ def haproxy_env() -> dict[str, str]:
         # The defaults are fixed ports. A second server on this machine could not bind these two.
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
-        # The proxy that HAProxy uses while no ingress is up, and the ingress replicas, bind their ports with
-        # SO_REUSEPORT. If two servers on one machine had the same ports, requests of one would reach the other.
+        # The ingress replicas, and the proxy that HAProxy uses while none is up, bind their ports with
+        # SO_REUSEPORT. With the same port on two servers, requests of one would reach the other.
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_port),
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(fallback_port + 1),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(last_port),

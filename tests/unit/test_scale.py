@@ -18,11 +18,11 @@ COST = {
     "bytes_per_token": 4.0, "arrow_bytes_per_token": 4.0, "survey_s_per_byte": 3e-8,
     "tokenise_s_per_token": 2e-6, "layout_s_per_token": 5e-8, "dispatch_s": 0.002,
     "dispatch_s_per_layer": 0.002, "checkpoint_s_per_byte": 1e-9, "report_s": 0.1, "task_s": 0.003,
-    "feeder_s_per_batch": 1e-3, "feeder_s_per_token": 1.5e-7,
+    "batch_server_s_per_batch": 1e-3, "batch_server_s_per_token": 1.5e-7,
 }  # fmt: skip
 
 
-def test_without_randomness_a_step_takes_its_parts_or_the_feeders_time() -> None:
+def test_without_randomness_a_step_takes_its_parts_or_the_batch_servers_time() -> None:
     for workers in (1, 2, 16):
         own_s, source_s = sum(PART.values()) - PART["dispatch"], 0.3
         assert scale.simulate(workers, PART, 0.0, EQUAL_SIZES, 0.0, 0) == pytest.approx(own_s)
@@ -49,7 +49,7 @@ def test_a_step_takes_as_long_as_its_largest_batch() -> None:
     assert step_s == pytest.approx(0.5 + 0.9 + 0.08, rel=0.01)
 
 
-def test_queued_batches_hide_a_slow_step_but_not_a_slow_feeder() -> None:
+def test_queued_batches_hide_a_slow_step_but_not_a_slow_batch_server() -> None:
     jittered = scale.simulate(4, PART, 0.0, EQUAL_SIZES, 0.3, 0, steps=2000)
     for source in (0.2, 0.5):
         step_s = scale.simulate(4, PART, source, EQUAL_SIZES, 0.3, 0, steps=2000)
@@ -74,9 +74,13 @@ def test_shapes_have_the_sizes_in_their_names() -> None:
 def test_a_row_names_the_limiting_part() -> None:
     given = scale.Inputs(sigma=0.0)
     one, many = (scale.row("0.5B", n, "infiniband", given, COST) for n in (1, 256))
-    assert (one["limit"], many["limit"]) == ("compute", "feeder")
+    assert (one["limit"], many["limit"]) == ("compute", "batch server")
     assert many["tokens_per_s"] < 256 * one["tokens_per_s"]
-    batch = COST["feeder_s_per_batch"] / 16384 + COST["feeder_s_per_token"] + 4 / 2**26 * COST["task_s"]  # type: ignore[operator]
+    batch = (
+        COST["batch_server_s_per_batch"] / 16384
+        + COST["batch_server_s_per_token"]
+        + 4 / 2**26 * COST["task_s"]
+    )  # type: ignore[operator]
     assert many["tokens_per_s"] == pytest.approx(1 / batch, rel=1e-3)
     assert scale.row("7B", 256, "ethernet", given, COST)["all-reduce_ms"] > 50
 

@@ -28,7 +28,7 @@ def stream(
     reduce: Text | None = None,
     **sampling: Any,
 ) -> Iterator[Event]:
-    """Decode a sample and yield the text of every branch as it comes.
+    """Decode a sample and yield the text of every branch in pieces, as soon as they are decoded.
 
     per_branch: settings of each branch, which override `sampling`.
     reduce: prompt of one more branch, the last one, which starts when all others have finished and attends to
