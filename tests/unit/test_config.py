@@ -316,6 +316,39 @@ def test_the_fingerprint_covers_the_settings_and_nothing_else() -> None:
     assert len(train().fingerprint()) == 12
 
 
+class _Group(FrozenConfig):
+    old: int = 1
+
+
+class _LaterGroup(_Group):
+    LATER_FIELDS = frozenset({"new"})
+    new: int = 2
+
+
+class _Config(GroupedConfig):
+    group: _Group = Field(default_factory=_Group)
+
+
+class _LaterConfig(GroupedConfig):
+    group: _LaterGroup = Field(default_factory=_LaterGroup)
+
+
+class _Nested(GroupedConfig):
+    inner: _Config = Field(default_factory=_Config)
+
+
+class _LaterNested(GroupedConfig):
+    inner: _LaterConfig = Field(default_factory=_LaterConfig)
+
+
+def test_a_later_field_at_its_default_keeps_the_fingerprint() -> None:
+    before = _Config().fingerprint()
+    assert _LaterConfig().fingerprint() == before
+    assert _LaterConfig.model_validate({"new": 3}).fingerprint() != before
+    assert _LaterNested().fingerprint() == _Nested().fingerprint()
+    assert _LaterNested.model_validate({"inner": {"new": 3}}).fingerprint() != _Nested().fingerprint()
+
+
 def test_a_config_is_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         train().lora.lora_rank = 3  # type: ignore[misc]

@@ -33,6 +33,10 @@ class FrozenConfig(BaseModel):
     NON_IDENTITY_FIELDS: ClassVar[frozenset[str]] = frozenset()
     """Fields that say where something runs or how it is reported. They do not change the fingerprint."""
 
+    LATER_FIELDS: ClassVar[frozenset[str]] = frozenset()
+    """Fields that were added after 0.1.0. At its default such a field does not change the fingerprint, so
+    runs of earlier versions are found again."""
+
     @classmethod
     def flat_fields(cls) -> dict[str, FieldInfo]:
         """Every field by the name that a user writes, in the order of config.yaml."""
@@ -64,11 +68,28 @@ class FrozenConfig(BaseModel):
         """
         identity = {
             name: value
-            for name, value in self.model_dump(mode="json").items()
+            for name, value in self._dump_without_later_defaults().items()
             if name not in self.NON_IDENTITY_FIELDS
         }
         canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+    @classmethod
+    def later_fields(cls) -> frozenset[str]:
+        """`LATER_FIELDS` by flat name."""
+        return cls.LATER_FIELDS
+
+    def _dump_without_later_defaults(self) -> dict[str, Any]:
+        values = self.model_dump(mode="json")
+        for name, value in self:
+            if name in values and isinstance(value, FrozenConfig):
+                values[name] = value._dump_without_later_defaults()
+        fields, later = self.flat_fields(), self.later_fields()
+        return {
+            name: value
+            for name, value in values.items()
+            if name not in later or value != fields[name].default
+        }
 
 
 class GroupedConfig(FrozenConfig):
@@ -106,6 +127,10 @@ class GroupedConfig(FrozenConfig):
         for name, owner in super().field_owners().items():
             owners |= groups[name].field_owners() if name in groups else {name: owner}
         return owners
+
+    @classmethod
+    def later_fields(cls) -> frozenset[str]:
+        return cls.LATER_FIELDS.union(*(group.LATER_FIELDS for group in cls.groups().values()))
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
