@@ -6,18 +6,43 @@ Types are checked strictly, so that a mistake is reported instead of trained on.
 from __future__ import annotations
 
 import difflib
+import functools
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 TextOrIds = str | list[int]
 
-_KEYS = ("main", "branches", "text", "input_ids", "answer_offset", "prompt", "completion")
+_KEYS = frozenset({"main", "branches", "text", "input_ids", "answer_offset", "prompt", "completion"})
+_TYPO = (
+    0.8  # similarity of a misspelt key to the key that is meant, where the record is incomplete without it
+)
+_TYPO_OF_OPTIONAL = 0.88  # stricter, so that `domain` is not a misspelt `main`
 _BOM = b"\xef\xbb\xbf"
 
 
 class RecordError(ValueError):
     """The reason why a line is not a record."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """One way to write a text: the keys that it needs, and the keys that may stand beside them."""
+
+    needed: frozenset[str]
+    optional: frozenset[str] = frozenset()
+
+
+_BRANCH_FORMS = (
+    _Form(frozenset({"prompt", "completion"}), frozenset({"references"})),
+    _Form(frozenset({"text"}), frozenset({"answer_offset"})),
+    _Form(frozenset({"input_ids"}), frozenset({"answer_offset"})),
+)
+_RECORD_FORMS = tuple(
+    _Form(form.needed, form.optional | {"main"}) for form in (_Form(frozenset({"branches"})), *_BRANCH_FORMS)
+)
+_MAIN_FORMS = (_Form(frozenset({"text"})), _Form(frozenset({"input_ids"})))
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +64,7 @@ class Record:
     """One line of parallel JSONL.
 
     standalone: the record is a single branch without main; packing groups such records into samples.
-    unknown_keys: keys that have no meaning here, such as an id.
+    unknown_keys: keys that have no meaning where they stand, such as `id`, `main.id` and `branches[].id`.
     """
 
     main: TextOrIds
@@ -56,21 +81,20 @@ def parse_line(raw: bytes, vocab_size: int | None = None) -> Record:
 def parse_value(value: Any, vocab_size: int | None = None) -> Record:
     """The record in one JSON value or row of Parquet. Raises RecordError with the reason.
 
-    vocab_size: upper bound of given token ids, if it is known. Unknown keys are kept in `unknown_keys`, but a
-    misspelt key is an error.
+    vocab_size: upper bound of given token ids, if it is known. A key without a meaning is kept in
+    `unknown_keys`. A misspelt key is an error, and so is one whose content would be left out.
     """
     if not isinstance(value, dict):
         raise RecordError(f"is a JSON {_json_type(value)}, not an object")
-    _check_spelling(value)
-    unknown_keys = tuple(key for key in value if key not in _KEYS)
+    unknown_keys = list(_check_keys(value, "record", _RECORD_FORMS))
+    main, unknown = _main(value.get("main", ""), vocab_size)
+    unknown_keys += (f"main.{key}" for key in unknown)
     if "branches" not in value:
-        return Record("", (_branch(value, "record", vocab_size),), True, unknown_keys)
-    branches = value["branches"]
-    if not isinstance(branches, list) or not branches:
-        raise RecordError("branches must be a list of at least one branch")
-    main = _main(value.get("main", ""), vocab_size)
-    parsed = tuple(_branch(item, f"branches[{i}]", vocab_size) for i, item in enumerate(branches))
-    return Record(main, parsed, False, unknown_keys)
+        branch = _branch(value, "record", vocab_size)
+        return Record(main, (branch,), not main, tuple(unknown_keys))
+    branches, unknown = _branches(value["branches"], vocab_size)
+    unknown_keys += (f"branches[].{key}" for key in dict.fromkeys(unknown))
+    return Record(main, branches, False, tuple(unknown_keys))
 
 
 def check_surrogates(text: str, where: str) -> None:
@@ -108,24 +132,70 @@ def _refuse_constant(name: str) -> Any:
     raise RecordError(f"is not JSON: {name} is not a JSON number")
 
 
-def _check_spelling(value: dict[str, Any]) -> None:
-    for key in value.keys() - set(_KEYS):
-        if near := difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.8):
-            raise RecordError(f"has the key {key!r} (did you mean {near[0]}?)")
+def _check_keys(value: dict[str, Any], where: str, forms: Sequence[_Form]) -> tuple[str, ...]:
+    """The keys that have no meaning here. Raises RecordError for a misspelt key and for one that is left out.
+
+    forms: the ways to write the text; the first one that `value` has a key of counts.
+    """
+    form = next((form for form in forms if form.needed & value.keys()), None)
+    meant = form.needed | form.optional if form else frozenset[str]()
+    unknown = tuple(key for key in value if key not in meant)
+    if not unknown:
+        return ()
+    needed = form.needed if form else frozenset[str]().union(*(form.needed for form in forms))
+    _check_spelling(unknown, needed.difference(value), (meant - needed).difference(value))
+    if form and (unused := _KEYS.intersection(unknown)):
+        key, beside = min(unused), " and ".join(sorted(form.needed & value.keys()))
+        raise RecordError(
+            f"{where} has {key} beside {beside}, and {key} would not be used; remove one of them"
+        )
+    return tuple(key for key in unknown if key not in _KEYS)
 
 
-def _main(value: Any, vocab_size: int | None) -> TextOrIds:
-    if isinstance(value, dict):
-        return _text_or_ids(value, "main", vocab_size)
-    return _text(value, "main")
+def _check_spelling(unknown: Iterable[str], needed: frozenset[str], optional: frozenset[str]) -> None:
+    """Raise RecordError if a key resembles a key that the record lacks.
+
+    A key that resembles a key of the record is metadata: `texts` beside `text`, `prompt_id` beside `prompt`.
+    """
+    for key in unknown:
+        if key not in _KEYS and (
+            meant := _similar(key, needed, _TYPO) or _similar(key, optional, _TYPO_OF_OPTIONAL)
+        ):
+            raise RecordError(f"has the key {key!r} (did you mean {meant}?)")
 
 
-def _branch(value: Any, where: str, vocab_size: int | None) -> Branch:
-    if isinstance(value, str):
-        return Branch(_nonempty(_text(value, where), where))
+@functools.lru_cache(maxsize=1024)
+def _similar(key: str, keys: frozenset[str], cutoff: float) -> str | None:
+    return next(iter(difflib.get_close_matches(key.lower(), sorted(keys), 1, cutoff)), None)
+
+
+def _main(value: Any, vocab_size: int | None) -> tuple[TextOrIds, tuple[str, ...]]:
+    """Main and the unknown keys in it."""
     if not isinstance(value, dict):
-        raise RecordError(f"{where} is a JSON {_json_type(value)}, not text or an object")
-    _check_spelling(value)
+        return _text(value, "main"), ()
+    unknown = _check_keys(value, "main", _MAIN_FORMS)
+    return _text_or_ids(value, "main", vocab_size), unknown
+
+
+def _branches(value: Any, vocab_size: int | None) -> tuple[tuple[Branch, ...], tuple[str, ...]]:
+    """The branches and the unknown keys in them."""
+    if not isinstance(value, list) or not value:
+        raise RecordError("branches must be a list of at least one branch")
+    branches, unknown = [], list[str]()
+    for index, item in enumerate(value):
+        where = f"branches[{index}]"
+        if isinstance(item, dict):
+            unknown += _check_keys(item, where, _BRANCH_FORMS)
+            branches.append(_branch(item, where, vocab_size))
+        elif isinstance(item, str):
+            branches.append(Branch(_nonempty(_text(item, where), where)))
+        else:
+            raise RecordError(f"{where} is a JSON {_json_type(item)}, not text or an object")
+    return tuple(branches), tuple(unknown)
+
+
+def _branch(value: dict[str, Any], where: str, vocab_size: int | None) -> Branch:
+    """The branch in an object whose keys are checked."""
     if "prompt" in value or "completion" in value:
         return _prompt_and_completion(value, where)
     offset = value.get("answer_offset", 0)
@@ -135,8 +205,6 @@ def _branch(value: Any, where: str, vocab_size: int | None) -> Branch:
 
 
 def _prompt_and_completion(value: dict[str, Any], where: str) -> Branch:
-    if conflicting := value.keys() & {"text", "input_ids", "answer_offset"}:
-        raise RecordError(f"{where} has prompt or completion beside {min(conflicting)}; give one form")
     if missing := {"prompt", "completion"} - value.keys():
         raise RecordError(f"{where} has no {missing.pop()}")
     completion = _text(value["completion"], f"{where}.completion")
@@ -150,8 +218,6 @@ def _prompt_and_completion(value: dict[str, Any], where: str) -> Branch:
 
 
 def _text_or_ids(value: dict[str, Any], where: str, vocab_size: int | None) -> TextOrIds:
-    if "text" in value and "input_ids" in value:
-        raise RecordError(f"{where} needs either text or input_ids, not both")
     if "text" in value:
         return _text(value["text"], f"{where}.text")
     if "input_ids" in value:

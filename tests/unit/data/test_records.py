@@ -55,6 +55,94 @@ def test_unicode_line_separators_are_text_and_a_byte_order_mark_is_ignored() -> 
 
 
 @pytest.mark.parametrize(
+    ("value", "branch"),
+    [
+        ({"prompt": " q?", "completion": " a"}, Branch(" q?", " a")),
+        ({"text": " q? a", "answer_offset": 2}, Branch(" q? a", answer_offset=2)),
+        ({"input_ids": [3, 4]}, Branch([3, 4])),
+    ],
+)
+def test_main_beside_a_single_text_is_a_sample_of_one_branch(
+    value: dict[str, object], branch: Branch
+) -> None:
+    assert parse({"main": "passage", **value}) == Record("passage", (branch,), standalone=False)
+    assert parse({"main": {"input_ids": [5]}, **value}) == Record([5], (branch,), standalone=False)
+    assert parse({"main": "", **value}) == parse(value) == Record("", (branch,), standalone=True)
+
+
+def test_keys_without_a_meaning_are_kept_wherever_they_stand() -> None:
+    branches = [{"text": "a", "id": 1}, {"prompt": "q", "completion": "c", "id": 2, "weight": 1}, "plain"]
+    record = parse({"main": {"text": "m", "title": "t"}, "branches": branches, "references": [], "id": 0})
+    assert record.unknown_keys == ("references", "id", "main.title", "branches[].id", "branches[].weight")
+
+
+TEXT, PAIR = {"text": "a"}, {"prompt": "a", "completion": "b"}
+
+
+@pytest.mark.parametrize(
+    ("value", "key"),
+    [
+        (TEXT, "texts"),
+        (TEXT, "branch"),
+        (TEXT, "complation"),
+        (TEXT, "prompt_id"),
+        (TEXT, "domain"),
+        (TEXT, "main_id"),
+        (TEXT, "Text"),
+        (TEXT, "answer_offset_characters"),
+        ({**TEXT, "answer_offset": 1}, "answer_offsets"),
+        (PAIR, "texts"),
+        (PAIR, "prompt_id"),
+        (PAIR, "completions"),
+        (PAIR, "answer_offsets"),
+        (PAIR, "references_count"),
+        ({"main": "m", "branches": ["a"]}, "main_id"),
+        ({"main": "m", "branches": ["a"]}, "mains"),
+        ({"branches": ["a"]}, "branch"),
+    ],
+)
+def test_a_key_is_metadata_if_nothing_that_it_resembles_is_missing(
+    value: dict[str, object], key: str
+) -> None:
+    assert parse({**value, key: "x"}).unknown_keys == (key,)
+    if "branches" not in value:
+        assert parse({"branches": [{**value, key: "x"}]}).unknown_keys == (f"branches[].{key}",)
+
+
+@pytest.mark.parametrize(
+    ("value", "key", "meant"),
+    [
+        ({"prompt": "a"}, "complation", "completion"),
+        ({"prompt": "a"}, "Completion", "completion"),
+        ({"completion": "a"}, "promt", "prompt"),
+        ({}, "texts", "text"),
+        ({}, "input_id", "input_ids"),
+        (TEXT, "answer_ofset", "answer_offset"),
+    ],
+)
+def test_a_key_is_misspelt_if_the_key_that_is_meant_is_missing(
+    value: dict[str, object], key: str, meant: str
+) -> None:
+    for record in ({**value, key: 1}, {"branches": [{**value, key: 1}]}):
+        with pytest.raises(RecordError, match=rf"'{key}' \(did you mean {meant}\?\)"):
+            parse(record)
+
+
+@pytest.mark.parametrize(
+    ("record", "meant"),
+    [
+        ({"mains": "m", "text": "a"}, "main"),
+        ({"Main": "m", "branches": ["a"]}, "main"),
+        ({"main": "m", "branchs": ["a"]}, "branches"),
+        ({"main": {"texts": "m"}, "branches": ["a"]}, "text"),
+    ],
+)
+def test_misspelt_keys_of_a_record(record: dict[str, object], meant: str) -> None:
+    with pytest.raises(RecordError, match=f"did you mean {meant}"):
+        parse(record)
+
+
+@pytest.mark.parametrize(
     ("raw", "reason"),
     [
         (b"{", "is not JSON"),
@@ -68,7 +156,7 @@ def test_unicode_line_separators_are_text_and_a_byte_order_mark_is_ignored() -> 
         (b'{"text": 1}', "record.text is a JSON number"),
         (b'{"text": ""}', "record is empty"),
         (b"{}", "needs either text or input_ids"),
-        (b'{"text": "a", "input_ids": [1]}', "not both"),
+        (b'{"text": "a", "input_ids": [1]}', "record has input_ids beside text"),
         (b'{"text": "a", "answer_offset": -1}', "answer_offset=-1"),
         (b'{"text": "a", "answer_offset": true}', "answer_offset=True"),
         (b'{"text": "a", "answer_offset": 1.0}', "answer_offset=1.0"),
@@ -81,8 +169,21 @@ def test_unicode_line_separators_are_text_and_a_byte_order_mark_is_ignored() -> 
         (b'{"main": "m", "branches": [{"prompt": "a", "completion": ""}]}', "completion is empty"),
         (
             b'{"main": "m", "branches": [{"prompt": "a", "completion": "b", "answer_offset": 1}]}',
-            "beside answer_offset",
+            "branches[0] has answer_offset beside completion and prompt",
         ),
+        (
+            b'{"main": "m", "branches": ["a"], "prompt": "q", "completion": "c"}',
+            "has completion beside branches",
+        ),
+        (b'{"main": "m", "branches": ["a"], "answer_offset": 2}', "has answer_offset beside branches"),
+        (b'{"branches": ["a"], "text": "b"}', "record has text beside branches"),
+        (b'{"branches": [{"text": "a", "main": "m"}]}', "branches[0] has main beside text"),
+        (b'{"branches": [{"text": "a", "branches": ["b"]}]}', "branches[0] has branches beside text"),
+        (
+            b'{"main": {"text": "m", "answer_offset": 1}, "branches": ["a"]}',
+            "main has answer_offset beside text",
+        ),
+        (b'{"main": null, "text": "a"}', "main is a JSON null"),
         (b'{"prompt": "a", "completion": "b", "references": "c"}', "references is a JSON string, not a list"),
         (b'{"prompt": "a", "completion": "b", "references": [""]}', "references is empty"),
         (b'{"input_ids": [1, -2]}', "must be a list of token ids"),
