@@ -13,7 +13,7 @@ from typing import Any, Literal, Self, TypeVar
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from parallelmind.config import Dtype, FrozenConfig, GroupedConfig, Visibility, resolve
+from parallelmind.config import Dtype, FrozenConfig, GroupedConfig, HomePath, TrackingUri, Visibility, resolve
 from parallelmind.config.yaml_file import parse_yaml
 
 HOST = "127.0.0.1"
@@ -34,7 +34,7 @@ class _Group(FrozenConfig):
 class ServedModelConfig(_Group):
     """Model."""
 
-    lora_path: str | None = Field(
+    lora_path: HomePath | None = Field(
         None, min_length=1, description="adapter folder; null: the base model alone"
     )
     base_model: str | None = Field(
@@ -78,13 +78,13 @@ class ServedModelConfig(_Group):
 class AdaptersConfig(_Group):
     """Adapters."""
 
-    adapters: dict[str, str] = Field(
+    adapters: dict[str, HomePath] = Field(
         {}, description="further adapters by name, each a folder or models:/NAME@ALIAS"
     )
-    adapter_root: str | None = Field(
+    adapter_root: HomePath | None = Field(
         None, description="folder of adapters that requests may name as base:NAME"
     )
-    mlflow_uri: str | None = Field(
+    mlflow_uri: TrackingUri | None = Field(
         None, description="model registry of models:/ names, which requests may use too"
     )
     max_adapters: int = Field(
@@ -168,7 +168,7 @@ class ReplicasConfig(_Group):
 class AccessConfig(_Group):
     """Access."""
 
-    api_keys_file: str | None = Field(
+    api_keys_file: HomePath | None = Field(
         None,
         description="file with one API key a line; $PARALLELMIND_API_KEYS holds keys separated by commas",
     )

@@ -12,14 +12,14 @@ from __future__ import annotations
 from pydantic import Field
 
 from parallelmind import cli
-from parallelmind.config import FrozenConfig
+from parallelmind.config import FrozenConfig, HomePath, OutputPath
 
 
 class ExportConfig(FrozenConfig):
     """Adapter and output."""
 
-    lora_path: str = Field(min_length=1, description="adapter folder")
-    output_path: str = Field(
+    lora_path: HomePath = Field(min_length=1, description="adapter folder")
+    output_path: OutputPath = Field(
         min_length=1, description="folder for the merged model: new, empty, or an earlier export to replace"
     )
     base_model: str | None = Field(

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from parallelmind.config import FrozenConfig, resolve
+from parallelmind.config.resolve import without_metadata
 from parallelmind.errors import UserError, UserNotice
 
 ConfigT = TypeVar("ConfigT", bound=FrozenConfig)
@@ -254,6 +255,7 @@ def _default(field: FieldInfo) -> str:
 
 def _type_name(annotation: Any) -> str:
     """A short name of a type: `int`, `str | null`, `low | mid | spread`, `list[int]`, `{str: int}`."""
+    annotation = without_metadata(annotation)
     if typing.get_origin(annotation) is typing.Literal:
         return " | ".join(map(str, typing.get_args(annotation)))
     if typing.get_origin(annotation) in (list, tuple):

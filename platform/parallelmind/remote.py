@@ -20,7 +20,7 @@ import pyarrow.fs
 from fsspec.implementations.arrow import ArrowFSWrapper
 
 from parallelmind.errors import UserError, first_line
-from parallelmind.storage import atomic_binary_file, cache_dir, process_lock
+from parallelmind.storage import atomic_binary_file, cache_dir, expand_home, process_lock
 
 _COPY_BYTES = 1 << 24  # copied at a time
 _DISK_FULL = {errno.EDQUOT, errno.ENOSPC}
@@ -58,7 +58,7 @@ class RemotePath:
     def at(cls, path: str | Path, field: str = "output_dir") -> RemotePath:
         """The RemotePath of a local path or a URI, whose local copy has the same path on all machines."""
         if not is_uri(path):
-            return cls(Path(path).expanduser().absolute(), None, field)
+            return cls(Path(expand_home(str(path))).absolute(), None, field)
         uri = str(path).rstrip("/")
         return cls(cache_dir() / "copies" / uri.replace("://", "/"), uri, field)
 

@@ -21,7 +21,16 @@ _PARTIAL_MARK = "-part-"  # part of the name of every folder that `atomic_dir` i
 def cache_dir() -> Path:
     """Cache folder of this machine: `$PARALLELMIND_CACHE` or `~/.cache/parallelmind`."""
     root = os.environ.get("PARALLELMIND_CACHE")
-    return Path(root or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/parallelmind").expanduser()
+    return Path(expand_home(root or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/parallelmind"))
+
+
+def expand_home(path: str) -> str:
+    """The path with a leading `~` or `~user` as that home folder; any other path unchanged.
+
+    A file whose name starts with `~` is itself, and so is the name of an unknown user.
+    """
+    is_file_name = not path.startswith("~/") and path != "~" and os.path.lexists(path)
+    return path if is_file_name else os.path.expanduser(path)
 
 
 def sha256(file: Path) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 import resource
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import Field
+from pydantic import Field, create_model
 
 from parallelmind.config import (
     FrozenConfig,
@@ -21,6 +22,8 @@ from parallelmind.config import (
 )
 from parallelmind.config.yaml_file import dump_yaml, load_yaml, parse_yaml, save_yaml
 from parallelmind.errors import UserError
+from parallelmind.storage import expand_home
+from tools.reference import COMMANDS
 from workloads.data.convert import ConvertConfig
 from workloads.export import ExportConfig
 from workloads.generate.config import GenerateConfig
@@ -392,3 +395,42 @@ def test_a_uri_as_output_is_refused(kind: type[FrozenConfig]) -> None:
         UserError, match=r"output_path=s3://bucket/out\.jsonl: is a URI, .*; give a local path, and copy"
     ):
         resolve(kind, {"output_path": "s3://bucket/out.jsonl"})
+
+
+AS_WRITTEN = {"data_path", "validation_path", "base_model", "output_dir"}  # `~` is expanded by their readers
+PATH_FIELDS = {
+    f"{owner.__name__}.{name}": (owner, name)
+    for kind in COMMANDS.values()
+    for name, owner in kind.field_owners().items()
+    if re.search(r"(_path|_dir|_root|_file|_uri|_adapter|^adapters)$", name) and name not in AS_WRITTEN
+}
+
+
+@pytest.mark.parametrize(("owner", "name"), PATH_FIELDS.values(), ids=PATH_FIELDS)
+def test_tilde_is_the_home_folder_in_every_path(
+    owner: type[FrozenConfig], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    prefix = "sqlite:///" if name.endswith("_uri") else ""
+    values: Any = {"a": "~/x.png"} if name == "adapters" else f"{prefix}~/x.png"
+    field = owner.model_fields[name]
+    kind = create_model("Only", __base__=FrozenConfig, **{name: (field.annotation, field)})  # type: ignore[call-overload]
+    given = getattr(resolve(kind, {name: values}), name)
+    assert (given["a"] if name == "adapters" else given) == f"{prefix}{tmp_path}/x.png"
+
+
+def test_a_name_that_starts_with_a_tilde_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "~root").touch()
+    names = ["~root", "~nobody-of-this-name/x", "a/~/b", "models:/name@champion"]
+    assert [expand_home(name) for name in names] == names
+    assert expand_home("~") == str(tmp_path / "home")
+
+
+def test_a_run_keeps_its_data_path_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Earlier versions hashed it so."""
+    monkeypatch.setenv("HOME", "/home/one")
+    config = TrainConfig(data_path="~/a.jsonl", base_model="~/model", output_dir="~/runs")
+    assert config.model_dump()["data_path"] == "~/a.jsonl"
+    assert config.fingerprint() == "ffccbb5ccb27"

@@ -12,6 +12,7 @@ from parallelmind.config import (
     BranchAngle,
     Dtype,
     FrozenConfig,
+    HomePath,
     Pairs,
     Positions,
     Quantize,
@@ -25,7 +26,7 @@ class InferenceModelConfig(FrozenConfig):
     base_model: str | None = Field(
         None, description="smollm2-135m, a local folder, or a hub id; null: the adapter's own"
     )
-    lora_path: str | None = Field(None, description="adapter folder; null: the base model alone")
+    lora_path: HomePath | None = Field(None, description="adapter folder; null: the base model alone")
     dtype: Dtype | None = Field(None, description="type to compute in")
     quantize: Quantize | None = Field(None, description="keep the base weights in fewer bits (bitsandbytes)")
     trust_remote_code: bool = Field(False, description="allow a hub model to run its own code")

@@ -11,6 +11,7 @@ from parallelmind.config import FrozenConfig, resolve
 from parallelmind.config.yaml_file import load_yaml, yaml_values
 from parallelmind.errors import UserError
 from parallelmind.remote import RemotePath, is_uri
+from parallelmind.storage import expand_home
 
 ConfigT = TypeVar("ConfigT", bound=FrozenConfig)
 
@@ -32,7 +33,7 @@ def read_config(kind: type[ConfigT], argv: list[str]) -> ConfigT:
 
 def _read_values(kind: type[FrozenConfig], name: str) -> dict[str, Any]:
     if name.endswith((".yaml", ".yml")):
-        return load_yaml(Path(name)) if not is_uri(name) else _read_remote_yaml(name)
+        return load_yaml(Path(expand_home(name))) if not is_uri(name) else _read_remote_yaml(name)
     path = _experiment_file(name)
     config = _run_experiment(path)
     if not isinstance(config, kind):

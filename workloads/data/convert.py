@@ -32,7 +32,7 @@ from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from parallelmind import cli
-from parallelmind.config import ModelConfig
+from parallelmind.config import ModelConfig, OutputPath
 from parallelmind.data.convert.converter import Converter
 from parallelmind.data.convert.readers import read_dataset
 from parallelmind.data.convert.settings import ConvertSettings
@@ -55,7 +55,7 @@ class ConvertConfig(ConvertSettings):
     dataset: str | None = Field(None, description="instead of data_path, a data set of the Hugging Face hub")
     subset: str | None = Field(None, description="dataset: its configuration, if it has several")
     split: str = Field("train", min_length=1, description="dataset: its split")
-    output_path: str = Field(min_length=1, description="parallel JSONL to write: .jsonl or .jsonl.gz")
+    output_path: OutputPath = Field(min_length=1, description="parallel JSONL to write: .jsonl or .jsonl.gz")
     strict: bool = Field(False, description="stop at the first bad source record instead of skipping it")
     base_model: str = Field(
         "smollm2-135m",
@@ -107,7 +107,7 @@ class Conversion:
         """Write the file and return the counts in one line. After a UserError the output is unchanged."""
         output = self._config.output_path
         results = self._results()
-        with translate_write_errors("output_path", output), atomic_file(Path(output).expanduser()) as file:
+        with translate_write_errors("output_path", output), atomic_file(Path(output)) as file:
             for result in cli.tracked(results, "converting", None, lambda _: self._counts()):
                 if isinstance(result, BadRecord):
                     self._report(result)
@@ -132,7 +132,7 @@ class Conversion:
             records = read_dataset(config.dataset, config.subset, config.split)
             return self._converter.convert_records(records)
         files = find_files(config.data_path or "")
-        output = os.path.realpath(Path(config.output_path).expanduser())
+        output = os.path.realpath(config.output_path)
         if output in map(os.path.realpath, files):
             raise UserError(
                 f"output_path={config.output_path}: is one of the files to read; give another name"

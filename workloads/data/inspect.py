@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.text import Text
 
 from parallelmind import cli
-from parallelmind.config import DataConfig, GroupedConfig, ModelConfig, RopeConfig, resolve
+from parallelmind.config import DataConfig, GroupedConfig, ModelConfig, OutputPath, RopeConfig, resolve
 from parallelmind.data.files import find_files
 from parallelmind.errors import UserError
 from parallelmind.model.base_model import load_tokenizer
@@ -40,7 +40,7 @@ class InspectConfig(GroupedConfig):
     rope: RopeConfig
     data: DataConfig
     show: int = Field(2, ge=0, description="samples to print as columns")
-    png_path: str | None = Field(
+    png_path: OutputPath | None = Field(
         None, description="PNG file of the histograms; null: the file's name + .png in the current folder"
     )
     max_records: int | None = Field(10000, ge=1, description="records to read, from the start; null: all")

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from rich.table import Table
 
 from parallelmind import cli
-from parallelmind.config import FrozenConfig, GroupedConfig
+from parallelmind.config import FrozenConfig, GroupedConfig, OutputPath
 from parallelmind.evaluation.backends import BackendName
 from parallelmind.evaluation.qa_eval import (
     RecordAnswers,
@@ -64,7 +64,7 @@ class AnswersOutputConfig(FrozenConfig):
     """Output."""
 
     show: int = Field(1, ge=0, description="records to print with passage, questions and answers")
-    output_path: str | None = Field(None, description="JSON file for the scores")
+    output_path: OutputPath | None = Field(None, description="JSON file for the scores")
 
 
 class AnswersConfig(GroupedConfig):

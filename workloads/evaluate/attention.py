@@ -11,7 +11,7 @@ from rich.table import Table
 
 import parallelmind as pm
 from parallelmind import cli
-from parallelmind.config import FrozenConfig, GroupedConfig
+from parallelmind.config import FrozenConfig, GroupedConfig, OutputPath
 from parallelmind.engine.tokenization import tokenize_sample
 from parallelmind.evaluation.attention_maps import AttentionMap, QueryTokens, attention_map
 from workloads.common.inference_config import InferenceModelConfig
@@ -40,7 +40,7 @@ class QueryConfig(FrozenConfig):
 class AttentionOutputConfig(FrozenConfig):
     """Output."""
 
-    output_path: str = Field(
+    output_path: OutputPath = Field(
         min_length=1, description="PNG file for the maps; the shares are written beside it as .json"
     )
 

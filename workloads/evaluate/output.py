@@ -30,7 +30,7 @@ def output_file(path: str | None, suffix: str) -> Path | None:
     """
     if path is None:
         return None
-    file = Path(path).expanduser()
+    file = Path(path)
     if file.suffix != suffix:
         raise UserError(f"output_path={path}: does not end in {suffix}; end it in {suffix}")
     return file

@@ -14,7 +14,7 @@ from rich.table import Table
 from transformers.utils import logging
 
 from parallelmind import cli
-from parallelmind.config import FrozenConfig
+from parallelmind.config import FrozenConfig, OutputPath
 from parallelmind.errors import UserError, translate_write_errors
 from parallelmind.evaluation.model_support import COLUMNS, FALLBACK, SupportRow, check_model_types
 from parallelmind.evaluation.tiny_models import causal_lm_types
@@ -29,7 +29,7 @@ class SupportConfig(FrozenConfig):
 
     model_types: str | None = Field(None, description="model types to check, comma-separated; null: all")
     csv: bool = Field(False, description="print comma-separated values instead of a table; also as --csv")
-    output_path: str | None = Field(
+    output_path: OutputPath | None = Field(
         None, description="Markdown file; the table replaces everything below its marker line"
     )
 

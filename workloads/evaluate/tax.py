@@ -12,7 +12,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from parallelmind import cli
-from parallelmind.config import DataConfig, FrozenConfig, GroupedConfig
+from parallelmind.config import DataConfig, FrozenConfig, GroupedConfig, OutputPath
 from parallelmind.data.files import file_parts, find_files
 from parallelmind.data.held_out import HeldOut
 from parallelmind.data.survey import combine_surveys, survey_part
@@ -68,7 +68,7 @@ class HeldOutConfig(FrozenConfig):
 class TaxOutputConfig(FrozenConfig):
     """Output."""
 
-    output_path: str | None = Field(
+    output_path: OutputPath | None = Field(
         None, description="JSON file for the figures; the curve is written beside it as .png"
     )
 

@@ -6,7 +6,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from parallelmind.config import FrozenConfig, GroupedConfig
+from parallelmind.config import FrozenConfig, GroupedConfig, OutputPath
 from parallelmind.errors import format_value
 from workloads.common.inference_config import InferenceModelConfig, SamplingConfig
 
@@ -47,7 +47,7 @@ class InputConfig(FrozenConfig):
 class GenerateRunConfig(FrozenConfig):
     """Output and workers."""
 
-    output_path: str | None = Field(
+    output_path: OutputPath | None = Field(
         None, description="JSONL file for the results, a folder with num_workers; null: stdout"
     )
     num_workers: int = Field(

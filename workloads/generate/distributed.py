@@ -30,7 +30,7 @@ def generate_on_cluster(config: GenerateConfig) -> None:
 
     Raises UserError for invalid settings and for a folder that cannot be written or resumed.
     """
-    folder = Path(config.run.output_path or "").expanduser().absolute()
+    folder = Path(config.run.output_path or "").absolute()
     if folder.is_file():
         raise UserError(
             f"output_path={folder}: is a file, and num_workers={config.run.num_workers} fills a folder; "

@@ -34,7 +34,7 @@ def generate_in_process(config: GenerateConfig) -> None:
     if config.run.output_path is None:
         _decode(config, open_dataset(data_path, output=None), functools.partial(print, flush=True))
         return
-    output = Path(config.run.output_path).expanduser().absolute()
+    output = Path(config.run.output_path).absolute()
     if output.is_dir():
         raise UserError(
             f"output_path={output}: is a folder, and num_workers=0 writes a file; choose another name"

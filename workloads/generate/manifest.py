@@ -8,7 +8,7 @@ from typing import Any
 
 from parallelmind.errors import UserError, format_value
 from parallelmind.model.manifest import MANIFEST
-from parallelmind.storage import atomic_file, sha256
+from parallelmind.storage import atomic_file, expand_home, sha256
 from workloads.generate.config import GenerateConfig
 from workloads.generate.dataset import InputDataset
 
@@ -18,7 +18,7 @@ def run_settings(config: GenerateConfig, dataset: InputDataset) -> dict[str, Any
     settings = {**config.model.load_kwargs(), **config.sampling.to_kwargs(), "reduce": config.input.reduce}
     for name in ("base_model", "lora_path"):
         path = settings.get(name)
-        adapter_manifest = Path(path or "").expanduser() / MANIFEST
+        adapter_manifest = Path(expand_home(path or "")) / MANIFEST
         if path and adapter_manifest.is_file():  # it holds the checksums of all trained weights
             settings[name] = f"{path} (sha256 {sha256(adapter_manifest)[:12]})"
     return {**settings, "data_path": f"{dataset.count()} lines (sha256 {dataset.fingerprint})"}

@@ -21,7 +21,7 @@ def generate_from_prompts(config: GenerateConfig) -> None:
     Raises UserError if `output_path` exists or the model cannot decode the prompts.
     """
     prompt, prompts, reduce = config.input.prompt, config.input.prompts, config.input.reduce
-    output = Path(config.run.output_path).expanduser() if config.run.output_path else None
+    output = Path(config.run.output_path) if config.run.output_path else None
     if output and output.exists():
         raise UserError(f"output_path={output}: already exists; choose another name, or remove it")
     plain_text = bool(prompt) and output is None and reduce is None

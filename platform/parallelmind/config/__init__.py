@@ -20,6 +20,7 @@ from parallelmind.config.groups import (
     Visibility,
     WorkersConfig,
 )
+from parallelmind.config.paths import HomePath, OutputPath, TrackingUri
 from parallelmind.config.resolve import did_you_mean, resolve
 from parallelmind.config.train import TrainConfig
 
@@ -31,16 +32,19 @@ __all__ = [
     "Dtype",
     "FrozenConfig",
     "GroupedConfig",
+    "HomePath",
     "LoraConfig",
     "MetricsConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "OutputPath",
     "Pairs",
     "Positions",
     "Quantize",
     "RopeConfig",
     "RunConfig",
     "ServicesConfig",
+    "TrackingUri",
     "TrainConfig",
     "Visibility",
     "WorkersConfig",

@@ -11,8 +11,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     SerializerFunctionWrapHandler,
-    ValidationInfo,
-    field_validator,
     model_serializer,
     model_validator,
 )
@@ -49,17 +47,6 @@ class FrozenConfig(BaseModel):
             name: next(base for base in cls.__mro__ if name in vars(base).get("__annotations__", {}))
             for name in cls.model_fields
         }
-
-    @field_validator("output_path", "png_path", check_fields=False)
-    @classmethod
-    def _refuse_uri(cls, path: str | None, info: ValidationInfo) -> str | None:
-        """Output files are local. As a path, a URI would become a folder named after its scheme."""
-        if path is not None and "://" in path:
-            raise ValueError(
-                f"{info.field_name}={path}: is a URI, and output files are written to this machine; "
-                "give a local path, and copy the file there"
-            )
-        return path
 
     def fingerprint(self) -> str:
         """First 12 hex digits of the SHA-256 of all fields except `NON_IDENTITY_FIELDS`.

@@ -7,6 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from parallelmind.config.frozen import FrozenConfig
+from parallelmind.config.paths import HomePath, TrackingUri
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Quantize = Literal["none", "8bit", "4bit"]
@@ -150,7 +151,7 @@ class OptimizerConfig(FrozenConfig):
     tuning: Literal["lora", "full"] = Field(
         "lora", description="lora: train an adapter; full: train every parameter of the model"
     )
-    resume_adapter: str | None = Field(
+    resume_adapter: HomePath | None = Field(
         None, description="adapter folder to start from, with a fresh optimizer; null: a new adapter"
     )
     epochs: int = Field(1, ge=1, description="passes over the data")
@@ -229,7 +230,7 @@ class MetricsConfig(FrozenConfig):
 class ServicesConfig(FrozenConfig):
     """MLflow and Ray."""
 
-    mlflow_uri: str = Field("sqlite:///mlflow.db", min_length=1, description="MLflow tracking URI")
+    mlflow_uri: TrackingUri = Field("sqlite:///mlflow.db", min_length=1, description="MLflow tracking URI")
     mlflow_experiment: str = Field("parallelmind", min_length=1, description="MLflow experiment")
     ray_address: str | None = Field(
         None, description="Ray cluster to join; null: $RAY_ADDRESS, or a local one"

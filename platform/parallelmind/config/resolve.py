@@ -6,7 +6,7 @@ import difflib
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import ValidationError
 from yaml import YAMLError
@@ -71,8 +71,14 @@ def _is_literal(kind: type[FrozenConfig], name: str, text: str) -> bool:
     field = kind.flat_fields().get(name)
     if field is None or text == "null":
         return False
-    union = typing.get_origin(field.annotation) in (typing.Union, types.UnionType)
-    return field.annotation is str or (union and str in typing.get_args(field.annotation))
+    annotation = without_metadata(field.annotation)
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return annotation is str or (union and str in map(without_metadata, typing.get_args(annotation)))
+
+
+def without_metadata(annotation: Any) -> Any:
+    """The type that `Annotated` describes further; any other type unchanged."""
+    return typing.get_args(annotation)[0] if typing.get_origin(annotation) is Annotated else annotation
 
 
 def _explain(kind: type[FrozenConfig], problem: Any) -> str:

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from parallelmind.errors import UserError, first_line, format_value
 from parallelmind.remote import is_uri, resolve_filesystem
+from parallelmind.storage import expand_home
 
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 _MIN_PART_BYTES, _MAX_PART_BYTES = 1 << 20, 1 << 26  # of uncompressed JSONL
@@ -46,7 +47,7 @@ def find_files(path: str, field: str = "data_path") -> list[str]:
 
 
 def _find(path: str, field: str) -> list[str]:
-    location = path if is_uri(path) else str(Path(path).expanduser().absolute())
+    location = path if is_uri(path) else str(Path(expand_home(path)).absolute())
     try:
         filesystem, inner = resolve_filesystem(location)
         if filesystem.isfile(inner):

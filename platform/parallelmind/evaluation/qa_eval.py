@@ -20,6 +20,7 @@ from parallelmind.evaluation.qa_metrics import exact_match, f1
 from parallelmind.model.patch import is_patched
 from parallelmind.model.structure import causal_lm
 from parallelmind.model.support import assess
+from parallelmind.storage import expand_home
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ def read_question_records(path: str, limit: int) -> list[Record]:
 
     Raises UserError unless every record is text and every branch has a prompt and a completion.
     """
-    file = Path(path).expanduser()
+    file = Path(expand_home(path))
     if not file.is_file():
         raise UserError(
             f"data_path={path}: no such file; give parallel JSONL whose branches have prompt and completion"

@@ -25,6 +25,7 @@ from parallelmind.errors import UserError, first_line
 from parallelmind.model.hf_compat import no_progress_bars
 from parallelmind.model.quantize import quantization_config
 from parallelmind.model.smollm2 import SMOLLM2, fetch_smollm2
+from parallelmind.storage import expand_home
 
 # Passed to from_pretrained. FlexAttention reads long sequences of a patched model that is set to sdpa. Flash
 # attention takes no mask that depends on two coordinates.
@@ -41,7 +42,7 @@ def resolve_base_model(name: str) -> str:
     """
     if name == SMOLLM2:
         return str(fetch_smollm2())
-    folder = Path(name).expanduser()
+    folder = Path(expand_home(name))
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(
@@ -57,7 +58,7 @@ def resolve_base_model(name: str) -> str:
 
 def is_hub_id(name: str) -> bool:
     """Whether the name can be a hub id and is not a local folder."""
-    return _HUB_ID.fullmatch(name) is not None and not Path(name).expanduser().is_dir()
+    return _HUB_ID.fullmatch(name) is not None and not Path(expand_home(name)).is_dir()
 
 
 def load_base(

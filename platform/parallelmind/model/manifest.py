@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError
 from parallelmind.config import FrozenConfig, LoraConfig, RopeConfig
 from parallelmind.errors import UserError, format_value
 from parallelmind.remote import fetch_cached
-from parallelmind.storage import sha256
+from parallelmind.storage import expand_home, sha256
 
 if TYPE_CHECKING:  # processes that only read a manifest do not import a model library
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -104,7 +104,7 @@ def read_model(base_model: str | Path) -> Manifest | None:
 
     Other errors are those of `read_manifest`.
     """
-    folder = Path(base_model).expanduser()
+    folder = Path(expand_home(str(base_model)))
     if not (folder / MANIFEST).is_file():
         return None
     manifest = read_manifest(folder, "base_model")

@@ -12,6 +12,7 @@ from parallelmind.config import ModelConfig
 from parallelmind.errors import UserError, first_line
 from parallelmind.model.base_model import is_hub_id, load_base_config, load_tokenizer, resolve_base_model
 from parallelmind.model.smollm2 import SMOLLM2, smollm2_folder
+from parallelmind.storage import expand_home
 
 _WEIGHTS = (
     "model.safetensors",
@@ -52,7 +53,7 @@ def _local_folder(name: str) -> Path:
         return folder
     resolve_base_model(name)  # raises for an invalid name
     if not is_hub_id(name):
-        return Path(name).expanduser()
+        return Path(expand_home(name))
     config = try_to_load_from_cache(name, "config.json")
     if not isinstance(config, str):
         raise UserError(
