@@ -9,8 +9,9 @@ from typing import Any, get_args
 
 from transformers import PreTrainedTokenizerBase
 
-from parallelmind.data.convert.chat import ChatRenderer, parse_messages
+from parallelmind.data.convert.chat import ChatRenderer
 from parallelmind.data.convert.chunks import chunk_text
+from parallelmind.data.convert.conversation import parse_messages, parse_tools
 from parallelmind.data.convert.passages import (
     PassageQuestion,
     QuestionTemplates,
@@ -108,7 +109,8 @@ class Converter:
                 yield question
 
     def _conversation(self, key: str, value: Any) -> Iterator[ParallelRecord]:
-        return self._chat.records(parse_messages(value, key), self.settings.each_turn)
+        messages = parse_messages(value, key)
+        return self._chat.records(messages, self.settings.each_turn, parse_tools(value))
 
     def _instruction(self, value: Any) -> Iterable[ParallelRecord]:
         """The published Alpaca prompt without its preamble, which is the same for every task."""
