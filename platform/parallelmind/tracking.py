@@ -28,10 +28,20 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from parallelmind.config import FrozenConfig
 from parallelmind.errors import UserError, first_line
+from parallelmind.tracking_database import ensure_database
 
 _SQLITE = "sqlite:///"
 _KEY_TAG = "run_key"  # identifies a run from its creation on, before its id is written down anywhere
 _MAX_PARAMS_PER_REQUEST = 100  # MLflow's limit
+# In the reason: of a file that is no database, or whose upgrade was interrupted.
+_DAMAGED = (
+    "not a database",
+    "malformed",
+    "already exists",
+    "duplicate column",
+    "no such table",
+    "no such column",
+)
 
 for _name in ("alembic", "mlflow.store.db.utils"):
     logging.getLogger(_name).setLevel(logging.WARNING)
@@ -40,13 +50,30 @@ for _name in ("alembic", "mlflow.store.db.utils"):
 def absolute_uri(uri: str) -> str:
     """The URI with a relative SQLite path resolved against the current working directory."""
     file = sqlite_file(uri)
-    return f"{_SQLITE}{file}" if file else uri
+    _, mark, query = uri.partition("?")
+    return f"{_SQLITE}{file}{mark}{query}" if file else uri
 
 
 def sqlite_file(uri: str) -> Path | None:
     """Absolute path of the SQLite database file; None if the URI names no such file."""
-    path = uri.removeprefix(_SQLITE)
-    return None if path == uri or path.startswith(":") or not path else Path(path).absolute()
+    path = uri.removeprefix(_SQLITE).partition("?")[0]
+    is_file = uri.startswith(_SQLITE) and path and not path.startswith((":", "file:"))
+    return Path(path).absolute() if is_file else None
+
+
+def _connect(uri: str) -> MlflowClient:
+    """A client of the tracking store. The database is created if it is a SQLite file that does not exist."""
+    if file := sqlite_file(uri):
+        ensure_database(file, _build_database)
+    return MlflowClient(uri)
+
+
+def _build_database(file: Path) -> None:
+    """Create all tables and the default experiment."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    uri = f"{_SQLITE}{file}"
+    SqlAlchemyStore(uri, _artifact_location(uri)).engine.dispose()
 
 
 class Tracker:
@@ -57,7 +84,7 @@ class Tracker:
 
     def __init__(self, uri: str, run_id: str) -> None:
         self.uri, self.run_id = uri, run_id
-        self._client = MlflowClient(uri)
+        self._client = _connect(uri)
 
     @classmethod
     def start(
@@ -75,7 +102,7 @@ class Tracker:
         `config_hash`. Raises UserError if the tracking store cannot be used.
         """
         with _store_errors(uri):
-            client = MlflowClient(uri)
+            client = _connect(uri)
             experiment_id = _experiment_id(client, uri, experiment)
             run = _find_run(client, experiment_id, key)
             if run is None:
@@ -144,8 +171,19 @@ def _store_errors(uri: str) -> Iterator[None]:
     # ImportError: the driver of the database is not installed.
     except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
         reason = _root_reason(error).partition(". ")[0]
-        remedy = "give sqlite:///FILE on a disk with free space, or the http address of a running server"
-        raise UserError(f"mlflow_uri={uri}: cannot be used ({reason}); {remedy}") from error
+        raise UserError(f"mlflow_uri={uri}: cannot be used ({reason}); {_remedy(uri, reason)}") from error
+
+
+def _remedy(uri: str, reason: str) -> str:
+    """What to do about a tracking store that fails with this reason."""
+    file = sqlite_file(uri)
+    if file and "out-of-date database schema" in reason:
+        return f"an earlier MLflow wrote it: copy {file}, then run `mlflow db upgrade {uri}`"
+    if file and "Can't locate revision" in reason:
+        return "a later MLflow wrote it: use that version, or give another file"
+    if file and any(mark in reason for mark in _DAMAGED):
+        return f"{file} is damaged or no MLflow database: restore a copy, remove it, or give another file"
+    return "give sqlite:///FILE on a disk with free space, or the http address of a running server"
 
 
 def _root_reason(error: BaseException) -> str:
@@ -163,7 +201,7 @@ def check_store(uri: str, experiment: str) -> bool:
     tracking store cannot be used.
     """
     with _store_errors(uri):
-        client = MlflowClient(uri)
+        client = _connect(uri)
         exists = client.get_experiment_by_name(experiment) is not None
         substitutes = [] if exists else client.search_experiments(max_results=1)
         experiment_id = (
@@ -201,7 +239,12 @@ def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
     """Id of the experiment, which is created if needed. Raises UserError if it was deleted."""
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        return client.create_experiment(name, _artifact_location(uri))
+        try:
+            return client.create_experiment(name, _artifact_location(uri))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        experiment = client.get_experiment_by_name(name)  # another process created it in the meantime
     if experiment.lifecycle_stage != "active":
         raise UserError(f"mlflow_experiment={name}: is deleted; restore it in MLflow, or choose another name")
     return experiment.experiment_id
@@ -231,7 +274,7 @@ def register_model(uri: str, run_id: str, artifact: str, name: str, alias: str) 
 
     A run that has a version already gets no second one.
     """
-    client = MlflowClient(uri)
+    client = _connect(uri)
     try:
         client.create_registered_model(name)
     except MlflowException as error:
@@ -250,7 +293,7 @@ def register_model(uri: str, run_id: str, artifact: str, name: str, alias: str) 
 def find_model_version(uri: str, model: str) -> ModelVersion:
     """Resolve models:/NAME@ALIAS or models:/NAME/VERSION. Raises UserError if it is not registered."""
     name, at, alias = model.removeprefix("models:/").partition("@")
-    client = MlflowClient(uri)
+    client = _connect(uri)
     try:
         if at:
             version = client.get_model_version_by_alias(name, alias)
