@@ -239,15 +239,22 @@ def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
     """Id of the experiment, which is created if needed. Raises UserError if it was deleted."""
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        try:
+        with _suppress_exists():  # another process may create it in the meantime
             return client.create_experiment(name, _artifact_location(uri))
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-        experiment = client.get_experiment_by_name(name)  # another process created it in the meantime
+        return _experiment_id(client, uri, name)
     if experiment.lifecycle_stage != "active":
         raise UserError(f"mlflow_experiment={name}: is deleted; restore it in MLflow, or choose another name")
     return experiment.experiment_id
+
+
+@contextmanager
+def _suppress_exists() -> Iterator[None]:
+    """Ignore MLflow's error that the name to create exists."""
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
 
 
 def _artifact_location(uri: str) -> str | None:
@@ -275,11 +282,8 @@ def register_model(uri: str, run_id: str, artifact: str, name: str, alias: str) 
     A run that has a version already gets no second one.
     """
     client = _connect(uri)
-    try:
+    with _suppress_exists():
         client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
     versions = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
     if versions:
         version = versions[0].version
