@@ -32,6 +32,7 @@ from parallelmind.tracking_database import ensure_database
 
 _SQLITE = "sqlite:///"
 _KEY_TAG = "run_key"  # identifies a run from its creation on, before its id is written down anywhere
+_EXISTS = "RESOURCE_ALREADY_EXISTS"
 _MAX_PARAMS_PER_REQUEST = 100  # MLflow's limit
 # In the reason: of a file that is no database, or whose upgrade was interrupted.
 _DAMAGED = (
@@ -239,22 +240,15 @@ def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
     """Id of the experiment, which is created if needed. Raises UserError if it was deleted."""
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        with _suppress_exists():  # another process may create it in the meantime
+        try:
             return client.create_experiment(name, _artifact_location(uri))
-        return _experiment_id(client, uri, name)
+        except MlflowException as error:
+            if error.error_code != _EXISTS:
+                raise
+        return _experiment_id(client, uri, name)  # another process has created it
     if experiment.lifecycle_stage != "active":
         raise UserError(f"mlflow_experiment={name}: is deleted; restore it in MLflow, or choose another name")
     return experiment.experiment_id
-
-
-@contextmanager
-def _suppress_exists() -> Iterator[None]:
-    """Ignore MLflow's error that the name to create exists."""
-    try:
-        yield
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
 
 
 def _artifact_location(uri: str) -> str | None:
@@ -282,8 +276,11 @@ def register_model(uri: str, run_id: str, artifact: str, name: str, alias: str) 
     A run that has a version already gets no second one.
     """
     client = _connect(uri)
-    with _suppress_exists():
+    try:
         client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != _EXISTS:
+            raise
     versions = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
     if versions:
         version = versions[0].version
