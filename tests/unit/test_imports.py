@@ -27,7 +27,8 @@ MAY_IMPORT = {
     "visibility": {"config", "layout"},
     "cli": {"errors", "config"},
     "ray_env": set(),
-    "tracking": {"errors", "config"},
+    "tracking": {"errors", "config", "tracking_database"},
+    "tracking_database": {"storage"},
     "model": _FOUNDATION,
     "data": {*_FOUNDATION, "model"},  # the pipeline's workers load the base model's tokenizer
     "training": {*_FOUNDATION, "model", "data", "tracking"},
