@@ -36,12 +36,18 @@ _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Call `main` with the arguments. A UserError prints one line and exits with 2, Ctrl-C exits with 130."""
+    """Call `main` with the arguments.
+
+    A UserError and a file that this user may not open print one line and exit with 2. Ctrl-C exits with 130.
+    """
     warnings.formatwarning = _one_line
     try:
         main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except PermissionError as error:
+        print(f"error: {error.filename}: {error.strerror}; give yourself access to it", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -47,6 +47,19 @@ def write_error(field: str, path: object, error: BaseException) -> UserError:
 
 
 @contextmanager
+def translate_read_errors(field: str, path: object) -> Iterator[None]:
+    """Turn an OSError into a UserError that names the unreadable file or folder at or below `path`."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise UserError(
+            f"{field}={path}: {error.filename or path} cannot be read ({reason}); "
+            "give yourself permission to read it, or give another path"
+        ) from error
+
+
+@contextmanager
 def translate_write_errors(field: str, path: object, *library_errors: type[Exception]) -> Iterator[None]:
     """Turn an OSError into `write_error`. library_errors: types that a library raises instead of OSError."""
     error_types: tuple[type[Exception], ...] = (OSError, *library_errors)

@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -86,16 +87,30 @@ def remove_partial_dirs(parent: Path) -> None:
 def atomic_dir(folder: Path) -> Iterator[Path]:
     """Yield an empty folder to fill. On success it is flushed to disk and replaces `folder` by one rename.
 
-    After an exception `folder` is unchanged.
+    Its files have the mode that the umask gives. After an exception `folder` is unchanged.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}{_PARTIAL_MARK}") as scratch:
         new = Path(scratch) / "new"
         new.mkdir()
         yield new
+        _apply_umask(new, Path(scratch) / "probe")
         fsync_tree(new)
         _replace_dir(folder, new, Path(scratch) / "old")
         _fsync(folder.parent)
+
+
+def _apply_umask(folder: Path, probe: Path) -> None:
+    """Give every file in `folder` the mode of a new file; safetensors creates files with mode 0600.
+
+    probe: path of a file to create and remove. Reading the umask itself would change it for other threads.
+    """
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def _replace_dir(folder: Path, new: Path, old: Path) -> None:

@@ -6,6 +6,7 @@ import sys
 from functools import partial
 
 import pytest
+from permissions import obeying_permissions
 
 from parallelmind import cli
 from parallelmind.errors import UserError, UserNotice
@@ -22,6 +23,16 @@ def test_progress_without_a_terminal_reports_the_remaining_time(monkeypatch, cap
         for done in range(3):
             report_progress(done, partial("{} done".format, done))
     assert capsys.readouterr().err == "0 done\n1 done, 0:00:00 left\n2 done, 0:00:00 left\n"
+
+
+def test_a_file_that_may_not_be_opened_is_one_line(monkeypatch, capsys, tmp_path):
+    (tmp_path / "secret").touch(mode=0)
+    monkeypatch.setattr(sys, "argv", ["command"])
+    with obeying_permissions(), pytest.raises(SystemExit) as stop:
+        cli.run(lambda argv: print((tmp_path / "secret").read_text()))
+    assert stop.value.code == 2
+    line = f"error: {tmp_path}/secret: Permission denied; give yourself access to it\n"
+    assert capsys.readouterr().err == line
 
 
 def test_user_error_exits_with_code_2(monkeypatch, capsys):

@@ -17,9 +17,10 @@ LIBRARY = ROOT / "platform" / "parallelmind"
 PRODUCTION = ("parallelmind", "workloads", "serving", "experiments")
 PACKAGES = (*PRODUCTION, "benchmarks", "tools")
 
-_FOUNDATION = {"errors", "config", "layout", "storage", "remote", "visibility"}
+_FOUNDATION = {"errors", "config", "layout", "outputs", "storage", "remote", "visibility"}
 MAY_IMPORT = {
     "errors": set(),
+    "outputs": {"errors", "storage"},
     "storage": set(),
     "remote": {"errors", "storage"},
     "config": {"errors", "storage"},

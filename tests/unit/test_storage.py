@@ -187,3 +187,20 @@ def test_a_locked_path_is_refused_and_keeps_its_content(tmp_path: Path, name: st
 def test_sha256_is_the_standard_one(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     assert sha256(tmp_path / "empty") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_files_have_the_mode_of_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        with atomic_dir(tmp_path / "folder") as new:
+            (new / "nested").mkdir()
+            for path in (new / "file", new / "nested" / "file"):
+                path.touch()
+                path.chmod(0o600)  # as safetensors does
+        with atomic_binary_file(tmp_path / "file") as file:
+            file.write(b"1")
+    finally:
+        os.umask(before)
+    for name in ("folder/file", "folder/nested/file", "file"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == mode

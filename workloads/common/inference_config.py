@@ -52,6 +52,10 @@ class InferenceModelConfig(FrozenConfig):
         """Arguments for `parallelmind.load_model_with_lora`: the fields that are not null."""
         return self.model_dump(exclude_none=True)
 
+    def paths(self) -> dict[str, list[str | None]]:
+        """The model's inputs by field, which no output may replace."""
+        return {"base_model": [self.base_model], "lora_path": [self.lora_path]}
+
     def load(self) -> tuple[Any, Any]:
         """Load model and tokenizer, and move the model to the GPU if there is one.
 

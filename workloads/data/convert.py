@@ -22,7 +22,6 @@ questions become branches. Bad records are reported on stderr and skipped.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -40,6 +39,7 @@ from parallelmind.data.convert.source_records import BadRecord, ParallelRecord
 from parallelmind.data.files import find_files
 from parallelmind.errors import UserError, translate_write_errors
 from parallelmind.model.base_model import load_tokenizer
+from parallelmind.outputs import check_output
 from parallelmind.storage import atomic_file
 
 _MAX_REPORTED = 10  # bad records
@@ -132,11 +132,7 @@ class Conversion:
             records = read_dataset(config.dataset, config.subset, config.split)
             return self._converter.convert_records(records)
         files = find_files(config.data_path or "")
-        output = os.path.realpath(config.output_path)
-        if output in map(os.path.realpath, files):
-            raise UserError(
-                f"output_path={config.output_path}: is one of the files to read; give another name"
-            )
+        check_output(config.output_path, "output_path", data_path=files)
         return (result for file in files for result in self._converter.convert_file(file))
 
     def _write(self, record: dict[str, Any], file: TextIO) -> None:

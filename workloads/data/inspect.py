@@ -26,6 +26,7 @@ from parallelmind.config import DataConfig, GroupedConfig, ModelConfig, OutputPa
 from parallelmind.data.files import find_files
 from parallelmind.errors import UserError
 from parallelmind.model.base_model import load_tokenizer
+from parallelmind.outputs import check_output
 from workloads.data.inspect_plots import write_png
 from workloads.data.inspect_report import print_lengths, print_lines, print_samples
 from workloads.data.inspection import Inspection, NumberedLine, numbered_lines
@@ -54,6 +55,8 @@ def main(argv: list[str]) -> None:
     config = _parse(argv)
     data_path = config.data.data_path
     files = find_files(data_path)
+    path = Path(config.png_path or f"{_file_name(data_path)}.png")
+    check_output(path, "png_path", data_path=files, base_model=[config.model.base_model])
     tokenizer = load_tokenizer(config.model)
     inspection = Inspection(config.data, tokenizer, config.show, config.max_records)
     inspection.read(_with_progress(numbered_lines(files), config.max_records))
@@ -62,7 +65,6 @@ def main(argv: list[str]) -> None:
     inspection.raise_if_empty()
     print_lengths(inspection.statistics, console)
     print_samples(inspection.layouts(config.rope), tokenizer, console)
-    path = Path(config.png_path or f"{_file_name(data_path)}.png")
     write_png(inspection.statistics, data_path, path)
     console.print(Text(f"\nhistograms: {path}"))
     inspection.survey.raise_if_unusable(config.data, "data_path")

@@ -19,7 +19,7 @@ from parallelmind.evaluation.qa_eval import (
     score_answers,
 )
 from workloads.common.inference_config import InferenceModelConfig
-from workloads.evaluate.output import console, output_file, write_json
+from workloads.evaluate.output import check_outputs, console, output_file, write_json
 
 
 class QuestionsConfig(FrozenConfig):
@@ -80,6 +80,7 @@ def evaluate_answers(argv: list[str]) -> None:
     """Answer the questions, print the scores, and write them as JSON if requested."""
     config = cli.parse(AnswersConfig, argv)
     output = output_file(config.output.output_path, ".json")
+    check_outputs(output, data_path=[config.questions.data_path], **config.model.paths())
     records = read_question_records(config.questions.data_path, config.questions.max_records)
     model, tokenizer = config.model.load()
     total = len(records)

@@ -15,7 +15,7 @@ from parallelmind.config import FrozenConfig, GroupedConfig, OutputPath
 from parallelmind.engine.tokenization import tokenize_sample
 from parallelmind.evaluation.attention_maps import AttentionMap, QueryTokens, attention_map
 from workloads.common.inference_config import InferenceModelConfig
-from workloads.evaluate.output import console, output_file, write_json, write_png
+from workloads.evaluate.output import check_outputs, console, output_file, write_json, write_png
 from workloads.evaluate.plots import attention_figure
 
 _KEY_GROUPS = ("main", "own", "siblings")  # the columns of `AttentionMap.shares`
@@ -58,6 +58,7 @@ def evaluate_attention(argv: list[str]) -> None:
     """Write the maps as PNG and the shares as JSON, and print the shares."""
     config = cli.parse(AttentionConfig, argv)
     output = output_file(config.output.output_path, ".png")
+    check_outputs(output, **config.model.paths())
     assert output is not None, "output_path is a required field"
     model, tokenizer = pm.load_model_with_lora(**config.model.load_kwargs(), attn_implementation="eager")
     tokens = tokenize_sample(tokenizer, pm.Sample(config.sample.main, config.sample.prompts))

@@ -21,7 +21,7 @@ from parallelmind.evaluation.branch_tax import SampleBatches, TaxPoint, max_bran
 from parallelmind.model.patch import is_patched
 from parallelmind.training.step import NoMemoryError
 from workloads.common.inference_config import InferenceModelConfig
-from workloads.evaluate.output import console, output_file, write_json, write_png
+from workloads.evaluate.output import check_outputs, console, output_file, write_json, write_png
 from workloads.evaluate.plots import tax_figure
 
 _SEED = 0  # orders the batches; the loss does not depend on it
@@ -98,6 +98,7 @@ def evaluate_tax(argv: list[str]) -> None:
     config = cli.parse(TaxConfig, argv)
     output = output_file(config.output.output_path, ".json")
     files = find_files(config.held_out.data_path)
+    check_outputs(output, data_path=files, **config.model.paths())
     model, tokenizer = config.model.load()
     _report_bad_lines(files, config.held_out.data_config(), len(tokenizer))
     held_out = _read_held_out(files, tokenizer, config.held_out)

@@ -24,6 +24,7 @@ part-00001.jsonl and so on. Each part file appears only when it is complete.
 from __future__ import annotations
 
 from parallelmind import cli
+from parallelmind.outputs import check_output
 from workloads.generate.config import GenerateConfig
 
 
@@ -33,6 +34,8 @@ def main(argv: list[str]) -> None:
         return
     config = cli.parse(GenerateConfig, argv)
     config.sampling.to_kwargs()  # reject a value out of range before anything is loaded
+    if config.run.output_path is not None:
+        check_output(config.run.output_path, "output_path", **config.model.paths())
     # Imported late: torch and Ray take seconds to import, and --help needs neither.
     if config.input.data_path is None:
         from workloads.generate.prompts import generate_from_prompts

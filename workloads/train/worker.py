@@ -185,7 +185,7 @@ def save_result(
         "step": outcome.step,
         "metrics": outcome.metrics,
     }
-    check_replaceable(result.local)
+    check_replaceable(result.local, "adapter" if task.config.optimizer.tuning == "lora" else "model")
     remove_partial_dirs(run_dir.path.local)
     with atomic_dir(result.local) as folder:
         with translate_write_errors("output_dir", task.config.run.output_dir, SafetensorError):

@@ -94,18 +94,21 @@ def save_adapter(
     extra: Mapping[str, Any] | None = None,
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write the adapter folder atomically, in place of an earlier result of parallelmind.
+    """Write the adapter folder atomically, in place of an earlier adapter.
 
     weights: saved in place of the model's own, under the names of `trained_weights`. The manifest describes
     the adapter as stored: one that started as PiSSA is stored as a plain adapter of twice the rank. Raises
-    UserError if `folder` holds other files.
+    UserError if `folder` holds anything else.
     """
     folder = Path(folder)
-    check_replaceable(folder)
+    check_replaceable(folder, "adapter")
     stored, lora = pissa.to_plain_lora(model, trained_weights(model) if weights is None else weights, lora)
     settings = cast(peft.LoraConfig, copy.copy(model.peft_config[model.active_adapter]))
     settings.r, settings.inference_mode = lora.lora_rank, True
     settings.base_model_name_or_path = base.base_model  # the user's name for it, not the path of this machine
+    for name, value in vars(settings).items():
+        if isinstance(value, set):  # peft would write it in the order of this process's hashes
+            setattr(settings, name, sorted(value))
     with atomic_dir(folder) as new_folder:
         save_file(to_cpu(stored), new_folder / WEIGHTS, metadata={"format": "pt"})
         settings.save_pretrained(str(new_folder))

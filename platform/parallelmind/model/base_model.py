@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from parallelmind.config import ModelConfig
-from parallelmind.errors import UserError, first_line
+from parallelmind.errors import UserError, first_line, translate_read_errors
 from parallelmind.model.hf_compat import no_progress_bars
 from parallelmind.model.quantize import quantization_config
 from parallelmind.model.smollm2 import SMOLLM2, fetch_smollm2
@@ -43,12 +43,13 @@ def resolve_base_model(name: str) -> str:
     if name == SMOLLM2:
         return str(fetch_smollm2())
     folder = Path(expand_home(name))
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(
-                f"base_model={name}: holds no config.json; give the folder that save_pretrained wrote"
-            )
-        return str(folder)
+    with translate_read_errors("base_model", name):
+        if folder.is_dir():
+            if not (folder / "config.json").is_file():
+                raise UserError(
+                    f"base_model={name}: holds no config.json; give the folder that save_pretrained wrote"
+                )
+            return str(folder)
     if not is_hub_id(name):
         raise UserError(
             f"base_model={name}: no such folder and no hub id; give {SMOLLM2}, a local folder or org/name"

@@ -10,9 +10,8 @@ from huggingface_hub import ModelCardData
 
 from parallelmind.config import ModelConfig
 from parallelmind.model.base_model import is_hub_id
-from parallelmind.model.manifest import Manifest
+from parallelmind.model.manifest import CARD, Manifest
 
-CARD = "README.md"
 _PARALLEL = "It reads and writes several branches of text in one sequence, in one forward pass."
 _PLAIN = "It was trained on plain sequences, one branch each, without 2D RoPE."
 

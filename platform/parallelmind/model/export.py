@@ -16,10 +16,11 @@ from parallelmind.layout import Tokens, arrange, collate
 from parallelmind.model.adapter import load_model_with_lora
 from parallelmind.model.full_model import write_model
 from parallelmind.model.hf_compat import no_progress_bars
-from parallelmind.model.manifest import check_replaceable, read_adapter
+from parallelmind.model.manifest import EXPORTED, WEIGHTS, check_replaceable, read_adapter
 from parallelmind.model.mask import attention_masks
 from parallelmind.model.patch import is_patched, unpatch
-from parallelmind.storage import atomic_dir
+from parallelmind.outputs import check_output
+from parallelmind.storage import atomic_dir, expand_home
 
 TOLERANCE = 5e-4  # largest difference of logits, as a share of the largest logit
 _PROBE_TOKENS = 32
@@ -34,13 +35,16 @@ def export(
     """Write base and adapter as one float32 model, atomically, after its logits have been compared.
 
     The base is loaded in float32, also where the adapter was trained on a quantised base. Raises UserError
-    where plain weights cannot compute what the adapter does, and where `output_path` holds other files.
+    where plain weights cannot compute what the adapter does, and where `output_path` is anything but a new or
+    empty folder or an earlier export.
     """
-    output = Path(output_path)
+    output = Path(expand_home(str(output_path)))
     manifest = read_adapter(lora_path)
     _check_exact(lora_path, manifest.rope)
-    check_replaceable(output, "output_path")
     base = ModelConfig(base_model=base_model or manifest.base_model, trust_remote_code=trust_remote_code)
+    with translate_write_errors("output_path", output):
+        check_output(output, "output_path", lora_path=[lora_path], base_model=[base.base_model])
+        check_replaceable(output, "export", "output_path")
     model, tokenizer = load_model_with_lora(
         base.base_model, lora_path, dtype=base.dtype, trust_remote_code=base.trust_remote_code
     )
@@ -50,7 +54,8 @@ def export(
     if is_patched(merged):
         unpatch(merged)
     with translate_write_errors("output_path", output, SafetensorError), atomic_dir(output) as new_folder:
-        write_model(merged, tokenizer, new_folder, base, manifest.rope, manifest.extra)
+        extra = {**manifest.extra, EXPORTED: manifest.files[WEIGHTS]}
+        write_model(merged, tokenizer, new_folder, base, manifest.rope, extra)
         _check_merged(new_folder, lora_path, ids, expected)
 
 

@@ -14,6 +14,7 @@ from parallelmind.model.card import write_card
 from parallelmind.model.hf_compat import no_progress_bars
 from parallelmind.model.manifest import check_replaceable, write_manifest
 from parallelmind.model.weights import to_cpu, trained_weights
+from parallelmind.outputs import check_output
 from parallelmind.storage import atomic_dir
 
 
@@ -26,13 +27,14 @@ def save_model(
     extra: Mapping[str, Any] | None = None,
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write the whole model atomically, in place of an earlier result of parallelmind.
+    """Write the whole model atomically, in place of an earlier one that parallelmind trained.
 
     base: the model that was trained. weights: saved in place of the model's own, under the names of
-    `trained_weights`. Raises UserError if `folder` holds other files.
+    `trained_weights`. Raises UserError if `folder` is the base's or holds anything else.
     """
     folder = Path(folder)
-    check_replaceable(folder)
+    check_output(folder, "folder", base_model=[base.base_model])
+    check_replaceable(folder, "model")
     with atomic_dir(folder) as new_folder:
         write_model(model, tokenizer, new_folder, base, rope, extra, weights)
 

@@ -7,12 +7,12 @@ import json
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ValidationError
 
 from parallelmind.config import FrozenConfig, LoraConfig, RopeConfig
-from parallelmind.errors import UserError, format_value
+from parallelmind.errors import UserError, format_value, translate_read_errors
 from parallelmind.remote import fetch_cached
 from parallelmind.storage import expand_home, sha256
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:  # processes that only read a manifest do not import a model l
 
 MANIFEST = "parallelmind.json"
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+CARD = "README.md"
+EXPORTED = "exported_adapter"  # key of `extra` in a merged model: SHA-256 of the adapter's weights
+Kind = Literal["adapter", "model", "export"]
 FORMAT = 2
 
 # Fields of the configuration that LoRA weights depend on. A fixed list: the hash must not depend on the path
@@ -52,6 +55,13 @@ class Manifest(FrozenConfig):
     versions: dict[str, str] = Field(description="versions of the libraries that wrote it")
     files: dict[str, str] = Field(description="SHA-256 of each file")
     extra: dict[str, Any] = Field(description="values added by the writer, such as run id and metrics")
+
+    @property
+    def kind(self) -> Kind:
+        """What the folder holds: an adapter, a trained model, or a base with an adapter merged into it."""
+        if self.lora is not None:
+            return "adapter"
+        return "export" if EXPORTED in self.extra else "model"
 
     def check_settings(self, settings: Mapping[str, Any]) -> None:
         """Raise UserError with both values for a field of rope or lora that differs from the training."""
@@ -89,7 +99,9 @@ def read_adapter(path: str | Path) -> Manifest:
     Raises UserError as `read_manifest` and `fetch_adapter` do, and for a pickle or a whole model.
     """
     folder = fetch_adapter(path)
-    if (folder / PICKLE).is_file() and not (folder / WEIGHTS).is_file():
+    with translate_read_errors("lora_path", folder):
+        is_pickle = (folder / PICKLE).is_file() and not (folder / WEIGHTS).is_file()
+    if is_pickle:
         raise UserError(
             f"lora_path={folder}: {PICKLE} is a pickle, which could run code; save the adapter as safetensors"
         )
@@ -105,8 +117,9 @@ def read_model(base_model: str | Path) -> Manifest | None:
     Other errors are those of `read_manifest`.
     """
     folder = Path(expand_home(str(base_model)))
-    if not (folder / MANIFEST).is_file():
-        return None
+    with translate_read_errors("base_model", folder):
+        if not (folder / MANIFEST).is_file():
+            return None
     manifest = read_manifest(folder, "base_model")
     if manifest.lora is not None:
         raise UserError(f"base_model={folder}: holds an adapter, not a model; give it as lora_path")
@@ -116,19 +129,20 @@ def read_model(base_model: str | Path) -> Manifest | None:
 def read_manifest(folder: str | Path, field: str = "lora_path") -> Manifest:
     """The manifest of a folder, whose files are checked against their checksums. field: named in errors.
 
-    Raises UserError for a missing folder or manifest, a malformed manifest and a changed file.
+    Raises UserError for a missing folder or manifest, a malformed manifest, and a changed or unreadable file.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{field}={folder}: no such folder; give the one that a run wrote")
-    manifest = _parse(folder, field)
-    for name, expected in manifest.files.items():
-        actual = sha256(folder / name) if (folder / name).is_file() else "missing"
-        if actual != expected:
-            raise UserError(
-                f"{field}={folder}: {name} is {actual[:12]}, not {expected[:12]} as saved; "
-                "copy the folder again"
-            )
+    with translate_read_errors(field, folder):
+        if not folder.is_dir():
+            raise UserError(f"{field}={folder}: no such folder; give the one that a run wrote")
+        manifest = _parse(folder, field)
+        for name, expected in manifest.files.items():
+            actual = sha256(folder / name) if (folder / name).is_file() else "missing"
+            if actual != expected:
+                raise UserError(
+                    f"{field}={folder}: {name} is {actual[:12]}, not {expected[:12]} as saved; "
+                    "copy the folder again"
+                )
     return manifest
 
 
@@ -143,7 +157,7 @@ def _parse(folder: Path, field: str) -> Manifest:
         raise UserError(
             f"{field}={folder}: no {MANIFEST} in it; give a folder that parallelmind saved"
         ) from error
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise damaged(repr(error)) from error
     if format_version != FORMAT:
         raise UserError(
@@ -158,12 +172,25 @@ def _parse(folder: Path, field: str) -> Manifest:
         raise damaged(f"{where}: {problem['msg']}") from error
 
 
-def check_replaceable(folder: Path, field: str = "folder") -> None:
-    """Raise UserError if `folder` exists and parallelmind did not write it. field: named in the error."""
-    if folder.exists() and not (folder / MANIFEST).is_file() and (folder.is_file() or any(folder.iterdir())):
+def check_replaceable(folder: Path, kind: Kind, field: str = "folder") -> None:
+    """Raise UserError unless `folder` is missing, empty, or an earlier result of this kind and nothing else.
+
+    field: named in the error.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not (folder / MANIFEST).is_file():
         raise UserError(
             f"{field}={folder}: holds other files; give a new or empty folder, or one that parallelmind wrote"
         )
+    manifest = _parse(folder, field)
+    if manifest.kind != kind:
+        raise UserError(
+            f"{field}={folder}: holds an earlier {manifest.kind}, which an {kind} does not replace; "
+            "give a new or empty folder"
+        )
+    if others := {path.name for path in folder.iterdir()} - {MANIFEST, CARD, *manifest.files}:
+        raise UserError(f"{field}={folder}: also holds {min(others)}; move it away, or give a new folder")
 
 
 def write_manifest(

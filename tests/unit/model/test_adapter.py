@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +17,13 @@ import torch
 import yaml
 from adapting import logits, logits_in_fresh_process, patched_llama
 from peft import PeftModel
+from permissions import obeying_permissions
 from tiny import save_tiny, tiny_llama, tiny_tokenizer
 
 from parallelmind.config import LoraConfig, ModelConfig, RopeConfig
 from parallelmind.errors import UserError
 from parallelmind.model.adapter import add_lora, load_adapter, load_model_with_lora, save_adapter
+from parallelmind.model.full_model import save_model
 from parallelmind.model.manifest import base_config_hash, read_manifest
 from parallelmind.model.patch import patch, rope_config
 
@@ -150,6 +155,65 @@ def test_saving_refuses_a_folder_with_other_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds other files"):
         save_adapter(trained(patched_llama(ROPE)), tiny_tokenizer(), tmp_path, ModelConfig(), ROPE, LORA)
     assert (tmp_path / "thesis.tex").exists()
+
+
+def test_saving_replaces_neither_a_whole_model_nor_an_adapter_with_other_files_beside_it(
+    saved: Path, base_folder: str, tmp_path: Path
+) -> None:
+    def save(folder: Path) -> None:
+        base = ModelConfig(base_model=base_folder)
+        save_adapter(trained(patched_llama(ROPE)), tiny_tokenizer(), folder, base, ROPE, LORA)
+
+    save_model(tiny_llama(), tiny_tokenizer(), tmp_path / "model", ModelConfig(), ROPE)
+    with pytest.raises(UserError, match=r"folder=.*holds an earlier model, which an adapter does not"):
+        save(tmp_path / "model")
+    shutil.copytree(saved, tmp_path / "adapter")
+    (tmp_path / "adapter" / "notes.txt").touch()
+    with pytest.raises(UserError, match=r"folder=.*also holds notes\.txt; move it away"):
+        save(tmp_path / "adapter")
+
+
+def test_a_model_is_not_saved_over_its_base(tmp_path: Path) -> None:
+    save_model(tiny_llama(), tiny_tokenizer(), tmp_path / "model", ModelConfig(), ROPE)
+    with pytest.raises(UserError, match=r"folder=.*: is base_model=.*; give another path"):
+        save_model(
+            tiny_llama(),
+            tiny_tokenizer(),
+            tmp_path / "model",
+            ModelConfig(base_model=str(tmp_path / "model")),
+            ROPE,
+        )
+
+
+@pytest.mark.parametrize("name", [".", "parallelmind.json", "adapter_model.safetensors"])
+def test_an_adapter_that_may_not_be_read_is_refused(saved: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(saved, folder := tmp_path / "adapter")
+    (folder / name).chmod(0)
+    with obeying_permissions(), pytest.raises(UserError, match=r"lora_path=.*cannot be read \(Perm") as error:
+        load_model_with_lora(lora_path=folder)
+    (folder / name).chmod(0o755)
+    assert "\n" not in str(error.value)
+
+
+_SAVING = """
+import sys
+from tiny import tiny_llama, tiny_tokenizer
+from parallelmind.config import LoraConfig, ModelConfig, RopeConfig
+from parallelmind.model.adapter import add_lora, save_adapter
+model = add_lora(tiny_llama(), LoraConfig(), seed=0)
+save_adapter(model, tiny_tokenizer(), sys.argv[1], ModelConfig(), RopeConfig(), LoraConfig())
+"""
+
+
+@pytest.mark.slow
+def test_the_saved_files_do_not_depend_on_the_hashes_of_the_process(tmp_path: Path) -> None:
+    here = Path(__file__).resolve().parents[2]
+    paths = os.pathsep.join([str(here), str(here.parent / "platform")])
+    for seed in ("1", "2"):
+        env = {**os.environ, "PYTHONPATH": paths, "PYTHONHASHSEED": seed}
+        subprocess.run([sys.executable, "-c", _SAVING, tmp_path / seed], env=env, check=True)
+    files = [{path.name: path.read_bytes() for path in (tmp_path / seed).iterdir()} for seed in ("1", "2")]
+    assert files[0] == files[1]
 
 
 def edit(**fields: Any) -> Damage:

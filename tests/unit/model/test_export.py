@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from adapting import IDS
-from tiny import save_tiny
+from tiny import save_tiny, tiny_llama, tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -16,6 +17,7 @@ from parallelmind.config import LoraConfig, ModelConfig, RopeConfig
 from parallelmind.errors import UserError
 from parallelmind.model import export as exporting
 from parallelmind.model.adapter import add_lora, load_model_with_lora, save_adapter
+from parallelmind.model.full_model import save_model
 from parallelmind.model.patch import is_patched, rope_config
 from workloads import export
 from workloads.generate import command as generate
@@ -119,9 +121,47 @@ def test_a_merge_that_changes_the_logits_leaves_no_folder(tmp_path: Path) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
-def test_a_folder_of_other_things_is_left_aplain_logits(tmp_path: Path) -> None:
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("adapter", "adapter: is lora_path="),
+        ("link", "link: is lora_path="),
+        ("adapter/../adapter", "is lora_path="),
+        ("adapter/merged", "lies in lora_path="),
+        (".", "holds lora_path="),
+        ("base", "base: is base_model="),
+        ("other", "other: holds an earlier adapter, which an export does not replace"),
+        ("model", "model: holds an earlier model, which an export does not replace"),
+        ("notes", "notes: holds other files"),
+        ("notes/file", "file: holds other files"),
+    ],
+)
+def test_an_existing_folder_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, message: str
+) -> None:
     lora_path = adapter(tmp_path, ISOLATED)
-    with pytest.raises(UserError, match="base: holds other files"):
-        exporting.export(lora_path, tmp_path / "base")
+    (tmp_path / "link").symlink_to(lora_path)
+    shutil.copytree(lora_path, tmp_path / "other")
+    save_model(tiny_llama(), tiny_tokenizer(), tmp_path / "model", ModelConfig(), ISOLATED)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "file").touch()
+    before = content(tmp_path)
+    monkeypatch.setattr(exporting, "load_model_with_lora", None)
+    with pytest.raises(UserError, match=f"output_path=.*{message}") as error:
+        export.main([f"lora_path={lora_path}", f"output_path={tmp_path / output}"])
+    assert "\n" not in str(error.value)
+    assert content(tmp_path) == before
+
+
+def test_an_earlier_export_is_replaced_unless_it_holds_something_else(tmp_path: Path) -> None:
+    lora_path = adapter(tmp_path, ISOLATED)
     exporting.export(lora_path, tmp_path / "merged")
-    exporting.export(lora_path, tmp_path / "merged")  # replaces the earlier export
+    exporting.export(lora_path, tmp_path / "merged")
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "merged").iterdir()} == {0o644}
+    (tmp_path / "merged" / "notes").touch()
+    with pytest.raises(UserError, match="also holds notes"):
+        exporting.export(lora_path, tmp_path / "merged")

@@ -129,7 +129,7 @@ def test_output_is_complete_or_unchanged(tmp_path: Path) -> None:
         (["data_path={0}/a.md"], "unknown ending"),
         (["data_path={0}/broken.json"], "is not JSON"),
         (["data_path={0}/broken.parquet"], "cannot be read"),
-        (["data_path={0}/out.jsonl"], "is one of the files to read"),
+        (["data_path={0}/out.jsonl"], "is data_path="),
         ([], "exactly one of data_path"),
         (["data_path=a", "dataset=b"], "data_path and dataset: give exactly one"),
         (["data_path={0}/a.jsonl", "output_path={0}/out.json"], "end it in .jsonl"),

@@ -176,3 +176,13 @@ def test_out_of_memory_error_names_the_fields_of_this_command(
         UserError, match=r"^batch_tokens=8192: out of memory on a batch of 2 x 99 .*; lower it, or drop "
     ):
         measure(tiny, standalone_texts)
+
+
+def test_an_output_that_is_an_input_is_refused(tiny, standalone_texts, tmp_path):
+    data = tmp_path / "texts.json"
+    data.write_bytes(standalone_texts.read_bytes())
+    for output, message in ((data, "is data_path="), (Path(tiny) / "config.json", "lies in base_model=")):
+        before = output.read_bytes()
+        with pytest.raises(UserError, match=message):
+            evaluate(["tax", f"base_model={tiny}", f"data_path={data}", f"output_path={output}"])
+        assert output.read_bytes() == before
