@@ -74,7 +74,7 @@ MUTATIONS = [
     Mutation(
         "data: a branch without a target is kept",
         "platform/parallelmind/data/tokenise.py",
-        "len(ids) <= max(offset, 1)",
+        "not targets[1:].any()",
         "len(ids) <= 1",
         "tests/unit/data/test_tokenise.py",
     ),
@@ -95,8 +95,8 @@ MUTATIONS = [
     Mutation(
         "loss: tokens before answer_offset are targets",
         "platform/parallelmind/layout.py",
-        "(index[1:] >= offsets[sequence[1:]])",
-        "(index[1:] >= 0)",
+        "np.concatenate([lengths[:1], np.broadcast_to(offsets, len(lengths) - 1)])",
+        "np.concatenate([lengths[:1], np.zeros(len(lengths) - 1, np.int64)])",
         "tests/unit/test_layout.py",
     ),
     Mutation(

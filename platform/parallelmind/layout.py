@@ -17,6 +17,7 @@ from parallelmind.config import Alignment, RopeConfig
 from parallelmind.errors import UserError
 
 Ints = NDArray[np.int64]
+Mask = NDArray[np.bool_]
 
 IGNORE = -100
 MAIN = 0
@@ -29,18 +30,26 @@ class Tokens:
 
     ids: `[total]` token ids, main first, then the branches one after another.
     lengths: `[1 + N]` numbers of tokens of main (may be 0) and of every branch (at least 1).
-    answer_offsets: `[N]` index of the first target token within each branch.
+    targets: `[total]` whether a token is a target. No token of main is one, and no first token of a branch.
     """
 
     ids: Ints
     lengths: Ints
-    answer_offsets: Ints
+    targets: Mask
 
     @staticmethod
     def of(
-        main: Sequence[int], branches: Sequence[Sequence[int]], answer_offsets: Sequence[int] | None = None
+        main: Sequence[int],
+        branches: Sequence[Sequence[int]],
+        answer_offsets: Sequence[int] | None = None,
+        targets: Sequence[Sequence[bool] | Mask] | None = None,
     ) -> Tokens:
-        """Build from plain lists. Raises UserError for no branch and for an empty branch."""
+        """Build from plain lists. Raises UserError for no branch and for an empty branch.
+
+        answer_offsets: index of the first target of each branch. targets: in its place, whether each token of
+        each branch is a target. By default, every token of a branch is a target. The first token of a branch
+        never is, as no token precedes it.
+        """
         if not branches:
             raise UserError("branches=[]: a sample needs at least one branch")
         lengths = np.array([len(main), *map(len, branches)], dtype=np.int64)
@@ -50,12 +59,7 @@ class Tokens:
                 f"branches[{empty}]: holds no token; give it text, or move the end of main into it"
             )
         ids = np.concatenate([np.asarray(segment, dtype=np.int64) for segment in (main, *branches)])
-        offsets = (
-            np.zeros(len(branches), np.int64)
-            if answer_offsets is None
-            else np.asarray(answer_offsets, np.int64)
-        )
-        return Tokens(ids, lengths, offsets)
+        return Tokens(ids, lengths, _target_mask(lengths, answer_offsets, targets))
 
     @property
     def branches(self) -> int:
@@ -65,6 +69,21 @@ class Tokens:
     def split(self) -> list[list[int]]:
         """The ids of main and of every branch."""
         return [segment.tolist() for segment in np.split(self.ids, np.cumsum(self.lengths)[:-1])]
+
+
+def _target_mask(
+    lengths: Ints, answer_offsets: Sequence[int] | None, targets: Sequence[Sequence[bool] | Mask] | None
+) -> Mask:
+    """`[total]` targets of a sample, with the arguments of `Tokens.of`."""
+    starts = np.cumsum(lengths) - lengths
+    if targets is None:
+        offsets = np.asarray(0 if answer_offsets is None else answer_offsets, dtype=np.int64)
+        first_targets = np.concatenate([lengths[:1], np.broadcast_to(offsets, len(lengths) - 1)])
+        mask = np.arange(lengths.sum()) >= np.repeat(starts + first_targets, lengths)
+    else:
+        mask = np.concatenate([np.zeros(lengths[0], bool), *(np.asarray(own, bool) for own in targets)])
+    mask[starts[1:]] = False
+    return mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +151,7 @@ def arrange(tokens: Tokens, config: RopeConfig, delays: Ints | None = None) -> L
     if delays is not None:
         starts[1:] += delays
     time = starts[sequence] + index
-    labels = next_token_labels(tokens.ids, sequence, index, tokens.answer_offsets)
+    labels = next_token_labels(tokens)
     order = physical_order(time, sequence, config)
     time, sequence = time[order], sequence[order]
     return Layout(
@@ -145,13 +164,11 @@ def arrange(tokens: Tokens, config: RopeConfig, delays: Ints | None = None) -> L
     )
 
 
-def next_token_labels(ids: Ints, sequence: Ints, index: Ints, answer_offsets: Ints) -> Ints:
-    """`[tokens]` labels in logical order: token k predicts k+1 of its branch, from `answer_offset` on."""
-    labels = np.full(len(ids), IGNORE)
-    in_same_branch = (sequence[1:] == sequence[:-1]) & (sequence[1:] != MAIN)
-    offsets = np.concatenate([[0], answer_offsets])
-    is_target = in_same_branch & (index[1:] >= offsets[sequence[1:]])
-    labels[:-1][is_target] = ids[1:][is_target]
+def next_token_labels(tokens: Tokens) -> Ints:
+    """`[tokens]` labels in logical order: a target is the label of the token before it."""
+    labels = np.full(len(tokens.ids), IGNORE)
+    is_target = tokens.targets[1:]
+    labels[:-1][is_target] = tokens.ids[1:][is_target]
     return labels
 
 

@@ -28,4 +28,4 @@ def test_losses_come_from_the_log():
 def test_sample_targets_are_the_answers():
     tokens = sample(lambda text, first: [len(word) for word in text.split()])
     assert tokens.lengths.tolist() == [5, 5, 4, 3]
-    assert tokens.answer_offsets.tolist() == [4, 3, 1]
+    assert tokens.targets.tolist() == [*[False] * 9, True, *[False] * 3, True, False, True, True]

@@ -46,6 +46,12 @@ def test_main_prompts_and_last_tokens_have_no_labels():
     assert layout.labels.tolist() == [IGNORE, IGNORE, IGNORE, 5, IGNORE, 7, IGNORE]
 
 
+def test_targets_are_the_labels_of_the_tokens_before_them():
+    tokens = Tokens.of([1], [[2, 3, 4, 5], [6, 7]], targets=[[True, False, True, False], [False, True]])
+    layout = arrange(tokens, RopeConfig(visibility="isolated"))
+    assert layout.labels.tolist() == [IGNORE, IGNORE, 4, IGNORE, IGNORE, 7, IGNORE]
+
+
 def test_branch_coordinates_with_and_without_main():
     config = RopeConfig(branch_stride=10, visibility="isolated")
     assert arrange(Tokens.of([1], [[2], [3]]), config).branch.tolist() == [0, 10, 20]

@@ -40,10 +40,7 @@ class LengthStatistics:
         main, *branches = record.tokens.lengths.tolist()
         self.main_tokens += [main] if main else []
         self.branch_tokens += branches
-        first_targets = np.maximum(
-            record.tokens.answer_offsets, 1
-        )  # a branch's first token is never a target
-        self.targets += int((record.tokens.lengths[1:] - first_targets).sum())
+        self.targets += int(record.tokens.targets.sum())
 
     def add_batch(self, samples: Sequence[Tokens]) -> None:
         """Add the samples of one batch, which are padded to the longest of them."""

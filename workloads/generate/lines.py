@@ -43,16 +43,18 @@ class InputLine:
 
 
 def prompt_sample(record: Record, tokenizer: PreTrainedTokenizerBase) -> pm.Sample:
-    """The part of a record to continue: prompts without completions, and texts up to their answer offset."""
+    """The part of a record to continue: prompts without completions, and texts up to their first target."""
     prompts = [_prompt(branch, tokenizer, opens_sample=not record.main) for branch in record.branches]
     return pm.Sample(record.main, prompts)
 
 
 def _prompt(branch: Branch, tokenizer: PreTrainedTokenizerBase, opens_sample: bool) -> str | list[int]:
-    if branch.completion is not None or branch.answer_offset == 0:
+    (first_target, _), *_ = branch.targets
+    if branch.completion is not None or (first_target == 0 and not branch.rendered):
         return branch.body
-    ids = encode_text(tokenizer, branch.body, opens_sample) if isinstance(branch.body, str) else branch.body
-    return ids[: branch.answer_offset]
+    first = opens_sample and not branch.rendered
+    ids = encode_text(tokenizer, branch.body, first) if isinstance(branch.body, str) else branch.body
+    return ids[: first_target or None]
 
 
 def is_text_file(file: str) -> bool:

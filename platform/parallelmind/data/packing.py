@@ -129,7 +129,7 @@ def merge(samples: Sequence[Tokens]) -> Tokens:
     return Tokens(
         np.concatenate([sample.ids for sample in samples]),
         np.concatenate([[0], *(sample.lengths[1:] for sample in samples)]),
-        np.concatenate([sample.answer_offsets for sample in samples]),
+        np.concatenate([sample.targets for sample in samples]),
     )
 
 
@@ -151,11 +151,9 @@ def take_branches(tokens: Tokens, start: int, stop: int) -> Tokens:
     """The sample of main and the branches start..stop-1."""
     main = tokens.lengths[0]
     ends = np.cumsum(tokens.lengths)
-    return Tokens(
-        np.concatenate([tokens.ids[:main], tokens.ids[ends[start] : ends[stop]]]),
-        np.concatenate([[main], tokens.lengths[start + 1 : stop + 1]]),
-        tokens.answer_offsets[start:stop],
-    )
+    kept = np.r_[0:main, ends[start] : ends[stop]]
+    lengths = np.concatenate([[main], tokens.lengths[start + 1 : stop + 1]])
+    return Tokens(tokens.ids[kept], lengths, tokens.targets[kept])
 
 
 def batch(

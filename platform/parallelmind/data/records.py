@@ -10,15 +10,20 @@ import functools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 TextOrIds = str | list[int]
+Spans = tuple[tuple[int, int | None], ...]  # half-open, sorted and disjoint; None is the end of the text
 
-_KEYS = frozenset({"main", "branches", "text", "input_ids", "answer_offset", "prompt", "completion"})
+_KEYS = frozenset(
+    {"main", "branches", "text", "input_ids", "answer_offset", "targets", "rendered", "prompt", "completion"}
+)
 _TYPO = (
     0.8  # similarity of a misspelt key to the key that is meant, where the record is incomplete without it
 )
 _TYPO_OF_OPTIONAL = 0.88  # stricter, so that `domain` is not a misspelt `main`
+_NEVER_MISSPELT = frozenset({"targets"})  # `target` is a usual name for the column of a label
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -36,8 +41,8 @@ class _Form:
 
 _BRANCH_FORMS = (
     _Form(frozenset({"prompt", "completion"}), frozenset({"references"})),
-    _Form(frozenset({"text"}), frozenset({"answer_offset"})),
-    _Form(frozenset({"input_ids"}), frozenset({"answer_offset"})),
+    _Form(frozenset({"text"}), frozenset({"answer_offset", "targets", "rendered"})),
+    _Form(frozenset({"input_ids"}), frozenset({"answer_offset", "targets"})),
 )
 _RECORD_FORMS = tuple(
     _Form(form.needed, form.optional | {"main"}) for form in (_Form(frozenset({"branches"})), *_BRANCH_FORMS)
@@ -49,13 +54,15 @@ _MAIN_FORMS = (_Form(frozenset({"text"})), _Form(frozenset({"input_ids"})))
 class Branch:
     """One parallel text. With a completion, `body` is the prompt and the completion holds the targets.
 
-    answer_offset: index of the first target token, for a branch without completion. references: other correct
-    completions; an evaluation accepts any of them, training uses the completion.
+    targets: tokens that are targets, for a branch without completion. rendered: the text is that of a chat
+    template, which has written the special tokens. references: other correct completions; an evaluation
+    accepts any of them, training uses the completion.
     """
 
     body: TextOrIds
     completion: str | None = None
-    answer_offset: int = 0
+    targets: Spans = ((0, None),)
+    rendered: bool = False
     references: tuple[str, ...] = ()
 
 
@@ -143,7 +150,7 @@ def _check_keys(value: dict[str, Any], where: str, forms: Sequence[_Form]) -> tu
     if not unknown:
         return ()
     needed = form.needed if form else frozenset[str]().union(*(form.needed for form in forms))
-    _check_spelling(unknown, needed.difference(value), (meant - needed).difference(value))
+    _check_spelling(unknown, needed.difference(value), (meant - needed - _NEVER_MISSPELT).difference(value))
     if form and (unused := _KEYS.intersection(unknown)):
         key, beside = min(unused), " and ".join(sorted(form.needed & value.keys()))
         raise RecordError(
@@ -198,10 +205,36 @@ def _branch(value: dict[str, Any], where: str, vocab_size: int | None) -> Branch
     """The branch in an object whose keys are checked."""
     if "prompt" in value or "completion" in value:
         return _prompt_and_completion(value, where)
-    offset = value.get("answer_offset", 0)
-    if type(offset) is not int or offset < 0:
-        raise RecordError(f"{where}.answer_offset={offset!r} must be a token count of 0 or more")
-    return Branch(_nonempty(_text_or_ids(value, where, vocab_size), where), answer_offset=offset)
+    body = _nonempty(_text_or_ids(value, where, vocab_size), where)
+    rendered = value.get("rendered", False)
+    if type(rendered) is not bool:
+        raise RecordError(f"{where}.rendered={rendered!r} must be true or false")
+    return Branch(body, targets=_targets(value, where, body), rendered=rendered)
+
+
+def _targets(value: dict[str, Any], where: str, body: TextOrIds) -> Spans:
+    """The tokens of `body` that are targets. How many tokens a text has is known when it is tokenised."""
+    if "targets" not in value:
+        offset = value.get("answer_offset", 0)
+        if type(offset) is not int or offset < 0:
+            raise RecordError(f"{where}.answer_offset={offset!r} must be a token count of 0 or more")
+        return ((offset, None),)
+    if "answer_offset" in value:
+        raise RecordError(f"{where} has both answer_offset and targets; give one of them")
+    spans = value["targets"]
+    if not isinstance(spans, list) or not spans or not all(map(_is_span, spans)):
+        raise RecordError(f"{where}.targets must be a list of [start, end] in tokens, with start before end")
+    for (_, end), (start, _) in pairwise(spans):
+        if start < end:
+            raise RecordError(f"{where}.targets must be sorted and disjoint; {start} comes before {end}")
+    if isinstance(body, list) and spans[-1][1] > len(body):
+        raise RecordError(f"{where}.targets ends at {spans[-1][1]}, and the branch has {len(body)} tokens")
+    return tuple((start, end) for start, end in spans)
+
+
+def _is_span(value: Any) -> bool:
+    """Whether a JSON value is [start, end] with 0 <= start < end."""
+    return isinstance(value, list) and list(map(type, value)) == [int, int] and 0 <= value[0] < value[1]
 
 
 def _prompt_and_completion(value: dict[str, Any], where: str) -> Branch:

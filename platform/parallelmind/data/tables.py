@@ -8,16 +8,17 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from parallelmind.data.packing import TokenRecord
 from parallelmind.data.tokenise import TokenisedRecord
-from parallelmind.layout import Ints, Tokens
+from parallelmind.layout import Tokens
 
-_TOKEN_COLUMNS = ("ids", "lengths", "answer_offsets")  # the fields of `Tokens`
+_TOKEN_COLUMNS = {"ids": pa.int32(), "lengths": pa.int32(), "targets": pa.bool_()}  # the fields of `Tokens`
 _COUNT_COLUMNS = ("truncated", "skipped")
 _SCHEMA = pa.schema(
     [
-        *((name, pa.list_(pa.int32())) for name in _TOKEN_COLUMNS),
+        *((name, pa.list_(kind)) for name, kind in _TOKEN_COLUMNS.items()),
         ("standalone", pa.bool_()),
         *((name, pa.int32()) for name in _COUNT_COLUMNS),
     ]
@@ -26,12 +27,12 @@ _SCHEMA = pa.schema(
 
 def to_table(records: Iterable[TokenisedRecord]) -> pa.Table:
     """Tokenised records as one table. A record without a remaining branch has empty lists."""
-    no_tokens = Tokens(*(np.empty(0, np.int64) for _ in _TOKEN_COLUMNS))
+    no_tokens = Tokens(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, bool))
     columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
     for record in records:
         tokens = record.tokens or no_tokens
-        for name in _TOKEN_COLUMNS:
-            columns[name].append(getattr(tokens, name).astype(np.int32))
+        for name, kind in _TOKEN_COLUMNS.items():
+            columns[name].append(getattr(tokens, name).astype(kind.to_pandas_dtype()))
         for name in ("standalone", *_COUNT_COLUMNS):
             columns[name].append(getattr(record, name))
     return pa.table(columns, schema=_SCHEMA)
@@ -50,9 +51,10 @@ def from_tables(tables: Iterable[pa.Table], counts: Counter[str]) -> Iterator[To
             counts[name] += int(np.sum(table.column(name).to_numpy()))
 
 
-def _arrays(column: pa.ChunkedArray) -> list[Ints]:
-    """One integer array per row of a list column."""
+def _arrays(column: pa.ChunkedArray) -> list[NDArray[Any]]:
+    """One array of int64 or bool per row of a list column."""
     combined = column.combine_chunks()
     offsets = combined.offsets.to_numpy()
-    values = combined.values.to_numpy().astype(np.int64)[offsets[0] : offsets[-1]]
+    values = combined.values.to_numpy(zero_copy_only=False)[offsets[0] : offsets[-1]]
+    values = values if values.dtype == bool else values.astype(np.int64)
     return np.split(values, (offsets - offsets[0])[1:-1])

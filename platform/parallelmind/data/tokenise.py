@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from parallelmind.config import DataConfig
 from parallelmind.data.encode import bos_ids, encode_texts, prepend_bos
 from parallelmind.data.files import FilePart
 from parallelmind.data.packing import TokenRecord
-from parallelmind.data.records import Record, TextOrIds
+from parallelmind.data.records import Record, Spans, TextOrIds
 from parallelmind.data.survey import read_records
-from parallelmind.layout import Tokens
+from parallelmind.layout import Mask, Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,9 +64,9 @@ def tokenise(
 
     Prompt and completion are tokenised separately, so encoding the prompt for decoding gives exactly the
     training prefix. Texts and completions end with the tokenizer's EOS, so that a model learns to stop;
-    `input_ids` are used unchanged. A main or branch longer than `max_branch_tokens` is truncated on the right
-    or skipped. A branch without a target is skipped, and so is one that exceeds `max_sample_tokens` together
-    with its main.
+    rendered texts and `input_ids` get no special token. A main or branch longer than `max_branch_tokens` is
+    truncated on the right or skipped. A branch without a target is skipped, and so is one that exceeds
+    `max_sample_tokens` together with its main.
     """
     texts = [text for record in records for text in _texts(record)]
     encoded = iter(encode_texts(tokenizer, texts))
@@ -85,8 +87,8 @@ def _texts(record: Record) -> Iterator[str]:
 
 def _assemble(
     record: Record, encoded: Iterator[list[int]], bos: list[int], eos: list[int]
-) -> tuple[list[int], list[tuple[list[int], int]]]:
-    """The ids of main, and for every branch its ids and the index of its first target."""
+) -> tuple[list[int], list[tuple[list[int], Mask]]]:
+    """The ids of main, and for every branch its ids and whether each is a target."""
 
     def ids_of(part: TextOrIds, first: bool) -> list[int]:
         if not isinstance(part, str):
@@ -97,16 +99,27 @@ def _assemble(
     main = ids_of(record.main, first=bool(record.main))
     branches = []
     for branch in record.branches:
-        body = ids_of(branch.body, first=not main)
+        body = ids_of(branch.body, first=not main and not branch.rendered)
+        targets = branch.targets
         if branch.completion is not None:
-            branches.append((body + ids_of(branch.completion, first=False) + eos, len(body)))
+            ids, targets = body + ids_of(branch.completion, first=False) + eos, ((len(body), None),)
         else:
-            branches.append((body + eos if isinstance(branch.body, str) else body, branch.answer_offset))
+            ids = body + eos if isinstance(branch.body, str) and not branch.rendered else body
+        branches.append((ids, _target_mask(len(ids), targets)))
     return main, branches
 
 
+def _target_mask(length: int, targets: Spans) -> Mask:
+    """`[length]` whether a token lies in one of the spans; nothing does if a span exceeds the length."""
+    mask = np.zeros(length, bool)
+    if max(end or 0 for _, end in targets) <= length:
+        for start, end in targets:
+            mask[start:end] = True
+    return mask
+
+
 def _apply_limits(
-    main: list[int], branches: list[tuple[list[int], int]], standalone: bool, config: DataConfig
+    main: list[int], branches: list[tuple[list[int], Mask]], standalone: bool, config: DataConfig
 ) -> TokenisedRecord:
     """Truncate and skip. The first token of a branch is never a target, as no token precedes it."""
     limit = config.max_branch_tokens
@@ -114,16 +127,16 @@ def _apply_limits(
     if main_too_long and config.overlong == "skip":
         return TokenisedRecord(None, standalone, 0, len(branches))
     main = main[:limit]
-    kept, offsets, truncated = [], [], int(main_too_long)
-    for ids, offset in branches:
+    kept, kept_targets, truncated = [], [], int(main_too_long)
+    for ids, targets in branches:
         too_long = len(ids) > limit
         if too_long and config.overlong == "skip":
             continue
-        ids = ids[:limit]
-        if len(ids) <= max(offset, 1) or len(main) + len(ids) > config.max_sample_tokens:
+        ids, targets = ids[:limit], targets[:limit]
+        if not targets[1:].any() or len(main) + len(ids) > config.max_sample_tokens:
             continue
         kept.append(ids)
-        offsets.append(offset)
+        kept_targets.append(targets)
         truncated += too_long
-    tokens = Tokens.of(main, kept, offsets) if kept else None
+    tokens = Tokens.of(main, kept, targets=kept_targets) if kept else None
     return TokenisedRecord(tokens, standalone, truncated, len(branches) - len(kept))

@@ -38,7 +38,7 @@ def target_text(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> s
     (tokenised,) = tokenise([parse_value(record)], tokenizer, DataConfig(data_path="-"))
     assert tokenised.tokens is not None
     ids = tokenised.tokens.ids.tolist()
-    offset = int(tokenised.tokens.answer_offsets[0])
+    offset = int(tokenised.tokens.targets.argmax())
     text = tokenizer.decode(ids[:-1], skip_special_tokens=False, clean_up_tokenization_spaces=False)
     assert text.removeprefix(tokenizer.bos_token or "") == record["text"].removeprefix(
         tokenizer.bos_token or ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -16,11 +17,15 @@ from parallelmind.data.packing import (
     TokenRecord,
     batch,
     make_batch,
+    merge,
     pack,
     sample_batches,
     shuffle,
     split,
+    take_branches,
 )
+from parallelmind.data.tables import from_tables, to_table
+from parallelmind.data.tokenise import TokenisedRecord
 from parallelmind.layout import IGNORE, PADDING, Tokens
 
 ROPE = RopeConfig()
@@ -83,9 +88,21 @@ def test_records_keep_their_branches_and_repeat_main_when_split() -> None:
     pieces = list(split(tokens, max_branches=2, max_tokens=100))
     assert [piece.branches for piece in pieces] == [2, 2, 1]
     assert all(piece.ids[:3].tolist() == [7, 7, 7] for piece in pieces)
-    assert np.concatenate([piece.answer_offsets for piece in pieces]).tolist() == [0, 1, 2, 3, 4]
+    targets = [piece.targets[3:] for piece in pieces]
+    assert np.concatenate(targets).tolist() == tokens.targets[3:].tolist()
     assert contents(pieces) == contents([tokens])
     assert all(len(piece.ids) <= 10 for piece in split(tokens, max_branches=8, max_tokens=10))
+
+
+def test_targets_of_any_tokens_survive_every_grouping() -> None:
+    targets = [[False, True, False, True], [False, False, True], [False, True]]
+    tokens = Tokens.of([7], [[5] * len(mask) for mask in targets], targets=targets)
+    table = to_table([TokenisedRecord(tokens, False, 0, 0), TokenisedRecord(None, False, 0, 1)])
+    (record,) = from_tables([table], Counter())
+    single = [take_branches(record.tokens, index, index + 1) for index in range(3)]
+    assert [piece.targets[1:].tolist() for piece in single] == targets
+    without_main = [Tokens.of([], [[5] * len(mask)], targets=[mask]) for mask in targets]
+    assert merge(without_main).targets.tolist() == list(chain.from_iterable(targets))
 
 
 def test_shuffle_keeps_records_and_window_one_keeps_order() -> None:

@@ -22,6 +22,7 @@ def test_every_form_of_a_record() -> None:
                 {"text": "with offset", "answer_offset": 2},
                 {"prompt": "q", "completion": "a"},
                 {"input_ids": [3, 4], "answer_offset": 1},
+                {"text": "of a template", "targets": [[1, 2], [3, 5]], "rendered": True},
             ],
             "id": 7,
         }
@@ -30,15 +31,16 @@ def test_every_form_of_a_record() -> None:
         "passage",
         (
             Branch("plain"),
-            Branch("with offset", answer_offset=2),
+            Branch("with offset", targets=((2, None),)),
             Branch("q", "a"),
-            Branch([3, 4], answer_offset=1),
+            Branch([3, 4], targets=((1, None),)),
+            Branch("of a template", targets=((1, 2), (3, 5)), rendered=True),
         ),
         standalone=False,
         unknown_keys=("id",),
     )
     assert parse({"text": "alone", "answer_offset": 1}) == Record(
-        "", (Branch("alone", answer_offset=1),), standalone=True
+        "", (Branch("alone", targets=((1, None),)),), standalone=True
     )
     assert parse({"input_ids": [1, 2]}).branches[0].body == [1, 2]
     assert parse({"main": {"input_ids": [5]}, "branches": ["b"]}).main == [5]
@@ -58,7 +60,7 @@ def test_unicode_line_separators_are_text_and_a_byte_order_mark_is_ignored() -> 
     ("value", "branch"),
     [
         ({"prompt": " q?", "completion": " a"}, Branch(" q?", " a")),
-        ({"text": " q? a", "answer_offset": 2}, Branch(" q? a", answer_offset=2)),
+        ({"text": " q? a", "answer_offset": 2}, Branch(" q? a", targets=((2, None),))),
         ({"input_ids": [3, 4]}, Branch([3, 4])),
     ],
 )
@@ -161,6 +163,17 @@ def test_misspelt_keys_of_a_record(record: dict[str, object], meant: str) -> Non
         (b'{"text": "a", "answer_offset": true}', "answer_offset=True"),
         (b'{"text": "a", "answer_offset": 1.0}', "answer_offset=1.0"),
         (b'{"text": "a", "answer_ofset": 1}', "did you mean answer_offset"),
+        (b'{"text": "a", "answer_offset": 1, "targets": [[1, 2]]}', "both answer_offset and targets"),
+        (b'{"text": "a", "targets": []}', "must be a list of [start, end]"),
+        (b'{"text": "a", "targets": [[1, 1]]}', "must be a list of [start, end]"),
+        (b'{"text": "a", "targets": [[-1, 1]]}', "must be a list of [start, end]"),
+        (b'{"text": "a", "targets": [[0, true]]}', "must be a list of [start, end]"),
+        (b'{"text": "a", "targets": [[0, 3], [2, 4]]}', "sorted and disjoint"),
+        (b'{"text": "a", "targets": [[3, 4], [0, 1]]}', "sorted and disjoint"),
+        (b'{"input_ids": [1, 2], "targets": [[1, 3]]}', "ends at 3, and the branch has 2 tokens"),
+        (b'{"prompt": "a", "completion": "b", "targets": [[1, 3]]}', "targets beside completion"),
+        (b'{"text": "a", "rendered": 1}', "rendered=1 must be true or false"),
+        (b'{"input_ids": [1, 2], "rendered": true}', "has rendered beside input_ids"),
         (b'{"main": null, "branches": ["a"]}', "main is a JSON null"),
         (b'{"main": "m", "branches": []}', "at least one branch"),
         (b'{"main": "m", "branches": "a"}', "must be a list"),

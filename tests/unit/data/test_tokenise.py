@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from tiny import tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from parallelmind.config import DataConfig
 from parallelmind.data.encode import encode_text
@@ -29,7 +31,8 @@ def test_prompt_equals_what_decoding_reads_and_completion_ends_with_eos() -> Non
     prompt = encode_text(TOKENIZER, "who ", first=False)
     completion = encode_text(TOKENIZER, "lives", first=False)
     assert tokens.ids.tolist() == [*main, *prompt, *completion, EOS]
-    assert tokens.answer_offsets.tolist() == [len(prompt)]
+    first_target = len(main) + len(prompt)
+    assert tokens.targets.tolist() == [False] * first_target + [True] * (len(completion) + 1)
 
 
 def test_text_ends_with_eos_and_ids_stay_as_they_are() -> None:
@@ -38,7 +41,32 @@ def test_text_ends_with_eos_and_ids_stay_as_they_are() -> None:
     assert text is not None
     assert ids is not None
     assert text.ids.tolist() == [*encode_text(TOKENIZER, "lives", first=True), EOS]
-    assert (ids.ids.tolist(), ids.answer_offsets.tolist()) == ([5, 6, 7], [2])
+    assert (ids.ids.tolist(), ids.targets.tolist()) == ([5, 6, 7], [False, False, True])
+
+
+def test_targets_are_the_tokens_of_the_spans_and_keep_to_them_when_truncated() -> None:
+    value = {"input_ids": [*range(3, 15)], "targets": [[0, 2], [5, 6], [10, 12]]}
+    whole, cut = tokenise_one(value).tokens, tokenise_one(value, max_branch_tokens=8).tokens
+    assert whole is not None
+    assert cut is not None
+    assert np.flatnonzero(whole.targets).tolist() == [1, 5, 10, 11]  # no token precedes the first one
+    assert np.flatnonzero(cut.targets).tolist() == [1, 5]
+    assert tokenise_one({"text": "lives", "targets": [[1, 90]]}).skipped == 1
+
+
+def test_rendered_text_gets_no_special_token() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    (plain, rendered) = tokenise(
+        [parse_line(b'{"text": "lives"}'), parse_line(b'{"text": "lives", "rendered": true}')],
+        tokenizer,
+        DataConfig(data_path="-"),
+    )
+    assert plain.tokens is not None
+    assert rendered.tokens is not None
+    assert plain.tokens.ids.tolist() == [1, *rendered.tokens.ids.tolist(), EOS]
 
 
 def test_truncation_cuts_the_right_end() -> None:
@@ -96,4 +124,4 @@ def test_records_tokenised_together_equal_records_tokenised_alone() -> None:
         assert alone is not None
         assert record.tokens.ids.tolist() == alone.ids.tolist()
         assert record.tokens.lengths.tolist() == alone.lengths.tolist()
-        assert record.tokens.answer_offsets.tolist() == alone.answer_offsets.tolist()
+        assert record.tokens.targets.tolist() == alone.targets.tolist()

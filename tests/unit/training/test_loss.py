@@ -153,7 +153,8 @@ class Outputs(TorchDispatchMode):
 
 def answers_only(tokens: Tokens) -> Tokens:
     """The same text with one target per branch."""
-    return Tokens(tokens.ids, tokens.lengths, np.maximum(tokens.lengths[1:] - 1, 0))
+    main, *branches = tokens.split()
+    return Tokens.of(main, branches, [len(branch) - 1 for branch in branches])
 
 
 def test_no_logits_without_a_target_and_one_mask_for_all_layers():
