@@ -18,6 +18,7 @@ from typing import Any, cast
 import fsspec
 import pyarrow.fs
 from fsspec.implementations.arrow import ArrowFSWrapper
+from fsspec.implementations.local import LocalFileSystem
 
 from parallelmind.errors import UserError, first_line
 from parallelmind.storage import atomic_binary_file, cache_dir, expand_home, process_lock
@@ -76,6 +77,16 @@ class RemotePath:
         with self._open_remote() as (filesystem, inner):
             return bytes(filesystem.cat_file(inner)) if filesystem.isfile(inner) else None
 
+    def write_bytes(self, content: bytes) -> None:
+        """Replace the content of this file at the URI as a whole; needs a URI, and makes no local copy."""
+        with self._open_remote() as (filesystem, inner):
+            if isinstance(filesystem, LocalFileSystem):
+                with atomic_binary_file(Path(inner)) as file:
+                    file.write(content)
+            else:
+                filesystem.makedirs(str(PurePosixPath(inner).parent), exist_ok=True)
+                filesystem.pipe_file(inner, content)
+
     def list_names(self) -> list[str]:
         """Sorted names of the files and folders in this folder at the URI."""
         if self.uri is None:
@@ -94,9 +105,7 @@ class RemotePath:
         files = _visible_files(self.local) if self.local.is_dir() else {"": self.local}
         with self._open_remote() as (filesystem, inner):
             for name in _with_last(files, last):
-                target = PurePosixPath(inner, name)
-                filesystem.makedirs(str(target.parent), exist_ok=True)
-                filesystem.put_file(str(files[name]), str(target))
+                _put_file(filesystem, files[name], PurePosixPath(inner, name))
 
     def download(self, exclude: str = "", last: str | None = None) -> None:
         """Make the local folder equal to the folder at the URI: copy its files and delete all others.
@@ -173,6 +182,16 @@ def fetch_cached(path: str | Path, marker: str, field: str) -> Path:
         if RemotePath(remote.local / marker).read_bytes() != remote_marker:
             remote.download(last=marker)
     return remote.local
+
+
+def _put_file(filesystem: Any, file: Path, target: PurePosixPath) -> None:
+    """Copy a local file. A file system, unlike an object store, would show a copy that is not complete."""
+    if isinstance(filesystem, LocalFileSystem):
+        with atomic_binary_file(Path(target)) as copy, open(file, "rb") as source:
+            shutil.copyfileobj(source, copy, _COPY_BYTES)
+    else:
+        filesystem.makedirs(str(target.parent), exist_ok=True)
+        filesystem.put_file(str(file), str(target))
 
 
 def _with_last(names: Iterable[str], last: str | None) -> list[str]:

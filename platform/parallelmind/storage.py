@@ -1,4 +1,4 @@
-"""Crash-safe files and folders: atomic replacement, fsync, locks between processes, checksums."""
+"""Crash-safe files and folders: atomic replacement, whole lines, locks between processes, checksums."""
 
 from __future__ import annotations
 
@@ -154,3 +154,24 @@ def atomic_file(path: Path) -> Iterator[TextIO]:
         raw = gzip.GzipFile("", "wb", fileobj=file, mtime=0) if path.name.endswith(".gz") else file
         with io.TextIOWrapper(cast(BinaryIO, raw), encoding="utf-8", newline="\n") as text:
             yield text
+
+
+def write_line(path: Path, end: int, line: bytes, sync: bool) -> int:
+    """Write a line at the end of a file of whole lines, which is created if needed; returns the new end.
+
+    end: bytes of all whole lines. What follows them is a part of a line that could not be written; it is cut.
+    sync: flush the line to disk. Raises OSError if the line cannot be written; the file then ends at `end`.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        with open(descriptor, "r+b") as file:
+            file.truncate(end)
+            file.seek(end)
+            file.write(line)
+            if sync:
+                file.flush()
+                os.fsync(descriptor)
+    except BaseException:
+        os.truncate(path, end)
+        raise
+    return end + len(line)

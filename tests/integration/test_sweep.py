@@ -1,9 +1,10 @@
-"""`python -m workloads.sweep` with real Ray and MLflow and a tiny model; its driver is killed."""
+"""`python -m workloads.sweep` with Ray, MLflow and a tiny model; its driver is killed, and its disk fills."""
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -146,3 +147,24 @@ def _check_tracking(cwd: Path, journal: Journal) -> None:
         lora_path=str(Path(str(winner.folder)) / "adapter"), base_model=str(cwd / "tiny")
     )
     assert model is not None
+
+
+def test_a_sweep_on_a_full_disk_ends_in_one_line_and_goes_on_when_there_is_space(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "tiny")
+    (tmp_path / "data.jsonl").write_text('{"text": "Question: 1 Answer: one", "answer_offset": 4}\n' * 60)
+    (tmp_path / "sweep.yaml").write_text(SWEEP.replace(", {lora_targets: no_such_layer}", ""))
+    process = start(tmp_path)
+    wait_until(process, lambda: any("folder" in event for event in journal_events(tmp_path)))
+    events = journal_events(tmp_path)
+    # From now on no file of the driver may grow, as if the disk were full; its children may write.
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 2, output
+    lines = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, output
+    assert "journal.jsonl: cannot be written (File too large); free space" in lines[0]
+    assert "Traceback" not in output
+    assert journal_events(tmp_path)[: len(events)] == events
+    output = wait_for_output(start(tmp_path))
+    assert "winner   trial 0" in output
+    assert "hold no whole event" not in output

@@ -46,11 +46,8 @@ def execute(config: SweepConfig, sweep_dir: RemotePath) -> None:
         status = "KILLED"
         raise
     finally:
-        try:
-            close_trial_runs(journal, tracker)
-            conclude(context, journal, tracker, all_ended=status == "FINISHED")
-        finally:
-            tracker.finish(status)
+        if journal.error is None:  # a sweep without a disk for its journal ends as by a kill
+            _end(context, journal, tracker, status)
     if not all_ended:
         print("stopped; the same command resumes the sweep", flush=True)
         raise KeyboardInterrupt
@@ -90,6 +87,15 @@ def _run_trials(context: SweepContext, journal: Journal) -> bool:
             lambda: run_trials(context, journal, view.update, stop_hooks.append), request_stop, message
         )
     return len(journal.trials) >= planned and all(trial.ended for trial in journal.trials.values())
+
+
+def _end(context: SweepContext, journal: Journal, tracker: Tracker, status: str) -> None:
+    """Close the MLflow runs, write the report and register the winner."""
+    try:
+        close_trial_runs(journal, tracker)
+        conclude(context, journal, tracker, all_ended=status == "FINISHED")
+    finally:
+        tracker.finish(status)
 
 
 def _count_trials(config: SweepConfig) -> int:

@@ -6,14 +6,17 @@ trials, so a sweep never reads it and resumes from the journal alone.
 
 from __future__ import annotations
 
+import io
 import json
-import os
+import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from parallelmind.errors import UserError
 from parallelmind.remote import RemotePath
+from workloads.sweep.journal_file import JournalFile
 from workloads.sweep.trial import Status, Trial
 
 
@@ -30,27 +33,42 @@ class MetricsReport:
 class Journal:
     """Create it with `open`. Methods may be called from any thread.
 
-    reports: those of all trials, in the order of arrival. notes: facts about the whole sweep.
+    An event is applied after it has been written, and as it would be read again: the state equals that of a
+    replay. An event that cannot be written raises UserError and has not happened.
+
+    reports: those of all trials, in the order of arrival. notes: facts about the whole sweep. error: why the
+    first event that was not written was not.
     """
 
     file: RemotePath
     trials: dict[int, Trial] = field(default_factory=dict)
     reports: list[MetricsReport] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
+    error: UserError | None = None
+    _lines: JournalFile = field(init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self._lines = JournalFile(self.file)
 
     @classmethod
     def open(cls, file: RemotePath) -> Journal:
-        """Replay the journal. A last line that a crash cut short is removed: its event did not happen."""
-        journal, path = cls(file), file.local
-        if file.uri is not None:
-            path.write_bytes(file.read_bytes() or b"")
-        if path.is_file():
-            complete, _, cut_line = path.read_bytes().rpartition(b"\n")
-            if cut_line:
-                os.truncate(path, len(complete) + 1 if complete else 0)
-            for line in complete.splitlines():
-                journal._apply(json.loads(line))
+        """Replay the events. A last line that is no whole event is removed: its event did not happen."""
+        journal = cls(file)
+        content = journal._lines.read()
+        end = 0
+        for line in io.BytesIO(content):
+            event = _parse_event(line)
+            if event is None:
+                break
+            journal._apply(event)
+            end += len(line)
+        if end < len(content):
+            print(
+                f"note: {file}: its last {len(content) - end} bytes hold no whole event and are removed",
+                file=sys.stderr,
+            )
+        journal._lines.start(content, end)
         return journal
 
     def add_trial(self, number: int, settings: dict[str, Any]) -> None:
@@ -60,11 +78,19 @@ class Journal:
         """Record the run folder and the MLflow run of a trial, which is running from now on."""
         self._append({"trial": number, "folder": folder, "run_id": run_id})
 
-    def add_report(self, number: int, step: int, metrics: Mapping[str, float]) -> bool:
-        """Record metrics. Returns False for a step that a trial repeats after a crash, which is dropped."""
+    def add_report(
+        self, number: int, step: int, metrics: Mapping[str, float], status: Status | None = None
+    ) -> bool:
+        """Record metrics, and the status of a trial that ends with them.
+
+        Returns False for a step that a trial repeats after a crash; its metrics are dropped.
+        """
         is_new = step > self.trials[number].step
         if is_new:
-            self._append({"trial": number, "step": step, "metrics": dict(metrics)})
+            end = {"status": status, "error": None} if status else {}
+            self._append({"trial": number, "step": step, "metrics": dict(metrics), **end})
+        elif status:
+            self.end_trial(number, status)
         return is_new
 
     def end_trial(self, number: int, status: Status, error: str | None = None) -> None:
@@ -77,13 +103,14 @@ class Journal:
         self._append({"notes": notes})
 
     def _append(self, event: dict[str, Any]) -> None:
+        line = json.dumps(event).encode() + b"\n"
         with self._lock:
-            with open(self.file.local, "a", encoding="utf-8") as file:
-                file.write(json.dumps(event) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            self.file.upload()
-            self._apply(event)
+            try:
+                self._lines.append(line)
+            except UserError as error:
+                self.error = self.error or error
+                raise
+            self._apply(json.loads(line))
 
     def _apply(self, event: dict[str, Any]) -> None:
         if "notes" in event:
@@ -104,3 +131,12 @@ class Journal:
         for name in ("folder", "run_id", "status", "error"):
             if name in event:
                 setattr(trial, name, event[name])
+
+
+def _parse_event(line: bytes) -> dict[str, Any] | None:
+    """The event of a line; None if the line was not written whole."""
+    try:
+        event = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) else None

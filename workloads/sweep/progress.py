@@ -19,7 +19,7 @@ _STYLES = {"finished": "green", "stopped": "yellow", "failed": "red", "running":
 
 
 class ProgressView:
-    """Shows the trials of a journal. Call `update` whenever the journal has changed."""
+    """Shows the trials of a journal. Call `update` after each event of a trial."""
 
     def __init__(self, name: str, metrics: list[str], journal: Journal, planned: int) -> None:
         """planned: number of trials of the whole sweep."""
@@ -27,12 +27,12 @@ class ProgressView:
         self._started_at = time.monotonic()
         self._ended_before = sum(trial.ended for trial in journal.trials.values())
         self._shown_states = {trial.number: _state(trial) for trial in journal.trials.values()}
-        self._live = Live(console=Console(), refresh_per_second=2) if sys.stdout.isatty() else None
+        is_terminal = sys.stdout.isatty()
+        self._live = Live(console=Console(), get_renderable=self._table) if is_terminal else None
 
     def __enter__(self) -> Self:
         if self._live:
-            self._live.start()
-            self.update()
+            self._live.start(refresh=True)
         return self
 
     def __exit__(
@@ -41,22 +41,18 @@ class ProgressView:
         if self._live:
             self._live.stop()
 
-    def update(self) -> None:
-        """Redraw the table, or print a line for every trial whose status or step has changed."""
-        trials = list(self._journal.trials.values())
-        if self._live:
-            self._live.update(self._table(trials))
-            return
-        for trial in trials:
-            if self._shown_states.get(trial.number) != _state(trial):
-                self._shown_states[trial.number] = _state(trial)
-                print(self._line(trial, trials), flush=True)
+    def update(self, number: int) -> None:
+        """Print a line for a trial whose status or step has changed; a terminal's table draws itself."""
+        trial = self._journal.trials[number]
+        if not self._live and self._shown_states.get(number) != _state(trial):
+            self._shown_states[number] = _state(trial)
+            print(self._line(trial), flush=True)
 
-    def _table(self, trials: list[Trial]) -> Table:
-        table = Table(title=f"{self._name}: {self._summary(trials)}", title_justify="left")
+    def _table(self) -> Table:
+        table = Table(title=f"{self._name}: {self._summary()}", title_justify="left")
         for header in ("trial", "settings", "", "step", *self._metrics, "time"):
             table.add_column(header, overflow="fold")
-        for trial in trials:
+        for trial in list(self._journal.trials.values()):
             table.add_row(
                 str(trial.number),
                 trial.describe(),
@@ -68,20 +64,21 @@ class ProgressView:
             )
         return table
 
-    def _line(self, trial: Trial, trials: list[Trial]) -> str:
+    def _line(self, trial: Trial) -> str:
         parts = [
             f"trial {trial.number}",
             trial.describe(),
             trial.status,
             f"step {trial.step}" if trial.step else "",
             format_metrics(trial, [name for name in self._metrics if name in trial.metrics]),
-            f"[{self._summary(trials)}]" if trial.ended else "",
+            f"[{self._summary()}]" if trial.ended else "",
             trial.error or "",
         ]
         return "  ".join(filter(None, parts))
 
-    def _summary(self, trials: list[Trial]) -> str:
+    def _summary(self) -> str:
         """Counts and ETA, which assumes that the remaining trials take as long as those of this start."""
+        trials = list(self._journal.trials.values())
         ended = sum(trial.ended for trial in trials)
         failed = sum(trial.status == "failed" for trial in trials)
         summary = f"{ended} of {self._planned} ended"

@@ -17,6 +17,7 @@ from parallelmind.remote import RemotePath
 from workloads.sweep.config import SweepConfig
 from workloads.sweep.journal import Journal
 from workloads.sweep.stateless_pickle import StatelessPickle
+from workloads.sweep.trial import Status
 from workloads.train.run_dir import stop_file
 
 MAX_RESTARTS = 3  # of a trial whose process is lost
@@ -40,11 +41,13 @@ class _NoLiveTrials:
 class JournalingScheduler(StatelessPickle, FIFOScheduler):
     """Journals what trials report, and asks a stopping rule of Ray Tune which trials to stop.
 
-    The stopping rule is rebuilt from all reports of the journal, so an interruption does not change its
-    decisions. on_change: called after each event. Set `stopping` to stop trials that are still starting.
+    The stopping rule receives every report of the journal, in its order and after it was journaled. A rule
+    that is rebuilt from the journal therefore decides alike: an interruption changes nothing. on_change:
+    called with the number of a trial after each of its events. Set `stopping` to stop trials that are still
+    starting.
     """
 
-    def __init__(self, config: SweepConfig, journal: Journal, on_change: Callable[[], None]) -> None:
+    def __init__(self, config: SweepConfig, journal: Journal, on_change: Callable[[int], None]) -> None:
         super().__init__()
         self._journal, self._on_change = journal, on_change
         self._rule: Any = _stopping_rule(config)
@@ -52,25 +55,23 @@ class JournalingScheduler(StatelessPickle, FIFOScheduler):
         self._scheduled: dict[int, _ScheduledTrial] = {}
         self.stopping = False
         for report in journal.reports:
-            if self._apply_rule(report.number, report.step, report.metrics) == TrialScheduler.STOP:
-                journal.end_trial(report.number, "stopped")
+            self._apply_rule(report.number, report.step, report.metrics)
 
     def on_trial_result(self, controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
         number = trial.config["number"]
         if "folder" in result:
             self._record_start(number, result)
-        decision = self._record_metrics(number, result)
+        self._record_metrics(number, result)
         if result.get("status") in ("finished", "failed"):
             self._journal.end_trial(number, result["status"], result.get("error"))
-        elif decision == TrialScheduler.STOP:
-            self._journal.end_trial(number, "stopped")
-        self._on_change()
-        return decision
+        self._on_change(number)
+        stopped = self._journal.trials[number].status == "stopped"
+        return TrialScheduler.STOP if stopped else TrialScheduler.CONTINUE
 
     def on_trial_error(self, controller: Any, trial: TuneTrial) -> None:
         error = f"its process was lost {MAX_RESTARTS + 1} times"
         self._journal.end_trial(trial.config["number"], "failed", error)
-        self._on_change()
+        self._on_change(trial.config["number"])
 
     def _record_start(self, number: int, result: dict[str, Any]) -> None:
         self._journal.set_location(number, result["folder"], result["run_id"])
@@ -79,25 +80,30 @@ class JournalingScheduler(StatelessPickle, FIFOScheduler):
         if self.stopping:
             stop_trial(result["folder"])
 
-    def _record_metrics(self, number: int, result: dict[str, Any]) -> str:
-        """Journal the metrics of a result; returns whether the trial continues or stops."""
+    def _record_metrics(self, number: int, result: dict[str, Any]) -> None:
+        """Journal the metrics of a result, and then end the trial if the stopping rule says so.
+
+        The last result of a run is one event with its status: a crash cannot separate the two.
+        """
         reported = result.get("metrics") or {
             name: value for name, value in result.items() if _is_metric(name)
         }
         if not reported or "step" not in result:
-            return TrialScheduler.CONTINUE
+            return
         metrics = {name: value for name, value in reported.items() if math.isfinite(value)}
-        is_new = self._journal.add_report(number, result["step"], metrics)
-        if not is_new or "status" in result:
-            return TrialScheduler.CONTINUE
-        return self._apply_rule(number, result["step"], metrics)
+        status: Status | None = "finished" if result.get("status") == "finished" else None
+        if self._journal.add_report(number, result["step"], metrics, status):
+            self._apply_rule(number, result["step"], metrics)
 
-    def _apply_rule(self, number: int, step: int, metrics: dict[str, float]) -> str:
+    def _apply_rule(self, number: int, step: int, metrics: dict[str, float]) -> None:
+        """Pass a journaled report to the stopping rule, and end the trial if it says so."""
         if number not in self._scheduled:
             self._scheduled[number] = _ScheduledTrial(str(number))
             self._rule.on_trial_add(self._controller, self._scheduled[number])
         result = {**metrics, "step": step}
-        return self._rule.on_trial_result(self._controller, self._scheduled[number], result)
+        decision = self._rule.on_trial_result(self._controller, self._scheduled[number], result)
+        if decision == TrialScheduler.STOP:
+            self._journal.end_trial(number, "stopped")
 
 
 def stop_trial(folder: str) -> None:

@@ -10,6 +10,7 @@ import workloads.sweep.tune_env  # noqa: F401  (before Ray)
 
 # isort: split
 from ray import tune
+from ray.tune import TuneError
 
 from workloads.sweep.journal import Journal
 from workloads.sweep.scheduler import MAX_RESTARTS, JournalingScheduler
@@ -22,13 +23,14 @@ _TUNE_DIR = ".tune"  # Ray Tune's folder in the sweep's folder
 def run_trials(
     context: SweepContext,
     journal: Journal,
-    on_change: Callable[[], None],
+    on_change: Callable[[int], None],
     set_stop_hook: Callable[[Callable[[], None]], None],
 ) -> None:
     """Run every trial to its end.
 
-    on_change: called after each event. set_stop_hook: receives a function that starts no more trials and
-    stops those that are still starting.
+    on_change: called with the number of a trial after each of its events. set_stop_hook: receives a function
+    that starts no more trials and stops those that are still starting. Raises the journal's error if an event
+    could not be written.
     """
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     # The scheduler comes first: it may find that a started trial is to stop, and the searcher skips it then.
@@ -44,7 +46,13 @@ def run_trials(
     # Ray Tune's state of an earlier start is deleted, not restored: the journal holds everything.
     tune_dir = context.sweep_dir.child(_TUNE_DIR)
     tune_dir.delete()
-    _tuner(context, searcher, scheduler).fit()
+    try:
+        _tuner(context, searcher, scheduler).fit()
+    except TuneError:  # Ray Tune replaces an error of the scheduler by one that holds its traceback as text
+        if journal.error is None:
+            raise
+    if journal.error is not None:
+        raise journal.error
     tune_dir.delete()
 
 

@@ -299,7 +299,7 @@ def test_a_trial_that_was_starting_at_a_stop_is_stopped_too(
     journal: Journal, tmp_path: Path, stopping: bool
 ) -> None:
     journal.add_trial(0, {})
-    scheduler = JournalingScheduler(sweep_config(), journal, lambda: None)
+    scheduler = JournalingScheduler(sweep_config(), journal, lambda number: None)
     scheduler.stopping = stopping
     trial: Any = FakeTuneTrial(0)
     scheduler.on_trial_result(None, trial, {"folder": str(tmp_path / "trial"), "run_id": "run"})
@@ -308,7 +308,7 @@ def test_a_trial_that_was_starting_at_a_stop_is_stopped_too(
 
 def test_all_trials_have_the_data_of_the_first(journal: Journal) -> None:
     searcher = JournalSearcher(sweep_config(), journal)
-    scheduler = JournalingScheduler(sweep_config(), journal, lambda: None)
+    scheduler = JournalingScheduler(sweep_config(), journal, lambda number: None)
     assert searcher.suggest("")["data"] is None  # type: ignore[index, call-overload]
     for data in ("first", "other"):
         result = {"folder": "trial", "run_id": "run", "data": data}
@@ -349,8 +349,51 @@ def test_early_stopping_does_not_depend_on_an_interruption(tmp_path: Path, stopp
             searcher.suggest("")
         for part in parts:
             journal = Journal.open(path)
-            feed(JournalingScheduler(config, journal, lambda: None), journal, part)
+            feed(JournalingScheduler(config, journal, lambda number: None), journal, part)
         statuses.append({number: trial.status for number, trial in Journal.open(path).trials.items()})
     assert statuses[0] == statuses[1]
     assert "stopped" in statuses[0].values()
     assert statuses[0][0] != "stopped"
+
+
+def last_results(step: int) -> list[tuple[int, dict[str, Any]]]:
+    """Four good trials that finish with a report of a new step, then reports of two others at that step."""
+    good = [(number, {"status": "finished", "step": step, "metrics": {LOSS: 0.1}}) for number in range(4)]
+    return [*good, (4, {"step": step, LOSS: 0.2}), (5, {"status": "interrupted", "step": step, LOSS: 9.0})]
+
+
+@pytest.mark.parametrize("stopping", ["asha", "median"])
+@pytest.mark.parametrize("cut", range(7))
+def test_the_last_report_of_a_run_counts_before_and_after_an_interruption(
+    tmp_path: Path, stopping: str, cut: int
+) -> None:
+    config = sweep_config(
+        stopping=stopping, grace_steps=10, metrics=[LOSS], space={"lora_rank": [*range(1, 9)]}
+    )
+    results, statuses = last_results(40), []
+    for name, parts in (("whole", [results]), ("cut", [results[:cut], results[cut:]])):
+        path = RemotePath(tmp_path / f"{name}.jsonl")
+        searcher = JournalSearcher(config, Journal.open(path))
+        for _ in range(6):
+            searcher.suggest("")
+        for part in parts:
+            journal = Journal.open(path)
+            scheduler = JournalingScheduler(config, journal, lambda number: None)
+            for number, result in part:
+                scheduler.on_trial_result(None, FakeTuneTrial(number), dict(result))  # type: ignore[arg-type]
+        statuses.append([trial.status for trial in Journal.open(path).trials.values()])
+    assert statuses[0] == statuses[1]
+    assert statuses[0][:4] == ["finished"] * 4
+    assert statuses[0][4:] == ["stopped"] * 2
+
+
+def test_a_run_ends_in_the_event_of_its_last_report(journal: Journal) -> None:
+    journal.add_trial(0, {})
+    scheduler = JournalingScheduler(sweep_config(), journal, lambda number: None)
+    result = {"status": "finished", "step": 7, "metrics": {LOSS: 1.0}}
+    for _ in range(2):
+        scheduler.on_trial_result(None, FakeTuneTrial(0), result)  # type: ignore[arg-type]
+    events = [json.loads(line) for line in journal.file.local.read_text().splitlines()]
+    assert events[1:] == [
+        {"trial": 0, "step": 7, "metrics": {LOSS: 1.0}, "status": "finished", "error": None}
+    ]
