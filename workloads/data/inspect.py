@@ -26,6 +26,7 @@ from parallelmind.config import DataConfig, GroupedConfig, ModelConfig, OutputPa
 from parallelmind.data.files import find_files
 from parallelmind.errors import UserError
 from parallelmind.model.base_model import load_tokenizer
+from parallelmind.model.vocabulary import check_vocabulary
 from parallelmind.outputs import check_output
 from workloads.data.inspect_plots import write_png
 from workloads.data.inspect_report import print_lengths, print_lines, print_samples
@@ -58,6 +59,8 @@ def main(argv: list[str]) -> None:
     path = Path(config.png_path or f"{_file_name(data_path)}.png")
     check_output(path, "png_path", data_path=files, base_model=[config.model.base_model])
     tokenizer = load_tokenizer(config.model)
+    for note in check_vocabulary(tokenizer, config.model):
+        print(f"warning: {note}", file=sys.stderr)
     inspection = Inspection(config.data, tokenizer, config.show, config.max_records)
     inspection.read(_with_progress(numbered_lines(files), config.max_records))
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)

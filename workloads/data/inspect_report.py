@@ -35,6 +35,8 @@ def print_lines(survey: Survey, complete: bool, console: Console) -> None:
     kinds = f"{with_branches:,} with branches of their own, {survey.standalone:,} standalone"
     table.add_row("records", f"{survey.records:,}", kinds)
     table.add_row("bad", f"{len(survey.bad):,}", "skipped in training" if survey.bad else "")
+    if repeated := survey.hashes.repeated():
+        table.add_row("repeated", f"{repeated:,}", "records with the content of an earlier one")
     if survey.unknown_keys:
         keys = ", ".join(f"{key} ({count:,})" for key, count in survey.unknown_keys.most_common(_MAX_SHOWN))
         table.add_row("other keys", f"{len(survey.unknown_keys):,}", Text(f"ignored: {keys}"))

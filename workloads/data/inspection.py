@@ -7,6 +7,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 from parallelmind.config import DataConfig, RopeConfig
+from parallelmind.data.duplicates import RecordHashes, pack_hashes, record_hash
 from parallelmind.data.files import file_parts
 from parallelmind.data.lines import Line, read_lines
 from parallelmind.data.packing import EpochSeed, TokenRecord, sample_batches
@@ -55,6 +56,7 @@ class Inspection:
         self.complete = True
         self._config, self._tokenizer = config, tokenizer
         self._max_samples, self._max_records = max_samples, max_records
+        self._hashes: list[int] = []
         self._samples: list[tuple[Tokens, Ints]] = []  # with the delays of their branches
 
     def read(self, lines: Iterable[NumberedLine]) -> None:
@@ -63,6 +65,7 @@ class Inspection:
             self.statistics.add_batch(batch.samples)
             room = self._max_samples - len(self._samples)
             self._samples += list(zip(batch.samples, batch.delays, strict=True))[:room]
+        self.survey.hashes = RecordHashes.unpack(pack_hashes(self._hashes, 1.0), 1.0)
 
     def layouts(self, rope: RopeConfig) -> Iterator[Layout]:
         """The layouts of the first samples."""
@@ -100,6 +103,7 @@ class Inspection:
                 survey.branches += len(result.branches)
                 survey.standalone += result.standalone
                 survey.unknown_keys.update(result.unknown_keys)
+                self._hashes.append(record_hash(result))
                 yield result
             else:
                 survey.bad.append(BadLine(file, line.offset, number, result))

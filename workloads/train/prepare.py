@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from typing import NamedTuple
 from uuid import uuid4
@@ -12,11 +13,12 @@ import workloads.common.ray_env  # noqa: F401  (before Ray)
 # isort: split
 from parallelmind.config import TrainConfig
 from parallelmind.config.yaml_file import save_yaml
-from parallelmind.data.pipeline import estimate_epoch_batches
+from parallelmind.data.pipeline import estimate_first_epoch
 from parallelmind.errors import UserError
 from parallelmind.model.base_model import load_meta_model, load_tokenizer
 from parallelmind.model.manifest import read_adapter
 from parallelmind.model.support import check_supported
+from parallelmind.model.vocabulary import check_vocabulary
 from parallelmind.storage import atomic_file
 from parallelmind.tracking import Tracker, absolute_uri
 from parallelmind.training.checkpoint_manager import checkpoint_names
@@ -24,7 +26,7 @@ from workloads.common import resources
 from workloads.train.data_files import DataFiles
 from workloads.train.provenance import code_version
 from workloads.train.run_dir import RunDir
-from workloads.train.survey import changed_data, survey_data
+from workloads.train.survey import changed_data, print_estimate, survey_data
 from workloads.train.worker import WorkerTask
 
 
@@ -62,19 +64,21 @@ def begin(config: TrainConfig, run_dir: RunDir) -> int:
     Returns the vocabulary size.
 
     Raises:
-        UserError: the model or the adapter to resume cannot be used with these settings.
+        UserError: the model, its tokenizer or the adapter to resume cannot be used with these settings.
     """
     run_dir.path.download(exclude="*.safetensors")
     save_yaml(config, run_dir.config_file.local)
     run_dir.config_file.upload()
     run_dir.stop_file().clear()
-    vocabulary_size = len(load_tokenizer(config.model))
+    tokenizer = load_tokenizer(config.model)
+    for note in check_vocabulary(tokenizer, config.model):
+        print(f"warning: {note}", file=sys.stderr, flush=True)
     if config.rope.patch_rope:
         check_supported(load_meta_model(config.model))
     if config.optimizer.resume_adapter is not None:
         settings = {**config.rope.model_dump(), **config.lora.model_dump(exclude={"lora_dropout"})}
         read_adapter(config.optimizer.resume_adapter).check_settings(settings)
-    return vocabulary_size
+    return len(tokenizer)
 
 
 def prepare(
@@ -95,7 +99,8 @@ def prepare(
     data = survey_data(files, config.data, vocabulary_size, run_dir.quarantine_file)
     if shared.data_fingerprint not in (None, data.fingerprint):
         raise changed_data(config.data)
-    batches_per_epoch = estimate_epoch_batches(data.train, config.data, config.model, config.optimizer.seed)
+    epoch = estimate_first_epoch(data.train, config.data, config.model, config.optimizer.seed)
+    print_estimate(epoch, config)
     tracker = open_tracker(config, run_dir, data.train.fingerprint, shared.parent)
     tracker.set_tags(
         {
@@ -111,7 +116,7 @@ def prepare(
         validation_files=tuple(files.validation),
         mlflow_uri=tracker.uri,
         mlflow_run=tracker.run_id,
-        batches_per_epoch=batches_per_epoch,
+        batches_per_epoch=epoch.batches,
         threads=resources.threads_per_process(workers.num_workers * shared.concurrent_runs),
     )
     return PreparedRun(task, tracker, files, data.fingerprint)

@@ -1,4 +1,4 @@
-"""Survey of a run's data before training: counts, fingerprints, bad lines."""
+"""Survey of a run's data before training: counts, fingerprints, and what training leaves out."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from parallelmind.config import DataConfig
+from parallelmind.config import DataConfig, TrainConfig
+from parallelmind.data.epoch_estimate import EpochEstimate
 from parallelmind.data.pipeline import survey_files
 from parallelmind.data.survey import BadLine, Survey, write_quarantine
 from parallelmind.errors import UserError
 from parallelmind.remote import RemotePath
+from parallelmind.training.loop import steps_of_epochs
 from workloads.train.data_files import DataFiles
 
 _MAX_BAD_LINES_SHOWN, _MAX_KEYS_SHOWN = 10, 5
@@ -33,12 +35,38 @@ def survey_data(
     """
     train = survey_files(files.train, config, vocabulary_size)
     bad, fingerprint = list(train.bad), train.fingerprint
+    validation = None
     if files.validation:
         validation = survey_files(files.validation, config, vocabulary_size, "validation_path")
         bad, fingerprint = bad + validation.bad, f"{fingerprint} {validation.fingerprint}"
     _quarantine(bad, quarantine_file)
-    _print_summary(train)
+    _print_summary("data", train)
+    if validation is not None:
+        _print_summary("validation data", validation)
+        _print_shared(train, validation, config)
     return SurveyedData(train, fingerprint)
+
+
+def print_estimate(epoch: EpochEstimate, config: TrainConfig) -> None:
+    """Print what the length limits remove, and whether the epochs end before max_steps."""
+    data, optimizer, about = config.data, config.optimizer, "" if epoch.exact else "about "
+    if epoch.truncated:
+        _notice(
+            f"max_branch_tokens={data.max_branch_tokens}: {about}{epoch.truncated:,} mains and branches are "
+            f"longer and are truncated; raise it, or set overlong=skip"
+        )
+    if epoch.skipped:
+        _notice(
+            f"max_branch_tokens={data.max_branch_tokens} max_sample_tokens={data.max_sample_tokens} "
+            f"overlong={data.overlong}: {about}{epoch.skipped:,} branches are skipped, as they are too long "
+            "or hold no target within the limits; raise the limits, or lower the answer offsets"
+        )
+    steps = steps_of_epochs(config, epoch.batches, config.workers.num_workers)
+    if optimizer.max_steps is not None and steps < optimizer.max_steps:
+        _notice(
+            f"max_steps={optimizer.max_steps}: training ends before, after {about}{steps:,} steps, as "
+            f"epochs={optimizer.epochs}; raise epochs to reach max_steps"
+        )
 
 
 def changed_data(config: DataConfig) -> UserError:
@@ -64,11 +92,28 @@ def _quarantine(bad: Sequence[BadLine], file: RemotePath) -> None:
         )
 
 
-def _print_summary(train: Survey) -> None:
-    ignored = "".join(
-        f", key {key!r} ignored in {count}" for key, count in train.unknown_keys.most_common(_MAX_KEYS_SHOWN)
-    )
+def _print_summary(name: str, survey: Survey) -> None:
+    keys = survey.unknown_keys.most_common(_MAX_KEYS_SHOWN)
+    ignored = "".join(f", key {key!r} ignored in {count}" for key, count in keys)
+    if more := len(survey.unknown_keys) - len(keys):
+        ignored += f", {more} more keys ignored"
+    about = "" if survey.hashes.share == 1 else "about "
+    repeated = f", {about}{count} repeated records" if (count := survey.hashes.repeated()) else ""
     print(
-        f"data: {train.records} records, {train.branches} branches, {len(train.bad)} bad lines{ignored}",
+        f"{name}: {survey.records} records, {survey.branches} branches, {len(survey.bad)} bad lines"
+        f"{repeated}{ignored}",
         flush=True,
     )
+
+
+def _print_shared(train: Survey, validation: Survey, config: DataConfig) -> None:
+    about = "" if train.hashes.share == validation.hashes.share == 1 else "about "
+    if shared := validation.hashes.shared_with(train.hashes):
+        _notice(
+            f"validation_path={config.validation_path}: {about}{shared} of {validation.records} records are "
+            f"also in data_path={config.data_path}, so their loss is not held out; remove them from one"
+        )
+
+
+def _notice(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)

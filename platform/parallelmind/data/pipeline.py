@@ -11,17 +11,19 @@ from __future__ import annotations
 import functools
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import ray.data
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from parallelmind.config import DataConfig, ModelConfig
-from parallelmind.data.batch_count import estimate_batch_count
 from parallelmind.data.batch_server import BatchServer, ShardAssignment
+from parallelmind.data.duplicates import hash_share
+from parallelmind.data.epoch_estimate import EpochEstimate, estimate_epoch
 from parallelmind.data.files import FilePart, file_parts, total_bytes
 from parallelmind.data.packing import SampleBatch
 from parallelmind.data.survey import SAMPLE_CHARACTERS, Survey, combine_surveys, survey_part
@@ -54,13 +56,14 @@ def survey_files(
 ) -> Survey:
     """Parse every line once. Raises UserError if none is good, or more are bad than the config allows."""
     parts = file_parts(files, field)
-    share = _OVERSAMPLING * SAMPLE_CHARACTERS / max(total_bytes(files), 1)
+    size = total_bytes(files)
+    shares = {"share": _OVERSAMPLING * SAMPLE_CHARACTERS / max(size, 1), "hash_share": hash_share(size)}
     if len(parts) <= _FEW_PARTS:
-        rows = [survey_part(part, config, vocab_size, share) for part in parts]
+        rows = [survey_part(part, config, vocab_size, **shares) for part in parts]
     else:
-        function = functools.partial(_survey_table, config=config, vocab_size=vocab_size, share=share)
+        function = functools.partial(_survey_table, config=config, vocab_size=vocab_size, shares=shares)
         rows = map_parts(parts, function).take_all()
-    survey = combine_surveys(parts, rows)
+    survey = combine_surveys(parts, rows, shares["hash_share"])
     survey.raise_if_unusable(config, field)
     return survey
 
@@ -88,12 +91,34 @@ def _part_of(table: pa.Table) -> FilePart:
     return FilePart(**table.to_pylist()[0])
 
 
-def _survey_table(table: pa.Table, config: DataConfig, vocab_size: int | None, share: float) -> pa.Table:
-    return pa.Table.from_pylist([survey_part(_part_of(table), config, vocab_size, share)])
+def _survey_table(
+    table: pa.Table, config: DataConfig, vocab_size: int | None, shares: Mapping[str, float]
+) -> pa.Table:
+    return pa.Table.from_pylist([survey_part(_part_of(table), config, vocab_size, **shares)])
 
 
 def _tokenise_table(table: pa.Table, config: DataConfig, model: ModelConfig) -> pa.Table:
-    return to_table(tokenise_part(_part_of(table), _load_tokenizer(model), config))
+    return _tokenise_to_table(_part_of(table), config, model)
+
+
+def _tokenise_to_table(part: FilePart, config: DataConfig, model: ModelConfig) -> pa.Table:
+    """One row per good record of the part. Raises UserError for an id that the model has no embedding of."""
+    from parallelmind.model.vocabulary import no_row
+
+    tokenizer, rows = _load_tokenizer(model), _embedding_rows(model)
+    table = to_table(tokenise_part(part, tokenizer, config))
+    highest = pc.max(table.column("ids").combine_chunks().flatten()).as_py()
+    if highest is not None and highest >= rows:
+        raise no_row(model, tokenizer, highest, rows, f"a token of {part.file},")
+    return table
+
+
+@functools.cache
+def _embedding_rows(model: ModelConfig) -> int:
+    from parallelmind.model.base_model import load_base_config
+    from parallelmind.model.vocabulary import embedding_rows
+
+    return embedding_rows(load_base_config(model))
 
 
 @functools.cache
@@ -104,9 +129,9 @@ def _load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     return load_tokenizer(model)
 
 
-def estimate_epoch_batches(survey: Survey, config: DataConfig, model: ModelConfig, seed: int) -> int:
-    """Number of batches in an epoch; see `batch_count.estimate_batch_count`."""
-    return estimate_batch_count(survey, _load_tokenizer(model), config, seed)
+def estimate_first_epoch(survey: Survey, config: DataConfig, model: ModelConfig, seed: int) -> EpochEstimate:
+    """What the first epoch holds; see `epoch_estimate.estimate_epoch`."""
+    return estimate_epoch(survey, _load_tokenizer(model), config, seed)
 
 
 def start_batch_server(
@@ -118,8 +143,7 @@ def start_batch_server(
         _tokenise_with_ray_data, list(files), config, model
     )
     if len(parts) <= _FEW_PARTS:
-        tokenizer = _load_tokenizer(model)
-        tables = [to_table(tokenise_part(part, tokenizer, config)) for part in parts]
+        tables = [_tokenise_to_table(part, config, model) for part in parts]
         read = functools.partial(iter, tables)
     # None: outside of the placement group that a sweep holds for the caller, which is too small.
     strategy = PlacementGroupSchedulingStrategy(None)  # type: ignore[arg-type]  # documented, not typed

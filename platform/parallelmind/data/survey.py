@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from parallelmind.config import DataConfig
+from parallelmind.data.duplicates import RecordHashes, pack_hashes, record_hash
 from parallelmind.data.files import FilePart
 from parallelmind.data.lines import Line, read_lines
 from parallelmind.data.records import Record, RecordError, parse_line, parse_value
@@ -47,7 +48,7 @@ class Survey:
     lines: number of lines that are not blank; each is a record or bad. standalone: number of standalone
     records. unknown_keys: number of records that have each unknown key. fingerprint: 12 hex digits of the
     SHA-256 of all lines, in order. sample: some records from all over the files in their order, or all of
-    them if they are few.
+    them if they are few. hashes: hashes of the records' content.
     """
 
     lines: int = 0
@@ -58,6 +59,7 @@ class Survey:
     unknown_keys: Counter[str] = field(default_factory=Counter)
     fingerprint: str = ""
     sample: list[Record] = field(default_factory=list)
+    hashes: RecordHashes = field(default_factory=RecordHashes)
 
     def raise_if_unusable(self, config: DataConfig, field: str) -> None:
         """Raise UserError if there is no good record, or more bad lines than the config allows.
@@ -110,17 +112,19 @@ def check_line(line: Line, config: DataConfig, vocab_size: int | None) -> Record
 
 
 def survey_part(
-    part: FilePart, config: DataConfig, vocab_size: int | None, share: float = 0.0
+    part: FilePart, config: DataConfig, vocab_size: int | None, share: float = 0.0, hash_share: float = 1.0
 ) -> dict[str, Any]:
     """Counts, bad lines and sampled records of one part, as one row of plain values for `combine_surveys`.
 
     share: the share of records to sample; the first record is always sampled. The random draws depend on the
-    file's name and the part, not on the file's folder. Line numbers count from 1 within the part.
+    file's name and the part, not on the file's folder. hash_share: as in `RecordHashes`. Line
+    numbers count from 1 within the part.
     """
     counts: Counter[str] = Counter()
     unknown_keys: Counter[str] = Counter()
     bad: list[tuple[int, int, str]] = []
     sample: list[tuple[float, str]] = []
+    hashes: list[int] = []
     random_draws = random.Random(f"{PurePosixPath(part.file).name} {part.start}")
     digest = hashlib.sha256()
     for number, line in enumerate(read_lines(part), start=1):
@@ -132,6 +136,7 @@ def survey_part(
                 lines=1, records=1, branches=len(result.branches), standalone=int(result.standalone)
             )
             unknown_keys.update(result.unknown_keys)
+            hashes.append(record_hash(result))
             if (draw := random_draws.random()) < share or not sample:
                 sample.append((draw, _json_text(line)))
         elif result is not None:
@@ -139,7 +144,7 @@ def survey_part(
             bad.append((line.offset, number, result))
     row = {name: counts[name] for name in (*_COUNTS, "numbered")}
     lists = {"bad": json.dumps(bad), "unknown_keys": json.dumps(unknown_keys), "sample": json.dumps(sample)}
-    return {**row, **lists, "digest": digest.hexdigest()}
+    return {**row, **lists, "digest": digest.hexdigest(), "hashes": pack_hashes(hashes, hash_share)}
 
 
 def _json_text(line: Line) -> str:
@@ -149,7 +154,9 @@ def _json_text(line: Line) -> str:
     return json.dumps(line.value, ensure_ascii=False, default=str)
 
 
-def combine_surveys(parts: Sequence[FilePart], rows: Sequence[dict[str, Any]]) -> Survey:
+def combine_surveys(
+    parts: Sequence[FilePart], rows: Sequence[dict[str, Any]], hash_share: float = 1.0
+) -> Survey:
     """One survey from the rows of `survey_part`, given in the order of the parts."""
     survey, lines_before, file = Survey(), 0, ""
     for part, row in zip(parts, rows, strict=True):
@@ -163,6 +170,7 @@ def combine_surveys(parts: Sequence[FilePart], rows: Sequence[dict[str, Any]]) -
             for offset, number, reason in json.loads(row["bad"])
         ]
         lines_before += row["numbered"]
+    survey.hashes = RecordHashes.unpack(b"".join(row["hashes"] for row in rows), hash_share)
     survey.sample = _lowest_draws([(draw, text) for row in rows for draw, text in json.loads(row["sample"])])
     survey.fingerprint = hashlib.sha256("".join(row["digest"] for row in rows).encode()).hexdigest()[:12]
     return survey

@@ -255,10 +255,15 @@ class Trainer:
 
 def planned_steps(config: TrainConfig, batches_per_epoch: int, workers: int) -> int:
     """Estimated number of optimizer steps of a run."""
+    steps, max_steps = steps_of_epochs(config, batches_per_epoch, workers), config.optimizer.max_steps
+    return steps if max_steps is None else min(steps, max_steps)
+
+
+def steps_of_epochs(config: TrainConfig, batches_per_epoch: int, workers: int) -> int:
+    """Estimated number of optimizer steps in all epochs, whatever max_steps is."""
     optimizer = config.optimizer
     steps_per_epoch = max(1, math.ceil(batches_per_epoch / (workers * optimizer.accumulation_steps)))
-    steps = steps_per_epoch * optimizer.epochs
-    return steps if optimizer.max_steps is None else min(steps, optimizer.max_steps)
+    return steps_per_epoch * optimizer.epochs
 
 
 def validation_metrics(loss: TargetLoss, batches: Mapping[int, list[Batch]]) -> dict[str, float]:

@@ -1,9 +1,10 @@
-"""Estimate the number of batches in an epoch from a survey's sample, for the learning rate schedule."""
+"""Estimate from a survey's sample how many batches an epoch has, and what the length limits remove."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain, repeat
 from typing import TYPE_CHECKING
 
@@ -18,20 +19,38 @@ if TYPE_CHECKING:
 _ENOUGH_BATCHES = 64  # with this many batches, the incomplete last one no longer distorts the estimate
 
 
-def estimate_batch_count(
-    survey: Survey, tokenizer: PreTrainedTokenizerBase, config: DataConfig, seed: int
-) -> int:
-    """Number of batches in the first epoch, the same for the same data.
+@dataclass(frozen=True, slots=True)
+class EpochEstimate:
+    """The first epoch, the same for the same data.
 
-    It is exact if the sample holds every record, otherwise an estimate. The sample is tokenised and batched
-    like the data itself, because the number depends on the language, the limits and the padding.
+    batches: for the learning rate schedule. truncated: number of truncated mains and branches. skipped:
+    number of skipped branches. exact: the sample holds every record, so the numbers are exact.
     """
-    tokenised = tokenise_stream(iter(survey.sample), tokenizer, config)
+
+    batches: int
+    truncated: int
+    skipped: int
+    exact: bool
+
+
+def estimate_epoch(
+    survey: Survey, tokenizer: PreTrainedTokenizerBase, config: DataConfig, seed: int
+) -> EpochEstimate:
+    """Tokenise and batch the sample like the data itself.
+
+    The numbers depend on the language, the limits and the padding.
+    """
+    tokenised = list(tokenise_stream(iter(survey.sample), tokenizer, config))
     records = [record for item in tokenised for record in item.for_packing()]
     repeats, scale = 1, survey.records / max(len(survey.sample), 1)
     while (count := _count(records, repeats, config, seed)) < _ENOUGH_BATCHES and 2 * repeats <= scale:
         repeats *= 2
-    return max(1, math.ceil(count / repeats * scale))
+    return EpochEstimate(
+        batches=max(1, math.ceil(count / repeats * scale)),
+        truncated=round(sum(item.truncated for item in tokenised) * scale),
+        skipped=round(sum(item.skipped for item in tokenised) * scale),
+        exact=len(survey.sample) == survey.records,
+    )
 
 
 def _count(records: Sequence[TokenRecord], repeats: int, config: DataConfig, seed: int) -> int:

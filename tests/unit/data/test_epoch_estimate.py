@@ -1,4 +1,4 @@
-"""The estimated number of batches is the real one, whatever the format, the language and the limits."""
+"""The estimates of an epoch are its real counts, whatever the format, the language and the limits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tiny import tiny_tokenizer
 
 from parallelmind.config import DataConfig
 from parallelmind.data import survey as survey_module
-from parallelmind.data.batch_count import estimate_batch_count
+from parallelmind.data.epoch_estimate import EpochEstimate, estimate_epoch
 from parallelmind.data.files import file_parts
 from parallelmind.data.packing import EpochSeed, sample_batches
 from parallelmind.data.pipeline import survey_files
@@ -49,7 +49,11 @@ def config(path: Path, **settings: Any) -> DataConfig:
 
 
 def estimate(path: Path, data: DataConfig) -> int:
-    return estimate_batch_count(survey_files([str(path)], data), tiny_tokenizer(), data, seed=3)
+    return epoch(path, data).batches
+
+
+def epoch(path: Path, data: DataConfig) -> EpochEstimate:
+    return estimate_epoch(survey_files([str(path)], data), tiny_tokenizer(), data, seed=3)
 
 
 def count(path: Path, data: DataConfig) -> int:
@@ -112,3 +116,19 @@ def test_batches_larger_than_the_sample_are_not_rounded_up(
     monkeypatch.setattr("parallelmind.data.pipeline.SAMPLE_CHARACTERS", 20_000)
     data = config(path, batch_tokens=60_000, length_window=1)
     assert estimate(path, data) == pytest.approx(count(path, data), rel=0.15)
+
+
+def test_truncated_and_skipped_texts_are_counted_or_estimated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = {"main": ENGLISH * 3, "branches": ["who", ENGLISH * 3, {"text": ENGLISH * 3, "answer_offset": 20}]}
+    path = write(tmp_path / "data.jsonl", [long, {"text": "who"}, {"text": "where"}] * 500)
+    data = config(path, max_branch_tokens=16)
+    whole = epoch(path, data)
+    assert (whole.truncated, whole.skipped, whole.exact) == (1000, 500, True)
+    monkeypatch.setattr(survey_module, "SAMPLE_CHARACTERS", 20_000)
+    monkeypatch.setattr("parallelmind.data.pipeline.SAMPLE_CHARACTERS", 20_000)
+    sampled = epoch(path, data)
+    assert not sampled.exact
+    assert sampled.truncated == pytest.approx(1000, rel=0.2)
+    assert sampled.skipped == pytest.approx(500, rel=0.2)
