@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.utils import logging as hub_logging
@@ -23,6 +24,7 @@ from transformers import (
 from parallelmind.config import ModelConfig
 from parallelmind.errors import UserError, first_line, translate_read_errors
 from parallelmind.model.hf_compat import no_progress_bars
+from parallelmind.model.hub import find_hub_model
 from parallelmind.model.quantize import quantization_config
 from parallelmind.model.smollm2 import SMOLLM2, fetch_smollm2
 from parallelmind.storage import expand_home
@@ -75,15 +77,13 @@ def load_base(
         raise UserError(
             f"attn_implementation={attn_implementation}: not supported; choose one of {', '.join(ATTENTION)}"
         )
-    quantization = quantization_config(config)
-    source = resolve_base_model(config.base_model)
-    with _load_errors(config.base_model), no_progress_bars():
-        model = AutoModelForCausalLM.from_pretrained(
-            source,
+    with no_progress_bars():
+        model = _from_pretrained(
+            AutoModelForCausalLM,
+            config,
             dtype=getattr(torch, config.dtype),
-            quantization_config=quantization,
+            quantization_config=quantization_config(config),
             attn_implementation=attn_implementation,
-            trust_remote_code=config.trust_remote_code,
         )
     # Saved files contain the user's name for the model, never a cache path of this machine.
     model.config._name_or_path = model.name_or_path = config.base_model
@@ -99,9 +99,8 @@ def load_meta_model(config: ModelConfig) -> PreTrainedModel:
 
 def load_base_config(config: ModelConfig) -> PreTrainedConfig:
     """Load the model's configuration. Raises UserError as `load_base` does."""
-    source = resolve_base_model(config.base_model)
-    with _load_errors(config.base_model):
-        return AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+    loaded: PreTrainedConfig = _from_pretrained(AutoConfig, config)
+    return loaded
 
 
 def build_meta_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -113,12 +112,23 @@ def build_meta_model(config: PreTrainedConfig, trust_remote_code: bool = False) 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer, with eos as padding if it has none. Raises UserError as `load_base` does."""
-    source = resolve_base_model(config.base_model)
-    with _load_errors(config.base_model):
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+    tokenizer: PreTrainedTokenizerBase = _from_pretrained(AutoTokenizer, config)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _from_pretrained(auto_class: Any, config: ModelConfig, **options: Any) -> Any:
+    """What the base model's files hold for a class of transformers; from the cache while the hub is away."""
+    name = resolve_base_model(config.base_model)
+    source = find_hub_model(name) if is_hub_id(name) else name
+    with _load_errors(config.base_model):
+        return auto_class.from_pretrained(
+            source,
+            trust_remote_code=config.trust_remote_code,
+            local_files_only=source != name,  # code of other hub models, too, comes from the cache then
+            **options,
+        )
 
 
 @contextmanager

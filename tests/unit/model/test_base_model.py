@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from parallelmind.config import ModelConfig
 from parallelmind.errors import UserError
-from parallelmind.model import smollm2
+from parallelmind.model import base_model, smollm2
 from parallelmind.model.base_model import load_base, load_tokenizer, resolve_base_model
 
 
@@ -85,10 +85,11 @@ def test_damaged_weights_raise_one_line(tmp_path: Path) -> None:
         load_base(ModelConfig(base_model=str(tmp_path)))
 
 
-def test_an_unreachable_hub_raises_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_is_lost_while_loading_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*_args: object, **_kwargs: object) -> None:
         raise OSError("We couldn't connect to the hub.\nCheck your connection.")
 
+    monkeypatch.setattr(base_model, "find_hub_model", str)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", offline)
     with pytest.raises(UserError) as error:
         load_tokenizer(ModelConfig(base_model="org/name"))
