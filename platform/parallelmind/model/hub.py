@@ -8,8 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from threading import Thread
 
-from huggingface_hub import constants, is_offline_mode, try_to_load_from_cache
-from huggingface_hub.utils import get_session
+from huggingface_hub import constants, get_session, is_offline_mode, try_to_load_from_cache
 
 from parallelmind.errors import UserError, UserNotice, first_line
 
@@ -29,7 +28,7 @@ def find_hub_model(name: str) -> str:
     config = try_to_load_from_cache(name, "config.json")
     if not isinstance(config, str):
         raise UserError(
-            f"base_model={name}: is not in {constants.HF_HUB_CACHE}, and the hub cannot be reached "
+            f"base_model={name}: is not in the hub's cache on this machine, and the hub cannot be reached "
             f"({problem}); connect this machine to it, or give a local folder"
         )
     warnings.warn(

@@ -72,7 +72,9 @@ def test_a_cached_model_loads_while_the_hub_does_not_answer(cached: None, endpoi
 
 def test_a_model_that_is_not_cached_is_one_line(cached: None, endpoint: str) -> None:
     start = time.monotonic()
-    message = f"base_model=org/other: is not in .*hub, and the hub cannot be reached .*{endpoint}.*; connect"
+    message = (
+        f"base_model=org/other: is not in .*cache.*, and the hub cannot be reached .*{endpoint}.*; connect"
+    )
     with pytest.raises(UserError, match=message) as error:
         load_tokenizer(ModelConfig(base_model="org/other"))
     assert time.monotonic() - start < 5
