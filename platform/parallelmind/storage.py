@@ -43,10 +43,11 @@ def sha256(file: Path) -> str:
 def fsync_tree(folder: Path) -> None:
     """Flush a folder to disk: every file and subfolder in it, then the folder itself."""
     for path in (*sorted(folder.rglob("*"), reverse=True), folder):  # a subfolder follows its content
-        _fsync(path)
+        fsync(path)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Flush a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -97,7 +98,7 @@ def atomic_dir(folder: Path) -> Iterator[Path]:
         _apply_umask(new, Path(scratch) / "probe")
         fsync_tree(new)
         _replace_dir(folder, new, Path(scratch) / "old")
-        _fsync(folder.parent)
+        fsync(folder.parent)
 
 
 def _apply_umask(folder: Path, probe: Path) -> None:
@@ -139,9 +140,9 @@ def atomic_binary_file(path: Path) -> Iterator[BinaryIO]:
     try:
         with open(partial, "wb") as file:
             yield file
-        _fsync(partial)
+        fsync(partial)
         os.replace(partial, path)
-        _fsync(path.parent)
+        fsync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 

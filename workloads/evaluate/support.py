@@ -18,6 +18,7 @@ from parallelmind.config import FrozenConfig, OutputPath
 from parallelmind.errors import UserError, translate_write_errors
 from parallelmind.evaluation.model_support import COLUMNS, FALLBACK, SupportRow, check_model_types
 from parallelmind.evaluation.tiny_models import causal_lm_types
+from parallelmind.storage import atomic_file
 from workloads.evaluate.output import console
 
 _MARKER = "<!-- generated: everything below comes from `python -m workloads.evaluate support` -->"
@@ -103,5 +104,5 @@ def write_markdown(path: Path, rows: Sequence[SupportRow]) -> None:
     rule = "|" + " --- |" * len(COLUMNS)
     handwritten = text[: text.index(_MARKER) + len(_MARKER)]
     parts = [handwritten, "", f"{summary(rows)}.", "", header, rule, *lines]
-    with translate_write_errors("output_path", path):
-        path.write_text("\n".join(parts) + "\n", encoding="utf-8")
+    with translate_write_errors("output_path", path), atomic_file(path) as file:
+        file.write("\n".join(parts) + "\n")

@@ -13,11 +13,12 @@ import torch
 
 from parallelmind import cli
 from parallelmind.errors import UserError, translate_write_errors
+from parallelmind.storage import fsync, write_line
 from workloads.generate.config import GenerateConfig
 from workloads.generate.dataset import InputDataset, open_dataset
 from workloads.generate.decoder import Decoder
 from workloads.generate.manifest import OutputManifest, run_settings
-from workloads.generate.output_file import drop_partial_row, exclusive_lock
+from workloads.generate.output_file import exclusive_lock, find_last_row
 from workloads.generate.progress import ProgressStats
 from workloads.generate.results import LineResult
 
@@ -50,27 +51,26 @@ def generate_in_process(config: GenerateConfig) -> None:
 def _write_file(config: GenerateConfig, dataset: InputDataset, output: Path) -> None:
     """Start or resume the output file, which exists."""
     manifest = OutputManifest(output, run_settings(config, dataset))
-    rows = last_line = 0
-    with open(output, "r+b") as file:
+    rows = last_line = end = 0
+    if size := output.stat().st_size:
+        if manifest.check_resumable() == size:
+            print(f"already complete: {output}; choose another output_path, or remove it", file=sys.stderr)
+            return
+        rows, last_line, end = find_last_row(output)
+        print(f"resuming after line {last_line}, with {rows} rows in {output}", file=sys.stderr)
+    else:
+        manifest.create()
 
-        def write_row(row: str) -> None:
-            with translate_write_errors("output_path", output):
-                file.write(row.encode() + b"\n")
-                file.flush()
+    def write_row(row: str) -> None:
+        nonlocal end
+        with translate_write_errors("output_path", output):
+            end = write_line(output, end, row.encode() + b"\n", sync=False)
 
-        if size := output.stat().st_size:
-            if manifest.check_resumable() == size:
-                print(
-                    f"already complete: {output}; choose another output_path, or remove it", file=sys.stderr
-                )
-                return
-            rows, last_line = drop_partial_row(file, output)
-            print(f"resuming after line {last_line}, with {rows} rows in {output}", file=sys.stderr)
-        else:
-            manifest.create()
-        _decode(config, dataset, write_row, last_line, rows)
-        os.fsync(file.fileno())
-        manifest.mark_finished(file.tell())
+    _decode(config, dataset, write_row, last_line, rows)
+    with translate_write_errors("output_path", output):
+        os.truncate(output, end)  # without rows to add, the part of a row would stay
+        fsync(output)
+    manifest.mark_finished(end)
 
 
 def _decode(

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from parallelmind.errors import UserError, format_value
+from parallelmind.errors import UserError, format_value, translate_write_errors
 from parallelmind.model.manifest import MANIFEST
 from parallelmind.storage import atomic_file, expand_home, sha256
 from workloads.generate.config import GenerateConfig
@@ -68,5 +68,5 @@ class OutputManifest:
 
     def _write(self, finished_bytes: int | None) -> None:
         manifest = {"settings": self.settings, "finished_bytes": finished_bytes}
-        with atomic_file(self.path) as file:
+        with translate_write_errors("output_path", self.output), atomic_file(self.path) as file:
             file.write(json.dumps(manifest, ensure_ascii=False) + "\n")

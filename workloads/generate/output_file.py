@@ -1,4 +1,4 @@
-"""Access to an output that may exist already: an exclusive lock, and recovery of its last complete row."""
+"""Access to an output that may exist already: an exclusive lock, and its last complete row."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 from parallelmind.errors import UserError
 from parallelmind.storage import try_lock_path
@@ -23,22 +22,18 @@ def exclusive_lock(output: Path) -> Iterator[None]:
         yield
 
 
-def drop_partial_row(file: BinaryIO, output: Path) -> tuple[int, int]:
-    """Truncate the file after its last complete row and move to its end.
+def find_last_row(output: Path) -> tuple[int, int, int]:
+    """The number of complete rows, the input line number of the last one, and the offset of its end.
 
-    Returns the number of rows and the input line number of the last one (0 if there is none). Raises
-    UserError if the last row has no line number.
+    All are 0 if there is none. Raises UserError if the last row has no line number.
     """
     rows, end, last_row = 0, 0, b""
-    file.seek(0)
-    for raw in file:
-        if not raw.endswith(b"\n"):
-            break
-        rows, end, last_row = rows + 1, end + len(raw), raw
-    file.truncate(end)
-    file.seek(end)
+    with open(output, "rb") as file:
+        for raw in file:
+            if raw.endswith(b"\n"):
+                rows, end, last_row = rows + 1, end + len(raw), raw
     try:
-        return rows, int(json.loads(last_row)["line"]) if rows else 0
+        return rows, int(json.loads(last_row)["line"]) if rows else 0, end
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"output_path={output}: row {rows} has no line number of data_path; remove that row, and resume"

@@ -72,7 +72,7 @@ class PartWriter:
         except OSError as error:
             self.error = (
                 f"num_workers: a worker cannot read or write a file ({error}); "
-                "give paths that exist on every node of the cluster"
+                "give paths that exist on every node of the cluster, on disks with free space"
             )
         return {"samples": samples, "tokens": self.decoder.tokens - tokens_before, "skipped": skipped}
 

@@ -24,6 +24,7 @@ _WRITE_ERRORS = {
     errno.EACCES,
     errno.EDQUOT,
     errno.EEXIST,
+    errno.EFBIG,
     errno.ENOSPC,
     errno.ENOTDIR,
     errno.EPERM,

@@ -17,6 +17,7 @@ from parallelmind.data.files import FilePart
 from parallelmind.data.lines import Line, read_lines
 from parallelmind.data.records import Record, RecordError, parse_line, parse_value
 from parallelmind.errors import UserError
+from parallelmind.storage import atomic_file
 
 SAMPLE_CHARACTERS = 1 << 20  # size of a survey's sample; a tokenizer needs about a second for it
 
@@ -197,4 +198,5 @@ def write_quarantine(path: Path, bad: Sequence[BadLine]) -> None:
         json.dumps({"file": item.file, "offset": item.offset, "line": item.line, "reason": item.reason})
         for item in bad
     )
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    with atomic_file(path) as file:
+        file.writelines(f"{line}\n" for line in lines)

@@ -6,6 +6,7 @@ import csv
 import io
 
 import pytest
+from disk import file_size_limit
 
 from parallelmind.errors import UserError
 from parallelmind.evaluation.tiny_models import causal_lm_types
@@ -38,6 +39,9 @@ def test_table_in_a_document_keeps_the_text_above_its_marker(tmp_path):
     assert text.startswith("handwritten\n\n<!-- generated")
     assert "| llama | shared | yes |  | unpatch |" in text
     assert "odd" not in text
+    with file_size_limit(20), pytest.raises(UserError, match="cannot be written"):
+        write_markdown(path, rows)
+    assert path.read_text() == text
     path.write_text("handwritten only\n")
     with pytest.raises(UserError, match="has no line <!-- generated"):
         write_markdown(path, rows)

@@ -8,6 +8,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from disk import file_size_limit
 from generating import parse_rows, random_records, write_records
 from tiny import save_tiny
 
@@ -145,6 +146,31 @@ def test_interrupted_run_resumes_after_its_last_complete_row(
         assert f"resuming after line {last_line}, with {complete_rows} rows" in err
     assert f"{30 - complete_rows} samples, " in err
     assert ("in.jsonl:21: " in err) == (complete_rows < 21)
+
+
+@pytest.mark.parametrize("extra_bytes", [0, 1, 60])
+def test_full_disk_is_told_in_one_line_and_leaves_whole_rows(run_generate, tmp_path, extra_bytes):
+    """extra_bytes: how much of the row after the whole ones fits on the disk."""
+    expected = run_generate(temperature=1.5, seed=7)
+    whole = b"".join(expected.splitlines(keepends=True)[:15])
+    output = tmp_path / "out.jsonl"
+    output.unlink()
+    with file_size_limit(len(whole) + extra_bytes), pytest.raises(UserError) as caught:
+        run_generate(temperature=1.5, seed=7)
+    assert str(caught.value).startswith(
+        f"output_path={output}: cannot be written (File too large); make room"
+    )
+    assert output.read_bytes() == whole
+    assert run_generate(temperature=1.5, seed=7) == expected
+
+
+def test_full_disk_before_the_first_row_is_told_in_one_line(run_generate, tmp_path):
+    with (
+        file_size_limit(9),
+        pytest.raises(UserError, match=r"^output_path=.*cannot be written \(File too large"),
+    ):
+        run_generate()
+    assert [row["line"] for row in parse_rows(run_generate().decode())][-1] == 32
 
 
 def test_complete_output_is_left_unchanged(run_generate, monkeypatch, capsys):
