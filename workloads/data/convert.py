@@ -9,14 +9,17 @@
 The kind of source is detected from the first record of each file, unless `source` is given:
     messages   {"messages": [{"role", "content"}]}, the OpenAI format
     sharegpt   {"conversations": [{"from", "value"}]}
-    alpaca     {"instruction", "input", "output"}
-    pairs      {"prompt", "response" or "completion" or "output"}, or {"question", "answer"}
+    alpaca     {"instruction", "input", "output"}, or Dolly's {"instruction", "context", "response"}
+    pairs      {"prompt", "response" or "completion" or "output"}, {"question", "answer" or "response"},
+               {"query", "response"} or {"input", "output"}: texts, or lists of turns
+    preference {"prompt", "chosen", "rejected"}, or {"chosen", "rejected"} as turns that begin alike
     squad      articles with paragraphs and their questions, or rows with context, question and answers
     hotpotqa   rows with titles and sentences as context, question and answer
     text       .txt files, or one column of CSV or other records, split into chunks
 Files are .json, .jsonl, .csv or .txt, each also with .gz, or .parquet. Conversations are rendered with the
-chat template of base_model, and so are alpaca and pairs with chat=true. A passage becomes main and its
-questions become branches. Bad records are reported on stderr and skipped.
+chat template of base_model, and so are alpaca, pairs and preference with chat=true. A passage becomes main
+and its questions become branches; the two answers of a preference become branches, the chosen one first.
+Bad records are reported on stderr and skipped, and keys that have no effect are counted.
 """
 
 from __future__ import annotations
@@ -115,6 +118,7 @@ class Conversion:
                     self._write(result, file)
             if self._bad > _MAX_REPORTED:
                 print(f"… and {self._bad - _MAX_REPORTED} more bad records", file=sys.stderr)
+            self._report_keys()
             if not self._written:
                 raise UserError(
                     f"{self._source}: gives no record ({self._counts()}); check the source, or set source=…"
@@ -148,6 +152,14 @@ class Conversion:
         self._bad += 1
         if self._bad <= _MAX_REPORTED:
             print(f"skipped: {bad}", file=sys.stderr)
+
+    def _report_keys(self) -> None:
+        """Print which keys of the source have no effect, and which of `columns` no record has."""
+        if unused := self._converter.unused.most_common():
+            keys = (f"{key} ({count:,} record{'s' * (count > 1)})" for key, count in unused)
+            print(f"not used: {', '.join(keys)}", file=sys.stderr)
+        if missing := sorted(self._converter.columns.unseen):
+            print(f"columns: no record has the key {', '.join(missing)}", file=sys.stderr)
 
     def _counts(self) -> str:
         counts = (

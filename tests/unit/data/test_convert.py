@@ -39,7 +39,9 @@ def test_alpaca_becomes_the_published_prompt() -> None:
     expected = "### Instruction:\nSay who.\n\n### Input:\nin\n\n### Response:\n"
     assert with_input == {"prompt": expected, "completion": "it"}
     assert without == {"prompt": "### Instruction:\nSay who.\n\n### Response:\n", "completion": "it"}
-    assert bad_reason({"instruction": "Say who."}, source="alpaca") == "has no output"
+    assert bad_reason({"instruction": "Say who."}, source="alpaca").startswith(
+        "has none of instruction + output"
+    )
 
 
 def article(*qas: tuple[str, list[str]]) -> dict[str, Any]:

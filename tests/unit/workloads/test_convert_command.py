@@ -61,6 +61,19 @@ def test_several_files_and_the_counts(tmp_path: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr().out == line
 
 
+def test_keys_without_effect_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [{"q": "où", "a": "it", "id": 1, "tag": "x"}, {"q": "où", "a": "it", "id": 2}]
+    file = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, lines)))
+    argv = [f"data_path={file}", "columns={prompt: q, response: a, system: sys}"]
+    assert run(tmp_path, *argv) == [CONVERTED, CONVERTED]
+    out, err = capsys.readouterr()
+    assert err.splitlines() == [
+        "not used: id (2 records), tag (1 record)",
+        "columns: no record has the key sys",
+    ]
+    assert out == "2 records in, 2 records out, 2 branches, 0 bad\n"
+
+
 def test_text_and_a_csv_column_are_split_by_the_models_tokens(tmp_path: Path) -> None:
     base = save_tiny(tmp_path / "tiny")
     text = "\n".join(["who lives in the passage"] * 60)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from parallelmind.data.convert.source_records import check_text
+from parallelmind.data.convert.source_records import check_text, is_blank
 from parallelmind.data.records import RecordError, check_surrogates
 
 Message = dict[str, Any]
@@ -50,9 +50,16 @@ def parse_turns(turns: Any, where: str) -> list[Message]:
     return [message for message in messages if message["role"] != "system" or message["content"]]
 
 
+def turns_of(value: Any, where: str, role: str) -> list[Message]:
+    """Turns that may be given as one turn, or as the text of a turn of this role. Raises RecordError."""
+    if isinstance(value, str):
+        return [{"role": role, "content": check_text(value, where), "train": role == "assistant"}]
+    return parse_turns([value] if isinstance(value, dict) else value, where)
+
+
 def system_text(value: Any) -> str:
     """The system text next to the turns or texts of a record, or an empty text. Raises RecordError."""
-    given = {key: check_text(value[key], key) for key in SYSTEM_KEYS if not _is_blank(value.get(key))}
+    given = {key: check_text(value[key], key) for key in SYSTEM_KEYS if not is_blank(value.get(key))}
     if len(set(given.values())) > 1:
         raise RecordError(f"has different texts under {' and '.join(given)}; give one")
     return next(iter(given.values()), "")
@@ -98,14 +105,14 @@ def _message(turn: Any, where: str) -> Message:
     may_be_empty = calls or role in ("system", "tool")
     return {
         "role": role,
-        "content": "" if may_be_empty and _is_blank(content) else _content(content, where),
+        "content": "" if may_be_empty and is_blank(content) else _content(content, where),
         "train": _is_target(turn, role, where),
         **({"tool_calls": calls} if calls else {}),
         **_reasoning(turn, role, where),
         **{
             key: check_text(turn[key], f"{where}.{key}")
             for key in ("name", "tool_call_id")
-            if not _is_blank(turn.get(key))
+            if not is_blank(turn.get(key))
         },
     }
 
@@ -134,7 +141,7 @@ def _is_target(turn: Message, role: str, where: str) -> bool:
 
 def _reasoning(turn: Message, role: str, where: str) -> Message:
     """The reasoning of a turn under every name that chat templates read it from."""
-    given = [key for key in _REASONING_KEYS if not _is_blank(turn.get(key))]
+    given = [key for key in _REASONING_KEYS if not is_blank(turn.get(key))]
     texts = {check_text(turn[key], f"{where}.{key}") for key in given}
     if len(texts) > 1:
         raise RecordError(f"{where} has different texts under {' and '.join(given)}; give one")
@@ -157,7 +164,7 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
     if not isinstance(function, dict):
         raise RecordError(f"{where} is not a JSON object with a function")
     arguments = function.get("arguments")
-    arguments = {} if _is_blank(arguments) else _parse_json(arguments, f"{where}.arguments")
+    arguments = {} if is_blank(arguments) else _parse_json(arguments, f"{where}.arguments")
     if not isinstance(arguments, dict):
         raise RecordError(f"{where}.arguments is not a JSON object")
     check_surrogates(json.dumps(arguments, ensure_ascii=False, default=str), f"{where}.arguments")
@@ -168,7 +175,7 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
 
 def _json_list(value: Any, where: str) -> list[Any]:
     """A list that may be given as JSON text; one object is a list of one, and nothing is an empty list."""
-    if _is_blank(value):
+    if is_blank(value):
         return []
     parsed = _parse_json(value, where)
     if isinstance(parsed, dict):
@@ -184,8 +191,3 @@ def _parse_json(value: Any, where: str) -> Any:
         return json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError) as error:
         raise RecordError(f"{where} is not JSON: {error}") from error
-
-
-def _is_blank(value: Any) -> bool:
-    """Whether a value is missing: null, an empty list, or a text without a character."""
-    return value is None or value == [] or (isinstance(value, str) and not value.strip())

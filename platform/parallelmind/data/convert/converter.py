@@ -1,34 +1,27 @@
-"""Convert source records of every kind to records of parallel JSONL."""
+"""Convert files and streams of source records to records of parallel JSONL."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property, partial
+from functools import partial
 from itertools import chain
 from typing import Any, get_args
 
 from transformers import PreTrainedTokenizerBase
 
-from parallelmind.data.convert.chat import ChatRenderer
-from parallelmind.data.convert.chunks import chunk_text
-from parallelmind.data.convert.conversation import parse_messages, parse_tools
+from parallelmind.data.convert.columns import Columns
+from parallelmind.data.convert.kinds import Source, find_kind, unused_keys
 from parallelmind.data.convert.passages import (
     PassageQuestion,
-    QuestionTemplates,
     expand_articles,
     group_by_passage,
     passage_questions,
 )
 from parallelmind.data.convert.readers import read_records, read_text, source_suffix
-from parallelmind.data.convert.settings import PAIR_KEYS, ConvertSettings, Source, detect_source
-from parallelmind.data.convert.source_records import (
-    BadRecord,
-    ParallelRecord,
-    SourceRecord,
-    convert_each,
-    required_text,
-)
-from parallelmind.data.records import RecordError
+from parallelmind.data.convert.record_converter import RecordConverter
+from parallelmind.data.convert.settings import ConvertSettings
+from parallelmind.data.convert.source_records import BadRecord, ParallelRecord, SourceRecord, convert_each
 from parallelmind.errors import UserError
 
 Results = Iterator[ParallelRecord | BadRecord]
@@ -39,16 +32,17 @@ class Converter:
 
     load_tokenizer: called at most once, and only if a kind of source needs a tokenizer. records_read: number
     of source records so far (paragraphs of SQuAD, files of plain text). unanswered: number of questions left
-    out because the source has no answer.
+    out because the source has no answer. unused: number of source records by each key that is not read.
     """
 
     def __init__(
         self, settings: ConvertSettings, load_tokenizer: Callable[[], PreTrainedTokenizerBase]
     ) -> None:
         self.settings = settings
+        self.columns = Columns(settings.columns)
         self.records_read = self.unanswered = 0
-        self._load_tokenizer = load_tokenizer
-        self._templates = QuestionTemplates(settings.question_template, settings.answer_template)
+        self.unused: Counter[str] = Counter()
+        self._records = RecordConverter(settings, load_tokenizer)
 
     def convert_file(self, file: str) -> Results:
         """The results of one file, in order. Raises UserError for an unknown kind of file or record."""
@@ -60,39 +54,43 @@ class Converter:
                 "set source=text, or give JSON, JSONL or CSV"
             )
         self.records_read += 1
-        return chunk_text(read_text(file), self._tokenizer, self.settings.chunk_tokens)
+        return self._records.split_text(read_text(file))
 
     def convert_records(self, records: Iterable[SourceRecord | BadRecord]) -> Results:
         """The results of records of one kind, in order. Raises UserError if the kind cannot be detected."""
-        first, records = _peek_first(iter(records))
+        first, records = _peek_first(map(self.columns.rename, records))
         return self._convert(self._source(first), records) if first else self._count(records)
 
     def _source(self, first: SourceRecord) -> Source:
         if self.settings.source != "auto":
             return self.settings.source
-        source = detect_source(first.value, self.settings.text_column)
-        if source is None:
+        kind = find_kind(first.value, "auto", self.settings.text_column)
+        if kind is None:
             is_object = isinstance(first.value, dict)
             keys = f"the keys {', '.join(map(str, first.value))}" if is_object else "not an object"
             raise UserError(
                 f"source=auto: cannot detect the kind of {first.location} ({keys}); "
-                f"set source to one of {', '.join(get_args(Source))}"
+                f"set source to one of {', '.join(get_args(Source))}, or columns={{EXPECTED_KEY: SOURCE_KEY}}"
             )
-        return source
+        return kind.source
 
     def _convert(self, source: Source, records: Iterator[SourceRecord | BadRecord]) -> Results:
+        records = self._note_unused(source, records)
         if source in ("squad", "hotpotqa"):  # one code path reads both forms of a context
-            parse = partial(passage_questions, templates=self._templates)
+            parse = partial(passage_questions, templates=self._records.templates)
             questions = convert_each(self._count(expand_articles(records)), parse)
             return group_by_passage(self._drop_unanswered(questions), self.settings.grouping == "global")
-        converters: dict[Source, Callable[[Any], Iterable[ParallelRecord]]] = {
-            "messages": partial(self._conversation, "messages"),
-            "sharegpt": partial(self._conversation, "conversations"),
-            "alpaca": self._instruction,
-            "pairs": self._pair,
-            "text": self._text,
-        }
-        return convert_each(self._count(records), converters[source])
+        return convert_each(self._count(records), partial(self._records.convert, source))
+
+    def _note_unused(
+        self, source: Source, records: Iterable[SourceRecord | BadRecord]
+    ) -> Iterator[SourceRecord | BadRecord]:
+        """The records, with the keys counted that their kind does not read."""
+        for record in records:
+            if isinstance(record, SourceRecord):
+                kind = find_kind(record.value, source, self.settings.text_column)
+                self.unused.update(set(unused_keys(record.value, kind.keys) if kind else ()))
+            yield record
 
     def _count(self, records: Iterable[SourceRecord | BadRecord]) -> Iterator[Any]:
         for record in records:
@@ -107,55 +105,6 @@ class Converter:
                 self.unanswered += 1
             else:
                 yield question
-
-    def _conversation(self, key: str, value: Any) -> Iterator[ParallelRecord]:
-        messages = parse_messages(value, key)
-        return self._chat.records(messages, self.settings.each_turn, parse_tools(value))
-
-    def _instruction(self, value: Any) -> Iterable[ParallelRecord]:
-        """The published Alpaca prompt without its preamble, which is the same for every task."""
-        instruction, output = required_text(value, "instruction"), required_text(value, "output")
-        task_input = required_text(value, "input") if str(value.get("input") or "").strip() else ""
-        if self.settings.chat:
-            return self._chat_exchange(
-                f"{instruction}\n\n{task_input}" if task_input else instruction, output
-            )
-        sections = {
-            "Instruction": instruction,
-            **({"Input": task_input} if task_input else {}),
-            "Response": "",
-        }
-        prompt = "\n\n".join(f"### {name}:\n{text}" for name, text in sections.items())
-        return [{"prompt": prompt, "completion": output}]
-
-    def _pair(self, value: Any) -> Iterable[ParallelRecord]:
-        """Prompt and response unchanged; question and answer through the templates, which add the spaces."""
-        keys = set(value.keys()) if isinstance(value, dict) else set()
-        pair = next((pair for pair in PAIR_KEYS if set(pair) <= keys), None)
-        if pair is None:
-            raise RecordError(f"has none of {', '.join(' + '.join(pair) for pair in PAIR_KEYS)}")
-        prompt, completion = (required_text(value, key) for key in pair)
-        if self.settings.chat:
-            return self._chat_exchange(prompt, completion)
-        if pair == ("question", "answer"):
-            return [self._templates.branch(prompt, completion)]
-        return [{"prompt": prompt, "completion": completion}]
-
-    def _text(self, value: Any) -> Iterator[Any]:
-        text = required_text(value, self.settings.text_column)
-        return chunk_text([text], self._tokenizer, self.settings.chunk_tokens)
-
-    def _chat_exchange(self, question: str, answer: str) -> Iterator[ParallelRecord]:
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        return self._chat.records(messages, each_turn=False)
-
-    @cached_property
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
-        return self._load_tokenizer()
-
-    @cached_property
-    def _chat(self) -> ChatRenderer:
-        return ChatRenderer(self._tokenizer)
 
 
 def _peek_first(

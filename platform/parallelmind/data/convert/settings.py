@@ -1,17 +1,15 @@
-"""Settings of a conversion, and detection of the kind of source from a record's keys."""
+"""Settings of a conversion."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+import difflib
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from parallelmind.config import FrozenConfig
-
-Source = Literal["messages", "sharegpt", "alpaca", "pairs", "squad", "hotpotqa", "text"]
-
-PAIR_KEYS = (("prompt", "response"), ("prompt", "completion"), ("prompt", "output"), ("question", "answer"))
-_PARALLEL_KEYS = {"branches", "answer_offset", "input_ids"}  # keys of parallel JSONL only
+from parallelmind.data.convert.conversation import TURN_KEYS
+from parallelmind.data.convert.kinds import KNOWN_KEYS, Source
 
 
 class ConvertSettings(FrozenConfig):
@@ -20,8 +18,14 @@ class ConvertSettings(FrozenConfig):
     source: Literal[Source, "auto"] = Field(
         "auto", description="kind of the source records; auto: detect it from the first record"
     )
+    columns: dict[str, str] = Field(
+        {},
+        description="source keys by the key that a kind expects: {prompt: q, completion: a}; "
+        "role, content and other keys of turns are renamed in the turns",
+    )
     chat: bool = Field(
-        False, description="alpaca, pairs: render them with the chat template, as user and assistant"
+        False,
+        description="alpaca, pairs, preference: render them with the chat template, as user and assistant",
     )
     each_turn: bool = Field(
         False, description="messages, sharegpt: one record per assistant turn instead of the last turn only"
@@ -45,21 +49,15 @@ class ConvertSettings(FrozenConfig):
                 raise ValueError(f"{name}_template={template!r}: has no {{{name}}}; insert it")
         return self
 
-
-def detect_source(value: Any, text_column: str) -> Source | None:
-    """The kind of source that a record's keys indicate, or None. Parallel JSONL is not a source."""
-    if not isinstance(value, dict) or value.keys() & _PARALLEL_KEYS:
-        return None
-    if "messages" in value:
-        return "messages"
-    if "conversations" in value:
-        return "sharegpt"
-    if value.keys() & {"paragraphs", "qas"}:
-        return "squad"
-    if {"context", "question"} <= value.keys():
-        return "squad" if isinstance(value["context"], str) else "hotpotqa"
-    if {"instruction", "output"} <= value.keys():
-        return "alpaca"
-    if any(set(pair) <= value.keys() for pair in PAIR_KEYS):
-        return "pairs"
-    return "text" if text_column in value else None
+    @model_validator(mode="after")
+    def _check_columns(self) -> Self:
+        expected = {*KNOWN_KEYS, *TURN_KEYS, self.text_column}
+        for key in self.columns:
+            if key not in expected:
+                similar = difflib.get_close_matches(key, expected, n=1)
+                hint = f" (did you mean {similar[0]}?)" if similar else ""
+                raise ValueError(
+                    f"columns.{key}={self.columns[key]}: no kind of source has the key {key}{hint}; "
+                    "write columns={EXPECTED_KEY: SOURCE_KEY}"
+                )
+        return self

@@ -69,3 +69,8 @@ def check_text(text: Any, name: str) -> str:
         raise RecordError(f"{name} is empty")
     check_surrogates(text, name)
     return text
+
+
+def is_blank(value: Any) -> bool:
+    """Whether a value is missing: null, an empty list, or a text without a character."""
+    return value is None or value == [] or (isinstance(value, str) and not value.strip())

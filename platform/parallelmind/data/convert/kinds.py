@@ -1,0 +1,110 @@
+"""Kinds of source records: the keys that indicate each kind, and the keys that its conversion reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from parallelmind.data.convert.conversation import CONVERSATION_KEYS, TURN_KEYS
+
+Source = Literal["messages", "sharegpt", "preference", "squad", "hotpotqa", "alpaca", "pairs", "text"]
+Keys = Mapping[str, Any]  # for every key that is read, the keys of the objects under it, or None
+
+_PARALLEL_KEYS = {"branches", "answer_offset", "input_ids", "rendered"}  # keys of parallel JSONL only
+
+
+def _keys(*names: str, **nested: Keys) -> Keys:
+    return {**dict.fromkeys(names), **nested}
+
+
+_TURN = _keys(*TURN_KEYS)
+_CONVERSATION = _keys(*CONVERSATION_KEYS)
+_EXCHANGE = _keys(*CONVERSATION_KEYS, "history")
+_ALPACA = _keys(*_EXCHANGE, "instruction", "input", "context")
+_QUESTION = _keys("question", "answers", "answer")
+_PARAGRAPH = _keys("context", qas=_QUESTION)
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A form of a kind of source record. required: keys that indicate it. keys: all keys that are read."""
+
+    source: Source
+    required: tuple[str, ...]
+    keys: Keys
+
+    def indicated_by(self, value: dict[str, Any]) -> bool:
+        return value.keys() >= set(self.required)
+
+
+def _preference(*prompt: str, **keys: Keys) -> Kind:
+    required = (*prompt, "chosen", "rejected")
+    return Kind("preference", required, {**_keys(*required), **_EXCHANGE, **keys})
+
+
+def _pair(prompt: str, completion: str) -> Kind:
+    return Kind("pairs", (prompt, completion), {**_EXCHANGE, prompt: _TURN, completion: _TURN})
+
+
+# The first kind that a record's keys indicate is its kind.
+_KINDS = (
+    _preference("prompt", prompt=_TURN, chosen=_TURN, rejected=_TURN),
+    _preference("conversations", conversations=_TURN, chosen=_TURN, rejected=_TURN),
+    _preference("instruction", **_ALPACA),
+    _preference("question"),
+    _preference(chosen=_TURN, rejected=_TURN),
+    Kind("messages", ("messages",), {**_CONVERSATION, "messages": _TURN}),
+    Kind("sharegpt", ("conversations",), {**_CONVERSATION, "conversations": _TURN}),
+    *(
+        Kind(source, required, keys)
+        for source in ("squad", "hotpotqa")
+        for required, keys in (
+            (("paragraphs",), _keys(paragraphs=_PARAGRAPH)),
+            (("qas",), _PARAGRAPH),
+            (("context", "question"), _keys("context", *_QUESTION)),
+        )
+    ),
+    Kind("alpaca", ("instruction", "output"), {**_ALPACA, "output": None}),
+    Kind("alpaca", ("instruction", "response"), {**_ALPACA, "response": None}),
+    _pair("prompt", "response"),
+    _pair("prompt", "completion"),
+    _pair("prompt", "output"),
+    _pair("question", "answer"),
+    _pair("question", "response"),
+    _pair("query", "response"),
+    _pair("input", "output"),
+)
+
+KNOWN_KEYS = frozenset(key for kind in _KINDS for key in kind.keys)  # of records, not of turns
+
+
+def find_kind(value: Any, source: Source | Literal["auto"], text_column: str) -> Kind | None:
+    """The kind that a record's keys indicate, among those of `source`, or None.
+
+    Parallel JSONL is of no kind that is detected.
+    """
+    if not isinstance(value, dict) or (source == "auto" and value.keys() & _PARALLEL_KEYS):
+        return None
+    return next((kind for kind in _kinds(source, text_column) if kind.indicated_by(value)), None)
+
+
+def required_keys(source: Source, text_column: str) -> list[str]:
+    """The combinations of keys of which a record of this source must have one, as text."""
+    return [" + ".join(kind.required) for kind in _kinds(source, text_column)]
+
+
+def _kinds(source: Source | Literal["auto"], text_column: str) -> Iterator[Kind]:
+    kinds = (*_KINDS, Kind("text", (text_column,), _keys(text_column)))
+    return (kind for kind in kinds if source in ("auto", kind.source))
+
+
+def unused_keys(value: dict[str, Any], keys: Keys, prefix: str = "") -> Iterator[str]:
+    """Names of the keys that hold a value and are not read, those of objects in lists as `messages[].id`."""
+    for key, item in value.items():
+        if key not in keys:
+            yield from [f"{prefix}{key}"] if item is not None else []
+        elif keys[key] is not None:
+            for element in item if isinstance(item, list) else [item]:
+                if isinstance(element, dict):
+                    yield from unused_keys(element, keys[key], f"{prefix}{key}[].")

@@ -1,0 +1,137 @@
+"""Convert one source record of a known kind. Questions about passages are converted in groups elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from parallelmind.config import DataConfig
+from parallelmind.data.convert.chat import ChatRenderer
+from parallelmind.data.convert.chunks import chunk_text
+from parallelmind.data.convert.conversation import (
+    Message,
+    Tools,
+    parse_messages,
+    parse_tools,
+    system_text,
+    turns_of,
+    with_system,
+)
+from parallelmind.data.convert.exchange import Exchange, exchange_turns, parse_exchange, parse_history
+from parallelmind.data.convert.kinds import Kind, Source, find_kind, required_keys
+from parallelmind.data.convert.passages import QuestionTemplates
+from parallelmind.data.convert.preference import (
+    ANSWER_KEYS,
+    preference_record,
+    preference_turns,
+    rendered_preference,
+)
+from parallelmind.data.convert.settings import ConvertSettings
+from parallelmind.data.convert.source_records import ParallelRecord, required_text
+from parallelmind.data.records import RecordError, parse_value
+from parallelmind.data.tokenise import tokenise
+from parallelmind.layout import Tokens
+
+_QUESTION_KEYS = ("question", "query")  # their texts go through the templates, which add the spaces
+_UNLIMITED = DataConfig(data_path="-", max_branch_tokens=2**31, max_sample_tokens=2**31)
+
+
+class RecordConverter:
+    """Converts records of one source. load_tokenizer: called at most once, and only if it is needed."""
+
+    def __init__(
+        self, settings: ConvertSettings, load_tokenizer: Callable[[], PreTrainedTokenizerBase]
+    ) -> None:
+        self._settings = settings
+        self._load_tokenizer = load_tokenizer
+        self.templates = QuestionTemplates(settings.question_template, settings.answer_template)
+
+    def convert(self, source: Source, value: Any) -> Iterable[Any]:
+        """The records of parallel JSONL of one source record. Raises RecordError."""
+        if not isinstance(value, dict):
+            raise RecordError("is not a JSON object")
+        kind = find_kind(value, source, self._settings.text_column)
+        if kind is None:
+            raise RecordError(f"has none of {', '.join(required_keys(source, self._settings.text_column))}")
+        converters: dict[Source, Callable[[Kind, dict[str, Any]], Iterable[Any]]] = {
+            "messages": self._conversation,
+            "sharegpt": self._conversation,
+            "preference": self._preference,
+            "alpaca": self._exchange,
+            "pairs": self._pair,
+            "text": self._text,
+        }
+        return converters[source](kind, value)
+
+    def split_text(self, pieces: Iterable[Any]) -> Iterator[Any]:
+        """Chunks of a text that is given in pieces."""
+        return chunk_text(pieces, self._tokenizer, self._settings.chunk_tokens)
+
+    def _conversation(self, kind: Kind, value: dict[str, Any]) -> Iterable[ParallelRecord]:
+        messages = parse_messages(value, kind.required[0])
+        return self._chat.records(messages, self._settings.each_turn, parse_tools(value))
+
+    def _pair(self, kind: Kind, value: dict[str, Any]) -> Iterable[ParallelRecord]:
+        """A pair of texts, or of turns."""
+        if not any(isinstance(value[key], list | dict) for key in kind.required):
+            return self._exchange(kind, value)
+        prompt_key, completion_key = kind.required
+        prompt = [{**turn, "train": False} for turn in turns_of(value[prompt_key], prompt_key, "user")]
+        completion = turns_of(value[completion_key], completion_key, "assistant")
+        turns = [*exchange_turns(parse_history(value.get("history"))), *prompt, *completion]
+        messages = with_system(turns, system_text(value))
+        return self._chat.records(messages, self._settings.each_turn, parse_tools(value))
+
+    def _exchange(self, kind: Kind, value: dict[str, Any]) -> Iterable[ParallelRecord]:
+        exchange = parse_exchange(value, *kind.required)
+        if self._settings.chat:
+            return self._chat.records(exchange.messages(), each_turn=False, tools=exchange.tools)
+        return [self._plain(kind.required[0], exchange)]
+
+    def _plain(self, request_key: str, exchange: Exchange) -> ParallelRecord:
+        """An exchange as prompt and completion without a chat template."""
+        if request_key == "instruction":
+            return {"prompt": exchange.alpaca_prompt(), "completion": exchange.response}
+        exchange.check_plain()
+        if request_key in _QUESTION_KEYS:
+            return self.templates.branch(exchange.request, exchange.response)
+        return {"prompt": exchange.request, "completion": exchange.response}
+
+    def _preference(self, kind: Kind, value: dict[str, Any]) -> Iterable[ParallelRecord]:
+        """Two answers as two branches. Texts are rendered only with chat=true, turns always."""
+        prompt_key = kind.required[0] if len(kind.required) > len(ANSWER_KEYS) else None
+        if all(isinstance(value[key], str) for key in kind.required) and not self._settings.chat:
+            if prompt_key is None:
+                raise RecordError("has texts under chosen and rejected, and no prompt")
+            exchanges = [parse_exchange(value, prompt_key, key) for key in ANSWER_KEYS]
+            return [preference_record(*(self._plain(prompt_key, exchange) for exchange in exchanges))]
+        tools = parse_tools(value)
+        conversations = preference_turns(value, self._prompt_turns(prompt_key, value))
+        return [rendered_preference(*(self._tokens(turns, tools) for turns in conversations))]
+
+    def _prompt_turns(self, prompt_key: str | None, value: dict[str, Any]) -> list[Message]:
+        if prompt_key == "instruction":
+            return turns_of(parse_exchange(value, prompt_key, "chosen").user_text, prompt_key, "user")
+        return turns_of(value[prompt_key], prompt_key, "user") if prompt_key else []
+
+    def _tokens(self, messages: list[Message], tools: Tools) -> Tokens:
+        """A conversation as a sample of one branch, in which the last answer is the target."""
+        (record,) = self._chat.records(messages, each_turn=False, tools=tools)
+        (tokenised,) = tokenise([parse_value(record)], self._tokenizer, _UNLIMITED)
+        if tokenised.tokens is None:
+            raise RecordError("has no answer token that starts after the prompt")
+        return tokenised.tokens
+
+    def _text(self, kind: Kind, value: dict[str, Any]) -> Iterator[Any]:
+        return self.split_text([required_text(value, kind.required[0])])
+
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._load_tokenizer()
+
+    @cached_property
+    def _chat(self) -> ChatRenderer:
+        return ChatRenderer(self._tokenizer)

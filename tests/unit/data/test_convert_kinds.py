@@ -1,0 +1,228 @@
+"""What records of instructions, pairs and preferences teach is used, and keys without effect are counted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from converting import TOKENIZER, bad_reason, convert
+
+from parallelmind.config import DataConfig
+from parallelmind.data.convert.converter import Converter
+from parallelmind.data.convert.settings import ConvertSettings
+from parallelmind.data.convert.source_records import SourceRecord
+from parallelmind.data.records import parse_value
+from parallelmind.data.tokenise import tokenise
+from parallelmind.errors import UserError
+from parallelmind.layout import Tokens
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+ALPACA = {"instruction": "and there?", "input": "", "output": "it rains"}
+HISTORY = {"history": [["who", "it"]]}
+TOOL = {"name": "weather", "description": "of a city"}
+
+
+def samples(record: Any) -> Tokens:
+    (tokenised,) = tokenise([parse_value(record)], TOKENIZER, DataConfig(data_path="-"))
+    assert tokenised.tokens is not None
+    return tokenised.tokens
+
+
+@pytest.mark.parametrize(
+    ("beside", "earlier"),
+    [
+        ({}, []),
+        (HISTORY, [user("who"), assistant("it")]),
+        ({"system": "Be brief."}, [SYSTEM]),
+        ({"system_prompt": "Be brief.", **HISTORY}, [SYSTEM, user("who"), assistant("it")]),
+        ({"system": "", "history": []}, []),
+        ({"system": None, "history": None}, []),
+    ],
+)
+def test_history_and_system_are_earlier_turns(beside: dict[str, Any], earlier: list[Any]) -> None:
+    expected = convert([{"messages": [*earlier, user("and there?"), assistant("it rains")]}])
+    for values in (ALPACA, {"prompt": "and there?", "completion": "it rains"}):
+        assert convert([{**values, **beside}], chat=True) == expected
+
+
+def test_history_and_system_of_an_instruction_stand_in_the_text() -> None:
+    (record,) = convert([{**ALPACA, **HISTORY, "system": "Be brief."}])
+    expected = (
+        "Be brief.\n\n### Instruction:\nwho\n\n### Response:\nit\n\n"
+        "### Instruction:\nand there?\n\n### Response:\n"
+    )
+    assert record == {"prompt": expected, "completion": "it rains"}
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (
+            {"prompt": "who", "completion": "it", "system": "Be brief."},
+            "has a system text, which only a chat",
+        ),
+        ({"question": "who", "answer": "it", **HISTORY}, "has a history, which only a chat template"),
+        ({**ALPACA, "tools": [TOOL]}, "has tools, which only a chat template renders; set chat=true"),
+        ({**ALPACA, "history": "who"}, "history is not a list of pairs"),
+        ({**ALPACA, "history": [["who"]]}, "history is not a list of pairs"),
+        ({**ALPACA, "history": [["who", ""]]}, "history[0][1] is empty"),
+        ({**ALPACA, "context": 3}, "context is not text"),
+        ({"chosen": "a", "rejected": "b"}, "has texts under chosen and rejected, and no prompt"),
+        (
+            {"chosen": [user("who")], "rejected": [user("who"), assistant("it")]},
+            "no turn in which chosen and",
+        ),
+        (
+            {"prompt": [user("who")], "chosen": [user("in"), assistant("it")], "rejected": "no"},
+            "another user turn",
+        ),
+    ],
+)
+def test_reason_of_a_bad_record(value: dict[str, Any], reason: str) -> None:
+    assert reason in bad_reason(value)
+
+
+def test_dolly_is_an_instruction_with_a_context() -> None:
+    dolly = {"instruction": "Say who.", "context": "in", "response": "it"}
+    alpaca = {"instruction": "Say who.", "input": "in", "output": "it"}
+    assert convert([dolly]) == convert([alpaca])
+    assert convert([dolly], chat=True) == convert([alpaca], chat=True)
+
+
+def test_pairs_by_other_names() -> None:
+    question = convert([{"question": "who?", "answer": "it"}])
+    assert convert([{"query": "who?", "response": "it"}]) == question
+    assert convert([{"question": "who?", "response": "it"}]) == question
+    assert convert([{"input": "who ", "output": " it"}]) == [{"prompt": "who ", "completion": " it"}]
+
+
+def test_prompt_and_completion_may_be_turns() -> None:
+    conversation = [SYSTEM, user("who"), assistant("it"), user("and there?"), assistant("it rains")]
+    value = {"prompt": conversation[:-1], "completion": conversation[-1:]}
+    assert convert([value]) == convert([{"messages": conversation}])
+    assert convert([value], each_turn=True) == convert([{"messages": conversation}])
+
+
+def test_preference_of_texts_is_one_record_with_two_branches() -> None:
+    branches = [{"prompt": " in it?", "completion": " a"}, {"prompt": " in it?", "completion": " b"}]
+    value = {"prompt": "who lives in it?", "chosen": " a", "rejected": " b"}
+    assert convert([value]) == [
+        {"main": "who lives in", "branches": [{**branch, "prompt": " it?"} for branch in branches]}
+    ]
+    (record,) = convert([{"question": "who?", "chosen": "a", "rejected": "b"}])
+    assert record == {
+        "main": " Question: who?",
+        "branches": [{"prompt": "\nAnswer:", "completion": text} for text in (" a", " b")],
+    }
+    (record,) = convert([{"instruction": "who", "input": "in", "chosen": "a", "rejected": "b"}])
+    assert isinstance(record, dict)
+    assert record["main"].endswith("### Input:\nin\n\n###")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"prompt": "who", "chosen": "it", "rejected": "they"},
+        {"prompt": [user("who")], "chosen": [assistant("it")], "rejected": [assistant("they")]},
+        {"prompt": "who", "chosen": assistant("it"), "rejected": assistant("they")},
+        {
+            "prompt": "who",
+            "chosen": [user("who"), assistant("it")],
+            "rejected": [user("who"), assistant("they")],
+        },
+        {"chosen": [user("who"), assistant("it")], "rejected": [user("who"), assistant("they")]},
+        {
+            "conversations": [{"from": "human", "value": "who"}],
+            "chosen": {"from": "gpt", "value": "it"},
+            "rejected": {"from": "gpt", "value": "they"},
+        },
+        {"instruction": "who", "input": "", "chosen": "it", "rejected": "they"},
+    ],
+)
+def test_preference_of_turns_has_the_tokens_of_both_conversations(value: dict[str, Any]) -> None:
+    (record,) = convert([value], chat=True)
+    tokens = samples(record)
+    main, *branches = tokens.split()
+    assert len(branches) == 2
+    masks = [tokens.targets[len(main) :][: len(branches[0])], tokens.targets[len(main) + len(branches[0]) :]]
+    for answer, branch, mask in zip(("it", "they"), branches, masks, strict=True):
+        (expected,) = convert([{"messages": [user("who"), assistant(answer)]}])
+        alone = samples(expected)
+        assert [*main, *branch] == alone.ids.tolist()
+        assert [False] * len(main) + mask.tolist() == alone.targets.tolist()
+
+
+def unused(values: list[Any], **settings: Any) -> dict[str, int]:
+    converter = Converter(ConvertSettings.model_validate(settings), lambda: TOKENIZER)
+    list(converter.convert_records(SourceRecord("0", value) for value in values))
+    return dict(converter.unused)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ({"prompt": "a", "response": "b", "id": 1, "n": None}, {"id"}),
+        ({"prompt": "a", "response": "b", "output": "c"}, {"output"}),
+        ({**ALPACA, **HISTORY, "system": "s", "source": "x"}, {"source"}),
+        ({"messages": [{**user("a"), "id": 1}, assistant("b")], "source": "x"}, {"messages[].id", "source"}),
+        ({"context": "a", "question": "b", "answers": {"text": ["c"], "answer_start": [0]}, "id": 1}, {"id"}),
+        (
+            {
+                "title": "t",
+                "paragraphs": [{"context": "a", "qas": [{"question": "b", "answer": "c", "id": 1}]}],
+            },
+            {"title", "paragraphs[].qas[].id"},
+        ),
+        ({"text": "a", "url": "b"}, {"url"}),
+        (
+            {
+                "prompt": "a",
+                "chosen": [assistant("b")],
+                "rejected": [assistant("c")],
+                "messages": [],
+                "score": 1,
+            },
+            {"messages", "score"},
+        ),
+    ],
+)
+def test_keys_that_no_conversion_reads_are_counted(value: dict[str, Any], expected: set[str]) -> None:
+    assert unused([value, value]) == dict.fromkeys(expected, 2)
+
+
+def test_columns_are_renamed() -> None:
+    expected = convert([{"prompt": "who ", "completion": "it"}])
+    columns = {"prompt": "q", "completion": "a"}
+    assert convert([{"q": "who ", "a": "it"}], columns=columns) == expected
+    value = {"q": "who ", "a": "it", "prompt": "another", "id": 1}
+    assert convert([value], columns=columns) == expected
+    assert unused([value], columns=columns) == {"prompt of the source": 1, "id": 1}
+    turns = [{"speaker": "user", "utterance": "who"}, {"speaker": "assistant", "utterance": "it"}]
+    renamed = {"messages": "dialog", "role": "speaker", "content": "utterance"}
+    assert convert([{"dialog": turns}], columns=renamed) == convert(
+        [{"messages": [user("who"), assistant("it")]}]
+    )
+
+
+def test_the_chosen_answer_alone_is_a_completion() -> None:
+    value = {"prompt": "who ", "chosen": "it", "rejected": "they"}
+    assert convert([value], columns={"completion": "chosen"}) == [{"prompt": "who ", "completion": "it"}]
+
+
+def test_mistakes_in_columns_are_told() -> None:
+    with pytest.raises(ValueError, match=r"columns.promt=q: .* has the key promt \(did you mean prompt\?\)"):
+        ConvertSettings(columns={"promt": "q"})
+    with pytest.raises(UserError, match="cannot detect .* or columns="):
+        convert([{"q": "who"}], columns={"prompt": "q"})
+    converter = Converter(ConvertSettings(columns={"system": "sys", "prompt": "q"}), lambda: TOKENIZER)
+    list(converter.convert_records([SourceRecord("0", {"q": "who", "response": "it"})]))
+    assert converter.columns.unseen == {"sys"}
