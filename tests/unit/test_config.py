@@ -110,7 +110,9 @@ def test_config_yaml_and_hash_stay_as_an_earlier_version_wrote_them(tmp_path: Pa
     path.write_text(WRITTEN_BEFORE, encoding="utf-8")
     config = resolve(TrainConfig, load_yaml(path))
     save_yaml(config, path)
-    assert path.read_text(encoding="utf-8") == WRITTEN_BEFORE
+    later = tuple(f"{name}: " for name in TrainConfig.later_fields())
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    assert "".join(line for line in lines if not line.startswith(later)) == WRITTEN_BEFORE
     assert config.fingerprint() == WRITTEN_BEFORE_HASH
     assert train().fingerprint() == DEFAULT_HASH
 

@@ -24,6 +24,7 @@ from rich.text import Text
 from parallelmind import cli
 from parallelmind.config import DataConfig, GroupedConfig, ModelConfig, OutputPath, RopeConfig, resolve
 from parallelmind.data.files import find_files
+from parallelmind.data.tokenise import limit_notes
 from parallelmind.errors import UserError
 from parallelmind.model.base_model import load_tokenizer
 from parallelmind.model.vocabulary import check_vocabulary
@@ -67,6 +68,9 @@ def main(argv: list[str]) -> None:
     print_lines(inspection.survey, inspection.complete, console)
     inspection.raise_if_empty()
     print_lengths(inspection.statistics, console)
+    statistics = inspection.statistics
+    for note in limit_notes(statistics.truncated, statistics.skipped, config.data):
+        print(f"warning: {note}", file=sys.stderr)
     print_samples(inspection.layouts(config.rope), tokenizer, console)
     write_png(inspection.statistics, data_path, path)
     console.print(Text(f"\nhistograms: {path}"))

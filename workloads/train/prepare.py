@@ -13,7 +13,7 @@ import workloads.common.ray_env  # noqa: F401  (before Ray)
 # isort: split
 from parallelmind.config import TrainConfig
 from parallelmind.config.yaml_file import save_yaml
-from parallelmind.data.pipeline import estimate_first_epoch
+from parallelmind.data.pipeline import estimate_first_epoch, read_held_out
 from parallelmind.errors import UserError
 from parallelmind.model.base_model import load_meta_model, load_tokenizer
 from parallelmind.model.manifest import read_adapter
@@ -26,7 +26,7 @@ from workloads.common import resources
 from workloads.train.data_files import DataFiles
 from workloads.train.provenance import code_version
 from workloads.train.run_dir import RunDir
-from workloads.train.survey import changed_data, print_estimate, survey_data
+from workloads.train.survey import changed_data, print_estimate, print_held_out, survey_data
 from workloads.train.worker import WorkerTask
 
 
@@ -101,6 +101,9 @@ def prepare(
         raise changed_data(config.data)
     epoch = estimate_first_epoch(data.train, config.data, config.model, config.optimizer.seed)
     print_estimate(epoch, config)
+    if files.validation:
+        pool = config.metrics.validation_samples
+        print_held_out(read_held_out(files.validation, pool, config.data, config.model), config)
     tracker = open_tracker(config, run_dir, data.train.fingerprint, shared.parent)
     tracker.set_tags(
         {

@@ -8,8 +8,10 @@ from typing import NamedTuple
 
 from parallelmind.config import DataConfig, TrainConfig
 from parallelmind.data.epoch_estimate import EpochEstimate
+from parallelmind.data.held_out import HeldOut
 from parallelmind.data.pipeline import survey_files
 from parallelmind.data.survey import BadLine, Survey, write_quarantine
+from parallelmind.data.tokenise import limit_notes
 from parallelmind.errors import UserError
 from parallelmind.remote import RemotePath
 from parallelmind.training.loop import steps_of_epochs
@@ -49,24 +51,21 @@ def survey_data(
 
 def print_estimate(epoch: EpochEstimate, config: TrainConfig) -> None:
     """Print what the length limits remove, and whether the epochs end before max_steps."""
-    data, optimizer, about = config.data, config.optimizer, "" if epoch.exact else "about "
-    if epoch.truncated:
-        _notice(
-            f"max_branch_tokens={data.max_branch_tokens}: {about}{epoch.truncated:,} mains and branches are "
-            f"longer and are truncated; raise it, or set overlong=skip"
-        )
-    if epoch.skipped:
-        _notice(
-            f"max_branch_tokens={data.max_branch_tokens} max_sample_tokens={data.max_sample_tokens} "
-            f"overlong={data.overlong}: {about}{epoch.skipped:,} branches are skipped, as they are too long "
-            "or hold no target within the limits; raise the limits, or lower the answer offsets"
-        )
+    optimizer, about = config.optimizer, "" if epoch.exact else "about "
+    for note in limit_notes(epoch.truncated, epoch.skipped, config.data, about):
+        _notice(note)
     steps = steps_of_epochs(config, epoch.batches, config.workers.num_workers)
     if optimizer.max_steps is not None and steps < optimizer.max_steps:
         _notice(
             f"max_steps={optimizer.max_steps}: training ends before, after {about}{steps:,} steps, as "
             f"epochs={optimizer.epochs}; raise epochs to reach max_steps"
         )
+
+
+def print_held_out(held_out: HeldOut, config: TrainConfig) -> None:
+    """Print what the length limits remove from the held-out branches that validation uses."""
+    for note in limit_notes(held_out.truncated, held_out.skipped, config.data):
+        _notice(f"validation_path={config.data.validation_path} {note}")
 
 
 def changed_data(config: DataConfig) -> UserError:

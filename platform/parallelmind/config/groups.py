@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -89,6 +89,8 @@ class LoraConfig(FrozenConfig):
 class DataConfig(FrozenConfig):
     """Data, samples and batches."""
 
+    LATER_FIELDS: ClassVar[frozenset[str]] = frozenset({"truncate_side"})
+
     data_path: str = Field(
         min_length=1,
         description="parallel JSONL (plain, .gz, .zst) or Parquet: file, folder, glob, URL, or a comma list",
@@ -122,8 +124,13 @@ class DataConfig(FrozenConfig):
     max_sample_tokens: int = Field(
         4096, ge=4, description="maximum length of a sample, in tokens; branches beyond it are skipped"
     )
-    overlong: Literal["truncate", "skip"] = Field(
-        "truncate", description="how to treat a main or branch beyond max_branch_tokens"
+    overlong: Literal["truncate", "skip", "keep_answer"] = Field(
+        "truncate",
+        description="main or branch beyond max_branch_tokens: truncate it, skip it, or keep_answer: truncate "
+        "main, cut the start of a branch's prompt, and skip a branch whose targets do not fit",
+    )
+    truncate_side: Literal["right", "left"] = Field(
+        "right", description="end of a main or branch that truncate cuts off; left keeps the begin token"
     )
     strict: bool = Field(False, description="stop at the first bad record instead of skipping it")
     max_bad_records: float | None = Field(

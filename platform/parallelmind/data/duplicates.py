@@ -21,8 +21,9 @@ def hash_share(data_bytes: int) -> float:
 
 
 def record_hash(record: Record) -> int:
-    """64-bit hash of main and branches, the same for every spelling of a record and whatever its metadata."""
-    content = repr((record.main, record.branches)).encode()
+    """64-bit hash of what is trained on: the same for every form of a record, whatever its metadata."""
+    branches = [(item.body, item.completion, item.targets, item.rendered) for item in record.branches]
+    content = repr((record.main, branches)).encode()
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 

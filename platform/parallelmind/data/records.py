@@ -19,9 +19,7 @@ Spans = tuple[tuple[int, int | None], ...]  # half-open, sorted and disjoint; No
 _KEYS = frozenset(
     {"main", "branches", "text", "input_ids", "answer_offset", "targets", "rendered", "prompt", "completion"}
 )
-_TYPO = (
-    0.8  # similarity of a misspelt key to the key that is meant, where the record is incomplete without it
-)
+_TYPO = 0.8  # similarity of a misspelt key to the key that is meant, if the record is incomplete without it
 _TYPO_OF_OPTIONAL = 0.88  # stricter, so that `domain` is not a misspelt `main`
 _NEVER_MISSPELT = frozenset({"targets"})  # `target` is a usual name for the column of a label
 _BOM = b"\xef\xbb\xbf"

@@ -65,15 +65,16 @@ def tokenise(
     Prompt and completion are tokenised separately, so encoding the prompt for decoding gives exactly the
     training prefix. Texts and completions end with the tokenizer's EOS, so that a model learns to stop;
     rendered texts and `input_ids` get no special token. A main or branch longer than `max_branch_tokens` is
-    truncated on the right or skipped. A branch without a target is skipped, and so is one that exceeds
-    `max_sample_tokens` together with its main.
+    cut or skipped, as `overlong` and `truncate_side` say. A branch without a target is skipped, and so is one
+    that exceeds `max_sample_tokens` together with its main.
     """
     texts = [text for record in records for text in _texts(record)]
     encoded = iter(encode_texts(tokenizer, texts))
     bos = bos_ids(tokenizer)
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return [
-        _apply_limits(*_assemble(record, encoded, bos, eos), record.standalone, config) for record in records
+        _apply_limits(*_assemble(record, encoded, bos, eos), record.standalone, bos, config)
+        for record in records
     ]
 
 
@@ -119,24 +120,62 @@ def _target_mask(length: int, targets: Spans) -> Mask:
 
 
 def _apply_limits(
-    main: list[int], branches: list[tuple[list[int], Mask]], standalone: bool, config: DataConfig
+    main: list[int],
+    branches: list[tuple[list[int], Mask]],
+    standalone: bool,
+    bos: list[int],
+    config: DataConfig,
 ) -> TokenisedRecord:
     """Truncate and skip. The first token of a branch is never a target, as no token precedes it."""
-    limit = config.max_branch_tokens
-    main_too_long = len(main) > limit
-    if main_too_long and config.overlong == "skip":
+    excess = _excess(main, None, bos, config)
+    if excess is None:
         return TokenisedRecord(None, standalone, 0, len(branches))
-    main = main[:limit]
-    kept, kept_targets, truncated = [], [], int(main_too_long)
+    main = main[: excess.start] + main[excess.stop :]
+    kept, kept_targets, truncated = [], [], int(bool(excess))
     for ids, targets in branches:
-        too_long = len(ids) > limit
-        if too_long and config.overlong == "skip":
+        excess = _excess(ids, targets, bos, config)
+        if excess is None:
             continue
-        ids, targets = ids[:limit], targets[:limit]
+        if excess:
+            ids, targets = ids[: excess.start] + ids[excess.stop :], np.delete(targets, excess)
         if not targets[1:].any() or len(main) + len(ids) > config.max_sample_tokens:
             continue
         kept.append(ids)
         kept_targets.append(targets)
-        truncated += too_long
+        truncated += bool(excess)
     tokens = Tokens.of(main, kept, targets=kept_targets) if kept else None
     return TokenisedRecord(tokens, standalone, truncated, len(branches) - len(kept))
+
+
+def _excess(ids: list[int], targets: Mask | None, bos: list[int], config: DataConfig) -> range | None:
+    """The places of the tokens to cut off, or None if the main or branch is to be skipped.
+
+    targets: of a branch; None for main.
+    """
+    limit = config.max_branch_tokens
+    if len(ids) <= limit:
+        return range(0)
+    if config.overlong == "skip":
+        return None
+    start = len(bos) if ids[: len(bos)] == bos else 0
+    left = range(start, start + len(ids) - limit)
+    if config.overlong == "keep_answer" and targets is not None:
+        first_possible = left.stop if start else left.stop + 1  # a token precedes the first target
+        return None if targets[:first_possible].any() else left
+    return left if config.truncate_side == "left" else range(limit, len(ids))
+
+
+def limit_notes(truncated: int, skipped: int, config: DataConfig, about: str = "") -> list[str]:
+    """What the length limits remove, and what to change, in one line each. about: before an estimate."""
+    limits, notes = f"max_branch_tokens={config.max_branch_tokens} overlong={config.overlong}", []
+    if truncated:
+        notes.append(
+            f"{limits} truncate_side={config.truncate_side}: {about}{truncated:,} mains and branches are too "
+            "long and lose tokens; raise the limit, or choose another overlong or truncate_side"
+        )
+    if skipped:
+        notes.append(
+            f"{limits} max_sample_tokens={config.max_sample_tokens}: {about}{skipped:,} branches are "
+            "skipped, too long or without a target in the limits; raise the limits, or check the targets"
+        )
+    return notes

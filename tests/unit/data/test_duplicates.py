@@ -24,7 +24,7 @@ def test_content_decides_and_metadata_and_spelling_do_not() -> None:
     same = [
         {"main": "m", "branches": ["a"], "id": 1},
         {"branches": [{"text": "a", "source": "x"}], "main": {"text": "m"}},
-        {"main": "m", "text": "a"},
+        {"main": "m", "text": "a", "answer_offset": 0},
     ]
     other = [
         {"main": "m", "branches": ["b"]},
@@ -33,6 +33,8 @@ def test_content_decides_and_metadata_and_spelling_do_not() -> None:
         {"main": "m", "branches": [{"prompt": "a", "completion": "b"}]},
     ]
     assert len({record_hash(parse_value(value)) for value in same}) == 1
+    pair = {"prompt": "a", "completion": "b"}
+    assert record_hash(parse_value(pair)) == record_hash(parse_value({**pair, "references": ["c"]}))
     assert len({record_hash(parse_value(value)) for value in (same[0], *other)}) == 1 + len(other)
 
 

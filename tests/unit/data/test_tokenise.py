@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -77,6 +78,62 @@ def test_truncation_cuts_the_right_end() -> None:
     assert record.tokens is not None
     assert record.tokens.ids.tolist() == [*range(3, 11), *range(30, 38)]
     assert (record.truncated, record.skipped) == (2, 0)
+
+
+def cut(value: object, **settings: object) -> tuple[list[list[int]], list[list[int]], int, int]:
+    """The ids of main and branches, the target ids of each branch, the numbers of cut and skipped texts."""
+    record = tokenise_one(value, max_branch_tokens=8, **settings)
+    if record.tokens is None:
+        return [], [], record.truncated, record.skipped
+    masks = np.split(record.tokens.targets, np.cumsum(record.tokens.lengths)[:-1])
+    parts = record.tokens.split()
+    targets = [np.array(ids)[mask].tolist() for ids, mask in zip(parts[1:], masks[1:], strict=True)]
+    return parts, targets, record.truncated, record.skipped
+
+
+LONG_MAIN, LONG = list(range(3, 20)), list(range(30, 50))
+
+
+@pytest.mark.parametrize(
+    ("branch", "settings", "kept", "targets"),
+    [
+        ({"answer_offset": 15}, {"truncate_side": "left"}, range(42, 50), range(45, 50)),
+        ({"answer_offset": 4}, {"truncate_side": "left"}, range(42, 50), range(43, 50)),
+        ({"targets": [[2, 13], [16, 18]]}, {"truncate_side": "left"}, range(42, 50), [46, 47]),
+        ({"answer_offset": 4}, {"truncate_side": "right"}, range(30, 38), range(34, 38)),
+        ({"answer_offset": 13}, {"overlong": "keep_answer"}, range(42, 50), range(43, 50)),
+        ({"targets": [[14, 15], [17, 18]]}, {"overlong": "keep_answer"}, range(42, 50), [44, 47]),
+    ],
+)
+def test_targets_move_with_the_cut(
+    branch: dict[str, object], settings: dict[str, object], kept: Iterable[int], targets: Iterable[int]
+) -> None:
+    value = {"main": {"input_ids": [3]}, "branches": [{"input_ids": LONG, **branch}, {"input_ids": [5, 6]}]}
+    assert cut(value, **settings) == ([[3], [*kept], [5, 6]], [[*targets], [6]], 1, 0)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 12])
+def test_a_branch_whose_answer_does_not_fit_after_a_prompt_is_skipped(offset: int) -> None:
+    value = {"branches": [{"input_ids": LONG, "answer_offset": offset}]}
+    assert cut(value, overlong="keep_answer") == ([], [], 0, 1)
+
+
+@pytest.mark.parametrize("overlong", ["truncate", "keep_answer"])
+def test_main_is_cut_at_the_side_that_is_set(overlong: str) -> None:
+    value = {"main": {"input_ids": LONG_MAIN}, "branches": [{"input_ids": [5, 6]}]}
+    assert cut(value, overlong=overlong)[0][0] == LONG_MAIN[:8]
+    assert cut(value, overlong=overlong, truncate_side="left")[0][0] == LONG_MAIN[-8:]
+
+
+def test_the_left_cut_keeps_the_begin_token_and_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    bos = TOKENIZER.bos_token_id
+    monkeypatch.setattr("parallelmind.data.tokenise.bos_ids", lambda tokenizer: [bos])
+    value = {"prompt": "the passage " * 9, "completion": "x"}
+    (_, branch), targets, *_ = cut(value, overlong="keep_answer")
+    assert (branch[0], branch[-2:], targets, len(branch)) == (bos, targets[0], [branch[-2:]], 8)
+    assert branch[-1] == EOS
+    (main, _), *_ = cut({"main": "the passage " * 9, "text": "who"}, truncate_side="left")
+    assert main == [bos, *encode_text(TOKENIZER, "the passage " * 9, first=False)[-7:]]
 
 
 def test_overlong_branches_are_skipped_on_request() -> None:

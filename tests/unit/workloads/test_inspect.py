@@ -183,6 +183,15 @@ def run_inspect(capsys, *argv: str) -> str:
     return " ".join(capsys.readouterr().out.split())
 
 
+def test_inspect_tells_what_training_would_tell(base, data, capsys):
+    data.write_text(data.read_text() + '{"text": "where is 1", "id": 2}\n')
+    inspect_data.main([str(data), base, "max_branch_tokens=4", "png_path=x.png"])
+    out, err = capsys.readouterr()
+    assert "repeated            1  records with the content of an earlier one" in out
+    assert "warning: max_branch_tokens=4 overlong=truncate truncate_side=right: " in err
+    assert "max_sample_tokens=4096: 1 branches are skipped" in err
+
+
 def test_inspect_prints_counts_and_samples_and_writes_a_png(base, data, tmp_path, capsys):
     out = run_inspect(capsys, str(data), base, "shuffle_window=1", "length_window=1")
     assert "records 6 1 with branches of their own, 5 standalone" in out

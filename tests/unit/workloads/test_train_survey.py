@@ -88,8 +88,8 @@ ESTIMATE = EpochEstimate(batches=10, truncated=0, skipped=0, exact=True)
             EpochEstimate(10, 1200, 3, exact=True),
             {},
             [
-                "max_branch_tokens=512: 1,200 mains and branches are",
-                "max_sample_tokens=4096 overlong=truncate: 3 ",
+                "overlong=truncate truncate_side=right: 1,200 mains and branches are",
+                "max_sample_tokens=4096: 3 branches are",
             ],
         ),
         (
