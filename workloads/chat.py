@@ -23,7 +23,7 @@ from rich.text import Text
 import parallelmind as pm
 from parallelmind import cli
 from parallelmind.config import GroupedConfig
-from parallelmind.errors import UserError
+from parallelmind.errors import DecodingError, UserError
 from workloads.common.inference_config import InferenceModelConfig, SamplingConfig
 
 COMMANDS = """/main TEXT   set the passage that all prompts share; /main alone removes it
@@ -74,13 +74,13 @@ class Conversation:
         return True
 
     def answer(self, prompts: list[str]) -> None:
-        """Decode and show the answers. A UserError or Ctrl-C is reported, and the conversation continues."""
+        """Decode and show the answers. An error or Ctrl-C is reported, and the conversation continues."""
         try:
             if len(prompts) == 1:
                 self._answer_single(prompts[0])
             else:
                 self._answer_parallel(prompts)
-        except UserError as error:
+        except (UserError, DecodingError) as error:
             self.console.print(f"error: {error}", markup=False)
         except KeyboardInterrupt:
             self.console.print("\n(stopped)", markup=False)
@@ -99,6 +99,7 @@ class Conversation:
     def _answer_single(self, prompt: str) -> None:
         answer = ""
         for event in pm.stream(self.model, self.tokenizer, self.to_sample(prompt), **self.sampling):
+            event.raise_error()
             answer += event.text
             print(event.text, end="", flush=True)
         print()
@@ -109,12 +110,14 @@ class Conversation:
         events = pm.stream(self.model, self.tokenizer, pm.Sample(self.main, prompts), **self.sampling)
         if not self.console.is_terminal:
             for event in events:
+                event.raise_error()
                 texts[event.branch] += event.text
             for number, text in enumerate(texts, start=1):
                 print(f"[{number}] {text.strip()}")
             return
         with Live(_panels(prompts, texts), console=self.console, vertical_overflow="visible") as live:
             for event in events:
+                event.raise_error()
                 texts[event.branch] += event.text
                 live.update(_panels(prompts, texts))
 

@@ -19,6 +19,10 @@ class CapacityError(UserError):
     """A valid request for which there is no capacity at the moment."""
 
 
+class DecodingError(RuntimeError):
+    """A branch could not be decoded to its end. The message names the branch and the reason in one line."""
+
+
 class UserNotice(UserWarning):
     """Information that needs no correction. Workloads print it as one line."""
 

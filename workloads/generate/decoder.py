@@ -37,10 +37,11 @@ class Decoder:
     def decode(self, lines: Iterable[InputLine]) -> Iterator[list[LineResult]]:
         """Decode all lines. After each engine step, yield the results that are next in input order.
 
-        A line that is no valid sample gives a result with its `skip_reason`.
+        A line that is no valid sample, or of which a branch ends with an error, gives a result with its
+        `skip_reason`.
         """
         pending: deque[LineResult] = deque()  # results in input order, unfinished ones included
-        running: dict[int, GeneratedSample] = {}  # samples in the engine, by engine request number
+        running: dict[int, LineResult] = {}  # samples in the engine, by engine request number
         remaining = iter(lines)
         while True:
             while len(running) < _MAX_IN_FLIGHT and len(pending) < _MAX_PENDING:
@@ -55,7 +56,7 @@ class Decoder:
                 ready.append(pending.popleft())
             yield ready
 
-    def _submit(self, line: InputLine, running: dict[int, GeneratedSample]) -> LineResult:
+    def _submit(self, line: InputLine, running: dict[int, LineResult]) -> LineResult:
         try:
             sample = line.to_sample(self.engine.tokenizer)
             number = self.engine.submit(sample, reduce=self.reduce, **self.sampling)
@@ -63,10 +64,10 @@ class Decoder:
             return LineResult(line, skip_reason=str(error))
         if len(sample.branches) > 1:
             warn_if_fallback(self.engine)
-        running[number] = GeneratedSample.empty(sample, self.reduce)
-        return LineResult(line, running[number])
+        running[number] = LineResult(line, GeneratedSample.empty(sample, self.reduce))
+        return running[number]
 
-    def _step(self, running: dict[int, GeneratedSample]) -> None:
+    def _step(self, running: dict[int, LineResult]) -> None:
         for event in self.engine.step() if running else ():
             running[event.sample].append(event)
             self.tokens += event.token is not None

@@ -18,7 +18,8 @@ from workloads.generate.results import GeneratedSample
 def generate_from_prompts(config: GenerateConfig) -> None:
     """Stream plain text for a single prompt on stdout; write one JSON row in every other case.
 
-    Raises UserError if `output_path` exists or the model cannot decode the prompts.
+    Raises UserError if `output_path` exists or the model cannot decode the prompts, and DecodingError for a
+    branch that ends with an error.
     """
     prompt, prompts, reduce = config.input.prompt, config.input.prompts, config.input.reduce
     output = Path(config.run.output_path) if config.run.output_path else None
@@ -30,6 +31,7 @@ def generate_from_prompts(config: GenerateConfig) -> None:
     events = pm.stream(*config.model.load(), sample, reduce=reduce, **config.sampling.to_kwargs())
     started, tokens = time.monotonic(), 0
     for event in events:
+        event.raise_error()
         generated.append(event)
         tokens += 1
         if plain_text:

@@ -45,11 +45,18 @@ class GeneratedSample:
 
 @dataclass(slots=True)
 class LineResult:
-    """Outcome of an input line: the generated sample, or the reason why the line was skipped."""
+    """Outcome of an input line: the generated sample, or the reason why the line is skipped."""
 
     line: InputLine
     generated: GeneratedSample | None = None
     skip_reason: str = ""
+
+    def append(self, event: pm.Event) -> None:
+        """Add one decoding event of the sample. An error in one of its branches skips the line."""
+        assert self.generated is not None, f"{self.line.location} has no sample"
+        self.generated.append(event)
+        if event.error is not None:
+            self.skip_reason = f"branches[{event.branch}]: {event.error}"
 
     @property
     def is_finished(self) -> bool:

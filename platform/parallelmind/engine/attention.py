@@ -95,7 +95,8 @@ class SegmentBatch:
         for row, segment in enumerate(segments):
             count, length = counts[row], len(segment.keys.slots)
             queries[row, :count], queries[row, count:] = segment.query_indices, segment.query_indices[0]
-            keys[row, :length] = segment.keys.slots
+            # Padding is a key of the segment itself: a NaN in another sample's key would reach this one.
+            keys[row, :length], keys[row, length:] = segment.keys.slots, segment.keys.slots[0]
             bias[row, :count, :length] = segment.bias(window)
             bias[row, count:] = bias[row, 0]  # padding attends as the first query does, and is dropped
         is_real = np.arange(num_queries) < np.array(counts)[:, None]

@@ -8,7 +8,8 @@ segments of one token have no key in common.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -118,6 +119,28 @@ class ModelInput:
             slots=np.concatenate(slots),
             logits_indices=np.concatenate(indices),
             segments=segments,
+        )
+
+    def split(self, lengths: Sequence[int]) -> list[ModelInput]:
+        """The input of each sample alone. lengths: the tokens of each."""
+        bounds = pairwise(np.cumsum([0, *lengths]).tolist())
+        return [self._part(start, end) for start, end in bounds]
+
+    def _part(self, start: int, end: int) -> ModelInput:
+        tokens = slice(start, end)
+        is_own = (self.logits_indices >= start) & (self.logits_indices < end)
+        return ModelInput(
+            ids=self.ids[tokens],
+            branch=self.branch[tokens],
+            time=self.time[tokens],
+            position=self.position[tokens],
+            slots=self.slots[tokens],
+            logits_indices=self.logits_indices[is_own] - start,
+            segments=[
+                replace(segment, query_indices=segment.query_indices - start)
+                for segment in self.segments
+                if start <= segment.query_indices[0] < end
+            ],
         )
 
 

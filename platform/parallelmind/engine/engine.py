@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from parallelmind.config import RopeConfig
 from parallelmind.engine.adapters import AdapterManager
 from parallelmind.engine.model_runner import Model, ModelRunner
-from parallelmind.engine.output import Event, OutputProcessor
+from parallelmind.engine.output import Event, FinishReason, OutputProcessor
 from parallelmind.engine.request import ResumeState, Sample, Text, TokenizedRequest
 from parallelmind.engine.sampler import SampledToken, SamplingRow, random_seed, sample_tokens
 from parallelmind.engine.sampling_params import SamplingParams
@@ -25,7 +25,8 @@ from parallelmind.engine.sequence_group import SequenceGroup
 from parallelmind.engine.sequential_runner import SequentialRunner
 from parallelmind.engine.tokenization import eos_token_ids, tokenize, tokenize_request
 from parallelmind.engine.validation import check_added_branch, check_request
-from parallelmind.errors import UserError
+from parallelmind.errors import UserError, first_line
+from parallelmind.model import forward_context
 from parallelmind.model.patch import is_patched, rope_config
 from parallelmind.model.structure import causal_lm
 from parallelmind.model.support import assess
@@ -39,7 +40,10 @@ _UNPATCHED = RopeConfig(patch_rope=False, rope_2d_ratio=0, visibility="isolated"
 class Engine:
     """Decodes samples with one model and one KV cache.
 
-    One thread calls `step`. `submit`, `join` and `cancel` may be called from any thread at any time.
+    One thread calls `step`. `submit`, `join` and `cancel` may be called from any thread at any time. An error
+    in one branch ends that branch, and a forward pass that raises ends the samples in it: their last events
+    have the finish reason "error". All other samples continue, and nothing that a failed pass computed is
+    reused.
 
     rope_config: rope settings of the model.
     config: limits of the engine.
@@ -68,7 +72,7 @@ class Engine:
         self._step_lock = RLock()  # held while the model is in use
         self._groups: dict[int, SequenceGroup] = {}  # unfinished samples by id
         self._num_submitted = 0
-        self._pending_events: list[Event] = []  # of branches that were cancelled between two steps
+        self._pending_events: list[Event] = []  # that no step has returned yet
         self._eos_token_ids = eos_token_ids(model, tokenizer)
         self.seconds_in_model = 0.0
 
@@ -201,34 +205,81 @@ class Engine:
                 Event(running.index, "", None, "cancelled", sample=sample_id) for running in cancelled
             ]
             if branch is None:
-                self.scheduler.abort(group)
+                self._abort(group, "cancelled")
             else:
                 for running in cancelled:
-                    self.scheduler.finish_branch(group, running, "cancelled")
-            self._free(group, cancelled)
+                    self._finish_branch(group, running, "cancelled")
 
     # Steps
 
     def step(self) -> list[Event]:
         """Compute the next tokens of all running samples: one forward pass for each adapter in use.
 
-        Returns the events of these tokens, and of branches that were cancelled since the last step.
+        Returns the events of these tokens, and those that no earlier step has returned. Raises what a forward
+        pass raises, once the others are computed; the next step or `take_events` returns the events then.
         """
         with self._step_lock:
-            with self.state_lock:
-                events, self._pending_events = self._pending_events, []
-                plans = self._split(self.scheduler.schedule())
-                inputs: list[Any] = [self.runner.prepare_inputs(plan) for plan in plans]
-            for plan, plan_inputs in zip(plans, inputs, strict=True):
-                logits = self._run(plan, plan_inputs)
-                with self.state_lock:
-                    branches, logits = _without_cancelled(plan, logits)
-                    tokens = self.sample(logits, [_sampling_row(branch) for _, branch in branches])
-                    self.scheduler.commit(plan)
-                    events += self._emit(branches, tokens)
+            plans = self._prepare()
+            failure = None
+            for index, (plan, inputs) in enumerate(plans):
+                try:
+                    self._compute(plan, inputs)
+                except Exception as error:
+                    self._fail(plan, error)
+                    failure = failure or error
+                except BaseException as error:  # Ctrl-C: the remaining passes are not computed
+                    self._fail([item for remaining, _ in plans[index:] for item in remaining], error)
+                    raise
             with self.state_lock:
                 self.adapters.collect()
+            if failure is not None:
+                raise failure
+            return self.take_events()
+
+    def take_events(self) -> list[Event]:
+        """Events that no step has returned: of cancelled branches, and of a step that raised."""
+        with self.state_lock:
+            events, self._pending_events = self._pending_events, []
             return events
+
+    def _prepare(self) -> list[tuple[list[ScheduledGroup], Any]]:
+        """The forward passes of a step, and the inputs of each."""
+        with self.state_lock:
+            scheduled = self.scheduler.schedule()
+            try:
+                return [(plan, self.runner.prepare_inputs(plan)) for plan in self._split(scheduled)]
+            except BaseException as error:
+                self._fail(scheduled, error)
+                raise
+
+    def _compute(self, plan: Sequence[ScheduledGroup], inputs: Any) -> None:
+        """One forward pass and its events.
+
+        Through a dense mask a NaN of one sample reaches all others: each is computed alone then.
+        """
+        logits = self._run(plan, inputs)
+        with self.state_lock:
+            branches, logits = _without_cancelled(plan, logits)
+            tokens = self.sample(logits, [_sampling_row(branch) for _, branch in branches])
+            if len(plan) == 1 or all(sampled.token is not None for sampled in tokens):
+                self.scheduler.commit(plan)
+                for (group, branch), sampled in zip(branches, tokens, strict=True):
+                    self._pending_events.append(self._emit(group, branch, sampled))
+                return
+        for item, part in zip(plan, inputs.split([len(tokens.ids) for _, tokens in plan]), strict=True):
+            self._compute([item], part)
+
+    def _fail(self, plan: Sequence[ScheduledGroup], error: BaseException) -> None:
+        """End the samples of a forward pass that raised. Their blocks hold nothing that was computed."""
+        reason = f"the forward pass failed ({type(error).__name__}: {first_line(error)})"
+        with self.state_lock:
+            for group in [group for group, _ in plan if group.is_running]:
+                failed = [branch.index for branch in group.running_branches]
+                failed += [len(group.branches)] if group.reduce else []
+                self._pending_events += [
+                    Event(index, "", None, "error", sample=group.id, error=reason) for index in failed
+                ]
+                self._abort(group, "error")
 
     def _split(self, scheduled: Sequence[ScheduledGroup]) -> list[list[ScheduledGroup]]:
         """Divide a step into forward passes: one for each adapter, or for each sample."""
@@ -241,7 +292,7 @@ class Engine:
     def _run(self, plan: Sequence[ScheduledGroup], inputs: Any) -> Tensor:
         """`[sampled, vocab]` logits of one forward pass."""
         start = perf_counter()
-        with self.adapters.active(plan[0].group.adapter_version):
+        with self.adapters.active(plan[0].group.adapter_version), forward_context.restored():
             logits = self.runner(inputs)
         self.seconds_in_model += perf_counter() - start
         return logits
@@ -250,22 +301,25 @@ class Engine:
         """The next token of every row of `[rows, vocab]` logits."""
         return sample_tokens(logits, rows) if rows else []
 
-    def _emit(self, branches: Sequence[GroupBranch], tokens: Sequence[SampledToken]) -> list[Event]:
-        """Append sampled tokens to their branches; returns one event for each."""
-        return [
-            self._emit_token(group, branch, token)
-            for (group, branch), token in zip(branches, tokens, strict=True)
-        ]
-
-    def _emit_token(self, group: SequenceGroup, branch: BranchState, sampled: SampledToken) -> Event:
+    def _emit(self, group: SequenceGroup, branch: BranchState, sampled: SampledToken) -> Event:
+        """Append a sampled token to its branch; returns its event."""
+        if sampled.token is None:
+            return self._emit_error(group, branch, "the model's logits are not finite (NaN or infinity)")
         pos2d = group.pos2d(branch, branch.num_tokens)
-        text, finish_reason = branch.append_token(sampled.token)
+        try:
+            text, finish_reason = branch.append_token(sampled.token)
+        except Exception as error:  # of the tokenizer, whose code this is not
+            reason = f"token {sampled.token} cannot be decoded ({type(error).__name__}: {first_line(error)})"
+            return self._emit_error(group, branch, reason)
         if finish_reason is not None:
-            self.scheduler.finish_branch(group, branch, finish_reason)
-            self._free(group, [branch])
+            self._finish_branch(group, branch, finish_reason)
         return Event(
             branch.index, text, sampled.token, finish_reason, sampled.logprob, sampled.top, group.id, pos2d
         )
+
+    def _emit_error(self, group: SequenceGroup, branch: BranchState, reason: str) -> Event:
+        self._finish_branch(group, branch, "error")
+        return Event(branch.index, "", None, "error", sample=group.id, error=reason)
 
     # State
 
@@ -283,15 +337,24 @@ class Engine:
         started = list(group.branches)
         for branch, start_time in zip(started, resume.start_times, strict=True):
             branch.start_time = start_time
-            branch.append_tokens(resume.token_ids[branch.index])
+            finished = resume.finish_reasons[branch.index] is not None
+            branch.append_tokens(resume.token_ids[branch.index], finished)
         for branch in started:
             reason = resume.finish_reasons[branch.index]
             if reason is not None:  # the last branch that finishes starts the reduce branch
-                self.scheduler.finish_branch(group, branch, reason)
-                self._free(group, [branch])
+                self._finish_branch(group, branch, reason)
         for branch in group.branches[num_started:]:
             if branch.index < len(resume.token_ids):
                 branch.append_tokens(resume.token_ids[branch.index])
+
+    def _finish_branch(self, group: SequenceGroup, branch: BranchState, reason: FinishReason) -> None:
+        self.scheduler.finish_branch(group, branch, reason)
+        self._free(group, [branch])
+
+    def _abort(self, group: SequenceGroup, reason: FinishReason) -> None:
+        running = group.running_branches
+        self.scheduler.abort(group, reason)
+        self._free(group, running)
 
     def _free(self, group: SequenceGroup, finished: Sequence[BranchState]) -> None:
         """Free what finished branches hold outside of the scheduler."""

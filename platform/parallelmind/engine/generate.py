@@ -44,9 +44,13 @@ def stream(
 
 
 def generate(model: Model, tokenizer: PreTrainedTokenizerBase, sample: Sample, **settings: Any) -> list[str]:
-    """The continuation of every branch, without its prompt. Settings and errors are those of `stream`."""
+    """The continuation of every branch, without its prompt. Settings and errors are those of `stream`.
+
+    Raises DecodingError for a branch that ends with an error.
+    """
     texts: list[list[str]] = [[] for _ in range(len(sample.branches) + (settings.get("reduce") is not None))]
     for event in stream(model, tokenizer, sample, **settings):
+        event.raise_error()
         texts[event.branch].append(event.text)
     return ["".join(pieces) for pieces in texts]
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from tokenizers.decoders import DecodeStream
-
 from parallelmind.engine.sampling_params import SamplingParams
+from parallelmind.errors import DecodingError
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 _INCOMPLETE = "\ufffd"  # what a tokenizer decodes an incomplete character to
 _NUM_CONTEXT = 8  # prompt tokens that decide whether the first word begins with a space
@@ -27,6 +26,7 @@ class Event:
     logprob, top: as `SamplingParams.logprobs` asks.
     sample: the engine's number of the sample.
     pos2d: the branch and time coordinates of the token.
+    error: why the branch ended, in one line, if its finish reason is "error".
     """
 
     branch: int
@@ -37,6 +37,12 @@ class Event:
     top: tuple[tuple[int, float], ...] = ()
     sample: int = 0
     pos2d: tuple[int, int] | None = None
+    error: str | None = None
+
+    def raise_error(self) -> None:
+        """Raise DecodingError if the branch ended with an error."""
+        if self.error is not None:
+            raise DecodingError(f"branches[{self.branch}]: {self.error}")
 
 
 class Tokenizer(Protocol):
@@ -46,43 +52,48 @@ class Tokenizer(Protocol):
 
 
 class Detokenizer:
-    """Decodes a growing list of ids; a character that is split over tokens waits until it is complete."""
+    """Decodes a growing list of ids; a character that is split over tokens waits until it is complete.
+
+    New text is what the pending ids add to their context, the ids of the text before them. A byte-fallback
+    decoder may decode the context differently once invalid bytes follow it. Returned text stays as it is,
+    and the pending ids are decoded without context then.
+    """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
-        # None for a tokenizer that is written in Python
-        self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+        # A fast tokenizer's own decode is the quickest; one that is written in Python has none.
+        backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+        self._decode_ids: Callable[..., Any] = (tokenizer if backend is None else backend).decode
         self._pending: list[int] = []
-        context = list(prompt[-_NUM_CONTEXT:])
-        if self._decode(context).endswith(_INCOMPLETE):
-            context = []  # the stream would return the incomplete character of the prompt again
-        self._context = context
-        self._stream = DecodeStream(ids=context, skip_special_tokens=True) if self._backend else None
+        ends = [list(prompt[-length:]) for length in range(min(_NUM_CONTEXT, len(prompt)), 0, -1)]
+        # With an incomplete character in it, the context would return that character again.
+        self._set_context(next((ids for ids in ends if not self._decode(ids).endswith(_INCOMPLETE)), []))
 
     def push(self, token: int) -> str:
         """The text that `token` completes; may be empty."""
         self._pending.append(token)
-        text = self._stream.step(self._backend, token) if self._stream else self._step_in_python()
-        if not text:
+        text = self._new_text()
+        if not text or text.endswith(_INCOMPLETE):
             return ""
-        self._pending.clear()
-        return str(text)
+        self._set_context(self._pending)
+        self._pending = []
+        return text
 
     def flush(self) -> str:
         """The text that is still incomplete, with the replacement character for incomplete bytes."""
-        text, self._pending = self._decode(self._pending), []
+        text, self._pending = self._new_text() if self._pending else "", []
         return text
 
-    def _step_in_python(self) -> str:
-        """The text that the pending tokens add to their context."""
-        before, after = self._decode(self._context), self._decode(self._context + self._pending)
-        if after.endswith(_INCOMPLETE):
-            return ""
-        self._context = (self._context + self._pending)[-_NUM_CONTEXT:]
-        return after[len(before) :]
+    def _new_text(self) -> str:
+        text = self._decode(self._context + self._pending)
+        if text.startswith(self._context_text):
+            return text[len(self._context_text) :]
+        return self._decode(self._pending)
+
+    def _set_context(self, ids: list[int]) -> None:
+        self._context, self._context_text = ids, self._decode(ids)
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True)) if ids else ""
+        return str(self._decode_ids(ids, skip_special_tokens=True)) if ids else ""
 
 
 class StopChecker:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,7 @@ from parallelmind.engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from parallelmind.layout import Ints
 from parallelmind.model.hf_compat import process_rows
 
+_NO_TOKEN = -1  # in a tensor of token ids
 _SMALLEST, _LARGEST = 1e-15, 1e15  # settings within these bounds keep scores finite in float32
 
 
@@ -40,12 +42,13 @@ class SamplingRow:
 class SampledToken:
     """The next token of a branch.
 
+    token: None if the logits are not finite, which no token can be sampled from.
     logprob: natural log-probability of `token`, if `SamplingParams.logprobs` is set.
     top: (id, log-probability) pairs of the most likely tokens, in descending order.
     Both are of the model's own distribution, before any setting changes it.
     """
 
-    token: int
+    token: int | None
     logprob: float | None
     top: tuple[tuple[int, float], ...] = ()
 
@@ -59,16 +62,22 @@ def random_seed() -> int:
 def sample_tokens(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
     """Sample the next token of every row.
 
-    logits: `[rows, vocab]`; not modified. The token of a row does not depend on the other rows.
+    logits: `[rows, vocab]`; not modified. The token of a row does not depend on the other rows. A row whose
+        largest logit is NaN or infinite gets no token.
     """
     scores = _apply_repetition_penalty(_apply_logit_bias(logits, rows), rows)
-    token_ids = scores.argmax(dim=-1)
+    largest, token_ids = scores.max(dim=-1)  # NaN if any score of the row is
     random = [index for index, row in enumerate(rows) if row.params.temperature]
     if random:
         token_ids[random] = _draw(scores[random].float(), [rows[index] for index in random])
+    is_finite = largest.isfinite()
     if all(row.params.logprobs is None for row in rows):
-        return [SampledToken(token, None) for token in token_ids.tolist()]
-    return _with_logprobs(logits, token_ids, rows)
+        return [_sampled(token) for token in token_ids.where(is_finite, _NO_TOKEN).tolist()]
+    return _with_logprobs(logits, token_ids, is_finite, rows)
+
+
+def _sampled(token: int, *logprobs: Any) -> SampledToken:
+    return SampledToken(None, None) if token == _NO_TOKEN else SampledToken(token, *(logprobs or (None,)))
 
 
 def _apply_logit_bias(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
@@ -99,7 +108,7 @@ def _draw(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     cumulative = _shape_distribution(scores, [row.params for row in rows]).softmax(-1).double().cumsum(-1)
     uniform = torch.tensor([[_uniform(row)] for row in rows], dtype=torch.float64, device=scores.device)
     token_ids = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
-    return token_ids.squeeze(-1).clamp_(max=scores.shape[-1] - 1)  # NaN logits give any valid id
+    return token_ids.squeeze(-1).clamp_(max=scores.shape[-1] - 1)  # NaN scores give any valid id
 
 
 def _uniform(row: SamplingRow) -> float:
@@ -157,19 +166,24 @@ def _replace_rows(scores: Tensor, indices: list[int], process: Callable[[Tensor]
     return scores.index_copy(0, index, process(scores[index]))
 
 
-def _with_logprobs(logits: Tensor, token_ids: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
+def _with_logprobs(
+    logits: Tensor, token_ids: Tensor, is_finite: Tensor, rows: Sequence[SamplingRow]
+) -> list[SampledToken]:
     logprobs = logits.float().log_softmax(dim=-1)
     # Always the same number, because the order of equal values depends on it.
     count = min(MAX_LOGPROBS, logprobs.shape[-1])
     top_logprobs, top_ids = logprobs.topk(count)
     chosen = token_ids[:, None]
     # One copy to the host; float64 represents every id exactly.
-    table = torch.cat([chosen.double(), logprobs.gather(1, chosen), top_ids, top_logprobs], dim=1)
+    shown = chosen.where(is_finite[:, None], _NO_TOKEN)
+    table = torch.cat([shown.double(), logprobs.gather(1, chosen), top_ids, top_logprobs], dim=1)
     sampled = []
     for row, (token, logprob, *top) in zip(rows, table.tolist(), strict=True):
         if row.params.logprobs is None:
-            sampled.append(SampledToken(int(token), None))
+            sampled.append(_sampled(int(token)))
             continue
-        pairs = tuple(zip(map(int, top[:count]), top[count:], strict=True))
-        sampled.append(SampledToken(int(token), logprob, pairs[: row.params.logprobs]))
+        pairs = zip(map(int, top[:count]), top[count:], strict=True)
+        # A token that the model itself excludes has no finite log-probability.
+        possible = tuple(pair for pair in pairs if pair[1] > -math.inf)
+        sampled.append(_sampled(int(token), logprob, possible[: row.params.logprobs]))
     return sampled

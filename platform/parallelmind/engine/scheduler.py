@@ -137,10 +137,10 @@ class Scheduler:
         if not group.is_running:
             group.start_reduce()
 
-    def abort(self, group: SequenceGroup) -> None:
-        """Cancel the running branches of a sample, and its reduce branch."""
+    def abort(self, group: SequenceGroup, reason: FinishReason = "cancelled") -> None:
+        """End the running branches of a sample, and its reduce branch."""
         for branch in group.running_branches:
-            branch.finish_reason = "cancelled"
+            branch.finish_reason = reason
         self._free(group)
 
     def stats(self) -> EngineStats:

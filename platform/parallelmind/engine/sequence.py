@@ -77,11 +77,15 @@ class BranchState:
         self.token_ids.append(token)
         return self.output.process(token)
 
-    def append_tokens(self, token_ids: Sequence[int]) -> None:
-        """Append tokens that another engine decoded and emitted. Call before the branch is scheduled."""
-        for token in token_ids:
-            self.append_token(token)
+    def append_tokens(self, token_ids: Sequence[int], finished: bool = False) -> None:
+        """Append tokens that another engine decoded and emitted. Call before the branch is scheduled.
+
+        finished: whether the branch emits nothing any more, so that its text is not needed.
+        """
+        self.token_ids += token_ids
         self.num_prefill = len(self.token_ids)
+        for token in () if finished else token_ids:
+            self.output.process(token)
 
 
 @dataclass(frozen=True, slots=True)

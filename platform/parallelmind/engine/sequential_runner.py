@@ -37,7 +37,7 @@ class SequentialRunner:
     Runs any causal LM whose state can be copied.
     """
 
-    one_sample_per_forward = False
+    one_sample_per_forward = True  # so that an error ends one sample
 
     def __init__(self, model: Model) -> None:
         self.model = model

@@ -56,6 +56,7 @@ def generate_samples(
     texts, tokens = [[""] * len(sample.branches) for sample in samples], [0] * len(samples)
     while engine.busy:
         for event in engine.step():
+            event.raise_error()
             texts[event.sample][event.branch] += event.text
             tokens[event.sample] += 1
     runner = engine.runner

@@ -7,7 +7,8 @@ an edge of its graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -58,6 +59,19 @@ def pop() -> None:
     """End the innermost forward pass."""
     call = CURRENT_CALL.get()
     CURRENT_CALL.set(call.outer if call else None)
+
+
+@contextmanager
+def restored() -> Iterator[None]:
+    """Context after which no forward pass within it counts as running, not even an interrupted one.
+
+    torch calls no hook that would end it for an exception like KeyboardInterrupt.
+    """
+    before = CURRENT_CALL.get()
+    try:
+        yield
+    finally:
+        CURRENT_CALL.set(before)
 
 
 def coordinates(position_ids: Tensor, angle: BranchAngle) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,290 @@
+"""A failed pass, logits that are not finite, and a tokenizer that raises end what they concern only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engines import COLUMNAR, ISOLATED, run_to_end, saved_adapters, tiny_engine, tokens_by_branch
+from tiny import tiny_llama, tiny_tokenizer
+
+from parallelmind.config import RopeConfig
+from parallelmind.engine.block_manager import BLOCK, BlockManager
+from parallelmind.engine.engine import Engine
+from parallelmind.engine.generate import generate, stream
+from parallelmind.engine.output import Event
+from parallelmind.engine.request import ResumeState, Sample
+from parallelmind.engine.scheduler import EngineConfig
+from parallelmind.engine.tokenization import tokenize_request
+from parallelmind.errors import DecodingError
+from parallelmind.evaluation import tiny_models as tiny
+from parallelmind.model import forward_context
+from parallelmind.model.patch import patch
+from parallelmind.model.structure import causal_lm
+
+MAIN = list(range(50, 90))
+LIMITS = {"cache_tokens": 1024, "max_prefill_tokens": 16}  # mains of 40 tokens are read in three steps
+Tokens = dict[tuple[int, int], list[int]]
+
+
+class NthCallError(RuntimeError):
+    """What the model raises; memory errors of torch are of the same type."""
+
+
+@contextmanager
+def failing_at(model: torch.nn.Module, call: int) -> Iterator[list[int]]:
+    """Raise after the decoder's first layer in the call with this number; yields the calls so far."""
+    calls: list[int] = []
+    layer = next(module for name, module in causal_lm(model).named_modules() if name.endswith("layers.0"))
+
+    def count(*_: Any) -> None:
+        calls.append(len(calls))
+        if len(calls) - 1 == call:
+            raise NthCallError("DefaultCPUAllocator: can't allocate memory:\nyou tried to allocate 9 bytes")
+
+    hook = layer.register_forward_hook(count)
+    yield calls
+    hook.remove()
+
+
+def make_engine(model: Any, config: RopeConfig | None) -> Engine:
+    if config is not None:
+        patch(model, config)
+    return Engine(model, tiny_tokenizer(), EngineConfig(**LIMITS))
+
+
+ENGINES: dict[str, Callable[[], Engine]] = {
+    "columnar": lambda: make_engine(tiny_llama(), COLUMNAR),
+    "isolated": lambda: make_engine(tiny_llama(), ISOLATED),
+    "dense masks": lambda: make_engine(tiny_llama(attn_implementation="eager"), COLUMNAR),
+    "a row for each branch": lambda: make_engine(tiny.tiny_model("mamba2"), None),
+}
+
+
+def submit_all(engine: Engine, adapters: tuple[str | None, ...] = (None,)) -> list[int]:
+    """Samples with a shared main, with a main of their own, with a reduce branch and without main."""
+    settings: dict[str, Any] = {"max_new_tokens": 4, "ignore_eos": True, "temperature": 1.0, "seed": 7}
+    reduce = None if engine.fallback_reason else [41, 42]
+    return [
+        engine.submit(sample, reduce=last, adapter=adapter, **settings)
+        for adapter in adapters
+        for sample, last in (
+            (Sample(MAIN, [[5, 6, 7], [8]]), None),
+            (Sample(MAIN, [[9, 10]]), reduce),
+            (Sample(MAIN[::-1][:20], [[11], [12, 13]]), None),
+            (Sample([], [[14, 15]]), None),
+        )
+    ]
+
+
+def run_through_failures(engine: Engine) -> list[Event]:
+    events: list[Event] = []
+    while engine.busy:
+        try:
+            events += engine.step()
+        except NthCallError:
+            events += engine.take_events()
+    return events
+
+
+def by_submission(events: list[Event], ids: list[int]) -> Tokens:
+    """The tokens of every branch, by the position of its sample in `ids`."""
+    tokens = tokens_by_branch(events)
+    return {(ids.index(sample), branch): own for (sample, branch), own in tokens.items() if sample in ids}
+
+
+def check_every_failure(engine: Engine, adapters: tuple[str | None, ...] = (None,), stride: int = 1) -> None:
+    """Fail in each forward pass in turn, or in one of `stride`; compare with decoding without failures."""
+    with failing_at(engine.model, -1) as calls:
+        ids = submit_all(engine, adapters)
+        expected = by_submission(run_to_end(engine), ids)
+    for call in range(0, len(calls), stride):
+        engine.scheduler.block_manager = BlockManager(LIMITS["cache_tokens"] // BLOCK)  # nothing is cached
+        with failing_at(engine.model, call):
+            ids = submit_all(engine, adapters)
+            events = run_through_failures(engine)
+        failed = {event.sample for event in events if event.finish_reason == "error"}
+        assert failed
+        check_failed_events(events, failed)
+        tokens = by_submission(events, ids)
+        for place, number in enumerate(ids):
+            same = [tokens.get(key) == own for key, own in expected.items() if key[0] == place]
+            assert all(same) or number in failed
+        check_empty(engine)
+        ids = submit_all(engine, adapters)
+        assert by_submission(run_to_end(engine), ids) == expected, f"after a failure in pass {call}"
+        check_empty(engine)
+
+
+def check_failed_events(events: list[Event], failed: set[int]) -> None:
+    last = {(event.sample, event.branch): event for event in events if event.sample in failed}
+    assert {event.finish_reason for event in last.values()} <= {"error", "length"}
+    for event in last.values():
+        if event.finish_reason == "error":
+            assert event.error is not None
+            assert event.error.startswith("the forward pass failed (NthCallError: DefaultCPUAllocator")
+            assert "\n" not in event.error
+            assert (event.token, event.text) == (None, "")
+
+
+def check_empty(engine: Engine) -> None:
+    stats = engine.stats()
+    assert (stats.held_tokens, stats.running_samples, stats.waiting_samples) == (0, 0, 0)
+    assert engine.scheduler.block_manager.num_allocated == 0
+    assert not getattr(engine.runner, "_states", {})
+    assert not engine.busy
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_after_a_failure_in_any_forward_pass_all_samples_decode_as_without_one(kind: str) -> None:
+    check_every_failure(ENGINES[kind](), stride=11 if kind == "a row for each branch" else 1)
+
+
+def test_a_failure_with_adapters_ends_the_samples_of_one_adapter(tmp_path: Path) -> None:
+    engine = ENGINES["isolated"]()
+    for name, folder in zip(("one", "two"), saved_adapters(tmp_path), strict=True):
+        engine.load_adapter(name, folder)
+    check_every_failure(engine, ("one", "base", "two"), stride=4)
+
+
+def test_a_main_whose_reading_failed_is_not_shared() -> None:
+    """Before, later samples with the same main attended to keys and values that were never computed."""
+    sample, settings = Sample(MAIN, [[5, 6]]), {"max_new_tokens": 6, "ignore_eos": True}
+    fresh = tiny_engine(COLUMNAR, **LIMITS)
+    fresh.submit(sample, **settings)
+    expected = tokens_by_branch(run_to_end(fresh))[0, 0]
+    engine = tiny_engine(COLUMNAR, **LIMITS)
+    engine.submit(sample, **settings)
+    with failing_at(engine.model, 0), pytest.raises(NthCallError):
+        engine.step()
+    assert [event.finish_reason for event in run_to_end(engine)] == ["error"]
+    again = engine.submit(sample, **settings)
+    assert tokens_by_branch(run_to_end(engine))[again, 0] == expected
+
+
+def test_an_interrupt_leaves_the_engine_usable() -> None:
+    engine = ENGINES["columnar"]()
+    ids = submit_all(engine)
+    expected = by_submission(run_to_end(engine), ids)
+    for module in (engine.model, causal_lm(engine.model).get_decoder().layers[0]):
+        hook = module.register_forward_pre_hook(interrupt)
+        submit_all(engine)
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+        hook.remove()
+        assert forward_context.CURRENT_CALL.get() is None
+    run_to_end(engine)
+    check_empty(engine)
+    ids = submit_all(engine)
+    assert by_submission(run_to_end(engine), ids) == expected
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_samples_that_wait_are_not_affected_by_a_failure() -> None:
+    engine = tiny_engine(ISOLATED, cache_tokens=64)
+    settings = {"max_new_tokens": 40, "ignore_eos": True}
+    first, second = (engine.submit(Sample([], [[5]]), **settings) for _ in range(2))
+    with failing_at(engine.model, 3):
+        events = run_through_failures(engine)
+    reasons = {event.sample: event.finish_reason for event in events if event.finish_reason}
+    assert reasons == {first: "error", second: "length"}
+
+
+# Logits that are not finite
+
+
+def bad_row(model: torch.nn.Module, token: int, value: float) -> None:
+    """Let the input embedding of a token be a bad number, as a damaged file would."""
+    with torch.no_grad():
+        causal_lm(model).get_input_embeddings().weight[token, 3] = value
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0}, {"logprobs": 3}, {"repetition_penalty": 1.2}])
+def test_logits_that_are_not_finite_end_their_branch_with_an_error(value: float, settings: Any) -> None:
+    engine = tiny_engine(ISOLATED)
+    bad_row(engine.model, 99, value)
+    settings = {"max_new_tokens": 4, "ignore_eos": True, **settings}
+    sample = engine.submit(Sample([], [[5, 99], [6, 7], [8]]), **settings, seed=1)
+    other = engine.submit(Sample(MAIN, [[5]]), **settings, seed=2)
+    events = run_to_end(engine)
+    bad = [event for event in events if (event.sample, event.branch) == (sample, 0)]
+    assert [(event.token, event.finish_reason, event.logprob) for event in bad] == [(None, "error", None)]
+    assert bad[0].error == "the model's logits are not finite (NaN or infinity)"
+    good = tokens_by_branch([event for event in events if event not in bad])
+    clean = tiny_engine(ISOLATED)
+    clean.submit(Sample([], [[5], [6, 7], [8]]), **settings, seed=1)
+    clean.submit(Sample(MAIN, [[5]]), **settings, seed=2)
+    expected = tokens_by_branch(run_to_end(clean))
+    assert good == {key: expected[key] for key in ((sample, 1), (sample, 2), (other, 0))}
+    check_empty(engine)
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_a_sample_whose_logits_are_not_finite_does_not_touch_the_others(kind: str) -> None:
+    def outputs(token: int) -> Tokens:
+        engine = ENGINES[kind]()
+        bad_row(engine.model, 99, float("nan"))
+        settings: dict[str, Any] = {"max_new_tokens": 5, "ignore_eos": True}
+        engine.submit(Sample(MAIN[:3], [[5]]), **settings)
+        engine.submit(Sample([token] * 20, [[5, 6]]), **settings)
+        for length in (3, 30, 40):
+            engine.submit(Sample(MAIN[:length], [[5, 6, 7], [8]][: 2 if length == 40 else 1]), **settings)
+        return {key: tokens for key, tokens in tokens_by_branch(run_to_end(engine)).items() if key[0] != 1}
+
+    assert outputs(99) == outputs(98)
+
+
+def test_generate_raises_for_a_branch_that_ends_with_an_error() -> None:
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    patch(model, ISOLATED)
+    bad_row(model, 99, float("nan"))
+    sample = Sample([], [[5], [6, 99]])
+    reasons = {event.branch: event.finish_reason for event in stream(model, tokenizer, sample)}
+    assert reasons[1] == "error"
+    with pytest.raises(DecodingError, match=r"^branches\[1\]: the model's logits are not finite"):
+        generate(model, tokenizer, sample)
+
+
+# Tokens that cannot be decoded
+
+
+class RaisingTokenizer:
+    """A tokenizer in Python that raises for one id, as for one that its vocabulary lacks."""
+
+    eos_token_id = None
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = False) -> str:
+        if 77 in token_ids:
+            raise TypeError("sequence item 0: expected str instance, NoneType found")
+        return "".join(map(chr, token_ids))
+
+
+def test_a_token_that_the_tokenizer_cannot_decode_ends_its_branch() -> None:
+    model = tiny_llama()
+    patch(model, ISOLATED)
+    engine = Engine(model, RaisingTokenizer(), EngineConfig(1024))  # type: ignore[arg-type]
+    sample = Sample([], [[5], [6]])
+    engine.submit(sample, per_branch=[{"logit_bias": {77: 100}}, {}], reduce=[9], max_new_tokens=3)
+    events = run_to_end(engine)
+    assert [event.error for event in events if event.branch == 0] == [
+        "token 77 cannot be decoded (TypeError: sequence item 0: expected str instance, NoneType found)"
+    ]
+    assert [event.finish_reason for event in events if event.branch in (1, 2)] == [None, None, "length"] * 2
+    check_empty(engine)
+
+
+def test_a_sample_is_resumed_with_a_branch_that_ended_with_an_error() -> None:
+    model = tiny_llama()
+    patch(model, ISOLATED)
+    engine = Engine(model, RaisingTokenizer(), EngineConfig(1024))  # type: ignore[arg-type]
+    request = tokenize_request(tiny_tokenizer(), Sample([], [[5], [6]]), None, None, {"max_new_tokens": 3})
+    engine.enqueue(request, resume=ResumeState([0, 0], [[8, 77], [9]], ["error", None]))
+    assert {event.branch for event in run_to_end(engine)} == {1}
