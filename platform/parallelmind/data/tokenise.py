@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from parallelmind.config import DataConfig
-from parallelmind.data.encode import bos_ids, encode_texts, prepend_bos
+from parallelmind.data.encode import bos_ids, encode_continuations, encode_texts, prepend_bos
 from parallelmind.data.files import FilePart
 from parallelmind.data.packing import TokenRecord
 from parallelmind.data.records import Record, Spans, TextOrIds
@@ -60,7 +60,7 @@ def tokenise_stream(
 def tokenise(
     records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, config: DataConfig
 ) -> list[TokenisedRecord]:
-    """Tokenise many records, with one call of the tokenizer.
+    """Tokenise many records, with two calls of the tokenizer: for texts that open a sample, and for others.
 
     Prompt and completion are tokenised separately, so encoding the prompt for decoding gives exactly the
     training prefix. Texts and completions end with the tokenizer's EOS, so that a model learns to stop;
@@ -69,7 +69,7 @@ def tokenise(
     that exceeds `max_sample_tokens` together with its main.
     """
     texts = [text for record in records for text in _texts(record)]
-    encoded = iter(encode_texts(tokenizer, texts))
+    encoded = _encode(tokenizer, texts)
     bos = bos_ids(tokenizer)
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return [
@@ -78,12 +78,20 @@ def tokenise(
     ]
 
 
-def _texts(record: Record) -> Iterator[str]:
-    """The texts of a record, in the order in which `_assemble` consumes their ids."""
-    branch_parts = (part for branch in record.branches for part in (branch.body, branch.completion))
-    for part in (record.main, *branch_parts):
-        if isinstance(part, str):
-            yield part
+def _texts(record: Record) -> Iterator[tuple[str, bool]]:
+    """The texts in the order in which `_assemble` consumes their ids, and whether each opens a sample."""
+    parts: list[tuple[TextOrIds | None, bool]] = [(record.main, True)]
+    for branch in record.branches:
+        opens = not record.main
+        parts += [(branch.body, opens), (branch.completion, opens and not branch.body)]
+    return ((part, opens) for part, opens in parts if isinstance(part, str))
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, bool]]) -> Iterator[list[int]]:
+    """The token ids of every text, in order; a text that opens no sample continues the one before it."""
+    opening = iter(encode_texts(tokenizer, [text for text, opens in texts if opens]))
+    continuing = iter(encode_continuations(tokenizer, [text for text, opens in texts if not opens]))
+    return (next(opening if opens else continuing) for _, opens in texts)
 
 
 def _assemble(
@@ -100,7 +108,7 @@ def _assemble(
     main = ids_of(record.main, first=bool(record.main))
     branches = []
     for branch in record.branches:
-        body = ids_of(branch.body, first=not main and not branch.rendered)
+        body = ids_of(branch.body, first=not record.main and not branch.rendered)
         targets = branch.targets
         if branch.completion is not None:
             ids, targets = body + ids_of(branch.completion, first=False) + eos, ((len(body), None),)

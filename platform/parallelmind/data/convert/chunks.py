@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from parallelmind.data.convert.source_records import BadRecord, ParallelRecord
 from parallelmind.data.convert.token_spans import TokenSpans, token_spans
-from parallelmind.data.encode import bos_ids, encode_text
+from parallelmind.data.encode import bos_ids, encode_texts
 
 _MIN_BLOCK = 1 << 16  # characters tokenised together
 
@@ -46,7 +46,7 @@ def split_text(text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -
         for stop in _stop_tokens(text, spans, token, max_tokens):
             end = spans.ends[stop - 1] if stop < len(spans) else len(text)
             # Without its neighbours, a text may have more tokens.
-            if len(encode_text(tokenizer, text[start:end], first=False)) <= max_tokens:
+            if len(encode_texts(tokenizer, [text[start:end]])[0]) <= max_tokens:
                 break
         chunks.append(text[start:end])
         token, start = stop, end
