@@ -34,8 +34,10 @@ def is_uri(path: str | Path) -> bool:
 def resolve_filesystem(path: str) -> tuple[Any, str]:
     """The fsspec filesystem of a path or URI, and the path within it.
 
-    Falls back to pyarrow's filesystems for a protocol that fsspec has no driver for.
+    A local path is taken as it is. For a protocol that fsspec has no driver for, it is pyarrow's filesystem.
     """
+    if not is_uri(path):
+        return LocalFileSystem(), path  # fsspec would give `::` in a path a meaning
     try:
         return cast(tuple[Any, str], fsspec.core.url_to_fs(path))
     except ImportError:

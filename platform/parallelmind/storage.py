@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import gzip
 import hashlib
 import io
@@ -11,11 +12,13 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, TextIO, cast
 
 from filelock import BaseFileLock, FileLock, lock_descriptor
 
+_MAX_COMPARED_NAMES = 10_000
 _PARTIAL_MARK = "-part-"  # part of the name of every folder that `atomic_dir` is still filling
 
 
@@ -32,6 +35,21 @@ def expand_home(path: str) -> str:
     """
     is_file_name = not path.startswith("~/") and path != "~" and os.path.lexists(path)
     return path if is_file_name else os.path.expanduser(path)
+
+
+def similar_path(path: str) -> str:
+    """` (did you mean …?)` with the name beside a missing path that is most similar, or an empty string."""
+    missing = Path(path).absolute()
+    if os.path.lexists(missing):
+        return ""
+    while not os.path.lexists(missing.parent):
+        missing = missing.parent
+    try:
+        names = [entry.name for entry in islice(os.scandir(missing.parent), _MAX_COMPARED_NAMES)]
+    except OSError:  # no folder, or not readable
+        return ""
+    similar = difflib.get_close_matches(missing.name, names, n=1)
+    return f" (did you mean {missing.parent / similar[0]}?)" if similar else ""
 
 
 def sha256(file: Path) -> str:

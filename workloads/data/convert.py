@@ -16,10 +16,11 @@ The kind of source is detected from the first record of each file, unless `sourc
     squad      articles with paragraphs and their questions, or rows with context, question and answers
     hotpotqa   rows with titles and sentences as context, question and answer
     text       .txt files, or one column of CSV or other records, split into chunks
-Files are .json, .jsonl, .csv or .txt, each also with .gz, or .parquet. Conversations are rendered with the
-chat template of base_model, and so are alpaca, pairs and preference with chat=true. A passage becomes main
-and its questions become branches; the two answers of a preference become branches, the chosen one first.
-Bad records are reported on stderr and skipped, and keys that have no effect are counted.
+Files are .json, .jsonl, .ndjson, .csv, .tsv or .txt, each also with .gz or .zst, .parquet, or .arrow. A
+folder is read file by file. Conversations are rendered with the chat template of base_model, and so are
+alpaca, pairs and preference with chat=true. A passage becomes main and its questions become branches; the two
+answers of a preference become branches, the chosen one first. Bad records are reported on stderr and skipped,
+and keys that have no effect are counted.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self, TextIO
 
@@ -36,7 +38,7 @@ from transformers import PreTrainedTokenizerBase
 from parallelmind import cli
 from parallelmind.config import ModelConfig, OutputPath
 from parallelmind.data.convert.converter import Converter
-from parallelmind.data.convert.readers import read_dataset
+from parallelmind.data.convert.readers import SOURCE_SUFFIXES, read_dataset
 from parallelmind.data.convert.settings import ConvertSettings
 from parallelmind.data.convert.source_records import BadRecord, ParallelRecord
 from parallelmind.data.files import find_files
@@ -53,7 +55,7 @@ class ConvertConfig(ConvertSettings):
     """Configuration of one conversion."""
 
     data_path: str | None = Field(
-        None, description="source files: a file, glob or URL, or several separated by commas"
+        None, description="source files: a file, folder, glob or URL, or several separated by commas"
     )
     dataset: str | None = Field(None, description="instead of data_path, a data set of the Hugging Face hub")
     subset: str | None = Field(None, description="dataset: its configuration, if it has several")
@@ -135,9 +137,18 @@ class Conversion:
         if config.dataset:
             records = read_dataset(config.dataset, config.subset, config.split)
             return self._converter.convert_records(records)
-        files = find_files(config.data_path or "")
+        files = find_files(config.data_path or "", suffixes=SOURCE_SUFFIXES)
         check_output(config.output_path, "output_path", data_path=files)
-        return (result for file in files for result in self._converter.convert_file(file))
+        if len(files) == 1:
+            return self._converter.convert_file(files[0])
+        return chain.from_iterable(map(self._convert_one_of_many, files))
+
+    def _convert_one_of_many(self, file: str) -> Iterable[ParallelRecord | BadRecord]:
+        """The results of a file. One that is no source at all counts as a bad record beside the others."""
+        try:
+            return self._converter.convert_file(file)
+        except UserError as error:
+            return [BadRecord(file, str(error))]
 
     def _write(self, record: dict[str, Any], file: TextIO) -> None:
         file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -7,11 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from parallelmind.data.files import FilePart, file_parts, find_files
+from parallelmind.data.files import FileFormat, FilePart, file_parts, find_files
 from parallelmind.data.lines import read_lines
-from workloads.generate.lines import COMPRESSED, InputLine, is_blank, is_text_file
+from workloads.generate.lines import InputLine, is_blank, is_text_file
 
-_INDIVISIBLE = (*COMPRESSED, ".parquet")  # a part of such a file cannot be split further
 _TARGET_SHARDS = 64  # number of shards to aim for with uncompressed files
 _MIN_SHARD_BYTES = 32 << 10  # enough lines to keep an engine busy
 
@@ -95,9 +94,9 @@ def scan_files(files: Sequence[str]) -> InputDataset:
 
 def _split(parts: Sequence[FilePart]) -> Iterator[FilePart]:
     """Split parts into shards. The shards depend on the files alone, not on the number of workers."""
-    divisible_bytes = sum(part.end - part.start for part in parts if not part.file.endswith(_INDIVISIBLE))
+    divisible_bytes = sum(part.end - part.start for part in parts if FileFormat.of(part.file).is_divisible)
     shard_bytes = max(divisible_bytes // _TARGET_SHARDS, _MIN_SHARD_BYTES)
     for part in parts:
-        step = part.end - part.start if part.file.endswith(_INDIVISIBLE) else shard_bytes
+        step = shard_bytes if FileFormat.of(part.file).is_divisible else part.end - part.start
         for start in range(part.start, part.end, step):
             yield FilePart(part.file, start, min(start + step, part.end))

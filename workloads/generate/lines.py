@@ -8,10 +8,9 @@ from transformers import PreTrainedTokenizerBase
 
 import parallelmind as pm
 from parallelmind.data.encode import encode_text
+from parallelmind.data.files import FileFormat
 from parallelmind.data.lines import Line
 from parallelmind.data.records import Branch, Record, RecordError, parse_line, parse_value
-
-COMPRESSED = (".gz", ".zst")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +37,7 @@ class InputLine:
         if self.line.raw is None:
             return prompt_sample(parse_value(self.line.value), tokenizer)
         if is_text_file(self.file):
-            return pm.Sample(branches=[self.line.raw.decode("utf-8", errors="replace").rstrip("\r")])
+            return pm.Sample(branches=[_text(self.line.raw)])
         return prompt_sample(parse_line(self.line.raw), tokenizer)
 
 
@@ -57,10 +56,16 @@ def _prompt(branch: Branch, tokenizer: PreTrainedTokenizerBase, opens_sample: bo
     return ids[: first_target or None]
 
 
+def _text(raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8-sig").rstrip("\r")
+    except UnicodeDecodeError as error:
+        raise RecordError(f"byte {error.start} is not UTF-8") from error
+
+
 def is_text_file(file: str) -> bool:
     """Whether each line of the file is one plain prompt: .txt, compressed or not."""
-    compression = next((ending for ending in COMPRESSED if file.endswith(ending)), "")
-    return file.removesuffix(compression).endswith(".txt")
+    return FileFormat.of(file).suffix == ".txt"
 
 
 def is_blank(line: Line) -> bool:

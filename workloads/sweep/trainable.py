@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from parallelmind.config import TrainConfig
-from parallelmind.errors import UserError, first_line
+from parallelmind.errors import UserError, UserNotice, first_line
 from parallelmind.model.manifest import MANIFEST
 from parallelmind.remote import RemotePath
 from parallelmind.storage import process_lock
@@ -72,7 +73,10 @@ def _train(config: TrainConfig, context: SweepContext, data: str | None) -> dict
             return {"status": "finished", "step": extra["step"], "metrics": extra["metrics"]}
         vocabulary_size = begin(config, run_dir)
         shared = SharedRunContext(context.max_concurrent, context.parent_run_id, data)
-        run = prepare(config, run_dir, DataFiles.find(config.data), vocabulary_size, shared)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserNotice)  # the driver has printed it
+            files = DataFiles.find(config.data)
+        run = prepare(config, run_dir, files, vocabulary_size, shared)
         tune.report({"folder": str(run_dir), "run_id": run.tracker.run_id, "data": run.data_fingerprint})
         with close_tracker(run.tracker) as set_outcome:
             outcome = fit(run, context.max_concurrent, [TuneReportCallback()])

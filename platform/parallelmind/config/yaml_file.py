@@ -11,7 +11,7 @@ from yaml import YAMLError
 
 from parallelmind.config.frozen import FrozenConfig
 from parallelmind.errors import UserError, first_line
-from parallelmind.storage import atomic_file
+from parallelmind.storage import atomic_file, similar_path
 
 _FLOAT = re.compile(
     r"""^(?:[-+]?[0-9]+(?:_[0-9]+)*\.[0-9_]*(?:[eE][-+]?[0-9]+)?
@@ -87,7 +87,8 @@ def load_yaml(path: Path) -> dict[str, Any]:
         return yaml_values(path.read_bytes(), path)
     except FileNotFoundError as error:
         raise UserError(
-            f"config={path}: no such file; give the path of a YAML file or of an experiment"
+            f"config={path}: no such file{similar_path(str(path))}; "
+            "give the path of a YAML file or of an experiment"
         ) from error
     except OSError as error:
         raise UserError(

@@ -17,20 +17,22 @@ from typing import Any, BinaryIO, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from parallelmind.data.files import FilePart, open_file
+from parallelmind.data.files import FileFormat, FilePart, open_arrow, open_file
+from parallelmind.data.text_encoding import as_utf8, marked_encoding
 from parallelmind.errors import first_line
 
 MAX_LINE_BYTES = 64 << 20
 _SKIP_BYTES = 1 << 20  # read at a time while a line is skipped
 _ROWS_PER_BATCH = 1024
+DAMAGE = (EOFError, OSError, zlib.error)  # what reading damaged compressed data raises
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of JSONL or one row of Parquet. Exactly one of raw, value and problem is set.
+    """One line of JSONL or one row of Parquet or Arrow. Exactly one of raw, value and problem is set.
 
-    offset: of the first byte in the (uncompressed) file; the row number in Parquet. raw: the line without its
-    newline. value: a row of Parquet. problem: why the line could not be read.
+    offset: of the first byte in the (uncompressed) file; the row number in Parquet and Arrow. raw: the line
+    without its newline. value: the row. problem: why the line could not be read.
     """
 
     offset: int
@@ -39,15 +41,33 @@ class Line:
     problem: str | None = None
 
 
-def read_lines(part: FilePart) -> Iterator[Line]:
-    """The lines that begin in this part, in order, blank ones included."""
+def read_lines(part: FilePart, encoding: str | None = None) -> Iterator[Line]:
+    """The lines that begin in this part, in order, blank ones included.
+
+    encoding: of text that is not UTF-8; the part is then the whole file, and the lines and their offsets are
+    those of the file as UTF-8.
+    """
+    file_format = FileFormat.of(part.file)
     with open_file(part.file) as stream:
-        if part.file.endswith(".parquet"):
+        if file_format.is_parquet:
             yield from _parquet_rows(stream, part)
-        elif part.file.endswith((".gz", ".zst")):
-            yield from _compressed_lines(stream, part.file)
-        else:
+        elif file_format.is_arrow:
+            yield from _arrow_rows(stream)
+        elif file_format.is_divisible and encoding is None:
             yield from _plain_lines(stream, part)
+        else:
+            text = decompress(stream, file_format.compression)
+            yield from _stream_lines(as_utf8(text, encoding) if encoding else text)
+
+
+def decompress(stream: BinaryIO, compression: str) -> BinaryIO:
+    """The content of a stream with a compression of `FileFormat`. Reading it may raise `DAMAGE`."""
+    if not compression:
+        return stream
+    decompressed: Any = (
+        gzip.GzipFile(fileobj=stream) if compression == ".gz" else pa.CompressedInputStream(stream, "zstd")
+    )
+    return cast(BinaryIO, io.BufferedReader(decompressed))
 
 
 def _plain_lines(stream: BinaryIO, part: FilePart) -> Iterator[Line]:
@@ -62,25 +82,25 @@ def _plain_lines(stream: BinaryIO, part: FilePart) -> Iterator[Line]:
         offset += length
 
 
-def _compressed_lines(stream: BinaryIO, file: str) -> Iterator[Line]:
-    decompressed: Any = (
-        gzip.GzipFile(fileobj=stream) if file.endswith(".gz") else pa.CompressedInputStream(stream, "zstd")
-    )
-    lines, offset = cast(BinaryIO, io.BufferedReader(decompressed)), 0
+def _stream_lines(stream: BinaryIO) -> Iterator[Line]:
+    offset = 0
     try:
         while True:
-            line, length = _read_line(lines, offset)
+            line, length = _read_line(stream, offset)
             if not length:
                 return
             yield line
             offset += length
-    except (EOFError, OSError, zlib.error) as error:
+    except DAMAGE as error:
         yield Line(offset, problem=f"the compressed data is damaged from here on ({first_line(error)})")
 
 
 def _read_line(stream: BinaryIO, offset: int) -> tuple[Line, int]:
     """The next line and its length in bytes, newline included; length 0 at the end of the file."""
     raw = stream.readline(MAX_LINE_BYTES + 1)
+    if offset == 0 and (encoding := marked_encoding(raw)) not in (None, "utf-8"):
+        problem = f"the file is {encoding}; convert it as `iconv -f {encoding} -t utf-8` does"
+        return Line(offset, problem=problem), len(raw)
     if len(raw) <= MAX_LINE_BYTES:
         return Line(offset, raw.removesuffix(b"\n")), len(raw)
     length = len(raw) + (0 if raw.endswith(b"\n") else _skip_line(stream, sys.maxsize))
@@ -108,6 +128,18 @@ def _parquet_rows(stream: BinaryIO, part: FilePart) -> Iterator[Line]:
                 number += 1
     except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: text that is not UTF-8
         yield Line(number, problem=f"the row group is damaged from here on ({first_line(error)})")
+
+
+def _arrow_rows(stream: BinaryIO) -> Iterator[Line]:
+    number = 0
+    try:
+        for batch in open_arrow(stream):
+            for start in range(0, batch.num_rows, _ROWS_PER_BATCH):
+                for row in batch.slice(start, _ROWS_PER_BATCH).to_pylist():
+                    yield Line(number, value=_without_nulls(row))
+                    number += 1
+    except (OSError, ValueError, pa.ArrowException) as error:
+        yield Line(number, problem=f"the file is damaged from here on ({first_line(error)})")
 
 
 def _without_nulls(value: Any) -> Any:

@@ -20,7 +20,7 @@ from parallelmind.evaluation.qa_metrics import exact_match, f1
 from parallelmind.model.patch import is_patched
 from parallelmind.model.structure import causal_lm
 from parallelmind.model.support import assess
-from parallelmind.storage import expand_home
+from parallelmind.storage import expand_home, similar_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,8 @@ def read_question_records(path: str, limit: int) -> list[Record]:
     file = Path(expand_home(path))
     if not file.is_file():
         raise UserError(
-            f"data_path={path}: no such file; give parallel JSONL whose branches have prompt and completion"
+            f"data_path={path}: no such file{similar_path(str(file))}; "
+            "give parallel JSONL whose branches have prompt and completion"
         )
     records: list[Record] = []
     with open(file, "rb") as lines:

@@ -27,7 +27,7 @@ from parallelmind.model.hf_compat import no_progress_bars
 from parallelmind.model.hub import find_hub_model
 from parallelmind.model.quantize import quantization_config
 from parallelmind.model.smollm2 import SMOLLM2, fetch_smollm2
-from parallelmind.storage import expand_home
+from parallelmind.storage import expand_home, similar_path
 
 # Passed to from_pretrained. FlexAttention reads long sequences of a patched model that is set to sdpa. Flash
 # attention takes no mask that depends on two coordinates.
@@ -54,7 +54,8 @@ def resolve_base_model(name: str) -> str:
             return str(folder)
     if not is_hub_id(name):
         raise UserError(
-            f"base_model={name}: no such folder and no hub id; give {SMOLLM2}, a local folder or org/name"
+            f"base_model={name}: no such folder{similar_path(str(folder))} and no hub id; "
+            f"give {SMOLLM2}, a local folder or org/name"
         )
     return name
 

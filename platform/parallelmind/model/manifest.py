@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError
 from parallelmind.config import FrozenConfig, LoraConfig, RopeConfig
 from parallelmind.errors import UserError, format_value, translate_read_errors
 from parallelmind.remote import fetch_cached
-from parallelmind.storage import expand_home, sha256
+from parallelmind.storage import expand_home, sha256, similar_path
 
 if TYPE_CHECKING:  # processes that only read a manifest do not import a model library
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -134,7 +134,8 @@ def read_manifest(folder: str | Path, field: str = "lora_path") -> Manifest:
     folder = Path(folder)
     with translate_read_errors(field, folder):
         if not folder.is_dir():
-            raise UserError(f"{field}={folder}: no such folder; give the one that a run wrote")
+            similar = similar_path(str(folder))
+            raise UserError(f"{field}={folder}: no such folder{similar}; give the one that a run wrote")
         manifest = _parse(folder, field)
         for name, expected in manifest.files.items():
             actual = sha256(folder / name) if (folder / name).is_file() else "missing"

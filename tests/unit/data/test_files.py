@@ -10,7 +10,7 @@ import pytest
 
 from parallelmind.data import files as files_module
 from parallelmind.data.files import file_parts, find_files, open_file
-from parallelmind.errors import UserError
+from parallelmind.errors import UserError, UserNotice
 
 
 def names(path: str) -> list[str]:
@@ -18,12 +18,15 @@ def names(path: str) -> list[str]:
 
 
 def test_a_path_is_a_file_a_folder_a_glob_or_several(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data_path=.*no such file.*\*\.jsonl"):
+    with pytest.raises(UserError, match=r"data_path=.*no such file; .* files that end in \.jsonl"):
         find_files(str(tmp_path))
-    for name in ("b.jsonl", "a.jsonl", "c.jsonl.gz", "d.jsonl.zst", "e.parquet", "notes.txt"):
+    all_names = ["a.jsonl", "b.jsonl", "c.JSONL.gz", "d.ndjson.zst", "e.parquet", "f.arrow"]
+    for name in reversed(all_names):
         (tmp_path / name).touch()
-    all_names = ["a.jsonl", "b.jsonl", "c.jsonl.gz", "d.jsonl.zst", "e.parquet"]
     assert names(str(tmp_path)) == all_names
+    for name in all_names[2:]:
+        (tmp_path / name).unlink()
+    (tmp_path / "notes.txt").touch()
     assert names(f"{tmp_path}/[ab].jsonl") == ["a.jsonl", "b.jsonl"]
     assert names(f"{tmp_path}/notes.txt") == ["notes.txt"]
     assert names(f"{tmp_path}/b.jsonl, {tmp_path}/*.jsonl") == ["b.jsonl", "a.jsonl"]
@@ -33,6 +36,68 @@ def test_a_path_is_a_file_a_folder_a_glob_or_several(tmp_path: Path) -> None:
 def test_path_without_files_is_refused(path: str) -> None:
     with pytest.raises(UserError, match=r"validation_path=.*(no such file|names no file)"):
         find_files(path, "validation_path")
+
+
+EXISTING = [
+    "a,b.jsonl",
+    "a[1].jsonl",
+    "a*.jsonl",
+    "~a.jsonl",
+    "a b.jsonl",
+    " a.jsonl",
+    "a::b.jsonl",
+    "a?.jsonl",
+    "a,b",
+]
+
+
+@pytest.mark.parametrize("name", [*EXISTING, "a,b"])
+def test_an_existing_path_is_taken_as_it_is(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a file, in a list, as a folder, and as a folder before a glob; through a link as well."""
+    monkeypatch.chdir(tmp_path)
+    for file in (name, "a1.jsonl", "b.jsonl", "ab.jsonl", "x.jsonl"):
+        (tmp_path / file).write_text('{"text": "x"}\n')
+    (tmp_path / "link.jsonl").symlink_to(name)
+    assert names(name) == [name]
+    assert names(f"x.jsonl,{name}, b.jsonl") == ["x.jsonl", name, "b.jsonl"]
+    assert names("link.jsonl") == ["link.jsonl"]
+    assert [part.end for part in file_parts(find_files(name))] == [14]
+    folder = tmp_path / "in" / name
+    folder.mkdir(parents=True)
+    (folder / "c.jsonl").write_text('{"text": "x"}\n')
+    (tmp_path / "in" / "link").symlink_to(folder)
+    (folder / "d.jsonl").symlink_to(folder / "c.jsonl")
+    for path in (f"in/{name}", "in/link", f"in/{name}/*.jsonl", str(folder)):
+        assert names(path) == ["c.jsonl", "d.jsonl"]
+
+
+def test_a_url_may_have_commas(monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec.filesystem("memory").pipe("/commas/a,b.jsonl", b"x")
+    fsspec.filesystem("memory").pipe("/commas/c.jsonl", b"x")
+    assert names("memory://commas/a,b.jsonl,memory://commas/c.jsonl") == ["a,b.jsonl", "c.jsonl"]
+
+
+def test_what_a_folder_holds_beside_its_data_is_told(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.csv", "c.json", "d.md", "e.txt", "f.jsonl.part", "g.parquet.gz"):
+        (tmp_path / name).touch()
+    (tmp_path / "h.jsonl").mkdir()
+    (tmp_path / "i.jsonl").symlink_to("nowhere")
+    told = r"data_path=.*: reads 1 files of this folder and skips 8: b\.csv, c\.json, d\.md, e\.txt, .*, …"
+    with pytest.warns(UserNotice, match=told):
+        assert names(str(tmp_path)) == ["a.jsonl"]
+    (tmp_path / "a.jsonl").unlink()
+    with pytest.raises(UserError, match=r"no such file among b\.csv, c\.json"):
+        find_files(str(tmp_path))
+
+
+@pytest.mark.parametrize(("path", "near"), [("trian.jsonl", "train.jsonl"), ("dta/train.jsonl", "data")])
+def test_a_missing_path_names_what_is_similar(path: str, near: str, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").touch()
+    (tmp_path / "data").mkdir()
+    with pytest.raises(UserError, match=rf"no such file \(did you mean {tmp_path}/{near}\?\); give"):
+        find_files(str(tmp_path / path))
 
 
 def test_unreachable_path_is_reported_in_one_line() -> None:

@@ -138,3 +138,31 @@ def test_parquet_text_that_is_not_utf8_is_reported(tmp_path):
     good, bad = all_lines(file)
     assert good.value == {"text": "good"}
     assert "utf-8" in bad.problem
+
+
+@pytest.mark.parametrize("new_writer", [pa.ipc.new_file, pa.ipc.new_stream])
+def test_rows_of_arrow(tmp_path, new_writer):
+    """`datasets` caches streams; other programs write files."""
+    rows = [{"text": str(number), "main": None, "n": 1} for number in range(2500)]
+    table = pa.Table.from_pylist(rows)
+    with new_writer(tmp_path / "data.arrow", table.schema) as writer:
+        writer.write_table(table, max_chunksize=2000)
+    lines = all_lines(tmp_path / "data.arrow")
+    assert [line.offset for line in lines] == list(range(2500))
+    assert [line.value for line in lines] == [{"text": row["text"], "n": 1} for row in rows]
+    content = (tmp_path / "data.arrow").read_bytes()
+    if new_writer is pa.ipc.new_stream:
+        (tmp_path / "data.arrow").write_bytes(content[: len(content) - 2000])
+        *good, bad = all_lines(tmp_path / "data.arrow")
+        assert len(good) == 2000
+        assert "damaged from here on" in bad.problem
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-16-le"])
+def test_a_file_in_utf_16_or_utf_32_is_named_so(tmp_path, encoding):
+    mark = "" if encoding in ("utf-16", "utf-32") else "\ufeff"
+    (tmp_path / "data.jsonl").write_bytes((mark + '{"text": "a"}\n').encode(encoding))
+    name = encoding.removesuffix("-le")
+    assert all_lines(tmp_path / "data.jsonl")[0].problem == (
+        f"the file is {name}; convert it as `iconv -f {name} -t utf-8` does"
+    )

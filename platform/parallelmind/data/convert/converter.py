@@ -47,14 +47,14 @@ class Converter:
     def convert_file(self, file: str) -> Results:
         """The results of one file, in order. Raises UserError for an unknown kind of file or record."""
         if source_suffix(file) != ".txt":
-            return self.convert_records(read_records(file))
+            return self.convert_records(read_records(file, self.settings.encoding))
         if self.settings.source not in ("auto", "text"):
             raise UserError(
                 f"source={self.settings.source}: {file} is plain text; "
                 "set source=text, or give JSON, JSONL or CSV"
             )
         self.records_read += 1
-        return self._records.split_text(read_text(file))
+        return self._records.split_text(read_text(file, self.settings.encoding))
 
     def convert_records(self, records: Iterable[SourceRecord | BadRecord]) -> Results:
         """The results of records of one kind, in order. Raises UserError if the kind cannot be detected."""

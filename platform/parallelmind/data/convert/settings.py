@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from parallelmind.config import FrozenConfig
 from parallelmind.data.convert.conversation import TURN_KEYS
@@ -17,6 +17,10 @@ class ConvertSettings(FrozenConfig):
 
     source: Literal[Source, "auto"] = Field(
         "auto", description="kind of the source records; auto: detect it from the first record"
+    )
+    encoding: str | None = Field(
+        None,
+        description="encoding of files without a byte order mark, such as cp1252 or gb18030; null: UTF-8",
     )
     columns: dict[str, str] = Field(
         {},
@@ -40,6 +44,15 @@ class ConvertSettings(FrozenConfig):
     )
     text_column: str = Field("text", min_length=1, description="text: column or key that holds the text")
     chunk_tokens: int = Field(512, ge=64, description="text: maximum tokens per chunk, BOS and EOS included")
+
+    @field_validator("encoding")
+    @classmethod
+    def _check_encoding(cls, name: str | None) -> str | None:
+        try:
+            "".encode(name or "utf-8")
+        except LookupError as error:
+            raise ValueError(f"encoding={name}: {error}; give a text encoding that Python knows") from error
+        return name
 
     @model_validator(mode="after")
     def _check_templates(self) -> Self:
