@@ -57,6 +57,8 @@ def _prompt(branch: Branch, tokenizer: PreTrainedTokenizerBase, opens_sample: bo
 
 
 def _text(raw: bytes) -> str:
+    if b"\0" in raw:
+        raise RecordError("holds NUL bytes, as text in UTF-16 does; convert the file to UTF-8")
     try:
         return raw.decode("utf-8-sig").rstrip("\r")
     except UnicodeDecodeError as error:

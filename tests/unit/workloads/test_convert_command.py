@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import sys
 import types
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 from tiny import save_tiny
 
-from parallelmind.errors import UserError
+from parallelmind.errors import UserError, UserNotice
 from workloads.data import convert
 
 PAIR = {"prompt": "où", "response": "it"}
@@ -98,6 +99,32 @@ def test_bad_records_are_reported_and_skipped(tmp_path: Path, capsys: pytest.Cap
     assert lines[0].startswith(f"skipped: {file}:2: is not JSON")
     assert lines[1].startswith(f"skipped: {file}:3: has none of prompt + response")
     assert lines[-1] == "… and 3 more bad records"
+
+
+def test_a_folder_is_read_file_by_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "in"
+    (folder / "sub").mkdir(parents=True)
+    write(folder / "a.json", json.dumps([PAIR]))
+    write(folder / "c.csv", "prompt,response\noù,it\n")
+    write(folder / "README.md", "a data set")
+    with pytest.warns(UserNotice, match=r"reads 2 files of this folder and skips 2: README\.md, sub/"):
+        assert run(tmp_path, f"data_path={folder}") == [CONVERTED] * 2
+    write(folder / "b.jsonl.gz", json.dumps(PAIR))
+    write(folder / "dataset_info.json", json.dumps({"features": {}}))
+    write(folder / "e.json", "no JSON")
+    with pytest.warns(UserNotice, match="reads 5 files"):
+        assert run(tmp_path, f"data_path={folder}") == [CONVERTED] * 3
+    output = capsys.readouterr()
+    assert output.out.endswith("3 branches, 2 bad\n")
+    for told in ("dataset_info.json: source=auto: cannot detect", "e.json: data_path=.* is not JSON"):
+        assert re.search(told, output.err)
+    with pytest.raises(UserError, match="cannot detect the kind"):
+        run(tmp_path, f"data_path={folder}/dataset_info.json")
+
+
+def test_an_encoding_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"encoding=utf9: unknown encoding: utf9; give a text encoding"):
+        run(tmp_path, f"data_path={tmp_path}", "encoding=utf9")
 
 
 def test_bad_csv_rows_and_text_lines_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

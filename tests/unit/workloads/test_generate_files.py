@@ -13,7 +13,7 @@ from generating import parse_rows, random_records, write_records
 from tiny import save_tiny
 
 import parallelmind as pm
-from parallelmind.errors import UserError
+from parallelmind.errors import UserError, UserNotice
 from parallelmind.model.manifest import MANIFEST
 from parallelmind.storage import try_lock_path
 from workloads.generate import decoder as decoder_module
@@ -240,8 +240,17 @@ def test_second_writer_of_the_same_output_is_refused(run_generate, tmp_path):
 def test_output_inside_the_data_folder_is_not_read(run_generate, tmp_path, capsys):
     (tmp_path / "out.jsonl").touch()
     run_generate(data_path=tmp_path)
-    run_generate(data_path=tmp_path)
+    with pytest.warns(UserNotice, match=r"skips 1: out\.jsonl\.run\.json"):
+        run_generate(data_path=tmp_path)
     assert "already complete" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16", "utf-16-le"])
+def test_a_text_file_that_is_not_utf8_is_not_decoded(run_generate, tmp_path, encoding):
+    """Replacement characters or NULs would be prompts that nobody wrote."""
+    (tmp_path / "in.txt").write_bytes("wér\nwhö\n".encode(encoding))
+    with pytest.raises(UserError, match=r"no usable line \([23] lines skipped, the first: .*(UTF|utf)-"):
+        run_generate(data_path=tmp_path / "in.txt")
 
 
 def test_input_without_a_usable_line_is_an_error(run_generate, tmp_path):
