@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
+from chat_checks import (
+    chat_ids,
+    check_conversation,
+    random_conversation,
+    target_texts,
+    trained,
+)
+from chat_templates import CHAT_KINDS, chat_tokenizer
 from converting import TOKENIZER, bad_reason, convert
 from tiny import tiny_tokenizer
 from tokenizers.processors import ByteLevel, TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
-from parallelmind.config import DataConfig, ModelConfig
+from parallelmind.config import ModelConfig
 from parallelmind.data.convert.chat import ChatRenderer
-from parallelmind.data.records import RecordError, parse_value
-from parallelmind.data.tokenise import tokenise
-from parallelmind.errors import UserError
+from parallelmind.data.records import RecordError
+from parallelmind.errors import UserError, UserNotice
 from parallelmind.model.base_model import load_tokenizer
 
 USER, ASSISTANT, SYSTEM = ({"role": role} for role in ("user", "assistant", "system"))
@@ -33,17 +41,12 @@ ROLE_TEMPLATE = (
 )
 
 
-def target_text(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text of a record's targets in training, without the EOS that training adds."""
-    (tokenised,) = tokenise([parse_value(record)], tokenizer, DataConfig(data_path="-"))
-    assert tokenised.tokens is not None
-    ids = tokenised.tokens.ids.tolist()
-    offset = int(tokenised.tokens.targets.argmax())
-    text = tokenizer.decode(ids[:-1], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    assert text.removeprefix(tokenizer.bos_token or "") == record["text"].removeprefix(
-        tokenizer.bos_token or ""
-    )
-    return tokenizer.decode(ids[offset:-1], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+def target_text(record: Any, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of a record's only run of targets in training, whose ids are those of its text."""
+    tokens = trained(record, tokenizer)
+    assert tokens.ids.tolist() == tokenizer(record["text"], add_special_tokens=False).input_ids
+    (text,) = target_texts(tokens, tokenizer)
+    return text
 
 
 def with_template(template: str) -> PreTrainedTokenizerBase:
@@ -57,14 +60,14 @@ def test_messages_are_rendered_and_only_the_last_answer_is_a_target() -> None:
     assert isinstance(record, dict)
     assert record["text"] == TOKENIZER.apply_chat_template(CONVERSATION, tokenize=False)
     assert record["text"].startswith("<s>system\nBe brief.</s>")
-    assert target_text(record, TOKENIZER) == " où: the passage 😀</s>\n"
+    assert target_text(record, TOKENIZER) == " où: the passage 😀</s>"
 
 
 def test_each_turn_gives_a_record_that_ends_with_it() -> None:
     first, last = convert([{"messages": CONVERSATION}], each_turn=True)
     assert isinstance(first, dict)
     assert first["text"] == TOKENIZER.apply_chat_template(CONVERSATION[:3], tokenize=False)
-    assert target_text(first, TOKENIZER) == "the answer</s>\n"
+    assert target_text(first, TOKENIZER) == "the answer</s>"
     assert [last] == convert([{"messages": CONVERSATION}])
 
 
@@ -126,34 +129,60 @@ def test_white_space_outside_a_span_belongs_to_its_token() -> None:
     assert target_text(record, tokenizer) == " answer\n"
 
 
-def test_added_bos_is_counted() -> None:
-    tokenizer = with_template(
-        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
-        "{% if add_generation_prompt %}[assistant]{% endif %}"
-    )
-    conversation = [CONVERSATION[1], {**ASSISTANT, "content": "the answer"}]
-    (without,) = ChatRenderer(tokenizer).records(conversation, each_turn=False)
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 1)]
-    )
-    (record,) = ChatRenderer(tokenizer).records(conversation, each_turn=False)
-    assert record["answer_offset"] == without["answer_offset"] + 1
-    assert target_text(record, tokenizer) == "the answer"
-
-
-def test_bos_of_the_template_is_not_counted_twice() -> None:
+def test_rendered_text_gets_no_bos_of_the_tokenizer() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 1)]
     )
-    (record,) = ChatRenderer(tokenizer).records(CONVERSATION, each_turn=False)
+    (record,) = ChatRenderer(tokenizer).records(CONVERSATION)
     assert [record] == convert([{"messages": CONVERSATION}])
+    assert trained(record, tokenizer).ids.tolist() == chat_ids(tokenizer, CONVERSATION)
 
 
-def test_generation_prompt_may_be_longer_than_a_finished_turn() -> None:
+@pytest.mark.parametrize("kind", CHAT_KINDS)
+@pytest.mark.filterwarnings("ignore:.*begins an answer with:parallelmind.errors.UserNotice")
+def test_trained_ids_are_those_of_the_chat_template(kind: str) -> None:
+    rng = random.Random(kind)
+    for number in range(8):
+        reasoning = CHAT_KINDS[kind].reasons and number % 2 == 0
+        check_conversation(kind, random_conversation(kind, rng, 1 + number % 3, reasoning), "last")
+
+
+@pytest.mark.parametrize("kind", [kind for kind, chat in CHAT_KINDS.items() if chat.keeps_turns])
+@pytest.mark.filterwarnings("ignore:.*begins an answer with:parallelmind.errors.UserNotice")
+def test_all_turns_are_targets_of_one_record(kind: str) -> None:
+    rng = random.Random(kind)
+    for _ in range(4):
+        messages = random_conversation(kind, rng, 4)
+        messages[-3]["train"] = False
+        check_conversation(kind, messages, "all")
+
+
+def test_all_turns_need_a_template_that_renders_them_alike() -> None:
+    conversation = random_conversation("qwen3", random.Random(0), 2)
+    with pytest.raises(RecordError, match="renders differently once a turn follows it"):
+        list(ChatRenderer(chat_tokenizer("qwen3")).records(conversation, all_turns=True))
+    (record,) = convert([{"messages": CONVERSATION}], all_turns=True)
+    assert target_texts(trained(record, TOKENIZER), TOKENIZER) == [
+        "the answer</s>",
+        " où: the passage 😀</s>",
+    ]
+    with pytest.raises(ValueError, match="give one of them"):
+        convert([{"messages": CONVERSATION}], all_turns=True, each_turn=True)
+
+
+def test_white_space_after_the_end_token_is_a_target_only_without_an_end_token() -> None:
+    tokenizer = with_template(ROLE_TEMPLATE)
+    answer = {**ASSISTANT, "content": "in the passage"}
+    (record,) = ChatRenderer(tokenizer).records([CONVERSATION[1], answer])
+    assert target_text(record, tokenizer).endswith("passage\n")
+
+
+def test_generation_prompt_that_no_answer_begins_with_is_told() -> None:
     base = "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>{% endfor %}"
     tokenizer = with_template(base + "{% if add_generation_prompt %}<s>assistant\n[think]{% endif %}")
-    (record,) = ChatRenderer(tokenizer).records(CONVERSATION, each_turn=False)
+    with pytest.warns(UserNotice, match=r"begins an answer with '\[think\]' in decoding"):
+        (record,) = ChatRenderer(tokenizer).records(CONVERSATION)
     assert target_text(record, tokenizer) == " où: the passage 😀</s>"
 
 
@@ -162,10 +191,10 @@ def test_template_that_renders_the_context_differently_is_refused() -> None:
         with_template("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}")
     )
     with pytest.raises(RecordError, match="is rendered differently"):
-        list(chat.records(CONVERSATION, each_turn=False))
+        list(chat.records(CONVERSATION))
     refusing = ChatRenderer(with_template("{{ raise_exception('no system') }}"))
     with pytest.raises(RecordError, match="refused by the chat template: no system"):
-        list(refusing.records(CONVERSATION, each_turn=False))
+        list(refusing.records(CONVERSATION))
 
 
 def test_tokenizer_without_chat_template_is_refused() -> None:
@@ -179,9 +208,9 @@ def test_tokenizer_without_chat_template_is_refused() -> None:
 def test_targets_of_smollm2_are_exactly_the_answer() -> None:
     tokenizer = load_tokenizer(ModelConfig())
     first, last = ChatRenderer(tokenizer).records(CONVERSATION, each_turn=True)
-    assert target_text(first, tokenizer) == "the answer<|im_end|>\n"
+    assert target_text(first, tokenizer) == "the answer<|im_end|>"
     # " où" and the newline before it are separate tokens
-    assert target_text(last, tokenizer) == " où: the passage 😀<|im_end|>\n"
+    assert target_text(last, tokenizer) == " où: the passage 😀<|im_end|>"
     assert last["text"] == tokenizer.apply_chat_template(CONVERSATION, tokenize=False)
 
 

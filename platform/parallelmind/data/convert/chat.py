@@ -1,9 +1,10 @@
-"""Conversations to text by the tokenizer's chat template; the targets begin with the assistant's turn."""
+"""Conversations to text by the tokenizer's chat template; the targets are the assistant's turns."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
-from functools import partial
+from functools import cached_property, partial
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -11,10 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from parallelmind.data.convert.conversation import Message, Tools
 from parallelmind.data.convert.render_check import check_rendered, common_length, in_template_form
 from parallelmind.data.convert.source_records import ParallelRecord
-from parallelmind.data.convert.token_spans import token_spans
-from parallelmind.data.encode import encode_text
+from parallelmind.data.convert.token_spans import TokenSpans, token_spans
 from parallelmind.data.records import RecordError
-from parallelmind.errors import UserError, first_line
+from parallelmind.errors import UserError, UserNotice, first_line
 
 
 class ChatRenderer:
@@ -28,12 +28,17 @@ class ChatRenderer:
         self._tokenizer = tokenizer
 
     def records(
-        self, messages: list[Message], each_turn: bool, tools: Tools = None
+        self,
+        messages: list[Message],
+        each_turn: bool = False,
+        tools: Tools = None,
+        all_turns: bool = False,
     ) -> Iterator[ParallelRecord]:
-        """One {"text", "answer_offset"} record for the last assistant turn, or for each one.
+        """A {"text", "targets", "rendered"} record whose target is the last assistant turn.
 
-        The first message is never an answer, nor is one whose `train` is false. Turns after the answer are
-        excluded: they would become targets. Raises RecordError.
+        each_turn: one record per assistant turn. all_turns: one record whose targets are all of them. The
+        first message is never an answer, nor is one whose `train` is false. Turns after the last answer are
+        left out. The token ids in training are those of `apply_chat_template`. Raises RecordError.
         """
         answers = [
             index
@@ -42,24 +47,64 @@ class ChatRenderer:
         ]
         if not answers:
             raise RecordError("has no assistant turn that answers something and is to be learnt")
-        for index in answers if each_turn else answers[-1:]:
-            yield in_template_form(messages[: index + 1], partial(self._record, tools))
+        targets = [answers] if all_turns else [[index] for index in answers]
+        for turns in targets if each_turn else targets[-1:]:
+            yield in_template_form(messages[: turns[-1] + 1], partial(self._record, tools, turns))
 
-    def _record(self, tools: Tools, messages: list[Message]) -> ParallelRecord:
-        text, prompt_length = self._render_answer(messages[:-1], messages[-1], tools)
-        check_rendered(messages, tools, {len(messages) - 1}, self._render)
-        return {"text": text, "answer_offset": answer_offset(self._tokenizer, text, prompt_length)}
+    def _record(self, tools: Tools, answers: list[int], messages: list[Message]) -> ParallelRecord:
+        """One record with the answers at these indices as targets."""
+        text = self._render(messages, tools)
+        ids = token_spans(self._tokenizer, text).ids
+        targets = [list(self._answer_tokens(ids, messages[: index + 1], tools)) for index in answers]
+        check_rendered(messages, tools, set(answers), self._render)
+        return {"text": text, "targets": targets, "rendered": True}
 
-    def _render_answer(self, context: list[Message], answer: Message, tools: Tools) -> tuple[str, int]:
-        """The text, and the number of its characters before the answer."""
-        text = self._render([*context, answer], tools)
+    def _answer_tokens(self, ids: list[int], turns: list[Message], tools: Tools) -> tuple[int, int]:
+        """First and last token (excluded) of the answer that ends `turns`, in a longer conversation `ids`."""
+        text = self._render(turns, tools)
+        spans = token_spans(self._tokenizer, text)
+        start = first_target(spans, self._prompt_length(text, turns[:-1], tools))
+        end = common_length(spans.ids, ids)
+        if end <= start or not all(map(self._is_mark, spans.ids[end:])):
+            raise RecordError(
+                "has an answer that the chat template renders differently once a turn follows it, so not all "
+                "turns can be targets of one record; set all_turns=false"
+            )
+        return start, self._without_final_space(ids, start, end)
+
+    def _prompt_length(self, text: str, context: list[Message], tools: Tools) -> int:
+        """Number of characters of the text before its last turn, which is the answer."""
         prompt = self._render(context, tools, add_generation_prompt=True)
         if text.startswith(prompt):
-            return text, len(prompt)
-        # Some generation prompts hold more than a finished turn, such as the start of a reasoning section.
-        if text.startswith(self._render(context, tools)):
-            return text, common_length(text, prompt)
-        raise RecordError("is rendered differently by the chat template with and without its last turn")
+            return len(prompt)
+        if not text.startswith(self._render(context, tools)):
+            raise RecordError("is rendered differently by the chat template with and without its last turn")
+        length = common_length(text, prompt)
+        warnings.warn(
+            f"base_model={self._tokenizer.name_or_path}: its chat template begins an answer with "
+            f"{prompt[length:]!r} in decoding, and without it in training",
+            UserNotice,
+            stacklevel=2,
+        )
+        return length
+
+    def _without_final_space(self, ids: list[int], start: int, end: int) -> int:
+        """The end of an answer without the white space that the template writes after its end token."""
+        last = end
+        while last > start and self._is_blank(ids[last - 1]):
+            last -= 1
+        return last if last > start and ids[last - 1] in self._added_tokens else end
+
+    def _is_mark(self, token: int) -> bool:
+        """Whether a token is white space or an added token, such as one that ends a turn."""
+        return token in self._added_tokens or self._is_blank(token)
+
+    def _is_blank(self, token: int) -> bool:
+        return not str(self._tokenizer.decode([token])).strip()
+
+    @cached_property
+    def _added_tokens(self) -> frozenset[int]:
+        return frozenset(self._tokenizer.added_tokens_decoder)
 
     def _render(self, messages: list[Message], tools: Tools, add_generation_prompt: bool = False) -> str:
         template_messages = [{key: turn[key] for key in turn if key != "train"} for turn in messages]
@@ -72,19 +117,16 @@ class ChatRenderer:
         return str(text)
 
 
-def answer_offset(tokenizer: PreTrainedTokenizerBase, text: str, prompt_length: int) -> int:
+def first_target(spans: TokenSpans, prompt_length: int) -> int:
     """Index of the first token that holds none of the first `prompt_length` characters.
 
-    The text is tokenised as in training. A token across the boundary is not a target, since decoding never
-    generates it. Raises RecordError if no token is left.
+    A token across the boundary is not a target, since decoding never generates it. Raises RecordError if no
+    token is left.
     """
-    spans = token_spans(tokenizer, text)
-    # 1 for BOS, unless the chat template has written it.
-    added_tokens = len(encode_text(tokenizer, text, first=True)) - len(spans)
     for index, start in enumerate(spans.starts):
         # White space that is excluded from a span lies in the gap before it, so the previous token must reach
         # the boundary.
         previous_end = spans.ends[index - 1] if index else 0
         if start >= prompt_length <= previous_end:
-            return added_tokens + index
+            return index
     raise RecordError("has no answer token that starts after the prompt")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import takewhile
 from typing import Any
 
 import numpy as np
 
 from parallelmind.data.convert.conversation import Message, system_text, turns_of, with_system
 from parallelmind.data.convert.exchange import exchange_turns, parse_history
+from parallelmind.data.convert.render_check import common_length
 from parallelmind.data.convert.source_records import ParallelRecord
 from parallelmind.data.records import RecordError
 from parallelmind.layout import Mask, Tokens
@@ -37,7 +37,7 @@ def rendered_preference(chosen: Tokens, rejected: Tokens) -> ParallelRecord:
     branch is never a target.
     """
     samples = (chosen, rejected)
-    shared = _common_length(*(sample.ids.tolist() for sample in samples))
+    shared = common_length(*(sample.ids.tolist() for sample in samples))
     length = min(shared, *(int(sample.targets.argmax()) for sample in samples)) - 1
     branches = [
         {"input_ids": sample.ids[length:].tolist(), "targets": _spans(sample.targets[length:])}
@@ -64,7 +64,7 @@ def preference_turns(value: dict[str, Any], prompt: list[Message]) -> list[list[
         with_system([*earlier, *_conversation(prompt, value[key], key)], system_text(value))
         for key in ANSWER_KEYS
     ]
-    shared = _common_length(*conversations)
+    shared = common_length(*conversations)
     if any(len(conversation) == shared for conversation in conversations):
         raise RecordError("has no turn in which chosen and rejected differ")
     return [
@@ -81,11 +81,6 @@ def _conversation(prompt: list[Message], answer: Any, key: str) -> list[Message]
     if turns[0]["role"] != "assistant":
         raise RecordError(f"{key} begins with another {turns[0]['role']} turn than the prompt")
     return [*prompt, *turns]
-
-
-def _common_length(first: list[Any], second: list[Any]) -> int:
-    """Number of equal items at the start of two lists."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def _contents(turns: list[Message]) -> list[tuple[str, str]]:

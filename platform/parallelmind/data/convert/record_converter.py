@@ -72,7 +72,7 @@ class RecordConverter:
 
     def _conversation(self, kind: Kind, value: dict[str, Any]) -> Iterable[ParallelRecord]:
         messages = parse_messages(value, kind.required[0])
-        return self._chat.records(messages, self._settings.each_turn, parse_tools(value))
+        return self._rendered(messages, parse_tools(value))
 
     def _pair(self, kind: Kind, value: dict[str, Any]) -> Iterable[ParallelRecord]:
         """A pair of texts, or of turns."""
@@ -83,7 +83,11 @@ class RecordConverter:
         completion = turns_of(value[completion_key], completion_key, "assistant")
         turns = [*exchange_turns(parse_history(value.get("history"))), *prompt, *completion]
         messages = with_system(turns, system_text(value))
-        return self._chat.records(messages, self._settings.each_turn, parse_tools(value))
+        return self._rendered(messages, parse_tools(value))
+
+    def _rendered(self, messages: list[Message], tools: Tools) -> Iterable[ParallelRecord]:
+        settings = self._settings
+        return self._chat.records(messages, settings.each_turn, tools, settings.all_turns)
 
     def _exchange(self, kind: Kind, value: dict[str, Any]) -> Iterable[ParallelRecord]:
         exchange = parse_exchange(value, *kind.required)

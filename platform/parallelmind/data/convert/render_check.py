@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import product, takewhile
 from typing import Any, TypeVar
 
@@ -72,11 +72,11 @@ def _part(messages: list[Message], tools: Tools, index: int, text: str, render: 
     return text[start : common_length(text, render(messages[: index + 2], tools))]
 
 
-def common_length(text: str, other: str) -> int:
-    """Number of characters at the start that two texts share."""
-    if text.startswith(other):
-        return len(other)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, other, strict=False)))
+def common_length(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """Number of characters, or of items, at the start that two texts or lists share."""
+    if first[: len(second)] == second:
+        return len(second)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def _pieces(message: Message, is_target: bool) -> Iterator[str]:

@@ -34,6 +34,9 @@ class ConvertSettings(FrozenConfig):
     each_turn: bool = Field(
         False, description="messages, sharegpt: one record per assistant turn instead of the last turn only"
     )
+    all_turns: bool = Field(
+        False, description="messages, sharegpt: one record whose targets are all assistant turns"
+    )
     question_template: str = Field(
         " Question: {question}\nAnswer:", description="prompt of a branch that asks a question"
     )
@@ -60,6 +63,12 @@ class ConvertSettings(FrozenConfig):
             template = getattr(self, f"{name}_template")
             if f"{{{name}}}" not in template:
                 raise ValueError(f"{name}_template={template!r}: has no {{{name}}}; insert it")
+        return self
+
+    @model_validator(mode="after")
+    def _check_turns(self) -> Self:
+        if self.each_turn and self.all_turns:
+            raise ValueError("each_turn=true all_turns=true: contradict each other; give one of them")
         return self
 
     @model_validator(mode="after")

@@ -11,12 +11,14 @@ from parallelmind.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class TokenSpans:
-    """Spans of tokens. starts, ends: `[tokens]` offsets in characters, without special tokens.
+    """Tokens of a text, without those that a tokenizer adds around an input.
 
+    ids, starts, ends: `[tokens]` token ids and offsets in characters.
     A tokenizer may exclude white space at a token's edge from its span, and gives all tokens of one character
     the same span.
     """
 
+    ids: list[int]
     starts: list[int]
     ends: list[int]
 
@@ -31,11 +33,12 @@ def token_spans(tokenizer: PreTrainedTokenizerBase, text: str) -> TokenSpans:
             f"base_model={tokenizer.name_or_path}: its tokenizer does not report character offsets; "
             "give a model that has a tokenizer.json"
         )
-    offsets = tokenizer(
+    encoding = tokenizer(
         text,
         add_special_tokens=False,
         return_offsets_mapping=True,
         return_attention_mask=False,
         verbose=False,
-    ).offset_mapping
-    return TokenSpans([start for start, _ in offsets], [end for _, end in offsets])
+    )
+    offsets = encoding.offset_mapping
+    return TokenSpans(encoding.input_ids, [start for start, _ in offsets], [end for _, end in offsets])
