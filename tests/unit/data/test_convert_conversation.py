@@ -65,6 +65,12 @@ def test_arguments_and_empty_content_have_the_form_that_the_template_needs(templ
     ]
 
 
+def test_turns_and_tools_may_be_json_text() -> None:
+    value = {"messages": [USER, ANSWER], "tools": [TOOL]}
+    assert render({key: json.dumps(item) for key, item in value.items()}) == render(value)
+    assert render({"messages": [USER, ANSWER], "tools": "null"}) == render({"messages": [USER, ANSWER]})
+
+
 def test_sharegpt_calls_and_tools_are_those_of_messages() -> None:
     turns = [
         {"from": "human", "value": "and there?"},

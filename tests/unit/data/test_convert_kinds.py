@@ -46,6 +46,7 @@ def samples(record: Any) -> Tokens:
         ({"system_prompt": "Be brief.", **HISTORY}, [SYSTEM, user("who"), assistant("it")]),
         ({"system": "", "history": []}, []),
         ({"system": None, "history": None}, []),
+        ({"system": "", "history": '[["who", "it"]]'}, [user("who"), assistant("it")]),
     ],
 )
 def test_history_and_system_are_earlier_turns(beside: dict[str, Any], earlier: list[Any]) -> None:
@@ -72,14 +73,16 @@ def test_history_and_system_of_an_instruction_stand_in_the_text() -> None:
         ),
         ({"question": "who", "answer": "it", **HISTORY}, "has a history, which only a chat template"),
         ({**ALPACA, "tools": [TOOL]}, "has tools, which only a chat template renders; set chat=true"),
-        ({**ALPACA, "history": "who"}, "history is not a list of pairs"),
+        ({**ALPACA, "history": "who"}, "history is not JSON"),
+        ({**ALPACA, "history": '"who"'}, "history is not a list of pairs"),
+        ({"prompt": "who", "chosen": "it", "rejected": "it"}, "no difference between chosen and rejected"),
         ({**ALPACA, "history": [["who"]]}, "history is not a list of pairs"),
         ({**ALPACA, "history": [["who", ""]]}, "history[0][1] is empty"),
         ({**ALPACA, "context": 3}, "context is not text"),
         ({"chosen": "a", "rejected": "b"}, "has texts under chosen and rejected, and no prompt"),
         (
             {"chosen": [user("who")], "rejected": [user("who"), assistant("it")]},
-            "no turn in which chosen and",
+            "no difference between",
         ),
         (
             {"prompt": [user("who")], "chosen": [user("in"), assistant("it")], "rejected": "no"},

@@ -43,10 +43,11 @@ def parse_messages(value: Any, key: str) -> list[Message]:
 
 
 def parse_turns(turns: Any, where: str) -> list[Message]:
-    """A list of turns as messages. where: name of the list in errors. Raises RecordError."""
-    if not isinstance(turns, list) or not turns:
+    """A list of turns, or its JSON text, as messages. where: its name in errors. Raises RecordError."""
+    parsed = parse_json(turns, where)
+    if not isinstance(parsed, list) or not parsed:
         raise RecordError(f"has no list of turns under {where}")
-    messages = [_message(turn, f"{where}[{index}]") for index, turn in enumerate(turns)]
+    messages = [_message(turn, f"{where}[{index}]") for index, turn in enumerate(parsed)]
     return [message for message in messages if message["role"] != "system" or message["content"]]
 
 
@@ -164,7 +165,7 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
     if not isinstance(function, dict):
         raise RecordError(f"{where} is not a JSON object with a function")
     arguments = function.get("arguments")
-    arguments = {} if is_blank(arguments) else _parse_json(arguments, f"{where}.arguments")
+    arguments = {} if is_blank(arguments) else parse_json(arguments, f"{where}.arguments")
     if not isinstance(arguments, dict):
         raise RecordError(f"{where}.arguments is not a JSON object")
     check_surrogates(json.dumps(arguments, ensure_ascii=False, default=str), f"{where}.arguments")
@@ -177,16 +178,16 @@ def _json_list(value: Any, where: str) -> list[Any]:
     """A list that may be given as JSON text; one object is a list of one, and nothing is an empty list."""
     if is_blank(value):
         return []
-    parsed = _parse_json(value, where)
+    parsed = parse_json(value, where)
     if isinstance(parsed, dict):
         return [parsed]
-    if not isinstance(parsed, list):
+    if not isinstance(parsed, list | None):
         raise RecordError(f"{where} is not a list of JSON objects")
-    return parsed
+    return parsed or []
 
 
-def _parse_json(value: Any, where: str) -> Any:
-    """A value that may be given as JSON text."""
+def parse_json(value: Any, where: str) -> Any:
+    """A value that may be given as JSON text, as in a column of CSV. Raises RecordError."""
     try:
         return json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError) as error:

@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from parallelmind.data.convert.conversation import Message, Tools, parse_tools, system_text, with_system
+from parallelmind.data.convert.conversation import (
+    Message,
+    Tools,
+    parse_json,
+    parse_tools,
+    system_text,
+    with_system,
+)
 from parallelmind.data.convert.source_records import check_text, is_blank, required_text
 from parallelmind.data.records import RecordError
 
@@ -92,12 +99,13 @@ def _alpaca(request: str, task_input: str = "") -> str:
 
 
 def parse_history(value: Any) -> list[tuple[str, str]]:
-    """Earlier requests and responses, given as a list of pairs. Raises RecordError."""
+    """Earlier requests and responses, given as a list of pairs or its JSON text. Raises RecordError."""
     if is_blank(value):
         return []
-    if not isinstance(value, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in value):
+    pairs = parse_json(value, "history")
+    if not isinstance(pairs, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in pairs):
         raise RecordError("history is not a list of pairs of a request and a response")
     return [
         (check_text(request, f"history[{index}][0]"), check_text(response, f"history[{index}][1]"))
-        for index, (request, response) in enumerate(value)
+        for index, (request, response) in enumerate(pairs)
     ]

@@ -14,13 +14,17 @@ from parallelmind.data.records import RecordError
 from parallelmind.layout import Mask, Tokens
 
 ANSWER_KEYS = ("chosen", "rejected")  # branch 0 and branch 1
+_NO_DIFFERENCE = "has no difference between chosen and rejected"
 
 
 def preference_record(chosen: ParallelRecord, rejected: ParallelRecord) -> ParallelRecord:
     """One record from two records of the same prompt with their completions; branch 0 is the chosen one.
 
     The last word of the prompt stands in the branches: the first token of a branch is never a target.
+    Raises RecordError.
     """
+    if chosen == rejected:
+        raise RecordError(_NO_DIFFERENCE)
     prompt: str = chosen["prompt"]
     before, *last_word = prompt.rsplit(maxsplit=1)
     main = before if last_word else prompt[:-1]
@@ -66,7 +70,7 @@ def preference_turns(value: dict[str, Any], prompt: list[Message]) -> list[list[
     ]
     shared = common_length(*conversations)
     if any(len(conversation) == shared for conversation in conversations):
-        raise RecordError("has no turn in which chosen and rejected differ")
+        raise RecordError(_NO_DIFFERENCE)
     return [
         [{**turn, "train": turn["train"] and index >= shared} for index, turn in enumerate(conversation)]
         for conversation in conversations
