@@ -13,8 +13,7 @@ from parallelmind.data.lines import Line, read_lines
 from parallelmind.data.packing import EpochSeed, TokenRecord, sample_batches
 from parallelmind.data.records import Record
 from parallelmind.data.survey import BadLine, Survey, check_line
-from parallelmind.data.tokenise import tokenise_stream
-from parallelmind.errors import UserError
+from parallelmind.data.tokenise import nothing_left, tokenise_stream
 from parallelmind.layout import Ints, Layout, Tokens, arrange
 from workloads.data.statistics import LengthStatistics
 
@@ -77,11 +76,7 @@ class Inspection:
         if not self.survey.records:
             self.survey.raise_if_unusable(config, "data_path")
         if not self.statistics.branch_tokens:
-            raise UserError(
-                f"max_branch_tokens={config.max_branch_tokens} max_sample_tokens={config.max_sample_tokens} "
-                f"overlong={config.overlong}: leave none of {self.survey.branches:,} branches; "
-                "raise the limits, set overlong=truncate, or lower the answer offsets"
-            )
+            raise nothing_left(self.survey.branches, config)
 
     def _tokenise(self, records: Iterator[Record]) -> Iterator[TokenRecord]:
         for record in tokenise_stream(records, self._tokenizer, self._config):

@@ -13,7 +13,10 @@ import workloads.common.ray_env  # noqa: F401  (before Ray)
 # isort: split
 from parallelmind.config import TrainConfig
 from parallelmind.config.yaml_file import save_yaml
+from parallelmind.data.epoch_estimate import EpochEstimate
 from parallelmind.data.pipeline import estimate_first_epoch, read_held_out
+from parallelmind.data.survey import Survey
+from parallelmind.data.tokenise import nothing_left
 from parallelmind.errors import UserError
 from parallelmind.model.base_model import load_meta_model, load_tokenizer
 from parallelmind.model.manifest import read_adapter
@@ -99,11 +102,7 @@ def prepare(
     data = survey_data(files, config.data, vocabulary_size, run_dir.quarantine_file)
     if shared.data_fingerprint not in (None, data.fingerprint):
         raise changed_data(config.data)
-    epoch = estimate_first_epoch(data.train, config.data, config.model, config.optimizer.seed)
-    print_estimate(epoch, config)
-    if files.validation:
-        pool = config.metrics.validation_samples
-        print_held_out(read_held_out(files.validation, pool, config.data, config.model), config)
+    epoch = check_limits(data.train, files, config)
     tracker = open_tracker(config, run_dir, data.train.fingerprint, shared.parent)
     tracker.set_tags(
         {
@@ -123,6 +122,21 @@ def prepare(
         threads=resources.threads_per_process(workers.num_workers * shared.concurrent_runs),
     )
     return PreparedRun(task, tracker, files, data.fingerprint)
+
+
+def check_limits(train: Survey, files: DataFiles, config: TrainConfig) -> EpochEstimate:
+    """Estimate the first epoch, and print what the limits remove from training and validation.
+
+    Raises UserError if they remove all of the training data.
+    """
+    epoch = estimate_first_epoch(train, config.data, config.model, config.optimizer.seed)
+    if epoch.exact and epoch.skipped == train.branches:
+        raise nothing_left(epoch.skipped, config.data)
+    print_estimate(epoch, config)
+    if files.validation:
+        pool = config.metrics.validation_samples
+        print_held_out(read_held_out(files.validation, pool, config.data, config.model), config)
+    return epoch
 
 
 def open_tracker(

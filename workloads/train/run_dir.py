@@ -154,7 +154,9 @@ def _unfinished_settings(path: RemotePath) -> dict[str, object] | None:
 
 
 def _differences(started_with: dict[str, object], config: TrainConfig) -> str:
-    current = config.model_dump(mode="json")
+    """The settings that differ. A run of an earlier version has later fields at their defaults."""
+    fields, current = config.flat_fields(), config.model_dump(mode="json")
+    started_with = {name: fields[name].default for name in config.later_fields()} | started_with
     return ", ".join(
         f"{name}={format_value(value)} (now {format_value(current[name])})"
         for name, value in started_with.items()

@@ -15,6 +15,7 @@ from parallelmind.data.files import FilePart
 from parallelmind.data.packing import TokenRecord
 from parallelmind.data.records import Record, Spans, TextOrIds
 from parallelmind.data.survey import read_records
+from parallelmind.errors import UserError
 from parallelmind.layout import Mask, Tokens
 
 if TYPE_CHECKING:
@@ -171,6 +172,15 @@ def _excess(ids: list[int], targets: Mask | None, bos: list[int], config: DataCo
         first_possible = left.stop if start else left.stop + 1  # a token precedes the first target
         return None if targets[:first_possible].any() else left
     return left if config.truncate_side == "left" else range(limit, len(ids))
+
+
+def nothing_left(branches: int, config: DataConfig) -> UserError:
+    """The error for data of which the length limits leave nothing. branches: the number of skipped ones."""
+    return UserError(
+        f"max_branch_tokens={config.max_branch_tokens} max_sample_tokens={config.max_sample_tokens} "
+        f"overlong={config.overlong}: leave none of {branches:,} branches; "
+        "raise the limits, set overlong=truncate, or lower the answer offsets"
+    )
 
 
 def limit_notes(truncated: int, skipped: int, config: DataConfig, about: str = "") -> list[str]:

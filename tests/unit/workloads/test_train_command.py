@@ -53,6 +53,17 @@ def test_other_settings_are_refused_by_name(unfinished: TrainConfig) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_a_field_that_the_unfinished_run_does_not_have_is_at_its_default(unfinished: TrainConfig) -> None:
+    """The run was started by a version without the field."""
+    file = RunDir.of(unfinished).path.local / "config.yaml"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(line for line in lines if not line.startswith("truncate_side")))
+    check_no_changed_run(unfinished, RunDir.of(unfinished))
+    config = changed(unfinished, truncate_side="left")
+    with pytest.raises(UserError, match=r"has truncate_side=right \(now left\); use its values"):
+        check_no_changed_run(config, RunDir.of(config))
+
+
 @pytest.mark.parametrize(
     "values", [{"num_workers": 4, "min_workers": 2}, {"sharding": "full"}, {"keep_checkpoints": 9}]
 )

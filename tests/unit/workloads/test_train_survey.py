@@ -14,12 +14,12 @@ from tiny import save_tiny, tiny_tokenizer
 from parallelmind.config import ModelConfig, TrainConfig
 from parallelmind.data.duplicates import ALL_BYTES
 from parallelmind.data.epoch_estimate import EpochEstimate
-from parallelmind.data.pipeline import start_batch_server
+from parallelmind.data.pipeline import start_batch_server, survey_files
 from parallelmind.errors import UserError
 from parallelmind.model.vocabulary import check_vocabulary
 from parallelmind.remote import RemotePath
 from workloads.train.data_files import DataFiles
-from workloads.train.prepare import begin
+from workloads.train.prepare import begin, check_limits
 from workloads.train.run_dir import RunDir
 from workloads.train.survey import print_estimate, survey_data
 
@@ -31,6 +31,10 @@ def write(path: Path, *records: dict[str, Any]) -> str:
 
 def texts(*values: str) -> list[dict[str, Any]]:
     return [{"text": value} for value in values]
+
+
+def warnings(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
 
 
 def survey(tmp_path: Path, config: TrainConfig) -> None:
@@ -69,6 +73,25 @@ def test_counts_from_a_share_of_the_hashes_are_called_estimates(
     out, err = capsys.readouterr()
     assert ", about " in out
     assert ": about " in err
+
+
+def test_what_the_limits_remove_is_printed_and_data_without_a_rest_is_refused(
+    with_tokenizer: Callable[..., ModelConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = write(tmp_path / "long.jsonl", {"text": "who " * 9, "answer_offset": 30})
+    both = write(tmp_path / "both.jsonl", {"text": "who " * 9}, {"text": "who " * 9, "answer_offset": 30})
+    settings = {"base_model": with_tokenizer().base_model, "max_branch_tokens": 8}
+    config = TrainConfig.model_validate({"data_path": both, "validation_path": long, **settings})
+    assert check_limits(survey_files([both], config.data), DataFiles.find(config.data), config).batches == 1
+    cut, skipped, held_out = warnings(capsys)
+    assert (
+        "max_branch_tokens=8 overlong=truncate truncate_side=right: 1 mains and branches are too long" in cut
+    )
+    assert "max_sample_tokens=4096: 1 branches are skipped" in skipped
+    assert f"validation_path={long} max_branch_tokens=8" in held_out
+    nothing = TrainConfig.model_validate({"data_path": long, **settings})
+    with pytest.raises(UserError, match="max_branch_tokens=8 .*: leave none of 1 branches; raise the limits"):
+        check_limits(survey_files([long], nothing.data), DataFiles.find(nothing.data), nothing)
 
 
 ESTIMATE = EpochEstimate(batches=10, truncated=0, skipped=0, exact=True)
@@ -138,7 +161,7 @@ def test_tokens_without_a_row_and_a_missing_end_token_are_told_before_ray_starts
     model = with_tokenizer("<new>", "<newer>", eos_token=None)
     config = TrainConfig(data_path="-", base_model=model.base_model, output_dir=str(tmp_path))
     assert begin(config, RunDir.of(config)) == 302
-    first, second = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    first, second = warnings(capsys)
     assert f"base_model={model.base_model}: the embedding has 300 rows, and none for 2 tokens" in first
     assert "(the first: '<new>')" in first
     assert "the tokenizer has no end token" in second
