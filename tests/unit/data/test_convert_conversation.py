@@ -118,6 +118,12 @@ def test_answer_that_the_template_leaves_out_is_bad(
         render({"messages": [USER, {**ANSWER, **change}]}, template)
 
 
+def test_reason_is_that_of_the_form_that_is_rendered() -> None:
+    messages = [USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+    with pytest.raises(RecordError, match="has tools, which the chat template leaves out"):
+        render({"messages": messages, "tools": [TOOL]}, AS_TEXT.replace("if tools", "if false"))
+
+
 def test_context_that_the_template_leaves_out_is_bad() -> None:
     without_system = PLAIN.replace("messages", "messages if m.role != 'system'", 1)
     with pytest.raises(RecordError, match="has 'Be brief.', which the chat template leaves out"):

@@ -164,6 +164,17 @@ def test_preference_of_turns_has_the_tokens_of_both_conversations(value: dict[st
         assert [False] * len(main) + mask.tolist() == alone.targets.tolist()
 
 
+def test_turns_in_which_a_preference_differs_are_targets() -> None:
+    shared, ends = (
+        [user("who"), assistant("it")],
+        ([assistant("a"), user("b"), assistant("c")], [assistant("d")]),
+    )
+    chosen, rejected = ([*shared, user("and?"), *end] for end in ends)
+    (record,) = convert([{"chosen": chosen, "rejected": rejected}])
+    tokens = samples(record)
+    assert TOKENIZER.decode(tokens.ids[tokens.targets]) == "a</s>c</s>d</s>"
+
+
 def unused(values: list[Any], **settings: Any) -> dict[str, int]:
     converter = Converter(ConvertSettings.model_validate(settings), lambda: TOKENIZER)
     list(converter.convert_records(SourceRecord("0", value) for value in values))

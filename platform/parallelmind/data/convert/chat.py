@@ -10,7 +10,12 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from parallelmind.data.convert.conversation import Message, Tools
-from parallelmind.data.convert.render_check import check_rendered, common_length, in_template_form
+from parallelmind.data.convert.render_check import (
+    TemplateRefusedError,
+    check_rendered,
+    common_length,
+    in_template_form,
+)
 from parallelmind.data.convert.source_records import ParallelRecord
 from parallelmind.data.convert.token_spans import TokenSpans, token_spans
 from parallelmind.data.records import RecordError
@@ -113,7 +118,7 @@ class ChatRenderer:
                 template_messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except (TemplateError, TypeError, KeyError, ValueError) as error:
-            raise RecordError(f"is refused by the chat template: {first_line(error)}") from error
+            raise TemplateRefusedError(f"is refused by the chat template: {first_line(error)}") from error
         return str(text)
 
 

@@ -122,8 +122,8 @@ class RecordConverter:
         return turns_of(value[prompt_key], prompt_key, "user") if prompt_key else []
 
     def _tokens(self, messages: list[Message], tools: Tools) -> Tokens:
-        """A conversation as a sample of one branch, in which the last answer is the target."""
-        (record,) = self._chat.records(messages, each_turn=False, tools=tools)
+        """A conversation as a sample of one branch, in which every turn that is to be learnt is a target."""
+        (record,) = self._chat.records(messages, tools=tools, all_turns=True)
         (tokenised,) = tokenise([parse_value(record)], self._tokenizer, _UNLIMITED)
         if tokenised.tokens is None:
             raise RecordError("has no answer token that starts after the prompt")

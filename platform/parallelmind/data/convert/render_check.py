@@ -17,11 +17,16 @@ ResultT = TypeVar("ResultT")
 _MAX_EXCERPT = 60  # characters
 
 
+class TemplateRefusedError(RecordError):
+    """The chat template raises an error for a conversation."""
+
+
 def in_template_form(messages: list[Message], convert: Callable[[list[Message]], ResultT]) -> ResultT:
     """The result for the first form of the messages that `convert` accepts.
 
     Chat templates expect the arguments of a call as an object or as JSON text, and content beside it that is
-    empty as "" or as None. Raises the RecordError of the first form if all are refused.
+    empty as "" or as None. If no form is accepted, raises the RecordError of the first one that the template
+    renders, or else of the first one.
     """
     if not any(message.get("tool_calls") for message in messages):
         return convert(messages)
@@ -31,7 +36,7 @@ def in_template_form(messages: list[Message], convert: Callable[[list[Message]],
             return convert([_in_form(message, write_arguments, empty) for message in messages])
         except RecordError as error:
             errors.append(error)
-    raise errors[0]
+    raise min(errors, key=lambda error: isinstance(error, TemplateRefusedError))
 
 
 def _in_form(message: Message, write_arguments: Callable[[Any], str] | None, empty: str | None) -> Message:
