@@ -20,6 +20,7 @@ from parallelmind import cli
 from parallelmind.config import TrainConfig
 from parallelmind.errors import UserError
 from parallelmind.evaluation.facts import write_facts
+from parallelmind.redaction import redact_uri
 from parallelmind.tracking import absolute_uri
 from workloads.common.read_config import read_config
 from workloads.train.run_dir import RunDir
@@ -106,7 +107,7 @@ def _print_next_steps(adapter: Path, mlflow_uri: str, seconds: float) -> None:
     print(f"""
 {seconds / 60:.1f} minutes in all. Where to look next:
   adapter   {adapter}
-  metrics   .venv/bin/mlflow ui --host 127.0.0.1 --backend-store-uri {mlflow_uri}
+  metrics   .venv/bin/mlflow ui --host 127.0.0.1 --backend-store-uri {redact_uri(mlflow_uri)}
   chat      .venv/bin/python -m workloads.chat lora_path={adapter}
   serve     .venv/bin/python -m serving lora_path={adapter} port=8000
   generate  .venv/bin/python -m workloads.generate lora_path={adapter} prompt="The sky is"

@@ -23,7 +23,9 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from parallelmind.config import FrozenConfig, resolve
 from parallelmind.config.resolve import without_metadata
+from parallelmind.crash_report import crash_report
 from parallelmind.errors import UserError, UserNotice
+from parallelmind.redaction import redact_uri
 
 ConfigT = TypeVar("ConfigT", bound=FrozenConfig)
 T = TypeVar("T")
@@ -39,6 +41,8 @@ def run(main: Callable[[list[str]], None]) -> None:
     """Call `main` with the arguments.
 
     A UserError and a file that this user may not open print one line and exit with 2. Ctrl-C exits with 130.
+    Any other exception prints its last frames and exits with 1. It must not reach `sys.excepthook`: that of
+    Ray calls the cluster, and blocks for a minute if the cluster is gone.
     """
     warnings.formatwarning = _one_line
     try:
@@ -52,6 +56,9 @@ def run(main: Callable[[list[str]], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        print(f"Traceback (last frames):\n{crash_report(error)}", file=sys.stderr, flush=True)
+        sys.exit(1)
 
 
 _format_warning = warnings.formatwarning
@@ -60,7 +67,7 @@ _format_warning = warnings.formatwarning
 def _one_line(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> str:
     """A UserNotice without its location in the code; any other warning in the usual format."""
     if issubclass(category, UserNotice):
-        return f"note: {message}\n"
+        return f"note: {redact_uri(str(message))}\n"
     return _format_warning(message, category, *args, **kwargs)
 
 

@@ -10,9 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from parallelmind.redaction import redact_uri
+
 
 class UserError(ValueError):
-    """A wrong value. The message names the field, the value and the remedy in one line."""
+    """A wrong value. The message names the field, the value and the remedy in one line, without passwords."""
+
+    def __init__(self, message: object) -> None:
+        super().__init__(redact_uri(str(message)))
 
 
 class CapacityError(UserError):

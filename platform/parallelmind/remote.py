@@ -21,6 +21,7 @@ from fsspec.implementations.arrow import ArrowFSWrapper
 from fsspec.implementations.local import LocalFileSystem
 
 from parallelmind.errors import UserError, first_line
+from parallelmind.redaction import redact_uri
 from parallelmind.storage import atomic_binary_file, cache_dir, expand_home, process_lock
 
 _COPY_BYTES = 1 << 24  # copied at a time
@@ -69,8 +70,14 @@ class RemotePath:
         """A file or folder in this folder."""
         return RemotePath(self.local / name, self.uri and f"{self.uri}/{name}", self.field)
 
-    def __str__(self) -> str:
+    @property
+    def location(self) -> str:
+        """The URI, or the local path."""
         return self.uri or str(self.local)
+
+    def __str__(self) -> str:
+        """`location` as it is shown: without passwords."""
+        return redact_uri(self.location)
 
     def read_bytes(self) -> bytes | None:
         """The content of this file at the URI, or None if it does not exist."""

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Self
+from urllib.parse import quote
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
@@ -28,6 +29,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from parallelmind.config import FrozenConfig
 from parallelmind.errors import UserError, first_line
+from parallelmind.redaction import HIDDEN, has_hidden_part, redact_uri
 from parallelmind.tracking_database import ensure_database
 
 _SQLITE = "sqlite:///"
@@ -49,7 +51,13 @@ for _name in ("alembic", "mlflow.store.db.utils"):
 
 
 def absolute_uri(uri: str) -> str:
-    """The URI with a relative SQLite path resolved against the current working directory."""
+    """The URI with a relative SQLite path resolved against the current working directory.
+
+    A password that config.yaml does not hold is taken from $MLFLOW_TRACKING_PASSWORD. Raises UserError if it
+    is not set.
+    """
+    if has_hidden_part(uri):
+        return _with_password(uri)
     file = sqlite_file(uri)
     _, mark, query = uri.partition("?")
     return f"{_SQLITE}{file}{mark}{query}" if file else uri
@@ -60,6 +68,16 @@ def sqlite_file(uri: str) -> Path | None:
     path = uri.removeprefix(_SQLITE).partition("?")[0]
     is_file = uri.startswith(_SQLITE) and path and not path.startswith((":", "file:"))
     return Path(path).absolute() if is_file else None
+
+
+def _with_password(uri: str) -> str:
+    password = os.environ.get("MLFLOW_TRACKING_PASSWORD")
+    if password is None or f":{HIDDEN}@" not in uri:
+        raise UserError(
+            f"mlflow_uri={uri}: passwords are not stored; give mlflow_uri again, or set "
+            "$MLFLOW_TRACKING_PASSWORD to the password"
+        )
+    return uri.replace(f":{HIDDEN}@", f":{quote(password, safe='')}@", 1)
 
 
 def _connect(uri: str) -> MlflowClient:
@@ -155,8 +173,9 @@ class Tracker:
         self._client.log_artifact(self.run_id, str(path))
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
-        """Set tags; values are converted to text."""
-        self._client.log_batch(self.run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
+        """Set tags; values are converted to text, without passwords."""
+        texts = [RunTag(key, redact_uri(str(value))) for key, value in tags.items()]
+        self._client.log_batch(self.run_id, tags=texts)
 
     def finish(self, status: str = "FINISHED") -> None:
         """End the run as FINISHED, FAILED or KILLED. A run that has this status keeps its end time."""
@@ -258,7 +277,7 @@ def _artifact_location(uri: str) -> str | None:
 
 
 def _log_params(client: MlflowClient, run_id: str, values: Mapping[str, Any]) -> None:
-    params = [Param(key, str(value)) for key, value in values.items()]
+    params = [Param(key, redact_uri(str(value))) for key, value in values.items()]
     for start in range(0, len(params), _MAX_PARAMS_PER_REQUEST):
         client.log_batch(run_id, params=params[start : start + _MAX_PARAMS_PER_REQUEST])
 

@@ -19,16 +19,18 @@ PACKAGES = (*PRODUCTION, "benchmarks", "tools")
 
 _FOUNDATION = {"errors", "config", "layout", "outputs", "storage", "remote", "visibility"}
 MAY_IMPORT = {
-    "errors": set(),
+    "redaction": set(),
+    "errors": {"redaction"},
     "outputs": {"errors", "storage"},
     "storage": set(),
-    "remote": {"errors", "storage"},
-    "config": {"errors", "storage"},
+    "remote": {"errors", "redaction", "storage"},
+    "config": {"errors", "redaction", "storage"},
     "layout": {"errors", "config"},
     "visibility": {"config", "layout"},
-    "cli": {"errors", "config"},
+    "cli": {"errors", "config", "crash_report", "redaction"},
+    "crash_report": {"errors", "redaction"},
     "ray_env": set(),
-    "tracking": {"errors", "config", "tracking_database"},
+    "tracking": {"errors", "config", "redaction", "tracking_database"},
     "tracking_database": {"storage"},
     "model": _FOUNDATION,
     "data": {*_FOUNDATION, "model"},  # the pipeline's workers load the base model's tokenizer

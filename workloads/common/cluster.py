@@ -71,7 +71,7 @@ def _init_ray(address: str, forward_output: bool) -> None:
         ray.init(
             address,
             logging_level=logging.ERROR,
-            logging_config=ray.LoggingConfig(log_level="ERROR"),
+            logging_config=ray.LoggingConfig(log_level="CRITICAL"),
             log_to_driver=forward_output,
             **options,
         )

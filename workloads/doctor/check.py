@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from parallelmind.errors import UserError, first_line
+from parallelmind.redaction import redact_uri
 from workloads.doctor.config import DoctorConfig
 
 Status = Literal["ok", "warn", "FAIL", "skip"]
@@ -21,9 +22,9 @@ class CheckResult:
     remedy: str = ""
 
     def line(self, name: str) -> str:
-        """The result in one line; line breaks in the message become spaces."""
+        """The result in one line, without passwords; line breaks in the message become spaces."""
         text = "; ".join(filter(None, (self.message, self.remedy)))
-        return f"{self.status:4}  {name:10}  {' '.join(text.split())}"
+        return redact_uri(f"{self.status:4}  {name:10}  {' '.join(text.split())}")
 
 
 @dataclass(frozen=True, slots=True)

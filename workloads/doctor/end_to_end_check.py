@@ -48,8 +48,8 @@ def _train_and_decode(config: DoctorConfig, run_dir: RemotePath) -> list[str]:
     train = TrainConfig(
         name="doctor",
         base_model=config.base_model,
-        data_path=str(data),
-        output_dir=str(run_dir),
+        data_path=data.location,
+        output_dir=run_dir.location,
         mlflow_uri=f"sqlite:///{run_dir.local}/mlflow.db",
         ray_address=config.ray_address,
         use_gpu=config.use_gpu,
@@ -57,7 +57,7 @@ def _train_and_decode(config: DoctorConfig, run_dir: RemotePath) -> list[str]:
         lora_rank=4,
     )
     adapter = run_training(train).result
-    model, tokenizer = pm.load_model_with_lora(base_model=config.base_model, lora_path=str(adapter))
+    model, tokenizer = pm.load_model_with_lora(base_model=config.base_model, lora_path=adapter.location)
     (record,) = facts_records(1, seed=2, branches=_BRANCHES)
     sample = pm.Sample(record["main"], [branch["prompt"] for branch in record["branches"]])
     return pm.generate(model, tokenizer, sample, max_new_tokens=4)

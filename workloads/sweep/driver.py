@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from uuid import uuid4
 
 import workloads.sweep.tune_env  # noqa: F401  (before Ray)
@@ -18,7 +19,7 @@ from workloads.sweep.config import SweepConfig
 from workloads.sweep.journal import Journal
 from workloads.sweep.progress import ProgressView
 from workloads.sweep.scheduler import stop_trial
-from workloads.sweep.trainable import SweepContext
+from workloads.sweep.trainable import TRIALS, SweepContext
 from workloads.sweep.tune import run_trials
 
 
@@ -77,7 +78,8 @@ def _run_trials(context: SweepContext, journal: Journal) -> bool:
             hook()
         for trial in list(journal.trials.values()):
             if trial.folder and not trial.ended:
-                stop_trial(trial.folder)
+                folder = context.sweep_dir.child(TRIALS).child(Path(trial.folder).name)
+                stop_trial(folder.location)
 
     config = context.config
     planned = _count_trials(config)

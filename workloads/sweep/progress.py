@@ -40,6 +40,9 @@ class ProgressView:
     ) -> None:
         if self._live:
             self._live.stop()
+            for trial in self._journal.trials.values():
+                if trial.error:
+                    print(f"trial {trial.number} failed: {trial.error}", flush=True)
 
     def update(self, number: int) -> None:
         """Print a line for a trial whose status or step has changed; a terminal's table draws itself."""

@@ -13,6 +13,7 @@ import workloads.sweep.tune_env  # noqa: F401  (before Ray)
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
+from parallelmind.redaction import redact_uri
 from parallelmind.remote import RemotePath
 from workloads.sweep.config import SweepConfig
 from workloads.sweep.journal import Journal
@@ -74,7 +75,7 @@ class JournalingScheduler(StatelessPickle, FIFOScheduler):
         self._on_change(trial.config["number"])
 
     def _record_start(self, number: int, result: dict[str, Any]) -> None:
-        self._journal.set_location(number, result["folder"], result["run_id"])
+        self._journal.set_location(number, redact_uri(result["folder"]), result["run_id"])
         if "data" in result and "data" not in self._journal.notes:
             self._journal.add_notes(data=result["data"])
         if self.stopping:

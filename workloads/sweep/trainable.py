@@ -15,6 +15,7 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from parallelmind.config import TrainConfig
+from parallelmind.crash_report import crash_line
 from parallelmind.errors import UserError, UserNotice, first_line
 from parallelmind.model.manifest import MANIFEST
 from parallelmind.remote import RemotePath
@@ -26,6 +27,8 @@ from workloads.train.fit import fit
 from workloads.train.prepare import SharedRunContext, begin, prepare
 from workloads.train.provenance import save_loss_plot
 from workloads.train.run_dir import RunDir
+
+TRIALS = "trials"  # folder of the trials' runs in the sweep's folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,7 @@ class SweepContext:
 
     def trial_config(self, number: int, settings: dict[str, Any]) -> TrainConfig:
         """The configuration of a trial's run. Raises UserError if training rejects the settings."""
-        return self.config.trial_config(number, settings, str(self.sweep_dir.child("trials")))
+        return self.config.trial_config(number, settings, self.sweep_dir.child(TRIALS).location)
 
 
 def run_trial(trial: dict[str, Any], context: SweepContext) -> None:
@@ -55,10 +58,10 @@ def run_trial(trial: dict[str, Any], context: SweepContext) -> None:
     try:
         config = context.trial_config(trial["number"], trial["settings"])
         tune.report(_train(config, context, trial["data"]))
-    except Exception as error:
-        if not isinstance(error, UserError):
-            logging.getLogger(__name__).exception("trial %d failed", trial["number"])
+    except UserError as error:
         tune.report({"status": "failed", "error": first_line(error)})
+    except Exception as error:
+        tune.report({"status": "failed", "error": crash_line(error)})
 
 
 def _train(config: TrainConfig, context: SweepContext, data: str | None) -> dict[str, Any]:
@@ -69,7 +72,7 @@ def _train(config: TrainConfig, context: SweepContext, data: str | None) -> dict
         manifest = run_dir.result.child(MANIFEST).read_bytes()
         if manifest is not None:  # the run finished before the sweep received its last report
             extra = json.loads(manifest)["extra"]
-            tune.report({"folder": str(run_dir), "run_id": extra["mlflow_run"]})
+            tune.report({"folder": run_dir.path.location, "run_id": extra["mlflow_run"]})
             return {"status": "finished", "step": extra["step"], "metrics": extra["metrics"]}
         vocabulary_size = begin(config, run_dir)
         shared = SharedRunContext(context.max_concurrent, context.parent_run_id, data)
@@ -77,7 +80,9 @@ def _train(config: TrainConfig, context: SweepContext, data: str | None) -> dict
             warnings.simplefilter("ignore", UserNotice)  # the driver has printed it
             files = DataFiles.find(config.data)
         run = prepare(config, run_dir, files, vocabulary_size, shared)
-        tune.report({"folder": str(run_dir), "run_id": run.tracker.run_id, "data": run.data_fingerprint})
+        tune.report(
+            {"folder": run_dir.path.location, "run_id": run.tracker.run_id, "data": run.data_fingerprint}
+        )
         with close_tracker(run.tracker) as set_outcome:
             outcome = fit(run, context.max_concurrent, [TuneReportCallback()])
             set_outcome(outcome)

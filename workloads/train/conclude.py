@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from parallelmind.redaction import redact_uri
 from parallelmind.tracking import Tracker
 from parallelmind.training.checkpoint_manager import checkpoint_names
 from parallelmind.training.outcome import Outcome
@@ -48,7 +49,8 @@ def conclude(run: PreparedRun, outcome: Outcome) -> None:
         raise KeyboardInterrupt
     print(
         f"run      {run_dir}\n{run_dir.result_name:8} {run_dir.result}\nloss     {run_dir.loss_plot}\n"
-        f"mlflow   run {run.tracker.run_id}\n         mlflow ui --backend-store-uri {run.tracker.uri}",
+        f"mlflow   run {run.tracker.run_id}\n"
+        f"         mlflow ui --backend-store-uri {redact_uri(run.tracker.uri)}",
         flush=True,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,10 +13,11 @@ import workloads.common.ray_env  # noqa: F401  (before Ray)
 # isort: split
 import ray.train
 import torch.distributed
-from ray.train import UserCallback
+from ray.train import UserCallback, WorkerGroupError
 from ray.train.torch import TorchTrainer
 
 from parallelmind.config import WorkersConfig
+from parallelmind.crash_report import root_cause
 from parallelmind.data.pipeline import start_batch_server
 from parallelmind.errors import UserError, first_line
 from parallelmind.training.checkpoint_manager import checkpoint_names
@@ -33,7 +35,6 @@ _LOSS_ERRORS = (
     ConnectionError,
     TimeoutError,
 )
-_CAUSE_ATTRIBUTES = ("_base_exc", "health_check_failure", "cause")  # where Ray's errors keep their cause
 
 
 def fit(run: PreparedRun, concurrent_runs: int = 1, callbacks: Sequence[UserCallback] = ()) -> Outcome:
@@ -54,12 +55,16 @@ def fit(run: PreparedRun, concurrent_runs: int = 1, callbacks: Sequence[UserCall
         )
         try:
             result = _trainer(run.task, batch_server, cpus_per_worker(), callbacks).fit()
-        except (ray.train.WorkerGroupError, ray.train.ControllerError, ray.exceptions.RayActorError) as error:
+        except (WorkerGroupError, ray.train.ControllerError, ray.exceptions.RayActorError) as error:
             previous, progress = progress, checkpoint_names(run_dir.checkpoints)
             losses = losses + 1 if previous == progress else 1
             raise_if_final(error, losses)
-            lost = "worker" if isinstance(error, ray.train.WorkerGroupError) else "controller"
-            print(f"lost a {lost}; restarting from the newest checkpoint", file=sys.stderr, flush=True)
+            lost = "worker" if isinstance(error, WorkerGroupError) else "controller"
+            print(
+                f"lost a {lost}; restarting from the newest checkpoint ({_reason(error)})",
+                file=sys.stderr,
+                flush=True,
+            )
         else:
             outcome = result.return_value  # type: ignore[attr-defined]  # Ray types its V1 classes
             assert isinstance(outcome, Outcome)
@@ -87,32 +92,44 @@ def raise_if_final(error: Exception, losses: int) -> None:
 
     losses: consecutive losses without a new checkpoint.
     """
-    causes = [_root_cause(cause) for cause in getattr(error, "worker_failures", {}).values()] or [error]
-    for cause in causes:
+    failures = _failures(error)
+    causes = {rank: root_cause(failure) for rank, failure in failures.items()}
+    for cause in causes.values():
         if isinstance(cause, UserError) or is_write_error(cause):
             raise cause from error
-    if not any(map(_is_loss, causes)):
-        raise error
+    # A worker that raises ends the others: they report a lost peer.
+    crashed = {rank: failures[rank] for rank, cause in causes.items() if not _is_loss(cause)}
+    if crashed:
+        raise WorkerGroupError(f"workers {sorted(crashed)} raised", crashed) from error
     if losses > _MAX_RESTARTS:
         raise UserError(
-            f"num_workers: lost {losses} times without a new checkpoint between ({first_line(causes[0])}); "
+            f"num_workers: lost {losses} times without a new checkpoint between ({_reason(error)}); "
             "if memory ran out, lower batch_size, max_branches_per_sample or max_sample_tokens, or set "
             "gradient_checkpointing=true"
         ) from error
 
 
+def _failures(error: Exception) -> dict[int, Exception]:
+    """The failure of every failed worker by rank."""
+    return error.worker_failures if isinstance(error, WorkerGroupError) else {0: error}
+
+
 def _is_loss(error: BaseException) -> bool:
     """Whether an error reports a lost process, its own or a peer's; gloo raises a plain RuntimeError."""
-    return isinstance(error, _LOSS_ERRORS) or "gloo/transport" in str(error)
+    kind, text = type(error), str(error)
+    if kind is ray.exceptions.RayError or (kind is ray.exceptions.RaySystemError and "raceback" in text):
+        return False  # an exception that cannot be pickled, or one of unpickling
+    is_from_ray_train = kind.__module__.startswith("ray.train.")
+    return isinstance(error, _LOSS_ERRORS) or is_from_ray_train or "gloo/transport" in text
 
 
-def _root_cause(error: BaseException) -> BaseException:
-    """The exception that a worker, or the batch server, raised inside Ray's wrappers."""
-    while True:
-        inner = next(filter(None, (getattr(error, name, None) for name in _CAUSE_ATTRIBUTES)), None)
-        if inner is None:
-            return error
-        error = inner
+def _reason(error: Exception) -> str:
+    """Why a process was lost, in one line. The process that ended says more than those that lost a peer."""
+    causes = [root_cause(failure) for failure in _failures(error).values()]
+    ended = [cause for cause in causes if isinstance(cause, ray.exceptions.RayError)]
+    cause = (ended or causes)[0]
+    detail = re.search(r"(?<=Worker exit detail: ).*", str(cause))
+    return detail[0].strip() if detail else first_line(cause)
 
 
 def _trainer(

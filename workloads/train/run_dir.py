@@ -13,6 +13,7 @@ from parallelmind.config import TrainConfig
 from parallelmind.config.yaml_file import yaml_values
 from parallelmind.errors import UserError, format_value, write_error
 from parallelmind.model.manifest import MANIFEST
+from parallelmind.redaction import redact_values
 from parallelmind.remote import RemotePath
 from parallelmind.storage import process_lock
 from workloads.common.stopping import StopFile
@@ -155,8 +156,9 @@ def _unfinished_settings(path: RemotePath) -> dict[str, object] | None:
 
 def _differences(started_with: dict[str, object], config: TrainConfig) -> str:
     """The settings that differ. A run of an earlier version has later fields at their defaults."""
-    fields, current = config.flat_fields(), config.model_dump(mode="json")
-    started_with = {name: fields[name].default for name in config.later_fields()} | started_with
+    fields, current = config.flat_fields(), redact_values(config.model_dump(mode="json"))
+    earlier = {name: fields[name].default for name in config.later_fields()}
+    started_with = earlier | redact_values(started_with)
     return ", ".join(
         f"{name}={format_value(value)} (now {format_value(current[name])})"
         for name, value in started_with.items()

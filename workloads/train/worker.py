@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from parallelmind.config import TrainConfig
+from parallelmind.crash_report import keep_traceback
 from parallelmind.data.batch_server import ShardAssignment
 from parallelmind.data.held_out import HeldOut
 from parallelmind.data.packing import make_batch
@@ -58,6 +59,7 @@ class WorkerTask:
     threads: int
 
 
+@keep_traceback()
 def run_worker(task: WorkerTask, batch_server: Any) -> Outcome:
     """Train on this worker's share of the batch server's batches.
 

@@ -14,6 +14,7 @@ from yaml import YAMLError
 from parallelmind.config.frozen import FrozenConfig, GroupedConfig
 from parallelmind.config.yaml_file import parse_yaml
 from parallelmind.errors import UserError, first_line, format_value
+from parallelmind.redaction import HIDDEN, has_hidden_part
 
 ConfigT = TypeVar("ConfigT", bound=FrozenConfig)
 
@@ -39,10 +40,22 @@ def resolve(
             f"{source}: cannot read the overrides {' '.join(overrides)} ({first_line(error)}); "
             "write key=value"
         ) from error
+    _refuse_hidden_passwords(merged)
     try:
         return kind.model_validate(merged)
     except ValidationError as error:
         raise UserError("; ".join(_explain(kind, problem) for problem in error.errors())) from error
+
+
+def _refuse_hidden_passwords(values: Mapping[str, Any]) -> None:
+    """Raise UserError for a URI without its password, as config.yaml has it. MLflow may get its own later."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            _refuse_hidden_passwords(value)
+        elif isinstance(value, str) and name != "mlflow_uri" and has_hidden_part(value):
+            raise UserError(
+                f"{name}={value}: passwords are not stored; give {name} again, with what stands for {HIDDEN}"
+            )
 
 
 def did_you_mean(field: str, kind: type[FrozenConfig]) -> str:

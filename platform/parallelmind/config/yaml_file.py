@@ -11,6 +11,7 @@ from yaml import YAMLError
 
 from parallelmind.config.frozen import FrozenConfig
 from parallelmind.errors import UserError, first_line
+from parallelmind.redaction import redact_values
 from parallelmind.storage import atomic_file, similar_path
 
 _FLOAT = re.compile(
@@ -110,9 +111,12 @@ def yaml_values(content: bytes, source: object) -> dict[str, Any]:
 
 
 def save_yaml(config: FrozenConfig, path: Path) -> None:
-    """Write every field, so that the file gives the same run again. An existing file is replaced whole."""
+    """Write every field, so that the file gives the same run again. An existing file is replaced whole.
+
+    Passwords in URIs are not written: see `parallelmind.redaction`.
+    """
     with atomic_file(path) as file:
-        file.write(dump_yaml(config.model_dump(mode="json")))
+        file.write(dump_yaml(redact_values(config.model_dump(mode="json"))))
 
 
 def dump_yaml(values: dict[str, Any]) -> str:

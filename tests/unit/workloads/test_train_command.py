@@ -165,6 +165,26 @@ def test_losses_are_restarted_a_few_times_and_other_failures_are_final() -> None
         raise_if_final(failed(ZeroDivisionError()), 1)
 
 
+def test_a_worker_that_raises_is_final_and_told_also_where_the_others_lose_it() -> None:
+    peer = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer")
+    with pytest.raises(ray.train.WorkerGroupError) as caught:
+        raise_if_final(failed(peer, ZeroDivisionError("in the loop")), 1)
+    assert list(caught.value.worker_failures) == [1]
+
+
+def test_a_lost_process_is_told_with_the_reason_of_the_process_that_ended() -> None:
+    peer = ConnectionResetError("reset by peer")
+    killed = ray.exceptions.OutOfMemoryError("Task was killed due to the node running low on memory.\nMore.")
+    with pytest.raises(UserError, match=r"\(Task was killed due to the node running low on memory\.\);"):
+        raise_if_final(failed(peer, killed), 4)
+    died = ray.exceptions.RayActorError(
+        error_msg="The actor died.\n\tpid: 7\nThe actor died. Worker exit type: SYSTEM_ERROR "
+        "Worker exit detail: Worker unexpectedly exits with a connection error."
+    )
+    with pytest.raises(UserError, match=r"\(Worker unexpectedly exits with a connection error\.\);"):
+        raise_if_final(failed(peer, died), 4)
+
+
 @pytest.mark.parametrize(
     ("workers", "reserved"),
     [

@@ -1,0 +1,49 @@
+"""Passwords, tokens and signatures in URIs: `***` takes their place wherever a URI is shown or written."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+HIDDEN = "***"
+
+_USER = r"[^\s/:@?#]*"
+_SECRET_NAMES = (
+    r"[\w.-]*(?:token|secret|signature|password|passwd|credential|api_?key|access_?key)[\w.-]*"
+    r"|sig|key|pwd|pass|auth"
+)
+_PATTERNS = (
+    # The password of a database may contain a slash.
+    (
+        re.compile(
+            rf"((?:postgres(?:ql)?|mysql|mssql|oracle)(?:\+\w+)?://{_USER}:)[^\s@]+(?:@[^\s/@]+)*@", re.I
+        ),
+        r"\1***@",
+    ),
+    (re.compile(rf"([a-z][a-z0-9+.-]*://{_USER}:)[^\s/]+@", re.I), r"\1***@"),
+    # A user without a password is a token.
+    (re.compile(r"(https?://)[^\s/:@?#]+@", re.I), r"\1***@"),
+    (re.compile(rf"([?&;](?:{_SECRET_NAMES})=)[^\s&;'\"]*[^\s&;:,.)'\"]", re.I), r"\1***"),
+)
+_IS_HIDDEN = re.compile(r"://(?:[^\s/@]*:)?\*\*\*@|[?&;][\w.-]+=\*\*\*")
+
+
+def redact_uri(text: str) -> str:
+    """The text with `***` in place of every password, token and signature of the URIs in it."""
+    for pattern, shown in _PATTERNS:
+        text = pattern.sub(shown, text)
+    return text
+
+
+def redact_values(value: Any) -> Any:
+    """A value of lists and mappings with `redact_uri` applied to every text in it."""
+    if isinstance(value, dict):
+        return {key: redact_values(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [redact_values(inner) for inner in value]
+    return redact_uri(value) if isinstance(value, str) else value
+
+
+def has_hidden_part(uri: str) -> bool:
+    """Whether the URI is one that `redact_uri` has shortened, which cannot be used as it is."""
+    return _IS_HIDDEN.search(uri) is not None
