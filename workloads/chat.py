@@ -86,15 +86,15 @@ class Conversation:
             self.console.print("\n(stopped)", markup=False)
 
     def to_sample(self, prompt: str) -> pm.Sample:
-        """The conversation with a new prompt, formatted by the chat template.
+        """The conversation with a new prompt, as the token ids of the chat template.
 
         With a passage, or without a chat template, the sample is the passage and the prompt as plain text.
         """
         if self.main or not self.tokenizer.chat_template:
             return pm.Sample(self.main, [prompt])
         messages = [*self.messages, {"role": "user", "content": prompt}]
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return pm.Sample(branches=[text])
+        ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        return pm.Sample(branches=[ids])
 
     def _answer_single(self, prompt: str) -> None:
         answer = ""

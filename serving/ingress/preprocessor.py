@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 import parallelmind as pm
+from parallelmind.data.encode import encode_texts
 from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.engine.tokenization import tokenize, tokenize_request
 from parallelmind.errors import first_line
@@ -158,16 +159,17 @@ class RequestPreprocessor:
         return EngineRequest(new_id(id_prefix), model, tokenized)
 
     def _conversation(self, request: ChatRequest) -> tuple[list[int], list[int]]:
-        """Token ids of the conversation, and of the header of the assistant's turn."""
-        text, with_header = self._render_messages(request)
-        header = with_header.removeprefix(text)
-        if header and with_header != header:
-            return tokenize(self.tokenizer, text, first=True), tokenize(self.tokenizer, header, first=False)
-        # The template renders the conversation differently with the header: split off the last token.
-        ids = tokenize(self.tokenizer, with_header, first=True)
-        return ids[:-1], ids[-1:]
+        """Token ids of the conversation, and of the header of the assistant's turn.
 
-    def _render_messages(self, request: ChatRequest) -> tuple[str, str]:
+        Together they are those of `apply_chat_template`: the template has written all special tokens.
+        """
+        without_header, ids = encode_texts(self.tokenizer, self._render_messages(request))
+        length = len(without_header)
+        if not 0 < length < len(ids) or ids[:length] != without_header:
+            length = len(ids) - 1  # the conversation is rendered or tokenised differently without the header
+        return ids[:length], ids[length:]
+
+    def _render_messages(self, request: ChatRequest) -> list[str]:
         """The conversation by the model's template, without and with the header of the assistant's turn."""
         messages = [
             {
@@ -180,15 +182,16 @@ class RequestPreprocessor:
         if not self.tokenizer.chat_template:
             raise pm.UserError("messages: the model has no chat template; use /v1/completions")
         try:
-            text, with_header = (
-                self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=header)
+            return [
+                str(
+                    self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=header)
+                )
                 for header in (False, True)
-            )
+            ]
         except Exception as error:  # a template is a program of the model and may raise anything
             raise pm.UserError(
                 f"messages: the model's chat template refuses them ({first_line(error)}); change them"
             ) from error
-        return str(text), str(with_header)
 
     def _default_chat_tokens(self, prompt_tokens: int) -> int:
         """Default max_tokens of a chat."""

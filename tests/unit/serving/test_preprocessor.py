@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from asgi import make_ingress
+from chat_checks import chat_ids, random_conversation
+from chat_templates import CHAT_KINDS, chat_tokenizer
 from pydantic import ValidationError
 from tiny import tiny_tokenizer
 
@@ -239,6 +242,19 @@ def test_a_conversation_is_main_and_the_header_of_the_assistant_begins_every_bra
     assert {(params.seed, params.stop) for params in request.tokenized.params} == {(4, ("a", "b"))}
     pieces = [{"type": "text", "text": "be "}, {"type": "text", "text": "brief"}]
     assert token_ids(chat(messages=[{"role": "system", "content": pieces}, TALK[1]])) == token_ids(chat())
+
+
+@pytest.mark.parametrize("kind", CHAT_KINDS)
+def test_main_and_branch_of_a_chat_are_the_token_ids_of_the_chat_template(kind: str) -> None:
+    tokenizer = chat_tokenizer(kind)
+    preprocessor = RequestPreprocessor(AppConfig.of({"base_model": "tiny"}), tokenizer, None)
+    rng = random.Random(kind)
+    for turns in (1, 2, 3):
+        messages = random_conversation(kind, rng, turns)[:-1]
+        main, branch = token_ids(chat(preprocessor, messages=messages))
+        assert main + branch == chat_ids(tokenizer, messages, add_generation_prompt=True)
+        assert main
+        assert branch
 
 
 def test_a_template_that_renders_the_header_first_is_tokenized_as_one_text() -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
-from tiny import save_tiny
+import random
 
+import pytest
+from chat_checks import chat_ids, random_conversation
+from chat_templates import CHAT_KINDS, chat_tokenizer
+from tiny import save_tiny, tiny_tokenizer
+
+from parallelmind.engine.tokenization import tokenize_sample
 from workloads import chat
 
 
@@ -45,6 +50,17 @@ def test_single_prompts_continue_the_conversation(tiny, monkeypatch):
         lambda self, prompt: samples.append(to_sample(self, prompt)) or samples[-1],
     )
     chat.main([f"base_model={tiny}", "max_new_tokens=3"])
-    assert samples[0].branches[0] == "<s>user\nwho</s>\n<s>assistant\n"
-    assert samples[1].branches[0].startswith(samples[0].branches[0])
-    assert samples[1].branches[0].endswith("<s>user\nwhere</s>\n<s>assistant\n")
+    first, second = (tiny_tokenizer().decode(sample.branches[0]) for sample in samples)
+    assert first == "<s>user\nwho</s>\n<s>assistant\n"
+    assert second.startswith(first)
+    assert second.endswith("<s>user\nwhere</s>\n<s>assistant\n")
+
+
+@pytest.mark.parametrize("kind", CHAT_KINDS)
+def test_chat_reads_the_token_ids_of_the_chat_template(kind):
+    tokenizer = chat_tokenizer(kind)
+    conversation = chat.Conversation(None, tokenizer, {})
+    conversation.messages = random_conversation(kind, random.Random(kind), 2)
+    messages = [*conversation.messages, {"role": "user", "content": " who?"}]
+    sample = tokenize_sample(tokenizer, conversation.to_sample(" who?"))
+    assert sample.ids.tolist() == chat_ids(tokenizer, messages, add_generation_prompt=True)

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from disk import file_size_limit
 from generating import parse_rows, random_records, write_records
-from tiny import save_tiny
+from tiny import save_tiny, tiny_tokenizer
 
 import parallelmind as pm
 from parallelmind.errors import UserError, UserNotice
@@ -63,16 +63,18 @@ def test_invalid_lines_are_reported_and_skipped(tiny, tmp_path, capsys):
         "{not json\n\n"
         '{"text": "the answer is in", "answer_offset": 2}\n'
         '{"branches": [{"prompt": "", "completion": "x"}]}\n'
+        '{"text": "<s>who</s> is", "targets": [[4, 5]], "rendered": true}\n'
     )
     generate([f"base_model={tiny}", f"data_path={data}", f"output_path={output}", "max_new_tokens=2"])
-    first, second = parse_rows(output.read_text())
+    first, second, rendered = parse_rows(output.read_text())
     assert first["branches"] == ["who ", "in"]
     assert len(second["branches"][0]) == 2, "a text is continued from its answer offset"
+    assert rendered["branches"] == [tiny_tokenizer()("<s>who</s> is", add_special_tokens=False).input_ids[:4]]
     assert (first["line"], second["line"]) == (1, 4)
     err = capsys.readouterr().err
     assert f"skipped {data}:2: is not JSON" in err
     assert f"skipped {data}:5: branches[0]: holds no token" in err
-    assert "skipped 2 of 4 lines" in err
+    assert "skipped 2 of 5 lines" in err
 
 
 @pytest.mark.parametrize("ending", ["txt", "txt.gz"])
