@@ -16,7 +16,8 @@ _GIB = 2**30
 
 def check_model(config: DoctorConfig) -> CheckResult:
     """Whether this machine has the complete base model. Raises UserError if not."""
-    from parallelmind.model.model_files import find_local_base, weight_files
+    from parallelmind.model.model_files import find_local_base
+    from parallelmind.model.weight_check import weight_files
 
     folder = find_local_base(config.base_model)
     size = sum(file.stat().st_size for file in weight_files(folder)) / _GIB

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from parallelmind.config import GroupedConfig, LoraConfig, ModelConfig, RopeConfig, TrainConfig, resolve
 from parallelmind.errors import UserError, first_line
 from parallelmind.model import pissa
+from parallelmind.model.base_identity import base_identity, sample_weights
 from parallelmind.model.base_model import load_base, load_meta_model
 from parallelmind.model.card import write_card
 from parallelmind.model.full_model import save_model
@@ -56,6 +57,7 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel
     do not support.
     """
     _check_dora(model, config)
+    sample_weights(model)
     all_linear = config.lora_targets == "all-linear"
     settings = peft.LoraConfig(
         task_type="CAUSAL_LM",
@@ -112,8 +114,11 @@ def save_adapter(
     with atomic_dir(folder) as new_folder:
         save_file(to_cpu(stored), new_folder / WEIGHTS, metadata={"format": "pt"})
         settings.save_pretrained(str(new_folder))
-        config = cast(PreTrainedModel, model.get_base_model()).config
-        manifest = write_manifest(new_folder, base.base_model, config, tokenizer, rope, lora, extra)
+        base_model = cast(PreTrainedModel, model.get_base_model())
+        identity = base_identity(base_model, tokenizer)
+        manifest = write_manifest(
+            new_folder, base.base_model, base_model.config, tokenizer, rope, lora, extra, identity
+        )
         write_card(new_folder, manifest, base)
 
 
@@ -136,7 +141,7 @@ def save_trained(
 def load_adapter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> PeftModel:
     """Add a saved adapter to a base model that is patched as in training; frozen, in eval mode.
 
-    Raises UserError with both values where base architecture, chat template or a rope field differ.
+    Raises UserError with both values where the base model, its tokenizer or a rope field differ.
     """
     return _attach(model, tokenizer, folder, read_adapter(folder), {}).eval()
 
@@ -173,7 +178,8 @@ def _attach(
     folder = fetch_adapter(folder)
     rope = rope_config(model) if is_patched(model) else manifest.rope.model_copy(update={"patch_rope": False})
     manifest.check_settings(rope.model_dump())
-    manifest.check_base(model.config, tokenizer)
+    base_model = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+    manifest.check_base(base_model, tokenizer)
     _check_dora(model, manifest.lora)
     settings = cast(peft.LoraConfig, peft.PeftConfig.from_pretrained(str(folder)))
     settings.base_model_name_or_path = model.name_or_path or None  # the manifest's checks replace peft's

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from huggingface_hub.utils import logging as hub_logging
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,10 +22,11 @@ from transformers import (
 
 from parallelmind.config import ModelConfig
 from parallelmind.errors import UserError, first_line, translate_read_errors
-from parallelmind.model.hf_compat import no_progress_bars
+from parallelmind.model.hf_compat import no_load_report, no_progress_bars
 from parallelmind.model.hub import find_hub_model
 from parallelmind.model.quantize import quantization_config
 from parallelmind.model.smollm2 import SMOLLM2, fetch_smollm2
+from parallelmind.model.weight_check import check_loaded, find_file_problem, find_pickles
 from parallelmind.storage import expand_home, similar_path
 
 # Passed to from_pretrained. FlexAttention reads long sequences of a patched model that is set to sdpa. Flash
@@ -68,7 +68,7 @@ def is_hub_id(name: str) -> bool:
 def load_base(
     config: ModelConfig, attn_implementation: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the model in eval mode and in `config.dtype`, and its tokenizer.
+    """Load the model in eval mode and in `config.dtype`, and its tokenizer; every weight is from its files.
 
     The model is on the CPU. A quantised model is on the current accelerator, if there is one.
     attn_implementation: by default sdpa where the model supports it, else eager. Raises UserError if the
@@ -78,14 +78,17 @@ def load_base(
         raise UserError(
             f"attn_implementation={attn_implementation}: not supported; choose one of {', '.join(ATTENTION)}"
         )
-    with no_progress_bars():
-        model = _from_pretrained(
+    with no_progress_bars(), no_load_report():
+        model, info = _from_pretrained(
             AutoModelForCausalLM,
             config,
             dtype=getattr(torch, config.dtype),
             quantization_config=quantization_config(config),
             attn_implementation=attn_implementation,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, with both shapes
         )
+    check_loaded(config.base_model, model, info)
     # Saved files contain the user's name for the model, never a cache path of this machine.
     model.config._name_or_path = model.name_or_path = config.base_model
     return model.eval(), load_tokenizer(config)
@@ -123,7 +126,7 @@ def _from_pretrained(auto_class: Any, config: ModelConfig, **options: Any) -> An
     """What the base model's files hold for a class of transformers; from the cache while the hub is away."""
     name = resolve_base_model(config.base_model)
     source = find_hub_model(name) if is_hub_id(name) else name
-    with _load_errors(config.base_model):
+    with _load_errors(config.base_model, Path(source) if auto_class is AutoModelForCausalLM else None):
         return auto_class.from_pretrained(
             source,
             trust_remote_code=config.trust_remote_code,
@@ -133,22 +136,34 @@ def _from_pretrained(auto_class: Any, config: ModelConfig, **options: Any) -> An
 
 
 @contextmanager
-def _load_errors(name: str) -> Iterator[None]:
-    """Turn loading errors of transformers into UserErrors of one line."""
+def _load_errors(name: str, weights: Path | None = None) -> Iterator[None]:
+    """Turn errors of loading files into UserErrors of one line. weights: the folder of weights to load."""
     verbosity = hub_logging.get_verbosity()
     hub_logging.set_verbosity_error()  # hides a dozen lines about retries
     try:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        reason = first_line(error).rstrip(".")
+    except Exception as error:  # damaged files raise any type; the reason and the traceback are kept
+        reason = (weights and _file_reason(weights, error)) or first_line(error).rstrip(".")
         raise UserError(
             f"base_model={name}: cannot be loaded ({reason}); "
             f"give {SMOLLM2}, a folder with config.json and weights, or a hub id that this machine can reach"
         ) from error
     finally:
         hub_logging.set_verbosity(verbosity)
+
+
+def _file_reason(folder: Path, error: Exception) -> str | None:
+    """The file of weights that caused the error, with what is wrong, None if none did or the hub has it."""
+    if not folder.is_dir():
+        return None
+    if problem := find_file_problem(folder):
+        return problem
+    if not isinstance(error, OSError | ValueError | ImportError):
+        pickles = ", ".join(find_pickles(folder))
+        return pickles and f"{pickles} is damaged or holds code, which is not run; save it as safetensors"
+    return None
 
 
 if __name__ == "__main__":

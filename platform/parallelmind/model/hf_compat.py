@@ -9,6 +9,7 @@ Nothing here runs on import. Only models that are patched or decoded by the engi
 from __future__ import annotations
 
 import inspect
+import logging
 import re
 import sys
 import warnings
@@ -361,6 +362,25 @@ def no_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def no_load_report() -> Iterator[None]:
+    """Hide the table of missing and unused weights within the context, unless a conversion failed.
+
+    Relies on: `transformers.modeling_utils` logs it as one record with the words "LOAD REPORT".
+    """
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def is_shown(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        return "LOAD REPORT" not in message or "CONVERSION" in message
+
+    logger.addFilter(is_shown)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_shown)
 
 
 # Sampling

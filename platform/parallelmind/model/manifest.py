@@ -13,11 +13,12 @@ from pydantic import Field, ValidationError
 
 from parallelmind.config import FrozenConfig, LoraConfig, RopeConfig
 from parallelmind.errors import UserError, format_value, translate_read_errors
+from parallelmind.model.base_identity import BaseIdentity, base_identity
 from parallelmind.remote import fetch_cached
 from parallelmind.storage import expand_home, sha256, similar_path
 
 if TYPE_CHECKING:  # processes that only read a manifest do not import a model library
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 MANIFEST = "parallelmind.json"
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
@@ -50,6 +51,9 @@ class Manifest(FrozenConfig):
     chat_template_sha256: str | None = Field(
         description="hash of the tokenizer's chat template; null without one"
     )
+    base: BaseIdentity | None = Field(
+        None, description="the base model of an adapter; null for a whole model and in version 0.1.0"
+    )
     rope: RopeConfig = Field(description="how the base was patched")
     lora: LoraConfig | None = Field(description="the stored adapter; null for a whole model")
     versions: dict[str, str] = Field(description="versions of the libraries that wrote it")
@@ -72,20 +76,26 @@ class Manifest(FrozenConfig):
                 expected = f"{field}={format_value(trained[field])}"
                 raise UserError(f"{field}={format_value(value)}: the {owner} has {expected}; use that value")
 
-    def check_base(self, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raise UserError where architecture or chat template differ from those of the adapter's base."""
-        hashes = {
-            "architecture": (base_config_hash(config), self.base_config_sha256),
-            "chat template": (chat_template_hash(tokenizer), self.chat_template_sha256),
-        }
+    def check_base(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raise UserError where the base model differs from that of the adapter."""
+        config = model.config
+        hashes = (
+            ("architecture", base_config_hash(config), self.base_config_sha256),
+            ("chat template", chat_template_hash(tokenizer), self.chat_template_sha256),
+        )
+        differences = [
+            (part, (here or "none")[:12], (there or "none")[:12])
+            for part, here, there in hashes
+            if here != there
+        ]
+        if not differences and self.base is not None:
+            differences = base_identity(model, tokenizer).differences(self.base)
         field = f"base_model={config._name_or_path}" if config._name_or_path else "base_model"
-        for part, (actual, expected) in hashes.items():
-            if actual != expected:
-                here, there = (sha[:12] if sha else "none" for sha in (actual, expected))
-                raise UserError(
-                    f"{field}: its {part} ({here}) is not that of the adapter's base ({there}); "
-                    f"give base_model={self.base_model}, or another adapter"
-                )
+        for part, here, there in differences:
+            raise UserError(
+                f"{field}: its {part} ({here}) is not that of the adapter's base ({there}); "
+                f"give base_model={self.base_model}, or another adapter"
+            )
 
 
 def fetch_adapter(path: str | Path) -> Path:
@@ -202,13 +212,15 @@ def write_manifest(
     rope: RopeConfig,
     lora: LoraConfig | None,
     extra: Mapping[str, Any] | None,
+    base: BaseIdentity | None = None,
 ) -> Manifest:
-    """Write the manifest of all files in `folder`. config: the model's configuration."""
+    """Write the manifest of all files in `folder`. config: the model's configuration. base: an adapter's."""
     manifest = Manifest(
         format_version=FORMAT,
         base_model=base_model,
         base_config_sha256=base_config_hash(config),
         chat_template_sha256=chat_template_hash(tokenizer),
+        base=base,
         rope=rope,
         lora=lora,
         versions=_versions(),

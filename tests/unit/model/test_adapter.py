@@ -22,7 +22,14 @@ from tiny import save_tiny, tiny_llama, tiny_tokenizer
 
 from parallelmind.config import LoraConfig, ModelConfig, RopeConfig
 from parallelmind.errors import UserError
-from parallelmind.model.adapter import add_lora, load_adapter, load_model_with_lora, save_adapter
+from parallelmind.model.adapter import (
+    add_adapter,
+    add_lora,
+    load_adapter,
+    load_model_with_lora,
+    resume_adapter,
+    save_adapter,
+)
 from parallelmind.model.full_model import save_model
 from parallelmind.model.manifest import base_config_hash, read_manifest
 from parallelmind.model.patch import patch, rope_config
@@ -322,6 +329,63 @@ def test_another_chat_template_is_refused(saved: Path) -> None:
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="chat template \\(none\\) is not that of the adapter's base"):
         load_adapter(patched_llama(ROPE), tokenizer, saved)
+
+
+def test_other_weights_are_refused(saved: Path, tmp_path: Path) -> None:
+    message = (
+        r"base_model=.*: its weight model.* \(.*\) is not that of the adapter's base \(.*\); give base_m"
+    )
+    with pytest.raises(UserError, match=message) as error:
+        load_model_with_lora(save_tiny(tmp_path, seed=1), saved)
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="is not that of the adapter's base"):
+        resume_adapter(patched_llama(ROPE, seed=1), tiny_tokenizer(), saved, LORA)
+
+
+@pytest.mark.parametrize("trained_in", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("loaded_in", ["float32", "bfloat16", "float16"])
+def test_the_same_weights_in_another_dtype_are_accepted(
+    base_folder: str, tmp_path: Path, trained_in: str, loaded_in: str
+) -> None:
+    base = ModelConfig(base_model=base_folder, dtype=trained_in)
+    model, tokenizer = load_model_with_lora(base_folder, dtype=trained_in, **ROPE.model_dump())
+    save_adapter(trained(model), tokenizer, tmp_path / "adapter", base, ROPE, LORA)
+    load_model_with_lora(lora_path=tmp_path / "adapter", dtype=loaded_in)
+
+
+def test_an_adapter_of_split_weights_and_a_second_one_fit_their_base(
+    base_folder: str, tmp_path: Path
+) -> None:
+    config = LORA.model_copy(update={"lora_init": "pissa"})
+    model, tokenizer = load_model_with_lora(base_folder, **ROPE.model_dump())
+    base = ModelConfig(base_model=base_folder)
+    save_adapter(trained(model, config), tokenizer, tmp_path / "adapter", base, ROPE, config)
+    loaded, _ = load_model_with_lora(lora_path=tmp_path / "adapter")
+    assert set(add_adapter(loaded, tokenizer, tmp_path / "adapter", "second").peft_config) == {
+        "default",
+        "second",
+    }
+
+
+def test_another_end_token_is_refused(saved: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = "<s>"
+    with pytest.raises(UserError, match=r"its end token \(1\) is not that of the adapter's base \(2\)"):
+        load_adapter(patched_llama(ROPE), tokenizer, saved)
+
+
+def test_a_base_with_tied_embeddings_is_refused_where_they_were_not(saved: Path) -> None:
+    with pytest.raises(UserError, match=r"its tie_word_embeddings \(True\) is not that of .* \(False\)"):
+        load_adapter(patched_llama(ROPE, tie_word_embeddings=True), tiny_tokenizer(), saved)
+
+
+def test_an_adapter_without_a_record_of_its_base_loads(saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    shutil.copytree(saved, folder)
+    values = json.loads((folder / "parallelmind.json").read_text())
+    del values["base"]
+    (folder / "parallelmind.json").write_text(json.dumps(values))
+    load_adapter(patched_llama(ROPE, seed=1), tiny_tokenizer(), folder)
 
 
 def test_another_patch_is_refused(saved: Path) -> None:

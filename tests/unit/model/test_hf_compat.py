@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -17,9 +18,9 @@ import peft
 import pytest
 import torch
 from adapting import ROPE, branch_logits, patched_llama
-from tiny import tiny_llama
+from tiny import save_tiny, tiny_llama
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.generation import logits_process
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask
@@ -40,6 +41,7 @@ from parallelmind.model.hf_compat import (
     hands_over_masks,
     has_own_attention,
     is_stateful,
+    no_load_report,
     process_rows,
     restore_class,
     swap_class,
@@ -387,6 +389,24 @@ def test_peft_wraps_without_a_warning() -> None:
             assert adapted.get_base_model() is model
             assert wrap_with_adapter(adapted, copy.copy(settings), "second") is adapted
             assert set(adapted.peft_config) == {"default", "second"}
+
+
+def test_the_load_report_is_hidden_unless_a_conversion_failed(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path, tie_word_embeddings=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    logger, records = logging.getLogger("transformers.modeling_utils"), []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logger.addHandler(handler)
+    with no_load_report():
+        AutoModelForCausalLM.from_pretrained(folder)
+        logger.warning("LOAD REPORT with a failed CONVERSION")
+        logger.warning("another")
+    assert [record.getMessage() for record in records] == ["LOAD REPORT with a failed CONVERSION", "another"]
+    AutoModelForCausalLM.from_pretrained(folder)
+    logger.removeHandler(handler)
+    assert "LOAD REPORT" in records[-1].getMessage()
 
 
 # Sampling
