@@ -71,6 +71,11 @@ class RemotePath:
         return RemotePath(self.local / name, self.uri and f"{self.uri}/{name}", self.field)
 
     @property
+    def parent(self) -> RemotePath:
+        """The folder that holds this file or folder."""
+        return RemotePath(self.local.parent, self.uri and self.uri.rpartition("/")[0], self.field)
+
+    @property
     def location(self) -> str:
         """The URI, or the local path."""
         return self.uri or str(self.local)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from parallelmind.errors import UserError, first_line
 from parallelmind.remote import RemotePath
@@ -75,7 +74,7 @@ class JournalFile:
 
 
 def _beside(file: RemotePath, suffix: str) -> RemotePath:
-    return RemotePath(Path(f"{file.local}{suffix}"), file.uri and f"{file.uri}{suffix}", file.field)
+    return file.parent.child(f"{file.local.name}{suffix}")
 
 
 def _replace(file: RemotePath, content: bytes) -> None:

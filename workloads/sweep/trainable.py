@@ -24,7 +24,7 @@ from workloads.sweep.config import SweepConfig
 from workloads.train.conclude import close_tracker
 from workloads.train.data_files import DataFiles
 from workloads.train.fit import fit
-from workloads.train.prepare import SharedRunContext, begin, prepare
+from workloads.train.prepare import SharedRunContext, prepare
 from workloads.train.provenance import save_loss_plot
 from workloads.train.run_dir import RunDir
 
@@ -74,12 +74,11 @@ def _train(config: TrainConfig, context: SweepContext, data: str | None) -> dict
             extra = json.loads(manifest)["extra"]
             tune.report({"folder": run_dir.path.location, "run_id": extra["mlflow_run"]})
             return {"status": "finished", "step": extra["step"], "metrics": extra["metrics"]}
-        vocabulary_size = begin(config, run_dir)
         shared = SharedRunContext(context.max_concurrent, context.parent_run_id, data)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserNotice)  # the driver has printed it
             files = DataFiles.find(config.data)
-        run = prepare(config, run_dir, files, vocabulary_size, shared)
+        run = prepare(config, run_dir, files, shared=shared)
         tune.report(
             {"folder": run_dir.path.location, "run_id": run.tracker.run_id, "data": run.data_fingerprint}
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 from uuid import uuid4
@@ -11,12 +12,10 @@ from uuid import uuid4
 import workloads.common.ray_env  # noqa: F401  (before Ray)
 
 # isort: split
+from transformers import PreTrainedTokenizerBase
+
 from parallelmind.config import TrainConfig
 from parallelmind.config.yaml_file import save_yaml
-from parallelmind.data.epoch_estimate import EpochEstimate
-from parallelmind.data.pipeline import estimate_first_epoch, read_held_out
-from parallelmind.data.survey import Survey
-from parallelmind.data.tokenise import nothing_left
 from parallelmind.errors import UserError
 from parallelmind.model.base_model import load_meta_model, load_tokenizer
 from parallelmind.model.manifest import read_adapter
@@ -29,7 +28,7 @@ from workloads.common import resources
 from workloads.train.data_files import DataFiles
 from workloads.train.provenance import code_version
 from workloads.train.run_dir import RunDir
-from workloads.train.survey import changed_data, print_estimate, print_held_out, survey_data
+from workloads.train.survey import changed_data, check_limits, survey_data
 from workloads.train.worker import WorkerTask
 
 
@@ -61,10 +60,10 @@ class PreparedRun(NamedTuple):
     data_fingerprint: str
 
 
-def begin(config: TrainConfig, run_dir: RunDir) -> int:
+def begin(config: TrainConfig, run_dir: RunDir) -> PreTrainedTokenizerBase:
     """Download the existing files of the run, write config.yaml and check the model; needs no Ray.
 
-    Returns the vocabulary size.
+    Returns the tokenizer.
 
     Raises:
         UserError: the model, its tokenizer or the adapter to resume cannot be used with these settings.
@@ -81,34 +80,39 @@ def begin(config: TrainConfig, run_dir: RunDir) -> int:
     if config.optimizer.resume_adapter is not None:
         settings = {**config.rope.model_dump(), **config.lora.model_dump(exclude={"lora_dropout"})}
         read_adapter(config.optimizer.resume_adapter).check_settings(settings)
-    return len(tokenizer)
+    return tokenizer
 
 
 def prepare(
     config: TrainConfig,
     run_dir: RunDir,
     files: DataFiles,
-    vocabulary_size: int,
+    wait_for_ray: Callable[[], None] = lambda: None,
     shared: SharedRunContext = SINGLE_RUN,
 ) -> PreparedRun:
-    """Survey all data and open the MLflow run.
+    """Check the model, survey all data and open the MLflow run.
+
+    wait_for_ray: returns when Ray is connected, which the check of the model does not need.
 
     Raises:
-        UserError: bad data, other data than before or than in the other runs of a sweep, missing GPUs.
+        UserError: the model, its tokenizer or the adapter to resume cannot be used with these settings; bad
+            data, other data than before or than in the other runs of a sweep; missing GPUs.
     """
-    workers = config.workers
+    tokenizer = begin(config, run_dir)
+    wait_for_ray()
+    data, workers = config.data, config.workers
     if workers.use_gpu:
         resources.require_gpus(workers.num_workers)
-    data = survey_data(files, config.data, vocabulary_size, run_dir.quarantine_file)
-    if shared.data_fingerprint not in (None, data.fingerprint):
-        raise changed_data(config.data)
-    epoch = check_limits(data.train, files, config)
-    tracker = open_tracker(config, run_dir, data.train.fingerprint, shared.parent)
+    survey, data_fingerprint = survey_data(files, data, len(tokenizer), run_dir.quarantine_file)
+    if shared.data_fingerprint not in (None, data_fingerprint):
+        raise changed_data(data)
+    epoch = check_limits(survey, files, config, tokenizer)
+    tracker = open_tracker(config, run_dir, survey.fingerprint, shared.parent)
     tracker.set_tags(
         {
-            "bad_lines": len(data.train.bad),
+            "bad_lines": len(survey.bad),
             "folder": run_dir,
-            "data_sha256": data.train.fingerprint,
+            "data_sha256": survey.fingerprint,
             **code_version(),
         }
     )
@@ -121,22 +125,7 @@ def prepare(
         batches_per_epoch=epoch.batches,
         threads=resources.threads_per_process(workers.num_workers * shared.concurrent_runs),
     )
-    return PreparedRun(task, tracker, files, data.fingerprint)
-
-
-def check_limits(train: Survey, files: DataFiles, config: TrainConfig) -> EpochEstimate:
-    """Estimate the first epoch, and print what the limits remove from training and validation.
-
-    Raises UserError if they remove all of the training data.
-    """
-    epoch = estimate_first_epoch(train, config.data, config.model, config.optimizer.seed)
-    if epoch.exact and epoch.skipped == train.branches:
-        raise nothing_left(epoch.skipped, config.data)
-    print_estimate(epoch, config)
-    if files.validation:
-        pool = config.metrics.validation_samples
-        print_held_out(read_held_out(files.validation, pool, config.data, config.model), config)
-    return epoch
+    return PreparedRun(task, tracker, files, data_fingerprint)
 
 
 def open_tracker(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from parallelmind.config import TrainConfig
@@ -28,22 +27,16 @@ def run_training(config: TrainConfig) -> RunDir:
         from workloads.common import cluster
 
         connecting = executor.submit(cluster.connect, config.services.ray_address)
-        _train(config, run_dir, files, connecting.result)
+        # Importing torch and MLflow takes as long as starting Ray: both happen at the same time.
+        from workloads.train.conclude import close_tracker, conclude
+        from workloads.train.fit import fit
+        from workloads.train.prepare import prepare
+
+        run = prepare(config, run_dir, files, wait_for_ray=connecting.result)
+        with close_tracker(run.tracker) as set_outcome:
+            outcome = run_stoppable(
+                lambda: fit(run), run_dir.stop_file().request, "stopping after this step, with a checkpoint"
+            )
+            set_outcome(outcome)
+        conclude(run, outcome)
     return run_dir
-
-
-def _train(config: TrainConfig, run_dir: RunDir, files: DataFiles, wait_for_ray: Callable[[], None]) -> None:
-    # Importing torch and MLflow takes as long as starting Ray: both happen at the same time.
-    from workloads.train.conclude import close_tracker, conclude
-    from workloads.train.fit import fit
-    from workloads.train.prepare import begin, prepare
-
-    vocabulary_size = begin(config, run_dir)
-    wait_for_ray()
-    run = prepare(config, run_dir, files, vocabulary_size)
-    with close_tracker(run.tracker) as set_outcome:
-        outcome = run_stoppable(
-            lambda: fit(run), run_dir.stop_file().request, "stopping after this step, with a checkpoint"
-        )
-        set_outcome(outcome)
-    conclude(run, outcome)

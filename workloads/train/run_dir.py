@@ -129,7 +129,7 @@ def check_no_changed_run(config: TrainConfig, run_dir: RunDir) -> None:
     Raises:
         UserError: names the fields that differ.
     """
-    runs = RemotePath.at(config.run.output_dir)
+    runs = run_dir.path.parent
     for name in runs.list_names():
         other = runs.child(name)
         if not name.startswith(f"{config.run.name}-") or other == run_dir.path:

@@ -6,12 +6,14 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from parallelmind.config import DataConfig, TrainConfig
-from parallelmind.data.epoch_estimate import EpochEstimate
+from transformers import PreTrainedTokenizerBase
+
+from parallelmind.config import DataConfig, OptimizerConfig, TrainConfig
+from parallelmind.data.epoch_estimate import EpochEstimate, estimate_epoch
 from parallelmind.data.held_out import HeldOut
 from parallelmind.data.pipeline import survey_files
 from parallelmind.data.survey import BadLine, Survey, write_quarantine
-from parallelmind.data.tokenise import limit_notes
+from parallelmind.data.tokenise import limit_notes, nothing_left
 from parallelmind.errors import UserError
 from parallelmind.remote import RemotePath
 from parallelmind.training.loop import steps_of_epochs
@@ -28,33 +30,53 @@ class SurveyedData(NamedTuple):
 
 
 def survey_data(
-    files: DataFiles, config: DataConfig, vocabulary_size: int, quarantine_file: RemotePath
+    files: DataFiles, data: DataConfig, vocabulary_size: int, quarantine_file: RemotePath
 ) -> SurveyedData:
     """Check every line of every file; print a summary, and write the bad lines to the quarantine file.
 
     Raises:
         UserError: more bad lines than the settings tolerate.
     """
-    train = survey_files(files.train, config, vocabulary_size)
+    train = survey_files(files.train, data, vocabulary_size)
     bad, fingerprint = list(train.bad), train.fingerprint
     validation = None
     if files.validation:
-        validation = survey_files(files.validation, config, vocabulary_size, "validation_path")
+        validation = survey_files(files.validation, data, vocabulary_size, "validation_path")
         bad, fingerprint = bad + validation.bad, f"{fingerprint} {validation.fingerprint}"
     _quarantine(bad, quarantine_file)
     _print_summary("data", train)
     if validation is not None:
         _print_summary("validation data", validation)
-        _print_shared(train, validation, config)
+        _print_shared(train, validation, data)
     return SurveyedData(train, fingerprint)
 
 
-def print_estimate(epoch: EpochEstimate, config: TrainConfig) -> None:
+def check_limits(
+    train: Survey, files: DataFiles, config: TrainConfig, tokenizer: PreTrainedTokenizerBase
+) -> EpochEstimate:
+    """Estimate the first epoch, and print what the limits remove from training and validation.
+
+    Raises UserError if they remove all of the training data.
+    """
+    data, optimizer = config.data, config.optimizer
+    epoch = estimate_epoch(train, tokenizer, data, optimizer.seed)
+    if epoch.exact and epoch.skipped == train.branches:
+        raise nothing_left(epoch.skipped, data)
+    print_estimate(epoch, data, optimizer, config.workers.num_workers)
+    if files.validation:
+        pool = config.metrics.validation_samples
+        _print_held_out(HeldOut.read(files.validation, pool, tokenizer, data), data)
+    return epoch
+
+
+def print_estimate(
+    epoch: EpochEstimate, data: DataConfig, optimizer: OptimizerConfig, num_workers: int
+) -> None:
     """Print what the length limits remove, and whether the epochs end before max_steps."""
-    optimizer, about = config.optimizer, "" if epoch.exact else "about "
-    for note in limit_notes(epoch.truncated, epoch.skipped, config.data, about):
+    about = "" if epoch.exact else "about "
+    for note in limit_notes(epoch.truncated, epoch.skipped, data, about):
         _notice(note)
-    steps = steps_of_epochs(config, epoch.batches, config.workers.num_workers)
+    steps = steps_of_epochs(optimizer, epoch.batches, num_workers)
     if optimizer.max_steps is not None and steps < optimizer.max_steps:
         _notice(
             f"max_steps={optimizer.max_steps}: training ends before, after {about}{steps:,} steps, as "
@@ -62,17 +84,17 @@ def print_estimate(epoch: EpochEstimate, config: TrainConfig) -> None:
         )
 
 
-def print_held_out(held_out: HeldOut, config: TrainConfig) -> None:
+def _print_held_out(held_out: HeldOut, data: DataConfig) -> None:
     """Print what the length limits remove from the held-out branches that validation uses."""
-    for note in limit_notes(held_out.truncated, held_out.skipped, config.data):
-        _notice(f"validation_path={config.data.validation_path} {note}")
+    for note in limit_notes(held_out.truncated, held_out.skipped, data):
+        _notice(f"validation_path={data.validation_path} {note}")
 
 
-def changed_data(config: DataConfig) -> UserError:
+def changed_data(data: DataConfig) -> UserError:
     """The error for a trial whose data differs from that of the earlier trials of its sweep."""
-    fields = f"data_path={config.data_path}"
-    if config.validation_path:
-        fields += f" or validation_path={config.validation_path}"
+    fields = f"data_path={data.data_path}"
+    if data.validation_path:
+        fields += f" or validation_path={data.validation_path}"
     return UserError(
         f"{fields}: the records differ from those of the earlier trials; restore them, or choose another name"
     )
@@ -105,12 +127,12 @@ def _print_summary(name: str, survey: Survey) -> None:
     )
 
 
-def _print_shared(train: Survey, validation: Survey, config: DataConfig) -> None:
+def _print_shared(train: Survey, validation: Survey, data: DataConfig) -> None:
     about = "" if train.hashes.share == validation.hashes.share == 1 else "about "
     if shared := validation.hashes.shared_with(train.hashes):
         _notice(
-            f"validation_path={config.validation_path}: {about}{shared} of {validation.records} records are "
-            f"also in data_path={config.data_path}, so their loss is not held out; remove them from one"
+            f"validation_path={data.validation_path}: {about}{shared} of {validation.records} records are "
+            f"also in data_path={data.data_path}, so their loss is not held out; remove them from one"
         )
 
 

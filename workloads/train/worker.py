@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from parallelmind.config import TrainConfig
+from parallelmind.config import LoraConfig, ModelConfig, OptimizerConfig, RopeConfig, TrainConfig
 from parallelmind.crash_report import keep_traceback
 from parallelmind.data.batch_server import ShardAssignment
 from parallelmind.data.held_out import HeldOut
@@ -79,7 +79,7 @@ def run_worker(task: WorkerTask, batch_server: Any) -> Outcome:
         group, checkpoint = _agree_on_start(task, manager, hooks)
         if config.workers.min_workers is not None:
             hooks.print_line(f"{workers} of {config.workers.num_workers} workers")
-        model, tokenizer = build_model(config)
+        model, tokenizer = build_model(config.model, config.rope, config.lora, config.optimizer)
         inputs = TrainingInputs(
             config,
             model,
@@ -133,20 +133,20 @@ def _batch_stream(
     return stream
 
 
-def build_model(config: TrainConfig) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+def build_model(
+    base: ModelConfig, rope: RopeConfig, lora: LoraConfig, optimizer: OptimizerConfig
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """The patched model on this worker's device, with float32 weights where it is trained."""
-    optimizer = config.optimizer
     full = optimizer.tuning == "full"
-    base = config.model.model_copy(update={"dtype": "float32"}) if full else config.model
-    model, tokenizer = load_base(base)
+    model, tokenizer = load_base(base.model_copy(update={"dtype": "float32"}) if full else base)
     check_lm_head(model)
-    if config.rope.patch_rope:
-        patch(model, config.rope)
+    if rope.patch_rope:
+        patch(model, rope)
     trained: nn.Module = model
     if optimizer.resume_adapter is not None:
-        trained = resume_adapter(model, tokenizer, optimizer.resume_adapter, config.lora)
+        trained = resume_adapter(model, tokenizer, optimizer.resume_adapter, lora)
     elif not full:
-        trained = add_lora(model, config.lora, optimizer.seed)
+        trained = add_lora(model, lora, optimizer.seed)
     return trained.to(ray.train.torch.get_device()), tokenizer
 
 

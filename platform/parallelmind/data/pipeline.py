@@ -23,9 +23,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from parallelmind.config import DataConfig, ModelConfig
 from parallelmind.data.batch_server import BatchServer, ShardAssignment
 from parallelmind.data.duplicates import hash_share
-from parallelmind.data.epoch_estimate import EpochEstimate, estimate_epoch
 from parallelmind.data.files import FilePart, file_parts, total_bytes
-from parallelmind.data.held_out import HeldOut
 from parallelmind.data.packing import SampleBatch
 from parallelmind.data.survey import SAMPLE_CHARACTERS, Survey, combine_surveys, survey_part
 from parallelmind.data.tables import to_table
@@ -128,16 +126,6 @@ def _load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     from parallelmind.model.base_model import load_tokenizer
 
     return load_tokenizer(model)
-
-
-def estimate_first_epoch(survey: Survey, config: DataConfig, model: ModelConfig, seed: int) -> EpochEstimate:
-    """What the first epoch holds; see `epoch_estimate.estimate_epoch`."""
-    return estimate_epoch(survey, _load_tokenizer(model), config, seed)
-
-
-def read_held_out(files: Sequence[str], pool: int, config: DataConfig, model: ModelConfig) -> HeldOut:
-    """The records that validation uses; see `HeldOut`."""
-    return HeldOut.read(files, pool, _load_tokenizer(model), config)
 
 
 def start_batch_server(

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import set_seed
 
-from parallelmind.config import TrainConfig
+from parallelmind.config import OptimizerConfig, TrainConfig
 from parallelmind.errors import UserError
 from parallelmind.layout import Batch
 from parallelmind.model.attention import AttentionLogger
@@ -115,7 +115,7 @@ class Trainer:
 
     @property
     def planned_steps(self) -> int:
-        return planned_steps(self.config, self.state.batches_per_epoch, _world_size())
+        return planned_steps(self.optimizer_config, self.state.batches_per_epoch, _world_size())
 
     @property
     def is_done(self) -> bool:
@@ -253,15 +253,14 @@ class Trainer:
         return True
 
 
-def planned_steps(config: TrainConfig, batches_per_epoch: int, workers: int) -> int:
+def planned_steps(optimizer: OptimizerConfig, batches_per_epoch: int, workers: int) -> int:
     """Estimated number of optimizer steps of a run."""
-    steps, max_steps = steps_of_epochs(config, batches_per_epoch, workers), config.optimizer.max_steps
-    return steps if max_steps is None else min(steps, max_steps)
+    steps = steps_of_epochs(optimizer, batches_per_epoch, workers)
+    return steps if optimizer.max_steps is None else min(steps, optimizer.max_steps)
 
 
-def steps_of_epochs(config: TrainConfig, batches_per_epoch: int, workers: int) -> int:
+def steps_of_epochs(optimizer: OptimizerConfig, batches_per_epoch: int, workers: int) -> int:
     """Estimated number of optimizer steps in all epochs, whatever max_steps is."""
-    optimizer = config.optimizer
     steps_per_epoch = max(1, math.ceil(batches_per_epoch / (workers * optimizer.accumulation_steps)))
     return steps_per_epoch * optimizer.epochs
 

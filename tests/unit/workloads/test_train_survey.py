@@ -16,12 +16,13 @@ from parallelmind.data.duplicates import ALL_BYTES
 from parallelmind.data.epoch_estimate import EpochEstimate
 from parallelmind.data.pipeline import start_batch_server, survey_files
 from parallelmind.errors import UserError
+from parallelmind.model.base_model import load_tokenizer
 from parallelmind.model.vocabulary import check_vocabulary
 from parallelmind.remote import RemotePath
 from workloads.train.data_files import DataFiles
-from workloads.train.prepare import begin, check_limits
+from workloads.train.prepare import begin
 from workloads.train.run_dir import RunDir
-from workloads.train.survey import print_estimate, survey_data
+from workloads.train.survey import check_limits, print_estimate, survey_data
 
 
 def write(path: Path, *records: dict[str, Any]) -> str:
@@ -82,7 +83,9 @@ def test_what_the_limits_remove_is_printed_and_data_without_a_rest_is_refused(
     both = write(tmp_path / "both.jsonl", {"text": "who " * 9}, {"text": "who " * 9, "answer_offset": 30})
     settings = {"base_model": with_tokenizer().base_model, "max_branch_tokens": 8}
     config = TrainConfig.model_validate({"data_path": both, "validation_path": long, **settings})
-    assert check_limits(survey_files([both], config.data), DataFiles.find(config.data), config).batches == 1
+    tokenizer = load_tokenizer(config.model)
+    files = DataFiles.find(config.data)
+    assert check_limits(survey_files([both], config.data), files, config, tokenizer).batches == 1
     cut, skipped, held_out = warnings(capsys)
     assert (
         "max_branch_tokens=8 overlong=truncate truncate_side=right: 1 mains and branches are too long" in cut
@@ -91,7 +94,7 @@ def test_what_the_limits_remove_is_printed_and_data_without_a_rest_is_refused(
     assert f"validation_path={long} max_branch_tokens=8" in held_out
     nothing = TrainConfig.model_validate({"data_path": long, **settings})
     with pytest.raises(UserError, match="max_branch_tokens=8 .*: leave none of 1 branches; raise the limits"):
-        check_limits(survey_files([long], nothing.data), DataFiles.find(nothing.data), nothing)
+        check_limits(survey_files([long], nothing.data), DataFiles.find(nothing.data), nothing, tokenizer)
 
 
 ESTIMATE = EpochEstimate(batches=10, truncated=0, skipped=0, exact=True)
@@ -125,7 +128,8 @@ ESTIMATE = EpochEstimate(batches=10, truncated=0, skipped=0, exact=True)
 def test_limits_and_steps_are_told_before_training(
     estimate: EpochEstimate, settings: dict[str, Any], told: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    print_estimate(estimate, TrainConfig.model_validate({"data_path": "-", **settings}))
+    config = TrainConfig.model_validate({"data_path": "-", **settings})
+    print_estimate(estimate, config.data, config.optimizer, num_workers=1)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == len(told)
     for line, text in zip(lines, told, strict=True):
@@ -160,7 +164,7 @@ def test_tokens_without_a_row_and_a_missing_end_token_are_told_before_ray_starts
 ) -> None:
     model = with_tokenizer("<new>", "<newer>", eos_token=None)
     config = TrainConfig(data_path="-", base_model=model.base_model, output_dir=str(tmp_path))
-    assert begin(config, RunDir.of(config)) == 302
+    assert len(begin(config, RunDir.of(config))) == 302
     first, second = warnings(capsys)
     assert f"base_model={model.base_model}: the embedding has 300 rows, and none for 2 tokens" in first
     assert "(the first: '<new>')" in first
