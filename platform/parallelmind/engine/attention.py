@@ -41,25 +41,37 @@ class CascadeAttention(AttentionBackend):
         for segment in segments:
             shape = length_bucket(len(segment.query_indices)), length_bucket(len(segment.keys.slots))
             similar[segment.own_branch, *shape].append(segment)
-        self._batches = [SegmentBatch.of(group, window, dtype, device) for group in similar.values()]
         self._num_tokens = num_tokens
         self._needs_merge = sum(len(segment.query_indices) for segment in segments) > num_tokens
+        dtype = torch.float32 if self._needs_merge else dtype
+        self._batches = [SegmentBatch.of(group, window, dtype, device) for group in similar.values()]
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
         queries, keys, values = (
             states[0].transpose(0, 1) for states in (query, key, value)
         )  # [tokens or slots, heads, dim]
         shape = (self._num_tokens, queries.shape[1], values.shape[-1])
-        if not self._needs_merge:
+        if not self._needs_merge and softcap is None and sinks is None:
             out = values.new_empty(shape)
             for batch in self._batches:
                 out[batch.targets] = batch.attend(queries, keys, values, scale)
             return out[None]
-        out = values.new_zeros(shape)
-        lse = queries.new_full((*shape[:2], 1), -torch.inf, dtype=torch.float32)
+        # float32 until the end: to round after every segment would add up.
+        out = values.new_zeros(shape, dtype=torch.float32)
+        lse = out.new_full((*shape[:2], 1), -torch.inf)
         for batch in self._batches:
-            merge_lse(out, lse, batch.targets, *batch.attend_with_lse(queries, keys, values, scale))
-        return out[None]
+            merge_lse(out, lse, batch.targets, *batch.attend_with_lse(queries, keys, values, scale, softcap))
+        if sinks is not None:  # the share of the keys beside the sink, whose value is zero
+            out *= (lse - sinks.float()[:, None]).sigmoid()
+        return out.to(values.dtype)[None]
 
 
 @dataclass(slots=True)
@@ -117,19 +129,23 @@ class SegmentBatch:
         return self._ungroup(out)
 
     def attend_with_lse(
-        self, queries: Tensor, keys: Tensor, values: Tensor, scale: float
+        self, queries: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float | None = None
     ) -> tuple[Tensor, Tensor]:
-        """`[real, heads, dim]` attention, and the float32 `[real, heads, 1]` log-sum-exp of its scores."""
+        """Float32 `[real, heads, dim]` attention, and `[real, heads, 1]` log-sum-exp of its scores."""
         query, key, value, bias = self._gather(queries, keys, values)
-        if query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
+        if query.device.type == "cpu" and query.shape[-1] == value.shape[-1] and softcap is None:
+            query, key, value = query.float(), key.float(), value.float()
+            bias = None if bias is None else bias.float()
             out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 query, key, value, 0.0, False, attn_mask=bias, scale=scale
             )
             return self._ungroup(out), self._ungroup(lse[..., None])
-        scores = (query @ key.transpose(-1, -2)).float() * scale
+        scores = _matmul(query, key.transpose(-1, -2)) * scale
+        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
         scores = scores if bias is None else scores + bias
         lse = scores.logsumexp(dim=-1, keepdim=True)
-        return self._ungroup((scores - lse).exp().to(value.dtype) @ value), self._ungroup(lse)
+        weights = (scores - lse).exp().to(value.dtype)
+        return self._ungroup(_matmul(weights, value)), self._ungroup(lse)
 
     def _gather(
         self, queries: Tensor, keys: Tensor, values: Tensor
@@ -163,9 +179,13 @@ def merge_lse(out: Tensor, lse: Tensor, targets: Tensor, new_out: Tensor, new_ls
     out, lse: `[tokens, heads, dim]` and `[tokens, heads, 1]`. new_out, new_lse: the same of `targets` alone.
     """
     total = torch.logaddexp(lse[targets], new_lse)
-    scaled = out[targets] * (lse[targets] - total).exp() + new_out * (new_lse - total).exp()
-    out[targets] = scaled.to(out.dtype)
+    out[targets] = out[targets] * (lse[targets] - total).exp() + new_out * (new_lse - total).exp()
     lse[targets] = total
+
+
+def _matmul(left: Tensor, right: Tensor) -> Tensor:
+    """The float32 product. A GPU multiplies in the dtype of the inputs, for which it has faster units."""
+    return left.float() @ right.float() if left.device.type == "cpu" else (left @ right).float()
 
 
 def dense_masks(

@@ -33,6 +33,7 @@ from transformers.masking_utils import AttentionMaskInterface, flex_attention_ma
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging as transformers_logging
+from transformers.utils.generic import TransformersKwargs
 
 from parallelmind.model.forward_context import checkpoint_with_context
 from parallelmind.model.structure import decoder_name, text_modules
@@ -44,6 +45,13 @@ _OWN_NAMES = {SDPA: "parallelmind_sdpa", FLEX: "parallelmind_flex_attention"}
 _ORIGINAL_NAMES = {own: original for original, own in _OWN_NAMES.items()}
 _USERS = "_own_attention_users"
 _RECOMPILE_LIMIT = 64
+_FLEX_HONOURS = ("scaling", "dropout", "softcap", "s_aux", "kernel_options")
+# Arguments of attention functions that are without effect beside a mask, on the results that are used here.
+_WITHOUT_EFFECT = frozenset(TransformersKwargs.__annotations__) | {
+    "cache_position",
+    "sliding_window",
+    "use_cache",
+}
 _lock = Lock()
 
 
@@ -123,8 +131,20 @@ class AttentionBackend(BlockMask, ABC):
         return 1, 1, self._queries, self._queries
 
     @abstractmethod
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """`[1, tokens, heads, dim]` of queries `[1, heads, tokens, dim]`, keys and values of the cache."""
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """`[1, tokens, heads, dim]` of queries `[1, heads, tokens, dim]`, keys and values of the cache.
+
+        softcap: scores become `softcap * tanh(score / softcap)` before masks and penalties.
+        sinks: `[heads]` scores of a further key whose value is zero.
+        """
 
 
 class OwnAttention:
@@ -242,6 +262,8 @@ def _sdpa_attention(
     """`[batch, tokens, heads, dim]` of `[batch, heads, tokens, dim]`, and the weights or None."""
     if isinstance(attention_mask, BlockMask):
         return _attend_over_blocks(module, query, key, value, attention_mask, **kwargs)
+    # transformers itself refuses a softcap
+    _refuse_unknown(kwargs, "scaling", "dropout", "position_bias", "softcap")
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -250,6 +272,7 @@ def _flex_attention(
 ) -> tuple[Tensor, Tensor | None]:
     if isinstance(attention_mask, BlockMask):
         return _attend_over_blocks(module, query, key, value, attention_mask, **kwargs)
+    _refuse_unknown(kwargs, *_FLEX_HONOURS, "position_bias")
     return flex_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -262,17 +285,36 @@ def _attend_over_blocks(
     nothing else to it.
     """
     if isinstance(mask, AttentionBackend):
-        scale = kwargs.get("scaling")
-        return mask.attend(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale), None
+        _refuse_unknown({**kwargs, "dropout": kwargs.get("dropout") or None}, "scaling", "softcap", "s_aux")
+        scale = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
+        return mask.attend(query, key, value, scale, kwargs.get("softcap"), kwargs.get("s_aux")), None
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast converts the inputs of SDPA only
     if bias := getattr(mask, SCORE_BIAS, None):
+        _refuse_unknown(kwargs, *_FLEX_HONOURS)
         kwargs["position_bias"] = bias
+    else:
+        _refuse_unknown(kwargs, *_FLEX_HONOURS, "position_bias")
     if torch.compiler.is_compiling():
         return flex_attention_forward(module, query, key, value, mask, **kwargs)
     # New shapes, single rows and passes without gradients are compiled separately. Past torch's limit of 8 a
     # call would run uncompiled, which materialises the score of every pair.
     with torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT):
         return flex_attention_forward(module, query, key, value, mask, **kwargs)
+
+
+def _refuse_unknown(kwargs: dict[str, Any], *honoured: str) -> None:
+    """Raise ValueError if a layer passes a value that the attention would ignore.
+
+    Relies on: the keys of `TransformersKwargs`, which a model hands to every layer and no attention but
+    FlashAttention reads. Windows are part of the mask.
+    """
+    known = {*honoured, *_WITHOUT_EFFECT}
+    for name, value in kwargs.items():
+        if name not in known and value is not None:
+            raise ValueError(
+                f"attn_implementation: the model's layers pass {name}, which this attention does not honour; "
+                "set the model to eager"
+            )
 
 
 # Structure of models

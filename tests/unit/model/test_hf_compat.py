@@ -244,16 +244,14 @@ def test_a_backend_is_passed_through_to_every_layer() -> None:
     seen = []
 
     class Recorder(AttentionBackend):
-        def attend(
-            self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-        ) -> torch.Tensor:
-            seen.append((query.shape, scale))
+        def attend(self, query: torch.Tensor, *args: Any) -> torch.Tensor:
+            seen.append((query.shape, *args[2:]))
             return query.transpose(1, 2)
 
     mask = Recorder(IDS.shape[1])
     assert create_causal_mask(model.config, torch.zeros(1, 10, 64), mask, None) is mask
     model(input_ids=IDS, attention_mask=mask, use_cache=False)
-    assert seen == [((1, 4, 10, 16), 16**-0.5)] * 2
+    assert seen == [((1, 4, 10, 16), 16**-0.5, None, None)] * 2
 
 
 def test_flex_attention_adds_the_score_bias() -> None:
