@@ -88,7 +88,7 @@ MUTATIONS = [
     Mutation(
         "storage: a file is renamed before it is on disk",
         "platform/parallelmind/storage.py",
-        "        _fsync(partial)\n",
+        "        fsync(partial)\n",
         "",
         "tests/unit/test_storage.py",
     ),

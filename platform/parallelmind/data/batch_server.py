@@ -43,8 +43,8 @@ class BatchServer:
     After a restart, any number of workers continue with exactly the batches from `first_batch` on.
     """
 
-    def __init__(self, read: Callable[[], Iterable[pa.Table]], config: DataConfig, seed: int) -> None:
-        self._read, self._config, self._seed = read, config, seed
+    def __init__(self, read: Callable[[], Iterable[pa.Table]], data: DataConfig, seed: int) -> None:
+        self._read, self._data, self._seed = read, data, seed
         self._cached_tables: list[pa.Table] | None = None  # all tables of an epoch, if they are small
         self._lock = threading.Lock()
         self._stream: _EpochStream | None = None
@@ -74,7 +74,7 @@ class BatchServer:
 
     def _batches(self, epoch: int, counts: Counter[str]) -> Iterator[SampleBatch]:
         tables = self._read_and_cache() if self._cached_tables is None else self._cached_tables
-        return sample_batches(from_tables(tables, counts), self._config, EpochSeed(self._seed, epoch))
+        return sample_batches(from_tables(tables, counts), self._data, EpochSeed(self._seed, epoch))
 
     def _read_and_cache(self) -> Iterator[pa.Table]:
         """The tables as they are read. Small data is kept, so that later epochs do not tokenise it again."""

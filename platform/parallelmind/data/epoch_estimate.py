@@ -34,16 +34,16 @@ class EpochEstimate:
 
 
 def estimate_epoch(
-    survey: Survey, tokenizer: PreTrainedTokenizerBase, config: DataConfig, seed: int
+    survey: Survey, tokenizer: PreTrainedTokenizerBase, data: DataConfig, seed: int
 ) -> EpochEstimate:
     """Tokenise and batch the sample like the data itself.
 
     The numbers depend on the language, the limits and the padding.
     """
-    tokenised = list(tokenise_stream(iter(survey.sample), tokenizer, config))
+    tokenised = list(tokenise_stream(iter(survey.sample), tokenizer, data))
     records = [record for item in tokenised for record in item.for_packing()]
     repeats, scale = 1, survey.records / max(len(survey.sample), 1)
-    while (count := _count(records, repeats, config, seed)) < _ENOUGH_BATCHES and 2 * repeats <= scale:
+    while (count := _count(records, repeats, data, seed)) < _ENOUGH_BATCHES and 2 * repeats <= scale:
         repeats *= 2
     return EpochEstimate(
         batches=max(1, math.ceil(count / repeats * scale)),
@@ -53,7 +53,7 @@ def estimate_epoch(
     )
 
 
-def _count(records: Sequence[TokenRecord], repeats: int, config: DataConfig, seed: int) -> int:
+def _count(records: Sequence[TokenRecord], repeats: int, data: DataConfig, seed: int) -> int:
     """Number of batches. The records are repeated: one large batch may hold more than all of them."""
     repeated = chain.from_iterable(repeat(records, repeats))
-    return sum(1 for _ in sample_batches(repeated, config, EpochSeed(seed)))
+    return sum(1 for _ in sample_batches(repeated, data, EpochSeed(seed)))

@@ -27,20 +27,20 @@ class HeldOut:
 
     records: list[TokenRecord]
     pool: int
-    config: DataConfig
+    data: DataConfig
     truncated: int
     skipped: int
 
     @staticmethod
     def read(
-        files: Sequence[str], pool: int, tokenizer: PreTrainedTokenizerBase, config: DataConfig
+        files: Sequence[str], pool: int, tokenizer: PreTrainedTokenizerBase, data: DataConfig
     ) -> HeldOut:
         """Read and tokenise the files. Bad lines are skipped; the survey reports them."""
-        tokenised = list(_first_records(files, pool, tokenizer, config))
+        tokenised = list(_first_records(files, pool, tokenizer, data))
         return HeldOut(
             [record for item in tokenised for record in item.for_packing()],
             pool,
-            config,
+            data,
             sum(item.truncated for item in tokenised),
             sum(item.skipped for item in tokenised),
         )
@@ -52,16 +52,16 @@ class HeldOut:
 
     def batches(self, branches: int, seed: int) -> list[list[Tokens]]:
         """The samples of every batch, with up to `branches` branches each."""
-        samples = regroup_branches(self.records, branches, self.pool, self.config)
-        return list(batch(samples, self.config, EpochSeed(seed).generator()))
+        samples = regroup_branches(self.records, branches, self.pool, self.data)
+        return list(batch(samples, self.data, EpochSeed(seed).generator()))
 
 
 def _first_records(
-    files: Sequence[str], pool: int, tokenizer: PreTrainedTokenizerBase, config: DataConfig
+    files: Sequence[str], pool: int, tokenizer: PreTrainedTokenizerBase, data: DataConfig
 ) -> Iterator[TokenisedRecord]:
     """Tokenised records until they hold `pool` branches."""
     for part in file_parts(files):
-        for record in tokenise_part(part, tokenizer, config):
+        for record in tokenise_part(part, tokenizer, data):
             if pool <= 0:
                 return
             yield record
@@ -69,13 +69,13 @@ def _first_records(
 
 
 def regroup_branches(
-    records: Iterable[TokenRecord], branches: int, pool: int, config: DataConfig
+    records: Iterable[TokenRecord], branches: int, pool: int, data: DataConfig
 ) -> list[Tokens]:
     """The first `pool` branches as samples of `branches` each: the same text for every value of `branches`.
 
     Branches of one record stay with their main, so its last sample may hold fewer.
     """
-    fixed = config.model_copy(update={"branches_per_sample": branches, "max_branches_per_sample": branches})
+    fixed = data.model_copy(update={"branches_per_sample": branches, "max_branches_per_sample": branches})
     return list(pack(_first_branches(records, pool), fixed, np.random.default_rng(0)))
 
 

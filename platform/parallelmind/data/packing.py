@@ -1,6 +1,6 @@
 """Tokenised records to samples to batches: seeded, in one pass, without loss.
 
-The batches of an epoch form one sequence, which depends only on the data, the config and (seed, epoch).
+The batches of an epoch form one sequence, which depends only on the data, the settings and (seed, epoch).
 Workers take its batches in turns. The number of workers decides which worker trains on a batch, never which
 batches exist. The number of batches taken so far determines exactly which ones remain.
 """
@@ -52,15 +52,15 @@ class SampleBatch:
 
 
 def sample_batches(
-    records: Iterable[TokenRecord], config: DataConfig, seed: EpochSeed
+    records: Iterable[TokenRecord], data: DataConfig, seed: EpochSeed
 ) -> Iterator[SampleBatch]:
     """Shuffle, pack and batch the records of an epoch."""
-    shuffled = shuffle(records, config.shuffle_window, seed.generator(_SHUFFLE))
-    samples = pack(shuffled, config, seed.generator(_GROUP))
-    for number, samples_of_batch in enumerate(batch(samples, config, seed.generator(_BATCH))):
+    shuffled = shuffle(records, data.shuffle_window, seed.generator(_SHUFFLE))
+    samples = pack(shuffled, data, seed.generator(_GROUP))
+    for number, samples_of_batch in enumerate(batch(samples, data, seed.generator(_BATCH))):
         generator = seed.generator(_DELAY, number)
         delays = [
-            generator.integers(0, config.random_time_offset, size=sample.branches, endpoint=True)
+            generator.integers(0, data.random_time_offset, size=sample.branches, endpoint=True)
             for sample in samples_of_batch
         ]
         yield SampleBatch(samples_of_batch, delays)
@@ -89,7 +89,7 @@ def _pop_random(buffer: list[TokenRecord], generator: np.random.Generator) -> To
 
 
 def pack(
-    records: Iterable[TokenRecord], config: DataConfig, generator: np.random.Generator
+    records: Iterable[TokenRecord], data: DataConfig, generator: np.random.Generator
 ) -> Iterator[Tokens]:
     """Pack records into samples.
 
@@ -98,29 +98,27 @@ def pack(
     `max_sample_tokens`; the last group may be smaller. Other records are split if they are too large.
     """
     group: list[Tokens] = []
-    size = _group_size(config, generator)
+    size = _group_size(data, generator)
     for record in records:
         tokens = record.tokens
         if not record.standalone:
-            yield from split(tokens, config.max_branches_per_sample, config.max_sample_tokens)
+            yield from split(tokens, data.max_branches_per_sample, data.max_sample_tokens)
             continue
-        if group and sum(len(member.ids) for member in group) + len(tokens.ids) > config.max_sample_tokens:
+        if group and sum(len(member.ids) for member in group) + len(tokens.ids) > data.max_sample_tokens:
             yield merge(group)
-            group, size = [], _group_size(config, generator)
+            group, size = [], _group_size(data, generator)
         group.append(tokens)
         if len(group) == size:
             yield merge(group)
-            group, size = [], _group_size(config, generator)
+            group, size = [], _group_size(data, generator)
     if group:
         yield merge(group)
 
 
-def _group_size(config: DataConfig, generator: np.random.Generator) -> int:
-    if config.branches_per_sample is not None:
-        return config.branches_per_sample
-    return int(
-        generator.integers(config.min_branches_per_sample, config.max_branches_per_sample, endpoint=True)
-    )
+def _group_size(data: DataConfig, generator: np.random.Generator) -> int:
+    if data.branches_per_sample is not None:
+        return data.branches_per_sample
+    return int(generator.integers(data.min_branches_per_sample, data.max_branches_per_sample, endpoint=True))
 
 
 def merge(samples: Sequence[Tokens]) -> Tokens:
@@ -157,7 +155,7 @@ def take_branches(tokens: Tokens, start: int, stop: int) -> Tokens:
 
 
 def batch(
-    samples: Iterable[Tokens], config: DataConfig, generator: np.random.Generator
+    samples: Iterable[Tokens], data: DataConfig, generator: np.random.Generator
 ) -> Iterator[list[Tokens]]:
     """Batches of samples of similar length.
 
@@ -170,38 +168,38 @@ def batch(
     for sample in samples:
         window.append(sample)
         tokens += len(sample.ids)
-        if config.batch_tokens is None:
-            full = len(window) >= config.length_window * config.batch_size
+        if data.batch_tokens is None:
+            full = len(window) >= data.length_window * data.batch_size
         else:
-            full = tokens >= config.length_window * config.batch_tokens
+            full = tokens >= data.length_window * data.batch_tokens
         if full:
-            yield from _batch_window(window, config, generator)
+            yield from _batch_window(window, data, generator)
             window, tokens = [], 0
-    yield from _batch_window(window, config, generator)
+    yield from _batch_window(window, data, generator)
 
 
 def _batch_window(
-    window: list[Tokens], config: DataConfig, generator: np.random.Generator
+    window: list[Tokens], data: DataConfig, generator: np.random.Generator
 ) -> Iterator[list[Tokens]]:
-    if config.length_window > 1:
+    if data.length_window > 1:
         window = sorted(window, key=lambda sample: -len(sample.ids))
     batches: list[list[Tokens]] = []
     for sample in window:
-        if not batches or not _fits(batches[-1], sample, config):
+        if not batches or not _fits(batches[-1], sample, data):
             batches.append([])
         batches[-1].append(sample)
-    order = generator.permutation(len(batches)) if config.length_window > 1 else range(len(batches))
+    order = generator.permutation(len(batches)) if data.length_window > 1 else range(len(batches))
     yield from (batches[index] for index in order)
 
 
-def _fits(samples: list[Tokens], sample: Tokens, config: DataConfig) -> bool:
+def _fits(samples: list[Tokens], sample: Tokens, data: DataConfig) -> bool:
     """Whether one more sample fits into a batch."""
-    if config.batch_tokens is not None:
+    if data.batch_tokens is not None:
         longest = max(len(member.ids) for member in (*samples, sample))
-        return (len(samples) + 1) * longest <= config.batch_tokens
-    if config.batch_by_samples:
-        return len(samples) < config.batch_size
-    return sum(member.branches for member in samples) + sample.branches <= config.batch_size
+        return (len(samples) + 1) * longest <= data.batch_tokens
+    if data.batch_by_samples:
+        return len(samples) < data.batch_size
+    return sum(member.branches for member in samples) + sample.branches <= data.batch_size
 
 
 def make_batch(

@@ -62,22 +62,22 @@ class Survey:
     sample: list[Record] = field(default_factory=list)
     hashes: RecordHashes = field(default_factory=RecordHashes)
 
-    def raise_if_unusable(self, config: DataConfig, field: str) -> None:
-        """Raise UserError if there is no good record, or more bad lines than the config allows.
+    def raise_if_unusable(self, data: DataConfig, field: str) -> None:
+        """Raise UserError if there is no good record, or more bad lines than the settings allow.
 
         field: the config field that names the files.
         """
-        path = f"{field}={getattr(config, field)}"
+        path = f"{field}={getattr(data, field)}"
         first_bad = f", the first: {self.bad[0]}" if self.bad else ""
         if not self.records:
             raise UserError(
                 f"{path}: holds no record (bad lines: {len(self.bad)}{first_bad}); {_CONVERT_REMEDY}"
             )
-        if config.strict and self.bad:
+        if data.strict and self.bad:
             raise UserError(
                 f"{path}: {self.bad[0]}; correct it, or set strict=false to skip bad lines ({len(self.bad)})"
             )
-        limit = config.max_bad_records
+        limit = data.max_bad_records
         if limit is not None and len(self.bad) > (limit if limit >= 1 else limit * self.lines):
             share = f"{len(self.bad)} of {self.lines} lines are bad"
             raise UserError(
@@ -85,15 +85,15 @@ class Survey:
             )
 
 
-def read_records(part: FilePart, config: DataConfig, vocab_size: int | None) -> Iterator[Record]:
+def read_records(part: FilePart, data: DataConfig, vocab_size: int | None) -> Iterator[Record]:
     """Every good record of a part. Bad lines are skipped; `survey_part` reports them."""
     for line in read_lines(part):
-        result = check_line(line, config, vocab_size)
+        result = check_line(line, data, vocab_size)
         if isinstance(result, Record):
             yield result
 
 
-def check_line(line: Line, config: DataConfig, vocab_size: int | None) -> Record | str | None:
+def check_line(line: Line, data: DataConfig, vocab_size: int | None) -> Record | str | None:
     """The record in a line, the reason why it is bad, or None for a blank line."""
     if line.problem is not None:
         return line.problem
@@ -106,14 +106,14 @@ def check_line(line: Line, config: DataConfig, vocab_size: int | None) -> Record
             record = parse_value(line.value, vocab_size)
     except RecordError as error:
         return str(error)
-    limit = config.max_branches_per_sample
-    if config.overfull == "refuse" and len(record.branches) > limit:
+    limit = data.max_branches_per_sample
+    if data.overfull == "refuse" and len(record.branches) > limit:
         return f"has {len(record.branches)} branches, more than max_branches_per_sample={limit}"
     return record
 
 
 def survey_part(
-    part: FilePart, config: DataConfig, vocab_size: int | None, share: float = 0.0, hash_share: float = 1.0
+    part: FilePart, data: DataConfig, vocab_size: int | None, share: float = 0.0, hash_share: float = 1.0
 ) -> dict[str, Any]:
     """Counts, bad lines and sampled records of one part, as one row of plain values for `combine_surveys`.
 
@@ -131,7 +131,7 @@ def survey_part(
     for number, line in enumerate(read_lines(part), start=1):
         counts["numbered"] = number
         digest.update(b"\n" + (line.raw if line.raw is not None else repr(line.value).encode()))
-        result = check_line(line, config, vocab_size)
+        result = check_line(line, data, vocab_size)
         if isinstance(result, Record):
             counts.update(
                 lines=1, records=1, branches=len(result.branches), standalone=int(result.standalone)

@@ -44,22 +44,22 @@ class TokenisedRecord:
 
 
 def tokenise_part(
-    part: FilePart, tokenizer: PreTrainedTokenizerBase, config: DataConfig
+    part: FilePart, tokenizer: PreTrainedTokenizerBase, data: DataConfig
 ) -> Iterator[TokenisedRecord]:
     """Every good record of a file part, tokenised. Bad lines are skipped; the survey reports them."""
-    return tokenise_stream(read_records(part, config, len(tokenizer)), tokenizer, config)
+    return tokenise_stream(read_records(part, data, len(tokenizer)), tokenizer, data)
 
 
 def tokenise_stream(
-    records: Iterator[Record], tokenizer: PreTrainedTokenizerBase, config: DataConfig
+    records: Iterator[Record], tokenizer: PreTrainedTokenizerBase, data: DataConfig
 ) -> Iterator[TokenisedRecord]:
     """Tokenise a stream of records, many at a time."""
     while chunk := list(islice(records, _RECORDS_PER_CALL)):
-        yield from tokenise(chunk, tokenizer, config)
+        yield from tokenise(chunk, tokenizer, data)
 
 
 def tokenise(
-    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, config: DataConfig
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, data: DataConfig
 ) -> list[TokenisedRecord]:
     """Tokenise many records, with two calls of the tokenizer: for texts that open a sample, and for others.
 
@@ -74,7 +74,7 @@ def tokenise(
     bos = bos_ids(tokenizer)
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return [
-        _apply_limits(*_assemble(record, encoded, bos, eos), record.standalone, bos, config)
+        _apply_limits(*_assemble(record, encoded, bos, eos), record.standalone, bos, data)
         for record in records
     ]
 
@@ -133,21 +133,21 @@ def _apply_limits(
     branches: list[tuple[list[int], Mask]],
     standalone: bool,
     bos: list[int],
-    config: DataConfig,
+    data: DataConfig,
 ) -> TokenisedRecord:
     """Truncate and skip. The first token of a branch is never a target, as no token precedes it."""
-    excess = _excess(main, None, bos, config)
+    excess = _excess(main, None, bos, data)
     if excess is None:
         return TokenisedRecord(None, standalone, 0, len(branches))
     main = main[: excess.start] + main[excess.stop :]
     kept, kept_targets, truncated = [], [], int(bool(excess))
     for ids, targets in branches:
-        excess = _excess(ids, targets, bos, config)
+        excess = _excess(ids, targets, bos, data)
         if excess is None:
             continue
         if excess:
             ids, targets = ids[: excess.start] + ids[excess.stop :], np.delete(targets, excess)
-        if not targets[1:].any() or len(main) + len(ids) > config.max_sample_tokens:
+        if not targets[1:].any() or len(main) + len(ids) > data.max_sample_tokens:
             continue
         kept.append(ids)
         kept_targets.append(targets)
@@ -156,44 +156,44 @@ def _apply_limits(
     return TokenisedRecord(tokens, standalone, truncated, len(branches) - len(kept))
 
 
-def _excess(ids: list[int], targets: Mask | None, bos: list[int], config: DataConfig) -> range | None:
+def _excess(ids: list[int], targets: Mask | None, bos: list[int], data: DataConfig) -> range | None:
     """The places of the tokens to cut off, or None if the main or branch is to be skipped.
 
     targets: of a branch; None for main.
     """
-    limit = config.max_branch_tokens
+    limit = data.max_branch_tokens
     if len(ids) <= limit:
         return range(0)
-    if config.overlong == "skip":
+    if data.overlong == "skip":
         return None
     start = len(bos) if ids[: len(bos)] == bos else 0
     left = range(start, start + len(ids) - limit)
-    if config.overlong == "keep_answer" and targets is not None:
+    if data.overlong == "keep_answer" and targets is not None:
         first_possible = left.stop if start else left.stop + 1  # a token precedes the first target
         return None if targets[:first_possible].any() else left
-    return left if config.truncate_side == "left" else range(limit, len(ids))
+    return left if data.truncate_side == "left" else range(limit, len(ids))
 
 
-def nothing_left(branches: int, config: DataConfig) -> UserError:
+def nothing_left(branches: int, data: DataConfig) -> UserError:
     """The error for data of which the length limits leave nothing. branches: the number of skipped ones."""
     return UserError(
-        f"max_branch_tokens={config.max_branch_tokens} max_sample_tokens={config.max_sample_tokens} "
-        f"overlong={config.overlong}: leave none of {branches:,} branches; "
+        f"max_branch_tokens={data.max_branch_tokens} max_sample_tokens={data.max_sample_tokens} "
+        f"overlong={data.overlong}: leave none of {branches:,} branches; "
         "raise the limits, set overlong=truncate, or lower the answer offsets"
     )
 
 
-def limit_notes(truncated: int, skipped: int, config: DataConfig, about: str = "") -> list[str]:
+def limit_notes(truncated: int, skipped: int, data: DataConfig, about: str = "") -> list[str]:
     """What the length limits remove, and what to change, in one line each. about: before an estimate."""
-    limits, notes = f"max_branch_tokens={config.max_branch_tokens} overlong={config.overlong}", []
+    limits, notes = f"max_branch_tokens={data.max_branch_tokens} overlong={data.overlong}", []
     if truncated:
         notes.append(
-            f"{limits} truncate_side={config.truncate_side}: {about}{truncated:,} mains and branches are too "
+            f"{limits} truncate_side={data.truncate_side}: {about}{truncated:,} mains and branches are too "
             "long and lose tokens; raise the limit, or choose another overlong or truncate_side"
         )
     if skipped:
         notes.append(
-            f"{limits} max_sample_tokens={config.max_sample_tokens}: {about}{skipped:,} branches are "
+            f"{limits} max_sample_tokens={data.max_sample_tokens}: {about}{skipped:,} branches are "
             "skipped, too long or without a target in the limits; raise the limits, or check the targets"
         )
     return notes

@@ -193,7 +193,7 @@ def test_make_batch_pads() -> None:
 
 def test_regrouping_keeps_the_same_text_at_every_branch_count() -> None:
     records = [*standalone_records(9), record_with_main(5), *standalone_records(4)]
-    samples = {n: regroup_branches(records, n, pool=12, config=config()) for n in (1, 2, 4, 16)}
+    samples = {n: regroup_branches(records, n, pool=12, data=config()) for n in (1, 2, 4, 16)}
     assert all(contents(regrouped) == contents(samples[1]) for regrouped in samples.values())
     assert sum(contents(samples[1]).values()) == 12
     assert max(sample.branches for sample in samples[4]) == 4
