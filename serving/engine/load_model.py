@@ -50,5 +50,10 @@ def max_context_tokens(config: AppConfig) -> int | None:
 
 
 def _base_model(config: AppConfig) -> ModelConfig:
-    name = config.model.base_model or read_adapter(config.model.lora_path or "").base_model
-    return ModelConfig(base_model=name, trust_remote_code=config.model.trust_remote_code)
+    model = config.model
+    adapter = None if model.lora_path is None else read_adapter(model.lora_path)
+    return ModelConfig(
+        base_model=model.base_model or (adapter.base_model if adapter else ""),
+        trust_remote_code=model.trust_remote_code,
+        add_tokens=adapter.add_tokens if adapter else [],
+    )

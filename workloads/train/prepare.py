@@ -79,6 +79,7 @@ def begin(config: TrainConfig, run_dir: RunDir) -> PreTrainedTokenizerBase:
         check_supported(load_meta_model(config.model))
     if config.optimizer.resume_adapter is not None:
         settings = {**config.rope.model_dump(), **config.lora.model_dump(exclude={"lora_dropout"})}
+        settings["add_tokens"] = config.model.add_tokens
         read_adapter(config.optimizer.resume_adapter).check_settings(settings)
     return tokenizer
 

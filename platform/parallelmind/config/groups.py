@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from parallelmind.config.frozen import FrozenConfig
 from parallelmind.config.paths import HomePath, TrackingUri
+from parallelmind.errors import format_value
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Quantize = Literal["none", "8bit", "4bit"]
@@ -21,6 +22,8 @@ Alignment = Literal["left", "right"]
 class ModelConfig(FrozenConfig):
     """Base model."""
 
+    LATER_FIELDS: ClassVar[frozenset[str]] = frozenset({"add_tokens"})
+
     base_model: str = Field(
         "smollm2-135m", min_length=1, description="smollm2-135m, a local folder, or a hub id"
     )
@@ -29,6 +32,19 @@ class ModelConfig(FrozenConfig):
         "none", description="load the base weights quantized to 8 or 4 bits (bitsandbytes)"
     )
     trust_remote_code: bool = Field(False, description="allow a hub model to run its own code")
+    add_tokens: list[str] = Field(
+        [],
+        description="new tokens of the tokenizer; their embeddings are trained with the adapter",
+    )
+
+    @model_validator(mode="after")
+    def _check_add_tokens(self) -> Self:
+        if self.add_tokens and self.quantize != "none":
+            raise ValueError(
+                f"add_tokens={format_value(self.add_tokens)}: not supported with quantize={self.quantize}; "
+                "set quantize=none"
+            )
+        return self
 
 
 class RopeConfig(FrozenConfig):

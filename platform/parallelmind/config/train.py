@@ -101,6 +101,15 @@ class TrainConfig(GroupedConfig):
         return self
 
     @model_validator(mode="after")
+    def _check_add_tokens(self) -> Self:
+        if self.model.add_tokens and self.workers.sharding == "full" and self.optimizer.tuning == "lora":
+            raise ValueError(
+                "sharding=full: cannot train single rows of an embedding; drop it, drop add_tokens, or set "
+                "tuning=full"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_tuning(self) -> Self:
         if self.optimizer.tuning == "full" and self.optimizer.resume_adapter:
             raise ValueError(

@@ -35,6 +35,7 @@ from parallelmind.model.manifest import (
     read_model,
     write_manifest,
 )
+from parallelmind.model.new_tokens import trainable_token_indices
 from parallelmind.model.patch import is_patched, patch, rope_config
 from parallelmind.model.support import check_supported
 from parallelmind.model.targets import excluded_modules, parse_targets
@@ -68,6 +69,7 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel
         use_dora=config.use_dora,
         target_modules="all-linear" if all_linear else parse_targets(model, config.lora_targets),
         exclude_modules=excluded_modules(model, all_linear) or None,
+        trainable_token_indices=trainable_token_indices(model),
     )
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
@@ -115,9 +117,19 @@ def save_adapter(
         save_file(to_cpu(stored), new_folder / WEIGHTS, metadata={"format": "pt"})
         settings.save_pretrained(str(new_folder))
         base_model = cast(PreTrainedModel, model.get_base_model())
+        if base.add_tokens:
+            tokenizer.save_pretrained(new_folder)
         identity = base_identity(base_model, tokenizer)
         manifest = write_manifest(
-            new_folder, base.base_model, base_model.config, tokenizer, rope, lora, extra, identity
+            new_folder,
+            base.base_model,
+            base_model.config,
+            tokenizer,
+            rope,
+            lora,
+            extra,
+            identity,
+            base.add_tokens,
         )
         write_card(new_folder, manifest, base)
 
@@ -226,7 +238,8 @@ def _trained_values(
     if folder is not None:
         manifest = read_adapter(folder)
         manifest.check_settings(settings if lora_rank is None else {**settings, "lora_rank": lora_rank})
-        return {"base_model": manifest.base_model, **manifest.rope.model_dump()}
+        base = {"base_model": manifest.base_model, "add_tokens": manifest.add_tokens}
+        return {**base, **manifest.rope.model_dump()}
     if lora_rank is not None:
         raise UserError(
             f"lora_rank={lora_rank}: needs lora_path, the adapter of that rank; set it, or drop lora_rank"

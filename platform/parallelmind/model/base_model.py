@@ -24,6 +24,7 @@ from parallelmind.config import ModelConfig
 from parallelmind.errors import UserError, first_line, translate_read_errors
 from parallelmind.model.hf_compat import no_load_report, no_progress_bars
 from parallelmind.model.hub import find_hub_model
+from parallelmind.model.new_tokens import extend_model, extend_tokenizer
 from parallelmind.model.quantize import quantization_config
 from parallelmind.model.smollm2 import SMOLLM2, fetch_smollm2
 from parallelmind.model.weight_check import check_loaded, find_file_problem, find_pickles
@@ -91,7 +92,10 @@ def load_base(
     check_loaded(config.base_model, model, info)
     # Saved files contain the user's name for the model, never a cache path of this machine.
     model.config._name_or_path = model.name_or_path = config.base_model
-    return model.eval(), load_tokenizer(config)
+    tokenizer = load_tokenizer(config)
+    if config.add_tokens:
+        extend_model(model, len(tokenizer), len(config.add_tokens))
+    return model.eval(), tokenizer
 
 
 def load_meta_model(config: ModelConfig) -> PreTrainedModel:
@@ -104,6 +108,9 @@ def load_meta_model(config: ModelConfig) -> PreTrainedModel:
 def load_base_config(config: ModelConfig) -> PreTrainedConfig:
     """Load the model's configuration. Raises UserError as `load_base` does."""
     loaded: PreTrainedConfig = _from_pretrained(AutoConfig, config)
+    if config.add_tokens:
+        text_config = loaded.get_text_config(decoder=True)
+        text_config.vocab_size = max(text_config.vocab_size, len(load_tokenizer(config)))
     return loaded
 
 
@@ -117,6 +124,7 @@ def build_meta_model(config: PreTrainedConfig, trust_remote_code: bool = False) 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer, with eos as padding if it has none. Raises UserError as `load_base` does."""
     tokenizer: PreTrainedTokenizerBase = _from_pretrained(AutoTokenizer, config)
+    extend_tokenizer(tokenizer, config.add_tokens)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

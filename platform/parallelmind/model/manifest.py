@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -54,6 +54,7 @@ class Manifest(FrozenConfig):
     base: BaseIdentity | None = Field(
         None, description="the base model of an adapter; null for a whole model and in version 0.1.0"
     )
+    add_tokens: list[str] = Field([], description="tokens that an adapter adds to the base's tokenizer")
     rope: RopeConfig = Field(description="how the base was patched")
     lora: LoraConfig | None = Field(description="the stored adapter; null for a whole model")
     versions: dict[str, str] = Field(description="versions of the libraries that wrote it")
@@ -69,7 +70,9 @@ class Manifest(FrozenConfig):
 
     def check_settings(self, settings: Mapping[str, Any]) -> None:
         """Raise UserError with both values for a field of rope or lora that differs from the training."""
-        trained = {**self.rope.model_dump(), **(self.lora.model_dump() if self.lora else {})}
+        trained = self.rope.model_dump()
+        if self.lora:
+            trained |= {**self.lora.model_dump(), "add_tokens": self.add_tokens}
         owner = "adapter" if self.lora else "model"
         for field, value in settings.items():
             if field in trained and value != trained[field]:
@@ -213,14 +216,19 @@ def write_manifest(
     lora: LoraConfig | None,
     extra: Mapping[str, Any] | None,
     base: BaseIdentity | None = None,
+    add_tokens: Sequence[str] = (),
 ) -> Manifest:
-    """Write the manifest of all files in `folder`. config: the model's configuration. base: an adapter's."""
+    """Write the manifest of all files in `folder`.
+
+    config: the model's configuration. base, add_tokens: of an adapter.
+    """
     manifest = Manifest(
         format_version=FORMAT,
         base_model=base_model,
         base_config_sha256=base_config_hash(config),
         chat_template_sha256=chat_template_hash(tokenizer),
         base=base,
+        add_tokens=list(add_tokens),
         rope=rope,
         lora=lora,
         versions=_versions(),
