@@ -12,21 +12,24 @@ from time import monotonic, perf_counter
 
 import parallelmind as pm
 from serving.engine.messages import BranchStarted, EngineRequest, StepOutput
+from serving.observability.log import log
 
 # With a niceness of 5 the event loop still waits some milliseconds for the engine's threads.
 _NICENESS = 15
 _HEARTBEAT_S = 1.0
+_MAX_FAILED_STEPS = 3  # in a row, none of which computed anything: after that the engine itself is the cause
 # With the default of 5 ms each of the thousand short calls of a step may wait 5 ms for the event loop.
 _SWITCH_INTERVAL_S = 1e-4
 
 
 class EngineStuckError(RuntimeError):
-    """The engine failed, or one step takes too long. Only a new replica helps."""
+    """Every step of the engine fails, or one step takes too long. Only a new replica helps."""
 
 
 class EngineLoop:
     """Step an engine in a thread while it has work.
 
+    A step that raises has ended its samples with an error; the others continue.
     All methods are called from the event loop that called `submit` first.
     """
 
@@ -42,6 +45,7 @@ class EngineLoop:
         self._queues: dict[int, asyncio.Queue[StepOutput | None]] = {}
         self._wake = threading.Event()
         self._step_started_at: float | None = None
+        self._num_failed_steps = 0
         self._failure: BaseException | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -149,13 +153,28 @@ class EngineLoop:
         """
         self._step_started_at = monotonic()
         started_at, model_seconds = perf_counter(), self._engine.seconds_in_model
-        events = self._engine.step()
+        events = self._step_engine()
         self._step_started_at = None
         self._on_step(perf_counter() - started_at, self._engine.seconds_in_model - model_seconds)
         events_by_sample: dict[int, list[pm.Event]] = defaultdict(list)
         for event in events:
             events_by_sample[event.sample].append(event)
         return events_by_sample, {number for number in events_by_sample if self._engine.is_finished(number)}
+
+    def _step_engine(self) -> list[pm.Event]:
+        """The events of a step, also of one that raises. Raises what the last of many failed steps raised."""
+        model_seconds = self._engine.seconds_in_model
+        try:
+            return self._engine.step()
+        except Exception:
+            self._num_failed_steps += 1
+            if self._num_failed_steps == _MAX_FAILED_STEPS:
+                raise
+            log.exception("a step of the engine failed; its samples ended with an error")
+            return self._engine.take_events()
+        finally:
+            if self._engine.seconds_in_model > model_seconds:
+                self._num_failed_steps = 0
 
     def _dispatch(self, events_by_sample: dict[int, list[pm.Event]], ended: set[int]) -> None:
         for number, events in events_by_sample.items():

@@ -61,8 +61,9 @@ class RequestReplay:
 
     @property
     def may_end(self) -> bool:
-        """Whether a stream may close here. After a cancel the reduce branch may never start."""
-        return self.is_complete or (self.all_ended and "cancelled" in self._finish_reasons)
+        """Whether a stream may close here. After a cancel or an error the reduce branch may never start."""
+        ended_early = "cancelled" in self._finish_reasons or "error" in self._finish_reasons
+        return self.is_complete or (self.all_ended and ended_early)
 
     def record(self, step: StepOutput) -> StepOutput:
         """Record a step. Returns it without the branch starts that an earlier engine announced."""

@@ -73,6 +73,7 @@ class Delta(BaseModel):
     """What one token adds to a branch.
 
     branch, time: the token's coordinates; null where a branch ends without a token.
+    error: the reason of the finish reason "error".
     """
 
     index: int
@@ -83,6 +84,7 @@ class Delta(BaseModel):
     finish_reason: str | None
     logprob: float | None
     top: list[tuple[int, float]]
+    error: str | None = None
 
 
 class Deltas(BaseModel):
@@ -98,7 +100,7 @@ class Done(BaseModel):
 
 
 class BranchOutput(BaseModel):
-    """The whole output of one branch."""
+    """The whole output of one branch. error: the reason of the finish reason "error"."""
 
     index: int
     text: str
@@ -108,6 +110,7 @@ class BranchOutput(BaseModel):
     time: int
     logprobs: list[float] | None = None
     top: list[list[tuple[int, float]]] | None = None
+    error: str | None = None
 
 
 class BranchesResponse(BaseModel):

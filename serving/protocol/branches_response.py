@@ -18,6 +18,7 @@ from serving.protocol.branches import (
     Deltas,
     Done,
 )
+from serving.protocol.errors import decoding_error
 from serving.protocol.openai import Usage
 
 
@@ -69,6 +70,7 @@ def _delta(event: pm.Event) -> Delta:
         finish_reason=event.finish_reason,
         logprob=event.logprob,
         top=list(event.top),
+        error=event.error,
     )
 
 
@@ -91,7 +93,10 @@ async def branches_chunks(
 
 
 async def branches_response(request: EngineRequest, steps: AsyncIterator[StepOutput]) -> dict[str, Any]:
-    """The response with every branch, once all have ended."""
+    """The response with every branch, once all have ended.
+
+    Raises RequestError if every branch ended with an error.
+    """
     tracker, outputs = BranchTracker(request), dict[int, BranchOutput]()
     async for step in steps:
         for start in tracker.new_branches(step):
@@ -106,6 +111,8 @@ async def branches_response(request: EngineRequest, steps: AsyncIterator[StepOut
         for event in tracker.events_of_started(step):
             _append(outputs[event.branch], event)
     branches = [outputs[index] for index in sorted(outputs)]
+    if branches and branches[0].error is not None and all(branch.error is not None for branch in branches):
+        raise decoding_error(f"branches[0]: {branches[0].error}")
     usage = Usage.of(tracker.prompt_tokens, sum(len(branch.tokens) for branch in branches))
     return BranchesResponse(
         id=request.id, created=int(time.time()), model=request.model, branches=branches, usage=usage
@@ -114,7 +121,7 @@ async def branches_response(request: EngineRequest, steps: AsyncIterator[StepOut
 
 def _append(output: BranchOutput, event: pm.Event) -> None:
     output.text += event.text
-    output.finish_reason = event.finish_reason
+    output.finish_reason, output.error = event.finish_reason, event.error
     if event.token is not None:
         output.tokens.append(event.token)
     if event.logprob is not None:

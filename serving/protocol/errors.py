@@ -61,6 +61,12 @@ class RequestError(HTTPException):
         self.info = info
 
 
+def decoding_error(message: str) -> RequestError:
+    """The error of a branch that ended with an error."""
+    info = ErrorInfo(message=message, type="server_error", code="decoding_failed")
+    return RequestError(500, info)
+
+
 class EngineLostError(Exception):
     """The engine of a sample is gone, and no other engine could resume the sample."""
 

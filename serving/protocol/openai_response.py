@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import parallelmind as pm
 from serving.engine.messages import StepOutput
+from serving.protocol.errors import decoding_error
 from serving.protocol.openai import Usage
 
 Json = dict[str, Any]
@@ -128,6 +129,12 @@ def _finish_reason(event: pm.Event) -> str | None:
     return "stop" if event.finish_reason == "cancelled" else event.finish_reason
 
 
+def _raise_error(event: pm.Event) -> None:
+    """Raise RequestError if a choice ended with an error, for which OpenAI's format has no finish reason."""
+    if event.error is not None:
+        raise decoding_error(f"choices[{event.branch}]: {event.error}")
+
+
 def _with_logprobs(events: Sequence[pm.Event]) -> list[pm.Event]:
     return [event for event in events if event.logprob is not None and event.token is not None]
 
@@ -143,6 +150,7 @@ async def complete_response(
     events: dict[int, list[pm.Event]] = {}
     async for step in steps:
         for event in step.events:
+            _raise_error(event)
             events.setdefault(event.branch, []).append(event)
     completion_tokens = sum(event.token is not None for branch in events.values() for event in branch)
     choices = [formatter.choice(branch, events[branch]) for branch in sorted(events)]
@@ -157,6 +165,7 @@ async def response_chunks(
     completion_tokens = 0
     async for step in steps:
         for event in step.events:
+            _raise_error(event)
             completion_tokens += event.token is not None
             if event.text or event.finish_reason or event.logprob is not None:
                 delta = formatter.delta(event, text_lengths.get(event.branch))

@@ -17,7 +17,7 @@ from parallelmind.engine.engine import Engine
 from parallelmind.engine.output import Event as EngineEvent
 from parallelmind.engine.request import Sample
 from parallelmind.engine.tokenization import tokenize_request
-from serving.engine.loop import EngineStuckError
+from serving.engine.loop import EngineLoop, EngineStuckError
 from serving.engine.messages import EngineRequest
 
 
@@ -36,10 +36,43 @@ def failing_engine(before_failure: Callable[[], object]) -> Any:
 IGNORE_THREAD_EXCEPTION = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
 
+async def read_to_end(loop: EngineLoop, number: int) -> list[EngineEvent]:
+    events: list[EngineEvent] = []
+    while (step := await asyncio.wait_for(loop.next_output(number), 10)) is not None:
+        events += step.events
+    return events
+
+
+def test_a_failed_step_ends_its_samples_and_the_engine_goes_on() -> None:
+    engine, fails = tiny_engine(ISOLATED), [False, True, False]
+
+    def fail_once(*_: Any) -> None:
+        if fails and fails.pop(0):
+            raise RuntimeError("out of memory")
+
+    async def run() -> tuple[list[EngineEvent], list[EngineEvent]]:
+        with running_loop(engine) as loop:
+            failed = await read_to_end(loop, loop.submit(sample_request(reduce=True), None))
+            loop.check_health()
+            return failed, await read_to_end(loop, loop.submit(sample_request(reduce=True), None))
+
+    engine.model.register_forward_pre_hook(fail_once)
+    failed, complete = asyncio.run(run())
+    assert {event.branch: event.finish_reason for event in failed} == dict.fromkeys(range(4), "error")
+    assert {event.error for event in failed if event.error} == {
+        "the forward pass failed (RuntimeError: out of memory)"
+    }
+    assert {event.branch: event.finish_reason for event in complete} == dict.fromkeys(range(4), "length")
+
+
 @IGNORE_THREAD_EXCEPTION
-def test_a_failed_engine_fails_its_readers_and_rejects_further_requests() -> None:
+def test_an_engine_whose_steps_all_fail_fails_its_readers_and_rejects_further_requests() -> None:
     async def run() -> None:
         with running_loop(failing_engine(lambda: None)) as loop:
+            for _ in range(2):
+                events = await read_to_end(loop, loop.submit(sample_request(), None))
+                assert {event.finish_reason for event in events} == {"error"}
+                loop.check_health()
             number = loop.submit(sample_request(), None)
             with pytest.raises(EngineStuckError, match="no such luck"):
                 await asyncio.wait_for(loop.next_output(number), 10)
