@@ -96,7 +96,9 @@ def _replace() -> Tokenizer:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
-    return _train(tokenizer, _bpe([], _BYTES))
+    trained = _train(Tokenizer.from_str(tokenizer.to_str()), _bpe([], _BYTES))
+    tokenizer.model = trained.model  # without the bytes as added tokens
+    return tokenizer
 
 
 def _unigram_trainer() -> trainers.UnigramTrainer:

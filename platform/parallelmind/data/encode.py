@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from jinja2 import TemplateError
 from tokenizers import Encoding, Tokenizer
 
 if TYPE_CHECKING:  # importing transformers takes seconds, and reader processes may not need it
@@ -97,6 +99,22 @@ def _without_prepend(part: _Part) -> _Part:
         return part  # it removes the spaces between words, and the prefix puts them back
     members = map(_without_prepend, part[key])
     return {**part, key: [member for member in members if member is not None]}
+
+
+def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The added token that the chat template writes after an answer, or None if it writes none."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    exchange = [{"role": "user", "content": "0"}, {"role": "assistant", "content": "0"}]
+    try:
+        text = str(tokenizer.apply_chat_template(exchange, tokenize=False))
+    except (TemplateError, TypeError, KeyError, ValueError):  # a template that takes other conversations only
+        return None
+    added = tokenizer.added_tokens_decoder
+    (ids,) = encode_texts(tokenizer, [text])
+    visible = [token for token in ids if str(tokenizer.decode([token])).strip()]
+    after_answer = list(takewhile(added.__contains__, reversed(visible)))
+    return after_answer[-1] if after_answer else None
 
 
 def prepend_bos(ids: list[int], bos: list[int]) -> list[int]:

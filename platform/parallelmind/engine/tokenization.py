@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from parallelmind.data.encode import encode_text
+from parallelmind.data.encode import encode_text, turn_end_id
 from parallelmind.engine.model_runner import Model
 from parallelmind.engine.request import ReduceSpec, Sample, Text, TokenizedRequest
 from parallelmind.engine.sampling_params import SamplingParams
@@ -60,10 +60,11 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: Text, first: bool) -> lis
 
 
 def eos_token_ids(model: Model, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Token ids that end a text, from the model's generation config and from the tokenizer."""
+    """Token ids that end a text, from the model's generation config, the tokenizer and its chat template."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = configured if isinstance(configured, (list, tuple)) else [configured]
-    return frozenset(int(token) for token in (*ids, tokenizer.eos_token_id) if token is not None)
+    all_ids = (*ids, tokenizer.eos_token_id, turn_end_id(tokenizer))
+    return frozenset(int(token) for token in all_ids if token is not None)
 
 
 def _branch_params(

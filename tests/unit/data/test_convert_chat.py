@@ -111,6 +111,7 @@ def test_reason_of_a_bad_conversation(messages: list[Any], reason: str) -> None:
     assert reason in bad_reason({"messages": messages})
 
 
+@pytest.mark.filterwarnings("ignore:.*no special token after an answer:parallelmind.errors.UserNotice")
 def test_token_across_the_boundary_is_not_a_target() -> None:
     tokenizer = with_template(ROLE_TEMPLATE)
     (record,) = ChatRenderer(tokenizer).records(
@@ -120,6 +121,7 @@ def test_token_across_the_boundary_is_not_a_target() -> None:
     assert target_text(record, tokenizer) == " answer\n"
 
 
+@pytest.mark.filterwarnings("ignore:.*no special token after an answer:parallelmind.errors.UserNotice")
 def test_white_space_outside_a_span_belongs_to_its_token() -> None:
     tokenizer = with_template(ROLE_TEMPLATE)
     tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=True)
@@ -174,7 +176,8 @@ def test_all_turns_need_a_template_that_renders_them_alike() -> None:
 def test_white_space_after_the_end_token_is_a_target_only_without_an_end_token() -> None:
     tokenizer = with_template(ROLE_TEMPLATE)
     answer = {**ASSISTANT, "content": "in the passage"}
-    (record,) = ChatRenderer(tokenizer).records([CONVERSATION[1], answer])
+    with pytest.warns(UserNotice, match="writes no special token after an answer"):
+        (record,) = ChatRenderer(tokenizer).records([CONVERSATION[1], answer])
     assert target_text(record, tokenizer).endswith("passage\n")
 
 

@@ -13,6 +13,11 @@ from parallelmind.data.convert.chat import ChatRenderer
 from parallelmind.data.convert.conversation import parse_messages, parse_tools
 from parallelmind.data.records import RecordError
 
+# The templates below write no token that ends a turn.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*no special token after an answer:parallelmind.errors.UserNotice"
+)
+
 CALL = {"name": "weather", "arguments": {"city": "Paris"}}
 CALL_TEXT = {"name": "weather", "arguments": json.dumps(CALL["arguments"])}
 TOOL = {"name": "weather", "description": "of a city", "parameters": {"type": "object"}}

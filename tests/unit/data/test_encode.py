@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from chat_templates import CHAT_KINDS, chat_tokenizer
 from tokenizers.processors import TemplateProcessing
 from tokenizers_by_kind import KINDS, tokenizer_of_kind
 from transformers import PreTrainedTokenizerBase
 
 import parallelmind as pm
 from parallelmind.config import DataConfig, ModelConfig
-from parallelmind.data.encode import encode_text
+from parallelmind.data.encode import encode_text, turn_end_id
 from parallelmind.data.records import parse_value
 from parallelmind.data.tokenise import tokenise
 from parallelmind.engine.output import Detokenizer
-from parallelmind.engine.tokenization import tokenize_sample
+from parallelmind.engine.tokenization import eos_token_ids, tokenize_sample
 from parallelmind.model.base_model import load_tokenizer
 
 SAMPLES = [
@@ -63,6 +65,20 @@ def test_only_the_first_text_begins_with_bos(kind: str) -> None:
     assert encode_text(tokenizer, " rice", first=False) == encode_text(
         tokenizer_of_kind(kind), " rice", first=False
     )
+
+
+@pytest.mark.parametrize("kind", CHAT_KINDS)
+def test_decoding_stops_at_the_token_that_ends_a_turn(kind: str) -> None:
+    tokenizer = chat_tokenizer(kind)
+    (*_, end) = tokenizer(CHAT_KINDS[kind].answer("0", ""), add_special_tokens=False).input_ids
+    assert eos_token_ids(torch.nn.Module(), tokenizer) == {end, tokenizer.eos_token_id}
+
+
+@pytest.mark.parametrize(
+    "template", [None, "{% for m in messages %}{{ m.content }}\n{% endfor %}", "{{ raise_exception('no') }}"]
+)
+def test_chat_template_without_an_end_token_adds_none(template: str | None) -> None:
+    assert turn_end_id(tokenizer_of_kind("byte level", template)) is None
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -85,12 +85,7 @@ class ChatRenderer:
         if not text.startswith(self._render(context, tools)):
             raise RecordError("is rendered differently by the chat template with and without its last turn")
         length = common_length(text, prompt)
-        warnings.warn(
-            f"base_model={self._tokenizer.name_or_path}: its chat template begins an answer with "
-            f"{prompt[length:]!r} in decoding, and without it in training",
-            UserNotice,
-            stacklevel=2,
-        )
+        self._tell(f"begins an answer with {prompt[length:]!r} in decoding, and without it in training")
         return length
 
     def _without_final_space(self, ids: list[int], start: int, end: int) -> int:
@@ -98,7 +93,15 @@ class ChatRenderer:
         last = end
         while last > start and self._is_blank(ids[last - 1]):
             last -= 1
-        return last if last > start and ids[last - 1] in self._added_tokens else end
+        if last > start and ids[last - 1] in self._added_tokens:
+            return last
+        self._tell("writes no special token after an answer, so decoding does not learn to stop there")
+        return end
+
+    def _tell(self, notice: str) -> None:
+        """Warn about the chat template, once for each notice."""
+        model = self._tokenizer.name_or_path
+        warnings.warn(f"base_model={model}: its chat template {notice}", UserNotice, stacklevel=2)
 
     def _is_mark(self, token: int) -> bool:
         """Whether a token is white space or an added token, such as one that ends a turn."""
