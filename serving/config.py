@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from parallelmind.config import Dtype, FrozenConfig, GroupedConfig, HomePath, TrackingUri, Visibility, resolve
 from parallelmind.config.yaml_file import parse_yaml
+from parallelmind.storage import expand_home
 
 HOST = "127.0.0.1"
 BASE = "base"  # the base model's name in requests, and the prefix of adapters' names
@@ -68,7 +69,7 @@ class ServedModelConfig(_Group):
         """The name of the model in requests; never a path of this machine."""
         if self.served_name:
             return self.served_name
-        path = Path(self.lora_path or self.base_model or "")
+        path = Path(self.lora_path or expand_home(self.base_model or ""))
         if self.lora_path:
             path = path if path.name else path.absolute()  # "." has no name
             return path.parent.name if path.name == _ADAPTER_DIR and path.parent.name else path.name

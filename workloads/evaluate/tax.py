@@ -32,9 +32,7 @@ class HeldOutConfig(FrozenConfig):
 
     data_path: str = Field(
         min_length=1,
-        description=(
-            "held-out parallel JSONL or Parquet: file, folder, glob, URL, or several separated by commas"
-        ),
+        description=("held-out parallel JSONL, Parquet or Arrow: file, folder, glob, URL, or a comma list"),
     )
     branches: list[int] = Field(
         [1, 2, 4, 8, 16, 32, 64], min_length=1, description="branch counts; 1 is always measured"

@@ -20,7 +20,7 @@ class InputConfig(FrozenConfig):
     data_path: str | None = Field(
         None,
         description=(
-            "parallel JSONL, Parquet or .txt (one prompt per line): "
+            "parallel JSONL, Parquet, Arrow or .txt (one prompt per line): "
             "file, folder, glob, URL, or several separated by commas"
         ),
     )

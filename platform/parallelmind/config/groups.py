@@ -109,7 +109,7 @@ class DataConfig(FrozenConfig):
 
     data_path: str = Field(
         min_length=1,
-        description="parallel JSONL (plain, .gz, .zst) or Parquet: file, folder, glob, URL, or a comma list",
+        description="parallel JSONL (or .gz, .zst), Parquet, Arrow: file, folder, glob, URL, or a comma list",
     )
     validation_path: str | None = Field(
         None, description="held-out data in the same formats; null: no validation"

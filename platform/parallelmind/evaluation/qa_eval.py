@@ -5,13 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
+from itertools import chain, islice
 from statistics import fmean
 
 from transformers import PreTrainedTokenizerBase
 
-from parallelmind.data.records import Branch, Record, RecordError, parse_line
+from parallelmind.config import DataConfig
+from parallelmind.data.files import file_parts, find_files
+from parallelmind.data.lines import read_lines
+from parallelmind.data.records import Branch, Record
+from parallelmind.data.survey import check_line
 from parallelmind.engine.model_runner import Model
 from parallelmind.engine.request import Sample
 from parallelmind.errors import UserError
@@ -20,7 +23,6 @@ from parallelmind.evaluation.qa_metrics import exact_match, f1
 from parallelmind.model.patch import is_patched
 from parallelmind.model.structure import causal_lm
 from parallelmind.model.support import assess
-from parallelmind.storage import expand_home, similar_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,33 +60,27 @@ class Scores:
 
 
 def read_question_records(path: str, limit: int) -> list[Record]:
-    """Read the first `limit` records of a JSONL file.
+    """Read the first `limit` records of a data path.
 
     Raises UserError unless every record is text and every branch has a prompt and a completion.
     """
-    file = Path(expand_home(path))
-    if not file.is_file():
-        raise UserError(
-            f"data_path={path}: no such file{similar_path(str(file))}; "
-            "give parallel JSONL whose branches have prompt and completion"
-        )
-    records: list[Record] = []
-    with open(file, "rb") as lines:
-        for number, raw in enumerate(lines, start=1):
-            if len(records) == limit:
-                break
-            if raw.strip():
-                records.append(_parse_question_record(raw, f"data_path={path}:{number}:"))
+    config = DataConfig(data_path=path)
+    checked = (
+        (f"data_path={file}:{number}:", check_line(line, config, None))
+        for file in find_files(path)
+        for number, line in enumerate(chain.from_iterable(map(read_lines, file_parts([file]))), start=1)
+    )
+    questions = (_check_questions(record, location) for location, record in checked if record is not None)
+    records = list(islice(questions, limit))
     if not records:
         raise UserError(f"data_path={path}: holds no record; write one JSON object per line")
     return records
 
 
-def _parse_question_record(raw: bytes, location: str) -> Record:
-    try:
-        record = parse_line(raw)
-    except RecordError as error:
-        raise UserError(f"{location} {error}; correct the line") from error
+def _check_questions(record: Record | str, location: str) -> Record:
+    """The record. Raises UserError for a reason why it is none, and for one that holds no questions."""
+    if isinstance(record, str):
+        raise UserError(f"{location} {record}; correct the line")
     if not isinstance(record.main, str) or any(branch.completion is None for branch in record.branches):
         raise UserError(f"{location} has no questions to score; give every branch a prompt and a completion")
     return record

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from generating import write_records
 from tiny import save_tiny, tiny_llama, tiny_tokenizer
@@ -14,7 +18,12 @@ from parallelmind.data.records import Record, parse_value
 from parallelmind.engine.request import Sample
 from parallelmind.errors import UserError
 from parallelmind.evaluation.backends import generate_branches, generate_padded_batch
-from parallelmind.evaluation.qa_eval import RecordAnswers, answer_records, score_answers
+from parallelmind.evaluation.qa_eval import (
+    RecordAnswers,
+    answer_records,
+    read_question_records,
+    score_answers,
+)
 from parallelmind.model.patch import patch
 from workloads.evaluate.command import main as evaluate
 
@@ -145,3 +154,13 @@ def test_command_prints_and_writes_scores(tmp_path, capsys):
         evaluate([*argv, "patch_rope=false", *settings])
     with pytest.raises(UserError, match="at_once=2: engine=one_by_one decodes one"):
         evaluate([*argv, "engine=one_by_one", "at_once=2"])
+
+
+def test_questions_are_read_from_every_format(tmp_path: Path) -> None:
+    record = {"main": "m", "branches": [{"prompt": "p", "completion": "c"}]}
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"\n" + json.dumps(record).encode() + b"\n"))
+    pq.write_table(pa.Table.from_pylist([record]), tmp_path / "b.parquet")
+    (tmp_path / "c.jsonl").write_text('{"text": "no question"}')
+    assert [item.main for item in read_question_records(str(tmp_path), 2)] == ["m", "m"]
+    with pytest.raises(UserError, match=r"data_path=.*c\.jsonl:1: has no questions to score"):
+        read_question_records(str(tmp_path), 3)

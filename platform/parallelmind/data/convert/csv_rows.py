@@ -38,14 +38,19 @@ def csv_rows(lines: Iterator[tuple[int, str]], delimiter: str) -> Iterator[CsvRo
             taken.append(line)
             yield line[1]
 
+    def new_reader() -> Iterator[list[str]]:
+        return csv.reader(take_lines(), delimiter=delimiter, strict=True)
+
+    reader = new_reader()
     while True:
         taken.clear()
         try:
-            cells = next(csv.reader(take_lines(), delimiter=delimiter, strict=True), None)
+            cells = next(reader, None)
         except csv.Error as error:
             faulty = _line_of_fault("".join(text for _, text in taken), delimiter)
             yield CsvRow(taken[faulty][0], problem=_problem(error, spans_lines=faulty < len(taken) - 1))
             unread.extendleft(reversed(taken[faulty + 1 :]))
+            reader = new_reader()
             continue
         if cells is None:
             return
