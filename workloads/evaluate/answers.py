@@ -27,7 +27,7 @@ class QuestionsConfig(FrozenConfig):
 
     data_path: str = Field(
         min_length=1,
-        description="parallel JSONL, Parquet or Arrow; every branch has a prompt and a completion",
+        description="parallel JSONL, Parquet or Arrow; branches have prompt and completion",
     )
     max_records: int = Field(16, ge=1, description="records to answer, from the start of the file")
     max_new_tokens: int = Field(12, ge=1, description="maximum length of an answer, in tokens")
