@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from parallelmind.config import FrozenConfig
 from parallelmind.errors import UserError, first_line
+from parallelmind.ray_env import MLFLOW_FAIL_FAST_ENV, set_env_defaults
 from parallelmind.redaction import HIDDEN, has_hidden_part, redact_uri
 from parallelmind.tracking_database import ensure_database
 
@@ -46,6 +48,7 @@ _DAMAGED = (
     "no such column",
 )
 
+set_env_defaults(MLFLOW_FAIL_FAST_ENV)  # MLflow reads them at every request
 for _name in ("alembic", "mlflow.store.db.utils"):
     logging.getLogger(_name).setLevel(logging.WARNING)
 
@@ -141,16 +144,19 @@ class Tracker:
         """The last logged step of every metric."""
         return {key: self.metric_history(key)[-1][0] for key in self.metric_names()}
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Log one point per metric. Non-finite values are skipped: SQL stores reject or alter them."""
-        now_ms = time.time_ns() // 1_000_000
+    def log_metrics(self, metrics: Mapping[str, float], step: int, time_ms: int | None = None) -> None:
+        """Log one point per metric. Non-finite values are skipped: SQL stores reject or alter them.
+
+        time_ms: of the points, in ms since 1970; None: now.
+        """
+        time_ms = time.time_ns() // 1_000_000 if time_ms is None else time_ms
         new = {
             key: value
             for key, value in metrics.items()
             if math.isfinite(value) and step > self._last_steps.get(key, -1)
         }
         if new:
-            points = [Metric(key, float(value), now_ms, step) for key, value in new.items()]
+            points = [Metric(key, float(value), time_ms, step) for key, value in new.items()]
             self._client.log_batch(self.run_id, metrics=points)
         self._last_steps.update(dict.fromkeys(new, step))
 
@@ -183,14 +189,31 @@ class Tracker:
             self._client.set_terminated(self.run_id, status)
 
 
+# ImportError: the driver of the database is not installed.
+STORE_ERRORS = (MlflowException, SQLAlchemyError, OSError, ImportError)
+
+
+def store_problem(error: BaseException) -> str:
+    """Why a tracking store failed, in a few words and without passwords."""
+    return redact_uri(_root_reason(error).partition(". ")[0])
+
+
+@contextmanager
+def go_on_without_store(what: str) -> Iterator[None]:
+    """Print one line about `what` if the tracking store fails in the with block."""
+    try:
+        yield
+    except STORE_ERRORS as error:
+        print(f"mlflow: lacks {what} ({store_problem(error)})", file=sys.stderr, flush=True)
+
+
 @contextmanager
 def _store_errors(uri: str) -> Iterator[None]:
     """Turn errors of a tracking store into a UserError of one line."""
     try:
         yield
-    # ImportError: the driver of the database is not installed.
-    except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
-        reason = _root_reason(error).partition(". ")[0]
+    except STORE_ERRORS as error:
+        reason = store_problem(error)
         raise UserError(f"mlflow_uri={uri}: cannot be used ({reason}); {_remedy(uri, reason)}") from error
 
 

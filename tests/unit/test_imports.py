@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "cli": {"errors", "config", "crash_report", "redaction"},
     "crash_report": {"errors", "redaction"},
     "ray_env": set(),
-    "tracking": {"errors", "config", "redaction", "tracking_database"},
+    "tracking": {"errors", "config", "ray_env", "redaction", "tracking_database"},
     "tracking_database": {"storage"},
     "model": _FOUNDATION,
     "data": {*_FOUNDATION, "model"},  # the pipeline's workers load the base model's tokenizer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 
 from parallelmind.remote import RemotePath
-from parallelmind.tracking import Tracker, register_model
+from parallelmind.tracking import Tracker, go_on_without_store, register_model
 from workloads.sweep.journal import Journal
 from workloads.sweep.progress import format_metrics
 from workloads.sweep.ranking import find_winner
@@ -20,9 +20,10 @@ def close_trial_runs(journal: Journal, tracker: Tracker) -> None:
     run_statuses = {"finished": "FINISHED", "stopped": "FINISHED", "failed": "FAILED"}
     for trial in journal.trials.values():
         if trial.run_id:
-            trial_run = Tracker(tracker.uri, trial.run_id)
-            trial_run.set_tags({"trial": trial.number, "trial_status": trial.status})
-            trial_run.finish(run_statuses.get(trial.status, "KILLED"))
+            with go_on_without_store(f"the status of trial {trial.number}"):
+                trial_run = Tracker(tracker.uri, trial.run_id)
+                trial_run.set_tags({"trial": trial.number, "trial_status": trial.status})
+                trial_run.finish(run_statuses.get(trial.status, "KILLED"))
 
 
 def conclude(context: SweepContext, journal: Journal, tracker: Tracker, all_ended: bool) -> None:
@@ -61,7 +62,8 @@ def _publish_report(
         file = context.sweep_dir.child(name)
         if file.local.is_file():
             file.upload()
-            tracker.log_file(file.local)
+            with go_on_without_store(name):
+                tracker.log_file(file.local)
 
 
 def _log_winner(context: SweepContext, winner: Trial, trials: list[Trial], tracker: Tracker) -> None:
@@ -70,8 +72,9 @@ def _log_winner(context: SweepContext, winner: Trial, trials: list[Trial], track
     A sweep that resumes with more trials may have another winner.
     """
     finished = sum(trial.status == "finished" for trial in trials)
-    tracker.log_metrics({name: winner.metrics[name] for name in context.config.metrics}, finished)
-    tracker.set_tags({"winner": winner.number, "winner_run": winner.run_id})
+    with go_on_without_store("the winner"):
+        tracker.log_metrics({name: winner.metrics[name] for name in context.config.metrics}, finished)
+        tracker.set_tags({"winner": winner.number, "winner_run": winner.run_id})
 
 
 def _register_winner(context: SweepContext, winner: Trial, tracker: Tracker) -> None:

@@ -11,7 +11,7 @@ import workloads.sweep.tune_env  # noqa: F401  (before Ray)
 # isort: split
 from parallelmind.config.yaml_file import save_yaml
 from parallelmind.remote import RemotePath
-from parallelmind.tracking import Tracker, absolute_uri
+from parallelmind.tracking import Tracker, absolute_uri, go_on_without_store
 from workloads.common import cluster, resources
 from workloads.common.stopping import run_stoppable
 from workloads.sweep.conclusion import close_trial_runs, conclude
@@ -97,7 +97,8 @@ def _end(context: SweepContext, journal: Journal, tracker: Tracker, status: str)
         close_trial_runs(journal, tracker)
         conclude(context, journal, tracker, all_ended=status == "FINISHED")
     finally:
-        tracker.finish(status)
+        with go_on_without_store(f"the status {status} of the sweep"):
+            tracker.finish(status)
 
 
 def _count_trials(config: SweepConfig) -> int:

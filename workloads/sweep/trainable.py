@@ -86,6 +86,6 @@ def _train(config: TrainConfig, context: SweepContext, data: str | None) -> dict
             outcome = fit(run, context.max_concurrent, [TuneReportCallback()])
             set_outcome(outcome)
         if not outcome.finished:
-            save_loss_plot(run_dir, run.tracker)
+            save_loss_plot(run_dir)
     status = "finished" if outcome.finished else "interrupted"
     return {"status": status, "step": outcome.step, "metrics": outcome.metrics}

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from parallelmind.config import TrainConfig
+from parallelmind.model.manifest import MANIFEST
 from parallelmind.redaction import redact_uri
-from parallelmind.tracking import Tracker
+from parallelmind.tracking import Tracker, absolute_uri, go_on_without_store
 from parallelmind.training.checkpoint_manager import checkpoint_names
 from parallelmind.training.outcome import Outcome
+from workloads.train.mlflow_sender import MlflowSender
 from workloads.train.prepare import PreparedRun
 from workloads.train.provenance import save_loss_plot
 from workloads.train.run_dir import RunDir
@@ -32,7 +36,8 @@ def close_tracker(tracker: Tracker) -> Iterator[Callable[[Outcome], None]]:
         status = "KILLED"
         raise
     finally:
-        tracker.finish(status)
+        with go_on_without_store(f"the status {status} of run {tracker.run_id}"):
+            tracker.finish(status)
 
 
 def conclude(run: PreparedRun, outcome: Outcome) -> None:
@@ -40,7 +45,9 @@ def conclude(run: PreparedRun, outcome: Outcome) -> None:
     run_dir = run.task.run_dir
     run_dir.stop_file().clear()
     if not outcome.finished:
-        save_loss_plot(run_dir, run.tracker)
+        save_loss_plot(run_dir)
+        with go_on_without_store("the loss plot"):
+            run.tracker.log_file(run_dir.loss_plot.local)
         print(
             f"stopped at step {outcome.step}; checkpoint: {_newest_checkpoint(run_dir)}\n"
             "the same command resumes from there",
@@ -53,6 +60,15 @@ def conclude(run: PreparedRun, outcome: Outcome) -> None:
         f"         mlflow ui --backend-store-uri {redact_uri(run.tracker.uri)}",
         flush=True,
     )
+
+
+def send_missing(config: TrainConfig, run_dir: RunDir) -> None:
+    """Send what MLflow lacks of a finished run."""
+    manifest = run_dir.result.child(MANIFEST).read_bytes() or b"{}"
+    run_id = json.loads(manifest)["extra"]["mlflow_run"]
+    run_dir.path.download(exclude="checkpoints/*")
+    sender = MlflowSender(run_dir, absolute_uri(config.services.mlflow_uri), run_id, print)
+    sender.finish(run_dir.result.local)
 
 
 def _newest_checkpoint(run_dir: RunDir) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -26,6 +27,7 @@ from parallelmind.tracking import Tracker, absolute_uri
 from parallelmind.training.checkpoint_manager import checkpoint_names
 from workloads.common import resources
 from workloads.train.data_files import DataFiles
+from workloads.train.metrics_file import MetricPoint, read_points, write_points
 from workloads.train.provenance import code_version
 from workloads.train.run_dir import RunDir
 from workloads.train.survey import changed_data, check_limits, survey_data
@@ -160,4 +162,15 @@ def open_tracker(
         parent,
     )
     tracker.log_file(run_dir.config_file.local)
+    if not read_points(run_dir.metrics_file):  # a run of version 0.1.0 has its metrics in MLflow only
+        write_points(run_dir.metrics_file, _points_of(tracker))
     return tracker
+
+
+def _points_of(tracker: Tracker) -> list[MetricPoint]:
+    """The metrics that MLflow has of a run, by step."""
+    by_step = defaultdict[int, dict[str, float]](dict)
+    for name in tracker.metric_names():
+        for step, value in tracker.metric_history(name):
+            by_step[step][name] = value
+    return [MetricPoint(step, 0, by_step[step]) for step in sorted(by_step)]

@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 import shutil
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from workloads.train.metrics_file import histories, read_points
 from workloads.train.run_dir import RunDir
-
-if TYPE_CHECKING:
-    from parallelmind.tracking import Tracker
 
 _ROOT = Path(__file__).resolve().parents[2]
 _SOURCES = ("platform", "workloads")
@@ -38,24 +36,23 @@ def code_version() -> dict[str, str]:
     return tags
 
 
-def save_loss_plot(run_dir: RunDir, tracker: Tracker) -> None:
-    """Plot the losses of a run; save the plot in its folder and in MLflow."""
-    _plot_losses(tracker, run_dir.loss_plot.local)
+def save_loss_plot(run_dir: RunDir) -> None:
+    """Plot the losses of a run, and save the plot in its folder."""
+    _plot_losses(histories(read_points(run_dir.metrics_file)), run_dir.loss_plot.local)
     run_dir.loss_plot.upload()
-    tracker.log_file(run_dir.loss_plot.local)
 
 
-def _plot_losses(tracker: Tracker, path: Path) -> None:
+def _plot_losses(metrics: Mapping[str, list[tuple[int, float]]], path: Path) -> None:
     """Save the training loss and every validation loss by step as PNG."""
     from matplotlib.figure import Figure
 
-    names = ["loss", *sorted(name for name in tracker.metric_names() if name.startswith("validation/loss_"))]
+    names = ["loss", *sorted(name for name in sorted(metrics) if name.startswith("validation/loss_"))]
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot(
         xlabel="optimizer step", ylabel="loss (nats per target token)", title=path.parent.name
     )
     for name in names:
-        if points := tracker.metric_history(name):
+        if points := metrics.get(name):
             steps, values = zip(*points, strict=True)
             branches = name.removeprefix("validation/loss_")
             label = (

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import ray.train
 
+from workloads.train.mlflow_sender import MlflowSender
 from workloads.train.run_dir import RunDir
-
-if TYPE_CHECKING:
-    from parallelmind.tracking import Tracker
 
 
 class RayHooks:
@@ -20,19 +17,21 @@ class RayHooks:
     def __init__(self, run_dir: RunDir, mlflow_uri: str, mlflow_run: str, is_leader: bool) -> None:
         self._is_leader = is_leader
         self._stop_file = run_dir.stop_file() if is_leader else None
-        # Importing MLflow and opening its database takes seconds: it happens during the first step.
-        self._opening = (
-            ThreadPoolExecutor(1).submit(_open_tracker, mlflow_uri, mlflow_run) if is_leader else None
-        )
-
-    @property
-    def tracker(self) -> Tracker | None:
-        """The MLflow run, on rank 0."""
-        return self._opening.result() if self._opening else None
+        self._sender = MlflowSender(run_dir, mlflow_uri, mlflow_run, self.print_line) if is_leader else None
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        if self.tracker:
-            self.tracker.log_metrics(metrics, step)
+        if self._sender:
+            self._sender.log(metrics, step)
+
+    def finish(self, result: Path) -> None:
+        """Store the result in MLflow and end its run."""
+        if self._sender:
+            self._sender.finish(result)
+
+    def close(self) -> None:
+        """Send the metrics that are left."""
+        if self._sender:
+            self._sender.close()
 
     def print_line(self, line: str) -> None:
         if self._is_leader:
@@ -43,9 +42,3 @@ class RayHooks:
 
     def report(self, metrics: Mapping[str, float], step: int) -> None:
         ray.train.report({**metrics, "step": step})
-
-
-def _open_tracker(uri: str, run_id: str) -> Tracker:
-    from parallelmind.tracking import Tracker
-
-    return Tracker(uri, run_id)

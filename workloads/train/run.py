@@ -20,6 +20,10 @@ def run_training(config: TrainConfig) -> RunDir:
     run_dir = RunDir.of(config)
     if run_dir.is_finished():
         print(f"already finished: {run_dir.result}; change a field or the name to train another run")
+        if run_dir.unsent_file.read_bytes() is not None:
+            from workloads.train.conclude import send_missing
+
+            send_missing(config, run_dir)
         return run_dir
     check_no_changed_run(config, run_dir)
     files = DataFiles.find(config.data)

@@ -78,6 +78,16 @@ class RunDir:
         return self.path.child("quarantine.jsonl")
 
     @property
+    def metrics_file(self) -> RemotePath:
+        """File with every logged metric."""
+        return self.path.child("metrics.jsonl")
+
+    @property
+    def unsent_file(self) -> RemotePath:
+        """File that lists what MLflow lacks; it exists if there is anything."""
+        return self.path.child("unsent.json")
+
+    @property
     def loss_plot(self) -> RemotePath:
         return self.path.child("loss.png")
 

@@ -91,11 +91,12 @@ def run_worker(task: WorkerTask, batch_server: Any) -> Outcome:
             task.mlflow_run,
         )
         outcome = train(inputs, checkpoint)
+        if outcome.finished:
+            save_result(task, model, tokenizer, hooks, outcome, is_leader=rank == 0)
     finally:
+        hooks.close()
         if manager:
             manager.close()
-    if outcome.finished:
-        save_result(task, model, tokenizer, hooks, outcome)
     return outcome
 
 
@@ -172,13 +173,14 @@ def save_result(
     tokenizer: PreTrainedTokenizerBase,
     hooks: RayHooks,
     outcome: Outcome,
+    is_leader: bool,
 ) -> None:
     """Save the trained adapter or model to MLflow and to the run folder.
 
     The folder gets its name last, so a run that is killed earlier repeats this step when it resumes.
     """
     weights = full_weights(model)  # a collective operation where the model is sharded
-    if hooks.tracker is None:
+    if not is_leader:
         return
     run_dir, result = task.run_dir, task.run_dir.result
     extra = {
@@ -192,7 +194,6 @@ def save_result(
     with atomic_dir(result.local) as folder:
         with translate_write_errors("output_dir", task.config.run.output_dir, SafetensorError):
             save_trained(model, tokenizer, folder, task.config, extra, weights)
-        hooks.tracker.log_folder(folder, run_dir.result_name)
-        save_loss_plot(run_dir, hooks.tracker)
-        hooks.tracker.finish()
+        save_loss_plot(run_dir)
+        hooks.finish(folder)
     result.upload(last=MANIFEST)

@@ -16,10 +16,10 @@ from parallelmind.config import TrainConfig
 from parallelmind.config.yaml_file import save_yaml
 from parallelmind.errors import UserError
 from parallelmind.remote import RemotePath
-from parallelmind.tracking import Tracker
 from parallelmind.training.outcome import Outcome
 from workloads.train import fit, provenance
 from workloads.train.fit import raise_if_final
+from workloads.train.metrics_file import MetricsFile
 from workloads.train.prepare import open_tracker
 from workloads.train.provenance import code_version, save_loss_plot
 from workloads.train.run import run_training
@@ -258,12 +258,9 @@ def test_code_version_and_loss_plot_are_recorded(tmp_path: Path) -> None:
     assert len(tags["code_sha256"]) == 12
     assert tags == code_version()
     assert "version.torch" in tags
-    config = TrainConfig(data_path="data.jsonl")
-    tracker = Tracker.start(f"sqlite:///{tmp_path}/mlflow.db", "tests", "one", config, "key")
-    for step in range(1, 9):
-        tracker.log_metrics(
-            {"loss": 3 / step, **({"validation/loss_4": 4 / step} if step % 4 == 0 else {})}, step
-        )
     run_dir = RunDir(RemotePath(tmp_path), "adapter")
-    save_loss_plot(run_dir, tracker)
+    metrics = MetricsFile(run_dir.metrics_file)
+    for step in range(1, 9):
+        metrics.append({"loss": 3 / step, **({"validation/loss_4": 4 / step} if step % 4 == 0 else {})}, step)
+    save_loss_plot(run_dir)
     assert run_dir.loss_plot.local.read_bytes().startswith(b"\x89PNG")

@@ -17,6 +17,7 @@ from parallelmind.remote import RemotePath
 from parallelmind.tracking import Tracker
 from parallelmind.training.outcome import Outcome
 from workloads.train import worker as train_worker
+from workloads.train.mlflow_sender import MlflowSender
 from workloads.train.run import run_training
 from workloads.train.run_dir import RunDir
 
@@ -38,12 +39,12 @@ class EndOfRun:
     def save_result(self) -> None:
         """As every start of the command does it, with no step left to train."""
         tracker = Tracker.start(self.uri, "tests", "cut", self.config, "key")
-        tracker.log_metrics({"loss": 1.0}, 1)
+        sender = MlflowSender(self.run_dir, self.uri, tracker.run_id, print)
+        sender.log({"loss": 1.0}, 1)
         task: Any = SimpleNamespace(config=self.config, run_dir=self.run_dir, mlflow_run=tracker.run_id)
-        hooks: Any = SimpleNamespace(tracker=tracker)
-        train_worker.save_result(
-            task, fresh_model(self.config), tiny_tokenizer(), hooks, Outcome(True, 1, {"loss": 1.0})
-        )
+        model, outcome = fresh_model(self.config), Outcome(True, 1, {"loss": 1.0})
+        hooks: Any = SimpleNamespace(finish=sender.finish)
+        train_worker.save_result(task, model, tiny_tokenizer(), hooks, outcome, is_leader=True)
 
     @property
     def result_exists(self) -> bool:

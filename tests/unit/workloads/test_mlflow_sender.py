@@ -1,0 +1,146 @@
+"""Metrics of a run reach MLflow, later if it fails meanwhile, and what it lacks at the end is listed."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow.exceptions import MlflowException
+
+from parallelmind import tracking
+from parallelmind.remote import RemotePath
+from workloads.train import mlflow_sender
+from workloads.train.metrics_file import MetricsFile, histories, read_points
+from workloads.train.mlflow_sender import MlflowSender
+from workloads.train.run_dir import RunDir
+
+
+class Store:
+    """Stands for the tracking store and its `Tracker`."""
+
+    def __init__(self) -> None:
+        self.problem: Exception | None = None
+        self.seconds = 0.0
+        self.logged: list[tuple[int, float]] = []
+        self.stored: list[str] = []
+
+    def __call__(self, uri: str, run_id: str) -> Store:
+        return self
+
+    def _fail_or_wait(self) -> None:
+        time.sleep(self.seconds)
+        if self.problem:
+            raise self.problem
+
+    def log_metrics(self, metrics: dict[str, float], step: int, time_ms: int) -> None:
+        self._fail_or_wait()
+        assert abs(time_ms / 1000 - time.time()) < 60
+        self.logged.append((step, metrics["loss"]))
+
+    def log_folder(self, folder: Path, name: str) -> None:
+        self._fail_or_wait()
+        self.stored.append(name)
+
+    def log_file(self, path: Path) -> None:
+        self.stored.append(path.name)
+
+    def finish(self) -> None:
+        self.stored.append("FINISHED")
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Store:
+    store = Store()
+    monkeypatch.setattr(tracking, "Tracker", store)
+    monkeypatch.setattr(mlflow_sender, "_FIRST_RETRY_S", 0.01)
+    monkeypatch.setattr(mlflow_sender, "_LAST_RETRY_S", 0.02)
+    monkeypatch.setattr(mlflow_sender, "_FLUSH_S", 2.0)
+    return store
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> RunDir:
+    return RunDir(RemotePath(tmp_path), "adapter")
+
+
+def wait_for(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+FAILURES = [
+    MlflowException("The run a must be in the 'active' state. Current state is deleted."),
+    ConnectionError(),
+]
+
+
+@pytest.mark.parametrize("problem", FAILURES)
+def test_metrics_of_an_outage_are_sent_when_it_ends(
+    store: Store, run_dir: RunDir, problem: Exception
+) -> None:
+    lines: list[str] = []
+    sender = MlflowSender(run_dir, "uri", "run", lines.append)
+    sender.log({"loss": 1.0}, 1)
+    wait_for(lambda: store.logged)
+    store.problem = problem
+    for step in (2, 3, 4):
+        sender.log({"loss": float(step)}, step)
+    wait_for(lambda: lines)
+    store.problem = None
+    wait_for(lambda: len(store.logged) == 4)
+    sender.finish(run_dir.result.local)
+    assert store.logged == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]
+    assert store.stored == ["adapter", "loss.png", "FINISHED"]
+    assert [line.partition(";")[0] for line in lines[1:]] == ["mlflow: answers again"]
+    assert "training goes on, and its metrics are kept in" in lines[0]
+    assert not run_dir.unsent_file.local.exists()
+
+
+@pytest.mark.parametrize("problem", FAILURES)
+def test_what_is_missing_at_the_end_is_listed_and_sent_later(
+    store: Store, run_dir: RunDir, problem: Exception
+) -> None:
+    lines: list[str] = []
+    store.problem = problem
+    sender = MlflowSender(run_dir, "uri", "run", lines.append)
+    for step in (1, 2):
+        sender.log({"loss": float(step)}, step)
+    sender.finish(run_dir.result.local)
+    assert lines[-1].startswith("mlflow: lacks 2 points of metrics, and the adapter (")
+    assert json.loads(run_dir.unsent_file.local.read_text())["metric_points"] == 2
+    store.problem = None
+    MlflowSender(run_dir, "uri", "run", lines.append).finish(run_dir.result.local)
+    assert store.logged == [(1, 1.0), (2, 2.0)]
+    assert store.stored == ["adapter", "loss.png", "FINISHED"]
+    assert not run_dir.unsent_file.local.exists()
+
+
+def test_training_does_not_wait_for_a_slow_store(store: Store, run_dir: RunDir) -> None:
+    store.seconds = 0.5
+    sender = MlflowSender(run_dir, "uri", "run", print)
+    started = time.monotonic()
+    for step in range(20):
+        sender.log({"loss": 1.0}, step)
+    assert time.monotonic() - started < 0.4
+    assert len(read_points(run_dir.metrics_file)) == 20
+    sender.close()
+
+
+def test_the_file_holds_every_step_once_also_after_a_kill(run_dir: RunDir) -> None:
+    metrics = MetricsFile(run_dir.metrics_file)
+    for step in (1, 2, 3):
+        metrics.append({"loss": float(step), "norm": float("nan")}, step)
+    with open(run_dir.metrics_file.local, "a") as stream:
+        stream.write('{"step": 4, "time_')
+    resumed = MetricsFile(run_dir.metrics_file)
+    for step in (2, 3, 4):
+        resumed.append({"loss": 10.0 + step, "validation/loss_1": 1.0}, step)
+    values = histories(read_points(run_dir.metrics_file))
+    assert values["loss"] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 14.0)]
+    assert values["validation/loss_1"] == [(2, 1.0), (3, 1.0), (4, 1.0)]
