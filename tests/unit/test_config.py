@@ -16,6 +16,7 @@ from parallelmind.config import (
     FrozenConfig,
     GroupedConfig,
     LoraConfig,
+    ModelConfig,
     RopeConfig,
     TrainConfig,
     resolve,
@@ -436,3 +437,10 @@ def test_a_run_keeps_its_data_path_as_written(monkeypatch: pytest.MonkeyPatch) -
     config = TrainConfig(data_path="~/a.jsonl", base_model="~/model", output_dir="~/runs")
     assert config.model_dump()["data_path"] == "~/a.jsonl"
     assert config.fingerprint() == "ffccbb5ccb27"
+
+
+def test_a_configuration_with_a_list_is_a_key() -> None:
+    """Loaded tokenizers are cached by their ModelConfig."""
+    first, same, other = (ModelConfig(add_tokens=tokens) for tokens in (["<a>"], ["<a>"], ["<b>"]))
+    assert (hash(first), len({first, same, other})) == (hash(same), 2)
+    assert len({train(), train(), train("epochs=2")}) == 2

@@ -15,6 +15,7 @@ from parallelmind.data.pipeline import survey_files
 from parallelmind.data.survey import BadLine, Survey, write_quarantine
 from parallelmind.data.tokenise import limit_notes, nothing_left
 from parallelmind.errors import UserError
+from parallelmind.model.vocabulary import check_highest_id
 from parallelmind.remote import RemotePath
 from parallelmind.training.loop import steps_of_epochs
 from workloads.train.data_files import DataFiles
@@ -56,7 +57,7 @@ def check_limits(
 ) -> EpochEstimate:
     """Estimate the first epoch, and print what the limits remove from training and validation.
 
-    Raises UserError if they remove all of the training data.
+    Raises UserError if they remove all of the training data, and for held-out ids without an embedding.
     """
     data, optimizer = config.data, config.optimizer
     epoch = estimate_epoch(train, tokenizer, data, optimizer.seed)
@@ -65,7 +66,11 @@ def check_limits(
     print_estimate(epoch, data, optimizer, config.workers.num_workers)
     if files.validation:
         pool = config.metrics.validation_samples
-        _print_held_out(HeldOut.read(files.validation, pool, tokenizer, data), data)
+        held_out = HeldOut.read(files.validation, pool, tokenizer, data)
+        source = f"validation_path={data.validation_path}"
+        check_highest_id(held_out.highest_id, source, tokenizer, config.model)
+        for note in limit_notes(held_out.truncated, held_out.skipped, data):
+            _notice(f"{source} {note}")
     return epoch
 
 
@@ -82,12 +87,6 @@ def print_estimate(
             f"max_steps={optimizer.max_steps}: training ends before, after {about}{steps:,} steps, as "
             f"epochs={optimizer.epochs}; raise epochs to reach max_steps"
         )
-
-
-def _print_held_out(held_out: HeldOut, data: DataConfig) -> None:
-    """Print what the length limits remove from the held-out branches that validation uses."""
-    for note in limit_notes(held_out.truncated, held_out.skipped, data):
-        _notice(f"validation_path={data.validation_path} {note}")
 
 
 def changed_data(data: DataConfig) -> UserError:

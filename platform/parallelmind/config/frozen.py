@@ -35,6 +35,10 @@ class FrozenConfig(BaseModel):
     """Fields that were added after 0.1.0. At its default such a field does not change the fingerprint, so
     runs of earlier versions are found again."""
 
+    def __hash__(self) -> int:
+        """Hash of all values; pydantic's own needs every value to be hashable, and a list is not."""
+        return hash(self.model_dump_json())
+
     @classmethod
     def flat_fields(cls) -> dict[str, FieldInfo]:
         """Every field by the name that a user writes, in the order of config.yaml."""

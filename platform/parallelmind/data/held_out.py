@@ -50,6 +50,11 @@ class HeldOut:
         """Number of branches: `pool`, or fewer if the files hold fewer."""
         return min(sum(record.tokens.branches for record in self.records), self.pool)
 
+    @property
+    def highest_id(self) -> int:
+        """The highest token id, 0 without records."""
+        return max((int(record.tokens.ids.max()) for record in self.records), default=0)
+
     def batches(self, branches: int, seed: int) -> list[list[Tokens]]:
         """The samples of every batch, with up to `branches` branches each."""
         samples = regroup_branches(self.records, branches, self.pool, self.data)

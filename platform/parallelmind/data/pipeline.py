@@ -102,22 +102,13 @@ def _tokenise_table(table: pa.Table, config: DataConfig, model: ModelConfig) -> 
 
 def _tokenise_to_table(part: FilePart, config: DataConfig, model: ModelConfig) -> pa.Table:
     """One row per good record of the part. Raises UserError for an id that the model has no embedding of."""
-    from parallelmind.model.vocabulary import no_row
+    from parallelmind.model.vocabulary import check_highest_id
 
-    tokenizer, rows = _load_tokenizer(model), _embedding_rows(model)
+    tokenizer = _load_tokenizer(model)
     table = to_table(tokenise_part(part, tokenizer, config))
     highest = pc.max(table.column("ids").combine_chunks().flatten()).as_py()
-    if highest is not None and highest >= rows:
-        raise no_row(model, tokenizer, highest, rows, f"a token of {part.file},")
+    check_highest_id(highest or 0, part.file, tokenizer, model)
     return table
-
-
-@functools.cache
-def _embedding_rows(model: ModelConfig) -> int:
-    from parallelmind.model.base_model import load_base_config
-    from parallelmind.model.vocabulary import embedding_rows
-
-    return embedding_rows(load_base_config(model))
 
 
 @functools.cache

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+import functools
+
+from transformers import PreTrainedTokenizerBase
 
 from parallelmind.config import ModelConfig
 from parallelmind.errors import UserError
 from parallelmind.model.base_model import load_base_config
 
 
-def embedding_rows(config: PreTrainedConfig) -> int:
-    """Number of token ids that a model of this configuration can read."""
-    return int(config.get_text_config(decoder=True).vocab_size)
+@functools.cache
+def embedding_rows(model: ModelConfig) -> int:
+    """Number of token ids that the model can read."""
+    return int(load_base_config(model).get_text_config(decoder=True).vocab_size)
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> list[str]:
@@ -19,11 +22,11 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> 
 
     Raises UserError if a token that training itself writes (begin, end, padding) has no row in the embedding.
     """
-    rows = embedding_rows(load_base_config(model))
+    rows = embedding_rows(model)
     for name in ("bos_token", "eos_token", "pad_token"):
         token_id = getattr(tokenizer, f"{name}_id")
         if token_id is not None and token_id >= rows:
-            raise no_row(model, tokenizer, token_id, rows, name)
+            raise _no_row(model, tokenizer, token_id, rows, name)
     notes = []
     if surplus := sorted(token_id for token_id in tokenizer.get_vocab().values() if token_id >= rows):
         first = tokenizer.convert_ids_to_tokens(surplus[0])
@@ -40,7 +43,15 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> 
     return notes
 
 
-def no_row(
+def check_highest_id(
+    highest: int, source: str, tokenizer: PreTrainedTokenizerBase, model: ModelConfig
+) -> None:
+    """Raise UserError if the highest token id in some data has no row in the embedding. source: the data."""
+    if highest >= (rows := embedding_rows(model)):
+        raise _no_row(model, tokenizer, highest, rows, f"a token of {source},")
+
+
+def _no_row(
     model: ModelConfig, tokenizer: PreTrainedTokenizerBase, token_id: int, rows: int, what: str
 ) -> UserError:
     """The error for a token without a row in the embedding. what: names the token before its text."""

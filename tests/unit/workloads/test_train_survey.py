@@ -188,3 +188,8 @@ def test_a_record_with_a_token_without_a_row_is_refused_before_training(
     config = TrainConfig(data_path=path, base_model=with_tokenizer("<new>").base_model)
     with pytest.raises(UserError, match=r"none for a token of .*train.jsonl, '<new>' \(id 300\); "):
         start_batch_server([path], config.data, config.model, 0, 1)
+    good = write(tmp_path / "good.jsonl", {"text": "a"})
+    config = config.replace(data_path=good, validation_path=path)
+    survey, tokenizer = survey_files([good], config.data), load_tokenizer(config.model)
+    with pytest.raises(UserError, match=r"none for a token of validation_path=.*, '<new>' \(id 300\); "):
+        check_limits(survey, DataFiles.find(config.data), config, tokenizer)
