@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import looping
 import pytest
 import torch
 from adapting import ROPE, branch_logits, lora_config
@@ -14,7 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import parallelmind as pm
 from parallelmind.config import ModelConfig, RopeConfig, TrainConfig, resolve
+from parallelmind.data.tables import TokenRecord
 from parallelmind.errors import UserError
+from parallelmind.layout import Tokens
 from parallelmind.model import export as exporting
 from parallelmind.model.adapter import add_lora, load_model_with_lora, resume_adapter, save_adapter
 from parallelmind.model.base_model import load_base, load_base_config, load_meta_model, load_tokenizer
@@ -111,6 +114,28 @@ def test_a_whole_model_is_saved_with_the_new_tokens(base: ModelConfig, tmp_path:
     save_model(model, tokenizer, tmp_path / "model", base, ROPE)
     loaded, loaded_tokenizer = load_model_with_lora(str(tmp_path / "model"))
     assert len(loaded_tokenizer) == loaded.config.vocab_size == SIZE + 3
+
+
+def test_a_stopped_training_resumes_bit_for_bit(
+    base: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [Tokens.of([], [[5 + i % 7, SIZE, 30, SIZE + 1, 2]]) for i in range(36)]
+    monkeypatch.setattr(looping, "ROWS", [TokenRecord(text, standalone=True) for text in texts])
+    settings = looping.config()
+
+    def fresh_model() -> Any:
+        model, _ = load_model_with_lora(base.base_model, add_tokens=TOKENS, **settings.rope.model_dump())
+        return add_lora(model, settings.lora, seed=0)
+
+    undisturbed = looping.run(settings, tmp_path / "whole", model=fresh_model())
+    looping.run(settings, tmp_path / "stopped", looping.Recorder(stop_at=4), fresh_model())
+    resumed = looping.run(settings, tmp_path / "stopped", model=fresh_model())
+    assert min(resumed.hooks.metrics) > 1
+    looping.assert_same_weights(resumed.weights, undisturbed.weights)
+    start = trained_weights(fresh_model())
+    deltas = [name for name in start if "trainable_tokens_delta" in name]
+    assert deltas
+    assert not any(torch.equal(resumed.weights[name], start[name]) for name in deltas)
 
 
 @pytest.mark.parametrize(
