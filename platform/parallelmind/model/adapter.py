@@ -14,6 +14,7 @@ from typing import Any, cast
 import peft
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -198,8 +199,17 @@ def _attach(
     for field, value in overrides.items():
         setattr(settings, field, value)
     adapted = wrap_with_adapter(model, settings, name)
-    load_weights(adapted, load_file(folder / WEIGHTS), f"lora_path={folder}", name)
+    load_weights(adapted, _read_weights(folder), f"lora_path={folder}", name)
     return adapted
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"lora_path={folder}: {WEIGHTS} is damaged ({first_line(error)}); copy the folder again"
+        ) from error
 
 
 def load_model_with_lora(

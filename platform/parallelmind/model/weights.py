@@ -42,8 +42,12 @@ def load_weights(
     if shapes != saved_shapes:
         keys = shapes.keys() | saved_shapes.keys()
         mismatch = min(key for key in keys if shapes.get(key) != saved_shapes.get(key))
+        here, there = (
+            list(group[mismatch]) if mismatch in group else "missing" for group in (shapes, saved_shapes)
+        )
         raise UserError(
-            f"{origin}: its weights and the model's differ in {mismatch}; load the base they were trained on"
+            f"{origin}: its weights and the model's differ in {mismatch} ({there} in the files, {here} "
+            "in the model); load the base they were trained on, or copy the files again"
         )
     for key, weight in weights.items():
         weight.copy_(saved[key])

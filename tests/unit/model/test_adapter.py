@@ -18,6 +18,7 @@ import yaml
 from adapting import logits, logits_in_fresh_process, patched_llama
 from peft import PeftModel
 from permissions import obeying_permissions
+from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_llama, tiny_tokenizer
 
 from parallelmind.config import LoraConfig, ModelConfig, RopeConfig
@@ -313,6 +314,40 @@ def test_the_card_has_no_path_and_no_empty_metrics(base_folder: str, tmp_path: P
     assert str(Path(base_folder).parent) not in text
     assert "Metrics" not in text
     assert "plain sequences" in text
+
+
+NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weights: weights.pop(NAME), r"q_proj.*\(missing in the files, \[4, 64\] in the model\)"),
+        (
+            lambda weights: weights.update({"a.b": torch.zeros(2)}),
+            r"a\.b \(\[2\] in the files, missing",
+        ),
+        (
+            lambda weights: weights.update({NAME: torch.zeros(3, 64)}),
+            r"\(\[3, 64\] in the files, \[4, 64\]",
+        ),
+        (None, r"adapter_model\.safetensors is damaged \(.*\); copy the folder again"),
+    ],
+)
+def test_unfit_weights_are_refused_also_where_no_checksum_tells(
+    saved: Path, tmp_path: Path, change: Callable[[Any], object] | None, message: str
+) -> None:
+    shutil.copytree(saved, folder := tmp_path / "adapter")
+    edit(files={})(folder)
+    file = folder / "adapter_model.safetensors"
+    if change is None:
+        file.write_bytes(file.read_bytes()[:-8])
+    else:
+        change(weights := load_file(file))
+        save_file(weights, file)
+    with pytest.raises(UserError, match=f"lora_path=.*{message}") as error:
+        load_model_with_lora(lora_path=folder)
+    assert "\n" not in str(error.value)
 
 
 def test_another_architecture_is_refused(saved: Path) -> None:
