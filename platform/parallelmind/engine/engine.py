@@ -9,6 +9,7 @@ from threading import RLock
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -26,6 +27,7 @@ from parallelmind.engine.sequential_runner import SequentialRunner
 from parallelmind.engine.tokenization import eos_token_ids, tokenize, tokenize_request
 from parallelmind.engine.validation import check_added_branch, check_request
 from parallelmind.errors import UserError, first_line
+from parallelmind.layout import Ints
 from parallelmind.model import forward_context
 from parallelmind.model.patch import is_patched, rope_config
 from parallelmind.model.structure import causal_lm
@@ -260,7 +262,7 @@ class Engine:
         logits = self._run(plan, inputs)
         with self.state_lock:
             branches, logits = _without_cancelled(plan, logits)
-            tokens = self.sample(logits, [_sampling_row(branch) for _, branch in branches])
+            tokens = self.sample(logits, [_sampling_row(group, branch) for group, branch in branches])
             if len(plan) == 1 or all(sampled.token is not None for sampled in tokens):
                 self.scheduler.commit(plan)
                 for (group, branch), sampled in zip(branches, tokens, strict=True):
@@ -376,6 +378,9 @@ def _without_cancelled(plan: Sequence[ScheduledGroup], logits: Tensor) -> tuple[
     return [branches[row] for row in running], logits[running]
 
 
-def _sampling_row(branch: BranchState) -> SamplingRow:
+def _sampling_row(group: SequenceGroup, branch: BranchState) -> SamplingRow:
     num_generated = branch.num_tokens - branch.num_prompt
-    return SamplingRow(branch.params, branch.seed, branch.index, num_generated, branch.token_ids)
+    history: Sequence[int] | Ints = branch.token_ids
+    if branch.params.repetition_penalty != 1:
+        history = np.concatenate([group.main, branch.token_ids])
+    return SamplingRow(branch.params, branch.seed, branch.index, num_generated, history)

@@ -27,7 +27,7 @@ from parallelmind.model.hf_compat import OwnAttention, hands_over_masks
 from parallelmind.model.mask import layer_windows
 from parallelmind.model.patch import is_patched
 from parallelmind.model.rotary import depends_on_length
-from parallelmind.model.structure import causal_lm
+from parallelmind.model.structure import causal_lm, eval_mode
 from parallelmind.visibility import AttentionWindow
 
 Model = PreTrainedModel | PeftModel
@@ -79,7 +79,7 @@ class ModelRunner:
         }
         if self._patched:
             kwargs["pos2d"] = torch.stack([branch, time], dim=-1)[None]
-        with small_batch_linear(self._linears), self._attention:
+        with eval_mode(self.model), small_batch_linear(self._linears), self._attention:
             logits: Tensor = self.model(**kwargs).logits
         return logits[0]
 

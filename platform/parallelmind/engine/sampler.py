@@ -28,7 +28,7 @@ class SamplingRow:
 
     seed, branch, index: the random draw is a function of these alone, so that any engine can continue a
         branch. `branch` is the index of the branch in its sample, `index` the number of its decoded tokens.
-    history: token ids of the branch, prompt first; used by the repetition penalty alone.
+    history: token ids of main and of the branch, prompt first; used by the repetition penalty alone.
     """
 
     params: SamplingParams

@@ -21,14 +21,14 @@ Biases = tuple[tuple[int, float], ...]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
-    """How a branch is continued. Raises UserError for a value out of range.
+    """How a branch is continued. Numbers may be those of NumPy. Raises UserError for a value out of range.
 
     max_new_tokens: upper bound of the branch's decoded tokens.
     temperature: 0 takes the most likely token; 1 samples from the model's own distribution.
     top_k: sample from the k most likely tokens; 0: from all.
     top_p: sample from the fewest tokens that hold this probability; 1: from all.
     min_p: sample from the tokens whose probability is at least this share of the highest one; 0: from all.
-    repetition_penalty: above 1 makes tokens of the prompt and decoded tokens less likely.
+    repetition_penalty: above 1 makes tokens of main, of the prompt and decoded tokens less likely.
     logit_bias: numbers from -100 to 100 by token id, which are added to the logits; kept as sorted
         (id, bias) pairs.
     stop: the branch finishes before any of these texts.
@@ -51,6 +51,8 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
         self._check_integer("max_new_tokens", 1)
         self._check_integer("top_k", 0)
         if self.seed is not None:
@@ -61,6 +63,7 @@ class SamplingParams:
         self._check("temperature", 0 <= temperature < math.inf, "give 0 (greedy) or a finite number above it")
         self._check("top_p", 0 < _number(self.top_p) <= 1, "give a number above 0 and up to 1")
         self._check("min_p", 0 <= _number(self.min_p) <= 1, "give a number from 0 to 1")
+        self._check("ignore_eos", isinstance(self.ignore_eos, bool), "give True or False")
         self._check("repetition_penalty", 0 < penalty < math.inf, "give a number above 0; 1 is off")
         object.__setattr__(self, "logit_bias", _checked_biases(self.logit_bias))
         object.__setattr__(self, "stop", _checked_stops(self.stop))
@@ -91,6 +94,11 @@ class SamplingParams:
             raise UserError(f"{field}={short(getattr(self, field))}: {remedy}")
 
 
+def _plain(value: Any) -> Any:
+    """The Python number in a number of NumPy, or in a tensor without dimensions; anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
 def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -106,6 +114,8 @@ def _number(value: Any) -> float:
 def _checked_biases(value: Any) -> Biases:
     """(id, bias) pairs in order of id, from a mapping or from such pairs."""
     pairs = tuple(value.items()) if isinstance(value, Mapping) else value
+    if isinstance(pairs, tuple):
+        pairs = tuple(tuple(map(_plain, pair)) if isinstance(pair, tuple) else pair for pair in pairs)
     if not isinstance(pairs, tuple) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
         raise UserError(f"logit_bias={short(value)}: give a mapping from token ids to numbers")
     if len(pairs) > MAX_BIASES:

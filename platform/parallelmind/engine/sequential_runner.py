@@ -23,7 +23,7 @@ from parallelmind.engine.sequence_group import SequenceGroup
 from parallelmind.errors import UserError
 from parallelmind.layout import MAIN, Ints
 from parallelmind.model.hf_compat import is_stateful
-from parallelmind.model.structure import causal_lm
+from parallelmind.model.structure import causal_lm, eval_mode
 
 # Names under which the forward methods of transformers take and return their state.
 _STATE_NAMES = ("past_key_values", "cache_params", "state")
@@ -89,9 +89,10 @@ class SequentialRunner:
         # Some recurrent models scan several tokens from the beginning only: continue token by token.
         one_by_one = self._is_recurrent and state is not None
         row = torch.from_numpy(ids)[None].to(self.model.device)
-        for chunk in row.split(1 if one_by_one else len(ids), dim=1):
-            out = self.model(input_ids=chunk, use_cache=True, **{self._state_name: state})
-            state = getattr(out, self._state_name)
+        with eval_mode(self.model):
+            for chunk in row.split(1 if one_by_one else len(ids), dim=1):
+                out = self.model(input_ids=chunk, use_cache=True, **{self._state_name: state})
+                state = getattr(out, self._state_name)
         states[sequence] = state
         logits: Tensor = out.logits[0, -1]
         return logits

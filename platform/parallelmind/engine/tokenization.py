@@ -39,12 +39,13 @@ def tokenize_request(
 
 def tokenize_sample(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> Tokens:
     """Token ids of a sample. Raises UserError if it has no branch, or an empty one."""
-    main = tokenize(tokenizer, sample.main, first=True) if sample.main else []
+    has_main = sample.main is not None and len(sample.main) > 0
+    main = tokenize(tokenizer, sample.main, first=True) if has_main else []
     return Tokens.of(main, [tokenize(tokenizer, branch, first=not main) for branch in sample.branches])
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: Text, first: bool) -> list[int]:
-    """Token ids of one text; token ids are returned as they are.
+    """Token ids of one text. Token ids, also those of an array or a tensor, are returned as they are.
 
     first: whether the text opens the sample, and so begins with BOS where the tokenizer adds one.
     Raises UserError for what is neither text nor token ids.
@@ -52,11 +53,11 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: Text, first: bool) -> lis
     if isinstance(text, str):
         return encode_text(tokenizer, text, first)
     try:
-        return np.array([index(token) for token in text], dtype=np.int64).tolist()
+        ids = text.tolist() if hasattr(text, "tolist") else text
+        return np.array([index(token) for token in ids], dtype=np.int64).tolist()
     except (TypeError, OverflowError) as error:
-        raise UserError(
-            f"tokens={short(text)}: give text, or a list of token ids ({first_line(error)})"
-        ) from error
+        shown = " ".join(short(text).split())
+        raise UserError(f"tokens={shown}: give text, or a list of token ids ({first_line(error)})") from error
 
 
 def eos_token_ids(model: Model, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

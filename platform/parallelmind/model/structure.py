@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 from peft import PeftModel
@@ -37,3 +39,17 @@ def text_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module for name, module in model.named_modules() if not any(tower in name for tower in _TOWERS)
     }
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Context in which a model that is in train mode is in eval mode, module by module."""
+    in_training = model.training or causal_lm(model).training
+    modules = [module for module in model.modules() if module.training] if in_training else []
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.training = True
