@@ -5,23 +5,30 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
+from weakref import WeakKeyDictionary, WeakSet
 
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parallelmind.engine.model_runner import Model
 from parallelmind.errors import UserError
 from parallelmind.model.adapter import add_adapter
+from parallelmind.model.structure import causal_lm
 from parallelmind.model.weights import ADAPTER
 
 BASE = "base"
+
+# Several engines may share a model. The numbers of loads differ, so that they never take the same version.
+_managers: WeakKeyDictionary[PreTrainedModel, WeakSet[AdapterManager]] = WeakKeyDictionary()
+_load_numbers = count(1)
 
 
 class AdapterManager:
     """Loads adapters on a model. Each load is a version, which samples keep until they finish.
 
-    `BASE` names the model without an adapter. The adapter that the model was loaded with has no name: it
+    `BASE` names the model without an adapter. The adapter that is active at first has no name: it
     serves samples that name none.
     """
 
@@ -29,9 +36,16 @@ class AdapterManager:
         self.model, self._tokenizer = model, tokenizer
         self._version_by_name: dict[str, str] = {BASE: BASE}
         self._num_samples: Counter[str] = Counter()  # by version
-        self._default = self._active = ADAPTER if isinstance(model, PeftModel) else BASE
-        self._num_loads = 0
+        self._default = self._active = str(model.active_adapter) if isinstance(model, PeftModel) else BASE
         self._loaded: set[str] = set()  # versions on the model that this manager has loaded
+        self._sharers = _managers.setdefault(causal_lm(model), WeakSet())  # managers of the same model
+        if not isinstance(model, PeftModel) and any(
+            isinstance(other.model, PeftModel) for other in self._sharers
+        ):
+            raise UserError(
+                "model: another engine has loaded adapters on it; give `engine.model` of that engine"
+            )
+        self._sharers.add(self)
 
     def load(self, name: str, folder: str | Path, check: Callable[[Model], None] | None = None) -> str:
         """Load an adapter under a name, in place of an earlier one of that name; returns its version.
@@ -42,8 +56,11 @@ class AdapterManager:
         """
         if name == BASE:
             raise UserError(f"adapter={name!r}: names the model without an adapter; choose another name")
-        self._num_loads += 1
-        version = f"{ADAPTER}-{self._num_loads}"
+        if not isinstance(self.model, PeftModel) and len(self._sharers) > 1:
+            raise UserError(
+                f"adapter={name!r}: another engine decodes with the bare model; load before it is made"
+            )
+        version = f"{ADAPTER}-{next(_load_numbers)}"
         self.model = add_adapter(self.model, self._tokenizer, folder, version)
         self._loaded.add(version)
         # After the first adapter of a model is added, an adapter must be active.
@@ -90,20 +107,25 @@ class AdapterManager:
             with self.model.disable_adapter():
                 yield
             return
-        if version != self._active:
+        if version != self._active or self._is_displaced():
             self._activate(version)
         yield
+
+    def _is_displaced(self) -> bool:
+        """Whether another engine has activated another adapter on the same model."""
+        return isinstance(self.model, PeftModel) and self.model.active_adapter != self._active != BASE
 
     def collect(self) -> None:
         """Delete unreferenced adapter versions. Call between steps, from the step thread."""
         if not isinstance(self.model, PeftModel):
             return
         in_use = {version for version, count in self._num_samples.items() if count}
-        unused = sorted(self._loaded - in_use - {ADAPTER, *self._version_by_name.values()})
+        defaults = {other._default for other in self._sharers}
+        unused = sorted(self._loaded - in_use - defaults - {ADAPTER, *self._version_by_name.values()})
         if len(unused) == len(self.model.peft_config):
             unused.pop()  # peft cannot compute with a model that has lost all of its adapters
         for version in unused:
-            if version == self._active:
+            if version in (self._active, self.model.active_adapter):
                 self._activate(next(kept for kept in self.model.peft_config if kept not in unused))
             self.model.delete_adapter(version)
             self._loaded.remove(version)

@@ -8,10 +8,11 @@ from pathlib import Path
 from threading import RLock
 from time import perf_counter
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parallelmind.config import RopeConfig
 from parallelmind.engine.adapters import AdapterManager
@@ -35,12 +36,14 @@ from parallelmind.model.support import assess
 
 GroupBranch = tuple[SequenceGroup, BranchState]
 
+_step_locks: WeakKeyDictionary[PreTrainedModel, Any] = WeakKeyDictionary()
+
 # The settings that describe how an unpatched model decodes a single branch.
 _UNPATCHED = RopeConfig(patch_rope=False, rope_2d_ratio=0, visibility="isolated", positions="time")
 
 
 class Engine:
-    """Decodes samples with one model and one KV cache.
+    """Decodes samples with one model and one KV cache. Several engines may share a model.
 
     One thread calls `step`. `submit`, `join` and `cancel` may be called from any thread at any time. An error
     in one branch ends that branch, and a forward pass that raises ends the samples in it: their last events
@@ -71,7 +74,8 @@ class Engine:
         self.config = self.runner.resolve_config(config, self.rope_config, num_engines)
         self.scheduler = Scheduler(self.config, reuse_prefixes=not self.fallback_reason)
         self.state_lock = RLock()
-        self._step_lock = RLock()  # held while the model is in use
+        # Held while the model is in use: engines that share a model, in other threads too, take turns.
+        self._step_lock = _step_locks.setdefault(causal_lm(model), RLock())
         self._groups: dict[int, SequenceGroup] = {}  # unfinished samples by id
         self._num_submitted = 0
         self._pending_events: list[Event] = []  # that no step has returned yet
