@@ -7,25 +7,24 @@ from typing import Any
 
 HIDDEN = "***"
 
-_USER = r"[^\s/:@?#]*"
+_SCHEME = r"[a-z][a-z0-9+.-]+:/{1,2}(?!/)"  # Path writes one slash
+_DATABASE = r"(?:postgres(?:ql)?|mysql|mariadb|mssql|oracle)(?:\+\w+)?://"
+_USER = r"[^\s/:?#\[]*"  # may be a mail address
+_PASSWORD = r"(?!//)[^\s@]+(?:@[^\s/@]+)*"  # may contain slashes
+_PORT = r"\d+[/?#,]"
 _SECRET_NAMES = (
-    r"[\w.-]*(?:token|secret|signature|password|passwd|credential|api_?key|access_?key)[\w.-]*"
+    r"[\w.-]*(?:token(?!s\b|i)|secret|signature|passw|passphrase|credential|odbc_connect"
+    r"|(?:api|access|account|private|subscription)[_-]?key)[\w.-]*"
     r"|sig|key|pwd|pass|auth"
 )
 _PATTERNS = (
-    # The password of a database may contain a slash.
-    (
-        re.compile(
-            rf"((?:postgres(?:ql)?|mysql|mssql|oracle)(?:\+\w+)?://{_USER}:)[^\s@]+(?:@[^\s/@]+)*@", re.I
-        ),
-        r"\1***@",
-    ),
-    (re.compile(rf"([a-z][a-z0-9+.-]*://{_USER}:)[^\s/]+@", re.I), r"\1***@"),
+    (re.compile(rf"({_DATABASE}{_USER}:){_PASSWORD}@", re.I), r"\1***@"),
+    (re.compile(rf"({_SCHEME}{_USER}:)(?!{_PORT}){_PASSWORD}@", re.I), r"\1***@"),
     # A user without a password is a token.
-    (re.compile(r"(https?://)[^\s/:@?#]+@", re.I), r"\1***@"),
-    (re.compile(rf"([?&;](?:{_SECRET_NAMES})=)[^\s&;'\"]*[^\s&;:,.)'\"]", re.I), r"\1***"),
+    (re.compile(r"(https?://)[^\s/:@?#]+@(?![^\s/]*@)", re.I), r"\1***@"),
+    (re.compile(rf"([?&;#](?:{_SECRET_NAMES})=)[^\s&;'\"]*[^\s&;:,.)'\"]", re.I), r"\1***"),
 )
-_IS_HIDDEN = re.compile(r"://(?:[^\s/@]*:)?\*\*\*@|[?&;][\w.-]+=\*\*\*")
+_IS_HIDDEN = re.compile(r":/{1,2}(?:[^\s/]*:)?\*\*\*@|[?&;#][\w.-]+=\*\*\*")
 
 
 def redact_uri(text: str) -> str:

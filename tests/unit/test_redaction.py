@@ -26,6 +26,16 @@ SECRETS = {
     ),
     "https://host/d.jsonl?part=1&token=PW": "https://host/d.jsonl?part=1&token=***",
     "https://account.blob/d?sv=1&sig=PW": "https://account.blob/d?sv=1&sig=***",
+    "http://ada@example.org:PW@host:5000": "http://ada@example.org:***@host:5000",
+    "http://ada:P/W@host:5000": "http://ada:***@host:5000",
+    "s3://KEY:P/W/+@bucket/data": "s3://KEY:***@bucket/data",
+    "s3:/KEY:PW@bucket/data": "s3:/KEY:***@bucket/data",
+    "http://ada:PW@[::1]:5000": "http://ada:***@[::1]:5000",
+    "http://h:80,http://ada:PW@host": "http://h:80,http://ada:***@host",
+    "cockroachdb://ada:P/W@db/mlflow": "cockroachdb://ada:***@db/mlflow",
+    "mssql+pyodbc:///?odbc_connect=UID%3Dada%3BPWD%3DPW": "mssql+pyodbc:///?odbc_connect=***",
+    "https://host/d#access_token=PW": "https://host/d#access_token=***",
+    "https://host/d?api-key=PW&private_key=PW": "https://host/d?api-key=***&private_key=***",
     "mlflow_uri=http://ada:PW@host: cannot be used (http://ada:PW@host/api)": (
         "mlflow_uri=http://ada:***@host: cannot be used (http://ada:***@host/api)"
     ),
@@ -36,6 +46,10 @@ PLAIN = (
     "s3://bucket/folder?endpoint_override=localhost:9000&scheme=http",
     "postgresql://ada@db/mlflow",
     "http://host:8000/a@b.jsonl?design=3",
+    "http://[::1]:8000/a@b.jsonl",
+    "file:///data/a:b@c.jsonl",
+    "s3://bucket/a:b@c.jsonl",
+    "https://host/d?tokenizer=gpt2&max_tokens=5&monkey=1",
     "data/a,b@c.jsonl",
     "mail ada@host, see http://host:80 or ask grace@host",
 )

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from parallelmind.errors import UserError, UserNotice, first_line
 
 WEIGHTS = "model.safetensors"
+_LFS_POINTER = b"version https://git-lfs"
 _FILES = (WEIGHTS, f"{WEIGHTS}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -47,6 +48,8 @@ def _file_problem(file: Path) -> str | None:
     """The header of safetensors has the file's length. A pickle is only read by loading it."""
     if not file.is_file():
         return f"{file.name} is missing"
+    if _is_lfs_pointer(file):
+        return f"{file.name} is a pointer of Git LFS; run `git lfs pull` in its repository"
     if file.suffix == ".safetensors":
         try:
             with safe_open(file, framework="pt"):
@@ -56,17 +59,29 @@ def _file_problem(file: Path) -> str | None:
     return None
 
 
+def _is_lfs_pointer(file: Path) -> bool:
+    with open(file, "rb") as stream:
+        return stream.read(len(_LFS_POINTER)) == _LFS_POINTER
+
+
 def find_pickles(folder: Path) -> list[str]:
     """Names of the files of weights that are pickles."""
     return [file.name for file in weight_files(folder) if file.suffix == ".bin"]
 
 
 def check_loaded(name: str, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
-    """Raise UserError where a parameter was not in the files or had another shape there.
+    """Raise UserError unless the model computes what its files say.
 
-    transformers would fill it at random. name: the base model's. info: what `from_pretrained` tells about the
-    weights. Weights that the model does not use, and buffers that were not in the files, are a UserNotice.
+    It does not where a parameter was not in the files or had another shape there, which transformers would
+    fill at random, where a layer uses only some of its weights, such as quantised ones without their scales,
+    and where an adapter is added. name: the base model's. info: what `from_pretrained` tells about the weights.
+    Other weights that the model does not use, and buffers that were not in the files, are a UserNotice.
     """
+    if hasattr(model, "peft_config"):
+        raise UserError(
+            f"base_model={name}: holds adapter_config.json, so an adapter would be a part of the base; "
+            "give a folder without it, or merge the adapter first"
+        )
     remedy = "give a folder or hub id with all weights of a causal language model"
     if info["mismatched_keys"]:
         weight, stored, wanted = min(info["mismatched_keys"])
@@ -79,7 +94,14 @@ def check_loaded(name: str, model: PreTrainedModel, info: Mapping[str, Any]) -> 
         raise UserError(f"base_model={name}: its files lack {min(missing)}{_and_more(missing)}; {remedy}")
     if buffers := info["missing_keys"] - parameters:
         _notice(f"base_model={name}: its files lack the buffer {min(buffers)}{_and_more(buffers)}")
-    if unused := info["unexpected_keys"]:
+    unused = info["unexpected_keys"]
+    layers = {parameter.rpartition(".")[0] for parameter in parameters}
+    if ignored := {weight for weight in unused if weight.rpartition(".")[0] in layers}:
+        raise UserError(
+            f"base_model={name}: its files hold {min(ignored)}{_and_more(ignored)}, which the layer of config.json "
+            "does not use; give a model that is not quantised, with the config.json of its weights"
+        )
+    if unused:
         _notice(f"base_model={name}: the model does not use {min(unused)} of its files{_and_more(unused)}")
 
 

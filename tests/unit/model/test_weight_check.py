@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_llama
 from transformers import LlamaConfig, LlamaForSequenceClassification, LlamaModel
@@ -21,6 +22,7 @@ from parallelmind.model.base_model import load_base
 
 Change = Callable[[Path], object]
 WEIGHTS, PICKLE = "model.safetensors", "pytorch_model.bin"
+PROJECTION = "model.layers.0.mlp.up_proj.weight"
 
 
 def weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Change:
@@ -52,6 +54,24 @@ def truncated(name: str) -> Change:
 def replaced(model_class: Any) -> Change:
     """Save a model of another class in place of the causal language model."""
     return lambda folder: model_class(LlamaConfig.from_pretrained(folder)).save_pretrained(folder)
+
+
+def quantised(folder: Path) -> None:
+    """Weights in eight bits with a scale, as transformers saves them."""
+
+    def edit(values: dict[str, torch.Tensor]) -> None:
+        weight = values[PROJECTION] / 0.1
+        values |= {PROJECTION: weight.to(torch.float8_e4m3fn), f"{PROJECTION}_scale_inv": torch.full((1, 1), 0.1)}
+
+    weights(edit)(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def with_adapter(folder: Path) -> None:
+    """An adapter of peft in the folder of the base, which transformers adds to the model."""
+    get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(folder)
 
 
 class _Code:
@@ -91,6 +111,16 @@ def index(content: Any) -> Change:
         ),
         (replaced(LlamaForSequenceClassification), r"its files lack lm_head\.weight; give"),
         (replaced(LlamaModel), r"its files lack lm_head\.weight; give"),
+        (quantised, r"its files hold .*up_proj\.weight_scale_inv, which the layer .* not quantised"),
+        (
+            weights(lambda w: w.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(64)})),
+            r"its files hold .*q_proj\.bias, which the layer of config\.json does not use; give",
+        ),
+        (with_adapter, r"holds adapter_config\.json, so an adapter would be a part of the base; give"),
+        (
+            lambda folder: (folder / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\n"),
+            r"cannot be loaded \(model\.safetensors is a pointer of Git LFS; run `git lfs pull`",
+        ),
         (truncated(WEIGHTS), r"cannot be loaded \(model\.safetensors: .*not fully covered\); give"),
         (truncated(PICKLE), r"cannot be loaded \(pytorch_model\.bin is damaged or holds code"),
         (
