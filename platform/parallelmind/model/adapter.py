@@ -6,7 +6,6 @@ the model card. Loading checks that base model, chat template and placement are 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -14,21 +13,19 @@ from typing import Any, cast
 import peft
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parallelmind.config import GroupedConfig, LoraConfig, ModelConfig, RopeConfig, TrainConfig, resolve
 from parallelmind.errors import UserError, first_line
 from parallelmind.model import pissa
+from parallelmind.model.adapter_files import read_settings, read_weights, write_adapter
 from parallelmind.model.base_identity import base_identity, sample_weights
 from parallelmind.model.base_model import load_base, load_meta_model
 from parallelmind.model.card import write_card
 from parallelmind.model.full_model import save_model
 from parallelmind.model.hf_compat import wrap_with_adapter
 from parallelmind.model.manifest import (
-    WEIGHTS,
     Manifest,
     check_replaceable,
     fetch_adapter,
@@ -40,7 +37,7 @@ from parallelmind.model.new_tokens import trainable_token_indices
 from parallelmind.model.patch import is_patched, patch, rope_config
 from parallelmind.model.support import check_supported
 from parallelmind.model.targets import excluded_modules, parse_targets
-from parallelmind.model.weights import ADAPTER, load_weights, to_cpu, trained_weights
+from parallelmind.model.weights import ADAPTER, load_weights, trained_weights
 from parallelmind.storage import atomic_dir
 
 
@@ -108,15 +105,8 @@ def save_adapter(
     folder = Path(folder)
     check_replaceable(folder, "adapter")
     stored, lora = pissa.to_plain_lora(model, trained_weights(model) if weights is None else weights, lora)
-    settings = cast(peft.LoraConfig, copy.copy(model.peft_config[model.active_adapter]))
-    settings.r, settings.inference_mode = lora.lora_rank, True
-    settings.base_model_name_or_path = base.base_model  # the user's name for it, not the path of this machine
-    for name, value in vars(settings).items():
-        if isinstance(value, set):  # peft would write it in the order of this process's hashes
-            setattr(settings, name, sorted(value))
     with atomic_dir(folder) as new_folder:
-        save_file(to_cpu(stored), new_folder / WEIGHTS, metadata={"format": "pt"})
-        settings.save_pretrained(str(new_folder))
+        write_adapter(new_folder, model, stored, lora.lora_rank, base.base_model)
         base_model = cast(PreTrainedModel, model.get_base_model())
         if base.add_tokens:
             tokenizer.save_pretrained(new_folder)
@@ -194,22 +184,17 @@ def _attach(
     base_model = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
     manifest.check_base(base_model, tokenizer)
     _check_dora(model, manifest.lora)
-    settings = cast(peft.LoraConfig, peft.PeftConfig.from_pretrained(str(folder)))
+    settings = read_settings(folder)
     settings.base_model_name_or_path = model.name_or_path or None  # the manifest's checks replace peft's
     for field, value in overrides.items():
         setattr(settings, field, value)
-    adapted = wrap_with_adapter(model, settings, name)
-    load_weights(adapted, _read_weights(folder), f"lora_path={folder}", name)
-    return adapted
-
-
-def _read_weights(folder: Path) -> dict[str, Tensor]:
     try:
-        return load_file(folder / WEIGHTS)
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"lora_path={folder}: {WEIGHTS} is damaged ({first_line(error)}); copy the folder again"
-        ) from error
+        adapted = wrap_with_adapter(model, settings, name)
+    except ValueError as error:
+        reason = first_line(error).rstrip(".")
+        raise UserError(f"lora_path={folder}: {reason}; load the base it was trained on") from error
+    load_weights(adapted, read_weights(folder), f"lora_path={folder}", name)
+    return adapted
 
 
 def load_model_with_lora(

@@ -72,10 +72,10 @@ def find_pickles(folder: Path) -> list[str]:
 def check_loaded(name: str, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
     """Raise UserError unless the model computes what its files say.
 
-    It does not where a parameter was not in the files or had another shape there, which transformers would
-    fill at random, where a layer uses only some of its weights, such as quantised ones without their scales,
-    and where an adapter is added. name: the base model's. info: what `from_pretrained` tells about the weights.
-    Other weights that the model does not use, and buffers that were not in the files, are a UserNotice.
+    It does not where an adapter is added, where a parameter was not in the files or had another shape there,
+    which transformers would fill at random, and where a layer uses only some of its weights, such as
+    quantised ones without their scales. Other weights that the model does not use, and buffers that were not
+    in the files, are a UserNotice. name: the base model's. info: what `from_pretrained` tells about weights.
     """
     if hasattr(model, "peft_config"):
         raise UserError(
@@ -98,8 +98,8 @@ def check_loaded(name: str, model: PreTrainedModel, info: Mapping[str, Any]) -> 
     layers = {parameter.rpartition(".")[0] for parameter in parameters}
     if ignored := {weight for weight in unused if weight.rpartition(".")[0] in layers}:
         raise UserError(
-            f"base_model={name}: its files hold {min(ignored)}{_and_more(ignored)}, which the layer of config.json "
-            "does not use; give a model that is not quantised, with the config.json of its weights"
+            f"base_model={name}: its files hold {min(ignored)}{_and_more(ignored)}, which the layer of "
+            "config.json does not use; give weights that are not quantised, with their own config.json"
         )
     if unused:
         _notice(f"base_model={name}: the model does not use {min(unused)} of its files{_and_more(unused)}")

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_llama, tiny_tokenizer
 
 from parallelmind.config import LoraConfig, ModelConfig, RopeConfig
-from parallelmind.errors import UserError
+from parallelmind.errors import UserError, UserNotice
 from parallelmind.model.adapter import (
     add_adapter,
     add_lora,
@@ -348,6 +348,61 @@ def test_unfit_weights_are_refused_also_where_no_checksum_tells(
     with pytest.raises(UserError, match=f"lora_path=.*{message}") as error:
         load_model_with_lora(lora_path=folder)
     assert "\n" not in str(error.value)
+
+
+def config_text(text: str) -> Damage:
+    return lambda folder: (folder / "adapter_config.json").write_text(text)
+
+
+def settings(**fields: Any) -> Damage:
+    """Edit adapter_config.json."""
+
+    def change(folder: Path) -> None:
+        edit(files={})(folder)
+        values = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps({**values, **fields}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (config_text("{"), r"is damaged \(Expecting property"),
+        (
+            lambda folder: (folder / "adapter_config.json").write_text("{}"),
+            r"damaged \(KeyError\('peft_type'",
+        ),
+        (config_text("[]"), r"is damaged \(.*\); copy the"),
+        (lambda folder: (folder / "adapter_config.json").unlink(), r"is damaged \(.*No such file"),
+        (settings(peft_type="LATER"), r"is damaged \(peft_type=LATER is not LORA\); copy the folder again"),
+        (settings(r=0), r"`r` should be a positive integer.*; load the base"),
+        (settings(r=8), r"\(\[4, 128\] in the files, \[8, 128\] in the model\); load the base"),
+        (
+            settings(target_modules=["absent"]),
+            r"Target modules .* not found.*; load the base",
+        ),
+    ],
+)
+def test_unfit_settings_are_refused_also_where_no_checksum_tells(
+    saved: Path, tmp_path: Path, change: Damage, message: str
+) -> None:
+    shutil.copytree(saved, folder := tmp_path / "adapter")
+    edit(files={})(folder)
+    change(folder)
+    with pytest.raises(UserError, match=f"lora_path=.*{message}") as error:
+        load_model_with_lora(lora_path=folder)
+    assert "\n" not in str(error.value)
+
+
+def test_settings_of_a_later_peft_are_told_if_they_are_not_off(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, folder := tmp_path / "adapter")
+    settings(later_off=None, later_size=16)(folder)
+    with pytest.warns(
+        UserNotice, match=r"lora_path=.*: later_size of adapter_config\.json is without"
+    ) as told:
+        load_model_with_lora(lora_path=folder)
+    assert len(told) == 1
 
 
 def test_another_architecture_is_refused(saved: Path) -> None:

@@ -61,7 +61,10 @@ def quantised(folder: Path) -> None:
 
     def edit(values: dict[str, torch.Tensor]) -> None:
         weight = values[PROJECTION] / 0.1
-        values |= {PROJECTION: weight.to(torch.float8_e4m3fn), f"{PROJECTION}_scale_inv": torch.full((1, 1), 0.1)}
+        values |= {
+            PROJECTION: weight.to(torch.float8_e4m3fn),
+            f"{PROJECTION}_scale_inv": torch.full((1, 1), 0.1),
+        }
 
     weights(edit)(folder)
     config = json.loads((folder / "config.json").read_text())
