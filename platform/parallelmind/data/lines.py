@@ -24,6 +24,7 @@ from parallelmind.errors import first_line
 MAX_LINE_BYTES = 64 << 20
 _SKIP_BYTES = 1 << 20  # read at a time while a line is skipped
 _ROWS_PER_BATCH = 1024
+_NO_PYTHON_VALUE = (OverflowError, ValueError, pa.ArrowException)  # far dates, text that is not UTF-8
 DAMAGE = (EOFError, OSError, zlib.error)  # what reading damaged compressed data raises
 
 
@@ -123,10 +124,9 @@ def _parquet_rows(stream: BinaryIO, part: FilePart) -> Iterator[Line]:
     number = sum(file.metadata.row_group(group).num_rows for group in range(part.start))
     try:
         for batch in file.iter_batches(_ROWS_PER_BATCH, row_groups=range(part.start, part.end)):
-            for row in batch.to_pylist():
-                yield Line(number, value=_without_nulls(row))
-                number += 1
-    except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: text that is not UTF-8
+            yield from _rows(batch, number)
+            number += batch.num_rows
+    except (OSError, pa.ArrowException) as error:
         yield Line(number, problem=f"the row group is damaged from here on ({first_line(error)})")
 
 
@@ -135,15 +135,29 @@ def _arrow_rows(stream: BinaryIO) -> Iterator[Line]:
     try:
         for batch in open_arrow(stream):
             for start in range(0, batch.num_rows, _ROWS_PER_BATCH):
-                for row in batch.slice(start, _ROWS_PER_BATCH).to_pylist():
-                    yield Line(number, value=_without_nulls(row))
-                    number += 1
-    except (OSError, ValueError, pa.ArrowException) as error:
+                yield from _rows(batch.slice(start, _ROWS_PER_BATCH), number + start)
+            number += batch.num_rows
+    except (OSError, pa.ArrowException) as error:
         yield Line(number, problem=f"the file is damaged from here on ({first_line(error)})")
 
 
-def _without_nulls(value: Any) -> Any:
-    """Remove null fields: a column that a row lacks is null in Parquet and absent in JSON."""
+def _rows(batch: pa.RecordBatch, number: int) -> Iterator[Line]:
+    """The rows of a batch; number: that of its first row. A row without a Python value is bad alone."""
+    try:
+        values = batch.to_pylist()
+    except _NO_PYTHON_VALUE as error:
+        if batch.num_rows == 1:
+            yield Line(number, problem=f"the row cannot be read ({first_line(error)})")
+            return
+        for index in range(batch.num_rows):
+            yield from _rows(batch.slice(index, 1), number + index)
+        return
+    for index, value in enumerate(values):
+        yield Line(number + index, value=without_nulls(value))
+
+
+def without_nulls(value: Any) -> Any:
+    """Remove null fields: a column that a row lacks is null in Arrow and absent in JSON."""
     if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value

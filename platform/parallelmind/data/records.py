@@ -21,7 +21,7 @@ _KEYS = frozenset(
 )
 _TYPO = 0.8  # similarity of a misspelt key to the key that is meant, if the record is incomplete without it
 _TYPO_OF_OPTIONAL = 0.88  # stricter, so that `domain` is not a misspelt `main`
-_NEVER_MISSPELT = frozenset({"targets"})  # `target` is a usual name for the column of a label
+_NEVER_MISSPELT = frozenset({"targets", "references"})  # `target` and `reference` are usual metadata columns
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -91,6 +91,7 @@ def parse_value(value: Any, vocab_size: int | None = None) -> Record:
     """
     if not isinstance(value, dict):
         raise RecordError(f"is a JSON {_json_type(value)}, not an object")
+    value = _without_null_fields(value)
     unknown_keys = list(_check_keys(value, "record", _RECORD_FORMS))
     main, unknown = _main(value.get("main", ""), vocab_size)
     unknown_keys += (f"main.{key}" for key in unknown)
@@ -112,7 +113,7 @@ def _parse_json(raw: bytes) -> Any:
     try:
         return json.loads(
             raw.removeprefix(_BOM).decode("utf-8"),
-            object_pairs_hook=_unique_keys,
+            object_pairs_hook=unique_keys,
             parse_constant=_refuse_constant,
         )
     except UnicodeDecodeError as error:
@@ -125,7 +126,8 @@ def _parse_json(raw: bytes) -> Any:
         raise RecordError(f"is not JSON: {error}") from error
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these keys and values. Raises RecordError if a key stands in it twice."""
     value = dict(pairs)
     if len(value) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -135,6 +137,11 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> Any:
     raise RecordError(f"is not JSON: {name} is not a JSON number")
+
+
+def _without_null_fields(value: dict[str, Any]) -> dict[str, Any]:
+    """A null field is absent, as in Parquet: exporters of tables write one for every column of a row."""
+    return {key: item for key, item in value.items() if item is not None}
 
 
 def _check_keys(value: dict[str, Any], where: str, forms: Sequence[_Form]) -> tuple[str, ...]:
@@ -178,6 +185,7 @@ def _main(value: Any, vocab_size: int | None) -> tuple[TextOrIds, tuple[str, ...
     """Main and the unknown keys in it."""
     if not isinstance(value, dict):
         return _text(value, "main"), ()
+    value = _without_null_fields(value)
     unknown = _check_keys(value, "main", _MAIN_FORMS)
     return _text_or_ids(value, "main", vocab_size), unknown
 
@@ -190,6 +198,7 @@ def _branches(value: Any, vocab_size: int | None) -> tuple[tuple[Branch, ...], t
     for index, item in enumerate(value):
         where = f"branches[{index}]"
         if isinstance(item, dict):
+            item = _without_null_fields(item)
             unknown += _check_keys(item, where, _BRANCH_FORMS)
             branches.append(_branch(item, where, vocab_size))
         elif isinstance(item, str):

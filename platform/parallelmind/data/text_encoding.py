@@ -32,14 +32,25 @@ def marked_encoding(start: bytes) -> str | None:
 def likely_encoding(sample: bytes) -> str | None:
     """The encoding that a text may have which is not UTF-8, or None. A guess, to be named to the user."""
     if b"\0" in sample:
-        return "utf-16-le" if sample[1::2].count(0) > sample[::2].count(0) else "utf-16-be"
+        return _likely_utf16(sample)
     high, lone = len(_HIGH_BYTE.findall(sample)), len(_LONE_HIGH_BYTE.findall(sample))
+    valid = len(_HIGH_BYTE.findall(sample.decode("utf-8", errors="ignore").encode()))
+    if 2 * valid > high:  # UTF-8 with a few damaged bytes
+        return None
     if 2 * lone > high:  # accents between ASCII letters
         return "cp1252"
     from charset_normalizer import from_bytes
 
     match = from_bytes(sample).best()
     return match.encoding if match else None
+
+
+def _likely_utf16(sample: bytes) -> str | None:
+    """UTF-16 with one of the two byte orders, or None if the NUL bytes are not in alternate places."""
+    even, odd = sample[::2].count(0), sample[1::2].count(0)
+    if max(even, odd) < 8 * min(even, odd):
+        return None
+    return "utf-16-le" if odd > even else "utf-16-be"
 
 
 def as_utf8(stream: BinaryIO, encoding: str) -> BinaryIO:

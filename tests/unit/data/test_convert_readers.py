@@ -125,6 +125,46 @@ def test_bytes_that_the_encoding_lacks_cost_one_line(tmp_path: Path) -> None:
     assert bad_ones(tmp_path / "a.csv", "cp1252") == ["2: is not cp1252; set encoding to that of the file"]
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "Zürich, déjà vu, “quoted”".encode() + b" caf\xe9\n",  # UTF-8 with a damaged byte
+        b"plain\n" + bytes(9) + b"\n",  # as a crash leaves a file
+    ],
+)
+def test_damage_is_not_taken_for_an_encoding(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.txt").write_bytes(content)
+    (bad,) = (str(line) for line in read_text(str(tmp_path / "a.txt")) if isinstance(line, BadRecord))
+    assert bad.endswith("is not UTF-8")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "reason"), [("utf-16", "does not start with BOM"), ("idna", "Unsupported error handling")]
+)
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "json"])
+def test_an_encoding_that_cannot_read_the_file_is_told(
+    tmp_path: Path, suffix: str, encoding: str, reason: str
+) -> None:
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes(TEXT_FORMATS[suffix].decode().encode("utf-16-le"))
+    with pytest.raises(UserError, match=rf"data_path=.*a\.{suffix}: cannot be read as .*{reason}"):
+        values(path, encoding)
+
+
+def test_joined_files_with_marks_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(2 * (b"\xef\xbb\xbf" + TEXT_FORMATS["jsonl"]))
+    assert values(tmp_path / "a.jsonl") == 2 * ROWS
+
+
+def test_a_key_that_stands_twice_is_told(tmp_path: Path) -> None:
+    twice = '{"prompt": "a", "prompt": "b", "completion": "c"}'
+    (tmp_path / "a.jsonl").write_text(f"{twice}\n")
+    assert bad_ones(tmp_path / "a.jsonl") == ["1: has the key 'prompt' twice"]
+    (tmp_path / "a.json").write_text(f"[{twice}]")
+    with pytest.raises(UserError, match="is not JSON .*'prompt' twice"):
+        values(tmp_path / "a.json")
+
+
 UNCLOSED = "a quote that opens in this line does not close before a delimiter"
 NOT_CSV = "is not CSV: ',' expected after '\"'; a quote inside quotes is written twice"
 

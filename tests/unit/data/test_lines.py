@@ -166,3 +166,18 @@ def test_a_file_in_utf_16_or_utf_32_is_named_so(tmp_path, encoding):
     assert all_lines(tmp_path / "data.jsonl")[0].problem == (
         f"the file is {name}; convert it as `iconv -f {name} -t utf-8` does"
     )
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_a_row_without_a_python_value_costs_no_other(tmp_path, suffix):
+    days = pa.array([0, 1 << 30, 1], pa.date32())  # the second is 2.9 million years away
+    table, file = pa.table({"text": ["a", "b", "c"], "day": days}), tmp_path / f"data.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(table, file)
+    else:
+        with pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+    lines = all_lines(file)
+    assert [line.offset for line in lines] == [0, 1, 2]
+    assert [line.value and line.value["text"] for line in lines] == ["a", None, "c"]
+    assert lines[1].problem.startswith("the row cannot be read (")

@@ -98,6 +98,7 @@ TEXT, PAIR = {"text": "a"}, {"prompt": "a", "completion": "b"}
         (PAIR, "completions"),
         (PAIR, "answer_offsets"),
         (PAIR, "references_count"),
+        (PAIR, "reference"),
         ({"main": "m", "branches": ["a"]}, "main_id"),
         ({"main": "m", "branches": ["a"]}, "mains"),
         ({"branches": ["a"]}, "branch"),
@@ -109,6 +110,15 @@ def test_a_key_is_metadata_if_nothing_that_it_resembles_is_missing(
     assert parse({**value, key: "x"}).unknown_keys == (key,)
     if "branches" not in value:
         assert parse({"branches": [{**value, key: "x"}]}).unknown_keys == (f"branches[].{key}",)
+
+
+@pytest.mark.parametrize("value", [TEXT, PAIR, {"main": "m", "branches": [PAIR, TEXT]}, {"input_ids": [1]}])
+def test_a_null_field_is_absent(value: dict[str, object]) -> None:
+    keys = ("main", "branches", "text", "input_ids", "prompt", "completion", "references", "targets")
+    nulls: dict[str, object] = dict.fromkeys((*keys, "answer_offset", "rendered", "note"))
+    assert parse({**nulls, **value}) == parse(value)
+    assert parse({"branches": [{**nulls, **PAIR}]}) == parse({"branches": [PAIR]})
+    assert parse({"main": {**nulls, **TEXT}, "branches": ["a"]}) == parse({"main": TEXT, "branches": ["a"]})
 
 
 @pytest.mark.parametrize(
@@ -174,7 +184,6 @@ def test_misspelt_keys_of_a_record(record: dict[str, object], meant: str) -> Non
         (b'{"prompt": "a", "completion": "b", "targets": [[1, 3]]}', "targets beside completion"),
         (b'{"text": "a", "rendered": 1}', "rendered=1 must be true or false"),
         (b'{"input_ids": [1, 2], "rendered": true}', "has rendered beside input_ids"),
-        (b'{"main": null, "branches": ["a"]}', "main is a JSON null"),
         (b'{"main": "m", "branches": []}', "at least one branch"),
         (b'{"main": "m", "branches": "a"}', "must be a list"),
         (b'{"main": "m", "branches": ["a", 2]}', "branches[1] is a JSON number"),
@@ -196,7 +205,6 @@ def test_misspelt_keys_of_a_record(record: dict[str, object], meant: str) -> Non
             b'{"main": {"text": "m", "answer_offset": 1}, "branches": ["a"]}',
             "main has answer_offset beside text",
         ),
-        (b'{"main": null, "text": "a"}', "main is a JSON null"),
         (b'{"prompt": "a", "completion": "b", "references": "c"}', "references is a JSON string, not a list"),
         (b'{"prompt": "a", "completion": "b", "references": [""]}', "references is empty"),
         (b'{"input_ids": [1, -2]}', "must be a list of token ids"),

@@ -10,7 +10,8 @@ from parallelmind.data.convert.csv_rows import CsvRow, csv_rows
 from parallelmind.data.convert.source_file import SourceFile, without_mark
 from parallelmind.data.convert.source_records import BadRecord, SourceRecord
 from parallelmind.data.files import COMPRESSIONS, FileFormat
-from parallelmind.data.lines import DAMAGE
+from parallelmind.data.lines import DAMAGE, without_nulls
+from parallelmind.data.records import unique_keys
 from parallelmind.errors import UserError, first_line
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -64,7 +65,7 @@ def _read_json_lines(file: SourceFile) -> Records:
         try:
             text = file.decode(line)
             if text.strip():
-                yield SourceRecord(location, json.loads(text))
+                yield SourceRecord(location, json.loads(text, object_pairs_hook=unique_keys))
         except json.JSONDecodeError as error:
             yield BadRecord(location, f"is not JSON: {error}")
         except RecursionError:
@@ -147,7 +148,7 @@ def _read_json_document(file: SourceFile) -> Records:
 
 def _load_json(file: SourceFile) -> Any:
     try:
-        return json.loads(file.read())
+        return json.loads(file.read(), object_pairs_hook=unique_keys)
     except (*DAMAGE, ValueError, RecursionError) as error:
         raise UserError(
             f"data_path={file.path}: is not JSON ({first_line(error)}); correct it, or rename it to .jsonl"
@@ -164,7 +165,7 @@ def read_dataset(name: str, subset: str | None, split: str) -> Records:
         ) from error
     try:
         for number, row in enumerate(datasets.load_dataset(name, subset, split=split, streaming=True)):
-            yield SourceRecord(f"{name}/{split}[{number}]", row)
+            yield SourceRecord(f"{name}/{split}[{number}]", without_nulls(row))
     except Exception as error:  # the hub, the network and the format of the data set raise many types
         raise UserError(
             f"dataset={name} subset={subset} split={split}: cannot be loaded ({first_line(error)}); "

@@ -53,7 +53,7 @@ class ConvertSettings(FrozenConfig):
     def _check_encoding(cls, name: str | None) -> str | None:
         try:
             "".encode(name or "utf-8")
-        except LookupError as error:
+        except (LookupError, UnicodeError) as error:
             raise ValueError(f"encoding={name}: {error}; give a text encoding that Python knows") from error
         return name
 

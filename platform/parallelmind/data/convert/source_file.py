@@ -33,6 +33,11 @@ class SourceFile:
             encoding = None if self._is_utf8 else self._encoding
             parts = file_parts([self.path]) if self._is_utf8 else [FilePart(self.path, 0, 0)]
             yield from enumerate(chain.from_iterable(read_lines(part, encoding) for part in parts), start=1)
+        except UnicodeError as error:  # of an encoding that is no text encoding, or that needs a mark
+            raise UserError(
+                f"data_path={self.path}: cannot be read as {self._encoding} ({first_line(error)}); "
+                "set encoding to that of the file"
+            ) from error
         except (OSError, pa.ArrowException) as error:
             raise UserError(
                 f"data_path={self.path}: cannot be read ({first_line(error)}); "
@@ -89,6 +94,6 @@ class SourceFile:
 
 
 def without_mark(line: Line) -> bytes:
-    """The bytes of a line, without the byte order mark of UTF-8."""
+    """The bytes of a line, without the byte order mark of UTF-8; joined files have several."""
     assert line.raw is not None
-    return line.raw.removeprefix(_BOM if line.offset == 0 else b"")
+    return line.raw.removeprefix(_BOM)
