@@ -106,8 +106,10 @@ def remove_partial_dirs(parent: Path) -> None:
 def atomic_dir(folder: Path) -> Iterator[Path]:
     """Yield an empty folder to fill. On success it is flushed to disk and replaces `folder` by one rename.
 
-    Its files have the mode that the umask gives. After an exception `folder` is unchanged.
+    Its files have the mode that the umask gives. After an exception `folder` is unchanged. Of a symbolic link
+    the target is replaced.
     """
+    folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}{_PARTIAL_MARK}") as scratch:
         new = Path(scratch) / "new"
@@ -151,8 +153,10 @@ def _replace_dir(folder: Path, new: Path, old: Path) -> None:
 def atomic_binary_file(path: Path) -> Iterator[BinaryIO]:
     """Yield a binary file to write. On success it is flushed to disk and replaces `path` by one rename.
 
-    After an exception `path` is unchanged. Raises OSError if the file cannot be written.
+    After an exception `path` is unchanged. Of a symbolic link the target is replaced. Raises OSError if the
+    file cannot be written.
     """
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

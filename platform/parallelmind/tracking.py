@@ -10,6 +10,7 @@ import functools
 import logging
 import math
 import os
+import re
 import socket
 import sys
 import time
@@ -17,13 +18,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Self
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 from mlflow.artifacts import download_artifacts
 from mlflow.entities import Metric, Param, Run, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.store import db_migrations
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from sqlalchemy.exc import SQLAlchemyError
@@ -61,16 +63,20 @@ def absolute_uri(uri: str) -> str:
     """
     if has_hidden_part(uri):
         return _with_password(uri)
-    file = sqlite_file(uri)
-    _, mark, query = uri.partition("?")
-    return f"{_SQLITE}{file}{mark}{query}" if file else uri
+    file, (_, mark, query) = sqlite_file(uri), uri.partition("?")
+    return f"{sqlite_uri(file)}{mark}{query}" if file else uri
 
 
 def sqlite_file(uri: str) -> Path | None:
     """Absolute path of the SQLite database file; None if the URI names no such file."""
     path = uri.removeprefix(_SQLITE).partition("?")[0]
     is_file = uri.startswith(_SQLITE) and path and not path.startswith((":", "file:"))
-    return Path(path).absolute() if is_file else None
+    return Path(unquote(path)).absolute() if is_file else None
+
+
+def sqlite_uri(file: Path) -> str:
+    """The URI of a SQLite database file."""
+    return _SQLITE + str(file).replace("%", "%25").replace("?", "%3F")
 
 
 def _with_password(uri: str) -> str:
@@ -94,7 +100,7 @@ def _build_database(file: Path) -> None:
     """Create all tables and the default experiment."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    uri = f"{_SQLITE}{file}"
+    uri = sqlite_uri(file)
     SqlAlchemyStore(uri, _artifact_location(uri)).engine.dispose()
 
 
@@ -212,21 +218,35 @@ def _store_errors(uri: str) -> Iterator[None]:
     """Turn errors of a tracking store into a UserError of one line."""
     try:
         yield
-    except STORE_ERRORS as error:
+    except UserError:
+        raise
+    except (*STORE_ERRORS, ValueError) as error:  # ValueError: of a malformed URI
         reason = store_problem(error)
         raise UserError(f"mlflow_uri={uri}: cannot be used ({reason}); {_remedy(uri, reason)}") from error
 
 
 def _remedy(uri: str, reason: str) -> str:
     """What to do about a tracking store that fails with this reason."""
-    file = sqlite_file(uri)
+    file, version = sqlite_file(uri), re.search(r"found version (\w+)", reason)
+    if "No module named" in reason:
+        return "install that driver, or give sqlite:///FILE"
+    if file and "locked" in reason:
+        return f"another program writes to {file}: end it, or give another file"
+    if file and "readonly" in reason:
+        return f"give yourself permission to write to {file}, or give another file"
+    is_later = version is not None and not _is_known_schema(version[1])
+    if file and (is_later or "Can't locate revision" in reason):
+        return "a later MLflow wrote it: use that version, or give another file"
     if file and "out-of-date database schema" in reason:
         return f"an earlier MLflow wrote it: copy {file}, then run `mlflow db upgrade {uri}`"
-    if file and "Can't locate revision" in reason:
-        return "a later MLflow wrote it: use that version, or give another file"
     if file and any(mark in reason for mark in _DAMAGED):
         return f"{file} is damaged or no MLflow database: restore a copy, remove it, or give another file"
     return "give sqlite:///FILE on a disk with free space, or the http address of a running server"
+
+
+def _is_known_schema(version: str) -> bool:
+    """Whether this MLflow can upgrade a database of that version of its schema."""
+    return any((Path(db_migrations.__file__).parent / "versions").glob(f"{version}_*.py"))
 
 
 def _root_reason(error: BaseException) -> str:

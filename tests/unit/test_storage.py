@@ -99,6 +99,25 @@ def test_filled_folder_replaces_the_old_one(tmp_path: Path) -> None:
     assert list(folder.parent.iterdir()) == [folder]
 
 
+@pytest.mark.parametrize("exists", [True, False])
+def test_the_target_of_a_link_is_replaced(tmp_path: Path, exists: bool) -> None:
+    folder, file = tmp_path / "disk" / "folder", tmp_path / "disk" / "file"
+    file.parent.mkdir()
+    if exists:
+        folder.mkdir()
+        file.touch()
+    for target in (folder, file):
+        (tmp_path / target.name).symlink_to(target)
+    with atomic_dir(tmp_path / "folder") as new:
+        (new / "inner").touch()
+    with atomic_file(tmp_path / "file") as text:
+        text.write("new")
+    assert (tmp_path / "folder").is_symlink()
+    assert (tmp_path / "file").is_symlink()
+    assert (folder / "inner").exists()
+    assert file.read_text() == "new"
+
+
 def test_old_folder_is_unchanged_after_an_error(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     with atomic_dir(folder) as new:

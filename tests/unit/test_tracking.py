@@ -80,7 +80,9 @@ def test_repeated_steps_are_logged_once(tmp_path: Path) -> None:
     assert resumed.metric_names() == ["loss", "validation/loss_1"]
 
 
-@pytest.mark.parametrize("uri", ["sqlite:////proc/nowhere/x.db", "file:///tmp/mlruns", "nonsense://x"])
+@pytest.mark.parametrize(
+    "uri", ["sqlite:////proc/nowhere/x.db", "file:///tmp/mlruns", "nonsense://x", "postgresql://h:port/x"]
+)
 def test_an_unusable_store_is_a_user_error(uri: str) -> None:
     with pytest.raises(UserError, match="mlflow_uri=") as caught:
         Tracker.start(uri, "tests", "one", CONFIG, "key")

@@ -13,7 +13,7 @@ _EXPERIMENT: str = TrainConfig.flat_fields()["mlflow_experiment"].default
 
 def check_mlflow(config: DoctorConfig) -> CheckResult:
     """Whether a run can be tracked. Raises UserError if not. Leaves no database that was not there before."""
-    from parallelmind.tracking import absolute_uri, check_store, sqlite_file
+    from parallelmind.tracking import absolute_uri, check_store, sqlite_file, sqlite_uri
 
     uri = absolute_uri(config.mlflow_uri)
     file = sqlite_file(uri)
@@ -23,7 +23,7 @@ def check_mlflow(config: DoctorConfig) -> CheckResult:
         return CheckResult("ok", f"created a run in {uri}, logged to it and {outcome}")
     try:
         with temporary_subdir(file.parent) as folder:
-            check_store(f"sqlite:///{folder / file.name}", _EXPERIMENT)
+            check_store(sqlite_uri(folder / file.name), _EXPERIMENT)
     except OSError as error:
         raise UserError(
             f"mlflow_uri={uri}: cannot be created ({error.strerror}); "
