@@ -122,6 +122,11 @@ def prepend_bos(ids: list[int], bos: list[int]) -> list[int]:
     return ids if ids[: len(bos)] == bos else bos + ids
 
 
+def append_eos(ids: list[int], eos: list[int]) -> list[int]:
+    """`ids` + `eos`, or `ids` alone if they already end with `eos`."""
+    return ids if eos == ids[-1:] else ids + eos
+
+
 def bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The BOS that this tokenizer adds to an input: a list of one id, or an empty list."""
     special: list[int] = tokenizer("").input_ids

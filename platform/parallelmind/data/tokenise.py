@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from parallelmind.config import DataConfig
-from parallelmind.data.encode import bos_ids, encode_continuations, encode_texts, prepend_bos
+from parallelmind.data.encode import append_eos, bos_ids, encode_continuations, encode_texts, prepend_bos
 from parallelmind.data.files import FilePart
 from parallelmind.data.packing import TokenRecord
 from parallelmind.data.records import Record, Spans, TextOrIds
@@ -64,7 +64,7 @@ def tokenise(
     """Tokenise many records, with two calls of the tokenizer: for texts that open a sample, and for others.
 
     Prompt and completion are tokenised separately, so encoding the prompt for decoding gives exactly the
-    training prefix. Texts and completions end with the tokenizer's EOS, so that a model learns to stop;
+    training prefix. Texts and completions end with the tokenizer's EOS, once, so that a model learns to stop;
     rendered texts and `input_ids` get no special token. A main or branch longer than `max_branch_tokens` is
     cut or skipped, as `overlong` and `truncate_side` say. A branch without a target is skipped, and so is one
     that exceeds `max_sample_tokens` together with its main.
@@ -112,9 +112,10 @@ def _assemble(
         body = ids_of(branch.body, first=not record.main and not branch.rendered)
         targets = branch.targets
         if branch.completion is not None:
-            ids, targets = body + ids_of(branch.completion, first=False) + eos, ((len(body), None),)
+            completion = append_eos(ids_of(branch.completion, first=False), eos)
+            ids, targets = body + completion, ((len(body), None),)
         else:
-            ids = body + eos if isinstance(branch.body, str) and not branch.rendered else body
+            ids = append_eos(body, eos) if isinstance(branch.body, str) and not branch.rendered else body
         branches.append((ids, _target_mask(len(ids), targets)))
     return main, branches
 

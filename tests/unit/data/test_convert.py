@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -99,10 +100,16 @@ def test_hotpotqa_in_both_forms_and_squad_rows() -> None:
         "main": "T: One. Two.\nU: Three.",
         "branches": [branch("who?", "it"), branch("yes?", "yes")],
     }
-    (flat,) = convert(
-        [{"context": "A passage.", "question": "who?", "answers": {"text": ["it"], "answer_start": [0]}}]
-    )
-    assert flat == {"main": "A passage.", "branches": [branch("who?", "it")]}
+
+
+@pytest.mark.parametrize("answers", [{"text": ["it"], "answer_start": [0]}, ["it"], [{"text": "it"}]])
+def test_answers_of_a_row_may_be_json_text(answers: Any) -> None:
+    row = {"context": "A passage.", "question": "who?", "answers": answers}
+    expected: dict[str, Any] = {"main": "A passage.", "branches": [branch("who?", "it")]}
+    assert convert([row, {**row, "answers": json.dumps(answers)}], grouping="global") == [
+        {**expected, "branches": 2 * expected["branches"]}
+    ]
+    assert convert([{**row, "answers": "[1]"}]) == [{**expected, "branches": [branch("who?", "[1]")]}]
 
 
 def test_grouping_is_consecutive_or_global() -> None:

@@ -173,6 +173,20 @@ def test_all_turns_need_a_template_that_renders_them_alike() -> None:
         convert([{"messages": CONVERSATION}], all_turns=True, each_turn=True)
 
 
+def test_a_last_turn_may_end_with_another_token_than_earlier_ones() -> None:
+    template = (
+        "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}"
+        "{{ '</s>' if loop.last and m.role == 'assistant' else '<pad>' }}{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+    )
+    tokenizer = with_template(template)
+    (record,) = ChatRenderer(tokenizer).records(CONVERSATION, all_turns=True)
+    assert target_texts(trained(record, tokenizer), tokenizer) == [
+        "the answer",
+        " où: the passage 😀</s>",
+    ]
+
+
 def test_white_space_after_the_end_token_is_a_target_only_without_an_end_token() -> None:
     tokenizer = with_template(ROLE_TEMPLATE)
     answer = {**ASSISTANT, "content": "in the passage"}

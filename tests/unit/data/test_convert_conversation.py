@@ -20,8 +20,16 @@ pytestmark = pytest.mark.filterwarnings(
 
 CALL = {"name": "weather", "arguments": {"city": "Paris"}}
 CALL_TEXT = {"name": "weather", "arguments": json.dumps(CALL["arguments"])}
-TOOL = {"name": "weather", "description": "of a city", "parameters": {"type": "object"}}
 WRAPPED_CALL = {"type": "function", "function": CALL}
+CALL_FORMS = [
+    WRAPPED_CALL,
+    CALL,
+    CALL_TEXT,
+    {"function": CALL_TEXT, "index": 0},
+    {"name": "weather", "parameters": CALL["arguments"]},
+    {"type": "tool_use", "name": "weather", "input": CALL["arguments"]},
+]
+TOOL = {"name": "weather", "description": "of a city", "parameters": {"type": "object"}}
 USER, ANSWER = {"role": "user", "content": "and there?"}, {"role": "assistant", "content": "it rains"}
 PLAIN = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -51,7 +59,7 @@ def render(value: dict[str, Any], template: str = AS_OBJECT, key: str = "message
 
 
 @pytest.mark.parametrize("content", [None, "", " "])
-@pytest.mark.parametrize("call", [WRAPPED_CALL, CALL, CALL_TEXT, {"function": CALL_TEXT, "index": 0}])
+@pytest.mark.parametrize("call", CALL_FORMS)
 def test_call_with_empty_content_is_rendered(content: Any, call: dict[str, Any]) -> None:
     turn = {"role": "assistant", "content": content, "tool_calls": [call], "refusal": None}
     result = {"role": "tool", "content": "rain", "tool_call_id": "call_1"}
@@ -89,6 +97,21 @@ def test_sharegpt_calls_and_tools_are_those_of_messages() -> None:
     expected = render({"messages": messages, "tools": tools})
     assert render({"conversations": turns, "tools": json.dumps([TOOL])}, key="conversations") == expected
     assert render({"messages": messages, "functions": [TOOL]}) == expected
+
+
+def test_keys_of_other_formats_without_a_value_change_nothing() -> None:
+    expected = render({"messages": [USER, ANSWER]})
+    nulls = dict.fromkeys(("role", "content", "from", "value", "tool_calls", "weight", "name"))
+    assert render({"messages": [{**nulls, **USER}, {**nulls, **ANSWER}]}) == expected
+    turns = [{"from": "human", "value": USER["content"]}, {"from": "bot", "value": ANSWER["content"]}]
+    assert render({"messages": [{**nulls, **turn} for turn in turns]}) == expected
+
+
+@pytest.mark.parametrize(
+    "parts", [["and", " there?"], [{"type": "text", "text": text} for text in ("and", " ", "there?")]]
+)
+def test_parts_of_a_text_are_texts_or_objects_and_may_be_white_space(parts: list[Any]) -> None:
+    assert render({"messages": [{**USER, "content": parts}, ANSWER]}) == render({"messages": [USER, ANSWER]})
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])

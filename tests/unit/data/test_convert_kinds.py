@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -113,6 +114,61 @@ def test_prompt_and_completion_may_be_turns() -> None:
     value = {"prompt": conversation[:-1], "completion": conversation[-1:]}
     assert convert([value]) == convert([{"messages": conversation}])
     assert convert([value], each_turn=True) == convert([{"messages": conversation}])
+
+
+def test_all_answers_of_a_completion_are_targets() -> None:
+    turns = [assistant("it"), user("and there?"), assistant("they")]
+    value = {"prompt": [user("who"), assistant("no one"), user("who?")], "completion": turns}
+    (record,) = convert([value])
+    tokens = samples(record)
+    assert TOKENIZER.decode(tokens.ids[tokens.targets]) == "it</s>they</s>"
+    assert len(convert([value], each_turn=True)) == 2
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"prompt": [user("who")], "completion": [assistant("it")]},
+        {"prompt": [user("who")], "chosen": [assistant("it")], "rejected": [assistant("they")]},
+        {"chosen": [user("who"), assistant("it")], "rejected": [user("who"), assistant("they")]},
+        {"conversations": [{"from": "human", "value": "who", "id": 1}, {"from": "gpt", "value": "it"}]},
+    ],
+)
+def test_turns_may_be_json_text(value: dict[str, Any]) -> None:
+    written = {key: json.dumps(item) for key, item in value.items()}
+    assert convert([written]) == convert([value])
+    assert unused([written]) == unused([value])
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", '[{"name": "f"}]', "[x", "[]"])
+def test_json_that_holds_no_turns_is_a_text(text: str) -> None:
+    assert convert([{"prompt": "who", "completion": text}]) == [{"prompt": "who", "completion": text}]
+
+
+@pytest.mark.parametrize(
+    ("value", "others"),
+    [
+        ({"conversations": [user("who"), assistant("it")]}, ["messages", "prompt", "chosen", "rejected"]),
+        ({"prompt": "who", "completion": "it"}, ["chosen", "rejected", "messages", "branches"]),
+        (ALPACA, ["messages", "conversations", "response", "history", "system", "tools"]),
+    ],
+)
+def test_a_key_without_a_value_indicates_no_kind(value: dict[str, Any], others: list[str]) -> None:
+    assert convert([{**dict.fromkeys(others), **value}]) == convert([value])
+
+
+def test_main_is_not_left_out() -> None:
+    with pytest.raises(UserError, match="cannot detect the kind .*main, prompt, completion"):
+        convert([{"main": "passage", "prompt": " who", "completion": " it"}])
+
+
+@pytest.mark.parametrize("prompt", ["who", "谁住在里面"])
+def test_a_prompt_without_spaces_is_not_divided(prompt: str) -> None:
+    (record,) = convert([{"prompt": prompt, "chosen": " it", "rejected": " they"}])
+    assert record == {
+        "main": "",
+        "branches": [{"prompt": prompt, "completion": answer} for answer in (" it", " they")],
+    }
 
 
 def test_preference_of_texts_is_one_record_with_two_branches() -> None:

@@ -45,6 +45,16 @@ def test_text_ends_with_eos_and_ids_stay_as_they_are() -> None:
     assert (ids.ids.tolist(), ids.targets.tolist()) == ([5, 6, 7], [False, False, True])
 
 
+@pytest.mark.parametrize("value", [{"text": "who lives"}, {"prompt": "who", "completion": " lives"}])
+def test_an_end_token_that_is_written_is_not_added_again(value: dict[str, str]) -> None:
+    *_, key = value
+    plain, written = tokenise_one(value).tokens, tokenise_one({**value, key: f"{value[key]}</s>"}).tokens
+    assert plain is not None
+    assert written is not None
+    assert written.ids.tolist() == plain.ids.tolist()
+    assert written.targets.tolist() == plain.targets.tolist()
+
+
 def test_targets_are_the_tokens_of_the_spans_and_keep_to_them_when_truncated() -> None:
     value = {"input_ids": [*range(3, 15)], "targets": [[0, 2], [5, 6], [10, 12]]}
     whole, cut = tokenise_one(value).tokens, tokenise_one(value, max_branch_tokens=8).tokens

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from tiny import save_tiny
 
+from parallelmind.data.convert.readers import read_dataset
 from parallelmind.errors import UserError, UserNotice
 from workloads.data import convert
 
@@ -190,17 +191,18 @@ def test_mistakes_are_user_errors(tmp_path: Path, argv: list[str], message: str)
 def test_hub_dataset_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
 
-    def load_dataset(*args: Any, **options: Any) -> list[dict[str, str]]:
+    def load_dataset(*args: Any, **options: Any) -> list[dict[str, Any]]:
         calls.append((args, options))
         if args[0] == "org/none":
             raise FileNotFoundError("no such data set")
-        return [PAIR, PAIR]
+        return [PAIR, {**PAIR, "id": {"hash": None}, "chosen": None}]
 
     module = types.ModuleType("datasets")
     module.load_dataset = load_dataset  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "datasets", module)
     assert run(tmp_path, "dataset=org/name", "subset=main", "split=test") == [CONVERTED, CONVERTED]
     assert calls == [(("org/name", "main"), {"split": "test", "streaming": True})]
+    assert [record.value for record in read_dataset("org/name", "main", "test")] == [PAIR, {**PAIR, "id": {}}]
     with pytest.raises(UserError, match="dataset=org/none .*no such data set"):
         run(tmp_path, "dataset=org/none")
     monkeypatch.setitem(sys.modules, "datasets", None)

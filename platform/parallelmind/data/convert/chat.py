@@ -73,9 +73,12 @@ class ChatRenderer:
         if end <= start or not all(map(self._is_mark, spans.ids[end:])):
             raise RecordError(
                 "has an answer that the chat template renders differently once a turn follows it, so not all "
-                "turns can be targets of one record; set all_turns=false"
+                "turns can be targets of one record; set each_turn=true"
             )
-        return start, self._without_final_space(ids, start, end)
+        last = self._without_final_space(ids, start, end)
+        if self._added_tokens.isdisjoint([ids[last - 1], *spans.ids[end:]]):
+            self._tell("writes no special token after an answer, so decoding does not learn to stop there")
+        return start, last
 
     def _prompt_length(self, text: str, context: list[Message], tools: Tools) -> int:
         """Number of characters of the text before its last turn, which is the answer."""
@@ -89,14 +92,11 @@ class ChatRenderer:
         return length
 
     def _without_final_space(self, ids: list[int], start: int, end: int) -> int:
-        """The end of an answer without the white space that the template writes after its end token."""
+        """The end of an answer without the white space that the template writes after the end token."""
         last = end
         while last > start and self._is_blank(ids[last - 1]):
             last -= 1
-        if last > start and ids[last - 1] in self._added_tokens:
-            return last
-        self._tell("writes no special token after an answer, so decoding does not learn to stop there")
-        return end
+        return last if last > start and ids[last - 1] in self._added_tokens else end
 
     def _tell(self, notice: str) -> None:
         """Warn about the chat template, once for each notice."""

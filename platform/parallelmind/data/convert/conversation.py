@@ -15,6 +15,7 @@ Tools = list[dict[str, Any] | Callable[..., Any]] | None  # as transformers type
 _TARGET_KEYS = ("weight", "train")
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _CALL_KEYS = ("tool_calls", "function_call")
+_ARGUMENT_KEYS = ("arguments", "parameters", "input")
 _TOOL_KEYS = ("tools", "functions")
 SYSTEM_KEYS = ("system", "system_prompt")
 CONVERSATION_KEYS = frozenset({*SYSTEM_KEYS, *_TOOL_KEYS})  # keys of a record beside its turns
@@ -26,7 +27,7 @@ _CALL_ROLES = ("function_call", "tool_call")  # the text of such a turn is a cal
 _ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", *_CALL_ROLES), "assistant"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "ai", "bot", *_CALL_ROLES), "assistant"),
     **dict.fromkeys(("tool", "function", "observation", "tool_response", "ipython"), "tool"),
 }
 
@@ -49,6 +50,18 @@ def parse_turns(turns: Any, where: str) -> list[Message]:
         raise RecordError(f"has no list of turns under {where}")
     messages = [_message(turn, f"{where}[{index}]") for index, turn in enumerate(parsed)]
     return [message for message in messages if message["role"] != "system" or message["content"]]
+
+
+def parse_turns_text(value: Any) -> Any:
+    """The turns in a JSON text, as a column of CSV has them; any other value as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        turns = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    are_turns = turns and all(isinstance(turn, dict) and turn.keys() & {"role", "from"} for turn in turns)
+    return turns if are_turns else value
 
 
 def turns_of(value: Any, where: str, role: str) -> list[Message]:
@@ -93,11 +106,11 @@ def parse_tools(value: dict[str, Any]) -> Tools:
 def _message(turn: Any, where: str) -> Message:
     if not isinstance(turn, dict):
         raise RecordError(f"{where} is not a JSON object")
-    source_role = turn.get("role", turn.get("from"))
+    source_role = _first_given(turn, "role", "from")
     role = _ROLES.get(str(source_role).lower())
     if role is None:
         raise RecordError(f"{where} has the role {source_role!r}; known are {', '.join(_ROLES)}")
-    content = turn.get("content", turn.get("value"))
+    content = _first_given(turn, "content", "value")
     if str(source_role).lower() in _CALL_ROLES:
         turn, content = {**turn, "tool_calls": content}, None
     calls = _tool_calls(turn, where)
@@ -118,13 +131,22 @@ def _message(turn: Any, where: str) -> Message:
     }
 
 
+def _first_given(value: Message, *keys: str) -> Any:
+    """The value of the first key that holds one, or None: a column that a row lacks is null in JSON."""
+    return next((value[key] for key in keys if value.get(key) is not None), None)
+
+
 def _content(content: Any, where: str) -> str:
     """The text of a turn, which may be given in parts. All of them must be text."""
     if not isinstance(content, list):
         return check_text(content, where)
-    if any(not isinstance(part, dict) or part.get("type") != "text" for part in content):
+    texts: list[Any] = [
+        part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part
+        for part in content
+    ]
+    if not all(isinstance(text, str) for text in texts):
         raise RecordError(f"{where} holds something other than text")
-    return check_text("".join(check_text(part.get("text"), where) for part in content), where)
+    return check_text("".join(texts), where)
 
 
 def _is_target(turn: Message, role: str, where: str) -> bool:
@@ -164,7 +186,7 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict):
         raise RecordError(f"{where} is not a JSON object with a function")
-    arguments = function.get("arguments")
+    arguments = _first_given(function, *_ARGUMENT_KEYS)
     arguments = {} if is_blank(arguments) else parse_json(arguments, f"{where}.arguments")
     if not isinstance(arguments, dict):
         raise RecordError(f"{where}.arguments is not a JSON object")

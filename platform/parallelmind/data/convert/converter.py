@@ -89,7 +89,7 @@ class Converter:
         for record in records:
             if isinstance(record, SourceRecord):
                 kind = find_kind(record.value, source, self.settings.text_column)
-                self.unused.update(set(unused_keys(record.value, kind.keys) if kind else ()))
+                self.unused.update(set(unused_keys(kind.with_turns(record.value), kind.keys) if kind else ()))
             yield record
 
     def _count(self, records: Iterable[SourceRecord | BadRecord]) -> Iterator[Any]:

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from parallelmind.data.convert.conversation import CONVERSATION_KEYS, TURN_KEYS
+from parallelmind.data.convert.conversation import CONVERSATION_KEYS, TURN_KEYS, parse_turns_text
 
 Source = Literal["messages", "sharegpt", "preference", "squad", "hotpotqa", "alpaca", "pairs", "text"]
 Keys = Mapping[str, Any]  # for every key that is read, the keys of the objects under it, or None
 
-_PARALLEL_KEYS = {"branches", "answer_offset", "input_ids", "rendered"}  # keys of parallel JSONL only
+_PARALLEL_KEYS = {"main", "branches", "answer_offset", "input_ids", "rendered"}  # keys of parallel JSONL only
 
 
 def _keys(*names: str, **nested: Keys) -> Keys:
@@ -34,8 +34,12 @@ class Kind:
     required: tuple[str, ...]
     keys: Keys
 
-    def indicated_by(self, value: dict[str, Any]) -> bool:
-        return value.keys() >= set(self.required)
+    def with_turns(self, value: dict[str, Any]) -> dict[str, Any]:
+        """A record of this kind with turns in place of their JSON text."""
+        return {
+            key: parse_turns_text(item) if self.keys.get(key) is _TURN else item
+            for key, item in value.items()
+        }
 
 
 def _preference(*prompt: str, **keys: Keys) -> Kind:
@@ -80,13 +84,16 @@ KNOWN_KEYS = frozenset(key for kind in _KINDS for key in kind.keys)  # of record
 
 
 def find_kind(value: Any, source: Source | Literal["auto"], text_column: str) -> Kind | None:
-    """The kind that a record's keys indicate, among those of `source`, or None.
+    """The kind that the keys with a value in a record indicate, among those of `source`, or None.
 
     Parallel JSONL is of no kind that is detected.
     """
-    if not isinstance(value, dict) or (source == "auto" and value.keys() & _PARALLEL_KEYS):
+    if not isinstance(value, dict):
         return None
-    return next((kind for kind in _kinds(source, text_column) if kind.indicated_by(value)), None)
+    given = {key for key, item in value.items() if item is not None}
+    if source == "auto" and given & _PARALLEL_KEYS:
+        return None
+    return next((kind for kind in _kinds(source, text_column) if given >= set(kind.required)), None)
 
 
 def required_keys(source: Source, text_column: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -88,13 +89,25 @@ def _valid_texts(answers: Iterable[Any], name: str) -> Iterator[str]:
 
 def _answers(value: dict[str, Any], where: str) -> list[Any]:
     """The answers, given as a text, a list of texts, a list of {"text"}, or {"text": a list}."""
-    answers = value["answers"] if "answers" in value else value.get("answer")
+    answers = _parse_answers_text(value["answers"]) if "answers" in value else value.get("answer")
     if isinstance(answers, dict):
         answers = answers.get("text")
     if answers is None:
         raise RecordError(f"{where or 'record'} has neither answers nor answer")
     answer_list = answers if isinstance(answers, list) else [answers]
     return [answer.get("text") if isinstance(answer, dict) else answer for answer in answer_list]
+
+
+def _parse_answers_text(answers: Any) -> Any:
+    """The answers in a JSON text, as a column of CSV has them; any other value as it is."""
+    if not isinstance(answers, str):
+        return answers
+    try:
+        parsed = json.loads(answers)
+    except (ValueError, RecursionError):
+        return answers
+    are_answers = isinstance(parsed, list) and all(isinstance(item, str | dict) for item in parsed)
+    return parsed if are_answers or isinstance(parsed, dict) else answers
 
 
 def _passage(context: Any) -> str:

@@ -20,14 +20,14 @@ _NO_DIFFERENCE = "has no difference between chosen and rejected"
 def preference_record(chosen: ParallelRecord, rejected: ParallelRecord) -> ParallelRecord:
     """One record from two records of the same prompt with their completions; branch 0 is the chosen one.
 
-    The last word of the prompt stands in the branches: the first token of a branch is never a target.
-    Raises RecordError.
+    The last word of the prompt stands in the branches: the first token of a branch is never a target. So does
+    a prompt without spaces, which has different tokens if it is divided. Raises RecordError.
     """
     if chosen == rejected:
         raise RecordError(_NO_DIFFERENCE)
     prompt: str = chosen["prompt"]
     before, *last_word = prompt.rsplit(maxsplit=1)
-    main = before if last_word else prompt[:-1]
+    main = before if last_word else ""
     branches = [
         {"prompt": prompt[len(main) :], "completion": answer["completion"]} for answer in (chosen, rejected)
     ]

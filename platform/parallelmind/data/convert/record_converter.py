@@ -64,18 +64,18 @@ class RecordConverter:
             "pairs": self._pair,
             "text": self._text,
         }
-        return converters[source](kind, value)
+        return converters[source](kind, kind.with_turns(value))
 
     def split_text(self, pieces: Iterable[Any]) -> Iterator[Any]:
         """Chunks of a text that is given in pieces."""
         return chunk_text(pieces, self._tokenizer, self._settings.chunk_tokens)
 
     def _conversation(self, kind: Kind, value: dict[str, Any]) -> Iterable[ParallelRecord]:
-        messages = parse_messages(value, kind.required[0])
-        return self._rendered(messages, parse_tools(value))
+        messages, settings = parse_messages(value, kind.required[0]), self._settings
+        return self._chat.records(messages, settings.each_turn, parse_tools(value), settings.all_turns)
 
     def _pair(self, kind: Kind, value: dict[str, Any]) -> Iterable[ParallelRecord]:
-        """A pair of texts, or of turns."""
+        """A pair of texts, or of turns, of which all answers in the completion are targets."""
         if not any(isinstance(value[key], list | dict) for key in kind.required):
             return self._exchange(kind, value)
         prompt_key, completion_key = kind.required
@@ -83,11 +83,8 @@ class RecordConverter:
         completion = turns_of(value[completion_key], completion_key, "assistant")
         turns = [*exchange_turns(parse_history(value.get("history"))), *prompt, *completion]
         messages = with_system(turns, system_text(value))
-        return self._rendered(messages, parse_tools(value))
-
-    def _rendered(self, messages: list[Message], tools: Tools) -> Iterable[ParallelRecord]:
-        settings = self._settings
-        return self._chat.records(messages, settings.each_turn, tools, settings.all_turns)
+        each_turn = self._settings.each_turn
+        return self._chat.records(messages, each_turn, parse_tools(value), all_turns=not each_turn)
 
     def _exchange(self, kind: Kind, value: dict[str, Any]) -> Iterable[ParallelRecord]:
         exchange = parse_exchange(value, *kind.required)
