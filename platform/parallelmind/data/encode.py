@@ -13,6 +13,17 @@ from tokenizers import Encoding, Tokenizer
 if TYPE_CHECKING:  # importing transformers takes seconds, and reader processes may not need it
     from transformers import PreTrainedTokenizerBase
 
+# What a chat template may raise for a conversation: its own errors, and those of the code in it.
+TEMPLATE_ERRORS = (
+    TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
 _Part = dict[str, Any] | None  # a normalizer or pre-tokenizer as JSON
 
 _without_prefix: WeakKeyDictionary[PreTrainedTokenizerBase, Tokenizer | None] = WeakKeyDictionary()
@@ -108,7 +119,7 @@ def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     exchange = [{"role": "user", "content": "0"}, {"role": "assistant", "content": "0"}]
     try:
         text = str(tokenizer.apply_chat_template(exchange, tokenize=False))
-    except (TemplateError, TypeError, KeyError, ValueError):  # a template that takes other conversations only
+    except TEMPLATE_ERRORS:  # a template that takes other conversations only
         return None
     added = tokenizer.added_tokens_decoder
     (ids,) = encode_texts(tokenizer, [text])

@@ -177,10 +177,11 @@ def _excess(ids: list[int], targets: Mask | None, bos: list[int], data: DataConf
 
 def nothing_left(branches: int, data: DataConfig) -> UserError:
     """The error for data of which the length limits leave nothing. branches: the number of skipped ones."""
+    keep_answer = "" if data.overlong == "keep_answer" else "set overlong=keep_answer, "
     return UserError(
         f"max_branch_tokens={data.max_branch_tokens} max_sample_tokens={data.max_sample_tokens} "
         f"overlong={data.overlong}: leave none of {branches:,} branches; "
-        "raise the limits, set overlong=truncate, or lower the answer offsets"
+        f"raise the limits, {keep_answer}or check the targets"
     )
 
 

@@ -209,9 +209,22 @@ def test_template_that_renders_the_context_differently_is_refused() -> None:
     )
     with pytest.raises(RecordError, match="is rendered differently"):
         list(chat.records(CONVERSATION))
-    refusing = ChatRenderer(with_template("{{ raise_exception('no system') }}"))
-    with pytest.raises(RecordError, match="refused by the chat template: no system"):
-        list(refusing.records(CONVERSATION))
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('no system') }}", "no system"),
+        ("{{ messages[0].content + 1 }}", "can only concatenate"),
+        ("{{ messages[99].content.text }}", "no element 99"),
+        ("{{ 1 // (messages | length - 4) }}{{ 1 // 0 }}", "by zero"),
+        ("{{ range(1000000) | list }}", "Range too big"),
+        ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "recursion"),
+    ],
+)
+def test_template_that_raises_makes_the_record_bad(template: str, reason: str) -> None:
+    with pytest.raises(RecordError, match=f"refused by the chat template: .*{reason}"):
+        list(ChatRenderer(with_template(template)).records(CONVERSATION))
 
 
 def test_tokenizer_without_chat_template_is_refused() -> None:

@@ -108,7 +108,12 @@ def test_keys_of_other_formats_without_a_value_change_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "parts", [["and", " there?"], [{"type": "text", "text": text} for text in ("and", " ", "there?")]]
+    "parts",
+    [
+        ["and", " there?"],
+        [{"type": "text", "text": text} for text in ("and", " ", "there?")],
+        [{"type": "text", "value": USER["content"]}],
+    ],
 )
 def test_parts_of_a_text_are_texts_or_objects_and_may_be_white_space(parts: list[Any]) -> None:
     assert render({"messages": [{**USER, "content": parts}, ANSWER]}) == render({"messages": [USER, ANSWER]})

@@ -238,7 +238,7 @@ def test_lines_are_numbered_within_every_file(tmp_path):
         (["empty.jsonl"], "data_path=empty.jsonl: holds no record"),
         (
             ["data.jsonl", "max_branch_tokens=2", "overlong=skip"],
-            "max_branch_tokens=2 .*: leave none of 7 branches; raise",
+            "max_branch_tokens=2 .*: leave none of 7 branches; raise.* set overlong=keep_answer",
         ),
         (["data.jsonl", "strict=true"], "data.jsonl:2: is not JSON.*strict=false"),
         (["data.jsonl", "png_path=data.jsonl/x.png"], "png_path=data.jsonl/x.png: cannot be written"),

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator
 from functools import cached_property, partial
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from parallelmind.data.convert.conversation import Message, Tools
@@ -18,6 +17,7 @@ from parallelmind.data.convert.render_check import (
 )
 from parallelmind.data.convert.source_records import ParallelRecord
 from parallelmind.data.convert.token_spans import TokenSpans, token_spans
+from parallelmind.data.encode import TEMPLATE_ERRORS
 from parallelmind.data.records import RecordError
 from parallelmind.errors import UserError, UserNotice, first_line
 
@@ -120,7 +120,7 @@ class ChatRenderer:
             text = self._tokenizer.apply_chat_template(
                 template_messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except (TemplateError, TypeError, KeyError, ValueError) as error:
+        except TEMPLATE_ERRORS as error:
             raise TemplateRefusedError(f"is refused by the chat template: {first_line(error)}") from error
         return str(text)
 

@@ -141,7 +141,7 @@ def _content(content: Any, where: str) -> str:
     if not isinstance(content, list):
         return check_text(content, where)
     texts: list[Any] = [
-        part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part
+        _first_given(part, "text", "value") if isinstance(part, dict) and part.get("type") == "text" else part
         for part in content
     ]
     if not all(isinstance(text, str) for text in texts):
