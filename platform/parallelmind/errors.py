@@ -43,12 +43,7 @@ def format_value(value: Any) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of the error's message, or its type if the message is empty.
-
-    That of a KeyError is the key alone, so its type stands before it.
-    """
-    if isinstance(error, KeyError):
-        return repr(error).splitlines()[0]
+    """The first line of the error's message, or its type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

@@ -64,7 +64,7 @@ class RemotePath:
         if not is_uri(path):
             return cls(Path(expand_home(str(path))).absolute(), None, field)
         uri = str(path).rstrip("/")
-        return cls(cache_dir() / "copies" / uri.replace("://", "/"), uri, field)
+        return cls(cache_dir() / "copies" / redact_uri(uri).replace("://", "/"), uri, field)
 
     def child(self, name: str) -> RemotePath:
         """A file or folder in this folder."""

@@ -73,6 +73,7 @@ def test_a_folder_is_shown_without_its_password_and_used_with_it() -> None:
     folder = RemotePath.at("s3://KEY:PW@bucket/runs").child("demo")
     assert str(folder) == "s3://KEY:***@bucket/runs/demo"
     assert folder.location == "s3://KEY:PW@bucket/runs/demo"
+    assert str(folder.local).endswith("/copies/s3/KEY:***@bucket/runs/demo")
 
 
 def test_settings_are_written_without_passwords_and_can_be_used_again(tmp_path: Path) -> None:

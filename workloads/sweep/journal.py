@@ -53,22 +53,26 @@ class Journal:
 
     @classmethod
     def open(cls, file: RemotePath) -> Journal:
-        """Replay the events. A last line that is no whole event is removed: its event did not happen."""
+        """Replay the events. A last line that is no whole event is removed: its event did not happen.
+
+        Raises UserError for a whole event that this version does not know.
+        """
         journal = cls(file)
         content = journal._lines.read()
         end = 0
-        for line in io.BytesIO(content):
+        for number, line in enumerate(io.BytesIO(content), 1):
             event = _parse_event(line)
             if event is None:
                 break
-            journal._apply(event)
+            journal._replay(event, number)
             end += len(line)
+        kept = journal._lines.start(content, end)
         if end < len(content):
+            place = f"moved to {kept}" if kept else "removed"
             print(
-                f"note: {file}: its last {len(content) - end} bytes hold no whole event and are removed",
+                f"note: {file}: its last {len(content) - end} bytes hold no whole event and are {place}",
                 file=sys.stderr,
             )
-        journal._lines.start(content, end)
         return journal
 
     def add_trial(self, number: int, settings: dict[str, Any]) -> None:
@@ -111,6 +115,15 @@ class Journal:
                 self.error = self.error or error
                 raise
             self._apply(json.loads(line))
+
+    def _replay(self, event: dict[str, Any], number: int) -> None:
+        try:
+            self._apply(event)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{self.file.field}={self.file}: line {number} is not an event of this version ({error!r}); "
+                "use the version that wrote it, or give another name"
+            ) from error
 
     def _apply(self, event: dict[str, Any]) -> None:
         if "notes" in event:

@@ -31,20 +31,22 @@ class JournalFile:
                 content = content[: int(name)] + (self._parts.child(name).read_bytes() or b"")
         return content
 
-    def start(self, content: bytes, end: int) -> None:
+    def start(self, content: bytes, end: int) -> RemotePath | None:
         """Append from now on after the first `end` bytes of the content; what follows them is removed.
 
-        More than one removed line, which no interrupted write explains, is kept in a file of its own.
+        More than one removed line, which no interrupted write explains, is kept in a file, which is returned.
         """
         removed = content[end:]
-        if b"\n" in removed.rstrip(b"\n"):
-            _replace(_beside(self._file, ".removed"), removed)
+        kept = _beside(self._file, ".removed") if b"\n" in removed.rstrip(b"\n") else None
+        if kept:
+            _replace(kept, removed)
         if self._file.uri is not None:
             _replace(self._file, content[:end])
             self._parts.delete_remote()
         elif removed:
             os.truncate(self._file.local, end)
         self._end = self._part_start = end
+        return kept
 
     def append(self, line: bytes) -> None:
         """Raises UserError if the line cannot be written; the file then ends where it did before."""

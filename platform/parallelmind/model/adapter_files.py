@@ -47,10 +47,10 @@ def read_settings(folder: Path) -> peft.LoraConfig:
     known = {field.name for field in dataclasses.fields(peft.LoraConfig)}
     try:
         values = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-        if values["peft_type"] != "LORA":
-            raise ValueError(f"peft_type={format_value(values['peft_type'])} is not LORA")
+        if (kind := values.get("peft_type")) != "LORA":
+            raise ValueError(f"peft_type={format_value(kind)} is not LORA")
         settings = peft.LoraConfig(**{name: values[name] for name in values.keys() & known})
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise _damaged(folder, SETTINGS, error) from error
     if unknown := sorted(name for name, value in values.items() if name not in known and value):
         version = f"peft {peft.__version__}, which does not know it"

@@ -153,7 +153,8 @@ def _load_errors(name: str, weights: Path | None = None) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # damaged files raise any type; the reason and the traceback are kept
-        reason = (weights and _file_reason(weights, error)) or first_line(error).rstrip(".")
+        text = repr(error) if isinstance(error, KeyError) else first_line(error).rstrip(".")
+        reason = (weights and _file_reason(weights, error)) or text
         raise UserError(
             f"base_model={name}: cannot be loaded ({reason}); "
             f"give {SMOLLM2}, a folder with config.json and weights, or a hub id that this machine can reach"

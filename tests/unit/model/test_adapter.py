@@ -371,7 +371,7 @@ def settings(**fields: Any) -> Damage:
         (config_text("{"), r"is damaged \(Expecting property"),
         (
             lambda folder: (folder / "adapter_config.json").write_text("{}"),
-            r"damaged \(KeyError\('peft_type'",
+            r"is damaged \(peft_type=null is not LORA\)",
         ),
         (config_text("[]"), r"is damaged \(.*\); copy the"),
         (lambda folder: (folder / "adapter_config.json").unlink(), r"is damaged \(.*No such file"),

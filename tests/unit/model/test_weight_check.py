@@ -145,6 +145,12 @@ def index(content: Any) -> Change:
             ),
             "",
         ),
+        (
+            lambda folder: (folder / "config.json").write_text(
+                '{"model_type":"llama","rope_scaling":{"rope_type":"unknown"}}'
+            ),
+            r"cannot be loaded \(KeyError\('unknown'\)\)",
+        ),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "cannot be loaded"),
     ],
 )

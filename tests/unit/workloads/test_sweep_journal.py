@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -102,17 +103,40 @@ def test_what_follows_the_last_event_is_removed_and_told(
     assert capsys.readouterr().err == ""
 
 
-def test_events_behind_a_damaged_one_are_kept_in_another_file(file: RemotePath) -> None:
+def test_events_behind_a_damaged_one_are_kept_in_another_file(
+    file: RemotePath, capsys: pytest.CaptureFixture[str]
+) -> None:
     journal = begin(file)
     damaged = b'{"trial": 0, "st{"trial": 0, "step": 7, "metrics": {}}\n{"trial": 0, "status": "finished"}\n'
     append_to_file(file, damaged)
     resumed = Journal.open(file)
+    assert capsys.readouterr().err.endswith(f"hold no whole event and are moved to {file}.removed\n")
     assert state(resumed) == state(journal)
     assert (
         RemotePath(Path(f"{file.local}.removed"), file.uri and f"{file.uri}.removed").read_bytes() == damaged
     )
     resumed.end_trial(0, "stopped")
     assert_replays(resumed)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"later": 1},
+        {"trial": 7, "status": "finished", "error": None},
+        {"trial": 0, "metrics": {}},
+        {"trial": 0, "step": 9, "metrics": [1]},
+        {"notes": [1]},
+    ],
+)
+def test_a_whole_event_of_another_version_is_told_and_stays(file: RemotePath, event: dict[str, Any]) -> None:
+    begin(file)
+    append_to_file(file, json.dumps(event).encode() + b"\n")
+    content = file.read_bytes()
+    assert re.fullmatch(
+        f"output_dir={file}: line 5 is not an event of this version .*", refused(lambda: Journal.open(file))
+    )
+    assert file.read_bytes() == content
 
 
 def refused(event: Callable[[], Any]) -> str:
