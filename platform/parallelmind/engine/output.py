@@ -12,6 +12,7 @@ from parallelmind.errors import DecodingError
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 _INCOMPLETE = "\ufffd"  # what a tokenizer decodes an incomplete character to
+_MAX_PENDING = 8  # ids; a character has at most four bytes
 _NUM_CONTEXT = 8  # prompt tokens that decide whether the first word begins with a space
 
 
@@ -56,7 +57,8 @@ class Detokenizer:
 
     New text is what the pending ids add to their context, the ids of the text before them. A byte-fallback
     decoder may decode the context differently once invalid bytes follow it. Returned text stays as it is,
-    and the pending ids are decoded without context then.
+    and the pending ids are decoded without context then. The number of pending ids is bounded, because a model
+    may decode ids that never become text.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
@@ -73,7 +75,7 @@ class Detokenizer:
         self._pending.append(token)
         text = self._new_text()
         if not text or text.endswith(_INCOMPLETE):
-            return ""
+            return self._oldest_text(text) if len(self._pending) > _MAX_PENDING else ""
         self._set_context(self._pending)
         self._pending = []
         return text
@@ -82,6 +84,23 @@ class Detokenizer:
         """The text that is still incomplete, with the replacement character for incomplete bytes."""
         text, self._pending = self._new_text() if self._pending else "", []
         return text
+
+    def _oldest_text(self, text: str) -> str:
+        """The part of the pending `text` that no further id changes, without the last ids.
+
+        Three ids may be the first bytes of a character.
+        """
+        pending = self._pending
+        for num_kept in (3, 2, 1):
+            self._pending = pending[:-num_kept]
+            oldest = self._new_text()
+            if text.startswith(oldest):
+                if oldest:
+                    self._set_context(self._pending)
+                self._pending = pending[-num_kept:]
+                return oldest
+        self._pending = pending
+        return ""
 
     def _new_text(self) -> str:
         text = self._decode(self._context + self._pending)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tiny import tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from parallelmind.engine.output import Detokenizer
 
@@ -56,6 +57,7 @@ def byte_ids(text: bytes) -> list[int]:
     return BYTE_FALLBACK.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in text])
 
 
+_BYTE_LETTERS = bytes_to_unicode()
 X, THE = BYTE_FALLBACK.convert_tokens_to_ids(["x", "▁the"])
 
 
@@ -99,6 +101,43 @@ def test_byte_level_pieces_add_up_to_the_decoded_whole(prompt, ids) -> None:
     assert "".join(pieces(BYTE_LEVEL, [], ids)) == BYTE_LEVEL.decode(ids, skip_special_tokens=True)
     if not before.endswith("\ufffd"):
         assert "".join(pieces(BYTE_LEVEL, prompt, ids)) == after[len(before) :]
+
+
+@pytest.mark.parametrize(
+    ("kind", "ids"),
+    [
+        ("byte fallback", byte_ids(b"\xf0")),
+        ("byte fallback", byte_ids(b"\xe2\n")),
+        ("byte fallback", byte_ids("\ufffd".encode())),
+        ("byte fallback", [2]),  # skipped, as every special token
+        ("byte fallback", [10**6]),  # of an embedding with more rows than the tokenizer has ids
+        ("byte level", BYTE_LEVEL("🦙", add_special_tokens=False).input_ids[:1]),
+        ("byte level", [10**6]),
+    ],
+)
+def test_ids_that_never_become_text_are_decoded_a_bounded_number_of_times(kind, ids) -> None:
+    lengths = []
+
+    def decode(ids: list[int], **settings: bool) -> str:
+        lengths.append(len(ids))
+        return str(KINDS[kind].decode(ids, **settings))
+
+    text = "".join(pieces(SimpleNamespace(decode=decode), [], ids * 200))
+    assert text == KINDS[kind].decode(ids * 200, skip_special_tokens=True)
+    assert max(lengths) < 32
+
+
+@given(ids=st.lists(st.sampled_from([*byte_ids(b"\xf0\x9f\xa6\x99\xe2\x82\xac"), 2]), max_size=80))
+@settings(deadline=None)
+def test_long_runs_of_bytes_end_with_the_characters_that_follow_them(ids) -> None:
+    assert "".join(pieces(BYTE_FALLBACK, [], [*ids, X, *byte_ids("🦙".encode())])).endswith("x🦙")
+
+
+@given(text=st.lists(st.sampled_from([b"\xf0", b"\x9f", b"\xa6", b"\xe2", b"\x82", b"\xac"]), max_size=80))
+@settings(deadline=None)
+def test_long_runs_of_byte_level_ids_add_up_to_the_decoded_whole(text) -> None:
+    ids = [BYTE_LEVEL.convert_tokens_to_ids(_BYTE_LETTERS[byte[0]]) for byte in text]
+    assert "".join(pieces(BYTE_LEVEL, [], ids)) == BYTE_LEVEL.decode(ids, skip_special_tokens=True)
 
 
 def test_a_prompt_whose_context_begins_inside_a_character_keeps_the_space_of_the_first_word() -> None:
