@@ -132,7 +132,7 @@ class EngineLoop:
                 self._wake.clear()
                 while self._engine.busy and not self._stopped:
                     self._loop.call_soon_threadsafe(self._dispatch, *self._step())
-        except Exception as error:
+        except BaseException as error:  # a library in Rust panics with one that is no Exception
             self._failure = error
             self._loop.call_soon_threadsafe(self._close_all)
             raise

@@ -40,4 +40,5 @@ async def server_sent_events(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIter
 
 
 def _json_event(content: dict[str, Any]) -> ServerSentEvent:
-    return ServerSentEvent(json.dumps(content, ensure_ascii=False, separators=(",", ":")), sep="\n")
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return ServerSentEvent(text, sep="\n")

@@ -84,6 +84,27 @@ def test_an_engine_whose_steps_all_fail_fails_its_readers_and_rejects_further_re
     asyncio.run(run())
 
 
+class PanicError(BaseException):
+    """As a library that is written in Rust raises it: no subclass of Exception."""
+
+
+@IGNORE_THREAD_EXCEPTION
+def test_a_thread_that_ends_with_a_panic_fails_its_readers() -> None:
+    """Before, its readers waited until the step counted as stuck."""
+
+    def panic() -> None:
+        raise PanicError("slice index starts at 1 but ends at 0")
+
+    async def run() -> None:
+        with running_loop(failing_engine(panic)) as loop:
+            number = loop.submit(sample_request(), None)
+            with pytest.raises(EngineStuckError, match="slice index"):
+                while await asyncio.wait_for(loop.next_output(number), 10) is not None:
+                    pass
+
+    asyncio.run(run())
+
+
 @IGNORE_THREAD_EXCEPTION
 def test_an_engine_that_stays_in_a_step_is_not_healthy() -> None:
     end_step = Event()
