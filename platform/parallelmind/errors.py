@@ -6,6 +6,7 @@ Workloads report them in one line and exit with 2; a server turns them into a 4x
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -40,6 +41,11 @@ def format_value(value: Any) -> str:
     """
     plain = isinstance(value, str) and value.isprintable() and value.strip() == value != ""
     return str(value) if plain else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def short_repr(value: Any) -> str:
+    """A Python value in one line, shortened."""
+    return " ".join(reprlib.repr(value).split())
 
 
 def first_line(error: BaseException) -> str:

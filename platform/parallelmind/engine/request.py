@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from parallelmind.engine.output import FinishReason
 from parallelmind.engine.sampling_params import SamplingParams
-from parallelmind.errors import UserError
+from parallelmind.errors import UserError, short_repr
 from parallelmind.layout import Tokens
 
 Text = str | Sequence[int]
@@ -15,14 +15,24 @@ Text = str | Sequence[int]
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A main (may be empty) and the branches that share it, each given as text or as token ids."""
+    """A main (may be empty) and the branches that share it, each given as text or as token ids.
+
+    Lists may be arrays. Raises UserError for branches that are not a list.
+    """
 
     main: Text = ""
     branches: Sequence[Text] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.branches, str):
-            raise UserError(f"branches={self.branches!r}: give a list of texts, one per branch")
+        if not is_list(self.branches):
+            raise UserError(f"branches={short_repr(self.branches)}: give a list of texts, one per branch")
+
+
+def is_list(value: object) -> bool:
+    """Whether a value is a sequence of items, or an array with dimensions. Text and bytes are not."""
+    if isinstance(value, (str, bytes, bytearray, memoryview)):
+        return False
+    return isinstance(value, Sequence) or getattr(value, "ndim", 0) > 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from reprlib import repr as short
 from typing import Any, Self
 
-from parallelmind.errors import UserError
+from parallelmind.errors import UserError, short_repr
 
 MAX_LOGPROBS = 20
 MAX_BIASES = 1024
@@ -74,9 +73,9 @@ class SamplingParams:
         known = [field.name for field in fields(cls)]
         for name, value in values.items():
             if name not in known:
+                field = " ".join(str(name).split())[:40]
                 raise UserError(
-                    f"{str(name)[:40]}={short(value)}: unknown sampling setting; choose from "
-                    f"{', '.join(known)}"
+                    f"{field}={short_repr(value)}: unknown sampling setting; choose from {', '.join(known)}"
                 )
         return cls(**values)
 
@@ -91,7 +90,7 @@ class SamplingParams:
 
     def _check(self, field: str, fits: bool, remedy: str) -> None:
         if not fits:
-            raise UserError(f"{field}={short(getattr(self, field))}: {remedy}")
+            raise UserError(f"{field}={short_repr(getattr(self, field))}: {remedy}")
 
 
 def _plain(value: Any) -> Any:
@@ -117,13 +116,13 @@ def _checked_biases(value: Any) -> Biases:
     if isinstance(pairs, tuple):
         pairs = tuple(tuple(map(_plain, pair)) if isinstance(pair, tuple) else pair for pair in pairs)
     if not isinstance(pairs, tuple) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
-        raise UserError(f"logit_bias={short(value)}: give a mapping from token ids to numbers")
+        raise UserError(f"logit_bias={short_repr(value)}: give a mapping from token ids to numbers")
     if len(pairs) > MAX_BIASES:
-        raise UserError(f"logit_bias={short(value)} ({len(pairs)} token ids): give at most {MAX_BIASES}")
+        raise UserError(f"logit_bias={short_repr(value)} ({len(pairs)} token ids): give at most {MAX_BIASES}")
     for token, bias in pairs:
         if not (_is_integer(token) and token >= 0 and abs(_number(bias)) <= MAX_BIAS):
             raise UserError(
-                f"logit_bias={short({token: bias})}: give ids from 0 up with numbers from -{MAX_BIAS} "
+                f"logit_bias={short_repr({token: bias})}: give ids from 0 up with numbers from -{MAX_BIAS} "
                 f"to {MAX_BIAS}"
             )
     return tuple(sorted((token, float(bias)) for token, bias in dict(pairs).items()))
@@ -131,13 +130,13 @@ def _checked_biases(value: Any) -> Biases:
 
 def _checked_stops(value: Any) -> tuple[str, ...]:
     if not isinstance(value, (tuple, list)) or not all(isinstance(text, str) and text for text in value):
-        raise UserError(f"stop={short(value)}: give a list of texts, none of them empty")
+        raise UserError(f"stop={short_repr(value)}: give a list of texts, none of them empty")
     if len(value) > MAX_STOPS:
-        raise UserError(f"stop={short(value)} ({len(value)} texts): give at most {MAX_STOPS}")
+        raise UserError(f"stop={short_repr(value)} ({len(value)} texts): give at most {MAX_STOPS}")
     longest = max(value, key=len, default="")
     if len(longest) > MAX_STOP_CHARS:
         raise UserError(
-            f"stop={short(longest)} ({len(longest)} characters): give texts of at most {MAX_STOP_CHARS} "
+            f"stop={short_repr(longest)} ({len(longest)} characters): give texts of at most {MAX_STOP_CHARS} "
             "characters"
         )
     return tuple(value)

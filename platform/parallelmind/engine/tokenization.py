@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import index
-from reprlib import repr as short
 from typing import Any
 
 import numpy as np
@@ -12,9 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from parallelmind.data.encode import encode_text, turn_end_id
 from parallelmind.engine.model_runner import Model
-from parallelmind.engine.request import ReduceSpec, Sample, Text, TokenizedRequest
+from parallelmind.engine.request import ReduceSpec, Sample, Text, TokenizedRequest, is_list
 from parallelmind.engine.sampling_params import SamplingParams
-from parallelmind.errors import UserError, first_line
+from parallelmind.errors import UserError, first_line, short_repr
 from parallelmind.layout import Tokens
 
 
@@ -39,7 +38,7 @@ def tokenize_request(
 
 def tokenize_sample(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> Tokens:
     """Token ids of a sample. Raises UserError if it has no branch, or an empty one."""
-    has_main = sample.main is not None and len(sample.main) > 0
+    has_main = sample.main is not None and not (isinstance(sample.main, str) and not sample.main)
     main = tokenize(tokenizer, sample.main, first=True) if has_main else []
     return Tokens.of(main, [tokenize(tokenizer, branch, first=not main) for branch in sample.branches])
 
@@ -51,13 +50,33 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: Text, first: bool) -> lis
     Raises UserError for what is neither text nor token ids.
     """
     if isinstance(text, str):
+        _check_characters(text)
         return encode_text(tokenizer, text, first)
     try:
-        ids = text.tolist() if hasattr(text, "tolist") else text
-        return np.array([index(token) for token in ids], dtype=np.int64).tolist()
+        return np.array(_token_ids(text), dtype=np.int64).tolist()
     except (TypeError, OverflowError) as error:
-        shown = " ".join(short(text).split())
-        raise UserError(f"tokens={shown}: give text, or a list of token ids ({first_line(error)})") from error
+        raise UserError(
+            f"tokens={short_repr(text)}: give text, or a list of token ids ({first_line(error)})"
+        ) from error
+
+
+def _check_characters(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"text={short_repr(text)}: holds half of a surrogate pair, which is not a character; remove it"
+        ) from error
+
+
+def _token_ids(tokens: Any) -> list[int]:
+    """The ids in a list or an array. Raises TypeError for anything else, masks of truth values included."""
+    if not is_list(tokens):
+        raise TypeError(f"{type(tokens).__name__!r} is not a list")
+    ids = tokens.tolist() if hasattr(tokens, "tolist") else tokens
+    if any(isinstance(token, bool) for token in ids):
+        raise TypeError("truth values are not ids")
+    return [index(token) for token in ids]
 
 
 def eos_token_ids(model: Model, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -74,6 +93,8 @@ def _branch_params(
     """Sampling parameters of every branch: `per_branch` overrides `sampling`."""
     if per_branch is None:
         return [SamplingParams.of(sampling)] * branches
+    if not is_list(per_branch) or not all(isinstance(own, Mapping) for own in per_branch):
+        raise UserError(f"per_branch={short_repr(per_branch)}: give a list of dicts, one per branch")
     if len(per_branch) != branches:
         raise UserError(
             f"per_branch: {len(per_branch)} settings for {branches} branches; "

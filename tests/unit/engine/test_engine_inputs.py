@@ -40,6 +40,53 @@ def test_arrays_that_are_no_ids_are_refused_in_one_line(ids: Any) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        (lambda: Sample(b"text", ["who"]), "tokens=b'text': give text, or a list of token ids"),
+        (lambda: Sample("text", [b"who"]), "tokens=b'who': give text, or a list of token ids"),
+        (lambda: Sample(5, ["who"]), "tokens=5: give text, or a list of token ids"),
+        (lambda: Sample(np.array(5), ["who"]), r"tokens=array\(5\): give text, or a list"),
+        (lambda: Sample({5, 6}, ["who"]), r"tokens=\{5, 6\}: give text, or a list"),
+        (lambda: Sample([], [[True, False]]), "tokens=.*: .*truth values are not ids"),
+        (lambda: Sample([], [torch.tensor([True])]), "tokens=.*: .*truth values are not ids"),
+        (lambda: Sample("\ud83e", ["who"]), "text='.ud83e': holds half of a surrogate pair"),
+        (lambda: Sample("", ["who \udd99"]), "text='who .udd99': holds half of a surrogate pair"),
+        (lambda: Sample("text", {"who": "where"}), "branches=.*: give a list of texts, one per branch"),
+        (lambda: Sample("text", {"who"}), "branches=.*: give a list of texts"),
+        (lambda: Sample("text", 5), "branches=5: give a list of texts"),
+        (lambda: Sample("text", None), "branches=None: give a list of texts"),
+        (lambda: Sample("text", b"who"), "branches=b'who': give a list of texts"),
+        (lambda: Sample("text", np.array(5)), r"branches=array\(5\): give a list of texts"),
+        (lambda: Sample("text", (text for text in ["who"])), "branches=<generator.*: give a list of texts"),
+    ],
+)
+def test_what_is_neither_text_nor_a_list_is_refused_in_one_line(sample: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        tiny_engine().submit(sample())
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"per_branch": [None]}, r"per_branch=\[None\]: give a list of dicts, one per branch"),
+        ({"per_branch": {"seed": 1}}, "per_branch=.*: give a list of dicts"),
+        ({"per_branch": 5}, "per_branch=5: give a list of dicts"),
+        ({"per_branch": [[("seed", 1)]]}, "per_branch=.*: give a list of dicts"),
+        ({"adapter": ["base"]}, "adapter=.*: not loaded; choose from base"),
+        ({"reduce": b"who"}, "tokens=b'who': give text"),
+        ({"temperature": np.array([[1], [2]])}, "temperature=array.*: give 0"),
+        ({"logit_bias": torch.tensor([[1], [2]])}, "logit_bias=tensor.*: give a mapping"),
+        ({"a\nb": 1}, "a b=1: unknown sampling setting"),
+    ],
+)
+def test_settings_of_a_wrong_type_are_refused_in_one_line(settings: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        tiny_engine().submit(Sample("text", ["who"]), **settings)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("number", [lambda value: np.array([value])[0], torch.tensor], ids=["numpy", "torch"])
 def test_settings_may_be_numbers_of_numpy(number: Any) -> None:
     plain = {"max_new_tokens": 3, "temperature": 0.5, "top_k": 4, "top_p": 0.5, "min_p": 0.25, "seed": 7}
