@@ -24,6 +24,9 @@ BASE = "base"
 _managers: WeakKeyDictionary[PreTrainedModel, WeakSet[AdapterManager]] = WeakKeyDictionary()
 _load_numbers = count(1)
 
+# Models whose last switch of adapters has not completed: an error leaves their layers with different ones.
+_half_switched: WeakSet[PreTrainedModel] = WeakSet()
+
 
 class AdapterManager:
     """Loads adapters on a model. Each load is a version, which samples keep until they finish.
@@ -87,7 +90,7 @@ class AdapterManager:
         """The version that a new sample gets for this name. Raises UserError for an unknown name."""
         if name is None:
             return self._default
-        if name not in self._version_by_name:
+        if not isinstance(name, str) or name not in self._version_by_name:
             known = ", ".join(sorted(self._version_by_name))
             raise UserError(f"adapter={name!r}: not loaded; choose from {known}")
         return self._version_by_name[name]
@@ -104,16 +107,20 @@ class AdapterManager:
     def active(self, version: str) -> Iterator[None]:
         """Context in which the model computes with this version."""
         if version == BASE and isinstance(self.model, PeftModel):
+            self._begin_switch(self.model)
             with self.model.disable_adapter():
                 yield
+            _half_switched.discard(causal_lm(self.model))
             return
         if version != self._active or self._is_displaced():
             self._activate(version)
         yield
 
     def _is_displaced(self) -> bool:
-        """Whether another engine has activated another adapter on the same model."""
-        return isinstance(self.model, PeftModel) and self.model.active_adapter != self._active != BASE
+        """Whether another engine has activated another adapter on the same model, or a switch has failed."""
+        if not isinstance(self.model, PeftModel):
+            return False
+        return self.model.active_adapter != self._active != BASE or causal_lm(self.model) in _half_switched
 
     def collect(self) -> None:
         """Delete unreferenced adapter versions. Call between steps, from the step thread."""
@@ -132,5 +139,12 @@ class AdapterManager:
 
     def _activate(self, version: str) -> None:
         if isinstance(self.model, PeftModel) and version != BASE:
+            self._begin_switch(self.model)
             self.model.set_adapter(version, inference_mode=True)
+            _half_switched.discard(causal_lm(self.model))
         self._active = version
+
+    def _begin_switch(self, model: PeftModel) -> None:
+        if causal_lm(model) in _half_switched:
+            model.base_model.enable_adapter_layers()
+        _half_switched.add(causal_lm(model))

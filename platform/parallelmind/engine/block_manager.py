@@ -137,8 +137,13 @@ class BlockManager:
                 self._is_free[block] = True
                 continue
             self._readers[block] -= 1
-            if not self._readers[block]:
+            if self._readers[block]:
+                continue
+            if block in self._key_of_block:
                 self._idle[block] = None
+            else:
+                del self._readers[block]
+                self._is_free[block] = True
 
     def match_prefix(self, keys: Sequence[bytes]) -> list[int]:
         """Cached blocks of the longest prefix of these keys; each gets one more reader."""
@@ -158,6 +163,12 @@ class BlockManager:
         """
         if key not in self._block_by_key and block not in self._readers:
             self._block_by_key[key], self._key_of_block[block], self._readers[block] = block, key, 1
+
+    def uncache(self, blocks: Sequence[int]) -> None:
+        """Let `match_prefix` no longer return these blocks. Their readers keep them."""
+        for block in blocks:
+            if (key := self._key_of_block.pop(block, None)) is not None:
+                del self._block_by_key[key]
 
     def _evict(self, block: int) -> None:
         del self._block_by_key[self._key_of_block.pop(block)], self._readers[block]

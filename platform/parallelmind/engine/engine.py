@@ -231,10 +231,10 @@ class Engine:
                 try:
                     self._compute(plan, inputs)
                 except Exception as error:
-                    self._fail(plan, error)
+                    self._fail([group for group, _ in plan], error)
                     failure = failure or error
                 except BaseException as error:  # Ctrl-C: the remaining passes are not computed
-                    self._fail([item for remaining, _ in plans[index:] for item in remaining], error)
+                    self._fail([group for remaining, _ in plans[index:] for group, _ in remaining], error)
                     raise
             with self.state_lock:
                 self.adapters.collect()
@@ -251,11 +251,13 @@ class Engine:
     def _prepare(self) -> list[tuple[list[ScheduledGroup], Any]]:
         """The forward passes of a step, and the inputs of each."""
         with self.state_lock:
-            scheduled = self.scheduler.schedule()
+            groups = self.scheduler.running  # an interrupted `schedule` may have chosen tokens of any
             try:
+                scheduled = self.scheduler.schedule()
+                groups = [group for group, _ in scheduled]
                 return [(plan, self.runner.prepare_inputs(plan)) for plan in self._split(scheduled)]
             except BaseException as error:
-                self._fail(scheduled, error)
+                self._fail(groups, error)
                 raise
 
     def _compute(self, plan: Sequence[ScheduledGroup], inputs: Any) -> None:
@@ -275,11 +277,11 @@ class Engine:
         for item, part in zip(plan, inputs.split([len(tokens.ids) for _, tokens in plan]), strict=True):
             self._compute([item], part)
 
-    def _fail(self, plan: Sequence[ScheduledGroup], error: BaseException) -> None:
+    def _fail(self, groups: Sequence[SequenceGroup], error: BaseException) -> None:
         """End the samples of a forward pass that raised. Their blocks hold nothing that was computed."""
         reason = f"the forward pass failed ({type(error).__name__}: {first_line(error)})"
         with self.state_lock:
-            for group in [group for group, _ in plan if group.is_running]:
+            for group in [group for group in groups if group.is_running]:
                 failed = [branch.index for branch in group.running_branches]
                 failed += [len(group.branches)] if group.reduce else []
                 self._pending_events += [
@@ -310,6 +312,7 @@ class Engine:
     def _emit(self, group: SequenceGroup, branch: BranchState, sampled: SampledToken) -> Event:
         """Append a sampled token to its branch; returns its event."""
         if sampled.token is None:
+            self.scheduler.uncache_main(group)
             return self._emit_error(group, branch, "the model's logits are not finite (NaN or infinity)")
         pos2d = group.pos2d(branch, branch.num_tokens)
         try:

@@ -124,6 +124,10 @@ class Scheduler:
             if group.is_running:
                 self._cache_main(group)
 
+    def uncache_main(self, group: SequenceGroup) -> None:
+        """Let no other sample reuse the blocks of this main, which hold values that are not finite."""
+        self.block_manager.uncache(group.block_tables[0].blocks[: group.num_cached_blocks])
+
     def finish_branch(self, group: SequenceGroup, branch: BranchState, reason: FinishReason) -> None:
         """Finish a branch and free the blocks that are not read again.
 

@@ -73,13 +73,15 @@ class SequentialRunner:
         logits = []
         for group, tokens in scheduled:
             states, last_logits = self._states.setdefault(group, {}), {}
-            for sequence in sorted(set(tokens.sequence.tolist())):
-                ids = tokens.ids[tokens.sequence == sequence]
-                last_logits[sequence - 1] = self._forward(states, sequence, ids)
+            try:
+                for sequence in sorted(set(tokens.sequence.tolist())):
+                    ids = tokens.ids[tokens.sequence == sequence]
+                    last_logits[sequence - 1] = self._forward(states, sequence, ids)
+            finally:
+                for branch in group.branches:
+                    if not branch.is_running:  # it may have been cancelled since it was scheduled
+                        self.free(group, branch)
             logits += [last_logits[branch] for branch in tokens.sampled_branches.tolist()]
-            for branch in group.branches:
-                if not branch.is_running:  # it may have been cancelled during the forward pass
-                    self.free(group, branch)
         return torch.stack(logits) if logits else torch.empty(0, 1)
 
     def _forward(self, states: dict[int, Any], sequence: int, ids: Ints) -> Tensor:

@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import permutations
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from engines import COLUMNAR, ISOLATED, run_to_end, saved_adapters, tiny_engine, tokens_by_branch
+from engines import (
+    COLUMNAR,
+    ISOLATED,
+    decode,
+    run_to_end,
+    saved_adapters,
+    step_interrupted,
+    tiny_engine,
+    tokens_by_branch,
+)
+from peft.tuners.lora import LoraLayer
 from tiny import tiny_llama, tiny_tokenizer
 
 from parallelmind.config import RopeConfig
+from parallelmind.engine import scheduler
 from parallelmind.engine.block_manager import BLOCK, BlockManager
 from parallelmind.engine.engine import Engine
 from parallelmind.engine.generate import generate, stream
 from parallelmind.engine.output import Event
 from parallelmind.engine.request import ResumeState, Sample
 from parallelmind.engine.scheduler import EngineConfig
+from parallelmind.engine.token_scheduler import schedule_tokens
 from parallelmind.engine.tokenization import tokenize_request
 from parallelmind.errors import DecodingError
 from parallelmind.evaluation import tiny_models as tiny
@@ -183,6 +197,69 @@ def test_an_interrupt_leaves_the_engine_usable() -> None:
     assert by_submission(run_to_end(engine), ids) == expected
 
 
+def test_an_interrupt_while_tokens_are_chosen_ends_the_samples_whose_tokens_may_count_as_computed() -> None:
+    """Before, tokens that no step had computed were attended to and shared."""
+    engine = ENGINES["isolated"]()
+    ids = submit_all(engine)
+    expected = by_submission(run_to_end(engine), ids)
+    for call in range(4):
+        engine.scheduler.block_manager = BlockManager(LIMITS["cache_tokens"] // BLOCK)
+        submit_all(engine)
+        calls = [*[schedule_tokens] * call, interrupt]
+        with mock.patch.object(scheduler, "schedule_tokens", lambda *args: calls.pop(0)(*args)):
+            with pytest.raises(KeyboardInterrupt):
+                run_to_end(engine)
+        assert {event.finish_reason for event in run_to_end(engine)} >= {"error"}
+        check_empty(engine)
+        ids = submit_all(engine)
+        assert by_submission(run_to_end(engine), ids) == expected
+
+
+@pytest.mark.parametrize("method", ["set_adapter", "enable_adapters"])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_between_two_layers_of_an_adapter_switch_mixes_no_adapters(
+    error: type[BaseException], method: str, tmp_path: Path
+) -> None:
+    """Before, the next samples were decoded with some layers of another adapter."""
+    engine = ENGINES["isolated"]()
+    for name, folder in zip(("one", "two"), saved_adapters(tmp_path), strict=True):
+        engine.load_adapter(name, folder)
+    names, original = ("one", "base", "two"), getattr(LoraLayer, method)
+
+    def tokens(name: str) -> list[int]:
+        number = engine.submit(Sample(MAIN, [[5, 6]]), adapter=name, max_new_tokens=4, ignore_eos=True)
+        return tokens_by_branch(run_to_end(engine))[number, 0]
+
+    expected = {name: tokens(name) for name in names}
+    for before, after in permutations(names, 2):
+        tokens(before)
+        calls: list[int] = []
+
+        def fail_later(*args: Any, calls: list[int] = calls, **settings: Any) -> Any:
+            calls.append(1)
+            if len(calls) == 3:
+                raise error
+            return original(*args, **settings)
+
+        engine.submit(Sample(MAIN, [[5, 6]]), adapter=after, max_new_tokens=4)
+        with mock.patch.object(LoraLayer, method, fail_later), suppress(error):
+            run_to_end(engine)
+        run_to_end(engine)
+        assert {name: tokens(name) for name in (before, after)} == {
+            name: expected[name] for name in (before, after)
+        }
+
+
+def test_a_sample_that_is_cancelled_before_a_pass_that_fails_leaves_no_state() -> None:
+    engine = ENGINES["a row for each branch"]()
+    number = engine.submit(Sample([5, 6, 7], [[5], [6]]), max_new_tokens=4)
+    engine.step()
+    with failing_at(engine.model, 0), pytest.raises(NthCallError):
+        step_interrupted(engine, lambda: engine.cancel(number))
+    engine.take_events()
+    assert not engine.runner._states  # type: ignore[union-attr]
+
+
 def interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
@@ -224,6 +301,29 @@ def test_logits_that_are_not_finite_end_their_branch_with_an_error(value: float,
     clean.submit(Sample(MAIN, [[5]]), **settings, seed=2)
     expected = tokens_by_branch(run_to_end(clean))
     assert good == {key: expected[key] for key in ((sample, 1), (sample, 2), (other, 0))}
+    check_empty(engine)
+
+
+@pytest.mark.parametrize("kind", ["columnar", "isolated", "dense masks"])
+@pytest.mark.parametrize("call", [0, 2])
+def test_a_main_that_was_once_read_with_values_that_are_not_finite_is_not_shared(
+    kind: str, call: int
+) -> None:
+    """Before, each later sample with this main ended with an error, too."""
+    engine, sample = ENGINES[kind](), Sample(MAIN, [[5, 6], [7]])
+    settings: dict[str, Any] = {"max_new_tokens": 4, "ignore_eos": True}
+    expected = decode(ENGINES[kind](), sample, **settings)
+    layer = causal_lm(engine.model).get_decoder().layers[0]
+    calls: list[int] = []
+
+    def damage(_: Any, __: Any, output: Any) -> Any:
+        calls.append(1)
+        return output * float("nan") if len(calls) - 1 == call else output
+
+    with layer.register_forward_hook(damage):
+        engine.submit(sample, **settings)
+        assert "error" in {event.finish_reason for event in run_to_end(engine)}
+    assert decode(engine, sample, **settings) == expected
     check_empty(engine)
 
 
