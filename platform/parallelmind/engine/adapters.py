@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from peft import PeftModel
@@ -146,5 +147,6 @@ class AdapterManager:
 
     def _begin_switch(self, model: PeftModel) -> None:
         if causal_lm(model) in _half_switched:
-            model.base_model.enable_adapter_layers()
+            base: Any = model.base_model
+            base.enable_adapter_layers()
         _half_switched.add(causal_lm(model))

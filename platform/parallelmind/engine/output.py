@@ -57,8 +57,8 @@ class Detokenizer:
 
     New text is what the pending ids add to their context, the ids of the text before them. A byte-fallback
     decoder may decode the context differently once invalid bytes follow it. Returned text stays as it is,
-    and the pending ids are decoded without context then. The number of pending ids is bounded, because a model
-    may decode ids that never become text.
+    and the pending ids are decoded without context then. The number of pending ids is bounded, because a
+    model may decode ids that never become text.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:

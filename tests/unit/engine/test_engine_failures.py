@@ -205,10 +205,10 @@ def test_an_interrupt_while_tokens_are_chosen_ends_the_samples_whose_tokens_may_
     for call in range(4):
         engine.scheduler.block_manager = BlockManager(LIMITS["cache_tokens"] // BLOCK)
         submit_all(engine)
-        calls = [*[schedule_tokens] * call, interrupt]
-        with mock.patch.object(scheduler, "schedule_tokens", lambda *args: calls.pop(0)(*args)):
-            with pytest.raises(KeyboardInterrupt):
-                run_to_end(engine)
+        calls = [*[mock.DEFAULT] * call, KeyboardInterrupt]
+        choose = mock.patch.object(scheduler, "schedule_tokens", side_effect=calls, wraps=schedule_tokens)
+        with choose, pytest.raises(KeyboardInterrupt):
+            run_to_end(engine)
         assert {event.finish_reason for event in run_to_end(engine)} >= {"error"}
         check_empty(engine)
         ids = submit_all(engine)

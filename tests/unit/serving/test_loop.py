@@ -99,8 +99,7 @@ def test_a_thread_that_ends_with_a_panic_fails_its_readers() -> None:
         with running_loop(failing_engine(panic)) as loop:
             number = loop.submit(sample_request(), None)
             with pytest.raises(EngineStuckError, match="slice index"):
-                while await asyncio.wait_for(loop.next_output(number), 10) is not None:
-                    pass
+                await read_to_end(loop, number)
 
     asyncio.run(run())
 
