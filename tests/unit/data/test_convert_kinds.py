@@ -158,7 +158,7 @@ def test_a_key_without_a_value_indicates_no_kind(value: dict[str, Any], others: 
 
 
 def test_main_is_not_left_out() -> None:
-    with pytest.raises(UserError, match="cannot detect the kind .*main, prompt, completion"):
+    with pytest.raises(UserError, match="is parallel JSONL .*main, prompt, completion.*; train on it"):
         convert([{"main": "passage", "prompt": " who", "completion": " it"}])
 
 

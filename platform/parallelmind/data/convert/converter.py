@@ -11,7 +11,7 @@ from typing import Any, get_args
 from transformers import PreTrainedTokenizerBase
 
 from parallelmind.data.convert.columns import Columns
-from parallelmind.data.convert.kinds import Source, find_kind, unused_keys
+from parallelmind.data.convert.kinds import Source, find_kind, is_parallel, unused_keys
 from parallelmind.data.convert.passages import (
     PassageQuestion,
     expand_articles,
@@ -66,12 +66,7 @@ class Converter:
             return self.settings.source
         kind = find_kind(first.value, "auto", self.settings.text_column)
         if kind is None:
-            is_object = isinstance(first.value, dict)
-            keys = f"the keys {', '.join(map(str, first.value))}" if is_object else "not an object"
-            raise UserError(
-                f"source=auto: cannot detect the kind of {first.location} ({keys}); "
-                f"set source to one of {', '.join(get_args(Source))}, or columns={{EXPECTED_KEY: SOURCE_KEY}}"
-            )
+            raise _undetected(first)
         return kind.source
 
     def _convert(self, source: Source, records: Iterator[SourceRecord | BadRecord]) -> Results:
@@ -105,6 +100,21 @@ class Converter:
                 self.unanswered += 1
             else:
                 yield question
+
+
+def _undetected(first: SourceRecord) -> UserError:
+    """The error for a first record that indicates no kind of source."""
+    is_object = isinstance(first.value, dict)
+    keys = f"the keys {', '.join(map(str, first.value))}" if is_object else "not an object"
+    sources = f"set source to one of {', '.join(get_args(Source))}"
+    if is_parallel(first.value):
+        return UserError(
+            f"source=auto: {first.location} is parallel JSONL ({keys}); train on it as it is, or {sources}"
+        )
+    return UserError(
+        f"source=auto: cannot detect the kind of {first.location} ({keys}); "
+        f"{sources}, or columns={{EXPECTED_KEY: SOURCE_KEY}}"
+    )
 
 
 def _peek_first(

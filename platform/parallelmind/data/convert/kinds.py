@@ -90,10 +90,19 @@ def find_kind(value: Any, source: Source | Literal["auto"], text_column: str) ->
     """
     if not isinstance(value, dict):
         return None
-    given = {key for key, item in value.items() if item is not None}
-    if source == "auto" and given & _PARALLEL_KEYS:
+    if source == "auto" and is_parallel(value):
         return None
+    given = _given_keys(value)
     return next((kind for kind in _kinds(source, text_column) if given >= set(kind.required)), None)
+
+
+def is_parallel(value: Any) -> bool:
+    """Whether a value is a record with keys that only parallel JSONL has."""
+    return isinstance(value, dict) and bool(_given_keys(value) & _PARALLEL_KEYS)
+
+
+def _given_keys(value: dict[str, Any]) -> set[str]:
+    return {key for key, item in value.items() if item is not None}
 
 
 def required_keys(source: Source, text_column: str) -> list[str]:
