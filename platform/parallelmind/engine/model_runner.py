@@ -23,7 +23,7 @@ from parallelmind.engine.scheduler import EngineConfig, ScheduledGroup
 from parallelmind.engine.sequence import BranchState
 from parallelmind.engine.sequence_group import SequenceGroup
 from parallelmind.model.cpu_linears import cpu_linears, small_batch_linear
-from parallelmind.model.hf_compat import OwnAttention, hands_over_masks
+from parallelmind.model.hf_compat import OwnAttention, attention_name, hands_over_masks
 from parallelmind.model.mask import layer_windows
 from parallelmind.model.patch import is_patched
 from parallelmind.model.rotary import depends_on_length
@@ -50,12 +50,20 @@ class ModelRunner:
         self.cache = PagedKVCache()
         self._patched = is_patched(inner)
         self._layer_windows = layer_windows(model)
-        self._uses_cascade = hands_over_masks(inner)
-        self._attention = OwnAttention(inner) if self._uses_cascade else nullcontext()
+        self._attention_name = ""
+        self._choose_attention()
 
     def set_model(self, model: Model) -> None:
         """Set the model again after an adapter was added or removed."""
         self.model, self._linears = model, cpu_linears(model)
+
+    def _choose_attention(self) -> None:
+        """Follow the model's attention implementation, which may be set anew between steps."""
+        name = attention_name(self.model)
+        if name != self._attention_name:
+            inner = causal_lm(self.model)
+            self._attention_name, self._uses_cascade = name, hands_over_masks(inner)
+            self._attention = OwnAttention(inner) if self._uses_cascade else nullcontext()
 
     def prepare_inputs(self, scheduled: Sequence[ScheduledGroup]) -> ModelInput:
         """Assign cache slots to the scheduled tokens. The forward pass does not access the samples."""
@@ -66,6 +74,7 @@ class ModelRunner:
     @torch.inference_mode()
     def __call__(self, inputs: ModelInput) -> Tensor:
         """`[sampled, vocab]` logits of the tokens in `logits_indices`; caches all tokens."""
+        self._choose_attention()
         device = self.model.device
         columns = np.stack([inputs.ids, inputs.branch, inputs.time, inputs.position, inputs.slots])
         ids, branch, time, position, slots = torch.from_numpy(columns).to(device)  # one copy to the device

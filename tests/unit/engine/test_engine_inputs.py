@@ -128,6 +128,22 @@ def test_a_model_in_train_mode_is_decoded_in_eval_mode_and_stays_in_train_mode(k
     assert not any(seen)
 
 
+@pytest.mark.parametrize("first", ["sdpa", "eager"])
+def test_the_attention_of_a_model_may_be_set_between_steps(first: str) -> None:
+    """Before, every step raised after a change to eager."""
+    model = tiny_llama(attn_implementation=first)
+    patch(model, ISOLATED)
+    engine, sample = Engine(model, tiny_tokenizer(), EngineConfig(512)), Sample(MAIN, BRANCHES)
+    expected = decode(engine, sample, max_new_tokens=6)
+    number = engine.submit(sample, max_new_tokens=6)
+    events = []
+    for name in ("eager", "sdpa"):
+        model.set_attn_implementation(name)
+        events += engine.step()
+    tokens = tokens_by_branch(events + run_to_end(engine))
+    assert [tokens[number, branch] for branch in range(2)] == expected
+
+
 @pytest.mark.parametrize("penalty", [1.3, 0.6])
 def test_the_repetition_penalty_counts_main_as_transformers_counts_the_prompt(penalty: float) -> None:
     model = tiny_llama()
