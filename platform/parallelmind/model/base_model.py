@@ -34,7 +34,7 @@ from parallelmind.storage import expand_home, similar_path
 # attention takes no mask that depends on two coordinates.
 ATTENTION = ("sdpa", "eager")
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB_ID = re.compile(r"(?!.*(--|\.\.|[.-]$|[.-]/))[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def resolve_base_model(name: str) -> str:

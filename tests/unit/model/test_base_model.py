@@ -36,7 +36,9 @@ def test_a_folder_and_a_hub_id_resolve_to_themselves(tiny: str) -> None:
     assert resolve_base_model("gpt2") == "gpt2"
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "a/b/c", "no spaces here", ".."])
+@pytest.mark.parametrize(
+    "name", ["./nowhere", "/no/such/folder", "a/b/c", "no spaces here", "..", "org/a--b", "org/a."]
+)
 def test_any_other_name_is_refused(name: str) -> None:
     with pytest.raises(UserError, match="base_model="):
         resolve_base_model(name)
