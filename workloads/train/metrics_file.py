@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from parallelmind.errors import UserError, first_line
 from parallelmind.remote import RemotePath
 from parallelmind.storage import atomic_file
 
@@ -54,10 +55,22 @@ class MetricsFile:
 
 
 def read_points(file: RemotePath) -> list[MetricPoint]:
-    """The points of the file on this machine, else of that at the URI; without a line that is cut off."""
+    """The points of the file on this machine, else of that at the URI; without a line that is cut off.
+
+    Raises UserError for a whole line that is not a point.
+    """
     content = file.local.read_bytes() if file.local.is_file() else file.read_bytes() or b""
-    lines = content.decode().split("\n")[:-1]
-    return [MetricPoint(**json.loads(line)) for line in lines]
+    lines = content.split(b"\n")[:-1]
+    return [_parse(line, f"{file}:{number}") for number, line in enumerate(lines, start=1)]
+
+
+def _parse(line: bytes, where: str) -> MetricPoint:
+    try:
+        return MetricPoint(**json.loads(line))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{where}: is no line of metrics ({first_line(error)}); remove the line and run the same command"
+        ) from error
 
 
 def write_points(file: RemotePath, points: Iterable[MetricPoint]) -> None:

@@ -12,6 +12,7 @@ import pytest
 from mlflow.exceptions import MlflowException
 
 from parallelmind import tracking
+from parallelmind.errors import UserError
 from parallelmind.remote import RemotePath
 from workloads.train import mlflow_sender
 from workloads.train.metrics_file import MetricsFile, histories, read_points
@@ -130,6 +131,17 @@ def test_training_does_not_wait_for_a_slow_store(store: Store, run_dir: RunDir) 
     assert time.monotonic() - started < 0.4
     assert len(read_points(run_dir.metrics_file)) == 20
     sender.close()
+
+
+@pytest.mark.parametrize(
+    "line", ["\0\0\0", '{"step": 1}', '{"step": 1, "time_ms": 2, "metrics": {}, "x": 1}', "[]"]
+)
+def test_a_whole_line_that_is_no_point_is_told_with_its_place(run_dir: RunDir, line: str) -> None:
+    MetricsFile(run_dir.metrics_file).append({"loss": 1.0}, 1)
+    with open(run_dir.metrics_file.local, "a") as stream:
+        stream.write(f"{line}\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2: is no line of metrics .*; remove the line"):
+        MetricsFile(run_dir.metrics_file)
 
 
 def test_the_file_holds_every_step_once_also_after_a_kill(run_dir: RunDir) -> None:
