@@ -19,6 +19,10 @@ _CAUSE_ATTRIBUTES = ("_base_exc", "health_check_failure", "cause", "controller_f
 _TRACEBACK_ATTRIBUTE = "remote_traceback"
 _FRAME = '  File "'
 _RAY_TASK = "ray::"  # in the line above the traceback of a task
+_CHAINS = (  # between an exception and the one that replaced it
+    "The above exception was the direct cause of the following exception:",
+    "During handling of the above exception, another exception occurred:",
+)
 
 
 @contextmanager
@@ -76,9 +80,10 @@ def _unwrap(error: BaseException) -> Iterator[BaseException]:
 
 
 def _last_frames(text: str) -> str:
-    """A traceback shortened to the last frames of the last process, and to the first lines of its message."""
+    """The last frames of the last process that has any, and the first lines of the message below them."""
     lines = text.rstrip().splitlines()
-    starts = [number for number, line in enumerate(lines) if _RAY_TASK in line]
-    lines = lines[starts[-1] + 1 :] if starts else lines
     frames = [number for number, line in enumerate(lines) if line.startswith(_FRAME)]
-    return "\n".join(lines[frames[-_FRAMES:][0] : frames[-1] + _MESSAGE_LINES])
+    task = max((number for number in range(frames[-1]) if _RAY_TASK in lines[number]), default=-1)
+    first = [number for number in frames if number > task][-_FRAMES:][0]
+    end = next((number for number in range(frames[-1], len(lines)) if lines[number] in _CHAINS), len(lines))
+    return "\n".join(lines[first : min(end, frames[-1] + _MESSAGE_LINES)]).rstrip()

@@ -76,6 +76,15 @@ def test_a_ray_task_inside_a_worker_is_reported_with_the_frames_of_the_task() ->
     assert crash_line(error) == 'KeyError: 1 (File "/x/server.py", line 7, in next_batch)'
 
 
+def test_a_function_of_ray_data_is_reported_although_its_error_is_wrapped_on_the_worker() -> None:
+    wrapped = "The above exception was the direct cause of the following exception:"
+    text = (
+        f"ray::Map()\n{TASK_REPORT}\n\n{wrapped}\n\nray::Map()\nray.exceptions.UserCodeException: UDF failed"
+    )
+    error = ray.exceptions.RayTaskError("map", text, ValueError("UDF failed")).as_instanceof_cause()
+    assert crash_report(error) == TASK_REPORT
+
+
 def test_a_long_message_is_cut() -> None:
     assert len(crash_report(sent(ValueError("line\n" * 500))).splitlines()) < 40
 
