@@ -37,7 +37,7 @@ def test_a_killed_writer_leaves_every_event_that_it_had_written(tmp_path: Path) 
 
 
 def _write_and_kill(file: Path, events: int, wait_s: float) -> int:
-    """Kill a writer this long after it has written so many events; returns the last one that it told of."""
+    """Kill a writer some seconds after its first `events` events; returns the last event that it printed."""
     paths = os.pathsep.join(str(ROOT / folder) for folder in ("platform", "."))
     command = [sys.executable, str(ROOT / "tests" / "journaling.py"), str(file)]
     with subprocess.Popen(

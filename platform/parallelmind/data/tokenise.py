@@ -116,11 +116,11 @@ def _assemble(
             ids, targets = body + completion, ((len(body), None),)
         else:
             ids = append_eos(body, eos) if isinstance(branch.body, str) and not branch.rendered else body
-        branches.append((ids, _target_mask(len(ids), targets)))
+        branches.append((ids, _mask_of_spans(len(ids), targets)))
     return main, branches
 
 
-def _target_mask(length: int, targets: Spans) -> Mask:
+def _mask_of_spans(length: int, targets: Spans) -> Mask:
     """`[length]` whether a token lies in one of the spans; nothing does if a span exceeds the length."""
     mask = np.zeros(length, bool)
     if max(end or 0 for _, end in targets) <= length:

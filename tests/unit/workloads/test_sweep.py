@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -334,6 +335,20 @@ def feed(scheduler: JournalingScheduler, journal: Journal, reports: Reports) -> 
             assert (decision == TrialScheduler.STOP) == (journal.trials[number].status == "stopped")
 
 
+def final_statuses(
+    file: Path, config: SweepConfig, trials: int, parts: Sequence[list[Any]], feed_part: Callable[..., None]
+) -> list[str]:
+    """The statuses of all trials after reports in parts, between which the sweep is interrupted."""
+    path = RemotePath(file)
+    searcher = JournalSearcher(config, Journal.open(path))
+    for _ in range(trials):
+        searcher.suggest("")
+    for part in parts:
+        journal = Journal.open(path)
+        feed_part(JournalingScheduler(config, journal, lambda number: None), journal, part)
+    return [trial.status for trial in Journal.open(path).trials.values()]
+
+
 @pytest.mark.parametrize("stopping", ["asha", "median"])
 @pytest.mark.parametrize("cut", [3, 9, 15, 20])
 def test_early_stopping_does_not_depend_on_an_interruption(tmp_path: Path, stopping: str, cut: int) -> None:
@@ -341,19 +356,10 @@ def test_early_stopping_does_not_depend_on_an_interruption(tmp_path: Path, stopp
         stopping=stopping, grace_steps=10, metrics=[LOSS], space={"lora_rank": list(range(1, 9))}
     )
     reports = interleaved_reports(8)
-    statuses = []
-    for name, parts in (("whole", [reports]), ("cut", [reports[:cut], reports[cut:]])):
-        path = RemotePath(tmp_path / f"{name}.jsonl")
-        searcher = JournalSearcher(config, Journal.open(path))
-        for _ in range(8):
-            searcher.suggest("")
-        for part in parts:
-            journal = Journal.open(path)
-            feed(JournalingScheduler(config, journal, lambda number: None), journal, part)
-        statuses.append({number: trial.status for number, trial in Journal.open(path).trials.items()})
-    assert statuses[0] == statuses[1]
-    assert "stopped" in statuses[0].values()
-    assert statuses[0][0] != "stopped"
+    whole = final_statuses(tmp_path / "whole.jsonl", config, 8, [reports], feed)
+    assert final_statuses(tmp_path / "cut.jsonl", config, 8, [reports[:cut], reports[cut:]], feed) == whole
+    assert "stopped" in whole
+    assert whole[0] != "stopped"
 
 
 def last_results(step: int) -> list[tuple[int, dict[str, Any]]]:
@@ -370,21 +376,17 @@ def test_the_last_report_of_a_run_counts_before_and_after_an_interruption(
     config = sweep_config(
         stopping=stopping, grace_steps=10, metrics=[LOSS], space={"lora_rank": [*range(1, 9)]}
     )
-    results, statuses = last_results(40), []
-    for name, parts in (("whole", [results]), ("cut", [results[:cut], results[cut:]])):
-        path = RemotePath(tmp_path / f"{name}.jsonl")
-        searcher = JournalSearcher(config, Journal.open(path))
-        for _ in range(6):
-            searcher.suggest("")
-        for part in parts:
-            journal = Journal.open(path)
-            scheduler = JournalingScheduler(config, journal, lambda number: None)
-            for number, result in part:
-                scheduler.on_trial_result(None, FakeTuneTrial(number), dict(result))  # type: ignore[arg-type]
-        statuses.append([trial.status for trial in Journal.open(path).trials.values()])
-    assert statuses[0] == statuses[1]
-    assert statuses[0][:4] == ["finished"] * 4
-    assert statuses[0][4:] == ["stopped"] * 2
+
+    def feed_results(scheduler: JournalingScheduler, _: Journal, results: list[Any]) -> None:
+        for number, result in results:
+            scheduler.on_trial_result(None, FakeTuneTrial(number), dict(result))  # type: ignore[arg-type]
+
+    results = last_results(40)
+    whole = final_statuses(tmp_path / "whole.jsonl", config, 6, [results], feed_results)
+    parts = [results[:cut], results[cut:]]
+    assert final_statuses(tmp_path / "cut.jsonl", config, 6, parts, feed_results) == whole
+    assert whole[:4] == ["finished"] * 4
+    assert whole[4:] == ["stopped"] * 2
 
 
 def test_a_run_ends_in_the_event_of_its_last_report(journal: Journal) -> None:
