@@ -24,10 +24,11 @@ from parallelmind.data.packing import make_batch
 from parallelmind.errors import UserError
 from parallelmind.layout import Batch, Tokens
 from parallelmind.model.adapter import add_lora
-from parallelmind.model.mask import visibility_mask
+from parallelmind.model.inputs import to_tensors
+from parallelmind.model.mask import AttentionBias
 from parallelmind.model.patch import patch
 from parallelmind.model.structure import causal_lm, decoder
-from parallelmind.training.loss import TargetLoss, to_tensors
+from parallelmind.training.loss import TargetLoss
 from parallelmind.training.step import accumulate_gradients, make_optimizer, optimizer_step
 
 # Dense bfloat16 FLOP/s of the data sheet, by a word of the device name.
@@ -121,11 +122,8 @@ def step_flops(model: PreTrainedModel, batch: Batch, visibility: Visibility) -> 
     weights = [module.weight for module in body.modules() if isinstance(module, nn.Linear)]
     per_token = sum(weight.numel() * (6 if weight.requires_grad else 4) for weight in weights)
     head = config.vocab_size * config.hidden_size
-    tensors = to_tensors(batch)
-    mask = visibility_mask(
-        tensors.pos2d[:1, :, 1], tensors.sequence[:1], visibility
-    )  # all rows have one layout
-    pairs = len(batch.ids) * int(mask.sum())
+    bias = AttentionBias(to_tensors(batch).placement, visibility).whole()
+    pairs = int((bias > -torch.inf).sum())
     attention = 12 * pairs * config.num_hidden_layers * config.hidden_size
     return batch.tokens * per_token + batch.targets * 4 * head + attention
 

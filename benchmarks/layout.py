@@ -12,8 +12,9 @@ import torch
 from benchmarks.harness import Bench, ratio
 from benchmarks.text import passages
 from parallelmind.config import RopeConfig
-from parallelmind.layout import Layout, Tokens, arrange
-from parallelmind.model.mask import visibility_mask
+from parallelmind.layout import Layout, Tokens, arrange, collate
+from parallelmind.model.inputs import to_tensors
+from parallelmind.model.mask import AttentionBias
 
 _SAMPLES = 12
 
@@ -32,8 +33,8 @@ def _reference() -> Any:
 def vectorised(main: list[int], branches: list[list[int]], config: RopeConfig) -> tuple[Layout, torch.Tensor]:
     """Return the layout of one sample and its boolean mask `[1, 1, tokens, tokens]`."""
     layout = arrange(Tokens.of(main, branches, [1] * len(branches)), config)
-    time, sequence = torch.from_numpy(layout.time)[None], torch.from_numpy(layout.sequence)[None]
-    return layout, visibility_mask(time, sequence, config.visibility)
+    placement = to_tensors(collate([layout], pad_id=0)).placement
+    return layout, AttentionBias(placement, config.visibility).whole() > -torch.inf
 
 
 def layout_speedup() -> float:

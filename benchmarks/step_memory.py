@@ -12,8 +12,8 @@ from parallelmind.config import RopeConfig
 from parallelmind.data.packing import make_batch
 from parallelmind.evaluation.peak_memory import PeakMemory, memory_in_use
 from parallelmind.layout import IGNORE, Tokens
+from parallelmind.model.inputs import decoder_inputs, to_tensors
 from parallelmind.model.structure import causal_lm
-from parallelmind.training.loss import decoder_inputs, to_tensors
 
 _ROWS, _BRANCH = 2, 64
 

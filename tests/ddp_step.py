@@ -14,8 +14,8 @@ from parallelmind.config import LoraConfig, RopeConfig
 from parallelmind.evaluation.probes import BRANCHES, MAIN
 from parallelmind.layout import Tokens, arrange, collate
 from parallelmind.model.adapter import add_lora
+from parallelmind.model.inputs import decoder_inputs, to_tensors
 from parallelmind.model.patch import patch
-from parallelmind.training.loss import decoder_inputs, to_tensors
 
 CONFIG = RopeConfig()
 

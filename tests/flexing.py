@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_leaves
 from parallelmind.config import RopeConfig, Visibility
 from parallelmind.layout import PADDING, Tokens, arrange, collate
 from parallelmind.model import attention
+from parallelmind.model.inputs import Tensors, to_tensors
 from parallelmind.model.mask import attention_masks
-from parallelmind.training.loss import TargetLoss, Tensors, to_tensors
+from parallelmind.training.loss import TargetLoss
 
 SHAPES = [
     (150, (40, 70, 9)),
@@ -39,7 +40,7 @@ def long_batch(
 @torch.no_grad()
 def real_logits(model: torch.nn.Module, batch: Tensors, config: RopeConfig) -> torch.Tensor:
     """`[tokens, vocab]` logits of all tokens that are not padding."""
-    mask = attention_masks(model, batch.pos2d[..., 1], batch.sequence, config.visibility)
+    mask = attention_masks(model, batch.placement, config.visibility, batch.is_flat)
     logits = model(
         input_ids=batch.ids,
         attention_mask=mask,
@@ -47,7 +48,7 @@ def real_logits(model: torch.nn.Module, batch: Tensors, config: RopeConfig) -> t
         pos2d=batch.pos2d,
         use_cache=False,
     ).logits
-    return logits[batch.sequence != PADDING]
+    return logits[batch.segment != PADDING]
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,13 +16,14 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from parallelmind.config import BranchAngle, ModelConfig, Pairs, RopeConfig
+from parallelmind.config import BranchAngle, ModelConfig, Pairs, RopeConfig, Visibility
 from parallelmind.data.encode import encode_text
-from parallelmind.layout import IGNORE, MAIN, Layout, Tokens, arrange
+from parallelmind.layout import IGNORE, Layout, Tokens, arrange
 from parallelmind.model.base_model import load_tokenizer
 from parallelmind.model.rope2d import pair_axes
 from parallelmind.storage import atomic_binary_file
-from parallelmind.visibility import RULES, is_sibling
+from parallelmind.tree import MAIN, SIBLING, relations
+from parallelmind.visibility import relation_scores
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER, LOG = ROOT / "docs" / "figures", ROOT / "experiments" / "LOG.md"
@@ -83,15 +84,15 @@ def layout(tokens: Tokens, words: Callable[[int], str]) -> Figure:
 
 
 def _draw_tokens(axes: Axes, arranged: Layout, words: Callable[[int], str]) -> None:
-    for token, sequence, time, label in zip(
-        arranged.ids, arranged.sequence, arranged.time, arranged.labels, strict=True
+    for token, segment, time, label in zip(
+        arranged.ids, arranged.segment, arranged.time, arranged.labels, strict=True
     ):
-        colour = _MAIN if sequence == MAIN else _BRANCHES[(sequence - 1) % len(_BRANCHES)]
+        colour = _MAIN if segment == MAIN else _BRANCHES[(segment - 1) % len(_BRANCHES)]
         edge = _TARGET if label != IGNORE else {"edgecolor": "white"}
-        axes.add_patch(Rectangle((time - 0.46, sequence - 0.4), 0.92, 0.8, facecolor=colour, **edge))
+        axes.add_patch(Rectangle((time - 0.46, segment - 0.4), 0.92, 0.8, facecolor=colour, **edge))
         axes.text(
             time,
-            sequence,
+            segment,
             words(int(token)),
             ha="center",
             va="center",
@@ -99,7 +100,7 @@ def _draw_tokens(axes: Axes, arranged: Layout, words: Callable[[int], str]) -> N
             color=_INK,
             parse_math=False,
         )
-    coordinates = dict(zip(arranged.sequence.tolist(), arranged.branch.tolist(), strict=True))
+    coordinates = dict(zip(arranged.segment.tolist(), arranged.branch.tolist(), strict=True))
     names = {number: "main" if number == MAIN else f"branch {number - 1}" for number in sorted(coordinates)}
     axes.set_yticks(
         list(names),
@@ -114,13 +115,12 @@ def _draw_tokens(axes: Axes, arranged: Layout, words: Callable[[int], str]) -> N
 def masks(tokens: Tokens) -> Figure:
     """Draw the mask of each policy in storage order, queries down and keys across."""
     figure = Figure(figsize=(12, 6.2), layout="constrained")
-    for axes, visibility in zip(figure.subplots(1, 2), RULES, strict=True):
+    for axes, visibility in zip(figure.subplots(1, 2), get_args(Visibility), strict=True):
         arranged = arrange(tokens, RopeConfig(visibility=visibility))
-        query, key = arranged.sequence[:, None], arranged.sequence[None, :]
-        mask = RULES[visibility](arranged.time[:, None], query, arranged.time[None, :], key) | np.eye(
-            len(arranged.ids), dtype=bool
-        )
-        axes.imshow(np.where(mask & is_sibling(query, key), 2, mask), cmap=_MASK_COLOURS, vmin=0, vmax=2)
+        related = relations(arranged.tree)[arranged.segment[:, None], arranged.segment]
+        earlier = arranged.time < arranged.time[:, None]
+        mask = earlier & (relation_scores(visibility)[related] == 0) | np.eye(len(related), dtype=bool)
+        axes.imshow(np.where(mask & (related == SIBLING), 2, mask), cmap=_MASK_COLOURS, vmin=0, vmax=2)
         order = "by time, then branch" if visibility == "columnar" else "one branch after another"
         axes.set_title(f"visibility={visibility}\nstored {order}", loc="left", fontsize=10)
         _draw_owners(axes, arranged)
@@ -134,7 +134,7 @@ def masks(tokens: Tokens) -> Figure:
 
 def _draw_owners(axes: Axes, arranged: Layout) -> None:
     """Label both axes: m for main, otherwise the number of the branch."""
-    names = ["m" if number == MAIN else str(number - 1) for number in arranged.sequence]
+    names = ["m" if number == MAIN else str(number - 1) for number in arranged.segment]
     ticks = np.arange(len(names))
     axes.set_xticks(ticks, names, fontsize=7)
     axes.set_yticks(ticks, names, fontsize=7)

@@ -116,8 +116,8 @@ MUTATIONS = [
     Mutation(
         "mask: isolated branches see their siblings",
         "platform/parallelmind/visibility.py",
-        "(k_sequence == MAIN) | (k_sequence == q_sequence)",
-        "(k_sequence >= MAIN)",
+        'if visibility == "columnar" else -np.inf',
+        'if visibility == "columnar" else 0',
         "tests/unit/model/test_mask.py",
     ),
     Mutation(

@@ -1,26 +1,22 @@
 """From samples to coordinates, physical order, labels and batches. NumPy only, without loops over tokens.
 
-A sample is an optional `main` and N branches of token ids. Sequence 0 is always main, which may be empty, and
-branches are sequences 1..N, so that a mask can tell main from a branch. The *branch coordinate* counts from
-main if there is one and from the first branch otherwise.
+A sample is a tree of segments (`parallelmind.tree`): an optional `main`, N branches, and what follows them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from parallelmind.config import Alignment, RopeConfig
 from parallelmind.errors import UserError
-
-Ints = NDArray[np.int64]
-Mask = NDArray[np.bool_]
+from parallelmind.tree import MAIN, UNRELATED, Ints, Mask, Tree, branch_coordinates, relations
 
 IGNORE = -100
-MAIN = 0
 PADDING = -1
 
 
@@ -28,14 +24,16 @@ PADDING = -1
 class Tokens:
     """A tokenised sample.
 
-    ids: `[total]` token ids, main first, then the branches one after another.
-    lengths: `[1 + N]` numbers of tokens of main (may be 0) and of every branch (at least 1).
-    targets: `[total]` whether a token is a target. No token of main is one, and no first token of a branch.
+    ids: `[total]` token ids, segment after segment.
+    lengths: `[segments]` numbers of tokens of main (may be 0) and of every other segment (at least 1).
+    targets: `[total]` whether a token is a target. No token of main is one, and no first token of a segment.
+    tree: the shape of the sample.
     """
 
     ids: Ints
     lengths: Ints
     targets: Mask
+    tree: Tree
 
     @staticmethod
     def of(
@@ -44,7 +42,7 @@ class Tokens:
         answer_offsets: Sequence[int] | None = None,
         targets: Sequence[Sequence[bool] | Mask] | None = None,
     ) -> Tokens:
-        """Build from plain lists. Raises UserError for no branch and for an empty branch.
+        """A flat sample from plain lists. Raises UserError for no branch and for an empty branch.
 
         answer_offsets: index of the first target of each branch. targets: in its place, whether each token of
         each branch is a target. By default, every token of a branch is a target. The first token of a branch
@@ -52,29 +50,44 @@ class Tokens:
         """
         if not branches:
             raise UserError("branches=[]: a sample needs at least one branch")
-        lengths = np.array([len(main), *map(len, branches)], dtype=np.int64)
+        return Tokens.of_tree([main, *branches], Tree.flat(len(branches)), answer_offsets, targets)
+
+    @staticmethod
+    def of_tree(
+        segments: Sequence[Sequence[int]],
+        tree: Tree,
+        answer_offsets: Sequence[int] | None = None,
+        targets: Sequence[Sequence[bool] | Mask] | None = None,
+    ) -> Tokens:
+        """A sample from plain lists, main first, as `of` makes one. Raises UserError for an empty segment."""
+        lengths = np.array(list(map(len, segments)), dtype=np.int64)
         if (lengths[1:] == 0).any():
             empty = int(np.flatnonzero(lengths[1:] == 0)[0])
             raise UserError(
                 f"branches[{empty}]: holds no token; give it text, or move the end of main into it"
             )
-        ids = np.concatenate([np.asarray(segment, dtype=np.int64) for segment in (main, *branches)])
-        return Tokens(ids, lengths, _target_mask(lengths, answer_offsets, targets))
+        ids = np.concatenate([np.asarray(segment, dtype=np.int64) for segment in segments])
+        return Tokens(ids, lengths, _target_mask(lengths, answer_offsets, targets), tree)
 
     @property
     def branches(self) -> int:
-        """Number of branches."""
-        return len(self.lengths) - 1
+        """Number of branches, at all depths."""
+        return self.tree.branches
 
     def split(self) -> list[list[int]]:
-        """The ids of main and of every branch."""
+        """The ids of every segment."""
         return [segment.tolist() for segment in np.split(self.ids, np.cumsum(self.lengths)[:-1])]
+
+    def take(self, kept: Mask) -> Tokens:
+        """The sample of the kept segments. kept: `[segments]`; with a segment, all that it reads is kept."""
+        is_kept = np.repeat(kept, self.lengths)
+        return Tokens(self.ids[is_kept], self.lengths[kept], self.targets[is_kept], self.tree.take(kept))
 
 
 def _target_mask(
     lengths: Ints, answer_offsets: Sequence[int] | None, targets: Sequence[Sequence[bool] | Mask] | None
 ) -> Mask:
-    """`[total]` targets of a sample, with the arguments of `Tokens.of`."""
+    """`[total]` targets of a sample, with the arguments of `Tokens.of_tree`."""
     starts = np.cumsum(lengths) - lengths
     if targets is None:
         offsets = np.asarray(0 if answer_offsets is None else answer_offsets, dtype=np.int64)
@@ -90,32 +103,42 @@ def _target_mask(
 class Layout:
     """One sample in physical order; every array is `[tokens]`.
 
-    sequence: 0 for main, 1..N for the branches. branch, time: the pos2d coordinates. position: the position
-    of pairs that pos2d does not drive. labels: the token that each token predicts, or -100.
+    segment: the number of the token's segment, 0 for main. branch, time: the pos2d coordinates. position: the
+    position of pairs that pos2d does not drive. labels: the token that each token predicts, or -100. tree:
+    the shape of the sample.
     """
 
     ids: Ints
-    sequence: Ints
+    segment: Ints
     branch: Ints
     time: Ints
     position: Ints
     labels: Ints
+    tree: Tree
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Padded layouts: all `[batch, seq]`, pos2d `[batch, seq, 2]`; sequence is -1 for padding."""
+    """Rows of padded layouts: all `[rows, seq]`, pos2d `[rows, seq, 2]`.
+
+    segment: -1 for padding. relations: `[rows, segments + 1, segments + 1]` int8, the relation of the key's
+    segment (column) to the query's (row); index -1, padding, is unrelated to everything. branches: number of
+    branches. is_flat: whether every row is one sample of main and branches alone.
+    """
 
     ids: Ints
-    sequence: Ints
+    segment: Ints
     pos2d: Ints
     position: Ints
     labels: Ints
+    relations: NDArray[np.int8]
+    branches: int
+    is_flat: bool
 
     @property
     def tokens(self) -> int:
         """Number of tokens without padding."""
-        return int((self.sequence != PADDING).sum())
+        return int((self.segment != PADDING).sum())
 
     @property
     def targets(self) -> int:
@@ -123,44 +146,59 @@ class Batch:
         return int((self.labels != IGNORE).sum())
 
 
-def branch_coordinates(sequence: Ints, has_main: bool, stride: int) -> Ints:
-    """Sequence index × stride. Main is at 0; without a main the first branch is at 0."""
-    return (sequence - (0 if has_main else 1)) * stride
+def start_times(lengths: Ints, tree: Tree, align_to: Alignment, delays: Ints | None = None) -> Ints:
+    """`[segments]` time coordinates of the first token of every segment.
 
-
-def start_times(lengths: Ints, align_to: Alignment) -> Ints:
-    """`[1 + N]` time coordinates of the first token of main and of every branch."""
-    main, branches = lengths[0], lengths[1:]
-    starts = np.full(len(lengths), main)
+    A branch starts where its parent ends. With align_to=right, the branches of one parent that do not fork
+    end together. A reduce starts at the latest end of all that it joins. delays: `[branches]` time steps
+    added before each branch; none by default.
+    """
+    shifts = np.zeros(len(lengths), dtype=np.int64)
     if align_to == "right":
-        starts[1:] += branches.max(initial=0) - branches
-    starts[0] = 0
-    return starts
+        shifts += _shifts_to_the_right(lengths, tree)
+    if delays is not None:
+        shifts[tree.is_branch] += delays
+    if tree.is_flat:
+        shifts[1:] += lengths[MAIN]
+        return shifts
+    starts, ends = [0], [int(lengths[MAIN])]
+    for segment, parent, joined in tree.walk():
+        start = max(ends[joined.start : joined.stop], default=ends[parent] + int(shifts[segment]))
+        starts.append(start)
+        ends.append(start + int(lengths[segment]))
+    return np.array(starts)
+
+
+def _shifts_to_the_right(lengths: Ints, tree: Tree) -> Ints:
+    """`[segments]` time steps by which a branch is shorter than its longest sibling, if neither forks."""
+    forks = np.zeros(len(lengths), dtype=bool)
+    forks[tree.parents[1:]] = True
+    is_leaf = tree.is_branch & ~forks
+    longest = np.zeros(len(lengths), dtype=np.int64)
+    np.maximum.at(longest, tree.parents[is_leaf], lengths[is_leaf])
+    return np.where(is_leaf, longest[tree.parents] - lengths, 0)
 
 
 def arrange(tokens: Tokens, config: RopeConfig, delays: Ints | None = None) -> Layout:
     """Place every token of one sample.
 
-    delays: `[N]` time steps added before each branch (the random time offset); none by default.
+    delays: `[branches]` time steps added before each branch (the random time offset); none by default.
     """
-    lengths = tokens.lengths
-    ends = np.cumsum(lengths)
-    sequence = np.repeat(np.arange(len(lengths)), lengths)
-    index = np.arange(len(sequence)) - (ends - lengths)[sequence]  # within its own sequence
-    starts = start_times(lengths, config.align_to)
-    if delays is not None:
-        starts[1:] += delays
-    time = starts[sequence] + index
+    lengths, tree = tokens.lengths, tokens.tree
+    segment = np.repeat(np.arange(len(lengths)), lengths)
+    index = np.arange(len(segment)) - (np.cumsum(lengths) - lengths)[segment]  # within its own segment
+    time = start_times(lengths, tree, config.align_to, delays)[segment] + index
     labels = next_token_labels(tokens)
-    order = physical_order(time, sequence, config)
-    time, sequence = time[order], sequence[order]
+    order = physical_order(time, segment, config)
+    time, segment = time[order], segment[order]
     return Layout(
         ids=tokens.ids[order],
-        sequence=sequence,
-        branch=branch_coordinates(sequence, bool(lengths[0]), config.branch_stride),
+        segment=segment,
+        branch=branch_coordinates(tree, bool(lengths[MAIN]), config.branch_stride)[segment],
         time=time,
         position=time if config.positions == "time" else np.arange(len(time)),
         labels=labels[order],
+        tree=tree,
     )
 
 
@@ -172,15 +210,15 @@ def next_token_labels(tokens: Tokens) -> Ints:
     return labels
 
 
-def physical_order(time: Ints, sequence: Ints, config: RopeConfig) -> Ints:
+def physical_order(time: Ints, segment: Ints, config: RopeConfig) -> Ints:
     """Indices that sort logical order into physical order.
 
-    Sorting by time, then sequence, makes the columnar mask nearly causal. Where neither mask nor positions
-    depend on siblings, branches stay one after another, which keeps the isolated mask block-sparse.
+    Sorting by time, then segment, makes the columnar mask nearly causal. Where neither mask nor positions
+    depend on siblings, segments stay one after another, which keeps the isolated mask block-sparse.
     """
     if is_free_order(config):
         return np.arange(len(time))
-    return np.lexsort((sequence, time))
+    return np.lexsort((segment, time))
 
 
 def is_free_order(config: RopeConfig) -> bool:
@@ -188,20 +226,47 @@ def is_free_order(config: RopeConfig) -> bool:
     return config.visibility == "isolated" and config.positions == "time"
 
 
-def collate(layouts: Sequence[Layout], pad_id: int) -> Batch:
-    """Pad layouts on the right to one length. Padding has sequence -1, label -100 and coordinates 0."""
-    lengths = np.array([len(layout.ids) for layout in layouts])
-    is_token = np.arange(lengths.max(initial=0)) < lengths[:, None]  # [batch, seq]
+def collate(layouts: Sequence[Layout], pad_id: int, packing: bool = False) -> Batch:
+    """Layouts as rows, padded on the right to one length; with packing, as a single row without padding.
 
-    def pad(field: str, value: int) -> Ints:
+    Padding has segment -1, label -100 and coordinates 0. Samples of one row are unrelated.
+    """
+    rows = [layouts] if packing else [[layout] for layout in layouts]
+    lengths = np.array([sum(len(layout.ids) for layout in row) for row in rows])
+    is_token = np.arange(lengths.max(initial=0)) < lengths[:, None]  # [rows, seq]
+    firsts = [_first_segments(row) for row in rows]
+
+    def pad(arrays: Sequence[Ints], value: int) -> Ints:
         padded = np.full(is_token.shape, value, dtype=np.int64)
-        padded[is_token] = np.concatenate([getattr(layout, field) for layout in layouts])
+        padded[is_token] = np.concatenate(arrays)
         return padded
 
+    def pad_field(name: str, value: int) -> Ints:
+        return pad([getattr(layout, name) for layout in layouts], value)
+
+    numbered = zip(layouts, [first for row in firsts for first in row[:-1]], strict=True)
     return Batch(
-        ids=pad("ids", pad_id),
-        sequence=pad("sequence", PADDING),
-        pos2d=np.stack([pad("branch", 0), pad("time", 0)], axis=-1),
-        position=pad("position", 0),
-        labels=pad("labels", IGNORE),
+        ids=pad_field("ids", pad_id),
+        segment=pad([layout.segment + first for layout, first in numbered], PADDING),
+        pos2d=np.stack([pad_field("branch", 0), pad_field("time", 0)], axis=-1),
+        position=pad_field("position", 0),
+        labels=pad_field("labels", IGNORE),
+        relations=_relations_of_rows(rows, firsts),
+        branches=sum(layout.tree.branches for layout in layouts),
+        is_flat=not packing and all(layout.tree.is_flat for layout in layouts),
     )
+
+
+def _first_segments(row: Sequence[Layout]) -> list[int]:
+    """The number in its row of the first segment of each layout, and the number of segments of the row."""
+    return [0, *np.cumsum([layout.tree.segments for layout in row]).tolist()]
+
+
+def _relations_of_rows(rows: Sequence[Sequence[Layout]], firsts: Sequence[Sequence[int]]) -> NDArray[np.int8]:
+    """`[rows, segments + 1, segments + 1]`, as in `Batch`."""
+    size = max((row[-1] for row in firsts), default=0) + 1
+    tables = np.full((len(rows), size, size), UNRELATED, dtype=np.int8)
+    for table, row, row_firsts in zip(tables, rows, firsts, strict=True):
+        for layout, (first, end) in zip(row, pairwise(row_firsts), strict=True):
+            table[first:end, first:end] = relations(layout.tree)
+    return tables

@@ -1,42 +1,39 @@
-"""Visibility rules: which tokens a token may attend to, in training, prefill and every decoding step.
+"""Visibility: which tokens a token may attend to, in training, prefill and every decoding step.
 
-Rules use operators only, so they work on arrays of NumPy and torch. A layer's window or chunk restricts
-visibility further. It is measured in time, since neighbours in storage may be far apart in time.
+A token sees itself, and every token that is earlier in time and whose segment has a visible relation to its
+own (`tree.relations`). A layer's window or chunk restricts visibility further. It is measured in time, since
+neighbours in storage may be far apart in time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from parallelmind.config import RopeConfig, Visibility
-from parallelmind.layout import MAIN
+from parallelmind.tree import JOINED, PATH, SIBLING, UNRELATED
 
 Array = TypeVar("Array", bound=Any)  # of NumPy or torch
 
 
-def columnar(q_time: Array, q_sequence: Array, k_time: Array, k_sequence: Array) -> Array:
-    """Everything earlier in time."""
-    return k_time < q_time
+def relation_scores(visibility: Visibility, penalty: float = 0.0) -> NDArray[np.float32]:
+    """`[relations]` summand of the attention score for each relation; minus infinity where it is not visible.
 
-
-def isolated(q_time: Array, q_sequence: Array, k_time: Array, k_sequence: Array) -> Array:
-    """Everything earlier in time in main or in the token's own branch."""
-    return (k_time < q_time) & ((k_sequence == MAIN) | (k_sequence == q_sequence))
-
-
-def is_sibling(q_sequence: Array, k_sequence: Array) -> Array:
-    """Whether query and key are tokens of different branches."""
-    return (q_sequence > MAIN) & (k_sequence > MAIN) & (k_sequence != q_sequence)
+    penalty: subtracted from the scores of siblings, where these are visible.
+    """
+    scores = np.zeros(4, dtype=np.float32)
+    scores[[PATH, JOINED]] = 0
+    scores[SIBLING] = -penalty if visibility == "columnar" else -np.inf
+    scores[UNRELATED] = -np.inf
+    return scores
 
 
 def effective_penalty(config: RopeConfig) -> float:
     """The number subtracted from the scores of siblings: 0 where siblings are not visible."""
     return config.sibling_penalty if config.visibility == "columnar" else 0.0
-
-
-RULES: dict[Visibility, Callable[..., Any]] = {"columnar": columnar, "isolated": isolated}
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ from ray.serve.handle import DeploymentHandle
 
 from parallelmind.engine.output import FinishReason
 from parallelmind.engine.request import ResumeState, TokenizedRequest
-from parallelmind.layout import MAIN, Tokens
+from parallelmind.layout import Tokens
+from parallelmind.tree import MAIN
 from serving.engine.messages import (
     BranchStarted,
     EngineRequest,

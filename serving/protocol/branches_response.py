@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any, Literal
 
 import parallelmind as pm
-from parallelmind.layout import MAIN
+from parallelmind.tree import MAIN
 from serving.engine.messages import BranchStarted, EngineRequest, StepOutput
 from serving.protocol.branches import (
     BranchesResponse,

@@ -25,9 +25,10 @@ from benchmarks.gpu import (
     step_flops,
 )
 from parallelmind.model.base_model import build_meta_model
-from parallelmind.model.mask import visibility_mask
+from parallelmind.model.inputs import to_tensors
+from parallelmind.model.mask import AttentionBias
 from parallelmind.model.structure import causal_lm, decoder
-from parallelmind.training.loss import TargetLoss, to_tensors
+from parallelmind.training.loss import TargetLoss
 
 TINY = Shape(_qwen(300, 64, 128, 4, 4, 2, tied=True), checkpointing=False)
 SMALL = Workload("columnar", 8, 4, rows=2)
@@ -51,8 +52,7 @@ def test_flops_are_those_of_the_matrices(device):
     batch = random_batch(SMALL, 2, 300)
     with FlopCounterMode(display=False) as counter:
         TargetLoss(model, visibility, torch.bfloat16)(to_tensors(batch, device))[0].backward()
-    placed = to_tensors(batch)
-    unseen = int((~visibility_mask(placed.pos2d[..., 1], placed.sequence, visibility)).sum())
+    unseen = int((AttentionBias(to_tensors(batch).placement, visibility).whole() == -torch.inf).sum())
     attention = 12 * unseen * inner.config.num_hidden_layers * inner.config.hidden_size
     # Nothing is trained before the first layer, so its input projections compute no input gradient.
     reading = [getattr(decoder(inner).layers[0].self_attn, name) for name in ("q_proj", "k_proj", "v_proj")]

@@ -27,8 +27,9 @@ from hypothesis.stateful import (
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from parallelmind.config import RopeConfig, Visibility
+from parallelmind.config import RopeConfig
 from parallelmind.engine.block_manager import BLOCK
+from parallelmind.engine.decoding_check import layout_logits
 from parallelmind.engine.engine import Engine
 from parallelmind.engine.request import Sample
 from parallelmind.engine.sampler import SampledToken, SamplingRow
@@ -39,7 +40,6 @@ from parallelmind.evaluation.probes import check_close, patched
 from parallelmind.evaluation.rope_configs import rope_config_grid
 from parallelmind.evaluation.tiny_models import VOCABULARY, tiny_tokenizer
 from parallelmind.layout import PADDING
-from parallelmind.model.mask import attention_masks
 
 END = 2
 LONG = [3 + 7 * index % 120 for index in range(53)]
@@ -102,34 +102,8 @@ def prompt(length: int, *key: int) -> list[int]:
 
 @torch.no_grad()
 def full_forward_logits(model: PreTrainedModel, group: SequenceGroup) -> list[Tensor]:
-    """`[length, vocab]` logits of main and each branch, from one forward pass without a cache.
-
-    A reduce branch attends as in the columnar visibility.
-    """
-    layout = group.final_layout()
-    ids, sequence, branch, time, position = (
-        torch.from_numpy(part)[None]
-        for part in (layout.ids, layout.sequence, layout.branch, layout.time, layout.position)
-    )
-    reads_all = torch.tensor([False, *(branch.reads_all for branch in group.branches)])[sequence[0]][:, None]
-
-    def mask(rule: Visibility) -> dict[Any, Tensor]:
-        masks = attention_masks(model, time, sequence, rule)
-        return masks if isinstance(masks, dict) else {None: masks}
-
-    columns = mask("columnar")
-    masks = {
-        kind: torch.where(reads_all, columns[kind], own)
-        for kind, own in mask(group.config.visibility).items()
-    }
-    logits = model(
-        input_ids=ids,
-        attention_mask=masks.get(None, masks),
-        position_ids=position,
-        pos2d=torch.stack([branch, time], dim=-1),
-        use_cache=False,
-    ).logits[0]
-    return [logits[sequence[0] == index] for index in range(len(group.branches) + 1)]
+    """`[length, vocab]` logits of main and each branch, from one forward pass without a cache."""
+    return layout_logits(model, group.final_layout(), group.config)
 
 
 class EngineMachine(RuleBasedStateMachine):

@@ -25,8 +25,9 @@ from parallelmind.evaluation.probes import (
 )
 from parallelmind.layout import Tokens, arrange, collate
 from parallelmind.model.adapter import add_lora
+from parallelmind.model.inputs import Tensors, decoder_inputs, to_tensors
 from parallelmind.model.patch import patch
-from parallelmind.training.loss import Tensors, decoder_inputs, target_loss, to_tensors
+from parallelmind.training.loss import target_loss
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = RopeConfig()

@@ -17,7 +17,7 @@ LIBRARY = ROOT / "platform" / "parallelmind"
 PRODUCTION = ("parallelmind", "workloads", "serving", "experiments")
 PACKAGES = (*PRODUCTION, "benchmarks", "tools")
 
-_FOUNDATION = {"errors", "config", "layout", "outputs", "storage", "remote", "visibility"}
+_FOUNDATION = {"errors", "config", "layout", "outputs", "storage", "remote", "tree", "visibility"}
 MAY_IMPORT = {
     "redaction": set(),
     "errors": {"redaction"},
@@ -25,8 +25,9 @@ MAY_IMPORT = {
     "storage": set(),
     "remote": {"errors", "redaction", "storage"},
     "config": {"errors", "redaction", "storage"},
-    "layout": {"errors", "config"},
-    "visibility": {"config", "layout"},
+    "tree": set(),
+    "layout": {"errors", "config", "tree"},
+    "visibility": {"config", "tree"},
     "cli": {"errors", "config", "crash_report", "redaction"},
     "crash_report": {"errors", "redaction"},
     "ray_env": set(),
@@ -41,6 +42,7 @@ MAY_IMPORT = {
 # Planning code, which a process without torch can import.
 WITHOUT_TORCH = (
     "parallelmind.config",
+    "parallelmind.tree",
     "parallelmind.layout",
     "parallelmind.visibility",
     "parallelmind.engine.sequence_group",

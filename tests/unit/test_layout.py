@@ -5,12 +5,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import reference_sample
+from reference import reference_sample, reference_tree
+from trees import TREES, tokens_of
 
 from parallelmind.config import RopeConfig
 from parallelmind.errors import UserError
-from parallelmind.layout import IGNORE, PADDING, Tokens, arrange, collate
-from parallelmind.model.mask import dense_attention_mask, visibility_mask
+from parallelmind.layout import IGNORE, PADDING, Batch, Tokens, arrange, collate
+from parallelmind.model.inputs import to_tensors
+from parallelmind.model.mask import AttentionBias, dense_attention_mask
 
 TEXT = st.lists(st.integers(0, 99), min_size=1, max_size=7)
 CONFIGS = st.builds(
@@ -22,6 +24,11 @@ CONFIGS = st.builds(
 )
 
 
+def visible(batch: Batch, config: RopeConfig) -> torch.Tensor:
+    """Bool `[rows, 1, tokens, tokens]`: which keys each query sees."""
+    return AttentionBias(to_tensors(batch).placement, config.visibility).whole() > -torch.inf
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.integers(0, 99), max_size=6), st.lists(TEXT, min_size=1, max_size=5), st.data(), CONFIGS)
 def test_layout_equals_the_reference(main, branches, data, config):
@@ -29,15 +36,25 @@ def test_layout_equals_the_reference(main, branches, data, config):
     layout = arrange(Tokens.of(main, branches, offsets), config)
     expected = reference_sample(main, branches, offsets, config)
     assert layout.ids.tolist() == expected["id"]
-    assert layout.sequence.tolist() == expected["sequence"]
+    assert layout.segment.tolist() == expected["sequence"]
     assert layout.branch.tolist() == expected["branch"]
     assert layout.time.tolist() == expected["time"]
     assert layout.position.tolist() == expected["position"]
     assert layout.labels.tolist() == expected["label"]
-    visible = visibility_mask(
-        torch.from_numpy(layout.time)[None], torch.from_numpy(layout.sequence)[None], config.visibility
-    )
-    assert visible[0, 0].tolist() == expected["visible"]
+    assert visible(collate([layout], pad_id=0), config)[0, 0].tolist() == expected["visible"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(TREES, CONFIGS)
+def test_the_layout_of_a_tree_equals_the_reference(root, config):
+    layout = arrange(tokens_of(root), config)
+    expected = reference_tree(root, config)
+    columns = ("id", "sequence", "branch", "time", "position", "label")
+    for field, column in zip(
+        ("ids", "segment", "branch", "time", "position", "labels"), columns, strict=True
+    ):
+        assert getattr(layout, field).tolist() == expected[column], field
+    assert visible(collate([layout], pad_id=0), config)[0, 0].tolist() == expected["visible"]
 
 
 def test_main_prompts_and_last_tokens_have_no_labels():
@@ -70,33 +87,20 @@ def test_padding_sees_only_itself_and_is_seen_by_nothing():
         [arrange(Tokens.of([1], [[2], [3]]), config), arrange(Tokens.of([], [[4]]), config)], pad_id=9
     )
     assert batch.ids.tolist() == [[1, 2, 3], [4, 9, 9]]
-    assert batch.sequence.tolist() == [[0, 1, 2], [1, PADDING, PADDING]]
+    assert batch.segment.tolist() == [[0, 1, 2], [1, PADDING, PADDING]]
     assert batch.tokens == 4
-    visible = visibility_mask(
-        torch.from_numpy(batch.pos2d[..., 1]), torch.from_numpy(batch.sequence), "columnar"
-    )
-    assert visible[1, 0].tolist() == torch.eye(3, dtype=torch.bool).tolist()
-
-
-def test_last_queries_have_the_last_rows_of_the_mask():
-    layout = arrange(Tokens.of([1, 2], [[3, 4, 5], [6, 7]]), RopeConfig())
-    time, sequence = torch.from_numpy(layout.time)[None], torch.from_numpy(layout.sequence)[None]
-    for policy in ("columnar", "isolated"):
-        assert torch.equal(
-            visibility_mask(time, sequence, policy)[:, :, -2:],
-            visibility_mask(time, sequence, policy, queries=2),
-        )
+    assert visible(batch, config)[1, 0].tolist() == torch.eye(3, dtype=torch.bool).tolist()
 
 
 def test_masks_have_the_form_of_each_attention():
-    visible = torch.tensor([[[[True, False], [True, True]]]])
-    assert dense_attention_mask(visible.to("meta"), "sdpa", torch.float32).dtype == torch.bool
+    bias = torch.tensor([[[[0, -torch.inf], [-3, 0]]]])
+    assert dense_attention_mask(bias.to("meta"), "sdpa").dtype == torch.bool
     for implementation in ("sdpa", "eager"):
-        additive = dense_attention_mask(visible, implementation, torch.bfloat16)
+        additive = dense_attention_mask(bias.bfloat16(), implementation)
         assert additive.dtype == torch.bfloat16
-        assert additive[0, 0, 0].tolist() == [0.0, torch.finfo(torch.bfloat16).min]
+        assert additive[0, 0].tolist() == [[0, torch.finfo(torch.bfloat16).min], [-3, 0]]
     with pytest.raises(ValueError, match="flash_attention_2"):
-        dense_attention_mask(visible, "flash_attention_2", torch.float32)
+        dense_attention_mask(bias, "flash_attention_2")
 
 
 def test_a_sample_without_branches_or_with_an_empty_one_is_refused():

@@ -10,9 +10,9 @@ from parallelmind.config import LoraConfig, RopeConfig
 from parallelmind.layout import Tokens, arrange, collate
 from parallelmind.model.adapter import add_lora
 from parallelmind.model.base_model import build_meta_model
+from parallelmind.model.inputs import decoder_inputs, to_tensors
 from parallelmind.model.patch import patch
 from parallelmind.model.structure import causal_lm, decoder
-from parallelmind.training.loss import decoder_inputs, to_tensors
 from tools.marked import filled
 from tools.memory import PAGE, PART, QWEN, Shape, table
 

@@ -14,7 +14,8 @@ from parallelmind.data.packing import EpochSeed, TokenRecord, sample_batches
 from parallelmind.data.records import Record
 from parallelmind.data.survey import BadLine, Survey, check_line
 from parallelmind.data.tokenise import nothing_left, tokenise_stream
-from parallelmind.layout import Ints, Layout, Tokens, arrange
+from parallelmind.layout import Layout, Tokens, arrange
+from parallelmind.tree import Ints
 from workloads.data.statistics import LengthStatistics
 
 if TYPE_CHECKING:

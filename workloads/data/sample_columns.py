@@ -8,16 +8,17 @@ from itertools import groupby
 
 import numpy as np
 
-from parallelmind.layout import IGNORE, MAIN, Layout
+from parallelmind.layout import IGNORE, Layout
+from parallelmind.tree import MAIN
 
 _MAX_TOKEN_WIDTH = 8  # cells
 _ELLIPSIS = "…"
 _VISIBLE = str.maketrans({"\n": "⏎", "\r": "␍", "\t": "⇥", " ": "▁"})
 
-TokenTexts = Callable[[list[int]], list[str]]  # the text of each token of a sequence
+TokenTexts = Callable[[list[int]], list[str]]  # the text of each token of a segment
 LinePieces = list[tuple[str, bool]]  # one line of text, divided into targets (True) and the rest
 
-_Cells = dict[tuple[int, int], tuple[str, bool]]  # (sequence, time) -> (text, whether it is a target)
+_Cells = dict[tuple[int, int], tuple[str, bool]]  # (segment, time) -> (text, whether it is a target)
 
 
 def sample_columns(
@@ -30,21 +31,21 @@ def sample_columns(
     """
     cells = _cells(layout, token_texts, marks)
     names = {
-        int(sequence): "main" if sequence == MAIN else f"branch {sequence}"
-        for sequence in np.unique(layout.sequence)
+        int(segment): "main" if segment == MAIN else f"branch {segment}"
+        for segment in np.unique(layout.segment)
     }
     indent = max(map(len, names.values())) + 2
     widths = _column_widths(cells)
     shown_times = _choose_times(list(widths), _anchors(layout), widths, width - indent)
     header: LinePieces = [("time".ljust(indent), False)]
-    lines = {sequence: [(name.ljust(indent), False)] for sequence, name in names.items()}
+    lines = {segment: [(name.ljust(indent), False)] for segment, name in names.items()}
     for shown, run in groupby(widths, shown_times.__contains__):
         for times in [[time] for time in run] if shown else [list(run)]:
             column_width = widths[times[0]] if shown else 1
             header += _pad(str(times[0]) if shown else _ELLIPSIS, False, column_width)
-            for sequence, line in lines.items():
+            for segment, line in lines.items():
                 text, target = next(
-                    (cells[sequence, time] for time in times if (sequence, time) in cells), ("", False)
+                    (cells[segment, time] for time in times if (segment, time) in cells), ("", False)
                 )
                 if shown:
                     line += _pad(text, target, column_width)
@@ -61,13 +62,13 @@ def _pad(text: str, target: bool, column_width: int) -> LinePieces:
 def _cells(layout: Layout, token_texts: TokenTexts, marks: tuple[str, str]) -> _Cells:
     """The text of every token, and whether it is a target, i.e. the label of the token before it."""
     cells = {}
-    for sequence in np.unique(layout.sequence).tolist():
-        own = layout.sequence == sequence
+    for segment in np.unique(layout.segment).tolist():
+        own = layout.segment == segment
         targets = np.append(False, layout.labels[own][:-1] != IGNORE).tolist()
         times = layout.time[own].tolist()
         texts = map(visible, token_texts(layout.ids[own].tolist()))
         for time, text, target in zip(times, texts, targets, strict=True):
-            cells[sequence, time] = (f"{marks[0]}{text}{marks[1]}" if target else text, target)
+            cells[segment, time] = (f"{marks[0]}{text}{marks[1]}" if target else text, target)
     return cells
 
 
@@ -81,7 +82,7 @@ def _column_widths(cells: _Cells) -> dict[int, int]:
 
 def _anchors(layout: Layout) -> list[int]:
     """Times to show first: the beginning, and the last ones before the branches and the first target."""
-    starts = [int(layout.time.min()), int(layout.time[layout.sequence != MAIN].min()) - 1]
+    starts = [int(layout.time.min()), int(layout.time[layout.segment != MAIN].min()) - 1]
     predicting = layout.time[layout.labels != IGNORE]
     return sorted({*starts, *([int(predicting.min())] if len(predicting) else [])})
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from parallelmind.evaluation.attention_maps import AttentionMap
 from parallelmind.evaluation.branch_tax import TaxPoint
-from parallelmind.layout import MAIN
+from parallelmind.tree import MAIN
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,7 +71,7 @@ def _draw_map(axes: Axes, weights: NDArray[np.float32], attention: AttentionMap)
         clipped, aspect="auto", norm=LogNorm(_MIN_SHARE, 1), cmap="viridis", interpolation="nearest"
     )
     first, last = attention.query_times[0], attention.query_times[-1]
-    corner = (first - 0.5, attention.query_sequence - 0.5)
+    corner = (first - 0.5, attention.query_segment - 0.5)
     axes.add_patch(Rectangle(corner, last - first + 1, 1, fill=False, edgecolor="red", linewidth=1.5))
     labels = ["main" if number == MAIN else f"branch {number - 1}" for number in range(len(weights))]
     axes.set_yticks(range(len(labels)), labels, fontsize=8)

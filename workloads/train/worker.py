@@ -125,7 +125,7 @@ def _batch_stream(
         for batch in receive_batches(
             batch_server, ShardAssignment(group, epoch, first, workers), rank, counts
         ):
-            yield batch.collate(task.config.rope, tokenizer.pad_token_id or 0)
+            yield batch.collate(task.config.rope, tokenizer.pad_token_id or 0, task.config.data.packing)
         if any(counts.values()):
             hooks.print_line(
                 f"epoch {epoch}: {counts['truncated']} texts truncated, {counts['skipped']} branches skipped"
@@ -163,7 +163,9 @@ def validation_batches(
     batches = {}
     for branches in metrics.validation_branches if config.rope.patch_rope else [1]:
         own = held_out.batches(branches, config.optimizer.seed)[rank::workers]
-        batches[branches] = [make_batch(samples, config.rope, pad_id) for samples in own]
+        batches[branches] = [
+            make_batch(samples, config.rope, pad_id, packing=config.data.packing) for samples in own
+        ]
     return batches
 
 

@@ -105,7 +105,7 @@ class LoraConfig(FrozenConfig):
 class DataConfig(FrozenConfig):
     """Data, samples and batches."""
 
-    LATER_FIELDS: ClassVar[frozenset[str]] = frozenset({"truncate_side"})
+    LATER_FIELDS: ClassVar[frozenset[str]] = frozenset({"truncate_side", "packing"})
 
     data_path: str = Field(
         min_length=1,
@@ -129,6 +129,9 @@ class DataConfig(FrozenConfig):
     )
     batch_tokens: int | None = Field(
         None, ge=4, description="replaces batch_size: maximum tokens of a batch, padding included"
+    )
+    packing: bool = Field(
+        False, description="lay the samples of a batch side by side in one row, without padding"
     )
     length_window: int = Field(
         32, ge=1, description="batches whose samples are sorted by length together; 1: no sorting"

@@ -61,6 +61,8 @@ class TrainConfig(GroupedConfig):
     @model_validator(mode="after")
     def _check_branches(self) -> Self:
         data = self.data
+        if data.packing and not self.rope.patch_rope:
+            raise ValueError("packing=true: needs the masks of patch_rope=true; drop one of the two")
         if not self.rope.patch_rope and (data.branches_per_sample or data.max_branches_per_sample) != 1:
             raise ValueError(
                 "patch_rope=false: trains one branch per sample; "

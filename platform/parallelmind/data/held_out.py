@@ -10,7 +10,7 @@ import numpy as np
 
 from parallelmind.config import DataConfig
 from parallelmind.data.files import file_parts
-from parallelmind.data.packing import EpochSeed, TokenRecord, batch, pack, take_branches
+from parallelmind.data.packing import EpochSeed, TokenRecord, batch, pack, split
 from parallelmind.data.tokenise import TokenisedRecord, tokenise_part
 from parallelmind.layout import Tokens
 
@@ -91,5 +91,5 @@ def _first_branches(records: Iterable[TokenRecord], pool: int) -> Iterator[Token
         if record.tokens.branches <= pool:
             yield record
         else:
-            yield TokenRecord(take_branches(record.tokens, 0, pool), record.standalone)
+            yield TokenRecord(next(split(record.tokens, pool, len(record.tokens.ids))), record.standalone)
         pool -= record.tokens.branches

@@ -8,12 +8,13 @@ batches exist. The number of batches taken so far determines exactly which ones 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from parallelmind.config import DataConfig, RopeConfig
-from parallelmind.layout import Batch, Ints, Tokens, arrange, collate
+from parallelmind.layout import Batch, Tokens, arrange, collate
+from parallelmind.tree import MAIN, Ints, Tree, divide
 
 # Separate random streams, so that changing one setting leaves the draws of the others unchanged.
 _SHUFFLE, _GROUP, _DELAY, _BATCH = range(4)
@@ -46,9 +47,9 @@ class SampleBatch:
     samples: list[Tokens]
     delays: list[Ints]
 
-    def collate(self, rope: RopeConfig, pad_id: int) -> Batch:
-        """The padded batch for the model."""
-        return make_batch(self.samples, rope, pad_id, self.delays)
+    def collate(self, rope: RopeConfig, pad_id: int, packing: bool = False) -> Batch:
+        """The batch for the model, as `make_batch` makes it."""
+        return make_batch(self.samples, rope, pad_id, self.delays, packing)
 
 
 def sample_batches(
@@ -123,35 +124,30 @@ def _group_size(data: DataConfig, generator: np.random.Generator) -> int:
 
 def merge(samples: Sequence[Tokens]) -> Tokens:
     """One sample with the branches of several samples, none of which has a main."""
-    assert all(sample.lengths[0] == 0 for sample in samples)
+    assert all(sample.lengths[MAIN] == 0 and sample.tree.is_flat for sample in samples)
+    lengths = np.concatenate([[0], *(sample.lengths[1:] for sample in samples)])
     return Tokens(
         np.concatenate([sample.ids for sample in samples]),
-        np.concatenate([[0], *(sample.lengths[1:] for sample in samples)]),
+        lengths,
         np.concatenate([sample.targets for sample in samples]),
+        Tree.flat(len(lengths) - 1),
     )
 
 
 def split(tokens: Tokens, max_branches: int, max_tokens: int) -> Iterator[Tokens]:
-    """Samples of at most `max_branches` branches and `max_tokens` tokens; each repeats main.
+    """Samples of at most `max_branches` branches and `max_tokens` tokens.
 
-    `tokenise` has already skipped a branch that exceeds `max_tokens` together with main.
+    Each repeats main and the segments that its own ones continue; a target is one in its first sample only.
+    What a reduce reads stays together, so a sample may have more branches. `tokenise` has already skipped a
+    segment that exceeds `max_tokens` together with all that it reads.
     """
-    first, total = 0, tokens.lengths[0]
-    for index, length in enumerate(tokens.lengths[1:]):
-        if index > first and (index - first == max_branches or total + length > max_tokens):
-            yield take_branches(tokens, first, index)
-            first, total = index, tokens.lengths[0]
-        total += length
-    yield take_branches(tokens, first, tokens.branches)
-
-
-def take_branches(tokens: Tokens, start: int, stop: int) -> Tokens:
-    """The sample of main and the branches start..stop-1."""
-    main = tokens.lengths[0]
-    ends = np.cumsum(tokens.lengths)
-    kept = np.r_[0:main, ends[start] : ends[stop]]
-    lengths = np.concatenate([[main], tokens.lengths[start + 1 : stop + 1]])
-    return Tokens(tokens.ids[kept], lengths, tokens.targets[kept])
+    if tokens.branches <= max_branches and len(tokens.ids) <= max_tokens:
+        yield tokens
+        return
+    targets = tokens.targets
+    for kept in divide(tokens.lengths.tolist(), tokens.tree, max_branches, max_tokens):
+        yield replace(tokens, targets=targets).take(kept)
+        targets = targets & ~np.repeat(kept, tokens.lengths)
 
 
 def batch(
@@ -161,7 +157,7 @@ def batch(
 
     A batch holds `batch_size` samples (or branches), or at most `batch_tokens` tokens, padding included.
     `length_window` batches' worth of samples are held in memory, sorted by length and cut into batches, which
-    are yielded in random order.
+    are yielded in random order. With packing nothing is padded, so nothing is sorted.
     """
     window: list[Tokens] = []
     tokens = 0
@@ -181,19 +177,22 @@ def batch(
 def _batch_window(
     window: list[Tokens], data: DataConfig, generator: np.random.Generator
 ) -> Iterator[list[Tokens]]:
-    if data.length_window > 1:
+    sorts = data.length_window > 1 and not data.packing
+    if sorts:
         window = sorted(window, key=lambda sample: -len(sample.ids))
     batches: list[list[Tokens]] = []
     for sample in window:
         if not batches or not _fits(batches[-1], sample, data):
             batches.append([])
         batches[-1].append(sample)
-    order = generator.permutation(len(batches)) if data.length_window > 1 else range(len(batches))
+    order = generator.permutation(len(batches)) if sorts else range(len(batches))
     yield from (batches[index] for index in order)
 
 
 def _fits(samples: list[Tokens], sample: Tokens, data: DataConfig) -> bool:
     """Whether one more sample fits into a batch."""
+    if data.batch_tokens is not None and data.packing:
+        return sum(len(member.ids) for member in samples) + len(sample.ids) <= data.batch_tokens
     if data.batch_tokens is not None:
         longest = max(len(member.ids) for member in (*samples, sample))
         return (len(samples) + 1) * longest <= data.batch_tokens
@@ -203,12 +202,16 @@ def _fits(samples: list[Tokens], sample: Tokens, data: DataConfig) -> bool:
 
 
 def make_batch(
-    samples: Sequence[Tokens], rope: RopeConfig, pad_id: int, delays: Sequence[Ints] | None = None
+    samples: Sequence[Tokens],
+    rope: RopeConfig,
+    pad_id: int,
+    delays: Sequence[Ints] | None = None,
+    packing: bool = False,
 ) -> Batch:
-    """The padded batch of the samples.
+    """The batch of the samples: padded rows, or with packing a single row.
 
     delays: one `[branches]` array per sample, extra time before each branch; None for no extra time.
     """
     delay_of: Sequence[Ints | None] = [None] * len(samples) if delays is None else delays
     layouts = [arrange(sample, rope, delay) for sample, delay in zip(samples, delay_of, strict=True)]
-    return collate(layouts, pad_id)
+    return collate(layouts, pad_id, packing)

@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 from parallelmind.data.packing import TokenRecord
 from parallelmind.data.tokenise import TokenisedRecord
 from parallelmind.layout import Tokens
+from parallelmind.tree import Tree
 
-_TOKEN_COLUMNS = {"ids": pa.int32(), "lengths": pa.int32(), "targets": pa.bool_()}  # the fields of `Tokens`
+_TOKEN_COLUMNS = {"ids": pa.int32(), "lengths": pa.int32(), "targets": pa.bool_()}  # fields of `Tokens`
+_TREE_COLUMNS = {"parents": pa.int32(), "is_reduce": pa.bool_()}  # fields of `Tree`
 _COUNT_COLUMNS = ("truncated", "skipped")
 _SCHEMA = pa.schema(
     [
-        *((name, pa.list_(kind)) for name, kind in _TOKEN_COLUMNS.items()),
+        *((name, pa.list_(kind)) for name, kind in {**_TOKEN_COLUMNS, **_TREE_COLUMNS}.items()),
         ("standalone", pa.bool_()),
         *((name, pa.int32()) for name in _COUNT_COLUMNS),
     ]
@@ -27,12 +29,14 @@ _SCHEMA = pa.schema(
 
 def to_table(records: Iterable[TokenisedRecord]) -> pa.Table:
     """Tokenised records as one table. A record without a remaining branch has empty lists."""
-    no_tokens = Tokens(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, bool))
+    no_ints, no_bools = np.empty(0, np.int64), np.empty(0, bool)
+    no_tokens = Tokens(no_ints, no_ints, no_bools, Tree(no_ints, no_bools))
     columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
     for record in records:
         tokens = record.tokens or no_tokens
-        for name, kind in _TOKEN_COLUMNS.items():
-            columns[name].append(getattr(tokens, name).astype(kind.to_pandas_dtype()))
+        for source, kinds in ((tokens, _TOKEN_COLUMNS), (tokens.tree, _TREE_COLUMNS)):
+            for name, kind in kinds.items():
+                columns[name].append(getattr(source, name).astype(kind.to_pandas_dtype()))
         for name in ("standalone", *_COUNT_COLUMNS):
             columns[name].append(getattr(record, name))
     return pa.table(columns, schema=_SCHEMA)
@@ -43,10 +47,12 @@ def from_tables(tables: Iterable[pa.Table], counts: Counter[str]) -> Iterator[To
     for table in tables:
         if not table.num_rows:
             continue
-        lists = [_arrays(table.column(name)) for name in _TOKEN_COLUMNS]
+        lists = [_arrays(table.column(name)) for name in (*_TOKEN_COLUMNS, *_TREE_COLUMNS)]
         for *arrays, standalone in zip(*lists, table.column("standalone").to_pylist(), strict=True):
             if len(arrays[0]):
-                yield TokenRecord(Tokens(*arrays), standalone)
+                ids, lengths, targets, parents, is_reduce = arrays
+                tree = Tree(parents, is_reduce)
+                yield TokenRecord(Tokens(ids, lengths, targets, tree), standalone)
         for name in _COUNT_COLUMNS:
             counts[name] += int(np.sum(table.column(name).to_numpy()))
 

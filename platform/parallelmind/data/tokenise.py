@@ -16,7 +16,8 @@ from parallelmind.data.packing import TokenRecord
 from parallelmind.data.records import Record, Spans, TextOrIds
 from parallelmind.data.survey import read_records
 from parallelmind.errors import UserError
-from parallelmind.layout import Mask, Tokens
+from parallelmind.layout import Tokens
+from parallelmind.tree import Mask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from parallelmind.engine.batch import AttentionSegment
-from parallelmind.layout import Ints
 from parallelmind.model.attention import length_bucket
 from parallelmind.model.hf_compat import AttentionBackend
+from parallelmind.tree import Ints
 from parallelmind.visibility import AttentionWindow
 
 

@@ -14,35 +14,34 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from parallelmind.config import Visibility
 from parallelmind.engine.block_manager import BlockTable
 from parallelmind.engine.scheduler import ScheduledGroup
-from parallelmind.engine.sequence_group import SequenceGroup, sequence_runs
-from parallelmind.layout import MAIN, Ints
-from parallelmind.visibility import RULES, AttentionWindow, effective_penalty, is_sibling
+from parallelmind.engine.sequence_group import SequenceGroup, segment_runs
+from parallelmind.tree import MAIN, Ints, relations
+from parallelmind.visibility import AttentionWindow, relation_scores
 
 
 @dataclass(frozen=True, slots=True)
 class TokenMeta:
-    """Metadata for masks: `[tokens]` cache slots, time coordinates and sequence numbers."""
+    """Metadata for masks: `[tokens]` cache slots, time coordinates and segment numbers."""
 
     slots: Ints
     time: Ints
-    sequence: Ints
+    segment: Ints
 
     @staticmethod
     def of(tables: Sequence[BlockTable]) -> TokenMeta:
         """All tokens of these block tables."""
         if len(tables) == 1:
-            return TokenMeta(tables[0].slots, tables[0].time, tables[0].sequence)
+            return TokenMeta(tables[0].slots, tables[0].time, tables[0].segment)
         return TokenMeta(
             np.concatenate([table.slots for table in tables]),
             np.concatenate([table.time for table in tables]),
-            np.concatenate([table.sequence for table in tables]),
+            np.concatenate([table.segment for table in tables]),
         )
 
     def at(self, index: Ints) -> TokenMeta:
-        return TokenMeta(self.slots[index], self.time[index], self.sequence[index])
+        return TokenMeta(self.slots[index], self.time[index], self.segment[index])
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,34 +51,27 @@ class AttentionSegment:
     query_indices: `[queries]` indices into the batch.
     queries: `[queries]` metadata of these tokens.
     keys: `[keys]` metadata of the tokens in the cache.
-    penalty: subtracted from the scores of sibling keys.
-    own_branch: whether the keys are those of the queries' own branch, stored apart from main. A token is in
-        at most one segment for each value.
+    scores: `[segments, segments]` summand of the scores for a query's and a key's segment of the sample.
+    own_branch: whether the keys belong to the queries' branch, apart from main. A token is in at most one
+        segment for each value.
     """
 
     query_indices: Ints
     queries: TokenMeta
     keys: TokenMeta
-    visibility: Visibility
-    penalty: float
+    scores: NDArray[np.float32]
     own_branch: bool = False
 
     def bias(self, window: AttentionWindow) -> NDArray[np.float32]:
         """`[queries, keys]` summand of the scores; minus infinity where the key is not visible."""
-        visible = self.is_visible(window)
-        if not self.penalty:
-            return np.where(visible, np.float32(0), np.float32(-np.inf))
-        sibling = is_sibling(self.queries.sequence[:, None], self.keys.sequence)
-        seen = np.where(sibling, np.float32(-self.penalty), np.float32(0))
-        return np.where(visible, seen, np.float32(-np.inf))
-
-    def is_visible(self, window: AttentionWindow) -> NDArray[np.bool_]:
-        """`[queries, keys]` whether the query attends to the key."""
-        time, sequence = self.queries.time[:, None], self.queries.sequence[:, None]
-        visible = RULES[self.visibility](time, sequence, self.keys.time, self.keys.sequence)
-        visible = visible | (self.queries.slots[:, None] == self.keys.slots)
+        time = self.queries.time[:, None]
+        is_itself = self.queries.slots[:, None] == self.keys.slots
+        visible = (self.keys.time < time) | is_itself
         in_window = window.within(time, self.keys.time)
-        return visible if in_window is None else visible & in_window
+        if in_window is not None:
+            visible = visible & in_window
+        scores = self.scores[self.queries.segment][:, self.keys.segment]
+        return np.where(visible, scores, np.float32(-np.inf))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +98,7 @@ class ModelInput:
         slots, segments = [], []
         for start, (group, tokens) in zip(starts, scheduled, strict=True):
             slots.append(group.assign_slots(tokens))
-            queries = TokenMeta(slots[-1], tokens.time, tokens.sequence)
+            queries = TokenMeta(slots[-1], tokens.time, tokens.segment)
             segments += attention_segments(group, queries, start)
         indices = [
             start + tokens.logits_indices for start, (_, tokens) in zip(starts, scheduled, strict=True)
@@ -149,24 +141,18 @@ def attention_segments(group: SequenceGroup, queries: TokenMeta, start: int) -> 
 
     start: index of the first of these tokens in the batch.
     """
-    visibility, penalty = group.config.visibility, effective_penalty(group.config)
-    main_table, *branch_tables = group.block_tables
-    reads_all = np.array([False, *(branch.reads_all for branch in group.branches)])[queries.sequence]
+    config, (main_table, *branch_tables) = group.config, group.block_tables
+    scores = relation_scores(config.visibility, config.sibling_penalty)[relations(group.tree)]
     index = np.arange(len(queries.slots))
 
-    def segment(index: Ints, keys: TokenMeta, visibility: Visibility, own: bool = False) -> AttentionSegment:
-        return AttentionSegment(start + index, queries.at(index), keys, visibility, penalty, own)
+    def attend(queried: Ints, tables: Sequence[BlockTable], own: bool = False) -> AttentionSegment:
+        return AttentionSegment(start + queried, queries.at(queried), TokenMeta.of(tables), scores, own)
 
-    segments = []
-    if reads_all.any():
-        all_tokens = TokenMeta.of([main_table, *branch_tables])
-        segments.append(segment(index[reads_all], all_tokens, "columnar"))
-    if main_table.length and not reads_all.all():
-        segments.append(segment(index[~reads_all], TokenMeta.of([main_table]), visibility))
+    segments = [attend(index, [main_table])] if main_table.length else []
     if not group.free_order:
         return segments
-    for sequence, run in sequence_runs(queries.sequence):
-        if sequence != MAIN and not reads_all[run.start]:
-            own_tokens = TokenMeta.of([branch_tables[sequence - 1]])
-            segments.append(segment(index[run], own_tokens, visibility, own=True))
+    for number, run in segment_runs(queries.segment):
+        if number != MAIN:
+            read = np.flatnonzero(scores[number, 1:] > -np.inf)
+            segments.append(attend(index[run], [branch_tables[branch] for branch in read], own=True))
     return segments

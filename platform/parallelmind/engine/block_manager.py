@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from parallelmind.layout import Ints
+from parallelmind.tree import Ints
 
 BLOCK = 16  # tokens
 
@@ -36,34 +36,34 @@ def prefix_keys(ids: Ints, adapter_version: str) -> list[bytes]:
 class BlockTable:
     """The blocks of a growing sequence of tokens.
 
-    slots, time, sequence: `[length]`, the cache slot of each token, and the values that masks depend on.
+    slots, time, segment: `[length]`, the cache slot of each token, and the values that masks depend on.
     """
 
     def __init__(self, blocks: list[int]) -> None:
         self.blocks, self.length = blocks, 0
         self._slots = _slots_of(blocks)
-        self._time, self._sequence = np.zeros((2, len(self._slots)), np.int64)
+        self._time, self._segment = np.zeros((2, len(self._slots)), np.int64)
 
-    def append(self, time: Ints, sequence: Ints) -> Ints:
+    def append(self, time: Ints, segment: Ints) -> Ints:
         """Append tokens that are about to be computed; returns their slots."""
         start, self.length = self.length, self.length + len(time)
-        self._time[start : self.length], self._sequence[start : self.length] = time, sequence
+        self._time[start : self.length], self._segment[start : self.length] = time, segment
         return self.slots[start:]
 
     def extend(self, blocks: list[int]) -> None:
         """Append blocks."""
         self.blocks = self.blocks + blocks
         self._slots = np.append(self._slots, _slots_of(blocks))
-        self._time, self._sequence = (
-            np.pad(values, (0, len(blocks) * BLOCK)) for values in (self._time, self._sequence)
+        self._time, self._segment = (
+            np.pad(values, (0, len(blocks) * BLOCK)) for values in (self._time, self._segment)
         )
 
     def trim(self, max_tokens: int) -> list[int]:
         """Remove and return the blocks that a sequence of at most `max_tokens` does not need."""
         kept = max(blocks_for(max_tokens), blocks_for(self.length))
         removed, self.blocks = self.blocks[kept:], self.blocks[:kept]
-        self._slots, self._time, self._sequence = (
-            values[: kept * BLOCK] for values in (self._slots, self._time, self._sequence)
+        self._slots, self._time, self._segment = (
+            values[: kept * BLOCK] for values in (self._slots, self._time, self._segment)
         )
         return removed
 
@@ -86,8 +86,8 @@ class BlockTable:
         return self._time[: self.length]
 
     @property
-    def sequence(self) -> Ints:
-        return self._sequence[: self.length]
+    def segment(self) -> Ints:
+        return self._segment[: self.length]
 
 
 def _slots_of(blocks: list[int]) -> Ints:

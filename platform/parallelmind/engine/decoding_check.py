@@ -18,8 +18,9 @@ from parallelmind.engine.model_runner import Model
 from parallelmind.engine.request import Sample
 from parallelmind.engine.sampler import SampledToken, SamplingRow
 from parallelmind.engine.scheduler import EngineConfig
-from parallelmind.layout import Layout
-from parallelmind.model.mask import attention_masks
+from parallelmind.layout import Layout, collate
+from parallelmind.model.inputs import decoder_inputs, to_tensors
+from parallelmind.model.structure import causal_lm
 
 # Token ids of the checked sample. Every vocabulary has them, and their text does not matter.
 CHECK_MAIN = [5, 6, 7, 8, 9, 10, 11, 12]
@@ -69,20 +70,11 @@ class LogitRecorder(Engine):
 def layout_logits(model: Model, layout: Layout, config: RopeConfig) -> list[Tensor]:
     """Logits of a whole sample from one forward pass.
 
-    Returns one `[length, vocab]` tensor for main and for every branch.
+    Returns one `[length, vocab]` tensor for every segment, main first.
     """
-    ids, sequence, branch, time, position = (
-        torch.from_numpy(values)[None].to(model.device)
-        for values in (layout.ids, layout.sequence, layout.branch, layout.time, layout.position)
-    )
-    logits = model(
-        input_ids=ids,
-        attention_mask=attention_masks(model, time, sequence, config.visibility),
-        position_ids=position,
-        pos2d=torch.stack([branch, time], dim=-1),
-        use_cache=False,
-    ).logits[0]
-    return [logits[sequence[0] == number] for number in range(int(sequence.max()) + 1)]
+    inputs = to_tensors(collate([layout], pad_id=0), model.device)
+    logits = model(**decoder_inputs(causal_lm(model), inputs, config.visibility)).logits[0]
+    return [logits[inputs.segment[0] == number] for number in range(layout.tree.segments)]
 
 
 def relative_distance(logits: Tensor, expected: Tensor) -> float:

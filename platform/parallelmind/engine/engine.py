@@ -28,11 +28,11 @@ from parallelmind.engine.sequential_runner import SequentialRunner
 from parallelmind.engine.tokenization import eos_token_ids, tokenize, tokenize_request
 from parallelmind.engine.validation import check_added_branch, check_request
 from parallelmind.errors import UserError, first_line
-from parallelmind.layout import Ints
 from parallelmind.model import forward_context
 from parallelmind.model.patch import is_patched, rope_config
 from parallelmind.model.structure import causal_lm
 from parallelmind.model.support import assess
+from parallelmind.tree import Ints
 
 GroupBranch = tuple[SequenceGroup, BranchState]
 
@@ -71,7 +71,7 @@ class Engine:
         self.rope_config = rope_config(model) if is_patched(model) else _UNPATCHED
         self.fallback_reason = None if is_patched(model) else assess(causal_lm(model)).reason
         self.runner = SequentialRunner(model) if self.fallback_reason else ModelRunner(model)
-        self.config = self.runner.resolve_config(config, self.rope_config, num_engines)
+        self.config = self.runner.resolve_config(config, num_engines)
         self.scheduler = Scheduler(self.config, reuse_prefixes=not self.fallback_reason)
         self.state_lock = RLock()
         # Held while the model is in use: engines that share a model, in other threads too, take turns.

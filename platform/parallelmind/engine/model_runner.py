@@ -14,7 +14,6 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from parallelmind.config import RopeConfig
 from parallelmind.engine.attention import CascadeAttention, additive_mask, dense_masks
 from parallelmind.engine.batch import AttentionSegment, ModelInput, TokenMeta
 from parallelmind.engine.block_manager import BLOCK
@@ -116,27 +115,25 @@ class ModelRunner:
     def free(self, group: SequenceGroup, branch: BranchState) -> None:
         """Do nothing for a finished branch: the scheduler frees its blocks."""
 
-    def resolve_config(
-        self, config: EngineConfig | None, rope_config: RopeConfig, num_engines: int
-    ) -> EngineConfig:
+    def resolve_config(self, config: EngineConfig | None, num_engines: int) -> EngineConfig:
         """`config` if it is given, else a cache of half of the free memory, divided by `num_engines`."""
-        config = config or EngineConfig(cache_tokens=self._cache_tokens_that_fit(rope_config, num_engines))
+        config = config or EngineConfig(cache_tokens=self._cache_tokens_that_fit(num_engines))
         self.cache.max_slots = config.cache_tokens
         return config
 
-    def _cache_tokens_that_fit(self, rope_config: RopeConfig, num_engines: int) -> int:
-        self(self._probe_input(rope_config))
+    def _cache_tokens_that_fit(self, num_engines: int) -> int:
+        self(self._probe_input())
         bytes_per_token = self.cache.bytes_per_token()
         self.cache.reset()
         on_gpu = self.model.device.type == "cuda"
         free = torch.cuda.mem_get_info()[0] if on_gpu else _free_memory(_CGROUP)
         return min(max(free // 2 // num_engines // bytes_per_token, BLOCK), _MAX_CACHE_TOKENS)
 
-    def _probe_input(self, rope_config: RopeConfig) -> ModelInput:
+    def _probe_input(self) -> ModelInput:
         """One token of a single branch, to measure the memory that the cache takes for a token."""
         zeros = np.zeros(1, np.int64)
-        token = TokenMeta(slots=zeros, time=zeros, sequence=zeros + 1)
-        segment = AttentionSegment(zeros, token, token, rope_config.visibility, penalty=0.0)
+        token = TokenMeta(slots=zeros, time=zeros, segment=zeros + 1)
+        segment = AttentionSegment(zeros, token, token, scores=np.zeros((2, 2), np.float32))
         self.cache.reserve(BLOCK)
         return ModelInput(zeros, zeros, zeros, zeros, zeros, zeros, [segment])
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers.generation import logits_process as hf
 
 from parallelmind.engine.sampling_params import MAX_LOGPROBS, SamplingParams
-from parallelmind.layout import Ints
 from parallelmind.model.hf_compat import process_rows
+from parallelmind.tree import Ints
 
 _NO_TOKEN = -1  # in a tensor of token ids
 _SMALLEST, _LARGEST = 1e-15, 1e15  # settings within these bounds keep scores finite in float32

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from parallelmind.engine.block_manager import BlockTable
 from parallelmind.engine.output import FinishReason, OutputProcessor
 from parallelmind.engine.sampling_params import SamplingParams
-from parallelmind.layout import Ints
+from parallelmind.tree import Ints
 
 
 @dataclass(eq=False, slots=True)
@@ -20,7 +20,6 @@ class BranchState:
     start_time: time coordinate of the first prompt token.
     seed: `params.seed`, or that of the sample.
     output: turns decoded tokens into text and detects the end.
-    reads_all: attends to every earlier token of the sample, regardless of visibility (the reduce branch).
     num_prompt: tokens of the prompt.
     num_prefill: tokens to compute before the branch decodes: the prompt, and tokens of another engine.
     num_computed: tokens that a step has computed or is computing.
@@ -34,7 +33,6 @@ class BranchState:
     params: SamplingParams
     seed: int
     output: OutputProcessor
-    reads_all: bool = False
     num_prompt: int = field(init=False)
     num_prefill: int = field(init=False)
     num_computed: int = 0
@@ -92,7 +90,7 @@ class BranchState:
 class ScheduledTokens:
     """Tokens of one sample that the next step computes. The first five are `[tokens]`, in physical order.
 
-    sequence: 0 for main, 1..N for the branches.
+    segment: 0 for main, 1..N for the branches.
     branch, time: the pos2d coordinates.
     position: the coordinate of the rotary pairs that pos2d does not drive.
     logits_indices: `[sampled]` tokens whose logits are needed.
@@ -100,7 +98,7 @@ class ScheduledTokens:
     """
 
     ids: Ints
-    sequence: Ints
+    segment: Ints
     branch: Ints
     time: Ints
     position: Ints

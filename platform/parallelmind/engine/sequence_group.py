@@ -13,16 +13,8 @@ from parallelmind.engine.output import OutputProcessor
 from parallelmind.engine.request import TokenizedRequest
 from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.engine.sequence import BranchState, ScheduledTokens
-from parallelmind.layout import (
-    MAIN,
-    Ints,
-    Layout,
-    Tokens,
-    arrange,
-    branch_coordinates,
-    is_free_order,
-    start_times,
-)
+from parallelmind.layout import Layout, Tokens, arrange, is_free_order, start_times
+from parallelmind.tree import MAIN, Ints, Tree, branch_coordinates
 
 OutputFactory = Callable[[Sequence[int], SamplingParams], OutputProcessor]  # given a branch's prompt
 
@@ -59,12 +51,14 @@ class SequenceGroup:
         self.reduce = request.reduce
         self._seed, self._make_output = seed, make_output
 
-        main, *prompts = request.tokens.split()
+        tokens = request.tokens
+        main, *prompts = tokens.split()
         self.main = np.array(main, dtype=np.int64)
         self.branches: list[BranchState] = []
-        starts = start_times(request.tokens.lengths, config.align_to)[1:].tolist()
+        starts = start_times(tokens.lengths, tokens.tree, config.align_to)[1:].tolist()
         for prompt, params, start in zip(prompts, request.params, starts, strict=True):
             self._append_branch(prompt, params, start)
+        self._reduce_started = False
         self.num_main_computed = self.next_column = 0
 
         self.block_table: BlockTable | None = None
@@ -90,7 +84,17 @@ class SequenceGroup:
 
     @property
     def reduce_started(self) -> bool:
-        return any(branch.reads_all for branch in self.branches)
+        return self._reduce_started
+
+    @property
+    def tree(self) -> Tree:
+        """The shape of the sample as it is now."""
+        return Tree.flat(len(self.branches) - self.reduce_started, self.reduce_started)
+
+    @property
+    def branch_coordinates(self) -> Ints:
+        """`[segments]` branch coordinate of main and of every branch."""
+        return branch_coordinates(self.tree, len(self.main) > 0, self.config.branch_stride)
 
     @property
     def num_waiting_prefill(self) -> int:
@@ -117,7 +121,7 @@ class SequenceGroup:
         branch = self._append_branch(
             spec.token_ids, spec.params, max(branch.end_time for branch in self.branches)
         )
-        branch.reads_all = True
+        self._reduce_started = True
         if self.block_table is not None:
             blocks, self.reduce_blocks = self.reduce_blocks, []
             self.add_blocks(branch, blocks)
@@ -134,16 +138,15 @@ class SequenceGroup:
 
     def pos2d(self, branch: BranchState, index: int = 0) -> tuple[int, int]:
         """Branch and time coordinates of a branch's token, counted from the first token of its prompt."""
-        sequence = np.array(branch.index + 1)
-        coordinate = branch_coordinates(sequence, len(self.main) > 0, self.config.branch_stride)
-        return int(coordinate), branch.start_time + index
+        return int(self.branch_coordinates[branch.index + 1]), branch.start_time + index
 
     def final_layout(self) -> Layout:
         """Layout of main and of all branches as they are now, each at its start time."""
-        tokens = Tokens.of(self.main.tolist(), [branch.token_ids for branch in self.branches])
+        segments = [self.main.tolist(), *(branch.token_ids for branch in self.branches)]
+        tree = self.tree
+        starts = np.array([branch.start_time for branch in self.branches])[: tree.branches]
         aligned_left = self.config.model_copy(update={"align_to": "left"})
-        starts = np.array([branch.start_time for branch in self.branches])
-        return arrange(tokens, aligned_left, delays=starts - len(self.main))
+        return arrange(Tokens.of_tree(segments, tree), aligned_left, delays=starts - len(self.main))
 
     def _append_branch(self, token_ids: Sequence[int], params: SamplingParams, start: int) -> BranchState:
         seed = self._seed if params.seed is None else params.seed
@@ -222,17 +225,17 @@ class SequenceGroup:
         """Append scheduled tokens to their block tables; returns their `[tokens]` slots in the cache."""
         assert self.block_table is not None, "only admitted samples are scheduled"
         if not self.free_order:
-            return self.block_table.append(tokens.time, tokens.sequence)
+            return self.block_table.append(tokens.time, tokens.segment)
         slots = []
-        for sequence, index in sequence_runs(tokens.sequence):
-            table = self.block_table if sequence == MAIN else self.branches[sequence - 1].block_table
+        for segment, index in segment_runs(tokens.segment):
+            table = self.block_table if segment == MAIN else self.branches[segment - 1].block_table
             assert table is not None, "branches have block tables of their own in free order"
-            slots.append(table.append(tokens.time[index], tokens.sequence[index]))
+            slots.append(table.append(tokens.time[index], tokens.segment[index]))
         return np.concatenate(slots)
 
 
-def sequence_runs(sequence: Ints) -> list[tuple[int, slice]]:
-    """Runs of equal values: the tokens of each sequence, which stand side by side in free order."""
-    cuts = np.flatnonzero(np.diff(sequence)) + 1
-    bounds = [0, *cuts.tolist(), len(sequence)]
-    return [(int(sequence[first]), slice(first, last)) for first, last in pairwise(bounds) if last > first]
+def segment_runs(segment: Ints) -> list[tuple[int, slice]]:
+    """Runs of equal values: the tokens of each segment, which stand side by side in free order."""
+    cuts = np.flatnonzero(np.diff(segment)) + 1
+    bounds = [0, *cuts.tolist(), len(segment)]
+    return [(int(segment[first]), slice(first, last)) for first, last in pairwise(bounds) if last > first]

@@ -15,15 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallelmind.config import RopeConfig
 from parallelmind.engine.model_runner import Model
 from parallelmind.engine.scheduler import EngineConfig, ScheduledGroup
 from parallelmind.engine.sequence import BranchState
 from parallelmind.engine.sequence_group import SequenceGroup
 from parallelmind.errors import UserError
-from parallelmind.layout import MAIN, Ints
 from parallelmind.model.hf_compat import is_stateful
 from parallelmind.model.structure import causal_lm, eval_mode
+from parallelmind.tree import MAIN, Ints
 
 # Names under which the forward methods of transformers take and return their state.
 _STATE_NAMES = ("past_key_values", "cache_params", "state")
@@ -50,21 +49,19 @@ class SequentialRunner:
                 "choose another model"
             )
         self._state_name, self._is_recurrent = names[0], is_stateful(inner)
-        self._states: dict[SequenceGroup, dict[int, Any]] = {}  # by sequence number, main included
+        self._states: dict[SequenceGroup, dict[int, Any]] = {}  # by segment number, main included
 
     def set_model(self, model: Model) -> None:
         """Set the model again after an adapter was added or removed."""
         self.model = model
 
-    def resolve_config(
-        self, config: EngineConfig | None, rope_config: RopeConfig, num_engines: int
-    ) -> EngineConfig:
+    def resolve_config(self, config: EngineConfig | None, num_engines: int) -> EngineConfig:
         """`config` or a default, with unlimited prefill: recurrent models need prompts in one piece."""
         config = config or EngineConfig(cache_tokens=_CACHE_TOKENS)
         return replace(config, max_prefill_tokens=config.cache_tokens)
 
     def prepare_inputs(self, scheduled: Sequence[ScheduledGroup]) -> Sequence[ScheduledGroup]:
-        """Return the scheduled tokens as they are: each sequence has a state of its own."""
+        """Return the scheduled tokens as they are: each segment has a state of its own."""
         return scheduled
 
     @torch.inference_mode()
@@ -74,9 +71,9 @@ class SequentialRunner:
         for group, tokens in scheduled:
             states, last_logits = self._states.setdefault(group, {}), {}
             try:
-                for sequence in sorted(set(tokens.sequence.tolist())):
-                    ids = tokens.ids[tokens.sequence == sequence]
-                    last_logits[sequence - 1] = self._forward(states, sequence, ids)
+                for segment in sorted(set(tokens.segment.tolist())):
+                    ids = tokens.ids[tokens.segment == segment]
+                    last_logits[segment - 1] = self._forward(states, segment, ids)
             finally:
                 for branch in group.branches:
                     if not branch.is_running:  # it may have been cancelled since it was scheduled
@@ -84,9 +81,9 @@ class SequentialRunner:
             logits += [last_logits[branch] for branch in tokens.sampled_branches.tolist()]
         return torch.stack(logits) if logits else torch.empty(0, 1)
 
-    def _forward(self, states: dict[int, Any], sequence: int, ids: Ints) -> Tensor:
-        """`[vocab]` logits after the last of these tokens; updates the state of the sequence."""
-        state = states.get(sequence)
+    def _forward(self, states: dict[int, Any], segment: int, ids: Ints) -> Tensor:
+        """`[vocab]` logits after the last of these tokens; updates the state of the segment."""
+        state = states.get(segment)
         state = deepcopy(states.get(MAIN)) if state is None else state
         # Some recurrent models scan several tokens from the beginning only: continue token by token.
         one_by_one = self._is_recurrent and state is not None
@@ -95,7 +92,7 @@ class SequentialRunner:
             for chunk in row.split(1 if one_by_one else len(ids), dim=1):
                 out = self.model(input_ids=chunk, use_cache=True, **{self._state_name: state})
                 state = getattr(out, self._state_name)
-        states[sequence] = state
+        states[segment] = state
         logits: Tensor = out.logits[0, -1]
         return logits
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from parallelmind.engine.sequence import BranchState, ScheduledTokens
 from parallelmind.engine.sequence_group import SequenceGroup
-from parallelmind.layout import Ints, branch_coordinates
+from parallelmind.tree import Ints
 
 
 def schedule_tokens(group: SequenceGroup, budget: int) -> ScheduledTokens:
@@ -51,7 +51,7 @@ def _gather(group: SequenceGroup, num_main: int, counts: Ints, num_computed: Int
     main = np.arange(group.num_main_computed, group.num_main_computed + num_main)
     of_branch = np.repeat(np.arange(len(counts)), counts)
     index = np.arange(len(of_branch)) + np.repeat(num_computed - np.cumsum(counts) + counts, counts)
-    sequence = np.concatenate([np.zeros_like(main), of_branch + 1])
+    segment = np.concatenate([np.zeros_like(main), of_branch + 1])
     time = np.concatenate([main, _per_branch(branches, "start_time")[of_branch] + index])
     ids = np.concatenate([group.main[main], _next_ids(branches, counts)])
     is_last = index == _per_branch(branches, "num_tokens")[of_branch] - 1
@@ -59,18 +59,18 @@ def _gather(group: SequenceGroup, num_main: int, counts: Ints, num_computed: Int
         [np.zeros(num_main, bool), _per_branch(branches, "is_running").astype(bool)[of_branch] & is_last]
     )
     if not group.free_order:
-        order = np.lexsort((sequence, time))
-        sequence, time, ids, needs_logits = sequence[order], time[order], ids[order], needs_logits[order]
+        order = np.lexsort((segment, time))
+        segment, time, ids, needs_logits = segment[order], time[order], ids[order], needs_logits[order]
     num_before = group.num_main_computed + int(num_computed.sum())
     logits_indices = np.flatnonzero(needs_logits)
     return ScheduledTokens(
         ids=ids,
-        sequence=sequence,
-        branch=branch_coordinates(sequence, len(group.main) > 0, config.branch_stride),
+        segment=segment,
+        branch=group.branch_coordinates[segment],
         time=time,
         position=time if config.positions == "time" else num_before + np.arange(len(time)),
         logits_indices=logits_indices,
-        sampled_branches=sequence[logits_indices] - 1,
+        sampled_branches=segment[logits_indices] - 1,
     )
 
 
@@ -79,7 +79,7 @@ def _free_order_counts(group: SequenceGroup, budget: int) -> Ints:
     branches = group.branches
     num_computed = _per_branch(branches, "num_computed")
     left = _per_branch(branches, "num_tokens") - num_computed
-    if not any(branch.reads_all and branch.is_running for branch in branches):
+    if not (group.reduce_started and branches[-1].is_running):
         # No branch attends to the last token of a finished branch.
         left[_per_branch(branches, "is_running") == 0] = 0
     budget -= len(group.main) - group.num_main_computed

@@ -30,7 +30,7 @@ def check_request(
         raise UserError(
             f"reduce: the model {fallback_reason}, so no branch can read the others; leave reduce out"
         )
-    starts = start_times(tokens.lengths, config.align_to)[1:].tolist()
+    starts = start_times(tokens.lengths, tokens.tree, config.align_to)[1:].tolist()
     prompts = tokens.lengths[1:].tolist()
     new_tokens = [params.max_new_tokens for params in request.params]
     ends = [sum(lengths) for lengths in zip(starts, prompts, new_tokens, strict=True)]

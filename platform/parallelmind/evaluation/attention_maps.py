@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from parallelmind.data.packing import make_batch
 from parallelmind.engine.model_runner import Model
 from parallelmind.errors import UserError
-from parallelmind.layout import MAIN, Tokens
+from parallelmind.layout import Tokens
+from parallelmind.model.inputs import decoder_inputs, to_tensors
 from parallelmind.model.patch import is_patched, rope_config
 from parallelmind.model.structure import causal_lm, decoder
-from parallelmind.training.loss import decoder_inputs, to_tensors
+from parallelmind.tree import MAIN
 
 QueryTokens = Literal["last", "all"]
 
@@ -24,13 +25,13 @@ QueryTokens = Literal["last", "all"]
 class AttentionMap:
     """Attention of the query tokens of one branch, averaged over heads and queries.
 
-    weights: `[layers, 1 + N, times]`, attention to the token at (sequence, time); sequence 0 is main, NaN
-    where there is no token. query_sequence: sequence of the query branch. query_times: times of the query
+    weights: `[layers, 1 + N, times]`, attention to the token at (segment, time); segment 0 is main, NaN
+    where there is no token. query_segment: segment of the query branch. query_times: times of the query
     tokens.
     """
 
     weights: NDArray[np.float32]
-    query_sequence: int
+    query_segment: int
     query_times: list[int]
 
     def shares(self) -> NDArray[np.float32]:
@@ -39,8 +40,8 @@ class AttentionMap:
         A row sums to 1, except for models whose attention has a sink.
         """
         by_sequence = np.nansum(self.weights, axis=2)  # [layers, 1 + N]
-        siblings = np.delete(by_sequence, [MAIN, self.query_sequence], axis=1).sum(axis=1)
-        return np.stack([by_sequence[:, MAIN], by_sequence[:, self.query_sequence], siblings], axis=1)
+        siblings = np.delete(by_sequence, [MAIN, self.query_segment], axis=1).sum(axis=1)
+        return np.stack([by_sequence[:, MAIN], by_sequence[:, self.query_segment], siblings], axis=1)
 
 
 @torch.inference_mode()
@@ -62,8 +63,8 @@ def attention_map(
         )
     config, inner = rope_config(model), causal_lm(model)
     batch = make_batch([tokens], config, pad_id=0)
-    sequence, time = batch.sequence[0], batch.pos2d[0, :, 1]  # [tokens] each
-    queries = np.flatnonzero(sequence == branch + 1)[0 if query_tokens == "all" else -1 :]
+    segment, time = batch.segment[0], batch.pos2d[0, :, 1]  # [tokens] each
+    queries = np.flatnonzero(segment == branch + 1)[0 if query_tokens == "all" else -1 :]
     inputs = decoder_inputs(inner, to_tensors(batch, inner.device), config.visibility)
     # One [1, heads, tokens, tokens] tensor per layer.
     attentions = getattr(decoder(inner)(**inputs, output_attentions=True), "attentions", None)
@@ -74,5 +75,5 @@ def attention_map(
     weights = np.full((len(attentions), 1 + tokens.branches, int(time.max()) + 1), np.nan, dtype=np.float32)
     query_index = torch.from_numpy(queries)
     for number, layer in enumerate(attentions):
-        weights[number, sequence, time] = layer[0, :, query_index].float().mean(dim=(0, 1)).cpu().numpy()
+        weights[number, segment, time] = layer[0, :, query_index].float().mean(dim=(0, 1)).cpu().numpy()
     return AttentionMap(weights, branch + 1, time[queries].tolist())

@@ -125,15 +125,15 @@ def check_siblings(model: PreTrainedModel) -> None:
     for config in configs:
         with patched(model, config):
             layout = arrange(Tokens.of(MAIN, BRANCHES), config)
-            change_time = int(layout.time[layout.sequence == 1][changed_token])
+            change_time = int(layout.time[layout.segment == 1][changed_token])
             before, after = sample_logits(model, config), sample_logits(model, config, changed)
         check_differ(before[1][1:], after[1][1:], "a branch whose token was changed")
-        for sequence in (0, 2, 3):
-            time = torch.from_numpy(np.sort(layout.time[layout.sequence == sequence]))
+        for segment in (0, 2, 3):
+            time = torch.from_numpy(np.sort(layout.time[layout.segment == segment]))
             unaffected = time <= change_time if config.visibility == "columnar" else time >= 0
             check_close(
-                before[sequence][unaffected],
-                after[sequence][unaffected],
+                before[segment][unaffected],
+                after[segment][unaffected],
                 f"logits before and after a change in a sibling ({config})",
             )
         if config.visibility == "columnar":

@@ -57,11 +57,11 @@ def sample_logits(
 ) -> list[Tensor]:
     """Logits of one forward pass over MAIN and `branches`, as one `[length, vocab]` tensor for each of them.
 
-    shift: added to all branch coordinates. move_by: added to the branch coordinate of sequence
+    shift: added to all branch coordinates. move_by: added to the branch coordinate of segment
     `moved_branch` (1 is the first branch).
     """
     layout = arrange(Tokens.of(MAIN, branches), config)
-    coordinates = layout.branch + shift + (layout.sequence == moved_branch) * move_by
+    coordinates = layout.branch + shift + (layout.segment == moved_branch) * move_by
     return layout_logits(model, replace(layout, branch=coordinates), config)
 
 

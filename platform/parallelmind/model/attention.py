@@ -1,4 +1,4 @@
-"""Choice of attention for whole sequences: a dense mask, or FlexAttention's block mask for long ones.
+"""Choice of attention for whole sequences: a dense mask, FlexAttention's block mask, or blocks of queries.
 
 The type of the mask selects the implementation: a patched model that is set to sdpa passes a block mask to
 FlexAttention and any other mask to SDPA (`hf_compat.OwnAttention`). No state is switched between calls, so
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from parallelmind.layout import Batch
 from parallelmind.model.hf_compat import FLEX, SDPA, attention_name, hands_over_masks, has_own_attention
-from parallelmind.model.patch import is_patched, sibling_penalty
+from parallelmind.model.patch import is_patched
 from parallelmind.model.structure import causal_lm, text_modules
 
 # Number of tokens above which a sequence is computed with FlexAttention. It is a default, not a measurement:
@@ -25,6 +25,8 @@ from parallelmind.model.structure import causal_lm, text_modules
 # lies between lengths that suit SDPA and lengths at which skipped blocks outweigh the overhead of the kernel.
 # It is a constant, so that a resumed run makes the same choice.
 FLEX_ABOVE = 2048
+
+BLOCKS = "sdpa by blocks"  # `block_attention`, for trees and rows of several samples on a CPU
 
 # Supported head sizes. The kernel rejects smaller heads, and the tiles of larger heads do not fit the shared
 # memory of some GPUs.
@@ -45,23 +47,20 @@ def compute_dtype(model: PreTrainedModel | PeftModel) -> torch.dtype:
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else model.dtype
 
 
-def choose_attention(model: nn.Module, length: int, dtype: torch.dtype) -> str:
-    """Name of the attention for a whole sequence: flex_attention, or the one that the model is set to.
+def choose_attention(model: nn.Module, length: int, dtype: torch.dtype, is_flat: bool = True) -> str:
+    """Name of the attention for a whole sequence: flex_attention, `BLOCKS`, or what the model is set to.
 
-    The choice is the same within a bucket of lengths. dtype: what the model computes in.
+    The choice is the same within a bucket of lengths. dtype: what the model computes in. is_flat: whether
+    every row is one sample of main and branches alone.
     """
     inner = causal_lm(model)
     configured = attention_name(inner)
-    # An unpatched model builds its own masks. A model on eager may compute something that sdpa does not. A
-    # sibling penalty together with changing lengths does not compile with every version of torch.
-    is_candidate = (
-        configured == SDPA
-        and length_bucket(length) > FLEX_ABOVE
-        and is_patched(inner)
-        and has_own_attention(inner)
-        and not sibling_penalty(inner)
-    )
-    return FLEX if is_candidate and _fits_device(inner.device, dtype) and _fits_model(inner) else configured
+    # An unpatched model builds its own masks. A model on eager may compute something that sdpa does not.
+    if not (configured == SDPA and is_patched(inner) and has_own_attention(inner) and _takes_backends(inner)):
+        return configured
+    if length_bucket(length) > FLEX_ABOVE and _fits_device(inner.device, dtype) and _fits_model(inner):
+        return FLEX
+    return BLOCKS if inner.device.type == "cpu" and not is_flat else configured
 
 
 def _fits_device(device: torch.device, dtype: torch.dtype) -> bool:
@@ -71,12 +70,18 @@ def _fits_device(device: torch.device, dtype: torch.dtype) -> bool:
     return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor >= _SHARED_MEMORY
 
 
+def _takes_backends(model: PreTrainedModel) -> bool:
+    """Whether every layer hands over its mask and has no dropout of attention weights."""
+    return hands_over_masks(model) and not any(
+        _attribute_values(text_modules(model).values(), "attention_dropout")
+    )
+
+
 def _fits_model(model: PreTrainedModel) -> bool:
-    """Whether FlexAttention takes the shapes and the dropout of every layer."""
+    """Whether FlexAttention takes the head sizes of every layer."""
     modules = text_modules(model).values()
     head_dims = _attribute_values(modules, "head_dim", "head_size", "qk_head_dim", "v_head_dim")
-    dropouts = _attribute_values(modules, "attention_dropout")
-    return hands_over_masks(model) and head_dims <= set(_HEAD_DIMS) and not any(dropouts)
+    return head_dims <= set(_HEAD_DIMS)
 
 
 def _attribute_values(modules: Iterable[nn.Module], *names: str) -> set[Any]:
@@ -91,20 +96,20 @@ class AttentionLogger:
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, log: Callable[[str], None]) -> None:
         self._model, self._dtype, self._log = model, dtype, log
-        self._seen_buckets: set[int] = set()
+        self._seen = set[tuple[int, bool]]()  # (bucket, whether the batch was flat)
         self._longest_logged: dict[str, int] = {}  # attention -> its longest bucket
 
     def __call__(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Yield the same batches; log a line before the first one of a bucket that no line covers."""
+        """Yield the same batches; log a line before the first one that no line covers."""
         for batch in batches:
-            bucket = length_bucket(batch.ids.shape[1])
-            if bucket not in self._seen_buckets:
-                self._seen_buckets.add(bucket)
-                self._log_choice(bucket)
+            kind = length_bucket(batch.ids.shape[1]), batch.is_flat
+            if kind not in self._seen:
+                self._seen.add(kind)
+                self._log_choice(*kind)
             yield batch
 
-    def _log_choice(self, bucket: int) -> None:
-        name = choose_attention(self._model, bucket, self._dtype)
+    def _log_choice(self, bucket: int, is_flat: bool) -> None:
+        name = choose_attention(self._model, bucket, self._dtype, is_flat)
         if bucket > self._longest_logged.get(name, 0):
             self._longest_logged[name] = bucket
             self._log(f"attention: {name} for up to {bucket} tokens")

@@ -17,7 +17,7 @@ from parallelmind.model.adapter import load_model_with_lora
 from parallelmind.model.full_model import write_model
 from parallelmind.model.hf_compat import no_progress_bars
 from parallelmind.model.manifest import EXPORTED, WEIGHTS, check_replaceable, read_adapter
-from parallelmind.model.mask import attention_masks
+from parallelmind.model.mask import Placement, attention_masks
 from parallelmind.model.patch import is_patched, unpatch
 from parallelmind.outputs import check_output
 from parallelmind.storage import atomic_dir, expand_home
@@ -83,8 +83,9 @@ def _branch_logits(model: PreTrainedModel | PeftModel, rope: RopeConfig, ids: Te
     if not rope.patch_rope:
         return model(input_ids=ids[None]).logits[0]
     batch = collate([arrange(Tokens.of([], [ids.tolist()]), rope)], pad_id=0)
-    pos2d, sequence = torch.from_numpy(batch.pos2d), torch.from_numpy(batch.sequence)
-    masks = attention_masks(model, pos2d[..., 1], sequence, rope.visibility)
+    pos2d = torch.from_numpy(batch.pos2d)
+    placement = Placement(pos2d[..., 1], torch.from_numpy(batch.segment), torch.from_numpy(batch.relations))
+    masks = attention_masks(model, placement, rope.visibility, batch.is_flat)
     return model(input_ids=ids[None], pos2d=pos2d, attention_mask=masks).logits[0]
 
 

@@ -1,6 +1,9 @@
-"""Attention masks of a whole sequence, dense or as blocks, from the visibility rules of its tokens."""
+"""Attention masks of whole sequences, dense or as blocks, from the relations of their tokens' segments."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +13,8 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 
 from parallelmind.config import Visibility
-from parallelmind.layout import PADDING
-from parallelmind.model.attention import choose_attention, compute_dtype
+from parallelmind.model.attention import BLOCKS, choose_attention, compute_dtype
+from parallelmind.model.block_attention import QUERIES, BlockAttention
 from parallelmind.model.hf_compat import (
     FLEX,
     SCORE_BIAS,
@@ -21,12 +24,29 @@ from parallelmind.model.hf_compat import (
 )
 from parallelmind.model.patch import sibling_penalty
 from parallelmind.model.structure import causal_lm, decoder
-from parallelmind.visibility import RULES, AttentionWindow, is_sibling
+from parallelmind.visibility import AttentionWindow, relation_scores
 
 BLOCK = 128  # tokens; the block size of FlexAttention
 _SLICE = 4 * BLOCK  # queries whose pairs are computed together
 
 Mask = Tensor | BlockMask
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """What visibility depends on.
+
+    time, segment: `[rows, tokens]` int64; segment is -1 for padding. relations: `[rows, segments + 1,
+    segments + 1]` int8, as in `layout.Batch`.
+    """
+
+    time: Tensor
+    segment: Tensor
+    relations: Tensor
+
+    @property
+    def tokens(self) -> int:
+        return self.time.shape[-1]
 
 
 def layer_windows(model: PreTrainedModel | PeftModel) -> dict[str, AttentionWindow]:
@@ -47,135 +67,138 @@ def layer_windows(model: PreTrainedModel | PeftModel) -> dict[str, AttentionWind
 
 
 def attention_masks(
-    model: PreTrainedModel | PeftModel,
-    time: Tensor,
-    sequence: Tensor,
-    visibility: Visibility,
-    queries: int | None = None,
+    model: PreTrainedModel | PeftModel, placement: Placement, visibility: Visibility, is_flat: bool = False
 ) -> Mask | dict[str, Mask]:
     """The masks of a call in the form that the model takes.
 
-    Arguments are those of `visibility_mask`. Returns one mask where all layers have the same window, else a
-    mask for each layer type. Masks are dense, or block masks for a whole sequence that FlexAttention reads.
-    Raises ValueError for an attention implementation that takes no such mask.
+    is_flat: whether every row is one sample of main and branches alone. Returns one mask where all layers
+    have the same window, else a mask for each layer type. Raises ValueError for an attention implementation
+    that takes no such mask.
     """
-    configured = attention_name(model)
-    windows, penalty = layer_windows(model), sibling_penalty(model)
-    is_whole = queries is None
-    chosen = choose_attention(model, time.shape[-1], compute_dtype(model)) if is_whole else configured
-    masks: dict[AttentionWindow, Mask] = {}
-    if chosen == FLEX:
-        if penalty and not has_own_attention(model):
-            raise ValueError(
-                "attn_implementation='flex_attention': sibling_penalty needs sdpa or eager in this model"
-            )
-        for window in set(windows.values()):
-            masks[window] = mask = block_mask(time, sequence, visibility, window, queries)
-            if penalty:
-                first = 0 if queries is None else time.shape[-1] - queries
-                setattr(mask, SCORE_BIAS, SiblingBias(sequence[:, first:], sequence, penalty))
-    else:
-        masks.update(_dense_masks(model, time, sequence, visibility, queries))
+    windows = layer_windows(model)
+    masks = {window: _mask(model, placement, visibility, is_flat, window) for window in set(windows.values())}
     if len(masks) == 1:
         return masks.popitem()[1]
     return {layer_type: masks[window] for layer_type, window in windows.items()}
 
 
-def _dense_masks(
+def _mask(
     model: PreTrainedModel | PeftModel,
-    time: Tensor,
-    sequence: Tensor,
+    placement: Placement,
     visibility: Visibility,
-    queries: int | None,
-) -> dict[AttentionWindow, Tensor]:
-    windows, penalty = set(layer_windows(model).values()), sibling_penalty(model)
-    visible = visibility_mask(time, sequence, visibility, queries)  # [batch, 1, queries, keys]
-    first = time.shape[-1] - visible.shape[-2]
-    q_time, k_time = time[:, None, first:, None], time[:, None, None, :]
-    siblings = is_sibling(sequence[:, None, first:, None], sequence[:, None, None, :]) if penalty else None
-    masks = {}
-    for window in windows:
-        within = window.within(q_time, k_time)
-        masks[window] = dense_attention_mask(
-            visible if within is None else visible & within,
-            attention_name(model),
-            model.dtype,
-            penalty,
-            siblings,
-        )
-    return masks
+    is_flat: bool,
+    window: AttentionWindow,
+) -> Mask:
+    """The mask of the layers with this window."""
+    penalty = sibling_penalty(model)
+    chosen = choose_attention(model, placement.tokens, compute_dtype(model), is_flat)
+    if chosen == FLEX:
+        if penalty and not has_own_attention(model):
+            raise ValueError(
+                "attn_implementation='flex_attention': sibling_penalty needs sdpa or eager in this model"
+            )
+        mask = block_mask(placement, visibility, window)
+        if penalty:
+            setattr(mask, SCORE_BIAS, ScoreBias(placement, visibility, penalty))
+        return mask
+    bias = AttentionBias(placement, visibility, penalty, window, model.dtype)
+    if chosen == BLOCKS:
+        return BlockAttention([bias.blocks(row, QUERIES) for row in range(len(placement.time))])
+    return dense_attention_mask(bias.whole(), attention_name(model), has_penalty=penalty > 0)
 
 
-class SiblingBias:
+class AttentionBias:
+    """The summand of attention scores, in `dtype`: minus infinity where the query does not see the key."""
+
+    def __init__(
+        self,
+        placement: Placement,
+        visibility: Visibility,
+        penalty: float = 0.0,
+        window: AttentionWindow | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self._placement, self._window = placement, window or AttentionWindow()
+        self._scores = score_tables(placement, visibility, penalty).to(dtype)
+
+    def whole(self) -> Tensor:
+        """`[rows, 1, tokens, tokens]`."""
+        rows, tokens = self._placement.time.shape
+        bias = self._scores.new_empty(rows, 1, tokens, tokens)
+        for row in range(rows):
+            self._write(bias[row, 0], row, first=0)
+        return bias
+
+    def blocks(self, row: int, queries: int) -> Iterator[Tensor]:
+        """`[queries, tokens]` of every block of queries of a row; the last may be shorter."""
+        tokens = self._placement.tokens
+        for first in range(0, tokens, queries):
+            bias = self._scores.new_empty(min(queries, tokens - first), tokens)
+            self._write(bias, row, first)
+            yield bias
+
+    def _write(self, bias: Tensor, row: int, first: int) -> None:
+        """Fill `[queries, tokens]` of the queries from `first` on. Every token sees itself."""
+        time, segment = self._placement.time[row], self._placement.segment[row]
+        queries = slice(first, first + len(bias))
+        scores, index = self._scores[row], segment % len(self._scores[row])  # -1 is the last segment
+        torch.index_select(scores[segment[queries]], 1, index, out=bias)
+        q_time = time[queries, None]
+        is_visible = time < q_time
+        within = self._window.within(q_time, time)
+        if within is not None:
+            is_visible &= within
+        bias.masked_fill_(~is_visible, -torch.inf).diagonal(offset=first).fill_(0)
+
+
+def score_tables(placement: Placement, visibility: Visibility, penalty: float = 0.0) -> Tensor:
+    """Float32 `[rows, segments + 1, segments + 1]` summand of the scores for every pair of segments."""
+    relations = placement.relations
+    scores = torch.from_numpy(relation_scores(visibility, penalty)).to(relations.device)
+    return scores[relations.long()]
+
+
+class ScoreBias:
     """The sibling penalty as FlexAttention's position bias, computed per score instead of stored."""
 
-    def __init__(self, q_sequence: Tensor, k_sequence: Tensor, penalty: float) -> None:
-        self._q_sequence, self._k_sequence, self._penalty = q_sequence, k_sequence, penalty
+    def __init__(self, placement: Placement, visibility: Visibility, penalty: float) -> None:
+        self._segment = placement.segment.int()
+        # The mask leaves out what is not visible; minus infinity as a summand would be computed with.
+        self._scores = score_tables(placement, visibility, penalty).clamp(min=-penalty)
 
     def __getitem__(self, index: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
-        batch, _, query, key = index
-        return -self._penalty * is_sibling(self._q_sequence[batch, query], self._k_sequence[batch, key])
+        row, _, query, key = index
+        return self._scores[row, self._segment[row, query], self._segment[row, key]]
 
 
-def visibility_mask(
-    time: Tensor, sequence: Tensor, visibility: Visibility, queries: int | None = None
-) -> Tensor:
-    """Bool `[batch, 1, queries, keys]`: which keys each query sees.
-
-    time, sequence: `[batch, keys]` integers; sequence is -1 for padding. The queries are the last `queries`
-    keys, by default all of them. Every token sees itself, so no row is empty; nothing else sees padding.
-    """
-    keys = time.shape[-1]
-    first = keys - (keys if queries is None else queries)
-    q_time, q_sequence = time[:, first:, None], sequence[:, first:, None]
-    visible = _sees_others(visibility, q_time, q_sequence, time[:, None, :], sequence[:, None, :])
-    visible.diagonal(offset=first, dim1=-2, dim2=-1).fill_(True)
-    return visible[:, None]
-
-
-def _sees_others(
-    visibility: Visibility, q_time: Tensor, q_sequence: Tensor, k_time: Tensor, k_sequence: Tensor
-) -> Tensor:
-    """The visibility rule, with padding excluded on both sides."""
-    visible: Tensor = RULES[visibility](q_time, q_sequence, k_time, k_sequence)
-    return visible & (k_sequence != PADDING) & (q_sequence != PADDING)
-
-
-def block_mask(
-    time: Tensor,
-    sequence: Tensor,
-    visibility: Visibility,
-    window: AttentionWindow,
-    queries: int | None = None,
-) -> BlockMask:
+def block_mask(placement: Placement, visibility: Visibility, window: AttentionWindow) -> BlockMask:
     """The mask for FlexAttention: which blocks of tokens hold visible pairs, and the rule within a block.
 
-    Other arguments are those of `visibility_mask`. Pairs are computed in slices of queries, so no `[queries,
-    keys]` tensor ever exists.
+    Pairs are computed in slices of queries, so no `[tokens, tokens]` tensor ever exists.
     """
-    time, sequence = time.int(), sequence.int()  # the kernel reads them for every pair, in every layer
-    index = torch.arange(time.shape[1], device=time.device)
-    first = 0 if queries is None else len(index) - queries
-    q_time, q_sequence, q_index = time[:, first:], sequence[:, first:], index[first:]
+    # The kernel reads these for every pair, in every layer.
+    time, segment = placement.time.int(), placement.segment.int()
+    is_visible = score_tables(placement, visibility) == 0
 
-    def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        times = q_time[batch, query], time[batch, key]
-        visible = _sees_others(visibility, times[0], q_sequence[batch, query], times[1], sequence[batch, key])
-        visible = visible | (q_index[query] == key)
-        within = window.within(*times)
+    def mask_mod(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        q_time, k_time = time[row, query], time[row, key]
+        visible = (k_time < q_time) & is_visible[row, segment[row, query], segment[row, key]]
+        visible = visible | (query == key)
+        within = window.within(q_time, k_time)
         return visible if within is None else visible & within
 
-    batch = torch.arange(len(time), device=time.device)[:, None, None]
-    slices = index[: len(q_index)].split(_SLICE)
-    counts = [_pairs_per_block(mask_mod(batch, batch, queries[:, None], index)) for queries in slices]
-    pairs = torch.cat(counts, dim=1)[:, None]  # [batch, 1, query blocks, key blocks]
+    row = torch.arange(len(time), device=time.device)[:, None, None]
+    index = torch.arange(placement.tokens, device=time.device)
+    slices = index[:, None].split(_SLICE)
+    counts = [_pairs_per_block(mask_mod(row, row, queries, index)) for queries in slices]
+    pairs = torch.cat(counts, dim=1)[:, None]  # [rows, 1, query blocks, key blocks]
     full = pairs == BLOCK * BLOCK
     return BlockMask.from_kv_blocks(
         *_block_list((pairs > 0) & ~full),
         *_block_list(full),
         BLOCK_SIZE=BLOCK,
         mask_mod=mask_mod,
-        seq_lengths=(len(q_index), len(index)),
+        seq_lengths=(placement.tokens, placement.tokens),
     )
 
 
@@ -191,24 +214,16 @@ def _block_list(selected: Tensor) -> tuple[Tensor, Tensor]:
     return selected.sum(-1, dtype=torch.int32), indices.int()
 
 
-def dense_attention_mask(
-    visible: Tensor,
-    implementation: str,
-    dtype: torch.dtype,
-    penalty: float = 0.0,
-    siblings: Tensor | None = None,
-) -> Tensor:
-    """A bool mask in the form that the attention implementation takes, made once for all layers.
+def dense_attention_mask(bias: Tensor, implementation: str, has_penalty: bool = False) -> Tensor:
+    """A dense mask in the form that the attention implementation takes, made once for all layers.
 
-    siblings: bool in the shape of `visible`, where `penalty` is subtracted from the score; None: nowhere.
-    sdpa takes bool, but on a CPU its kernel converts it in every layer and keeps each copy for the backward
-    pass. eager ignores bool silently. Raises ValueError for any other implementation.
+    bias: summand of the scores, minus infinity where a key is not visible; it is written to. has_penalty:
+    whether it may have other values than 0 and minus infinity. sdpa takes bool, but on a CPU its kernel
+    converts it in every layer and keeps each copy for the backward pass. eager ignores bool silently. Raises
+    ValueError for any other implementation.
     """
     if implementation not in ("sdpa", "eager"):
         raise ValueError(f"attn_implementation={implementation!r}: branch masks need sdpa or eager")
-    if implementation == "sdpa" and visible.device.type != "cpu" and siblings is None:
-        return visible
-    scores = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-    if siblings is not None:
-        scores.masked_fill_(siblings, -penalty)
-    return scores.masked_fill_(~visible, torch.finfo(dtype).min)
+    if implementation == "sdpa" and bias.device.type != "cpu" and not has_penalty:
+        return bias == 0
+    return bias.clamp_(min=torch.finfo(bias.dtype).min)

@@ -6,9 +6,6 @@ vocabulary of 150,000, the float32 logits of one token take 0.6 MB.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,28 +13,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from parallelmind.config import Visibility
-from parallelmind.layout import IGNORE, PADDING, Batch
+from parallelmind.layout import IGNORE
+from parallelmind.model.inputs import Tensors, decoder_inputs
 from parallelmind.model.lm_head import head_logits
-from parallelmind.model.mask import attention_masks
-from parallelmind.model.patch import is_patched
 from parallelmind.model.structure import causal_lm, decoder
 
 _MAX_LOGITS = 1 << 24  # of one chunk: 64 MiB in float32
-
-
-@dataclass(frozen=True, slots=True)
-class Tensors:
-    """A `layout.Batch` on a device: int64, `[batch, seq]`, and `[batch, seq, 2]` for pos2d."""
-
-    ids: Tensor
-    sequence: Tensor
-    pos2d: Tensor
-    position: Tensor
-    labels: Tensor
-
-
-def to_tensors(batch: Batch, device: torch.device | str = "cpu") -> Tensors:
-    return Tensors(*(torch.from_numpy(getattr(batch, name)).to(device) for name in Tensors.__slots__))
 
 
 class TargetLoss(nn.Module):
@@ -77,20 +58,3 @@ def target_loss(model: nn.Module, batch: Tensors, visibility: Visibility) -> tup
 
 def _chunk_loss(model: PreTrainedModel, hidden: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(head_logits(model, hidden).float(), labels, reduction="sum")
-
-
-def decoder_inputs(model: PreTrainedModel, batch: Tensors, visibility: Visibility) -> dict[str, Any]:
-    """Keyword arguments of the decoder: ids and, for a patched model, mask and coordinates of the layout."""
-    if not is_patched(model):  # one branch per row: plain sequences, padded on the right
-        return {
-            "input_ids": batch.ids,
-            "attention_mask": (batch.sequence != PADDING).long(),
-            "use_cache": False,
-        }
-    return {
-        "input_ids": batch.ids,
-        "attention_mask": attention_masks(model, batch.pos2d[..., 1], batch.sequence, visibility),
-        "position_ids": batch.position,
-        "pos2d": batch.pos2d,
-        "use_cache": False,
-    }

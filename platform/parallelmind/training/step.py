@@ -22,7 +22,8 @@ from parallelmind.config import OptimizerConfig, RopeConfig
 from parallelmind.data.packing import make_batch
 from parallelmind.errors import UserError
 from parallelmind.layout import Batch, Tokens
-from parallelmind.training.loss import TargetLoss, to_tensors
+from parallelmind.model.inputs import to_tensors
+from parallelmind.training.loss import TargetLoss
 
 _CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")  # in the text of torch's RuntimeError
 
@@ -55,7 +56,7 @@ class Totals:
         self.targets += batch.targets
         self.tokens += batch.tokens
         self.padded_tokens += batch.ids.size
-        self.branches += int(batch.sequence.max(axis=1).sum())
+        self.branches += batch.branches
         self.batches += 1
 
 
@@ -148,9 +149,8 @@ def _explain_out_of_memory(batch: Batch) -> Iterator[None]:
         ):
             raise
         rows, tokens = batch.ids.shape
-        branches = int(batch.sequence.max())
         raise NoMemoryError(
-            f"out of memory on a batch of {rows} x {tokens} tokens, up to {branches} branches each"
+            f"out of memory on a batch of {rows} x {tokens} tokens with {batch.branches} branches"
         ) from error
 
 

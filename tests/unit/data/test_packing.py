@@ -22,7 +22,6 @@ from parallelmind.data.packing import (
     sample_batches,
     shuffle,
     split,
-    take_branches,
 )
 from parallelmind.data.tables import from_tables, to_table
 from parallelmind.data.tokenise import TokenisedRecord
@@ -99,7 +98,7 @@ def test_targets_of_any_tokens_survive_every_grouping() -> None:
     tokens = Tokens.of([7], [[5] * len(mask) for mask in targets], targets=targets)
     table = to_table([TokenisedRecord(tokens, False, 0, 0), TokenisedRecord(None, False, 0, 1)])
     (record,) = from_tables([table], Counter())
-    single = [take_branches(record.tokens, index, index + 1) for index in range(3)]
+    single = list(split(record.tokens, 1, 100))
     assert [piece.targets[1:].tolist() for piece in single] == targets
     without_main = [Tokens.of([], [[5] * len(mask)], targets=[mask]) for mask in targets]
     assert merge(without_main).targets.tolist() == list(chain.from_iterable(targets))
@@ -175,7 +174,7 @@ def test_delays_start_branches_late_within_the_limit() -> None:
         group.collate(ROPE, 0) for group in sample_batches(standalone_records(40), settings, EpochSeed(0))
     ]
     starts = [
-        int(batch.pos2d[row, batch.sequence[row] == branch, 1].min())
+        int(batch.pos2d[row, batch.segment[row] == branch, 1].min())
         for batch in batches
         for row in range(len(batch.ids))
         for branch in range(1, 5)
@@ -187,7 +186,7 @@ def test_make_batch_pads() -> None:
     batch = make_batch([record_with_main(1).tokens, record_with_main(2).tokens], ROPE, pad_id=9)
     assert batch.ids.shape == (2, 8)
     assert (batch.ids[0, 5:] == 9).all()
-    assert (batch.sequence[0, 5:] == PADDING).all()
+    assert (batch.segment[0, 5:] == PADDING).all()
     assert (batch.labels[0, 5:] == IGNORE).all()
 
 

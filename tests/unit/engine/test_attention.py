@@ -15,8 +15,9 @@ from parallelmind.engine.batch import AttentionSegment, TokenMeta
 from parallelmind.engine.decoding_check import CHECK_MAIN, LogitRecorder, layout_logits
 from parallelmind.evaluation.probes import check_close, patched
 from parallelmind.evaluation.tiny_models import tiny_model, tiny_tokenizer
-from parallelmind.layout import Ints, Tokens, arrange
+from parallelmind.layout import Tokens, arrange
 from parallelmind.model.hf_compat import OwnAttention
+from parallelmind.tree import Ints
 from parallelmind.visibility import AttentionWindow
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -111,9 +112,9 @@ def test_joined_attention_in_bfloat16_is_as_exact_as_one_attention(softcap: floa
     query = torch.randn(1, heads, tokens, dim).bfloat16()
     key, value = (torch.randn(1, 2, sum(lengths), dim).bfloat16() for _ in range(2))
     slots = np.split(np.arange(sum(lengths)), np.cumsum(lengths)[:-1])
-    queries = meta(np.arange(tokens), 1)
+    queries, scores = meta(np.arange(tokens), 1), np.zeros((1, 1), np.float32)
     segments = [
-        AttentionSegment(np.arange(tokens), queries, meta(own, 0), "columnar", 0.0, own_branch=bool(index))
+        AttentionSegment(np.arange(tokens), queries, meta(own, 0), scores, own_branch=bool(index))
         for index, own in enumerate(slots)
     ]
     backend = CascadeAttention(segments, tokens, AttentionWindow(), torch.bfloat16, query.device)

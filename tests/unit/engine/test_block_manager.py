@@ -142,7 +142,7 @@ def test_a_block_table_fills_its_blocks_in_order():
     expected = [*range(3 * BLOCK, 4 * BLOCK), *range(BLOCK, BLOCK + 4)]
     assert [*first.tolist(), *second.tolist()] == table.slots.tolist() == expected
     assert table.time.tolist() == list(range(20))
-    assert table.sequence.tolist() == [0] * 3 + [1] * 17
+    assert table.segment.tolist() == [0] * 3 + [1] * 17
 
 
 def test_trim_removes_blocks_without_tokens_and_release_removes_all():

@@ -20,7 +20,7 @@ from parallelmind.engine.scheduler import EngineConfig, ScheduledGroup, Schedule
 from parallelmind.engine.sequence import BranchState, ScheduledTokens
 from parallelmind.engine.sequence_group import SequenceGroup
 from parallelmind.errors import CapacityError, UserError
-from parallelmind.layout import MAIN
+from parallelmind.tree import MAIN
 
 COLUMNS, FREE = RopeConfig(visibility="columnar"), RopeConfig(visibility="isolated")
 BOTH = pytest.mark.parametrize("config", [COLUMNS, FREE], ids=["columns", "free"])
@@ -70,7 +70,7 @@ def step(scheduler: Scheduler) -> list[ScheduledGroup]:
 def num_prefill_tokens(group: SequenceGroup, tokens: ScheduledTokens) -> int:
     """How many scheduled tokens are of main and of prompts."""
     ends = np.array([0, *(branch.start_time + branch.num_prompt for branch in group.branches)])
-    return int(((tokens.sequence == MAIN) | (tokens.time < ends[tokens.sequence])).sum())
+    return int(((tokens.segment == MAIN) | (tokens.time < ends[tokens.segment])).sum())
 
 
 def test_admission_is_first_in_first_out():
@@ -130,7 +130,7 @@ def test_blocks_that_the_reduce_branch_will_read_are_kept():
     assert scheduler.block_manager.num_allocated == 2 + 2 + 1, "16 tokens and a new one"
     scheduler.finish_branch(group, group.branches[1], "stop")
     assert group.running_branches == [group.branches[2]]
-    assert group.branches[2].reads_all
+    assert group.reduce_started
     assert scheduler.block_manager.num_allocated == 2 + 1 + 1
     step(scheduler)
     step(scheduler)

@@ -155,7 +155,7 @@ def test_a_late_branch_in_free_order_starts_as_if_it_had_been_submitted(align_to
     step(group)
     group.add_branch([41, 42], SamplingParams())
     tokens = step(group)
-    assert tokens.time[tokens.sequence == 4].tolist() == [first, first + 1]
+    assert tokens.time[tokens.segment == 4].tolist() == [first, first + 1]
     assert tokens.sampled_branches.tolist() == [0, 1, 2, 3]
 
 
@@ -170,7 +170,7 @@ def test_the_reduce_branch_starts_after_all_decoded_tokens(config):
     assert group.start_reduce().index == 3
     tokens = step(group)
     assert tokens.sampled_branches.tolist() == [3]
-    assert tokens.time[tokens.sequence == 4].tolist() == [end, end + 1]
+    assert tokens.time[tokens.segment == 4].tolist() == [end, end + 1]
     num_tokens = [branch.num_tokens for branch in group.branches[:3]]
     assert [branch.num_computed for branch in group.branches] == [*num_tokens, 2], (
         "the last tokens of the other branches are computed too"
@@ -188,12 +188,12 @@ def test_computed_tokens_are_those_of_the_final_layout(config, budget):
             group.add_branch([41, 42, 43], SamplingParams())
         if step_index == 8:
             group.branches[0].finish_reason = "cancelled"
-    fields = ("time", "sequence", "ids", "position")
+    fields = ("time", "segment", "ids", "position")
     computed = np.stack([np.concatenate([getattr(tokens, field) for tokens in steps]) for field in fields])
     final = np.stack([getattr(group.final_layout(), field) for field in fields])
     if config is FREE:
         assert set(map(tuple, computed.T.tolist())) <= set(map(tuple, final.T.tolist()))
-        assert len({(time, sequence) for time, sequence, *_ in computed.T.tolist()}) == computed.shape[1]
+        assert len({(time, segment) for time, segment, *_ in computed.T.tolist()}) == computed.shape[1]
     else:
         np.testing.assert_array_equal(computed, final[:, : computed.shape[1]])
 

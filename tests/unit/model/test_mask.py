@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from families import variant
@@ -15,7 +16,9 @@ from parallelmind.layout import PADDING, Tokens, arrange, collate
 from parallelmind.model import attention
 from parallelmind.model.adapter import add_lora
 from parallelmind.model.attention import FLEX, FLEX_ABOVE, AttentionLogger, choose_attention, length_bucket
-from parallelmind.model.mask import attention_masks, block_mask, visibility_mask
+from parallelmind.model.inputs import to_tensors
+from parallelmind.model.mask import AttentionBias, Placement, attention_masks, block_mask
+from parallelmind.tree import UNRELATED, Tree, relations
 from parallelmind.visibility import AttentionWindow
 
 FIELDS = [
@@ -26,13 +29,19 @@ FIELDS = [
 ]
 
 
-def random_tokens(length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random time and sequence of two samples, the second with padding."""
+def random_tokens(length: int) -> Placement:
+    """Random time and segment of two samples of three branches, the second with padding."""
     random = torch.Generator().manual_seed(length)
     time = torch.randint(0, length, (2, length), generator=random).sort(1).values
     sequence = torch.randint(0, 4, (2, length), generator=random)
     time[1, length - length // 5 :], sequence[1, length - length // 5 :] = 0, PADDING
-    return time, sequence
+    return placement(time, sequence)
+
+
+def placement(time: torch.Tensor, segment: torch.Tensor, branches: int = 3) -> Placement:
+    """Of flat samples."""
+    table = np.pad(relations(Tree.flat(branches)), (0, 1), constant_values=UNRELATED)
+    return Placement(time, segment, torch.from_numpy(table).expand(len(time), -1, -1))
 
 
 @pytest.mark.parametrize("length", [1, 127, 128, 300, 1100])
@@ -42,15 +51,10 @@ def random_tokens(length: int) -> tuple[torch.Tensor, torch.Tensor]:
     [AttentionWindow(), AttentionWindow(window=6), AttentionWindow(chunk=100)],
     ids=["", "window", "chunk"],
 )
-@pytest.mark.parametrize("share", [None, 0.5, 0], ids=["whole", "half", "one query"])
-def test_block_masks_equal_dense_masks(length, visibility, window, share):
-    time, sequence = random_tokens(length)
-    queries = None if share is None else max(int(length * share), 1)
-    visible = visibility_mask(time, sequence, visibility, queries)
-    first = length - visible.shape[2]
-    within = window.within(time[:, None, first:, None], time[:, None, None, :])
-    visible = visible if within is None else visible & within
-    mask = block_mask(time, sequence, visibility, window, queries)
+def test_block_masks_equal_dense_masks(length, visibility, window):
+    placed = random_tokens(length)
+    visible = AttentionBias(placed, visibility, window=window).whole() == 0
+    mask = block_mask(placed, visibility, window)
     assert torch.equal(create_mask(mask.mask_mod, 2, 1, *visible.shape[2:], device="cpu"), visible)
     expected = create_block_mask(mask.mask_mod, 2, None, *visible.shape[2:], device="cpu")
     assert mask.shape == expected.shape
@@ -60,9 +64,9 @@ def test_block_masks_equal_dense_masks(length, visibility, window, share):
 
 def test_block_masks_need_no_dense_mask():
     length = 8192
-    time, sequence = torch.arange(length)[None], torch.ones(1, length, dtype=torch.long)
+    placed = placement(torch.arange(length)[None], torch.ones(1, length, dtype=torch.long))
     with LargestTensor() as made:
-        block_mask(time, sequence, "isolated", AttentionWindow(window=100))
+        block_mask(placed, "isolated", AttentionWindow(window=100))
     assert made.bytes < length * length / 2
 
 
@@ -70,9 +74,7 @@ def test_isolated_branches_skip_most_blocks():
     main, branches = [1] * 1024, [[2] * 512] * 8
     config = RopeConfig(visibility="isolated")
     batch = collate([arrange(Tokens.of(main, branches), config)], pad_id=0)
-    mask = block_mask(
-        torch.from_numpy(batch.pos2d[..., 1]), torch.from_numpy(batch.sequence), "isolated", AttentionWindow()
-    )
+    mask = block_mask(to_tensors(batch).placement, "isolated", AttentionWindow())
     assert mask.sparsity() > 65  # percent; plain causal attention skips 49
 
 
@@ -85,7 +87,7 @@ def test_there_is_a_mask_for_each_layer_type_with_its_own_window():
     ):
         model = variant(name, "sdpa")
         with patched(model, config), flex_always_chosen():
-            masks = attention_masks(model, batch.pos2d[..., 1], batch.sequence, config.visibility)
+            masks = attention_masks(model, batch.placement, config.visibility)
         assert kinds is None or list(masks) == kinds
         assert all(isinstance(mask, BlockMask) for mask in (masks.values() if kinds else [masks]))
 
@@ -97,10 +99,10 @@ def test_a_penalty_scales_the_attention_weights_of_siblings_only():
     for penalty in (0.0, 2.0):
         with patched(model, RopeConfig(rope_2d_ratio=0, sibling_penalty=penalty)) as config:
             layout = arrange(text[0], config)
-            batch = collate([layout], pad_id=0)
-            time, sequence = torch.from_numpy(batch.pos2d[..., 1]), torch.from_numpy(batch.sequence)
-            scores = attention_masks(model, time, sequence, "columnar")
+            batch = to_tensors(collate([layout], pad_id=0))
+            scores = attention_masks(model, batch.placement, "columnar")
             shares.append(torch.softmax(scores[0, 0], dim=-1))
+    sequence = batch.segment
     siblings = (sequence[0, :, None] != sequence[0]) & (sequence[0] > 0) & (sequence[0, :, None] > 0)
     relative = shares[1] / shares[1].diagonal()[:, None]  # to the weight of the token itself
     expected = torch.where(siblings, torch.e**-2, 1.0) * (shares[0] > 0)
@@ -114,13 +116,13 @@ def test_new_lengths_do_not_recompile():
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(flex_attention, backend=counter)
     for length in (700, 300, 800, 515, 640, 1200):
-        time, sequence = torch.arange(length).expand(3, -1), torch.ones(3, length, dtype=torch.long)
+        placed = placement(torch.arange(length).expand(3, -1), torch.ones(3, length, dtype=torch.long))
         query = torch.randn(3, 2, length, 16)
         actual = compiled(
             query,
             query,
             query,
-            block_mask=block_mask(time, sequence, "columnar", AttentionWindow(window=5000)),
+            block_mask=block_mask(placed, "columnar", AttentionWindow(window=5000)),
         )
         expected = torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True)
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)

@@ -15,12 +15,13 @@ from parallelmind.evaluation.tiny_models import tiny_config, tiny_model, tiny_to
 from parallelmind.layout import Tokens, arrange, collate
 from parallelmind.model.adapter import add_lora, load_model_with_lora, save_adapter
 from parallelmind.model.base_model import build_meta_model, load_base
+from parallelmind.model.inputs import to_tensors
 from parallelmind.model.lm_head import head_logits
 from parallelmind.model.mask import layer_windows
 from parallelmind.model.patch import is_patched, patch
 from parallelmind.model.structure import decoder
 from parallelmind.model.support import assess
-from parallelmind.training.loss import target_loss, to_tensors
+from parallelmind.training.loss import target_loss
 from parallelmind.visibility import AttentionWindow
 
 REFUSED = {

@@ -51,13 +51,12 @@ def test_loss_falls_and_lines_and_metrics_are_deterministic_metrics(tmp_path: Pa
 
 def test_attention_is_printed_once_for_all_shorter_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        attention, "choose_attention", lambda _, limit, __: "flex_attention" if limit > 256 else "sdpa"
+        attention, "choose_attention", lambda _, limit, *__: "flex_attention" if limit > 256 else "sdpa"
     )
     lines: list[str] = []
     log_attention = attention.AttentionLogger(tiny_llama(), torch.float32, lines.append)
-    batches: list[Any] = [
-        SimpleNamespace(ids=np.zeros((1, length))) for length in (64, 32, 512, 16, 256, 100, 300)
-    ]
+    lengths = (64, 32, 512, 16, 256, 100, 300)
+    batches: list[Any] = [SimpleNamespace(ids=np.zeros((1, n)), is_flat=True) for n in lengths]
     assert list(log_attention(batches)) == batches
     assert lines == [
         "attention: sdpa for up to 64 tokens",
@@ -197,7 +196,7 @@ def test_running_out_of_memory_names_the_shape_and_what_to_lower() -> None:
     inputs.model.get_base_model().model.forward = forward
     with pytest.raises(
         UserError,
-        match=r"a batch of 3 x 10 tokens, up to 2 branches .* lower batch_size, .*max_sample_tokens",
+        match=r"a batch of 3 x 10 tokens with 6 branches; lower batch_size, .*max_sample_tokens",
     ):
         train(inputs)
 

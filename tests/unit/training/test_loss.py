@@ -20,11 +20,12 @@ from parallelmind.data.packing import make_batch
 from parallelmind.errors import UserError
 from parallelmind.layout import Batch, Tokens
 from parallelmind.model.adapter import add_lora
+from parallelmind.model.inputs import decoder_inputs, to_tensors
 from parallelmind.model.lm_head import check_lm_head
 from parallelmind.model.patch import patch
 from parallelmind.model.structure import causal_lm
 from parallelmind.training import loss as loss_module
-from parallelmind.training.loss import TargetLoss, decoder_inputs, target_loss, to_tensors
+from parallelmind.training.loss import TargetLoss, target_loss
 from parallelmind.training.step import accumulate_gradients, learning_rate, trainable
 
 ROPE = RopeConfig()
@@ -174,5 +175,5 @@ def test_no_logits_without_a_target_and_one_mask_for_all_layers():
     squares = [
         out for out in outputs.tensors if out.is_floating_point() and out.shape[-2:] == (tokens, tokens)
     ]
-    assert {out.shape for out in squares} == {(2, 1, tokens, tokens)}  # not one per head
+    assert max(out.numel() for out in squares) == 2 * tokens * tokens  # not one per head
     assert len({out.untyped_storage().data_ptr() for out in squares}) == 1  # not one per layer

@@ -48,7 +48,7 @@ def test_later_times_have_no_weight(align_to):
     assert query_time == len(MAIN) + (3 if align_to == "left" else 5)
     weights = np.nan_to_num(attention.weights)
     assert (weights[:, :, query_time + 1 :] == 0).all()
-    assert (np.delete(weights[:, :, query_time], attention.query_sequence, axis=1) == 0).all()
+    assert (np.delete(weights[:, :, query_time], attention.query_segment, axis=1) == 0).all()
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)

@@ -11,7 +11,8 @@ from parallelmind.data.convert.exchange import exchange_turns, parse_history
 from parallelmind.data.convert.render_check import common_length
 from parallelmind.data.convert.source_records import ParallelRecord
 from parallelmind.data.records import RecordError
-from parallelmind.layout import Mask, Tokens
+from parallelmind.layout import Tokens
+from parallelmind.tree import Mask
 
 ANSWER_KEYS = ("chosen", "rejected")  # branch 0 and branch 1
 _NO_DIFFERENCE = "has no difference between chosen and rejected"

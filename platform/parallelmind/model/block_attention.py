@@ -1,0 +1,108 @@
+"""Attention of whole sequences by blocks of queries, each over the keys that one of its queries sees.
+
+SDPA on a CPU computes every pair of a dense mask, visible or not. In a tree, and in a row of several samples,
+few pairs are visible: a block of queries reads the segments on its path, and nothing of another sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from parallelmind.model.hf_compat import AttentionBackend
+
+QUERIES = 128  # of a block
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """queries: of one row. keys: those that one of the queries sees. bias: `[queries, keys]`."""
+
+    queries: slice
+    keys: slice | Tensor
+    bias: Tensor
+
+
+class BlockAttention(AttentionBackend):
+    """Attention with the bias of each row, `[tokens, tokens]`, which is given by blocks of queries."""
+
+    def __init__(self, rows: Sequence[Iterable[Tensor]]) -> None:
+        """rows: for each row, the `[QUERIES, tokens]` bias of every block; minus infinity: not visible."""
+        self._rows = [_blocks(row) for row in rows]
+        super().__init__(self._rows[0][-1].queries.stop)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        group = query.shape[1] // key.shape[1]
+        query, key = query.to(value.dtype), key.to(value.dtype)  # autocast converts the inputs of SDPA only
+        # [rows, kv heads, group, tokens, dim]: the query heads of a group share a key
+        query = query.unflatten(1, (key.shape[1], group))
+        sinks = None if sinks is None else sinks.view(key.shape[1], group)
+        rows = []
+        for number, blocks in enumerate(self._rows):
+            parts = []
+            for block in blocks:
+                keys, values = (states[number][:, block.keys] for states in (key, value))
+                queries = query[number][:, :, block.queries]
+                parts.append(_attend(queries, keys, values, block.bias, scale, softcap, sinks))
+            rows.append(torch.cat(parts, dim=2))
+        return torch.stack(rows).flatten(1, 2).transpose(1, 2)  # [rows, tokens, heads, dim]
+
+
+def _blocks(biases: Iterable[Tensor]) -> list[_Block]:
+    """The blocks of one row."""
+    blocks: list[_Block] = []
+    first = 0
+    for bias in biases:
+        seen = (bias > -torch.inf).any(dim=0).nonzero().flatten()
+        bias = bias[:, seen].clamp(min=torch.finfo(bias.dtype).min)
+        blocks.append(_Block(slice(first, first + len(bias)), _as_slice(seen), bias))
+        first += len(bias)
+    return blocks
+
+
+def _as_slice(indices: Tensor) -> slice | Tensor:
+    """Ascending indices as a slice if they are adjacent: reading a slice copies nothing."""
+    first, last = int(indices[0]), int(indices[-1])
+    return slice(first, last + 1) if last - first + 1 == len(indices) else indices
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """`[kv heads, group, queries, dim]` of queries of this shape, and of `[kv heads, keys, dim]`.
+
+    bias: `[queries, keys]`. sinks: `[kv heads, group]`.
+    """
+    group = query.shape[1]
+    if softcap is None and sinks is None:
+        bias = bias.to(query.dtype).repeat(group, 1)
+        queries = query.flatten(1, 2)
+        out = F.scaled_dot_product_attention(queries[None], key[None], value[None], bias, scale=scale)
+        return out[0].unflatten(1, (group, -1))
+    scores = torch.einsum("hgqd,hkd->hgqk", query, key).float() * scale
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    scores = scores + bias.float()
+    if sinks is None:
+        weights = scores.softmax(dim=-1)
+    else:
+        column = sinks.float()[:, :, None, None].expand(*scores.shape[:3], 1)
+        weights = torch.cat([scores, column], dim=-1).softmax(dim=-1)[..., :-1]
+    return torch.einsum("hgqk,hkd->hgqd", weights.to(value.dtype), value)

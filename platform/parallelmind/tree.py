@@ -1,0 +1,180 @@
+"""The tree of a sample: which segment continues which, and how segments relate to each other. NumPy only.
+
+    segment := tokens [branches: segment+ [reduce: segment]]
+
+Segments are numbered in pre-order: main is 0, the first branch 1, then the segments below it, and so on. A
+reduce comes after everything below the branches that it reads. So the segments that a reduce joins are those
+between its parent and itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+Mask = NDArray[np.bool_]
+
+MAIN = 0
+NO_PARENT = -1
+
+# Relations of a key's segment to a query's segment: another text of the row, or padding; the segment itself,
+# or one that it continues at any distance; one that a reduce on this path has joined; any other segment.
+UNRELATED, PATH, JOINED, SIBLING = range(4)
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """The shape of a sample.
+
+    parents: `[segments]` the segment that each segment continues, -1 for main. is_reduce: `[segments]`
+    whether a segment is a reduce; it is the last one that continues its parent.
+    """
+
+    parents: Ints
+    is_reduce: Mask
+
+    @staticmethod
+    def flat(branches: int, has_reduce: bool = False) -> Tree:
+        """Main and its branches, and possibly a reduce of main."""
+        parents = np.zeros(1 + branches + has_reduce, dtype=np.int64)
+        parents[MAIN] = NO_PARENT
+        is_reduce = np.zeros(len(parents), dtype=bool)
+        is_reduce[1 + branches :] = True
+        return Tree(parents, is_reduce)
+
+    @property
+    def segments(self) -> int:
+        """Number of segments, main included."""
+        return len(self.parents)
+
+    @property
+    def is_branch(self) -> Mask:
+        """`[segments]` whether a segment is a branch: neither main nor a reduce."""
+        is_branch = ~self.is_reduce
+        is_branch[MAIN] = False
+        return is_branch
+
+    @property
+    def branches(self) -> int:
+        """Number of branches, at all depths."""
+        return len(self.parents) - 1 - int(np.count_nonzero(self.is_reduce))
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether the sample is main and branches alone."""
+        return not self.parents[1:].any() and not self.is_reduce.any()
+
+    def walk(self) -> Iterator[tuple[int, int, range]]:
+        """Every segment after main in pre-order: its number, its parent, and the segments that it joins."""
+        numbered = zip(self.parents.tolist(), self.is_reduce.tolist(), strict=True)
+        for number, (parent, is_reduce) in enumerate(numbered):
+            if number != MAIN:
+                yield number, parent, range(parent + 1, number if is_reduce else parent + 1)
+
+    def take(self, kept: Mask) -> Self:
+        """The tree of the kept segments. kept: `[segments]`; with a segment, all that it reads is kept."""
+        number = np.cumsum(kept) - 1
+        parents = number[self.parents[kept]]
+        parents[:1] = NO_PARENT
+        return type(self)(parents, self.is_reduce[kept])
+
+
+def relations(tree: Tree) -> NDArray[np.int8]:
+    """`[segments, segments]` relation of the key's segment (column) to the query's segment (row)."""
+    table = np.full((tree.segments, tree.segments), SIBLING, dtype=np.int8)
+    table[:, MAIN] = PATH
+    np.fill_diagonal(table, PATH)
+    if tree.is_flat:
+        return table
+    for segment, parent, joined in tree.walk():
+        table[segment] = table[parent]
+        table[segment, joined.start : joined.stop] = JOINED
+        table[segment, segment] = PATH
+    return table
+
+
+def branch_coordinates(tree: Tree, has_main: bool, stride: int) -> Ints:
+    """`[segments]` branch coordinates: number × stride, and that of its parent for a reduce.
+
+    Main is at 0; without a main the first branch is at 0, too.
+    """
+    numbers = np.arange(tree.segments) - (not has_main)
+    numbers[MAIN] = 0
+    for reduce in np.flatnonzero(tree.is_reduce):
+        numbers[reduce] = numbers[tree.parents[reduce]]
+    return numbers * stride
+
+
+def context_lengths(lengths: Sequence[int], tree: Tree) -> list[int]:
+    """`[segments]` numbers of tokens that the last token of each segment reads, itself included.
+
+    lengths: `[segments]` numbers of tokens.
+    """
+    before = [0, *np.cumsum(lengths).tolist()]
+    context = [lengths[MAIN]]
+    for segment, parent, joined in tree.walk():
+        context.append(context[parent] + before[joined.stop] - before[joined.start] + lengths[segment])
+    return context
+
+
+def with_context(chosen: Mask, tree: Tree) -> Mask:
+    """`[segments]` the chosen segments and all that they read."""
+    chosen = chosen.copy()
+    for segment, parent, joined in reversed(list(tree.walk())):
+        if chosen[segment]:
+            chosen[parent] = chosen[joined.start : joined.stop] = True
+    return chosen
+
+
+def with_readers(chosen: Mask, tree: Tree) -> Mask:
+    """`[segments]` the chosen segments and all that read one of them."""
+    chosen = chosen.copy()
+    for segment, parent, joined in tree.walk():
+        chosen[segment] |= chosen[parent] or chosen[joined.start : joined.stop].any()
+    return chosen
+
+
+def divide(lengths: Sequence[int], tree: Tree, max_branches: int, max_tokens: int) -> Iterator[Mask]:
+    """Divide the segments into samples of at most `max_branches` branches and `max_tokens` tokens.
+
+    Yields the `[segments]` segments of each. Every segment is in the same sample as all that it reads, so a
+    sample that cannot be divided further may be larger.
+    """
+    joined_by = {segment: list(joined) for segment, _, joined in tree.walk()}
+    is_read = np.zeros(tree.segments, dtype=bool)
+    for _, parent, joined in tree.walk():
+        is_read[parent] = is_read[joined.start : joined.stop] = True
+    sizes = [(length, int(is_branch)) for length, is_branch in zip(lengths, tree.is_branch, strict=True)]
+    sample, tokens, branches = set[int](), 0, 0
+    for leaf in np.flatnonzero(~is_read).tolist():
+        context = _context(leaf, tree.parents, joined_by)
+        new = context - sample
+        new_tokens, new_branches = map(sum, zip(*(sizes[segment] for segment in new), strict=True))
+        if sample and (branches + new_branches > max_branches or tokens + new_tokens > max_tokens):
+            yield _mask(sample, tree.segments)
+            sample, tokens, branches, new = set(), 0, 0, context
+            new_tokens, new_branches = map(sum, zip(*(sizes[segment] for segment in new), strict=True))
+        sample |= new
+        tokens, branches = tokens + new_tokens, branches + new_branches
+    yield _mask(sample, tree.segments)
+
+
+def _context(segment: int, parents: Ints, joined_by: dict[int, list[int]]) -> set[int]:
+    """The segment and all that it reads."""
+    context = {MAIN}
+    while segment != MAIN:
+        context.update(joined_by[segment])
+        context.add(segment)
+        segment = int(parents[segment])
+    return context
+
+
+def _mask(chosen: set[int], segments: int) -> Mask:
+    mask = np.zeros(segments, dtype=bool)
+    mask[list(chosen)] = True
+    return mask
