@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from tiny import tiny_tokenizer
@@ -20,9 +21,16 @@ def convert(values: list[Any], **settings: Any) -> list[dict[str, Any] | BadReco
     records = (SourceRecord(str(index), value) for index, value in enumerate(values))
     results = list(converter.convert_records(records))
     for result in results:
-        if not isinstance(result, BadRecord):
+        if not isinstance(result, BadRecord) and "reduce" not in str(result):
             assert parse_value(result).unknown_keys == ()
     return results
+
+
+def convert_one(value: Any, **settings: Any) -> dict[str, Any]:
+    """The only record of a source record."""
+    (record,) = convert([value], **settings)
+    assert isinstance(record, dict), record
+    return record
 
 
 def bad_reason(value: Any, **settings: Any) -> str:
@@ -30,3 +38,12 @@ def bad_reason(value: Any, **settings: Any) -> str:
     (result,) = convert([value], **settings)
     assert isinstance(result, BadRecord)
     return result.reason
+
+
+def segment_texts(segment: dict[str, Any]) -> Iterator[str]:
+    """The texts of a segment and of what follows it, in order."""
+    yield segment["text"] if "text" in segment else segment["prompt"] + segment["completion"]
+    for branch in segment.get("branches", ()):
+        yield from segment_texts(branch)
+    if "reduce" in segment:
+        yield from segment_texts(segment["reduce"])

@@ -241,6 +241,11 @@ def _write_data(folder: Path) -> None:
     answers = {"id": "1", "question": "What does Ada eat?", "answers": [{"text": "rice", "answer_start": 10}]}
     squad = {"data": [{"title": "Food", "paragraphs": [{"context": "Ada likes rice.", "qas": [answers]}]}]}
     (folder / "xquad.en.json").write_text(json.dumps(squad))
+    trace = "<Parallel><Path>1: rice</Path><Path>2: corn</Path></Parallel> Both."
+    keys = ("question", "deepseek_thinking_trajectory_parallel", "deepseek_attempt")
+    (folder / "multiverse-1k.json").write_text(
+        json.dumps([dict(zip(keys, ("Which?", trace, "2"), strict=True))])
+    )
     (folder / "alpaca.json").write_text(
         json.dumps([{"instruction": "Name a colour.", "input": "", "output": "Red."}])
     )

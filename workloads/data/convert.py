@@ -4,23 +4,33 @@
     python -m workloads.convert data_path=chats.jsonl output_path=train.jsonl.gz chat=true base_model=org/name
     python -m workloads.convert data_path="books/*.txt.gz" output_path=books.jsonl chunk_tokens=256
     python -m workloads.convert dataset=openai/gsm8k subset=main output_path=gsm8k.jsonl
+    python -m workloads.convert data_path=hotpot.json output_path=hotpot.jsonl shape=documents
+    python -m workloads.convert data_path=multiverse-1k.json output_path=m.jsonl shape=paths chat=true
     python -m workloads.convert --inspect FILE
 
 The kind of source is detected from the first record of each file, unless `source` is given:
-    messages   {"messages": [{"role", "content"}]}, the OpenAI format
-    sharegpt   {"conversations": [{"from", "value"}]}
-    alpaca     {"instruction", "input", "output"}, or Dolly's {"instruction", "context", "response"}
-    pairs      {"prompt", "response" or "completion" or "output"}, {"question", "answer" or "response"},
-               {"query", "response"} or {"input", "output"}: texts, or lists of turns
-    preference {"prompt", "chosen", "rejected"}, or {"chosen", "rejected"} as turns that begin alike
-    squad      articles with paragraphs and their questions, or rows with context, question and answers
-    hotpotqa   rows with titles and sentences as context, question and answer
-    text       .txt files, or one column of CSV or other records, split into chunks
+    messages     {"messages": [{"role", "content"}]}, the OpenAI format
+    sharegpt     {"conversations": [{"from", "value"}]}
+    alpaca       {"instruction", "input", "output"}, or Dolly's {"instruction", "context", "response"}
+    pairs        {"prompt", "response" or "completion" or "output"}, {"question", "answer" or "response"},
+                 {"query", "response"} or {"input", "output"}: texts, or lists of turns
+    preference   {"prompt", "chosen", "rejected"}, or {"chosen", "rejected"} as turns that begin alike
+    completions  {"prompt", "messages", "instruction" or "question", "completions" or "responses"}, or
+                 {"prompt", "answers"}: a list of answers to one prompt
+    reasoning    a question, its reasoning and its answer, under the keys of Multiverse-1K or ThreadWeaver
+    squad        articles with paragraphs and their questions, or rows with context, question and answers
+    hotpotqa     rows with titles and sentences as context, question and answer
+    text         .txt files, or one column of CSV or other records, split into chunks
 Files are .json, .jsonl, .ndjson, .csv, .tsv or .txt, each also with .gz or .zst, .parquet, or .arrow. A
 folder is read file by file. Conversations are rendered with the chat template of base_model, and so are
-alpaca, pairs and preference with chat=true. A passage becomes main and its questions become branches; the two
-answers of a preference become branches, the chosen one first. Bad records are reported on stderr and skipped,
-and keys that have no effect are counted.
+alpaca, pairs, reasoning, preference and completions with chat=true. A passage becomes main and its questions
+become branches; the answers of completions become branches, and so do those of a preference, the chosen one
+first. Bad records are reported on stderr and skipped, and keys that have no effect are counted.
+
+Two shapes are trees, in which a segment reads all branches (reduce):
+    shape=documents  squad, hotpotqa: every document is a branch, the question follows in the reduce
+    shape=paths      the tagged paths of an answer (<Parallel>, with <Path> of Multiverse or <Thread> of
+                     ThreadWeaver) are branches, and what follows them is the reduce
 """
 
 from __future__ import annotations
@@ -153,7 +163,7 @@ class Conversion:
     def _write(self, record: dict[str, Any], file: TextIO) -> None:
         file.write(json.dumps(record, ensure_ascii=False) + "\n")
         self._written += 1
-        self._branches += len(record.get("branches", [record]))
+        self._branches += _count_branches(record) or 1  # a record without branches is one itself
 
     def _report(self, bad: BadRecord) -> None:
         if self._config.strict:
@@ -165,10 +175,13 @@ class Conversion:
             print(f"skipped: {bad}", file=sys.stderr)
 
     def _report_keys(self) -> None:
-        """Print which keys of the source have no effect, and which of `columns` no record has."""
+        """Print what of the source has no effect, and which of `columns` no record has."""
         if unused := self._converter.unused.most_common():
             keys = (f"{key} ({count:,} record{'s' * (count > 1)})" for key, count in unused)
             print(f"not used: {', '.join(keys)}", file=sys.stderr)
+        if count := self._converter.flat_blocks:
+            records = f"{count:,} record{'s' * (count > 1)}"
+            print(f"shape=flat: <Parallel> blocks of {records} stay text; set shape=paths", file=sys.stderr)
         if missing := sorted(self._converter.columns.unseen):
             print(f"columns: no record has the key {', '.join(missing)}", file=sys.stderr)
 
@@ -179,3 +192,10 @@ class Conversion:
         )
         unanswered = self._converter.unanswered
         return f"{counts}, {unanswered} questions without an answer skipped" if unanswered else counts
+
+
+def _count_branches(segment: dict[str, Any]) -> int:
+    """Number of branches in a record or segment, at every level."""
+    branches = segment.get("branches", [])
+    reduce = [segment["reduce"]] if "reduce" in segment else []
+    return len(branches) + sum(map(_count_branches, [*branches, *reduce]))

@@ -220,6 +220,81 @@ def test_preference_of_turns_has_the_tokens_of_both_conversations(value: dict[st
         assert [False] * len(main) + mask.tolist() == alone.targets.tolist()
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"prompt": "who lives in it?", "completions": [" a", " b", " a"]},
+        {"prompt": "who lives in it?", "responses": [" a", " b", " a"]},
+        {"prompt": "who lives in it?", "answers": [" a", " b", " a"], "id": 3},
+        {"prompt": "who lives in it?", "completions": '[" a", " b", " a"]'},
+    ],
+)
+def test_all_completions_of_a_prompt_are_branches_of_one_record(value: dict[str, Any]) -> None:
+    branches = [{"prompt": " it?", "completion": text} for text in (" a", " b", " a")]
+    assert convert([value]) == [{"main": "who lives in", "branches": branches}]
+
+
+def test_completions_of_a_question_and_of_an_instruction() -> None:
+    (record,) = convert([{"question": "who?", "completions": ["a"]}])
+    branches = [{"prompt": "\nAnswer:", "completion": " a"}]
+    assert record == {"main": " Question: who?", "branches": branches}
+    (record,) = convert([{"instruction": "who", "input": "in", "responses": ["a", "b"]}])
+    (pair,) = convert([{"instruction": "who", "input": "in", "chosen": "a", "rejected": "b"}])
+    assert record == pair
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"prompt": "who", "completions": ["it", "they", "no one"]},
+        {"prompt": [user("who")], "completions": ["it", "they", "no one"]},
+        {"messages": [user("who")], "responses": [[assistant("it")], assistant("they"), "no one"]},
+        {"messages": [user("who")], "completions": [[user("who"), assistant("it")], "they", "no one"]},
+        {"conversations": [{"from": "human", "value": "who"}], "completions": ["it", "they", "no one"]},
+        {"question": "who", "responses": ["it", "they", "no one"]},
+    ],
+)
+def test_completions_that_are_rendered_have_the_tokens_of_their_conversations(value: Any) -> None:
+    (record,) = convert([value], chat=True)
+    tokens = samples(record)
+    main, *branches = tokens.split()
+    ends = [len(main)]
+    for answer, branch in zip(("it", "they", "no one"), branches, strict=True):
+        (expected,) = convert([{"messages": [user("who"), assistant(answer)]}])
+        alone = samples(expected)
+        ends.append(ends[-1] + len(branch))
+        assert [*main, *branch] == alone.ids.tolist()
+        assert tokens.targets[ends[-2] : ends[-1]].tolist() == alone.targets[len(main) :].tolist()
+
+
+def test_assistant_turns_of_the_prompt_of_completions_are_no_targets() -> None:
+    prompt = [user("who"), assistant("it"), user("and there?")]
+    (record,) = convert([{"messages": prompt, "completions": ["it", "it rains"], **HISTORY}])
+    tokens = samples(record)
+    assert TOKENIZER.decode(tokens.ids[tokens.targets]) == "it</s>it rains</s>"
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ({"prompt": "who", "completions": []}, "completions is not a list of answers"),
+        ({"prompt": "who", "completions": "it"}, "completions is not JSON"),
+        ({"prompt": "who", "completions": {"a": 1}}, "completions is not a list of answers"),
+        ({"prompt": "who", "completions": ["it", " "]}, "completions[1] is empty"),
+        ({"prompt": "who", "completions": ["it", 3]}, "has no list of turns under completions[1]"),
+        (
+            {"messages": [user("who"), assistant("it")], "completions": ["they"]},
+            "completions[0] follows an assistant turn; remove that turn, or set source=messages",
+        ),
+    ],
+)
+def test_reason_of_bad_completions(value: dict[str, Any], reason: str) -> None:
+    assert reason in bad_reason(value)
+    good = {"prompt": "who", "completions": ["it"]}
+    _, record = convert([value, good], source="completions")
+    assert [record] == convert([good])
+
+
 def test_turns_in_which_a_preference_differs_are_targets() -> None:
     shared, ends = (
         [user("who"), assistant("it")],

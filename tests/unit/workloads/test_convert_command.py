@@ -76,6 +76,47 @@ def test_keys_without_effect_are_told(tmp_path: Path, capsys: pytest.CaptureFixt
     assert out == "2 records in, 2 records out, 2 branches, 0 bad\n"
 
 
+TRACE = (
+    "<Parallel><Goal>g</Goal><Path>1: a<Parallel><Path>b</Path></Parallel></Path><Path>2: c</Path>"
+    "<Conclusion>d</Conclusion></Parallel> e"
+)
+
+
+def test_a_tree_and_the_count_of_its_branches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    traces = [TRACE, TRACE.replace("</Goal>", ""), TRACE * 2]
+    lines = [json.dumps({"prompt": "what is it", "response": trace}) for trace in traces]
+    file = write(tmp_path / "a.jsonl", "\n".join(lines))
+    once, twice = run(tmp_path, f"data_path={file}", "shape=paths")
+    assert once["branches"][0]["reduce"] == {
+        "prompt": "<Conclusion>",
+        "completion": "d</Conclusion></Parallel> e",
+    }
+    assert twice["branches"][0]["reduce"]["reduce"] == once["branches"][0]["reduce"]
+    out, err = capsys.readouterr()
+    assert out == "3 records in, 2 records out, 11 branches, 1 bad\n"
+    assert err == f"skipped: {file}:2: has <Path> in <Goal>, at character 17 of the answer\n"
+    assert len(run(tmp_path, f"data_path={file}")) == 3
+    out, err = capsys.readouterr()
+    assert err == "shape=flat: <Parallel> blocks of 3 records stay text; set shape=paths\n"
+
+
+def test_a_shape_that_one_of_several_files_does_not_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    question = {"context": [["T", ["One."]]], "question": "who?", "answer": "it"}
+    files = [
+        write(tmp_path / "a.jsonl", json.dumps(PAIR)),
+        write(tmp_path / "b.jsonl", json.dumps(question)),
+        write(tmp_path / "c.txt", "a text"),
+    ]
+    (record,) = run(tmp_path, f"data_path={','.join(map(str, files))}", "shape=documents")
+    assert record["branches"] == [{"text": "T: One.", "targets": []}]
+    out, err = capsys.readouterr()
+    assert out == "1 records in, 1 records out, 1 branches, 2 bad\n"
+    for kind, line in zip(("pairs", "text"), err.splitlines(), strict=True):
+        assert f"is of the kind {kind}, which has no documents; remove shape, or set source to" in line
+
+
 def test_text_and_a_csv_column_are_split_by_the_models_tokens(tmp_path: Path) -> None:
     base = save_tiny(tmp_path / "tiny")
     text = "\n".join(["who lives in the passage"] * 60)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property, partial
 
 from transformers import PreTrainedTokenizerBase
 
+from parallelmind.data.convert.answers import split_prompt
 from parallelmind.data.convert.conversation import Message, Tools
 from parallelmind.data.convert.render_check import (
     TemplateRefusedError,
@@ -17,9 +19,21 @@ from parallelmind.data.convert.render_check import (
 )
 from parallelmind.data.convert.source_records import ParallelRecord
 from parallelmind.data.convert.token_spans import TokenSpans, token_spans
-from parallelmind.data.encode import TEMPLATE_ERRORS
+from parallelmind.data.encode import TEMPLATE_ERRORS, bos_ids, encode_texts, prepend_bos
 from parallelmind.data.records import RecordError
 from parallelmind.errors import UserError, UserNotice, first_line
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedAnswer:
+    """An answer as the chat template writes it, with its end token, and the two parts of what precedes it.
+
+    main: of parallel JSONL, the conversation before the answer. header: opens the answer's turn.
+    """
+
+    main: str | dict[str, list[int]]
+    header: str
+    text: str
 
 
 class ChatRenderer:
@@ -45,16 +59,35 @@ class ChatRenderer:
         first message is never an answer, nor is one whose `train` is false. Turns after the last answer are
         left out. The token ids in training are those of `apply_chat_template`. Raises RecordError.
         """
-        answers = [
-            index
-            for index, message in enumerate(messages)
-            if index and message["role"] == "assistant" and message.get("train", True)
-        ]
-        if not answers:
-            raise RecordError("has no assistant turn that answers something and is to be learnt")
+        answers = _answers(messages)
         targets = [answers] if all_turns else [[index] for index in answers]
         for turns in targets if each_turn else targets[-1:]:
             yield in_template_form(messages[: turns[-1] + 1], partial(self._record, tools, turns))
+
+    def last_answer(self, messages: list[Message], tools: Tools = None) -> RenderedAnswer:
+        """The last assistant turn that is to be learnt, and what precedes it. Raises RecordError."""
+        return in_template_form(messages[: _answers(messages)[-1] + 1], partial(self._last_answer, tools))
+
+    def _last_answer(self, tools: Tools, messages: list[Message]) -> RenderedAnswer:
+        text = self._render(messages, tools)
+        context = self._render(messages[:-1], tools)
+        prompt = text[: self._prompt_length(text, messages[:-1], tools)]
+        check_rendered(messages, tools, {len(messages) - 1}, self._render)
+        main, header = prompt[: len(context)], prompt[len(context) :]
+        if not header or not prompt.startswith(context):
+            main, header = split_prompt(prompt)
+        return RenderedAnswer(self._main(main), header, self._without_text_after_end(text[len(prompt) :]))
+
+    def _main(self, text: str) -> str | dict[str, list[int]]:
+        """Main as text, or as token ids if the text would get a BOS that the template does not write."""
+        (ids,) = encode_texts(self._tokenizer, [text])
+        return text if ids == prepend_bos(ids, bos_ids(self._tokenizer)) else {"input_ids": ids}
+
+    def _without_text_after_end(self, answer: str) -> str:
+        """The answer without the white space that the template writes after the end token."""
+        stripped = answer.rstrip()
+        (ids,) = encode_texts(self._tokenizer, [stripped])
+        return stripped if ids and ids[-1] in self._added_tokens else answer
 
     def _record(self, tools: Tools, answers: list[int], messages: list[Message]) -> ParallelRecord:
         """One record with the answers at these indices as targets."""
@@ -123,6 +156,18 @@ class ChatRenderer:
         except TEMPLATE_ERRORS as error:
             raise TemplateRefusedError(f"is refused by the chat template: {first_line(error)}") from error
         return str(text)
+
+
+def _answers(messages: list[Message]) -> list[int]:
+    """Indices of the turns that are to be learnt. Raises RecordError if there is none."""
+    answers = [
+        index
+        for index, message in enumerate(messages)
+        if index and message["role"] == "assistant" and message.get("train", True)
+    ]
+    if not answers:
+        raise RecordError("has no assistant turn that answers something and is to be learnt")
+    return answers
 
 
 def first_target(spans: TokenSpans, prompt_length: int) -> int:

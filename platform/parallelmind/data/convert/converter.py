@@ -11,7 +11,8 @@ from typing import Any, get_args
 from transformers import PreTrainedTokenizerBase
 
 from parallelmind.data.convert.columns import Columns
-from parallelmind.data.convert.kinds import Source, find_kind, is_parallel, unused_keys
+from parallelmind.data.convert.documents import group_by_article
+from parallelmind.data.convert.kinds import SHAPES, Source, find_kind, is_parallel, unused_keys
 from parallelmind.data.convert.passages import (
     PassageQuestion,
     expand_articles,
@@ -33,6 +34,7 @@ class Converter:
     load_tokenizer: called at most once, and only if a kind of source needs a tokenizer. records_read: number
     of source records so far (paragraphs of SQuAD, files of plain text). unanswered: number of questions left
     out because the source has no answer. unused: number of source records by each key that is not read.
+    flat_blocks: number of records in which parallel paths have stayed text, because the shape is flat.
     """
 
     def __init__(
@@ -44,6 +46,10 @@ class Converter:
         self.unused: Counter[str] = Counter()
         self._records = RecordConverter(settings, load_tokenizer)
 
+    @property
+    def flat_blocks(self) -> int:
+        return self._records.flat_blocks
+
     def convert_file(self, file: str) -> Results:
         """The results of one file, in order. Raises UserError for an unknown kind of file or record."""
         if source_suffix(file) != ".txt":
@@ -53,13 +59,27 @@ class Converter:
                 f"source={self.settings.source}: {file} is plain text; "
                 "set source=text, or give JSON, JSONL or CSV"
             )
+        self._check_shape("text", file)
         self.records_read += 1
         return self._records.split_text(read_text(file, self.settings.encoding))
 
     def convert_records(self, records: Iterable[SourceRecord | BadRecord]) -> Results:
         """The results of records of one kind, in order. Raises UserError if the kind cannot be detected."""
         first, records = _peek_first(map(self.columns.rename, records))
-        return self._convert(self._source(first), records) if first else self._count(records)
+        if first is None:
+            return self._count(records)
+        source = self._source(first)
+        self._check_shape(source, first.location)
+        return self._convert(source, records)
+
+    def _check_shape(self, source: Source, location: str) -> None:
+        """Raise UserError if the records of a source have nothing that the shape makes branches of."""
+        shape = self.settings.shape
+        if source not in SHAPES[shape]:
+            raise UserError(
+                f"shape={shape}: {location} is of the kind {source}, which has no {shape}; "
+                f"remove shape, or set source to one of {', '.join(SHAPES[shape])}"
+            )
 
     def _source(self, first: SourceRecord) -> Source:
         if self.settings.source != "auto":
@@ -74,7 +94,10 @@ class Converter:
         if source in ("squad", "hotpotqa"):  # one code path reads both forms of a context
             parse = partial(passage_questions, templates=self._records.templates)
             questions = convert_each(self._count(expand_articles(records)), parse)
-            return group_by_passage(self._drop_unanswered(questions), self.settings.grouping == "global")
+            answered, in_memory = self._drop_unanswered(questions), self.settings.grouping == "global"
+            if self.settings.shape == "documents":
+                return group_by_article(answered, in_memory, self.settings.documents)
+            return group_by_passage(answered, in_memory)
         return convert_each(self._count(records), partial(self._records.convert, source))
 
     def _note_unused(
@@ -84,7 +107,8 @@ class Converter:
         for record in records:
             if isinstance(record, SourceRecord):
                 kind = find_kind(record.value, source, self.settings.text_column)
-                self.unused.update(set(unused_keys(kind.with_turns(record.value), kind.keys) if kind else ()))
+                unused = set(unused_keys(kind.with_turns(record.value), kind.keys) if kind else ())
+                self.unused.update(unused - {"title"} if self.settings.shape == "documents" else unused)
             yield record
 
     def _count(self, records: Iterable[SourceRecord | BadRecord]) -> Iterator[Any]:

@@ -4,11 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from parallelmind.data.convert.conversation import CONVERSATION_KEYS, TURN_KEYS, parse_turns_text
 
-Source = Literal["messages", "sharegpt", "preference", "squad", "hotpotqa", "alpaca", "pairs", "text"]
+Source = Literal[
+    "messages",
+    "sharegpt",
+    "preference",
+    "completions",
+    "reasoning",
+    "squad",
+    "hotpotqa",
+    "alpaca",
+    "pairs",
+    "text",
+]
+Shape = Literal["flat", "documents", "paths"]
+SHAPES: Mapping[Shape, tuple[Source, ...]] = {  # the sources that have what a shape makes branches of
+    "flat": get_args(Source),
+    "documents": ("squad", "hotpotqa"),
+    "paths": ("messages", "sharegpt", "reasoning", "alpaca", "pairs"),
+}
 Keys = Mapping[str, Any]  # for every key that is read, the keys of the objects under it, or None
 
 _PARALLEL_KEYS = {"main", "branches", "answer_offset", "input_ids", "rendered"}  # keys of parallel JSONL only
@@ -51,6 +68,14 @@ def _pair(prompt: str, completion: str) -> Kind:
     return Kind("pairs", (prompt, completion), {**_EXCHANGE, prompt: _TURN, completion: _TURN})
 
 
+def _completions(*required: str, **keys: Keys) -> Kind:
+    return Kind("completions", required, {**_EXCHANGE, **_keys(*required), required[-1]: _TURN, **keys})
+
+
+def _reasoning(*required: str) -> Kind:
+    return Kind("reasoning", required, _keys(*_EXCHANGE, *required))
+
+
 # The first kind that a record's keys indicate is its kind.
 _KINDS = (
     _preference("prompt", prompt=_TURN, chosen=_TURN, rejected=_TURN),
@@ -58,6 +83,20 @@ _KINDS = (
     _preference("instruction", **_ALPACA),
     _preference("question"),
     _preference(chosen=_TURN, rejected=_TURN),
+    *(
+        kind
+        for key in ("completions", "responses")
+        for kind in (
+            _completions("prompt", key, prompt=_TURN),
+            _completions("messages", key, messages=_TURN),
+            _completions("conversations", key, conversations=_TURN),
+            _completions("instruction", key, **_ALPACA),
+            _completions("question", key),
+        )
+    ),
+    _completions("prompt", "answers", prompt=_TURN),  # beside other prompts, they often are references
+    _reasoning("question", "deepseek_thinking_trajectory_parallel", "deepseek_attempt"),
+    _reasoning("question", "response_reasoning", "response_content"),
     Kind("messages", ("messages",), {**_CONVERSATION, "messages": _TURN}),
     Kind("sharegpt", ("conversations",), {**_CONVERSATION, "conversations": _TURN}),
     *(

@@ -13,6 +13,7 @@ from parallelmind.data.convert.source_records import (
     ParallelRecord,
     SourceRecord,
     check_text,
+    is_blank,
     required_text,
 )
 from parallelmind.data.records import RecordError
@@ -38,20 +39,35 @@ class QuestionTemplates:
 
 @dataclass(frozen=True, slots=True)
 class PassageQuestion:
-    """One question about a passage. branch: None if the source has no answer to the question."""
+    """One question about one or more documents.
 
-    passage: str
+    branch: None if the source has no answer to the question. article: key that questions about the same
+    collection of documents share.
+    """
+
+    documents: tuple[str, ...]
     branch: ParallelRecord | None
+    article: object
+
+    @property
+    def passage(self) -> str:
+        """The documents as one text, with a line for each."""
+        return "\n".join(self.documents)
 
 
 def expand_articles(
     records: Iterable[SourceRecord | BadRecord],
 ) -> Iterator[SourceRecord | BadRecord]:
-    """Replace articles by their paragraphs; all other records stay as they are."""
+    """Replace articles by their paragraphs, which get the location of the article as their title.
+
+    All other records stay as they are.
+    """
     for record in records:
         value = record.value if isinstance(record, SourceRecord) else None
         if isinstance(value, dict) and isinstance(value.get("paragraphs"), list):
             for index, paragraph in enumerate(value["paragraphs"]):
+                if isinstance(paragraph, dict):
+                    paragraph = {**paragraph, "title": record.location}
                 yield SourceRecord(f"{record.location}.paragraphs[{index}]", paragraph)
         else:
             yield record
@@ -61,14 +77,18 @@ def passage_questions(value: Any, templates: QuestionTemplates) -> Iterator[Pass
     """The questions of a paragraph with `qas`, or the one question of a row. Raises RecordError."""
     if not isinstance(value, dict) or not value.get("context"):
         raise RecordError("has no context")
-    passage = _passage(value["context"])
+    documents = tuple(_documents(value["context"]))
+    if not documents:
+        raise RecordError("context is empty")
+    title = value.get("title") if isinstance(value["context"], str) else None
+    article = documents if is_blank(title) else str(title)
     if "qas" not in value:
-        yield PassageQuestion(passage, _branch(value, "", templates))
+        yield PassageQuestion(documents, _branch(value, "", templates), article)
         return
     if not isinstance(value["qas"], list) or not value["qas"]:
         raise RecordError("qas is not a list of questions")
     for index, question in enumerate(value["qas"]):
-        yield PassageQuestion(passage, _branch(question, f"qas[{index}]", templates))
+        yield PassageQuestion(documents, _branch(question, f"qas[{index}]", templates), article)
 
 
 def _branch(value: Any, where: str, templates: QuestionTemplates) -> ParallelRecord | None:
@@ -110,22 +130,22 @@ def _parse_answers_text(answers: Any) -> Any:
     return parsed if are_answers or isinstance(parsed, dict) else answers
 
 
-def _passage(context: Any) -> str:
-    """The context as one text. Titles with sentences, as pairs or as two columns, give a paragraph each."""
+def _documents(context: Any) -> list[str]:
+    """The context as one text, or as one text for each of its titles with sentences, pairs or two columns."""
     if isinstance(context, str):
-        return check_text(context, "context")
+        return [check_text(context, "context")]
     try:
         pairs = context
         if isinstance(context, dict):
             pairs = zip(context["title"], context["sentences"], strict=True)
-        return check_text("\n".join(_paragraph(title, sentences) for title, sentences in pairs), "context")
+        return [check_text(_document(title, sentences), "context") for title, sentences in pairs]
     except RecordError:
         raise
     except (KeyError, TypeError, ValueError) as error:
         raise RecordError("context is neither a text nor titles with their sentences") from error
 
 
-def _paragraph(title: str, sentences: list[str]) -> str:
+def _document(title: str, sentences: list[str]) -> str:
     if not isinstance(sentences, list):
         raise TypeError
     return f"{title}: " + " ".join(sentence.strip() for sentence in map(str, sentences))

@@ -9,6 +9,16 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from parallelmind.config import DataConfig
+from parallelmind.data.convert.answers import (
+    PREFERENCE_KEYS,
+    answer_turns,
+    check_preference,
+    parse_answers,
+    preference_turns,
+    record_of_conversations,
+    record_of_texts,
+    split_prompt,
+)
 from parallelmind.data.convert.chat import ChatRenderer
 from parallelmind.data.convert.chunks import chunk_text
 from parallelmind.data.convert.conversation import (
@@ -23,14 +33,9 @@ from parallelmind.data.convert.conversation import (
 from parallelmind.data.convert.exchange import Exchange, exchange_turns, parse_exchange, parse_history
 from parallelmind.data.convert.kinds import Kind, Source, find_kind, required_keys
 from parallelmind.data.convert.passages import QuestionTemplates
-from parallelmind.data.convert.preference import (
-    ANSWER_KEYS,
-    preference_record,
-    preference_turns,
-    rendered_preference,
-)
 from parallelmind.data.convert.settings import ConvertSettings
 from parallelmind.data.convert.source_records import ParallelRecord, required_text
+from parallelmind.data.convert.tagged_paths import has_block, tree_of_answer
 from parallelmind.data.records import RecordError, parse_value
 from parallelmind.data.tokenise import tokenise
 from parallelmind.layout import Tokens
@@ -40,13 +45,18 @@ _UNLIMITED = DataConfig(data_path="-", max_branch_tokens=2**31, max_sample_token
 
 
 class RecordConverter:
-    """Converts records of one source. load_tokenizer: called at most once, and only if it is needed."""
+    """Converts records of one source.
+
+    load_tokenizer: called at most once, and only if it is needed. flat_blocks: number of records so far in
+    which parallel paths have stayed text, because the shape is flat.
+    """
 
     def __init__(
         self, settings: ConvertSettings, load_tokenizer: Callable[[], PreTrainedTokenizerBase]
     ) -> None:
         self._settings = settings
         self._load_tokenizer = load_tokenizer
+        self.flat_blocks = 0
         self.templates = QuestionTemplates(settings.question_template, settings.answer_template)
 
     def convert(self, source: Source, value: Any) -> Iterable[Any]:
@@ -60,6 +70,8 @@ class RecordConverter:
             "messages": self._conversation,
             "sharegpt": self._conversation,
             "preference": self._preference,
+            "completions": self._completions,
+            "reasoning": self._reasoning,
             "alpaca": self._exchange,
             "pairs": self._pair,
             "text": self._text,
@@ -71,8 +83,23 @@ class RecordConverter:
         return chunk_text(pieces, self._tokenizer, self._settings.chunk_tokens)
 
     def _conversation(self, kind: Kind, value: dict[str, Any]) -> Iterable[ParallelRecord]:
-        messages, settings = parse_messages(value, kind.required[0]), self._settings
-        return self._chat.records(messages, settings.each_turn, parse_tools(value), settings.all_turns)
+        settings = self._settings
+        messages, tools = parse_messages(value, kind.required[0]), parse_tools(value)
+        return self._rendered(messages, tools, settings.each_turn, settings.all_turns)
+
+    def _rendered(
+        self, messages: list[Message], tools: Tools, each_turn: bool = False, all_turns: bool = False
+    ) -> Iterable[ParallelRecord]:
+        """The records of a conversation that is rendered with the chat template."""
+        if self._settings.shape == "paths":
+            answer = self._chat.last_answer(messages, tools)
+            if tree := tree_of_answer(answer.header, answer.text):
+                return [{"main": answer.main, "branches": [tree]}]
+        self._note_block(*(turn["content"] for turn in messages if turn["role"] == "assistant"))
+        return self._chat.records(messages, each_turn, tools, all_turns)
+
+    def _note_block(self, *answers: str) -> None:
+        self.flat_blocks += self._settings.shape == "flat" and any(map(has_block, answers))
 
     def _pair(self, kind: Kind, value: dict[str, Any]) -> Iterable[ParallelRecord]:
         """A pair of texts, or of turns, of which all answers in the completion are targets."""
@@ -84,13 +111,26 @@ class RecordConverter:
         turns = [*exchange_turns(parse_history(value.get("history"))), *prompt, *completion]
         messages = with_system(turns, system_text(value))
         each_turn = self._settings.each_turn
-        return self._chat.records(messages, each_turn, parse_tools(value), all_turns=not each_turn)
+        return self._rendered(messages, parse_tools(value), each_turn, all_turns=not each_turn)
 
     def _exchange(self, kind: Kind, value: dict[str, Any]) -> Iterable[ParallelRecord]:
         exchange = parse_exchange(value, *kind.required)
         if self._settings.chat:
-            return self._chat.records(exchange.messages(), each_turn=False, tools=exchange.tools)
-        return [self._plain(kind.required[0], exchange)]
+            return self._rendered(exchange.messages(), exchange.tools)
+        record = self._plain(kind.required[0], exchange)
+        if self._settings.shape == "paths":
+            main, beginning = split_prompt(record["prompt"])
+            if tree := tree_of_answer(beginning, record["completion"]):
+                return [{"main": main, "branches": [tree]}]
+        self._note_block(exchange.response)
+        return [record]
+
+    def _reasoning(self, kind: Kind, value: dict[str, Any]) -> Iterable[ParallelRecord]:
+        """A question whose answer is the reasoning, in the marks of reasoning models, and what follows it."""
+        question_key, reasoning_key, answer_key = kind.required
+        reasoning, answer = required_text(value, reasoning_key), required_text(value, answer_key)
+        pair = Kind("pairs", (question_key, "response"), kind.keys)
+        return self._exchange(pair, {**value, "response": f"<think>\n{reasoning}\n</think>\n\n{answer}"})
 
     def _plain(self, request_key: str, exchange: Exchange) -> ParallelRecord:
         """An exchange as prompt and completion without a chat template."""
@@ -103,19 +143,42 @@ class RecordConverter:
 
     def _preference(self, kind: Kind, value: dict[str, Any]) -> Iterable[ParallelRecord]:
         """Two answers as two branches. Texts are rendered only with chat=true, turns always."""
-        prompt_key = kind.required[0] if len(kind.required) > len(ANSWER_KEYS) else None
+        prompt_key = kind.required[0] if len(kind.required) > len(PREFERENCE_KEYS) else None
         if all(isinstance(value[key], str) for key in kind.required) and not self._settings.chat:
             if prompt_key is None:
                 raise RecordError("has texts under chosen and rejected, and no prompt")
-            exchanges = [parse_exchange(value, prompt_key, key) for key in ANSWER_KEYS]
-            return [preference_record(*(self._plain(prompt_key, exchange) for exchange in exchanges))]
-        tools = parse_tools(value)
-        conversations = preference_turns(value, self._prompt_turns(prompt_key, value))
-        return [rendered_preference(*(self._tokens(turns, tools) for turns in conversations))]
+            record = self._text_answers(prompt_key, value, PREFERENCE_KEYS)
+            check_preference(*(branch["completion"] for branch in record["branches"]))
+            return [record]
+        prompt = self._prompt_turns(prompt_key, value, "chosen")
+        return [self._turn_answers(preference_turns(value, prompt), parse_tools(value))]
 
-    def _prompt_turns(self, prompt_key: str | None, value: dict[str, Any]) -> list[Message]:
+    def _completions(self, kind: Kind, value: dict[str, Any]) -> Iterable[ParallelRecord]:
+        """All answers to a prompt as branches. Texts are rendered only with chat=true, turns always."""
+        prompt_key, answers_key = kind.required
+        answers = parse_answers(value, answers_key)
+        value = {**value, **answers}
+        texts = (value[prompt_key], *answers.values())
+        if all(isinstance(text, str) for text in texts) and not self._settings.chat:
+            return [self._text_answers(prompt_key, value, answers)]
+        prompt = self._prompt_turns(prompt_key, value, next(iter(answers)))
+        return [self._turn_answers(answer_turns(value, prompt, answers), parse_tools(value))]
+
+    def _text_answers(
+        self, prompt_key: str, value: dict[str, Any], answer_keys: Iterable[str]
+    ) -> ParallelRecord:
+        """A record without a chat template whose branches are the answers under these keys."""
+        exchanges = [parse_exchange(value, prompt_key, key) for key in answer_keys]
+        records = [self._plain(prompt_key, exchange) for exchange in exchanges]
+        return record_of_texts(records[0]["prompt"], [record["completion"] for record in records])
+
+    def _turn_answers(self, conversations: list[list[Message]], tools: Tools) -> ParallelRecord:
+        """A rendered record whose branches are the ends of these conversations."""
+        return record_of_conversations([self._tokens(turns, tools) for turns in conversations])
+
+    def _prompt_turns(self, prompt_key: str | None, value: dict[str, Any], answer_key: str) -> list[Message]:
         if prompt_key == "instruction":
-            return turns_of(parse_exchange(value, prompt_key, "chosen").user_text, prompt_key, "user")
+            return turns_of(parse_exchange(value, prompt_key, answer_key).user_text, prompt_key, "user")
         return turns_of(value[prompt_key], prompt_key, "user") if prompt_key else []
 
     def _tokens(self, messages: list[Message], tools: Tools) -> Tokens:

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from parallelmind.config import FrozenConfig
 from parallelmind.data.convert.conversation import TURN_KEYS
-from parallelmind.data.convert.kinds import KNOWN_KEYS, Source
+from parallelmind.data.convert.kinds import KNOWN_KEYS, Shape, Source
 
 
 class ConvertSettings(FrozenConfig):
@@ -17,6 +17,18 @@ class ConvertSettings(FrozenConfig):
 
     source: Literal[Source, "auto"] = Field(
         "auto", description="kind of the source records; auto: detect it from the first record"
+    )
+    shape: Shape = Field(
+        "flat",
+        description="documents (squad, hotpotqa): every document is a branch, and the question follows; "
+        "paths (messages, sharegpt, reasoning, alpaca, pairs): the tagged paths of the last answer are "
+        "branches; flat: neither",
+    )
+    documents: int | None = Field(
+        None,
+        ge=1,
+        description="shape=documents: number of documents per question, its own and others of the same "
+        "article; null: all",
     )
     encoding: str | None = Field(
         None,
@@ -29,7 +41,8 @@ class ConvertSettings(FrozenConfig):
     )
     chat: bool = Field(
         False,
-        description="alpaca, pairs, preference: render them with the chat template, as user and assistant",
+        description="alpaca, pairs, reasoning, preference, completions: render them with the chat template, "
+        "as user and assistant",
     )
     each_turn: bool = Field(
         False, description="messages, sharegpt: one record per assistant turn instead of the last turn only"
@@ -69,6 +82,17 @@ class ConvertSettings(FrozenConfig):
     def _check_turns(self) -> Self:
         if self.each_turn and self.all_turns:
             raise ValueError("each_turn=true all_turns=true: contradict each other; give one of them")
+        for name in ("each_turn", "all_turns"):
+            if self.shape == "paths" and getattr(self, name):
+                raise ValueError(
+                    f"shape=paths {name}=true: only the last answer becomes a tree; remove {name}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check_documents(self) -> Self:
+        if self.documents and self.shape != "documents":
+            raise ValueError(f"documents={self.documents}: needs shape=documents")
         return self
 
     @model_validator(mode="after")
