@@ -227,6 +227,10 @@ def test_preference_of_turns_has_the_tokens_of_both_conversations(value: dict[st
         {"prompt": "who lives in it?", "responses": [" a", " b", " a"]},
         {"prompt": "who lives in it?", "answers": [" a", " b", " a"], "id": 3},
         {"prompt": "who lives in it?", "completions": '[" a", " b", " a"]'},
+        {
+            "prompt": "who lives in it?",
+            "answers": [{"answer": text, "rank": 1} for text in (" a", " b", " a")],
+        },
     ],
 )
 def test_all_completions_of_a_prompt_are_branches_of_one_record(value: dict[str, Any]) -> None:
@@ -279,6 +283,7 @@ def test_assistant_turns_of_the_prompt_of_completions_are_no_targets() -> None:
     [
         ({"prompt": "who", "completions": []}, "completions is not a list of answers"),
         ({"prompt": "who", "completions": "it"}, "completions is not JSON"),
+        ({"prompt": "who", "completions": [{"rank": 1}]}, "completions[0][0] has the role None"),
         ({"prompt": "who", "completions": {"a": 1}}, "completions is not a list of answers"),
         ({"prompt": "who", "completions": ["it", " "]}, "completions[1] is empty"),
         ({"prompt": "who", "completions": ["it", 3]}, "has no list of turns under completions[1]"),
@@ -328,6 +333,7 @@ def unused(values: list[Any], **settings: Any) -> dict[str, int]:
             {"title", "paragraphs[].qas[].id"},
         ),
         ({"text": "a", "url": "b"}, {"url"}),
+        ({"prompt": "a", "completions": [{"response": "b", "model": "m"}]}, {"completions[].model"}),
         (
             {
                 "prompt": "a",

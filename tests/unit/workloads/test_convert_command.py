@@ -94,7 +94,10 @@ def test_a_tree_and_the_count_of_its_branches(tmp_path: Path, capsys: pytest.Cap
     assert twice["branches"][0]["reduce"]["reduce"] == once["branches"][0]["reduce"]
     out, err = capsys.readouterr()
     assert out == "3 records in, 2 records out, 11 branches, 1 bad\n"
-    assert err == f"skipped: {file}:2: has <Path> in <Goal>, at character 17 of the answer\n"
+    assert (
+        err
+        == f"skipped: {file}:2: has <Path> in <Goal>, which is not closed, at character 17 of the answer\n"
+    )
     assert len(run(tmp_path, f"data_path={file}")) == 3
     out, err = capsys.readouterr()
     assert err == "shape=flat: <Parallel> blocks of 3 records stay text; set shape=paths\n"

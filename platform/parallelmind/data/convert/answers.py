@@ -16,6 +16,7 @@ from parallelmind.layout import Tokens
 from parallelmind.tree import Mask
 
 PREFERENCE_KEYS = ("chosen", "rejected")  # branch 0 and branch 1
+ANSWER_TEXT_KEYS = ("response", "completion", "answer", "text")  # of an object that is no turn
 _NO_DIFFERENCE = "has no difference between chosen and rejected"
 
 
@@ -65,7 +66,14 @@ def parse_answers(value: dict[str, Any], key: str) -> dict[str, Any]:
     answers = parse_json(value[key], key)
     if not isinstance(answers, list) or not answers:
         raise RecordError(f"{key} is not a list of answers")
-    return {f"{key}[{index}]": answer for index, answer in enumerate(answers)}
+    return {f"{key}[{index}]": _without_details(answer) for index, answer in enumerate(answers)}
+
+
+def _without_details(answer: Any) -> Any:
+    """The text of an answer that is given with its model or rating; any other answer as it is."""
+    if not isinstance(answer, dict) or answer.keys() & {"role", "from"}:
+        return answer
+    return next((answer[key] for key in ANSWER_TEXT_KEYS if key in answer), answer)
 
 
 def answer_turns(

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from parallelmind.data.convert.answers import ANSWER_TEXT_KEYS
 from parallelmind.data.convert.conversation import CONVERSATION_KEYS, TURN_KEYS, parse_turns_text
 
 Source = Literal[
@@ -36,6 +37,7 @@ def _keys(*names: str, **nested: Keys) -> Keys:
 
 
 _TURN = _keys(*TURN_KEYS)
+_ANSWER = _keys(*TURN_KEYS, *ANSWER_TEXT_KEYS)
 _CONVERSATION = _keys(*CONVERSATION_KEYS)
 _EXCHANGE = _keys(*CONVERSATION_KEYS, "history")
 _ALPACA = _keys(*_EXCHANGE, "instruction", "input", "context")
@@ -69,7 +71,7 @@ def _pair(prompt: str, completion: str) -> Kind:
 
 
 def _completions(*required: str, **keys: Keys) -> Kind:
-    return Kind("completions", required, {**_EXCHANGE, **_keys(*required), required[-1]: _TURN, **keys})
+    return Kind("completions", required, {**_EXCHANGE, **_keys(*required), required[-1]: _ANSWER, **keys})
 
 
 def _reasoning(*required: str) -> Kind:

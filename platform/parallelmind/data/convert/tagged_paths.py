@@ -80,7 +80,7 @@ class _Parser:
         *outer, innermost = elements or [""]
         if innermost != "Parallel":
             where = {"": "outside of <Parallel>", _JOINED: "after the paths of its <Parallel> have ended"}
-            raise _misplaced(tag, where.get(innermost, f"in <{innermost}>"))
+            raise _misplaced(tag, where.get(innermost, f"in <{innermost}>, which is not closed"))
         end = len(self.text[: tag.start()].rstrip())
         segment, branches = self._segment_text(start, completion, end), []
         self._enter()
