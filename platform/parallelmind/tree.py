@@ -65,6 +65,14 @@ class Tree:
         return len(self.parents) - 1 - int(np.count_nonzero(self.is_reduce))
 
     @property
+    def depth(self) -> int:
+        """Levels of nesting: 0 for main alone, 1 for a flat sample."""
+        depths = [0]
+        for _, parent, _ in self.walk():
+            depths.append(depths[parent] + 1)
+        return max(depths)
+
+    @property
     def is_flat(self) -> bool:
         """Whether the sample is main and branches alone."""
         return not self.parents[1:].any() and not self.is_reduce.any()
@@ -82,6 +90,16 @@ class Tree:
         parents = number[self.parents[kept]]
         parents[:1] = NO_PARENT
         return type(self)(parents, self.is_reduce[kept])
+
+
+def segment_names(tree: Tree) -> list[str]:
+    """The place of every segment: main, branch 1, branch 1.2, branch 1.reduce, reduce, reduce.1 and so on."""
+    paths, siblings = [list[str]()], [0] * tree.segments
+    for segment, parent, _ in tree.walk():
+        siblings[parent] += 1
+        paths.append([*paths[parent], "reduce" if tree.is_reduce[segment] else str(siblings[parent])])
+    places = (".".join(path) for path in paths[1:])
+    return ["main", *(place if place.startswith("reduce") else f"branch {place}" for place in places)]
 
 
 def relations(tree: Tree) -> NDArray[np.int8]:

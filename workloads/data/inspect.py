@@ -3,9 +3,10 @@
     python -m workloads.convert --inspect FILE [key=value …]
     python -m workloads.convert --inspect train.jsonl batch_size=8 max_branch_tokens=256 show=5
 
-Prints the content of the file and its bad lines; the lengths of mains, branches and samples; what the length
-limits cost; the share of padding in the batches that training would build with these settings; and the first
-samples as columns, with time running across and targets marked. The histograms are also written as a PNG.
+Prints the content of the file and its bad lines; the lengths of mains, branches, reduces and samples; what
+the length limits cost; the share of padding in the batches that training would build with these settings; and
+the first samples as columns, with time running across, one line for every segment, and targets marked. The
+histograms are also written as a PNG.
 Samples are shuffled as in training; shuffle_window=1 keeps the file's order.
 """
 
@@ -67,7 +68,7 @@ def main(argv: list[str]) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
     print_lines(inspection.survey, inspection.complete, console)
     inspection.raise_if_empty()
-    print_lengths(inspection.statistics, console)
+    print_lengths(inspection.statistics, config.data.packing, console)
     statistics = inspection.statistics
     for note in limit_notes(statistics.truncated, statistics.skipped, config.data):
         print(f"warning: {note}", file=sys.stderr)

@@ -19,19 +19,26 @@ _MAX_BATCH_BARS = 40
 
 
 def write_png(statistics: LengthStatistics, title: str, path: Path) -> None:
-    """Write three panels: tokens per branch, branches per sample, tokens and padding per batch.
+    """Write panels: tokens per branch and per reduce, branches per sample, tokens and padding per batch.
 
     Raises UserError if the file cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 5), layout="constrained")
+    series = [
+        (statistics.branch_tokens, "tokens per branch", "branches"),
+        (statistics.reduce_tokens, "tokens per reduce", "reduces"),
+        (statistics.sample_branches, "branches per sample", "samples"),
+    ]
+    histograms = [item for item in series if item[0]]
+    panels = len(histograms) + 1
+    figure = Figure(figsize=(5 * panels, 5), layout="constrained")
     figure.suptitle(title, parse_math=False)
-    left, middle, right = figure.subplots(1, 3)
-    _draw_histogram(left, statistics.branch_tokens, "tokens per branch", "branches")
-    _draw_histogram(middle, statistics.sample_branches, "branches per sample", "samples")
-    _draw_batches(right, statistics)
+    *axes, last = figure.subplots(1, panels)
+    for panel, item in zip(axes, histograms, strict=True):
+        _draw_histogram(panel, *item)
+    _draw_batches(last, statistics)
     with translate_write_errors("png_path", path):
         path.parent.mkdir(parents=True, exist_ok=True)
         FigureCanvasAgg(figure).print_png(path)
@@ -63,4 +70,5 @@ def _draw_batches(axes: Axes, statistics: LengthStatistics) -> None:
     )
     axes.set_title(f"Padding is {statistics.padding:.1%} of all tokens ({len(order):,} batches)")
     axes.set(xlabel="batches from smallest to largest, in percent", ylabel="tokens per batch, with padding")
-    axes.legend(loc="upper left")
+    axes.set_ylim(0, 1.05 * padded_tokens.max())
+    axes.legend(loc="lower right")  # inside the bars, where it hides no edge of theirs

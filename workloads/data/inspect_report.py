@@ -56,19 +56,24 @@ def _count_table() -> Table:
     return table
 
 
-def print_lengths(statistics: LengthStatistics, console: Console) -> None:
+def print_lengths(statistics: LengthStatistics, packing: bool, console: Console) -> None:
     """Print counts, percentiles and histograms, and what the limits and the padding cost."""
     table = _count_table()
     limits = f"{statistics.skipped:,} more skipped, {statistics.truncated:,} texts truncated"
     table.add_row("branches", f"{len(statistics.branch_tokens):,}", limits)
+    if statistics.reduce_tokens or statistics.depth > 1:
+        table.add_row("reduces", f"{len(statistics.reduce_tokens):,}")
+        levels = f"nested to depth {statistics.depth:,} (a flat record has depth 1)"
+        table.add_row("segments", f"{statistics.segments:,}", levels)
     table.add_row("tokens", f"{statistics.tokens:,}", f"{statistics.targets:,} of them targets")
     table.add_row("samples", f"{len(statistics.sample_branches):,}")
     table.add_row("batches", f"{len(statistics.batch_tokens):,}")
     padded_tokens = f"of the {sum(statistics.batch_padded_tokens):,} tokens in the batches"
-    table.add_row("padding", f"{statistics.padding:.1%}", padded_tokens)
+    table.add_row("padding", f"{statistics.padding:.1%}", padded_tokens + " (packing=true)" * packing)
     console.print(table)
     series = {
         "tokens per branch": statistics.branch_tokens,
+        "tokens per reduce": statistics.reduce_tokens,
         "tokens per main": statistics.main_tokens,
         "branches per sample": statistics.sample_branches,
     }

@@ -62,7 +62,7 @@ class Inspection:
     def read(self, lines: Iterable[NumberedLine]) -> None:
         """Read the lines, and build the batches that training would build of them."""
         for batch in sample_batches(self._tokenise(self._check(lines)), self._config, EpochSeed(0)):
-            self.statistics.add_batch(batch.samples)
+            self.statistics.add_batch(batch.samples, self._config.packing)
             room = self._max_samples - len(self._samples)
             self._samples += list(zip(batch.samples, batch.delays, strict=True))[:room]
         self.survey.hashes = RecordHashes.unpack(pack_hashes(self._hashes, 1.0), 1.0)

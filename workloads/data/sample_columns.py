@@ -1,4 +1,4 @@
-"""A sample as columns of text: time runs across, one line for main and for every branch."""
+"""A sample as columns of text: time runs across, one line for every segment, in pre-order."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from itertools import groupby
 import numpy as np
 
 from parallelmind.layout import IGNORE, Layout
-from parallelmind.tree import MAIN
+from parallelmind.tree import segment_names
 
 _MAX_TOKEN_WIDTH = 8  # cells
+_MIN_ANCHORS, _ANCHOR_WIDTH = 3, 16  # places where a shortened sample is shown, and cells for each
 _ELLIPSIS = "…"
 _VISIBLE = str.maketrans({"\n": "⏎", "\r": "␍", "\t": "⇥", " ": "▁"})
 
@@ -26,17 +27,16 @@ def sample_columns(
 ) -> list[LinePieces]:
     """The lines of a sample, with every token at its time coordinate.
 
-    width: cells per line. If the sample does not fit, the beginnings of main, of the branches and of the
-    targets remain. marks: texts around every target.
+    A segment begins in the column after the last one that it continues or joins. width: cells per line. If
+    the sample does not fit, the beginnings of main, of the branches and of the targets remain, and the joins
+    of a tree as far as they fit. marks: texts around every target.
     """
     cells = _cells(layout, token_texts, marks)
-    names = {
-        int(segment): "main" if segment == MAIN else f"branch {segment}"
-        for segment in np.unique(layout.segment)
-    }
+    all_names = segment_names(layout.tree)
+    names = {segment: all_names[segment] for segment in np.unique(layout.segment).tolist()}
     indent = max(map(len, names.values())) + 2
     widths = _column_widths(cells)
-    shown_times = _choose_times(list(widths), _anchors(layout), widths, width - indent)
+    shown_times = _choose_times(list(widths), _anchors(layout, width - indent), widths, width - indent)
     header: LinePieces = [("time".ljust(indent), False)]
     lines = {segment: [(name.ljust(indent), False)] for segment, name in names.items()}
     for shown, run in groupby(widths, shown_times.__contains__):
@@ -80,11 +80,22 @@ def _column_widths(cells: _Cells) -> dict[int, int]:
     return widths
 
 
-def _anchors(layout: Layout) -> list[int]:
-    """Times to show first: the beginning, and the last ones before the branches and the first target."""
-    starts = [int(layout.time.min()), int(layout.time[layout.segment != MAIN].min()) - 1]
-    predicting = layout.time[layout.labels != IGNORE]
-    return sorted({*starts, *([int(predicting.min())] if len(predicting) else [])})
+def _anchors(layout: Layout, room: int) -> list[int]:
+    """Times to show first: the beginning, the last ones before the first target and the forks, and the joins.
+
+    If `room` cells are too few for all of them, the forks and joins of the first segments remain.
+    """
+    tree, starts = layout.tree, np.full(layout.tree.segments, np.iinfo(np.int64).max)
+    np.minimum.at(starts, layout.segment, layout.time)
+    forks_and_joins = dict[tuple[int, bool], int]()  # by parent, and whether its reduce begins there
+    for segment, parent, _ in tree.walk():
+        is_reduce = bool(tree.is_reduce[segment])
+        time = int(starts[segment]) - (not is_reduce)
+        forks_and_joins[parent, is_reduce] = min(time, forks_and_joins.get((parent, is_reduce), time))
+    predicting = np.sort(layout.time[layout.labels != IGNORE])[:1].tolist()
+    others = (forks_and_joins[place] for place in sorted(forks_and_joins))
+    anchors = list(dict.fromkeys([int(layout.time.min()), *predicting, *others]))
+    return sorted(anchors[: max(_MIN_ANCHORS, room // _ANCHOR_WIDTH)])
 
 
 def _choose_times(

@@ -17,14 +17,16 @@ PERCENTILES = (50, 90, 99, 100)
 class LengthStatistics:
     """Accumulates counts over records and batches.
 
-    main_tokens, branch_tokens: one entry per main that is not empty and per remaining branch. targets: number
-    of tokens with a loss. truncated: number of truncated mains and branches. skipped: number of branches left
-    out. sample_branches: one entry per sample. batch_tokens, batch_padded_tokens: one entry per batch,
-    without and with padding.
+    main_tokens, branch_tokens, reduce_tokens: one entry per main that is not empty, and per remaining branch
+    and reduce at all depths. depth: that of the deepest record. targets: number of tokens with a loss.
+    truncated: number of truncated texts. skipped: number of branches left out. sample_branches: one entry per
+    sample. batch_tokens, batch_padded_tokens: one entry per batch, without and with padding.
     """
 
     main_tokens: list[int] = field(default_factory=list)
     branch_tokens: list[int] = field(default_factory=list)
+    reduce_tokens: list[int] = field(default_factory=list)
+    depth: int = 0
     targets: int = 0
     truncated: int = 0
     skipped: int = 0
@@ -37,22 +39,29 @@ class LengthStatistics:
         self.skipped += record.skipped
         if record.tokens is None:
             return
-        main, *branches = record.tokens.lengths.tolist()
-        self.main_tokens += [main] if main else []
-        self.branch_tokens += branches
+        lengths, tree = record.tokens.lengths, record.tokens.tree
+        self.main_tokens += lengths[:1][lengths[:1] > 0].tolist()
+        self.branch_tokens += lengths[tree.is_branch].tolist()
+        self.reduce_tokens += lengths[tree.is_reduce].tolist()
+        self.depth = max(self.depth, tree.depth)
         self.targets += int(record.tokens.targets.sum())
 
-    def add_batch(self, samples: Sequence[Tokens]) -> None:
-        """Add the samples of one batch, which are padded to the longest of them."""
+    def add_batch(self, samples: Sequence[Tokens], packing: bool = False) -> None:
+        """Add the samples of one batch, which are padded to the longest of them; with packing, not at all."""
         lengths = [len(sample.ids) for sample in samples]
         self.sample_branches += [sample.branches for sample in samples]
         self.batch_tokens.append(sum(lengths))
-        self.batch_padded_tokens.append(len(samples) * max(lengths))
+        self.batch_padded_tokens.append(sum(lengths) if packing else len(samples) * max(lengths))
 
     @property
     def tokens(self) -> int:
         """Tokens of all records; a main counts once, even if several samples repeat it."""
-        return sum(self.main_tokens) + sum(self.branch_tokens)
+        return sum(map(sum, (self.main_tokens, self.branch_tokens, self.reduce_tokens)))
+
+    @property
+    def segments(self) -> int:
+        """Mains, branches and reduces of all records."""
+        return sum(map(len, (self.main_tokens, self.branch_tokens, self.reduce_tokens)))
 
     @property
     def padding(self) -> float:

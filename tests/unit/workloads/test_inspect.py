@@ -11,11 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import save_tiny, tiny_tokenizer
+from trees import TREES, shape_of, tokens_of
 
 from parallelmind.config import RopeConfig
 from parallelmind.data.tokenise import TokenisedRecord
 from parallelmind.errors import UserError
 from parallelmind.layout import Tokens, arrange
+from parallelmind.tree import segment_names
 from workloads.data import inspect as inspect_data
 from workloads.data.histogram import Bucket, bars, histogram
 from workloads.data.inspect_report import token_decoder
@@ -32,6 +34,11 @@ def letters(ids: list[int]) -> list[str]:
 
 def sample(main: str, branches: list[str], offsets: list[int] | None = None) -> Tokens:
     return Tokens.of([*map(ord, main)], [[*map(ord, branch)] for branch in branches], offsets)
+
+
+def segment(letters: str, offset: int | None = None, **below: object) -> dict[str, object]:
+    """A segment of `reference`."""
+    return {"tokens": [*map(ord, letters)], "offset": len(letters) if offset is None else offset, **below}
 
 
 def text(tokens: Tokens, width: int = 200, delays: list[int] | None = None, **rope: object) -> list[str]:
@@ -58,6 +65,47 @@ def test_alignment_and_delays_move_branches() -> None:
 def test_targets_are_separate_pieces_without_marks() -> None:
     lines = sample_columns(arrange(sample("", ["abc"], [1]), RopeConfig()), letters, 80, marks=("", ""))
     assert [piece for piece, target in lines[1] if target] == ["b", "c"]
+
+
+def test_a_tree_has_one_line_for_every_segment_which_shows_forks_and_joins() -> None:
+    inner = [segment("ef", 1), segment("g")]
+    branches = [segment("cd", branches=inner, reduce=segment("hi", 1)), segment("j")]
+    root = segment("ab", branches=branches, reduce=segment("kl", 1))
+    assert text(tokens_of(root)) == [
+        "time             0 1 2 3 4 5   6 7   8 9",
+        "main             a b",
+        "branch 1             c d",
+        "branch 1.1               e «f»",
+        "branch 1.2               g",
+        "branch 1.reduce                h «i»",
+        "branch 2             j",
+        "reduce                               k «l»",
+    ]
+
+
+def test_the_name_of_a_segment_is_its_place() -> None:
+    chain = segment("c", branches=[segment("d"), segment("e")], reduce=segment("f"))
+    root = segment("a", branches=[segment("b"), segment("b", branches=[segment("b")])], reduce=chain)
+    assert segment_names(shape_of(root)) == [
+        *("main", "branch 1", "branch 2", "branch 2.1"),
+        *("reduce", "reduce.1", "reduce.2", "reduce.reduce"),
+    ]
+
+
+def test_a_long_tree_shows_where_documents_end_and_the_answer_begins() -> None:
+    documents = [segment("x" * length) for length in (90, 40)]
+    lines = text(tokens_of(segment("", branches=documents, reduce=segment("who?rice", 4))), width=90)
+    assert [line.count("…") for line in lines] == [1, 1, 1, 0]
+    assert lines[3].split() == ["reduce", "w", "h", "o", "?", "«r»", "«i»", "«c»", "«e»"]
+
+
+@settings(deadline=None)
+@given(TREES, st.integers(60, 120))
+def test_no_line_of_a_tree_is_wider_than_the_terminal(root: dict[str, object], width: int) -> None:
+    tokens = tokens_of(root)
+    lines = text(tokens, width=width)
+    assert all(text_width(line) <= width for line in lines)
+    assert len(lines) == 1 + np.count_nonzero(tokens.lengths)
 
 
 def test_long_sample_keeps_main_the_branches_and_the_first_targets() -> None:
@@ -148,6 +196,26 @@ def test_statistics_count_tokens_targets_and_padding() -> None:
         [18],
     )
     assert statistics.padding == pytest.approx(4 / 18)
+
+
+def test_statistics_count_the_segments_of_all_depths() -> None:
+    statistics = LengthStatistics()
+    inner = segment("cd", branches=[segment("ef"), segment("g")], reduce=segment("hij", 1))
+    tree = tokens_of(segment("ab", branches=[inner, segment("k")], reduce=segment("l" * 9)))
+    flat = sample("", ["mn"])
+    for tokens in (tree, flat):
+        statistics.add_record(TokenisedRecord(tokens, False, 0, 0))
+    assert statistics.branch_tokens == [2, 2, 1, 1, 2]
+    assert statistics.reduce_tokens == [3, 9]
+    assert (statistics.segments, statistics.tokens, statistics.depth) == (8, 22, 2)
+    statistics.add_batch([tree, flat])
+    assert (statistics.sample_branches, statistics.padding) == ([4, 1], pytest.approx(18 / 40))
+
+
+def test_packed_batches_have_no_padding() -> None:
+    statistics = LengthStatistics()
+    statistics.add_batch([sample("", ["ab"]), sample("", ["abcdef"])], packing=True)
+    assert (statistics.batch_padded_tokens, statistics.padding) == ([8], 0)
 
 
 def test_divided_character_is_the_text_of_its_last_token() -> None:
