@@ -183,9 +183,9 @@ def test_an_answer_that_lacks_a_tag_is_refused(seed: int) -> None:
             "has <Path> after the paths of its <Parallel> have ended",
         ),
         ("</Parallel>", "has </Parallel> that closes nothing"),
-        ("<Parallel><Path>x</Path></Parallel>" * 33, "has more than 32 <Parallel> blocks in or after"),
-        ("<Parallel><Path>" * 40 + "</Path></Parallel>" * 40, "has more than 32 <Parallel> blocks in or"),
-        ("<Parallel><Path>" * 5000, "has more than 32 <Parallel> blocks in or after"),
+        ("<Parallel><Path>x</Path></Parallel>" * 32, "has more than 31 <Parallel> blocks in or after"),
+        ("<Parallel><Path>" * 40 + "</Path></Parallel>" * 40, "has more than 31 <Parallel> blocks in or"),
+        ("<Parallel><Path>" * 5000, "has more than 31 <Parallel> blocks in or after"),
     ],
 )
 def test_reason_of_an_answer_with_wrong_tags(answer: str, reason: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from parallelmind.data.convert.source_records import ParallelRecord
 from parallelmind.data.records import RecordError
 
-_MAX_DEPTH = 32
+_MAX_DEPTH = 31  # forks of an answer; the record itself forks before them
 
 _PATHS = ("Path", "Thread")  # of Multiverse and of ThreadWeaver
 _TAG = re.compile(r"<(?P<close>/?)(?P<name>Parallel|Goal|Outlines|Conclusion|Path|Thread)>")
