@@ -10,7 +10,7 @@ import parallelmind as pm
 from parallelmind.data.encode import encode_text
 from parallelmind.data.files import FileFormat
 from parallelmind.data.lines import Line
-from parallelmind.data.records import Branch, Record, RecordError, parse_line, parse_value
+from parallelmind.data.records import Record, RecordError, Segment, parse_line, parse_value
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +47,8 @@ def prompt_sample(record: Record, tokenizer: PreTrainedTokenizerBase) -> pm.Samp
     return pm.Sample(record.main, prompts)
 
 
-def _prompt(branch: Branch, tokenizer: PreTrainedTokenizerBase, opens_sample: bool) -> str | list[int]:
-    (first_target, _), *_ = branch.targets
+def _prompt(branch: Segment, tokenizer: PreTrainedTokenizerBase, opens_sample: bool) -> str | list[int]:
+    first_target = branch.targets[0][0] if branch.targets else None
     if branch.completion is not None or (first_target == 0 and not branch.rendered):
         return branch.body
     first = opens_sample and not branch.rendered

@@ -1,4 +1,4 @@
-"""Parse one line of parallel JSONL into a checked record.
+"""Parse one line of parallel JSONL into a checked record, which is a tree of segments.
 
 Types are checked strictly, so that a mistake is reported instead of trained on.
 """
@@ -8,17 +8,26 @@ from __future__ import annotations
 import difflib
 import functools
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
+
+import numpy as np
+
+from parallelmind.errors import short_repr
+from parallelmind.tree import MAIN, NO_PARENT, Tree
 
 TextOrIds = str | list[int]
 Spans = tuple[tuple[int, int | None], ...]  # half-open, sorted and disjoint; None is the end of the text
 
-_KEYS = frozenset(
-    {"main", "branches", "text", "input_ids", "answer_offset", "targets", "rendered", "prompt", "completion"}
-)
+MAX_DEPTH = 32  # levels of nested `branches` and `reduce`; far from Python's limit of recursion
+
+_TREE_KEYS = frozenset({"branches", "reduce"})
+_KEYS = _TREE_KEYS | {
+    *("main", "text", "input_ids", "answer_offset", "targets", "rendered", "prompt", "completion")
+}
 _TYPO = 0.8  # similarity of a misspelt key to the key that is meant, if the record is incomplete without it
 _TYPO_OF_OPTIONAL = 0.88  # stricter, so that `domain` is not a misspelt `main`
 _NEVER_MISSPELT = frozenset({"targets", "references"})  # `target` and `reference` are usual metadata columns
@@ -37,24 +46,46 @@ class _Form:
     optional: frozenset[str] = frozenset()
 
 
-_BRANCH_FORMS = (
+_TEXT_FORMS = (
     _Form(frozenset({"prompt", "completion"}), frozenset({"references"})),
     _Form(frozenset({"text"}), frozenset({"answer_offset", "targets", "rendered"})),
     _Form(frozenset({"input_ids"}), frozenset({"answer_offset", "targets"})),
 )
-_RECORD_FORMS = tuple(
-    _Form(form.needed, form.optional | {"main"}) for form in (_Form(frozenset({"branches"})), *_BRANCH_FORMS)
+_SEGMENT_FORMS = tuple(_Form(form.needed, form.optional | _TREE_KEYS) for form in _TEXT_FORMS)
+_RECORD_FORMS = (
+    _Form(frozenset({"branches"}), frozenset({"main", "reduce"})),
+    *(_Form(form.needed, form.optional | {"main"}) for form in _TEXT_FORMS),
 )
 _MAIN_FORMS = (_Form(frozenset({"text"})), _Form(frozenset({"input_ids"})))
 
 
-@dataclass(frozen=True, slots=True)
-class Branch:
-    """One parallel text. With a completion, `body` is the prompt and the completion holds the targets.
+class _Fork:
+    """What may be followed by branches, and by a reduce that reads them all."""
 
-    targets: tokens that are targets, for a branch without completion. rendered: the text is that of a chat
+    __slots__ = ()
+    branches: tuple[Segment, ...]
+    reduce: Segment | None
+
+    def walk(self) -> Iterator[Segment]:
+        """Every segment below this one, in pre-order."""
+        for segment, _ in self._below():
+            yield segment
+            yield from segment.walk()
+
+    def _below(self) -> list[tuple[Segment, bool]]:
+        """The segments that continue this one, and whether each is a reduce."""
+        below = [(branch, False) for branch in self.branches]
+        return below if self.reduce is None else [*below, (self.reduce, True)]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment(_Fork):
+    """A branch or a reduce. With a completion, `body` is the prompt and the completion holds the targets.
+
+    targets: tokens that are targets, for a segment without completion. rendered: the text is that of a chat
     template, which has written the special tokens. references: other correct completions; an evaluation
-    accepts any of them, training uses the completion.
+    accepts any of them, training uses the completion. branches: they begin where this segment ends. reduce:
+    continues this segment when they have ended.
     """
 
     body: TextOrIds
@@ -62,20 +93,50 @@ class Branch:
     targets: Spans = ((0, None),)
     rendered: bool = False
     references: tuple[str, ...] = ()
+    branches: tuple[Segment, ...] = ()
+    reduce: Segment | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class Record(_Fork):
     """One line of parallel JSONL.
 
     standalone: the record is a single branch without main; packing groups such records into samples.
-    unknown_keys: keys that have no meaning where they stand, such as `id`, `main.id` and `branches[].id`.
+    unknown_keys: keys that have no meaning where they stand, such as `id`, `main.id`, `branches[].id` and
+    `branches[].reduce.id`. reduce: continues main when all branches have ended.
     """
 
     main: TextOrIds
-    branches: tuple[Branch, ...]
+    branches: tuple[Segment, ...]
     standalone: bool
     unknown_keys: tuple[str, ...] = ()
+    reduce: Segment | None = None
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether the record is main and branches alone."""
+        return self.reduce is None and not any(branch.branches for branch in self.branches)
+
+    @property
+    def num_branches(self) -> int:
+        """Number of branches, at all depths."""
+        return len(self.branches) if self.is_flat else self.tree.branches
+
+    @property
+    def tree(self) -> Tree:
+        """The shape of the record."""
+        if self.is_flat:
+            return Tree.flat(len(self.branches))
+        parents, is_reduce = [NO_PARENT], [False]
+
+        def add_below(fork: _Fork, number: int) -> None:
+            for segment, reduces in fork._below():
+                parents.append(number)
+                is_reduce.append(reduces)
+                add_below(segment, len(parents) - 1)
+
+        add_below(self, MAIN)
+        return Tree(np.array(parents), np.array(is_reduce))
 
 
 def parse_line(raw: bytes, vocab_size: int | None = None) -> Record:
@@ -91,16 +152,7 @@ def parse_value(value: Any, vocab_size: int | None = None) -> Record:
     """
     if not isinstance(value, dict):
         raise RecordError(f"is a JSON {_json_type(value)}, not an object")
-    value = _without_null_fields(value)
-    unknown_keys = list(_check_keys(value, "record", _RECORD_FORMS))
-    main, unknown = _main(value.get("main", ""), vocab_size)
-    unknown_keys += (f"main.{key}" for key in unknown)
-    if "branches" not in value:
-        branch = _branch(value, "record", vocab_size)
-        return Record(main, (branch,), not main, tuple(unknown_keys))
-    branches, unknown = _branches(value["branches"], vocab_size)
-    unknown_keys += (f"branches[].{key}" for key in dict.fromkeys(unknown))
-    return Record(main, branches, False, tuple(unknown_keys))
+    return _Parser(vocab_size).parse_record(value)
 
 
 def check_surrogates(text: str, where: str) -> None:
@@ -155,7 +207,8 @@ def _check_keys(value: dict[str, Any], where: str, forms: Sequence[_Form]) -> tu
     if not unknown:
         return ()
     needed = form.needed if form else frozenset[str]().union(*(form.needed for form in forms))
-    _check_spelling(unknown, needed.difference(value), (meant - needed - _NEVER_MISSPELT).difference(value))
+    never = _NEVER_MISSPELT if "branches" in value else _NEVER_MISSPELT | {"reduce"}
+    _check_spelling(unknown, where, needed.difference(value), (meant - needed - never).difference(value))
     if form and (unused := _KEYS.intersection(unknown)):
         key, beside = min(unused), " and ".join(sorted(form.needed & value.keys()))
         raise RecordError(
@@ -164,7 +217,9 @@ def _check_keys(value: dict[str, Any], where: str, forms: Sequence[_Form]) -> tu
     return tuple(key for key in unknown if key not in _KEYS)
 
 
-def _check_spelling(unknown: Iterable[str], needed: frozenset[str], optional: frozenset[str]) -> None:
+def _check_spelling(
+    unknown: Iterable[str], where: str, needed: frozenset[str], optional: frozenset[str]
+) -> None:
     """Raise RecordError if a key resembles a key that the record lacks.
 
     A key that resembles a key of the record is metadata: `texts` beside `text`, `prompt_id` beside `prompt`.
@@ -173,7 +228,8 @@ def _check_spelling(unknown: Iterable[str], needed: frozenset[str], optional: fr
         if key not in _KEYS and (
             meant := _similar(key, needed, _TYPO) or _similar(key, optional, _TYPO_OF_OPTIONAL)
         ):
-            raise RecordError(f"has the key {key!r} (did you mean {meant}?)")
+            place = "" if where == "record" else f"{where} "
+            raise RecordError(f"{place}has the key {key!r} (did you mean {meant}?)")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -181,42 +237,87 @@ def _similar(key: str, keys: frozenset[str], cutoff: float) -> str | None:
     return next(iter(difflib.get_close_matches(key.lower(), sorted(keys), 1, cutoff)), None)
 
 
-def _main(value: Any, vocab_size: int | None) -> tuple[TextOrIds, tuple[str, ...]]:
-    """Main and the unknown keys in it."""
-    if not isinstance(value, dict):
-        return _text(value, "main"), ()
-    value = _without_null_fields(value)
-    unknown = _check_keys(value, "main", _MAIN_FORMS)
-    return _text_or_ids(value, "main", vocab_size), unknown
+class _Parser:
+    """Parses one record. Messages name a segment by its place, such as `branches[1].branches[0].reduce`."""
 
+    def __init__(self, vocab_size: int | None) -> None:
+        self.vocab_size = vocab_size
+        self.unknown_keys: dict[str, None] = {}  # an ordered set
+        self.empty_prompts: list[str] = []  # the places of segments without a token before the completion
 
-def _branches(value: Any, vocab_size: int | None) -> tuple[tuple[Branch, ...], tuple[str, ...]]:
-    """The branches and the unknown keys in them."""
-    if not isinstance(value, list) or not value:
-        raise RecordError("branches must be a list of at least one branch")
-    branches, unknown = [], list[str]()
-    for index, item in enumerate(value):
-        where = f"branches[{index}]"
-        if isinstance(item, dict):
-            item = _without_null_fields(item)
-            unknown += _check_keys(item, where, _BRANCH_FORMS)
-            branches.append(_branch(item, where, vocab_size))
-        elif isinstance(item, str):
-            branches.append(Branch(_nonempty(_text(item, where), where)))
+    def parse_record(self, value: dict[str, Any]) -> Record:
+        value = self._check_object(value, "record", _RECORD_FORMS)
+        main = self._main(value.get("main", ""))
+        if "branches" in value:
+            branches, reduce = self._branches_and_reduce(value, "", 1)
+            record = Record(main, branches, False, tuple(self.unknown_keys), reduce)
         else:
-            raise RecordError(f"{where} is a JSON {_json_type(item)}, not text or an object")
-    return tuple(branches), tuple(unknown)
+            record = Record(main, (self._segment(value, "record"),), not main, tuple(self.unknown_keys))
+        if self.empty_prompts and not record.is_flat:
+            raise RecordError(
+                f"{self.empty_prompts[0]}.prompt is empty; with nested branches or a reduce, "
+                "every completion needs a prompt of at least one token"
+            )
+        if not any(segment.targets for segment in record.walk()):
+            raise RecordError("has targets=[] in every segment; give at least one of them a target")
+        return record
 
+    def _check_object(self, value: dict[str, Any], where: str, forms: Sequence[_Form]) -> dict[str, Any]:
+        """The object without null fields. Notes its unknown keys."""
+        value = _without_null_fields(value)
+        if "reduce" in value and "branches" not in value:
+            raise RecordError(f"{where} has reduce without branches; give the branches that it reads")
+        if unknown := _check_keys(value, where, forms):
+            prefix = "" if where == "record" else re.sub(r"\[\d+\]", "[]", where) + "."
+            self.unknown_keys.update(dict.fromkeys(f"{prefix}{key}" for key in unknown))
+        return value
 
-def _branch(value: dict[str, Any], where: str, vocab_size: int | None) -> Branch:
-    """The branch in an object whose keys are checked."""
-    if "prompt" in value or "completion" in value:
-        return _prompt_and_completion(value, where)
-    body = _nonempty(_text_or_ids(value, where, vocab_size), where)
-    rendered = value.get("rendered", False)
-    if type(rendered) is not bool:
-        raise RecordError(f"{where}.rendered={rendered!r} must be true or false")
-    return Branch(body, targets=_targets(value, where, body), rendered=rendered)
+    def _main(self, value: Any) -> TextOrIds:
+        if not isinstance(value, dict):
+            return _text(value, "main")
+        return _text_or_ids(self._check_object(value, "main", _MAIN_FORMS), "main", self.vocab_size)
+
+    def _branches_and_reduce(
+        self, value: dict[str, Any], prefix: str, depth: int
+    ) -> tuple[tuple[Segment, ...], Segment | None]:
+        """What continues a record or segment. prefix: before its keys in messages. depth: of its branches."""
+        if depth > MAX_DEPTH:
+            raise RecordError(f"has branches that are nested more than {MAX_DEPTH} deep; nest fewer of them")
+        items = value["branches"]
+        if not isinstance(items, list) or not items:
+            raise RecordError(f"{prefix}branches must be a list of at least one branch")
+        branches = tuple(
+            self._text_or_segment(item, f"{prefix}branches[{index}]", depth)
+            for index, item in enumerate(items)
+        )
+        if "reduce" not in value:
+            return branches, None
+        return branches, self._text_or_segment(value["reduce"], f"{prefix}reduce", depth)
+
+    def _text_or_segment(self, value: Any, where: str, depth: int) -> Segment:
+        if isinstance(value, str):
+            return Segment(_nonempty(_text(value, where), where))
+        if not isinstance(value, dict):
+            raise RecordError(f"{where} is a JSON {_json_type(value)}, not text or an object")
+        value = self._check_object(value, where, _SEGMENT_FORMS)
+        segment = self._segment(value, where)
+        if "branches" not in value:
+            return segment
+        branches, reduce = self._branches_and_reduce(value, f"{where}.", depth + 1)
+        return replace(segment, branches=branches, reduce=reduce)
+
+    def _segment(self, value: dict[str, Any], where: str) -> Segment:
+        """The segment in an object whose keys are checked, without what follows it."""
+        if "prompt" in value or "completion" in value:
+            segment = _prompt_and_completion(value, where)
+            if not segment.body:
+                self.empty_prompts.append(where)
+            return segment
+        body = _nonempty(_text_or_ids(value, where, self.vocab_size), where)
+        rendered = value.get("rendered", False)
+        if type(rendered) is not bool:
+            raise RecordError(f"{where}.rendered={short_repr(rendered)} must be true or false")
+        return Segment(body, targets=_targets(value, where, body), rendered=rendered)
 
 
 def _targets(value: dict[str, Any], where: str, body: TextOrIds) -> Spans:
@@ -224,17 +325,19 @@ def _targets(value: dict[str, Any], where: str, body: TextOrIds) -> Spans:
     if "targets" not in value:
         offset = value.get("answer_offset", 0)
         if type(offset) is not int or offset < 0:
-            raise RecordError(f"{where}.answer_offset={offset!r} must be a token count of 0 or more")
+            raise RecordError(
+                f"{where}.answer_offset={short_repr(offset)} must be a token count of 0 or more"
+            )
         return ((offset, None),)
     if "answer_offset" in value:
         raise RecordError(f"{where} has both answer_offset and targets; give one of them")
     spans = value["targets"]
-    if not isinstance(spans, list) or not spans or not all(map(_is_span, spans)):
+    if not isinstance(spans, list) or not all(map(_is_span, spans)):
         raise RecordError(f"{where}.targets must be a list of [start, end] in tokens, with start before end")
     for (_, end), (start, _) in pairwise(spans):
         if start < end:
             raise RecordError(f"{where}.targets must be sorted and disjoint; {start} comes before {end}")
-    if isinstance(body, list) and spans[-1][1] > len(body):
+    if isinstance(body, list) and spans and spans[-1][1] > len(body):
         raise RecordError(f"{where}.targets ends at {spans[-1][1]}, and the branch has {len(body)} tokens")
     return tuple((start, end) for start, end in spans)
 
@@ -244,7 +347,7 @@ def _is_span(value: Any) -> bool:
     return isinstance(value, list) and list(map(type, value)) == [int, int] and 0 <= value[0] < value[1]
 
 
-def _prompt_and_completion(value: dict[str, Any], where: str) -> Branch:
+def _prompt_and_completion(value: dict[str, Any], where: str) -> Segment:
     if missing := {"prompt", "completion"} - value.keys():
         raise RecordError(f"{where} has no {missing.pop()}")
     completion = _text(value["completion"], f"{where}.completion")
@@ -254,7 +357,7 @@ def _prompt_and_completion(value: dict[str, Any], where: str) -> Branch:
     name = f"{where}.references"
     checked_references = tuple(_nonempty(_text(item, name), name) for item in references)
     prompt = _text(value["prompt"], f"{where}.prompt")
-    return Branch(prompt, _nonempty(completion, f"{where}.completion"), references=checked_references)
+    return Segment(prompt, _nonempty(completion, f"{where}.completion"), references=checked_references)
 
 
 def _text_or_ids(value: dict[str, Any], where: str, vocab_size: int | None) -> TextOrIds:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from parallelmind.config import DataConfig
 from parallelmind.data.files import file_parts, find_files
 from parallelmind.data.lines import read_lines
-from parallelmind.data.records import Branch, Record
+from parallelmind.data.records import Record, Segment
 from parallelmind.data.survey import check_line
 from parallelmind.engine.model_runner import Model
 from parallelmind.engine.request import Sample
@@ -174,7 +174,7 @@ def _merge_answers(record: Record, answers: list[Answer], seconds: float) -> Rec
     )
 
 
-def _references(branch: Branch) -> list[str]:
+def _references(branch: Segment) -> list[str]:
     return [text.strip() for text in (branch.completion or "", *branch.references)]
 
 

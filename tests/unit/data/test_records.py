@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
-from parallelmind.data.records import Branch, Record, RecordError, parse_line
+from parallelmind.data.records import MAX_DEPTH, Record, RecordError, Segment, parse_line, parse_value
 
 
 def parse(value: object, vocab_size: int | None = None) -> Record:
@@ -30,24 +31,24 @@ def test_every_form_of_a_record() -> None:
     assert record == Record(
         "passage",
         (
-            Branch("plain"),
-            Branch("with offset", targets=((2, None),)),
-            Branch("q", "a"),
-            Branch([3, 4], targets=((1, None),)),
-            Branch("of a template", targets=((1, 2), (3, 5)), rendered=True),
+            Segment("plain"),
+            Segment("with offset", targets=((2, None),)),
+            Segment("q", "a"),
+            Segment([3, 4], targets=((1, None),)),
+            Segment("of a template", targets=((1, 2), (3, 5)), rendered=True),
         ),
         standalone=False,
         unknown_keys=("id",),
     )
     assert parse({"text": "alone", "answer_offset": 1}) == Record(
-        "", (Branch("alone", targets=((1, None),)),), standalone=True
+        "", (Segment("alone", targets=((1, None),)),), standalone=True
     )
     assert parse({"input_ids": [1, 2]}).branches[0].body == [1, 2]
     assert parse({"main": {"input_ids": [5]}, "branches": ["b"]}).main == [5]
     assert parse({"branches": ["b"]}).main == ""
     with_references = {"prompt": "q", "completion": "a", "references": ["b", "c"]}
-    assert parse({"branches": [with_references]}).branches == (Branch("q", "a", references=("b", "c")),)
-    assert parse(with_references).branches == (Branch("q", "a", references=("b", "c")),)
+    assert parse({"branches": [with_references]}).branches == (Segment("q", "a", references=("b", "c")),)
+    assert parse(with_references).branches == (Segment("q", "a", references=("b", "c")),)
 
 
 def test_unicode_line_separators_are_text_and_a_byte_order_mark_is_ignored() -> None:
@@ -59,13 +60,13 @@ def test_unicode_line_separators_are_text_and_a_byte_order_mark_is_ignored() -> 
 @pytest.mark.parametrize(
     ("value", "branch"),
     [
-        ({"prompt": " q?", "completion": " a"}, Branch(" q?", " a")),
-        ({"text": " q? a", "answer_offset": 2}, Branch(" q? a", targets=((2, None),))),
-        ({"input_ids": [3, 4]}, Branch([3, 4])),
+        ({"prompt": " q?", "completion": " a"}, Segment(" q?", " a")),
+        ({"text": " q? a", "answer_offset": 2}, Segment(" q? a", targets=((2, None),))),
+        ({"input_ids": [3, 4]}, Segment([3, 4])),
     ],
 )
 def test_main_beside_a_single_text_is_a_sample_of_one_branch(
-    value: dict[str, object], branch: Branch
+    value: dict[str, object], branch: Segment
 ) -> None:
     assert parse({"main": "passage", **value}) == Record("passage", (branch,), standalone=False)
     assert parse({"main": {"input_ids": [5]}, **value}) == Record([5], (branch,), standalone=False)
@@ -174,7 +175,8 @@ def test_misspelt_keys_of_a_record(record: dict[str, object], meant: str) -> Non
         (b'{"text": "a", "answer_offset": 1.0}', "answer_offset=1.0"),
         (b'{"text": "a", "answer_ofset": 1}', "did you mean answer_offset"),
         (b'{"text": "a", "answer_offset": 1, "targets": [[1, 2]]}', "both answer_offset and targets"),
-        (b'{"text": "a", "targets": []}', "must be a list of [start, end]"),
+        (b'{"text": "a", "targets": []}', "targets=[] in every segment"),
+        (b'{"text": "a", "targets": [[]]}', "must be a list of [start, end]"),
         (b'{"text": "a", "targets": [[1, 1]]}', "must be a list of [start, end]"),
         (b'{"text": "a", "targets": [[-1, 1]]}', "must be a list of [start, end]"),
         (b'{"text": "a", "targets": [[0, true]]}', "must be a list of [start, end]"),
@@ -200,7 +202,8 @@ def test_misspelt_keys_of_a_record(record: dict[str, object], meant: str) -> Non
         (b'{"main": "m", "branches": ["a"], "answer_offset": 2}', "has answer_offset beside branches"),
         (b'{"branches": ["a"], "text": "b"}', "record has text beside branches"),
         (b'{"branches": [{"text": "a", "main": "m"}]}', "branches[0] has main beside text"),
-        (b'{"branches": [{"text": "a", "branches": ["b"]}]}', "branches[0] has branches beside text"),
+        (b'{"text": "a", "branches": ["b"]}', "record has text beside branches"),
+        (b'{"text": "a", "rendered": ' + b"[" * 500 + b"]" * 500 + b"}", "...]]]]]]] must be true or false"),
         (
             b'{"main": {"text": "m", "answer_offset": 1}, "branches": ["a"]}',
             "main has answer_offset beside text",
@@ -217,3 +220,141 @@ def test_reason_of_a_bad_line(raw: bytes, reason: str) -> None:
     with pytest.raises(RecordError) as caught:
         parse_line(raw, vocab_size=10)
     assert reason in str(caught.value)
+
+
+DEEP = {
+    "main": "m",
+    "branches": [
+        "plain",
+        {
+            "prompt": "q",
+            "completion": "a",
+            "branches": [{"text": "b", "targets": []}, {"input_ids": [3, 4], "branches": ["c"]}],
+            "reduce": {"text": "r", "branches": ["d", "e"], "reduce": "s"},
+        },
+    ],
+    "reduce": {"prompt": "t", "completion": "u", "references": ["v"]},
+}
+
+
+def test_a_record_is_a_tree_of_segments() -> None:
+    record = parse(DEEP)
+    below = (Segment("b", targets=()), Segment([3, 4], branches=(Segment("c"),)))
+    reduce = Segment("r", branches=(Segment("d"), Segment("e")), reduce=Segment("s"))
+    assert record == Record(
+        "m",
+        (Segment("plain"), Segment("q", "a", branches=below, reduce=reduce)),
+        standalone=False,
+        reduce=Segment("t", "u", references=("v",)),
+    )
+    assert [segment.body for segment in record.walk()] == ["plain", "q", "b", [3, 4], "c", *"rdest"]
+    assert record.tree.parents.tolist() == [-1, 0, 0, 2, 2, 4, 2, 6, 6, 6, 0]
+    assert np.flatnonzero(record.tree.is_reduce).tolist() == [6, 9, 10]
+    assert (record.num_branches, record.is_flat) == (7, False)
+
+
+def test_a_record_of_main_and_branches_is_flat() -> None:
+    record = parse({"main": "m", "branches": ["a", "b"]})
+    assert (record.num_branches, record.is_flat, record.tree.is_flat) == (2, True, True)
+    assert parse({"branches": ["a"], "reduce": None}).is_flat
+    assert not parse({"branches": ["a"], "reduce": "b"}).is_flat
+
+
+def test_unknown_keys_of_a_tree_are_named_by_where_they_stand() -> None:
+    inner = {"text": "b", "id": 1, "reduced": True}
+    branch = {"text": "a", "branches": [inner, inner], "reduce": {"text": "r", "id": 2}}
+    record = parse({"branches": [branch, branch], "reduce": {"text": "s", "score": 0.5}, "id": 3})
+    assert record.unknown_keys == (
+        *("id", "branches[].branches[].id", "branches[].branches[].reduced"),
+        *("branches[].reduce.id", "reduce.score"),
+    )
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_null_fields_of_a_tree_are_absent(nested: bool) -> None:
+    nulls = dict.fromkeys(("text", "branches", "reduce", "input_ids", "targets", "rendered"))
+    pair = {"prompt": "a", "completion": "b"}
+    tree = {"branches": [{**pair, "branches": [pair], "reduce": pair}], "reduce": pair}
+    written = {
+        "branches": [{**nulls, **pair, "branches": [{**nulls, **pair}], "reduce": {**nulls, **pair}}],
+        "reduce": {**nulls, **pair},
+    }
+    wrap = (lambda value: {"branches": [{**pair, **value}]}) if nested else (lambda value: value)
+    assert parse(wrap(written)) == parse(wrap(tree))
+
+
+def nested(depth: int, key: str = "branches") -> dict[str, object]:
+    """A record with this many levels of `branches`, nested in branches or in reduces."""
+    below: dict[str, object] = {"text": "leaf"}
+    for _ in range(depth - 1):
+        below = {"text": "a", "branches": [below]} if key == "branches" else {**FORK, "reduce": below}
+    return {"branches": [below]} if key == "branches" else {"branches": ["b"], "reduce": below}
+
+
+FORK = {"text": "a", "branches": ["b"]}
+
+
+@pytest.mark.parametrize("key", ["branches", "reduce"])
+def test_depth_is_limited(key: str) -> None:
+    assert sum(1 for _ in parse(nested(MAX_DEPTH, key)).walk()) >= MAX_DEPTH
+    for depth in (MAX_DEPTH + 1, 300):
+        with pytest.raises(RecordError, match=f"nested more than {MAX_DEPTH} deep"):
+            parse(nested(depth, key))
+    with pytest.raises(RecordError, match="nested more than 32 deep"):  # a value that JSON did not bound
+        parse_value(nested(20_000, key))
+
+
+@pytest.mark.parametrize(
+    ("below", "reason"),
+    [
+        ({"branches": []}, "branches[1].branches must be a list of at least one branch"),
+        ({"branches": "b"}, "branches[1].branches must be a list"),
+        ({"branches": ["b", 3]}, "branches[1].branches[1] is a JSON number, not text or an object"),
+        ({"branches": [""]}, "branches[1].branches[0] is empty"),
+        ({"reduce": "b"}, "branches[1] has reduce without branches"),
+        ({"branches": None, "reduce": "b"}, "branches[1] has reduce without branches"),
+        ({"branches": ["b"], "reduce": 3}, "branches[1].reduce is a JSON number"),
+        ({"branches": ["b"], "reduce": {}}, "branches[1].reduce needs either text or input_ids"),
+        ({"branches": ["b"], "reduce": [{"text": "c"}]}, "branches[1].reduce is a JSON array"),
+        ({"branches": ["b"], "reduced": "c"}, "branches[1] has the key 'reduced' (did you mean reduce?)"),
+        ({"branchs": ["b"]}, "branches[1] has the key 'branchs' (did you mean branches?)"),
+        ({"branches": ["b"], "main": "c"}, "branches[1] has main beside"),
+        ({"branches": [{"text": "b", "prompt": "c"}]}, "branches[1].branches[0] has"),
+        ({"branches": [{"branches": ["b"]}]}, "branches[1].branches[0] needs either text or input_ids"),
+        ({"branches": [{"text": "b", "answer_ofset": 1}]}, "did you mean answer_offset"),
+        (
+            {"branches": [{"text": "b", "branches": ["c"], "reduce": {"prompt": "", "completion": "d"}}]},
+            "branches[1].branches[0].reduce.prompt is empty; with nested branches or a reduce",
+        ),
+    ],
+)
+def test_reason_of_a_bad_tree(below: dict[str, object], reason: str) -> None:
+    with pytest.raises(RecordError) as caught:
+        parse({"main": "m", "branches": ["a", {"text": "a", **below}]})
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        (b'{"main": "m", "reduce": "r"}', "record has reduce without branches"),
+        (b'{"text": "a", "reduce": "r"}', "record has reduce without branches"),
+        (b'{"main": {"text": "m", "branches": ["b"]}, "branches": ["a"]}', "main has branches beside text"),
+        (b'{"branches": [{"prompt": "", "completion": "a"}], "reduce": "r"}', "branches[0].prompt is empty"),
+        (b'{"branches": [{"text": "a", "branches": ["b"], "branches": ["c"]}]}', "'branches' twice"),
+        (
+            b'{"branches": [{"text": "a", "targets": []}], "reduce": {"text": "r", "targets": []}}',
+            "has targets=[] in every segment; give at least one of them a target",
+        ),
+    ],
+)
+def test_reason_of_a_bad_reduce(raw: bytes, reason: str) -> None:
+    with pytest.raises(RecordError) as caught:
+        parse_line(raw)
+    assert reason in str(caught.value)
+
+
+def test_a_branch_of_a_flat_record_needs_no_prompt() -> None:
+    value = {"branches": [{"prompt": "", "completion": "a"}]}
+    assert parse(value).branches == (Segment("", "a"),)
