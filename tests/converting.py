@@ -21,7 +21,7 @@ def convert(values: list[Any], **settings: Any) -> list[dict[str, Any] | BadReco
     records = (SourceRecord(str(index), value) for index, value in enumerate(values))
     results = list(converter.convert_records(records))
     for result in results:
-        if not isinstance(result, BadRecord) and "reduce" not in str(result):
+        if not isinstance(result, BadRecord):
             assert parse_value(result).unknown_keys == ()
     return results
 

@@ -18,7 +18,7 @@ from parallelmind.data.convert.converter import Converter
 from parallelmind.data.convert.settings import ConvertSettings
 from parallelmind.data.convert.source_records import SourceRecord
 from parallelmind.data.convert.tagged_paths import tree_of_answer
-from parallelmind.data.records import RecordError
+from parallelmind.data.records import MAX_DEPTH, RecordError
 from parallelmind.errors import UserError
 
 MULTIVERSE = (
@@ -193,6 +193,16 @@ def test_reason_of_an_answer_with_wrong_tags(answer: str, reason: str) -> None:
     assert reason in bad_reason(value, shape="paths")
     _, record = convert([value, good], shape="paths")
     assert [record] == convert([good], shape="paths")
+
+
+@pytest.mark.parametrize(
+    "join", ["<Parallel><Path>x</Path></Parallel>", "<Parallel><Path>x\0</Path></Parallel>"]
+)
+def test_the_deepest_answer_is_a_record(join: str) -> None:
+    before, _, after = join.partition("\0")
+    blocks = before * (MAX_DEPTH - 1) + after * (MAX_DEPTH - 1)
+    assert convert_one(pair(blocks), shape="paths")["branches"]
+    assert "has more than 31 <Parallel> blocks" in bad_reason(pair(before + blocks + after), shape="paths")
 
 
 def test_a_block_after_a_deep_block_counts_alone() -> None:

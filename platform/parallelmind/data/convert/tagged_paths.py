@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from parallelmind.data.convert.source_records import ParallelRecord
-from parallelmind.data.records import RecordError
+from parallelmind.data.records import MAX_DEPTH, RecordError
 
-_MAX_DEPTH = 31  # forks of an answer; the record itself forks before them
+_MAX_FORKS = MAX_DEPTH - 1  # the answer itself is a branch
 
 _PATHS = ("Path", "Thread")  # of Multiverse and of ThreadWeaver
 _TAG = re.compile(r"<(?P<close>/?)(?P<name>Parallel|Goal|Outlines|Conclusion|Path|Thread)>")
@@ -96,8 +96,8 @@ class _Parser:
 
     def _enter(self) -> None:
         self.depth += 1
-        if self.depth > _MAX_DEPTH:
-            raise RecordError(f"has more than {_MAX_DEPTH} <Parallel> blocks in or after one another")
+        if self.depth > _MAX_FORKS:
+            raise RecordError(f"has more than {_MAX_FORKS} <Parallel> blocks in or after one another")
 
     def _branch(self, start: int) -> ParallelRecord:
         """The branch of the path that the next tag opens."""
