@@ -77,7 +77,7 @@ class Inspection:
         if not self.survey.records:
             self.survey.raise_if_unusable(config, "data_path")
         if not self.statistics.branch_tokens:
-            raise nothing_left(self.survey.branches, config)
+            raise nothing_left(self.survey.branches + self.survey.reduces, config)
 
     def _tokenise(self, records: Iterator[Record]) -> Iterator[TokenRecord]:
         for record in tokenise_stream(records, self._tokenizer, self._config):

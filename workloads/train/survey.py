@@ -61,7 +61,7 @@ def check_limits(
     """
     data, optimizer = config.data, config.optimizer
     epoch = estimate_epoch(train, tokenizer, data, optimizer.seed)
-    if epoch.exact and epoch.skipped == train.branches:
+    if epoch.exact and epoch.skipped == train.branches + train.reduces:
         raise nothing_left(epoch.skipped, data)
     print_estimate(epoch, data, optimizer, config.workers.num_workers)
     if files.validation:
@@ -119,8 +119,9 @@ def _print_summary(name: str, survey: Survey) -> None:
         ignored += f", {more} more keys ignored"
     about = "" if survey.hashes.share == 1 else "about "
     repeated = f", {about}{count} repeated records" if (count := survey.hashes.repeated()) else ""
+    reduces = f", {survey.reduces} reduces" if survey.reduces else ""
     print(
-        f"{name}: {survey.records} records, {survey.branches} branches, {len(survey.bad)} bad lines"
+        f"{name}: {survey.records} records, {survey.branches} branches{reduces}, {len(survey.bad)} bad lines"
         f"{repeated}{ignored}",
         flush=True,
     )

@@ -22,9 +22,11 @@ def hash_share(data_bytes: int) -> float:
 
 def record_hash(record: Record) -> int:
     """64-bit hash of what is trained on: the same for every form of a record, whatever its metadata."""
-    branches = [(item.body, item.completion, item.targets, item.rendered) for item in record.branches]
-    content = repr((record.main, branches)).encode()
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+    segments = [(item.body, item.completion, item.targets, item.rendered) for item in record.walk()]
+    content: tuple[object, ...] = (record.main, segments)
+    if not record.is_flat:
+        content += (record.tree.parents.tolist(), record.tree.is_reduce.tolist())
+    return int.from_bytes(hashlib.blake2b(repr(content).encode(), digest_size=8).digest(), "little")
 
 
 def pack_hashes(hashes: Iterable[int], share: float) -> bytes:

@@ -23,8 +23,8 @@ _ENOUGH_BATCHES = 64  # with this many batches, the incomplete last one no longe
 class EpochEstimate:
     """The first epoch, the same for the same data.
 
-    batches: for the learning rate schedule. truncated: number of truncated mains and branches. skipped:
-    number of skipped branches. exact: the sample holds every record, so the numbers are exact.
+    batches: for the learning rate schedule. truncated: number of truncated segments. skipped: number of
+    skipped branches and reduces. exact: the sample holds every record, so the numbers are exact.
     """
 
     batches: int

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 class HeldOut:
     """The records that hold the first `pool` branches of some files, or all if there are fewer.
 
-    truncated: number of truncated texts. skipped: number of branches skipped by the length limits.
+    truncated: number of truncated segments. skipped: number of branches and reduces skipped by the length
+    limits.
     """
 
     records: list[TokenRecord]
@@ -47,8 +48,8 @@ class HeldOut:
 
     @property
     def branches(self) -> int:
-        """Number of branches: `pool`, or fewer if the files hold fewer."""
-        return min(sum(record.tokens.branches for record in self.records), self.pool)
+        """Number of branches: `pool`, fewer if the files hold fewer, or more if a reduce reads more."""
+        return sum(record.tokens.branches for record in _first_branches(self.records, self.pool))
 
     @property
     def highest_id(self) -> int:
@@ -78,7 +79,8 @@ def regroup_branches(
 ) -> list[Tokens]:
     """The first `pool` branches as samples of `branches` each: the same text for every value of `branches`.
 
-    Branches of one record stay with their main, so its last sample may hold fewer.
+    Branches of one record stay with their main, so its last sample may hold fewer. A sample holds more if a
+    reduce reads more.
     """
     fixed = data.model_copy(update={"branches_per_sample": branches, "max_branches_per_sample": branches})
     return list(pack(_first_branches(records, pool), fixed, np.random.default_rng(0)))

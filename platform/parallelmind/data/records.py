@@ -123,6 +123,11 @@ class Record(_Fork):
         return len(self.branches) if self.is_flat else self.tree.branches
 
     @property
+    def num_reduces(self) -> int:
+        """Number of reduces, at all depths."""
+        return 0 if self.is_flat else int(np.count_nonzero(self.tree.is_reduce))
+
+    @property
     def tree(self) -> Tree:
         """The shape of the record."""
         if self.is_flat:

@@ -21,7 +21,7 @@ from parallelmind.storage import atomic_file
 
 SAMPLE_CHARACTERS = 1 << 20  # size of a survey's sample; a tokenizer needs about a second for it
 
-_COUNTS = ("lines", "records", "branches", "standalone")
+_COUNTS = ("lines", "records", "branches", "reduces", "standalone")
 _CONVERT_REMEDY = "convert it to parallel JSONL with `python -m workloads.convert`"
 
 
@@ -46,15 +46,16 @@ class BadLine:
 class Survey:
     """Content of the files.
 
-    lines: number of lines that are not blank; each is a record or bad. standalone: number of standalone
-    records. unknown_keys: number of records that have each unknown key. fingerprint: 12 hex digits of the
-    SHA-256 of all lines, in order. sample: some records from all over the files in their order, or all of
-    them if they are few. hashes: hashes of the records' content.
+    lines: number of lines that are not blank; each is a record or bad. branches, reduces: at all depths.
+    standalone: number of standalone records. unknown_keys: number of records that have each unknown key.
+    fingerprint: 12 hex digits of the SHA-256 of all lines, in order. sample: some records from all over the
+    files in their order, or all of them if they are few. hashes: hashes of the records' content.
     """
 
     lines: int = 0
     records: int = 0
     branches: int = 0
+    reduces: int = 0
     standalone: int = 0
     bad: list[BadLine] = field(default_factory=list)
     unknown_keys: Counter[str] = field(default_factory=Counter)
@@ -107,8 +108,8 @@ def check_line(line: Line, data: DataConfig, vocab_size: int | None) -> Record |
     except RecordError as error:
         return str(error)
     limit = data.max_branches_per_sample
-    if data.overfull == "refuse" and len(record.branches) > limit:
-        return f"has {len(record.branches)} branches, more than max_branches_per_sample={limit}"
+    if data.overfull == "refuse" and record.num_branches > limit:
+        return f"has {record.num_branches} branches, more than max_branches_per_sample={limit}"
     return record
 
 
@@ -134,7 +135,11 @@ def survey_part(
         result = check_line(line, data, vocab_size)
         if isinstance(result, Record):
             counts.update(
-                lines=1, records=1, branches=len(result.branches), standalone=int(result.standalone)
+                lines=1,
+                records=1,
+                branches=result.num_branches,
+                reduces=result.num_reduces,
+                standalone=int(result.standalone),
             )
             unknown_keys.update(result.unknown_keys)
             hashes.append(record_hash(result))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import compress, islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,14 +13,16 @@ from parallelmind.config import DataConfig
 from parallelmind.data.encode import append_eos, bos_ids, encode_continuations, encode_texts, prepend_bos
 from parallelmind.data.files import FilePart
 from parallelmind.data.packing import TokenRecord
-from parallelmind.data.records import Record, Spans, TextOrIds
+from parallelmind.data.records import Record, Segment, Spans, TextOrIds
 from parallelmind.data.survey import read_records
 from parallelmind.errors import UserError
 from parallelmind.layout import Tokens
-from parallelmind.tree import Mask
+from parallelmind.tree import MAIN, Mask, Tree, context_lengths, with_context, with_readers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_Segment = tuple[list[int], Mask]  # token ids, and whether each is a target
 
 _RECORDS_PER_CALL = 256  # records whose texts are encoded in one call of the tokenizer
 
@@ -29,8 +31,8 @@ _RECORDS_PER_CALL = 256  # records whose texts are encoded in one call of the to
 class TokenisedRecord:
     """Token ids of one record, and what the length limits removed.
 
-    tokens: None if no branch remains. standalone: as in `Record`. truncated: number of truncated mains and
-    branches. skipped: number of skipped branches.
+    tokens: None if no branch remains. standalone: as in `Record`. truncated: number of truncated segments.
+    skipped: number of skipped branches and reduces.
     """
 
     tokens: Tokens | None
@@ -66,27 +68,34 @@ def tokenise(
 
     Prompt and completion are tokenised separately, so encoding the prompt for decoding gives exactly the
     training prefix. Texts and completions end with the tokenizer's EOS, once, so that a model learns to stop;
-    rendered texts and `input_ids` get no special token. A main or branch longer than `max_branch_tokens` is
-    cut or skipped, as `overlong` and `truncate_side` say. A branch without a target is skipped, and so is one
-    that exceeds `max_sample_tokens` together with its main.
+    rendered texts and `input_ids` get no special token. A segment longer than `max_branch_tokens` is cut or
+    skipped, as `overlong` and `truncate_side` say. It is also skipped if it exceeds `max_sample_tokens`
+    together with all that it reads, and if neither it nor a segment that reads it has a target. What reads a
+    skipped segment is skipped.
     """
     texts = [text for record in records for text in _texts(record)]
     encoded = _encode(tokenizer, texts)
     bos = bos_ids(tokenizer)
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return [
-        _apply_limits(*_assemble(record, encoded, bos, eos), record.standalone, bos, data)
-        for record in records
-    ]
+    return [_apply_limits(record, _assemble(record, encoded, bos, eos), bos, data) for record in records]
 
 
 def _texts(record: Record) -> Iterator[tuple[str, bool]]:
     """The texts in the order in which `_assemble` consumes their ids, and whether each opens a sample."""
     parts: list[tuple[TextOrIds | None, bool]] = [(record.main, True)]
-    for branch in record.branches:
-        opens = not record.main
-        parts += [(branch.body, opens), (branch.completion, opens and not branch.body)]
+    for segment, opens in _segments(record):
+        parts += [(segment.body, opens), (segment.completion, opens and not segment.body)]
     return ((part, opens) for part, opens in parts if isinstance(part, str))
+
+
+def _segments(record: Record) -> list[tuple[Segment, bool]]:
+    """Every segment after main in pre-order, and whether it opens a sample, as a branch of an empty main."""
+    opens = not record.main
+    if record.is_flat:
+        return [(branch, opens) for branch in record.branches]
+    tree = record.tree
+    is_first = tree.is_branch & (tree.parents == MAIN)
+    return list(zip(record.walk(), (is_first[1:] & opens).tolist(), strict=True))
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, bool]]) -> Iterator[list[int]]:
@@ -96,10 +105,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, bool]
     return (next(opening if opens else continuing) for _, opens in texts)
 
 
-def _assemble(
-    record: Record, encoded: Iterator[list[int]], bos: list[int], eos: list[int]
-) -> tuple[list[int], list[tuple[list[int], Mask]]]:
-    """The ids of main, and for every branch its ids and whether each is a target."""
+def _assemble(record: Record, encoded: Iterator[list[int]], bos: list[int], eos: list[int]) -> list[_Segment]:
+    """The ids and targets of every segment, main first."""
 
     def ids_of(part: TextOrIds, first: bool) -> list[int]:
         if not isinstance(part, str):
@@ -108,61 +115,79 @@ def _assemble(
         return prepend_bos(ids, bos) if first else ids
 
     main = ids_of(record.main, first=bool(record.main))
-    branches = []
-    for branch in record.branches:
-        body = ids_of(branch.body, first=not record.main and not branch.rendered)
-        targets = branch.targets
-        if branch.completion is not None:
-            completion = append_eos(ids_of(branch.completion, first=False), eos)
+    segments = [(main, np.zeros(len(main), bool))]
+    for segment, opens in _segments(record):
+        body = ids_of(segment.body, first=opens and not segment.rendered)
+        targets = segment.targets
+        if segment.completion is not None:
+            completion = append_eos(ids_of(segment.completion, first=False), eos)
             ids, targets = body + completion, ((len(body), None),)
         else:
-            ids = append_eos(body, eos) if isinstance(branch.body, str) and not branch.rendered else body
-        branches.append((ids, _mask_of_spans(len(ids), targets)))
-    return main, branches
+            ids = append_eos(body, eos) if isinstance(segment.body, str) and not segment.rendered else body
+        segments.append((ids, _mask_of_spans(len(ids), targets)))
+    return segments
 
 
 def _mask_of_spans(length: int, targets: Spans) -> Mask:
     """`[length]` whether a token lies in one of the spans; nothing does if a span exceeds the length."""
     mask = np.zeros(length, bool)
-    if max(end or 0 for _, end in targets) <= length:
+    if max((end or 0 for _, end in targets), default=0) <= length:
         for start, end in targets:
             mask[start:end] = True
     return mask
 
 
 def _apply_limits(
-    main: list[int],
-    branches: list[tuple[list[int], Mask]],
-    standalone: bool,
-    bos: list[int],
-    data: DataConfig,
+    record: Record, segments: Sequence[_Segment], bos: list[int], data: DataConfig
 ) -> TokenisedRecord:
-    """Truncate and skip. The first token of a branch is never a target, as no token precedes it."""
-    excess = _excess(main, None, bos, data)
-    if excess is None:
-        return TokenisedRecord(None, standalone, 0, len(branches))
-    main = main[: excess.start] + main[excess.stop :]
-    kept, kept_targets, truncated = [], [], int(bool(excess))
-    for ids, targets in branches:
-        excess = _excess(ids, targets, bos, data)
-        if excess is None:
-            continue
-        if excess:
-            ids, targets = ids[: excess.start] + ids[excess.stop :], np.delete(targets, excess)
-        if not targets[1:].any() or len(main) + len(ids) > data.max_sample_tokens:
-            continue
-        kept.append(ids)
-        kept_targets.append(targets)
-        truncated += bool(excess)
-    tokens = Tokens.of(main, kept, targets=kept_targets) if kept else None
-    return TokenisedRecord(tokens, standalone, truncated, len(branches) - len(kept))
+    """Truncate and skip. The first token of a segment is never a target, as no token precedes it."""
+    lengths = [len(ids) for ids, _ in segments]
+    if (
+        max(lengths) <= data.max_branch_tokens
+        and sum(lengths) <= data.max_sample_tokens
+        and all(targets[1:].any() for _, targets in segments[1:])
+    ):
+        return TokenisedRecord(_to_tokens(segments, record.tree), record.standalone, 0, 0)
+    excess = [_excess(ids, targets, bos, data) for ids, targets in segments]
+    cut = list(map(_without, segments, excess))
+    kept = _kept(cut, np.array([places is None for places in excess]), record.tree, data.max_sample_tokens)
+    remaining = list(compress(cut, kept))
+    return TokenisedRecord(
+        _to_tokens(remaining, record.tree.take(kept)) if len(remaining) > 1 else None,
+        record.standalone,
+        truncated=sum(map(bool, compress(excess, kept))),
+        skipped=len(kept) - max(len(remaining), 1),
+    )
 
 
-def _excess(ids: list[int], targets: Mask | None, bos: list[int], data: DataConfig) -> range | None:
-    """The places of the tokens to cut off, or None if the main or branch is to be skipped.
+def _to_tokens(segments: Sequence[_Segment], tree: Tree) -> Tokens:
+    return Tokens.of_tree([ids for ids, _ in segments], tree, targets=[own for _, own in segments[1:]])
 
-    targets: of a branch; None for main.
+
+def _kept(segments: Sequence[_Segment], too_long: Mask, tree: Tree, max_tokens: int) -> Mask:
+    """`[segments]` the segments within the limits that have a target, and all that they read.
+
+    Main is kept unless it is too long itself.
     """
+    lengths = np.array([len(ids) for ids, _ in segments])
+    exceeds = (np.array(context_lengths(lengths.tolist(), tree)) > max_tokens) | (lengths == 0)
+    exceeds[MAIN] = False
+    has_target = np.array([bool(targets[1:].any()) for _, targets in segments])
+    kept = with_context(has_target & ~with_readers(too_long | exceeds, tree), tree)
+    kept[MAIN] = not too_long[MAIN]
+    return kept
+
+
+def _without(segment: _Segment, places: range | None) -> _Segment:
+    """The segment without the tokens at these places."""
+    if not places:
+        return segment
+    ids, targets = segment
+    return ids[: places.start] + ids[places.stop :], np.delete(targets, places)
+
+
+def _excess(ids: list[int], targets: Mask, bos: list[int], data: DataConfig) -> range | None:
+    """The places of the tokens to cut off, or None if the segment is to be skipped."""
     limit = data.max_branch_tokens
     if len(ids) <= limit:
         return range(0)
@@ -170,18 +195,18 @@ def _excess(ids: list[int], targets: Mask | None, bos: list[int], data: DataConf
         return None
     start = len(bos) if ids[: len(bos)] == bos else 0
     left = range(start, start + len(ids) - limit)
-    if data.overlong == "keep_answer" and targets is not None:
+    if data.overlong == "keep_answer" and targets[1:].any():
         first_possible = left.stop if start else left.stop + 1  # a token precedes the first target
         return None if targets[:first_possible].any() else left
     return left if data.truncate_side == "left" else range(limit, len(ids))
 
 
-def nothing_left(branches: int, data: DataConfig) -> UserError:
-    """The error for data of which the length limits leave nothing. branches: the number of skipped ones."""
+def nothing_left(texts: int, data: DataConfig) -> UserError:
+    """The error for data of which the length limits leave nothing. texts: number of branches and reduces."""
     keep_answer = "" if data.overlong == "keep_answer" else "set overlong=keep_answer, "
     return UserError(
         f"max_branch_tokens={data.max_branch_tokens} max_sample_tokens={data.max_sample_tokens} "
-        f"overlong={data.overlong}: leave none of {branches:,} branches; "
+        f"overlong={data.overlong}: leave none of {texts:,} texts; "
         f"raise the limits, {keep_answer}or check the targets"
     )
 
@@ -191,12 +216,12 @@ def limit_notes(truncated: int, skipped: int, data: DataConfig, about: str = "")
     limits, notes = f"max_branch_tokens={data.max_branch_tokens} overlong={data.overlong}", []
     if truncated:
         notes.append(
-            f"{limits} truncate_side={data.truncate_side}: {about}{truncated:,} mains and branches are too "
-            "long and lose tokens; raise the limit, or choose another overlong or truncate_side"
+            f"{limits} truncate_side={data.truncate_side}: {about}{truncated:,} texts are too long and "
+            "lose tokens; raise the limit, or choose another overlong or truncate_side"
         )
     if skipped:
         notes.append(
-            f"{limits} max_sample_tokens={data.max_sample_tokens}: {about}{skipped:,} branches are "
+            f"{limits} max_sample_tokens={data.max_sample_tokens}: {about}{skipped:,} texts are "
             "skipped, too long or without a target in the limits; raise the limits, or check the targets"
         )
     return notes

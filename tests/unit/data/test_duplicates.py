@@ -38,6 +38,30 @@ def test_content_decides_and_metadata_and_spelling_do_not() -> None:
     assert len({record_hash(parse_value(value)) for value in (same[0], *other)}) == 1 + len(other)
 
 
+def test_the_shape_and_all_segments_of_a_tree_count() -> None:
+    def with_below(**below: object) -> int:
+        return record_hash(
+            parse_value({"main": "m", "branches": [{"text": "a", **below}, "b"], "reduce": "r"})
+        )
+
+    values = [
+        with_below(),
+        with_below(branches=["c", "d"]),
+        with_below(branches=["c", "e"]),
+        with_below(branches=["c"], reduce="d"),
+        with_below(branches=[{"text": "c", "branches": ["d"]}]),
+        record_hash(parse_value({"main": "m", "branches": ["a", "b", "r"]})),
+        record_hash(parse_value({"main": "m", "branches": ["a", "b"]})),
+    ]
+    assert len(set(values)) == len(values)
+    assert with_below(branches=["c", "d"], id=3) == values[1]
+
+
+def test_hashes_of_flat_records_are_those_of_version_0_1() -> None:
+    value = {"main": "m", "branches": ["a", {"prompt": "p", "completion": "c"}]}
+    assert record_hash(parse_value(value)) == 8276623100112984612
+
+
 def test_counts_of_large_data_are_estimated_from_the_same_share_of_all_records() -> None:
     assert hash_share(10) == 1
     assert hash_share(1 << 32) == 0.25

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from reference import Segment
+from trees import TREES, tokens_of
 
 from parallelmind.config import DataConfig, RopeConfig
-from parallelmind.data.held_out import regroup_branches
+from parallelmind.data.held_out import HeldOut, regroup_branches
 from parallelmind.data.packing import (
     EpochSeed,
     TokenRecord,
@@ -26,6 +28,7 @@ from parallelmind.data.packing import (
 from parallelmind.data.tables import from_tables, to_table
 from parallelmind.data.tokenise import TokenisedRecord
 from parallelmind.layout import IGNORE, PADDING, Tokens
+from parallelmind.tree import Mask, context_lengths, with_context
 
 ROPE = RopeConfig()
 
@@ -196,3 +199,97 @@ def test_regrouping_keeps_the_same_text_at_every_branch_count() -> None:
     assert all(contents(regrouped) == contents(samples[1]) for regrouped in samples.values())
     assert sum(contents(samples[1]).values()) == 12
     assert max(sample.branches for sample in samples[4]) == 4
+
+
+def tree_record(root: Segment) -> TokenRecord:
+    """A record whose token ids are all different, without the segments that `tokenise` would skip."""
+    tokens = tokens_of(root)
+    has_target = np.array([part.any() for part in np.split(tokens.targets, np.cumsum(tokens.lengths)[:-1])])
+    kept = with_context(has_target, tokens.tree)
+    kept[0] = True
+    numbered = Tokens(np.arange(len(tokens.ids)), tokens.lengths, tokens.targets, tokens.tree)
+    return TokenRecord(numbered.take(kept), standalone=False)
+
+
+def reads_of(tokens: Tokens) -> dict[tuple[int, ...], list[int]]:
+    """By the ids of a segment, the ids that its tokens may read on its path and of what it joins."""
+    parts, reads = tokens.split(), {}
+    for number, part in enumerate(parts):
+        chosen: Mask = np.arange(len(parts)) == number
+        reads[tuple(part)] = tokens.take(with_context(chosen, tokens.tree)).ids.tolist()
+    return reads
+
+
+def target_ids(samples: list[Tokens]) -> Counter[int]:
+    return Counter(chain.from_iterable(sample.ids[sample.targets].tolist() for sample in samples))
+
+
+@given(root=TREES, max_branches=st.integers(1, 6), max_tokens=st.integers(4, 40))
+def test_every_target_of_a_tree_is_one_once_beside_all_that_it_reads(
+    root: Segment, max_branches: int, max_tokens: int
+) -> None:
+    tokens = tree_record(root).tokens
+    pieces = list(split(tokens, max_branches, max_tokens))
+    assert target_ids(pieces) == target_ids([tokens])
+    whole = reads_of(tokens)
+    contexts = context_lengths(tokens.lengths.tolist(), tokens.tree)
+    for piece in pieces:
+        reads = reads_of(piece)
+        assert all(whole[part] == read for part, read in reads.items())
+        fits = piece.branches <= max_branches and len(piece.ids) <= max_tokens
+        assert fits or max(map(len, reads.values())) == len(piece.ids)  # what one segment reads
+    assert max(contexts) <= max(len(piece.ids) for piece in pieces)
+
+
+@given(
+    lengths=st.lists(st.integers(2, 9), min_size=1, max_size=12),
+    main=st.integers(0, 6),
+    max_branches=st.integers(1, 5),
+    max_tokens=st.integers(15, 40),
+)
+def test_flat_records_are_split_greedily(
+    lengths: list[int], main: int, max_branches: int, max_tokens: int
+) -> None:
+    branches = [[number] * length for number, length in enumerate(lengths)]
+    expected: list[list[list[int]]] = [[]]
+    for branch in branches:
+        room = max_tokens - main - sum(map(len, expected[-1])) - len(branch)
+        if expected[-1] and (len(expected[-1]) == max_branches or room < 0):
+            expected.append([])
+        expected[-1].append(branch)
+    pieces = list(split(Tokens.of([99] * main, branches), max_branches, max_tokens))
+    assert [piece.split() for piece in pieces] == [[[99] * main, *part] for part in expected]
+    assert all(
+        piece.tree.is_flat and piece.targets.sum() + piece.branches + main == len(piece.ids)
+        for piece in pieces
+    )
+
+
+@given(roots=st.lists(TREES, min_size=1, max_size=4), pool=st.integers(1, 12))
+def test_held_out_trees_have_the_same_targets_at_every_branch_count(roots: list[Segment], pool: int) -> None:
+    records = [record for root in roots if (record := tree_record(root)).tokens.branches]
+    held_out = HeldOut([*standalone_records(3), *records], pool, config(), 0, 0)
+    samples = {n: list(chain.from_iterable(held_out.batches(n, seed=0))) for n in (1, 2, 4, 16)}
+    assert all(target_ids(found) == target_ids(samples[1]) for found in samples.values())
+    assert sum(sample.branches for sample in samples[16]) >= held_out.branches
+
+
+def test_delays_are_drawn_for_the_branches_of_a_tree() -> None:
+    root: Segment = {
+        "tokens": [1, 2],
+        "branches": [{"tokens": [3, 4], "offset": 1, "branches": [{"tokens": [5, 6], "offset": 0}] * 2}],
+        "reduce": {"tokens": [7, 8], "offset": 0},
+    }
+    root["branches"][0]["branches"] = [dict(below) for below in root["branches"][0]["branches"]]
+    record = TokenRecord(tokens_of(root), standalone=False)
+    settings = config(random_time_offset=5)
+    starts = set()
+    for batch_of_one in sample_batches([record] * 200, settings, EpochSeed(0)):
+        batch = batch_of_one.collate(ROPE, 0)
+        for row in range(len(batch.ids)):
+            start = [int(batch.pos2d[row, batch.segment[row] == number, 1].min()) for number in range(5)]
+            end = [time + 2 for time in start]
+            assert start[4] == max(end[1:4])
+            starts.add((start[1] - end[0], start[2] - end[1], start[3] - end[1]))
+    assert {max(delays) for delays in starts} <= set(range(6))
+    assert all({delays[place] for delays in starts} == set(range(6)) for place in range(3))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from parallelmind.config import DataConfig
 from parallelmind.data import files as files_module
 from parallelmind.data.files import file_parts
+from parallelmind.data.records import MAX_DEPTH, parse_value
 from parallelmind.data.survey import Survey, combine_surveys, read_records, survey_part, write_quarantine
 from parallelmind.errors import UserError
 
@@ -77,6 +80,77 @@ def test_one_bad_line_costs_no_neighbour(tmp_path, monkeypatch, part_bytes):
     assert good[1].branches[0].body == "line\u2028and\u0085next"
 
 
+TREE = {
+    "main": "m",
+    "branches": [
+        {"prompt": "q", "completion": "a", "id": 1},
+        {
+            "prompt": "q",
+            "completion": "a",
+            "branches": [{"text": "b", "targets": []}],
+            "reduce": {"input_ids": [5, 6], "answer_offset": 1},
+        },
+    ],
+    "reduce": {"text": "r", "targets": [[1, 2]], "branches": [{"text": "c"}]},
+}
+FLAT = {"main": "m", "branches": [{"text": "a", "rendered": True}, {"text": "b"}]}
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.parquet"])
+def test_trees_are_counted_at_all_depths_and_equal_in_both_formats(tmp_path, name):
+    file = write_table(tmp_path / name, [TREE, FLAT, TREE])
+    survey = survey_of(file)
+    assert (survey.lines, survey.records, survey.branches, survey.reduces) == (3, 3, 10, 4)
+    assert survey.unknown_keys == {"branches[].id": 2}
+    assert survey.hashes.repeated() == 1
+    assert survey.sample == [parse_value(TREE)]
+    (part,) = file_parts([str(file)])
+    assert list(read_records(part, config(), 1000)) == [parse_value(value) for value in (TREE, FLAT, TREE)]
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.parquet"])
+def test_the_deepest_tree_is_read_from_both_formats(tmp_path, name):
+    survey = survey_of(write_table(tmp_path / name, [nested(MAX_DEPTH), FLAT]))
+    assert (survey.records, survey.branches) == (2, MAX_DEPTH + 2)
+
+
+def nested(depth):
+    branch = {"text": "leaf"}
+    for _ in range(depth - 1):
+        branch = {"text": "a", "branches": [branch]}
+    return {"branches": [branch]}
+
+
+def write_table(path, records):
+    """The records as JSONL, or as Parquet, in which every field that a record lacks is null."""
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(records), path)
+    else:
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_a_bad_tree_costs_no_neighbour(tmp_path):
+    bad = [
+        ({"main": "m", "reduce": "r"}, "record has reduce without branches"),
+        (nested(MAX_DEPTH + 1), f"nested more than {MAX_DEPTH} deep"),
+        (nested(200), f"nested more than {MAX_DEPTH} deep"),
+        (
+            {"branches": [{"text": "a", "branches": []}]},
+            "branches[0].branches must be a list of at least one",
+        ),
+        ({"branches": [{"prompt": "", "completion": "a"}], "reduce": "r"}, "branches[0].prompt is empty"),
+    ]
+    lines = [line for value, _ in bad for line in (json.dumps(TREE), json.dumps(value))]
+    file = tmp_path / "data.jsonl"
+    file.write_text("\n".join([*lines, '{"branches": [' * 5000, json.dumps(FLAT)]))
+    survey = survey_of(file)
+    assert (survey.records, len(survey.bad)) == (len(bad) + 1, len(bad) + 1)
+    for item, reason in zip(survey.bad, [*(reason for _, reason in bad), "nested too deeply"], strict=True):
+        assert reason in item.reason
+        assert "\n" not in item.reason
+
+
 def test_line_numbers_begin_anew_in_every_file(tmp_path):
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).write_bytes(GOOD[0] + b"\nbroken\n")
@@ -103,6 +177,14 @@ def test_records_with_too_many_branches_are_split_or_bad(tmp_path):
     refused = survey_of(file, max_branches_per_sample=2, overfull="refuse")
     assert (refused.records, len(refused.bad)) == (1, 1)
     assert "has 3 branches, more than max_branches_per_sample=2" in refused.bad[0].reason
+
+
+def test_branches_of_all_depths_count_towards_the_limit(tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_text(json.dumps(TREE))
+    assert survey_of(file, max_branches_per_sample=4, overfull="refuse").records == 1
+    (bad,) = survey_of(file, max_branches_per_sample=3, overfull="refuse").bad
+    assert "has 4 branches, more than max_branches_per_sample=3" in bad.reason
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,19 @@ from collections.abc import Iterable
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import Segment, reference_tree, walk
 from tiny import tiny_tokenizer
+from tokenizers.normalizers import Replace
 from tokenizers.processors import TemplateProcessing
+from trees import TREES, shape_of
 
-from parallelmind.config import DataConfig
+from parallelmind.config import DataConfig, RopeConfig
 from parallelmind.data.encode import encode_text
 from parallelmind.data.records import parse_line
 from parallelmind.data.tokenise import TokenisedRecord, tokenise
+from parallelmind.layout import Tokens
 
 TOKENIZER = tiny_tokenizer()
 EOS = TOKENIZER.eos_token_id
@@ -192,3 +198,150 @@ def test_records_tokenised_together_equal_records_tokenised_alone() -> None:
         assert record.tokens.ids.tolist() == alone.ids.tolist()
         assert record.tokens.lengths.tolist() == alone.lengths.tolist()
         assert record.tokens.targets.tolist() == alone.targets.tolist()
+
+
+def segments_of(tokens: Tokens | None) -> list[list[int]]:
+    assert tokens is not None
+    return tokens.split()
+
+
+@pytest.mark.parametrize("main", ["", "the passage"])
+def test_only_main_or_the_first_branches_open_a_sample(main: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    pair = {"prompt": "who ", "completion": "lives"}
+    value = {
+        "main": main,
+        "branches": [{**pair, "branches": ["in", pair], "reduce": pair}, "where"],
+        "reduce": {"text": "works", "targets": []},
+    }
+    (record,) = tokenise(
+        [parse_line(json.dumps(value).encode())], tokenizer, DataConfig(data_path="-", overlong="skip")
+    )
+    got = segments_of(record.tokens)
+    plain = [encode_text(TOKENIZER, text, first=False) for text in ("in", "where", "works")]
+    two = encode_text(TOKENIZER, "who ", first=False) + encode_text(TOKENIZER, "lives", first=False)
+    bos = [] if main else [1]
+    assert got == [
+        [1, *encode_text(TOKENIZER, main, first=False)] if main else [],
+        [*bos, *two, EOS],
+        [*plain[0], EOS],
+        [*two, EOS],
+        [*two, EOS],
+        [*bos, *plain[1], EOS],
+    ]  # nothing reads the reduce, which has no target
+    assert (record.truncated, record.skipped) == (0, 1)
+
+
+DOCUMENTS = {
+    "branches": [
+        {"input_ids": [5, 6, 7], "targets": []},
+        {"input_ids": [8] * 6, "targets": []},
+        {"input_ids": [9, 10, 11]},
+    ],
+    "reduce": {"input_ids": [12, 13, 14], "answer_offset": 1},
+}
+
+
+def test_a_text_without_a_target_is_kept_for_what_reads_it() -> None:
+    record = tokenise_one(DOCUMENTS)
+    assert segments_of(record.tokens) == [[], [5, 6, 7], [8] * 6, [9, 10, 11], [12, 13, 14]]
+    assert record.tokens is not None
+    assert record.tokens.ids[record.tokens.targets].tolist() == [10, 11, 13, 14]
+    assert (record.truncated, record.skipped) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "left", "truncated"),
+    [
+        ({"max_sample_tokens": 15}, [[], [5, 6, 7], [8] * 6, [9, 10, 11], [12, 13, 14]], 0),
+        ({"max_sample_tokens": 14}, [[], [9, 10, 11]], 0),
+        ({"max_branch_tokens": 4, "overlong": "skip"}, [[], [9, 10, 11]], 0),
+        ({"max_branch_tokens": 4}, [[], [5, 6, 7], [8] * 4, [9, 10, 11], [12, 13, 14]], 1),
+        ({"max_branch_tokens": 2}, [[], [5, 6], [8, 8], [9, 10], [12, 13]], 4),
+        ({"max_branch_tokens": 2, "overlong": "skip"}, None, 0),
+    ],
+)
+def test_a_reduce_is_kept_with_all_that_it_reads_or_not_at_all(
+    settings: dict[str, object], left: list[list[int]] | None, truncated: int
+) -> None:
+    record = tokenise_one(DOCUMENTS, **settings)
+    assert (record.tokens and record.tokens.split()) == left
+    assert (record.truncated, record.skipped) == (truncated, 4 - (len(left) - 1 if left else 0))
+
+
+def test_a_text_that_gives_no_token_takes_along_what_reads_it() -> None:
+    value = {
+        "main": {"input_ids": [5]},
+        "branches": ["where", {"text": "x", "targets": [], "rendered": True}],
+        "reduce": "who",
+    }
+    record = parse_line(json.dumps(value).encode())
+    (whole,) = tokenise([record], TOKENIZER, DataConfig(data_path="-"))
+    assert len(segments_of(whole.tokens)) == 4
+    silent = tiny_tokenizer()
+    silent.backend_tokenizer.normalizer = Replace("x", "")
+    (cut_off,) = tokenise([record], silent, DataConfig(data_path="-"))
+    assert len(segments_of(cut_off.tokens)) == 2
+    assert cut_off.skipped == 2
+
+
+def test_keep_answer_cuts_a_text_without_a_target_as_it_cuts_main() -> None:
+    ids = list(range(30, 50))
+    value = {"branches": [{"input_ids": ids, "targets": []}], "reduce": {"input_ids": [5, 6]}}
+    for side, kept in (("right", ids[:8]), ("left", ids[-8:])):
+        record = tokenise_one(value, max_branch_tokens=8, overlong="keep_answer", truncate_side=side)
+        assert segments_of(record.tokens)[1] == kept
+
+
+def as_value(segment: Segment, is_main: bool = True) -> dict[str, object]:
+    """The record, or the segment in it, of a segment of `reference`."""
+    own: dict[str, object] = {"input_ids": segment["tokens"]}
+    value = {"main": own} if is_main else {**own, "answer_offset": segment["offset"]}
+    if "branches" in segment:
+        value["branches"] = [as_value(branch, is_main=False) for branch in segment["branches"]]
+    if "reduce" in segment:
+        value["reduce"] = as_value(segment["reduce"], is_main=False)
+    return value
+
+
+@given(
+    root=TREES,
+    max_branch_tokens=st.integers(2, 6),
+    max_sample_tokens=st.integers(4, 40),
+    overlong=st.sampled_from(["truncate", "skip"]),
+)
+def test_limits_keep_what_has_a_target_and_all_that_it_reads(
+    root: Segment, max_branch_tokens: int, max_sample_tokens: int, overlong: str
+) -> None:
+    record = tokenise_one(
+        as_value(root),
+        max_branch_tokens=max_branch_tokens,
+        max_sample_tokens=max_sample_tokens,
+        overlong=overlong,
+    )
+    reference_tree(root, RopeConfig())
+    segments = list(walk(root))
+    reads = [{*segment["path"], *segment["joined"], segment["number"]} for segment in segments]
+    texts = [segment["tokens"][:max_branch_tokens] for segment in segments]
+    is_cut = [len(segment["tokens"]) > max_branch_tokens for segment in segments]
+    kept = {0}
+    for segment, read in zip(segments[1:], reads[1:], strict=True):
+        fits = sum(len(texts[number]) for number in read) <= max_sample_tokens
+        is_whole = overlong == "truncate" or not any(is_cut[number] for number in read)
+        if fits and is_whole and len(texts[segment["number"]]) > max(segment["offset"], 1):
+            kept |= read
+    if kept == {0}:
+        assert record.tokens is None
+        return
+    tokens = record.tokens
+    assert segments_of(tokens) == [texts[number] for number in sorted(kept)]
+    assert tokens is not None
+    mask = np.isin(np.arange(len(segments)), sorted(kept))
+    expected = shape_of(root).take(mask)
+    assert tokens.tree.parents.tolist() == expected.parents.tolist()
+    assert tokens.tree.is_reduce.tolist() == expected.is_reduce.tolist()
+    assert record.truncated == sum(is_cut[number] for number in kept)
+    assert record.skipped == len(segments) - len(kept)

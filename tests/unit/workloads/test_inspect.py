@@ -257,7 +257,7 @@ def test_inspect_tells_what_training_would_tell(base, data, capsys):
     out, err = capsys.readouterr()
     assert "repeated            1  records with the content of an earlier one" in out
     assert "warning: max_branch_tokens=4 overlong=truncate truncate_side=right: " in err
-    assert "max_sample_tokens=4096: 1 branches are skipped" in err
+    assert "max_sample_tokens=4096: 1 texts are skipped" in err
 
 
 def test_inspect_prints_counts_and_samples_and_writes_a_png(base, data, tmp_path, capsys):
@@ -306,7 +306,7 @@ def test_lines_are_numbered_within_every_file(tmp_path):
         (["empty.jsonl"], "data_path=empty.jsonl: holds no record"),
         (
             ["data.jsonl", "max_branch_tokens=2", "overlong=skip"],
-            "max_branch_tokens=2 .*: leave none of 7 branches; raise.* set overlong=keep_answer",
+            "max_branch_tokens=2 .*: leave none of 7 texts; raise.* set overlong=keep_answer",
         ),
         (["data.jsonl", "strict=true"], "data.jsonl:2: is not JSON.*strict=false"),
         (["data.jsonl", "png_path=data.jsonl/x.png"], "png_path=data.jsonl/x.png: cannot be written"),

@@ -87,13 +87,11 @@ def test_what_the_limits_remove_is_printed_and_data_without_a_rest_is_refused(
     files = DataFiles.find(config.data)
     assert check_limits(survey_files([both], config.data), files, config, tokenizer).batches == 1
     cut, skipped, held_out = warnings(capsys)
-    assert (
-        "max_branch_tokens=8 overlong=truncate truncate_side=right: 1 mains and branches are too long" in cut
-    )
-    assert "max_sample_tokens=4096: 1 branches are skipped" in skipped
+    assert "max_branch_tokens=8 overlong=truncate truncate_side=right: 1 texts are too long" in cut
+    assert "max_sample_tokens=4096: 1 texts are skipped" in skipped
     assert f"validation_path={long} max_branch_tokens=8" in held_out
     nothing = TrainConfig.model_validate({"data_path": long, **settings})
-    with pytest.raises(UserError, match="max_branch_tokens=8 .*: leave none of 1 branches; raise the limits"):
+    with pytest.raises(UserError, match="max_branch_tokens=8 .*: leave none of 1 texts; raise the limits"):
         check_limits(survey_files([long], nothing.data), DataFiles.find(nothing.data), nothing, tokenizer)
 
 
@@ -114,14 +112,14 @@ ESTIMATE = EpochEstimate(batches=10, truncated=0, skipped=0, exact=True)
             EpochEstimate(10, 1200, 3, exact=True),
             {},
             [
-                "overlong=truncate truncate_side=right: 1,200 mains and branches are",
-                "max_sample_tokens=4096: 3 branches are",
+                "overlong=truncate truncate_side=right: 1,200 texts are",
+                "max_sample_tokens=4096: 3 texts are",
             ],
         ),
         (
             EpochEstimate(10, 1200, 3, exact=False),
             {"max_steps": 1000},
-            ["about 1,200 mains", "about 3 branches", "max_steps=1000: .* after about 10 steps"],
+            ["about 1,200 texts", "about 3 texts", "max_steps=1000: .* after about 10 steps"],
         ),
     ],
 )
