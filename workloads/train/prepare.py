@@ -99,14 +99,15 @@ def prepare(
 
     Raises:
         UserError: the model, its tokenizer or the adapter to resume cannot be used with these settings; bad
-            data, other data than before or than in the other runs of a sweep; missing GPUs.
+            data, trees without the patch, other data than before or than in the other runs of a sweep;
+            missing GPUs.
     """
     tokenizer = begin(config, run_dir)
     wait_for_ray()
     data, workers = config.data, config.workers
     if workers.use_gpu:
         resources.require_gpus(workers.num_workers)
-    survey, data_fingerprint = survey_data(files, data, len(tokenizer), run_dir.quarantine_file)
+    survey, data_fingerprint = survey_data(files, data, config.rope, len(tokenizer), run_dir.quarantine_file)
     if shared.data_fingerprint not in (None, data_fingerprint):
         raise changed_data(data)
     epoch = check_limits(survey, files, config, tokenizer)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from parallelmind.config import DataConfig, OptimizerConfig, TrainConfig
+from parallelmind.config import DataConfig, OptimizerConfig, RopeConfig, TrainConfig
 from parallelmind.data.epoch_estimate import EpochEstimate, estimate_epoch
 from parallelmind.data.held_out import HeldOut
 from parallelmind.data.pipeline import survey_files
@@ -31,12 +31,12 @@ class SurveyedData(NamedTuple):
 
 
 def survey_data(
-    files: DataFiles, data: DataConfig, vocabulary_size: int, quarantine_file: RemotePath
+    files: DataFiles, data: DataConfig, rope: RopeConfig, vocabulary_size: int, quarantine_file: RemotePath
 ) -> SurveyedData:
     """Check every line of every file; print a summary, and write the bad lines to the quarantine file.
 
     Raises:
-        UserError: more bad lines than the settings tolerate.
+        UserError: more bad lines than the settings tolerate; trees for a model without the patch.
     """
     train = survey_files(files.train, data, vocabulary_size)
     bad, fingerprint = list(train.bad), train.fingerprint
@@ -49,7 +49,18 @@ def survey_data(
     if validation is not None:
         _print_summary("validation data", validation)
         _print_shared(train, validation, data)
+    if not rope.patch_rope:
+        _refuse_trees(train, f"data_path={data.data_path}")
+        _refuse_trees(validation, f"validation_path={data.validation_path}")
     return SurveyedData(train, fingerprint)
+
+
+def _refuse_trees(survey: Survey | None, source: str) -> None:
+    if survey is not None and survey.trees:
+        raise UserError(
+            f"patch_rope=false: {survey.trees} records of {source} hold nested branches or a reduce, which "
+            "need the patch; drop patch_rope, or give records of main and branches alone"
+        )
 
 
 def check_limits(
@@ -119,9 +130,9 @@ def _print_summary(name: str, survey: Survey) -> None:
         ignored += f", {more} more keys ignored"
     about = "" if survey.hashes.share == 1 else "about "
     repeated = f", {about}{count} repeated records" if (count := survey.hashes.repeated()) else ""
-    reduces = f", {survey.reduces} reduces" if survey.reduces else ""
+    trees = f" ({survey.trees} trees)" if survey.trees else ""
     print(
-        f"{name}: {survey.records} records, {survey.branches} branches{reduces}, {len(survey.bad)} bad lines"
+        f"{name}: {survey.records} records{trees}, {survey.branches} branches, {len(survey.bad)} bad lines"
         f"{repeated}{ignored}",
         flush=True,
     )

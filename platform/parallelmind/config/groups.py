@@ -118,10 +118,13 @@ class DataConfig(FrozenConfig):
         None, ge=1, description="standalone records grouped into one sample; null: a random number"
     )
     min_branches_per_sample: int = Field(1, ge=1, description="minimum branches of a randomly grouped sample")
-    max_branches_per_sample: int = Field(8, ge=1, description="maximum branches of a sample")
+    max_branches_per_sample: int = Field(
+        8, ge=1, description="maximum branches of a sample, nested ones included"
+    )
     overfull: Literal["split", "refuse"] = Field(
         "split",
-        description="record with more branches: split into samples that repeat main, or refuse it as bad",
+        description="record with more branches: split into samples that repeat main and parents, where a "
+        "reduce stays with all that it reads, or refuse it as bad",
     )
     batch_size: int = Field(4, ge=1, description="samples (or branches) per forward pass and worker")
     batch_by_samples: bool = Field(
@@ -139,17 +142,23 @@ class DataConfig(FrozenConfig):
     random_time_offset: int = Field(
         0, ge=0, description="maximum random delay of each branch's start, in time steps"
     )
-    max_branch_tokens: int = Field(512, ge=2, description="maximum length of a main or branch, in tokens")
+    max_branch_tokens: int = Field(
+        512, ge=2, description="maximum length of a main, branch or reduce, in tokens"
+    )
     max_sample_tokens: int = Field(
-        4096, ge=4, description="maximum length of a sample, in tokens; branches beyond it are skipped"
+        4096,
+        ge=4,
+        description="maximum length of a sample, in tokens; a branch or reduce that exceeds it together with "
+        "all that it reads is skipped",
     )
     overlong: Literal["truncate", "skip", "keep_answer"] = Field(
         "truncate",
-        description="main or branch beyond max_branch_tokens: truncate it, skip it, or keep_answer: truncate "
-        "main, cut the start of a branch's prompt, and skip a branch whose targets do not fit",
+        description="text beyond max_branch_tokens: truncate; skip, with all that reads it; "
+        "or keep_answer: cut the start of its prompt, skip it if its targets do not fit, and truncate it if "
+        "it has none",
     )
     truncate_side: Literal["right", "left"] = Field(
-        "right", description="end of a main or branch that truncate cuts off; left keeps the begin token"
+        "right", description="end of a text that truncate cuts off; left keeps the begin token"
     )
     strict: bool = Field(False, description="stop at the first bad record instead of skipping it")
     max_bad_records: float | None = Field(

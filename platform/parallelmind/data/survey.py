@@ -21,7 +21,7 @@ from parallelmind.storage import atomic_file
 
 SAMPLE_CHARACTERS = 1 << 20  # size of a survey's sample; a tokenizer needs about a second for it
 
-_COUNTS = ("lines", "records", "branches", "reduces", "standalone")
+_COUNTS = ("lines", "records", "branches", "reduces", "trees", "standalone")
 _CONVERT_REMEDY = "convert it to parallel JSONL with `python -m workloads.convert`"
 
 
@@ -47,15 +47,17 @@ class Survey:
     """Content of the files.
 
     lines: number of lines that are not blank; each is a record or bad. branches, reduces: at all depths.
-    standalone: number of standalone records. unknown_keys: number of records that have each unknown key.
-    fingerprint: 12 hex digits of the SHA-256 of all lines, in order. sample: some records from all over the
-    files in their order, or all of them if they are few. hashes: hashes of the records' content.
+    trees: number of records with nested branches or a reduce. standalone: number of standalone records.
+    unknown_keys: number of records that have each unknown key. fingerprint: 12 hex digits of the SHA-256 of
+    all lines, in order. sample: some records from all over the files in their order, or all of them if they
+    are few. hashes: hashes of the records' content.
     """
 
     lines: int = 0
     records: int = 0
     branches: int = 0
     reduces: int = 0
+    trees: int = 0
     standalone: int = 0
     bad: list[BadLine] = field(default_factory=list)
     unknown_keys: Counter[str] = field(default_factory=Counter)
@@ -139,6 +141,7 @@ def survey_part(
                 records=1,
                 branches=result.num_branches,
                 reduces=result.num_reduces,
+                trees=int(not result.is_flat),
                 standalone=int(result.standalone),
             )
             unknown_keys.update(result.unknown_keys)

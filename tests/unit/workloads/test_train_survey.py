@@ -39,7 +39,8 @@ def warnings(capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 
 def survey(tmp_path: Path, config: TrainConfig) -> None:
-    survey_data(DataFiles.find(config.data), config.data, 300, RemotePath(tmp_path / "quarantine.jsonl"))
+    quarantine_file = RemotePath(tmp_path / "quarantine.jsonl")
+    survey_data(DataFiles.find(config.data), config.data, config.rope, 300, quarantine_file)
 
 
 def test_repeated_shared_and_ignored_contents_are_printed(
@@ -61,6 +62,35 @@ def test_data_without_anything_to_tell_is_one_line(
 ) -> None:
     survey(tmp_path, TrainConfig(data_path=write(tmp_path / "train.jsonl", *texts("a", "b"))))
     assert capsys.readouterr() == ("data: 2 records, 2 branches, 0 bad lines\n", "")
+
+
+TREE = {"branches": [{"text": "a", "branches": ["b", "c"]}], "reduce": "d"}
+
+
+def test_trees_are_counted_and_need_the_patch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trees = write(tmp_path / "trees.jsonl", TREE, *texts("a"), {"branches": ["a", "b"]})
+    flat = write(tmp_path / "flat.jsonl", *texts("a", "b"))
+    survey(tmp_path, TrainConfig(data_path=trees))
+    assert capsys.readouterr().out == "data: 3 records (1 trees), 6 branches, 0 bad lines\n"
+    unpatched: dict[str, Any] = {"patch_rope": False, "max_branches_per_sample": 1}
+    survey(tmp_path, TrainConfig(data_path=flat, **unpatched))
+    for paths in ({"data_path": trees}, {"data_path": flat, "validation_path": trees}):
+        name = list(paths)[-1]
+        with pytest.raises(
+            UserError, match=f"patch_rope=false: 1 records of {name}={trees} .*; drop patch_rope"
+        ):
+            survey(tmp_path, TrainConfig(**paths, **unpatched))
+
+
+def test_data_of_trees_of_which_nothing_is_left_is_refused(
+    with_tokenizer: Callable[..., ModelConfig], tmp_path: Path
+) -> None:
+    path = write(tmp_path / "trees.jsonl", {"main": "who " * 9, "branches": ["a", "b"], "reduce": "d"})
+    settings: dict[str, Any] = {"max_branch_tokens": 8, "overlong": "skip"}
+    config = TrainConfig(data_path=path, base_model=with_tokenizer().base_model, **settings)
+    files, tokenizer = DataFiles.find(config.data), load_tokenizer(config.model)
+    with pytest.raises(UserError, match="leave none of 3 texts"):
+        check_limits(survey_files([path], config.data), files, config, tokenizer)
 
 
 def test_counts_from_a_share_of_the_hashes_are_called_estimates(
