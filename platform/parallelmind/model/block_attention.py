@@ -57,7 +57,7 @@ class BlockAttention(AttentionBackend):
                 queries = query[number][:, :, block.queries]
                 parts.append(_attend(queries, keys, values, block.bias, scale, softcap, sinks))
             rows.append(torch.cat(parts, dim=2))
-        return torch.stack(rows).flatten(1, 2).transpose(1, 2)  # [rows, tokens, heads, dim]
+        return torch.stack(rows).flatten(1, 2).transpose(1, 2).contiguous()  # [rows, tokens, heads, dim]
 
 
 def _blocks(biases: Iterable[Tensor]) -> list[_Block]:

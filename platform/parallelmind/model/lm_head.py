@@ -16,7 +16,9 @@ from parallelmind.model.structure import decoder
 def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """`[tokens, vocab]` logits of `[tokens, width]` hidden states, by the model's own forward."""
     forward = cast(Any, type(model)).forward
-    return cast(Tensor, forward(DecodedModel(model, hidden[None]), input_ids=None).logits[0])
+    # Some models compare the length of their input with that of the hidden states.
+    decoded = forward(DecodedModel(model, hidden[None]), input_ids=None, inputs_embeds=hidden[None])
+    return cast(Tensor, decoded.logits[0])
 
 
 @torch.no_grad()
