@@ -12,12 +12,16 @@ from typing import TYPE_CHECKING, Any
 from parallelmind.errors import UserError
 
 if TYPE_CHECKING:
+    from parallelmind.config import RopeConfig
+    from parallelmind.data.tree_batch import tree_batch
     from parallelmind.engine.engine import Engine
     from parallelmind.engine.generate import generate, generate_text, stream
     from parallelmind.engine.output import Event
     from parallelmind.engine.request import Sample
     from parallelmind.engine.sampling_params import SamplingParams
     from parallelmind.model.adapter import load_model_with_lora
+    from parallelmind.model.patch import patch
+    from parallelmind.model.patch_state import rope_config
 
 try:
     __version__ = version("parallelmind")
@@ -27,24 +31,32 @@ except PackageNotFoundError:  # run from the source tree, as `ray job submit` do
 __all__ = [
     "Engine",
     "Event",
+    "RopeConfig",
     "Sample",
     "SamplingParams",
     "UserError",
     "generate",
     "generate_text",
     "load_model_with_lora",
+    "patch",
+    "rope_config",
     "stream",
+    "tree_batch",
 ]
 
 _HOMES = {
     "Engine": "parallelmind.engine.engine",
     "Event": "parallelmind.engine.output",
+    "RopeConfig": "parallelmind.config",
     "Sample": "parallelmind.engine.request",
     "SamplingParams": "parallelmind.engine.sampling_params",
     "generate": "parallelmind.engine.generate",
     "generate_text": "parallelmind.engine.generate",
     "load_model_with_lora": "parallelmind.model.adapter",
+    "patch": "parallelmind.model.patch",
+    "rope_config": "parallelmind.model.patch_state",
     "stream": "parallelmind.engine.generate",
+    "tree_batch": "parallelmind.data.tree_batch",
 }
 
 

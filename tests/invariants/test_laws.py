@@ -25,7 +25,8 @@ from parallelmind.evaluation.probes import (
 from parallelmind.evaluation.rope_configs import ALL_ROPE_CONFIGS
 from parallelmind.evaluation.tiny_models import WINDOW
 from parallelmind.model import mask, rope2d, rotary
-from parallelmind.model.patch import patch, rope_config, unpatch
+from parallelmind.model.patch import patch, unpatch
+from parallelmind.model.patch_state import rope_config
 from parallelmind.model.rope2d import BRANCH, TIME
 from parallelmind.model.support import assess
 

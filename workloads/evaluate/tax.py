@@ -18,7 +18,7 @@ from parallelmind.data.held_out import HeldOut
 from parallelmind.data.survey import combine_surveys, survey_part
 from parallelmind.errors import UserError
 from parallelmind.evaluation.branch_tax import SampleBatches, TaxPoint, max_branches, tax_curve
-from parallelmind.model.patch import is_patched
+from parallelmind.model.patch_state import is_patched
 from parallelmind.training.step import NoMemoryError
 from workloads.common.inference_config import InferenceModelConfig
 from workloads.evaluate.output import check_outputs, console, output_file, write_json, write_png

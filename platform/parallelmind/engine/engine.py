@@ -29,7 +29,7 @@ from parallelmind.engine.tokenization import eos_token_ids, tokenize, tokenize_r
 from parallelmind.engine.validation import check_added_branch, check_request
 from parallelmind.errors import UserError, first_line
 from parallelmind.model import forward_context
-from parallelmind.model.patch import is_patched, rope_config
+from parallelmind.model.patch_state import is_patched, rope_config
 from parallelmind.model.structure import causal_lm
 from parallelmind.model.support import assess
 from parallelmind.tree import Ints

@@ -24,7 +24,7 @@ from parallelmind.engine.sequence_group import SequenceGroup
 from parallelmind.model.cpu_linears import cpu_linears, small_batch_linear
 from parallelmind.model.hf_compat import OwnAttention, attention_name, hands_over_masks
 from parallelmind.model.mask import layer_windows
-from parallelmind.model.patch import is_patched
+from parallelmind.model.patch_state import is_patched
 from parallelmind.model.rotary import depends_on_length
 from parallelmind.model.structure import causal_lm, eval_mode
 from parallelmind.visibility import AttentionWindow

@@ -12,7 +12,7 @@ from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.engine.sequence_group import SequenceGroup
 from parallelmind.errors import UserError
 from parallelmind.layout import start_times
-from parallelmind.model.patch import is_patched
+from parallelmind.model.patch_state import is_patched
 
 
 def check_request(

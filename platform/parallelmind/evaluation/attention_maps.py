@@ -14,7 +14,7 @@ from parallelmind.engine.model_runner import Model
 from parallelmind.errors import UserError
 from parallelmind.layout import Tokens
 from parallelmind.model.inputs import decoder_inputs, to_tensors
-from parallelmind.model.patch import is_patched, rope_config
+from parallelmind.model.patch_state import is_patched, rope_config
 from parallelmind.model.structure import causal_lm, decoder
 from parallelmind.tree import MAIN
 

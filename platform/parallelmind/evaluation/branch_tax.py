@@ -12,7 +12,7 @@ from parallelmind.engine.model_runner import Model
 from parallelmind.errors import UserError
 from parallelmind.evaluation.peak_memory import PeakMemory, memory_in_use
 from parallelmind.layout import Tokens
-from parallelmind.model.patch import is_patched, rope_config
+from parallelmind.model.patch_state import is_patched, rope_config
 from parallelmind.model.structure import causal_lm
 from parallelmind.training.loss import TargetLoss
 from parallelmind.training.step import evaluate

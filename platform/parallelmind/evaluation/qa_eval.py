@@ -20,7 +20,7 @@ from parallelmind.engine.request import Sample
 from parallelmind.errors import UserError
 from parallelmind.evaluation.backends import BACKENDS, Answer, BackendName, generate_samples
 from parallelmind.evaluation.qa_metrics import exact_match, f1
-from parallelmind.model.patch import is_patched
+from parallelmind.model.patch_state import is_patched
 from parallelmind.model.structure import causal_lm
 from parallelmind.model.support import assess
 

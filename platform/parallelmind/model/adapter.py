@@ -34,7 +34,8 @@ from parallelmind.model.manifest import (
     write_manifest,
 )
 from parallelmind.model.new_tokens import trainable_token_indices
-from parallelmind.model.patch import is_patched, patch, rope_config
+from parallelmind.model.patch import patch
+from parallelmind.model.patch_state import is_patched, rope_config
 from parallelmind.model.support import check_supported
 from parallelmind.model.targets import excluded_modules, parse_targets
 from parallelmind.model.weights import ADAPTER, load_weights, trained_weights

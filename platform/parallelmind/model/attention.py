@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from parallelmind.layout import Batch
 from parallelmind.model.hf_compat import FLEX, SDPA, attention_name, hands_over_masks, has_own_attention
-from parallelmind.model.patch import is_patched
+from parallelmind.model.patch_state import is_patched
 from parallelmind.model.structure import causal_lm, text_modules
 
 # Number of tokens above which a sequence is computed with FlexAttention. It is a default, not a measurement:

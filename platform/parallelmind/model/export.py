@@ -18,7 +18,8 @@ from parallelmind.model.full_model import write_model
 from parallelmind.model.hf_compat import no_progress_bars
 from parallelmind.model.manifest import EXPORTED, WEIGHTS, check_replaceable, read_adapter
 from parallelmind.model.mask import Placement, attention_masks
-from parallelmind.model.patch import is_patched, unpatch
+from parallelmind.model.patch import unpatch
+from parallelmind.model.patch_state import is_patched
 from parallelmind.outputs import check_output
 from parallelmind.storage import atomic_dir, expand_home
 

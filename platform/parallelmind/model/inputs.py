@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from parallelmind.config import Visibility
 from parallelmind.layout import PADDING, Batch
 from parallelmind.model.mask import Placement, attention_masks
-from parallelmind.model.patch import is_patched
+from parallelmind.model.patch_state import is_patched
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from parallelmind.model.hf_compat import (
     attention_name,
     has_own_attention,
 )
-from parallelmind.model.patch import sibling_penalty
+from parallelmind.model.patch_state import sibling_penalty
 from parallelmind.model.structure import causal_lm, decoder
 from parallelmind.visibility import AttentionWindow, relation_scores
 

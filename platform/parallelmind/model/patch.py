@@ -7,32 +7,22 @@ No model is named anywhere: whether a model can be patched is decided by its str
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from parallelmind.config import Positions, RopeConfig
 from parallelmind.errors import UserError
 from parallelmind.model import forward_context
 from parallelmind.model.hf_compat import OwnAttention, compares_attention_name, hands_over_masks
+from parallelmind.model.patch_state import ATTRIBUTE, PatchState, is_patched, patch_state, rope_config
 from parallelmind.model.rotary import patch_rotary, unpatch_rotary
 from parallelmind.model.structure import decoder
 from parallelmind.model.support import check_supported
-from parallelmind.visibility import effective_penalty
-
-
-@dataclass(frozen=True, slots=True)
-class _Patch:
-    """State of a patched model. attention: None where the model keeps transformers' attention."""
-
-    config: RopeConfig
-    hooks: tuple[RemovableHandle, ...]
-    attention: OwnAttention | None
+from parallelmind.model.tree_inputs import LAYOUT, replace_layout
 
 
 def patch(model: PreTrainedModel, config: RopeConfig) -> None:
@@ -48,68 +38,48 @@ def patch(model: PreTrainedModel, config: RopeConfig) -> None:
     hooks = []
     # Both take pos2d: peft calls the model's forward without its hooks, and training calls the decoder alone.
     for module in (model, decoder(model)):
-        hooks.append(
-            module.register_forward_pre_hook(partial(_before_forward, config.positions), with_kwargs=True)
-        )
+        hooks.append(module.register_forward_pre_hook(partial(_before_forward, model), with_kwargs=True))
         hooks.append(module.register_forward_hook(_after_forward, always_call=True))
     attention = None
     if hands_over_masks(model) and not compares_attention_name(model):
         attention = OwnAttention(model)
         attention.acquire()
-    object.__setattr__(model, "_pos2d", _Patch(config, tuple(hooks), attention))
+    object.__setattr__(model, ATTRIBUTE, PatchState(config, tuple(hooks), attention))
 
 
 def unpatch(model: PreTrainedModel) -> None:
     """Undo `patch`: classes, buffers, hooks and configuration are restored. Raises UserError if unpatched."""
-    state = _patch_of(model)
+    state = patch_state(model)
     for hook in state.hooks:
         hook.remove()
     if state.attention is not None:
         state.attention.release()
     unpatch_rotary(model)
-    object.__delattr__(model, "_pos2d")
-
-
-def is_patched(model: nn.Module) -> bool:
-    """Whether the model (or the model inside a PeftModel) is patched."""
-    return getattr(model, "_pos2d", None) is not None
-
-
-def rope_config(model: nn.Module) -> RopeConfig:
-    """The settings of a patched model, or of the one inside a PeftModel. Raises UserError if unpatched."""
-    return _patch_of(model).config
-
-
-def sibling_penalty(model: nn.Module) -> float:
-    """The number subtracted from attention scores of siblings; 0 for a model that is not patched."""
-    return effective_penalty(rope_config(model)) if is_patched(model) else 0.0
-
-
-def _patch_of(model: nn.Module) -> _Patch:
-    state = getattr(model, "_pos2d", None)
-    if not isinstance(state, _Patch):
-        raise UserError(
-            "model: is not patched; call patch(model, RopeConfig(...)) or load_model_with_lora first"
-        )
-    return state
+    object.__delattr__(model, ATTRIBUTE)
 
 
 def _before_forward(
-    positions: Positions, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: PreTrainedModel, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Remove pos2d from the call. A nested call without pos2d inherits that of the enclosing call."""
-    if "pos2d" not in kwargs:
+    """Remove pos2d and what else describes the layout from a call of the patched model or of its decoder.
+
+    A nested call without pos2d inherits that of the enclosing call.
+    """
+    if not any(name in kwargs for name in LAYOUT):
         forward_context.push(None, inherit=True)
         return args, kwargs
     kwargs = dict(kwargs)
+    forward_context.push(kwargs.get("pos2d"), inherit=False)
+    replace_layout(model, kwargs)
     pos2d = kwargs.pop("pos2d")
-    forward_context.push(pos2d, inherit=False)
     if pos2d is not None:
         if kwargs.get("attention_mask") is None:
-            raise ValueError(
-                "attention_mask: pos2d needs the mask of its layout; build it with parallelmind.model.mask"
+            raise UserError(
+                "attention_mask: pos2d needs the mask of its layout; pass segment and relations, as "
+                "tree_batch returns them, or a mask of parallelmind.model.mask"
             )
         if kwargs.get("position_ids") is None:
+            positions = rope_config(model).positions
             kwargs["position_ids"] = _position_ids(positions, pos2d, kwargs.get("past_key_values"))
     return args, kwargs
 

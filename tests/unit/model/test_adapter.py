@@ -33,7 +33,8 @@ from parallelmind.model.adapter import (
 )
 from parallelmind.model.full_model import save_model
 from parallelmind.model.manifest import base_config_hash, read_manifest
-from parallelmind.model.patch import patch, rope_config
+from parallelmind.model.patch import patch
+from parallelmind.model.patch_state import rope_config
 
 ROPE = RopeConfig(rope_2d_ratio=0.5, branch_stride=16, visibility="isolated")
 LORA = LoraConfig(lora_rank=4, lora_alpha=8)

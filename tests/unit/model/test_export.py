@@ -18,7 +18,7 @@ from parallelmind.errors import UserError
 from parallelmind.model import export as exporting
 from parallelmind.model.adapter import add_lora, load_model_with_lora, save_adapter
 from parallelmind.model.full_model import save_model
-from parallelmind.model.patch import is_patched, rope_config
+from parallelmind.model.patch_state import is_patched, rope_config
 from workloads import export
 from workloads.generate import command as generate
 

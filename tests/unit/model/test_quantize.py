@@ -13,7 +13,7 @@ from parallelmind.config import ModelConfig
 from parallelmind.errors import UserError
 from parallelmind.model.adapter import add_lora, load_model_with_lora, save_adapter
 from parallelmind.model.base_model import load_base
-from parallelmind.model.patch import is_patched
+from parallelmind.model.patch_state import is_patched
 from parallelmind.model.weights import trained_weights
 
 

@@ -18,7 +18,8 @@ from parallelmind.model.base_model import build_meta_model, load_base
 from parallelmind.model.inputs import to_tensors
 from parallelmind.model.lm_head import head_logits
 from parallelmind.model.mask import layer_windows
-from parallelmind.model.patch import is_patched, patch
+from parallelmind.model.patch import patch
+from parallelmind.model.patch_state import is_patched
 from parallelmind.model.structure import decoder
 from parallelmind.model.support import assess
 from parallelmind.training.loss import target_loss

@@ -23,7 +23,8 @@ from parallelmind.model.adapter import (
     save_trained,
 )
 from parallelmind.model.manifest import read_manifest
-from parallelmind.model.patch import patch, rope_config
+from parallelmind.model.patch import patch
+from parallelmind.model.patch_state import rope_config
 from parallelmind.model.weights import load_weights, trained_weights
 
 VARIANTS: dict[str, dict[str, Any]] = {
