@@ -40,6 +40,22 @@ def test_isolated_branches_equal_each_prompt_alone():
     ]
 
 
+def test_a_document_is_read_as_one_plain_prompt_with_its_question():
+    """A branch of 0 new tokens is read by the reduce branch alone."""
+    model = tiny_llama()
+    patch(model, RopeConfig(rope_2d_ratio=0, visibility="isolated", positions="time"))
+    document, question, settings = BRANCHES[0], BRANCHES[2], {"max_new_tokens": 8}
+    texts = generate(
+        model,
+        tiny_tokenizer(),
+        Sample(MAIN, [document]),
+        per_branch=[{"max_new_tokens": 0}],
+        reduce=question,
+        **settings,
+    )
+    assert texts == ["", generate_text(model, tiny_tokenizer(), MAIN + document + question, **settings)]
+
+
 def test_an_unpatched_model_continues_one_branch():
     plain, patched = tiny_llama(), tiny_llama()
     patch(patched, RopeConfig(rope_2d_ratio=0))

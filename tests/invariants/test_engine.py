@@ -67,11 +67,11 @@ EFFORT = settings(
     suppress_health_check=list(HealthCheck),
 )
 MAX_BRANCHES = 7
-LENGTH, NEW_TOKENS, STEPS = st.integers(1, 18), st.integers(1, 12), st.integers(0, 3)
+LENGTH, NEW_TOKENS, STEPS = st.integers(1, 18), st.integers(0, 12), st.integers(0, 3)
 MAIN, SHAPE = (
     st.sampled_from(MAINS),
     st.lists(st.tuples(LENGTH, NEW_TOKENS), min_size=1, max_size=4),
-)  # prompt and new tokens
+)  # prompt and new tokens; a branch without new ones is only read
 
 
 class RecordingEngine(Engine):
@@ -130,7 +130,9 @@ class EngineMachine(RuleBasedStateMachine):
         expected_id = self.engine._num_submitted
         prompts = [prompt(length, expected_id, branch) for branch, (length, _) in enumerate(shape)]
         per_branch = [{"max_new_tokens": count} for _, count in shape]
-        reduce = prompt(last, expected_id, PADDING) if last else None
+        decodes = any(count for _, count in shape)
+        reduce = prompt(last or 1, expected_id, PADDING) if last or not decodes else None
+        self.events["only read"] += not decodes
         sample_id = self.engine.submit(
             Sample(main, prompts), per_branch=per_branch, reduce=reduce, max_new_tokens=4, seed=expected_id
         )
@@ -244,4 +246,5 @@ def test_every_sample_equals_one_full_forward_pass(config: RopeConfig) -> None:
             stack.enter_context(patched(model, config))
         run_state_machine_as_test(machine, settings=EFFORT)
     kinds = {"joined late", "waited for room", "stopped within a prompt", "read by all", "reused a main"}
+    kinds |= {"only read"}
     assert set(+events) == kinds

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
 
@@ -71,8 +71,10 @@ class Client:
         self.progress.finish_reasons.append(None)
 
 
-def make_request(reduce: bool, settings: dict[str, Any]) -> TokenizedRequest:
-    per_branch = [{"max_new_tokens": length} for length in LENGTHS]
+def make_request(
+    reduce: bool, settings: dict[str, Any], lengths: Sequence[int] = LENGTHS
+) -> TokenizedRequest:
+    per_branch = [{"max_new_tokens": length} for length in lengths]
     sampling = {**settings, "ignore_eos": True, "max_new_tokens": 5}
     reduce_prompt = REDUCE if reduce else None
     return tokenize_request(tiny_tokenizer(), Sample(MAIN, BRANCHES), per_branch, reduce_prompt, sampling)
@@ -124,6 +126,32 @@ def test_a_moved_sample_gets_the_same_tokens(
         assert moved.progress.token_ids == whole.progress.token_ids, move_at
         assert moved.texts == whole.texts, move_at
         assert moved.progress.finish_reasons == whole.progress.finish_reasons, move_at
+
+
+@pytest.mark.parametrize(
+    "config", CONFIGS, ids=lambda config: f"{config.visibility}-{config.positions}-{config.align_to}"
+)
+def test_a_moved_sample_of_documents_gets_the_same_answer(config: RopeConfig) -> None:
+    """The branches are only read. At step 0 no event of them has been received."""
+
+    def decode(move_at: int) -> Client:
+        engine = tiny_engine(config, max_prefill_tokens=16)
+        client, num_steps = Client(make_request(reduce=True, settings={}, lengths=[0] * len(BRANCHES))), 0
+        client.start(engine)
+        while engine.busy:
+            if num_steps == move_at:
+                engine = tiny_engine(config, max_prefill_tokens=16)
+                client.start(engine)
+            client.step(engine)
+            num_steps += 1
+        return client
+
+    whole = decode(-1)
+    assert list(map(len, whole.progress.token_ids)) == [0, 0, 0, 5]
+    assert whole.progress.finish_reasons == ["length"] * 4
+    for move_at in (0, 1, 4):
+        moved = decode(move_at)
+        assert (moved.progress, moved.texts) == (whole.progress, whole.texts), move_at
 
 
 def test_a_moved_sample_of_a_recurrent_model_gets_the_same_tokens() -> None:

@@ -177,6 +177,7 @@ class Engine:
             self._num_submitted += 1
             if resume is not None:
                 self._resume(group, resume)
+            self._finish_read_only(group)
             return group.id
 
     def join(self, sample_id: int, text: Text, **sampling: Any) -> int:
@@ -190,7 +191,9 @@ class Engine:
         with self.state_lock:
             group = self._group(sample_id)
             check_added_branch(self.model, self.rope_config, group, token_ids, params, self.fallback_reason)
-            return self.scheduler.add_branch(group, token_ids, params).index
+            branch = self.scheduler.add_branch(group, token_ids, params)
+            self._finish_read_only(group)
+            return branch.index
 
     def start_pos2d(self, sample_id: int) -> list[tuple[int, int]]:
         """Branch and time coordinates of the first token of every branch. Raises UserError if finished."""
@@ -355,6 +358,13 @@ class Engine:
         for branch in group.branches[num_started:]:
             if branch.index < len(resume.token_ids):
                 branch.append_tokens(resume.token_ids[branch.index])
+
+    def _finish_read_only(self, group: SequenceGroup) -> None:
+        """Finish the branches that decode nothing; siblings and the reduce branch read them."""
+        for branch in group.running_branches:
+            if not branch.params.max_new_tokens:
+                self._pending_events.append(Event(branch.index, "", None, "length", sample=group.id))
+                self._finish_branch(group, branch, "length")
 
     def _finish_branch(self, group: SequenceGroup, branch: BranchState, reason: FinishReason) -> None:
         self.scheduler.finish_branch(group, branch, reason)

@@ -22,7 +22,7 @@ Biases = tuple[tuple[int, float], ...]
 class SamplingParams:
     """How a branch is continued. Numbers may be those of NumPy. Raises UserError for a value out of range.
 
-    max_new_tokens: upper bound of the branch's decoded tokens.
+    max_new_tokens: upper bound of the branch's decoded tokens; 0: others read the branch, such as a document.
     temperature: 0 takes the most likely token; 1 samples from the model's own distribution.
     top_k: sample from the k most likely tokens; 0: from all.
     top_p: sample from the fewest tokens that hold this probability; 1: from all.
@@ -52,7 +52,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for field in fields(self):
             object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
-        self._check_integer("max_new_tokens", 1)
+        self._check_integer("max_new_tokens", 0)
         self._check_integer("top_k", 0)
         if self.seed is not None:
             self._check_integer("seed", 0)

@@ -26,14 +26,25 @@ def tokenize_request(
 ) -> TokenizedRequest:
     """Tokenize a sample and resolve its sampling settings; arguments are those of `Engine.submit`.
 
-    Raises UserError for a bad setting, and for an empty branch.
+    Raises UserError for a bad setting, for an empty branch, and if nothing would be decoded.
     """
     tokens = tokenize_sample(tokenizer, sample)
     params = _branch_params(sampling, per_branch, tokens.branches)
-    if reduce is None:
-        return TokenizedRequest(tokens, params)
-    reduce_ids = tokenize(tokenizer, reduce, first=False)
-    return TokenizedRequest(tokens, params, ReduceSpec(reduce_ids, SamplingParams.of(sampling)))
+    spec = None
+    if reduce is not None:
+        spec = ReduceSpec(tokenize(tokenizer, reduce, first=False), SamplingParams.of(sampling))
+    request = TokenizedRequest(tokens, params, spec)
+    _check_decodes(request)
+    return request
+
+
+def _check_decodes(request: TokenizedRequest) -> None:
+    """Raise UserError for a request that decodes nothing, and for a reduce branch that does not."""
+    reduce = request.reduce
+    if reduce and not reduce.params.max_new_tokens:
+        raise UserError("max_new_tokens=0: the reduce branch decodes nothing; raise it, or leave reduce out")
+    if not request.max_new_tokens:
+        raise UserError("max_new_tokens=0: no branch decodes; raise it for one of them, or give a reduce")
 
 
 def tokenize_sample(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> Tokens:

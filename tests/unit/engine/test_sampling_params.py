@@ -14,7 +14,7 @@ from parallelmind.errors import UserError
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("max_new_tokens", 0),
+        ("max_new_tokens", -1),
         ("max_new_tokens", True),
         ("max_new_tokens", 1.5),
         ("temperature", -0.1),
