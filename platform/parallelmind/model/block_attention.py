@@ -7,7 +7,7 @@ few pairs are visible: a block of queries reads the segments on its path, and no
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +18,20 @@ from parallelmind.model.hf_compat import AttentionBackend
 QUERIES = 128  # of a block
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Block:
     """queries: of one row. keys: those that one of the queries sees. bias: `[queries, keys]`."""
 
     queries: slice
     keys: slice | Tensor
     bias: Tensor
+    _repeated: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
+
+    def repeated_bias(self, group: int, dtype: torch.dtype) -> Tensor:
+        """`[group * queries, keys]`, one tensor for all layers."""
+        if (group, dtype) not in self._repeated:
+            self._repeated[group, dtype] = self.bias.to(dtype).repeat(group, 1)
+        return self._repeated[group, dtype]
 
 
 class BlockAttention(AttentionBackend):
@@ -55,7 +62,7 @@ class BlockAttention(AttentionBackend):
             for block in blocks:
                 keys, values = (states[number][:, block.keys] for states in (key, value))
                 queries = query[number][:, :, block.queries]
-                parts.append(_attend(queries, keys, values, block.bias, scale, softcap, sinks))
+                parts.append(_attend(queries, keys, values, block, scale, softcap, sinks))
             rows.append(torch.cat(parts, dim=2))
         return torch.stack(rows).flatten(1, 2).transpose(1, 2).contiguous()  # [rows, tokens, heads, dim]
 
@@ -82,24 +89,24 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    bias: Tensor,
+    block: _Block,
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
     """`[kv heads, group, queries, dim]` of queries of this shape, and of `[kv heads, keys, dim]`.
 
-    bias: `[queries, keys]`. sinks: `[kv heads, group]`.
+    sinks: `[kv heads, group]`.
     """
     group = query.shape[1]
     if softcap is None and sinks is None:
-        bias = bias.to(query.dtype).repeat(group, 1)
-        queries = query.flatten(1, 2)
-        out = F.scaled_dot_product_attention(queries[None], key[None], value[None], bias, scale=scale)
+        states = query.flatten(1, 2)[None], key[None], value[None]
+        bias = block.repeated_bias(group, query.dtype)
+        out = F.scaled_dot_product_attention(*states, attn_mask=bias, scale=scale)
         return out[0].unflatten(1, (group, -1))
     scores = torch.einsum("hgqd,hkd->hgqk", query, key).float() * scale
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-    scores = scores + bias.float()
+    scores = scores + block.bias.float()
     if sinks is None:
         weights = scores.softmax(dim=-1)
     else:
