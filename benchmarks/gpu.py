@@ -93,7 +93,7 @@ def build(shape: Shape, device: str) -> nn.Module:
     """Build a patched bfloat16 model with LoRA on every linear layer, directly on the device."""
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(shape.config, dtype=torch.bfloat16)
-        patch(model, RopeConfig(sibling_penalty=0))
+        patch(model, RopeConfig())
         if shape.checkpointing:
             model.activation_checkpointing_enable()
         return add_lora(model, LoraConfig(), seed=0).train()
@@ -106,7 +106,7 @@ def random_batch(work: Workload, rows: int, vocabulary: int) -> Batch:
     texts = [[random.integers(0, vocabulary, length).tolist() for length in lengths] for _ in range(rows)]
     return make_batch(
         [Tokens.of(text[0], text[1:]) for text in texts],
-        RopeConfig(visibility=work.visibility, sibling_penalty=0),
+        RopeConfig(visibility=work.visibility),
         pad_id=0,
     )
 

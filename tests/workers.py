@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from parallelmind.config import TrainConfig
 from parallelmind.data.packing import EpochSeed, TokenRecord, make_batch, sample_batches
+from parallelmind.evaluation.tree_law import law_tree
 from parallelmind.layout import Batch, Tokens
 from parallelmind.model.adapter import add_lora
 from parallelmind.model.patch import patch
@@ -36,6 +37,7 @@ ROWS = [
     TokenRecord(Tokens.of([], [[5 + i % 7, 20, *range(30, 31 + i % 9), 40, 2]]), standalone=True)
     for i in range(44)
 ]
+ROWS[4::9] = [TokenRecord(law_tree(), standalone=False)] * len(ROWS[4::9])
 
 
 def fresh_model(settings: TrainConfig) -> nn.Module:
@@ -59,7 +61,7 @@ def settings(**values: object) -> TrainConfig:
 
 def batches(config: TrainConfig) -> list[Batch]:
     return [
-        group.collate(config.rope, 0)
+        group.collate(config.rope, 0, config.data.packing)
         for group in sample_batches(ROWS, config.data, EpochSeed(config.optimizer.seed))
     ]
 
@@ -85,7 +87,10 @@ def with_nonzero_lora(model: nn.Module) -> nn.Module:
 
 
 def check_gradients(config: TrainConfig) -> None:
-    """Compare the gradient of batches of unequal size on several workers with that of one forward pass."""
+    """Compare the gradient of batches of unequal size on several workers with that of one forward pass.
+
+    The samples of the batches are packed into rows in some cases; those of the one forward pass never are.
+    """
     rank, workers = dist.get_rank(), dist.get_world_size()
     chosen = batches(config)[: 2 * workers - 1]  # the last worker has one batch less
     samples = [
@@ -167,7 +172,10 @@ if __name__ == "__main__":
     for sharding in ("none", "full"):
         for tuning in ("lora", "full"):
             config = settings(
-                sharding=sharding, tuning=tuning, lora_dropout=0.0 if sharding == "full" else 0.1
+                sharding=sharding,
+                tuning=tuning,
+                lora_dropout=0.0 if sharding == "full" else 0.1,
+                packing=tuning == "full",
             )
             if case == "gradients":
                 check_gradients(config.replace(lora_dropout=0.0))

@@ -10,11 +10,14 @@ from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from parallelmind.config import LoraConfig, RopeConfig
+from parallelmind.data.packing import make_batch
 from parallelmind.evaluation.probes import check_close, patched
 from parallelmind.evaluation.rope_configs import rope_config_grid
+from parallelmind.evaluation.tree_law import law_tree
 from parallelmind.layout import Tokens, arrange, collate
 from parallelmind.model.adapter import add_lora
 from parallelmind.model.attention import FLEX_ABOVE, AttentionLogger, _fits_device
+from parallelmind.model.inputs import to_tensors
 from parallelmind.model.patch import patch
 from parallelmind.training.loss import target_loss
 
@@ -68,7 +71,7 @@ def test_three_attentions_give_the_same_logits(device, name, config):
 @pytest.mark.parametrize("visibility", ["columnar", "isolated"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 def test_three_attentions_give_the_same_gradients(device, name, visibility, checkpointing):
-    config = RopeConfig(visibility=visibility, sibling_penalty=0)
+    config = RopeConfig(visibility=visibility)
     batch = long_batch(config, shapes(device), device=device)
     eager, sdpa = (
         patched_with_adapter(variant(name, kind).to(device), config, checkpointing)
@@ -82,11 +85,27 @@ def test_three_attentions_give_the_same_gradients(device, name, visibility, chec
         )
 
 
+@names
+@pytest.mark.parametrize("visibility", ["columnar", "isolated"])
+def test_packed_trees_have_the_same_gradients(device, name, visibility):
+    """One row of several samples, of which one is a tree."""
+    config = RopeConfig(visibility=visibility)
+    samples = [law_tree(), Tokens.of([5, 6, 7], [[8, 9, 10, 11], [12, 13]]), law_tree()]
+    batch = to_tensors(make_batch(samples, config, pad_id=0, packing=True), device)
+    eager, sdpa = (patched_with_adapter(variant(name, kind).to(device), config) for kind in ("eager", "sdpa"))
+    expected = gradients(eager, batch, visibility)
+    check_close(gradients(sdpa, batch, visibility), expected, "gradients of SDPA and eager", 2e-3)
+    with flex_always_chosen():
+        check_close(
+            gradients(sdpa, batch, visibility), expected, "gradients of FlexAttention and eager", 2e-3
+        )
+
+
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(14, 2, 64), (28, 4, 128)])
 @pytest.mark.parametrize("visibility", ["columnar", "isolated"])
 def test_bfloat16_with_heads_of_real_models(device, heads, kv_heads, size, visibility):
     """As in a run: a bfloat16 base, float32 adapters, autocast."""
-    config = RopeConfig(visibility=visibility, sibling_penalty=0)
+    config = RopeConfig(visibility=visibility)
     if device == "cpu":  # bfloat16 is slow there
         heads, kv_heads, size = heads // kv_heads, 1, size // 4
     width = {"hidden_size": heads * size, "intermediate_size": 256, "vocab_size": 128}
@@ -111,7 +130,7 @@ def test_bfloat16_with_heads_of_real_models(device, heads, kv_heads, size, visib
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_loss_is_the_eager_loss(device):
     torch.compiler.reset()
-    config = RopeConfig(sibling_penalty=0)
+    config = RopeConfig()
     model = patched_with_adapter(variant("windows in every layer", "sdpa").to(device), config)
     batch = long_batch(config, shapes(device), device=device)
     compiled = torch.compile(target_loss, backend="inductor" if device == "cuda" else "aot_eager")
@@ -124,9 +143,10 @@ def test_a_compiled_loss_is_the_eager_loss(device):
     check_close(results, expected, "gradients of a compiled and an eager loss", 2e-3)
 
 
-def test_new_lengths_do_not_recompile(device):
+@pytest.mark.parametrize("visibility", ["columnar", "isolated"])
+def test_new_lengths_do_not_recompile(device, visibility):
     torch.compiler.reset()
-    config = RopeConfig(visibility="isolated")
+    config = RopeConfig(visibility=visibility)
     model = patched_with_adapter(variant("shared", "sdpa").to(device), config)
     graphs = []
     with flex_always_chosen():
@@ -139,7 +159,7 @@ def test_new_lengths_do_not_recompile(device):
 
 def test_two_steps_are_bit_exact(device):
     """A resumed run repeats steps."""
-    config = RopeConfig(sibling_penalty=0)
+    config = RopeConfig()
     model = patched_with_adapter(variant("shared", "sdpa").to(device), config)
     batch = long_batch(config, shapes(device), device=device)
     with flex_always_chosen():
@@ -148,7 +168,7 @@ def test_two_steps_are_bit_exact(device):
 
 
 def test_the_choice_is_logged(device):
-    config, lines = RopeConfig(sibling_penalty=0), []
+    config, lines = RopeConfig(), []
     model = variant("shared", "sdpa").to(device)
     batches = [
         collate([arrange(Tokens.of([], [[1] * n]), config)], pad_id=0) for n in (FLEX_ABOVE, FLEX_ABOVE + 1)

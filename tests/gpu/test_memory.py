@@ -41,7 +41,7 @@ def patched_with_adapter(device: str, config: RopeConfig, vocabulary: int) -> to
 
 
 def test_only_targets_have_logits(device):
-    config = RopeConfig(sibling_penalty=0)
+    config = RopeConfig()
     batch = long_batch(config, [(4000 if device == "cuda" else 1000, (16, 16))], device=device)
     model = patched_with_adapter(device, config, VOCABULARY)
     peak = peak_bytes(device, lambda: gradients(model, batch, config.visibility, model.dtype))
@@ -50,7 +50,7 @@ def test_only_targets_have_logits(device):
 
 @pytest.mark.parametrize("visibility", ["columnar", "isolated"])
 def test_a_long_sequence_has_no_dense_mask(device, visibility):
-    config = RopeConfig(visibility=visibility, sibling_penalty=0)
+    config = RopeConfig(visibility=visibility)
     shape = (8192, (1024,) * 8) if device == "cuda" else (300, (50,) * 8)
     batch = long_batch(config, [shape], device=device)
     model = patched_with_adapter(device, config, vocabulary=128)

@@ -37,7 +37,7 @@ names = pytest.mark.parametrize("name", [*FAMILIES, *VARIANTS])
 mechanisms = pytest.mark.parametrize("name", MECHANISMS)
 every_mask = pytest.mark.parametrize(
     "config",
-    rope_config_grid(visibility=("columnar", "isolated"), align_to=("left", "right"), sibling_penalty=(0.0,)),
+    rope_config_grid(visibility=("columnar", "isolated"), align_to=("left", "right")),
     ids=lambda config: f"{config.visibility} {config.align_to}",
 )
 
@@ -85,7 +85,7 @@ def test_a_model_set_to_flex_attention_agrees_with_eager(name):
 @pytest.mark.parametrize("visibility", ["columnar", "isolated"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 def test_adapters_have_the_same_gradients(name, visibility, checkpointing):
-    config = RopeConfig(visibility=visibility, sibling_penalty=0)
+    config = RopeConfig(visibility=visibility)
     model = variant(name, "sdpa")
     patch(model, config)
     model_with_adapter = add_lora(model, LoraConfig(lora_rank=2), seed=0).train()

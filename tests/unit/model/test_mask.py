@@ -79,7 +79,7 @@ def test_isolated_branches_skip_most_blocks():
 
 
 def test_there_is_a_mask_for_each_layer_type_with_its_own_window():
-    config = RopeConfig(sibling_penalty=0)
+    config = RopeConfig()
     batch = long_batch(config)
     for name, kinds in (
         ("windows beside full attention", ["full_attention", "sliding_attention"]),
@@ -137,7 +137,7 @@ def test_buckets_are_powers_of_two():
 def test_flex_attention_is_chosen_for_long_sequences_on_a_suitable_gpu(monkeypatch):
     model = variant("shared", "sdpa")
     lengths, half = (FLEX_ABOVE, FLEX_ABOVE + 1), torch.bfloat16
-    with patched(model, RopeConfig(sibling_penalty=0)):
+    with patched(model, RopeConfig()):
         assert [choose_attention(model, length, half) for length in lengths] == ["sdpa", "sdpa"]  # no GPU
         monkeypatch.setattr(attention, "_fits_device", lambda device, dtype: dtype == half)
         assert [choose_attention(model, length, half) for length in lengths] == ["sdpa", FLEX]
@@ -156,17 +156,16 @@ def test_unsupported_head_sizes_keep_sdpa():
     for size, reader in ((16, FLEX), (8, "sdpa")):
         model = variant("shared", "sdpa")
         model.model.layers[0].self_attn.head_dim = size
-        with patched(model, RopeConfig(sibling_penalty=0)), flex_always_chosen():
+        with patched(model, RopeConfig()), flex_always_chosen():
             assert choose_attention(model, 100, model.dtype) == reader
 
 
 def test_a_bucket_is_logged_unless_a_longer_one_was():
     model, lines = variant("shared", "sdpa"), []
     batches = [
-        collate([arrange(Tokens.of([], [[1] * n]), RopeConfig(sibling_penalty=0))], pad_id=0)
-        for n in (9, 16, 17, 12, 30, 5)
+        collate([arrange(Tokens.of([], [[1] * n]), RopeConfig())], pad_id=0) for n in (9, 16, 17, 12, 30, 5)
     ]
-    with patched(model, RopeConfig(sibling_penalty=0)), flex_always_chosen():
+    with patched(model, RopeConfig()), flex_always_chosen():
         logger = AttentionLogger(model, torch.bfloat16, lines.append)
         first = logger(batches[:3])
         assert lines == []
