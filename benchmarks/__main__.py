@@ -16,12 +16,13 @@ from benchmarks import (
     serving,
     sweep,
     training,
+    trees,
 )
 
 
 def main() -> None:
     prefix = sys.argv[1] if len(sys.argv) > 1 else ""
-    modules = [layout, data, training, decoding, engine, serving, fuzz, scaling, sweep, first_use]
+    modules = [layout, data, training, trees, decoding, engine, serving, fuzz, scaling, sweep, first_use]
     benches = [bench for module in modules for bench in module.BENCHES]
     if not any(bench.name.startswith(prefix) for bench in benches):
         names = "\n  ".join(bench.name for bench in benches)

@@ -78,7 +78,7 @@ def run(benches: list[Bench], prefix: str, command: str) -> list[Row]:
             continue
         print(f"{bench.name} …", end=" ", file=sys.stderr, flush=True)
         start = time.perf_counter()
-        value = round(bench.measure(), 3)
+        value = float(f"{bench.measure():.4g}")
         print(f"{value:g} {bench.unit} ({time.perf_counter() - start:.0f} s)", file=sys.stderr, flush=True)
         rows.append(
             Row(

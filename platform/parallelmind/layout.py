@@ -161,11 +161,11 @@ def start_times(lengths: Ints, tree: Tree, align_to: Alignment, delays: Ints | N
     if tree.is_flat:
         shifts[1:] += lengths[MAIN]
         return shifts
-    starts, ends = [0], [int(lengths[MAIN])]
+    starts, ends, length_of, shift_of = [0], [int(lengths[MAIN])], lengths.tolist(), shifts.tolist()
     for segment, parent, joined in tree.walk():
-        start = max(ends[joined.start : joined.stop], default=ends[parent] + int(shifts[segment]))
+        start = max(ends[joined.start : joined.stop]) if joined else ends[parent] + shift_of[segment]
         starts.append(start)
-        ends.append(start + int(lengths[segment]))
+        ends.append(start + length_of[segment])
     return np.array(starts)
 
 

@@ -110,9 +110,10 @@ def relations(tree: Tree) -> NDArray[np.int8]:
     if tree.is_flat:
         return table
     for segment, parent, joined in tree.walk():
-        table[segment] = table[parent]
-        table[segment, joined.start : joined.stop] = JOINED
-        table[segment, segment] = PATH
+        row = table[segment]
+        row[:segment] = table[parent, :segment]  # no later segment is read
+        if joined:
+            row[joined.start : joined.stop] = JOINED
     return table
 
 
