@@ -28,7 +28,7 @@ from parallelmind.evaluation.probes import (
 )
 from parallelmind.evaluation.rope_configs import SAMPLED_ROPE_CONFIGS, rope_config_grid
 from parallelmind.evaluation.tiny_models import tiny_tokenizer
-from parallelmind.evaluation.tree_law import check_tree_gradients
+from parallelmind.evaluation.tree_law import check_tree_gradients, check_tree_paths, check_tree_siblings
 from parallelmind.layout import Tokens, arrange
 from parallelmind.model.adapter import add_lora, load_model_with_lora, save_adapter
 from parallelmind.model.hf_compat import no_progress_bars
@@ -202,6 +202,8 @@ LAWS: dict[str, Callable[[PreTrainedModel], None]] = {
         check_siblings,
         check_coordinate_shift,
         check_save_load,
+        check_tree_paths,
+        check_tree_siblings,
         check_tree_gradients,
     )
 }

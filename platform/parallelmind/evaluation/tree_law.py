@@ -1,9 +1,10 @@
-"""Law 7: the gradients of a tree are the sum of the gradients of its separate rows."""
+"""The laws of trees: the logits and gradients of separate rows, and siblings that do not matter."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,12 +13,19 @@ from transformers import PreTrainedModel
 
 from parallelmind.config import RopeConfig
 from parallelmind.data.packing import make_batch
-from parallelmind.evaluation.probes import LawViolationError, patched
-from parallelmind.layout import Tokens
+from parallelmind.engine.decoding_check import layout_logits
+from parallelmind.evaluation.probes import (
+    LawViolationError,
+    check_close,
+    check_differ,
+    patched,
+    plain_logits,
+)
+from parallelmind.layout import Tokens, arrange
 from parallelmind.model.inputs import to_tensors
 from parallelmind.model.structure import eval_mode
 from parallelmind.training.loss import target_loss
-from parallelmind.tree import NO_PARENT, Mask, Tree, with_context
+from parallelmind.tree import NO_PARENT, Mask, Tree, with_context, with_readers
 
 TOLERANCE = 1e-5  # relative L2 norm, in float32
 _CONFIG = RopeConfig(rope_2d_ratio=0, visibility="isolated", positions="time")
@@ -25,6 +33,7 @@ _CONFIG = RopeConfig(rope_2d_ratio=0, visibility="isolated", positions="time")
 # Three levels of branches below main; a branch that joins its own; a reduce of main that forks again.
 _PARENTS = [NO_PARENT, 0, 1, 2, 2, 1, 0, 6, 6, 6, 0, 10, 10]
 _REDUCES = [9, 10]
+_CHANGED, _OTHER_TOKEN = 3, 99  # the segment that a law changes, and the id that it gets
 _LENGTHS = [8, 4, 3, 5, 2, 6, 3, 4, 5, 3, 4, 2, 3]
 
 
@@ -37,20 +46,54 @@ def law_tree() -> Tokens:
     return Tokens.of_tree(segments, Tree(np.array(_PARENTS), is_reduce))
 
 
+def check_tree_paths(model: PreTrainedModel) -> None:
+    """Law 2: with `isolated`, ratio 0 and positions=time, a segment equals its path run alone as one text.
+
+    A path with a reduce is one text if all its forks have a single branch.
+    """
+    for tokens in (law_tree(), _chain()):
+        with patched(model, _CONFIG):
+            actual = layout_logits(model, arrange(tokens, _CONFIG), _CONFIG)
+        for segment, row in enumerate(_rows(tokens), start=1):
+            if not _is_one_text(row.tree):
+                continue
+            expected = plain_logits(model, row.ids.tolist())[-int(tokens.lengths[segment]) :]
+            check_close(actual[segment], expected, "a segment of a tree and its path as one text")
+
+
+def check_tree_siblings(model: PreTrainedModel) -> None:
+    """Law 4: a change affects the segments that read it alone, with `columnar` also later times of others."""
+    before = law_tree()
+    changed = before.ids.copy()
+    changed[int(before.lengths[:_CHANGED].sum())] = _OTHER_TOKEN
+    after = replace(before, ids=changed)
+    readers = with_readers(np.arange(before.tree.segments) == _CHANGED, before.tree)
+    for visibility in ("isolated", "columnar"):
+        with patched(model, RopeConfig(visibility=visibility, sibling_penalty=0)) as config:
+            layout = arrange(before, config)
+            pair = [layout_logits(model, arrange(tokens, config), config) for tokens in (before, after)]
+        changed_at = int(layout.time[layout.segment == _CHANGED].min())
+        check_differ(*(logits[_CHANGED] for logits in pair), "a changed segment")
+        for segment in np.flatnonzero(~readers):
+            old, new = (logits[segment] for logits in pair)
+            times = np.sort(layout.time[layout.segment == segment])
+            same = torch.from_numpy(times <= (changed_at if visibility == "columnar" else times.max()))
+            check_close(old[same], new[same], f"a segment that reads no changed one ({visibility})")
+
+
 def tree_distance(model: PreTrainedModel) -> float:
     """Relative L2 distance of the gradients of a tree from the sum of those of its rows.
 
-    The row of a segment without a reduce on its path is a plain text for the unpatched model. Any other row
-    is the tree without all that its segment does not read. A chain of forks with one branch each is one plain
-    text, reduces included.
+    A row holds what one segment reads. Where that is one text, the unpatched model computes it; else it is a
+    smaller tree. A chain of forks with one branch each is one text, reduces included.
     """
     tree = law_tree()
     with eval_mode(model), _smaller_weights(model):
         with patched(model, _CONFIG):
             actual = _gradients(model, [tree])
-            pruned = _gradients(model, [row for row in _rows(tree) if row.tree.is_reduce.any()])
+            pruned = _gradients(model, [row for row in _rows(tree) if not _is_one_text(row.tree)])
             chain = _gradients(model, [_chain()])
-        plain = [_as_text(row) for row in _rows(tree) if not row.tree.is_reduce.any()]
+        plain = [_as_text(row) for row in _rows(tree) if _is_one_text(row.tree)]
         expected = _gradients(model, plain) + pruned
         text = _gradients(model, [_as_text(_chain())])
     return max(_distance(actual, expected), _distance(chain, text))
@@ -86,6 +129,11 @@ def _rows(tokens: Tokens) -> Iterator[Tokens]:
         kept = with_context(np.arange(tokens.tree.segments) == segment, tokens.tree)
         targets = tokens.targets & (segment_of == segment)
         yield Tokens(tokens.ids, tokens.lengths, targets, tokens.tree).take(kept)
+
+
+def _is_one_text(tree: Tree) -> bool:
+    """Whether no segment has two branches."""
+    return len(set(tree.parents[tree.is_branch].tolist())) == tree.branches
 
 
 def _as_text(tokens: Tokens) -> Tokens:
