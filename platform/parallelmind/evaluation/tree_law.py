@@ -73,7 +73,7 @@ def check_tree_siblings(model: PreTrainedModel) -> None:
             layout = arrange(before, config)
             pair = [layout_logits(model, arrange(tokens, config), config) for tokens in (before, after)]
         changed_at = int(layout.time[layout.segment == _CHANGED].min())
-        check_differ(*(logits[_CHANGED] for logits in pair), "a changed segment")
+        check_differ(pair[0][_CHANGED], pair[1][_CHANGED], "a changed segment")
         for segment in np.flatnonzero(~readers):
             old, new = (logits[segment] for logits in pair)
             times = np.sort(layout.time[layout.segment == segment])
