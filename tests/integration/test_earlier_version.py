@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import shutil
 import sqlite3
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
@@ -21,11 +18,11 @@ from pathlib import Path
 import pytest
 import torch
 from adapting import logits
+from commits import ROOT, checkout, run_python
 from safetensors.torch import load_file
 
 import parallelmind as pm
 
-ROOT = Path(__file__).resolve().parents[2]
 COMMIT = "5e891a1"
 WRITTEN = ROOT / "tests" / "fixtures" / "earlier_version"
 EXPECTED = json.loads((WRITTEN / "expected.json").read_text(encoding="utf-8"))
@@ -53,17 +50,7 @@ def _placed(text: str, folder: Path) -> str:
 
 def run(folder: Path, *command: str, root: Path = ROOT) -> str:
     """Standard output of `python -m command` with the code in `root`, which must succeed."""
-    env = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(root / "platform"), str(root)]),
-        "RAY_AUTH_MODE": "disabled",
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", *command], cwd=folder, env=env, capture_output=True, text=True, timeout=400
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return run_python(root, folder, "-m", *command)
 
 
 @pytest.mark.parametrize("kind", ["adapter", "model"])
@@ -119,15 +106,8 @@ def test_a_stopped_sweep_resumes_its_unfinished_trial(folder: Path) -> None:
 @pytest.fixture
 def earlier_code(tmp_path: Path) -> Iterator[Path]:
     """A checkout of the earlier commit."""
-    checkout = tmp_path / "earlier"
-    git = ["git", "-C", str(ROOT), "worktree"]
-    added = subprocess.run(
-        [*git, "add", "--detach", str(checkout), COMMIT], capture_output=True, text=True, check=False
-    )
-    if added.returncode:
-        pytest.skip(f"commit {COMMIT} is not in this clone: {added.stderr.strip()}")
-    yield checkout
-    subprocess.run([*git, "remove", "--force", str(checkout)], check=True)
+    with checkout(COMMIT, tmp_path / "earlier") as root:
+        yield root
 
 
 @pytest.mark.full
