@@ -40,8 +40,11 @@ _HUB = "Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen2.5
 # Variables that a block exports are set in the next block of the page.
 _PROLOGUE = "trap \"export -p > '$READER_EXPORTS'\" EXIT\nset -eo pipefail\n"
 _BLOCK_S = 280
-# Stands in for the package `datasets` and the hub.
+# Stands in for the package `datasets` and the hub. transformers asks whether data is a Dataset.
 _DATASETS = """
+class Dataset:
+    pass
+
 def load_dataset(name, subset, split, streaming):
     assert (name, subset, split, streaming) == ("openai/gsm8k", "main", "train", True)
     return [{"question": f"What is {number} + 1?", "answer": f"#### {number + 1}"} for number in range(4)]
