@@ -7,6 +7,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 from rich.table import Table
+from rich.text import Text
 
 from parallelmind import cli
 from parallelmind.config import FrozenConfig, GroupedConfig, OutputPath
@@ -27,7 +28,10 @@ class QuestionsConfig(FrozenConfig):
 
     data_path: str = Field(
         min_length=1,
-        description="parallel JSONL, Parquet or Arrow; branches have prompt and completion",
+        description=(
+            "parallel JSONL, Parquet or Arrow; branches have prompt and completion, "
+            "or are documents that the question in the reduce reads"
+        ),
     )
     max_records: int = Field(16, ge=1, description="records to answer, from the start of the file")
     max_new_tokens: int = Field(12, ge=1, description="maximum length of an answer, in tokens")
@@ -82,7 +86,12 @@ def evaluate_answers(argv: list[str]) -> None:
     config = cli.parse(AnswersConfig, argv)
     output = output_file(config.output.output_path, ".json")
     check_outputs(output, data_path=[config.questions.data_path], **config.model.paths())
-    records = read_question_records(config.questions.data_path, config.questions.max_records)
+    records = read_question_records(
+        config.questions.data_path,
+        config.questions.max_records,
+        config.backend.engine,
+        config.backend.at_once,
+    )
     model, tokenizer = config.model.load()
     total = len(records)
     tracked = cli.tracked(records, "answering", total, lambda done: f"{done} of {total} records answered")
@@ -98,22 +107,25 @@ def evaluate_answers(argv: list[str]) -> None:
         )
     )
     for record in answered[: config.output.show]:
-        console().print(_answers_table(record))
+        _print_answers(record)
     print(_scores_line(scores), flush=True)
     if output:
         write_json(output, {**asdict(scores), "config": config.model_dump(mode="json")})
 
 
-def _answers_table(record: RecordAnswers) -> Table:
-    """Passage, questions and answers of one record."""
-    table = Table(title=record.main or None, title_justify="left", title_style="italic", expand=False)
+def _print_answers(record: RecordAnswers) -> None:
+    """Print passage, beginnings of the documents, questions and answers of one record."""
+    table = Table(title=Text(record.main, style="italic") if record.main else None, title_justify="left")
     for header in ("branch", "question", "answer", "expected"):
         table.add_column(header)
-    rows = zip(record.questions, record.predictions, record.references, strict=True)
-    for branch, (question, prediction, references) in enumerate(rows):
+    rows = zip(record.places, record.questions, record.predictions, record.references, strict=True)
+    for place, question, prediction, references in rows:
         short_question = question.removeprefix("Question: ").removesuffix("\nAnswer:")
-        table.add_row(str(branch), short_question, prediction, " / ".join(references))
-    return table
+        table.add_row(*map(Text, (place, short_question, prediction, " / ".join(references))))
+    for branch, document in record.documents.items():
+        line = Text(f"branch {branch}: {' '.join(document.split())}")
+        console().print(line, no_wrap=True, overflow="ellipsis")
+    console().print(table)
 
 
 def _scores_line(scores: Scores) -> str:

@@ -12,7 +12,8 @@ answers: answers the questions of every record (branches with prompt and complet
 and F1 as defined by SQuAD, against the best match among the completion and the branch's "references". The
 first line that the model writes is its answer. engine=parallel decodes questions as branches of one sequence,
 one_by_one each question in its own sequence, batch as padded rows of main and question through the generate
-method of transformers.
+method of transformers. A question in the reduce is answered after all branches; branches without targets are
+documents that it reads. engine=one_by_one and batch read the documents as one plain text.
 
 tax: measures the loss on the same text at several branch counts. A count that no sample of the data reaches
 is reported and skipped.

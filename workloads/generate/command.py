@@ -11,9 +11,10 @@ is a sample, continued after its prompts) or .txt (each line is one prompt). JSO
 compressed as .gz or .zst. Samples are decoded in batches.
 
 A single prompt prints plain text on stdout. Everything else gives JSONL with the keys "line", "main",
-"branches", "outputs" and "finish_reasons", in the order of the input lines, on stdout or in `output_path`.
-"line" counts from 1 across all files. With `reduce`, the last output belongs to the reduce branch. All
-messages go to stderr. A line that cannot be continued is reported and skipped.
+"branches", "reduce", "outputs" and "finish_reasons", in the order of the input lines, on stdout or in
+`output_path`. "line" counts from 1 across all files. With a reduce, of the line or of the command, the last
+output belongs to the reduce branch. A branch without targets, such as a document, is only read: its output is
+empty. All messages go to stderr. A line that cannot be continued is reported and skipped.
 
 Repeating the command resumes an interrupted output and leaves a finished one unchanged. An output that was
 started with other settings or data is refused; OUTPUT.run.json records them. With `num_workers` the input is

@@ -25,7 +25,9 @@ class InputConfig(FrozenConfig):
         ),
     )
     reduce: str | None = Field(
-        None, min_length=1, description="prompt of a last branch, which reads main and all other branches"
+        None,
+        min_length=1,
+        description="prompt of a last branch, which reads main and all others; a line's own comes first",
     )
 
     @model_validator(mode="after")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import parallelmind as pm
@@ -19,7 +20,10 @@ _MAX_PENDING = 1024  # results held back until an earlier line has finished
 
 
 class Decoder:
-    """An engine with the sampling settings of a run. `tokens` counts all generated tokens."""
+    """An engine with the settings of a run.
+
+    reduce: prompt of the reduce branch of lines that have none. tokens: number of all generated tokens.
+    """
 
     def __init__(self, engine: pm.Engine, sampling: Mapping[str, Any], reduce: str | None) -> None:
         self.engine, self.sampling, self.reduce = engine, sampling, reduce
@@ -58,13 +62,17 @@ class Decoder:
 
     def _submit(self, line: InputLine, running: dict[int, LineResult]) -> LineResult:
         try:
-            sample = line.to_sample(self.engine.tokenizer)
-            number = self.engine.submit(sample, reduce=self.reduce, **self.sampling)
+            prompt = line.to_prompt(self.engine.tokenizer)
+            if prompt.reduce is None:
+                prompt = replace(prompt, reduce=self.reduce)
+            number = self.engine.submit(
+                prompt.sample, per_branch=prompt.per_branch, reduce=prompt.reduce, **self.sampling
+            )
         except (RecordError, UserError) as error:
             return LineResult(line, skip_reason=str(error))
-        if len(sample.branches) > 1:
+        if len(prompt.sample.branches) > 1:
             warn_if_fallback(self.engine)
-        running[number] = LineResult(line, GeneratedSample.empty(sample, self.reduce))
+        running[number] = LineResult(line, GeneratedSample.empty(prompt))
         return running[number]
 
     def _step(self, running: dict[int, LineResult]) -> None:

@@ -1,4 +1,4 @@
-"""Lines of the input files, and the sample that each of them holds."""
+"""Lines of the input files, and what each of them gives to continue."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 import parallelmind as pm
-from parallelmind.data.encode import encode_text
 from parallelmind.data.files import FileFormat
 from parallelmind.data.lines import Line
-from parallelmind.data.records import Record, RecordError, Segment, parse_line, parse_value
+from parallelmind.data.records import RecordError, parse_line, parse_value
+from parallelmind.engine.record_prompt import RecordPrompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,30 +30,15 @@ class InputLine:
         """FILE:LINE, for messages."""
         return f"{self.file}:{self.number_in_file}"
 
-    def to_sample(self, tokenizer: PreTrainedTokenizerBase) -> pm.Sample:
-        """The sample to continue. Raises RecordError if the line holds none."""
+    def to_prompt(self, tokenizer: PreTrainedTokenizerBase) -> RecordPrompt:
+        """What to continue. Raises RecordError if the line holds no sample, or one with nested branches."""
         if self.line.problem is not None:
             raise RecordError(self.line.problem)
         if self.line.raw is None:
-            return prompt_sample(parse_value(self.line.value), tokenizer)
+            return RecordPrompt.of(parse_value(self.line.value), tokenizer)
         if is_text_file(self.file):
-            return pm.Sample(branches=[_text(self.line.raw)])
-        return prompt_sample(parse_line(self.line.raw), tokenizer)
-
-
-def prompt_sample(record: Record, tokenizer: PreTrainedTokenizerBase) -> pm.Sample:
-    """The part of a record to continue: prompts without completions, and texts up to their first target."""
-    prompts = [_prompt(branch, tokenizer, opens_sample=not record.main) for branch in record.branches]
-    return pm.Sample(record.main, prompts)
-
-
-def _prompt(branch: Segment, tokenizer: PreTrainedTokenizerBase, opens_sample: bool) -> str | list[int]:
-    first_target = branch.targets[0][0] if branch.targets else None
-    if branch.completion is not None or (first_target == 0 and not branch.rendered):
-        return branch.body
-    first = opens_sample and not branch.rendered
-    ids = encode_text(tokenizer, branch.body, first) if isinstance(branch.body, str) else branch.body
-    return ids[: first_target or None]
+            return RecordPrompt(pm.Sample(branches=[_text(self.line.raw)]))
+        return RecordPrompt.of(parse_line(self.line.raw), tokenizer)
 
 
 def _text(raw: bytes) -> str:

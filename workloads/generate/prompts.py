@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import parallelmind as pm
+from parallelmind.engine.record_prompt import RecordPrompt
 from parallelmind.errors import UserError, translate_write_errors
 from parallelmind.storage import atomic_file
 from workloads.generate.config import GenerateConfig
@@ -27,7 +28,7 @@ def generate_from_prompts(config: GenerateConfig) -> None:
         raise UserError(f"output_path={output}: already exists; choose another name, or remove it")
     plain_text = bool(prompt) and output is None and reduce is None
     sample = pm.Sample(config.input.main, prompts or [prompt or ""])
-    generated = GeneratedSample.empty(sample, reduce)
+    generated = GeneratedSample.empty(RecordPrompt(sample, reduce))
     events = pm.stream(*config.model.load(), sample, reduce=reduce, **config.sampling.to_kwargs())
     started, tokens = time.monotonic(), 0
     for event in events:

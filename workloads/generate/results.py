@@ -7,22 +7,22 @@ from typing import Any, Self
 
 import parallelmind as pm
 from parallelmind.engine.output import FinishReason
+from parallelmind.engine.record_prompt import RecordPrompt
 from workloads.generate.lines import InputLine
 
 
 @dataclass(slots=True)
 class GeneratedSample:
-    """A sample and the text generated so far, by branch. The reduce branch, if there is one, is the last."""
+    """What is continued, and the text so far, by branch. The reduce branch, if there is one, is the last."""
 
-    sample: pm.Sample
+    prompt: RecordPrompt
     texts: list[str]
     finish_reasons: list[FinishReason | None]
 
     @classmethod
-    def empty(cls, sample: pm.Sample, reduce: str | None) -> Self:
-        """State before the first event. `reduce` is the prompt of the reduce branch, if there is one."""
-        branches = len(sample.branches) + (reduce is not None)
-        return cls(sample, [""] * branches, [None] * branches)
+    def empty(cls, prompt: RecordPrompt) -> Self:
+        """State before the first event."""
+        return cls(prompt, [""] * prompt.num_outputs, [None] * prompt.num_outputs)
 
     def append(self, event: pm.Event) -> None:
         """Add the text and the finish reason of one decoding event."""
@@ -36,8 +36,9 @@ class GeneratedSample:
     def to_row(self) -> dict[str, Any]:
         """One JSON object of the output."""
         return {
-            "main": self.sample.main,
-            "branches": list(self.sample.branches),
+            "main": self.prompt.sample.main,
+            "branches": self.prompt.branches,
+            **({} if self.prompt.reduce is None else {"reduce": self.prompt.reduce}),
             "outputs": self.texts,
             "finish_reasons": self.finish_reasons,
         }

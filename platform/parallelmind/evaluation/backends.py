@@ -1,4 +1,4 @@
-"""Ways to decode the questions of one passage: as branches of one sequence, or as a padded batch."""
+"""Ways to decode the questions of one record: as segments of one sequence, or as a padded batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from parallelmind.engine.generate import engine_for
 from parallelmind.engine.model_runner import Model, ModelRunner
 from parallelmind.engine.output import OutputProcessor
-from parallelmind.engine.request import Sample
+from parallelmind.engine.record_prompt import RecordPrompt
 from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.engine.tokenization import eos_token_ids, tokenize_request, tokenize_sample
 
@@ -24,8 +24,8 @@ BackendName = Literal["parallel", "one_by_one", "batch"]
 class Answer:
     """Generated text of one sample.
 
-    texts: one per branch. tokens: decoded tokens, end-of-text tokens included. kv_bytes: peak size of keys
-    and values; None if the model keeps another kind of state.
+    texts: one per branch, the reduce branch last. tokens: decoded tokens, end-of-text tokens included.
+    kv_bytes: peak size of keys and values; None if the model keeps another kind of state.
     """
 
     texts: list[str]
@@ -33,45 +33,49 @@ class Answer:
     kv_bytes: int | None
 
 
-Backend = Callable[[Model, PreTrainedTokenizerBase, Sample, int], Answer]
+Backend = Callable[[Model, PreTrainedTokenizerBase, RecordPrompt, int], Answer]
 
 
 def generate_branches(
-    model: Model, tokenizer: PreTrainedTokenizerBase, sample: Sample, max_new_tokens: int
+    model: Model, tokenizer: PreTrainedTokenizerBase, prompt: RecordPrompt, max_new_tokens: int
 ) -> Answer:
     """Decode all branches of a sample greedily in one sequence."""
-    return generate_samples(model, tokenizer, [sample], max_new_tokens)[0]
+    return generate_samples(model, tokenizer, [prompt], max_new_tokens)[0]
 
 
 def generate_samples(
-    model: Model, tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample], max_new_tokens: int
+    model: Model, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[RecordPrompt], max_new_tokens: int
 ) -> list[Answer]:
     """Decode several samples greedily in one engine, which shares its steps among them.
 
     `kv_bytes` of every answer is the peak of the whole engine.
     """
     sampling = {"max_new_tokens": max_new_tokens}
-    requests = [tokenize_request(tokenizer, sample, None, None, sampling) for sample in samples]
+    requests = [
+        tokenize_request(tokenizer, prompt.sample, prompt.per_branch, prompt.reduce, sampling)
+        for prompt in prompts
+    ]
     engine = engine_for(model, tokenizer, requests)
-    texts, tokens = [[""] * len(sample.branches) for sample in samples], [0] * len(samples)
+    texts, tokens = [[""] * prompt.num_outputs for prompt in prompts], [0] * len(prompts)
     while engine.busy:
         for event in engine.step():
             event.raise_error()
             texts[event.sample][event.branch] += event.text
-            tokens[event.sample] += 1
+            tokens[event.sample] += event.token is not None
     runner = engine.runner
     kv_bytes = runner.cache.bytes() if isinstance(runner, ModelRunner) else None
     return [Answer(*answer, kv_bytes) for answer in zip(texts, tokens, strict=True)]
 
 
 def generate_padded_batch(
-    model: Model, tokenizer: PreTrainedTokenizerBase, sample: Sample, max_new_tokens: int
+    model: Model, tokenizer: PreTrainedTokenizerBase, prompt: RecordPrompt, max_new_tokens: int
 ) -> Answer:
     """Decode greedily with the `generate` of transformers: one left-padded row of main and prompt per branch.
 
-    Every row is a single branch that contains main: branch coordinate 0, times 0, 1, 2, ….
+    Every row is a single branch that contains main: branch coordinate 0, times 0, 1, 2, …. The prompt has no
+    reduce.
     """
-    main, *prompts = tokenize_sample(tokenizer, sample).split()
+    main, *prompts = tokenize_sample(tokenizer, prompt.sample).split()
     length, pad_id = len(main) + max(map(len, prompts)), tokenizer.pad_token_id or 0
     padding = [length - len(main) - len(prompt) for prompt in prompts]
     ids = [[pad_id] * pads + main + prompt for pads, prompt in zip(padding, prompts, strict=True)]

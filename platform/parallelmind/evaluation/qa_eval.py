@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from statistics import fmean
@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from parallelmind.config import DataConfig
 from parallelmind.data.files import file_parts, find_files
 from parallelmind.data.lines import read_lines
-from parallelmind.data.records import Record, Segment
+from parallelmind.data.records import Record, RecordError, Segment
 from parallelmind.data.survey import check_line
 from parallelmind.engine.model_runner import Model
+from parallelmind.engine.record_prompt import RecordPrompt, check_depth
 from parallelmind.engine.request import Sample
 from parallelmind.errors import UserError
 from parallelmind.evaluation.backends import BACKENDS, Answer, BackendName, generate_samples
@@ -29,11 +30,15 @@ from parallelmind.model.support import assess
 class RecordAnswers:
     """Answers to the questions of one record.
 
-    main: the passage. questions, predictions, references: one entry per branch. tokens: decoded tokens.
-    seconds: time to read the prompts and to decode. kv_bytes: peak size of keys and values; None if unknown.
+    main: the passage. documents: by branch, the texts that are only read. places, questions, predictions,
+    references: one entry per question; the place is the number of its branch, or "reduce". tokens: decoded
+    tokens. seconds: time to read the prompts and to decode. kv_bytes: peak size of keys and values; None if
+    unknown.
     """
 
     main: str
+    documents: dict[int, str]
+    places: list[str]
     questions: list[str]
     predictions: list[str]
     references: list[list[str]]
@@ -59,10 +64,14 @@ class Scores:
     peak_kv_bytes: int | None
 
 
-def read_question_records(path: str, limit: int) -> list[Record]:
+def read_question_records(
+    path: str, limit: int, engine: BackendName = "parallel", at_once: int | None = None
+) -> list[Record]:
     """Read the first `limit` records of a data path.
 
-    Raises UserError unless every record is text and every branch has a prompt and a completion.
+    Raises UserError for a record without questions: each branch has a prompt and a completion, or is a
+    document without targets beside a reduce with a prompt and a completion. engine, at_once: as in
+    `answer_records`; raises UserError for a record that they cannot answer.
     """
     config = DataConfig(data_path=path)
     checked = (
@@ -74,16 +83,43 @@ def read_question_records(path: str, limit: int) -> list[Record]:
     records = list(islice(questions, limit))
     if not records:
         raise UserError(f"data_path={path}: holds no record; write one JSON object per line")
+    _check_readers(records, engine, at_once)
     return records
 
 
 def _check_questions(record: Record | str, location: str) -> Record:
-    """The record. Raises UserError for a reason why it is none, and for one that holds no questions."""
+    """The record. Raises UserError for a reason why it is none, and for one that cannot be answered."""
     if isinstance(record, str):
         raise UserError(f"{location} {record}; correct the line")
-    if not isinstance(record.main, str) or any(branch.completion is None for branch in record.branches):
-        raise UserError(f"{location} has no questions to score; give every branch a prompt and a completion")
+    try:
+        check_depth(record)
+    except RecordError as error:
+        raise UserError(f"{location} {error}") from error
+    documents = [branch for branch in record.branches if branch.completion is None]
+    scored = record.reduce.completion is not None if record.reduce else not documents
+    if not scored or any(document.targets for document in documents) or _holds_ids(record):
+        raise UserError(
+            f"{location} has no questions to score; give every branch a prompt and a completion, "
+            "or give them to a reduce beside branches that are texts with targets=[]"
+        )
     return record
+
+
+def _holds_ids(record: Record) -> bool:
+    """Whether a text of the record is given as token ids."""
+    return any(isinstance(text, list) for text in (record.main, *(branch.body for branch in record.branches)))
+
+
+def _check_readers(records: Sequence[Record], engine: BackendName, at_once: int | None) -> None:
+    """Raise UserError if a reduce reads answers that are not decoded in its sequence."""
+    fields = f"engine={engine} at_once={'null' if at_once is None else at_once}"
+    if fields != "engine=parallel at_once=null" and any(
+        record.reduce and len(_questions(record)) > 1 for record in records
+    ):
+        raise UserError(
+            f"{fields}: data_path has a reduce that reads the answers of all branches; "
+            "set engine=parallel at_once=null"
+        )
 
 
 def answer_records(
@@ -99,27 +135,26 @@ def answer_records(
     """Answer the questions of every record greedily.
 
     at_once: questions of a record that are decoded together; None means all. records_at_once: records that
-    one engine decodes concurrently, for engine="parallel" only. Raises UserError if the model cannot hold
-    several questions in one sequence.
+    one engine decodes concurrently, for engine="parallel" only. Other engines read documents one after
+    another, as a plain text. Raises UserError if the model cannot hold several branches in one sequence.
     """
     questions_per_sample = 1 if engine == "one_by_one" else at_once
     for group in _batched(records, records_at_once):
-        samples_by_record = [_split_record(record, questions_per_sample) for record in group]
-        samples = [sample for record_samples in samples_by_record for sample in record_samples]
-        if engine == "parallel" and any(len(sample.branches) > 1 for sample in samples):
+        prompts_by_record = [_prompts(record, tokenizer, engine, questions_per_sample) for record in group]
+        prompts = [prompt for record_prompts in prompts_by_record for prompt in record_prompts]
+        if engine == "parallel" and any(prompt.num_outputs > 1 for prompt in prompts):
             _require_branches(model)
         started = time.perf_counter()
         if records_at_once > 1:
-            answers = generate_samples(model, tokenizer, samples, max_new_tokens)
+            answers = generate_samples(model, tokenizer, prompts, max_new_tokens)
         else:
-            answers = [BACKENDS[engine](model, tokenizer, sample, max_new_tokens) for sample in samples]
-        seconds_per_question = (time.perf_counter() - started) / sum(
-            len(sample.branches) for sample in samples
-        )
+            answers = [BACKENDS[engine](model, tokenizer, prompt, max_new_tokens) for prompt in prompts]
+        num_questions = sum(len(prompt.decoded) for prompt in prompts)
+        seconds_per_question = (time.perf_counter() - started) / num_questions
         remaining = iter(answers)
-        for record, record_samples in zip(group, samples_by_record, strict=True):
-            record_answers = [next(remaining) for _ in record_samples]
-            yield _merge_answers(record, record_answers, seconds_per_question * len(record.branches))
+        for record, record_prompts in zip(group, prompts_by_record, strict=True):
+            answered = [(prompt, next(remaining)) for prompt in record_prompts]
+            yield _merge_answers(record, answered, seconds_per_question * len(_questions(record)))
 
 
 def score_answers(answered: Iterable[RecordAnswers]) -> tuple[list[RecordAnswers], Scores]:
@@ -143,11 +178,45 @@ def _batched(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
         yield group
 
 
-def _split_record(record: Record, questions_per_sample: int | None) -> list[Sample]:
-    """Samples with main and up to `questions_per_sample` questions each; None means all."""
-    prompts = [branch.body for branch in record.branches]
-    size = len(prompts) if questions_per_sample is None else min(questions_per_sample, len(prompts))
-    return [Sample(record.main, prompts[first : first + size]) for first in range(0, len(prompts), size)]
+def _questions(record: Record) -> dict[str, Segment]:
+    """The segments that are answered by their places: the numbers of branches, and "reduce" at the end."""
+    segments = {str(number): branch for number, branch in enumerate(record.branches)}
+    if record.reduce is not None:
+        segments["reduce"] = record.reduce
+    return {place: segment for place, segment in segments.items() if segment.completion is not None}
+
+
+def _documents(record: Record) -> dict[int, str]:
+    """By branch, the texts that are only read."""
+    numbered = enumerate(record.branches)
+    return {number: str(branch.body) for number, branch in numbered if branch.completion is None}
+
+
+def _prompts(
+    record: Record,
+    tokenizer: PreTrainedTokenizerBase,
+    engine: BackendName,
+    questions_per_sample: int | None,
+) -> list[RecordPrompt]:
+    """Prompts with main and up to `questions_per_sample` questions each; None means all.
+
+    A reduce is in one sample with all that it reads.
+    """
+    prompt = RecordPrompt.of(record, tokenizer)
+    if prompt.reduce is not None:
+        return [prompt if engine == "parallel" else _plain_prompt(record)]
+    main, questions = prompt.sample.main, prompt.sample.branches
+    size = min(questions_per_sample or len(questions), len(questions))
+    firsts = range(0, len(questions), size)
+    return [RecordPrompt(Sample(main, questions[first : first + size])) for first in firsts]
+
+
+def _plain_prompt(record: Record) -> RecordPrompt:
+    """Main, documents and question as one plain text."""
+    assert record.reduce is not None, "documents stand beside a question in the reduce"
+    return RecordPrompt(
+        Sample(branches=["".join([str(record.main), *_documents(record).values(), str(record.reduce.body)])])
+    )
 
 
 def _require_branches(model: Model) -> None:
@@ -162,20 +231,26 @@ def _require_branches(model: Model) -> None:
         )
 
 
-def _merge_answers(record: Record, answers: list[Answer], seconds: float) -> RecordAnswers:
+def _merge_answers(
+    record: Record, answered: Sequence[tuple[RecordPrompt, Answer]], seconds: float
+) -> RecordAnswers:
+    questions = _questions(record)
+    texts = [answer.texts[index] for prompt, answer in answered for index in prompt.decoded]
     return RecordAnswers(
         main=str(record.main),
-        questions=[str(branch.body).strip() for branch in record.branches],
-        predictions=[_first_line(text) for answer in answers for text in answer.texts],
-        references=[_references(branch) for branch in record.branches],
-        tokens=sum(answer.tokens for answer in answers),
+        documents=_documents(record),
+        places=list(questions),
+        questions=[str(question.body).strip() for question in questions.values()],
+        predictions=[_first_line(text) for text in texts],
+        references=[_references(question) for question in questions.values()],
+        tokens=sum(answer.tokens for _, answer in answered),
         seconds=seconds,
-        kv_bytes=_max_or_none([answer.kv_bytes for answer in answers]),
+        kv_bytes=_max_or_none([answer.kv_bytes for _, answer in answered]),
     )
 
 
-def _references(branch: Segment) -> list[str]:
-    return [text.strip() for text in (branch.completion or "", *branch.references)]
+def _references(question: Segment) -> list[str]:
+    return [text.strip() for text in (question.completion or "", *question.references)]
 
 
 def _first_line(text: str) -> str:

@@ -15,6 +15,8 @@ from tiny import save_tiny, tiny_llama, tiny_tokenizer
 
 from parallelmind.config import RopeConfig
 from parallelmind.data.records import Record, parse_value
+from parallelmind.engine.generate import generate, generate_text
+from parallelmind.engine.record_prompt import RecordPrompt
 from parallelmind.engine.request import Sample
 from parallelmind.errors import UserError
 from parallelmind.evaluation.backends import generate_branches, generate_padded_batch
@@ -84,12 +86,16 @@ def test_columnar_branches_differ_from_separate_questions():
 @pytest.mark.parametrize("main", ["", "the passage"])
 def test_padding_of_finished_rows_is_no_answer(main):
     """Padding after an end-of-text token counts neither as text nor as a decoded token."""
-    model, tokenizer, sample = patched_model(ISOLATED), tiny_tokenizer(), Sample(main, QUESTIONS)
-    without_eos = generate_branches(model, tokenizer, sample, 12)
+    model, tokenizer, prompt = (
+        patched_model(ISOLATED),
+        tiny_tokenizer(),
+        RecordPrompt(Sample(main, QUESTIONS)),
+    )
+    without_eos = generate_branches(model, tokenizer, prompt, 12)
     common = tokenizer("".join(without_eos.texts), add_special_tokens=False).input_ids
     model.generation_config.eos_token_id = [2, *sorted(set(common))[::3]]
-    branches = generate_branches(model, tokenizer, sample, 12)
-    batch = generate_padded_batch(model, tokenizer, sample, 12)
+    branches = generate_branches(model, tokenizer, prompt, 12)
+    batch = generate_padded_batch(model, tokenizer, prompt, 12)
     assert branches.tokens < without_eos.tokens
     assert (batch.texts, batch.tokens) == (branches.texts, branches.tokens)
 
@@ -114,10 +120,11 @@ def test_peak_kv_memory_is_that_of_concurrent_questions():
 
 def test_any_reference_counts_as_correct():
     predictions = answer_record(ISOLATED).predictions
+    references = [["no", text] for text in predictions]
     all_correct = RecordAnswers(
-        "", QUESTIONS, predictions, [["no", text] for text in predictions], tokens=40, seconds=2.0, kv_bytes=8
+        "", {}, [*"01234"], QUESTIONS, predictions, references, tokens=40, seconds=2.0, kv_bytes=8
     )
-    wrong = RecordAnswers("", QUESTIONS[:1], ["x"], [["no"]], tokens=2, seconds=1.0, kv_bytes=16)
+    wrong = RecordAnswers("", {}, ["0"], QUESTIONS[:1], ["x"], [["no"]], tokens=2, seconds=1.0, kv_bytes=16)
     _, scores = score_answers([all_correct, wrong])
     assert scores.exact_match == scores.f1 == 5 / 6
     assert (scores.questions, scores.peak_kv_bytes) == (6, 16)
@@ -128,6 +135,74 @@ def test_references_are_the_completion_and_those_of_the_record():
     records = [question_record(references=[" they"])]
     (answers,) = answer_records(patched_model(ISOLATED), tiny_tokenizer(), records, max_new_tokens=2)
     assert answers.references == [["it", "they"]] * len(QUESTIONS)
+
+
+DOCUMENTS = ["the answer is in the passage", " where is the question", " who lives"]
+READ = [{"text": text, "targets": []} for text in DOCUMENTS]
+ASKED = {"prompt": " what is it", "completion": " it", "references": [" they"]}
+
+
+def test_a_question_about_documents_is_answered_by_the_reduce():
+    """Every engine but `parallel` reads the documents as one plain text."""
+    model, tokenizer = patched_model(RopeConfig()), tiny_tokenizer()
+    record = parse_value({"main": "read", "branches": READ, "reduce": ASKED})
+
+    def answer(**settings: Any) -> RecordAnswers:
+        (answers,) = answer_records(model, tokenizer, [record], max_new_tokens=6, **settings)
+        return answers
+
+    ids = [[*tokenizer(text, add_special_tokens=False).input_ids, 2] for text in DOCUMENTS]
+    texts = generate(
+        model,
+        tokenizer,
+        Sample("read", ids),
+        per_branch=[{"max_new_tokens": 0}] * 3,
+        reduce=ASKED["prompt"],
+        max_new_tokens=6,
+    )
+    answers = answer()
+    assert answers.predictions == [texts[-1].strip().splitlines()[0].strip()] != [""]
+    assert (answers.documents, answers.places) == (dict(enumerate(DOCUMENTS)), ["reduce"])
+    assert (answers.questions, answers.references) == (["what is it"], [["it", "they"]])
+    assert answers.tokens <= 6
+    plain = generate_text(model, tokenizer, "".join(["read", *DOCUMENTS, ASKED["prompt"]]), max_new_tokens=6)
+    for engine in ("one_by_one", "batch"):
+        assert answer(engine=engine).predictions == [plain.strip().splitlines()[0].strip()]
+
+
+def test_records_of_documents_are_decoded_beside_others():
+    model, tokenizer = patched_model(RopeConfig()), tiny_tokenizer()
+    trees = [{"branches": READ, "reduce": ASKED}, {"branches": [READ[0], ASKED], "reduce": ASKED}]
+    records = [*map(parse_value, trees), question_record()]
+    one, all_at_once = (
+        list(answer_records(model, tokenizer, records, records_at_once=count, max_new_tokens=4))
+        for count in (1, 3)
+    )
+    assert [answers.places for answers in one] == [["reduce"], ["1", "reduce"], [*"01234"]]
+    assert [answers.predictions for answers in one] == [answers.predictions for answers in all_at_once]
+
+
+@pytest.mark.parametrize(
+    ("record", "settings", "message"),
+    [
+        ({"branches": [{**ASKED, "branches": [ASKED]}]}, [], r":1: branches\[0\] has branches, and decoding"),
+        ({"branches": READ, "reduce": " what"}, [], ":1: has no questions to score; .*targets="),
+        ({"branches": [*READ, "text"], "reduce": ASKED}, [], ":1: has no questions to score"),
+        ({"branches": [*READ, ASKED]}, [], ":1: has no questions to score"),
+        ({"branches": [{"input_ids": [5], "targets": []}], "reduce": ASKED}, [], ":1: has no questions"),
+        (
+            {"branches": [ASKED], "reduce": ASKED},
+            ["engine=batch"],
+            "^engine=batch at_once=null: .*; set engine",
+        ),
+        ({"branches": [ASKED], "reduce": ASKED}, ["at_once=1"], "^engine=parallel at_once=1: .*; set engine"),
+    ],
+)
+def test_a_tree_that_cannot_be_scored_is_refused_in_one_line(record, settings, message, tmp_path):
+    write_records(tmp_path / "data.jsonl", [record])
+    with pytest.raises(UserError, match=message) as error:
+        evaluate(["answers", "base_model=none", f"data_path={tmp_path / 'data.jsonl'}", *settings])
+    assert "\n" not in str(error.value)
 
 
 def test_command_prints_and_writes_scores(tmp_path, capsys):
@@ -147,6 +222,12 @@ def test_command_prints_and_writes_scores(tmp_path, capsys):
     assert scores["questions_per_second"] > 0
     out = capsys.readouterr().out
     assert "it / they" in out
+    trees = tmp_path / "trees.jsonl"
+    write_records(trees, [{"branches": READ, "reduce": ASKED}])
+    evaluate([*argv[:2], f"data_path={trees}", "max_new_tokens=3"])
+    tree_out = capsys.readouterr().out
+    assert "branch 1: where is the question" in tree_out
+    assert "│ reduce │ what is it" in tree_out
     assert "peak KV cache" in out
     with pytest.raises(UserError, match="engine=parallel: .*set engine=one_by_one or engine=batch"):
         evaluate([*argv, "patch_rope=false"])

@@ -113,6 +113,54 @@ def test_reduce_branch_is_the_last_output(run_generate, tiny):
     assert len(row["finish_reasons"]) == len(row["branches"]) + 1
 
 
+def test_a_line_may_have_its_own_reduce_and_documents(tiny, tmp_path, capsys):
+    documents = ["the passage", " where it lives"]
+    records = [
+        {
+            "branches": [{"text": text, "targets": []} for text in documents],
+            "reduce": {"prompt": " who?", "completion": " it"},
+        },
+        {"main": "the", "branches": [{"prompt": " a", "completion": " b", "branches": ["nested"]}]},
+        {"main": "the", "branches": [" answer", " question"]},
+    ]
+    write_records(tmp_path / "in.jsonl", records)
+    generate([f"base_model={tiny}", f"data_path={tmp_path / 'in.jsonl'}", "max_new_tokens=6", "reduce= so"])
+    out, err = capsys.readouterr()
+    first, last = parse_rows(out)
+    model, tokenizer = pm.load_model_with_lora(tiny)
+    ids = [tokenizer(text, add_special_tokens=False).input_ids for text in documents]
+    sample = pm.Sample("", [[*ids[0], tokenizer.eos_token_id], [*ids[1], tokenizer.eos_token_id]])
+    read_only = [{"max_new_tokens": 0}] * 2
+    expected = pm.generate(model, tokenizer, sample, per_branch=read_only, reduce=" who?", max_new_tokens=6)
+    assert expected[-1]
+    assert first == {
+        "line": 1,
+        "main": "",
+        "branches": documents,
+        "reduce": " who?",
+        "outputs": expected,
+        "finish_reasons": ["length"] * 3,
+    }
+    assert (last["line"], last["reduce"], len(last["outputs"])) == (3, " so", 3)
+    assert f"skipped {tmp_path / 'in.jsonl'}:2: branches[0] has branches, and decoding takes one" in err
+
+
+def test_an_interrupted_output_of_trees_is_resumed(run_generate, tmp_path):
+    records = [
+        {
+            "branches": [{"text": text, "targets": []} for text in record["branches"]],
+            "reduce": {"prompt": " who?", "completion": " it"},
+        }
+        for record in random_records(12)
+    ]
+    write_records(tmp_path / "in.jsonl", records)
+    expected = run_generate(temperature=1.5, seed=7)
+    assert len(parse_rows(expected.decode())) == 12
+    lines = expected.splitlines(keepends=True)
+    (tmp_path / "out.jsonl").write_bytes(b"".join(lines[:5]) + lines[5][:9])
+    assert run_generate(temperature=1.5, seed=7) == expected
+
+
 def test_files_of_several_formats_are_one_sequence_of_lines(run_generate, tmp_path):
     expected = parse_rows(run_generate().decode())
     records = random_records(30)
