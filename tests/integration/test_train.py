@@ -10,7 +10,10 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from mlflow.entities import Run
@@ -146,6 +149,54 @@ def test_a_run_from_start_to_adapter(cwd: Path, workers: int) -> None:
     repeated = train(cwd, str(folder / "config.yaml"))
     assert repeated.returncode == 0
     assert "already finished" in repeated.stdout
+
+
+TREE = {
+    "main": "the passage",
+    "branches": [
+        {"text": " who lives", "targets": [], "branches": [" in", " of"], "reduce": " works"},
+        {"prompt": " where", "completion": " is"},
+    ],
+    "reduce": {"prompt": " answer", "completion": " in", "branches": [" who", " what"]},
+}
+BAD_TREES: list[dict[str, Any]] = [
+    {"main": "the", "reduce": "who"},
+    {**TREE, "reduce": {"prompt": "", "completion": "a"}},
+]
+
+
+@pytest.fixture(scope="module")
+def trees(cwd: Path) -> str:
+    """A data_path of trees in both formats, with two bad lines among them."""
+    lines = [json.dumps(value) + "\n" for value in [TREE, BAD_TREES[0], TREE, BAD_TREES[1], *[TREE] * 18]]
+    (cwd / "trees.jsonl").write_text("".join(lines))
+    pq.write_table(pa.Table.from_pylist([TREE] * 20), cwd / "trees.parquet")
+    return "trees.jsonl,trees.parquet"
+
+
+@pytest.mark.slow
+def test_trees_are_trained_and_bad_ones_cost_no_neighbour(cwd: Path, trees: str) -> None:
+    completed = train(
+        *(cwd, "run.yaml", "name=trees", f"data_path={trees}", "validation_path=trees.parquet"),
+        *("packing=true", "accumulation_steps=2", "gradient_checkpointing=true", "dtype=bfloat16"),
+    )
+    assert completed.returncode == 0, completed.stderr
+    assert "data: 40 records (40 trees), 240 branches, 2 bad lines" in completed.stdout
+    assert "trees.jsonl:2: record has reduce without branches" in completed.stderr
+    assert "trees.jsonl:4: reduce.prompt is empty" in completed.stderr
+    logged_losses = losses(completed.stdout)
+    assert len(logged_losses) == 2 * 40 / 4 / 2  # epochs, records, batch_size, accumulation_steps
+    assert logged_losses[-1] < logged_losses[0]
+    assert (run_dir(cwd, "trees") / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_trees_need_the_patch(cwd: Path, trees: str) -> None:
+    settings = ("patch_rope=false", "branches_per_sample=1", "max_branches_per_sample=1")
+    completed = train(cwd, "run.yaml", "name=unpatched", f"data_path={trees}", *settings)
+    assert completed.returncode == 2
+    error = completed.stderr.splitlines()[-1]
+    assert error.startswith(f"error: patch_rope=false: 40 records of data_path={trees} hold nested branches")
 
 
 def test_strict_stops_at_the_first_bad_line(cwd: Path) -> None:
