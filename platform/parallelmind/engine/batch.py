@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import compress, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,7 +70,7 @@ class AttentionSegment:
         in_window = window.within(time, self.keys.time)
         if in_window is not None:
             visible = visible & in_window
-        scores = self.scores[self.queries.segment][:, self.keys.segment]
+        scores = self.scores[self.queries.segment[:, None], self.keys.segment]
         return np.where(visible, scores, np.float32(-np.inf))
 
 
@@ -151,8 +151,9 @@ def attention_segments(group: SequenceGroup, queries: TokenMeta, start: int) -> 
     segments = [attend(index, [main_table])] if main_table.length else []
     if not group.free_order:
         return segments
+    is_read = (scores[:, 1:] > -np.inf).tolist()
     for number, run in segment_runs(queries.segment):
         if number != MAIN:
-            read = np.flatnonzero(scores[number, 1:] > -np.inf)
-            segments.append(attend(index[run], [branch_tables[branch] for branch in read], own=True))
+            read = list(compress(branch_tables, is_read[number]))
+            segments.append(attend(index[run], read, own=True))
     return segments
