@@ -8,17 +8,20 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 from rich.table import Table
+from transformers import PreTrainedTokenizerBase
 
 import parallelmind as pm
 from parallelmind import cli
 from parallelmind.config import FrozenConfig, GroupedConfig, OutputPath
-from parallelmind.engine.tokenization import tokenize_sample
+from parallelmind.engine.tokenization import tokenize, tokenize_sample
 from parallelmind.evaluation.attention_maps import AttentionMap, QueryTokens, attention_map
+from parallelmind.layout import Tokens
+from parallelmind.tree import Tree
 from workloads.common.inference_config import InferenceModelConfig
 from workloads.evaluate.output import check_outputs, console, output_file, write_json, write_png
 from workloads.evaluate.plots import attention_figure
 
-_KEY_GROUPS = ("main", "own", "siblings")  # the columns of `AttentionMap.shares`
+Shares = dict[str, NDArray[np.float32]]  # `[layers]` by group, as `AttentionMap.shares` returns them
 
 
 class SampleConfig(FrozenConfig):
@@ -26,12 +29,17 @@ class SampleConfig(FrozenConfig):
 
     main: str = Field("", description="text that all prompts share")
     prompts: list[str] = Field(min_length=1, description="the branches")
+    reduce: str | None = Field(
+        None, min_length=1, description="text after all branches, which reads main and all of them"
+    )
 
 
 class QueryConfig(FrozenConfig):
     """Query tokens."""
 
-    branch: int = Field(0, ge=0, description="the branch whose attention is shown, from 0")
+    branch: int = Field(
+        0, ge=0, description="the branch whose attention is shown, from 0; the reduce comes after the last"
+    )
     tokens: QueryTokens = Field(
         "last", description="attention of the branch's last token, or the mean over all its tokens"
     )
@@ -61,7 +69,7 @@ def evaluate_attention(argv: list[str]) -> None:
     check_outputs(output, **config.model.paths())
     assert output is not None, "output_path is a required field"
     model, tokenizer = pm.load_model_with_lora(**config.model.load_kwargs(), attn_implementation="eager")
-    tokens = tokenize_sample(tokenizer, pm.Sample(config.sample.main, config.sample.prompts))
+    tokens = _tokenize(tokenizer, config.sample)
     attention = attention_map(model, tokens, config.query.branch, config.query.tokens)
     shares = attention.shares()
     write_png(output, attention_figure(attention))
@@ -70,24 +78,30 @@ def evaluate_attention(argv: list[str]) -> None:
     print(f"wrote {output} and {output.with_suffix('.json').name}", flush=True)
 
 
-def _json_values(
-    config: AttentionConfig, attention: AttentionMap, shares: NDArray[np.float32]
-) -> dict[str, Any]:
+def _tokenize(tokenizer: PreTrainedTokenizerBase, sample: SampleConfig) -> Tokens:
+    tokens = tokenize_sample(tokenizer, pm.Sample(sample.main, sample.prompts))
+    if sample.reduce is None:
+        return tokens
+    segments = [*tokens.split(), tokenize(tokenizer, sample.reduce, first=False)]
+    return Tokens.of_tree(segments, Tree.flat(tokens.branches, has_reduce=True))
+
+
+def _json_values(config: AttentionConfig, attention: AttentionMap, shares: Shares) -> dict[str, Any]:
+    layers = zip(*(share.tolist() for share in shares.values()), strict=True)
     return {
-        "mean": _by_key_group(shares.mean(axis=0)),
-        "layers": [{"layer": number, **_by_key_group(row)} for number, row in enumerate(shares)],
+        "mean": {name: float(share.mean()) for name, share in shares.items()},
+        "layers": [
+            {"layer": number, **dict(zip(shares, row, strict=True))} for number, row in enumerate(layers)
+        ],
         "times": attention.query_times,
         "config": config.model_dump(mode="json"),
     }
 
 
-def _by_key_group(shares: NDArray[np.float32]) -> dict[str, float]:
-    return {name: float(share) for name, share in zip(_KEY_GROUPS, shares, strict=True)}
-
-
-def _shares_table(shares: NDArray[np.float32]) -> Table:
-    table = Table("layer", *_KEY_GROUPS, title="share of attention", title_justify="left")
-    rows = [*((str(number), row) for number, row in enumerate(shares)), ("mean", shares.mean(axis=0))]
+def _shares_table(shares: Shares) -> Table:
+    table = Table("layer", *shares, title="share of attention", title_justify="left")
+    by_layer = np.stack(list(shares.values()), axis=1)
+    rows = [*((str(number), row) for number, row in enumerate(by_layer)), ("mean", by_layer.mean(axis=0))]
     for name, row in rows:
         table.add_row(name, *(f"{share:.1%}" for share in row))
     return table

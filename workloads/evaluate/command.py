@@ -16,10 +16,11 @@ method of transformers. A question in the reduce is answered after all branches;
 documents that it reads. engine=one_by_one and batch read the documents as one plain text.
 
 tax: measures the loss on the same text at several branch counts. A count that no sample of the data reaches
-is reported and skipped.
+is reported and skipped. Records with a reduce or nested branches are refused.
 
 attention: draws the attention of one branch of a sample as maps with time across and branches down, and
-prints its shares for main, the branch itself and its siblings in every layer.
+prints its shares for main, the branch itself and its siblings in every layer. With reduce, the branch after
+the last one is the reduce, with a share for the branches that it joins.
 
 support: builds a tiny random model of every causal-LM type of the installed transformers and checks all laws
 on it. All types take some minutes.

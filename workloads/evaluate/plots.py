@@ -44,12 +44,12 @@ def attention_figure(attention: AttentionMap) -> Figure:
     """Maps of the mean over all layers and of the first, the middle and the last layer."""
     from matplotlib.figure import Figure
 
-    layers, sequences, times = attention.weights.shape
+    layers, segments, times = attention.weights.shape
     panels = {f"mean of {layers} layers": attention.weights.mean(axis=0)}
     panels |= {
         f"layer {number}": attention.weights[number] for number in sorted({0, layers // 2, layers - 1})
     }
-    size = (min(4 + times * 0.12, 16), (1 + 0.3 * sequences) * len(panels))
+    size = (min(4 + times * 0.12, 16), (1 + 0.3 * segments) * len(panels))
     figure = Figure(figsize=size, layout="constrained")
     all_axes = figure.subplots(len(panels), 1, sharex=True)
     for axes, (title, weights) in zip(all_axes, panels.items(), strict=True):
@@ -61,7 +61,7 @@ def attention_figure(attention: AttentionMap) -> Figure:
 
 
 def _draw_map(axes: Axes, weights: NDArray[np.float32], attention: AttentionMap) -> AxesImage:
-    """Draw `[1 + N, times]` weights; cells without a token are grey and the query tokens have a red frame."""
+    """Draw `[segments, times]` weights; cells without a token are grey, query tokens have a red frame."""
     from matplotlib.colors import LogNorm
     from matplotlib.patches import Rectangle
 
@@ -73,6 +73,9 @@ def _draw_map(axes: Axes, weights: NDArray[np.float32], attention: AttentionMap)
     first, last = attention.query_times[0], attention.query_times[-1]
     corner = (first - 0.5, attention.query_segment - 0.5)
     axes.add_patch(Rectangle(corner, last - first + 1, 1, fill=False, edgecolor="red", linewidth=1.5))
-    labels = ["main" if number == MAIN else f"branch {number - 1}" for number in range(len(weights))]
+    labels = [
+        "main" if number == MAIN else "reduce" if is_reduce else f"branch {number - 1}"
+        for number, is_reduce in enumerate(attention.tree.is_reduce.tolist())
+    ]
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     return image

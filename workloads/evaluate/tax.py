@@ -129,7 +129,17 @@ def _read_held_out(
             f"max_branch_tokens={config.max_branch_tokens} batch_tokens={config.batch_tokens}: "
             f"leave none of {held_out.skipped} branches usable; raise them, or lower the answer offsets"
         )
+    _check_flat(held_out, config)
     return held_out
+
+
+def _check_flat(held_out: HeldOut, config: HeldOutConfig) -> None:
+    """Raise UserError for trees: what reads several branches is in no sample of one branch."""
+    if trees := sum(not record.tokens.tree.is_flat for record in held_out.records):
+        raise UserError(
+            f"data_path={config.data_path}: {trees} of {len(held_out.records)} records have a reduce or "
+            "nested branches, and no sample of one branch holds them; give records of main and branches alone"
+        )
 
 
 def _branch_counts(model: Any, config: HeldOutConfig) -> list[int]:

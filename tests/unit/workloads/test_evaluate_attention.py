@@ -15,6 +15,7 @@ from parallelmind.evaluation.attention_maps import attention_map
 from parallelmind.evaluation.probes import BRANCHES, MAIN, patched
 from parallelmind.evaluation.tiny_models import tiny_model
 from parallelmind.layout import Tokens
+from parallelmind.tree import Tree
 from workloads.evaluate.command import main as evaluate
 
 TOKENS = Tokens.of(MAIN, BRANCHES)
@@ -28,15 +29,32 @@ def test_shares_sum_to_one_and_siblings_follow_the_visibility(model_type, visibi
     with patched(model, RopeConfig(visibility=visibility)):
         attention = attention_map(model, TOKENS, branch=1)
     shares = attention.shares()
-    assert shares.shape == (model.config.num_hidden_layers, 3)
-    np.testing.assert_allclose(shares.sum(axis=1), 1, atol=1e-5)
-    siblings = shares[:, 2]
+    assert list(shares) == ["main", "own", "siblings"]
+    assert all(len(share) == model.config.num_hidden_layers for share in shares.values())
+    np.testing.assert_allclose(sum(shares.values()), 1, atol=1e-5)
+    siblings = shares["siblings"]
     assert (siblings > 1e-3).any() if visibility == "columnar" else (siblings == 0).all()
-    assert (shares[:, 1] > 0).all()
+    assert (shares["own"] > 0).all()
     # Every token has a weight, and cells without a token have none.
     lengths = [np.isfinite(attention.weights[0, sequence]).sum() for sequence in range(4)]
     assert lengths == [len(MAIN), *map(len, BRANCHES)]
     assert attention.query_times == [len(MAIN) + len(BRANCHES[1]) - 1]
+
+
+@pytest.mark.parametrize("visibility", ["columnar", "isolated"])
+def test_a_reduce_attends_to_the_branches_that_it_joins(visibility):
+    model = tiny_model("llama")
+    tokens = Tokens.of_tree([MAIN, *BRANCHES, [7, 8, 9]], Tree.flat(len(BRANCHES), has_reduce=True))
+    with patched(model, RopeConfig(visibility=visibility)):
+        attention = attention_map(model, tokens, branch=len(BRANCHES))
+        of_branch = attention_map(model, tokens, branch=0).shares()
+    shares = attention.shares()
+    assert list(shares) == ["main", "own", "siblings", "joined"]
+    np.testing.assert_allclose(sum(shares.values()), 1, atol=1e-5)
+    assert (shares["joined"] > 1e-3).all()
+    assert (shares["siblings"] == 0).all()
+    assert attention.query_times == [len(MAIN) + max(map(len, BRANCHES)) + 2]
+    assert list(of_branch) == ["main", "own", "siblings"]
 
 
 @pytest.mark.parametrize("align_to", ["left", "right"])
@@ -82,6 +100,12 @@ def test_unpatched_models_and_missing_branches_are_refused():
         pytest.raises(UserError, match="branch=3: the sample has branches 0 to 2"),
     ):
         attention_map(model, TOKENS, branch=3)
+    tree = Tokens.of_tree([MAIN, *BRANCHES, [7]], Tree.flat(len(BRANCHES), has_reduce=True))
+    with (
+        patched(model, RopeConfig()),
+        pytest.raises(UserError, match="branch=4: the sample has branches 0 to 3, its reduce included"),
+    ):
+        attention_map(model, tree, branch=4)
 
 
 def test_command_writes_maps_and_shares(tmp_path, capsys):
@@ -96,6 +120,10 @@ def test_command_writes_maps_and_shares(tmp_path, capsys):
         assert sum(shares[name] for name in ("main", "own", "siblings")) == pytest.approx(1, abs=1e-4)
         assert shares["siblings"] == pytest.approx(0, abs=1e-6)
     assert "siblings" in capsys.readouterr().out
+    evaluate([*argv, "reduce= so", "branch=3", f"output_path={output}"])
+    joined = json.loads(output.with_suffix(".json").read_text())["mean"]
+    assert joined["joined"] > 0 == joined["siblings"]
+    assert "joined" in capsys.readouterr().out
     with pytest.raises(UserError, match="output_path=map.jpg: .*end it in .png"):
         evaluate([*argv, "output_path=map.jpg"])
     with pytest.raises(UserError, match="prompts"):

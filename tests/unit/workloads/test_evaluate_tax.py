@@ -135,6 +135,16 @@ def test_text_without_a_target_is_refused(tiny, tmp_path):
         measure(tiny, tmp_path / "none.jsonl")
 
 
+def test_trees_are_refused(tiny, tmp_path):
+    question = {"prompt": "who", "completion": " it"}
+    records = [{"text": "the answer"}, {"branches": TEXTS[:2], "reduce": question}]
+    write_records(tmp_path / "trees.jsonl", records)
+    with pytest.raises(
+        UserError, match="trees.jsonl: 1 of 2 records have a reduce or nested branches, .*; give"
+    ):
+        measure(tiny, tmp_path / "trees.jsonl")
+
+
 def test_every_count_is_measured_on_the_same_text(standalone_texts):
     data = DataConfig(data_path=str(standalone_texts))
     held_out = HeldOut.read([str(standalone_texts)], 5, tiny_tokenizer(), data)
