@@ -147,6 +147,20 @@ def test_the_output_does_not_depend_on_engines_that_die(
     assert resumed[2].moved_samples._value.get() >= 1
 
 
+@pytest.mark.parametrize("config", [COLUMNAR, ISOLATED], ids=["columnar", "isolated"])
+@pytest.mark.parametrize("lifetimes", [[1], [2, 1, 3]], ids=str)
+def test_a_question_about_documents_does_not_depend_on_engines_that_die(
+    config: RopeConfig, lifetimes: list[int]
+) -> None:
+    request = sample_request(reduce=True, lengths=[0, 0, 0])
+    undisturbed = follow(DyingEngines(config, []), request)
+    outputs, started, _ = undisturbed
+    assert outputs[:3] == [[(None, "", "length", None)]] * 3
+    assert (len(outputs[3]), started) == (5, "[0, 1, 2]")
+    resumed = follow(DyingEngines(config, lifetimes), request)
+    assert resumed[:2] == undisturbed[:2]
+
+
 class EnginesThatSkipReduce(DyingEngines):
     """The first engine closes its stream when all branches but the reduce branch have finished."""
 
