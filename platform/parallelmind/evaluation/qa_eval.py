@@ -143,7 +143,7 @@ def answer_records(
         prompts_by_record = [_prompts(record, tokenizer, engine, questions_per_sample) for record in group]
         prompts = [prompt for record_prompts in prompts_by_record for prompt in record_prompts]
         if engine == "parallel" and any(prompt.num_outputs > 1 for prompt in prompts):
-            _require_branches(model)
+            _require_branches(model, any(prompt.reduce is not None for prompt in prompts))
         started = time.perf_counter()
         if records_at_once > 1:
             answers = generate_samples(model, tokenizer, prompts, max_new_tokens)
@@ -219,16 +219,17 @@ def _plain_prompt(record: Record) -> RecordPrompt:
     )
 
 
-def _require_branches(model: Model) -> None:
+def _require_branches(model: Model, has_reduce: bool) -> None:
     """Raise UserError for a model that could be patched but is not.
 
-    A model that cannot be patched decodes each branch in its own row.
+    A model that cannot be patched decodes each branch in its own row, and no reduce.
     """
-    if not is_patched(model) and assess(causal_lm(model)).reason is None:
-        raise UserError(
-            "engine=parallel: a model without the patch holds one question at a time; "
-            "set engine=one_by_one or engine=batch"
-        )
+    if is_patched(model):
+        return
+    reason = assess(causal_lm(model)).reason
+    if reason is None or has_reduce:
+        why = reason or "is not patched, and holds one question at a time"
+        raise UserError(f"engine=parallel: the model {why}; set engine=one_by_one or engine=batch")
 
 
 def _merge_answers(

@@ -19,6 +19,7 @@ from parallelmind.engine.generate import generate, generate_text
 from parallelmind.engine.record_prompt import RecordPrompt
 from parallelmind.engine.request import Sample
 from parallelmind.errors import UserError
+from parallelmind.evaluation import tiny_models
 from parallelmind.evaluation.backends import generate_branches, generate_padded_batch
 from parallelmind.evaluation.qa_eval import (
     RecordAnswers,
@@ -168,6 +169,15 @@ def test_a_question_about_documents_is_answered_by_the_reduce():
     plain = generate_text(model, tokenizer, "".join(["read", *DOCUMENTS, ASKED["prompt"]]), max_new_tokens=6)
     for engine in ("one_by_one", "batch"):
         assert answer(engine=engine).predictions == [plain.strip().splitlines()[0].strip()]
+
+
+def test_a_recurrent_model_reads_documents_as_plain_text_only():
+    model, tokenizer = tiny_models.tiny_model("mamba2"), tiny_models.tiny_tokenizer()
+    records = [parse_value({"branches": READ, "reduce": ASKED})]
+    with pytest.raises(UserError, match="^engine=parallel: the model .*; set engine=one_by_one"):
+        next(answer_records(model, tokenizer, records, max_new_tokens=2))
+    (answers,) = answer_records(model, tokenizer, records, engine="one_by_one", max_new_tokens=2)
+    assert len(answers.predictions) == 1
 
 
 def test_records_of_documents_are_decoded_beside_others():
