@@ -17,7 +17,7 @@ from benchmarks.learner import Learner
 from benchmarks.text import texts, tokenizer
 from parallelmind.config import DataConfig, RopeConfig
 from parallelmind.data.packing import EpochSeed, SampleBatch, make_batch, sample_batches
-from parallelmind.data.records import parse_value
+from parallelmind.data.record_parser import parse_value
 from parallelmind.data.tokenise import tokenise
 from parallelmind.evaluation.facts import facts_records
 from parallelmind.evaluation.model_support import ATTENTIONS

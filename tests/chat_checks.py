@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from parallelmind.config import DataConfig
 from parallelmind.data.convert.chat import ChatRenderer
-from parallelmind.data.records import parse_value
+from parallelmind.data.record_parser import parse_value
 from parallelmind.data.tokenise import tokenise
 from parallelmind.layout import Tokens
 

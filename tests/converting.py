@@ -10,7 +10,7 @@ from tiny import tiny_tokenizer
 from parallelmind.data.convert.converter import Converter
 from parallelmind.data.convert.settings import ConvertSettings
 from parallelmind.data.convert.source_records import BadRecord, SourceRecord
-from parallelmind.data.records import parse_value
+from parallelmind.data.record_parser import parse_value
 
 TOKENIZER = tiny_tokenizer()
 

@@ -19,7 +19,7 @@ from tiny import tiny_tokenizer
 
 from parallelmind.config import DataConfig
 from parallelmind.data.packing import EpochSeed, TokenRecord, sample_batches
-from parallelmind.data.records import parse_line
+from parallelmind.data.record_parser import parse_line
 from parallelmind.data.tokenise import tokenise
 from parallelmind.training.loss import TargetLoss
 from parallelmind.training.step import evaluate

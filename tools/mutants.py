@@ -116,8 +116,8 @@ MUTATIONS = [
     Mutation(
         "mask: isolated branches see their siblings",
         "platform/parallelmind/visibility.py",
-        'if visibility == "columnar" else -np.inf',
-        'if visibility == "columnar" else 0',
+        '    if visibility == "columnar":\n',
+        "    if True:\n",
         "tests/unit/model/test_mask.py",
     ),
     Mutation(

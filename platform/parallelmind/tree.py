@@ -62,7 +62,12 @@ class Tree:
     @property
     def branches(self) -> int:
         """Number of branches, at all depths."""
-        return len(self.parents) - 1 - int(np.count_nonzero(self.is_reduce))
+        return len(self.parents) - 1 - self.reduces
+
+    @property
+    def reduces(self) -> int:
+        """Number of reduces, at all depths."""
+        return int(np.count_nonzero(self.is_reduce))
 
     @property
     def depth(self) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallelmind.config import RopeConfig, Visibility
-from parallelmind.tree import JOINED, PATH, SIBLING, UNRELATED
+from parallelmind.tree import JOINED, PATH, SIBLING
 
 Array = TypeVar("Array", bound=Any)  # of NumPy or torch
 
@@ -24,10 +24,10 @@ def relation_scores(visibility: Visibility, penalty: float = 0.0) -> NDArray[np.
 
     penalty: subtracted from the scores of siblings, where these are visible.
     """
-    scores = np.zeros(4, dtype=np.float32)
+    scores = np.full(4, -np.inf, dtype=np.float32)
     scores[[PATH, JOINED]] = 0
-    scores[SIBLING] = -penalty if visibility == "columnar" else -np.inf
-    scores[UNRELATED] = -np.inf
+    if visibility == "columnar":
+        scores[SIBLING] = -penalty
     return scores
 
 

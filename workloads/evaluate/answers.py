@@ -16,9 +16,9 @@ from parallelmind.evaluation.qa_eval import (
     RecordAnswers,
     Scores,
     answer_records,
-    read_question_records,
     score_answers,
 )
+from parallelmind.evaluation.qa_records import read_question_records
 from workloads.common.inference_config import InferenceModelConfig
 from workloads.evaluate.output import check_outputs, console, output_file, write_json
 

@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerBase
 import parallelmind as pm
 from parallelmind.data.files import FileFormat
 from parallelmind.data.lines import Line
-from parallelmind.data.records import RecordError, parse_line, parse_value
+from parallelmind.data.record_parser import parse_line, parse_value
+from parallelmind.data.records import RecordError
 from parallelmind.engine.record_prompt import RecordPrompt
 
 

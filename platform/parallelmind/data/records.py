@@ -1,62 +1,22 @@
-"""Parse one line of parallel JSONL into a checked record, which is a tree of segments.
-
-Types are checked strictly, so that a mistake is reported instead of trained on.
-"""
+"""Records of parallel JSONL: trees of segments, each with a text and its targets."""
 
 from __future__ import annotations
 
-import difflib
-import functools
-import json
-import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
-from parallelmind.errors import short_repr
 from parallelmind.tree import MAIN, NO_PARENT, Tree
 
 TextOrIds = str | list[int]
 Spans = tuple[tuple[int, int | None], ...]  # half-open, sorted and disjoint; None is the end of the text
 
-MAX_DEPTH = 32  # levels of nested `branches` and `reduce`; far from Python's limit of recursion
-
-_TREE_KEYS = frozenset({"branches", "reduce"})
-_KEYS = _TREE_KEYS | {
-    *("main", "text", "input_ids", "answer_offset", "targets", "rendered", "prompt", "completion")
-}
-_TYPO = 0.8  # similarity of a misspelt key to the key that is meant, if the record is incomplete without it
-_TYPO_OF_OPTIONAL = 0.88  # stricter, so that `domain` is not a misspelt `main`
-_NEVER_MISSPELT = frozenset({"targets", "references"})  # `target` and `reference` are usual metadata columns
-_BOM = b"\xef\xbb\xbf"
+MAX_DEPTH = 64  # levels of nested `branches` and `reduce`; far from Python's limit of recursion
 
 
 class RecordError(ValueError):
     """The reason why a line is not a record."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Form:
-    """One way to write a text: the keys that it needs, and the keys that may stand beside them."""
-
-    needed: frozenset[str]
-    optional: frozenset[str] = frozenset()
-
-
-_TEXT_FORMS = (
-    _Form(frozenset({"prompt", "completion"}), frozenset({"references"})),
-    _Form(frozenset({"text"}), frozenset({"answer_offset", "targets", "rendered"})),
-    _Form(frozenset({"input_ids"}), frozenset({"answer_offset", "targets"})),
-)
-_SEGMENT_FORMS = tuple(_Form(form.needed, form.optional | _TREE_KEYS) for form in _TEXT_FORMS)
-_RECORD_FORMS = (
-    _Form(frozenset({"branches"}), frozenset({"main", "reduce"})),
-    *(_Form(form.needed, form.optional | {"main"}) for form in _TEXT_FORMS),
-)
-_MAIN_FORMS = (_Form(frozenset({"text"})), _Form(frozenset({"input_ids"})))
 
 
 class _Fork:
@@ -120,12 +80,12 @@ class Record(_Fork):
     @property
     def num_branches(self) -> int:
         """Number of branches, at all depths."""
-        return len(self.branches) if self.is_flat else self.tree.branches
+        return self.tree.branches
 
     @property
     def num_reduces(self) -> int:
         """Number of reduces, at all depths."""
-        return 0 if self.is_flat else int(np.count_nonzero(self.tree.is_reduce))
+        return self.tree.reduces
 
     @property
     def tree(self) -> Tree:
@@ -144,257 +104,7 @@ class Record(_Fork):
         return Tree(np.array(parents), np.array(is_reduce))
 
 
-def parse_line(raw: bytes, vocab_size: int | None = None) -> Record:
-    """The record in one line of JSON. Raises RecordError with the reason."""
-    return parse_value(_parse_json(raw), vocab_size)
-
-
-def parse_value(value: Any, vocab_size: int | None = None) -> Record:
-    """The record in one JSON value or row of Parquet. Raises RecordError with the reason.
-
-    vocab_size: upper bound of given token ids, if it is known. A key without a meaning is kept in
-    `unknown_keys`. A misspelt key is an error, and so is one whose content would be left out.
-    """
-    if not isinstance(value, dict):
-        raise RecordError(f"is a JSON {_json_type(value)}, not an object")
-    return _Parser(vocab_size).parse_record(value)
-
-
 def check_surrogates(text: str, where: str) -> None:
     """Raise RecordError if the text holds half of a surrogate pair, which no tokenizer accepts."""
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
         raise RecordError(f"{where} holds half of a surrogate pair, which is not a character")
-
-
-def _parse_json(raw: bytes) -> Any:
-    try:
-        return json.loads(
-            raw.removeprefix(_BOM).decode("utf-8"),
-            object_pairs_hook=unique_keys,
-            parse_constant=_refuse_constant,
-        )
-    except UnicodeDecodeError as error:
-        raise RecordError(f"byte {error.start} is not UTF-8") from error
-    except RecursionError as error:
-        raise RecordError("is nested too deeply") from error
-    except RecordError:
-        raise
-    except ValueError as error:
-        raise RecordError(f"is not JSON: {error}") from error
-
-
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these keys and values. Raises RecordError if a key stands in it twice."""
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise RecordError(f"has the key {next(key for key in keys if keys.count(key) > 1)!r} twice")
-    return value
-
-
-def _refuse_constant(name: str) -> Any:
-    raise RecordError(f"is not JSON: {name} is not a JSON number")
-
-
-def _without_null_fields(value: dict[str, Any]) -> dict[str, Any]:
-    """A null field is absent, as in Parquet: exporters of tables write one for every column of a row."""
-    return {key: item for key, item in value.items() if item is not None}
-
-
-def _check_keys(value: dict[str, Any], where: str, forms: Sequence[_Form]) -> tuple[str, ...]:
-    """The keys that have no meaning here. Raises RecordError for a misspelt key and for one that is left out.
-
-    forms: the ways to write the text; the first one that `value` has a key of counts.
-    """
-    form = next((form for form in forms if form.needed & value.keys()), None)
-    meant = form.needed | form.optional if form else frozenset[str]()
-    unknown = tuple(key for key in value if key not in meant)
-    if not unknown:
-        return ()
-    needed = form.needed if form else frozenset[str]().union(*(form.needed for form in forms))
-    never = _NEVER_MISSPELT if "branches" in value else _NEVER_MISSPELT | {"reduce"}
-    _check_spelling(unknown, where, needed.difference(value), (meant - needed - never).difference(value))
-    if form and (unused := _KEYS.intersection(unknown)):
-        key, beside = min(unused), " and ".join(sorted(form.needed & value.keys()))
-        raise RecordError(
-            f"{where} has {key} beside {beside}, and {key} would not be used; remove one of them"
-        )
-    return tuple(key for key in unknown if key not in _KEYS)
-
-
-def _check_spelling(
-    unknown: Iterable[str], where: str, needed: frozenset[str], optional: frozenset[str]
-) -> None:
-    """Raise RecordError if a key resembles a key that the record lacks.
-
-    A key that resembles a key of the record is metadata: `texts` beside `text`, `prompt_id` beside `prompt`.
-    """
-    for key in unknown:
-        if key not in _KEYS and (
-            meant := _similar(key, needed, _TYPO) or _similar(key, optional, _TYPO_OF_OPTIONAL)
-        ):
-            place = "" if where == "record" else f"{where} "
-            raise RecordError(f"{place}has the key {key!r} (did you mean {meant}?)")
-
-
-@functools.lru_cache(maxsize=1024)
-def _similar(key: str, keys: frozenset[str], cutoff: float) -> str | None:
-    return next(iter(difflib.get_close_matches(key.lower(), sorted(keys), 1, cutoff)), None)
-
-
-class _Parser:
-    """Parses one record. Messages name a segment by its place, such as `branches[1].branches[0].reduce`."""
-
-    def __init__(self, vocab_size: int | None) -> None:
-        self.vocab_size = vocab_size
-        self.unknown_keys: dict[str, None] = {}  # an ordered set
-        self.empty_prompts: list[str] = []  # the places of segments without a token before the completion
-
-    def parse_record(self, value: dict[str, Any]) -> Record:
-        value = self._check_object(value, "record", _RECORD_FORMS)
-        main = self._main(value.get("main", ""))
-        if "branches" in value:
-            branches, reduce = self._branches_and_reduce(value, "", 1)
-            record = Record(main, branches, False, tuple(self.unknown_keys), reduce)
-        else:
-            record = Record(main, (self._segment(value, "record"),), not main, tuple(self.unknown_keys))
-        if self.empty_prompts and not record.is_flat:
-            raise RecordError(
-                f"{self.empty_prompts[0]}.prompt is empty; with nested branches or a reduce, "
-                "every completion needs a prompt of at least one token"
-            )
-        if not any(segment.targets for segment in record.walk()):
-            raise RecordError("has targets=[] in every segment; give at least one of them a target")
-        return record
-
-    def _check_object(self, value: dict[str, Any], where: str, forms: Sequence[_Form]) -> dict[str, Any]:
-        """The object without null fields. Notes its unknown keys."""
-        value = _without_null_fields(value)
-        if "reduce" in value and "branches" not in value:
-            raise RecordError(f"{where} has reduce without branches; give the branches that it reads")
-        if unknown := _check_keys(value, where, forms):
-            prefix = "" if where == "record" else re.sub(r"\[\d+\]", "[]", where) + "."
-            self.unknown_keys.update(dict.fromkeys(f"{prefix}{key}" for key in unknown))
-        return value
-
-    def _main(self, value: Any) -> TextOrIds:
-        if not isinstance(value, dict):
-            return _text(value, "main")
-        return _text_or_ids(self._check_object(value, "main", _MAIN_FORMS), "main", self.vocab_size)
-
-    def _branches_and_reduce(
-        self, value: dict[str, Any], prefix: str, depth: int
-    ) -> tuple[tuple[Segment, ...], Segment | None]:
-        """What continues a record or segment. prefix: before its keys in messages. depth: of its branches."""
-        if depth > MAX_DEPTH:
-            raise RecordError(f"has branches that are nested more than {MAX_DEPTH} deep; nest fewer of them")
-        items = value["branches"]
-        if not isinstance(items, list) or not items:
-            raise RecordError(f"{prefix}branches must be a list of at least one branch")
-        branches = tuple(
-            self._text_or_segment(item, f"{prefix}branches[{index}]", depth)
-            for index, item in enumerate(items)
-        )
-        if "reduce" not in value:
-            return branches, None
-        return branches, self._text_or_segment(value["reduce"], f"{prefix}reduce", depth)
-
-    def _text_or_segment(self, value: Any, where: str, depth: int) -> Segment:
-        if isinstance(value, str):
-            return Segment(_nonempty(_text(value, where), where))
-        if not isinstance(value, dict):
-            raise RecordError(f"{where} is a JSON {_json_type(value)}, not text or an object")
-        value = self._check_object(value, where, _SEGMENT_FORMS)
-        segment = self._segment(value, where)
-        if "branches" not in value:
-            return segment
-        branches, reduce = self._branches_and_reduce(value, f"{where}.", depth + 1)
-        return replace(segment, branches=branches, reduce=reduce)
-
-    def _segment(self, value: dict[str, Any], where: str) -> Segment:
-        """The segment in an object whose keys are checked, without what follows it."""
-        if "prompt" in value or "completion" in value:
-            segment = _prompt_and_completion(value, where)
-            if not segment.body:
-                self.empty_prompts.append(where)
-            return segment
-        body = _nonempty(_text_or_ids(value, where, self.vocab_size), where)
-        rendered = value.get("rendered", False)
-        if type(rendered) is not bool:
-            raise RecordError(f"{where}.rendered={short_repr(rendered)} must be true or false")
-        return Segment(body, targets=_targets(value, where, body), rendered=rendered)
-
-
-def _targets(value: dict[str, Any], where: str, body: TextOrIds) -> Spans:
-    """The tokens of `body` that are targets. How many tokens a text has is known when it is tokenised."""
-    if "targets" not in value:
-        offset = value.get("answer_offset", 0)
-        if type(offset) is not int or offset < 0:
-            raise RecordError(
-                f"{where}.answer_offset={short_repr(offset)} must be a token count of 0 or more"
-            )
-        return ((offset, None),)
-    if "answer_offset" in value:
-        raise RecordError(f"{where} has both answer_offset and targets; give one of them")
-    spans = value["targets"]
-    if not isinstance(spans, list) or not all(map(_is_span, spans)):
-        raise RecordError(f"{where}.targets must be a list of [start, end] in tokens, with start before end")
-    for (_, end), (start, _) in pairwise(spans):
-        if start < end:
-            raise RecordError(f"{where}.targets must be sorted and disjoint; {start} comes before {end}")
-    if isinstance(body, list) and spans and spans[-1][1] > len(body):
-        raise RecordError(f"{where}.targets ends at {spans[-1][1]}, and the branch has {len(body)} tokens")
-    return tuple((start, end) for start, end in spans)
-
-
-def _is_span(value: Any) -> bool:
-    """Whether a JSON value is [start, end] with 0 <= start < end."""
-    return isinstance(value, list) and list(map(type, value)) == [int, int] and 0 <= value[0] < value[1]
-
-
-def _prompt_and_completion(value: dict[str, Any], where: str) -> Segment:
-    if missing := {"prompt", "completion"} - value.keys():
-        raise RecordError(f"{where} has no {missing.pop()}")
-    completion = _text(value["completion"], f"{where}.completion")
-    references = value.get("references", [])
-    if not isinstance(references, list):
-        raise RecordError(f"{where}.references is a JSON {_json_type(references)}, not a list of texts")
-    name = f"{where}.references"
-    checked_references = tuple(_nonempty(_text(item, name), name) for item in references)
-    prompt = _text(value["prompt"], f"{where}.prompt")
-    return Segment(prompt, _nonempty(completion, f"{where}.completion"), references=checked_references)
-
-
-def _text_or_ids(value: dict[str, Any], where: str, vocab_size: int | None) -> TextOrIds:
-    if "text" in value:
-        return _text(value["text"], f"{where}.text")
-    if "input_ids" in value:
-        return _token_ids(value["input_ids"], f"{where}.input_ids", vocab_size)
-    raise RecordError(f"{where} needs either text or input_ids")
-
-
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise RecordError(f"{where} is a JSON {_json_type(value)}, not text")
-    check_surrogates(value, where)
-    return value
-
-
-def _token_ids(value: Any, where: str, vocab_size: int | None) -> list[int]:
-    if not isinstance(value, list) or set(map(type, value)) - {int} or min(value, default=0) < 0:
-        raise RecordError(f"{where} must be a list of token ids")
-    limit = 2**31 if vocab_size is None else vocab_size
-    if value and max(value) >= limit:
-        raise RecordError(f"{where} holds {max(value)}, and the tokenizer has {limit} tokens")
-    return value
-
-
-def _nonempty(value: Any, where: str) -> Any:
-    if not value:
-        raise RecordError(f"{where} is empty")
-    return value
-
-
-def _json_type(value: Any) -> str:
-    names = {str: "string", bool: "boolean", int: "number", float: "number", list: "array", dict: "object"}
-    return names.get(type(value), "null")

@@ -15,7 +15,8 @@ from parallelmind.config import DataConfig
 from parallelmind.data.duplicates import RecordHashes, pack_hashes, record_hash
 from parallelmind.data.files import FilePart
 from parallelmind.data.lines import Line, read_lines
-from parallelmind.data.records import Record, RecordError, parse_line, parse_value
+from parallelmind.data.record_parser import parse_line, parse_value
+from parallelmind.data.records import Record, RecordError
 from parallelmind.errors import UserError
 from parallelmind.storage import atomic_file
 

@@ -16,7 +16,8 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from parallelmind.config import DataConfig, RopeConfig
 from parallelmind.data.packing import make_batch
-from parallelmind.data.records import Record, RecordError, parse_value
+from parallelmind.data.record_parser import parse_value
+from parallelmind.data.records import Record, RecordError
 from parallelmind.data.tokenise import TokenisedRecord, tokenise
 from parallelmind.errors import UserError
 from parallelmind.layout import IGNORE, Tokens

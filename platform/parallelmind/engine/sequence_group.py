@@ -26,7 +26,7 @@ class SequenceGroup:
     adapter_version: version of the adapter that decodes it.
     free_order: whether branches are stored and scheduled regardless of their siblings' progress.
     main: `[main tokens]` token ids.
-    reduce: the reduce branch, until it starts.
+    reduce: the reduce branch, until it starts. reduce_started: it is the last one of `branches`.
     num_main_computed: tokens of main that a step has computed or is computing, or that were in the cache.
     next_column: the first column of time that no step has computed (unless the order is free).
     block_table: blocks of main and, unless the order is free, of all branches; None until admission.
@@ -58,7 +58,7 @@ class SequenceGroup:
         starts = start_times(tokens.lengths, tokens.tree, config.align_to)[1:].tolist()
         for prompt, params, start in zip(prompts, request.params, starts, strict=True):
             self._append_branch(prompt, params, start)
-        self._reduce_started = False
+        self.reduce_started = False
         self.num_main_computed = self.next_column = 0
 
         self.block_table: BlockTable | None = None
@@ -81,10 +81,6 @@ class SequenceGroup:
     @property
     def running_branches(self) -> list[BranchState]:
         return [branch for branch in self.branches if branch.is_running]
-
-    @property
-    def reduce_started(self) -> bool:
-        return self._reduce_started
 
     @property
     def tree(self) -> Tree:
@@ -121,7 +117,7 @@ class SequenceGroup:
         branch = self._append_branch(
             spec.token_ids, spec.params, max(branch.end_time for branch in self.branches)
         )
-        self._reduce_started = True
+        self.reduce_started = True
         if self.block_table is not None:
             blocks, self.reduce_blocks = self.reduce_blocks, []
             self.add_blocks(branch, blocks)

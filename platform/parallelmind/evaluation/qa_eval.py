@@ -5,22 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from statistics import fmean
 
 from transformers import PreTrainedTokenizerBase
 
-from parallelmind.config import DataConfig
-from parallelmind.data.files import file_parts, find_files
-from parallelmind.data.lines import read_lines
-from parallelmind.data.records import Record, RecordError, Segment
-from parallelmind.data.survey import check_line
+from parallelmind.data.records import Record, Segment
 from parallelmind.engine.model_runner import Model
-from parallelmind.engine.record_prompt import RecordPrompt, check_depth
+from parallelmind.engine.record_prompt import RecordPrompt
 from parallelmind.engine.request import Sample
 from parallelmind.errors import UserError
 from parallelmind.evaluation.backends import BACKENDS, Answer, BackendName, generate_samples
 from parallelmind.evaluation.qa_metrics import exact_match, f1
+from parallelmind.evaluation.qa_records import documents_of, questions_of
 from parallelmind.model.patch_state import is_patched
 from parallelmind.model.structure import causal_lm
 from parallelmind.model.support import assess
@@ -64,64 +61,6 @@ class Scores:
     peak_kv_bytes: int | None
 
 
-def read_question_records(
-    path: str, limit: int, engine: BackendName = "parallel", at_once: int | None = None
-) -> list[Record]:
-    """Read the first `limit` records of a data path.
-
-    Raises UserError for a record without questions: each branch has a prompt and a completion, or is a
-    document without targets beside a reduce with a prompt and a completion. engine, at_once: as in
-    `answer_records`; raises UserError for a record that they cannot answer.
-    """
-    config = DataConfig(data_path=path)
-    checked = (
-        (f"data_path={file}:{number}:", check_line(line, config, None))
-        for file in find_files(path)
-        for number, line in enumerate(chain.from_iterable(map(read_lines, file_parts([file]))), start=1)
-    )
-    questions = (_check_questions(record, location) for location, record in checked if record is not None)
-    records = list(islice(questions, limit))
-    if not records:
-        raise UserError(f"data_path={path}: holds no record; write one JSON object per line")
-    _check_readers(records, engine, at_once)
-    return records
-
-
-def _check_questions(record: Record | str, location: str) -> Record:
-    """The record. Raises UserError for a reason why it is none, and for one that cannot be answered."""
-    if isinstance(record, str):
-        raise UserError(f"{location} {record}; correct the line")
-    try:
-        check_depth(record)
-    except RecordError as error:
-        raise UserError(f"{location} {error}") from error
-    documents = [branch for branch in record.branches if branch.completion is None]
-    scored = record.reduce.completion is not None if record.reduce else not documents
-    if not scored or any(document.targets for document in documents) or _holds_ids(record):
-        raise UserError(
-            f"{location} has no questions to score; give every branch a prompt and a completion, "
-            "or give them to a reduce beside branches that are texts with targets=[]"
-        )
-    return record
-
-
-def _holds_ids(record: Record) -> bool:
-    """Whether a text of the record is given as token ids."""
-    return any(isinstance(text, list) for text in (record.main, *(branch.body for branch in record.branches)))
-
-
-def _check_readers(records: Sequence[Record], engine: BackendName, at_once: int | None) -> None:
-    """Raise UserError if a reduce reads answers that are not decoded in its sequence."""
-    fields = f"engine={engine} at_once={'null' if at_once is None else at_once}"
-    if fields != "engine=parallel at_once=null" and any(
-        record.reduce and len(_questions(record)) > 1 for record in records
-    ):
-        raise UserError(
-            f"{fields}: data_path has a reduce that reads the answers of all branches; "
-            "set engine=parallel at_once=null"
-        )
-
-
 def answer_records(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
@@ -154,7 +93,7 @@ def answer_records(
         remaining = iter(answers)
         for record, record_prompts in zip(group, prompts_by_record, strict=True):
             answered = [(prompt, next(remaining)) for prompt in record_prompts]
-            yield _merge_answers(record, answered, seconds_per_question * len(_questions(record)))
+            yield _merge_answers(record, answered, seconds_per_question * len(questions_of(record)))
 
 
 def score_answers(answered: Iterable[RecordAnswers]) -> tuple[list[RecordAnswers], Scores]:
@@ -176,20 +115,6 @@ def _batched(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
     source = iter(records)
     while group := list(islice(source, size)):
         yield group
-
-
-def _questions(record: Record) -> dict[str, Segment]:
-    """The segments that are answered by their places: the numbers of branches, and "reduce" at the end."""
-    segments = {str(number): branch for number, branch in enumerate(record.branches)}
-    if record.reduce is not None:
-        segments["reduce"] = record.reduce
-    return {place: segment for place, segment in segments.items() if segment.completion is not None}
-
-
-def _documents(record: Record) -> dict[int, str]:
-    """By branch, the texts that are only read."""
-    numbered = enumerate(record.branches)
-    return {number: str(branch.body) for number, branch in numbered if branch.completion is None}
 
 
 def _prompts(
@@ -214,9 +139,8 @@ def _prompts(
 def _plain_prompt(record: Record) -> RecordPrompt:
     """Main, documents and question as one plain text."""
     assert record.reduce is not None, "documents stand beside a question in the reduce"
-    return RecordPrompt(
-        Sample(branches=["".join([str(record.main), *_documents(record).values(), str(record.reduce.body)])])
-    )
+    texts = [str(record.main), *documents_of(record).values(), str(record.reduce.body)]
+    return RecordPrompt(Sample(branches=["".join(texts)]))
 
 
 def _require_branches(model: Model, has_reduce: bool) -> None:
@@ -235,11 +159,11 @@ def _require_branches(model: Model, has_reduce: bool) -> None:
 def _merge_answers(
     record: Record, answered: Sequence[tuple[RecordPrompt, Answer]], seconds: float
 ) -> RecordAnswers:
-    questions = _questions(record)
+    questions = questions_of(record)
     texts = [answer.texts[index] for prompt, answer in answered for index in prompt.decoded]
     return RecordAnswers(
         main=str(record.main),
-        documents=_documents(record),
+        documents=documents_of(record),
         places=list(questions),
         questions=[str(question.body).strip() for question in questions.values()],
         predictions=[_first_line(text) for text in texts],

@@ -17,7 +17,7 @@ from parallelmind.config import DataConfig
 from parallelmind.data import batch_server as batch_server_module
 from parallelmind.data.batch_server import BatchServer, ShardAssignment
 from parallelmind.data.packing import SampleBatch
-from parallelmind.data.records import parse_line
+from parallelmind.data.record_parser import parse_line
 from parallelmind.data.tables import to_table
 from parallelmind.data.tokenise import tokenise
 

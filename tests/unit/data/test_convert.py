@@ -16,7 +16,7 @@ from parallelmind.data.convert.chunks import chunk_text
 from parallelmind.data.convert.converter import Converter
 from parallelmind.data.convert.settings import ConvertSettings
 from parallelmind.data.convert.source_records import BadRecord, SourceRecord
-from parallelmind.data.records import parse_value
+from parallelmind.data.record_parser import parse_value
 from parallelmind.data.tokenise import tokenise
 from parallelmind.errors import UserError
 

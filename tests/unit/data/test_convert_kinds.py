@@ -12,7 +12,7 @@ from parallelmind.config import DataConfig
 from parallelmind.data.convert.converter import Converter
 from parallelmind.data.convert.settings import ConvertSettings
 from parallelmind.data.convert.source_records import SourceRecord
-from parallelmind.data.records import parse_value
+from parallelmind.data.record_parser import parse_value
 from parallelmind.data.tokenise import tokenise
 from parallelmind.errors import UserError
 from parallelmind.layout import Tokens

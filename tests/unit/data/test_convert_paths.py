@@ -31,6 +31,7 @@ THREADWEAVER = (
     "</Outlines>\n<Thread>\n1: 2 * 3 = 6\n</Thread><Thread>\n2: 4 * 5 = 20\n</Thread>\n</Parallel>\n"
     "6 * 20 = 120\n</think>\n120"
 )
+TOO_DEEP = f"has more than {MAX_DEPTH - 1} <Parallel> blocks in or after one another"
 
 
 def pair(answer: str, prompt: str = "what is it") -> dict[str, str]:
@@ -183,9 +184,7 @@ def test_an_answer_that_lacks_a_tag_is_refused(seed: int) -> None:
             "has <Path> after the paths of its <Parallel> have ended",
         ),
         ("</Parallel>", "has </Parallel> that closes nothing"),
-        ("<Parallel><Path>x</Path></Parallel>" * 32, "has more than 31 <Parallel> blocks in or after"),
-        ("<Parallel><Path>" * 40 + "</Path></Parallel>" * 40, "has more than 31 <Parallel> blocks in or"),
-        ("<Parallel><Path>" * 5000, "has more than 31 <Parallel> blocks in or after"),
+        ("<Parallel><Path>" * 5000, TOO_DEEP),  # more than Python's limit of recursion
     ],
 )
 def test_reason_of_an_answer_with_wrong_tags(answer: str, reason: str) -> None:
@@ -202,7 +201,7 @@ def test_the_deepest_answer_is_a_record(join: str) -> None:
     before, _, after = join.partition("\0")
     blocks = before * (MAX_DEPTH - 1) + after * (MAX_DEPTH - 1)
     assert convert_one(pair(blocks), shape="paths")["branches"]
-    assert "has more than 31 <Parallel> blocks" in bad_reason(pair(before + blocks + after), shape="paths")
+    assert TOO_DEEP in bad_reason(pair(before + blocks + after), shape="paths")
 
 
 def test_a_block_after_a_deep_block_counts_alone() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from parallelmind.data.duplicates import RecordHashes, hash_share, pack_hashes, record_hash
-from parallelmind.data.records import parse_value
+from parallelmind.data.record_parser import parse_value
 
 
 def hashes(texts: list[str], share: float = 1.0) -> RecordHashes:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 import parallelmind as pm
 from parallelmind.config import DataConfig, ModelConfig
 from parallelmind.data.encode import encode_text, turn_end_id
-from parallelmind.data.records import parse_value
+from parallelmind.data.record_parser import parse_value
 from parallelmind.data.tokenise import tokenise
 from parallelmind.engine.output import Detokenizer
 from parallelmind.engine.tokenization import eos_token_ids, tokenize_sample

@@ -7,7 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from parallelmind.data.records import MAX_DEPTH, Record, RecordError, Segment, parse_line, parse_value
+from parallelmind.data.record_parser import parse_line, parse_value
+from parallelmind.data.records import MAX_DEPTH, Record, RecordError, Segment
 
 
 def parse(value: object, vocab_size: int | None = None) -> Record:
@@ -300,7 +301,9 @@ def test_depth_is_limited(key: str) -> None:
     for depth in (MAX_DEPTH + 1, 300):
         with pytest.raises(RecordError, match=f"nested more than {MAX_DEPTH} deep"):
             parse(nested(depth, key))
-    with pytest.raises(RecordError, match="nested more than 32 deep"):  # a value that JSON did not bound
+    with pytest.raises(
+        RecordError, match=f"nested more than {MAX_DEPTH} deep"
+    ):  # a value that JSON did not bound
         parse_value(nested(20_000, key))
 
 

@@ -17,7 +17,7 @@ from trees import TREES, shape_of
 
 from parallelmind.config import DataConfig, RopeConfig
 from parallelmind.data.encode import encode_text
-from parallelmind.data.records import parse_line
+from parallelmind.data.record_parser import parse_line
 from parallelmind.data.tokenise import TokenisedRecord, tokenise
 from parallelmind.layout import Tokens
 

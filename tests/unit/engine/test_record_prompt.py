@@ -8,7 +8,8 @@ import pytest
 from tiny import tiny_tokenizer
 
 from parallelmind.config import DataConfig
-from parallelmind.data.records import RecordError, parse_value
+from parallelmind.data.record_parser import parse_value
+from parallelmind.data.records import RecordError
 from parallelmind.data.tokenise import tokenise
 from parallelmind.engine.record_prompt import RecordPrompt
 from parallelmind.engine.tokenization import tokenize_request

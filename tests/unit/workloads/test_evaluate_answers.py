@@ -14,7 +14,8 @@ from generating import write_records
 from tiny import save_tiny, tiny_llama, tiny_tokenizer
 
 from parallelmind.config import RopeConfig
-from parallelmind.data.records import Record, parse_value
+from parallelmind.data.record_parser import parse_value
+from parallelmind.data.records import Record
 from parallelmind.engine.generate import generate, generate_text
 from parallelmind.engine.record_prompt import RecordPrompt
 from parallelmind.engine.request import Sample
@@ -24,9 +25,9 @@ from parallelmind.evaluation.backends import generate_branches, generate_padded_
 from parallelmind.evaluation.qa_eval import (
     RecordAnswers,
     answer_records,
-    read_question_records,
     score_answers,
 )
+from parallelmind.evaluation.qa_records import read_question_records
 from parallelmind.model.patch import patch
 from workloads.evaluate.command import main as evaluate
 

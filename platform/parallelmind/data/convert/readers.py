@@ -11,7 +11,7 @@ from parallelmind.data.convert.source_file import SourceFile, without_mark
 from parallelmind.data.convert.source_records import BadRecord, SourceRecord
 from parallelmind.data.files import COMPRESSIONS, FileFormat
 from parallelmind.data.lines import DAMAGE, without_nulls
-from parallelmind.data.records import unique_keys
+from parallelmind.data.record_parser import unique_keys
 from parallelmind.errors import UserError, first_line
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}

@@ -36,7 +36,8 @@ from parallelmind.data.convert.passages import QuestionTemplates
 from parallelmind.data.convert.settings import ConvertSettings
 from parallelmind.data.convert.source_records import ParallelRecord, required_text
 from parallelmind.data.convert.tagged_paths import has_block, tree_of_answer
-from parallelmind.data.records import RecordError, parse_value
+from parallelmind.data.record_parser import parse_value
+from parallelmind.data.records import RecordError
 from parallelmind.data.tokenise import tokenise
 from parallelmind.layout import Tokens
 
