@@ -52,13 +52,13 @@ def path_rows(tokens: Tokens) -> list[Tokens]:
     """One sample of main and a single branch for every leaf; a target of several rows is one in the first."""
     tree, targets, rows = tokens.tree, tokens.targets, []
     for leaf in np.setdiff1d(np.arange(tree.segments), tree.parents):
-        kept = with_context(np.arange(tree.segments) == leaf, tree)
+        kept = np.flatnonzero(with_context(np.arange(tree.segments) == leaf, tree))
         row = Tokens(tokens.ids, tokens.lengths, targets, tree).take(kept)
         main = int(row.lengths[0])
         rows.append(
             Tokens.of(row.ids[:main].tolist(), [row.ids[main:].tolist()], targets=[row.targets[main:]])
         )
-        targets = targets & ~np.repeat(kept, tokens.lengths)
+        targets = targets & ~np.isin(np.arange(len(targets)), tokens.places(kept))
     return rows
 
 

@@ -78,10 +78,16 @@ class Tokens:
         """The ids of every segment."""
         return [segment.tolist() for segment in np.split(self.ids, np.cumsum(self.lengths)[:-1])]
 
-    def take(self, kept: Mask) -> Tokens:
-        """The sample of the kept segments. kept: `[segments]`; with a segment, all that it reads is kept."""
-        is_kept = np.repeat(kept, self.lengths)
-        return Tokens(self.ids[is_kept], self.lengths[kept], self.targets[is_kept], self.tree.take(kept))
+    def places(self, kept: Ints) -> Ints:
+        """The indices into `ids` of the tokens of the kept segments. kept: their numbers, ascending."""
+        lengths = self.lengths[kept]
+        shifts = np.cumsum(self.lengths)[kept] - np.cumsum(lengths)
+        return np.arange(lengths.sum()) + np.repeat(shifts, lengths)
+
+    def take(self, kept: Ints) -> Tokens:
+        """The sample of the kept segments. kept: as `Tree.take` takes them."""
+        places = self.places(kept)
+        return Tokens(self.ids[places], self.lengths[kept], self.targets[places], self.tree.take(kept))
 
 
 def _target_mask(

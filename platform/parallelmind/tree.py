@@ -89,10 +89,9 @@ class Tree:
             if number != MAIN:
                 yield number, parent, range(parent + 1, number if is_reduce else parent + 1)
 
-    def take(self, kept: Mask) -> Self:
-        """The tree of the kept segments. kept: `[segments]`; with a segment, all that it reads is kept."""
-        number = np.cumsum(kept) - 1
-        parents = number[self.parents[kept]]
+    def take(self, kept: Ints) -> Self:
+        """The tree of the kept segments. kept: their numbers, ascending, with all that each of them reads."""
+        parents = np.searchsorted(kept, self.parents[kept])
         parents[:1] = NO_PARENT
         return type(self)(parents, self.is_reduce[kept])
 
@@ -163,42 +162,34 @@ def with_readers(chosen: Mask, tree: Tree) -> Mask:
     return chosen
 
 
-def divide(lengths: Sequence[int], tree: Tree, max_branches: int, max_tokens: int) -> Iterator[Mask]:
+def divide(lengths: Sequence[int], tree: Tree, max_branches: int, max_tokens: int) -> Iterator[Ints]:
     """Divide the segments into samples of at most `max_branches` branches and `max_tokens` tokens.
 
-    Yields the `[segments]` segments of each. Every segment is in the same sample as all that it reads, so a
-    sample that cannot be divided further may be larger.
+    Yields the numbers of the segments of each, ascending. Every segment is in the same sample as all that it
+    reads, so a sample that cannot be divided further may be larger.
     """
-    joined_by = {segment: list(joined) for segment, _, joined in tree.walk()}
+    parents, is_branch, joined = tree.parents.tolist(), tree.is_branch.tolist(), [range(0)]
     is_read = np.zeros(tree.segments, dtype=bool)
-    for _, parent, joined in tree.walk():
-        is_read[parent] = is_read[joined.start : joined.stop] = True
-    sizes = [(length, int(is_branch)) for length, is_branch in zip(lengths, tree.is_branch, strict=True)]
-    sample, tokens, branches = set[int](), 0, 0
+    for _, parent, joins in tree.walk():
+        joined.append(joins)
+        is_read[parent] = is_read[joins.start : joins.stop] = True
+
+    def context(leaf: int, sample: set[int]) -> tuple[set[int], int, int]:
+        """The segments that a leaf adds to a sample, their branches and their tokens."""
+        new, segment = set[int](), leaf
+        while segment != NO_PARENT and segment not in sample:
+            new.update((segment, *joined[segment]))
+            segment = parents[segment]
+        new -= sample
+        return new, sum(is_branch[segment] for segment in new), sum(lengths[segment] for segment in new)
+
+    sample, branches, tokens = set[int](), 0, 0
     for leaf in np.flatnonzero(~is_read).tolist():
-        context = _context(leaf, tree.parents, joined_by)
-        new = context - sample
-        new_tokens, new_branches = map(sum, zip(*(sizes[segment] for segment in new), strict=True))
+        new, new_branches, new_tokens = context(leaf, sample)
         if sample and (branches + new_branches > max_branches or tokens + new_tokens > max_tokens):
-            yield _mask(sample, tree.segments)
-            sample, tokens, branches, new = set(), 0, 0, context
-            new_tokens, new_branches = map(sum, zip(*(sizes[segment] for segment in new), strict=True))
+            yield np.array(sorted(sample))
+            sample, branches, tokens = set(), 0, 0
+            new, new_branches, new_tokens = context(leaf, sample)
         sample |= new
-        tokens, branches = tokens + new_tokens, branches + new_branches
-    yield _mask(sample, tree.segments)
-
-
-def _context(segment: int, parents: Ints, joined_by: dict[int, list[int]]) -> set[int]:
-    """The segment and all that it reads."""
-    context = {MAIN}
-    while segment != MAIN:
-        context.update(joined_by[segment])
-        context.add(segment)
-        segment = int(parents[segment])
-    return context
-
-
-def _mask(chosen: set[int], segments: int) -> Mask:
-    mask = np.zeros(segments, dtype=bool)
-    mask[list(chosen)] = True
-    return mask
+        branches, tokens = branches + new_branches, tokens + new_tokens
+    yield np.array(sorted(sample))

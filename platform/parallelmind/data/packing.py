@@ -144,10 +144,10 @@ def split(tokens: Tokens, max_branches: int, max_tokens: int) -> Iterator[Tokens
     if tokens.branches <= max_branches and len(tokens.ids) <= max_tokens:
         yield tokens
         return
-    targets = tokens.targets
+    remaining = replace(tokens, targets=tokens.targets.copy())
     for kept in divide(tokens.lengths.tolist(), tokens.tree, max_branches, max_tokens):
-        yield replace(tokens, targets=targets).take(kept)
-        targets = targets & ~np.repeat(kept, tokens.lengths)
+        yield remaining.take(kept)
+        remaining.targets[tokens.places(kept)] = False
 
 
 def batch(

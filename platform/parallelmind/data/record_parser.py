@@ -39,7 +39,7 @@ def parse_value(value: Any, vocab_size: int | None = None) -> Record:
     `unknown_keys`. A misspelt key is an error, and so is one whose content would be left out.
     """
     if not isinstance(value, dict):
-        raise RecordError(f"is a JSON {_json_type(value)}, not an object")
+        raise RecordError(f"is a {_type_name(value)}, not an object")
     return _Parser(vocab_size).parse_record(value)
 
 
@@ -139,7 +139,7 @@ class _Parser:
         if isinstance(value, str):
             return Segment(_nonempty(_text(value, where), where))
         if not isinstance(value, dict):
-            raise RecordError(f"{where} is a JSON {_json_type(value)}, not text or an object")
+            raise RecordError(f"{where} is a {_type_name(value)}, not text or an object")
         value = self._check_object(value, where, SEGMENT_FORMS)
         segment = self._segment(value, where)
         if "branches" not in value:
@@ -179,7 +179,7 @@ def _targets(value: dict[str, Any], where: str, body: TextOrIds) -> Spans:
         if start < end:
             raise RecordError(f"{where}.targets must be sorted and disjoint; {start} comes before {end}")
     if isinstance(body, list) and spans and spans[-1][1] > len(body):
-        raise RecordError(f"{where}.targets ends at {spans[-1][1]}, and the branch has {len(body)} tokens")
+        raise RecordError(f"{where}.targets ends at {spans[-1][1]}, and {where} has {len(body)} tokens")
     return tuple((start, end) for start, end in spans)
 
 
@@ -194,7 +194,7 @@ def _prompt_and_completion(value: dict[str, Any], where: str) -> Segment:
     completion = _text(value["completion"], f"{where}.completion")
     references = value.get("references", [])
     if not isinstance(references, list):
-        raise RecordError(f"{where}.references is a JSON {_json_type(references)}, not a list of texts")
+        raise RecordError(f"{where}.references is a {_type_name(references)}, not a list of texts")
     name = f"{where}.references"
     checked_references = tuple(_nonempty(_text(item, name), name) for item in references)
     prompt = _text(value["prompt"], f"{where}.prompt")
@@ -211,7 +211,7 @@ def _text_or_ids(value: dict[str, Any], where: str, vocab_size: int | None) -> T
 
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
-        raise RecordError(f"{where} is a JSON {_json_type(value)}, not text")
+        raise RecordError(f"{where} is a {_type_name(value)}, not text")
     check_surrogates(value, where)
     return value
 
@@ -231,6 +231,8 @@ def _nonempty(value: Any, where: str) -> Any:
     return value
 
 
-def _json_type(value: Any) -> str:
+def _type_name(value: Any) -> str:
+    """Parquet and Python also have types that JSON lacks, such as bytes."""
     names = {str: "string", bool: "boolean", int: "number", float: "number", list: "array", dict: "object"}
-    return names.get(type(value), "null")
+    name = "null" if value is None else names.get(type(value))
+    return f"JSON {name}" if name else type(value).__name__

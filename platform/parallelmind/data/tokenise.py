@@ -153,7 +153,7 @@ def _apply_limits(
     kept = _kept(cut, np.array([places is None for places in excess]), record.tree, data.max_sample_tokens)
     remaining = list(compress(cut, kept))
     return TokenisedRecord(
-        _to_tokens(remaining, record.tree.take(kept)) if len(remaining) > 1 else None,
+        _to_tokens(remaining, record.tree.take(np.flatnonzero(kept))) if len(remaining) > 1 else None,
         record.standalone,
         truncated=sum(map(bool, compress(excess, kept))),
         skipped=len(kept) - max(len(remaining), 1),

@@ -7,7 +7,7 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ _UNLIMITED = DataConfig(data_path="-", max_branch_tokens=_NO_LIMIT, max_sample_t
 
 def tree_batch(
     tokenizer: PreTrainedTokenizerBase,
-    samples: Sequence[Mapping[str, Any]],
+    samples: Iterable[Mapping[str, Any]],
     config: RopeConfig,
     packing: bool = False,
 ) -> BatchEncoding:
@@ -41,9 +41,11 @@ def tree_batch(
 
     Returns int64 tensors `[rows, tokens]`: input_ids, position_ids, labels (-100: no target), segment (-1:
     padding), and pos2d `[rows, tokens, 2]`; relations, int8 `[rows, segments + 1, segments + 1]`; and
-    past_key_values, an object that models which are not patched refuse. Raises UserError with the index of
-    the sample for a record that is bad or has a branch without a target.
+    past_key_values, an object that models which are not patched refuse. Raises UserError for arguments of a
+    wrong type, and with the index of the sample for a record that is bad or has a branch without a target.
     """
+    if not isinstance(config, RopeConfig):
+        raise UserError(f"config: is {type(config).__name__}, not RopeConfig; pass pm.rope_config(model)")
     batch = make_batch(_tokenise(tokenizer, samples), config, tokenizer.pad_token_id or 0, packing=packing)
     assert (batch.labels[:, -1] == IGNORE).all(), "the last token of a row predicts nothing"
     arrays = {
@@ -58,8 +60,9 @@ def tree_batch(
     return BatchEncoding({**tensors, "past_key_values": BatchSettings(config)})
 
 
-def _tokenise(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Mapping[str, Any]]) -> list[Tokens]:
-    if isinstance(samples, str | Mapping) or not len(samples):
+def _tokenise(tokenizer: PreTrainedTokenizerBase, samples: Iterable[Mapping[str, Any]]) -> list[Tokens]:
+    samples = [] if isinstance(samples, str | Mapping) or not isinstance(samples, Iterable) else list(samples)
+    if not samples:
         raise UserError("samples: holds no list of records; give a list of at least one")
     records = [_parse(sample, index, len(tokenizer)) for index, sample in enumerate(samples)]
     tokenised = tokenise(records, tokenizer, _UNLIMITED)

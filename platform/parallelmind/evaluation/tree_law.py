@@ -128,7 +128,7 @@ def _rows(tokens: Tokens) -> Iterator[Tokens]:
     for segment in range(1, tokens.tree.segments):
         kept = with_context(np.arange(tokens.tree.segments) == segment, tokens.tree)
         targets = tokens.targets & (segment_of == segment)
-        yield Tokens(tokens.ids, tokens.lengths, targets, tokens.tree).take(kept)
+        yield Tokens(tokens.ids, tokens.lengths, targets, tokens.tree).take(np.flatnonzero(kept))
 
 
 def _is_one_text(tree: Tree) -> bool:

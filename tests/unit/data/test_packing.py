@@ -28,7 +28,7 @@ from parallelmind.data.packing import (
 from parallelmind.data.tables import from_tables, to_table
 from parallelmind.data.tokenise import TokenisedRecord
 from parallelmind.layout import IGNORE, PADDING, Tokens
-from parallelmind.tree import Mask, context_lengths, with_context
+from parallelmind.tree import Mask, Tree, context_lengths, divide, with_context
 
 ROPE = RopeConfig()
 
@@ -201,6 +201,12 @@ def test_regrouping_keeps_the_same_text_at_every_branch_count() -> None:
     assert max(sample.branches for sample in samples[4]) == 4
 
 
+def test_dividing_many_branches_is_linear_in_their_number() -> None:
+    divided = list(divide([3] * 5001, Tree.flat(5000), max_branches=1, max_tokens=100))
+    assert len(divided) == 5000
+    assert sum(map(len, divided)) == 2 * 5000  # main and the branch
+
+
 def tree_record(root: Segment) -> TokenRecord:
     """A record whose token ids are all different, without the segments that `tokenise` would skip."""
     tokens = tokens_of(root)
@@ -208,7 +214,7 @@ def tree_record(root: Segment) -> TokenRecord:
     kept = with_context(has_target, tokens.tree)
     kept[0] = True
     numbered = Tokens(np.arange(len(tokens.ids)), tokens.lengths, tokens.targets, tokens.tree)
-    return TokenRecord(numbered.take(kept), standalone=False)
+    return TokenRecord(numbered.take(np.flatnonzero(kept)), standalone=False)
 
 
 def reads_of(tokens: Tokens) -> dict[tuple[int, ...], list[int]]:
@@ -216,7 +222,7 @@ def reads_of(tokens: Tokens) -> dict[tuple[int, ...], list[int]]:
     parts, reads = tokens.split(), {}
     for number, part in enumerate(parts):
         chosen: Mask = np.arange(len(parts)) == number
-        reads[tuple(part)] = tokens.take(with_context(chosen, tokens.tree)).ids.tolist()
+        reads[tuple(part)] = tokens.take(np.flatnonzero(with_context(chosen, tokens.tree))).ids.tolist()
     return reads
 
 

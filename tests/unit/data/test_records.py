@@ -156,6 +156,11 @@ def test_misspelt_keys_of_a_record(record: dict[str, object], meant: str) -> Non
         parse(record)
 
 
+def test_a_value_that_json_lacks_is_named_by_its_type() -> None:
+    with pytest.raises(RecordError, match="^main is a bytes, not text$"):
+        parse_value({"main": b"a", "branches": ["b"]})
+
+
 @pytest.mark.parametrize(
     ("raw", "reason"),
     [
@@ -183,7 +188,7 @@ def test_misspelt_keys_of_a_record(record: dict[str, object], meant: str) -> Non
         (b'{"text": "a", "targets": [[0, true]]}', "must be a list of [start, end]"),
         (b'{"text": "a", "targets": [[0, 3], [2, 4]]}', "sorted and disjoint"),
         (b'{"text": "a", "targets": [[3, 4], [0, 1]]}', "sorted and disjoint"),
-        (b'{"input_ids": [1, 2], "targets": [[1, 3]]}', "ends at 3, and the branch has 2 tokens"),
+        (b'{"input_ids": [1, 2], "targets": [[1, 3]]}', "record.targets ends at 3, and record has 2 tokens"),
         (b'{"prompt": "a", "completion": "b", "targets": [[1, 3]]}', "targets beside completion"),
         (b'{"text": "a", "rendered": 1}', "rendered=1 must be true or false"),
         (b'{"input_ids": [1, 2], "rendered": true}', "has rendered beside input_ids"),

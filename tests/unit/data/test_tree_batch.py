@@ -9,7 +9,7 @@ import torch
 from tiny import tiny_tokenizer
 
 import parallelmind as pm
-from parallelmind.config import RopeConfig
+from parallelmind.config import RopeConfig, TrainConfig
 from parallelmind.errors import UserError
 
 TOKENIZER = tiny_tokenizer()
@@ -47,6 +47,7 @@ def test_texts_of_any_length_are_kept_whole() -> None:
     [
         ([], "samples: holds no list of records; give a list of at least one"),
         ({"text": "a"}, "samples: holds no list of records"),
+        (None, "samples: holds no list of records"),
         (["a"], r"samples\[0\]: is a JSON string, not an object"),
         ([{"text": "a b"}, {}], r"samples\[1\]: is empty; with a Trainer, set remove_unused_columns=False"),
         (
@@ -68,3 +69,15 @@ def test_bad_samples_are_named_in_one_line(samples: Any, message: str) -> None:
     with pytest.raises(UserError, match=f"^{message}") as caught:
         pm.tree_batch(TOKENIZER, samples, CONFIG)
     assert "\n" not in str(caught.value)
+
+
+def test_samples_may_come_from_an_iterator() -> None:
+    record = {"branches": ["a b", "c"]}
+    batch = pm.tree_batch(TOKENIZER, iter([record]), CONFIG)
+    assert batch["input_ids"].tolist() == pm.tree_batch(TOKENIZER, [record], CONFIG)["input_ids"].tolist()
+
+
+@pytest.mark.parametrize("config", [None, {}, TrainConfig(data_path="-")])
+def test_a_config_of_a_wrong_type_is_refused(config: Any) -> None:
+    with pytest.raises(UserError, match=f"^config: is {type(config).__name__}, not RopeConfig; pass"):
+        pm.tree_batch(TOKENIZER, [{"text": "a"}], config)
