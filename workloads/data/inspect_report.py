@@ -63,8 +63,8 @@ def print_lengths(statistics: LengthStatistics, packing: bool, console: Console)
     table.add_row("branches", f"{len(statistics.branch_tokens):,}", limits)
     if statistics.reduce_tokens or statistics.depth > 1:
         table.add_row("reduces", f"{len(statistics.reduce_tokens):,}")
-        levels = f"nested to depth {statistics.depth:,} (a flat record has depth 1)"
-        table.add_row("segments", f"{statistics.segments:,}", levels)
+        table.add_row("segments", f"{statistics.segments:,}", "main, branches and reduces")
+        table.add_row("depth", f"{statistics.depth:,}", "levels of branches below main")
     table.add_row("tokens", f"{statistics.tokens:,}", f"{statistics.targets:,} of them targets")
     table.add_row("samples", f"{len(statistics.sample_branches):,}")
     table.add_row("batches", f"{len(statistics.batch_tokens):,}")

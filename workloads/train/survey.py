@@ -82,7 +82,19 @@ def check_limits(
         check_highest_id(held_out.highest_id, source, tokenizer, config.model)
         for note in limit_notes(held_out.truncated, held_out.skipped, data):
             _notice(f"{source} {note}")
+        _print_undivided(held_out, source, config.metrics.validation_branches)
     return epoch
+
+
+def _print_undivided(held_out: HeldOut, source: str, counts: Sequence[int]) -> None:
+    """Print how many held-out trees are evaluated at several branch counts, which do not divide them."""
+    trees = sum(not record.tokens.tree.is_flat for record in held_out.records)
+    if trees and len(counts) > 1:
+        _notice(
+            f"{source}: {trees} of {len(held_out.records)} records have a reduce or nested branches, and no "
+            "sample of one branch holds them, so branch_tax has no meaning; validation_branches=[1] "
+            "validates them once"
+        )
 
 
 def print_estimate(

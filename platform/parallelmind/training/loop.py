@@ -7,6 +7,7 @@ sums over all workers.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,9 +241,9 @@ class Trainer:
 
     def _validate(self) -> bool:
         """Validate; True if the mean of the validation losses is the lowest so far."""
-        self.validated_at = self.state.step
+        self.validated_at, started = self.state.step, time.perf_counter()
         metrics = validation_metrics(self.loss, self.inputs.validation)
-        self.metrics_logger.log_validation(self.state, metrics)
+        self.metrics_logger.log_validation(self.state, metrics, started)
         losses = [value for name, value in metrics.items() if name.startswith("validation/loss_")]
         if not losses:
             return False

@@ -24,6 +24,7 @@ class MetricsLogger:
     def __init__(self, hooks: Hooks) -> None:
         self._hooks = hooks
         self._last_time, self._tokens = time.perf_counter(), 0.0
+        self._training_seconds = 0.0  # since the last line, up to _last_time
         # End of the first step, which waits for the data to start: (time, step).
         self._warm: tuple[float, int] | None = None
 
@@ -42,7 +43,7 @@ class MetricsLogger:
         if not window.targets:
             return
         now = time.perf_counter()
-        speed = self._tokens / max(now - self._last_time, 1e-9)
+        speed = self._tokens / max(self._training_seconds + now - self._last_time, 1e-9)
         state.metrics |= {
             "loss": window.loss / window.targets,
             "tokens_per_second": speed,
@@ -60,16 +61,19 @@ class MetricsLogger:
             f"ETA {_format_time(self._seconds_left(state.step, planned_steps, now))}"
         )
         state.window = Totals()
-        self._tokens = 0.0
+        self._tokens = self._training_seconds = 0.0
 
-    def log_validation(self, state: TrainingState, metrics: Mapping[str, float]) -> None:
-        """Log the metrics of a validation and print them; its time does not count for tokens per second."""
+    def log_validation(self, state: TrainingState, metrics: Mapping[str, float], started: float) -> None:
+        """Log the metrics of a validation and print them; its time does not count for tokens per second.
+
+        started: `time.perf_counter()` at the start of the validation.
+        """
         state.metrics |= metrics
+        self._training_seconds += started - self._last_time
         self._add_seconds(state, time.perf_counter())
         self._hooks.log(metrics, state.step)
         values = (f"{name.removeprefix('validation/')} {value:.3f}" for name, value in metrics.items())
         self._hooks.print_line("validation  " + "  ".join(values))
-        self._tokens = 0.0
 
     def _seconds_left(self, step: int, planned_steps: int, now: float) -> float:
         start, first_step = self._warm or (self._last_time, step - 1)

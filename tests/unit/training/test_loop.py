@@ -49,6 +49,12 @@ def test_loss_falls_and_lines_and_metrics_are_deterministic_metrics(tmp_path: Pa
     assert "tok/s  ETA" in hooks.lines[1]
 
 
+def test_a_line_after_a_validation_counts_the_tokens_before_it(tmp_path: Path) -> None:
+    _, hooks, _ = run(config(log_every=100, validate_every=6), tmp_path)
+    assert hooks.lines[-1].startswith("step 6/6  loss ")
+    assert hooks.metrics[6]["tokens_per_second"] > 0
+
+
 def test_attention_is_printed_once_for_all_shorter_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         attention, "choose_attention", lambda _, limit, *__: "flex_attention" if limit > 256 else "sdpa"

@@ -93,6 +93,20 @@ def test_data_of_trees_of_which_nothing_is_left_is_refused(
         check_limits(survey_files([path], config.data), files, config, tokenizer)
 
 
+def test_held_out_trees_are_told_to_have_no_branch_tax(
+    with_tokenizer: Callable[..., ModelConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "trees.jsonl", {"branches": ["a b", "b c"], "reduce": "d e"}, *texts("a b"))
+    config = TrainConfig(data_path=path, validation_path=path, base_model=with_tokenizer().base_model)
+    files, tokenizer = DataFiles.find(config.data), load_tokenizer(config.model)
+    train = survey_files([path], config.data)
+    check_limits(train, files, config, tokenizer)
+    (line,) = warnings(capsys)
+    assert f"validation_path={path}: 1 of 2 records have a reduce or nested branches" in line
+    check_limits(train, files, config.replace(validation_branches=[1]), tokenizer)
+    assert not warnings(capsys)
+
+
 def test_counts_from_a_share_of_the_hashes_are_called_estimates(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
