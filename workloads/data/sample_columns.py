@@ -11,7 +11,7 @@ import numpy as np
 from parallelmind.layout import IGNORE, Layout
 from parallelmind.tree import segment_names
 
-_MAX_TOKEN_WIDTH = 8  # cells
+_MAX_TOKEN_WIDTH, _MAX_NAME_WIDTH = 8, 24  # cells
 _MIN_ANCHORS, _ANCHOR_WIDTH = 3, 16  # places where a shortened sample is shown, and cells for each
 _ELLIPSIS = "…"
 _VISIBLE = str.maketrans({"\n": "⏎", "\r": "␍", "\t": "⇥", " ": "▁"})
@@ -33,7 +33,7 @@ def sample_columns(
     """
     cells = _cells(layout, token_texts, marks)
     all_names = segment_names(layout.tree)
-    names = {segment: all_names[segment] for segment in np.unique(layout.segment).tolist()}
+    names = {segment: _end(all_names[segment]) for segment in np.unique(layout.segment).tolist()}
     indent = max(map(len, names.values())) + 2
     widths = _column_widths(cells)
     shown_times = _choose_times(list(widths), _anchors(layout, width - indent), widths, width - indent)
@@ -52,6 +52,11 @@ def sample_columns(
                 else:
                     line += _pad(_ELLIPSIS if text else "", False, column_width)
     return [header, *lines.values()]
+
+
+def _end(name: str) -> str:
+    """The name of a segment; of that of a deep one, the end."""
+    return name if len(name) <= _MAX_NAME_WIDTH else _ELLIPSIS + name[1 - _MAX_NAME_WIDTH :]
 
 
 def _pad(text: str, target: bool, column_width: int) -> LinePieces:

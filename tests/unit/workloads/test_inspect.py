@@ -92,6 +92,16 @@ def test_the_name_of_a_segment_is_its_place() -> None:
     ]
 
 
+def test_a_deep_segment_is_named_by_the_end_of_its_place() -> None:
+    root = segment("z")
+    for letter in "yxwvutsrqponmlkjihgfedcba":
+        root = segment(letter, branches=[root])
+    lines = text(tokens_of(root), width=80)
+    assert lines[-1].startswith("…1.1.1.1.1.1.1.1.1.1.1.1 ")
+    assert lines[2].startswith("branch 1 ")
+    assert max(map(text_width, lines)) <= 80
+
+
 def test_a_long_tree_shows_where_documents_end_and_the_answer_begins() -> None:
     documents = [segment("x" * length) for length in (90, 40)]
     lines = text(tokens_of(segment("", branches=documents, reduce=segment("who?rice", 4))), width=90)
