@@ -47,7 +47,7 @@ test-all: test chaos ## every test: make test, every model type, every page, dat
 	@$(PY) -m pytest -n $(WORKERS) --dist worksteal -m "full and not slow and not chaos"
 	@$(PY) -m pytest -m "full and slow and not chaos"
 
-mutants: setup model ## break the code in 20 known ways, one by one; the tests must notice each
+mutants: setup model ## break the code in known ways, one by one; the tests must notice each
 	@$(PY) -m tools.mutants
 
 chaos: setup ## the longest fault tests: nodes are killed or cut off, storage outlives machines

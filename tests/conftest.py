@@ -7,5 +7,10 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from hypothesis import settings
+
+# An example takes as long as the machine lets it, which other work may slow down.
+settings.register_profile("parallelmind", deadline=None)
+settings.load_profile("parallelmind")
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

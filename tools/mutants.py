@@ -74,8 +74,8 @@ MUTATIONS = [
     Mutation(
         "data: a branch without a target is kept",
         "platform/parallelmind/data/tokenise.py",
-        "not targets[1:].any()",
-        "len(ids) <= 1",
+        "np.array([bool(targets[1:].any()) for _, targets in segments])",
+        "np.ones(len(segments), bool)",
         "tests/unit/data/test_tokenise.py",
     ),
     Mutation(
@@ -119,6 +119,34 @@ MUTATIONS = [
         '    if visibility == "columnar":\n',
         "    if True:\n",
         "tests/unit/model/test_mask.py",
+    ),
+    Mutation(
+        "mask: a reduce reads what it joins as siblings",
+        "platform/parallelmind/tree.py",
+        "row[joined.start : joined.stop] = JOINED",
+        "row[joined.start : joined.stop] = SIBLING",
+        "tests/unit/test_layout.py",
+    ),
+    Mutation(
+        "mask: heads of a group read the bias of other queries",
+        "platform/parallelmind/model/block_attention.py",
+        ".repeat(group, 1)",
+        ".repeat_interleave(group, 0)",
+        "tests/invariants/test_trees.py -k blocks_of_queries",
+    ),
+    Mutation(
+        "data: a reduce is divided from the branches that it reads",
+        "platform/parallelmind/tree.py",
+        "new.update((segment, *joined[segment]))",
+        "new.add(segment)",
+        "tests/unit/data/test_packing.py",
+    ),
+    Mutation(
+        "loss: tree_batch leaves a label at the token that predicts it",
+        "platform/parallelmind/data/tree_batch.py",
+        "np.roll(batch.labels, 1, axis=1)",
+        "batch.labels",
+        "tests/unit/data/test_tree_batch.py",
     ),
     Mutation(
         "scheduler: a sample that does not fit keeps cached blocks",

@@ -61,7 +61,6 @@ CONFIGS = rope_config_grid(
 EFFORT = settings(
     max_examples=10,
     stateful_step_count=24,
-    deadline=None,
     database=None,
     phases=[Phase.generate],  # a failing example is readable as it is, and takes minutes to shrink
     suppress_health_check=list(HealthCheck),

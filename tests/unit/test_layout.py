@@ -29,7 +29,7 @@ def visible(batch: Batch, config: RopeConfig) -> torch.Tensor:
     return AttentionBias(to_tensors(batch).placement, config.visibility).whole() > -torch.inf
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.integers(0, 99), max_size=6), st.lists(TEXT, min_size=1, max_size=5), st.data(), CONFIGS)
 def test_layout_equals_the_reference(main, branches, data, config):
     offsets = [data.draw(st.integers(0, len(branch))) for branch in branches]
@@ -44,7 +44,7 @@ def test_layout_equals_the_reference(main, branches, data, config):
     assert visible(collate([layout], pad_id=0), config)[0, 0].tolist() == expected["visible"]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150)
 @given(TREES, CONFIGS)
 def test_the_layout_of_a_tree_equals_the_reference(root, config):
     layout = arrange(tokens_of(root), config)

@@ -1,4 +1,4 @@
-"""The list of `make mutants`: 20 mutations, each of which still applies to the code."""
+"""The list of `make mutants`: each mutation still applies to the code."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 from tools.mutants import MUTATIONS, ROOT, Mutation
 
 
-def test_there_are_20_with_names_of_their_own() -> None:
-    assert len({mutation.name for mutation in MUTATIONS}) == len(MUTATIONS) == 20
+def test_every_mutation_has_a_name_of_its_own() -> None:
+    assert len({mutation.name for mutation in MUTATIONS}) == len(MUTATIONS)
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)

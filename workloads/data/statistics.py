@@ -9,6 +9,7 @@ import numpy as np
 
 from parallelmind.data.tokenise import TokenisedRecord
 from parallelmind.layout import Tokens
+from parallelmind.tree import MAIN
 
 PERCENTILES = (50, 90, 99, 100)
 
@@ -19,8 +20,8 @@ class LengthStatistics:
 
     main_tokens, branch_tokens, reduce_tokens: one entry per main that is not empty, and per remaining branch
     and reduce at all depths. depth: that of the deepest record. targets: number of tokens with a loss.
-    truncated: number of truncated texts. skipped: number of branches left out. sample_branches: one entry per
-    sample. batch_tokens, batch_padded_tokens: one entry per batch, without and with padding.
+    truncated: number of truncated texts. skipped: number of branches and reduces left out. sample_branches:
+    one entry per sample. batch_tokens, batch_padded_tokens: one entry per batch, without and with padding.
     """
 
     main_tokens: list[int] = field(default_factory=list)
@@ -40,7 +41,8 @@ class LengthStatistics:
         if record.tokens is None:
             return
         lengths, tree = record.tokens.lengths, record.tokens.tree
-        self.main_tokens += lengths[:1][lengths[:1] > 0].tolist()
+        if lengths[MAIN]:
+            self.main_tokens.append(int(lengths[MAIN]))
         self.branch_tokens += lengths[tree.is_branch].tolist()
         self.reduce_tokens += lengths[tree.is_reduce].tolist()
         self.depth = max(self.depth, tree.depth)

@@ -197,11 +197,11 @@ def _print_report(config: HeldOutConfig, report: TaxReport) -> None:
             f"{point.peak_extra_bytes / 2**20:.0f} MiB",
         )
     console().print(table)
-    fewer = "" if held_out.branches == config.pool else f" (the data holds fewer than pool={config.pool})"
+    fewer = "" if held_out.branches >= config.pool else f" (the data holds fewer than pool={config.pool})"
     print(
         f"loss and tax in nats per target token, over {points[0].targets} target tokens in "
         f"{held_out.branches} branches{fewer}; {held_out.truncated} texts truncated, "
-        f"{held_out.skipped} branches skipped for their length"
+        f"{held_out.skipped} skipped for their length"
     )
     for count, largest in report.not_measured.items():
         print(

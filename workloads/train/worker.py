@@ -128,7 +128,7 @@ def _batch_stream(
             yield batch.collate(task.config.rope, tokenizer.pad_token_id or 0, task.config.data.packing)
         if any(counts.values()):
             hooks.print_line(
-                f"epoch {epoch}: {counts['truncated']} texts truncated, {counts['skipped']} branches skipped"
+                f"epoch {epoch}: {counts['truncated']} texts truncated, {counts['skipped']} skipped"
             )
 
     return stream

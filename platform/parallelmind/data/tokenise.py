@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 _Segment = tuple[list[int], Mask]  # token ids, and whether each is a target
 
+# For callers that keep every text whole.
+NO_LIMITS = DataConfig(data_path="-", max_branch_tokens=1 << 62, max_sample_tokens=1 << 62)
+
 _RECORDS_PER_CALL = 256  # records whose texts are encoded in one call of the tokenizer
 
 

@@ -14,17 +14,14 @@ import numpy as np
 import torch
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from parallelmind.config import DataConfig, RopeConfig
+from parallelmind.config import RopeConfig
 from parallelmind.data.packing import make_batch
 from parallelmind.data.record_parser import parse_value
 from parallelmind.data.records import Record, RecordError
-from parallelmind.data.tokenise import TokenisedRecord, tokenise
+from parallelmind.data.tokenise import NO_LIMITS, TokenisedRecord, tokenise
 from parallelmind.errors import UserError
 from parallelmind.layout import IGNORE, Tokens
 from parallelmind.model.tree_inputs import BatchSettings
-
-_NO_LIMIT = 1 << 62
-_UNLIMITED = DataConfig(data_path="-", max_branch_tokens=_NO_LIMIT, max_sample_tokens=_NO_LIMIT)
 
 
 def tree_batch(
@@ -65,15 +62,19 @@ def _tokenise(tokenizer: PreTrainedTokenizerBase, samples: Iterable[Mapping[str,
     if not samples:
         raise UserError("samples: holds no list of records; give a list of at least one")
     records = [_parse(sample, index, len(tokenizer)) for index, sample in enumerate(samples)]
-    tokenised = tokenise(records, tokenizer, _UNLIMITED)
-    return [_complete(*pair, index) for index, pair in enumerate(zip(records, tokenised, strict=True))]
+    tokenised = tokenise(records, tokenizer, NO_LIMITS)
+    return [
+        _complete(record, result, index)
+        for index, (record, result) in enumerate(zip(records, tokenised, strict=True))
+    ]
 
 
 def _parse(sample: Mapping[str, Any], index: int, vocab_size: int) -> Record:
-    if isinstance(sample, Mapping) and not sample:
+    value = dict(sample) if isinstance(sample, Mapping) else sample
+    if value == {}:
         raise UserError(f"samples[{index}]: is empty; with a Trainer, set remove_unused_columns=False")
     try:
-        return parse_value(dict(sample) if isinstance(sample, Mapping) else sample, vocab_size)
+        return parse_value(value, vocab_size)
     except RecordError as error:
         raise UserError(f"samples[{index}]: {error}") from error
 

@@ -16,10 +16,14 @@ from parallelmind.model.mask import Placement, attention_masks
 from parallelmind.model.patch_state import rope_config
 
 LAYOUT = ("pos2d", "segment", "relations")  # arguments that only a patched model takes
+_UNPATCHED = "model: is not patched, so it cannot use the pos2d of this batch; call pm.patch(model, config)"
 
 
 class UnpatchedModelError(UserError, AttributeError):
-    """A model that is not patched was called with a batch of trees."""
+    """A model that is not patched was called with a batch of trees.
+
+    It is an AttributeError, so that a batch can be copied and pickled, which look for optional attributes.
+    """
 
 
 class BatchSettings:
@@ -27,7 +31,8 @@ class BatchSettings:
 
     Models ignore unknown arguments, but they use `past_key_values`. So a model that is not patched raises the
     error of this object, instead of reading the batch as plain sequences. A patched model compares the
-    settings with its own and takes the object out of the call.
+    settings with its own and takes the object out of the call. The cost is that a batch cannot follow a
+    cache, and that one of its values is no tensor.
     """
 
     def __init__(self, config: RopeConfig) -> None:
@@ -38,15 +43,13 @@ class BatchSettings:
         return self
 
     def __getattr__(self, name: str) -> NoReturn:
-        raise UnpatchedModelError(
-            "model: is not patched, so it cannot use the pos2d of this batch; call pm.patch(model, config)"
-        )
+        raise UnpatchedModelError(_UNPATCHED)
 
     def __len__(self) -> int:
-        self.__getattr__("__len__")
+        raise UnpatchedModelError(_UNPATCHED)
 
     def __getitem__(self, index: Any) -> NoReturn:
-        self.__getattr__("__getitem__")
+        raise UnpatchedModelError(_UNPATCHED)
 
 
 def replace_layout(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:

@@ -107,7 +107,7 @@ def test_a_main_computed_twice_is_cached_once():
     assert blocks.num_available == 4
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(st.integers(0, 2**32))
 def test_no_block_is_allocated_twice_or_lost(seed: int) -> None:
     """Samples with one of three mains and blocks of their own come and go at random."""

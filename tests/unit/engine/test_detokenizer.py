@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers
@@ -79,14 +79,12 @@ def test_a_character_that_stays_incomplete_takes_nothing_back(kind, ids, expecte
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(prompt=IDS, ids=IDS)
-@settings(deadline=None)
 def test_no_ids_raise(kind, prompt, ids) -> None:
     pieces(KINDS[kind], prompt, ids)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(text=TEXT, ids=st.lists(st.integers(259, 289), max_size=8))
-@settings(deadline=None)
 def test_pieces_of_valid_text_add_up_to_the_decoded_whole(kind, text, ids) -> None:
     """ids: tokens of byte fallback that are no bytes."""
     fast = BYTE_LEVEL if kind == "byte level" else BYTE_FALLBACK
@@ -95,7 +93,6 @@ def test_pieces_of_valid_text_add_up_to_the_decoded_whole(kind, text, ids) -> No
 
 
 @given(prompt=IDS, ids=IDS)
-@settings(deadline=None)
 def test_byte_level_pieces_add_up_to_the_decoded_whole(prompt, ids) -> None:
     before, after = (BYTE_LEVEL.decode(part, skip_special_tokens=True) for part in (prompt, prompt + ids))
     assert "".join(pieces(BYTE_LEVEL, [], ids)) == BYTE_LEVEL.decode(ids, skip_special_tokens=True)
@@ -128,13 +125,11 @@ def test_ids_that_never_become_text_are_decoded_a_bounded_number_of_times(kind, 
 
 
 @given(ids=st.lists(st.sampled_from([*byte_ids(b"\xf0\x9f\xa6\x99\xe2\x82\xac"), 2]), max_size=80))
-@settings(deadline=None)
 def test_long_runs_of_bytes_end_with_the_characters_that_follow_them(ids) -> None:
     assert "".join(pieces(BYTE_FALLBACK, [], [*ids, X, *byte_ids("🦙".encode())])).endswith("x🦙")
 
 
 @given(text=st.lists(st.sampled_from([b"\xf0", b"\x9f", b"\xa6", b"\xe2", b"\x82", b"\xac"]), max_size=80))
-@settings(deadline=None)
 def test_long_runs_of_byte_level_ids_add_up_to_the_decoded_whole(text) -> None:
     ids = [BYTE_LEVEL.convert_tokens_to_ids(_BYTE_LETTERS[byte[0]]) for byte in text]
     assert "".join(pieces(BYTE_LEVEL, [], ids)) == BYTE_LEVEL.decode(ids, skip_special_tokens=True)

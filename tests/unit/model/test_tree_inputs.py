@@ -12,15 +12,13 @@ from families import FAMILIES, VARIANTS, variant
 from tiny import tiny_llama
 from torch import Tensor, nn
 from transformers import BatchEncoding
+from tree_losses import training_loss
 
 import parallelmind as pm
 from parallelmind.config import LoraConfig, RopeConfig
 from parallelmind.errors import UserError
 from parallelmind.evaluation import tiny_models
-from parallelmind.layout import IGNORE
 from parallelmind.model.adapter import add_lora
-from parallelmind.model.inputs import Tensors
-from parallelmind.training.loss import target_loss
 
 TREES = [
     {
@@ -47,11 +45,7 @@ def tree_batch(config: RopeConfig = CONFIG, packing: bool = False) -> BatchEncod
 
 def mean_target_loss(model: nn.Module, batch: BatchEncoding, config: RopeConfig = CONFIG) -> Tensor:
     """The loss of the project's own training, per target."""
-    labels = torch.full_like(batch["labels"], IGNORE)
-    labels[:, :-1] = batch["labels"][:, 1:]
-    names = ("input_ids", "segment", "pos2d", "position_ids")
-    own = Tensors(*(batch[name] for name in names), labels, batch["relations"], is_flat=False)
-    total, targets = target_loss(model, own, config.visibility)
+    total, targets = training_loss(model, batch, config)
     assert targets == 13 + 3 + 3  # no first token of a segment is one
     return total / targets
 

@@ -12,12 +12,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_tokenizer
 from torch import Tensor
 from transformers import BatchEncoding, Trainer, TrainerCallback, TrainingArguments
+from tree_losses import training_loss
 
 import parallelmind as pm
 from parallelmind.config import RopeConfig
-from parallelmind.layout import IGNORE
-from parallelmind.model.inputs import Tensors
-from parallelmind.training.loss import target_loss
 from parallelmind.training.step import trainable
 
 CONFIG = RopeConfig()
@@ -54,15 +52,6 @@ def adapted() -> PeftModel:
             task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False
         )
         return get_peft_model(patched_llama(CONFIG), settings)
-
-
-def sum_of_training(model: PeftModel, batch: BatchEncoding) -> tuple[Tensor, int]:
-    """Loss and number of targets by the project's own loop."""
-    labels = torch.full_like(batch["labels"], IGNORE)
-    labels[:, :-1] = batch["labels"][:, 1:]
-    names = ("input_ids", "segment", "pos2d", "position_ids")
-    own = Tensors(*(batch[name] for name in names), labels, batch["relations"], is_flat=False)
-    return target_loss(model, own, CONFIG.visibility)
 
 
 class Gradients(TrainerCallback):
@@ -116,7 +105,7 @@ def test_a_plain_loop_learns() -> None:
 def test_trainer_learns_and_evaluates(tmp_path: Path) -> None:
     model = adapted()
     with torch.no_grad():
-        total, targets = sum_of_training(model, collate(TREES[:4]))
+        total, targets = training_loss(model, collate(TREES[:4]), CONFIG)
     learner = trainer(model, tmp_path, max_steps=12)
     before = learner.evaluate()["eval_loss"]
     assert before == pytest.approx(float(total / targets), rel=1e-5)
@@ -137,7 +126,7 @@ def test_the_gradients_of_trainer_are_those_of_training(tmp_path: Path) -> None:
     learner.add_callback(kept)
     learner.train()
     model = adapted()
-    sums = [sum_of_training(model, collate(samples)) for samples in taken[:2]]
+    sums = [training_loss(model, collate(samples), CONFIG) for samples in taken[:2]]
     (first, first_targets), (second, second_targets) = sums
     assert first_targets != second_targets
     ((first + second) / (first_targets + second_targets)).backward()

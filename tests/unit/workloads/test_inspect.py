@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny import save_tiny, tiny_tokenizer
 from trees import TREES, shape_of, tokens_of
@@ -109,7 +109,6 @@ def test_a_long_tree_shows_where_documents_end_and_the_answer_begins() -> None:
     assert lines[3].split() == ["reduce", "w", "h", "o", "?", "«r»", "«i»", "«c»", "«e»"]
 
 
-@settings(deadline=None)
 @given(TREES, st.integers(60, 120))
 def test_no_line_of_a_tree_is_wider_than_the_terminal(root: dict[str, object], width: int) -> None:
     tokens = tokens_of(root)
@@ -130,7 +129,6 @@ def test_long_sample_keeps_main_the_branches_and_the_first_targets() -> None:
     assert times == sorted(set(times))
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.integers(0, 60), st.integers(40, 200))
 def test_no_line_is_wider_than_the_terminal_and_all_columns_agree(
     lengths: list[int], main: int, width: int
@@ -162,7 +160,6 @@ def test_a_token_is_at_most_eight_cells_on_one_line(given_text: str) -> None:
     assert not set(visible(given_text)) & set(" \n\r\t\x1b\x85\u2028")
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 5000), min_size=1))
 def test_every_value_is_in_the_bucket_that_names_it(values: list[int]) -> None:
     buckets = histogram(values)

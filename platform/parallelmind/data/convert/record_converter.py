@@ -8,7 +8,6 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from parallelmind.config import DataConfig
 from parallelmind.data.convert.answers import (
     PREFERENCE_KEYS,
     answer_turns,
@@ -38,11 +37,10 @@ from parallelmind.data.convert.source_records import ParallelRecord, required_te
 from parallelmind.data.convert.tagged_paths import has_block, tree_of_answer
 from parallelmind.data.record_parser import parse_value
 from parallelmind.data.records import RecordError
-from parallelmind.data.tokenise import tokenise
+from parallelmind.data.tokenise import NO_LIMITS, tokenise
 from parallelmind.layout import Tokens
 
 _QUESTION_KEYS = ("question", "query")  # their texts go through the templates, which add the spaces
-_UNLIMITED = DataConfig(data_path="-", max_branch_tokens=2**31, max_sample_tokens=2**31)
 
 
 class RecordConverter:
@@ -185,7 +183,7 @@ class RecordConverter:
     def _tokens(self, messages: list[Message], tools: Tools) -> Tokens:
         """A conversation as a sample of one branch, in which every turn that is to be learnt is a target."""
         (record,) = self._chat.records(messages, tools=tools, all_turns=True)
-        (tokenised,) = tokenise([parse_value(record)], self._tokenizer, _UNLIMITED)
+        (tokenised,) = tokenise([parse_value(record)], self._tokenizer, NO_LIMITS)
         if tokenised.tokens is None:
             raise RecordError("has no answer token that starts after the prompt")
         return tokenised.tokens
