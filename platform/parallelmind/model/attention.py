@@ -55,12 +55,15 @@ def choose_attention(model: nn.Module, length: int, dtype: torch.dtype, is_flat:
     """
     inner = causal_lm(model)
     configured = attention_name(inner)
+    is_long = length_bucket(length) > FLEX_ABOVE and _fits_device(inner.device, dtype)
+    is_sparse = inner.device.type == "cpu" and not is_flat
     # An unpatched model builds its own masks. A model on eager may compute something that sdpa does not.
-    if not (configured == SDPA and is_patched(inner) and has_own_attention(inner) and _takes_backends(inner)):
+    takes_others = configured == SDPA and is_patched(inner) and has_own_attention(inner)
+    if not (is_long or is_sparse) or not takes_others or not _takes_backends(inner):
         return configured
-    if length_bucket(length) > FLEX_ABOVE and _fits_device(inner.device, dtype) and _fits_model(inner):
+    if is_long and _fits_model(inner):
         return FLEX
-    return BLOCKS if inner.device.type == "cpu" and not is_flat else configured
+    return BLOCKS if is_sparse else configured
 
 
 def _fits_device(device: torch.device, dtype: torch.dtype) -> bool:
