@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Self
 
 import numpy as np
@@ -27,7 +28,7 @@ NO_PARENT = -1
 UNRELATED, PATH, JOINED, SIBLING = range(4)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Tree:
     """The shape of a sample.
 
@@ -39,12 +40,14 @@ class Tree:
     is_reduce: Mask
 
     @staticmethod
+    @lru_cache(maxsize=256)
     def flat(branches: int, has_reduce: bool = False) -> Tree:
-        """Main and its branches, and possibly a reduce of main."""
+        """Main and its branches, and possibly a reduce of main. The arrays are read-only."""
         parents = np.zeros(1 + branches + has_reduce, dtype=np.int64)
         parents[MAIN] = NO_PARENT
         is_reduce = np.zeros(len(parents), dtype=bool)
         is_reduce[1 + branches :] = True
+        parents.flags.writeable = is_reduce.flags.writeable = False
         return Tree(parents, is_reduce)
 
     @property
@@ -77,7 +80,7 @@ class Tree:
             depths.append(depths[parent] + 1)
         return max(depths)
 
-    @property
+    @cached_property
     def is_flat(self) -> bool:
         """Whether the sample is main and branches alone."""
         return not self.parents[1:].any() and not self.is_reduce.any()
@@ -108,16 +111,24 @@ def segment_names(tree: Tree) -> list[str]:
 
 def relations(tree: Tree) -> NDArray[np.int8]:
     """`[segments, segments]` relation of the key's segment (column) to the query's segment (row)."""
-    table = np.full((tree.segments, tree.segments), SIBLING, dtype=np.int8)
-    table[:, MAIN] = PATH
-    np.fill_diagonal(table, PATH)
     if tree.is_flat:
-        return table
+        return _flat_relations(tree.segments)
+    table = _flat_relations(tree.segments).copy()
     for segment, parent, joined in tree.walk():
         row = table[segment]
         row[:segment] = table[parent, :segment]  # no later segment is read
         if joined:
             row[joined.start : joined.stop] = JOINED
+    return table
+
+
+@lru_cache(maxsize=64)
+def _flat_relations(segments: int) -> NDArray[np.int8]:
+    """The relations of main and branches; read-only."""
+    table = np.full((segments, segments), SIBLING, dtype=np.int8)
+    table[:, MAIN] = PATH
+    np.fill_diagonal(table, PATH)
+    table.flags.writeable = False
     return table
 
 

@@ -22,9 +22,13 @@ def hash_share(data_bytes: int) -> float:
 
 def record_hash(record: Record) -> int:
     """64-bit hash of what is trained on: the same for every form of a record, whatever its metadata."""
-    segments = [(item.body, item.completion, item.targets, item.rendered) for item in record.walk()]
-    content: tuple[object, ...] = (record.main, segments)
-    if not record.is_flat:
+    is_flat = record.is_flat
+    segments = record.branches if is_flat else record.walk()
+    content: tuple[object, ...] = (
+        record.main,
+        [(item.body, item.completion, item.targets, item.rendered) for item in segments],
+    )
+    if not is_flat:
         content += (record.tree.parents.tolist(), record.tree.is_reduce.tolist())
     return int.from_bytes(hashlib.blake2b(repr(content).encode(), digest_size=8).digest(), "little")
 

@@ -85,6 +85,7 @@ class _Parser:
         self.vocab_size = vocab_size
         self.unknown_keys: dict[str, None] = {}  # an ordered set
         self.empty_prompts: list[str] = []  # the places of segments without a token before the completion
+        self.has_target = False
 
     def parse_record(self, value: dict[str, Any]) -> Record:
         value = self._check_object(value, "record", RECORD_FORMS)
@@ -99,7 +100,7 @@ class _Parser:
                 f"{self.empty_prompts[0]}.prompt is empty; with nested branches or a reduce, "
                 "every completion needs a prompt of at least one token"
             )
-        if not any(segment.targets for segment in record.walk()):
+        if not self.has_target:
             raise RecordError("has targets=[] in every segment; give at least one of them a target")
         return record
 
@@ -137,6 +138,7 @@ class _Parser:
 
     def _text_or_segment(self, value: Any, where: str, depth: int) -> Segment:
         if isinstance(value, str):
+            self.has_target = True
             return Segment(_nonempty(_text(value, where), where))
         if not isinstance(value, dict):
             raise RecordError(f"{where} is a {_type_name(value)}, not text or an object")
@@ -151,6 +153,7 @@ class _Parser:
         """The segment in an object whose keys are checked, without what follows it."""
         if "prompt" in value or "completion" in value:
             segment = _prompt_and_completion(value, where)
+            self.has_target = True
             if not segment.body:
                 self.empty_prompts.append(where)
             return segment
@@ -158,7 +161,9 @@ class _Parser:
         rendered = value.get("rendered", False)
         if type(rendered) is not bool:
             raise RecordError(f"{where}.rendered={short_repr(rendered)} must be true or false")
-        return Segment(body, targets=_targets(value, where, body), rendered=rendered)
+        targets = _targets(value, where, body)
+        self.has_target |= targets != ()
+        return Segment(body, targets=targets, rendered=rendered)
 
 
 def _targets(value: dict[str, Any], where: str, body: TextOrIds) -> Spans:

@@ -75,7 +75,7 @@ class Record(_Fork):
     @property
     def is_flat(self) -> bool:
         """Whether the record is main and branches alone."""
-        return self.reduce is None and not any(branch.branches for branch in self.branches)
+        return self.reduce is None and all(not branch.branches for branch in self.branches)
 
     @property
     def num_branches(self) -> int:

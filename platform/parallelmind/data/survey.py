@@ -137,14 +137,9 @@ def survey_part(
         digest.update(b"\n" + (line.raw if line.raw is not None else repr(line.value).encode()))
         result = check_line(line, data, vocab_size)
         if isinstance(result, Record):
-            counts.update(
-                lines=1,
-                records=1,
-                branches=result.num_branches,
-                reduces=result.num_reduces,
-                trees=int(not result.is_flat),
-                standalone=int(result.standalone),
-            )
+            counts.update(lines=1, records=1, branches=result.num_branches, standalone=int(result.standalone))
+            if not result.is_flat:
+                counts.update(trees=1, reduces=result.num_reduces)
             unknown_keys.update(result.unknown_keys)
             hashes.append(record_hash(result))
             if (draw := random_draws.random()) < share or not sample:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -28,15 +29,20 @@ _SCHEMA = pa.schema(
 
 
 def to_table(records: Iterable[TokenisedRecord]) -> pa.Table:
-    """Tokenised records as one table. A record without a remaining branch has empty lists."""
+    """Tokenised records as one table.
+
+    A record without a remaining branch has empty lists. The tree of main and branches alone is null.
+    """
     no_ints, no_bools = np.empty(0, np.int64), np.empty(0, bool)
-    no_tokens = Tokens(no_ints, no_ints, no_bools, Tree(no_ints, no_bools))
+    no_tokens = Tokens(no_ints, no_ints, no_bools, Tree.flat(0))
     columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
     for record in records:
         tokens = record.tokens or no_tokens
-        for source, kinds in ((tokens, _TOKEN_COLUMNS), (tokens.tree, _TREE_COLUMNS)):
-            for name, kind in kinds.items():
-                columns[name].append(getattr(source, name).astype(kind.to_pandas_dtype()))
+        for name, kind in _TOKEN_COLUMNS.items():
+            columns[name].append(getattr(tokens, name).astype(kind.to_pandas_dtype()))
+        tree = None if tokens.tree.is_flat else tokens.tree
+        for name in _TREE_COLUMNS:
+            columns[name].append(tree and getattr(tree, name))
         for name in ("standalone", *_COUNT_COLUMNS):
             columns[name].append(getattr(record, name))
     return pa.table(columns, schema=_SCHEMA)
@@ -51,7 +57,7 @@ def from_tables(tables: Iterable[pa.Table], counts: Counter[str]) -> Iterator[To
         for *arrays, standalone in zip(*lists, table.column("standalone").to_pylist(), strict=True):
             if len(arrays[0]):
                 ids, lengths, targets, parents, is_reduce = arrays
-                tree = Tree(parents, is_reduce)
+                tree = Tree(parents, is_reduce) if len(parents) else Tree.flat(len(lengths) - 1)
                 yield TokenRecord(Tokens(ids, lengths, targets, tree), standalone)
         for name in _COUNT_COLUMNS:
             counts[name] += int(np.sum(table.column(name).to_numpy()))
@@ -60,7 +66,6 @@ def from_tables(tables: Iterable[pa.Table], counts: Counter[str]) -> Iterator[To
 def _arrays(column: pa.ChunkedArray) -> list[NDArray[Any]]:
     """One array of int64 or bool per row of a list column."""
     combined = column.combine_chunks()
-    offsets = combined.offsets.to_numpy()
-    values = combined.values.to_numpy(zero_copy_only=False)[offsets[0] : offsets[-1]]
+    values = combined.values.to_numpy(zero_copy_only=False)
     values = values if values.dtype == bool else values.astype(np.int64)
-    return np.split(values, (offsets - offsets[0])[1:-1])
+    return [values[start:end] for start, end in pairwise(combined.offsets.to_pylist())]

@@ -84,6 +84,15 @@ def test_small_epoch_is_counted_exactly_and_equal_in_both_formats(
 
 
 @pytest.mark.parametrize("settings", MODES)
+def test_an_epoch_of_trees_is_counted_exactly(tmp_path: Path, settings: dict[str, Any]) -> None:
+    fork = {"text": ENGLISH, "branches": [ENGLISH, ENGLISH * 2], "reduce": {"text": "who", "targets": []}}
+    trees = [{"main": "who", "branches": [fork] * (1 + i % 6), "reduce": ENGLISH} for i in range(60)]
+    path = write(tmp_path / "data.jsonl", [*trees, *texts(ENGLISH, 20)])
+    data = config(path, **settings)
+    assert estimate(path, data) == count(path, data) > 3
+
+
+@pytest.mark.parametrize("settings", MODES)
 @pytest.mark.parametrize("name", ["data.jsonl", "data.parquet"])
 @pytest.mark.parametrize("text", [ENGLISH, CHINESE])
 def test_large_epoch_is_estimated_from_a_sample(

@@ -299,3 +299,19 @@ def test_delays_are_drawn_for_the_branches_of_a_tree() -> None:
             starts.add((start[1] - end[0], start[2] - end[1], start[3] - end[1]))
     assert {max(delays) for delays in starts} <= set(range(6))
     assert all({delays[place] for delays in starts} == set(range(6)) for place in range(3))
+
+
+@given(roots=st.lists(TREES, max_size=5))
+def test_trees_survive_the_table_that_passes_them_between_processes(roots: list[Segment]) -> None:
+    flat = standalone_records(1)[0].tokens
+    tokens = [tokens_of(root) for root in roots]
+    for samples in (tokens, [flat, *tokens, flat]):
+        table = to_table([TokenisedRecord(sample, False, 1, 2) for sample in samples])
+        counts: Counter[str] = Counter()
+        records = list(from_tables([table.slice(0, 1), table.slice(1)], counts))
+        assert counts == ({"truncated": len(samples), "skipped": 2 * len(samples)} if samples else {})
+        for record, sample in zip(records, samples, strict=True):
+            assert record.tokens.split() == sample.split()
+            assert record.tokens.targets.tolist() == sample.targets.tolist()
+            assert record.tokens.tree.parents.tolist() == sample.tree.parents.tolist()
+            assert record.tokens.tree.is_reduce.tolist() == sample.tree.is_reduce.tolist()
