@@ -18,9 +18,9 @@ from safetensors.torch import save
 from tiny import tiny_tokenizer
 
 from parallelmind.config import DataConfig
+from parallelmind.data.files import file_parts
 from parallelmind.data.packing import EpochSeed, TokenRecord, sample_batches
-from parallelmind.data.record_parser import parse_line
-from parallelmind.data.tokenise import tokenise
+from parallelmind.data.tokenise import tokenise_part
 from parallelmind.training.loss import TargetLoss
 from parallelmind.training.step import evaluate
 
@@ -39,12 +39,12 @@ ROPES: list[dict[str, Any]] = [
 Arrays = Iterator[tuple[str, Any]]
 
 
-def tokenised(
-    lines: list[bytes], settings: dict[str, Any]
-) -> tuple[list[TokenRecord], list[tuple[str, Any]]]:
+def tokenised(source: str, settings: dict[str, Any]) -> tuple[list[TokenRecord], list[tuple[str, Any]]]:
     """The records as training reads them, and the arrays of them."""
-    data = DataConfig.model_validate({"data_path": "-", **settings})
-    records = tokenise([parse_line(line) for line in lines], tiny_tokenizer(), data)
+    data = DataConfig.model_validate({"data_path": source, **settings})
+    records = [
+        record for part in file_parts([source]) for record in tokenise_part(part, tiny_tokenizer(), data)
+    ]
     arrays = [("counts", [[record.standalone, record.truncated, record.skipped] for record in records])]
     kept = [record for item in records for record in item.for_packing()]
     for name in ("ids", "lengths", "targets"):
@@ -82,18 +82,18 @@ def adapter(records: list[TokenRecord], **settings: Any) -> bytes:
     return save({name: value.contiguous() for name, value in run.weights.items()})
 
 
-def everything(lines: list[bytes]) -> Arrays:
+def everything(source: str) -> Arrays:
     for settings in LIMITS:
-        records, arrays = tokenised(lines, settings)
+        records, arrays = tokenised(source, settings)
         yield from ((f"{settings} {name}", array) for name, array in arrays)
         for rope in ROPES:
             found = batches(records, **settings, **rope, branches_per_sample=None)
             yield from ((f"{settings} {rope} {name}", array) for name, array in found)
-    records, _ = tokenised(lines, {})
+    records, _ = tokenised(source, {})
     for rope in ROPES[:2]:
         yield f"{rope} adapter", np.frombuffer(adapter(records[:40], **rope), np.uint8)
 
 
 if __name__ == "__main__":
     source, output = sys.argv[1:]
-    np.savez(output, **dict(everything(Path(source).read_bytes().splitlines())))
+    np.savez(output, **dict(everything(source)))

@@ -122,7 +122,7 @@ def relations(tree: Tree) -> NDArray[np.int8]:
     return table
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def _flat_relations(segments: int) -> NDArray[np.int8]:
     """The relations of main and branches; read-only."""
     table = np.full((segments, segments), SIBLING, dtype=np.int8)
