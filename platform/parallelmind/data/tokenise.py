@@ -73,8 +73,8 @@ def tokenise(
     training prefix. Texts and completions end with the tokenizer's EOS, once, so that a model learns to stop;
     rendered texts and `input_ids` get no special token. A segment longer than `max_branch_tokens` is cut or
     skipped, as `overlong` and `truncate_side` say. It is also skipped if it exceeds `max_sample_tokens`
-    together with all that it reads, and if neither it nor a segment that reads it has a target. What reads a
-    skipped segment is skipped.
+    together with all that it reads, if its targets end after it, and if neither it nor a segment that reads
+    it has a target. What reads a skipped segment is skipped.
     """
     texts = [text for record in records for text in _texts(record)]
     encoded = _encode(tokenizer, texts)
@@ -127,17 +127,18 @@ def _assemble(record: Record, encoded: Iterator[list[int]], bos: list[int], eos:
             ids, targets = body + completion, ((len(body), None),)
         else:
             ids = append_eos(body, eos) if isinstance(segment.body, str) and not segment.rendered else body
-        segments.append((ids, _mask_of_spans(len(ids), targets)))
+        segments.append(_segment(ids, targets))
     return segments
 
 
-def _mask_of_spans(length: int, targets: Spans) -> Mask:
-    """`[length]` whether a token lies in one of the spans; nothing does if a span exceeds the length."""
-    mask = np.zeros(length, bool)
-    if max((end or 0 for _, end in targets), default=0) <= length:
-        for start, end in targets:
-            mask[start:end] = True
-    return mask
+def _segment(ids: list[int], targets: Spans) -> _Segment:
+    """The segment with these targets; if they end after it, without tokens, so that it is skipped."""
+    if max((end or 0 for _, end in targets), default=0) > len(ids):
+        ids, targets = [], ()
+    mask = np.zeros(len(ids), bool)
+    for start, end in targets:
+        mask[start:end] = True
+    return ids, mask
 
 
 def _apply_limits(

@@ -288,6 +288,13 @@ def test_a_text_that_gives_no_token_takes_along_what_reads_it() -> None:
     assert cut_off.skipped == 2
 
 
+def test_a_text_whose_targets_end_after_it_takes_along_what_reads_it() -> None:
+    value = {"branches": [" who", {"text": " where", "targets": [[1, 90]]}], "reduce": " works"}
+    record = tokenise_one(value)
+    assert segments_of(record.tokens) == segments_of(tokenise_one({"branches": [" who"]}).tokens)
+    assert record.skipped == 2
+
+
 def test_keep_answer_cuts_a_text_without_a_target_as_it_cuts_main() -> None:
     ids = list(range(30, 50))
     value = {"branches": [{"input_ids": ids, "targets": []}], "reduce": {"input_ids": [5, 6]}}
