@@ -1,4 +1,4 @@
-"""Draw docs/figures: layouts, masks, rotary pairs and measured losses, with the library's own functions.
+"""Draw docs/figures: layouts, masks, a tree, rotary pairs and losses, with the library's own functions.
 
 Usage: python -m tools.figures
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,7 +15,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import FancyArrowPatch, Rectangle
+from numpy.typing import NDArray
 
 from parallelmind.config import BranchAngle, ModelConfig, Pairs, RopeConfig, Visibility
 from parallelmind.data.encode import encode_text
@@ -22,7 +24,7 @@ from parallelmind.layout import IGNORE, Layout, Tokens, arrange
 from parallelmind.model.base_model import load_tokenizer
 from parallelmind.model.rope2d import pair_axes
 from parallelmind.storage import atomic_binary_file
-from parallelmind.tree import MAIN, SIBLING, relations
+from parallelmind.tree import MAIN, SIBLING, Tree, relations, segment_names
 from parallelmind.visibility import relation_scores
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,6 +32,17 @@ FOLDER, LOG = ROOT / "docs" / "figures", ROOT / "experiments" / "LOG.md"
 
 PASSAGE = "For lunch Ada likes rice."
 QUESTIONS = {" What does Ada eat?": " rice", " Who likes rice?": " Ada", " When?": " at noon"}
+# A trip, in pre-order: two offers below the first branch, which its reduce joins, and a reduce of main.
+TREE = Tree(parents=np.array([-1, 0, 1, 1, 1, 0, 0]), is_reduce=np.isin(np.arange(7), [4, 6]))
+TREE_TEXTS = (
+    "Plan a trip.",
+    " Stay there",
+    " by sea",
+    " in town",
+    " So sea",
+    " Train early",
+    " In short good",
+)
 
 _INK, _PALE = "#26303c", "#e9ecf0"
 _MAIN, _BRANCHES = "#c9d6e8", ("#f6d9a8", "#c5e0b9", "#e8c4d8")
@@ -37,6 +50,7 @@ _TARGET: dict[str, Any] = {"edgecolor": "#b3372f", "linewidth": 1.6}
 # In the order of the axes of parallelmind.model.rope2d.
 _AXIS_COLOURS = {"flat": "#dde2e9", "branch": "#e07b39", "time": "#4c8dae"}
 _MASK_COLOURS = ListedColormap(["white", "#3f6f94", "#e0a458"])
+_RELATION_COLOURS = ListedColormap(["white", "#3f6f94", "#5b9a68", "#e0a458"])  # the number is the relation
 _PAIR_SETTINGS: tuple[tuple[str, float, Pairs, BranchAngle], ...] = (
     ("high, added, ratio 0.5 (default)", 0.5, "high", "added"),
     ("mid, added, ratio 0.5", 0.5, "mid", "added"),
@@ -66,6 +80,13 @@ def sample(encode: Callable[[str, bool], list[int]]) -> Tokens:
     return Tokens.of(encode(PASSAGE, True), branches, [len(question) for question in questions])
 
 
+def tree_sample(encode: Callable[[str, bool], list[int]]) -> Tokens:
+    """Encode the trip. Main and the two offers are read only; of other texts the first token is no target."""
+    segments = [encode(text, not number) for number, text in enumerate(TREE_TEXTS)]
+    offsets = [len(ids) if number in (2, 3) else 1 for number, ids in enumerate(segments)]
+    return Tokens.of_tree(segments, TREE, offsets[1:])
+
+
 def layout(tokens: Tokens, words: Callable[[int], str]) -> Figure:
     """Draw both alignments, time on x and branches on y. `words(id)` returns the text of a token."""
     layouts = [arrange(tokens, RopeConfig(align_to="left")), arrange(tokens, RopeConfig(align_to="right"))]
@@ -84,10 +105,11 @@ def layout(tokens: Tokens, words: Callable[[int], str]) -> Figure:
 
 
 def _draw_tokens(axes: Axes, arranged: Layout, words: Callable[[int], str]) -> None:
-    for token, segment, time, label in zip(
-        arranged.ids, arranged.segment, arranged.time, arranged.labels, strict=True
+    for token, segment, branch, time, label in zip(
+        arranged.ids, arranged.segment, arranged.branch, arranged.time, arranged.labels, strict=True
     ):
-        colour = _MAIN if segment == MAIN else _BRANCHES[(segment - 1) % len(_BRANCHES)]
+        number = branch // RopeConfig().branch_stride  # a reduce has that of the segment that it continues
+        colour = _MAIN if number == MAIN else _BRANCHES[(number - 1) % len(_BRANCHES)]
         edge = _TARGET if label != IGNORE else {"edgecolor": "white"}
         axes.add_patch(Rectangle((time - 0.46, segment - 0.4), 0.92, 0.8, facecolor=colour, **edge))
         axes.text(
@@ -101,10 +123,10 @@ def _draw_tokens(axes: Axes, arranged: Layout, words: Callable[[int], str]) -> N
             parse_math=False,
         )
     coordinates = dict(zip(arranged.segment.tolist(), arranged.branch.tolist(), strict=True))
-    names = {number: "main" if number == MAIN else f"branch {number - 1}" for number in sorted(coordinates)}
+    names = segment_names(arranged.tree)
     axes.set_yticks(
-        list(names),
-        [f"{name}\ncoordinate {coordinates[number]}" for number, name in names.items()],
+        list(coordinates),
+        [f"{names[number]}\ncoordinate {coordinate}" for number, coordinate in coordinates.items()],
         fontsize=8,
     )
     axes.set_xticks(range(int(arranged.time.max()) + 1))
@@ -117,10 +139,8 @@ def masks(tokens: Tokens) -> Figure:
     figure = Figure(figsize=(12, 6.2), layout="constrained")
     for axes, visibility in zip(figure.subplots(1, 2), get_args(Visibility), strict=True):
         arranged = arrange(tokens, RopeConfig(visibility=visibility))
-        related = relations(arranged.tree)[arranged.segment[:, None], arranged.segment]
-        earlier = arranged.time < arranged.time[:, None]
-        mask = earlier & (relation_scores(visibility)[related] == 0) | np.eye(len(related), dtype=bool)
-        axes.imshow(np.where(mask & (related == SIBLING), 2, mask), cmap=_MASK_COLOURS, vmin=0, vmax=2)
+        visible = _visible_relations(arranged, visibility)
+        axes.imshow(np.where(visible == SIBLING, 2, visible), cmap=_MASK_COLOURS, vmin=0, vmax=2)
         order = "by time, then branch" if visibility == "columnar" else "one branch after another"
         axes.set_title(f"visibility={visibility}\nstored {order}", loc="left", fontsize=10)
         _draw_owners(axes, arranged)
@@ -132,9 +152,62 @@ def masks(tokens: Tokens) -> Figure:
     return figure
 
 
+def _visible_relations(arranged: Layout, visibility: Visibility) -> NDArray[np.int8]:
+    """`[tokens, tokens]` relation of each visible key (column) to a query (row), 0 if not visible."""
+    related = relations(arranged.tree)[arranged.segment[:, None], arranged.segment]
+    earlier = arranged.time < arranged.time[:, None]
+    visible = earlier & (relation_scores(visibility)[related] == 0) | np.eye(len(related), dtype=bool)
+    return np.where(visible, related, 0).astype(np.int8)
+
+
+def tree(tokens: Tokens, words: Callable[[int], str]) -> Figure:
+    """Draw a tree in time and segment, with arrows for forks and joins, and its mask for each policy."""
+    figure = Figure(figsize=(12, 10.5), layout="constrained")
+    grid = figure.add_gridspec(2, 2, height_ratios=(4, 6))
+    top = figure.add_subplot(grid[0, :], xlabel="time coordinate")
+    arranged = arrange(tokens, RopeConfig())
+    _draw_tokens(top, arranged, words)
+    _draw_arrows(top, arranged)
+    for column, visibility in enumerate(get_args(Visibility)):
+        axes, arranged = (
+            figure.add_subplot(grid[1, column]),
+            arrange(tokens, RopeConfig(visibility=visibility)),
+        )
+        axes.imshow(_visible_relations(arranged, visibility), cmap=_RELATION_COLOURS, vmin=0, vmax=3)
+        order = "by time, then segment" if visibility == "columnar" else "one segment after another"
+        axes.set_title(f"visibility={visibility}\nstored {order}", loc="left", fontsize=10)
+        _draw_owners(axes, arranged)
+    labels = ["predicts a token that carries loss", "path", "joined", "sibling: scores minus sibling_penalty"]
+    handles = [Rectangle((0, 0), 1, 1, color=_RELATION_COLOURS(relation)) for relation in (1, 2, 3)]
+    handles.insert(0, Rectangle((0, 0), 1, 1, facecolor="white", **_TARGET))
+    figure.legend(
+        handles=handles, labels=labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9
+    )
+    return figure
+
+
+def _draw_arrows(axes: Axes, arranged: Layout) -> None:
+    """An arrow from the end of every text to what begins after it: solid for a fork, dashed for a join."""
+    times = [arranged.time[arranged.segment == number] for number in range(arranged.tree.segments)]
+    ends = {MAIN}  # segments that nothing continues or joins so far
+    for segment, parent, joined in arranged.tree.walk():
+        for source in ends.intersection(joined) or [parent]:
+            arrow = FancyArrowPatch(
+                (times[source].max() + 0.46, source), (times[segment].min() - 0.3, segment - 0.42),
+                connectionstyle="angle3,angleA=0,angleB=90", arrowstyle="-|>", mutation_scale=9,
+                color=_INK, linewidth=0.9, linestyle="dashed" if joined else "solid", zorder=0,
+            )  # fmt: skip
+            axes.add_patch(arrow)
+        ends = ends - {parent, *joined} | {segment}
+
+
 def _draw_owners(axes: Axes, arranged: Layout) -> None:
-    """Label both axes: m for main, otherwise the number of the branch."""
-    names = ["m" if number == MAIN else str(number - 1) for number in arranged.segment]
+    """Label both axes: m for main, r for its reduce, otherwise the place of the branch or of its reduce."""
+    short = [
+        name.replace("main", "m").removeprefix("branch ").replace("reduce", "r")
+        for name in segment_names(arranged.tree)
+    ]
+    names = [short[number] for number in arranged.segment]
     ticks = np.arange(len(names))
     axes.set_xticks(ticks, names, fontsize=7)
     axes.set_yticks(ticks, names, fontsize=7)
@@ -215,10 +288,12 @@ def _bare(axes: Axes) -> None:
 
 def draw(folder: Path, tokenizer: Any) -> Sequence[Path]:
     """Write every figure as a PNG into `folder` and return the paths."""
-    tokens = sample(lambda text, first: encode_text(tokenizer, text, first))
+    encode = partial(encode_text, tokenizer)
+    tokens = sample(encode)
     figures = {
         "layout": layout(tokens, lambda token: tokenizer.decode([token])),
         "masks": masks(tokens),
+        "tree": tree(tree_sample(encode), lambda token: tokenizer.decode([token])),
         "pairs": pairs(),
         "tax": tax(losses_of_log(LOG.read_text(encoding="utf-8"))),
     }
