@@ -42,7 +42,7 @@ def to_table(records: Iterable[TokenisedRecord]) -> pa.Table:
             columns[name].append(getattr(tokens, name).astype(kind.to_pandas_dtype()))
         tree = None if tokens.tree.is_flat else tokens.tree
         for name in _TREE_COLUMNS:
-            columns[name].append(tree and getattr(tree, name))
+            columns[name].append(None if tree is None else getattr(tree, name))
         for name in ("standalone", *_COUNT_COLUMNS):
             columns[name].append(getattr(record, name))
     return pa.table(columns, schema=_SCHEMA)

@@ -22,7 +22,7 @@ from parallelmind.tree import MAIN, Mask, Tree, context_lengths, with_context, w
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_Segment = tuple[list[int], Mask]  # token ids, and whether each is a target
+_Encoded = tuple[list[int], Mask]  # of a segment: token ids, and whether each is a target
 
 # For callers that keep every text whole.
 NO_LIMITS = DataConfig(data_path="-", max_branch_tokens=1 << 62, max_sample_tokens=1 << 62)
@@ -108,7 +108,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, bool]
     return (next(opening if opens else continuing) for _, opens in texts)
 
 
-def _assemble(record: Record, encoded: Iterator[list[int]], bos: list[int], eos: list[int]) -> list[_Segment]:
+def _assemble(record: Record, encoded: Iterator[list[int]], bos: list[int], eos: list[int]) -> list[_Encoded]:
     """The ids and targets of every segment, main first."""
 
     def ids_of(part: TextOrIds, first: bool) -> list[int]:
@@ -131,7 +131,7 @@ def _assemble(record: Record, encoded: Iterator[list[int]], bos: list[int], eos:
     return segments
 
 
-def _segment(ids: list[int], targets: Spans) -> _Segment:
+def _segment(ids: list[int], targets: Spans) -> _Encoded:
     """The segment with these targets; if they end after it, without tokens, so that it is skipped."""
     if max((end or 0 for _, end in targets), default=0) > len(ids):
         ids, targets = [], ()
@@ -142,7 +142,7 @@ def _segment(ids: list[int], targets: Spans) -> _Segment:
 
 
 def _apply_limits(
-    record: Record, segments: Sequence[_Segment], bos: list[int], data: DataConfig
+    record: Record, segments: Sequence[_Encoded], bos: list[int], data: DataConfig
 ) -> TokenisedRecord:
     """Truncate and skip. The first token of a segment is never a target, as no token precedes it."""
     lengths = [len(ids) for ids, _ in segments]
@@ -164,11 +164,11 @@ def _apply_limits(
     )
 
 
-def _to_tokens(segments: Sequence[_Segment], tree: Tree) -> Tokens:
+def _to_tokens(segments: Sequence[_Encoded], tree: Tree) -> Tokens:
     return Tokens.of_tree([ids for ids, _ in segments], tree, targets=[own for _, own in segments[1:]])
 
 
-def _kept(segments: Sequence[_Segment], too_long: Mask, tree: Tree, max_tokens: int) -> Mask:
+def _kept(segments: Sequence[_Encoded], too_long: Mask, tree: Tree, max_tokens: int) -> Mask:
     """`[segments]` the segments within the limits that have a target, and all that they read.
 
     Main is kept unless it is too long itself.
@@ -182,7 +182,7 @@ def _kept(segments: Sequence[_Segment], too_long: Mask, tree: Tree, max_tokens: 
     return kept
 
 
-def _without(segment: _Segment, places: range | None) -> _Segment:
+def _without(segment: _Encoded, places: range | None) -> _Encoded:
     """The segment without the tokens at these places."""
     if not places:
         return segment

@@ -57,9 +57,10 @@ def choose_attention(model: nn.Module, length: int, dtype: torch.dtype, is_flat:
     configured = attention_name(inner)
     is_long = length_bucket(length) > FLEX_ABOVE and _fits_device(inner.device, dtype)
     is_sparse = inner.device.type == "cpu" and not is_flat
+    if not (is_long or is_sparse):
+        return configured
     # An unpatched model builds its own masks. A model on eager may compute something that sdpa does not.
-    takes_others = configured == SDPA and is_patched(inner) and has_own_attention(inner)
-    if not (is_long or is_sparse) or not takes_others or not _takes_backends(inner):
+    if not (configured == SDPA and is_patched(inner) and has_own_attention(inner) and _takes_backends(inner)):
         return configured
     if is_long and _fits_model(inner):
         return FLEX
