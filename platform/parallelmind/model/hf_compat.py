@@ -140,7 +140,10 @@ class AttentionBackend(BlockMask, ABC):
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """`[1, tokens, heads, dim]` of queries `[1, heads, tokens, dim]`, keys and values of the cache.
+        """`[rows, tokens, heads, dim]` of queries, keys and values `[rows, heads, tokens, dim]`.
+
+        A step of the engine is one row; its backend takes keys and values from the cache. Several heads of
+        queries may share one of keys and values.
 
         softcap: scores become `softcap * tanh(score / softcap)` before masks and penalties.
         sinks: `[heads]` scores of a further key whose value is zero.
