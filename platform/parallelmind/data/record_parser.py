@@ -194,8 +194,10 @@ def _is_span(value: Any) -> bool:
 
 
 def _prompt_and_completion(value: dict[str, Any], where: str) -> Segment:
-    if missing := {"prompt", "completion"} - value.keys():
-        raise RecordError(f"{where} has no {missing.pop()}")
+    if "prompt" not in value:
+        raise RecordError(f'{where} has no prompt; give one, or the completion as "text"')
+    if "completion" not in value:
+        raise RecordError(f'{where} has no completion; give one, or a prompt to continue as "text"')
     completion = _text(value["completion"], f"{where}.completion")
     references = value.get("references", [])
     if not isinstance(references, list):

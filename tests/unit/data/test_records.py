@@ -195,7 +195,14 @@ def test_a_value_that_json_lacks_is_named_by_its_type() -> None:
         (b'{"main": "m", "branches": []}', "at least one branch"),
         (b'{"main": "m", "branches": "a"}', "must be a list"),
         (b'{"main": "m", "branches": ["a", 2]}', "branches[1] is a JSON number"),
-        (b'{"main": "m", "branches": [{"prompt": "a"}]}', "branches[0] has no completion"),
+        (
+            b'{"main": "m", "branches": [{"prompt": "a"}]}',
+            "branches[0] has no completion; give one, or a prompt",
+        ),
+        (
+            b'{"main": "m", "branches": ["a"], "reduce": {"completion": "b"}}',
+            "reduce has no prompt; give one",
+        ),
         (b'{"main": "m", "branches": [{"prompt": "a", "completion": ""}]}', "completion is empty"),
         (
             b'{"main": "m", "branches": [{"prompt": "a", "completion": "b", "answer_offset": 1}]}',
