@@ -36,7 +36,7 @@ class BaseIdentity(FrozenConfig):
             for name, field in (("end token", "eos_token_id"), ("tie_word_embeddings", "tie_word_embeddings"))
             if getattr(self, field) != getattr(other, field)
         ]
-        for name in self.weights.keys() & other.weights.keys():
+        for name in filter(other.weights.__contains__, self.weights):
             for here, there in zip(self.weights[name], other.weights[name], strict=True):
                 if not self._equal(here, there, other):
                     return [*differences, (f"weight {name}", f"{here:.4g}", f"{there:.4g}")]

@@ -9,6 +9,7 @@ import pytest
 from disk import file_size_limit
 
 from parallelmind.errors import UserError
+from parallelmind.evaluation.laws import LAWS
 from parallelmind.evaluation.tiny_models import causal_lm_types
 from workloads.evaluate.command import main as evaluate
 from workloads.evaluate.support import SupportRow, write_markdown
@@ -19,10 +20,7 @@ def test_table_as_csv(capsys):
     first, *rows = csv.reader(io.StringIO(capsys.readouterr().out))
     assert first == ["model_type", "family", "supported", "reason", "laws"]
     assert [(row[0], row[2]) for row in rows] == [("llama", "yes"), ("gptj", "yes"), ("mamba", "no")]
-    assert (
-        rows[0][4]
-        == "unpatch single_branch isolated_branches cached_decoding siblings coordinate_shift save_load"
-    )
+    assert rows[0][4].split() == list(LAWS)
     assert "recurrent" in rows[2][3]
 
 
