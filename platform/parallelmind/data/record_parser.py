@@ -213,6 +213,8 @@ def _text_or_ids(value: dict[str, Any], where: str, vocab_size: int | None) -> T
         return _text(value["text"], f"{where}.text")
     if "input_ids" in value:
         return _token_ids(value["input_ids"], f"{where}.input_ids", vocab_size)
+    if where != "record" and "main" in value:
+        raise RecordError(f"{where} has main, which only a record has; give its tokens as text or input_ids")
     raise RecordError(f"{where} needs either text or input_ids")
 
 

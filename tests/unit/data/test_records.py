@@ -334,6 +334,10 @@ def test_depth_is_limited(key: str) -> None:
         ({"branches": ["b"], "main": "c"}, "branches[1] has main beside"),
         ({"branches": [{"text": "b", "prompt": "c"}]}, "branches[1].branches[0] has"),
         ({"branches": [{"branches": ["b"]}]}, "branches[1].branches[0] needs either text or input_ids"),
+        (
+            {"branches": [{"main": "a", "branches": ["b"]}]},
+            "branches[1].branches[0] has main, which only a re",
+        ),
         ({"branches": [{"text": "b", "answer_ofset": 1}]}, "did you mean answer_offset"),
         (
             {"branches": [{"text": "b", "branches": ["c"], "reduce": {"prompt": "", "completion": "d"}}]},
