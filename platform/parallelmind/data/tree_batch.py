@@ -39,7 +39,8 @@ def tree_batch(
     Returns int64 tensors `[rows, tokens]`: input_ids, position_ids, labels (-100: no target), segment (-1:
     padding), and pos2d `[rows, tokens, 2]`; relations, int8 `[rows, segments + 1, segments + 1]`; and
     past_key_values, an object that models which are not patched refuse. Raises UserError for arguments of a
-    wrong type, and with the index of the sample for a record that is bad or has a branch without a target.
+    wrong type, and with the index of the sample for a record that is bad, or has a text without a target that
+    no target reads.
     """
     if not isinstance(config, RopeConfig):
         raise UserError(f"config: is {type(config).__name__}, not RopeConfig; pass pm.rope_config(model)")
