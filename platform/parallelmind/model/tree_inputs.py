@@ -48,7 +48,10 @@ class BatchSettings:
     def __len__(self) -> int:
         raise UnpatchedModelError(_UNPATCHED)
 
-    def __getitem__(self, index: Any) -> NoReturn:
+    def __getitem__(self, index: Any) -> Self:
+        """Itself for a slice, for loops that take some rows of every value of a batch."""
+        if isinstance(index, slice):
+            return self
         raise UnpatchedModelError(_UNPATCHED)
 
 
@@ -69,6 +72,10 @@ def replace_layout(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
             raise UserError(f"{name}: is missing; pass everything that tree_batch returns")
     if kwargs.get("attention_mask") is not None:
         raise UserError("attention_mask: the model makes it from segment and relations; leave it out")
+    rows = {name: len(kwargs[name]) for name in LAYOUT}
+    if len(set(rows.values())) > 1:
+        counts = " ".join(f"{name}={count}" for name, count in rows.items())
+        raise UserError(f"rows: {counts}: differ; take the same rows of every value of the batch")
     placement = Placement(kwargs["pos2d"][..., 1], kwargs.pop("segment"), kwargs.pop("relations"))
     kwargs["attention_mask"] = attention_masks(model, placement, config.visibility)
     if kwargs.get("use_cache") is None:  # nothing is decoded after the batch

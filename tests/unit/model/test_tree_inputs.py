@@ -9,7 +9,7 @@ import pytest
 import torch
 from adapting import patched_llama
 from families import FAMILIES, VARIANTS, variant
-from tiny import tiny_llama
+from tiny import tiny_llama, tiny_tokenizer
 from torch import Tensor, nn
 from transformers import BatchEncoding
 from tree_losses import training_loss
@@ -96,6 +96,13 @@ def test_a_batch_moves_and_is_sent_to_other_processes_like_any_other() -> None:
         assert torch.equal(model(**moved).loss, expected)
 
 
+def test_some_rows_of_a_batch_are_a_batch() -> None:
+    model = patched_llama()
+    rows = {name: value[1:2] for name, value in tree_batch().items()}
+    alone = pm.tree_batch(tiny_tokenizer(), TREES[1:2], CONFIG)
+    torch.testing.assert_close(model(**rows).loss, model(**alone).loss)
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gptj", "moshi", "gpt2", "jamba", "bart"])
 def test_a_model_that_is_not_patched_raises_one_line(model_type: str, training: bool) -> None:
@@ -117,6 +124,7 @@ def test_an_unpatched_model_has_no_settings_to_make_a_batch_with() -> None:
         ({"segment": None}, "segment: is missing; pass everything"),
         ({"pos2d": None}, "pos2d: is missing; pass everything"),
         ({"segment": None, "relations": None}, "attention_mask: pos2d needs the mask"),
+        ({"relations": torch.zeros(9, 2, 2)}, "rows: pos2d=3 segment=3 relations=9: differ; take the same"),
         ({"attention_mask": torch.ones(3, 22)}, "attention_mask: the model makes it .* leave it out"),
     ],
 )
