@@ -75,7 +75,14 @@ def _refuse_constant(name: str) -> Any:
 
 def _without_null_fields(value: dict[str, Any]) -> dict[str, Any]:
     """A null field is absent, as in Parquet: exporters of tables write one for every column of a row."""
-    return {key: item for key, item in value.items() if item is not None}
+    return {key: item for key, item in value.items() if not _is_null(item)}
+
+
+def _is_null(item: Any) -> bool:
+    """Whether a value is null, or an object of nulls, which some writers of tables make of a null object."""
+    if isinstance(item, dict):
+        return bool(item) and all(map(_is_null, item.values()))
+    return item is None
 
 
 class _Parser:

@@ -283,6 +283,15 @@ def test_unknown_keys_of_a_tree_are_named_by_where_they_stand() -> None:
     )
 
 
+def test_an_object_of_nulls_is_absent() -> None:
+    """Some writers of Parquet write one where a row has no reduce."""
+    nulls = {"prompt": None, "completion": None, "reduce": {"prompt": None}}
+    assert parse({"main": "m", "branches": [PAIR], "reduce": nulls}) == parse(
+        {"main": "m", "branches": [PAIR]}
+    )
+    assert parse({"branches": [{**PAIR, "reduce": nulls}]}) == parse({"branches": [PAIR]})
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_null_fields_of_a_tree_are_absent(nested: bool) -> None:
     nulls = dict.fromkeys(("text", "branches", "reduce", "input_ids", "targets", "rendered"))
