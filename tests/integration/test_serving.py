@@ -124,7 +124,7 @@ def test_branches_have_settings_of_their_own_and_coordinates(shared_server: Serv
     assert status == 200
     assert [branch["text"] for branch in response["branches"]] == expected
     assert [len(branch["tokens"]) for branch in response["branches"]] == [3, 12, 12]
-    assert [branch["branch"] for branch in response["branches"]] == [16, 32, 48]
+    assert [branch["branch"] for branch in response["branches"]] == [16, 32, 0]  # the reduce: as main
 
 
 def test_a_running_sample_loses_one_branch_and_gains_another(shared_server: Server) -> None:
