@@ -12,9 +12,9 @@ import torch
 from benchmarks.harness import Bench, ratio
 from benchmarks.text import passages
 from parallelmind.config import RopeConfig
-from parallelmind.layout import Layout, Tokens, arrange, collate
-from parallelmind.model.inputs import to_tensors
-from parallelmind.model.mask import AttentionBias
+from parallelmind.layout import Layout, Tokens, arrange
+from parallelmind.model.mask import AttentionBias, Placement
+from parallelmind.tree import relations
 
 _SAMPLES = 12
 
@@ -33,7 +33,8 @@ def _reference() -> Any:
 def vectorised(main: list[int], branches: list[list[int]], config: RopeConfig) -> tuple[Layout, torch.Tensor]:
     """Return the layout of one sample and its boolean mask `[1, 1, tokens, tokens]`."""
     layout = arrange(Tokens.of(main, branches, [1] * len(branches)), config)
-    placement = to_tensors(collate([layout], pad_id=0)).placement
+    arrays = (layout.time, layout.segment, relations(layout.tree))
+    placement = Placement(*(torch.from_numpy(array)[None] for array in arrays))
     return layout, AttentionBias(placement, config.visibility).whole() > -torch.inf
 
 

@@ -27,6 +27,10 @@ class _Block:
     bias: Tensor
     _repeated: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
 
+    def read(self, states: Tensor) -> Tensor:
+        """`[kv heads, keys, dim]` of the keys among `[kv heads, tokens, dim]`."""
+        return states[:, self.keys] if isinstance(self.keys, slice) else states.index_select(1, self.keys)
+
     def repeated_bias(self, group: int, dtype: torch.dtype) -> Tensor:
         """`[group * queries, keys]`, one tensor for all layers."""
         if (group, dtype) not in self._repeated:
@@ -60,7 +64,7 @@ class BlockAttention(AttentionBackend):
         for number, blocks in enumerate(self._rows):
             parts = []
             for block in blocks:
-                keys, values = (states[number][:, block.keys] for states in (key, value))
+                keys, values = (block.read(states[number]) for states in (key, value))
                 queries = query[number][:, :, block.queries]
                 parts.append(_attend(queries, keys, values, block, scale, softcap, sinks))
             rows.append(torch.cat(parts, dim=2))
