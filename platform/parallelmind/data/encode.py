@@ -138,6 +138,11 @@ def append_eos(ids: list[int], eos: list[int]) -> list[int]:
     return ids if eos == ids[-1:] else ids + eos
 
 
+def eos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The EOS of this tokenizer: a list of one id, or an empty list."""
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
 def bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The BOS that this tokenizer adds to an input: a list of one id, or an empty list."""
     special: list[int] = tokenizer("").input_ids

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from parallelmind.config import DataConfig
-from parallelmind.data.encode import append_eos, bos_ids, encode_continuations, encode_texts, prepend_bos
+from parallelmind.data.encode import (
+    append_eos,
+    bos_ids,
+    encode_continuations,
+    encode_texts,
+    eos_ids,
+    prepend_bos,
+)
 from parallelmind.data.files import FilePart
 from parallelmind.data.packing import TokenRecord
 from parallelmind.data.records import Record, Segment, Spans, TextOrIds
@@ -79,7 +86,7 @@ def tokenise(
     texts = [text for record in records for text in _texts(record)]
     encoded = _encode(tokenizer, texts)
     bos = bos_ids(tokenizer)
-    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    eos = eos_ids(tokenizer)
     return [_apply_limits(record, _assemble(record, encoded, bos, eos), bos, data) for record in records]
 
 

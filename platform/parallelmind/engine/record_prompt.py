@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from parallelmind.data.encode import append_eos, encode_text
+from parallelmind.data.encode import append_eos, encode_text, eos_ids
 from parallelmind.data.records import Record, RecordError, Segment
 from parallelmind.engine.request import Sample, Text
 
@@ -97,8 +97,7 @@ def _prompt(
     ids = whole = segment.body
     if isinstance(segment.body, str):
         ids = encode_text(tokenizer, segment.body, opens_sample and not segment.rendered)
-        eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        whole = ids if segment.rendered else append_eos(ids, eos)
+        whole = ids if segment.rendered else append_eos(ids, eos_ids(tokenizer))
     if first_target is None or (in_tree and first_target >= len(whole)):
         return _Prompt(whole, False)
     return _Prompt(ids[: first_target or None], True)

@@ -76,7 +76,8 @@ def attention_masks(
     that takes no such mask.
     """
     windows = layer_windows(model)
-    masks = {window: _mask(model, placement, visibility, is_flat, window) for window in set(windows.values())}
+    chosen = choose_attention(model, placement.tokens, compute_dtype(model), is_flat)
+    masks = {window: _mask(model, chosen, placement, visibility, window) for window in set(windows.values())}
     if len(masks) == 1:
         return masks.popitem()[1]
     return {layer_type: masks[window] for layer_type, window in windows.items()}
@@ -84,14 +85,13 @@ def attention_masks(
 
 def _mask(
     model: PreTrainedModel | PeftModel,
+    chosen: str,
     placement: Placement,
     visibility: Visibility,
-    is_flat: bool,
     window: AttentionWindow,
 ) -> Mask:
-    """The mask of the layers with this window."""
+    """The mask of the layers with this window, for the chosen attention."""
     penalty = sibling_penalty(model)
-    chosen = choose_attention(model, placement.tokens, compute_dtype(model), is_flat)
     if chosen == FLEX:
         if penalty and not has_own_attention(model):
             raise ValueError(
