@@ -161,7 +161,7 @@ def start_times(lengths: Ints, tree: Tree, align_to: Alignment, delays: Ints | N
     """
     shifts = np.zeros(len(lengths), dtype=np.int64)
     if align_to == "right":
-        shifts += _shifts_to_the_right(lengths, tree)
+        shifts += shifts_to_the_right(lengths, tree)
     if delays is not None:
         shifts[tree.is_branch] += delays
     if tree.is_flat:
@@ -175,7 +175,7 @@ def start_times(lengths: Ints, tree: Tree, align_to: Alignment, delays: Ints | N
     return np.array(starts)
 
 
-def _shifts_to_the_right(lengths: Ints, tree: Tree) -> Ints:
+def shifts_to_the_right(lengths: Ints, tree: Tree) -> Ints:
     """`[segments]` time steps by which a branch is shorter than its longest sibling, if neither forks."""
     forks = np.zeros(len(lengths), dtype=bool)
     forks[tree.parents[1:]] = True
@@ -190,10 +190,15 @@ def arrange(tokens: Tokens, config: RopeConfig, delays: Ints | None = None) -> L
 
     delays: `[branches]` time steps added before each branch (the random time offset); none by default.
     """
+    return place(tokens, start_times(tokens.lengths, tokens.tree, config.align_to, delays), config)
+
+
+def place(tokens: Tokens, starts: Ints, config: RopeConfig) -> Layout:
+    """Place every token of one sample whose segments start at these times. starts: `[segments]`."""
     lengths, tree = tokens.lengths, tokens.tree
     segment = np.repeat(np.arange(len(lengths)), lengths)
     index = np.arange(len(segment)) - (np.cumsum(lengths) - lengths)[segment]  # within its own segment
-    time = start_times(lengths, tree, config.align_to, delays)[segment] + index
+    time = starts[segment] + index
     labels = next_token_labels(tokens)
     order = physical_order(time, segment, config)
     time, segment = time[order], segment[order]

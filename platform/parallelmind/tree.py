@@ -2,9 +2,12 @@
 
     segment := tokens [branches: segment+ [reduce: segment]]
 
-Segments are numbered in pre-order: main is 0, the first branch 1, then the segments below it, and so on. A
-reduce comes after everything below the branches that it reads. So the segments that a reduce joins are those
-between its parent and itself.
+The segments of a complete tree are numbered in pre-order: main is 0, the first branch 1, then the segments
+below it, and so on. A reduce comes after everything below the branches that it reads. So the segments that a
+reduce joins are those between its parent and itself.
+
+A tree that grows while it is decoded (`GrowingTree`) keeps its numbers, because computed tokens keep their
+coordinates. A segment that is added gets the next free number, wherever it stands in the tree.
 """
 
 from __future__ import annotations
@@ -99,6 +102,34 @@ class Tree:
         return type(self)(parents, self.is_reduce[kept])
 
 
+@dataclass(frozen=True)
+class GrowingTree(Tree):
+    """A tree whose segments are numbered in the order in which they were added, a parent before its children.
+
+    A reduce may have a lower number than a branch that it joins. `relations` and `branch_coordinates` take a
+    growing tree. Everything else takes a complete one.
+    """
+
+    @cached_property
+    def pre_order(self) -> Ints:
+        """`[segments]` the numbers of the segments in the pre-order of the complete tree."""
+        below: list[list[int]] = [[] for _ in range(self.segments)]
+        for segment in np.lexsort((np.arange(self.segments), self.is_reduce))[::-1].tolist():
+            if segment != MAIN:
+                below[self.parents[segment]].append(segment)
+        order, stack = [], [MAIN]
+        while stack:
+            order.append(stack.pop())
+            stack += below[order[-1]]
+        return np.array(order)
+
+    def complete(self) -> Tree:
+        """The same tree with its segments numbered in pre-order."""
+        parents = np.argsort(self.pre_order)[self.parents[self.pre_order]]
+        parents[MAIN] = NO_PARENT
+        return Tree(parents, self.is_reduce[self.pre_order])
+
+
 def segment_names(tree: Tree) -> list[str]:
     """The place of every segment: main, branch 1, branch 1.2, branch 1.reduce, reduce, reduce.1 and so on."""
     paths, siblings = [list[str]()], [0] * tree.segments
@@ -113,6 +144,9 @@ def relations(tree: Tree) -> NDArray[np.int8]:
     """`[segments, segments]` relation of the key's segment (column) to the query's segment (row)."""
     if tree.is_flat:
         return _flat_relations(tree.segments)
+    if isinstance(tree, GrowingTree):
+        place = np.argsort(tree.pre_order)
+        return relations(tree.complete())[np.ix_(place, place)]
     table = _flat_relations(tree.segments).copy()
     for segment, parent, joined in tree.walk():
         row = table[segment]
