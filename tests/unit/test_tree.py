@@ -23,7 +23,7 @@ from parallelmind.tree import (
 
 
 def order_of_addition(tree: Tree, data: st.DataObject) -> list[int]:
-    """The segments in a random order in which each comes after its parent, and branches after earlier ones."""
+    """The segments in a random order: each after its parent, and a branch after its earlier siblings."""
     added = [MAIN]
     while len(added) < tree.segments:
         left = [segment for segment in range(tree.segments) if segment not in added]
