@@ -13,10 +13,10 @@ ADAPTER ?= $(shell ls -td runs/demo-*/adapter 2>/dev/null | head -n 1)
 PORT ?= 8000
 WORKERS ?= 2
 
-.PHONY: help setup model lint typecheck test test-all mutants chaos demo serve bench bench-gpu docs clean
+.PHONY: help setup model lint typecheck test test-all mutants chaos demo serve bench bench-peers bench-gpu docs clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## create .venv with every dependency at its pinned version
 
@@ -62,6 +62,9 @@ serve: setup ## serve the newest demo adapter at http://127.0.0.1:8000; ADAPTER=
 
 bench: setup model ## print the benchmark table; ONLY=decoding runs one part
 	@$(PY) -m benchmarks $(ONLY)
+
+bench-peers: setup model ## install the engines that make bench compares with, in venvs of their own; PEERS=folder chooses where
+	@$(PY) -m benchmarks.peers.install
 
 bench-gpu: setup ## print tokens/s and MFU of training on this machine's GPU
 	@$(PY) -m benchmarks.gpu

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from benchmarks import (
+    comparison,
     data,
     decoding,
     engine,
@@ -23,6 +24,7 @@ from benchmarks import (
 def main() -> None:
     prefix = sys.argv[1] if len(sys.argv) > 1 else ""
     modules = [layout, data, training, trees, decoding, engine, serving, fuzz, scaling, sweep, first_use]
+    modules += [comparison]  # last, because its engines stay loaded
     benches = [bench for module in modules for bench in module.BENCHES]
     if not any(bench.name.startswith(prefix) for bench in benches):
         names = "\n  ".join(bench.name for bench in benches)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -17,18 +15,29 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.processor import machine
+
 RESULTS = Path(__file__).resolve().parent.parent / "experiments" / "results" / "bench.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """A named measurement and its target. `target` is None for a figure that is only reported."""
+    """A named measurement and its target.
+
+    target: None for a figure that is only reported.
+    conditions: under which it is measured on this machine; recorded with the command.
+    """
 
     name: str
     target: float | None
     better: Literal["higher", "lower"]
     unit: str
     measure: Callable[[], float]
+    conditions: str = ""
+
+
+class UnavailableError(Exception):
+    """Raised by a measurement that this machine cannot make; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,22 +87,21 @@ def run(benches: list[Bench], prefix: str, command: str) -> list[Row]:
             continue
         print(f"{bench.name} …", end=" ", file=sys.stderr, flush=True)
         start = time.perf_counter()
-        value = float(f"{bench.measure():.4g}")
+        try:
+            value = float(f"{bench.measure():.4g}")
+        except UnavailableError as reason:
+            print(f"skipped: {reason}", file=sys.stderr, flush=True)
+            continue
         print(f"{value:g} {bench.unit} ({time.perf_counter() - start:.0f} s)", file=sys.stderr, flush=True)
-        rows.append(
-            Row(
-                bench.name,
-                value,
-                bench.target,
-                bench.better,
-                bench.unit,
-                machine(),
-                str(date.today()),
-                command,
-            )
-        )
+        rows.append(_row(bench, value, command))
         record(rows)
     return rows
+
+
+def _row(bench: Bench, value: float, command: str) -> Row:
+    command = f"{command} ({bench.conditions})" if bench.conditions else command
+    today = str(date.today())
+    return Row(bench.name, value, bench.target, bench.better, bench.unit, machine(), today, command)
 
 
 def record(rows: list[Row]) -> None:
@@ -116,17 +124,3 @@ def show(rows: list[Row]) -> None:
             row.name, f"{row.value:g}", target, row.unit, {None: "", True: "yes", False: "NO"}[row.met]
         )
     Console(width=None if sys.stdout.isatty() else 110).print(table)
-
-
-def machine() -> str:
-    """Describe the CPU: core count, model and operating system."""
-    model = next(
-        (line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")),
-        platform.processor() or "CPU",
-    )
-    return f"{os.cpu_count()} × {model}, {platform.system()}"
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []

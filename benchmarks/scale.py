@@ -30,7 +30,8 @@ import torch
 from ray.train.torch import TorchTrainer
 
 from benchmarks.data import start_ray, write_records
-from benchmarks.harness import RESULTS, machine, seconds
+from benchmarks.harness import RESULTS, seconds
+from benchmarks.processor import machine
 from benchmarks.scale_step import cpu_seconds, line, reducing, stepping
 from benchmarks.text import texts, tokenizer
 from parallelmind.config import DataConfig, RopeConfig
