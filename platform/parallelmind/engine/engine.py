@@ -19,7 +19,7 @@ from parallelmind.engine.adapters import AdapterManager
 from parallelmind.engine.model_runner import Model, ModelRunner
 from parallelmind.engine.output import Event, FinishReason, OutputProcessor
 from parallelmind.engine.request import ResumeState, Sample, Text, TokenizedRequest
-from parallelmind.engine.sampler import SampledToken, SamplingRow, random_seed, sample_tokens
+from parallelmind.engine.sampler import SampledToken, Sampler, SamplingRow, random_seed
 from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.engine.scheduler import EngineConfig, EngineStats, ScheduledGroup, Scheduler
 from parallelmind.engine.sequence import BranchState
@@ -79,6 +79,7 @@ class Engine:
         self._groups: dict[int, SequenceGroup] = {}  # unfinished samples by id
         self._num_submitted = 0
         self._pending_events: list[Event] = []  # that no step has returned yet
+        self._sampler = Sampler()
         self._eos_token_ids = eos_token_ids(model, tokenizer)
         self.seconds_in_model = 0.0
 
@@ -310,7 +311,7 @@ class Engine:
 
     def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
         """The next token of every row of `[rows, vocab]` logits."""
-        return sample_tokens(logits, rows) if rows else []
+        return self._sampler(logits, rows) if rows else []
 
     def _emit(self, group: SequenceGroup, branch: BranchState, sampled: SampledToken) -> Event:
         """Append a sampled token to its branch; returns its event."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from hashlib import blake2b
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from parallelmind.tree import Ints
 
 _NO_TOKEN = -1  # in a tensor of token ids
 _SMALLEST, _LARGEST = 1e-15, 1e15  # settings within these bounds keep scores finite in float32
+_MIN_CHUNK, _MAX_CHUNK = 128, 1024  # logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +38,7 @@ class SamplingRow:
     history: Sequence[int] | Ints
 
 
-@dataclass(frozen=True, slots=True)
-class SampledToken:
+class SampledToken(NamedTuple):
     """The next token of a branch.
 
     token: None if the logits are not finite, which no token can be sampled from.
@@ -49,8 +48,60 @@ class SampledToken:
     """
 
     token: int | None
-    logprob: float | None
+    logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+
+
+class _Column(NamedTuple):
+    """A setting on the rows where it is on. rows: `[n]` indices, None for all. values: `[n]` float32."""
+
+    rows: Tensor | None
+    values: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _SamplingMetadata:
+    """The settings of a batch as columns on the device; None for a setting that is off on all rows.
+
+    random: `[n]` indices of the rows that are drawn. The four columns after it count these rows alone.
+    logit_bias: rows, token ids and values of all biases.
+    """
+
+    random: Tensor | None
+    temperature: _Column | None
+    top_k: _Column | None
+    top_p: _Column | None
+    min_p: _Column | None
+    repetition_penalty: _Column | None
+    logit_bias: tuple[Tensor, ...] | None
+    has_logprobs: bool
+
+    @staticmethod
+    def of(params: Sequence[SamplingParams], device: torch.device) -> _SamplingMetadata:
+        random = [index for index, row in enumerate(params) if row.temperature]
+        drawn = [params[index] for index in random]
+        biases = [(index, *pair) for index, row in enumerate(params) for pair in row.logit_bias]
+        columns = [torch.tensor(column, device=device) for column in zip(*biases, strict=True)]
+        return _SamplingMetadata(
+            random=torch.tensor(random, device=device) if random else None,
+            temperature=_column(drawn, "temperature", 1, device),
+            top_k=_column(drawn, "top_k", 0, device),
+            top_p=_column(drawn, "top_p", 1, device),
+            min_p=_column(drawn, "min_p", 0, device),
+            repetition_penalty=_column(params, "repetition_penalty", 1, device),
+            logit_bias=tuple(columns) or None,
+            has_logprobs=any(row.logprobs is not None for row in params),
+        )
+
+
+def _column(params: Sequence[SamplingParams], field: str, off: float, device: torch.device) -> _Column | None:
+    values = [getattr(row, field) for row in params]
+    rows = [index for index, value in enumerate(values) if value != off]
+    if not rows:
+        return None
+    column = torch.tensor([values[index] for index in rows], dtype=torch.float32, device=device)
+    index = None if len(rows) == len(params) else torch.tensor(rows, device=device)
+    return _Column(index, column.clamp(_SMALLEST, _LARGEST))
 
 
 def random_seed() -> int:
@@ -58,55 +109,82 @@ def random_seed() -> int:
     return int(torch.randint(2**62, ()))
 
 
-@torch.inference_mode()
-def sample_tokens(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
-    """Sample the next token of every row.
+class Sampler:
+    """Samples tokens. The settings of the rows stay on the device until a batch has other rows."""
 
-    logits: `[rows, vocab]`; not modified. The token of a row does not depend on the other rows. A row whose
-        largest logit is NaN or infinite gets no token.
+    def __init__(self) -> None:
+        self._params: list[SamplingParams] = []
+        self._metadata: _SamplingMetadata | None = None
+
+    @torch.inference_mode()
+    def __call__(self, logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
+        """Sample the next token of every row.
+
+        logits: `[rows, vocab]`; not modified. The token of a row does not depend on the other rows. A row
+            whose largest logit is NaN or infinite gets no token.
+        """
+        settings = self._settings([row.params for row in rows], logits.device)
+        scores = _apply_repetition_penalty(_apply_logit_bias(logits, settings), settings, rows)
+        largest, token_ids = _largest(scores)
+        if settings.random is not None:
+            token_ids[settings.random] = _draw(scores[settings.random].float(), settings, rows)
+        token_ids = token_ids.where(largest.isfinite(), _NO_TOKEN)
+        if settings.has_logprobs:
+            return _with_logprobs(logits, token_ids, rows)
+        return [SampledToken(_token(token)) for token in token_ids.tolist()]
+
+    def _settings(self, params: list[SamplingParams], device: torch.device) -> _SamplingMetadata:
+        if self._metadata is None or params != self._params:
+            self._params, self._metadata = params, _SamplingMetadata.of(params, device)
+        return self._metadata
+
+
+def _token(token: int) -> int | None:
+    return None if token == _NO_TOKEN else token
+
+
+def _largest(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest value of every row, which is NaN if any value is, and its first index.
+
+    A CPU finds a maximum without its index several times as fast as with it: chunks of a row go first.
     """
-    scores = _apply_repetition_penalty(_apply_logit_bias(logits, rows), rows)
-    largest, token_ids = scores.max(dim=-1)  # NaN if any score of the row is
-    random = [index for index, row in enumerate(rows) if row.params.temperature]
-    if random:
-        token_ids[random] = _draw(scores[random].float(), [rows[index] for index in random])
-    is_finite = largest.isfinite()
-    if all(row.params.logprobs is None for row in rows):
-        return [_sampled(token) for token in token_ids.where(is_finite, _NO_TOKEN).tolist()]
-    return _with_logprobs(logits, token_ids, is_finite, rows)
+    chunk = math.gcd(scores.shape[-1], _MAX_CHUNK)
+    if scores.device.type != "cpu" or chunk < _MIN_CHUNK:
+        return scores.max(dim=-1)
+    chunks = scores.unflatten(-1, (-1, chunk))
+    largest, first = chunks.amax(dim=-1).max(dim=-1)
+    within = chunks[torch.arange(len(scores)), first].max(dim=-1).indices
+    return largest, first * chunk + within
 
 
-def _sampled(token: int, *logprobs: Any) -> SampledToken:
-    return SampledToken(None, None) if token == _NO_TOKEN else SampledToken(token, *(logprobs or (None,)))
-
-
-def _apply_logit_bias(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    biases = [(index, token, bias) for index, row in enumerate(rows) for token, bias in row.params.logit_bias]
-    if not biases:
+def _apply_logit_bias(scores: Tensor, settings: _SamplingMetadata) -> Tensor:
+    if settings.logit_bias is None:
         return scores
-    indices, tokens, values = (
-        torch.tensor(column, device=scores.device) for column in zip(*biases, strict=True)
-    )
-    return scores.float().index_put((indices, tokens), values.float(), accumulate=True)
+    rows, token_ids, values = settings.logit_bias
+    return scores.float().index_put((rows, token_ids), values.float(), accumulate=True)
 
 
-def _apply_repetition_penalty(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    penalties = _rows_with([row.params for row in rows], "repetition_penalty", off=1)
-    if not penalties:
+def _apply_repetition_penalty(
+    scores: Tensor, settings: _SamplingMetadata, rows: Sequence[SamplingRow]
+) -> Tensor:
+    column = settings.repetition_penalty
+    if column is None:
         return scores
-    longest = max(len(rows[index].history) for index in penalties)
+    penalised = [row for row in rows if row.params.repetition_penalty != 1]
+    longest = max(len(row.history) for row in penalised)
     # Padded with an id beyond the vocabulary, which the processor ignores.
-    history = np.full((len(penalties), longest), scores.shape[-1])
-    for line, index in zip(history, penalties, strict=True):
-        line[: len(rows[index].history)] = rows[index].history
+    history = np.full((len(penalised), longest), scores.shape[-1])
+    for line, row in zip(history, penalised, strict=True):
+        line[: len(row.history)] = row.history
     input_ids = torch.from_numpy(history).to(scores.device)
-    return _process(hf.RepetitionPenaltyLogitsProcessor, "penalty", penalties, scores.float(), input_ids)
+    return _process(hf.RepetitionPenaltyLogitsProcessor, "penalty", column, scores.float(), input_ids)
 
 
-def _draw(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """`[rows]` ids by inversion of the cumulative distribution: one random number for each row."""
-    cumulative = _shape_distribution(scores, [row.params for row in rows]).softmax(-1).double().cumsum(-1)
-    uniform = torch.tensor([[_uniform(row)] for row in rows], dtype=torch.float64, device=scores.device)
+def _draw(scores: Tensor, settings: _SamplingMetadata, rows: Sequence[SamplingRow]) -> Tensor:
+    """`[n]` ids by inversion of the cumulative distribution: one random number for each row that is drawn."""
+    cumulative = _shape_distribution(scores, settings).softmax(-1).double().cumsum(-1)
+    numbers = [[_uniform(row)] for row in rows if row.params.temperature]
+    uniform = torch.tensor(numbers, dtype=torch.float64, device=scores.device)
     token_ids = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
     return token_ids.squeeze(-1).clamp_(max=scores.shape[-1] - 1)  # NaN scores give any valid id
 
@@ -117,73 +195,65 @@ def _uniform(row: SamplingRow) -> float:
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
-def _shape_distribution(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+def _shape_distribution(scores: Tensor, settings: _SamplingMetadata) -> Tensor:
     """`[rows, vocab]` scores after temperature, top-k, top-p and min-p, in the order of transformers."""
-    temperatures = _rows_with(params, "temperature", off=1)
-    scores = _process(hf.TemperatureLogitsWarper, "temperature", temperatures, scores)
-    top_k = _rows_with(params, "top_k", off=0)
-    for k in set(top_k.values()):  # torch.topk takes one number for all rows
-        indices = [index for index, row_k in top_k.items() if row_k == k]
-        scores = _replace_rows(scores, indices, partial(_keep_top_k, int(k)))
-    scores = _process(hf.TopPLogitsWarper, "top_p", _rows_with(params, "top_p", off=1), scores)
-    return _process(hf.MinPLogitsWarper, "min_p", _rows_with(params, "min_p", off=0), scores)
+    scores = _process(hf.TemperatureLogitsWarper, "temperature", settings.temperature, scores)
+    if settings.top_k is not None:
+        k = settings.top_k.values.long()
+        scores = _replace_rows(scores, settings.top_k.rows, lambda rows: _keep_top_k(rows, k))
+    scores = _process(hf.TopPLogitsWarper, "top_p", settings.top_p, scores)
+    return _process(hf.MinPLogitsWarper, "min_p", settings.min_p, scores)
 
 
-def _keep_top_k(k: int, scores: Tensor) -> Tensor:
-    processor: Any = hf.TopKLogitsWarper(k)
-    processed: Tensor = processor(None, scores)
-    return processed
-
-
-def _rows_with(params: Sequence[SamplingParams], field: str, off: float) -> dict[int, float]:
-    """Values of a setting by row, without the rows where it is off."""
-    values = ((index, getattr(row_params, field)) for index, row_params in enumerate(params))
-    return {index: value for index, value in values if value != off}
+def _keep_top_k(scores: Tensor, k: Tensor) -> Tensor:
+    """transformers' `TopKLogitsWarper`, which takes one number for all rows, with `[rows]` numbers."""
+    k = k.clamp(max=scores.shape[-1])
+    largest = scores.topk(int(k.max())).values
+    return scores.masked_fill(scores < largest.gather(1, k[:, None] - 1), -math.inf)
 
 
 def _process(
     processor: type[hf.LogitsProcessor],
     attribute: str,
-    values: dict[int, float],
+    column: _Column | None,
     scores: Tensor,
     input_ids: Tensor | None = None,
 ) -> Tensor:
-    """Apply a processor of transformers to these rows, with a different value for each of them."""
-    column = torch.tensor(list(values.values()), dtype=torch.float32, device=scores.device)
-    column = column.clamp(_SMALLEST, _LARGEST)
+    """Apply a processor of transformers to the rows of a column, with a different value for each of them."""
+    if column is None:
+        return scores
+    values = column.values
     return _replace_rows(
-        scores, list(values), lambda rows: process_rows(processor, attribute, column, rows, input_ids)
+        scores, column.rows, lambda rows: process_rows(processor, attribute, values, rows, input_ids)
     )
 
 
-def _replace_rows(scores: Tensor, indices: list[int], process: Callable[[Tensor], Tensor]) -> Tensor:
-    """`scores` with these rows processed."""
-    if not indices:
-        return scores
-    if len(indices) == len(scores):
+def _replace_rows(scores: Tensor, index: Tensor | None, process: Callable[[Tensor], Tensor]) -> Tensor:
+    """`scores` with these rows processed; None: all rows."""
+    if index is None:
         return process(scores)
-    index = torch.tensor(indices, device=scores.device)
     return scores.index_copy(0, index, process(scores[index]))
 
 
-def _with_logprobs(
-    logits: Tensor, token_ids: Tensor, is_finite: Tensor, rows: Sequence[SamplingRow]
-) -> list[SampledToken]:
+def _with_logprobs(logits: Tensor, token_ids: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
     logprobs = logits.float().log_softmax(dim=-1)
     # Always the same number, because the order of equal values depends on it.
     count = min(MAX_LOGPROBS, logprobs.shape[-1])
     top_logprobs, top_ids = logprobs.topk(count)
     chosen = token_ids[:, None]
     # One copy to the host; float64 represents every id exactly.
-    shown = chosen.where(is_finite[:, None], _NO_TOKEN)
-    table = torch.cat([shown.double(), logprobs.gather(1, chosen), top_ids, top_logprobs], dim=1)
-    sampled = []
-    for row, (token, logprob, *top) in zip(rows, table.tolist(), strict=True):
-        if row.params.logprobs is None:
-            sampled.append(_sampled(int(token)))
-            continue
-        pairs = zip(map(int, top[:count]), top[count:], strict=True)
-        # A token that the model itself excludes has no finite log-probability.
-        possible = tuple(pair for pair in pairs if pair[1] > -math.inf)
-        sampled.append(_sampled(int(token), logprob, possible[: row.params.logprobs]))
-    return sampled
+    of_chosen = logprobs.gather(1, chosen.clamp(min=0))
+    table = torch.cat([chosen.double(), of_chosen, top_ids, top_logprobs], dim=1)
+    return [
+        _with_row_logprobs(row.params, line, count) for row, line in zip(rows, table.tolist(), strict=True)
+    ]
+
+
+def _with_row_logprobs(params: SamplingParams, line: list[Any], count: int) -> SampledToken:
+    token, logprob, *top = line
+    if params.logprobs is None or token == _NO_TOKEN:
+        return SampledToken(_token(int(token)))
+    pairs = zip(map(int, top[:count]), top[count:], strict=True)
+    # A token that the model itself excludes has no finite log-probability.
+    possible = tuple(pair for pair in pairs if pair[1] > -math.inf)
+    return SampledToken(int(token), logprob, possible[: params.logprobs])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 from transformers.generation import logits_process as hf
 
-from parallelmind.engine.sampler import SampledToken, SamplingRow, random_seed, sample_tokens
+from parallelmind.engine.sampler import SampledToken, Sampler, SamplingRow, random_seed
 from parallelmind.engine.sampling_params import SamplingParams
 
 VOCAB = 300
@@ -26,6 +27,10 @@ def row(
 
 def noise(rows: int, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
     return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def sample_tokens(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
+    return Sampler()(logits, rows)
 
 
 def tokens(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
@@ -59,6 +64,41 @@ def test_a_row_gets_the_same_token_alone_and_in_a_batch(dtype):
         assert together == [sample_tokens(logits[at : at + 1], [one])[0] for at, one in enumerate(rows)]
         assert together[::-1] == sample_tokens(logits.flip(0), rows[::-1])
         assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_draws_are_those_of_earlier_versions(dtype):
+    """A sample may continue on an engine of another version."""
+    expected = [
+        [59, 93, 264, 257, 272, 280, 62, 7],
+        [120, 299, 211, 119, 201, 227, 84, 149],
+        [27, 103, 247, 4, 226, 268, 51, 147],
+        [159, 269, 88, 204, 64, 163, 293, 30],
+        [98, 173, 289, 4, 84, 221, 17, 159],
+        [229, 242, 179, 257, 174, 209, 92, 190],
+    ]
+    for step, drawn in enumerate(expected):
+        rows = [dataclasses.replace(one, index=one.index + step) for one in MIXED]
+        assert tokens(noise(len(MIXED), seed=step).to(dtype), rows) == drawn
+
+
+def test_a_sampler_that_sampled_other_rows_samples_these_by_their_own_settings():
+    sampler, orders = Sampler(), ([0, 1, 2], [2, 1, 0], [1], [0, 1, 2, 3, 4, 5, 6, 7], [0, 3, 4], [])
+    for step, order in enumerate(orders * 2):
+        logits, rows = noise(len(order), seed=step), [MIXED[at] for at in order]
+        assert sampler(logits, rows) == sample_tokens(logits, rows)
+
+
+@pytest.mark.parametrize("vocab", [300, 1280, 49152])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_first_of_the_largest_logits_is_taken(vocab, dtype):
+    logits = torch.randn(6, vocab, generator=torch.Generator().manual_seed(0)).clamp(max=1).to(dtype)
+    logits[1, [vocab - 3, vocab - 1]] = 2
+    logits[2] = -math.inf
+    logits[2, 7] = -5
+    for at, value in ((3, math.nan), (4, math.inf), (5, -math.inf)):
+        logits[at, slice(None) if at == 5 else vocab // 2] = value
+    assert tokens(logits, [row()] * 6) == [int((logits[0] == 1).nonzero()[0]), vocab - 3, 7, None, None, None]
 
 
 def test_equal_logits_are_ranked_the_same_alone_and_in_a_batch():
