@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
+from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parallelmind.engine.model_runner import Model
 from parallelmind.errors import UserError
-from parallelmind.model.adapter import add_adapter
+from parallelmind.model.adapter import SavedAdapter, attach, read_saved
 from parallelmind.model.structure import causal_lm
 from parallelmind.model.weights import ADAPTER
 
@@ -34,10 +35,13 @@ class AdapterManager:
 
     `BASE` names the model without an adapter. The adapter that is active at first has no name: it
     serves samples that name none.
+
+    `install`, `active` and `collect` change the model: call them from the thread that may use it, between
+    forward passes. `state_lock` guards names and counts, and is not held while the model changes.
     """
 
-    def __init__(self, model: Model, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.model, self._tokenizer = model, tokenizer
+    def __init__(self, model: Model, tokenizer: PreTrainedTokenizerBase, state_lock: RLock) -> None:
+        self.model, self._tokenizer, self._state_lock = model, tokenizer, state_lock
         self._version_by_name: dict[str, str] = {BASE: BASE}
         self._num_samples: Counter[str] = Counter()  # by version
         self._default = self._active = str(model.active_adapter) if isinstance(model, PeftModel) else BASE
@@ -51,21 +55,28 @@ class AdapterManager:
             )
         self._sharers.add(self)
 
-    def load(self, name: str, folder: str | Path, check: Callable[[Model], None] | None = None) -> str:
-        """Load an adapter under a name, in place of an earlier one of that name; returns its version.
+    def read(self, name: str, folder: str | Path) -> SavedAdapter:
+        """Read an adapter for `install`, while the model may be in use.
 
-        check: called with the model while the adapter is active; may raise. Raises UserError for a folder
-        that is not an adapter of this base model, or whose rope settings differ from the model's. After an
-        error the adapters are unchanged.
+        Raises UserError for a folder that is not an adapter of this base model, or whose rope settings differ
+        from the model's.
         """
         if name == BASE:
             raise UserError(f"adapter={name!r}: names the model without an adapter; choose another name")
+        return read_saved(self.model, self._tokenizer, folder)
+
+    def install(self, name: str, saved: SavedAdapter, check: Callable[[Model], None] | None = None) -> None:
+        """Add an adapter to the model under a name, in place of an earlier one of that name.
+
+        check: called with the model while the adapter is active; may raise. After an error the adapters are
+        unchanged. Raises UserError for weights that do not fit the model.
+        """
         if not isinstance(self.model, PeftModel) and len(self._sharers) > 1:
             raise UserError(
                 f"adapter={name!r}: another engine decodes with the bare model; load before it is made"
             )
         version = f"{ADAPTER}-{next(_load_numbers)}"
-        self.model = add_adapter(self.model, self._tokenizer, folder, version)
+        self.model = attach(self.model, saved, version).eval()
         self._loaded.add(version)
         # After the first adapter of a model is added, an adapter must be active.
         active = version if self._active == BASE else self._active
@@ -73,19 +84,19 @@ class AdapterManager:
             if check is not None:
                 self._activate(version)
                 check(self.model)
-            self._version_by_name[name] = version
+            with self._state_lock:
+                self._version_by_name[name] = version
         finally:
             self._activate(active)
             self.collect()
-        return version
 
     def unload(self, name: str) -> None:
         """Remove a name; samples that use its adapter keep it. Raises UserError for an unknown name."""
         if name == BASE:
             raise UserError(f"adapter={name!r}: the model without an adapter stays; name another")
-        self.version(name)
-        del self._version_by_name[name]
-        self.collect()
+        with self._state_lock:
+            self.version(name)
+            del self._version_by_name[name]
 
     def version(self, name: str | None) -> str:
         """The version that a new sample gets for this name. Raises UserError for an unknown name."""
@@ -124,12 +135,14 @@ class AdapterManager:
         return self.model.active_adapter != self._active != BASE or causal_lm(self.model) in _half_switched
 
     def collect(self) -> None:
-        """Delete unreferenced adapter versions. Call between steps, from the step thread."""
+        """Delete the versions that no name and no sample refers to: nothing can refer to them again."""
         if not isinstance(self.model, PeftModel):
             return
-        in_use = {version for version, count in self._num_samples.items() if count}
         defaults = {other._default for other in self._sharers}
-        unused = sorted(self._loaded - in_use - defaults - {ADAPTER, *self._version_by_name.values()})
+        with self._state_lock:
+            in_use = {version for version, count in self._num_samples.items() if count}
+            in_use |= {ADAPTER, *self._version_by_name.values()}
+        unused = sorted(self._loaded - in_use - defaults)
         if len(unused) == len(self.model.peft_config):
             unused.pop()  # peft cannot compute with a model that has lost all of its adapters
         for version in unused:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parallelmind.config import RopeConfig
 from parallelmind.engine.adapters import AdapterManager
+from parallelmind.engine.fair_lock import FairLock
 from parallelmind.engine.model_runner import Model, ModelRunner
 from parallelmind.engine.output import Event, FinishReason, OutputProcessor
 from parallelmind.engine.request import ResumeState, Sample, Text, TokenizedRequest
@@ -36,7 +37,8 @@ from parallelmind.tree import Ints
 
 GroupBranch = tuple[SequenceGroup, BranchState]
 
-_step_locks: WeakKeyDictionary[PreTrainedModel, Any] = WeakKeyDictionary()
+_step_locks: WeakKeyDictionary[PreTrainedModel, FairLock] = WeakKeyDictionary()
+_load_locks: WeakKeyDictionary[PreTrainedModel, RLock] = WeakKeyDictionary()
 
 # The settings that describe how an unpatched model decodes a single branch.
 _UNPATCHED = RopeConfig(patch_rope=False, rope_2d_ratio=0, visibility="isolated", positions="time")
@@ -67,15 +69,16 @@ class Engine:
     ) -> None:
         """config: without it the cache takes half of the free memory, divided by `num_engines`."""
         self.tokenizer = tokenizer
-        self.adapters = AdapterManager(model, tokenizer)
         self.rope_config = rope_config(model) if is_patched(model) else _UNPATCHED
         self.fallback_reason = None if is_patched(model) else assess(causal_lm(model)).reason
         self.runner = SequentialRunner(model) if self.fallback_reason else ModelRunner(model)
         self.config = self.runner.resolve_config(config, num_engines)
         self.scheduler = Scheduler(self.config, reuse_prefixes=not self.fallback_reason)
         self.state_lock = RLock()
+        self.adapters = AdapterManager(model, tokenizer, self.state_lock)
         # Held while the model is in use: engines that share a model, in other threads too, take turns.
-        self._step_lock = _step_locks.setdefault(causal_lm(model), RLock())
+        self._step_lock = _step_locks.setdefault(causal_lm(model), FairLock())
+        self._load_lock = _load_locks.setdefault(causal_lm(model), RLock())
         self._groups: dict[int, SequenceGroup] = {}  # unfinished samples by id
         self._num_submitted = 0
         self._pending_events: list[Event] = []  # that no step has returned yet
@@ -94,20 +97,24 @@ class Engine:
     ) -> None:
         """Load an adapter under a name. Samples that run with an earlier adapter of that name keep it.
 
+        Steps continue while its files are read; the model takes it between two steps.
         check: called with the model while the new adapter is active; if it raises, the earlier one stays.
         Raises UserError for a folder that is not an adapter of this base model, or whose rope settings differ
         from the model's.
         """
-        with self._step_lock, self.state_lock:
-            try:
-                self.adapters.load(name, folder, check)
-            finally:
-                self.runner.set_model(self.adapters.model)
+        with self._load_lock:
+            saved = self.adapters.read(name, folder)
+            with self._step_lock:
+                try:
+                    self.adapters.install(name, saved, check)
+                finally:
+                    self.runner.set_model(self.adapters.model)
 
     def unload_adapter(self, name: str) -> None:
         """Remove an adapter. Samples that run with it keep it. Raises UserError for an unknown name."""
-        with self._step_lock, self.state_lock:
-            self.adapters.unload(name)
+        self.adapters.unload(name)
+        with self._step_lock:
+            self.adapters.collect()
 
     # Samples
 
@@ -240,8 +247,7 @@ class Engine:
                 except BaseException as error:  # Ctrl-C: the remaining passes are not computed
                     self._fail([group for remaining, _ in plans[index:] for group, _ in remaining], error)
                     raise
-            with self.state_lock:
-                self.adapters.collect()
+            self.adapters.collect()
             if failure is not None:
                 raise failure
             return self.take_events()

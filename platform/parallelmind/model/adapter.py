@@ -7,6 +7,7 @@ the model card. Loading checks that base model, chat template and placement are 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +27,6 @@ from parallelmind.model.card import write_card
 from parallelmind.model.full_model import save_model
 from parallelmind.model.hf_compat import wrap_with_adapter
 from parallelmind.model.manifest import (
-    Manifest,
     check_replaceable,
     fetch_adapter,
     read_adapter,
@@ -47,6 +47,18 @@ class LoadConfig(GroupedConfig):
 
     model: ModelConfig
     rope: RopeConfig
+
+
+@dataclass(frozen=True, slots=True)
+class SavedAdapter:
+    """A saved adapter that was read and fits a model, to which `attach` adds it.
+
+    settings: peft's. weights: by their saved names, on the CPU.
+    """
+
+    folder: Path
+    settings: peft.LoraConfig
+    weights: Mapping[str, Tensor]
 
 
 def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
@@ -147,14 +159,7 @@ def load_adapter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
 
     Raises UserError with both values where the base model, its tokenizer or a rope field differ.
     """
-    return _attach(model, tokenizer, folder, read_adapter(folder), {}).eval()
-
-
-def add_adapter(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, name: str
-) -> PeftModel:
-    """Add a saved adapter beside those of the model, as `name`. Raises UserError as `load_adapter` does."""
-    return _attach(model, tokenizer, folder, read_adapter(folder), {}, name).eval()
+    return attach(model, read_saved(model, tokenizer, folder)).eval()
 
 
 def resume_adapter(
@@ -164,22 +169,20 @@ def resume_adapter(
 
     Raises UserError as `load_adapter` does, and for a field of `lora` other than lora_dropout that differs.
     """
-    manifest = read_adapter(folder)
-    manifest.check_settings(lora.model_dump(exclude={"lora_dropout"}))
-    overrides = {"inference_mode": False, "lora_dropout": lora.lora_dropout}
-    return _attach(model, tokenizer, folder, manifest, overrides)
+    read_adapter(folder).check_settings(lora.model_dump(exclude={"lora_dropout"}))
+    saved = read_saved(model, tokenizer, folder)
+    saved.settings.inference_mode, saved.settings.lora_dropout = False, lora.lora_dropout
+    return attach(model, saved)
 
 
-def _attach(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: str | Path,
-    manifest: Manifest,
-    overrides: Mapping[str, Any],
-    name: str = ADAPTER,
-) -> PeftModel:
-    """Check that the adapter fits the model and add it. overrides: fields of peft's settings to change."""
-    folder = fetch_adapter(folder)
+def read_saved(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path
+) -> SavedAdapter:
+    """Read a saved adapter and check that it fits the model, which is not changed and may be in use.
+
+    Raises UserError as `load_adapter` does, except for weights whose names or shapes differ.
+    """
+    folder, manifest = fetch_adapter(folder), read_adapter(folder)
     rope = rope_config(model) if is_patched(model) else manifest.rope.model_copy(update={"patch_rope": False})
     manifest.check_settings(rope.model_dump())
     base_model = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
@@ -187,14 +190,18 @@ def _attach(
     _check_dora(model, manifest.lora)
     settings = read_settings(folder)
     settings.base_model_name_or_path = model.name_or_path or None  # the manifest's checks replace peft's
-    for field, value in overrides.items():
-        setattr(settings, field, value)
+    return SavedAdapter(folder, settings, read_weights(folder))
+
+
+def attach(model: PreTrainedModel | PeftModel, saved: SavedAdapter, name: str = ADAPTER) -> PeftModel:
+    """Add a saved adapter beside those of the model. Raises UserError if its weights do not fit."""
+    source = f"lora_path={saved.folder}"
     try:
-        adapted = wrap_with_adapter(model, settings, name)
+        adapted = wrap_with_adapter(model, saved.settings, name)
     except ValueError as error:
         reason = first_line(error).rstrip(".")
-        raise UserError(f"lora_path={folder}: {reason}; load the base it was trained on") from error
-    load_weights(adapted, read_weights(folder), f"lora_path={folder}", name)
+        raise UserError(f"{source}: {reason}; load the base it was trained on") from error
+    load_weights(adapted, saved.weights, source, name)
     return adapted
 
 

@@ -24,10 +24,11 @@ from tiny import save_tiny, tiny_llama, tiny_tokenizer
 from parallelmind.config import LoraConfig, ModelConfig, RopeConfig
 from parallelmind.errors import UserError, UserNotice
 from parallelmind.model.adapter import (
-    add_adapter,
     add_lora,
+    attach,
     load_adapter,
     load_model_with_lora,
+    read_saved,
     resume_adapter,
     save_adapter,
 )
@@ -452,10 +453,8 @@ def test_an_adapter_of_split_weights_and_a_second_one_fit_their_base(
     base = ModelConfig(base_model=base_folder)
     save_adapter(trained(model, config), tokenizer, tmp_path / "adapter", base, ROPE, config)
     loaded, _ = load_model_with_lora(lora_path=tmp_path / "adapter")
-    assert set(add_adapter(loaded, tokenizer, tmp_path / "adapter", "second").peft_config) == {
-        "default",
-        "second",
-    }
+    second = read_saved(loaded, tokenizer, tmp_path / "adapter")
+    assert set(attach(loaded, second, "second").peft_config) == {"default", "second"}
 
 
 def test_another_end_token_is_refused(saved: Path) -> None:
