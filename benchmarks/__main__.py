@@ -12,6 +12,7 @@ from benchmarks import (
     first_use,
     fuzz,
     harness,
+    host,
     layout,
     scaling,
     serving,
@@ -23,7 +24,20 @@ from benchmarks import (
 
 def main() -> None:
     prefix = sys.argv[1] if len(sys.argv) > 1 else ""
-    modules = [layout, data, training, trees, decoding, engine, serving, fuzz, scaling, sweep, first_use]
+    modules = [
+        layout,
+        data,
+        training,
+        trees,
+        decoding,
+        engine,
+        host,
+        serving,
+        fuzz,
+        scaling,
+        sweep,
+        first_use,
+    ]
     modules += [comparison]  # last, because its engines stay loaded
     benches = [bench for module in modules for bench in module.BENCHES]
     if not any(bench.name.startswith(prefix) for bench in benches):

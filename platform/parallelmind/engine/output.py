@@ -124,6 +124,8 @@ class StopChecker:
 
     def push(self, text: str) -> tuple[str, bool]:
         """The text that can be shown now, and whether a stop text was found after it."""
+        if not self._stop:
+            return text, False
         text, self._withheld = self._withheld + text, ""
         positions = [position for stop in self._stop if (position := text.find(stop)) >= 0]
         if positions:
