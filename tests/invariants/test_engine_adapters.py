@@ -56,7 +56,7 @@ def test_samples_of_several_adapters_and_of_the_base_are_decoded_together(folder
         tokens = tokens_by_branch(run_to_end(engine))
         decoded = [[tokens[sample_id, branch] for branch in range(2)] for sample_id in sample_ids]
         assert decoded == [expected[index] for index in (0, 1, 2, 2, 1, 0)]
-    assert engine.scheduler.num_reused_tokens == len(adapters) * 32
+    assert engine.scheduler.num_reused_tokens >= len(adapters) * 40
 
 
 def test_the_adapter_of_a_loaded_model_serves_samples_that_name_none(folders, expected) -> None:

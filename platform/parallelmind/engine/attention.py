@@ -40,7 +40,7 @@ class CascadeAttention(AttentionBackend):
         similar = defaultdict(list)
         for segment in segments:
             shape = length_bucket(len(segment.query_indices)), length_bucket(len(segment.keys.slots))
-            similar[segment.own_branch, *shape].append(segment)
+            similar[segment.level, *shape].append(segment)
         self._num_tokens = num_tokens
         self._needs_merge = sum(len(segment.query_indices) for segment in segments) > num_tokens
         dtype = torch.float32 if self._needs_merge else dtype

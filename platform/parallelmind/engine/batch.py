@@ -7,18 +7,18 @@ segments of one token have no key in common.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import compress, pairwise
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from parallelmind.engine.block_manager import BlockTable
-from parallelmind.engine.scheduler import ScheduledGroup
-from parallelmind.engine.sequence_group import SequenceGroup, segment_runs
-from parallelmind.tree import MAIN, Ints, relations
-from parallelmind.visibility import AttentionWindow, relation_scores
+from parallelmind.engine.planner import ScheduledGroup
+from parallelmind.tree import MAIN, Ints
+from parallelmind.visibility import AttentionWindow
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,16 +31,13 @@ class TokenMeta:
 
     @staticmethod
     def of(tables: Sequence[BlockTable]) -> TokenMeta:
-        """All tokens of these block tables."""
+        """All tokens of these block tables, those of the running forward pass included."""
         if len(tables) == 1:
-            return TokenMeta(tables[0].slots, tables[0].time, tables[0].segment)
-        return TokenMeta(
-            np.concatenate([table.slots for table in tables]),
-            np.concatenate([table.time for table in tables]),
-            np.concatenate([table.segment for table in tables]),
-        )
+            return TokenMeta(*tables[0].staged())
+        parts = zip(*(table.staged() for table in tables), strict=True)
+        return TokenMeta(*map(np.concatenate, parts))
 
-    def at(self, index: Ints) -> TokenMeta:
+    def at(self, index: Ints | slice) -> TokenMeta:
         return TokenMeta(self.slots[index], self.time[index], self.segment[index])
 
 
@@ -52,15 +49,14 @@ class AttentionSegment:
     queries: `[queries]` metadata of these tokens.
     keys: `[keys]` metadata of the tokens in the cache.
     scores: `[segments, segments]` summand of the scores for a query's and a key's segment of the sample.
-    own_branch: whether the keys belong to the queries' branch, apart from main. A token is in at most one
-        segment for each value.
+    level: depth of the keys' segment. A token of the batch is in at most one segment of each level.
     """
 
     query_indices: Ints
     queries: TokenMeta
     keys: TokenMeta
     scores: NDArray[np.float32]
-    own_branch: bool = False
+    level: int = 0
 
     def bias(self, window: AttentionWindow) -> NDArray[np.float32]:
         """`[queries, keys]` summand of the scores; minus infinity where the key is not visible."""
@@ -93,22 +89,17 @@ class ModelInput:
 
     @staticmethod
     def of(scheduled: Sequence[ScheduledGroup]) -> ModelInput:
-        """Assign cache slots to the scheduled tokens and lay the samples side by side."""
-        starts = np.cumsum([0, *(len(tokens.ids) for _, tokens in scheduled)])[:-1].tolist()
-        slots, segments = [], []
-        for start, (group, tokens) in zip(starts, scheduled, strict=True):
-            slots.append(group.assign_slots(tokens))
-            queries = TokenMeta(slots[-1], tokens.time, tokens.segment)
-            segments += attention_segments(group, queries, start)
-        indices = [
-            start + tokens.logits_indices for start, (_, tokens) in zip(starts, scheduled, strict=True)
-        ]
+        """Lay the tokens of samples side by side."""
+        starts = np.cumsum([0, *(len(item.tokens.ids) for item in scheduled)])[:-1].tolist()
+        placed = list(zip(starts, scheduled, strict=True))
+        segments = [segment for start, item in placed for segment in attention_segments(item, start)]
+        indices = [start + item.tokens.logits_indices for start, item in placed]
         return ModelInput(
-            ids=np.concatenate([tokens.ids for _, tokens in scheduled]),
-            branch=np.concatenate([tokens.branch for _, tokens in scheduled]),
-            time=np.concatenate([tokens.time for _, tokens in scheduled]),
-            position=np.concatenate([tokens.position for _, tokens in scheduled]),
-            slots=np.concatenate(slots),
+            ids=np.concatenate([item.tokens.ids for item in scheduled]),
+            branch=np.concatenate([item.tokens.branch for item in scheduled]),
+            time=np.concatenate([item.tokens.time for item in scheduled]),
+            position=np.concatenate([item.tokens.position for item in scheduled]),
+            slots=np.concatenate([item.slots for item in scheduled]),
             logits_indices=np.concatenate(indices),
             segments=segments,
         )
@@ -136,24 +127,44 @@ class ModelInput:
         )
 
 
-def attention_segments(group: SequenceGroup, queries: TokenMeta, start: int) -> list[AttentionSegment]:
-    """Segments of a sample's tokens, which have their slots already.
+def attention_segments(item: ScheduledGroup, start: int) -> list[AttentionSegment]:
+    """Segments of a sample's scheduled tokens. start: index of the first of these tokens in the batch.
 
-    start: index of the first of these tokens in the batch.
+    In column order there is one, of all tokens. In free order the tokens of each segment of the sample, and
+    of what it joins, are keys for all tokens on whose paths it lies.
     """
-    config, (main_table, *branch_tables) = group.config, group.block_tables
-    scores = relation_scores(config.visibility, config.sibling_penalty)[relations(group.tree)]
-    index = np.arange(len(queries.slots))
-
-    def attend(queried: Ints, tables: Sequence[BlockTable], own: bool = False) -> AttentionSegment:
-        return AttentionSegment(start + queried, queries.at(queried), TokenMeta.of(tables), scores, own)
-
-    segments = [attend(index, [main_table])] if main_table.length else []
+    group, tokens, shape = item.group, item.tokens, item.group.shape
+    queries = TokenMeta(item.slots, tokens.time, tokens.segment)
+    index = np.arange(start, start + len(item.slots))
     if not group.free_order:
-        return segments
-    is_read = (scores[:, 1:] > -np.inf).tolist()
-    for number, run in segment_runs(queries.segment):
-        if number != MAIN:
-            read = list(compress(branch_tables, is_read[number]))
-            segments.append(attend(index[run], read, own=True))
+        keys = TokenMeta.of([group.segments[MAIN].table])
+        return [AttentionSegment(index, queries, keys, shape.scores)]
+    readers: dict[int, list[slice]] = defaultdict(list)
+    for number, run in segment_runs(tokens.segment):
+        for read in shape.paths[number]:
+            readers[read].append(run)
+    segments = []
+    for read, runs in readers.items():
+        keyed = (group.segments[number].table for number in (*shape.joined[read], read))
+        if tables := [table for table in keyed if table.num_staged]:
+            where = _merged(runs)
+            level = len(shape.paths[read]) - 1
+            segments.append(
+                AttentionSegment(index[where], queries.at(where), TokenMeta.of(tables), shape.scores, level)
+            )
     return segments
+
+
+def segment_runs(segment: Ints) -> list[tuple[int, slice]]:
+    """Runs of equal values: the tokens of each segment, which stand side by side in free order."""
+    cuts = (np.flatnonzero(np.diff(segment)) + 1).tolist()
+    firsts = segment[[0, *cuts]].tolist()
+    bounds = pairwise([0, *cuts, len(segment)])
+    return [(first, slice(*run)) for first, run in zip(firsts, bounds, strict=True)]
+
+
+def _merged(runs: Sequence[slice]) -> Ints | slice:
+    """The tokens of ascending runs: a slice if they are adjacent, which costs no copy."""
+    if all(left.stop == right.start for left, right in pairwise(runs)):
+        return slice(runs[0].start, runs[-1].stop)
+    return np.concatenate([np.arange(run.start, run.stop) for run in runs])

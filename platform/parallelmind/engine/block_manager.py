@@ -1,15 +1,16 @@
-"""Blocks of the paged KV cache: which are free, allocated or cached, and which tokens they hold. No tensors.
+"""Blocks of the paged KV cache: which are available, held or cached, and which tokens they hold. No tensors.
 
-The cache has one slot for each token, in blocks of `BLOCK` slots. Full blocks of a main can be reused by
-other samples, under a hash of everything up to their end. A cached block without a reader stays until its
-space is needed; the block that has been idle the longest is evicted first.
+The cache has one slot for each token, in blocks of `BLOCK` slots. Computed blocks can be reused by every
+segment that continues the same path, under a hash of all that their keys and values depend on. A cached
+block without a holder stays until its space is needed; the block that has been idle the longest is evicted
+first. Every operation takes constant time for each block.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,65 +18,73 @@ from parallelmind.tree import Ints
 
 BLOCK = 16  # tokens
 
+BlockKey = tuple[bytes, int]  # the hash of a path up to the end of a block, and the block's number of tokens
+
 
 def blocks_for(num_tokens: int) -> int:
     """Number of blocks that hold this many tokens."""
     return -(-num_tokens // BLOCK)
 
 
-def prefix_keys(ids: Ints, adapter_version: str) -> list[bytes]:
-    """A key for each full block of a main: a hash of the adapter version and all tokens up to its end."""
-    key, keys = adapter_version.encode(), []
-    for end in range(BLOCK, len(ids) + 1, BLOCK):
-        block = ids[end - BLOCK : end].astype(np.int64).tobytes()
-        key = hashlib.blake2b(key + block, digest_size=16).digest()
-        keys.append(key)
-    return keys
+def slots_of(blocks: Sequence[int]) -> Ints:
+    """`[blocks * BLOCK]` slots of these blocks."""
+    return (np.asarray(blocks, np.int64)[:, None] * BLOCK + np.arange(BLOCK)).ravel()
+
+
+class CachedBlock(NamedTuple):
+    """The first `num_tokens` slots of a cached block."""
+
+    block: int
+    num_tokens: int
 
 
 class BlockTable:
     """The blocks of a growing sequence of tokens.
 
-    slots, time, segment: `[length]`, the cache slot of each token, and the values that masks depend on.
+    A block that is adopted from the cache may be used in part: the next token then has another block.
+
+    blocks: all blocks, in the order of their tokens. length: number of computed tokens. num_partial: blocks
+    that are used in part and not written any more. num_free: slots left at the end of the last block.
+    next_slot: the first of them. slots, time, segment: `[length]`, the cache slot of each token, and the
+    values that masks depend on.
     """
 
-    def __init__(self, blocks: list[int]) -> None:
-        self.blocks, self.length = blocks, 0
-        self._slots = _slots_of(blocks)
-        self._time, self._segment = np.zeros((2, len(self._slots)), np.int64)
+    def __init__(self) -> None:
+        self.clear()
 
-    def append(self, time: Ints, segment: Ints) -> Ints:
-        """Append tokens that are about to be computed; returns their slots."""
-        start, self.length = self.length, self.length + len(time)
-        self._time[start : self.length], self._segment[start : self.length] = time, segment
-        return self.slots[start:]
-
-    def extend(self, blocks: list[int]) -> None:
-        """Append blocks."""
-        self.blocks = self.blocks + blocks
-        self._slots = np.append(self._slots, _slots_of(blocks))
-        self._time, self._segment = (
-            np.pad(values, (0, len(blocks) * BLOCK)) for values in (self._time, self._segment)
-        )
-
-    def trim(self, max_tokens: int) -> list[int]:
-        """Remove and return the blocks that a sequence of at most `max_tokens` does not need."""
-        kept = max(blocks_for(max_tokens), blocks_for(self.length))
-        removed, self.blocks = self.blocks[kept:], self.blocks[:kept]
-        self._slots, self._time, self._segment = (
-            values[: kept * BLOCK] for values in (self._slots, self._time, self._segment)
-        )
-        return removed
-
-    def release(self) -> list[int]:
+    def clear(self) -> list[int]:
         """Remove and return all blocks: their tokens are not read again."""
-        self.length = 0
-        return self.trim(0)
+        blocks: list[int] = getattr(self, "blocks", [])
+        self.blocks: list[int] = []
+        self.length = self.num_staged = self.num_partial = self.num_free = self.next_slot = 0
+        self._slots, self._time, self._segment = np.zeros((3, BLOCK), np.int64)
+        return blocks
 
-    @property
-    def min_cache_slots(self) -> int:
-        """Smallest size of a cache that contains these blocks, in slots."""
-        return BLOCK * (max(self.blocks, default=-1) + 1)
+    def adopt(self, cached: CachedBlock, time: Ints, segment: Ints) -> None:
+        """Append the tokens of a cached block."""
+        assert not self.num_free, "a block that is being written is filled first"
+        self.blocks.append(cached.block)
+        self.num_partial += cached.num_tokens < BLOCK
+        self.stage(cached.block * BLOCK + np.arange(cached.num_tokens), time, segment)
+        self.length = self.num_staged
+
+    def stage(self, slots: Ints, time: Ints, segment: Ints) -> None:
+        """Note the tokens of a forward pass behind the computed ones. `commit` counts them as computed."""
+        end = self.length + len(slots)
+        if end > len(self._slots):
+            self._slots, self._time, self._segment = (
+                np.pad(values, (0, end)) for values in (self._slots, self._time, self._segment)
+            )
+        self._slots[self.length : end] = slots
+        self._time[self.length : end], self._segment[self.length : end] = time, segment
+        self.num_staged = end
+
+    def commit(self, count: int, blocks: Sequence[int]) -> None:
+        """Append `count` staged tokens, for which these blocks were allocated."""
+        self.blocks += blocks
+        self.length += count
+        self.num_free += BLOCK * len(blocks) - count
+        self.next_slot = int(self._slots[self.length - 1]) + 1 if self.length else 0
 
     @property
     def slots(self) -> Ints:
@@ -89,95 +98,125 @@ class BlockTable:
     def segment(self) -> Ints:
         return self._segment[: self.length]
 
-
-def _slots_of(blocks: list[int]) -> Ints:
-    return (np.asarray(blocks, np.int64)[:, None] * BLOCK + np.arange(BLOCK)).ravel()
+    def staged(self) -> tuple[Ints, Ints, Ints]:
+        """Slots, time and segment of all tokens, those of the running forward pass included."""
+        end = self.num_staged
+        return self._slots[:end], self._time[:end], self._segment[:end]
 
 
 class BlockManager:
-    """All blocks of the cache: free ones, allocated ones, and cached ones, which have a count of readers."""
+    """All blocks of the cache.
+
+    A block has a number of holders. One without a holder is available: `allocate` returns blocks that are not
+    cached first, then the cached ones, the longest idle first.
+    """
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        self._is_free = np.ones(num_blocks, dtype=bool)
-        self._readers: dict[int, int] = {}  # of cached blocks
-        self._block_by_key: dict[bytes, int] = {}
-        self._key_of_block: dict[int, bytes] = {}
-        self._idle: OrderedDict[int, None] = OrderedDict()  # cached without a reader, longest idle first
+        self._holders = [0] * num_blocks
+        self._available: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self._block_by_key: dict[BlockKey, int] = {}
+        self._key_of_block: dict[int, BlockKey] = {}
+        self._partial: dict[int, bytes] = {}  # cached blocks that are not full: the hash of all before them
+        self._num_partial: Counter[bytes] = Counter()  # how many of them follow a hash
 
     @property
     def num_available(self) -> int:
-        """Blocks that `allocate` can return: free ones, and cached ones without a reader."""
-        return int(self._is_free.sum()) + len(self._idle)
+        """Blocks that can be allocated: free ones, and cached ones without a holder."""
+        return len(self._available)
 
     @property
     def num_allocated(self) -> int:
         return self.num_blocks - self.num_available
 
-    def allocate(self, count: int) -> list[int] | None:
-        """Allocate blocks, adjacent ones if there are any; None if too few are available."""
-        if count > self.num_available:
-            return None
-        while int(self._is_free.sum()) < count:
-            block, _ = self._idle.popitem(last=False)
-            self._evict(block)
-        free = np.flatnonzero(self._is_free)
-        chosen = free[_first_run(free, count) :][:count]
-        self._is_free[chosen] = False
-        return [int(block) for block in chosen]
+    def find(self, key: BlockKey) -> int | None:
+        """The cached block with this key."""
+        return self._block_by_key.get(key)
+
+    def hold(self, blocks: Iterable[int]) -> None:
+        """Add a holder to each of these blocks."""
+        for block in blocks:
+            self._holders[block] += 1
+            self._available.pop(block, None)
 
     def free(self, blocks: Sequence[int]) -> None:
-        """Return blocks of `allocate` or `match_prefix`.
+        """Remove a holder from each of these blocks.
 
-        Cached blocks become idle from the last to the first, so that the end of a main is evicted before its
-        beginning.
+        Cached blocks become available from the last to the first, so that the end of a path is evicted before
+        its beginning.
         """
         for block in reversed(blocks):
-            if block not in self._readers:
-                self._is_free[block] = True
+            self._holders[block] -= 1
+            if self._holders[block]:
                 continue
-            self._readers[block] -= 1
-            if self._readers[block]:
-                continue
-            if block in self._key_of_block:
-                self._idle[block] = None
-            else:
-                del self._readers[block]
-                self._is_free[block] = True
+            self._available[block] = None
+            if block not in self._key_of_block:
+                self._available.move_to_end(block, last=False)
 
-    def match_prefix(self, keys: Sequence[bytes]) -> list[int]:
-        """Cached blocks of the longest prefix of these keys; each gets one more reader."""
-        blocks: list[int] = []
-        for key in keys:
-            if (block := self._block_by_key.get(key)) is None:
-                break
-            self._readers[block] += 1
-            self._idle.pop(block, None)
-            blocks.append(block)
-        return blocks
+    def has_partial(self, before: bytes) -> bool:
+        """Whether a block that is not full is cached after this hash."""
+        return before in self._num_partial
 
-    def cache_block(self, key: bytes, block: int) -> None:
-        """Let `match_prefix` return this computed block, unless the key is cached already.
+    def cache(self, key: BlockKey, block: int, before: bytes | None = None) -> None:
+        """Let `find` return this computed block, unless the key is cached already.
 
-        The holder of the block becomes its first reader.
+        before: for a block that is not full, the hash of the path up to its beginning.
         """
-        if key not in self._block_by_key and block not in self._readers:
-            self._block_by_key[key], self._key_of_block[block], self._readers[block] = block, key, 1
+        if key in self._block_by_key or block in self._key_of_block:
+            return
+        self._block_by_key[key], self._key_of_block[block] = block, key
+        if before is not None:
+            self._partial[block] = before
+            self._num_partial[before] += 1
 
-    def uncache(self, blocks: Sequence[int]) -> None:
-        """Let `match_prefix` no longer return these blocks. Their readers keep them."""
+    def uncache(self, blocks: Iterable[int]) -> None:
+        """Let `find` no longer return these blocks: their values are, or will be, other ones."""
         for block in blocks:
             if (key := self._key_of_block.pop(block, None)) is not None:
                 del self._block_by_key[key]
+            if (before := self._partial.pop(block, None)) is not None:
+                self._num_partial[before] -= 1
+                if not self._num_partial[before]:
+                    del self._num_partial[before]
 
-    def _evict(self, block: int) -> None:
-        del self._block_by_key[self._key_of_block.pop(block)], self._readers[block]
-        self._is_free[block] = True
 
+class BlockDraft:
+    """Allocations that a plan makes. The manager is not changed."""
 
-def _first_run(free: Ints, count: int) -> int:
-    """Index in the sorted free blocks of the first run of `count` adjacent ones; 0 if there is none."""
-    if count <= 1 or len(free) < count:
-        return 0
-    starts = np.flatnonzero(free[count - 1 :] - free[: len(free) - count + 1] == count - 1)
-    return int(starts[0]) if len(starts) else 0
+    def __init__(self, manager: BlockManager) -> None:
+        self._manager = manager
+        self._queue: Iterator[int] = iter(manager._available)
+        self._freed: deque[int] = deque()
+        self._holders: dict[int, int] = {}  # of the blocks that the plan holds or frees
+        self.num_available = manager.num_available
+
+    def hold(self, blocks: Iterable[int]) -> None:
+        """Add a holder to each of these blocks."""
+        for block in blocks:
+            holders = self._num_holders(block)
+            self._holders[block] = holders + 1
+            self.num_available -= not holders
+
+    def free(self, blocks: Sequence[int]) -> None:
+        """Remove a holder from each of these blocks. The last ones are allocated first."""
+        for block in reversed(blocks):
+            self._holders[block] = self._num_holders(block) - 1
+            if not self._holders[block]:
+                self._freed.append(block)
+                self.num_available += 1
+
+    def allocate(self, count: int) -> list[int] | None:
+        """Blocks without a holder, which are held then; None if too few are available."""
+        if count > self.num_available:
+            return None
+        blocks: list[int] = []
+        while len(blocks) < count:
+            block = next(self._queue, None)
+            block = self._freed.popleft() if block is None else block
+            if not self._num_holders(block):
+                self.hold([block])
+                blocks.append(block)
+        return blocks
+
+    def _num_holders(self, block: int) -> int:
+        return self._holders.get(block, self._manager._holders[block])

@@ -19,10 +19,11 @@ from parallelmind.engine.adapters import AdapterManager
 from parallelmind.engine.fair_lock import FairLock
 from parallelmind.engine.model_runner import Model, ModelRunner
 from parallelmind.engine.output import Event, FinishReason, OutputProcessor
+from parallelmind.engine.planner import ScheduledGroup
 from parallelmind.engine.request import ResumeState, Sample, Text, TokenizedRequest
 from parallelmind.engine.sampler import SampledToken, Sampler, SamplingRow, random_seed
 from parallelmind.engine.sampling_params import SamplingParams
-from parallelmind.engine.scheduler import EngineConfig, EngineStats, ScheduledGroup, Scheduler
+from parallelmind.engine.scheduler import EngineConfig, EngineStats, Scheduler
 from parallelmind.engine.sequence import BranchState
 from parallelmind.engine.sequence_group import SequenceGroup
 from parallelmind.engine.sequential_runner import SequentialRunner
@@ -192,8 +193,8 @@ class Engine:
         """Add a branch to an unfinished sample; returns the index of the branch.
 
         sampling: fields of `SamplingParams`.
-        Raises UserError if the sample is finished or the branch does not fit, and CapacityError if it does
-        not fit now.
+        Raises UserError if the sample is finished, and if the branch can never fit. A branch that does not
+        fit now waits.
         """
         token_ids, params = tokenize(self.tokenizer, text, first=False), SamplingParams.of(sampling)
         with self.state_lock:
@@ -236,16 +237,16 @@ class Engine:
         pass raises, once the others are computed; the next step or `take_events` returns the events then.
         """
         with self._step_lock:
-            plans = self._prepare()
+            passes = self._prepare()
             failure = None
-            for index, (plan, inputs) in enumerate(plans):
+            for index, (scheduled, inputs) in enumerate(passes):
                 try:
-                    self._compute(plan, inputs)
+                    self._compute(scheduled, inputs)
                 except Exception as error:
-                    self._fail([group for group, _ in plan], error)
+                    self._fail([item.group for item in scheduled], error)
                     failure = failure or error
                 except BaseException as error:  # Ctrl-C: the remaining passes are not computed
-                    self._fail([group for remaining, _ in plans[index:] for group, _ in remaining], error)
+                    self._fail([item.group for left, _ in passes[index:] for item in left], error)
                     raise
             self.adapters.collect()
             if failure is not None:
@@ -259,39 +260,47 @@ class Engine:
             return events
 
     def _prepare(self) -> list[tuple[list[ScheduledGroup], Any]]:
-        """The forward passes of a step, and the inputs of each."""
+        """Plan a step; returns its forward passes, and the inputs of each."""
         with self.state_lock:
-            groups = self.scheduler.running  # an interrupted `schedule` may have chosen tokens of any
+            plan = self.scheduler.schedule()
             try:
-                scheduled = self.scheduler.schedule()
-                groups = [group for group, _ in scheduled]
-                return [(plan, self.runner.prepare_inputs(plan)) for plan in self._split(scheduled)]
+                for group in plan.preempted:
+                    self.runner.forget(group)
+                self.scheduler.begin(plan)
+                passes = self._split(plan.scheduled)
+                return [(scheduled, self.runner.prepare_inputs(scheduled)) for scheduled in passes]
             except BaseException as error:
-                self._fail(groups, error)
+                self._fail(plan.groups, error)
                 raise
 
-    def _compute(self, plan: Sequence[ScheduledGroup], inputs: Any) -> None:
+    def _compute(self, scheduled: Sequence[ScheduledGroup], inputs: Any) -> None:
         """One forward pass and its events.
 
         Through a dense mask a NaN of one sample reaches all others: each is computed alone then.
         """
-        logits = self._run(plan, inputs)
+        logits = self._run(scheduled, inputs)
         with self.state_lock:
-            branches, logits = _without_cancelled(plan, logits)
+            branches, logits = _without_cancelled(scheduled, logits)
             tokens = self.sample(logits, [_sampling_row(group, branch) for group, branch in branches])
-            if len(plan) == 1 or all(sampled.token is not None for sampled in tokens):
-                self.scheduler.commit(plan)
+            not_finite = [
+                group for (group, _), sampled in zip(branches, tokens, strict=True) if sampled.token is None
+            ]
+            if len(scheduled) == 1 or not not_finite:
+                for group in not_finite:
+                    self.scheduler.mark_not_finite(group)
+                self.scheduler.commit(scheduled)
                 for (group, branch), sampled in zip(branches, tokens, strict=True):
                     self._pending_events.append(self._emit(group, branch, sampled))
                 return
-        for item, part in zip(plan, inputs.split([len(tokens.ids) for _, tokens in plan]), strict=True):
+        parts = inputs.split([len(item.tokens.ids) for item in scheduled])
+        for item, part in zip(scheduled, parts, strict=True):
             self._compute([item], part)
 
     def _fail(self, groups: Sequence[SequenceGroup], error: BaseException) -> None:
         """End the samples of a forward pass that raised. Their blocks hold nothing that was computed."""
         reason = f"the forward pass failed ({type(error).__name__}: {first_line(error)})"
         with self.state_lock:
-            for group in [group for group in groups if group.is_running]:
+            for group in [group for group in dict.fromkeys(groups) if group.is_running]:
                 failed = [branch.index for branch in group.running_branches]
                 failed += [len(group.branches)] if group.reduce else []
                 self._pending_events += [
@@ -301,16 +310,16 @@ class Engine:
 
     def _split(self, scheduled: Sequence[ScheduledGroup]) -> list[list[ScheduledGroup]]:
         """Divide a step into forward passes: one for each adapter, or for each sample."""
-        plans: dict[Any, list[ScheduledGroup]] = defaultdict(list)
+        passes: dict[Any, list[ScheduledGroup]] = defaultdict(list)
         for item in scheduled:
             sample_id = item.group.id if self.runner.one_sample_per_forward else None
-            plans[item.group.adapter_version, sample_id].append(item)
-        return list(plans.values())
+            passes[item.group.adapter_version, sample_id].append(item)
+        return list(passes.values())
 
-    def _run(self, plan: Sequence[ScheduledGroup], inputs: Any) -> Tensor:
+    def _run(self, scheduled: Sequence[ScheduledGroup], inputs: Any) -> Tensor:
         """`[sampled, vocab]` logits of one forward pass."""
         start = perf_counter()
-        with self.adapters.active(plan[0].group.adapter_version), forward_context.restored():
+        with self.adapters.active(scheduled[0].group.adapter_version), forward_context.restored():
             logits = self.runner(inputs)
         self.seconds_in_model += perf_counter() - start
         return logits
@@ -322,7 +331,6 @@ class Engine:
     def _emit(self, group: SequenceGroup, branch: BranchState, sampled: SampledToken) -> Event:
         """Append a sampled token to its branch; returns its event."""
         if sampled.token is None:
-            self.scheduler.uncache_main(group)
             return self._emit_error(group, branch, "the model's logits are not finite (NaN or infinity)")
         pos2d = group.pos2d(branch, branch.num_tokens)
         try:
@@ -354,8 +362,8 @@ class Engine:
         """Bring a new sample to the progress that it had on another engine."""
         num_started = len(resume.start_times)
         started = list(group.branches)
-        for branch, start_time in zip(started, resume.start_times, strict=True):
-            branch.start_time = start_time
+        group.set_start_times(resume.start_times)
+        for branch in started:
             finished = resume.finish_reasons[branch.index] is not None
             branch.append_tokens(resume.token_ids[branch.index], finished)
         for branch in started:
@@ -391,10 +399,14 @@ class Engine:
             self.adapters.release(group.adapter_version)
 
 
-def _without_cancelled(plan: Sequence[ScheduledGroup], logits: Tensor) -> tuple[list[GroupBranch], Tensor]:
+def _without_cancelled(
+    scheduled: Sequence[ScheduledGroup], logits: Tensor
+) -> tuple[list[GroupBranch], Tensor]:
     """The sampled branches and their logits, without branches cancelled during the forward pass."""
     branches = [
-        (group, group.branches[index]) for group, tokens in plan for index in tokens.sampled_branches.tolist()
+        (item.group, branch)
+        for item in scheduled
+        for branch in map(item.group.branches.__getitem__, item.tokens.sampled_branches.tolist())
     ]
     running = [row for row, (_, branch) in enumerate(branches) if branch.is_running]
     if len(running) == len(branches):

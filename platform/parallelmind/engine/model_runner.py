@@ -18,7 +18,8 @@ from parallelmind.engine.attention import CascadeAttention, additive_mask, dense
 from parallelmind.engine.batch import AttentionSegment, ModelInput, TokenMeta
 from parallelmind.engine.block_manager import BLOCK
 from parallelmind.engine.kv_cache import PagedKVCache
-from parallelmind.engine.scheduler import EngineConfig, ScheduledGroup
+from parallelmind.engine.planner import ScheduledGroup
+from parallelmind.engine.scheduler import EngineConfig
 from parallelmind.engine.sequence import BranchState
 from parallelmind.engine.sequence_group import SequenceGroup
 from parallelmind.model.cpu_linears import cpu_linears, small_batch_linear
@@ -65,9 +66,8 @@ class ModelRunner:
             self._attention = OwnAttention(inner) if self._uses_cascade else nullcontext()
 
     def prepare_inputs(self, scheduled: Sequence[ScheduledGroup]) -> ModelInput:
-        """Assign cache slots to the scheduled tokens. The forward pass does not access the samples."""
-        tables = [table for group, _ in scheduled for table in group.block_tables]
-        self.cache.reserve(max(table.min_cache_slots for table in tables))
+        """Lay the scheduled tokens side by side. The forward pass does not access the samples."""
+        self.cache.reserve(BLOCK * (1 + max(int(item.slots.max()) // BLOCK for item in scheduled)))
         return ModelInput.of(scheduled)
 
     @torch.inference_mode()
@@ -114,6 +114,9 @@ class ModelRunner:
 
     def free(self, group: SequenceGroup, branch: BranchState) -> None:
         """Do nothing for a finished branch: the scheduler frees its blocks."""
+
+    def forget(self, group: SequenceGroup) -> None:
+        """Do nothing for a preempted sample, either."""
 
     def resolve_config(self, config: EngineConfig | None, num_engines: int) -> EngineConfig:
         """`config` if it is given, else a cache of half of the free memory, divided by `num_engines`."""

@@ -1,23 +1,27 @@
-"""Which samples are decoded, and which of their tokens the next step computes. Plain Python and NumPy.
+"""Which samples are decoded, and the cache blocks that they hold. Plain Python and NumPy.
 
-Admission is FIFO and allocates for the worst case, so an admitted sample is never preempted. A step computes
-the newest token of every decoding branch, and prompts within its budget.
+`schedule` plans a step and changes nothing. `begin` and `commit` apply a plan before and after its forward
+pass. A step computes the newest token of every decoding branch, and prompts within its budget. Blocks are
+allocated as they are needed. When they run out, the newest sample is preempted: its blocks are freed, and its
+tokens are computed anew when there is room.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
+from bisect import insort
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
-from parallelmind.engine.block_manager import BLOCK, BlockManager, blocks_for, prefix_keys
+import numpy as np
+
+from parallelmind.engine.block_manager import BLOCK, BlockManager
 from parallelmind.engine.output import FinishReason
+from parallelmind.engine.planner import Adoption, FilledBlocks, Plan, Planner, ScheduledGroup
 from parallelmind.engine.sampling_params import SamplingParams
-from parallelmind.engine.sequence import BranchState, ScheduledTokens
+from parallelmind.engine.sequence import BranchState, SegmentState
 from parallelmind.engine.sequence_group import SequenceGroup
-from parallelmind.engine.token_scheduler import schedule_tokens
-from parallelmind.errors import CapacityError, UserError
+from parallelmind.errors import UserError
+from parallelmind.tree import MAIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,7 @@ class EngineStats:
 
     waiting_tokens: prompt tokens that are still to be computed, of waiting and of running samples.
     held_tokens: cache slots that running samples hold.
-    reused_share: share of all main tokens that were found in the cache.
+    reused_share: share of all prompt tokens that were found in the cache.
     """
 
     waiting_samples: int
@@ -53,26 +57,21 @@ class EngineStats:
     reused_share: float
 
 
-class ScheduledGroup(NamedTuple):
-    """A sample, and its tokens that the next step computes."""
-
-    group: SequenceGroup
-    tokens: ScheduledTokens
-
-
 class Scheduler:
-    """Waiting and running samples, and the cache blocks that they hold.
+    """Waiting and running samples, in the order of their age, and the cache blocks that they hold.
 
-    num_main_tokens, num_reused_tokens: tokens of all admitted mains, and those found in the cache.
+    num_prompt_tokens, num_reused_tokens: tokens of all prompts, and those found in the cache.
     """
 
     def __init__(self, config: EngineConfig, reuse_prefixes: bool = True) -> None:
-        """reuse_prefixes: whether samples reuse cached blocks of each other's mains."""
+        """reuse_prefixes: whether samples reuse cached blocks."""
         self.config, self._reuse_prefixes = config, reuse_prefixes
         self.block_manager = BlockManager(config.cache_tokens // BLOCK)
-        self.waiting: deque[SequenceGroup] = deque()
+        self.waiting: list[SequenceGroup] = []
         self.running: list[SequenceGroup] = []
-        self.num_main_tokens = self.num_reused_tokens = 0
+        self.num_prompt_tokens = self.num_reused_tokens = self.num_preemptions = 0
+
+    # Samples
 
     def submit(self, group: SequenceGroup) -> None:
         """Queue a sample. Raises UserError for one that would not fit an empty cache."""
@@ -87,46 +86,16 @@ class Scheduler:
     def add_branch(
         self, group: SequenceGroup, token_ids: Sequence[int], params: SamplingParams
     ) -> BranchState:
-        """Add a branch to an unfinished sample.
+        """Add a branch to an unfinished sample. Its tokens are computed when there is room.
 
-        Raises UserError for one that could never fit, and CapacityError for one that does not fit now.
+        Raises UserError for one that could never fit.
         """
         if len(group.branches) + (group.reduce is not None) >= self.config.max_branches:
             raise UserError(
                 f"branches: the sample has {len(group.branches)}, the maximum; submit another sample"
             )
-        new_tokens = len(token_ids) + params.max_new_tokens
-        blocks = self._allocate_for_branch(group, new_tokens)
-        branch = group.add_branch(token_ids, params)
-        if blocks is not None:
-            group.add_blocks(branch, blocks)
-        return branch
-
-    def schedule(self) -> list[ScheduledGroup]:
-        """Admit waiting samples and choose the tokens of the next step; empty only if no sample is left."""
-        while self.waiting and self._admit(self.waiting[0]):
-            self.running.append(self.waiting.popleft())
-        scheduled, budget = [], self.config.max_prefill_tokens
-        for group in self.running:
-            if budget <= 0 and not group.is_decoding:
-                continue
-            before = group.num_prefill_computed
-            scheduled.append(ScheduledGroup(group, schedule_tokens(group, max(budget, 0))))
-            budget -= group.num_prefill_computed - before
-        return scheduled
-
-    def commit(self, scheduled: Sequence[ScheduledGroup]) -> None:
-        """Register computed tokens: other samples can reuse the full blocks of these mains.
-
-        Samples that were aborted during the forward pass no longer have blocks.
-        """
-        for group, _ in scheduled:
-            if group.is_running:
-                self._cache_main(group)
-
-    def uncache_main(self, group: SequenceGroup) -> None:
-        """Let no other sample reuse the blocks of this main, which hold values that are not finite."""
-        self.block_manager.uncache(group.block_tables[0].blocks[: group.num_cached_blocks])
+        self._require_fit(group.max_blocks_with(len(token_ids) + params.max_new_tokens))
+        return group.add_branch(token_ids, params)
 
     def finish_branch(self, group: SequenceGroup, branch: BranchState, reason: FinishReason) -> None:
         """Finish a branch and free the blocks that are not read again.
@@ -134,10 +103,12 @@ class Scheduler:
         After the last one the reduce branch starts; without a reduce branch the sample is removed.
         """
         branch.finish_reason = reason
+        self._cache_last_block(group, branch)
         if not group.is_running and group.reduce is None:
-            self._free(group)
+            self._remove(group)
             return
-        self._trim(group, branch)
+        if group.free_order and not group.is_kept(branch):
+            self.block_manager.free(branch.table.clear())
         if not group.is_running:
             group.start_reduce()
 
@@ -145,7 +116,8 @@ class Scheduler:
         """End the running branches of a sample, and its reduce branch."""
         for branch in group.running_branches:
             branch.finish_reason = reason
-        self._free(group)
+            self._cache_last_block(group, branch)
+        self._remove(group)
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -156,69 +128,116 @@ class Scheduler:
             waiting_tokens=sum(group.num_waiting_prefill for group in [*self.waiting, *self.running]),
             held_tokens=self.block_manager.num_allocated * BLOCK,
             cache_tokens=self.block_manager.num_blocks * BLOCK,
-            reused_share=self.num_reused_tokens / max(self.num_main_tokens, 1),
+            reused_share=self.num_reused_tokens / max(self.num_prompt_tokens, 1),
         )
 
-    def _admit(self, group: SequenceGroup) -> bool:
-        """Allocate all blocks that a sample can fill; False if too few are available."""
-        group.prefix_keys = prefix_keys(group.main, group.adapter_version) if self._reuse_prefixes else []
-        cached = self.block_manager.match_prefix(group.prefix_keys)
-        allocated = self.block_manager.allocate(group.max_blocks - len(cached))
-        if allocated is None:
-            self.block_manager.free(cached)
-            return False
-        group.set_blocks(cached, allocated)
-        self.num_main_tokens += len(group.main)
-        self.num_reused_tokens += len(cached) * BLOCK
-        return True
+    # Steps
 
-    def _cache_main(self, group: SequenceGroup) -> None:
-        num_full = min(group.num_main_computed // BLOCK, len(group.prefix_keys))
-        blocks = group.block_tables[0].blocks
-        for index in range(group.num_cached_blocks, num_full):
-            self.block_manager.cache_block(group.prefix_keys[index], blocks[index])
-        group.num_cached_blocks = max(group.num_cached_blocks, num_full)
+    def schedule(self) -> Plan:
+        """Plan the next step. Nothing changes until `begin`."""
+        planner = Planner(self.block_manager, self.config.max_prefill_tokens, self._reuse_prefixes)
+        return planner.plan(self.running, self.waiting)
 
-    def _allocate_for_branch(self, group: SequenceGroup, new_tokens: int) -> list[int] | None:
-        """Blocks for one more branch; None for a waiting sample, which gets its blocks at admission."""
-        admitted = group.block_table is not None
-        if group.free_order:
-            needed = blocks_for(new_tokens)
-            self._require_fit(needed + group.max_blocks)
-        else:
-            held = len(group.block_tables[0].blocks) if admitted else 0
-            total = blocks_for(group.max_group_tokens + new_tokens)
-            needed = max(total - held, 0)
-            self._require_fit(needed + held)
-        if not admitted:
-            return None
-        blocks = self.block_manager.allocate(needed)
-        if blocks is None:
-            raise CapacityError(
-                f"branches: the cache has no room for {new_tokens} more tokens now; try again later"
-            )
-        return blocks
+    def begin(self, plan: Plan) -> None:
+        """Preempt and admit samples, and prepare for a forward pass over the planned tokens.
 
-    def _trim(self, group: SequenceGroup, branch: BranchState) -> None:
-        """Free the unused blocks of a finished branch and, if no branch reads them, its used blocks."""
-        if group.block_table is None:
-            return
-        if not group.free_order:
-            self.block_manager.free(group.block_table.trim(group.max_group_tokens))
-        elif branch.block_table is not None:
-            table = branch.block_table
-            unused = table.trim(branch.max_tokens) if group.keeps_finished else table.release()
-            self.block_manager.free(unused)
-
-    def _free(self, group: SequenceGroup) -> None:
-        """Remove a sample and free its blocks."""
-        if group.block_table is None:
+        No later step depends on what the pass overwrites: if it raises, `abort` its samples.
+        """
+        for group in plan.preempted:
+            self._preempt(group)
+        for group in plan.admitted:
             self.waiting.remove(group)
-            return
+            insort(self.running, group, key=_age)
+            group.is_admitted = True
+        for adoption in plan.adopted:
+            self._adopt(adoption)
+        for item in plan.scheduled:
+            item.group.frontier = max(item.group.frontier, item.tokens.next_column)
+            for blocks in item.blocks.values():
+                self.block_manager.uncache(blocks)
+            _stage(item)
+
+    def commit(self, scheduled: Iterable[ScheduledGroup]) -> None:
+        """Count the tokens of a forward pass as computed; others can reuse the blocks that it filled.
+
+        Samples that were aborted during the forward pass, and branches that have no blocks any more, are
+        left out.
+        """
+        for item in scheduled:
+            if item.group.is_admitted:
+                self._commit(item)
+
+    def mark_not_finite(self, group: SequenceGroup) -> None:
+        """Let no other sample reuse the blocks of a sample whose values are not finite."""
+        group.is_finite = False
+        for segment in group.segments:
+            self.block_manager.uncache(segment.table.blocks)
+
+    def _preempt(self, group: SequenceGroup) -> None:
+        for segment in group.segments:
+            self._cache_last_block(group, segment)
         self.running.remove(group)
-        self.block_manager.free(group.reduce_blocks)
-        for table in group.block_tables:
-            self.block_manager.free(table.release())
+        self.block_manager.free(group.reset())
+        insort(self.waiting, group, key=_age)
+        group.num_preemptions += 1
+        self.num_preemptions += 1
+
+    def _adopt(self, adoption: Adoption) -> None:
+        group, segment, blocks, path = adoption
+        self.block_manager.hold(block for block, _ in blocks)
+        for cached in blocks:
+            time = segment.start_time + segment.num_computed + np.arange(cached.num_tokens)
+            segment.table.adopt(cached, time, np.full(cached.num_tokens, segment.number))
+            segment.num_computed += cached.num_tokens
+        segment.path = path
+        group.next_column = 0 if group.free_order else segment.num_computed
+        num_tokens = sum(count for _, count in blocks)
+        self.num_prompt_tokens += num_tokens
+        self.num_reused_tokens += num_tokens
+
+    def _commit(self, item: ScheduledGroup) -> None:
+        group, tokens = item.group, item.tokens
+        group.next_column = tokens.next_column
+        if not group.free_order:
+            blocks = item.blocks.get(MAIN, [])
+            self.block_manager.hold(blocks)
+            group.segments[MAIN].table.commit(len(tokens.ids), blocks)
+        for segment, count in zip(group.segments, tokens.counts.tolist(), strict=False):
+            if count and (not group.free_order or group.is_kept(segment)):
+                self.num_prompt_tokens += min(count, segment.num_waiting_prefill)
+                segment.num_computed += count
+                if group.free_order:
+                    blocks = item.blocks.get(segment.number, [])
+                    self.block_manager.hold(blocks)
+                    segment.table.commit(count, blocks)
+        for filled in item.filled:
+            if group.is_finite and group.is_kept(filled.segment):
+                self._cache_filled(filled)
+        if tokens.counts[MAIN] and group.free_order and not group.segments[MAIN].num_waiting_prefill:
+            self._cache_last_block(group, group.segments[MAIN])
+
+    def _cache_filled(self, filled: FilledBlocks) -> None:
+        segment = filled.segment
+        assert segment.path is not None, "only segments with a path have keys"
+        blocks = segment.table.blocks[segment.path.num_blocks :]
+        for key, block in zip(filled.keys, blocks, strict=False):
+            self.block_manager.cache(key, block)
+        segment.path = filled.path
+
+    def _cache_last_block(self, group: SequenceGroup, segment: SegmentState) -> None:
+        """Let others reuse the block at the end of a segment that is not continued."""
+        path = segment.path
+        if path is None or not (self._reuse_prefixes and group.free_order and group.is_finite):
+            return
+        if num_tokens := segment.table.length - path.length:
+            before, whole = path.digest(), path.copy()
+            key = whole.extend(segment.token_ids[path.length : segment.table.length]), num_tokens
+            self.block_manager.cache(key, segment.table.blocks[path.num_blocks], before)
+
+    def _remove(self, group: SequenceGroup) -> None:
+        """Remove a sample and free its blocks."""
+        (self.running if group.is_admitted else self.waiting).remove(group)
+        self.block_manager.free(group.reset())
 
     def _require_fit(self, num_blocks: int) -> None:
         if num_blocks > self.block_manager.num_blocks:
@@ -226,3 +245,19 @@ class Scheduler:
                 f"branches: need up to {num_blocks * BLOCK} tokens of cache, but the cache holds "
                 f"{self.block_manager.num_blocks * BLOCK}; give fewer branches or lower max_new_tokens"
             )
+
+
+def _age(group: SequenceGroup) -> int:
+    return group.id
+
+
+def _stage(item: ScheduledGroup) -> None:
+    """Note the scheduled tokens in their block tables."""
+    group, tokens = item.group, item.tokens
+    if not group.free_order:
+        group.segments[MAIN].table.stage(item.slots, tokens.time, tokens.segment)
+        return
+    ends = np.cumsum(tokens.counts)
+    for number in np.flatnonzero(tokens.counts).tolist():
+        own = slice(int(ends[number] - tokens.counts[number]), int(ends[number]))
+        group.segments[number].table.stage(item.slots[own], tokens.time[own], tokens.segment[own])

@@ -1,4 +1,4 @@
-"""State of one branch while it is decoded, and the tokens of a sample that one step computes. No torch."""
+"""State of the segments of a sample while it is decoded, and the tokens that one step computes. No torch."""
 
 from __future__ import annotations
 
@@ -7,40 +7,42 @@ from dataclasses import dataclass, field
 
 from parallelmind.engine.block_manager import BlockTable
 from parallelmind.engine.output import FinishReason, OutputProcessor
+from parallelmind.engine.path_hash import PathHash
 from parallelmind.engine.sampling_params import SamplingParams
-from parallelmind.tree import Ints
+from parallelmind.tree import MAIN, NO_PARENT, Ints
 
 
 @dataclass(eq=False, slots=True)
-class BranchState:
-    """One branch of a sample.
+class SegmentState:
+    """One segment of a sample: main, or a branch.
 
-    index: 0..N-1, in the order in which branches were submitted or added.
-    token_ids: the prompt, then the decoded tokens.
-    start_time: time coordinate of the first prompt token.
-    seed: `params.seed`, or that of the sample.
-    output: turns decoded tokens into text and detects the end.
-    num_prompt: tokens of the prompt.
-    num_prefill: tokens to compute before the branch decodes: the prompt, and tokens of another engine.
-    num_computed: tokens that a step has computed or is computing.
-    finish_reason: None while the branch runs.
-    block_table: the cache blocks of the branch, where it has its own (free order).
+    number: 0 for main, then 1..N in the order in which branches were submitted or added.
+    token_ids: all tokens that are known.
+    start_time: time coordinate of the first token.
+    parent: number of the segment that this one continues.
+    is_reduce: whether it joins all branches of its parent.
+    coordinate: the branch coordinate.
+    path: hash of all that the keys of the segment's tokens depend on, up to its computed blocks; None if they
+        depend on more than the path.
+    num_prefill: tokens to compute before a token can be decoded: the prompt, and tokens that were decoded
+        before the sample was preempted or moved here.
+    num_computed: tokens whose keys and values are in the cache.
+    table: the cache blocks of the segment. In column order that of main holds all segments.
     """
 
-    index: int
+    number: int
     token_ids: list[int]
-    start_time: int
-    params: SamplingParams
-    seed: int
-    output: OutputProcessor
-    num_prompt: int = field(init=False)
+    start_time: int = 0
+    parent: int = NO_PARENT
+    is_reduce: bool = False
+    coordinate: int = 0
+    path: PathHash | None = None
     num_prefill: int = field(init=False)
     num_computed: int = 0
-    finish_reason: FinishReason | None = None
-    block_table: BlockTable | None = None
+    table: BlockTable = field(default_factory=BlockTable)
 
     def __post_init__(self) -> None:
-        self.num_prompt = self.num_prefill = len(self.token_ids)
+        self.num_prefill = len(self.token_ids)
 
     @property
     def num_tokens(self) -> int:
@@ -52,6 +54,58 @@ class BranchState:
         return self.start_time + len(self.token_ids)
 
     @property
+    def is_running(self) -> bool:
+        """Whether tokens are, or will be, decoded."""
+        return False
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether the segment runs and its prefill is computed."""
+        return self.is_running and self.num_computed >= self.num_prefill
+
+    @property
+    def max_tokens(self) -> int:
+        """Upper bound of the segment's length in tokens."""
+        return len(self.token_ids)
+
+    @property
+    def num_waiting_prefill(self) -> int:
+        return max(self.num_prefill - self.num_computed, 0)
+
+    def reset(self) -> list[int]:
+        """Forget what is computed, so that it is computed anew; returns the blocks."""
+        self.num_prefill, self.num_computed = len(self.token_ids), 0
+        if self.path is not None:
+            self.path = self.path.start()
+        return self.table.clear()
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class BranchState(SegmentState):
+    """The state of one branch.
+
+    params: how it is continued. seed: `params.seed`, or that of the sample.
+    output: turns decoded tokens into text and detects the end.
+    num_prompt: tokens of the prompt.
+    finish_reason: None while the branch runs.
+    """
+
+    params: SamplingParams
+    seed: int
+    output: OutputProcessor
+    parent: int = MAIN
+    num_prompt: int = field(init=False)
+    finish_reason: FinishReason | None = None
+
+    def __post_init__(self) -> None:
+        self.num_prompt = self.num_prefill = len(self.token_ids)
+
+    @property
+    def index(self) -> int:
+        """0..N-1, as events and callers count branches."""
+        return self.number - 1
+
+    @property
     def generated(self) -> list[int]:
         """Decoded token ids."""
         return self.token_ids[self.num_prompt :]
@@ -61,13 +115,7 @@ class BranchState:
         return self.finish_reason is None
 
     @property
-    def is_decoding(self) -> bool:
-        """Whether the branch runs and its prefill is computed."""
-        return self.is_running and self.num_computed >= self.num_prefill
-
-    @property
     def max_tokens(self) -> int:
-        """Upper bound of the branch's length in tokens."""
         return self.num_prompt + self.params.max_new_tokens if self.is_running else len(self.token_ids)
 
     def append_token(self, token: int) -> tuple[str, FinishReason | None]:
@@ -86,13 +134,15 @@ class BranchState:
             self.output.process(token)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ScheduledTokens:
-    """Tokens of one sample that the next step computes. The first five are `[tokens]`, in physical order.
+    """Tokens of one sample that a step computes. The first five are `[tokens]`, in physical order.
 
     segment: 0 for main, 1..N for the branches.
     branch, time: the pos2d coordinates.
     position: the coordinate of the rotary pairs that pos2d does not drive.
+    counts: `[segments]` number of these tokens of each segment.
+    next_column: the column after all of these tokens (column order).
     logits_indices: `[sampled]` tokens whose logits are needed.
     sampled_branches: `[sampled]` indices of the branches that these logits continue.
     """
@@ -102,5 +152,7 @@ class ScheduledTokens:
     branch: Ints
     time: Ints
     position: Ints
+    counts: Ints
+    next_column: int
     logits_indices: Ints
     sampled_branches: Ints

@@ -1,20 +1,24 @@
-"""State of one sample while it is decoded: main, its branches, and their cache blocks. No torch."""
+"""State of one sample while it is decoded: its segments, and how they relate to each other. No torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from time import monotonic
 
 import numpy as np
+from numpy.typing import NDArray
 
 from parallelmind.config import RopeConfig
-from parallelmind.engine.block_manager import BLOCK, BlockTable, blocks_for
+from parallelmind.engine.block_manager import blocks_for
 from parallelmind.engine.output import OutputProcessor
+from parallelmind.engine.path_hash import PathHash
 from parallelmind.engine.request import TokenizedRequest
 from parallelmind.engine.sampling_params import SamplingParams
-from parallelmind.engine.sequence import BranchState, ScheduledTokens
+from parallelmind.engine.sequence import BranchState, SegmentState
 from parallelmind.layout import Layout, Tokens, arrange, is_free_order, start_times
-from parallelmind.tree import MAIN, Ints, Tree, branch_coordinates
+from parallelmind.tree import MAIN, NO_PARENT, Ints, Mask, Tree, relations
+from parallelmind.visibility import relation_scores
 
 OutputFactory = Callable[[Sequence[int], SamplingParams], OutputProcessor]  # given a branch's prompt
 
@@ -25,14 +29,15 @@ class SequenceGroup:
     id: the engine's number of the sample.
     adapter_version: version of the adapter that decodes it.
     free_order: whether branches are stored and scheduled regardless of their siblings' progress.
+    segments: main and all branches, in the order in which they were added.
     main: `[main tokens]` token ids.
     reduce: the reduce branch, until it starts. reduce_started: it is the last one of `branches`.
-    num_main_computed: tokens of main that a step has computed or is computing, or that were in the cache.
-    next_column: the first column of time that no step has computed (unless the order is free).
-    block_table: blocks of main and, unless the order is free, of all branches; None until admission.
-    prefix_keys: keys of main's full blocks.
-    num_cached_blocks: leading blocks of main that other samples can reuse.
-    reduce_blocks: blocks that are reserved for the reduce branch (free order).
+    next_column: the first column of time that is not in the cache (unless the order is free).
+    frontier: the first column that no forward pass has computed or is computing; a branch that is added
+        starts there.
+    is_admitted: whether the sample is running and may hold cache blocks.
+    is_finite: whether all logits were finite so far.
+    num_preemptions: how often its blocks were taken from it.
     """
 
     def __init__(
@@ -48,61 +53,89 @@ class SequenceGroup:
         """seed: for branches whose sampling parameters have none."""
         self.id, self.adapter_version = id, adapter_version
         self.config, self.free_order = config, is_free_order(config)
-        self.reduce = request.reduce
+        self.reduce, self.reduce_started = request.reduce, False
         self._seed, self._make_output = seed, make_output
+        self.next_column = self.frontier = self.num_preemptions = 0
+        self.is_admitted, self.is_finite = False, True
+        self._shape: GroupShape | None = None
+        self.submitted_at = monotonic()
 
         tokens = request.tokens
         main, *prompts = tokens.split()
         self.main = np.array(main, dtype=np.int64)
-        self.branches: list[BranchState] = []
+        self.segments = [SegmentState(MAIN, main, path=PathHash.root(adapter_version))]
         starts = start_times(tokens.lengths, tokens.tree, config.align_to)[1:].tolist()
         for prompt, params, start in zip(prompts, request.params, starts, strict=True):
             self._append_branch(prompt, params, start)
-        self.reduce_started = False
-        self.num_main_computed = self.next_column = 0
-
-        self.block_table: BlockTable | None = None
-        self.prefix_keys: list[bytes] = []
-        self.num_cached_blocks = 0
-        self.reduce_blocks: list[int] = []
 
     # Progress
 
     @property
+    def branches(self) -> list[BranchState]:
+        """All segments but main."""
+        return self.segments[1:]  # type: ignore[return-value]
+
+    @property
     def is_running(self) -> bool:
         """Whether any branch runs. The reduce branch counts once it has started."""
-        return any(branch.is_running for branch in self.branches)
+        return any(segment.is_running for segment in self.segments)
 
     @property
     def is_decoding(self) -> bool:
         """Whether any branch decodes."""
-        return any(branch.is_decoding for branch in self.branches)
+        return any(segment.is_decoding for segment in self.segments)
 
     @property
     def running_branches(self) -> list[BranchState]:
         return [branch for branch in self.branches if branch.is_running]
 
     @property
-    def tree(self) -> Tree:
-        """The shape of the sample as it is now."""
-        return Tree.flat(len(self.branches) - self.reduce_started, self.reduce_started)
-
-    @property
-    def branch_coordinates(self) -> Ints:
-        """`[segments]` branch coordinate of main and of every branch."""
-        return branch_coordinates(self.tree, len(self.main) > 0, self.config.branch_stride)
+    def is_needed(self) -> Mask:
+        """`[segments]` whether a running branch reads the segment, or its place in the columns counts."""
+        is_running = np.array([segment.is_running for segment in self.segments])
+        if not self.free_order:
+            return np.ones_like(is_running)
+        is_needed: Mask = self.shape.reads[is_running].any(axis=0)
+        return is_needed
 
     @property
     def num_waiting_prefill(self) -> int:
-        """Tokens of main and of running branches that are still to be computed before all of them decode."""
-        branches = (max(branch.num_prefill - branch.num_computed, 0) for branch in self.running_branches)
-        return len(self.main) - self.num_main_computed + sum(branches)
+        """Tokens that are still to be computed before all running branches decode."""
+        waiting = [segment.num_waiting_prefill for segment in self.segments]
+        return int(self.is_needed @ waiting) if any(waiting) else 0
+
+    # Shape
 
     @property
-    def num_prefill_computed(self) -> int:
-        """Prefill tokens that are computed, those of finished branches included."""
-        branches = (min(branch.num_computed, branch.num_prefill) for branch in self.branches)
-        return self.num_main_computed + sum(branches)
+    def shape(self) -> GroupShape:
+        """How the segments relate to each other, as they are now."""
+        if self._shape is None:
+            self._shape = GroupShape.of(self.segments, self.config)
+        return self._shape
+
+    @property
+    def tree(self) -> Tree:
+        """The tree of the sample as it is now, in pre-order."""
+        return self.shape.tree
+
+    def pos2d(self, branch: BranchState, index: int = 0) -> tuple[int, int]:
+        """Branch and time coordinates of a branch's token, counted from the first token of its prompt."""
+        return branch.coordinate, branch.start_time + index
+
+    def final_layout(self) -> Layout:
+        """Layout of main and of all branches as they are now, each at its start time and coordinate."""
+        tree, order = self.tree, self.shape.order
+        segments = [self.segments[number] for number in order]
+        tokens = Tokens.of_tree([segment.token_ids for segment in segments], tree)
+        delays = [
+            segment.start_time - self.segments[segment.parent].end_time
+            for segment in segments[1:]
+            if not segment.is_reduce
+        ]
+        aligned_left = self.config.model_copy(update={"align_to": "left"})
+        layout = arrange(tokens, aligned_left, delays=np.array(delays))
+        coordinates = np.array([segment.coordinate for segment in segments])
+        return replace(layout, branch=coordinates[layout.segment])
 
     # Branches
 
@@ -110,53 +143,77 @@ class SequenceGroup:
         """Add a branch. It starts where alignment puts it, or, in column order, in the next column."""
         return self._append_branch(token_ids, params, self.next_start_time(len(token_ids)))
 
+    def set_start_times(self, start_times: Sequence[int]) -> None:
+        """Move the branches of a new sample to the start times that they had on another engine."""
+        for branch, start_time in zip(self.branches, start_times, strict=True):
+            branch.start_time = start_time
+            branch.path = self._path_of(branch)
+        self._shape = None
+
     def start_reduce(self) -> BranchState:
         """Start the reduce branch at the latest end of all other branches."""
         assert self.reduce is not None, "the sample has a reduce branch that has not started"
         spec, self.reduce = self.reduce, None
-        branch = self._append_branch(
-            spec.token_ids, spec.params, max(branch.end_time for branch in self.branches)
-        )
+        start = max(branch.end_time for branch in self.branches)
         self.reduce_started = True
-        if self.block_table is not None:
-            blocks, self.reduce_blocks = self.reduce_blocks, []
-            self.add_blocks(branch, blocks)
-        return branch
+        return self._append_branch(spec.token_ids, spec.params, start, is_reduce=True)
 
     def next_start_time(self, num_tokens: int) -> int:
         """Time coordinate at which a branch with this many prompt tokens starts, if it is added now."""
         if not self.free_order:
-            return max(len(self.main), self.next_column)
+            return max(len(self.main), self.frontier)
         if self.config.align_to == "left":
             return len(self.main)
         longest = max(branch.num_prompt for branch in self.branches)
         return len(self.main) + max(longest - num_tokens, 0)
 
-    def pos2d(self, branch: BranchState, index: int = 0) -> tuple[int, int]:
-        """Branch and time coordinates of a branch's token, counted from the first token of its prompt."""
-        return int(self.branch_coordinates[branch.index + 1]), branch.start_time + index
-
-    def final_layout(self) -> Layout:
-        """Layout of main and of all branches as they are now, each at its start time."""
-        segments = [self.main.tolist(), *(branch.token_ids for branch in self.branches)]
-        tree = self.tree
-        starts = np.array([branch.start_time for branch in self.branches])[: tree.branches]
-        aligned_left = self.config.model_copy(update={"align_to": "left"})
-        return arrange(Tokens.of_tree(segments, tree), aligned_left, delays=starts - len(self.main))
-
-    def _append_branch(self, token_ids: Sequence[int], params: SamplingParams, start: int) -> BranchState:
-        seed = self._seed if params.seed is None else params.seed
-        output = self._make_output(token_ids, params)
-        branch = BranchState(len(self.branches), list(token_ids), start, params, seed, output)
-        self.branches.append(branch)
+    def _append_branch(
+        self,
+        token_ids: Sequence[int],
+        params: SamplingParams,
+        start: int,
+        parent: int = MAIN,
+        is_reduce: bool = False,
+    ) -> BranchState:
+        branch = BranchState(
+            number=len(self.segments),
+            token_ids=list(token_ids),
+            start_time=start,
+            parent=parent,
+            is_reduce=is_reduce,
+            coordinate=self._coordinate(len(self.segments), parent, is_reduce),
+            params=params,
+            seed=self._seed if params.seed is None else params.seed,
+            output=self._make_output(token_ids, params),
+        )
+        branch.path = self._path_of(branch)
+        self.segments.append(branch)
+        self._shape = None
         return branch
+
+    def _coordinate(self, number: int, parent: int, is_reduce: bool) -> int:
+        """The branch coordinate of a new segment: that of its parent for a reduce, as in `tree`."""
+        if is_reduce:
+            return self.segments[parent].coordinate
+        return (number - (len(self.main) == 0)) * self.config.branch_stride
+
+    def _path_of(self, branch: BranchState) -> PathHash | None:
+        """The hash at the start of a branch; None if its keys depend on more than its path."""
+        parent = self.segments[branch.parent]
+        if parent.path is None or branch.is_reduce or not self.free_order:
+            return None
+        coordinate = branch.coordinate if self.config.rope_2d_ratio else 0
+        return parent.path.child(parent.token_ids, coordinate, branch.start_time)
 
     # Cache blocks
 
-    @property
-    def keeps_finished(self) -> bool:
-        """Whether a reduce branch reads, or will read, the branches that have finished."""
-        return self.reduce is not None or self.reduce_started
+    def is_kept(self, segment: SegmentState) -> bool:
+        """Whether the blocks of a segment are read, now or later.
+
+        In column order the blocks of main hold all segments.
+        """
+        waits_for_reduce = self.reduce is not None or self.reduce_started
+        return segment.number == MAIN or segment.is_running or (self.free_order and waits_for_reduce)
 
     @property
     def max_reduce_tokens(self) -> int:
@@ -164,74 +221,80 @@ class SequenceGroup:
         return len(self.reduce.token_ids) + self.reduce.params.max_new_tokens if self.reduce else 0
 
     @property
-    def max_group_tokens(self) -> int:
-        """Upper bound of the tokens in the group's own block table."""
-        if self.free_order:
-            return len(self.main)
-        return len(self.main) + sum(branch.max_tokens for branch in self.branches) + self.max_reduce_tokens
-
-    def max_branch_tokens(self) -> list[int]:
-        """Upper bounds of the tokens in the branches' block tables, the reduce branch last (free order)."""
-        if not self.free_order:
-            return []
-        keeps_finished = self.keeps_finished
-        tokens = [branch.max_tokens if keeps_finished or branch.is_running else 0 for branch in self.branches]
-        return [*tokens, self.max_reduce_tokens] if self.reduce else tokens
-
-    @property
     def max_blocks(self) -> int:
-        """Upper bound of the blocks that the sample fills."""
-        return sum(map(blocks_for, [self.max_group_tokens, *self.max_branch_tokens()]))
+        """Upper bound of the blocks that the sample fills, if it adopts no blocks that are used in part."""
+        return self.max_blocks_with(0)
 
-    @property
-    def block_tables(self) -> list[BlockTable]:
-        """All block tables of an admitted sample: the group's, then those of its branches."""
-        assert self.block_table is not None, "only admitted samples have blocks"
-        tables = (branch.block_table for branch in self.branches)
-        return [self.block_table, *(table for table in tables if table is not None)]
-
-    def set_blocks(self, cached: list[int], allocated: list[int]) -> None:
-        """Give the sample its blocks at admission.
-
-        cached: blocks that hold the beginning of main. allocated: blocks for everything else, up to
-        `max_blocks` in all.
-        """
-        counts = [blocks_for(self.max_group_tokens), *map(blocks_for, self.max_branch_tokens())]
-        counts[0] -= len(cached)
-        parts = [allocated[start:end] for start, end in pairwise(np.cumsum([0, *counts]).tolist())]
-        self.block_table = BlockTable(cached + parts.pop(0))
-        num_cached_tokens = len(cached) * BLOCK
-        self.block_table.append(np.arange(num_cached_tokens), np.full(num_cached_tokens, MAIN))
-        self.num_main_computed = self.next_column = num_cached_tokens
-        self.num_cached_blocks = len(cached)
-        if self.reduce is not None and self.free_order:
-            self.reduce_blocks = parts.pop()
-        for branch, blocks in zip(self.branches, parts, strict=False):
-            branch.block_table = BlockTable(blocks)
-
-    def add_blocks(self, branch: BranchState, blocks: list[int]) -> None:
-        """Add the blocks of a branch that joins after admission."""
-        if self.free_order:
-            branch.block_table = BlockTable(blocks)
-        else:
-            assert self.block_table is not None, "only admitted samples have blocks"
-            self.block_table.extend(blocks)
-
-    def assign_slots(self, tokens: ScheduledTokens) -> Ints:
-        """Append scheduled tokens to their block tables; returns their `[tokens]` slots in the cache."""
-        assert self.block_table is not None, "only admitted samples are scheduled"
+    def max_blocks_with(self, new_tokens: int) -> int:
+        """`max_blocks` with one more branch of so many tokens."""
+        reduce = self.max_reduce_tokens
         if not self.free_order:
-            return self.block_table.append(tokens.time, tokens.segment)
-        slots = []
-        for segment, index in segment_runs(tokens.segment):
-            table = self.block_table if segment == MAIN else self.branches[segment - 1].block_table
-            assert table is not None, "branches have block tables of their own in free order"
-            slots.append(table.append(tokens.time[index], tokens.segment[index]))
-        return np.concatenate(slots)
+            return blocks_for(sum(segment.max_tokens for segment in self.segments) + reduce + new_tokens)
+        kept = (segment.max_tokens for segment in self.segments if self.is_kept(segment))
+        return sum(map(blocks_for, [*kept, reduce, new_tokens]))
+
+    def reset(self) -> list[int]:
+        """Forget what is computed, so that it is computed anew; returns all blocks."""
+        self.is_admitted, self.next_column = False, 0
+        return [block for segment in self.segments for block in segment.reset()]
 
 
-def segment_runs(segment: Ints) -> list[tuple[int, slice]]:
-    """Runs of equal values: the tokens of each segment, which stand side by side in free order."""
-    cuts = np.flatnonzero(np.diff(segment)) + 1
-    bounds = [0, *cuts.tolist(), len(segment)]
-    return [(int(segment[first]), slice(first, last)) for first, last in pairwise(bounds) if last > first]
+@dataclass(frozen=True, eq=False)
+class GroupShape:
+    """How the segments of a sample relate to each other.
+
+    Segments are numbered in the order in which they were added; a tree numbers them in pre-order.
+
+    tree: the tree of the sample. order: `[segments]` the segment with each number of the tree.
+    scores: `[segments, segments]` summand of the attention score for a query's and a key's segment.
+    coordinates, start_times: `[segments]` values of the segments.
+    reads: `[segments, segments]` whether a query's segment sees a key's segment.
+    paths: for each segment the segments from main to itself.
+    joined: for each segment those that it joins.
+    """
+
+    tree: Tree
+    order: list[int]
+    scores: NDArray[np.float32]
+    reads: Mask
+    coordinates: Ints
+    start_times: Ints
+    paths: list[tuple[int, ...]]
+    joined: list[tuple[int, ...]]
+
+    @staticmethod
+    def of(segments: Sequence[SegmentState], config: RopeConfig) -> GroupShape:
+        order = _pre_order(segments)
+        number = np.argsort(order)  # in the tree, of each segment
+        parents = [NO_PARENT, *(number[segments[index].parent] for index in order[1:])]
+        tree = Tree(np.array(parents, np.int64), np.array([segments[index].is_reduce for index in order]))
+        table = relations(tree)[np.ix_(number, number)]
+        scores = relation_scores(config.visibility, config.sibling_penalty)[table]
+        paths: list[tuple[int, ...]] = [(MAIN,)]
+        for segment in segments[1:]:
+            paths.append((*paths[segment.parent], segment.number))
+        joined: list[tuple[int, ...]] = [()] * len(segments)
+        for place, _, joins in tree.walk():
+            joined[order[place]] = tuple(order[joins.start : joins.stop])
+        return GroupShape(
+            tree=tree,
+            order=order,
+            scores=scores,
+            reads=scores > -np.inf,
+            coordinates=np.array([segment.coordinate for segment in segments]),
+            start_times=np.array([segment.start_time for segment in segments]),
+            paths=paths,
+            joined=joined,
+        )
+
+
+def _pre_order(segments: Sequence[SegmentState]) -> list[int]:
+    """The numbers of the segments in pre-order, siblings in the order in which they were added."""
+    children: list[list[int]] = [[] for _ in segments]
+    for segment in segments[1:]:
+        children[segment.parent].append(segment.number)
+    order, open_segments = list[int](), [MAIN]
+    while open_segments:
+        order.append(open_segments.pop())
+        open_segments += reversed(children[order[-1]])
+    return order

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from parallelmind.engine.model_runner import Model
-from parallelmind.engine.scheduler import EngineConfig, ScheduledGroup
+from parallelmind.engine.planner import ScheduledGroup
+from parallelmind.engine.scheduler import EngineConfig
 from parallelmind.engine.sequence import BranchState
 from parallelmind.engine.sequence_group import SequenceGroup
 from parallelmind.errors import UserError
@@ -68,7 +69,7 @@ class SequentialRunner:
     def __call__(self, scheduled: Sequence[ScheduledGroup]) -> Tensor:
         """`[sampled, vocab]` logits after the newest token of each sampled branch."""
         logits = []
-        for group, tokens in scheduled:
+        for group, tokens, *_ in scheduled:
             states, last_logits = self._states.setdefault(group, {}), {}
             try:
                 for segment in sorted(set(tokens.segment.tolist())):
@@ -101,3 +102,7 @@ class SequentialRunner:
         self._states.get(group, {}).pop(branch.index + 1, None)
         if not group.is_running:
             self._states.pop(group, None)
+
+    def forget(self, group: SequenceGroup) -> None:
+        """Delete all states of a preempted sample, which is computed anew."""
+        self._states.pop(group, None)

@@ -114,7 +114,7 @@ def test_joined_attention_in_bfloat16_is_as_exact_as_one_attention(softcap: floa
     slots = np.split(np.arange(sum(lengths)), np.cumsum(lengths)[:-1])
     queries, scores = meta(np.arange(tokens), 1), np.zeros((1, 1), np.float32)
     segments = [
-        AttentionSegment(np.arange(tokens), queries, meta(own, 0), scores, own_branch=bool(index))
+        AttentionSegment(np.arange(tokens), queries, meta(own, 0), scores, level=int(index > 0))
         for index, own in enumerate(slots)
     ]
     backend = CascadeAttention(segments, tokens, AttentionWindow(), torch.bfloat16, query.device)

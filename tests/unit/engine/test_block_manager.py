@@ -3,154 +3,187 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parallelmind.engine.block_manager import BLOCK, BlockManager, BlockTable, blocks_for, prefix_keys
+from parallelmind.engine.block_manager import (
+    BLOCK,
+    BlockDraft,
+    BlockManager,
+    BlockTable,
+    CachedBlock,
+    blocks_for,
+)
 
-MAIN = np.arange(3 * BLOCK + 5)
+
+def allocate(manager: BlockManager, count: int) -> list[int] | None:
+    blocks = BlockDraft(manager).allocate(count)
+    manager.hold(blocks or [])
+    manager.uncache(blocks or [])
+    return blocks
 
 
-def keys(count: int, adapter_version: str = "base") -> list[bytes]:
-    return prefix_keys(MAIN, adapter_version)[:count]
+def key(index: int) -> tuple[bytes, int]:
+    return bytes([index]), BLOCK
 
 
-def cached(blocks: BlockManager, count: int) -> list[int]:
-    """Allocate and cache the first blocks of MAIN."""
-    allocated = blocks.allocate(count) or []
-    for key, block in zip(keys(count), allocated, strict=True):
-        blocks.cache_block(key, block)
-    return allocated
+def cached(manager: BlockManager, *indices: int) -> list[int]:
+    """Allocate blocks and cache them under these keys."""
+    blocks = allocate(manager, len(indices)) or []
+    for index, block in zip(indices, blocks, strict=True):
+        manager.cache(key(index), block)
+    return blocks
 
 
 def test_tokens_take_whole_blocks():
     assert [blocks_for(tokens) for tokens in (0, 1, BLOCK, BLOCK + 1)] == [0, 1, 1, 2]
 
 
-def test_a_key_depends_on_all_tokens_up_to_its_end_and_on_the_adapter():
-    assert len(keys(9)) == 3
-    changed = MAIN.copy()
-    changed[BLOCK] += 1
-    assert prefix_keys(changed, "base")[0] == keys(1)[0]
-    assert not set(prefix_keys(changed, "base")[1:]) & set(keys(3))
-    assert not set(keys(3, "adapter")) & set(keys(3))
-    assert prefix_keys(MAIN[: BLOCK - 1], "base") == []
-
-
 def test_allocation_fails_as_a_whole_if_too_few_blocks_are_available():
-    blocks = BlockManager(4)
-    assert blocks.allocate(5) is None
-    assert blocks.allocate(3) == [0, 1, 2]
-    assert (blocks.num_available, blocks.num_allocated) == (1, 3)
-    assert blocks.allocate(2) is None
-    assert blocks.allocate(0) == []
+    manager = BlockManager(4)
+    assert allocate(manager, 5) is None
+    assert allocate(manager, 3) == [0, 1, 2]
+    assert (manager.num_available, manager.num_allocated) == (1, 3)
+    assert allocate(manager, 2) is None
+    assert allocate(manager, 0) == []
 
 
-def test_adjacent_blocks_are_preferred():
-    blocks = BlockManager(8)
-    everything = blocks.allocate(8) or []
-    blocks.free([everything[at] for at in (0, 2, 4, 5, 6)])
-    assert blocks.allocate(3) == [4, 5, 6]
-    assert blocks.allocate(2) == [0, 2]
+def test_freed_blocks_are_allocated_again_in_their_order():
+    manager = BlockManager(8)
+    allocate(manager, 8)
+    manager.free([4, 5, 6])
+    assert allocate(manager, 3) == [4, 5, 6]
 
 
-def test_a_cached_block_is_allocated_until_its_last_reader_frees_it():
-    blocks = BlockManager(4)
-    first = cached(blocks, 2)
-    assert blocks.match_prefix(keys(3)) == first
-    blocks.free(first)
-    assert blocks.num_allocated == 2
-    blocks.free(first)
-    assert blocks.num_allocated == 0
-    assert blocks.match_prefix(keys(3)) == first, "no other allocation has needed the blocks"
-    assert blocks.num_allocated == 2
+def test_a_draft_changes_nothing():
+    manager = BlockManager(3)
+    manager.free(cached(manager, 1))
+    draft = BlockDraft(manager)
+    draft.hold([0])
+    assert draft.allocate(3) is None
+    assert draft.allocate(2) == [1, 2]
+    draft.free([0, 2])
+    assert draft.num_available == 2
+    assert draft.allocate(2) == [0, 2]
+    assert (manager.num_available, manager.find(key(1))) == (3, 0)
 
 
-def test_a_match_ends_where_the_mains_differ():
-    blocks = BlockManager(4)
-    own = cached(blocks, 3)
-    other = MAIN.copy()
-    other[2 * BLOCK] += 1
-    assert blocks.match_prefix(prefix_keys(other, "base")) == own[:2]
-    assert blocks.match_prefix(keys(3, "another version")) == []
+def test_a_cached_block_is_held_until_its_last_holder_frees_it():
+    manager = BlockManager(4)
+    first = cached(manager, 1, 2)
+    manager.hold(first)
+    manager.free(first)
+    assert manager.num_allocated == 2
+    manager.free(first)
+    assert manager.num_allocated == 0
+    assert [manager.find(key(index)) for index in (1, 2, 3)] == [*first, None], "no one has needed the blocks"
 
 
-def test_the_longest_idle_block_is_evicted_first_and_the_end_of_a_main_before_its_beginning():
-    blocks = BlockManager(4)
-    old = blocks.allocate(1) or []
-    blocks.cache_block(b"old", old[0])
-    blocks.free(old)
-    blocks.free(cached(blocks, 3))
-    blocks.free(blocks.match_prefix([b"old"]))  # used again: now the youngest
-    blocks.allocate(2)
-    assert len(blocks.match_prefix(keys(3))) == 1
-    assert blocks.match_prefix([b"old"]) == old
+def test_the_longest_idle_block_is_evicted_first_and_the_end_of_a_path_before_its_beginning():
+    manager = BlockManager(4)
+    old = cached(manager, 9)
+    manager.free(old)
+    manager.free(cached(manager, 1, 2, 3))
+    manager.hold(old)
+    manager.free(old)  # used again: now the youngest
+    allocate(manager, 2)
+    assert [manager.find(key(index)) is None for index in (1, 2, 3, 9)] == [False, True, True, False]
 
 
-def test_blocks_with_readers_are_never_evicted():
-    blocks = BlockManager(3)
-    own = cached(blocks, 2)
-    assert blocks.allocate(2) is None
-    assert blocks.allocate(1) is not None
-    assert blocks.match_prefix(keys(2)) == own
+def test_blocks_with_holders_are_never_evicted():
+    manager = BlockManager(3)
+    own = cached(manager, 1, 2)
+    assert allocate(manager, 2) is None
+    assert allocate(manager, 1) is not None
+    assert [manager.find(key(index)) for index in (1, 2)] == own
 
 
-def test_a_main_computed_twice_is_cached_once():
-    blocks = BlockManager(4)
-    first, second = cached(blocks, 1), cached(blocks, 1)
-    assert blocks.match_prefix(keys(1)) == first
-    blocks.free(second)
-    blocks.free(first)
-    blocks.free(first)
-    assert blocks.num_available == 4
+def test_a_path_computed_twice_is_cached_once():
+    manager = BlockManager(4)
+    first, second = cached(manager, 1), cached(manager, 1)
+    assert [manager.find(key(1))] == first
+    manager.free(second)
+    manager.free(first)
+    assert manager.num_available == 4
+
+
+def test_blocks_that_are_not_full_are_known_by_what_precedes_them_until_they_are_evicted():
+    manager = BlockManager(2)
+    manager.hold([0, 1])
+    for block, end in enumerate((b"one", b"two")):
+        manager.cache((end, 3), block, before=b"start")
+    manager.uncache([0])
+    assert manager.has_partial(b"start")
+    manager.uncache([1])
+    assert not manager.has_partial(b"start")
 
 
 @settings(max_examples=60, derandomize=True)
-@given(st.integers(0, 2**32))
-def test_no_block_is_allocated_twice_or_lost(seed: int) -> None:
-    """Samples with one of three mains and blocks of their own come and go at random."""
+@given(seed=st.integers(0, 2**32))
+def test_no_block_is_lost_or_held_twice(seed: int) -> None:
+    """Paths of up to six blocks, of which the first ones may be shared, are held and freed at random."""
     rng, manager = random.Random(seed), BlockManager(12)
-    samples: list[list[int]] = []  # blocks of each
-    mains = [prefix_keys(MAIN + 100 * main, "base") for main in range(3)]
+    held: list[list[int]] = []
     for _ in range(80):
-        if samples and rng.random() < 0.45:
-            manager.free(samples.pop(rng.randrange(len(samples))))
-        else:
-            main_keys = rng.choice(mains)[: rng.randrange(4)]
-            matched = manager.match_prefix(main_keys)
-            own = manager.allocate(len(main_keys) - len(matched) + rng.randrange(3))
-            if own is None:
-                manager.free(matched)
-                continue
-            assert not {block for blocks in samples for block in blocks} & set(own)
-            samples.append(matched + own)
-            for index in range(len(matched), len(main_keys)):
-                manager.cache_block(main_keys[index], samples[-1][index])
-        assert manager.num_allocated == len({block for blocks in samples for block in blocks})
-        assert 0 <= manager.num_available <= manager.num_blocks
-    for blocks in samples:
+        if held and rng.random() < 0.4:
+            manager.free(held.pop(rng.randrange(len(held))))
+            continue
+        path = [key(rng.choice([1, 2]) * 10 + index) for index in range(rng.randint(1, 6))]
+        blocks: list[int] = []
+        for item in path:
+            if (found := manager.find(item)) is None:
+                break
+            blocks.append(found)
+        manager.hold(blocks)
+        own = allocate(manager, len(path) - len(blocks))
+        if own is None:
+            manager.free(blocks)
+            continue
+        assert not {block for other in held for block in other} & set(own)
+        for item, block in zip(path[len(blocks) :], own, strict=True):
+            manager.cache(item, block)
+        held.append(blocks + own)
+        counts = Counter(block for other in held for block in other)
+        assert counts == Counter(dict(enumerate(manager._holders)))
+        assert manager.num_allocated == len(counts)
+    for blocks in held:
         manager.free(blocks)
-    assert len(manager.allocate(12) or []) == 12
+    assert len(allocate(manager, 12) or []) == 12
 
 
-def test_a_block_table_fills_its_blocks_in_order():
-    table = BlockTable([3, 1])
-    first = table.append(np.arange(3), np.zeros(3, np.int64))
-    second = table.append(np.arange(3, 20), np.ones(17, np.int64))
-    expected = [*range(3 * BLOCK, 4 * BLOCK), *range(BLOCK, BLOCK + 4)]
-    assert [*first.tolist(), *second.tolist()] == table.slots.tolist() == expected
+def append(table: BlockTable, slots: list[int], blocks: list[int], segment: int) -> None:
+    time = table.length + np.arange(len(slots))
+    table.stage(np.array(slots), time, np.full(len(slots), segment))
+    table.commit(len(slots), blocks)
+
+
+def test_a_block_table_holds_its_tokens_in_order():
+    table = BlockTable()
+    append(table, [48, 49, 50], [3], 0)
+    assert (table.num_free, table.next_slot) == (13, 51)
+    append(table, [*range(51, 64), *range(16, 20)], [1], 1)
+    assert table.slots.tolist() == [*range(48, 64), *range(16, 20)]
     assert table.time.tolist() == list(range(20))
     assert table.segment.tolist() == [0] * 3 + [1] * 17
-
-
-def test_trim_removes_blocks_without_tokens_and_release_removes_all():
-    table = BlockTable([0, 1, 2, 3])
-    table.append(np.arange(BLOCK + 1), np.zeros(BLOCK + 1, np.int64))
-    assert table.trim(3 * BLOCK) == [3]
-    assert table.trim(0) == [2]
-    table.extend([7])
-    assert table.append(np.arange(BLOCK), np.zeros(BLOCK, np.int64)).tolist()[-1] == 7 * BLOCK
-    assert table.release() == [0, 1, 7]
+    assert (table.num_free, table.next_slot) == (12, 20)
+    assert table.clear() == [3, 1]
     assert (table.length, table.slots.tolist()) == (0, [])
+
+
+def test_staged_tokens_count_once_they_are_committed():
+    table = BlockTable()
+    table.stage(np.array([0, 1]), np.array([5, 6]), np.array([0, 0]))
+    assert [values.tolist() for values in table.staged()] == [[0, 1], [5, 6], [0, 0]]
+    assert table.length == 0
+    table.stage(np.array([16]), np.array([5]), np.array([0]))
+    table.commit(1, [1])
+    assert table.slots.tolist() == [16]
+
+
+def test_an_adopted_block_that_is_used_in_part_is_not_written():
+    table = BlockTable()
+    table.adopt(CachedBlock(7, 5), np.arange(5), np.zeros(5, np.int64))
+    assert (table.slots.tolist(), table.num_free, table.num_partial) == ([*range(112, 117)], 0, 1)

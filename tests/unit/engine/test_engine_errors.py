@@ -107,17 +107,21 @@ def test_a_bad_branch_is_refused_and_its_siblings_continue(text, settings, messa
         engine.join(sample_id, "who")
 
 
-def test_a_branch_without_room_now_can_join_later() -> None:
+def test_a_branch_without_room_now_waits() -> None:
     engine = tiny_engine(cache_tokens=96)
     sample_id, other = (
         engine.submit(Sample("", [[5]]), max_new_tokens=40, ignore_eos=True) for _ in range(2)
     )
-    engine.step()
-    with pytest.raises(CapacityError, match="no room for 20 more tokens now"):
-        engine.join(sample_id, [5] * 10, max_new_tokens=10)
-    engine.cancel(other)
+    events = [event for _ in range(34) for event in engine.step()]
+    assert engine.scheduler.block_manager.num_available == 0
     assert engine.join(sample_id, [5] * 10, max_new_tokens=10, ignore_eos=True) == 1
-    assert len(tokens_by_branch(run_to_end(engine))[sample_id, 1]) == 10
+    tokens = tokens_by_branch(events + run_to_end(engine))
+    assert {key: len(own) for key, own in tokens.items()} == {
+        (sample_id, 0): 40,
+        (sample_id, 1): 10,
+        (other, 0): 40,
+    }
+    assert engine.scheduler.num_preemptions
 
 
 @pytest.mark.parametrize("positions", ["time", "flat"])

@@ -25,13 +25,13 @@ from peft.tuners.lora import LoraLayer
 from tiny import tiny_llama, tiny_tokenizer
 
 from parallelmind.config import RopeConfig
-from parallelmind.engine import scheduler
+from parallelmind.engine import planner, scheduler
 from parallelmind.engine.block_manager import BLOCK, BlockManager
 from parallelmind.engine.engine import Engine
 from parallelmind.engine.generate import generate, stream
 from parallelmind.engine.output import Event
 from parallelmind.engine.request import ResumeState, Sample
-from parallelmind.engine.scheduler import EngineConfig
+from parallelmind.engine.scheduler import EngineConfig, Scheduler
 from parallelmind.engine.token_scheduler import schedule_tokens
 from parallelmind.engine.tokenization import tokenize_request
 from parallelmind.errors import DecodingError
@@ -103,6 +103,12 @@ def run_through_failures(engine: Engine) -> list[Event]:
         except NthCallError:
             events += engine.take_events()
     return events
+
+
+def step_into(engine: Engine, events: list[Event]) -> None:
+    """Step until the engine is idle or raises, and keep the events of all steps."""
+    while engine.busy:
+        events += engine.step()
 
 
 def by_submission(events: list[Event], ids: list[int]) -> Tokens:
@@ -197,17 +203,34 @@ def test_an_interrupt_leaves_the_engine_usable() -> None:
     assert by_submission(run_to_end(engine), ids) == expected
 
 
-def test_an_interrupt_while_tokens_are_chosen_ends_the_samples_whose_tokens_may_count_as_computed() -> None:
-    """Before, tokens that no step had computed were attended to and shared."""
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_while_a_step_is_planned_changes_nothing(error: type[BaseException]) -> None:
     engine = ENGINES["isolated"]()
     ids = submit_all(engine)
     expected = by_submission(run_to_end(engine), ids)
     for call in range(4):
         engine.scheduler.block_manager = BlockManager(LIMITS["cache_tokens"] // BLOCK)
+        ids = submit_all(engine)
+        calls = [*[mock.DEFAULT] * call, error]
+        choose = mock.patch.object(planner, "schedule_tokens", side_effect=calls, wraps=schedule_tokens)
+        events: list[Event] = []
+        with choose, pytest.raises(error):
+            step_into(engine, events)
+        assert by_submission(events + run_to_end(engine), ids) == expected
+        check_empty(engine)
+
+
+def test_an_interrupt_while_a_step_begins_ends_its_samples_with_an_error() -> None:
+    engine = ENGINES["isolated"]()
+    ids = submit_all(engine)
+    expected = by_submission(run_to_end(engine), ids)
+    for method in ("_adopt", "_stage"):
         submit_all(engine)
-        calls = [*[mock.DEFAULT] * call, KeyboardInterrupt]
-        choose = mock.patch.object(scheduler, "schedule_tokens", side_effect=calls, wraps=schedule_tokens)
-        with choose, pytest.raises(KeyboardInterrupt):
+        where = Scheduler if method == "_adopt" else scheduler
+        with (
+            mock.patch.object(where, method, side_effect=KeyboardInterrupt),
+            pytest.raises(KeyboardInterrupt),
+        ):
             run_to_end(engine)
         assert {event.finish_reason for event in run_to_end(engine)} >= {"error"}
         check_empty(engine)
@@ -266,8 +289,8 @@ def interrupt(*_: Any) -> None:
 
 def test_samples_that_wait_are_not_affected_by_a_failure() -> None:
     engine = tiny_engine(ISOLATED, cache_tokens=64)
-    settings = {"max_new_tokens": 40, "ignore_eos": True}
-    first, second = (engine.submit(Sample([], [[5]]), **settings) for _ in range(2))
+    settings = {"max_new_tokens": 20, "ignore_eos": True}
+    first, second = (engine.submit(Sample([], [[token] * 40]), **settings) for token in (5, 6))
     with failing_at(engine.model, 3):
         events = run_through_failures(engine)
     reasons = {event.sample: event.finish_reason for event in events if event.finish_reason}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from engines import ISOLATED, run_to_end, tiny_engine
+from engines import COLUMNAR, ISOLATED, run_to_end, tiny_engine
 
 from parallelmind.engine import model_runner
 from parallelmind.engine.engine import Engine
@@ -39,7 +39,7 @@ def test_engines_on_one_machine_divide_its_memory(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_cache_grows_by_half_but_not_beyond_its_limit() -> None:
-    engine = tiny_engine(ISOLATED, cache_tokens=112)
+    engine = tiny_engine(COLUMNAR, cache_tokens=112)  # where prompts of branches are not cached
     slots = []
     for length in (40, 56, 72):
         engine.submit(Sample([], [list(range(50, 50 + length))]), max_new_tokens=2, ignore_eos=True)

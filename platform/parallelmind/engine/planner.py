@@ -1,0 +1,323 @@
+"""The plan of one step: who is admitted and preempted, which tokens are computed, and in which blocks.
+
+Planning is pure: it reads samples and blocks and changes neither.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain, compress
+from typing import NamedTuple
+
+import numpy as np
+
+from parallelmind.engine.block_manager import (
+    BLOCK,
+    BlockDraft,
+    BlockKey,
+    BlockManager,
+    CachedBlock,
+    blocks_for,
+    slots_of,
+)
+from parallelmind.engine.path_hash import PathHash
+from parallelmind.engine.sequence import ScheduledTokens, SegmentState
+from parallelmind.engine.sequence_group import SequenceGroup
+from parallelmind.engine.token_scheduler import Progress, num_prefill, schedule_tokens
+from parallelmind.tree import MAIN, Ints
+
+
+class Adoption(NamedTuple):
+    """Cached blocks that a segment uses in place of computing their tokens, and its path up to their end."""
+
+    group: SequenceGroup
+    segment: SegmentState
+    blocks: tuple[CachedBlock, ...]
+    path: PathHash
+
+
+class FilledBlocks(NamedTuple):
+    """Blocks of a segment that a step fills: their keys, and the segment's path up to their end."""
+
+    segment: SegmentState
+    keys: tuple[BlockKey, ...]
+    path: PathHash
+
+
+class ScheduledGroup(NamedTuple):
+    """A sample, and its tokens that a step computes.
+
+    slots: `[tokens]` slots that they are written to.
+    blocks: blocks that are allocated for them, by segment; in column order all for main.
+    """
+
+    group: SequenceGroup
+    tokens: ScheduledTokens
+    slots: Ints
+    blocks: dict[int, list[int]]
+    filled: tuple[FilledBlocks, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What one step does. Samples are in the order of their age."""
+
+    preempted: tuple[SequenceGroup, ...]
+    admitted: tuple[SequenceGroup, ...]
+    adopted: tuple[Adoption, ...]
+    scheduled: tuple[ScheduledGroup, ...]
+
+    @property
+    def groups(self) -> list[SequenceGroup]:
+        """All samples that the plan concerns."""
+        return [*self.preempted, *self.admitted, *(item.group for item in self.scheduled)]
+
+
+class Planner:
+    """Makes one plan."""
+
+    def __init__(self, manager: BlockManager, budget: int, reuse: bool) -> None:
+        """budget: prompt tokens to compute at most. reuse: whether cached blocks are adopted."""
+        self._manager, self._draft, self._reuse = manager, BlockDraft(manager), reuse
+        self._budget = budget
+        self._preempted: list[SequenceGroup] = []
+        self._adopted: dict[SequenceGroup, list[Adoption]] = {}
+        self._filled: set[BlockKey] = set()  # blocks that the plan computes
+
+    def plan(self, running: Sequence[SequenceGroup], waiting: Sequence[SequenceGroup]) -> Plan:
+        """running, waiting: samples in the order of their age."""
+        admitted = self._admit(running, waiting) if waiting else []
+        groups = sorted([*running, *admitted], key=lambda group: group.id)
+        shares = prefill_shares([group.num_waiting_prefill for group in groups], self._budget)
+        open_groups, unused, scheduled = deque(zip(groups, shares, strict=True)), 0, list[ScheduledGroup]()
+        while open_groups:
+            group, share = open_groups.popleft()
+            item, used = self._schedule(group, share + unused, open_groups)
+            unused = max(unused + share - used, 0)
+            scheduled += [item] if item else []
+        adopted = chain.from_iterable(self._adopted.values())
+        return Plan(tuple(self._preempted), tuple(admitted), tuple(adopted), tuple(scheduled))
+
+    def _admit(
+        self, running: Sequence[SequenceGroup], waiting: Sequence[SequenceGroup]
+    ) -> list[SequenceGroup]:
+        """Waiting samples whose known tokens fit beside those of all running samples, the oldest first."""
+        admitted, reserved = [], sum(map(missing_blocks, running))
+        for group in waiting:
+            adopted = self._adopt(group)
+            needed = missing_blocks(group) - sum(len(adoption.blocks) for adoption in adopted)
+            if needed + reserved > self._draft.num_available:
+                self._release(adopted)
+                break
+            self._adopted[group] = adopted
+            admitted.append(group)
+            reserved += needed
+        return admitted
+
+    def _schedule(
+        self, group: SequenceGroup, budget: int, others: deque[tuple[SequenceGroup, int]]
+    ) -> tuple[ScheduledGroup | None, int]:
+        """Plan the tokens of a sample; returns them and how many of them are prefill.
+
+        others: samples that are not planned yet, of which the newest are preempted if blocks are lacking.
+        Without them the sample waits for blocks.
+        """
+        if budget <= 0 and not group.is_decoding:
+            return None, 0
+        adopted = [] if group in self._adopted or budget <= 0 else self._adopt(group)
+        progress = self._progress(group, adopted, budget)
+        tokens = schedule_tokens(group, budget, progress)
+        needed = _needed_blocks(group, tokens)
+        while (blocks := self._draft.allocate(int(needed.sum()))) is None:
+            if not others:
+                self._release(adopted)
+                return None, 0
+            self._preempt(others.pop()[0])
+        if adopted:
+            self._adopted[group] = adopted
+        if not len(tokens.ids):
+            return None, 0
+        filled = self._fill(group, tokens, progress) if self._reuse else ()
+        item = ScheduledGroup(group, tokens, *_place(group, tokens, needed, blocks), filled)
+        return item, num_prefill(group, tokens, progress)
+
+    def _preempt(self, group: SequenceGroup) -> None:
+        self._preempted.insert(0, group)
+        self._draft.free([block for segment in group.segments for block in segment.table.blocks])
+
+    # Reuse of cached blocks
+
+    def _adopt(self, group: SequenceGroup) -> list[Adoption]:
+        """Cached blocks that hold the next tokens of a sample's segments; they are held from now on."""
+        adopted = list[Adoption]()
+        for segment in group.segments if self._reuse else ():
+            if _begins_block(group, segment):
+                blocks, path = self._match(segment, self._max_partial(group, adopted))
+                if blocks:
+                    adopted.append(Adoption(group, segment, tuple(blocks), path))
+                    self._draft.hold(block for block, _ in blocks)
+        return adopted
+
+    def _release(self, adopted: Sequence[Adoption]) -> None:
+        for adoption in adopted:
+            self._draft.free([block for block, _ in adoption.blocks])
+
+    def _progress(self, group: SequenceGroup, adopted: Sequence[Adoption], budget: int) -> Progress:
+        """How far a sample is computed, and which of its segments wait for blocks that this plan computes."""
+        progress = Progress.of(group)
+        adopted = self._adopted.get(group, adopted)
+        for adoption in adopted:
+            progress.num_computed[adoption.segment.number] = adoption.path.length
+        next_column = 0 if group.free_order else int(progress.num_computed[MAIN])
+        paths = {adoption.segment.number: adoption.path for adoption in adopted}
+        deferred, keys = set(), set[BlockKey]()
+        waits = self._reuse and budget > 0
+        for segment in compress(group.segments, group.is_needed.tolist()) if waits else ():
+            path = paths.get(segment.number, segment.path)
+            if path is None or not segment.num_waiting_prefill:
+                continue
+            next_ids = segment.token_ids[path.length : path.length + BLOCK]
+            key = path.copy().extend(next_ids), len(next_ids)
+            begins_block = path.length == progress.num_computed[segment.number]
+            if begins_block and (key in keys or key in self._filled):
+                deferred.add(segment.number)
+            if len(next_ids) == BLOCK:
+                keys.add(key)
+        return Progress(progress.num_computed, max(progress.next_column, next_column), deferred)
+
+    def _max_partial(self, group: SequenceGroup, adopted: Sequence[Adoption]) -> int:
+        """How many more blocks a sample may use in part, so that it still fits an empty cache."""
+        num_partial = sum(segment.table.num_partial for segment in group.segments)
+        num_partial += sum(count < BLOCK for adoption in adopted for _, count in adoption.blocks)
+        return self._manager.num_blocks - group.max_blocks - num_partial
+
+    def _match(self, segment: SegmentState, max_partial: int) -> tuple[list[CachedBlock], PathHash]:
+        """Cached blocks of the segment's next tokens, and the path up to their end.
+
+        The last token of a running segment is not adopted, because its logits are needed.
+        """
+        assert segment.path is not None, "only segments with a path have cached blocks"
+        path, blocks = segment.path, list[CachedBlock]()
+        ids, end = segment.token_ids, segment.num_tokens - segment.is_running
+        while path.length < end:
+            next_ids = ids[path.length : path.length + BLOCK]
+            block = self._manager.find((path.copy().extend(next_ids), len(next_ids)))
+            num_tokens = min(len(next_ids), end - path.length)
+            if block is None:
+                block, num_tokens = self._match_partial(path, next_ids[:num_tokens])
+            if block is None or (num_tokens < BLOCK and max_partial <= 0):
+                break
+            max_partial -= num_tokens < BLOCK
+            blocks.append(CachedBlock(block, num_tokens))
+            path = path.copy()
+            path.extend(next_ids[:num_tokens])
+        return blocks, path
+
+    def _match_partial(self, path: PathHash, next_ids: Sequence[int]) -> tuple[int | None, int]:
+        """The cached block that ends within the next tokens, and its number of tokens; the longest one."""
+        found: tuple[int | None, int] = None, 0
+        if self._manager.has_partial(path.digest()):
+            for count in range(1, len(next_ids) + 1):
+                block = self._manager.find((path.copy().extend(next_ids[:count]), count))
+                found = found if block is None else (block, count)
+        return found
+
+    def _fill(
+        self, group: SequenceGroup, tokens: ScheduledTokens, progress: Progress
+    ) -> tuple[FilledBlocks, ...]:
+        """The blocks that a step fills, by segment."""
+        paths = {adoption.segment.number: adoption.path for adoption in self._adopted.get(group, ())}
+        filled = []
+        for number in _filling(group, tokens):
+            segment, end = group.segments[number], int(progress.num_computed[number] + tokens.counts[number])
+            path, keys = paths.get(number, segment.path), list[BlockKey]()
+            if path is None:
+                continue
+            path = path.copy()
+            while path.length + BLOCK <= end:
+                next_ids = segment.token_ids[path.length : path.length + BLOCK]
+                keys.append((path.extend(next_ids), BLOCK))
+            self._filled.update(keys)
+            filled.append(FilledBlocks(segment, tuple(keys), path))
+        return tuple(filled)
+
+
+def prefill_shares(waiting: Sequence[int], budget: int) -> list[int]:
+    """Divide a budget of prompt tokens among samples in the order of their age.
+
+    waiting: tokens that each of them still has to compute. The oldest sample that waits gets half of the
+    budget, so that it is not delayed by ever new ones. The rest goes to the shortest first, so that none of
+    them waits behind a long prompt, and what they leave to the oldest.
+    """
+    shares = [0] * len(waiting)
+    oldest = next((index for index, count in enumerate(waiting) if count), None)
+    if oldest is None:
+        return shares
+    shares[oldest] = min(waiting[oldest], -(-budget // 2))
+    left = budget - shares[oldest]
+    for index in sorted(range(len(waiting)), key=waiting.__getitem__):
+        if index != oldest:
+            shares[index] = min(waiting[index], left)
+            left -= shares[index]
+    shares[oldest] += left
+    return shares
+
+
+def missing_blocks(group: SequenceGroup) -> int:
+    """Blocks that a sample needs for its known tokens and one more of each running branch, beyond its own."""
+    kept = [segment for segment in group.segments if group.is_kept(segment) or not group.free_order]
+    tokens = [segment.num_tokens + segment.is_running for segment in kept]
+    needed = sum(map(blocks_for, tokens)) if group.free_order else blocks_for(sum(tokens))
+    held = sum(len(segment.table.blocks) - segment.table.num_partial for segment in kept)
+    return max(needed - held, 0)
+
+
+def _begins_block(group: SequenceGroup, segment: SegmentState) -> bool:
+    """Whether the next token of a segment begins a block, and is still to be computed before it decodes."""
+    path = segment.path
+    waits = segment.num_waiting_prefill and group.is_kept(segment)
+    return bool(waits) and path is not None and path.length == segment.num_computed
+
+
+def _filling(group: SequenceGroup, tokens: ScheduledTokens) -> list[int]:
+    """The segments whose scheduled tokens fill a block; in column order main, if it has any."""
+    if not group.free_order:
+        return [MAIN] if tokens.counts[MAIN] else []
+    free = _free_slots(group)
+    return np.flatnonzero(tokens.counts >= np.where(free > 0, free, BLOCK)).tolist()
+
+
+def _needed_blocks(group: SequenceGroup, tokens: ScheduledTokens) -> Ints:
+    """`[tables]` blocks to allocate for the scheduled tokens; column order has one table."""
+    if not group.free_order:
+        return np.array([blocks_for(max(len(tokens.ids) - group.segments[MAIN].table.num_free, 0))])
+    return -(-np.maximum(tokens.counts - _free_slots(group), 0) // BLOCK)
+
+
+def _free_slots(group: SequenceGroup) -> Ints:
+    """`[segments]` slots left at the end of each segment's last block."""
+    free = (segment.table.num_free for segment in group.segments)
+    return np.fromiter(free, np.int64, len(group.segments))
+
+
+def _place(
+    group: SequenceGroup, tokens: ScheduledTokens, needed: Ints, blocks: list[int]
+) -> tuple[Ints, dict[int, list[int]]]:
+    """`[tokens]` slots of the scheduled tokens, and the blocks of each segment."""
+    counts = tokens.counts if group.free_order else np.array([len(tokens.ids)])
+    tables = [segment.table for segment in group.segments[: len(counts)]]
+    free = np.fromiter((table.num_free for table in tables), np.int64, len(tables))
+    first = np.fromiter((table.next_slot for table in tables), np.int64, len(tables))
+    table = np.repeat(np.arange(len(counts)), counts)
+    index = np.arange(len(table)) - np.repeat(np.cumsum(counts) - counts, counts)
+    slots = first[table] + index
+    is_new = index >= free[table]
+    ends = np.cumsum(needed)
+    new_index = (ends - needed)[table] * BLOCK + index - free[table]
+    slots[is_new] = slots_of(blocks)[new_index[is_new]]
+    by_segment = {
+        int(number): blocks[ends[number] - needed[number] : ends[number]] for number in np.flatnonzero(needed)
+    }
+    return slots, by_segment
