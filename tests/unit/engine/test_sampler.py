@@ -7,14 +7,17 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from transformers.generation import logits_process as hf
 
+from parallelmind.engine import sampler
 from parallelmind.engine.sampler import SampledToken, Sampler, SamplingRow, random_seed
 from parallelmind.engine.sampling_params import SamplingParams
+from parallelmind.model.hf_compat import process_rows
 
 VOCAB = 300
 
@@ -83,10 +86,10 @@ def test_draws_are_those_of_earlier_versions(dtype):
 
 
 def test_a_sampler_that_sampled_other_rows_samples_these_by_their_own_settings():
-    sampler, orders = Sampler(), ([0, 1, 2], [2, 1, 0], [1], [0, 1, 2, 3, 4, 5, 6, 7], [0, 3, 4], [])
+    reused, orders = Sampler(), ([0, 1, 2], [2, 1, 0], [1], [0, 1, 2, 3, 4, 5, 6, 7], [0, 3, 4], [])
     for step, order in enumerate(orders * 2):
         logits, rows = noise(len(order), seed=step), [MIXED[at] for at in order]
-        assert sampler(logits, rows) == sample_tokens(logits, rows)
+        assert reused(logits, rows) == sample_tokens(logits, rows)
 
 
 @pytest.mark.parametrize("vocab", [300, 1280, 49152])
@@ -174,6 +177,27 @@ def test_draws_follow_the_distribution_of_transformers(settings, processor):
     assert len(set(drawn[len(settings) :: len(settings) + 1])) > 15, (
         "a row without the setting draws from all"
     )
+
+
+@pytest.mark.parametrize("scale", [0.5, 3.0, 8.0])
+def test_top_p_and_top_k_exclude_what_transformers_excludes_of_equal_logits_too(scale):
+    for step in range(20):
+        scores = noise(5, seed=step, scale=scale).bfloat16().float()
+        top_p, top_k = torch.tensor([0.1, 0.5, 0.8, 0.95, 0.999]), torch.tensor([1, 2, 10, 100, 1000])
+        expected = process_rows(hf.TopPLogitsWarper, "top_p", top_p, scores)
+        assert torch.equal(sampler._keep_top_p(scores, top_p), expected)
+        alike = [
+            hf.TopKLogitsWarper(k)(None, row[None]) for k, row in zip(top_k.tolist(), scores, strict=True)
+        ]
+        assert torch.equal(sampler._keep_top_k(scores, top_k), torch.cat(alike))
+
+
+def test_a_draw_never_takes_an_excluded_token():
+    logits = torch.full((1, 2048), -math.inf)
+    logits[0, [1023, 1024, 2047]] = 0.0
+    for uniform in (0.0, 1 / 3, 2 / 3, math.nextafter(1 / 3, 1), math.nextafter(2 / 3, 0), 1 - 2.0**-53):
+        with mock.patch.object(sampler, "_uniform", lambda _, uniform=uniform: uniform):
+            assert tokens(logits, [row(temperature=1.0)])[0] in (1023, 1024, 2047)
 
 
 @pytest.mark.parametrize("penalty", [1.3, 5.0, 0.4])
