@@ -279,18 +279,18 @@ class Engine:
         Through a dense mask a NaN of one sample reaches all others: each is computed alone then.
         """
         logits = self._run(scheduled, inputs)
+        branches = _sampled_branches(scheduled)
+        tokens = self.sample(logits, [_sampling_row(group, branch) for group, branch in branches])
         with self.state_lock:
-            branches, logits = _without_cancelled(scheduled, logits)
-            tokens = self.sample(logits, [_sampling_row(group, branch) for group, branch in branches])
-            not_finite = [
-                group for (group, _), sampled in zip(branches, tokens, strict=True) if sampled.token is None
-            ]
+            # A branch that was cancelled during the forward pass emits nothing more.
+            sampled = [item for item in zip(branches, tokens, strict=True) if item[0][1].is_running]
+            not_finite = [group for (group, _), token in sampled if token.token is None]
             if len(scheduled) == 1 or not not_finite:
                 for group in not_finite:
                     self.scheduler.mark_not_finite(group)
                 self.scheduler.commit(scheduled)
-                for (group, branch), sampled in zip(branches, tokens, strict=True):
-                    self._pending_events.append(self._emit(group, branch, sampled))
+                for branch, token in sampled:
+                    self._pending_events.append(self._emit(*branch, token))
                 return
         parts = inputs.split([len(item.tokens.ids) for item in scheduled])
         for item, part in zip(scheduled, parts, strict=True):
@@ -399,19 +399,13 @@ class Engine:
             self.adapters.release(group.adapter_version)
 
 
-def _without_cancelled(
-    scheduled: Sequence[ScheduledGroup], logits: Tensor
-) -> tuple[list[GroupBranch], Tensor]:
-    """The sampled branches and their logits, without branches cancelled during the forward pass."""
-    branches = [
+def _sampled_branches(scheduled: Sequence[ScheduledGroup]) -> list[GroupBranch]:
+    """The branches that the rows of logits continue."""
+    return [
         (item.group, branch)
         for item in scheduled
         for branch in map(item.group.branches.__getitem__, item.tokens.sampled_branches.tolist())
     ]
-    running = [row for row, (_, branch) in enumerate(branches) if branch.is_running]
-    if len(running) == len(branches):
-        return branches, logits
-    return [branches[row] for row in running], logits[running]
 
 
 def _sampling_row(group: SequenceGroup, branch: BranchState) -> SamplingRow:

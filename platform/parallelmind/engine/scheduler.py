@@ -229,7 +229,7 @@ class Scheduler:
         path = segment.path
         if path is None or not (self._reuse_prefixes and group.free_order and group.is_finite):
             return
-        if num_tokens := segment.table.length - path.length:
+        if (num_tokens := segment.table.length - path.length) > 0:  # a finished one may hold no block
             before, whole = path.digest(), path.copy()
             key = whole.extend(segment.token_ids[path.length : segment.table.length]), num_tokens
             self.block_manager.cache(key, segment.table.blocks[path.num_blocks], before)

@@ -109,6 +109,21 @@ def test_calls_return_while_a_forward_pass_runs() -> None:
     check_outcome(engine, sample_id, new, branch, events)
 
 
+def test_calls_return_while_tokens_are_sampled() -> None:
+    engine, held, events = tiny_engine(ISOLATED), Held(), []
+    sample_id = engine.submit(SAMPLE, **SETTINGS)
+    events += engine.step()
+    sample = engine.sample
+
+    def sample_held(*args: Any) -> Any:
+        held()
+        return sample(*args)
+
+    with mock.patch.object(engine, "sample", sample_held), held_step(engine, events, held):
+        new, branch = check_calls_return(engine, sample_id)
+    check_outcome(engine, sample_id, new, branch, events)
+
+
 def test_steps_and_calls_go_on_while_an_adapter_is_read(tmp_path: Path) -> None:
     engine, held, events = tiny_engine(ISOLATED), Held(), []
     folder = saved_adapters(tmp_path)[0]
