@@ -20,12 +20,11 @@ from torch import Tensor
 
 from parallelmind.engine.batch import AttentionSegment
 from parallelmind.model.attention import length_bucket
-from parallelmind.model.hf_compat import AttentionBackend
 from parallelmind.tree import Ints
 from parallelmind.visibility import AttentionWindow
 
 
-class CascadeAttention(AttentionBackend):
+class CascadeAttention:
     """Attention of a step's tokens over their segments, for the layers of one attention window."""
 
     def __init__(
@@ -36,7 +35,6 @@ class CascadeAttention(AttentionBackend):
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        super().__init__(num_tokens)
         similar = defaultdict(list)
         for segment in segments:
             shape = length_bucket(len(segment.query_indices)), length_bucket(len(segment.keys.slots))
@@ -55,6 +53,11 @@ class CascadeAttention(AttentionBackend):
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
+        """`[1, tokens, heads, dim]` of queries `[1, heads, tokens, dim]`.
+
+        key, value: `[1, heads, slots, dim]`, all slots of the cache. softcap, sinks: as in
+        `hf_compat.AttentionBackend.attend`.
+        """
         queries, keys, values = (
             states[0].transpose(0, 1) for states in (query, key, value)
         )  # [tokens or slots, heads, dim]

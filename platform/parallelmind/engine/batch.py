@@ -20,6 +20,8 @@ from parallelmind.engine.planner import ScheduledGroup
 from parallelmind.tree import MAIN, Ints
 from parallelmind.visibility import AttentionWindow
 
+PADDING = -1  # the slot of a token that is not written to the cache
+
 
 @dataclass(frozen=True, slots=True)
 class TokenMeta:
@@ -74,12 +76,13 @@ class AttentionSegment:
 class ModelInput:
     """Tokens of all samples of one forward pass, side by side.
 
-    ids, branch, time, position: `[tokens]`, as in `ScheduledTokens`.
+    ids, segment, branch, time, position: `[tokens]`, as in `ScheduledTokens`.
     slots: `[tokens]` cache slots that the tokens are written to.
     logits_indices: `[sampled]` tokens whose logits are needed.
     """
 
     ids: Ints
+    segment: Ints
     branch: Ints
     time: Ints
     position: Ints
@@ -96,12 +99,30 @@ class ModelInput:
         indices = [start + item.tokens.logits_indices for start, item in placed]
         return ModelInput(
             ids=np.concatenate([item.tokens.ids for item in scheduled]),
+            segment=np.concatenate([item.tokens.segment for item in scheduled]),
             branch=np.concatenate([item.tokens.branch for item in scheduled]),
             time=np.concatenate([item.tokens.time for item in scheduled]),
             position=np.concatenate([item.tokens.position for item in scheduled]),
             slots=np.concatenate([item.slots for item in scheduled]),
             logits_indices=np.concatenate(indices),
             segments=segments,
+        )
+
+    def padded(self, tokens: int = 2, sampled: int = 2) -> ModelInput:
+        """The input with at least this many tokens and sampled ones.
+
+        Padding has no slot, no segment and no key, and the logits of the first token are repeated.
+        """
+        num_tokens, num_sampled = max(tokens - len(self.ids), 0), max(sampled - len(self.logits_indices), 0)
+        return replace(
+            self,
+            ids=np.pad(self.ids, (0, num_tokens)),
+            segment=np.pad(self.segment, (0, num_tokens)),
+            branch=np.pad(self.branch, (0, num_tokens)),
+            time=np.pad(self.time, (0, num_tokens)),
+            position=np.pad(self.position, (0, num_tokens)),
+            slots=np.pad(self.slots, (0, num_tokens), constant_values=PADDING),
+            logits_indices=np.pad(self.logits_indices, (0, num_sampled)),
         )
 
     def split(self, lengths: Sequence[int]) -> list[ModelInput]:
@@ -114,6 +135,7 @@ class ModelInput:
         is_own = (self.logits_indices >= start) & (self.logits_indices < end)
         return ModelInput(
             ids=self.ids[tokens],
+            segment=self.segment[tokens],
             branch=self.branch[tokens],
             time=self.time[tokens],
             position=self.position[tokens],

@@ -91,6 +91,11 @@ class Engine:
     def model(self) -> Model:
         return self.adapters.model
 
+    def warm_up(self) -> None:
+        """Compile the forward pass."""
+        with self._step_lock:
+            self.runner.warm_up()
+
     # Adapters
 
     def load_adapter(

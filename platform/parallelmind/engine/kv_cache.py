@@ -32,7 +32,7 @@ class PagedKVLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write the states of the step's tokens; returns keys and values of `kv_indices`, or of all slots."""
+        """Write the states of the step's tokens; returns keys and values of `kv_indices`."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         keys = self._write("keys", key_states[0].transpose(0, 1))
@@ -44,13 +44,21 @@ class PagedKVLayer(CacheLayerMixin):
         """`update` for the `[1, tokens, dim]` keys of an attention that first selects its tokens."""
         return self._write("indexer", indexer_key_states[0])[None]
 
+    def pools(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """The `[slots, heads, dim]` pools for such keys and values, which have all slots of the step."""
+        keys, values = key_states[0].transpose(0, 1), value_states[0].transpose(0, 1)
+        return self._pool("keys", keys), self._pool("values", values)
+
     def _write(self, kind: str, states: Tensor) -> Tensor:
         """Write `[tokens, …]` to `slot_mapping`; returns what the step reads."""
+        pool = self._pool(kind, states).index_copy_(0, self._cache.slot_mapping, states)
+        return pool if self._cache.kv_indices is None else pool.index_select(0, self._cache.kv_indices)
+
+    def _pool(self, kind: str, states: Tensor) -> Tensor:
         cache, pool = self._cache, self._pools.get(kind)
         if pool is None or len(pool) < cache.min_slots:
             pool = self._pools[kind] = _grow(pool, states, cache.min_slots, cache.max_slots)
-        pool.index_copy_(0, cache.slot_mapping, states)
-        return pool if cache.kv_indices is None else pool.index_select(0, cache.kv_indices)
+        return pool
 
     def bytes_per_slot(self) -> int:
         return sum(pool[0].numel() * pool.element_size() for pool in self._pools.values())
@@ -76,7 +84,7 @@ class PagedKVCache(Cache):
     """The layers of a model, and the slots that the running step writes and reads.
 
     slot_mapping: `[tokens]` slots that the step's tokens are written to.
-    kv_indices: `[keys]` slots that the step reads; None for all.
+    kv_indices: `[keys]` slots that the step reads; None where attention itself reads and writes the pools.
     min_slots: slots that the pools must have.
     max_slots: upper bound of the slots that the pools need, if it is known.
     past_length: keys that the step reads beyond its own tokens.
@@ -87,6 +95,29 @@ class PagedKVCache(Cache):
         self.slot_mapping = torch.zeros(0, dtype=torch.long)
         self.kv_indices: Tensor | None = None
         self.min_slots = self.max_slots = self.past_length = 0
+        self._pools: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As in transformers. Where attention writes to the pools, the states are returned as they are."""
+        if self.kv_indices is None:
+            return key_states, value_states
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def pools(self, layer: int, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """The `[slots, heads, dim]` pools of a layer for such states, which have all slots of the step."""
+        pools = self._pools.get(layer)
+        if pools is None or len(pools[0]) < self.min_slots:
+            while len(self.layers) <= layer:
+                self.layers.append(PagedKVLayer(self))
+            pools = self._pools[layer] = self._paged_layers()[layer].pools(key_states, value_states)
+        return pools
+
+    def write(self, pools: tuple[Tensor, Tensor], key_states: Tensor, value_states: Tensor) -> None:
+        """Write the `[1, heads, tokens, dim]` states of the step's tokens to the pools of a layer."""
+        for pool, states in zip(pools, (key_states, value_states), strict=True):
+            pool.index_copy_(0, self.slot_mapping, states[0].transpose(0, 1))
 
     def reserve(self, num_slots: int) -> None:
         """Make the pools hold at least this many slots from the next step on."""

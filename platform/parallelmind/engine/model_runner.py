@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,21 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from parallelmind.engine.attention import CascadeAttention, additive_mask, dense_masks
+from parallelmind.engine.attention import additive_mask, dense_masks
 from parallelmind.engine.batch import AttentionSegment, ModelInput, TokenMeta
 from parallelmind.engine.block_manager import BLOCK
+from parallelmind.engine.compiled_forward import compile_forward
 from parallelmind.engine.kv_cache import PagedKVCache
+from parallelmind.engine.native_attention import NativeLayer
 from parallelmind.engine.planner import ScheduledGroup
 from parallelmind.engine.scheduler import EngineConfig
 from parallelmind.engine.sequence import BranchState
 from parallelmind.engine.sequence_group import SequenceGroup
-from parallelmind.model.cpu_linears import cpu_linears, small_batch_linear
+from parallelmind.engine.step import Step
+from parallelmind.model import step_ops
 from parallelmind.model.hf_compat import OwnAttention, attention_name, hands_over_masks
 from parallelmind.model.mask import layer_windows
+from parallelmind.model.packed_linear import LinearGroup, PackedLinears, recorded_groups
 from parallelmind.model.patch_state import is_patched
 from parallelmind.model.rotary import depends_on_length
 from parallelmind.model.structure import causal_lm, eval_mode
@@ -43,27 +47,30 @@ class ModelRunner:
     """
 
     def __init__(self, model: Model) -> None:
-        self.set_model(model)
+        self.model = model
         inner = causal_lm(model)
         # On such a model the longest sample of a forward pass sets the rotary frequencies of all its samples.
         self.one_sample_per_forward = depends_on_length(inner)
         self.cache = PagedKVCache()
         self._patched = is_patched(inner)
         self._layer_windows = layer_windows(model)
+        self._windows = list(dict.fromkeys(self._layer_windows.values()))
         self._attention_name = ""
-        self._choose_attention()
+        self._linears: PackedLinears | None = None  # until the first forward pass
+        self._compiled: Callable[..., Any] | None = None
+        self._kernels: dict[int, NativeLayer] = {}
 
     def set_model(self, model: Model) -> None:
         """Set the model again after an adapter was added or removed."""
-        self.model, self._linears = model, cpu_linears(model)
+        self.model = model
 
     def _choose_attention(self) -> None:
         """Follow the model's attention implementation, which may be set anew between steps."""
         name = attention_name(self.model)
         if name != self._attention_name:
             inner = causal_lm(self.model)
-            self._attention_name, self._uses_cascade = name, hands_over_masks(inner)
-            self._attention = OwnAttention(inner) if self._uses_cascade else nullcontext()
+            self._attention_name, self._attends_in_step = name, hands_over_masks(inner)
+            self._attention = OwnAttention(inner) if self._attends_in_step else nullcontext()
 
     def prepare_inputs(self, scheduled: Sequence[ScheduledGroup]) -> ModelInput:
         """Lay the scheduled tokens side by side. The forward pass does not access the samples."""
@@ -73,38 +80,66 @@ class ModelRunner:
     @torch.inference_mode()
     def __call__(self, inputs: ModelInput) -> Tensor:
         """`[sampled, vocab]` logits of the tokens in `logits_indices`; caches all tokens."""
+        if self._linears is None:
+            return self._record_linears(inputs, self.cache)
+        self._linears.pack()
+        if self._compiled is not None:
+            logits = self._forward(self._compiled, inputs.padded(), self.cache, self._linears.groups)
+            return logits[: len(inputs.logits_indices)]
+        with self._linears.active():
+            return self._forward(self.model, inputs, self.cache, self._linears.groups)
+
+    def _record_linears(self, inputs: ModelInput, cache: PagedKVCache) -> Tensor:
+        with recorded_groups(causal_lm(self.model)) as groups:
+            logits = self._forward(self.model, inputs, cache)
+        self._linears = PackedLinears(groups)
+        return logits
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Compile the forward pass."""
+        if self._linears is None:
+            self._record_linears(_probe_input(), _probe_cache())
+        assert self._linears is not None, "the pass has recorded them"
+        self._linears.pack()
+        inputs = _probe_input().padded(tokens=6, sampled=3)
+        compiled = compile_forward(causal_lm(self.model))
+        with self._linears.active():
+            self._forward(compiled, inputs, _probe_cache(), self._linears.groups)
+        self._compiled = compiled
+
+    def _forward(
+        self, call: Any, inputs: ModelInput, cache: PagedKVCache, linears: Sequence[LinearGroup] = ()
+    ) -> Tensor:
         self._choose_attention()
         device = self.model.device
         columns = np.stack([inputs.ids, inputs.branch, inputs.time, inputs.position, inputs.slots])
         ids, branch, time, position, slots = torch.from_numpy(columns).to(device)  # one copy to the device
         kwargs: dict[str, Any] = {
             "input_ids": ids[None],
-            "attention_mask": self._masks(inputs, slots),
+            "attention_mask": self._masks(inputs, slots, cache),
             "position_ids": position[None],
-            "past_key_values": self.cache,
+            "past_key_values": cache,
             "use_cache": True,
             "logits_to_keep": torch.from_numpy(inputs.logits_indices).to(device),
         }
         if self._patched:
             kwargs["pos2d"] = torch.stack([branch, time], dim=-1)[None]
-        with eval_mode(self.model), small_batch_linear(self._linears), self._attention:
-            logits: Tensor = self.model(**kwargs).logits
+        step = Step(inputs, cache, self._windows, linears, self._kernels)
+        with eval_mode(self.model), self._attention, step_ops.running(step):
+            logits: Tensor = call(**kwargs).logits
         return logits[0]
 
-    def _masks(self, inputs: ModelInput, slots: Tensor) -> Any:
+    def _masks(self, inputs: ModelInput, slots: Tensor, cache: PagedKVCache) -> Any:
         """Set the cache to the slots of this step; returns the masks in the form that the model takes."""
         num_tokens, dtype, device = len(inputs.ids), self.model.dtype, self.model.device
-        windows = set(self._layer_windows.values())
-        masks: dict[AttentionWindow, Any]
-        if self._uses_cascade:
-            self.cache.set_step(slots, None)
-            masks = {
-                window: CascadeAttention(inputs.segments, num_tokens, window, dtype, device)
-                for window in windows
-            }
+        masks: dict[AttentionWindow, Tensor]
+        if self._attends_in_step:
+            cache.set_step(slots, None)
+            masks = {window: step_ops.step_mask(i, device) for i, window in enumerate(self._windows)}
         else:
-            kv_indices, biases = dense_masks(inputs.segments, num_tokens, list(windows))
-            self.cache.set_step(slots, torch.from_numpy(kv_indices).to(device))
+            kv_indices, biases = dense_masks(inputs.segments, num_tokens, self._windows)
+            cache.set_step(slots, torch.from_numpy(kv_indices).to(device))
             masks = {
                 window: additive_mask(bias[None, None], dtype, device) for window, bias in biases.items()
             }
@@ -125,20 +160,26 @@ class ModelRunner:
         return config
 
     def _cache_tokens_that_fit(self, num_engines: int) -> int:
-        self(self._probe_input())
-        bytes_per_token = self.cache.bytes_per_token()
-        self.cache.reset()
+        cache = _probe_cache()
+        self._forward(self.model, _probe_input(), cache)
         on_gpu = self.model.device.type == "cuda"
         free = torch.cuda.mem_get_info()[0] if on_gpu else _free_memory(_CGROUP)
-        return min(max(free // 2 // num_engines // bytes_per_token, BLOCK), _MAX_CACHE_TOKENS)
+        return min(max(free // 2 // num_engines // cache.bytes_per_token(), BLOCK), _MAX_CACHE_TOKENS)
 
-    def _probe_input(self) -> ModelInput:
-        """One token of a single branch, to measure the memory that the cache takes for a token."""
-        zeros = np.zeros(1, np.int64)
-        token = TokenMeta(slots=zeros, time=zeros, segment=zeros + 1)
-        segment = AttentionSegment(zeros, token, token, scores=np.zeros((2, 2), np.float32))
-        self.cache.reserve(BLOCK)
-        return ModelInput(zeros, zeros, zeros, zeros, zeros, zeros, [segment])
+
+def _probe_input() -> ModelInput:
+    """One token of a single branch."""
+    zeros = np.zeros(1, np.int64)
+    token = TokenMeta(slots=zeros, time=zeros, segment=zeros + 1)
+    segment = AttentionSegment(zeros, token, token, scores=np.zeros((2, 2), np.float32))
+    return ModelInput(zeros, zeros + 1, zeros, zeros, zeros, zeros, zeros, [segment])
+
+
+def _probe_cache() -> PagedKVCache:
+    """A cache for the token of `_probe_input`."""
+    cache = PagedKVCache()
+    cache.reserve(BLOCK)
+    return cache
 
 
 def _free_memory(cgroup: Path) -> int:

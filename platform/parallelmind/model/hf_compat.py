@@ -35,6 +35,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 from transformers.utils.generic import TransformersKwargs
 
+from parallelmind.model import step_ops
 from parallelmind.model.forward_context import checkpoint_with_context
 from parallelmind.model.structure import decoder_name, text_modules
 
@@ -263,6 +264,8 @@ def _sdpa_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """`[batch, tokens, heads, dim]` of `[batch, heads, tokens, dim]`, and the weights or None."""
+    if step_ops.is_running():
+        return _attend_in_step(module, query, key, value, attention_mask, **kwargs), None
     if isinstance(attention_mask, BlockMask):
         return _attend_over_blocks(module, query, key, value, attention_mask, **kwargs)
     # transformers itself refuses a softcap
@@ -273,10 +276,24 @@ def _sdpa_attention(
 def _flex_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
+    if step_ops.is_running():
+        return _attend_in_step(module, query, key, value, attention_mask, **kwargs), None
     if isinstance(attention_mask, BlockMask):
         return _attend_over_blocks(module, query, key, value, attention_mask, **kwargs)
     _refuse_unknown(kwargs, *_FLEX_HONOURS, "position_bias")
     return flex_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def _attend_in_step(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **kwargs: Any
+) -> Tensor:
+    """Attention in a step of the engine. Relies on: attention modules know their `layer_idx`."""
+    _refuse_unknown({**kwargs, "dropout": kwargs.get("dropout") or None}, "scaling", "softcap", "s_aux")
+    scale = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
+    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    layer: Any = module.layer_idx
+    attended: Tensor = step_ops.attend(query, key, value, mask, layer, scale, softcap, sinks)
+    return attended
 
 
 def _attend_over_blocks(

@@ -1,0 +1,135 @@
+"""Attention of a step's tokens by the kernel in `native/attention.cpp`, straight from the paged KV cache."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from parallelmind.engine.batch import AttentionSegment, ModelInput
+from parallelmind.engine.native import kernels
+from parallelmind.visibility import AttentionWindow
+
+_KERNELS = {torch.float32: "attend_float32", torch.bfloat16: "attend_bfloat16"}
+_P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_ARRAYS = (
+    *("token_slot", "token_time", "token_segment", "level_start", "query_start", "queries", "key_start"),
+    *("key_slot", "key_time", "key_segment", "score_start", "score_width", "scores"),
+)
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        *((name, _I) for name in ("tokens", "spans", "levels")),
+        *((name, _P) for name in _ARRAYS),
+        *((name, _I) for name in ("window", "chunk")),
+    )
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, _I) for name in ("heads", "kv_heads", "dim", "value_dim")),
+        *(
+            (f"{states}{what}", kind)
+            for states in ("query", "key", "value")
+            for what, kind in (("", _P), ("_token", _I), ("_head", _I))
+        ),
+        *((name, _P) for name in ("key_pool", "value_pool", "out")),
+        *((name, _F) for name in ("scale", "softcap")),
+        ("sinks", _P),
+    )
+
+
+def is_supported(query: Tensor, value: Tensor) -> bool:
+    """Whether the kernel exists and takes these states."""
+    return query.device.type == "cpu" and query.dtype == value.dtype in _KERNELS and kernels() is not None
+
+
+class NativeAttention:
+    """Attention of a step's tokens over their segments; each key is read from the cache where it lies."""
+
+    def __init__(self, inputs: ModelInput) -> None:
+        """The segments of one level share no token; `inputs.segments` may have any order."""
+        segments = sorted(inputs.segments, key=lambda segment: segment.level)
+        levels = [len(list(group)) for _, group in groupby(segments, key=lambda segment: segment.level)]
+        keys = [segment.keys for segment in segments]
+        tables, table_starts = _score_tables(segments)
+        self._arrays: list[NDArray[Any]] = [
+            *(_int32([array]) for array in (inputs.slots, inputs.time, inputs.segment)),
+            _starts(levels),
+            _starts([len(segment.query_indices) for segment in segments]),
+            _int32([segment.query_indices for segment in segments]),
+            _starts([len(key.slots) for key in keys]),
+            *(_int32([getattr(key, name) for key in keys]) for name in ("slots", "time", "segment")),
+            np.array([table_starts[id(segment.scores)] for segment in segments], np.int64),
+            _int32([[len(segment.scores)] for segment in segments]),
+            tables,
+        ]
+        self._sizes = len(inputs.ids), len(segments), len(levels)
+
+    def step(self, window: AttentionWindow) -> ctypes.Structure:
+        """The kernel's description of the step, for the layers of one attention window."""
+        addresses = (array.ctypes.data for array in self._arrays)
+        return _Step(*self._sizes, *addresses, window.window or 0, window.chunk or 0)
+
+
+class NativeLayer:
+    """The kernel for one layer of a model."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        pools: tuple[Tensor, Tensor],
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> None:
+        """query: `[1, heads, tokens, dim]`, of any step. pools: keys and values `[slots, heads, dim]`."""
+        self.pools = pools
+        self._sinks = None if sinks is None else sinks.float().contiguous()
+        keys, values = pools
+        self._call = call = _Layer(heads=query.shape[1], kv_heads=keys.shape[1], dim=keys.shape[2])
+        call.value_dim, call.scale, call.softcap = values.shape[2], scale, softcap or 0.0
+        call.key_pool, call.value_pool = keys.data_ptr(), values.data_ptr()
+        call.sinks = None if self._sinks is None else self._sinks.data_ptr()
+        self._pointer = ctypes.byref(call)
+        self._kernel = getattr(kernels(), _KERNELS[query.dtype])
+
+    def __call__(self, step: ctypes.Structure, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Write the step's keys and values to the pools; `[1, tokens, heads, dim]` attention.
+
+        query, key, value: `[1, heads, tokens, dim]`.
+        """
+        if query.stride(3) != 1 or key.stride(3) != 1 or value.stride(3) != 1:
+            query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+        call = self._call
+        out = value.new_empty((1, query.shape[2], call.heads, call.value_dim))
+        _, call.query_head, call.query_token, _ = query.stride()
+        _, call.key_head, call.key_token, _ = key.stride()
+        _, call.value_head, call.value_token, _ = value.stride()
+        call.query, call.key, call.value = query.data_ptr(), key.data_ptr(), value.data_ptr()
+        call.out = out.data_ptr()
+        self._kernel(ctypes.byref(step), self._pointer)
+        return out
+
+
+def _score_tables(segments: Sequence[AttentionSegment]) -> tuple[NDArray[np.float32], dict[int, int]]:
+    """The tables of all samples side by side, and where each of them starts."""
+    tables = {id(segment.scores): segment.scores for segment in segments}
+    starts = np.cumsum([0, *(table.size for table in tables.values())]).tolist()
+    flat = [np.ravel(table) for table in tables.values()]
+    return np.concatenate([np.zeros(1, np.float32)[:0], *flat]), dict(zip(tables, starts, strict=False))
+
+
+def _starts(counts: Sequence[int]) -> NDArray[np.int32]:
+    return np.cumsum([0, *counts], dtype=np.int32)
+
+
+def _int32(arrays: Sequence[Any]) -> NDArray[np.int32]:
+    return np.concatenate([np.zeros(0, np.int64), *arrays]).astype(np.int32)

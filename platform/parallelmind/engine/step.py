@@ -1,0 +1,78 @@
+"""A forward pass of the engine: what the operators of `model.step_ops` compute with."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from parallelmind.engine import native_attention
+from parallelmind.engine.attention import CascadeAttention
+from parallelmind.engine.batch import ModelInput
+from parallelmind.engine.kv_cache import PagedKVCache
+from parallelmind.engine.native_attention import NativeAttention, NativeLayer
+from parallelmind.model.packed_linear import LinearGroup
+from parallelmind.visibility import AttentionWindow
+
+
+class Step:
+    """One forward pass.
+
+    windows: the attention windows of the layers; a layer's mask is the index of its window.
+    """
+
+    def __init__(
+        self,
+        inputs: ModelInput,
+        cache: PagedKVCache,
+        windows: Sequence[AttentionWindow],
+        linears: Sequence[LinearGroup],
+        kernels: dict[int, NativeLayer],
+    ) -> None:
+        """kernels: by layer; kept from step to step."""
+        self._inputs, self._cache, self._windows, self._linears = inputs, cache, windows, linears
+        self._kernels = kernels
+        self._native: NativeAttention | None = None
+        self._native_steps: dict[AttentionWindow, ctypes.Structure] = {}
+        self._cascades: dict[tuple[AttentionWindow, torch.dtype], CascadeAttention] = {}
+
+    def linear(self, input: Tensor, group: int) -> Tensor:
+        return self._linears[group](input)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor,
+        layer: int,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        window = self._windows[int(mask)]
+        pools = self._cache.pools(layer, key, value)
+        if native_attention.is_supported(query, value):
+            kernel = self._kernels.get(layer)
+            if kernel is None or kernel.pools is not pools:
+                kernel = self._kernels[layer] = NativeLayer(query, pools, scale, softcap, sinks)
+            return kernel(self._native_step(window), query, key, value)
+        self._cache.write(pools, key, value)
+        keys, values = (pool.transpose(0, 1)[None] for pool in pools)
+        return self._cascade(window, query).attend(query, keys, values, scale, softcap, sinks)
+
+    def _native_step(self, window: AttentionWindow) -> ctypes.Structure:
+        if window not in self._native_steps:
+            self._native = self._native or NativeAttention(self._inputs)
+            self._native_steps[window] = self._native.step(window)
+        return self._native_steps[window]
+
+    def _cascade(self, window: AttentionWindow, query: Tensor) -> CascadeAttention:
+        key = window, query.dtype
+        if key not in self._cascades:
+            self._cascades[key] = CascadeAttention(
+                self._inputs.segments, len(self._inputs.ids), window, query.dtype, query.device
+            )
+        return self._cascades[key]

@@ -1,0 +1,183 @@
+"""Linear layers for decoding on a CPU: packed weights, and one product for layers that read the same tensor.
+
+oneDNN multiplies faster with weights in an order of its own, into which they are packed once. Layers that
+read the same tensor, such as the projections to queries, keys and values, are found by a forward pass and
+computed as one product. Weights in half precision are packed in float32 on a processor that does not multiply
+half precision itself; the product is rounded once then, as half precision hardware does.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from parallelmind.model import step_ops
+
+_ROWS = 16  # of the product that the order of weights is chosen for
+_multiply: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default
+
+
+class LinearGroup:
+    """Layers that read the same tensor, as one product."""
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        self.layers = tuple(layers)
+        self._versions: tuple[Any, ...] = ()
+        self._weight = self._bias = torch.empty(0)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Number of outputs of each layer."""
+        return [layer.out_features for layer in self.layers]
+
+    def pack(self) -> None:
+        """Pack the weights, unless they are those that were packed last."""
+        tensors = [tensor for layer in self.layers for tensor in (layer.weight, layer.bias)]
+        versions = tuple((id(tensor), _version(tensor)) for tensor in tensors if tensor is not None)
+        if versions == self._versions:
+            return
+        weight = torch.cat([layer.weight.detach() for layer in self.layers])
+        dtype = product_dtype(weight.dtype)
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), _ROWS)
+        biases = [layer.bias for layer in self.layers]
+        self._bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases]).to(dtype)
+        self._versions = versions
+
+    def __call__(self, input: Tensor) -> Tensor:
+        """`[..., sum(sizes)]` of `[..., inputs]`."""
+        if input.dtype == self._weight.dtype:
+            return _multiply(input, self._weight, self._bias, "none", [], "")
+        return _multiply(input.to(self._weight.dtype), self._weight, self._bias, "none", [], "").to(
+            input.dtype
+        )
+
+
+class _GroupedLinear(nn.Linear):
+    """The first layer of a group: computes the group's product in a step of the engine."""
+
+    group: tuple[int, list[int], tuple[nn.Linear, ...]]  # its number, sizes and other layers
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not step_ops.is_running():
+            return super().forward(input)
+        number, sizes, others = self.group
+        product: Tensor = step_ops.linear(input, number, sum(sizes))
+        if not others:
+            return product
+        own, *parts = product.split(sizes, dim=-1)
+        for layer, part in zip(others, parts, strict=True):
+            layer.__dict__["product"] = (input, part)
+        return own
+
+
+class _SharedLinear(nn.Linear):
+    """Another layer of a group: takes its part of the product that the first layer has computed."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        product = self.__dict__.pop("product", None)
+        if product is None or product[0] is not input:
+            return super().forward(input)
+        part: Tensor = product[1]
+        return part
+
+
+class PackedLinears:
+    """The linear layers of a model on a CPU, which the engine computes in groups."""
+
+    def __init__(self, groups: Sequence[Sequence[nn.Linear]]) -> None:
+        """groups: as `recorded_groups` finds them."""
+        self.groups = [LinearGroup(layers) for layers in groups]
+
+    def pack(self) -> None:
+        """Pack the weights that have changed."""
+        for group in self.groups:
+            group.pack()
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Context in which the layers compute in groups, in steps of the engine.
+
+        Relies on: assigning `__class__` of modules whose class is exactly `nn.Linear`.
+        """
+        for number, group in enumerate(self.groups):
+            first, *others = group.layers
+            first.__dict__["group"] = (number, group.sizes, tuple(others))
+            first.__class__ = _GroupedLinear
+            for layer in others:
+                layer.__class__ = _SharedLinear
+        try:
+            yield
+        finally:
+            for group in self.groups:
+                for layer in group.layers:
+                    layer.__class__ = nn.Linear
+                    layer.__dict__.pop("product", None)
+
+
+def multiplies_half_precision(dtype: torch.dtype) -> bool:
+    """Whether the processor multiplies numbers of this dtype itself."""
+    capabilities = torch.cpu.get_capabilities()
+    if dtype == torch.bfloat16:
+        return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return any(capabilities.get(name) for name in ("amx_fp16", "avx512_fp16", "fp16"))
+
+
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a product of weights of this dtype is computed."""
+    if dtype in (torch.bfloat16, torch.float16) and not multiplies_half_precision(dtype):
+        return torch.float32
+    return dtype
+
+
+@contextmanager
+def recorded_groups(model: nn.Module) -> Iterator[list[list[nn.Linear]]]:
+    """Context of one forward pass; the list holds its groups afterwards.
+
+    A group is the layers that have read the same tensor. Layers that the pass has computed more than once, or
+    not at all, belong to none.
+    """
+    groups: list[list[nn.Linear]] = []
+    calls: list[tuple[nn.Linear, Tensor]] = []
+
+    def record(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        assert isinstance(layer, nn.Linear), "hooks are on linear layers"
+        calls.append((layer, args[0]))
+
+    layers = [module for module in model.modules() if _is_packable(module)]
+    hooks = [layer.register_forward_pre_hook(record) for layer in layers]
+    try:
+        yield groups
+        groups += _by_input(calls)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _by_input(calls: Sequence[tuple[nn.Linear, Tensor]]) -> list[list[nn.Linear]]:
+    """calls: each layer with its input. They hold the inputs, so that no id is used twice."""
+    num_calls = Counter(layer for layer, _ in calls)
+    groups: dict[tuple[int, bool], list[nn.Linear]] = {}
+    for layer, input in calls:
+        if num_calls[layer] == 1:
+            groups.setdefault((id(input), layer.bias is None), []).append(layer)
+    return list(groups.values())
+
+
+def _is_packable(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return (
+        type(module) is nn.Linear
+        and isinstance(weight, Tensor)
+        and weight.device.type == "cpu"
+        and weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    )
+
+
+def _version(tensor: Tensor) -> int | None:
+    """A number that changes with the tensor's values; None where torch does not count."""
+    return None if tensor.is_inference() else tensor._version
