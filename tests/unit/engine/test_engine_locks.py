@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Event, Thread
 from time import sleep
@@ -168,11 +168,11 @@ def test_an_adapter_is_read_during_a_forward_pass_and_installed_after_it(tmp_pat
         return saved
 
     hook = engine.model.register_forward_pre_hook(held)
-    with (
-        mock.patch.object(adapters, "read_saved", read_told),
-        running(lambda: engine.load_adapter("a", folder)),
-        held_step(engine, events, held),
-    ):
+    loading = running(lambda: engine.load_adapter("a", folder))
+    with mock.patch.object(adapters, "read_saved", read_told), ExitStack() as ended_later:
+        ended_later.callback(lambda: loading.__exit__(None, None, None))
+        ended_later.enter_context(held_step(engine, events, held))
+        loading.__enter__()
         assert read.wait(_PATIENCE)
         assert not hasattr(engine.model, "peft_config")
     hook.remove()
