@@ -19,7 +19,7 @@ from parallelmind.errors import UserNotice, first_line
 from parallelmind.storage import cache_dir
 
 _SOURCES = ("attention.cpp", "lora.cpp")
-_HEADERS = ("numbers.h",)
+_HEADERS = ("numbers.h", "vectors.h")
 _FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
     # Sums in any order. Infinities and NaN keep their meaning.

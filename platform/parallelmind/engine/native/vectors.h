@@ -1,0 +1,144 @@
+// Vectors of 16 floats, and products of words: a word is a float, or two bfloat16 numbers where the processor
+// multiplies them.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+#include "numbers.h"
+
+constexpr int LANES = 16;
+typedef float Vec __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int32_t IntVec __attribute__((vector_size(4 * LANES), aligned(4)));
+
+inline Vec load(const float* from) { return *(const Vec*)from; }
+inline void put(float* to, Vec x) { *(Vec*)to = x; }
+inline void put_word(float* to, float word) { std::memcpy(to, &word, sizeof word); }
+inline Vec splat(float x) { return Vec{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+
+// Swap the lanes of `a` that have bit S with the lanes of `b` that lack it.
+template <int S, size_t... C>
+inline void swap_lanes(Vec& a, Vec& b, std::index_sequence<C...>) {
+  const Vec low = __builtin_shufflevector(a, b, int(C & S ? LANES + C - S : C)...);
+  b = __builtin_shufflevector(a, b, int(C & S ? LANES + C : C + S)...);
+  a = low;
+}
+
+template <int S>
+inline void swap_blocks(Vec (&rows)[LANES]) {
+  for (int i = 0; i < LANES; i++)
+    if (!(i & S)) swap_lanes<S>(rows[i], rows[i | S], std::make_index_sequence<LANES>());
+}
+
+inline void transpose(Vec (&rows)[LANES]) {
+  swap_blocks<1>(rows);
+  swap_blocks<2>(rows);
+  swap_blocks<4>(rows);
+  swap_blocks<8>(rows);
+}
+
+template <int S, size_t... C>
+inline Vec moved(Vec x, std::index_sequence<C...>) {
+  return __builtin_shufflevector(x, x, int(C ^ S)...);
+}
+
+template <int S = LANES / 2>
+inline float sum(Vec x) {
+  x += moved<S>(x, std::make_index_sequence<LANES>());
+  if constexpr (S > 1) return sum<S / 2>(x);
+  return x[0];
+}
+
+inline Vec larger(Vec x, Vec y) { return x > y ? x : y; }
+
+template <int S = LANES / 2>
+inline float largest_of(Vec x) {
+  x = larger(x, moved<S>(x, std::make_index_sequence<LANES>()));
+  if constexpr (S > 1) return largest_of<S / 2>(x);
+  return x[0];
+}
+
+// exp(x) for x <= 0, with a relative error below 2e-7; 0 below -87. Cephes' polynomial.
+inline Vec exp_negative(Vec x) {
+  const Vec z = x < splat(-87.f) ? splat(-87.f) : x;
+  const IntVec k = __builtin_convertvector(z * 1.44269504f - 0.5f, IntVec);  // z <= 0, so this rounds z / log(2)
+  const Vec n = __builtin_convertvector(k, Vec);
+  const Vec r = z - n * 0.693359375f + n * 2.12194440e-4f;
+  Vec p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.f;
+  const IntVec exponent = (k + 127) << 23;
+  Vec power;
+  std::memcpy(&power, &exponent, sizeof power);
+  return x < splat(-87.f) ? splat(0.f) : p * power;
+}
+
+template <typename T>
+constexpr int PER = 1;  // numbers of a word
+#ifdef __AVX512BF16__
+template <>
+constexpr int PER<bf16> = 2;
+#endif
+
+template <typename T>
+int padded_words(int64_t numbers) {
+  return (numbers + PER<T> * LANES - 1) / (PER<T> * LANES) * LANES;
+}
+
+// sums + a * b, where words of two numbers add both products.
+template <typename T>
+inline Vec multiply_add(Vec sums, Vec a, Vec b) {
+#ifdef __AVX512BF16__
+  if constexpr (PER<T> == 2) return (Vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
+#endif
+  return sums + a * b;
+}
+
+// The words of a row of numbers: the row itself where it consists of words, or a copy with zeros behind its end.
+template <typename T>
+inline const float* words_of(const T* row, int64_t numbers, int64_t words, float* copy) {
+  if constexpr (PER<T> * sizeof(T) == sizeof(float)) {
+    if (numbers == words * PER<T>) return (const float*)row;
+    std::memcpy(copy, row, numbers * sizeof(T));
+    std::memset((T*)copy + numbers, 0, words * sizeof(float) - numbers * sizeof(T));
+  } else {
+    for (int64_t i = 0; i < numbers; i++) copy[i] = to_float(row[i]);
+    for (int64_t i = numbers; i < words; i++) copy[i] = 0;
+  }
+  return copy;
+}
+
+// The words of 32 floats, rounded to T where words hold T.
+template <typename T>
+inline void to_words(const float* from, float* to) {
+#ifdef __AVX512BF16__
+  if constexpr (PER<T> == 2) {
+    put(to, (Vec)_mm512_cvtne2ps_pbh((__m512)load(from + LANES), (__m512)load(from)));
+    return;
+  }
+#endif
+  put(to, load(from));
+  put(to + LANES, load(from + LANES));
+}
+
+// Words of (even[i], odd[i]) where words hold two numbers, of even[i] otherwise; zeros behind the end.
+template <typename T>
+inline void interleave(const T* even, const T* odd, int64_t numbers, int64_t words, float* to) {
+  if constexpr (PER<T> == 2) {
+    uint32_t* pairs = (uint32_t*)to;
+    for (int64_t i = 0; i < numbers; i++) pairs[i] = uint32_t(even[i].bits) | uint32_t(odd[i].bits) << 16;
+  } else {
+    for (int64_t i = 0; i < numbers; i++) to[i] = to_float(even[i]);
+  }
+  for (int64_t i = numbers; i < words; i++) to[i] = 0;
+}
