@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from parallelmind.engine.engine import Engine
     from parallelmind.engine.generate import generate, generate_text, stream
     from parallelmind.engine.output import Event
-    from parallelmind.engine.request import Sample
+    from parallelmind.engine.request import Sample, Segment
     from parallelmind.engine.sampling_params import SamplingParams
     from parallelmind.model.adapter import load_model_with_lora
     from parallelmind.model.patch import patch
@@ -34,6 +34,7 @@ __all__ = [
     "RopeConfig",
     "Sample",
     "SamplingParams",
+    "Segment",
     "UserError",
     "generate",
     "generate_text",
@@ -50,6 +51,7 @@ _HOMES = {
     "RopeConfig": "parallelmind.config",
     "Sample": "parallelmind.engine.request",
     "SamplingParams": "parallelmind.engine.sampling_params",
+    "Segment": "parallelmind.engine.request",
     "generate": "parallelmind.engine.generate",
     "generate_text": "parallelmind.engine.generate",
     "load_model_with_lora": "parallelmind.model.adapter",

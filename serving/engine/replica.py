@@ -93,13 +93,12 @@ class EngineReplica:
             self._loop.release(number)
 
     def _started_branches(self, number: int, request: EngineRequest) -> list[BranchStarted]:
-        prompts = request.tokenized.tokens.split()[1:]
-        coordinates = self._engine.start_pos2d(number)[: len(prompts)]
+        tokens, params = request.tokenized.tokens, request.tokenized.params
+        coordinates, prompts = self._engine.start_pos2d(number), tokens.split()[1:]
         return [
-            BranchStarted(branch, prompt, params, pos2d)
-            for branch, (prompt, params, pos2d) in enumerate(
-                zip(prompts, request.tokenized.params, coordinates, strict=True)
-            )
+            BranchStarted(index, prompts[index], params[index], pos2d)
+            for index, pos2d in enumerate(coordinates)
+            if pos2d is not None and not tokens.tree.is_reduce[index + 1]
         ]
 
     async def add_branch(
@@ -116,6 +115,7 @@ class EngineReplica:
                     running.number, ids, **{name: getattr(params, name) for name in params.__slots__}
                 )
                 pos2d = self._engine.start_pos2d(running.number)[branch]
+                assert pos2d is not None, "a branch of main starts when it joins"
         except pm.UserError as error:
             return _rejection(error)
         running.branches += 1

@@ -14,9 +14,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from parallelmind.engine.output import FinishReason
-from parallelmind.engine.request import ResumeState, TokenizedRequest
-from parallelmind.layout import Tokens
-from parallelmind.tree import MAIN
+from parallelmind.engine.request import ResumeState
 from serving.engine.messages import (
     BranchStarted,
     EngineRequest,
@@ -43,65 +41,51 @@ class RequestReplay:
     """What a sample has received so far: enough for another engine to resume it."""
 
     def __init__(self, request: EngineRequest) -> None:
-        self._request = request
-        self._started: list[BranchStarted] = []
-        self._tokens: list[list[int]] = []
-        self._finish_reasons: list[FinishReason | None] = []
+        self._request, self._tokenized = request, request.tokenized
+        num_branches = request.tokenized.num_branches
+        self._announced = set[int]()
+        self._start_times: list[int | None] = [None] * num_branches
+        self._tokens: list[list[int]] = [[] for _ in range(num_branches)]
+        self._finish_reasons: list[FinishReason | None] = [None] * num_branches
         self._adapter_version: str | None = None
-
-    @property
-    def all_ended(self) -> bool:
-        """Whether every started branch has finished. The reduce branch may not have started."""
-        return bool(self._finish_reasons) and all(self._finish_reasons)
 
     @property
     def is_complete(self) -> bool:
         """Whether every branch has finished, the reduce branch included."""
-        expected = len(self._started) + (self._request.tokenized.reduce is not None)
-        return self.all_ended and len(self._finish_reasons) == expected
-
-    @property
-    def may_end(self) -> bool:
-        """Whether a stream may close here. After a cancel or an error the reduce branch may never start."""
-        ended_early = "cancelled" in self._finish_reasons or "error" in self._finish_reasons
-        return self.is_complete or (self.all_ended and ended_early)
+        return all(self._finish_reasons)
 
     def record(self, step: StepOutput) -> StepOutput:
         """Record a step. Returns it without the branch starts that an earlier engine announced."""
         if self._adapter_version is None:
             self._adapter_version = step.adapter_version
-        known = max(len(self._started) - step.started[0].branch, 0) if step.started else 0
-        new_branches = step.started[known:]
+        new_branches = [started for started in step.started if started.branch not in self._announced]
         for started in new_branches:
-            self._started.append(started)
-            self._add_branch()
+            self._announced.add(started.branch)
+            if started.branch == len(self._tokens):
+                self._add_branch(started)
+            self._start_times[started.branch] = started.pos2d[1]
         for event in step.events:
-            if event.branch == len(self._tokens):  # the reduce branch starts with its first event
-                self._add_branch()
+            if event.pos2d and self._start_times[event.branch] is None:  # no start of a reduce is announced
+                num_prompt = int(self._tokenized.tokens.lengths[event.branch + 1])
+                self._start_times[event.branch] = event.pos2d[1] - num_prompt
             if event.token is not None:
                 self._tokens[event.branch].append(event.token)
             self._finish_reasons[event.branch] = event.finish_reason
         return StepOutput(step.events, new_branches)
 
-    def _add_branch(self) -> None:
+    def _add_branch(self, joined: BranchStarted) -> None:
+        self._tokenized = self._tokenized.add_branch(joined.prompt, joined.params)
+        self._start_times.append(None)
         self._tokens.append([])
         self._finish_reasons.append(None)
 
     def remaining_request(self) -> EngineRequest:
         """The request for the next engine."""
-        if not self._started:
+        if not self._announced:
             return self._request
-        tokenized = self._request.tokenized
-        main = tokenized.tokens.split()[MAIN]
-        tokenized = TokenizedRequest(
-            Tokens.of(main, [started.prompt for started in self._started]),
-            [started.params for started in self._started],
-            tokenized.reduce,
-        )
-        start_times = [started.pos2d[1] for started in self._started]
-        resume = ResumeState(start_times, self._tokens, self._finish_reasons)
+        resume = ResumeState(self._start_times, self._tokens, self._finish_reasons)
         return replace(
-            self._request, tokenized=tokenized, resume=resume, adapter_version=self._adapter_version
+            self._request, tokenized=self._tokenized, resume=resume, adapter_version=self._adapter_version
         )
 
 
@@ -126,7 +110,7 @@ async def stream_with_failover(
                     if step.events:  # a start alone is no progress: a sample that crashes engines starts too
                         attempts = 0
                     yield replay.record(step)
-            if replay.may_end:
+            if replay.is_complete:
                 return
             failure = "closed the stream before the sample finished"
         except _ENGINE_ERRORS as error:

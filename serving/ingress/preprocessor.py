@@ -147,15 +147,9 @@ class RequestPreprocessor:
     ) -> EngineRequest:
         """One sample within the limits. field: named in the error if the prompt is too long."""
         tokenized = tokenize_request(self.tokenizer, sample, per_branch, reduce, settings)
-        last = tokenized.reduce
-        all_params = [*tokenized.params, *([last.params] if last else [])]
-        self._require_tokens(field, tokenized.num_prompt_tokens, all_params)
+        self._require_tokens(field, tokenized.num_prompt_tokens, tokenized.params)
         # With a seed another engine can draw the same tokens after a failure.
-        tokenized = replace(
-            tokenized,
-            params=[_with_seed(params) for params in tokenized.params],
-            reduce=last and replace(last, params=_with_seed(last.params)),
-        )
+        tokenized = replace(tokenized, params=[_with_seed(params) for params in tokenized.params])
         return EngineRequest(new_id(id_prefix), model, tokenized)
 
     def _conversation(self, request: ChatRequest) -> tuple[list[int], list[int]]:

@@ -30,28 +30,28 @@ class BranchTracker:
     """
 
     def __init__(self, request: EngineRequest) -> None:
-        self._reduce = request.tokenized.reduce
-        self._started = 0
-        self.prompt_tokens = int(request.tokenized.tokens.lengths[MAIN])
+        self._lengths = request.tokenized.tokens.lengths.tolist()
+        self._started = set[int]()
+        self.prompt_tokens = int(self._lengths[MAIN])
 
     def new_branches(self, step: StepOutput) -> list[BranchStart]:
         """The branches that start in this step."""
         starts = [_branch_start(started) for started in step.started]
-        self._started += len(starts)
+        self._started.update(start.index for start in starts)
         for event in step.events:
-            if event.branch >= self._started and self._reduce and event.pos2d:
+            if event.branch not in self._started and event.pos2d:
                 branch, time = event.pos2d
-                length = len(self._reduce.token_ids)
+                length = self._lengths[event.branch + 1]
                 starts.append(
                     BranchStart(index=event.branch, prompt_tokens=length, branch=branch, time=time - length)
                 )
-                self._started += 1
+                self._started.add(event.branch)
         self.prompt_tokens += sum(start.prompt_tokens for start in starts)
         return starts
 
     def events_of_started(self, step: StepOutput) -> list[pm.Event]:
         """The events, without those of a reduce branch that was cancelled before its first token."""
-        return [event for event in step.events if event.branch < self._started]
+        return [event for event in step.events if event.branch in self._started]
 
 
 def _branch_start(started: BranchStarted) -> BranchStart:

@@ -5,15 +5,14 @@ Samples are submitted, extended, cancelled and finished at random in between.
 
 from __future__ import annotations
 
-import random
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections import Counter
 from contextlib import ExitStack, suppress
 from typing import Any
 
 import pytest
 import torch
 from families import variant
+from grouping import has_started_reduce
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -24,24 +23,18 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from torch import Tensor
+from recording import CONFIGS, MODELS, RecordingEngine, full_forward_logits, prompt
 from transformers import PreTrainedModel
 
 from parallelmind.config import RopeConfig
 from parallelmind.engine.block_manager import BLOCK
-from parallelmind.engine.decoding_check import layout_logits
-from parallelmind.engine.engine import Engine
 from parallelmind.engine.request import Sample
-from parallelmind.engine.sampler import SampledToken, SamplingRow
 from parallelmind.engine.scheduler import EngineConfig
 from parallelmind.engine.sequence_group import SequenceGroup
 from parallelmind.errors import UserError
 from parallelmind.evaluation.probes import check_close, patched
-from parallelmind.evaluation.rope_configs import rope_config_grid
-from parallelmind.evaluation.tiny_models import VOCABULARY, tiny_tokenizer
 from parallelmind.layout import PADDING
 
-END = 2
 LONG = [3 + 7 * index % 120 for index in range(53)]
 MAINS = [
     [],
@@ -50,14 +43,6 @@ MAINS = [
     LONG[:32],
     LONG[:33] + LONG[:13],
 ]  # the last three begin with the same two blocks
-MODELS = [
-    (name, attention)
-    for name in ("shared", "windows beside full attention")
-    for attention in ("sdpa", "eager")  # attention by segments, or through one dense mask
-]
-CONFIGS = rope_config_grid(
-    visibility=("columnar", "isolated"), positions=("time", "flat"), align_to=("left", "right")
-)
 EFFORT = settings(
     max_examples=10,
     stateful_step_count=24,
@@ -71,38 +56,6 @@ MAIN, SHAPE = (
     st.sampled_from(MAINS),
     st.lists(st.tuples(LENGTH, NEW_TOKENS), min_size=1, max_size=4),
 )  # prompt and new tokens; a branch without new ones is only read
-
-
-class RecordingEngine(Engine):
-    """Records the logits of every sampled token by its seed, and chooses tokens regardless of them.
-
-    Tokens chosen by the logits of a tiny model soon repeat, and equal tokens hide a wrong position.
-    """
-
-    def __init__(self, model: PreTrainedModel, limits: EngineConfig) -> None:
-        super().__init__(model, tiny_tokenizer(), limits)
-        self.logits: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
-
-    def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
-        for row, row_logits in zip(rows, logits, strict=True):
-            self.logits[row.seed, row.branch].append(row_logits)
-        return [SampledToken(token_of(row.seed, row.branch, row.index), None) for row in rows]
-
-
-def token_of(*key: int) -> int:
-    """A token that depends on these numbers alone; one in twenty ends the text."""
-    rng = random.Random(repr(key))
-    return END if rng.random() < 0.05 else rng.randrange(END + 1, VOCABULARY)
-
-
-def prompt(length: int, *key: int) -> list[int]:
-    return [random.Random(repr((key, index))).randrange(END + 1, VOCABULARY) for index in range(length)]
-
-
-@torch.no_grad()
-def full_forward_logits(model: PreTrainedModel, group: SequenceGroup) -> list[Tensor]:
-    """`[length, vocab]` logits of main and each branch, from one forward pass without a cache."""
-    return layout_logits(model, group.final_layout(), group.config)
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -177,7 +130,7 @@ class EngineMachine(RuleBasedStateMachine):
             waiting, running = self.engine.scheduler.waiting, self.engine.scheduler.running
             self.events["waited for room"] += bool(waiting and running)
             self.events["stopped within a prompt"] += any(group.num_waiting_prefill for group in running)
-            self.events["read by all"] += any(group.reduce_started for group in running)
+            self.events["read by all"] += any(map(has_started_reduce, running))
             self.finished_samples_agree_with_one_forward_pass()
             self.every_block_is_held_by_its_tables()
 
@@ -186,7 +139,7 @@ class EngineMachine(RuleBasedStateMachine):
         return [
             sample_id
             for sample_id, group in self.groups.items()
-            if len(group.branches) < MAX_BRANCHES - 1 and not group.reduce_started
+            if len(group.branches) < MAX_BRANCHES - 1 and not has_started_reduce(group)
         ]
 
     @invariant()

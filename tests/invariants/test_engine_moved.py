@@ -17,7 +17,6 @@ from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.engine.scheduler import EngineConfig
 from parallelmind.engine.tokenization import tokenize_request
 from parallelmind.evaluation.tiny_models import tiny_model
-from parallelmind.layout import Tokens
 
 MAIN, BRANCHES = list(range(50, 70)), [[5, 6, 7], [8], list(range(100, 112))]
 LATE, REDUCE = [31, 32], [41, 42, 43]
@@ -38,37 +37,38 @@ class Client:
 
     def __init__(self, request: TokenizedRequest) -> None:
         self.request, self.texts = request, [""] * request.num_branches
-        branches = request.tokens.branches
-        self.progress = ResumeState([], [[] for _ in range(branches)], [None] * branches)
+        empty = [[] for _ in range(request.num_branches)]
+        self.progress = ResumeState([None] * len(empty), empty, [None] * len(empty))
+        self.has_started = False
 
     def start(self, engine: Engine) -> int:
         """Submit the sample, or resume it at its progress."""
-        resume = self.progress if self.progress.start_times else None
-        sample_id = engine.enqueue(self.request, resume=resume)
-        start_times = [time for _, time in engine.start_pos2d(sample_id)]
-        self.progress.start_times[:] = start_times[: self.request.tokens.branches]
+        sample_id = engine.enqueue(self.request, resume=self.progress if self.has_started else None)
+        self.has_started = True
+        self._record_starts(engine, sample_id)
         return sample_id
 
     def step(self, engine: Engine) -> None:
         for event in engine.step():
-            while event.branch >= len(self.progress.token_ids):  # the reduce branch has started
-                self._add_branch()
+            if event.pos2d and self.progress.start_times[event.branch] is None:
+                num_prompt = int(self.request.tokens.lengths[event.branch + 1])
+                self.progress.start_times[event.branch] = event.pos2d[1] - num_prompt
             self.texts[event.branch] += event.text
             self.progress.token_ids[event.branch] += [] if event.token is None else [event.token]
             self.progress.finish_reasons[event.branch] = event.finish_reason
 
     def join(self, engine: Engine, sample_id: int) -> None:
-        branch = engine.join(sample_id, LATE, max_new_tokens=5, ignore_eos=True)
-        main, *prompts = self.request.tokens.split()
-        params = [*self.request.params, SamplingParams(max_new_tokens=5, ignore_eos=True)]
-        self.request = TokenizedRequest(Tokens.of(main, [*prompts, LATE]), params, self.request.reduce)
-        self.progress.start_times.append(engine.start_pos2d(sample_id)[branch][1])
-        self._add_branch()
-        self.texts.append("")
-
-    def _add_branch(self) -> None:
+        engine.join(sample_id, LATE, max_new_tokens=5, ignore_eos=True)
+        self.request = self.request.add_branch(LATE, SamplingParams(max_new_tokens=5, ignore_eos=True))
+        self.progress.start_times.append(None)
         self.progress.token_ids.append([])
         self.progress.finish_reasons.append(None)
+        self.texts.append("")
+        self._record_starts(engine, sample_id)
+
+    def _record_starts(self, engine: Engine, sample_id: int) -> None:
+        starts = (pos2d and pos2d[1] for pos2d in engine.start_pos2d(sample_id))
+        self.progress.start_times[:] = starts
 
 
 def make_request(

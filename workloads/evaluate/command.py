@@ -13,7 +13,8 @@ and F1 as defined by SQuAD, against the best match among the completion and the 
 first line that the model writes is its answer. engine=parallel decodes questions as branches of one sequence,
 one_by_one each question in its own sequence, batch as padded rows of main and question through the generate
 method of transformers. A question in the reduce is answered after all branches; branches without targets are
-documents that it reads. engine=one_by_one and batch read the documents as one plain text.
+documents that it reads. engine=one_by_one and batch read the documents as one plain text. Nested branches
+read the answers on their path, with engine=parallel alone.
 
 tax: measures the loss on the same text at several branch counts. A count that no sample of the data reaches
 is reported and skipped. Records with a reduce or nested branches are refused.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import parallelmind as pm
@@ -62,12 +61,8 @@ class Decoder:
 
     def _submit(self, line: InputLine, running: dict[int, LineResult]) -> LineResult:
         try:
-            prompt = line.to_prompt(self.engine.tokenizer)
-            if prompt.reduce is None:
-                prompt = replace(prompt, reduce=self.reduce)
-            number = self.engine.submit(
-                prompt.sample, per_branch=prompt.per_branch, reduce=prompt.reduce, **self.sampling
-            )
+            prompt = line.to_prompt(self.engine.tokenizer).with_reduce(self.reduce)
+            number = self.engine.submit(prompt.sample, **self.sampling)
         except (RecordError, UserError) as error:
             return LineResult(line, skip_reason=str(error))
         if len(prompt.sample.branches) > 1:

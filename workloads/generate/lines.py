@@ -32,7 +32,7 @@ class InputLine:
         return f"{self.file}:{self.number_in_file}"
 
     def to_prompt(self, tokenizer: PreTrainedTokenizerBase) -> RecordPrompt:
-        """What to continue. Raises RecordError if the line holds no sample, or one with nested branches."""
+        """What to continue. Raises RecordError if the line holds no sample."""
         if self.line.problem is not None:
             raise RecordError(self.line.problem)
         if self.line.raw is None:

@@ -27,9 +27,9 @@ def generate_from_prompts(config: GenerateConfig) -> None:
     if output and output.exists():
         raise UserError(f"output_path={output}: already exists; choose another name, or remove it")
     plain_text = bool(prompt) and output is None and reduce is None
-    sample = pm.Sample(config.input.main, prompts or [prompt or ""])
-    generated = GeneratedSample.empty(RecordPrompt(sample, reduce))
-    events = pm.stream(*config.model.load(), sample, reduce=reduce, **config.sampling.to_kwargs())
+    sample = pm.Sample(config.input.main, prompts or [prompt or ""], reduce)
+    generated = GeneratedSample.empty(RecordPrompt(sample))
+    events = pm.stream(*config.model.load(), sample, **config.sampling.to_kwargs())
     started, tokens = time.monotonic(), 0
     for event in events:
         event.raise_error()

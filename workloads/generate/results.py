@@ -13,7 +13,7 @@ from workloads.generate.lines import InputLine
 
 @dataclass(slots=True)
 class GeneratedSample:
-    """What is continued, and the text so far, by branch. The reduce branch, if there is one, is the last."""
+    """What is continued, and the text so far of each segment after main, in pre-order."""
 
     prompt: RecordPrompt
     texts: list[str]
@@ -36,9 +36,7 @@ class GeneratedSample:
     def to_row(self) -> dict[str, Any]:
         """One JSON object of the output."""
         return {
-            "main": self.prompt.sample.main,
-            "branches": self.prompt.branches,
-            **({} if self.prompt.reduce is None else {"reduce": self.prompt.reduce}),
+            **self.prompt.to_row(),
             "outputs": self.texts,
             "finish_reasons": self.finish_reasons,
         }

@@ -79,6 +79,10 @@ class BlockTable:
         self._time[self.length : end], self._segment[self.length : end] = time, segment
         self.num_staged = end
 
+    def is_staged(self, count: int) -> bool:
+        """Whether this many tokens are staged; none are in a table that was cleared during the pass."""
+        return self.num_staged == self.length + count
+
     def commit(self, count: int, blocks: Sequence[int]) -> None:
         """Append `count` staged tokens, for which these blocks were allocated."""
         self.blocks += blocks

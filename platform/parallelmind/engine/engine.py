@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from threading import RLock
 from time import perf_counter
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,21 +20,21 @@ from parallelmind.engine.fair_lock import FairLock
 from parallelmind.engine.model_runner import Model, ModelRunner
 from parallelmind.engine.output import Event, FinishReason, OutputProcessor
 from parallelmind.engine.planner import ScheduledGroup
-from parallelmind.engine.request import ResumeState, Sample, Text, TokenizedRequest
+from parallelmind.engine.request import ResumeState, Sample, Segment, Text, TokenizedRequest
 from parallelmind.engine.sampler import SampledToken, Sampler, SamplingRow, random_seed
 from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.engine.scheduler import EngineConfig, EngineStats, Scheduler
 from parallelmind.engine.sequence import BranchState
 from parallelmind.engine.sequence_group import SequenceGroup
 from parallelmind.engine.sequential_runner import SequentialRunner
-from parallelmind.engine.tokenization import eos_token_ids, tokenize, tokenize_request
-from parallelmind.engine.validation import check_added_branch, check_request
+from parallelmind.engine.tokenization import eos_token_ids, tokenize_branches, tokenize_request
+from parallelmind.engine.validation import check_fork, check_group, check_join, check_reduce, check_token_ids
 from parallelmind.errors import UserError, first_line
 from parallelmind.model import forward_context
 from parallelmind.model.patch_state import is_patched, rope_config
 from parallelmind.model.structure import causal_lm
 from parallelmind.model.support import assess
-from parallelmind.tree import Ints
+from parallelmind.tree import MAIN
 
 GroupBranch = tuple[SequenceGroup, BranchState]
 
@@ -155,9 +155,10 @@ class Engine:
     ) -> int:
         """Queue a sample; returns its id.
 
-        per_branch: settings of each branch, which override `sampling`.
-        reduce: prompt of one more branch, which starts when all others have finished and attends to main and
-            all of them.
+        The segments after main have the indices 0..N-1 in the order of `Sample.walk`.
+        per_branch: settings of each branch of main, which override `sampling`.
+        reduce: the reduce of main, for a sample without one: it starts when all others have finished and
+            attends to main and all of them.
         adapter: name of a loaded adapter.
         sampling: fields of `SamplingParams`.
         Raises UserError, before anything is computed, for a bad setting, an empty branch, several branches on
@@ -170,11 +171,11 @@ class Engine:
     ) -> int:
         """`submit` for a tokenized request.
 
-        resume: progress of the sample on another engine. Branches that joined it late are part of the request
-        then. Events that were emitted there are not emitted again. The next tokens are those that the other
-        engine would have sampled, if sampling is greedy or seeded.
+        resume: progress of the sample on another engine. Segments that were added late are part of the
+        request then, in the order of their numbers. Events that were emitted there are not emitted again. The
+        next tokens are those that the other engine would have sampled, if sampling is greedy or seeded.
         """
-        check_request(self.model, self.rope_config, request, self.fallback_reason)
+        check_token_ids(self.model, request.tokens.ids.tolist(), request.params)
         with self.state_lock:
             version = self.adapters.version(adapter)
             group = SequenceGroup(
@@ -185,53 +186,101 @@ class Engine:
                 adapter_version=version,
                 seed=random_seed(),
             )
+            if resume is not None:
+                group.resume(resume)
+            check_group(self.model, group, self.fallback_reason)
             self.scheduler.submit(group)
             self.adapters.acquire(version)
             self._groups[group.id] = group
             self._num_submitted += 1
-            if resume is not None:
-                self._resume(group, resume)
-            self._finish_read_only(group)
+            if group.is_running:
+                self._start_ready(group)
+            else:  # it has finished on the other engine
+                self._abort(group, "cancelled")
             return group.id
 
-    def join(self, sample_id: int, text: Text, **sampling: Any) -> int:
-        """Add a branch to an unfinished sample; returns the index of the branch.
+    def join(self, sample_id: int, prompt: Text | Segment, branch: int | None = None, **sampling: Any) -> int:
+        """Add a branch to an unfinished sample; returns its index.
 
+        prompt: a `Segment` brings its own settings, and what follows it.
+        branch: index of the branch that the new one continues: one that runs, or whose branches do. None:
+            main.
         sampling: fields of `SamplingParams`.
-        Raises UserError if the sample is finished, and if the branch can never fit. A branch that does not
-        fit now waits.
+        Raises UserError if the sample or the branch is finished, and if the new one can never fit. A branch
+        that does not fit now waits.
         """
-        token_ids, params = tokenize(self.tokenizer, text, first=False), SamplingParams.of(sampling)
+        request = tokenize_branches(self.tokenizer, [prompt], sampling)
         with self.state_lock:
             group = self._group(sample_id)
-            check_added_branch(self.model, self.rope_config, group, token_ids, params, self.fallback_reason)
-            branch = self.scheduler.add_branch(group, token_ids, params)
-            self._finish_read_only(group)
-            return branch.index
+            parent = _number_of(group, branch)
+            check_join(group, parent)
+            index = self._add(group, request, parent)
+            self._start_ready(group)
+            return index
 
-    def start_pos2d(self, sample_id: int) -> list[tuple[int, int]]:
-        """Branch and time coordinates of the first token of every branch. Raises UserError if finished."""
+    def fork(
+        self, sample_id: int, branch: int, prompts: Sequence[Text | Segment], **sampling: Any
+    ) -> list[int]:
+        """Stop a running branch and continue its path with several branches; returns their indices.
+
+        Its last event has the finish reason "forked". Branches that were to follow it start now, too.
+        prompts, sampling: as those of `join`.
+        Raises UserError if the branch does not run, and if the new ones can never fit.
+        """
+        request = tokenize_branches(self.tokenizer, prompts, sampling)
         with self.state_lock:
             group = self._group(sample_id)
-            return [group.pos2d(branch) for branch in group.branches]
+            forked = check_fork(group, _number_of(group, branch))
+            group.finish(forked, "forked")  # its own end decides what fits after it
+            try:
+                first = self._add(group, request, forked.number)
+            except UserError:
+                group.finish(forked, None)
+                raise
+            self._pending_events.append(
+                Event(branch, forked.output.flush()[0], None, "forked", sample=group.id)
+            )
+            self._finish_branch(group, forked, "forked")
+            return [added.index for added in group.branches[first:] if added.parent == forked.number]
+
+    def reduce(self, sample_id: int, branch: int | None, prompt: Text | Segment, **sampling: Any) -> int:
+        """Give a branch, or main (None), a reduce; returns its index.
+
+        It starts when the branches of its parent, and all below them, have ended, and reads them all.
+        prompt, sampling: as those of `join`.
+        Raises UserError if none of these branches runs, if there is a reduce, and if it can never fit.
+        """
+        request = tokenize_branches(self.tokenizer, [prompt], sampling)
+        if not request.params[0].max_new_tokens and request.num_branches == 1:
+            raise UserError("max_new_tokens=0: the reduce branch decodes nothing; raise it")
+        with self.state_lock:
+            group = self._group(sample_id)
+            parent = _number_of(group, branch)
+            check_reduce(group, parent)
+            return self._add(group, request, parent, as_reduce=True)
+
+    def start_pos2d(self, sample_id: int) -> list[tuple[int, int] | None]:
+        """Branch and time coordinates of the first token of every segment after main.
+
+        None for a segment that has not started. Raises UserError if the sample is finished.
+        """
+        with self.state_lock:
+            group = self._group(sample_id)
+            return [group.pos2d(branch) if branch.has_started else None for branch in group.branches]
 
     def cancel(self, sample_id: int, branch: int | None = None) -> None:
-        """Cancel a sample, or one of its branches, before the next step. Does nothing if it is finished."""
+        """Cancel a sample, or a branch and all below it, before the next step.
+
+        Does nothing for what is finished.
+        """
         with self.state_lock:
             if not self.has_sample(sample_id):
                 return
             group = self._groups[sample_id]
-            cancelled = [
-                running for running in group.running_branches if branch is None or running.index == branch
-            ]
-            self._pending_events += [
-                Event(running.index, "", None, "cancelled", sample=sample_id) for running in cancelled
-            ]
             if branch is None:
                 self._abort(group, "cancelled")
-            else:
-                for running in cancelled:
-                    self._finish_branch(group, running, "cancelled")
+            elif 0 <= branch < len(group.branches):
+                self._finish_subtree(group, group.branches[branch], "cancelled")
 
     # Steps
 
@@ -295,7 +344,7 @@ class Engine:
                     self.scheduler.mark_not_finite(group)
                 self.scheduler.commit(scheduled)
                 for branch, token in sampled:
-                    self._pending_events.append(self._emit(*branch, token))
+                    self._emit(*branch, token)
                 return
         parts = inputs.split([len(item.tokens.ids) for item in scheduled])
         for item, part in zip(scheduled, parts, strict=True):
@@ -306,12 +355,7 @@ class Engine:
         reason = f"the forward pass failed ({type(error).__name__}: {first_line(error)})"
         with self.state_lock:
             for group in [group for group in dict.fromkeys(groups) if group.is_running]:
-                failed = [branch.index for branch in group.running_branches]
-                failed += [len(group.branches)] if group.reduce else []
-                self._pending_events += [
-                    Event(index, "", None, "error", sample=group.id, error=reason) for index in failed
-                ]
-                self._abort(group, "error")
+                self._abort(group, "error", reason)
 
     def _split(self, scheduled: Sequence[ScheduledGroup]) -> list[list[ScheduledGroup]]:
         """Divide a step into forward passes: one for each adapter, or for each sample."""
@@ -333,25 +377,33 @@ class Engine:
         """The next token of every row of `[rows, vocab]` logits."""
         return self._sampler(logits, rows) if rows else []
 
-    def _emit(self, group: SequenceGroup, branch: BranchState, sampled: SampledToken) -> Event:
-        """Append a sampled token to its branch; returns its event."""
+    def _emit(self, group: SequenceGroup, branch: BranchState, sampled: SampledToken) -> None:
+        """Append a sampled token to its branch, and its event to those of the step."""
         if sampled.token is None:
-            return self._emit_error(group, branch, "the model's logits are not finite (NaN or infinity)")
+            reason = "the model's logits are not finite (NaN or infinity)"
+            self._finish_subtree(group, branch, "error", reason)
+            return
         pos2d = group.pos2d(branch, branch.num_tokens)
         try:
             text, finish_reason = branch.append_token(sampled.token)
         except Exception as error:  # of the tokenizer, whose code this is not
             reason = f"token {sampled.token} cannot be decoded ({type(error).__name__}: {first_line(error)})"
-            return self._emit_error(group, branch, reason)
+            self._finish_subtree(group, branch, "error", reason)
+            return
+        self._pending_events.append(
+            Event(
+                branch.index,
+                text,
+                sampled.token,
+                finish_reason,
+                sampled.logprob,
+                sampled.top,
+                group.id,
+                pos2d,
+            )
+        )
         if finish_reason is not None:
             self._finish_branch(group, branch, finish_reason)
-        return Event(
-            branch.index, text, sampled.token, finish_reason, sampled.logprob, sampled.top, group.id, pos2d
-        )
-
-    def _emit_error(self, group: SequenceGroup, branch: BranchState, reason: str) -> Event:
-        self._finish_branch(group, branch, "error")
-        return Event(branch.index, "", None, "error", sample=group.id, error=reason)
 
     # State
 
@@ -363,37 +415,62 @@ class Engine:
             raise UserError(f"sample {sample_id}: unknown or finished; submit another one")
         return self._groups[sample_id]
 
-    def _resume(self, group: SequenceGroup, resume: ResumeState) -> None:
-        """Bring a new sample to the progress that it had on another engine."""
-        num_started = len(resume.start_times)
-        started = list(group.branches)
-        group.set_start_times(resume.start_times)
-        for branch in started:
-            finished = resume.finish_reasons[branch.index] is not None
-            branch.append_tokens(resume.token_ids[branch.index], finished)
-        for branch in started:
-            reason = resume.finish_reasons[branch.index]
-            if reason is not None:  # the last branch that finishes starts the reduce branch
-                self._finish_branch(group, branch, reason)
-        for branch in group.branches[num_started:]:
-            if branch.index < len(resume.token_ids):
-                branch.append_tokens(resume.token_ids[branch.index])
+    def _add(
+        self, group: SequenceGroup, request: TokenizedRequest, parent: int, as_reduce: bool = False
+    ) -> int:
+        """Add the segments of a request below a segment; returns the index of the first one.
 
-    def _finish_read_only(self, group: SequenceGroup) -> None:
-        """Finish the branches that decode nothing; siblings and the reduce branch read them."""
-        for branch in group.running_branches:
-            if not branch.params.max_new_tokens:
-                self._pending_events.append(Event(branch.index, "", None, "length", sample=group.id))
-                self._finish_branch(group, branch, "length")
+        Raises UserError, and adds none, if they do not fit.
+        """
+        check_token_ids(self.model, request.tokens.ids.tolist(), request.params)
+        first = len(group.segments)
+        try:
+            group.add(request, parent, as_reduce)
+            check_group(self.model, group, self.fallback_reason)
+            self.scheduler.check_size(group)
+        except UserError:
+            group.remove_from(first)
+            raise
+        return first - 1
+
+    def _start_ready(self, group: SequenceGroup) -> None:
+        """Start the segments that can start, and finish those that decode nothing: others read them."""
+        group.start_ready()
+        while read_only := [branch for branch in group.running_branches if not branch.params.max_new_tokens]:
+            for branch in read_only:
+                self._finish_one(group, branch, "length", Event(branch.index, "", None, "length"))
+            group.start_ready()
 
     def _finish_branch(self, group: SequenceGroup, branch: BranchState, reason: FinishReason) -> None:
+        """Finish a segment whose last event is out, and start what waits for its end."""
+        self._finish_one(group, branch, reason)
+        self._start_ready(group)
+
+    def _finish_subtree(
+        self, group: SequenceGroup, branch: BranchState, reason: FinishReason, error: str | None = None
+    ) -> None:
+        """Finish a segment and all below it that has not finished, with an event for each."""
+        for each in (branch, *group.below(branch.number)):
+            if not each.is_finished:
+                self._finish_one(group, each, reason, Event(each.index, "", None, reason, error=error))
+        self._start_ready(group)
+
+    def _finish_one(
+        self, group: SequenceGroup, branch: BranchState, reason: FinishReason, event: Event | None = None
+    ) -> None:
+        if event is not None:
+            self._pending_events.append(replace(event, sample=group.id))
         self.scheduler.finish_branch(group, branch, reason)
         self._free(group, [branch])
 
-    def _abort(self, group: SequenceGroup, reason: FinishReason) -> None:
-        running = group.running_branches
+    def _abort(self, group: SequenceGroup, reason: FinishReason, error: str | None = None) -> None:
+        """Finish all segments of a sample that have not finished, with an event for each."""
+        unfinished = [branch for branch in group.branches if not branch.is_finished]
+        self._pending_events += [
+            Event(branch.index, "", None, reason, sample=group.id, error=error) for branch in unfinished
+        ]
         self.scheduler.abort(group, reason)
-        self._free(group, running)
+        self._free(group, unfinished)
 
     def _free(self, group: SequenceGroup, finished: Sequence[BranchState]) -> None:
         """Free what finished branches hold outside of the scheduler."""
@@ -415,7 +492,16 @@ def _sampled_branches(scheduled: Sequence[ScheduledGroup]) -> list[GroupBranch]:
 
 def _sampling_row(group: SequenceGroup, branch: BranchState) -> SamplingRow:
     num_generated = branch.num_tokens - branch.num_prompt
-    history: Sequence[int] | Ints = branch.token_ids
+    history = branch.token_ids
     if branch.params.repetition_penalty != 1:
-        history = np.concatenate([group.main, branch.token_ids])
+        history = group.path_tokens(branch)
     return SamplingRow(branch.params, branch.seed, branch.index, num_generated, history)
+
+
+def _number_of(group: SequenceGroup, branch: int | None) -> int:
+    """The number of the segment with this index; None: main. Raises UserError for an unknown one."""
+    if branch is None:
+        return MAIN
+    if not 0 <= branch < len(group.branches):
+        raise UserError(f"branch={branch}: unknown; the sample has branches 0 to {len(group.branches) - 1}")
+    return group.branches[branch].number

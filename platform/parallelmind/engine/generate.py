@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -30,9 +31,11 @@ def stream(
 ) -> Iterator[Event]:
     """Decode a sample and yield the text of every branch in pieces, as soon as they are decoded.
 
-    per_branch: settings of each branch, which override `sampling`.
-    reduce: prompt of one more branch, the last one, which starts when all others have finished and attends to
-        main and all of them.
+    An event names its segment by the index in pre-order, counted from the first branch: that of
+    `Sample.walk`. A branch of a branch starts when its parent has ended.
+    per_branch: settings of each branch of main, which override `sampling`.
+    reduce: the reduce of main, for a sample without one: it starts when all others have finished and attends
+        to main and all of them.
     sampling: fields of `SamplingParams`.
     Raises UserError, before anything is computed, for a bad setting, an empty branch, several branches on an
     unpatched model, and a sample that exceeds the model's context. A model that cannot hold branches in one
@@ -44,15 +47,15 @@ def stream(
 
 
 def generate(model: Model, tokenizer: PreTrainedTokenizerBase, sample: Sample, **settings: Any) -> list[str]:
-    """The continuation of every branch, without its prompt. Settings and errors are those of `stream`.
+    """The continuation of every segment after main in pre-order, without its prompt.
 
-    Raises DecodingError for a branch that ends with an error.
+    Settings and errors are those of `stream`. Raises DecodingError for a branch that ends with an error.
     """
-    texts: list[list[str]] = [[] for _ in range(len(sample.branches) + (settings.get("reduce") is not None))]
+    texts = defaultdict[int, list[str]](list)
     for event in stream(model, tokenizer, sample, **settings):
         event.raise_error()
         texts[event.branch].append(event.text)
-    return ["".join(pieces) for pieces in texts]
+    return ["".join(texts[index]) for index in range(len(texts))]
 
 
 def generate_text(model: Model, tokenizer: PreTrainedTokenizerBase, text: Text, **settings: Any) -> str:
@@ -65,7 +68,7 @@ def engine_for(
 ) -> Engine:
     """An engine that holds exactly these requests, queued, with ids from 0. Raises and warns as `stream`."""
     engine = Engine(model, tokenizer, _config_for(requests))
-    if any(request.tokens.branches > 1 for request in requests):
+    if any(request.num_branches > 1 for request in requests):
         warn_if_fallback(engine)
     for request in requests:
         engine.enqueue(request)

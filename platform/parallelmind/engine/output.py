@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.errors import DecodingError
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+FinishReason = Literal["stop", "length", "forked", "cancelled", "error"]
 
 _INCOMPLETE = "\ufffd"  # what a tokenizer decodes an incomplete character to
 _MAX_PENDING = 8  # ids; a character has at most four bytes
@@ -20,10 +20,11 @@ _NUM_CONTEXT = 8  # prompt tokens that decide whether the first word begins with
 class Event:
     """What one decoded token adds to one branch.
 
-    branch: 0..N-1, as in the sample.
+    branch: index of the segment: 0..N-1 in the order of `Sample.walk`, then those that were added later.
     text: new text to show; often empty while a character or a stop text is incomplete.
     token: the decoded id; None where a branch ends without one.
-    finish_reason: set on a branch's last event; "stop" is an end-of-text token or a stop text.
+    finish_reason: set on a branch's last event; "stop" is an end-of-text token or a stop text, "forked" the
+        end of a branch that was forked while it ran.
     logprob, top: as `SamplingParams.logprobs` asks.
     sample: the engine's number of the sample.
     pos2d: the branch and time coordinates of the token.
@@ -166,14 +167,14 @@ class OutputProcessor:
         """The text to show for `token`, and why the branch finishes with it, if it does."""
         self._num_left -= 1
         if token in self._eos_token_ids:
-            return self._flush()[0], "stop"
+            return self.flush()[0], "stop"
         text, stopped = self._stop_checker.push(self._detokenizer.push(token))
         if stopped or self._num_left:
             return text, "stop" if stopped else None
-        rest, stopped = self._flush()
+        rest, stopped = self.flush()
         return text + rest, "stop" if stopped else "length"
 
-    def _flush(self) -> tuple[str, bool]:
+    def flush(self) -> tuple[str, bool]:
         """All text that is left, and whether it contained a stop text."""
         text, stopped = self._stop_checker.push(self._detokenizer.flush())
         return (text, True) if stopped else (text + self._stop_checker.flush(), False)

@@ -267,7 +267,7 @@ def prefill_shares(waiting: Sequence[int], budget: int) -> list[int]:
 
 def missing_blocks(group: SequenceGroup) -> int:
     """Blocks that a sample needs for its known tokens and one more of each running branch, beyond its own."""
-    kept = [segment for segment in group.segments if group.is_kept(segment) or not group.free_order]
+    kept = [segment for segment in group.segments if group.is_kept[segment.number] or not group.free_order]
     tokens = [segment.num_tokens + segment.is_running for segment in kept]
     needed = sum(map(blocks_for, tokens)) if group.free_order else blocks_for(sum(tokens))
     held = sum(len(segment.table.blocks) - segment.table.num_partial for segment in kept)
@@ -277,7 +277,7 @@ def missing_blocks(group: SequenceGroup) -> int:
 def _begins_block(group: SequenceGroup, segment: SegmentState) -> bool:
     """Whether the next token of a segment begins a block, and is still to be computed before it decodes."""
     path = segment.path
-    waits = segment.num_waiting_prefill and group.is_kept(segment)
+    waits = segment.num_waiting_prefill and group.is_kept[segment.number]
     return bool(waits) and path is not None and path.length == segment.num_computed
 
 

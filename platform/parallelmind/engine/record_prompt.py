@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Self
 
+from parallelmind.data import records
 from parallelmind.data.encode import append_eos, encode_text, eos_ids
-from parallelmind.data.records import Record, RecordError, Segment
-from parallelmind.engine.request import Sample, Text
+from parallelmind.engine.request import Sample, Segment, Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,86 +18,103 @@ if TYPE_CHECKING:
 class RecordPrompt:
     """A record without its answers.
 
-    reduce: prompt of the reduce branch, if there is one. documents: the texts of the branches that are only
-    read, by index; the sample holds them as the token ids of training.
+    documents: the texts of the segments that are only read, by index; the sample holds them as the token ids
+    of training, and decodes nothing of them. Indices count the segments after main in pre-order.
     """
 
     sample: Sample
-    reduce: Text | None = None
     documents: Mapping[int, Text] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, record: Record, tokenizer: PreTrainedTokenizerBase) -> RecordPrompt:
-        """The prompt of a record. Raises RecordError for nested branches."""
-        check_depth(record)
-        has_reduce = record.reduce is not None
-        branches = [_prompt(branch, tokenizer, not record.main, has_reduce) for branch in record.branches]
-        reduce = None if record.reduce is None else _prompt(record.reduce, tokenizer, False, has_reduce)
-        return cls(
-            Sample(record.main, [branch.text for branch in branches]),
-            reduce.text if reduce and reduce.decodes else None,
-            {
-                index: segment.body
-                for index, (segment, branch) in enumerate(zip(record.branches, branches, strict=True))
-                if not branch.decodes
-            },
-        )
+    def of(cls, record: records.Record, tokenizer: PreTrainedTokenizerBase) -> Self:
+        """The prompt of a record. A reduce is left out if nothing of it is decoded."""
+        builder = _Builder(tokenizer, in_tree=not record.is_flat)
+        branches, reduce, texts = builder.below(record, opens_sample=not record.main)
+        documents = {index: text for index, text in enumerate(texts) if text is not None}
+        return cls(Sample(record.main, branches, reduce), documents)
 
-    @property
-    def per_branch(self) -> list[dict[str, Any]]:
-        """Settings of each branch, as `Engine.submit` takes them."""
-        indices = range(len(self.sample.branches))
-        return [{"max_new_tokens": 0} if index in self.documents else {} for index in indices]
-
-    @property
-    def branches(self) -> list[Text]:
-        """Every branch as a reader knows it: its prompt, or the text of a document."""
-        return [self.documents.get(index, text) for index, text in enumerate(self.sample.branches)]
+    def with_reduce(self, reduce: Text | None) -> Self:
+        """The prompt with this reduce, unless it has one or `reduce` is None."""
+        if reduce is None or self.sample.reduce is not None:
+            return self
+        return replace(self, sample=replace(self.sample, reduce=reduce))
 
     @property
     def num_outputs(self) -> int:
-        """Number of branches, the reduce branch included."""
-        return len(self.sample.branches) + (self.reduce is not None)
+        """Number of segments after main."""
+        return sum(1 for _ in self.sample.walk())
 
     @property
     def decoded(self) -> list[int]:
-        """Indices of the outputs that are decoded, the reduce branch last."""
+        """Indices of the segments that are decoded."""
         return [index for index in range(self.num_outputs) if index not in self.documents]
 
+    def to_row(self) -> dict[str, Any]:
+        """The record as a reader knows it: prompts, and the texts of documents."""
+        remaining = iter(range(self.num_outputs))
+        return {"main": self.sample.main, **self._below(self.sample, remaining)}
 
-class _Prompt(NamedTuple):
-    """What a model reads of a segment, and whether it continues the segment."""
+    def _below(self, fork: Sample | Segment, remaining: Iterator[int]) -> dict[str, Any]:
+        """Branches and reduce of a segment. remaining: the indices from its first branch on."""
+        row: dict[str, Any] = {}
+        if len(fork.branches):
+            row["branches"] = [self._shown(branch, remaining) for branch in fork.branches]
+        if fork.reduce is not None:
+            row["reduce"] = self._shown(fork.reduce, remaining)
+        return row
 
-    text: Text
-    decodes: bool
-
-
-def check_depth(record: Record) -> None:
-    """Raise RecordError for nested branches, which the engine does not decode."""
-    places = [(f"branches[{index}]", branch) for index, branch in enumerate(record.branches)]
-    for place, segment in [*places, ("reduce", record.reduce)]:
-        if segment is not None and segment.branches:
-            raise RecordError(
-                f"{place} has branches, and decoding takes one level of branches and a reduce; "
-                "leave the nested branches out"
-            )
+    def _shown(self, given: Text | Segment, remaining: Iterator[int]) -> Text | dict[str, Any]:
+        segment = given if isinstance(given, Segment) else Segment(given)
+        text = self.documents.get(next(remaining), segment.text)
+        below = self._below(segment, remaining)
+        return {"text": text, **below} if below else text
 
 
-def _prompt(
-    segment: Segment, tokenizer: PreTrainedTokenizerBase, opens_sample: bool, in_tree: bool
-) -> _Prompt:
-    """The prompt of a segment.
+class _Builder:
+    """Makes the segments of a sample from those of a record.
 
-    opens_sample: whether the segment is a branch of an empty main. in_tree: whether the record has a reduce:
-    a segment whose targets begin after its end is only read then. A flat one is continued at its end.
+    in_tree: whether the record has a reduce or nested branches. A segment whose targets begin after its end
+    is only read then. A flat one is continued at its end.
     """
-    first_target = segment.targets[0][0] if segment.targets else None
-    if segment.completion is not None or (first_target == 0 and not segment.rendered):
-        return _Prompt(segment.body, True)
-    ids = whole = segment.body
-    if isinstance(segment.body, str):
-        ids = encode_text(tokenizer, segment.body, opens_sample and not segment.rendered)
-        whole = ids if segment.rendered else append_eos(ids, eos_ids(tokenizer))
-    if first_target is None or (in_tree and first_target >= len(whole)):
-        return _Prompt(whole, False)
-    return _Prompt(ids[: first_target or None], True)
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, in_tree: bool) -> None:
+        self._tokenizer, self._in_tree = tokenizer, in_tree
+
+    def below(
+        self, fork: records.Record | records.Segment, opens_sample: bool = False
+    ) -> tuple[list[Segment], Segment | None, list[Text | None]]:
+        """Branches and reduce, and for each segment of them, in pre-order, its text if it is only read.
+
+        opens_sample: whether the branches follow an empty main.
+        """
+        branches, texts = [], list[Text | None]()
+        for recorded in fork.branches:
+            segment, own = self._segment(recorded, opens_sample)
+            branches.append(segment)
+            texts += own
+        if fork.reduce is not None:
+            reduce, own = self._segment(fork.reduce)
+            if None in own:
+                return branches, reduce, texts + own
+        return branches, None, texts
+
+    def _segment(
+        self, recorded: records.Segment, opens_sample: bool = False
+    ) -> tuple[Segment, list[Text | None]]:
+        text, decodes = self._prompt(recorded, opens_sample)
+        branches, reduce, texts = self.below(recorded)
+        segment = Segment(text, branches, reduce, {} if decodes else {"max_new_tokens": 0})
+        return segment, [None if decodes else recorded.body, *texts]
+
+    def _prompt(self, segment: records.Segment, opens_sample: bool) -> tuple[Text, bool]:
+        """What a model reads of a segment, and whether it continues the segment."""
+        first_target = segment.targets[0][0] if segment.targets else None
+        if segment.completion is not None or (first_target == 0 and not segment.rendered):
+            return segment.body, True
+        ids = whole = segment.body
+        if isinstance(segment.body, str):
+            ids = encode_text(self._tokenizer, segment.body, opens_sample and not segment.rendered)
+            whole = ids if segment.rendered else append_eos(ids, eos_ids(self._tokenizer))
+        if first_target is None or (self._in_tree and first_target >= len(whole)):
+            return whole, False
+        return ids[: first_target or None], True

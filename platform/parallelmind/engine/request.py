@@ -2,30 +2,102 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
+import numpy as np
+
+from parallelmind.data.records import MAX_DEPTH
 from parallelmind.engine.output import FinishReason
 from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.errors import UserError, short_repr
 from parallelmind.layout import Tokens
+from parallelmind.tree import MAIN, GrowingTree
 
 Text = str | Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
-    """A main (may be empty) and the branches that share it, each given as text or as token ids.
+class Segment:
+    """A branch or a reduce with settings of its own, and what follows it.
 
-    Lists may be arrays. Raises UserError for branches that are not a list.
+    text: its prompt, as text or as token ids.
+    branches: they begin where the segment ends.
+    reduce: continues the segment when its branches, and all that follows them, have ended; it reads them all.
+    sampling: fields of `SamplingParams`, which override those of the sample; `{"max_new_tokens": 0}` for a
+        text that is only read.
+    Raises UserError for branches that are not a list, a reduce without branches, and settings that are not a
+    mapping.
+    """
+
+    text: Text
+    branches: Sequence[Text | Segment] = ()
+    reduce: Text | Segment | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_fork(self.branches, self.reduce)
+        if not isinstance(self.sampling, Mapping):
+            raise UserError(f"sampling={short_repr(self.sampling)}: give a mapping of sampling settings")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A main (may be empty), the branches that share it, and a reduce that reads them all.
+
+    A branch or a reduce is a text, token ids, or a `Segment`. Lists may be arrays. Raises UserError as
+    `Segment` does.
     """
 
     main: Text = ""
-    branches: Sequence[Text] = ()
+    branches: Sequence[Text | Segment] = ()
+    reduce: Text | Segment | None = None
 
     def __post_init__(self) -> None:
-        if not is_list(self.branches):
-            raise UserError(f"branches={short_repr(self.branches)}: give a list of texts, one per branch")
+        _check_fork(self.branches, self.reduce)
+
+    def walk(self) -> Iterator[PlacedSegment]:
+        """Every segment after main in pre-order, which is the order of their numbers.
+
+        Raises UserError for branches that are nested too deeply.
+        """
+        return _walk(self, MAIN, MAIN, "", 1)
+
+
+class PlacedSegment(NamedTuple):
+    """A segment of a sample. number, parent: 0 for main. place: such as `branches[1].reduce`."""
+
+    number: int
+    parent: int
+    is_reduce: bool
+    place: str
+    segment: Segment
+
+
+def _walk(fork: Sample | Segment, number: int, last: int, prefix: str, depth: int) -> Iterator[PlacedSegment]:
+    """What follows a segment. number: of it. last: the number given last. depth: of its branches."""
+    below = [(f"{prefix}branches[{index}]", branch) for index, branch in enumerate(fork.branches)]
+    if below and depth > MAX_DEPTH:
+        raise UserError(f"branches: are nested more than {MAX_DEPTH} deep; nest fewer of them")
+    if fork.reduce is not None:
+        below.append((f"{prefix}reduce", fork.reduce))
+    for index, (place, given) in enumerate(below):
+        segment = given if isinstance(given, Segment) else Segment(given)
+        placed = PlacedSegment(last + 1, number, index == len(fork.branches), place, segment)
+        yield placed
+        last = placed.number
+        for inner in _walk(segment, placed.number, last, f"{place}.", depth + 1):
+            yield inner
+            last = inner.number
+
+
+def _check_fork(branches: Any, reduce: Any) -> None:
+    """Raise UserError for branches that are not a list, and for a reduce without branches."""
+    if not is_list(branches):
+        raise UserError(f"branches={short_repr(branches)}: give a list of texts, one per branch")
+    if reduce is not None and not len(branches):
+        raise UserError(f"reduce={short_repr(reduce)}: has no branches to read; give branches, or no reduce")
 
 
 def is_list(value: object) -> bool:
@@ -36,51 +108,49 @@ def is_list(value: object) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class ReduceSpec:
-    """The reduce branch: it starts when all other branches have finished, and attends to all of them.
-
-    token_ids: its prompt.
-    """
-
-    token_ids: list[int]
-    params: SamplingParams
-
-
-@dataclass(frozen=True, slots=True)
 class TokenizedRequest:
-    """A sample as token ids, with the sampling parameters of each branch and an optional reduce branch."""
+    """A sample as token ids. params: the sampling parameters of every segment after main."""
 
     tokens: Tokens
     params: list[SamplingParams]
-    reduce: ReduceSpec | None = None
 
     @property
     def num_branches(self) -> int:
-        """Branches of the sample, the reduce branch included."""
-        return self.tokens.branches + (self.reduce is not None)
+        """Segments after main: branches and reduces at all depths."""
+        return len(self.params)
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Tokens of main and of all prompts, the reduce prompt included."""
-        return len(self.tokens.ids) + (len(self.reduce.token_ids) if self.reduce else 0)
+        """Tokens of main and of all prompts."""
+        return len(self.tokens.ids)
 
     @property
     def max_new_tokens(self) -> int:
-        """Upper bound of the new tokens of all branches together."""
-        new = sum(params.max_new_tokens for params in self.params)
-        return new + (self.reduce.params.max_new_tokens if self.reduce else 0)
+        """Upper bound of the new tokens of all segments together."""
+        return sum(params.max_new_tokens for params in self.params)
+
+    def add_branch(
+        self, token_ids: Sequence[int], params: SamplingParams, parent: int = MAIN
+    ) -> TokenizedRequest:
+        """The request with one more branch, which gets the next number. parent: number of its parent."""
+        tree = self.tokens.tree
+        grown = GrowingTree(np.append(tree.parents, parent), np.append(tree.is_reduce, False))
+        tokens = Tokens.of_tree([*self.tokens.split(), token_ids], grown)
+        return TokenizedRequest(tokens, [*self.params, params])
 
 
 @dataclass(frozen=True, slots=True)
 class ResumeState:
-    """Progress of a sample on another engine, from which this engine resumes it. All lists are by branch.
+    """Progress of a sample on another engine, from which this engine resumes it.
 
-    start_times: time coordinate of the first token of each branch that was submitted or joined. The reduce
-    branch has no entry here, because its start follows from the other branches.
-    token_ids: decoded tokens of each branch that has started, the reduce branch last.
-    finish_reasons: as token_ids; None for a branch that still runs.
+    The lists have one entry for each segment after main, in the order of their numbers.
+
+    start_times: time coordinate of the first token; None for a segment that has not started, or whose start
+    follows from the others.
+    token_ids: decoded tokens.
+    finish_reasons: None for a segment that has not finished.
     """
 
-    start_times: list[int]
+    start_times: list[int | None]
     token_ids: list[list[int]]
     finish_reasons: list[FinishReason | None]

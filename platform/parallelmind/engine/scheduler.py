@@ -9,7 +9,7 @@ tokens are computed anew when there is room.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,6 @@ import numpy as np
 from parallelmind.engine.block_manager import BLOCK, BlockManager
 from parallelmind.engine.output import FinishReason
 from parallelmind.engine.planner import Adoption, FilledBlocks, Plan, Planner, ScheduledGroup
-from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.engine.sequence import BranchState, SegmentState
 from parallelmind.engine.sequence_group import SequenceGroup
 from parallelmind.errors import UserError
@@ -75,48 +74,35 @@ class Scheduler:
 
     def submit(self, group: SequenceGroup) -> None:
         """Queue a sample. Raises UserError for one that would not fit an empty cache."""
-        branches = len(group.branches) + (group.reduce is not None)
+        self.check_size(group)
+        self.waiting.append(group)
+
+    def check_size(self, group: SequenceGroup) -> None:
+        """Raise UserError for a sample with too many segments, and for one that could never fit the cache."""
+        branches = len(group.branches)
         if branches > self.config.max_branches:
             raise UserError(
                 f"branches: {branches} given, {self.config.max_branches} allowed; split the sample"
             )
         self._require_fit(group.max_blocks)
-        self.waiting.append(group)
-
-    def add_branch(
-        self, group: SequenceGroup, token_ids: Sequence[int], params: SamplingParams
-    ) -> BranchState:
-        """Add a branch to an unfinished sample. Its tokens are computed when there is room.
-
-        Raises UserError for one that could never fit.
-        """
-        if len(group.branches) + (group.reduce is not None) >= self.config.max_branches:
-            raise UserError(
-                f"branches: the sample has {len(group.branches)}, the maximum; submit another sample"
-            )
-        self._require_fit(group.max_blocks_with(len(token_ids) + params.max_new_tokens))
-        return group.add_branch(token_ids, params)
 
     def finish_branch(self, group: SequenceGroup, branch: BranchState, reason: FinishReason) -> None:
-        """Finish a branch and free the blocks that are not read again.
-
-        After the last one the reduce branch starts; without a reduce branch the sample is removed.
-        """
-        branch.finish_reason = reason
+        """Finish a segment and free the blocks that are not read again; after the last one all of them."""
+        group.finish(branch, reason)
         self._cache_last_block(group, branch)
-        if not group.is_running and group.reduce is None:
-            self._remove(group)
-            return
-        if group.free_order and not group.is_kept(branch):
-            self.block_manager.free(branch.table.clear())
         if not group.is_running:
-            group.start_reduce()
+            self._remove(group)
+        elif group.free_order:
+            for segment in group.segments:
+                if segment.table.blocks and not group.is_kept[segment.number]:
+                    self.block_manager.free(segment.reset())
 
     def abort(self, group: SequenceGroup, reason: FinishReason = "cancelled") -> None:
-        """End the running branches of a sample, and its reduce branch."""
-        for branch in group.running_branches:
-            branch.finish_reason = reason
-            self._cache_last_block(group, branch)
+        """Finish all segments of a sample, and free its blocks."""
+        for branch in group.branches:
+            if not branch.is_finished:
+                group.finish(branch, reason)
+                self._cache_last_block(group, branch)
         self._remove(group)
 
     def stats(self) -> EngineStats:
@@ -202,16 +188,18 @@ class Scheduler:
             blocks = item.blocks.get(MAIN, [])
             self.block_manager.hold(blocks)
             group.segments[MAIN].table.commit(len(tokens.ids), blocks)
+        committed = set[int]()
         for segment, count in zip(group.segments, tokens.counts.tolist(), strict=False):
-            if count and (not group.free_order or group.is_kept(segment)):
+            if count and (not group.free_order or segment.table.is_staged(count)):
                 self.num_prompt_tokens += min(count, segment.num_waiting_prefill)
                 segment.num_computed += count
+                committed.add(segment.number)
                 if group.free_order:
                     blocks = item.blocks.get(segment.number, [])
                     self.block_manager.hold(blocks)
                     segment.table.commit(count, blocks)
         for filled in item.filled:
-            if group.is_finite and group.is_kept(filled.segment):
+            if group.is_finite and filled.segment.number in committed:
                 self._cache_filled(filled)
         if tokens.counts[MAIN] and group.free_order and not group.segments[MAIN].num_waiting_prefill:
             self._cache_last_block(group, group.segments[MAIN])

@@ -21,7 +21,6 @@ class SegmentState:
     start_time: time coordinate of the first token.
     parent: number of the segment that this one continues.
     is_reduce: whether it joins all branches of its parent.
-    coordinate: the branch coordinate.
     path: hash of all that the keys of the segment's tokens depend on, up to its computed blocks; None if they
         depend on more than the path.
     num_prefill: tokens to compute before a token can be decoded: the prompt, and tokens that were decoded
@@ -35,7 +34,6 @@ class SegmentState:
     start_time: int = 0
     parent: int = NO_PARENT
     is_reduce: bool = False
-    coordinate: int = 0
     path: PathHash | None = None
     num_prefill: int = field(init=False)
     num_computed: int = 0
@@ -54,8 +52,13 @@ class SegmentState:
         return self.start_time + len(self.token_ids)
 
     @property
+    def is_finished(self) -> bool:
+        """Whether no token will be decoded any more."""
+        return True
+
+    @property
     def is_running(self) -> bool:
-        """Whether tokens are, or will be, decoded."""
+        """Whether tokens are decoded, or will be when the prefill is computed."""
         return False
 
     @property
@@ -82,23 +85,30 @@ class SegmentState:
 
 @dataclass(eq=False, slots=True, kw_only=True)
 class BranchState(SegmentState):
-    """The state of one branch.
+    """The state of one segment after main: a branch or a reduce. It has no tokens until it starts.
 
+    prompt: the tokens that it starts with.
     params: how it is continued. seed: `params.seed`, or that of the sample.
     output: turns decoded tokens into text and detects the end.
-    num_prompt: tokens of the prompt.
-    finish_reason: None while the branch runs.
+    shift: time steps between the end of the parent and the start of a branch.
+    finish_reason: None while the segment waits or runs.
     """
 
+    token_ids: list[int] = field(default_factory=list)
+    prompt: list[int]
     params: SamplingParams
     seed: int
     output: OutputProcessor
     parent: int = MAIN
-    num_prompt: int = field(init=False)
+    shift: int = 0
+    has_started: bool = False
     finish_reason: FinishReason | None = None
 
-    def __post_init__(self) -> None:
-        self.num_prompt = self.num_prefill = len(self.token_ids)
+    def start(self, time: int, path: PathHash | None) -> None:
+        """Start with the prompt at this time coordinate. path: the hash at the start."""
+        self.has_started, self.start_time, self.path = True, time, path
+        self.token_ids = [*self.prompt]
+        self.num_prefill = self.num_prompt
 
     @property
     def index(self) -> int:
@@ -106,17 +116,25 @@ class BranchState(SegmentState):
         return self.number - 1
 
     @property
+    def num_prompt(self) -> int:
+        return len(self.prompt)
+
+    @property
     def generated(self) -> list[int]:
         """Decoded token ids."""
         return self.token_ids[self.num_prompt :]
 
     @property
+    def is_finished(self) -> bool:
+        return self.finish_reason is not None
+
+    @property
     def is_running(self) -> bool:
-        return self.finish_reason is None
+        return self.has_started and self.finish_reason is None
 
     @property
     def max_tokens(self) -> int:
-        return self.num_prompt + self.params.max_new_tokens if self.is_running else len(self.token_ids)
+        return len(self.token_ids) if self.is_finished else self.num_prompt + self.params.max_new_tokens
 
     def append_token(self, token: int) -> tuple[str, FinishReason | None]:
         """Append a decoded token; returns the new text to show, and why the branch finishes, if it does."""

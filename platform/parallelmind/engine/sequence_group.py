@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from time import monotonic
 
 import numpy as np
@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 
 from parallelmind.config import RopeConfig
 from parallelmind.engine.block_manager import blocks_for
-from parallelmind.engine.output import OutputProcessor
+from parallelmind.engine.output import FinishReason, OutputProcessor
 from parallelmind.engine.path_hash import PathHash
-from parallelmind.engine.request import TokenizedRequest
+from parallelmind.engine.request import ResumeState, TokenizedRequest
 from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.engine.sequence import BranchState, SegmentState
-from parallelmind.layout import Layout, Tokens, arrange, is_free_order, start_times
-from parallelmind.tree import MAIN, NO_PARENT, Ints, Mask, Tree, relations
+from parallelmind.layout import Layout, Tokens, is_free_order, place, shifts_to_the_right
+from parallelmind.tree import MAIN, GrowingTree, Ints, Mask, branch_coordinates, relations
 from parallelmind.visibility import relation_scores
 
 OutputFactory = Callable[[Sequence[int], SamplingParams], OutputProcessor]  # given a branch's prompt
@@ -29,9 +29,8 @@ class SequenceGroup:
     id: the engine's number of the sample.
     adapter_version: version of the adapter that decodes it.
     free_order: whether branches are stored and scheduled regardless of their siblings' progress.
-    segments: main and all branches, in the order in which they were added.
+    segments: main, branches and reduces, in the order in which they were added: that of their numbers.
     main: `[main tokens]` token ids.
-    reduce: the reduce branch, until it starts. reduce_started: it is the last one of `branches`.
     next_column: the first column of time that is not in the cache (unless the order is free).
     frontier: the first column that no forward pass has computed or is computing; a branch that is added
         starts there.
@@ -53,20 +52,18 @@ class SequenceGroup:
         """seed: for branches whose sampling parameters have none."""
         self.id, self.adapter_version = id, adapter_version
         self.config, self.free_order = config, is_free_order(config)
-        self.reduce, self.reduce_started = request.reduce, False
         self._seed, self._make_output = seed, make_output
         self.next_column = self.frontier = self.num_preemptions = 0
         self.is_admitted, self.is_finite = False, True
         self._shape: GroupShape | None = None
+        self._start_times: Ints | None = None
+        self._is_kept: Mask | None = None
         self.submitted_at = monotonic()
 
-        tokens = request.tokens
-        main, *prompts = tokens.split()
+        main = request.tokens.split()[MAIN]
         self.main = np.array(main, dtype=np.int64)
         self.segments = [SegmentState(MAIN, main, path=PathHash.root(adapter_version))]
-        starts = start_times(tokens.lengths, tokens.tree, config.align_to)[1:].tolist()
-        for prompt, params, start in zip(prompts, request.params, starts, strict=True):
-            self._append_branch(prompt, params, start)
+        self.add(request)
 
     # Progress
 
@@ -77,8 +74,8 @@ class SequenceGroup:
 
     @property
     def is_running(self) -> bool:
-        """Whether any branch runs. The reduce branch counts once it has started."""
-        return any(segment.is_running for segment in self.segments)
+        """Whether any segment runs or waits for its start."""
+        return not all(segment.is_finished for segment in self.segments)
 
     @property
     def is_decoding(self) -> bool:
@@ -114,124 +111,199 @@ class SequenceGroup:
         return self._shape
 
     @property
-    def tree(self) -> Tree:
-        """The tree of the sample as it is now, in pre-order."""
+    def tree(self) -> GrowingTree:
+        """The tree of the sample as it is now."""
         return self.shape.tree
+
+    @property
+    def start_times(self) -> Ints:
+        """`[segments]` time coordinates of the first tokens; 0 for a segment that waits for its start."""
+        if self._start_times is None:
+            self._start_times = np.array([segment.start_time for segment in self.segments])
+        return self._start_times
 
     def pos2d(self, branch: BranchState, index: int = 0) -> tuple[int, int]:
         """Branch and time coordinates of a branch's token, counted from the first token of its prompt."""
-        return branch.coordinate, branch.start_time + index
+        return int(self.shape.coordinates[branch.number]), branch.start_time + index
+
+    def path_tokens(self, branch: BranchState) -> list[int]:
+        """Token ids of main and of all that the branch continues, its own last."""
+        path: list[SegmentState] = [branch]
+        while path[-1].number != MAIN:
+            path.append(self.segments[path[-1].parent])
+        return [token for segment in reversed(path) for token in segment.token_ids]
 
     def final_layout(self) -> Layout:
-        """Layout of main and of all branches as they are now, each at its start time and coordinate."""
-        tree, order = self.tree, self.shape.order
-        segments = [self.segments[number] for number in order]
-        tokens = Tokens.of_tree([segment.token_ids for segment in segments], tree)
-        delays = [
-            segment.start_time - self.segments[segment.parent].end_time
-            for segment in segments[1:]
-            if not segment.is_reduce
-        ]
-        aligned_left = self.config.model_copy(update={"align_to": "left"})
-        layout = arrange(tokens, aligned_left, delays=np.array(delays))
-        coordinates = np.array([segment.coordinate for segment in segments])
-        return replace(layout, branch=coordinates[layout.segment])
+        """Layout of all segments as they are now; one that has not started has no token."""
+        lengths = np.array([segment.num_tokens for segment in self.segments])
+        ids = np.array([token for segment in self.segments for token in segment.token_ids], np.int64)
+        tokens = Tokens(ids, lengths, np.zeros(len(ids), bool), self.tree)
+        return place(tokens, self.start_times, self.config)
 
-    # Branches
+    # Growth
 
-    def add_branch(self, token_ids: Sequence[int], params: SamplingParams) -> BranchState:
-        """Add a branch. It starts where alignment puts it, or, in column order, in the next column."""
-        return self._append_branch(token_ids, params, self.next_start_time(len(token_ids)))
+    def add(self, request: TokenizedRequest, parent: int = MAIN, as_reduce: bool = False) -> None:
+        """Add the segments of a request, without its main, below a segment. They start with `start_ready`.
 
-    def set_start_times(self, start_times: Sequence[int]) -> None:
-        """Move the branches of a new sample to the start times that they had on another engine."""
-        for branch, start_time in zip(self.branches, start_times, strict=True):
-            branch.start_time = start_time
-            branch.path = self._path_of(branch)
-        self._shape = None
+        as_reduce: whether its only branch is added as the reduce of the segment.
+        """
+        tokens, last = request.tokens, len(self.segments) - 1
+        parents, is_reduce = tokens.tree.parents.tolist(), tokens.tree.is_reduce.tolist()
+        shifts = self._shifts(tokens, parent).tolist()
+        for number, (prompt, params) in enumerate(zip(tokens.split()[1:], request.params, strict=True), 1):
+            is_below = parents[number] != MAIN
+            branch = BranchState(
+                number=last + number,
+                prompt=prompt,
+                parent=last + parents[number] if is_below else parent,
+                is_reduce=is_reduce[number] or (as_reduce and not is_below),
+                shift=shifts[number],
+                params=params,
+                seed=self._seed if params.seed is None else params.seed,
+                output=self._make_output(prompt, params),
+            )
+            self.segments.append(branch)
+        self._forget_shape()
 
-    def start_reduce(self) -> BranchState:
-        """Start the reduce branch at the latest end of all other branches."""
-        assert self.reduce is not None, "the sample has a reduce branch that has not started"
-        spec, self.reduce = self.reduce, None
-        start = max(branch.end_time for branch in self.branches)
-        self.reduce_started = True
-        return self._append_branch(spec.token_ids, spec.params, start, is_reduce=True)
+    def remove_from(self, number: int) -> None:
+        """Remove the segments from this number on. None of them has started."""
+        del self.segments[number:]
+        self._forget_shape()
 
-    def next_start_time(self, num_tokens: int) -> int:
-        """Time coordinate at which a branch with this many prompt tokens starts, if it is added now."""
-        if not self.free_order:
-            return max(len(self.main), self.frontier)
-        if self.config.align_to == "left":
-            return len(self.main)
-        longest = max(branch.num_prompt for branch in self.branches)
-        return len(self.main) + max(longest - num_tokens, 0)
+    def start_ready(self) -> list[BranchState]:
+        """Start every segment whose start time is known; returns them.
 
-    def _append_branch(
-        self,
-        token_ids: Sequence[int],
-        params: SamplingParams,
-        start: int,
-        parent: int = MAIN,
-        is_reduce: bool = False,
-    ) -> BranchState:
-        branch = BranchState(
-            number=len(self.segments),
-            token_ids=list(token_ids),
-            start_time=start,
-            parent=parent,
-            is_reduce=is_reduce,
-            coordinate=self._coordinate(len(self.segments), parent, is_reduce),
-            params=params,
-            seed=self._seed if params.seed is None else params.seed,
-            output=self._make_output(token_ids, params),
-        )
-        branch.path = self._path_of(branch)
-        self.segments.append(branch)
-        self._shape = None
-        return branch
+        A branch starts when its parent has ended, a reduce when the branches of its parent, and all below
+        them, have.
+        """
+        is_open = self._is_open()
+        ready = [branch for branch in self.branches if not (branch.has_started or branch.is_finished)]
+        ready = [branch for branch in ready if self._is_ready(branch, is_open)]
+        ends = np.array([segment.end_time for segment in self.segments])
+        for branch in ready:
+            self.start(branch, self._start_time(branch, ends))
+        return ready
 
-    def _coordinate(self, number: int, parent: int, is_reduce: bool) -> int:
-        """The branch coordinate of a new segment: that of its parent for a reduce, as in `tree`."""
-        if is_reduce:
-            return self.segments[parent].coordinate
-        return (number - (len(self.main) == 0)) * self.config.branch_stride
+    def start(self, branch: BranchState, time: int) -> None:
+        """Start a segment at this time coordinate."""
+        branch.start(time, self._path_at(branch, time))
+        self._start_times = None
 
-    def _path_of(self, branch: BranchState) -> PathHash | None:
+    def finish(self, branch: BranchState, reason: FinishReason | None) -> None:
+        """Finish a segment, which may wait for its start. None: let it run on."""
+        branch.finish_reason = reason
+        self._is_kept = None
+
+    def resume(self, state: ResumeState) -> None:
+        """Bring a new sample to the progress that it had on another engine."""
+        for branch, time, token_ids, reason in zip(
+            self.branches, state.start_times, state.token_ids, state.finish_reasons, strict=True
+        ):
+            if time is not None:
+                self.start(branch, time)
+                branch.append_tokens(token_ids, finished=reason is not None)
+            if reason is not None:
+                self.finish(branch, reason)
+
+    def below(self, number: int) -> list[BranchState]:
+        """The segments below a segment."""
+        return [branch for branch in self.branches if number in self.shape.paths[branch.number][:-1]]
+
+    def children(self, number: int) -> list[BranchState]:
+        """The branches of a segment, and its reduce."""
+        return [branch for branch in self.branches if branch.parent == number]
+
+    def reduce_of(self, number: int) -> BranchState | None:
+        """The reduce of a segment."""
+        return next((branch for branch in self.children(number) if branch.is_reduce), None)
+
+    def has_open_branches(self, number: int) -> bool:
+        """Whether a branch of a segment, or something below it, has not finished."""
+        is_open = self._is_open()
+        return any(is_open[branch.number] for branch in self.children(number) if not branch.is_reduce)
+
+    def latest_ends(self) -> Ints:
+        """`[segments]` upper bounds of the time coordinates after the last token."""
+        ends, branches = np.full(len(self.segments), len(self.main)), self.branches
+        for number in self.tree.pre_order[1:].tolist():
+            branch = branches[number - 1]
+            start = branch.start_time if branch.has_started else self._start_time(branch, ends)
+            ends[number] = start + branch.max_tokens
+        return ends
+
+    def _is_open(self) -> list[bool]:
+        """`[segments]` whether a segment, or one below it, has not finished."""
+        is_open = [not segment.is_finished for segment in self.segments]
+        for branch in reversed(self.branches):
+            is_open[branch.parent] |= is_open[branch.number]
+        return is_open
+
+    def _is_ready(self, branch: BranchState, is_open: Sequence[bool]) -> bool:
+        if not self.segments[branch.parent].is_finished:
+            return False
+        siblings = self.children(branch.parent) if branch.is_reduce else []
+        return not any(is_open[sibling.number] for sibling in siblings if not sibling.is_reduce)
+
+    def _start_time(self, branch: BranchState, ends: Ints) -> int:
+        """Where a segment starts if the others end at these times.
+
+        In column order, not in a column that is computed or is being computed.
+        """
+        if branch.is_reduce:
+            start = int(ends[list(self.shape.joined[branch.number])].max())
+        else:
+            start = int(ends[branch.parent]) + branch.shift
+        return start if self.free_order else max(start, self.frontier)
+
+    def _shifts(self, tokens: Tokens, parent: int) -> Ints:
+        """`[segments]` time steps before the segments of a request. With align_to=right prompts end together.
+
+        parent: what the branches of its main continue.
+        """
+        shifts = np.zeros_like(tokens.lengths)
+        if self.config.align_to == "right":
+            shifts += shifts_to_the_right(tokens.lengths, tokens.tree)
+            is_leaf = tokens.tree.is_branch & (tokens.tree.parents == MAIN)
+            is_leaf[tokens.tree.parents[1:]] = False
+            siblings = max((branch.num_prompt for branch in self.children(parent)), default=0)
+            shifts[is_leaf] += max(siblings - tokens.lengths[is_leaf].max(initial=0), 0)
+        return shifts
+
+    def _forget_shape(self) -> None:
+        self._shape = self._start_times = self._is_kept = None
+
+    def _path_at(self, branch: BranchState, time: int) -> PathHash | None:
         """The hash at the start of a branch; None if its keys depend on more than its path."""
         parent = self.segments[branch.parent]
         if parent.path is None or branch.is_reduce or not self.free_order:
             return None
-        coordinate = branch.coordinate if self.config.rope_2d_ratio else 0
-        return parent.path.child(parent.token_ids, coordinate, branch.start_time)
+        coordinate = self.pos2d(branch)[0] if self.config.rope_2d_ratio else 0
+        return parent.path.child(parent.token_ids, coordinate, time)
 
     # Cache blocks
 
-    def is_kept(self, segment: SegmentState) -> bool:
-        """Whether the blocks of a segment are read, now or later.
+    @property
+    def is_kept(self) -> Mask:
+        """`[segments]` whether the blocks of a segment are read, now or later.
 
         In column order the blocks of main hold all segments.
         """
-        waits_for_reduce = self.reduce is not None or self.reduce_started
-        return segment.number == MAIN or segment.is_running or (self.free_order and waits_for_reduce)
-
-    @property
-    def max_reduce_tokens(self) -> int:
-        """Upper bound of the length of a reduce branch that has not started."""
-        return len(self.reduce.token_ids) + self.reduce.params.max_new_tokens if self.reduce else 0
+        if self._is_kept is None:
+            is_open = np.array([not segment.is_finished for segment in self.segments])
+            self._is_kept = is_open | (self.shape.reads[is_open].any(axis=0) & self.free_order)
+            self._is_kept[MAIN] = True
+        return self._is_kept
 
     @property
     def max_blocks(self) -> int:
         """Upper bound of the blocks that the sample fills, if it adopts no blocks that are used in part."""
-        return self.max_blocks_with(0)
-
-    def max_blocks_with(self, new_tokens: int) -> int:
-        """`max_blocks` with one more branch of so many tokens."""
-        reduce = self.max_reduce_tokens
         if not self.free_order:
-            return blocks_for(sum(segment.max_tokens for segment in self.segments) + reduce + new_tokens)
-        kept = (segment.max_tokens for segment in self.segments if self.is_kept(segment))
-        return sum(map(blocks_for, [*kept, reduce, new_tokens]))
+            return blocks_for(sum(segment.max_tokens for segment in self.segments))
+        return sum(
+            blocks_for(segment.max_tokens)
+            for segment, is_kept in zip(self.segments, self.is_kept.tolist(), strict=True)
+            if is_kept
+        )
 
     def reset(self) -> list[int]:
         """Forget what is computed, so that it is computed anew; returns all blocks."""
@@ -243,58 +315,40 @@ class SequenceGroup:
 class GroupShape:
     """How the segments of a sample relate to each other.
 
-    Segments are numbered in the order in which they were added; a tree numbers them in pre-order.
-
-    tree: the tree of the sample. order: `[segments]` the segment with each number of the tree.
+    tree: the tree of the sample.
     scores: `[segments, segments]` summand of the attention score for a query's and a key's segment.
-    coordinates, start_times: `[segments]` values of the segments.
+    coordinates: `[segments]` branch coordinates.
     reads: `[segments, segments]` whether a query's segment sees a key's segment.
     paths: for each segment the segments from main to itself.
     joined: for each segment those that it joins.
     """
 
-    tree: Tree
-    order: list[int]
+    tree: GrowingTree
     scores: NDArray[np.float32]
-    reads: Mask
     coordinates: Ints
-    start_times: Ints
+    reads: Mask
     paths: list[tuple[int, ...]]
     joined: list[tuple[int, ...]]
 
     @staticmethod
     def of(segments: Sequence[SegmentState], config: RopeConfig) -> GroupShape:
-        order = _pre_order(segments)
-        number = np.argsort(order)  # in the tree, of each segment
-        parents = [NO_PARENT, *(number[segments[index].parent] for index in order[1:])]
-        tree = Tree(np.array(parents, np.int64), np.array([segments[index].is_reduce for index in order]))
-        table = relations(tree)[np.ix_(number, number)]
-        scores = relation_scores(config.visibility, config.sibling_penalty)[table]
+        tree = GrowingTree(
+            np.array([segment.parent for segment in segments]),
+            np.array([segment.is_reduce for segment in segments]),
+        )
+        scores = relation_scores(config.visibility, config.sibling_penalty)[relations(tree)]
         paths: list[tuple[int, ...]] = [(MAIN,)]
         for segment in segments[1:]:
             paths.append((*paths[segment.parent], segment.number))
         joined: list[tuple[int, ...]] = [()] * len(segments)
-        for place, _, joins in tree.walk():
-            joined[order[place]] = tuple(order[joins.start : joins.stop])
+        order = tree.pre_order.tolist()
+        for number, _, joins in tree.complete().walk():
+            joined[order[number]] = tuple(order[joins.start : joins.stop])
         return GroupShape(
             tree=tree,
-            order=order,
             scores=scores,
+            coordinates=branch_coordinates(tree, segments[MAIN].num_tokens > 0, config.branch_stride),
             reads=scores > -np.inf,
-            coordinates=np.array([segment.coordinate for segment in segments]),
-            start_times=np.array([segment.start_time for segment in segments]),
             paths=paths,
             joined=joined,
         )
-
-
-def _pre_order(segments: Sequence[SegmentState]) -> list[int]:
-    """The numbers of the segments in pre-order, siblings in the order in which they were added."""
-    children: list[list[int]] = [[] for _ in segments]
-    for segment in segments[1:]:
-        children[segment.parent].append(segment.number)
-    order, open_segments = list[int](), [MAIN]
-    while open_segments:
-        order.append(open_segments.pop())
-        open_segments += reversed(children[order[-1]])
-    return order

@@ -59,7 +59,7 @@ def schedule_tokens(group: SequenceGroup, budget: int, progress: Progress | None
     segments, shape, num_computed = group.segments, group.shape, progress.num_computed
     segment = np.repeat(np.arange(len(counts)), counts)
     index = np.arange(len(segment)) + np.repeat(num_computed - np.cumsum(counts) + counts, counts)
-    time, ids = shape.start_times[segment] + index, _next_ids(segments, num_computed, counts)
+    time, ids = group.start_times[segment] + index, _next_ids(segments, num_computed, counts)
     is_last = index == _per_segment(segments, "num_tokens")[segment] - 1
     needs_logits = is_last & _per_segment(segments, "is_running").astype(bool)[segment]
     if not group.free_order:
@@ -105,7 +105,7 @@ def _column_order_counts(group: SequenceGroup, budget: int, progress: Progress) 
     segments, first = group.segments, progress.next_column
     if MAIN in progress.deferred:
         return first, np.zeros(len(segments), np.int64)
-    starts = group.shape.start_times
+    starts = group.start_times
     ends = starts + _per_segment(segments, "num_tokens")
     stop = min(segment.end_time for segment in segments if segment.is_running)  # its token is not decoded yet
     if stop > first + 1:

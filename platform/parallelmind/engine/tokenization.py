@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from operator import index
 from typing import Any
 
@@ -11,10 +12,11 @@ from transformers import PreTrainedTokenizerBase
 
 from parallelmind.data.encode import encode_text, turn_end_id
 from parallelmind.engine.model_runner import Model
-from parallelmind.engine.request import ReduceSpec, Sample, Text, TokenizedRequest, is_list
+from parallelmind.engine.request import Sample, Segment, Text, TokenizedRequest, is_list
 from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.errors import UserError, first_line, short_repr
 from parallelmind.layout import Tokens
+from parallelmind.tree import MAIN, NO_PARENT, Tree
 
 
 def tokenize_request(
@@ -26,23 +28,39 @@ def tokenize_request(
 ) -> TokenizedRequest:
     """Tokenize a sample and resolve its sampling settings; arguments are those of `Engine.submit`.
 
-    Raises UserError for a bad setting, for an empty branch, and if nothing would be decoded.
+    Raises UserError for a bad setting, for an empty segment, for a second reduce, and if nothing would be
+    decoded.
     """
-    tokens = tokenize_sample(tokenizer, sample)
-    params = _branch_params(sampling, per_branch, tokens.branches)
-    spec = None
     if reduce is not None:
-        spec = ReduceSpec(tokenize(tokenizer, reduce, first=False), SamplingParams.of(sampling))
-    request = TokenizedRequest(tokens, params, spec)
+        if sample.reduce is not None:
+            raise UserError(f"reduce={short_repr(reduce)}: the sample has a reduce; give one of them")
+        sample = replace(sample, reduce=reduce)
+    params = _all_params(sample, sampling, per_branch)
+    request = TokenizedRequest(tokenize_sample(tokenizer, sample), params)
     _check_decodes(request)
     return request
 
 
+def tokenize_branches(
+    tokenizer: PreTrainedTokenizerBase, branches: Sequence[Text | Segment], sampling: dict[str, Any]
+) -> TokenizedRequest:
+    """Tokenize branches that continue a segment of a running sample: a request without main.
+
+    Raises UserError for a bad setting, for no branch and for an empty segment.
+    """
+    sample = Sample(branches=branches)
+    tokens = _tokenize_segments(tokenizer, [], sample, opens=False)
+    return TokenizedRequest(tokens, _all_params(sample, sampling, None))
+
+
 def _check_decodes(request: TokenizedRequest) -> None:
-    """Raise UserError for a request that decodes nothing, and for a reduce branch that does not."""
-    reduce = request.reduce
-    if reduce and not reduce.params.max_new_tokens:
-        raise UserError("max_new_tokens=0: the reduce branch decodes nothing; raise it, or leave reduce out")
+    """Raise UserError for a request that decodes nothing, and for a last reduce that does not."""
+    tree = request.tokens.tree
+    for number in np.flatnonzero(tree.is_reduce).tolist():
+        if not request.params[number - 1].max_new_tokens and number not in tree.parents:
+            raise UserError(
+                "max_new_tokens=0: the reduce branch decodes nothing; raise it, or leave reduce out"
+            )
     if not request.max_new_tokens:
         raise UserError("max_new_tokens=0: no branch decodes; raise it for one of them, or give a reduce")
 
@@ -51,7 +69,25 @@ def tokenize_sample(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> Token
     """Token ids of a sample. Raises UserError if it has no branch, or an empty one."""
     has_main = sample.main is not None and not (isinstance(sample.main, str) and not sample.main)
     main = tokenize(tokenizer, sample.main, first=True) if has_main else []
-    return Tokens.of(main, [tokenize(tokenizer, branch, first=not main) for branch in sample.branches])
+    return _tokenize_segments(tokenizer, main, sample, opens=not main)
+
+
+def _tokenize_segments(
+    tokenizer: PreTrainedTokenizerBase, main: list[int], sample: Sample, opens: bool
+) -> Tokens:
+    """Token ids of main and of what follows it. opens: whether the branches of main open the sample."""
+    segments, parents, is_reduce = [main], [NO_PARENT], [False]
+    for placed in sample.walk():
+        first = opens and placed.parent == MAIN and not placed.is_reduce
+        segments.append(tokenize(tokenizer, placed.segment.text, first))
+        parents.append(placed.parent)
+        is_reduce.append(placed.is_reduce)
+        if not segments[-1]:
+            remedy = "leave it out" if placed.is_reduce else "move the end of main into it"
+            raise UserError(f"{placed.place}: holds no token; give it text, or {remedy}")
+    if len(segments) == 1:
+        raise UserError("branches=[]: a sample needs at least one branch")
+    return Tokens.of_tree(segments, Tree(np.array(parents), np.array(is_reduce)))
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: Text, first: bool) -> list[int]:
@@ -98,12 +134,29 @@ def eos_token_ids(model: Model, tokenizer: PreTrainedTokenizerBase) -> frozenset
     return frozenset(int(token) for token in all_ids if token is not None)
 
 
-def _branch_params(
-    sampling: dict[str, Any], per_branch: Sequence[dict[str, Any]] | None, branches: int
+def _all_params(
+    sample: Sample, sampling: dict[str, Any], per_branch: Sequence[dict[str, Any]] | None
 ) -> list[SamplingParams]:
-    """Sampling parameters of every branch: `per_branch` overrides `sampling`."""
+    """Sampling parameters of every segment: `sampling`, `per_branch` and its own settings, the last wins."""
+    own = iter(_checked_settings(per_branch, len(sample.branches)))
+    return [
+        SamplingParams.of(
+            {
+                **sampling,
+                **(next(own) if placed.parent == MAIN and not placed.is_reduce else {}),
+                **placed.segment.sampling,
+            }
+        )
+        for placed in sample.walk()
+    ]
+
+
+def _checked_settings(
+    per_branch: Sequence[dict[str, Any]] | None, branches: int
+) -> Sequence[Mapping[str, Any]]:
+    """The settings of each branch of main. Raises UserError if they are not a list of as many dicts."""
     if per_branch is None:
-        return [SamplingParams.of(sampling)] * branches
+        return [{}] * branches
     if not is_list(per_branch) or not all(isinstance(own, Mapping) for own in per_branch):
         raise UserError(f"per_branch={short_repr(per_branch)}: give a list of dicts, one per branch")
     if len(per_branch) != branches:
@@ -111,4 +164,4 @@ def _branch_params(
             f"per_branch: {len(per_branch)} settings for {branches} branches; "
             "give one dict per branch, {} for none"
         )
-    return [SamplingParams.of({**sampling, **own}) for own in per_branch]
+    return per_branch

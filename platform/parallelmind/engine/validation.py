@@ -6,64 +6,65 @@ from collections.abc import Sequence
 from typing import Any
 
 from parallelmind.config import RopeConfig
+from parallelmind.data.records import MAX_DEPTH
 from parallelmind.engine.model_runner import Model
-from parallelmind.engine.request import TokenizedRequest
 from parallelmind.engine.sampling_params import SamplingParams
+from parallelmind.engine.sequence import BranchState
 from parallelmind.engine.sequence_group import SequenceGroup
 from parallelmind.errors import UserError
-from parallelmind.layout import start_times
 from parallelmind.model.patch_state import is_patched
+from parallelmind.tree import MAIN
 
 
-def check_request(
-    model: Model, config: RopeConfig, request: TokenizedRequest, fallback_reason: str | None
-) -> None:
-    """Raise UserError for unknown token ids, unsupported branches, and more tokens than the context holds.
+def check_group(model: Model, group: SequenceGroup, fallback_reason: str | None) -> None:
+    """Raise UserError for unsupported branches, and for more tokens than the context holds.
 
     fallback_reason: why the model's branches cannot share a sequence; None if they can.
     """
-    tokens, reduce = request.tokens, request.reduce
-    check_token_ids(model, tokens.ids.tolist(), request.params)
-    if request.num_branches > 1:
-        _check_patched(model, f"{tokens.branches} given", fallback_reason)
-    if reduce and fallback_reason:
+    tree, branches = group.tree, group.branches
+    if tree.depth > MAX_DEPTH:
+        raise UserError(f"branches: are nested {tree.depth} deep, {MAX_DEPTH} allowed; nest fewer of them")
+    if len(branches) > 1:
+        _check_patched(model, f"{len(branches)} given", fallback_reason)
+    if fallback_reason and not tree.is_flat:
         raise UserError(
-            f"reduce: the model {fallback_reason}, so no branch can read the others; leave reduce out"
+            f"branches: the model {fallback_reason}, so a branch has no branches and no reduce; "
+            "give main and branches alone"
         )
-    starts = start_times(tokens.lengths, tokens.tree, config.align_to)[1:].tolist()
-    prompts = tokens.lengths[1:].tolist()
-    new_tokens = [params.max_new_tokens for params in request.params]
-    ends = [sum(lengths) for lengths in zip(starts, prompts, new_tokens, strict=True)]
-    total = len(tokens.ids) + sum(new_tokens)
-    last = ends.index(max(ends))  # of all branches, the one that needs the most positions
-    others = total - prompts[last] - new_tokens[last]
-    _check_context(model, config, starts[last], others, prompts[last], new_tokens[last])
-    if reduce:
-        if not reduce.token_ids:
-            raise UserError("reduce: holds no token; give it text, or leave it out")
-        check_token_ids(model, reduce.token_ids, [reduce.params])
-        num_new = reduce.params.max_new_tokens
-        _check_context(model, config, max(ends), total, len(reduce.token_ids), num_new)
+    ends, total = group.latest_ends(), sum(segment.max_tokens for segment in group.segments)
+    last = branches[int(ends[1:].argmax())]
+    _check_context(model, group.config, int(ends[last.number]), total, last)
 
 
-def check_added_branch(
-    model: Model,
-    config: RopeConfig,
-    group: SequenceGroup,
-    token_ids: list[int],
-    params: SamplingParams,
-    fallback_reason: str | None,
-) -> None:
-    """Raise UserError as `check_request` does, for a branch that is added to an unfinished sample."""
-    if not token_ids:
-        raise UserError("branches: the new branch holds no token; give it text")
-    if group.reduce_started:
+def check_join(group: SequenceGroup, parent: int) -> None:
+    """Raise UserError if a segment cannot have one more branch. parent: its number."""
+    reduce = group.reduce_of(parent)
+    if reduce is not None and (reduce.has_started or reduce.is_finished):
         raise UserError("branches: the reduce branch has started; submit another sample")
-    _check_patched(model, "one more given", fallback_reason)
-    check_token_ids(model, token_ids, [params])
-    start = group.next_start_time(len(token_ids))
-    others = len(group.main) + sum(branch.max_tokens for branch in group.branches)
-    _check_context(model, config, start, others, len(token_ids), params.max_new_tokens)
+    if not group.has_open_branches(parent) and group.segments[parent].is_finished:
+        raise UserError(f"branch={parent - 1}: has ended; join one that runs, or whose branches do")
+
+
+def check_fork(group: SequenceGroup, number: int) -> BranchState:
+    """The branch with this number. Raises UserError for main, and for a branch that does not run."""
+    if number == MAIN:
+        raise UserError("branch=None: main does not decode; join a branch to it")
+    branch = group.branches[number - 1]
+    if not branch.is_running:
+        state = "has ended" if branch.is_finished else "has not started"
+        raise UserError(f"branch={branch.index}: {state}; fork a branch that runs")
+    return branch
+
+
+def check_reduce(group: SequenceGroup, parent: int) -> None:
+    """Raise UserError if a segment cannot have a reduce. parent: its number."""
+    place = "main" if parent == MAIN else f"branch={parent - 1}"
+    if group.reduce_of(parent) is not None:
+        raise UserError(f"{place}: has a reduce; give the reduce branches and a reduce of its own")
+    if not group.children(parent):
+        raise UserError(f"{place}: has no branches to reduce; fork it first")
+    if not group.has_open_branches(parent):
+        raise UserError(f"{place}: its branches have ended; give the reduce while one of them runs")
 
 
 def check_token_ids(model: Model, token_ids: Sequence[int], params: Sequence[SamplingParams]) -> None:
@@ -85,18 +86,17 @@ def _check_patched(model: Model, given: str, fallback_reason: str | None) -> Non
         raise UserError(f"branches: {given}, but the model is not patched; load it with load_model_with_lora")
 
 
-def _check_context(
-    model: Model, config: RopeConfig, start: int, others: int, num_prompt: int, num_new: int
-) -> None:
-    """Raise UserError for a branch that exceeds the model's positions.
+def _check_context(model: Model, config: RopeConfig, end: int, total: int, last: BranchState) -> None:
+    """Raise UserError for a sample that exceeds the model's positions.
 
-    start: its start time. others: upper bound of all other tokens of its sample. num_prompt, num_new: its
-    own tokens.
+    end: upper bound of its end time. total: upper bound of its tokens. last: the segment with this end.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or -1  # -1: none
-    before = others if config.positions == "flat" else start
-    if 0 <= limit < before + num_prompt + num_new:
+    num_new = last.max_tokens - last.num_prompt
+    if 0 <= limit < (total if config.positions == "flat" else end):
+        before = (total if config.positions == "flat" else end) - last.max_tokens
         raise UserError(
-            f"max_new_tokens={num_new}: {num_prompt} prompt tokens and {num_new} new ones, after {before} "
-            f"others, exceed the model's {limit} positions; shorten the sample or lower max_new_tokens"
+            f"max_new_tokens={num_new}: {last.num_prompt} prompt tokens and {num_new} new ones, after "
+            f"{before} others, exceed the model's {limit} positions; "
+            "shorten the sample or lower max_new_tokens"
         )

@@ -24,7 +24,7 @@ BackendName = Literal["parallel", "one_by_one", "batch"]
 class Answer:
     """Generated text of one sample.
 
-    texts: one per branch, the reduce branch last. tokens: decoded tokens, end-of-text tokens included.
+    texts: one for each segment after main, in pre-order. tokens: decoded tokens, end-of-text tokens included.
     kv_bytes: peak size of keys and values; None if the model keeps another kind of state.
     """
 
@@ -51,10 +51,7 @@ def generate_samples(
     `kv_bytes` of every answer is the peak of the whole engine.
     """
     sampling = {"max_new_tokens": max_new_tokens}
-    requests = [
-        tokenize_request(tokenizer, prompt.sample, prompt.per_branch, prompt.reduce, sampling)
-        for prompt in prompts
-    ]
+    requests = [tokenize_request(tokenizer, prompt.sample, None, None, sampling) for prompt in prompts]
     engine = engine_for(model, tokenizer, requests)
     texts, tokens = [[""] * prompt.num_outputs for prompt in prompts], [0] * len(prompts)
     while engine.busy:
@@ -72,8 +69,8 @@ def generate_padded_batch(
 ) -> Answer:
     """Decode greedily with the `generate` of transformers: one left-padded row of main and prompt per branch.
 
-    Every row is a single branch that contains main: branch coordinate 0, times 0, 1, 2, …. The prompt has no
-    reduce.
+    Every row is a single branch that contains main: branch coordinate 0, times 0, 1, 2, …. The prompt is main
+    and branches alone.
     """
     main, *prompts = tokenize_sample(tokenizer, prompt.sample).split()
     length, pad_id = len(main) + max(map(len, prompts)), tokenizer.pad_token_id or 0

@@ -27,14 +27,15 @@ from parallelmind.model.support import assess
 class RecordAnswers:
     """Answers to the questions of one record.
 
-    main: the passage. documents: by branch, the texts that are only read. places, questions, predictions,
-    references: one entry per question; the place is the number of its branch, or "reduce". tokens: decoded
+    main: the passage. documents: by place, the texts that are only read. places, questions, predictions,
+    references: one entry per question. A place is the index of a branch, or "reduce"; "0.1" is a branch of
+    branch 0, and "0.reduce" its reduce. tokens: decoded
     tokens. seconds: time to read the prompts and to decode. kv_bytes: peak size of keys and values; None if
     unknown.
     """
 
     main: str
-    documents: dict[int, str]
+    documents: dict[str, str]
     places: list[str]
     questions: list[str]
     predictions: list[str]
@@ -82,7 +83,7 @@ def answer_records(
         prompts_by_record = [_prompts(record, tokenizer, engine, questions_per_sample) for record in group]
         prompts = [prompt for record_prompts in prompts_by_record for prompt in record_prompts]
         if engine == "parallel" and any(prompt.num_outputs > 1 for prompt in prompts):
-            _require_branches(model, any(prompt.reduce is not None for prompt in prompts))
+            _require_branches(model, not all(record.is_flat for record in group))
         started = time.perf_counter()
         if records_at_once > 1:
             answers = generate_samples(model, tokenizer, prompts, max_new_tokens)
@@ -125,10 +126,10 @@ def _prompts(
 ) -> list[RecordPrompt]:
     """Prompts with main and up to `questions_per_sample` questions each; None means all.
 
-    A reduce is in one sample with all that it reads.
+    A tree is one sample.
     """
     prompt = RecordPrompt.of(record, tokenizer)
-    if prompt.reduce is not None:
+    if not record.is_flat:
         return [prompt if engine == "parallel" else _plain_prompt(record)]
     main, questions = prompt.sample.main, prompt.sample.branches
     size = min(questions_per_sample or len(questions), len(questions))
@@ -143,15 +144,15 @@ def _plain_prompt(record: Record) -> RecordPrompt:
     return RecordPrompt(Sample(branches=["".join(texts)]))
 
 
-def _require_branches(model: Model, has_reduce: bool) -> None:
+def _require_branches(model: Model, has_tree: bool) -> None:
     """Raise UserError for a model that could be patched but is not.
 
-    A model that cannot be patched decodes each branch in its own row, and no reduce.
+    A model that cannot be patched decodes each branch in its own row, and no tree.
     """
     if is_patched(model):
         return
     reason = assess(causal_lm(model)).reason
-    if reason is None or has_reduce:
+    if reason is None or has_tree:
         why = reason or "is not patched, and holds one question at a time"
         raise UserError(f"engine=parallel: the model {why}; set engine=one_by_one or engine=batch")
 

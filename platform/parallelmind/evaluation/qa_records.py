@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 
 from parallelmind.config import DataConfig
 from parallelmind.data.files import file_parts, find_files
 from parallelmind.data.lines import read_lines
-from parallelmind.data.records import Record, RecordError, Segment
+from parallelmind.data.records import Record, Segment
 from parallelmind.data.survey import check_line
-from parallelmind.engine.record_prompt import check_depth
 from parallelmind.errors import UserError
 from parallelmind.evaluation.backends import BackendName
 
@@ -39,46 +38,54 @@ def read_question_records(
 
 
 def questions_of(record: Record) -> dict[str, Segment]:
-    """The segments that are answered, by place: the number of a branch, or "reduce", which is the last."""
-    segments = {str(number): branch for number, branch in enumerate(record.branches)}
-    if record.reduce is not None:
-        segments["reduce"] = record.reduce
-    return {place: segment for place, segment in segments.items() if segment.completion is not None}
+    """The segments that are answered in pre-order, by place: such as "0", "0.1", "0.reduce" and "reduce"."""
+    return {place: segment for place, segment in _places(record) if segment.completion is not None}
 
 
-def documents_of(record: Record) -> dict[int, str]:
-    """By branch, the texts that are only read."""
-    numbered = enumerate(record.branches)
-    return {number: str(branch.body) for number, branch in numbered if branch.completion is None}
+def documents_of(record: Record) -> dict[str, str]:
+    """By place, the texts that are only read."""
+    return {place: str(segment.body) for place, segment in _places(record) if segment.completion is None}
+
+
+def _places(fork: Record | Segment, prefix: str = "") -> Iterator[tuple[str, Segment]]:
+    """Every segment below this one in pre-order, with its place."""
+    below = [(str(index), branch) for index, branch in enumerate(fork.branches)]
+    for name, segment in below if fork.reduce is None else [*below, ("reduce", fork.reduce)]:
+        yield f"{prefix}{name}", segment
+        yield from _places(segment, f"{prefix}{name}.")
 
 
 def _check_questions(record: Record | str, location: str) -> Record:
     """The record. Raises UserError for a reason why it is none, and for one that cannot be answered."""
     if isinstance(record, str):
         raise UserError(f"{location} {record}; correct the line")
-    try:
-        check_depth(record)
-    except RecordError as error:
-        raise UserError(f"{location} {error}") from error
-    documents = [branch for branch in record.branches if branch.completion is None]
-    scored = record.reduce.completion is not None if record.reduce else not documents
-    if not scored or any(document.targets for document in documents) or _holds_ids(record):
-        raise UserError(
-            f"{location} has no questions to score; give every branch a prompt and a completion, "
-            "or give both to a reduce beside branches that are texts with targets=[]"
-        )
+    segments = list(record.walk())
+    documents = [segment for segment in segments if segment.completion is None]
+    scored = len(documents) < len(segments) and not (record.is_flat and documents)
+    reduce_is_read = record.reduce is None or record.reduce.completion is not None or record.reduce.branches
+    if not scored or not reduce_is_read or any(document.targets for document in documents):
+        raise _no_questions(location)
+    if any(isinstance(text, list) for text in (record.main, *(segment.body for segment in segments))):
+        raise _no_questions(location)
     return record
 
 
-def _holds_ids(record: Record) -> bool:
-    """Whether a text of the record is given as token ids."""
-    return any(isinstance(text, list) for text in (record.main, *(branch.body for branch in record.branches)))
+def _no_questions(location: str) -> UserError:
+    return UserError(
+        f"{location} has no questions to score; give every branch a prompt and a completion, "
+        "or give both to a reduce beside branches that are texts with targets=[]"
+    )
 
 
 def _check_readers(records: Sequence[Record], engine: BackendName, at_once: int | None) -> None:
-    """Raise UserError if a reduce reads answers that are not decoded in its sequence."""
+    """Raise UserError if a segment reads answers that are not decoded in its sequence."""
     if engine == "parallel" and at_once is None:
         return
+    if any(segment.branches for record in records for segment in record.walk()):
+        raise UserError(
+            f"engine={engine} at_once={'null' if at_once is None else at_once}: data_path has nested "
+            "branches, which read the answers before them; set engine=parallel at_once=null"
+        )
     if any(record.reduce and len(questions_of(record)) > 1 for record in records):
         raise UserError(
             f"engine={engine} at_once={'null' if at_once is None else at_once}: data_path has a reduce that "

@@ -85,7 +85,7 @@ def test_a_bad_sample_is_refused_and_other_samples_continue(sample, settings, me
 @pytest.mark.parametrize(
     ("text", "settings", "message"),
     [
-        ("", {}, "branches: the new branch holds no token"),
+        ("", {}, r"branches\[0\]: holds no token"),
         ([300], {}, "token id 300"),
         ("who", {"temperature": math.nan}, "temperature=nan"),
         ("who", {"logit_bias": {300: 1}}, "logit_bias 300"),
@@ -144,7 +144,7 @@ def test_late_and_reduce_branches_stay_within_the_models_positions(positions: st
 def test_no_branch_joins_after_the_reduce_branch_has_started() -> None:
     engine = tiny_engine()
     sample_id = engine.submit(Sample("", [[5]]), reduce=[6], max_new_tokens=3, ignore_eos=True)
-    assert engine.join(sample_id, [7], max_new_tokens=3) == 1
+    assert engine.join(sample_id, [7], max_new_tokens=3) == 2
     for _ in range(4):
         engine.step()
     with pytest.raises(UserError, match="branches: the reduce branch has started"):
@@ -153,7 +153,7 @@ def test_no_branch_joins_after_the_reduce_branch_has_started() -> None:
 
 def test_a_model_without_parallel_branches_refuses_reduce() -> None:
     engine = Engine(tiny.tiny_model("mamba2"), tiny.tiny_tokenizer(), EngineConfig(512))
-    with pytest.raises(UserError, match="reduce: the model .* leave reduce out"):
+    with pytest.raises(UserError, match="branches: the model .* has no branches and no reduce; give main"):
         engine.submit(Sample([5], [[6]]), reduce=[7])
 
 

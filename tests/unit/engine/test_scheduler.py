@@ -9,17 +9,17 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+import grouping
 import numpy as np
 import pytest
-from grouping import reduce_spec, sequence_group
+from grouping import ReduceSpec, has_started_reduce, sequence_group
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parallelmind.config import RopeConfig
 from parallelmind.engine.block_manager import BLOCK
+from parallelmind.engine.output import FinishReason
 from parallelmind.engine.planner import Plan, prefill_shares
-from parallelmind.engine.request import ReduceSpec
-from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.engine.scheduler import EngineConfig, Scheduler
 from parallelmind.engine.sequence import BranchState, ScheduledTokens
 from parallelmind.engine.sequence_group import SequenceGroup
@@ -54,8 +54,21 @@ def submit(
 def add_branch(
     scheduler: Scheduler, group: SequenceGroup, num_prompt: int, max_new_tokens: int
 ) -> BranchState:
-    texts = [next(_tokens) for _ in range(num_prompt)]
-    return scheduler.add_branch(group, texts, SamplingParams(max_new_tokens=max_new_tokens))
+    first = len(group.segments)
+    branch = grouping.add_branch(
+        group, [next(_tokens) for _ in range(num_prompt)], max_new_tokens=max_new_tokens
+    )
+    try:
+        scheduler.check_size(group)
+    except UserError:
+        group.remove_from(first)
+        raise
+    return branch
+
+
+def finish(scheduler: Scheduler, group: SequenceGroup, branch: BranchState, reason: FinishReason) -> None:
+    scheduler.finish_branch(group, branch, reason)
+    group.start_ready()
 
 
 def step(scheduler: Scheduler) -> Plan:
@@ -68,7 +81,7 @@ def step(scheduler: Scheduler) -> Plan:
             branch = item.group.branches[index]
             branch.append_token(next(_tokens))
             if len(branch.generated) == branch.params.max_new_tokens:
-                scheduler.finish_branch(item.group, branch, "length")
+                finish(scheduler, item.group, branch, "length")
     return plan
 
 
@@ -137,7 +150,7 @@ def test_a_sample_that_could_never_fit_is_refused(config):
     with pytest.raises(UserError, match="branches: 5 given, 4 allowed"):
         submit(scheduler, config, 0, [1] * 5)
     with pytest.raises(UserError, match="branches: 5 given, 4 allowed"):
-        submit(scheduler, config, 0, [1] * 4, reduce=reduce_spec(1, 1))
+        submit(scheduler, config, 0, [1] * 4, reduce=ReduceSpec(1, 1))
     assert not scheduler.waiting
 
 
@@ -157,22 +170,22 @@ def test_blocks_are_free_as_soon_as_a_branch_or_a_sample_finishes():
     group = submit(scheduler, FREE, BLOCK, [BLOCK + 1, 5], max_new_tokens=BLOCK)
     step(scheduler)
     assert scheduler.block_manager.num_allocated == 1 + 2 + 1
-    scheduler.finish_branch(group, group.branches[0], "stop")
+    finish(scheduler, group, group.branches[0], "stop")
     assert scheduler.block_manager.num_allocated == 1 + 1
-    scheduler.finish_branch(group, group.branches[1], "stop")
+    finish(scheduler, group, group.branches[1], "stop")
     assert scheduler.block_manager.num_allocated == 0
     assert not scheduler.running
 
 
 def test_blocks_that_the_reduce_branch_will_read_are_kept():
     scheduler = make_scheduler(blocks=9)
-    group = submit(scheduler, FREE, 0, [BLOCK + 1, 5], max_new_tokens=BLOCK, reduce=reduce_spec(3, 2))
+    group = submit(scheduler, FREE, 0, [BLOCK + 1, 5], max_new_tokens=BLOCK, reduce=ReduceSpec(3, 2))
     step(scheduler)
-    scheduler.finish_branch(group, group.branches[0], "stop")
+    finish(scheduler, group, group.branches[0], "stop")
     assert scheduler.block_manager.num_allocated == 2 + 1
-    scheduler.finish_branch(group, group.branches[1], "stop")
+    finish(scheduler, group, group.branches[1], "stop")
     assert group.running_branches == [group.branches[2]]
-    assert group.reduce_started
+    assert has_started_reduce(group)
     step(scheduler)
     assert scheduler.block_manager.num_allocated == 2 + 1 + 1
     step(scheduler)
@@ -182,10 +195,10 @@ def test_blocks_that_the_reduce_branch_will_read_are_kept():
 def test_a_branch_cancelled_before_admission_gets_no_blocks():
     scheduler = make_scheduler(blocks=9)
     group = submit(scheduler, FREE, 0, [BLOCK, 5], max_new_tokens=BLOCK)
-    scheduler.finish_branch(group, group.branches[0], "cancelled")
+    finish(scheduler, group, group.branches[0], "cancelled")
     step(scheduler)
     assert scheduler.block_manager.num_allocated == 1
-    scheduler.finish_branch(group, group.branches[1], "cancelled")
+    finish(scheduler, group, group.branches[1], "cancelled")
     assert scheduler.block_manager.num_allocated == 0
 
 
@@ -342,7 +355,7 @@ def test_a_branch_that_does_not_fit_now_waits(config):
         add_branch(scheduler, group, 10, 10 * BLOCK)
     assert add_branch(scheduler, group, 10, 10).index == 1
     add_branch(scheduler, group, 1, 1)
-    with pytest.raises(UserError, match="the sample has 3, the maximum"):
+    with pytest.raises(UserError, match="branches: 4 given, 3 allowed"):
         add_branch(scheduler, group, 1, 1)
     run_to_end(scheduler)
     assert [branch.num_tokens for branch in group.branches] == [16, 20, 2]
@@ -366,7 +379,7 @@ def test_branches_can_be_added_without_end_while_others_finish():
     for _ in range(12):
         step(scheduler)
         branch = add_branch(scheduler, group, 1, 9)
-        scheduler.finish_branch(group, group.branches[branch.index - 1], "stop")
+        finish(scheduler, group, group.branches[branch.index - 1], "stop")
         assert scheduler.block_manager.num_allocated <= 1
 
 
@@ -424,12 +437,12 @@ def test_a_sample_whose_pass_fails_is_aborted_and_what_it_overwrote_is_not_found
 
 def test_prompts_of_cancelled_branches_count_if_the_reduce_branch_reads_them():
     scheduler = make_scheduler(blocks=20, max_prefill_tokens=10)
-    group = submit(scheduler, FREE, 0, [30, 1], max_new_tokens=1, reduce=reduce_spec(1, 1))
+    group = submit(scheduler, FREE, 0, [30, 1], max_new_tokens=1, reduce=ReduceSpec(1, 1))
     submit(scheduler, FREE, 0, [30], max_new_tokens=1)
     step(scheduler)
     for branch in group.branches:
         if branch.is_running:
-            scheduler.finish_branch(group, branch, "cancelled")
+            finish(scheduler, group, branch, "cancelled")
     for _ in range(3):
         assert sum(num_tokens(step(scheduler))) <= 10
 
@@ -447,15 +460,15 @@ def test_the_cache_is_never_overcommitted_and_every_sample_finishes(config: Rope
         group = rng.choice(unfinished) if unfinished else None
         match rng.randrange(8):
             case 0 | 1:
-                reduce = rng.choice([None, reduce_spec(rng.randint(1, 20), 3)])
+                reduce = rng.choice([None, ReduceSpec(rng.randint(1, 20), 3)])
                 prompts = [rng.randint(1, 20) for _ in range(rng.randint(1, 3))]
                 num_main = rng.choice([0, 20, 40])
                 groups.append(submit(scheduler, config, num_main, prompts, rng.randint(1, 9), reduce))
-            case 2 if group and not group.reduce_started:
+            case 2 if group and not has_started_reduce(group):
                 with suppress(UserError):
                     add_branch(scheduler, group, rng.randint(1, 20), rng.randint(1, 9))
             case 3 if group:
-                scheduler.finish_branch(group, rng.choice(group.running_branches), "cancelled")
+                finish(scheduler, group, rng.choice(group.running_branches), "cancelled")
             case 4 if group and rng.random() < 0.3:
                 scheduler.abort(group)
             case _:

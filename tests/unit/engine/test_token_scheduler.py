@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from grouping import reduce_spec, sequence_group
+from grouping import ReduceSpec, add_branch, sequence_group
 
 from parallelmind.config import RopeConfig
-from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.engine.sequence import ScheduledTokens
 from parallelmind.engine.sequence_group import SequenceGroup
 from parallelmind.engine.token_scheduler import schedule_tokens
@@ -21,7 +20,7 @@ BOTH = pytest.mark.parametrize("config", [COLUMNAR, FREE], ids=["columns", "free
 
 
 def start(config: RopeConfig, main: list[int] = MAIN) -> SequenceGroup:
-    return sequence_group(main, BRANCHES, config, reduce=reduce_spec(2, 1))
+    return sequence_group(main, BRANCHES, config, reduce=ReduceSpec(2, 1))
 
 
 def compute(group: SequenceGroup, tokens: ScheduledTokens) -> None:
@@ -76,14 +75,14 @@ def test_longer_prompts_are_computed_in_their_columns():
 def test_the_last_token_of_a_finished_branch_is_computed_for_its_siblings():
     group = start(COLUMNAR)
     step(group)
-    group.branches[1].finish_reason = "stop"
+    group.finish(group.branches[1], "stop")
     assert [ids(step(group, budget=1)) for _ in range(3)] == [[12, 201, 32], [13, 33], [14, 303]]
 
 
 def test_columns_without_a_new_token_are_computed_together():
     group = start(COLUMNAR)
     step(group)
-    group.branches[1].finish_reason = "stop"
+    group.finish(group.branches[1], "stop")
     tokens = step(group)
     assert ids(tokens) == [12, 201, 32, 13, 33]
     assert tokens.sampled_branches.tolist() == [2]
@@ -140,20 +139,21 @@ def test_cached_tokens_of_main_are_not_computed_but_counted():
 def test_a_finished_branch_is_not_computed_where_no_branch_sees_it():
     group = start(FREE)
     step(group)
-    group.branches[0].finish_reason = "length"
+    group.finish(group.branches[0], "length")
     assert schedule_tokens(group, AMPLE).sampled_branches.tolist() == [1, 2]
     assert [branch.index for branch in group.running_branches] == [1, 2]
-    group.branches[1].finish_reason = group.branches[2].finish_reason = "stop"
-    assert not group.is_running
+    for branch in group.running_branches:
+        group.finish(branch, "stop")
+    assert not group.running_branches
 
 
 def test_a_late_branch_starts_in_the_next_column():
     group = start(COLUMNAR)
     step(group)
-    assert group.add_branch([41, 42], SamplingParams()).index == 3
+    assert add_branch(group, [41, 42]).index == 4
     steps = [step(group) for _ in range(2)]
     assert [ids(tokens) for tokens in steps] == [[12, 201, 32, 41], [13, 202, 33, 42]]
-    assert steps[1].sampled_branches.tolist() == [1, 2, 3]
+    assert steps[1].sampled_branches.tolist() == [1, 2, 4]
     assert steps[0].time.tolist() == [3] * 4
 
 
@@ -161,10 +161,10 @@ def test_a_late_branch_starts_in_the_next_column():
 def test_a_late_branch_in_free_order_starts_as_if_it_had_been_submitted(align_to, first):
     group = start(FREE.model_copy(update={"align_to": align_to}))
     step(group)
-    group.add_branch([41, 42], SamplingParams())
+    add_branch(group, [41, 42])
     tokens = step(group)
-    assert tokens.time[tokens.segment == 4].tolist() == [first, first + 1]
-    assert tokens.sampled_branches.tolist() == [0, 1, 2, 3]
+    assert tokens.time[tokens.segment == 5].tolist() == [first, first + 1]
+    assert tokens.sampled_branches.tolist() == [0, 1, 2, 4]
 
 
 @BOTH
@@ -172,10 +172,10 @@ def test_the_reduce_branch_starts_after_all_decoded_tokens(config):
     group = start(config)
     for _ in range(4):
         step(group)
-    for branch in group.branches:
-        branch.finish_reason = "cancelled"
+    for branch in group.running_branches:
+        group.finish(branch, "cancelled")
     end = max(branch.start_time + branch.num_tokens for branch in group.branches)
-    assert group.start_reduce().index == 3
+    assert [branch.index for branch in group.start_ready()] == [3]
     tokens = step(group)
     assert tokens.sampled_branches.tolist() == [3]
     assert tokens.time[tokens.segment == 4].tolist() == [end, end + 1]
@@ -193,9 +193,9 @@ def test_computed_tokens_are_those_of_the_final_layout(config, budget):
     for step_index in range(30):
         steps.append(step(group, budget))
         if step_index == 4:
-            group.add_branch([41, 42, 43], SamplingParams())
+            add_branch(group, [41, 42, 43])
         if step_index == 8:
-            group.branches[0].finish_reason = "cancelled"
+            group.finish(group.branches[0], "cancelled")
     fields = ("time", "segment", "ids", "position")
     computed = np.stack([np.concatenate([getattr(tokens, field) for tokens in steps]) for field in fields])
     final = np.stack([getattr(group.final_layout(), field) for field in fields])
@@ -217,4 +217,4 @@ def test_a_branch_holds_its_own_tokens_alone():
 def test_branches_without_a_seed_have_that_of_their_sample():
     group = start(FREE)
     assert {branch.seed for branch in group.branches} == {0}
-    assert group.add_branch([41], SamplingParams(seed=7)).seed == 7
+    assert add_branch(group, [41], seed=7).seed == 7

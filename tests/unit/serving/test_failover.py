@@ -91,10 +91,14 @@ class DyingEngines:
                 yield pack_step(step)
             loop.release(number)
 
-    def _first_step(self, request: EngineRequest, coordinates: list[tuple[int, int]]) -> StepOutput:
+    def _first_step(self, request: EngineRequest, coordinates: list[tuple[int, int] | None]) -> StepOutput:
         tokens, params = request.tokenized.tokens, request.tokenized.params
-        branches = zip(tokens.split()[1:], params, coordinates[: tokens.branches], strict=True)
-        started = [BranchStarted(index, *branch) for index, branch in enumerate(branches)]
+        branches = zip(tokens.split()[1:], params, coordinates, strict=True)
+        started = [
+            BranchStarted(index, prompt, own, pos2d)
+            for index, (prompt, own, pos2d) in enumerate(branches)
+            if pos2d is not None and not tokens.tree.is_reduce[index + 1]
+        ]
         return StepOutput([], started, request.adapter_version or f"version {len(self.requests)}")
 
 

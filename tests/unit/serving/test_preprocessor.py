@@ -146,9 +146,10 @@ def test_an_exceeded_limit_names_field_value_and_limit(
 def test_a_request_at_the_limits_is_served() -> None:
     request = complete(make_preprocessor(**NARROW), prompt=[[5] * 2, [6]], n=2, max_tokens=50)
     assert token_ids(request) == [[], [5, 5], [5, 5], [6], [6]]
-    assert branch(
+    limited = branch(
         make_preprocessor(**NARROW), main=[5], branches=[{"text": [6]}] * 3, reduce=[7, 8], max_tokens=50
-    ).tokenized.reduce
+    )
+    assert limited.tokenized.tokens.tree.is_reduce.tolist() == [False] * 4 + [True]
     assert (
         "7 tokens"
         in error_of(
@@ -200,9 +201,9 @@ def test_a_seed_is_kept_and_a_missing_one_is_drawn() -> None:
     assert len(set(drawn)) == 8
     assert None not in drawn
     request = branch(branches=[{"text": "a", "seed": 0}, {"text": "b"}], reduce="c")
-    assert request.tokenized.reduce
     assert request.tokenized.params[0].seed == 0
-    assert None not in (request.tokenized.params[1].seed, request.tokenized.reduce.params.seed)
+    assert None not in (params.seed for params in request.tokenized.params)
+    assert request.tokenized.num_branches == 3
     assert make_preprocessor().added_branch(AddBranchRequest(text="a", seed=3))[1].seed == 3
     assert make_preprocessor().added_branch(AddBranchRequest(text="a"))[1].seed is not None
 
@@ -225,13 +226,8 @@ def test_settings_of_a_branch_override_those_of_the_request() -> None:
     )
     base = {"temperature": 0.5, "max_new_tokens": 7, "stop": ["end"], "top_k": 3, "seed": 1, "logprobs": 2}
     changed = [{}, {"temperature": 0, "stop": []}, {"max_new_tokens": 3, "seed": 2, "logit_bias": {5: 1}}]
-    assert request.tokenized.params == [SamplingParams(**{**base, **settings}) for settings in changed]
-    assert request.tokenized.reduce
-    assert (request.tokenized.reduce.token_ids, request.tokenized.reduce.params) == (
-        ids("all"),
-        SamplingParams(**base),
-    )
-    assert token_ids(request) == [ids("passage"), *[ids("a")] * 3]
+    assert request.tokenized.params == [SamplingParams(**{**base, **settings}) for settings in (*changed, {})]
+    assert token_ids(request) == [ids("passage"), *[ids("a")] * 3, ids("all")]
     assert (branch().tokenized.params[0].max_new_tokens, branch().tokenized.params[0].temperature) == (64, 0)
 
 

@@ -11,9 +11,10 @@ import pytest
 from asgi import Reply, send_request
 
 from parallelmind.engine.output import Event
-from parallelmind.engine.request import ReduceSpec, TokenizedRequest
+from parallelmind.engine.request import TokenizedRequest
 from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.layout import Tokens
+from parallelmind.tree import Tree
 from serving.engine.messages import BranchStarted, EngineRequest, StepOutput
 from serving.ingress.streaming import event_stream
 from serving.protocol import branches_response as branches_format
@@ -221,16 +222,18 @@ def test_a_failure_before_the_end_of_a_whole_response_is_raised() -> None:
 REQUEST = EngineRequest(
     new_id("smp"),
     "tiny",
-    TokenizedRequest(Tokens.of([5, 6, 7], [[8, 9], [10]]), [PARAMS] * 2, ReduceSpec([11, 12], PARAMS)),
+    TokenizedRequest(
+        Tokens.of_tree([[5, 6, 7], [8, 9], [10], [11, 12]], Tree.flat(2, has_reduce=True)), [PARAMS] * 3
+    ),
 )
 STARTED = [BranchStarted(0, [8, 9], PARAMS, (128, 3)), BranchStarted(1, [10], PARAMS, (256, 3))]
-ADDED = BranchStarted(2, [1, 2, 3, 4], PARAMS, (384, 6))
+ADDED = BranchStarted(3, [1, 2, 3, 4], PARAMS, (512, 6))
 BRANCH_STEPS = [
     StepOutput([], STARTED),
     StepOutput([Event(0, "A", 65, pos2d=(128, 5)), Event(1, "B", 66, "stop", -0.5, TOP, pos2d=(256, 4))], []),
     StepOutput([Event(0, "a", 97, "length", pos2d=(128, 6))], [ADDED]),
-    StepOutput([Event(2, "C", 67, pos2d=(384, 10)), Event(2, "", None, "cancelled")], []),
-    StepOutput([Event(3, "D", 68, pos2d=(512, 13)), Event(3, "E", 69, "stop", pos2d=(512, 14))], []),
+    StepOutput([Event(3, "C", 67, pos2d=(512, 10)), Event(3, "", None, "cancelled")], []),
+    StepOutput([Event(2, "D", 68, pos2d=(0, 13)), Event(2, "E", 69, "stop", pos2d=(0, 14))], []),
 ]
 USAGE = {"prompt_tokens": 3 + 2 + 1 + 4 + 2, "completion_tokens": 6, "total_tokens": 18}
 
@@ -258,8 +261,8 @@ def test_a_branches_response_holds_coordinates_tokens_added_and_reduce_branches(
     assert outputs == [
         ("Aa", [65, 97], "length", 128, 3),
         ("B", [66], "stop", 256, 3),
-        ("C", [67], "cancelled", 384, 6),
-        ("DE", [68, 69], "stop", 512, 11),
+        ("DE", [68, 69], "stop", 0, 11),
+        ("C", [67], "cancelled", 512, 6),
     ]
     assert [item["index"] for item in body["branches"]] == [0, 1, 2, 3]
     assert [item["logprobs"] for item in body["branches"]] == [None, [-0.5], None, None]
@@ -275,8 +278,8 @@ def test_a_stream_of_branches_announces_each_branch_before_its_tokens() -> None:
     assert starts == [
         {"index": 0, "prompt_tokens": 2, "branch": 128, "time": 3},
         {"index": 1, "prompt_tokens": 1, "branch": 256, "time": 3},
-        {"index": 2, "prompt_tokens": 4, "branch": 384, "time": 6},
-        {"index": 3, "prompt_tokens": 2, "branch": 512, "time": 11},
+        {"index": 3, "prompt_tokens": 4, "branch": 512, "time": 6},
+        {"index": 2, "prompt_tokens": 2, "branch": 0, "time": 11},
     ]
     deltas = [delta for part in parts for delta in part.get("deltas", [])]
     assert [
@@ -310,9 +313,9 @@ def test_steps_that_arrive_together_give_the_same_response() -> None:
 
 
 def test_a_reduce_branch_that_is_cancelled_before_its_first_token_is_omitted() -> None:
-    steps = [*BRANCH_STEPS[:-1], StepOutput([Event(3, "", None, "cancelled")], [])]
+    steps = [*BRANCH_STEPS[:-1], StepOutput([Event(2, "", None, "cancelled")], [])]
     deltas = [delta for event in branches_streamed(steps) for delta in event.get("deltas", [])]
-    assert {delta["index"] for delta in deltas} == {0, 1, 2}
+    assert {delta["index"] for delta in deltas} == {0, 1, 3}
     assert [item["finish_reason"] for item in branches_whole(steps)["branches"]] == [
         "length",
         "stop",

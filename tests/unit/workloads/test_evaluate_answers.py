@@ -18,7 +18,7 @@ from parallelmind.data.record_parser import parse_value
 from parallelmind.data.records import Record
 from parallelmind.engine.generate import generate, generate_text
 from parallelmind.engine.record_prompt import RecordPrompt
-from parallelmind.engine.request import Sample
+from parallelmind.engine.request import Sample, Segment
 from parallelmind.errors import UserError
 from parallelmind.evaluation import tiny_models
 from parallelmind.evaluation.backends import generate_branches, generate_padded_batch
@@ -164,12 +164,31 @@ def test_a_question_about_documents_is_answered_by_the_reduce():
     )
     answers = answer()
     assert answers.predictions == [texts[-1].strip().splitlines()[0].strip()] != [""]
-    assert (answers.documents, answers.places) == (dict(enumerate(DOCUMENTS)), ["reduce"])
+    assert (answers.documents, answers.places) == (
+        {str(index): text for index, text in enumerate(DOCUMENTS)},
+        ["reduce"],
+    )
     assert (answers.questions, answers.references) == (["what is it"], [["it", "they"]])
     assert answers.tokens <= 6
     plain = generate_text(model, tokenizer, "".join(["read", *DOCUMENTS, ASKED["prompt"]]), max_new_tokens=6)
     for engine in ("one_by_one", "batch"):
         assert answer(engine=engine).predictions == [plain.strip().splitlines()[0].strip()]
+
+
+def test_nested_questions_are_answered_after_the_answers_on_their_path():
+    model, tokenizer = patched_model(RopeConfig()), tiny_tokenizer()
+    below = [*READ[:1], {**ASKED, "branches": [ASKED]}]
+    record = parse_value({"main": "read", "branches": [{**ASKED, "branches": below, "reduce": ASKED}, ASKED]})
+    (answers,) = answer_records(model, tokenizer, [record], max_new_tokens=6)
+    assert answers.places == ["0", "0.1", "0.1.0", "0.reduce", "1"]
+    assert list(answers.documents) == ["0.0"]
+    document = [*tokenizer(DOCUMENTS[0], add_special_tokens=False).input_ids, 2]
+    prompt = ASKED["prompt"]
+    inner = [Segment(document, sampling={"max_new_tokens": 0}), Segment(prompt, [prompt])]
+    sample = Sample("read", [Segment(prompt, inner, prompt), prompt])
+    texts = generate(model, tokenizer, sample, max_new_tokens=6)
+    del texts[1]  # of the document
+    assert answers.predictions == [(text.strip().splitlines() or [""])[0].strip() for text in texts]
 
 
 def test_a_recurrent_model_reads_documents_as_plain_text_only():
@@ -196,7 +215,12 @@ def test_records_of_documents_are_decoded_beside_others():
 @pytest.mark.parametrize(
     ("record", "settings", "message"),
     [
-        ({"branches": [{**ASKED, "branches": [ASKED]}]}, [], r":1: branches\[0\] has branches, and decoding"),
+        (
+            {"branches": [{**ASKED, "branches": [ASKED]}]},
+            ["engine=batch"],
+            "^engine=batch at_once=null: data_path has nested branches, .*; set engine=parallel",
+        ),
+        ({"branches": [{**ASKED, "branches": ["text"]}]}, [], ":1: has no questions to score"),
         ({"branches": READ, "reduce": " what"}, [], ":1: has no questions to score; .*targets="),
         ({"branches": [*READ, "text"], "reduce": ASKED}, [], ":1: has no questions to score"),
         ({"branches": [*READ, ASKED]}, [], ":1: has no questions to score"),

@@ -120,13 +120,15 @@ def test_a_line_may_have_its_own_reduce_and_documents(tiny, tmp_path, capsys):
             "branches": [{"text": text, "targets": []} for text in documents],
             "reduce": {"prompt": " who?", "completion": " it"},
         },
-        {"main": "the", "branches": [{"prompt": " a", "completion": " b", "branches": ["nested"]}]},
+        {
+            "main": "the",
+            "branches": [{"prompt": " a", "completion": " b", "branches": ["who", "it"], "reduce": " is"}],
+        },
         {"main": "the", "branches": [" answer", " question"]},
     ]
     write_records(tmp_path / "in.jsonl", records)
     generate([f"base_model={tiny}", f"data_path={tmp_path / 'in.jsonl'}", "max_new_tokens=6", "reduce= so"])
-    out, err = capsys.readouterr()
-    first, last = parse_rows(out)
+    first, nested, last = parse_rows(capsys.readouterr().out)
     model, tokenizer = pm.load_model_with_lora(tiny)
     ids = [tokenizer(text, add_special_tokens=False).input_ids for text in documents]
     sample = pm.Sample("", [[*ids[0], tokenizer.eos_token_id], [*ids[1], tokenizer.eos_token_id]])
@@ -142,7 +144,16 @@ def test_a_line_may_have_its_own_reduce_and_documents(tiny, tmp_path, capsys):
         "finish_reasons": ["length"] * 3,
     }
     assert (last["line"], last["reduce"], len(last["outputs"])) == (3, " so", 3)
-    assert f"skipped {tmp_path / 'in.jsonl'}:2: branches[0] has branches, and decoding takes one" in err
+    tree = pm.Sample("the", [pm.Segment(" a", ["who", "it"], " is")], reduce=" so")
+    assert nested == {
+        "line": 2,
+        "main": "the",
+        "branches": [{"text": " a", "branches": ["who", "it"], "reduce": " is"}],
+        "reduce": " so",
+        "outputs": pm.generate(model, tokenizer, tree, max_new_tokens=6),
+        "finish_reasons": nested["finish_reasons"],
+    }
+    assert len(nested["outputs"]) == len(nested["finish_reasons"]) == 5
 
 
 def test_an_interrupted_output_of_trees_is_resumed(run_generate, tmp_path):
