@@ -6,8 +6,11 @@ few pairs are visible: a block of queries reads the segments on its path, and no
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from math import gcd
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +23,8 @@ QUERIES = 128  # of a block
 
 @dataclass(slots=True)
 class _Block:
-    """queries: of one row. keys: those that one of the queries sees. bias: `[queries, keys]`."""
+    """keys: those that one of the block's queries sees. bias: `[queries, keys]`."""
 
-    queries: slice
     keys: slice | Tensor
     bias: Tensor
     _repeated: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
@@ -31,11 +33,21 @@ class _Block:
         """`[kv heads, keys, dim]` of the keys among `[kv heads, tokens, dim]`."""
         return states[:, self.keys] if isinstance(self.keys, slice) else states.index_select(1, self.keys)
 
+    def add(self, states: Tensor, values: Tensor) -> None:
+        """Add values of the shape that `read` returns to the states that it reads."""
+        if isinstance(self.keys, slice):
+            states[:, self.keys] += values
+        else:
+            states.index_add_(1, self.keys, values)
+
     def repeated_bias(self, group: int, dtype: torch.dtype) -> Tensor:
         """`[group * queries, keys]`, one tensor for all layers."""
         if (group, dtype) not in self._repeated:
             self._repeated[group, dtype] = self.bias.to(dtype).repeat(group, 1)
         return self._repeated[group, dtype]
+
+
+_AttendBlock = Callable[[Tensor, Tensor, Tensor, _Block], Tensor]
 
 
 class BlockAttention(AttentionBackend):
@@ -44,7 +56,7 @@ class BlockAttention(AttentionBackend):
     def __init__(self, rows: Sequence[Iterable[Tensor]]) -> None:
         """rows: for each row, the `[QUERIES, tokens]` bias of every block; minus infinity: not visible."""
         self._rows = [_blocks(row) for row in rows]
-        super().__init__(self._rows[0][-1].queries.stop)
+        super().__init__(sum(len(block.bias) for block in self._rows[0]))
 
     def attend(
         self,
@@ -60,26 +72,43 @@ class BlockAttention(AttentionBackend):
         # [rows, kv heads, group, tokens, dim]: the query heads of a group share a key
         query = query.unflatten(1, (key.shape[1], group))
         sinks = None if sinks is None else sinks.view(key.shape[1], group)
-        rows = []
-        for number, blocks in enumerate(self._rows):
-            parts = []
-            for block in blocks:
-                keys, values = (block.read(states[number]) for states in (key, value))
-                queries = query[number][:, :, block.queries]
-                parts.append(_attend(queries, keys, values, block, scale, softcap, sinks))
-            rows.append(torch.cat(parts, dim=2))
-        return torch.stack(rows).flatten(1, 2).transpose(1, 2).contiguous()  # [rows, tokens, heads, dim]
+        if softcap is None and sinks is None:
+            attend: _AttendBlock = partial(_sdpa, scale=scale)
+        else:
+            attend = partial(_attend, scale=scale, softcap=softcap, sinks=sinks)
+        rows = [
+            _attend_row(attend, blocks, *states)
+            for blocks, *states in zip(self._rows, query, key, value, strict=True)
+        ]
+        return torch.stack(rows)
+
+
+class _ReadBlocks(torch.autograd.Function):
+    """What every block reads of `[kv heads, tokens, dim]`.
+
+    The backward pass adds all gradients to one tensor; that of a slice fills a new one for each block.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, blocks: Sequence[_Block]) -> tuple[Tensor, ...]:
+        ctx.blocks, ctx.shape = blocks, states.shape
+        return tuple(block.read(states) for block in blocks)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        total = gradients[0].new_zeros(ctx.shape)
+        for block, gradient in zip(ctx.blocks, gradients, strict=True):
+            block.add(total, gradient)
+        return total, None
 
 
 def _blocks(biases: Iterable[Tensor]) -> list[_Block]:
     """The blocks of one row."""
-    blocks: list[_Block] = []
-    first = 0
+    blocks = []
     for bias in biases:
         seen = (bias > -torch.inf).any(dim=0).nonzero().flatten()
         bias = bias[:, seen].clamp(min=torch.finfo(bias.dtype).min)
-        blocks.append(_Block(slice(first, first + len(bias)), _as_slice(seen), bias))
-        first += len(bias)
+        blocks.append(_Block(_as_slice(seen), bias))
     return blocks
 
 
@@ -87,6 +116,31 @@ def _as_slice(indices: Tensor) -> slice | Tensor:
     """Ascending indices as a slice if they are adjacent: reading a slice copies nothing."""
     first, last = int(indices[0]), int(indices[-1])
     return slice(first, last + 1) if last - first + 1 == len(indices) else indices
+
+
+def _attend_row(
+    attend: _AttendBlock, blocks: Sequence[_Block], query: Tensor, key: Tensor, value: Tensor
+) -> Tensor:
+    """`[tokens, heads, dim]` of `[kv heads, group, tokens, dim]`, and of `[kv heads, tokens, dim]`."""
+    queries = query.split([len(block.bias) for block in blocks], dim=2)
+    keys, values = (_ReadBlocks.apply(states, blocks) for states in (key, value))
+    parts = map(attend, queries, keys, values, blocks)
+    return torch.cat([part.permute(2, 0, 1, 3) for part in parts]).flatten(1, 2)
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, block: _Block, scale: float) -> Tensor:
+    """`[kv heads, group, queries, dim]` of one block, by SDPA.
+
+    Its backward pass shares out batch and heads among threads, so an odd number of heads is read twice, by
+    half of the queries each.
+    """
+    heads, group, queries, _ = query.shape
+    halves = gcd(group * queries, 1 + heads % 2)
+    states = query.flatten(1, 2).unflatten(1, (halves, -1)).transpose(0, 1)  # [halves, heads, queries, dim]
+    key, value = (tensor.expand(halves, -1, -1, -1) for tensor in (key, value))
+    bias = block.repeated_bias(group, query.dtype).unflatten(0, (halves, 1, -1))
+    out = F.scaled_dot_product_attention(states, key, value, attn_mask=bias, scale=scale)
+    return out.transpose(0, 1).reshape(query.shape[:-1] + value.shape[-1:])
 
 
 def _attend(
@@ -98,16 +152,7 @@ def _attend(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """`[kv heads, group, queries, dim]` of queries of this shape, and of `[kv heads, keys, dim]`.
-
-    sinks: `[kv heads, group]`.
-    """
-    group = query.shape[1]
-    if softcap is None and sinks is None:
-        states = query.flatten(1, 2)[None], key[None], value[None]
-        bias = block.repeated_bias(group, query.dtype)
-        out = F.scaled_dot_product_attention(*states, attn_mask=bias, scale=scale)
-        return out[0].unflatten(1, (group, -1))
+    """As `_sdpa`, for scores that SDPA does not compute. sinks: `[kv heads, group]`."""
     scores = torch.einsum("hgqd,hkd->hgqk", query, key).float() * scale
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
     scores = scores + block.bias.float()

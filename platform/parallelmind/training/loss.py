@@ -19,6 +19,7 @@ from parallelmind.model.lm_head import head_logits
 from parallelmind.model.structure import causal_lm, decoder
 
 _MAX_LOGITS = 1 << 24  # of one chunk: 64 MiB in float32
+_KEPT_CHUNKS = 4  # their logits stay for the backward pass, which computes those of other chunks again
 
 
 class TargetLoss(nn.Module):
@@ -49,10 +50,12 @@ def target_loss(model: nn.Module, batch: Tensors, visibility: Visibility) -> tup
     hidden, labels = hidden[is_target], batch.labels[is_target]  # [targets, width], [targets]
     size = max(_MAX_LOGITS // inner.config.get_text_config(decoder=True).vocab_size, 1)
     *chunks, last = zip(hidden.split(size), labels.split(size), strict=True)
-    # The backward pass starts with the last chunk, so its logits are kept: still one chunk's at a time.
     total = _chunk_loss(inner, *last)
-    for chunk, targets in chunks:
-        total = total + checkpoint(_chunk_loss, inner, chunk, targets, use_reentrant=False)
+    for number, chunk in enumerate(chunks, start=1):
+        if number < _KEPT_CHUNKS:
+            total = total + _chunk_loss(inner, *chunk)
+        else:
+            total = total + checkpoint(_chunk_loss, inner, *chunk, use_reentrant=False)
     return total, len(labels)
 
 
