@@ -11,11 +11,12 @@ from benchmarks.peers.protocol import Decode, Request, run_arrivals, serve
 
 
 def load() -> Decode:
-    """Load the model and one engine, which serves every request."""
+    """Load the model and one warm engine, which serves every request."""
     base_model, settings, *adapters = sys.argv[1:]
     engine = pm.Engine(*pm.load_model_with_lora(base_model, **json.loads(settings)))
     for folder in adapters:
         engine.load_adapter(Path(folder).name, folder)
+    engine.warm_up()
 
     def decode(requests: list[Request]) -> list[list[int]]:
         tokens: dict[tuple[int, int], list[int]] = {}

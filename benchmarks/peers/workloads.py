@@ -43,10 +43,10 @@ def arrivals(_turn: int = 0) -> list[Request]:
 
 
 def one_adapter(_turn: int = 0) -> list[Request]:
-    """The prompts of W1 as eight samples of two, all with the same adapter."""
+    """The prompts of W1 as eight samples of two, 32 new tokens each, all with the same adapter."""
     (request,) = batch()
     pairs = [request.prompts[start : start + 2] for start in range(0, BATCH, 2)]
-    return [replace(request, prompts=prompts, adapter="0") for prompts in pairs]
+    return [replace(request, prompts=prompts, new_tokens=32, adapter="0") for prompts in pairs]
 
 
 def eight_adapters(_turn: int = 0) -> list[Request]:

@@ -177,6 +177,7 @@ def test_works_are_those_of_the_description() -> None:
 
 @pytest.mark.model
 @pytest.mark.slow
+@pytest.mark.full
 def test_drivers_decode_the_same_tokens() -> None:
     """Ours on a shared main and Hugging Face on whole texts."""
     settings = {"visibility": "isolated", "rope_2d_ratio": 0, "positions": "time", "dtype": "float32"}
