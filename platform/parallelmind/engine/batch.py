@@ -79,6 +79,7 @@ class ModelInput:
     ids, segment, branch, time, position: `[tokens]`, as in `ScheduledTokens`.
     slots: `[tokens]` cache slots that the tokens are written to.
     logits_indices: `[sampled]` tokens whose logits are needed.
+    adapters: versions of the samples' adapters. adapter: `[tokens]` index of each token's version.
     """
 
     ids: Ints
@@ -89,6 +90,8 @@ class ModelInput:
     slots: Ints
     logits_indices: Ints
     segments: list[AttentionSegment]
+    adapters: tuple[str, ...]
+    adapter: Ints
 
     @staticmethod
     def of(scheduled: Sequence[ScheduledGroup]) -> ModelInput:
@@ -97,6 +100,8 @@ class ModelInput:
         placed = list(zip(starts, scheduled, strict=True))
         segments = [segment for start, item in placed for segment in attention_segments(item, start)]
         indices = [start + item.tokens.logits_indices for start, item in placed]
+        adapters = tuple(dict.fromkeys(item.group.adapter_version for item in scheduled))
+        adapter = [adapters.index(item.group.adapter_version) for item in scheduled]
         return ModelInput(
             ids=np.concatenate([item.tokens.ids for item in scheduled]),
             segment=np.concatenate([item.tokens.segment for item in scheduled]),
@@ -106,6 +111,8 @@ class ModelInput:
             slots=np.concatenate([item.slots for item in scheduled]),
             logits_indices=np.concatenate(indices),
             segments=segments,
+            adapters=adapters,
+            adapter=np.repeat(adapter, [len(item.tokens.ids) for item in scheduled]),
         )
 
     def padded(self, tokens: int = 2, sampled: int = 2) -> ModelInput:
@@ -123,6 +130,7 @@ class ModelInput:
             position=np.pad(self.position, (0, num_tokens)),
             slots=np.pad(self.slots, (0, num_tokens), constant_values=PADDING),
             logits_indices=np.pad(self.logits_indices, (0, num_sampled)),
+            adapter=np.pad(self.adapter, (0, num_tokens)),
         )
 
     def split(self, lengths: Sequence[int]) -> list[ModelInput]:
@@ -146,6 +154,8 @@ class ModelInput:
                 for segment in self.segments
                 if start <= segment.query_indices[0] < end
             ],
+            adapters=self.adapters,
+            adapter=self.adapter[tokens],
         )
 
 

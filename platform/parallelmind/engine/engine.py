@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from threading import RLock
@@ -362,13 +363,16 @@ class Engine:
         passes: dict[Any, list[ScheduledGroup]] = defaultdict(list)
         for item in scheduled:
             sample_id = item.group.id if self.runner.one_sample_per_forward else None
-            passes[item.group.adapter_version, sample_id].append(item)
+            version = None if self.runner.batches_adapters else item.group.adapter_version
+            passes[version, sample_id].append(item)
         return list(passes.values())
 
     def _run(self, scheduled: Sequence[ScheduledGroup], inputs: Any) -> Tensor:
         """`[sampled, vocab]` logits of one forward pass."""
         start = perf_counter()
-        with self.adapters.active(scheduled[0].group.adapter_version), forward_context.restored():
+        version = scheduled[0].group.adapter_version
+        active = nullcontext() if self.runner.batches_adapters else self.adapters.active(version)
+        with active, forward_context.restored():
             logits = self.runner(inputs)
         self.seconds_in_model += perf_counter() - start
         return logits

@@ -20,6 +20,7 @@ from parallelmind.engine.block_manager import BLOCK
 from parallelmind.engine.compiled_forward import compile_forward
 from parallelmind.engine.kv_cache import PagedKVCache
 from parallelmind.engine.native_attention import NativeLayer
+from parallelmind.engine.native_lora import LoraRows, is_possible
 from parallelmind.engine.planner import ScheduledGroup
 from parallelmind.engine.scheduler import EngineConfig
 from parallelmind.engine.sequence import BranchState
@@ -28,7 +29,7 @@ from parallelmind.engine.step import Step
 from parallelmind.model import step_ops
 from parallelmind.model.hf_compat import OwnAttention, attention_name, hands_over_masks
 from parallelmind.model.mask import layer_windows
-from parallelmind.model.packed_linear import LinearGroup, PackedLinears, recorded_groups
+from parallelmind.model.packed_linear import PackedLinears, recorded_groups
 from parallelmind.model.patch_state import is_patched
 from parallelmind.model.rotary import depends_on_length
 from parallelmind.model.structure import causal_lm, eval_mode
@@ -59,10 +60,12 @@ class ModelRunner:
         self._linears: PackedLinears | None = None  # until the first forward pass
         self._compiled: Callable[..., Any] | None = None
         self._kernels: dict[int, NativeLayer] = {}
+        self._lora: LoraRows | None = None  # adapters by row, where that is possible
 
     def set_model(self, model: Model) -> None:
         """Set the model again after an adapter was added or removed."""
         self.model = model
+        self._find_adapters()
 
     def _choose_attention(self) -> None:
         """Follow the model's attention implementation, which may be set anew between steps."""
@@ -83,17 +86,29 @@ class ModelRunner:
         if self._linears is None:
             return self._record_linears(inputs, self.cache)
         self._linears.pack()
-        if self._compiled is not None:
-            logits = self._forward(self._compiled, inputs.padded(), self.cache, self._linears.groups)
+        lora = self._lora
+        if self._compiled is not None and (lora is not None or not isinstance(self.model, PeftModel)):
+            logits = self._forward(self._compiled, inputs.padded(), self.cache, self._linears, lora)
             return logits[: len(inputs.logits_indices)]
-        with self._linears.active():
-            return self._forward(self.model, inputs, self.cache, self._linears.groups)
+        with self._linears.active(), nullcontext() if lora is None else lora.active():
+            return self._forward(self.model, inputs, self.cache, self._linears, lora)
+
+    @property
+    def batches_adapters(self) -> bool:
+        """Whether samples with different adapters can share a forward pass."""
+        return self._lora is not None
 
     def _record_linears(self, inputs: ModelInput, cache: PagedKVCache) -> Tensor:
         with recorded_groups(causal_lm(self.model)) as groups:
             logits = self._forward(self.model, inputs, cache)
         self._linears = PackedLinears(groups)
+        self._find_adapters()
         return logits
+
+    def _find_adapters(self) -> None:
+        groups = self._linears.groups if self._linears else ()
+        by_row = isinstance(self.model, PeftModel) and bool(groups) and is_possible(self.model, groups)
+        self._lora = LoraRows(self.model, groups) if by_row else None
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -104,12 +119,17 @@ class ModelRunner:
         self._linears.pack()
         inputs = _probe_input().padded(tokens=6, sampled=3)
         compiled = compile_forward(causal_lm(self.model))
-        with self._linears.active():
-            self._forward(compiled, inputs, _probe_cache(), self._linears.groups)
+        with self._linears.active(), nullcontext() if self._lora is None else self._lora.active():
+            self._forward(compiled, inputs, _probe_cache(), self._linears, self._lora)
         self._compiled = compiled
 
     def _forward(
-        self, call: Any, inputs: ModelInput, cache: PagedKVCache, linears: Sequence[LinearGroup] = ()
+        self,
+        call: Any,
+        inputs: ModelInput,
+        cache: PagedKVCache,
+        linears: PackedLinears | None = None,
+        lora: LoraRows | None = None,
     ) -> Tensor:
         self._choose_attention()
         device = self.model.device
@@ -125,7 +145,7 @@ class ModelRunner:
         }
         if self._patched:
             kwargs["pos2d"] = torch.stack([branch, time], dim=-1)[None]
-        step = Step(inputs, cache, self._windows, linears, self._kernels)
+        step = Step(inputs, cache, self._windows, linears.groups if linears else (), self._kernels, lora)
         with eval_mode(self.model), self._attention, step_ops.running(step):
             logits: Tensor = call(**kwargs).logits
         return logits[0]
@@ -172,7 +192,7 @@ def _probe_input() -> ModelInput:
     zeros = np.zeros(1, np.int64)
     token = TokenMeta(slots=zeros, time=zeros, segment=zeros + 1)
     segment = AttentionSegment(zeros, token, token, scores=np.zeros((2, 2), np.float32))
-    return ModelInput(zeros, zeros + 1, zeros, zeros, zeros, zeros, zeros, [segment])
+    return ModelInput(zeros, zeros + 1, zeros, zeros, zeros, zeros, zeros, [segment], ("",), zeros)
 
 
 def _probe_cache() -> PagedKVCache:

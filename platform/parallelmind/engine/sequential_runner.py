@@ -38,6 +38,7 @@ class SequentialRunner:
     """
 
     one_sample_per_forward = True  # so that an error ends one sample
+    batches_adapters = False
 
     def __init__(self, model: Model) -> None:
         self.model = model

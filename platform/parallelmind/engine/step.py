@@ -13,6 +13,7 @@ from parallelmind.engine.attention import CascadeAttention
 from parallelmind.engine.batch import ModelInput
 from parallelmind.engine.kv_cache import PagedKVCache
 from parallelmind.engine.native_attention import NativeAttention, NativeLayer
+from parallelmind.engine.native_lora import LoraRows
 from parallelmind.model.packed_linear import LinearGroup
 from parallelmind.visibility import AttentionWindow
 
@@ -30,16 +31,20 @@ class Step:
         windows: Sequence[AttentionWindow],
         linears: Sequence[LinearGroup],
         kernels: dict[int, NativeLayer],
+        lora: LoraRows | None = None,
     ) -> None:
-        """kernels: by layer; kept from step to step."""
+        """kernels: by layer; kept from step to step. lora: adapters that the step computes by row."""
         self._inputs, self._cache, self._windows, self._linears = inputs, cache, windows, linears
-        self._kernels = kernels
+        self._kernels, self._lora = kernels, lora
         self._native: NativeAttention | None = None
         self._native_steps: dict[AttentionWindow, ctypes.Structure] = {}
         self._cascades: dict[tuple[AttentionWindow, torch.dtype], CascadeAttention] = {}
 
     def linear(self, input: Tensor, group: int) -> Tensor:
-        return self._linears[group](input)
+        product = self._linears[group](input)
+        if self._lora is not None:
+            self._lora.add(group, input, product, self._inputs)
+        return product
 
     def attend(
         self,

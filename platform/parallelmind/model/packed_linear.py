@@ -23,10 +23,13 @@ _multiply: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default
 
 
 class LinearGroup:
-    """Layers that read the same tensor, as one product."""
+    """Layers that read the same tensor, as one product.
 
-    def __init__(self, layers: Sequence[nn.Linear]) -> None:
-        self.layers = tuple(layers)
+    reads_tokens: whether the tensor has the form `[1, tokens, inputs]`, with one row for each token.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear], reads_tokens: bool) -> None:
+        self.layers, self.reads_tokens = tuple(layers), reads_tokens
         self._versions: tuple[Any, ...] = ()
         self._weight = self._bias = torch.empty(0)
 
@@ -89,9 +92,9 @@ class _SharedLinear(nn.Linear):
 class PackedLinears:
     """The linear layers of a model on a CPU, which the engine computes in groups."""
 
-    def __init__(self, groups: Sequence[Sequence[nn.Linear]]) -> None:
+    def __init__(self, groups: Sequence[LinearGroup]) -> None:
         """groups: as `recorded_groups` finds them."""
-        self.groups = [LinearGroup(layers) for layers in groups]
+        self.groups = groups
 
     def pack(self) -> None:
         """Pack the weights that have changed."""
@@ -135,13 +138,13 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @contextmanager
-def recorded_groups(model: nn.Module) -> Iterator[list[list[nn.Linear]]]:
+def recorded_groups(model: nn.Module) -> Iterator[list[LinearGroup]]:
     """Context of one forward pass; the list holds its groups afterwards.
 
     A group is the layers that have read the same tensor. Layers that the pass has computed more than once, or
     not at all, belong to none.
     """
-    groups: list[list[nn.Linear]] = []
+    groups: list[LinearGroup] = []
     calls: list[tuple[nn.Linear, Tensor]] = []
 
     def record(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -158,14 +161,14 @@ def recorded_groups(model: nn.Module) -> Iterator[list[list[nn.Linear]]]:
             hook.remove()
 
 
-def _by_input(calls: Sequence[tuple[nn.Linear, Tensor]]) -> list[list[nn.Linear]]:
+def _by_input(calls: Sequence[tuple[nn.Linear, Tensor]]) -> list[LinearGroup]:
     """calls: each layer with its input. They hold the inputs, so that no id is used twice."""
     num_calls = Counter(layer for layer, _ in calls)
-    groups: dict[tuple[int, bool], list[nn.Linear]] = {}
+    groups: dict[tuple[int, bool], list[tuple[nn.Linear, Tensor]]] = {}
     for layer, input in calls:
         if num_calls[layer] == 1:
-            groups.setdefault((id(input), layer.bias is None), []).append(layer)
-    return list(groups.values())
+            groups.setdefault((id(input), layer.bias is None), []).append((layer, input))
+    return [LinearGroup([layer for layer, _ in group], group[0][1].dim() == 3) for group in groups.values()]
 
 
 def _is_packable(module: nn.Module) -> bool:
