@@ -119,7 +119,8 @@ class ModelRunner:
         self._linears.pack()
         inputs = _probe_input().padded(tokens=6, sampled=3)
         compiled = compile_forward(causal_lm(self.model))
-        with self._linears.active(), nullcontext() if self._lora is None else self._lora.active():
+        lora_mode = nullcontext() if self._lora is None else self._lora.active()
+        with eval_mode(self.model), self._linears.active(), lora_mode:
             self._forward(compiled, inputs, _probe_cache(), self._linears, self._lora)
         self._compiled = compiled
 
@@ -146,7 +147,9 @@ class ModelRunner:
         if self._patched:
             kwargs["pos2d"] = torch.stack([branch, time], dim=-1)[None]
         step = Step(inputs, cache, self._windows, linears.groups if linears else (), self._kernels, lora)
-        with eval_mode(self.model), self._attention, step_ops.running(step):
+        # Compiled code is that of a model in eval mode.
+        mode = eval_mode(self.model) if call is self.model else nullcontext()
+        with mode, self._attention, step_ops.running(step):
             logits: Tensor = call(**kwargs).logits
         return logits[0]
 

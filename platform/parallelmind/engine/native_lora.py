@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -23,10 +24,9 @@ from parallelmind.engine.batch import ModelInput
 from parallelmind.engine.native import kernels
 from parallelmind.model import step_ops
 from parallelmind.model.packed_linear import LinearGroup
-from parallelmind.tree import Ints
 
 _KERNELS = {torch.float32: "add_low_rank_float32", torch.bfloat16: "add_low_rank_bfloat16"}
-_MAX_TABLES = 4096  # of all groups and combinations of adapters
+_MAX_COMBINATIONS = 64  # of adapters in one step, whose tables are kept
 _P, _I = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -60,23 +60,32 @@ class LoraRows:
         owners = {id(layer.base_layer): layer for layer in self._layers}
         self._owners = [[owners.get(id(layer)) for layer in group.layers] for group in groups]
         self._groups = groups
-        self._tables: dict[tuple[int, tuple[str, ...]], _Table] = {}
+        self._tables: dict[tuple[str, ...], list[_Table | None]] = {}  # of the groups, by adapters
+        self._current: list[_Table | None] = []
+        self._rows = self._sampled_rows = np.empty(0, np.int32)
 
-    def add(self, group: int, input: Tensor, product: Tensor, inputs: ModelInput) -> None:
-        """Add the adapters of a step's samples to `product`, the group's product with `input`, in place."""
-        owners = self._owners[group]
-        if not any(owners):
-            return
-        key = group, inputs.adapters
-        table = self._tables.get(key)
-        if table is None or not table.is_current():
-            if len(self._tables) > _MAX_TABLES:
+    def begin(self, inputs: ModelInput) -> None:
+        """Set the adapters that `add` adds, for a step with these tokens."""
+        self._rows = np.ascontiguousarray(inputs.adapter, np.int32)
+        self._sampled_rows = self._rows[inputs.logits_indices]
+        tables = self._tables.get(inputs.adapters)
+        if tables is None or not all(table is None or table.is_current() for table in tables):
+            if len(self._tables) > _MAX_COMBINATIONS:
                 self._tables.clear()
-            table = self._tables[key] = _Table(owners, self._groups[group].sizes, inputs.adapters)
-        rows = inputs.adapter
-        if input.shape[-2] != len(rows):  # the head reads the sampled tokens alone
-            rows = rows[inputs.logits_indices]
-        table.add(input, product, rows)
+            tables = self._tables[inputs.adapters] = [
+                _Table(owners, group.sizes, inputs.adapters) if any(owners) else None
+                for owners, group in zip(self._owners, self._groups, strict=True)
+            ]
+        self._current = tables
+
+    def add(self, group: int, input: Tensor, product: Tensor) -> None:
+        """Add the adapters of the step's samples to `product`, the group's product with `input`, in place."""
+        table = self._current[group]
+        if table is not None:
+            # The head reads the sampled tokens alone.
+            table.add(
+                input, product, self._rows if input.shape[-2] == len(self._rows) else self._sampled_rows
+            )
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -133,6 +142,7 @@ class _Table:
         self._starts = np.array(starts, np.int32)
         self._entries = (_LowRank * max(len(entries), 1))(*entries)
         self._columns = firsts[-1]
+        self._kernels = {dtype: _kernel(name) for dtype, name in _KERNELS.items()}
 
     def _entry(self, owner: LoraLinear, adapter: str, first: int, outputs: int) -> _LowRank:
         layers: list[Any] = [owner.lora_A[adapter], owner.lora_B[adapter]]
@@ -147,14 +157,25 @@ class _Table:
         """Whether the weights are those of the table."""
         return all(_version(weight) == version for weight, version in self._weights)
 
-    def add(self, input: Tensor, product: Tensor, adapter: Ints) -> None:
+    def add(self, input: Tensor, product: Tensor, adapter: NDArray[np.int32]) -> None:
+        """adapter: `[rows]` index of each row's adapter."""
         input = input.contiguous()
-        rows = np.ascontiguousarray(adapter, np.int32)
-        getattr(kernels(), _KERNELS[input.dtype])(
-            *(_P(input.data_ptr()), _P(product.data_ptr())),
-            *(_I(len(rows)), _I(input.shape[-1]), _I(self._columns)),
-            *(_P(self._starts.ctypes.data), self._entries, _P(rows.ctypes.data)),
+        self._kernels[input.dtype](
+            input.data_ptr(),
+            product.data_ptr(),
+            len(adapter),
+            input.shape[-1],
+            self._columns,
+            self._starts.ctypes.data,
+            self._entries,
+            adapter.ctypes.data,
         )
+
+
+def _kernel(name: str) -> Any:
+    function = getattr(kernels(), name)
+    function.argtypes = (_P, _P, _I, _I, _I, _P, _P, _P)
+    return function
 
 
 def _version(tensor: Tensor) -> int:

@@ -36,6 +36,8 @@ class Step:
         """kernels: by layer; kept from step to step. lora: adapters that the step computes by row."""
         self._inputs, self._cache, self._windows, self._linears = inputs, cache, windows, linears
         self._kernels, self._lora = kernels, lora
+        if lora is not None:
+            lora.begin(inputs)
         self._native: NativeAttention | None = None
         self._native_steps: dict[AttentionWindow, ctypes.Structure] = {}
         self._cascades: dict[tuple[AttentionWindow, torch.dtype], CascadeAttention] = {}
@@ -43,7 +45,7 @@ class Step:
     def linear(self, input: Tensor, group: int) -> Tensor:
         product = self._linears[group](input)
         if self._lora is not None:
-            self._lora.add(group, input, product, self._inputs)
+            self._lora.add(group, input, product)
         return product
 
     def attend(

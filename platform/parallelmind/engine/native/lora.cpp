@@ -5,44 +5,84 @@
 
 #include "numbers.h"
 
-extern "C" struct LowRank {       // one layer of a group, one adapter
-  const float *down, *up;         // [rank, inputs], [rank, outputs]
-  int64_t rank, first, outputs;   // `first` is the layer's first column in the group's product
+extern "C" struct LowRank {  // one adapter of one layer of a group
+  const float *down, *up;    // [rank, inputs], [rank, outputs]
+  int64_t rank, first, outputs;  // `first` is the layer's first column in the group's product
   float scale;
 };
 
 namespace {
 
+constexpr int ROWS = 8;  // rows of one adapter that are computed together, so that its weights are read once
+
+inline float dot(const float* __restrict a, const float* __restrict b, int64_t count) {
+  float total = 0;
+  for (int64_t i = 0; i < count; i++) total += a[i] * b[i];
+  return total;
+}
+
+inline void add_scaled(float* __restrict to, float scale, const float* __restrict x, int64_t count) {
+  for (int64_t i = 0; i < count; i++) to[i] += scale * x[i];
+}
+
 template <typename T>
-void add_rows(const T* input, T* product, int64_t rows, int64_t inputs, int64_t columns, const int32_t* start,
-              const LowRank* layers, const int32_t* adapter) {
-#pragma omp parallel for schedule(static) if (rows > 1)
-  for (int64_t row = 0; row < rows; row++) {
-    if (adapter[row] < 0) continue;
-    thread_local std::vector<float> x, sum;
-    x.resize(inputs);
-    for (int64_t i = 0; i < inputs; i++) x[i] = to_float(input[row * inputs + i]);
-    for (int32_t at = start[adapter[row]]; at < start[adapter[row] + 1]; at++) {
-      const LowRank& layer = layers[at];
-      sum.assign(layer.outputs, 0.f);
-      for (int64_t r = 0; r < layer.rank; r++) {
-        float dot = 0;
-        for (int64_t i = 0; i < inputs; i++) dot += layer.down[r * inputs + i] * x[i];
-        dot *= layer.scale;
-        for (int64_t o = 0; o < layer.outputs; o++) sum[o] += dot * layer.up[r * layer.outputs + o];
-      }
-      T* to = product + row * columns + layer.first;
-      for (int64_t o = 0; o < layer.outputs; o++) store(to + o, to_float(to[o]) + sum[o]);
+inline void widen(const T* __restrict from, float* __restrict to, int64_t count) {
+  for (int64_t i = 0; i < count; i++) to[i] = to_float(from[i]);
+}
+
+template <typename T>
+inline void add(T* __restrict to, const float* __restrict x, int64_t count) {
+  for (int64_t i = 0; i < count; i++) store(to + i, to_float(to[i]) + x[i]);
+}
+
+// Add one adapter of one layer to the rows `first` to `last` of a product.
+template <typename T>
+void add_adapter(const float* input, T* product, int64_t first, int64_t last, int64_t inputs, int64_t columns,
+                 const LowRank& layer, std::vector<float>& sums) {
+  const int64_t outputs = layer.outputs;
+  sums.assign((last - first) * outputs, 0.f);
+  for (int64_t r = 0; r < layer.rank; r++)
+    for (int64_t row = 0; row < last - first; row++) {
+      const float weight = layer.scale * dot(layer.down + r * inputs, input + row * inputs, inputs);
+      add_scaled(sums.data() + row * outputs, weight, layer.up + r * outputs, outputs);
     }
+  for (int64_t row = first; row < last; row++)
+    add(product + row * columns + layer.first, sums.data() + (row - first) * outputs, outputs);
+}
+
+template <typename T>
+void add_low_rank(const T* input, T* product, int64_t rows, int64_t inputs, int64_t columns, const int32_t* start,
+                  const LowRank* layers, const int32_t* adapter) {
+  struct Task {
+    int64_t first, last;
+  };
+  std::vector<Task> tasks;  // rows of one adapter
+  for (int64_t row = 0; row < rows; row++) {
+    const bool joins = row && adapter[row] == adapter[row - 1] && row - tasks.back().first < ROWS;
+    if (joins) tasks.back().last = row + 1;
+    else tasks.push_back({row, row + 1});
+  }
+#pragma omp parallel for schedule(dynamic, 1) if (tasks.size() > 1)
+  for (size_t i = 0; i < tasks.size(); i++) {
+    thread_local std::vector<float> wide, sums;
+    const auto [first, last] = tasks[i];
+    const int32_t begin = start[adapter[first]], end = start[adapter[first] + 1];
+    if (begin == end) continue;
+    wide.resize((last - first) * inputs);
+    widen(input + first * inputs, wide.data(), (last - first) * inputs);
+    for (int32_t at = begin; at < end; at++)
+      add_adapter(wide.data(), product, first, last, inputs, columns, layers[at], sums);
   }
 }
 
 }  // namespace
 
-#define ADD_LOW_RANK(name, T)                                                                                   \
-  extern "C" void name(const void* input, void* product, int64_t rows, int64_t inputs, int64_t columns,         \
-                       const int32_t* start, const LowRank* layers, const int32_t* adapter) {                   \
-    add_rows((const T*)input, (T*)product, rows, inputs, columns, start, layers, adapter);                      \
-  }
-ADD_LOW_RANK(add_low_rank_float32, float)
-ADD_LOW_RANK(add_low_rank_bfloat16, bf16)
+extern "C" void add_low_rank_float32(const float* input, float* product, int64_t rows, int64_t inputs, int64_t columns,
+                                     const int32_t* start, const LowRank* layers, const int32_t* adapter) {
+  add_low_rank(input, product, rows, inputs, columns, start, layers, adapter);
+}
+
+extern "C" void add_low_rank_bfloat16(const bf16* input, bf16* product, int64_t rows, int64_t inputs, int64_t columns,
+                                      const int32_t* start, const LowRank* layers, const int32_t* adapter) {
+  add_low_rank(input, product, rows, inputs, columns, start, layers, adapter);
+}
