@@ -21,10 +21,10 @@ COLUMNAR, ISOLATED = RopeConfig(visibility="columnar"), RopeConfig(visibility="i
 LORA = LoraConfig(lora_rank=2)
 
 
-def tiny_engine(config: RopeConfig = ISOLATED, kind: type[Engine] = Engine, **limits: int) -> Engine:
+def tiny_engine(config: RopeConfig = ISOLATED, kind: type[Engine] = Engine, **limits: float) -> Engine:
     model = tiny_llama()
     patch(model, config)
-    return kind(model, tiny_tokenizer(), EngineConfig(**{"cache_tokens": 4096, **limits}))
+    return kind(model, tiny_tokenizer(), EngineConfig(**{"cache_tokens": 4096, **limits}))  # type: ignore[arg-type]
 
 
 class InterruptedRunner:

@@ -21,10 +21,6 @@ class UserError(ValueError):
         super().__init__(redact_uri(str(message)))
 
 
-class CapacityError(UserError):
-    """A valid request for which there is no capacity at the moment."""
-
-
 class DecodingError(RuntimeError):
     """A branch could not be decoded to its end. The message names the branch and the reason in one line."""
 

@@ -11,7 +11,6 @@ from ray import serve
 import parallelmind as pm
 from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.engine.scheduler import EngineConfig
-from parallelmind.errors import CapacityError
 from serving.config import AppConfig
 from serving.engine.adapter_registry import AdapterRegistry, AdapterVersionGoneError
 from serving.engine.load_model import load_model
@@ -168,6 +167,4 @@ class EngineReplica:
 
 
 def _rejection(error: pm.UserError) -> RejectedRequest:
-    if isinstance(error, CapacityError):
-        return RejectedRequest(str(error), 429)
     return RejectedRequest(str(error), 503 if isinstance(error, AdapterVersionGoneError) else 400)

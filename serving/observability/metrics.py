@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 from prometheus_client import (
@@ -16,7 +17,7 @@ from prometheus_client import (
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from parallelmind.engine.scheduler import EngineStats
+from parallelmind.engine.scheduler import PREFILL_KINDS, EngineStats, PrefillKind
 
 _STEP_BUCKETS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 _FIRST_TOKEN_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -91,6 +92,13 @@ class IngressMetrics(ProcessMetrics):
         )
 
 
+_KINDS: dict[PrefillKind, str] = {
+    "main": "mains",
+    "branch": "prompts of branches",
+    "preempted": "samples that were preempted",
+}
+
+
 class EngineMetrics(ProcessMetrics):
     """Metrics of an engine process."""
 
@@ -110,15 +118,32 @@ class EngineMetrics(ProcessMetrics):
         self._gauge("cache_tokens", "capacity of the KV cache in tokens", lambda: stats().cache_tokens)
         self._gauge("cache_held_tokens", "tokens of the KV cache in use", lambda: stats().held_tokens)
         self._gauge(
+            "oldest_waiting_seconds",
+            "seconds since the oldest sample that waits for room in the cache was submitted",
+            lambda: stats().oldest_waiting_s,
+        )
+        self._gauge(
+            "preemptions",
+            "times that a running sample has lost its cache blocks to an older one",
+            lambda: stats().preemptions,
+        )
+        self._gauge(
             "prefix_reused_share",
-            "share of main tokens that were found in the prefix cache",
+            "share of all tokens to prefill that were found in the prefix cache",
             lambda: stats().reused_share,
         )
+        for kind in PREFILL_KINDS:
+            share = partial(_reused_share, stats, kind)
+            self._gauge(f"{kind}_reused_share", f"prefix_reused_share of {_KINDS[kind]}", share)
         self._gauge("loaded_adapters", "adapters in memory", num_adapters)
 
     def observe_step(self, total_s: float, model_s: float) -> None:
         self._steps.labels("model").observe(model_s)
         self._steps.labels("engine").observe(total_s - model_s)
+
+
+def _reused_share(stats: Callable[[], EngineStats], kind: PrefillKind) -> float:
+    return stats().reused_share_by_kind[kind]
 
 
 class _CollectedMetrics(Collector):

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 
 from parallelmind.config import RopeConfig
 from parallelmind.engine.block_manager import BLOCK
+from parallelmind.engine.planner import Plan
 from parallelmind.engine.request import Sample
 from parallelmind.engine.scheduler import EngineConfig
 from parallelmind.engine.sequence_group import SequenceGroup
@@ -121,6 +122,14 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(data=st.data(), then=STEPS)
     def cancel_a_sample(self, data: st.DataObject, then: int) -> None:
         self.engine.cancel(data.draw(st.sampled_from(sorted(self.groups))))
+        self.step(then)
+
+    @precondition(lambda self: self.engine.scheduler.running)
+    @rule(data=st.data(), then=STEPS)
+    def preempt(self, data: st.DataObject, then: int) -> None:
+        """Preempt any sample, as a full cache does with the newest."""
+        group = data.draw(st.sampled_from(self.engine.scheduler.running))
+        self.engine.scheduler.begin(Plan((group,), (), (), (), ()))
         self.step(then)
 
     @rule(count=st.integers(1, 4))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
 from engines import ISOLATED, decode, run_to_end, saved_adapters, tiny_engine, tokens_by_branch
 from tiny import tiny_llama, tiny_tokenizer
 
+from parallelmind.engine.block_manager import BLOCK
 from parallelmind.engine.engine import Engine
+from parallelmind.engine.output import Event
 from parallelmind.engine.request import Sample
 from parallelmind.engine.scheduler import EngineConfig
 from parallelmind.errors import UserError
@@ -135,3 +138,45 @@ def test_an_adapter_that_does_not_fit_changes_nothing(folders, expected, tmp_pat
         with pytest.raises(UserError, match=f"adapter='{name}'"):
             engine.unload_adapter(name)
     assert decode(engine, SAMPLE, adapter="base", **SETTINGS) == before
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_tokens_do_not_depend_on_arrivals_joins_cancels_preemptions_and_swaps_of_adapters(
+    seed: int, folders: list[Path]
+) -> None:
+    """The cache holds two or three samples; the adapter of a name changes while its samples run."""
+    rng, engine = random.Random(seed), tiny_engine(cache_tokens=12 * BLOCK, max_prefill_tokens=24)
+    main, (first, second), settings = SAMPLE.main, SAMPLE.branches, {**SETTINGS, "max_new_tokens": 40}
+    expected = []
+    for folder in folders:
+        alone = tiny_engine()
+        alone.load_adapter("a", folder)
+        expected.append(decode(alone, SAMPLE, adapter="a", **settings))
+    expected.append(decode(tiny_engine(), SAMPLE, **settings))
+    version, samples, events = {"a": 0, "b": 1}, dict[int, int](), list[Event]()
+    for name, index in version.items():
+        engine.load_adapter(name, folders[index])
+    for _ in range(50):
+        match rng.randrange(6):
+            case 0:
+                name = rng.choice(["a", "b", "base"])
+                number = engine.submit(Sample(main, [first]), adapter=name, **settings)
+                samples[number] = version.get(name, 2)
+                if rng.random() < 0.7:
+                    engine.join(number, second, **settings)
+            case 1 if samples:
+                engine.cancel(rng.choice(list(samples)), 0)
+            case 2 if rng.random() < 0.3:
+                name, index = rng.choice("ab"), rng.randrange(2)
+                engine.load_adapter(name, folders[index])
+                version[name] = index
+            case _:
+                events += engine.step()
+    events += run_to_end(engine)
+    for (number, branch), tokens in tokens_by_branch(events).items():
+        whole = expected[samples[number]][branch]
+        assert tokens == whole[: len(tokens)]
+        reason = next(e.finish_reason for e in reversed(events) if (e.sample, e.branch) == (number, branch))
+        assert reason == "cancelled" or tokens == whole
+    assert engine.scheduler.num_preemptions
+    assert engine.scheduler.block_manager.num_allocated == 0

@@ -82,7 +82,7 @@ def test_a_recurrent_model_computes_every_main() -> None:
 @BOTH
 def test_a_long_prompt_does_not_delay_other_samples(config: RopeConfig) -> None:
     alone = decode(tiny_engine(config), Sample(MAIN, [[5]]), max_new_tokens=4, ignore_eos=True)
-    engine = tiny_engine(config, max_prefill_tokens=8)
+    engine = tiny_engine(config, max_prefill_tokens=16, prefill_share=0.5)
     talking = engine.submit(Sample([], [[3], [4]]), max_new_tokens=40, ignore_eos=True)
     engine.step()
     late = engine.submit(Sample(MAIN, [[5]]), max_new_tokens=4, ignore_eos=True)

@@ -319,6 +319,8 @@ class Engine:
         with self.state_lock:
             plan = self.scheduler.schedule()
             try:
+                for group in plan.stuck:
+                    self._abort(group, "error", "the cache has no room for the sample; raise cache_tokens")
                 for group in plan.preempted:
                     self.runner.forget(group)
                 self.scheduler.begin(plan)

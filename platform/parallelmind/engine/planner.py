@@ -28,6 +28,8 @@ from parallelmind.engine.sequence_group import SequenceGroup
 from parallelmind.engine.token_scheduler import Progress, num_prefill, schedule_tokens
 from parallelmind.tree import MAIN, Ints
 
+_MAX_PASSED = 64  # samples that do not fit, before a plan stops to look for one that does
+
 
 class Adoption(NamedTuple):
     """Cached blocks that a segment uses in place of computing their tokens, and its path up to their end."""
@@ -62,12 +64,16 @@ class ScheduledGroup(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What one step does. Samples are in the order of their age."""
+    """What one step does. Samples are in the order of their age.
+
+    stuck: the oldest sample, if the cache cannot hold it although no other one can be preempted.
+    """
 
     preempted: tuple[SequenceGroup, ...]
     admitted: tuple[SequenceGroup, ...]
     adopted: tuple[Adoption, ...]
     scheduled: tuple[ScheduledGroup, ...]
+    stuck: tuple[SequenceGroup, ...]
 
     @property
     def groups(self) -> list[SequenceGroup]:
@@ -78,10 +84,13 @@ class Plan:
 class Planner:
     """Makes one plan."""
 
-    def __init__(self, manager: BlockManager, budget: int, reuse: bool) -> None:
-        """budget: prompt tokens to compute at most. reuse: whether cached blocks are adopted."""
+    def __init__(self, manager: BlockManager, budget: int, overdue_step: int, reuse: bool) -> None:
+        """budget: prompt tokens to compute at most. reuse: whether cached blocks are adopted.
+
+        overdue_step: no sample is admitted past one that has waited since this step.
+        """
         self._manager, self._draft, self._reuse = manager, BlockDraft(manager), reuse
-        self._budget = budget
+        self._budget, self._overdue_step = budget, overdue_step
         self._preempted: list[SequenceGroup] = []
         self._adopted: dict[SequenceGroup, list[Adoption]] = {}
         self._filled: set[BlockKey] = set()  # blocks that the plan computes
@@ -97,23 +106,34 @@ class Planner:
             item, used = self._schedule(group, share + unused, open_groups)
             unused = max(unused + share - used, 0)
             scheduled += [item] if item else []
-        adopted = chain.from_iterable(self._adopted.values())
-        return Plan(tuple(self._preempted), tuple(admitted), tuple(adopted), tuple(scheduled))
+        adopted = tuple(chain.from_iterable(self._adopted.values()))
+        does_nothing = not (self._preempted or admitted or adopted or scheduled)
+        stuck = [*running, *waiting][:1] if does_nothing else []
+        return Plan(tuple(self._preempted), tuple(admitted), adopted, tuple(scheduled), tuple(stuck))
 
     def _admit(
         self, running: Sequence[SequenceGroup], waiting: Sequence[SequenceGroup]
     ) -> list[SequenceGroup]:
-        """Waiting samples whose known tokens fit beside those of all running samples, the oldest first."""
-        admitted, reserved = [], sum(map(missing_blocks, running))
+        """Waiting samples whose known tokens fit beside those of all running samples, the oldest first.
+
+        One that does not fit is passed over, unless it is overdue.
+        """
+        admitted, reserved, num_passed = list[SequenceGroup](), sum(map(missing_blocks, running)), 0
         for group in waiting:
-            adopted = self._adopt(group)
-            needed = missing_blocks(group) - sum(len(adoption.blocks) for adoption in adopted)
-            if needed + reserved > self._draft.num_available:
-                self._release(adopted)
+            if reserved >= self._draft.num_available or num_passed == _MAX_PASSED:
                 break
-            self._adopted[group] = adopted
-            admitted.append(group)
-            reserved += needed
+            adopted = self._adopt(group)
+            full = sum(count == BLOCK for adoption in adopted for _, count in adoption.blocks)
+            needed = missing_blocks(group) - full
+            if needed + reserved <= self._draft.num_available:
+                self._adopted[group] = adopted
+                admitted.append(group)
+                reserved += needed
+                continue
+            self._release(adopted)
+            num_passed += 1
+            if group.waits_since_step <= self._overdue_step:
+                break
         return admitted
 
     def _schedule(

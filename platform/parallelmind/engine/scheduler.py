@@ -8,9 +8,13 @@ tokens are computed anew when there is room.
 
 from __future__ import annotations
 
+import math
 from bisect import insort
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from time import monotonic
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -22,6 +26,9 @@ from parallelmind.engine.sequence_group import SequenceGroup
 from parallelmind.errors import UserError
 from parallelmind.tree import MAIN
 
+PrefillKind = Literal["main", "branch", "preempted"]  # whose tokens are computed or found in the cache
+PREFILL_KINDS: tuple[PrefillKind, ...] = get_args(PrefillKind)
+
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
@@ -30,11 +37,22 @@ class EngineConfig:
     cache_tokens: slots of the KV cache.
     max_prefill_tokens: prompt tokens that one step computes in addition to the newest decoded tokens.
     max_branches: branches of one sample.
+    prefill_share: share of `max_prefill_tokens` that a step computes while branches decode. It bounds how
+        much long prompts slow down running branches.
+    max_overtaken_steps: steps for which younger samples that fit are admitted past a waiting sample that does
+        not. After that, younger ones wait until it is admitted.
+    Raises UserError for a share that is not above 0 and up to 1.
     """
 
     cache_tokens: int
     max_prefill_tokens: int = 512
     max_branches: int = 256
+    prefill_share: float = 0.5
+    max_overtaken_steps: int = 200
+
+    def __post_init__(self) -> None:
+        if not 0 < self.prefill_share <= 1:
+            raise UserError(f"prefill_share={self.prefill_share!r}: give a number above 0 and up to 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +61,10 @@ class EngineStats:
 
     waiting_tokens: prompt tokens that are still to be computed, of waiting and of running samples.
     held_tokens: cache slots that running samples hold.
-    reused_share: share of all prompt tokens that were found in the cache.
+    preemptions: how often a running sample has lost its cache blocks to an older one.
+    oldest_waiting_s: seconds since the oldest waiting sample was submitted; 0 if none waits.
+    reused_share: share of all tokens to prefill that were found in the cache. reused_share_by_kind: the same
+        for mains, for prompts of branches, and for samples that were preempted.
     """
 
     waiting_samples: int
@@ -53,13 +74,17 @@ class EngineStats:
     waiting_tokens: int
     held_tokens: int
     cache_tokens: int
+    preemptions: int
+    oldest_waiting_s: float
     reused_share: float
+    reused_share_by_kind: Mapping[PrefillKind, float]
 
 
 class Scheduler:
     """Waiting and running samples, in the order of their age, and the cache blocks that they hold.
 
-    num_prompt_tokens, num_reused_tokens: tokens of all prompts, and those found in the cache.
+    num_steps: steps that have begun. num_preemptions: how often a running sample has lost its blocks.
+    num_prefill, num_reused: tokens to prefill by kind, computed or found in the cache, and those found.
     """
 
     def __init__(self, config: EngineConfig, reuse_prefixes: bool = True) -> None:
@@ -68,13 +93,15 @@ class Scheduler:
         self.block_manager = BlockManager(config.cache_tokens // BLOCK)
         self.waiting: list[SequenceGroup] = []
         self.running: list[SequenceGroup] = []
-        self.num_prompt_tokens = self.num_reused_tokens = self.num_preemptions = 0
+        self.num_steps = self.num_preemptions = 0
+        self.num_prefill, self.num_reused = Counter[PrefillKind](), Counter[PrefillKind]()
 
     # Samples
 
     def submit(self, group: SequenceGroup) -> None:
         """Queue a sample. Raises UserError for one that would not fit an empty cache."""
         self.check_size(group)
+        group.waits_since_step = self.num_steps
         self.waiting.append(group)
 
     def check_size(self, group: SequenceGroup) -> None:
@@ -114,14 +141,27 @@ class Scheduler:
             waiting_tokens=sum(group.num_waiting_prefill for group in [*self.waiting, *self.running]),
             held_tokens=self.block_manager.num_allocated * BLOCK,
             cache_tokens=self.block_manager.num_blocks * BLOCK,
-            reused_share=self.num_reused_tokens / max(self.num_prompt_tokens, 1),
+            preemptions=self.num_preemptions,
+            oldest_waiting_s=monotonic() - self.waiting[0].submitted_at if self.waiting else 0.0,
+            reused_share=self.num_reused_tokens / max(self.num_prefill.total(), 1),
+            reused_share_by_kind={
+                kind: self.num_reused[kind] / max(self.num_prefill[kind], 1) for kind in PREFILL_KINDS
+            },
         )
+
+    @property
+    def num_reused_tokens(self) -> int:
+        """Tokens of all kinds that were found in the cache."""
+        return self.num_reused.total()
 
     # Steps
 
     def schedule(self) -> Plan:
         """Plan the next step. Nothing changes until `begin`."""
-        planner = Planner(self.block_manager, self.config.max_prefill_tokens, self._reuse_prefixes)
+        decodes = any(group.is_decoding for group in self.running)
+        budget = math.ceil(self.config.max_prefill_tokens * (self.config.prefill_share if decodes else 1))
+        overdue = self.num_steps - self.config.max_overtaken_steps
+        planner = Planner(self.block_manager, budget, overdue, self._reuse_prefixes)
         return planner.plan(self.running, self.waiting)
 
     def begin(self, plan: Plan) -> None:
@@ -129,6 +169,7 @@ class Scheduler:
 
         No later step depends on what the pass overwrites: if it raises, `abort` its samples.
         """
+        self.num_steps += 1
         for group in plan.preempted:
             self._preempt(group)
         for group in plan.admitted:
@@ -165,6 +206,7 @@ class Scheduler:
         self.running.remove(group)
         self.block_manager.free(group.reset())
         insort(self.waiting, group, key=_age)
+        group.waits_since_step = self.num_steps
         group.num_preemptions += 1
         self.num_preemptions += 1
 
@@ -177,9 +219,9 @@ class Scheduler:
             segment.num_computed += cached.num_tokens
         segment.path = path
         group.next_column = 0 if group.free_order else segment.num_computed
-        num_tokens = sum(count for _, count in blocks)
-        self.num_prompt_tokens += num_tokens
-        self.num_reused_tokens += num_tokens
+        num_tokens, kind = sum(count for _, count in blocks), _kind(group, segment)
+        self.num_prefill[kind] += num_tokens
+        self.num_reused[kind] += num_tokens
 
     def _commit(self, item: ScheduledGroup) -> None:
         group, tokens = item.group, item.tokens
@@ -191,7 +233,8 @@ class Scheduler:
         committed = set[int]()
         for segment, count in zip(group.segments, tokens.counts.tolist(), strict=False):
             if count and (not group.free_order or segment.table.is_staged(count)):
-                self.num_prompt_tokens += min(count, segment.num_waiting_prefill)
+                if waiting := segment.num_waiting_prefill:
+                    self.num_prefill[_kind(group, segment)] += min(count, waiting)
                 segment.num_computed += count
                 committed.add(segment.number)
                 if group.free_order:
@@ -237,6 +280,12 @@ class Scheduler:
 
 def _age(group: SequenceGroup) -> int:
     return group.id
+
+
+def _kind(group: SequenceGroup, segment: SegmentState) -> PrefillKind:
+    if group.num_preemptions:
+        return "preempted"
+    return "main" if segment.number == MAIN else "branch"
 
 
 def _stage(item: ScheduledGroup) -> None:

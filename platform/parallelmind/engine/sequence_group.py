@@ -37,6 +37,8 @@ class SequenceGroup:
     is_admitted: whether the sample is running and may hold cache blocks.
     is_finite: whether all logits were finite so far.
     num_preemptions: how often its blocks were taken from it.
+    submitted_at: `time.monotonic` of the submission. waits_since_step: number of the engine's steps when the
+        sample began to wait.
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class SequenceGroup:
         self.id, self.adapter_version = id, adapter_version
         self.config, self.free_order = config, is_free_order(config)
         self._seed, self._make_output = seed, make_output
-        self.next_column = self.frontier = self.num_preemptions = 0
+        self.next_column = self.frontier = self.num_preemptions = self.waits_since_step = 0
         self.is_admitted, self.is_finite = False, True
         self._shape: GroupShape | None = None
         self._start_times: Ints | None = None

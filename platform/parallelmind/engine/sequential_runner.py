@@ -63,7 +63,7 @@ class SequentialRunner:
     def resolve_config(self, config: EngineConfig | None, num_engines: int) -> EngineConfig:
         """`config` or a default, with unlimited prefill: recurrent models need prompts in one piece."""
         config = config or EngineConfig(cache_tokens=_CACHE_TOKENS)
-        return replace(config, max_prefill_tokens=config.cache_tokens)
+        return replace(config, max_prefill_tokens=config.cache_tokens, prefill_share=1)
 
     def prepare_inputs(self, scheduled: Sequence[ScheduledGroup]) -> Sequence[ScheduledGroup]:
         """Return the scheduled tokens as they are: each segment has a state of its own."""

@@ -13,7 +13,7 @@ from parallelmind.config import RopeConfig
 from parallelmind.engine.engine import Engine
 from parallelmind.engine.request import Sample
 from parallelmind.engine.scheduler import EngineConfig
-from parallelmind.errors import CapacityError, UserError
+from parallelmind.errors import UserError
 from parallelmind.evaluation import tiny_models as tiny
 from parallelmind.model.patch import patch
 
@@ -97,9 +97,8 @@ def test_a_bad_branch_is_refused_and_its_siblings_continue(text, settings, messa
     engine = tiny_engine(COLUMNAR, **LIMITS)
     sample_id = engine.submit(VALID, max_new_tokens=8, ignore_eos=True)
     events = [event for _ in range(3) for event in engine.step()]
-    with pytest.raises(UserError, match=message) as error:
+    with pytest.raises(UserError, match=message):
         engine.join(sample_id, text, **settings)
-    assert not isinstance(error.value, CapacityError)
     assert tokens_by_branch(events + run_to_end(engine)) == {
         (sample_id, branch): expected[branch] for branch in range(2)
     }

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
+from unittest.mock import ANY
 
 import grouping
 import numpy as np
@@ -17,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parallelmind.config import RopeConfig
-from parallelmind.engine.block_manager import BLOCK
+from parallelmind.engine.block_manager import BLOCK, BlockDraft
 from parallelmind.engine.output import FinishReason
 from parallelmind.engine.planner import Plan, prefill_shares
 from parallelmind.engine.scheduler import EngineConfig, Scheduler
@@ -31,8 +32,11 @@ BOTH = pytest.mark.parametrize("config", [COLUMNS, FREE], ids=["columns", "free"
 _ids, _tokens = itertools.count(), itertools.count(1000)
 
 
-def make_scheduler(blocks: int, max_prefill_tokens: int = 1000, max_branches: int = 16) -> Scheduler:
-    return Scheduler(EngineConfig(blocks * BLOCK, max_prefill_tokens, max_branches))
+def make_scheduler(
+    blocks: int, max_prefill_tokens: int = 1000, max_branches: int = 16, **limits: float
+) -> Scheduler:
+    config = {"prefill_share": 1, **limits}
+    return Scheduler(EngineConfig(blocks * BLOCK, max_prefill_tokens, max_branches, **config))  # type: ignore[arg-type]
 
 
 def submit(
@@ -236,6 +240,62 @@ def test_a_preempted_sample_finds_its_blocks_again():
     assert num_tokens(step(scheduler)) == [BLOCK + 1], "the other sample has taken the last block"
 
 
+# The order of admission
+
+
+def test_a_sample_that_fits_is_admitted_past_one_that_does_not():
+    scheduler = make_scheduler(blocks=6)
+    first, large, small = (
+        submit(scheduler, FREE, 0, [BLOCK * count], max_new_tokens=2) for count in (2, 4, 1)
+    )
+    step(scheduler)
+    assert (scheduler.running, scheduler.waiting) == ([first, small], [large])
+
+
+@settings(max_examples=30, derandomize=True)
+@given(seed=st.integers(0, 2**32), patience=st.integers(0, 20))
+def test_no_sample_starves_while_others_keep_arriving(seed: int, patience: int) -> None:
+    """A sample that needs the whole cache waits for at most `max_overtaken_steps`, and for the samples that
+    have been admitted by then."""
+    rng, num_blocks = random.Random(seed), 8
+    scheduler = make_scheduler(num_blocks, max_prefill_tokens=20, max_overtaken_steps=patience)
+    for _ in range(rng.randrange(30)):
+        arrive(scheduler, rng)
+        step(scheduler)
+    large = submit(scheduler, FREE, 0, [num_blocks * BLOCK - 4], max_new_tokens=3)
+    older = [*scheduler.running, *scheduler.waiting[:-1]]
+    ahead = [*older]
+    for steps in itertools.count():
+        if large.is_admitted:
+            break
+        arrive(scheduler, rng)
+        step(scheduler)
+        if steps < patience:
+            ahead += [group for group in scheduler.running if group.id > large.id and group not in ahead]
+        assert steps <= patience + sum(segment.max_tokens for group in ahead for segment in group.segments)
+    assert all(group in ahead or group.id < large.id for group in scheduler.running if group is not large)
+    while large.is_running:
+        arrive(scheduler, rng)
+        step(scheduler)
+    assert not large.num_preemptions, "it is older than all that are admitted beside it"
+
+
+def arrive(scheduler: Scheduler, rng: random.Random) -> None:
+    submit(scheduler, FREE, rng.choice([0, 20]), [rng.randint(1, 30)], rng.randint(1, 9))
+
+
+def test_a_sample_that_the_cache_cannot_hold_alone_is_found_out():
+    scheduler = make_scheduler(blocks=4)
+    group = submit(scheduler, FREE, 0, [BLOCK], max_new_tokens=40)
+    step(scheduler)
+    scheduler.block_manager.hold(BlockDraft(scheduler.block_manager).allocate(3) or [])  # held by nobody
+    for _ in range(3 * BLOCK):
+        if (plan := scheduler.schedule()).stuck:
+            break
+        step(scheduler)
+    assert plan.stuck == (group,)
+
+
 # Reuse of cached blocks
 
 
@@ -341,6 +401,42 @@ def test_a_short_prompt_does_not_wait_behind_a_long_one():
     plan = step(scheduler)
     assert [(item.group, len(item.tokens.ids)) for item in plan.scheduled] == [(long, 6), (short, 4)]
     assert not short.is_running
+
+
+def test_prompts_take_a_share_of_a_step_while_branches_decode():
+    scheduler = make_scheduler(blocks=100, max_prefill_tokens=20, prefill_share=0.3)
+    talking = submit(scheduler, FREE, 0, [3], max_new_tokens=50)
+    step(scheduler)
+    long = submit(scheduler, FREE, 0, [200])
+    for _ in range(5):
+        plan = step(scheduler)
+        assert [(item.group, len(item.tokens.ids)) for item in plan.scheduled] == [(talking, 1), (long, 6)]
+    scheduler.abort(talking)
+    assert num_tokens(step(scheduler)) == [20]
+
+
+@pytest.mark.parametrize("share", [0, -1, 1.5, float("nan")])
+def test_a_share_that_is_none_is_refused(share):
+    with pytest.raises(UserError, match=r"prefill_share=.*: give a number above 0 and up to 1"):
+        EngineConfig(1024, prefill_share=share)
+
+
+def test_the_load_tells_of_preemptions_waiting_and_reuse():
+    scheduler = make_scheduler(blocks=6)
+    for _ in range(3):
+        submit(scheduler, FREE, 0, [2 * BLOCK], max_new_tokens=40)
+    step_until_preempted(scheduler)
+    stats = scheduler.stats()
+    assert (stats.preemptions, stats.waiting_samples) == (1, 2)
+    assert stats.oldest_waiting_s > 0
+    run_to_end(scheduler)
+    for _ in range(2):
+        submit(scheduler, FREE, 2 * BLOCK, [2])
+        run_to_end(scheduler)
+    stats = scheduler.stats()
+    assert stats.oldest_waiting_s == 0
+    assert stats.reused_share_by_kind == {"main": 0.5, "branch": 0.0, "preempted": ANY}
+    assert 0 < stats.reused_share < stats.reused_share_by_kind["preempted"] < 1
 
 
 # Branches that join

@@ -14,13 +14,15 @@ from pydantic import ValidationError
 from ray.serve.config import AutoscalingContext
 
 import serving
-from parallelmind.engine.scheduler import EngineStats
+from parallelmind.engine.scheduler import EngineStats, PrefillKind
 from parallelmind.errors import UserError
 from serving.config import AppConfig, ServerConfig
 from serving.engine.autoscaling import BranchLoadPolicy
 from serving.observability.metrics import EngineMetrics, IngressMetrics, ProcessMetrics, render_metrics
 from serving.protocol.branches import BranchesRequest
 from serving.protocol.openai import ChatRequest, CompletionRequest
+
+SHARES: dict[PrefillKind, float] = {"main": 0.5, "branch": 0.25, "preempted": 1.0}
 
 
 def config(**values: Any) -> AppConfig:
@@ -233,7 +235,7 @@ def test_metrics_of_all_processes_are_one_exposition() -> None:
     ingress.time_to_first_token.labels("tiny").observe(0.03)
     engines = []
     for live in (2, 5):
-        load = EngineStats(1, 3, 1, live, 10, 20, 1024, 0.5)
+        load = EngineStats(1, 3, 1, live, 10, 20, 1024, 4, 2.5, 0.5, SHARES)
         engines.append(EngineMetrics(lambda load=load: load, lambda: 1))  # type: ignore[misc]
         engines[-1].observe_step(0.3, 0.25)
         engines[-1].observe_step(60, 1)
@@ -258,6 +260,8 @@ def test_metrics_of_all_processes_are_one_exposition() -> None:
         read["parallelmind_tokens_total", ("kind", "prompt"), ("model", 'ti"ny\n'), ("process", "front")] == 7
     )
     assert [read["parallelmind_live_branches", ("process", name)] for name in ("one", "two")] == [2, 5]
+    assert read["parallelmind_oldest_waiting_seconds", ("process", "one")] == 2.5
+    assert read["parallelmind_branch_reused_share", ("process", "one")] == 0.25
     for part, total in (("model", 1.25), ("engine", 59.05)):
         own = [
             sample
@@ -281,7 +285,7 @@ def test_metrics_without_observations_are_valid() -> None:
 def test_the_dashboard_queries_existing_metrics() -> None:
     ingress, engine = (
         IngressMetrics(),
-        EngineMetrics(lambda: EngineStats(0, 0, 0, 0, 0, 0, 0, 0.0), lambda: 0),
+        EngineMetrics(lambda: EngineStats(0, 0, 0, 0, 0, 0, 0, 0, 0.0, 0.0, SHARES), lambda: 0),
     )
     known = {family.name for process in (ingress, engine) for family in process.families()}
     queried = set(
