@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from parallelmind.engine.output import Event
     from parallelmind.engine.request import Sample, Segment
     from parallelmind.engine.sampling_params import SamplingParams
+    from parallelmind.engine.scheduler import EngineConfig
     from parallelmind.model.adapter import load_model_with_lora
     from parallelmind.model.patch import patch
     from parallelmind.model.patch_state import rope_config
@@ -30,6 +31,7 @@ except PackageNotFoundError:  # run from the source tree, as `ray job submit` do
 
 __all__ = [
     "Engine",
+    "EngineConfig",
     "Event",
     "RopeConfig",
     "Sample",
@@ -47,6 +49,7 @@ __all__ = [
 
 _HOMES = {
     "Engine": "parallelmind.engine.engine",
+    "EngineConfig": "parallelmind.engine.scheduler",
     "Event": "parallelmind.engine.output",
     "RopeConfig": "parallelmind.config",
     "Sample": "parallelmind.engine.request",
