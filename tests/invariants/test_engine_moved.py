@@ -12,7 +12,7 @@ from tiny import tiny_tokenizer
 
 from parallelmind.config import RopeConfig
 from parallelmind.engine.engine import Engine
-from parallelmind.engine.request import ResumeState, Sample, TokenizedRequest
+from parallelmind.engine.request import ResumeState, Sample, Segment, TokenizedRequest
 from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.engine.scheduler import EngineConfig
 from parallelmind.engine.tokenization import tokenize_request
@@ -59,12 +59,23 @@ class Client:
 
     def join(self, engine: Engine, sample_id: int) -> None:
         engine.join(sample_id, LATE, max_new_tokens=5, ignore_eos=True)
-        self.request = self.request.add_branch(LATE, SamplingParams(max_new_tokens=5, ignore_eos=True))
+        self._add_branch(LATE, SamplingParams(max_new_tokens=5, ignore_eos=True))
+        self._record_starts(engine, sample_id)
+
+    def fork(
+        self, engine: Engine, sample_id: int, branch: int, prompts: list[list[int]], settings: dict[str, Any]
+    ) -> None:
+        engine.fork(sample_id, branch, prompts, **settings)
+        for prompt in prompts:
+            self._add_branch(prompt, SamplingParams.of(settings), parent=branch + 1)
+        self._record_starts(engine, sample_id)
+
+    def _add_branch(self, prompt: list[int], params: SamplingParams, parent: int = 0) -> None:
+        self.request = self.request.add_branch(prompt, params, parent)
         self.progress.start_times.append(None)
         self.progress.token_ids.append([])
         self.progress.finish_reasons.append(None)
         self.texts.append("")
-        self._record_starts(engine, sample_id)
 
     def _record_starts(self, engine: Engine, sample_id: int) -> None:
         starts = (pos2d and pos2d[1] for pos2d in engine.start_pos2d(sample_id))
@@ -151,6 +162,47 @@ def test_a_moved_sample_of_documents_gets_the_same_answer(config: RopeConfig) ->
     assert whole.progress.finish_reasons == ["length"] * 4
     for move_at in (0, 1, 4):
         moved = decode(move_at)
+        assert (moved.progress, moved.texts) == (whole.progress, whole.texts), move_at
+
+
+TREE = Sample(
+    MAIN,
+    [
+        Segment(BRANCHES[0], [[21], Segment([22, 23], sampling={"max_new_tokens": 0})], reduce=[24]),
+        Segment(BRANCHES[1], [Segment([25], [[26]])]),
+    ],
+    reduce=Segment(REDUCE, [[27], [28, 29]]),
+)
+TREE_SIZE = 10
+
+
+@pytest.mark.parametrize(
+    "config", CONFIGS, ids=lambda config: f"{config.visibility}-{config.positions}-{config.align_to}"
+)
+def test_a_moved_tree_gets_the_same_tokens(config: RopeConfig) -> None:
+    """One branch is forked while it runs, and a segment that waits for its start is cancelled."""
+    settings = {"temperature": 1.5, "seed": 3, "ignore_eos": True, "max_new_tokens": 4}
+
+    def decode(move_at: int) -> tuple[Client, int]:
+        engine = tiny_engine(config, max_prefill_tokens=16)
+        client = Client(tokenize_request(tiny_tokenizer(), TREE, None, None, settings))
+        sample_id, num_steps = client.start(engine), 0
+        while engine.busy:
+            if num_steps == move_at:
+                engine = tiny_engine(config, max_prefill_tokens=16)
+                sample_id = client.start(engine)
+            if len(client.progress.token_ids[0]) == 2 and client.request.num_branches == TREE_SIZE:
+                client.fork(engine, sample_id, 0, [[61], [62, 63]], settings)
+                engine.cancel(sample_id, 6)
+            client.step(engine)
+            num_steps += 1
+        return client, num_steps
+
+    whole, num_steps = decode(-1)
+    reasons = whole.progress.finish_reasons
+    assert (reasons[0], reasons[6], None in reasons) == ("forked", "cancelled", False)
+    for move_at in range(1, num_steps):
+        moved, _ = decode(move_at)
         assert (moved.progress, moved.texts) == (whole.progress, whole.texts), move_at
 
 

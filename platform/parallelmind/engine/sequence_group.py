@@ -252,7 +252,7 @@ class SequenceGroup:
         In column order, not in a column that is computed or is being computed.
         """
         if branch.is_reduce:
-            start = int(ends[list(self.shape.joined[branch.number])].max())
+            start = int(ends[[branch.parent, *self.shape.joined[branch.number]]].max())
         else:
             start = int(ends[branch.parent]) + branch.shift
         return start if self.free_order else max(start, self.frontier)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from engines import COLUMNAR, ISOLATED, decode, run_to_end, tiny_engine, tokens_by_branch
+from engines import COLUMNAR, ISOLATED, decode, run_to_end, step_interrupted, tiny_engine, tokens_by_branch
 from tiny import tiny_llama, tiny_tokenizer
 
 from parallelmind.config import RopeConfig
@@ -112,6 +112,15 @@ def test_a_cancelled_subtree_ends_with_one_event_for_each_segment(config: RopeCo
     assert engine.scheduler.block_manager.num_allocated == 0
 
 
+def test_a_reduce_whose_branches_never_started_continues_its_parent() -> None:
+    engine = tiny_engine()
+    sample_id = engine.submit(Sample([5], [Segment([6], [[7]], reduce=[8]), [9]]), **SETTINGS)
+    engine.cancel(sample_id, 1)
+    events = run_to_end(engine)
+    assert ends(events) == {0: "length", 1: "cancelled", 2: "length", 3: "length"}
+    assert min(event.pos2d[1] for event in events if event.branch == 2 and event.pos2d) == 1 + 1 + 3 + 1
+
+
 def test_what_follows_a_failed_branch_fails_with_it() -> None:
     engine = tiny_engine()
     engine.submit(NESTED, **SETTINGS)
@@ -122,6 +131,43 @@ def test_what_follows_a_failed_branch_fails_with_it() -> None:
     errors = {event.branch: event.error for event in events if event.error}
     assert set(errors) == {0, 1, 2, 3}
     assert len(set(errors.values())) == 1
+
+
+def test_a_late_reduce_reads_branches_whose_blocks_were_freed() -> None:
+    """The blocks of an isolated branch are freed at its end; its tokens are computed again for the reduce."""
+    branches = [Segment([6], sampling={"max_new_tokens": 2}), [7, 8]]
+    settings = SETTINGS | {"max_new_tokens": 6}
+    expected = decode(tiny_engine(), Sample([5], branches, reduce=[9]), **settings)
+    engine = tiny_engine()
+    sample_id = engine.submit(Sample([5], branches), **settings)
+    events = steps(engine, 4)
+    freed = engine._groups[sample_id].branches[0]
+    assert (freed.is_finished, freed.num_computed, freed.table.blocks) == (True, 0, [])
+    assert engine.reduce(sample_id, None, [9], **settings) == 2
+    tokens = tokens_by_branch(events + run_to_end(engine))
+    assert [tokens[sample_id, index] for index in range(3)] == expected
+
+
+def test_a_late_reduce_during_the_pass_in_which_a_branch_is_freed() -> None:
+    branches = [[6], [7, 8]]
+    engine = tiny_engine()
+    sample_id = engine.submit(Sample([5], branches), **SETTINGS | {"max_new_tokens": 6})
+    events = steps(engine, 2)
+
+    def act() -> None:
+        engine.cancel(sample_id, 0)
+        engine.reduce(sample_id, None, [9], **SETTINGS)
+
+    group = engine._groups[sample_id]
+    events += step_interrupted(engine, act)
+    assert group.branches[0].num_computed == 0
+    events += run_to_end(engine)
+    assert ends(events) == {0: "cancelled", 1: "length", 2: "length"}
+    tokens = tokens_by_branch(events)
+    given = [[6, *tokens[sample_id, 0]], [7, 8, *tokens[sample_id, 1]]]
+    read_only = [{"max_new_tokens": 0}] * 2
+    again = decode(tiny_engine(), Sample([5], given, reduce=[9]), per_branch=read_only, **SETTINGS)
+    assert again[2] == tokens[sample_id, 2]
 
 
 def test_a_refused_fork_lets_the_branch_run_on() -> None:
