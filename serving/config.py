@@ -153,6 +153,11 @@ class ReplicasConfig(_Group):
     cache_tokens: int | None = Field(
         None, ge=64, description="capacity of an engine's KV cache in tokens; null: by the free memory"
     )
+    compile: bool | Literal["auto"] = Field(
+        "auto",
+        description="compile the forward pass before an engine starts: takes about half a minute, then steps "
+        "are faster; auto: for models of 50M parameters and more",
+    )
     stuck_s: float = Field(
         60, gt=0, description="seconds in one step after which an engine counts as stuck and is replaced"
     )

@@ -63,6 +63,9 @@ class EngineReplica:
         num_threads = config.replicas.num_threads or max(
             1, (os.cpu_count() or 1) // config.replicas.max_replicas
         )
+        torch.set_num_threads(num_threads)  # compiled code keeps the number
+        if config.replicas.compile:
+            self._engine.warm_up(always=config.replicas.compile is True)
         self._loop = EngineLoop(
             self._engine, self._metrics.observe_step, config.replicas.stuck_s, num_threads
         )

@@ -92,10 +92,14 @@ class Engine:
     def model(self) -> Model:
         return self.adapters.model
 
-    def warm_up(self) -> None:
-        """Compile the forward pass."""
+    def warm_up(self, always: bool = True) -> bool:
+        """Compile the forward pass, which takes some 20 s or more; returns whether it is compiled.
+
+        Only a pass on a CPU with a C++ compiler is compiled. Later starts take the code from torch's cache
+        folder. always: also for a small model, which gains little.
+        """
         with self._step_lock:
-            self.runner.warm_up()
+            return self.runner.warm_up(always)
 
     # Adapters
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,6 +20,7 @@ from parallelmind.engine.batch import AttentionSegment, ModelInput, TokenMeta
 from parallelmind.engine.block_manager import BLOCK
 from parallelmind.engine.compiled_forward import compile_forward
 from parallelmind.engine.kv_cache import PagedKVCache
+from parallelmind.engine.native import kernels
 from parallelmind.engine.native_attention import NativeLayer
 from parallelmind.engine.native_lora import LoraRows, is_possible
 from parallelmind.engine.planner import ScheduledGroup
@@ -26,6 +28,7 @@ from parallelmind.engine.scheduler import EngineConfig
 from parallelmind.engine.sequence import BranchState
 from parallelmind.engine.sequence_group import SequenceGroup
 from parallelmind.engine.step import Step
+from parallelmind.errors import UserNotice, first_line
 from parallelmind.model import step_ops
 from parallelmind.model.hf_compat import OwnAttention, attention_name, hands_over_masks
 from parallelmind.model.mask import layer_windows
@@ -38,6 +41,7 @@ from parallelmind.visibility import AttentionWindow
 Model = PreTrainedModel | PeftModel
 
 _CGROUP = Path("/sys/fs/cgroup")
+_MIN_COMPILED_PARAMETERS = 50_000_000  # compiling takes half a minute, and gains little below
 _MAX_CACHE_TOKENS = 1 << 20  # of a cache without a configured size
 
 
@@ -111,14 +115,29 @@ class ModelRunner:
         self._lora = LoraRows(self.model, groups) if by_row else None
 
     @torch.inference_mode()
-    def warm_up(self) -> None:
-        """Compile the forward pass."""
+    def warm_up(self, always: bool) -> bool:
+        """Compile the forward pass, if that is possible; returns whether it is compiled.
+
+        always: also for a small model, whose steps take little time. A UserNotice tells why a pass that could
+        be compiled is not.
+        """
         if self._linears is None:
             self._record_linears(_probe_input(), _probe_cache())
-        assert self._linears is not None, "the pass has recorded them"
+        inner = causal_lm(self.model)
+        is_large = sum(weight.numel() for weight in inner.parameters()) >= _MIN_COMPILED_PARAMETERS
+        if self._attends_in_step and self.model.device.type == "cpu" and kernels() and (is_large or always):
+            try:
+                self._compile(inner)
+            except Exception as error:  # of the compiler, whose code this is not
+                reason = f"{type(error).__name__}: {first_line(error)}"
+                warnings.warn(f"decoding runs uncompiled ({reason})", UserNotice, stacklevel=3)
+        return self._compiled is not None
+
+    def _compile(self, inner: PreTrainedModel) -> None:
+        assert self._linears is not None, "a pass has recorded them"
         self._linears.pack()
+        compiled = compile_forward(inner)
         inputs = _probe_input().padded(tokens=6, sampled=3)
-        compiled = compile_forward(causal_lm(self.model))
         lora_mode = nullcontext() if self._lora is None else self._lora.active()
         with eval_mode(self.model), self._linears.active(), lora_mode:
             self._forward(compiled, inputs, _probe_cache(), self._linears, self._lora)

@@ -76,7 +76,9 @@ class NativeAttention:
     def step(self, window: AttentionWindow) -> ctypes.Structure:
         """The kernel's description of the step, for the layers of one attention window."""
         addresses = (array.ctypes.data for array in self._arrays)
-        return _Step(*self._sizes, *addresses, window.window or 0, window.chunk or 0)
+        step = _Step(*self._sizes, *addresses, window.window or 0, window.chunk or 0)
+        step.arrays = self._arrays  # that it points to
+        return step
 
 
 class NativeLayer:

@@ -57,8 +57,9 @@ class SequentialRunner:
         """Set the model again after an adapter was added or removed."""
         self.model = model
 
-    def warm_up(self) -> None:
-        """Do nothing: there is no step of a fixed form to compile."""
+    def warm_up(self, always: bool) -> bool:
+        """Do nothing: there is no pass of a fixed form to compile."""
+        return False
 
     def resolve_config(self, config: EngineConfig | None, num_engines: int) -> EngineConfig:
         """`config` or a default, with unlimited prefill: recurrent models need prompts in one piece."""
