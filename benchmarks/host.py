@@ -46,7 +46,7 @@ def _decoding_engine(samples: int, branches: int) -> pm.Engine:
     engine = pm.Engine(patched("isolated", "bfloat16"), tokenizer(), config)
     main, (text, *_) = shared_main(), prompts(1)
     settings: dict[str, Any] = {"max_new_tokens": _MAX_NEW_TOKENS, "ignore_eos": True}
-    engine.submit(pm.Sample(main, [text]), **settings | {"max_new_tokens": 1})
+    engine.submit(pm.Sample([], [text]), **settings | {"max_new_tokens": 1})
     while engine.busy:
         engine.step()
     assert isinstance(engine.runner, ModelRunner)

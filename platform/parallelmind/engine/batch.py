@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +24,7 @@ from parallelmind.visibility import AttentionWindow
 PADDING = -1  # the slot of a token that is not written to the cache
 
 
-@dataclass(frozen=True, slots=True)
-class TokenMeta:
+class TokenMeta(NamedTuple):
     """Metadata for masks: `[tokens]` cache slots, time coordinates and segment numbers."""
 
     slots: Ints
@@ -43,8 +43,7 @@ class TokenMeta:
         return TokenMeta(self.slots[index], self.time[index], self.segment[index])
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionSegment:
+class AttentionSegment(NamedTuple):
     """A group of tokens of the batch, and a set of keys from which visibility selects for each of them.
 
     query_indices: `[queries]` indices into the batch.
@@ -121,6 +120,8 @@ class ModelInput:
         Padding has no slot, no segment and no key, and the logits of the first token are repeated.
         """
         num_tokens, num_sampled = max(tokens - len(self.ids), 0), max(sampled - len(self.logits_indices), 0)
+        if not (num_tokens or num_sampled):
+            return self
         return replace(
             self,
             ids=np.pad(self.ids, (0, num_tokens)),
@@ -150,7 +151,7 @@ class ModelInput:
             slots=self.slots[tokens],
             logits_indices=self.logits_indices[is_own] - start,
             segments=[
-                replace(segment, query_indices=segment.query_indices - start)
+                segment._replace(query_indices=segment.query_indices - start)
                 for segment in self.segments
                 if start <= segment.query_indices[0] < end
             ],

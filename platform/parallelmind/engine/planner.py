@@ -22,6 +22,7 @@ from parallelmind.engine.block_manager import (
     blocks_for,
     slots_of,
 )
+from parallelmind.engine.decode_tokens import DecodeTokens, decode_tokens, only_decodes
 from parallelmind.engine.path_hash import PathHash
 from parallelmind.engine.sequence import ScheduledTokens, SegmentState
 from parallelmind.engine.sequence_group import SequenceGroup
@@ -93,12 +94,15 @@ class Planner:
         self._budget, self._overdue_step = budget, overdue_step
         self._preempted: list[SequenceGroup] = []
         self._adopted: dict[SequenceGroup, list[Adoption]] = {}
+        self._decoding: dict[SequenceGroup, DecodeTokens] = {}  # samples that only decode
         self._filled: set[BlockKey] = set()  # blocks that the plan computes
 
     def plan(self, running: Sequence[SequenceGroup], waiting: Sequence[SequenceGroup]) -> Plan:
         """running, waiting: samples in the order of their age."""
         admitted = self._admit(running, waiting) if waiting else []
         groups = sorted([*running, *admitted], key=lambda group: group.id)
+        decoding = [group for group in groups if only_decodes(group)]
+        self._decoding = dict(zip(decoding, decode_tokens(decoding), strict=True))
         shares = prefill_shares([group.num_waiting_prefill for group in groups], self._budget)
         open_groups, unused, scheduled = deque(zip(groups, shares, strict=True)), 0, list[ScheduledGroup]()
         while open_groups:
@@ -144,17 +148,18 @@ class Planner:
         others: samples that are not planned yet, of which the newest are preempted if blocks are lacking.
         Without them the sample waits for blocks.
         """
+        if (decoding := self._decoding.get(group)) is not None:
+            return self._schedule_decoding(group, decoding, others), 0
         if budget <= 0 and not group.is_decoding:
             return None, 0
         adopted = [] if group in self._adopted or budget <= 0 else self._adopt(group)
         progress = self._progress(group, adopted, budget)
         tokens = schedule_tokens(group, budget, progress)
         needed = _needed_blocks(group, tokens)
-        while (blocks := self._draft.allocate(int(needed.sum()))) is None:
-            if not others:
-                self._release(adopted)
-                return None, 0
-            self._preempt(others.pop()[0])
+        blocks = self._allocate(int(needed.sum()), others)
+        if blocks is None:
+            self._release(adopted)
+            return None, 0
         if adopted:
             self._adopted[group] = adopted
         if not len(tokens.ids):
@@ -162,6 +167,31 @@ class Planner:
         filled = self._fill(group, tokens, progress) if self._reuse else ()
         item = ScheduledGroup(group, tokens, *_place(group, tokens, needed, blocks), filled)
         return item, num_prefill(group, tokens, progress)
+
+    def _schedule_decoding(
+        self, group: SequenceGroup, decoding: DecodeTokens, others: deque[tuple[SequenceGroup, int]]
+    ) -> ScheduledGroup | None:
+        """Plan the tokens of a sample that only decodes."""
+        segments, tokens, slots = decoding
+        full = [index for index, segment in enumerate(segments) if not segment.table.num_free]
+        allocated = self._allocate(len(full), others)
+        if allocated is None:
+            return None
+        slots[full] = BLOCK * np.array(allocated, np.int64)
+        blocks = {segments[index].number: [block] for index, block in zip(full, allocated, strict=True)}
+        filling = [segment for segment in segments if segment.table.num_free == 1] if self._reuse else []
+        filled = [
+            self._fill_segment(segment, segment.path, segment.num_computed + 1)
+            for segment in filling
+            if segment.path is not None
+        ]
+        return ScheduledGroup(group, tokens, slots, blocks, tuple(filled))
+
+    def _allocate(self, count: int, others: deque[tuple[SequenceGroup, int]]) -> list[int] | None:
+        """Blocks, for which the newest of `others` are preempted if too few are left; None without others."""
+        while (blocks := self._draft.allocate(count)) is None and others:
+            self._preempt(others.pop()[0])
+        return blocks
 
     def _preempt(self, group: SequenceGroup) -> None:
         self._preempted.insert(0, group)
@@ -252,16 +282,19 @@ class Planner:
         filled = []
         for number in _filling(group, tokens):
             segment, end = group.segments[number], int(progress.num_computed[number] + tokens.counts[number])
-            path, keys = paths.get(number, segment.path), list[BlockKey]()
-            if path is None:
-                continue
-            path = path.copy()
-            while path.length + BLOCK <= end:
-                next_ids = segment.token_ids[path.length : path.length + BLOCK]
-                keys.append((path.extend(next_ids), BLOCK))
-            self._filled.update(keys)
-            filled.append(FilledBlocks(segment, tuple(keys), path))
+            path = paths.get(number, segment.path)
+            if path is not None:
+                filled.append(self._fill_segment(segment, path, end))
         return tuple(filled)
+
+    def _fill_segment(self, segment: SegmentState, path: PathHash, end: int) -> FilledBlocks:
+        """The blocks that a step fills by computing a segment up to its token `end`."""
+        path, keys = path.copy(), list[BlockKey]()
+        while path.length + BLOCK <= end:
+            next_ids = segment.token_ids[path.length : path.length + BLOCK]
+            keys.append((path.extend(next_ids), BLOCK))
+        self._filled.update(keys)
+        return FilledBlocks(segment, tuple(keys), path)
 
 
 def prefill_shares(waiting: Sequence[int], budget: int) -> list[int]:
