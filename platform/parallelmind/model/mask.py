@@ -139,16 +139,17 @@ class AttentionBias:
 
     def _write(self, bias: Tensor, row: int, first: int) -> None:
         """Fill `[queries, tokens]` of the queries from `first` on. Every token sees itself."""
-        time, segment = self._placement.time[row], self._placement.segment[row]
+        time, scores = self._placement.time[row], self._scores[row]
+        segment = self._placement.segment[row] % len(scores)  # -1 is the last segment
         queries = slice(first, first + len(bias))
-        scores, index = self._scores[row], segment % len(self._scores[row])  # -1 is the last segment
-        torch.index_select(scores[segment[queries]], 1, index, out=bias)
-        q_time = time[queries, None]
-        is_visible = time < q_time
-        within = self._window.within(q_time, time)
+        torch.index_select(scores[:, segment], 0, segment[queries], out=bias)
+        # Infinity for an earlier key, minus infinity for any other: faster than a comparison and a fill.
+        earlier = time[queries, None].float() - 0.5 - time.float()
+        bias.clamp_(max=earlier.mul_(torch.inf))
+        within = self._window.within(time[queries, None], time)
         if within is not None:
-            is_visible &= within
-        bias.masked_fill_(~is_visible, -torch.inf).diagonal(offset=first).fill_(0)
+            bias.masked_fill_(~within, -torch.inf)
+        bias.diagonal(offset=first).fill_(0)
 
 
 def score_tables(placement: Placement, visibility: Visibility, penalty: float = 0.0) -> Tensor:
