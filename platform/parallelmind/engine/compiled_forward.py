@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from itertools import count
 from types import FunctionType
 from typing import Any
@@ -27,6 +28,12 @@ def compile_forward(model: PreTrainedModel) -> Callable[..., Any]:
     # torch finds compiled code by the code object. Without guards, one code object must mean one model.
     code = forward.__code__.replace(co_name=f"forward_{next(_numbers)}")
     own = FunctionType(code, forward.__globals__, code.co_name, closure=forward.__closure__)
-    options: Any = {"guard_filter_fn": lambda guards: [False] * len(guards)}
+    options: Any = {"guard_filter_fn": lambda guards: [False] * len(guards), "size_asserts": False}
     compiled: Callable[..., Any] = torch.compile(own, fullgraph=True, dynamic=True, options=options)
     return compiled
+
+
+def compiling() -> AbstractContextManager[Any]:
+    """Context of the first call. Numbers of the model's modules are constants and not inputs of the graph."""
+    settings: AbstractContextManager[Any] = torch._dynamo.config.patch(specialize_float=True)
+    return settings

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from parallelmind.engine.attention import additive_mask, dense_masks
 from parallelmind.engine.batch import AttentionSegment, ModelInput, TokenMeta
 from parallelmind.engine.block_manager import BLOCK
-from parallelmind.engine.compiled_forward import compile_forward
+from parallelmind.engine.compiled_forward import compile_forward, compiling
 from parallelmind.engine.kv_cache import PagedKVCache
 from parallelmind.engine.native import kernels
 from parallelmind.engine.native_attention import NativeLayer
@@ -139,7 +139,7 @@ class ModelRunner:
         compiled = compile_forward(inner)
         inputs = _probe_input().padded(tokens=6, sampled=3)
         lora_mode = nullcontext() if self._lora is None else self._lora.active()
-        with eval_mode(self.model), self._linears.active(), lora_mode:
+        with eval_mode(self.model), self._linears.active(), lora_mode, compiling():
             self._forward(compiled, inputs, _probe_cache(), self._linears, self._lora)
         self._compiled = compiled
 

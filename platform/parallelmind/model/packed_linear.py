@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +29,6 @@ class LinearGroup:
 
     def __init__(self, layers: Sequence[nn.Linear], reads_tokens: bool) -> None:
         self.layers, self.reads_tokens = tuple(layers), reads_tokens
-        self._versions: tuple[Any, ...] = ()
         self._weight = self._bias = torch.empty(0)
 
     @property
@@ -38,18 +36,21 @@ class LinearGroup:
         """Number of outputs of each layer."""
         return [layer.out_features for layer in self.layers]
 
+    def versions(self) -> list[tuple[int, int]]:
+        """Numbers that change with the weights."""
+        return [_version(tensor) for tensor in self._tensors() if tensor is not None]
+
+    def _tensors(self) -> list[Tensor | None]:
+        # A layer's attributes would be looked up in a step ten times slower.
+        return [tensor for layer in self.layers for tensor in layer._parameters.values()]
+
     def pack(self) -> None:
-        """Pack the weights, unless they are those that were packed last."""
-        tensors = [tensor for layer in self.layers for tensor in (layer.weight, layer.bias)]
-        versions = tuple((id(tensor), _version(tensor)) for tensor in tensors if tensor is not None)
-        if versions == self._versions:
-            return
+        """Pack the weights as they are now."""
         weight = torch.cat([layer.weight.detach() for layer in self.layers])
         dtype = product_dtype(weight.dtype)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), _ROWS)
         biases = [layer.bias for layer in self.layers]
         self._bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases]).to(dtype)
-        self._versions = versions
 
     def __call__(self, input: Tensor) -> Tensor:
         """`[..., sum(sizes)]` of `[..., inputs]`."""
@@ -95,11 +96,16 @@ class PackedLinears:
     def __init__(self, groups: Sequence[LinearGroup]) -> None:
         """groups: as `recorded_groups` finds them."""
         self.groups = groups
+        self._versions: list[list[tuple[int, int]]] = [[] for _ in groups]
 
     def pack(self) -> None:
-        """Pack the weights that have changed."""
-        for group in self.groups:
-            group.pack()
+        """Pack the weights that have changed since the last call."""
+        versions = [group.versions() for group in self.groups]
+        if versions != self._versions:
+            for group, new, old in zip(self.groups, versions, self._versions, strict=True):
+                if new != old:
+                    group.pack()
+            self._versions = versions
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -186,6 +192,6 @@ def _is_packable(module: nn.Module) -> bool:
     )
 
 
-def _version(tensor: Tensor) -> int | None:
-    """A number that changes with the tensor's values; None where torch does not count."""
-    return None if tensor.is_inference() else tensor._version
+def _version(tensor: Tensor) -> tuple[int, int]:
+    """Changes with the tensor's values; where torch does not count changes, with the tensor alone."""
+    return id(tensor), 0 if tensor.is_inference() else tensor._version
