@@ -178,9 +178,11 @@ class SequenceGroup:
         A branch starts when its parent has ended, a reduce when the branches of its parent, and all below
         them, have.
         """
+        waiting = [branch for branch in self.branches if not (branch.has_started or branch.is_finished)]
+        if not waiting:
+            return []
         is_open = self._is_open()
-        ready = [branch for branch in self.branches if not (branch.has_started or branch.is_finished)]
-        ready = [branch for branch in ready if self._is_ready(branch, is_open)]
+        ready = [branch for branch in waiting if self._is_ready(branch, is_open)]
         ends = np.array([segment.end_time for segment in self.segments])
         for branch in ready:
             self.start(branch, self._start_time(branch, ends))
