@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from parallelmind.config import RopeConfig
 from parallelmind.engine.engine import Engine
 from parallelmind.engine.model_runner import Model
-from parallelmind.engine.request import Sample
+from parallelmind.engine.request import Sample, Segment
 from parallelmind.engine.sampler import SampledToken, SamplingRow
 from parallelmind.engine.scheduler import EngineConfig
 from parallelmind.layout import Layout, collate
@@ -25,8 +25,18 @@ from parallelmind.model.structure import causal_lm
 # Token ids of the checked sample. Every vocabulary has them, and their text does not matter.
 CHECK_MAIN = [5, 6, 7, 8, 9, 10, 11, 12]
 CHECK_BRANCHES = [[20, 21, 22, 23], [30, 31, 32, 33, 34, 35], [40, 41]]
-_FIRST_NEW_TOKEN, _TOKENS_PER_BRANCH = 60, 10
-_MAX_NEW_TOKENS = 4  # of the first branch; each further branch ends one token earlier
+CHECK_SAMPLE = Sample(CHECK_MAIN, CHECK_BRANCHES)
+# Three levels of branches, two reduces, and a branch that is only read.
+CHECK_TREE = Sample(
+    CHECK_MAIN,
+    [
+        Segment([20, 21], [[22, 23, 24], Segment([25], [[26, 27]])], reduce=[28, 29]),
+        Segment([30, 31, 32, 33], sampling={"max_new_tokens": 0}),
+    ],
+    reduce=Segment([34, 35], [[36]]),
+)
+_FIRST_NEW_TOKEN, _TOKENS_PER_BRANCH = 60, 5
+_MAX_NEW_TOKENS = 4  # of the first branch; each further one of main ends one token earlier
 _CACHE_TOKENS = 512
 
 
@@ -34,23 +44,20 @@ class LogitRecorder(Engine):
     """Decode one sample with fixed next tokens and record the logits of every step.
 
     All tokens differ: equal tokens would give equal scores, which hide a mistaken position. `logits` holds
-    `[vocab]` tensors in decoding order, one list for each branch.
+    `[vocab]` tensors in decoding order, one list for each segment after main.
     """
 
     def __init__(
         self,
         model: Model,
         tokenizer: PreTrainedTokenizerBase,
-        main: Sequence[int] = CHECK_MAIN,
-        branches: Sequence[Sequence[int]] = CHECK_BRANCHES,
+        sample: Sample = CHECK_SAMPLE,
     ) -> None:
         super().__init__(model, tokenizer, EngineConfig(cache_tokens=_CACHE_TOKENS))
-        self.logits: list[list[Tensor]] = [[] for _ in branches]
-        lengths = [{"max_new_tokens": _MAX_NEW_TOKENS - branch} for branch in range(len(branches))]
-        number = self.submit(
-            Sample(list(main), [list(prompt) for prompt in branches]), per_branch=lengths, ignore_eos=True
-        )
+        lengths = [{"max_new_tokens": _MAX_NEW_TOKENS - branch} for branch in range(len(sample.branches))]
+        number = self.submit(sample, per_branch=lengths, ignore_eos=True, max_new_tokens=_MAX_NEW_TOKENS)
         self.group = self._groups[number]
+        self.logits: list[list[Tensor]] = [[] for _ in self.group.branches]
 
     def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
         for row, row_logits in zip(rows, logits, strict=True):
@@ -86,18 +93,18 @@ def decoding_distance(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
     config: RopeConfig,
-    main: Sequence[int] = CHECK_MAIN,
-    branches: Sequence[Sequence[int]] = CHECK_BRANCHES,
+    sample: Sample = CHECK_SAMPLE,
 ) -> float:
-    """Largest `relative_distance` of a branch between cached decoding and one forward pass.
+    """Largest `relative_distance` of a segment between cached decoding and one forward pass.
 
     The model must be patched with `config`.
     """
-    engine = LogitRecorder(model, tokenizer, main, branches)
+    engine = LogitRecorder(model, tokenizer, sample)
     engine.run()
     expected = layout_logits(model, engine.group.final_layout(), config)[1:]
     distances = [
-        relative_distance(torch.stack(decoded), whole[len(prompt) - 1 : -1])
-        for decoded, whole, prompt in zip(engine.logits, expected, branches, strict=True)
+        relative_distance(torch.stack(decoded), whole[branch.num_prompt - 1 : -1])
+        for decoded, whole, branch in zip(engine.logits, expected, engine.group.branches, strict=True)
+        if decoded
     ]
     return float(torch.tensor(distances).max())  # NaN if any distance is

@@ -1,11 +1,12 @@
 """The laws of a patched model, each as a check that raises LawViolationError with the measured difference.
 
-docs/pos2d.md explains the laws. All checks use the sample of MAIN and BRANCHES.
+docs/pos2d.md explains the laws. The checks use the sample of MAIN and BRANCHES, law 3 also a tree.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import cycle
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from parallelmind.config import LoraConfig, ModelConfig, RopeConfig
-from parallelmind.engine.decoding_check import LogitRecorder, decoding_distance, layout_logits
+from parallelmind.engine.decoding_check import CHECK_TREE, LogitRecorder, decoding_distance, layout_logits
+from parallelmind.engine.request import Sample
 from parallelmind.evaluation.probes import (
     BRANCHES,
     MAIN,
@@ -81,10 +83,14 @@ def check_isolated_branches(model: PreTrainedModel) -> None:
 def check_cached_decoding(
     model: PreTrainedModel, configs: Iterable[RopeConfig] = SAMPLED_ROPE_CONFIGS
 ) -> None:
-    """Law 3: cached decoding equals one full forward pass. Every second config is checked without main."""
-    for index, config in enumerate(configs):
+    """Law 3: cached decoding equals one full forward pass.
+
+    The configs are checked in turn with a sample without main, one with main, and a tree.
+    """
+    samples = cycle([Sample([], BRANCHES), Sample(MAIN, BRANCHES), CHECK_TREE])
+    for config, sample in zip(configs, samples, strict=False):
         with patched(model, config):
-            distance = decoding_distance(model, tiny_tokenizer(), config, MAIN if index % 2 else [])
+            distance = decoding_distance(model, tiny_tokenizer(), config, sample)
         if not distance <= ROUNDING_TOLERANCE:
             raise LawViolationError(
                 f"cached and full logits ({config}) differ by {distance:.2g} of the largest logit"
@@ -97,7 +103,7 @@ def check_separate_rows(model: PreTrainedModel) -> None:
     The tolerance is larger than for attention: a scan over a text and single steps round differently.
     """
     for main in ([], MAIN):
-        engine = LogitRecorder(model, tiny_tokenizer(), main)
+        engine = LogitRecorder(model, tiny_tokenizer(), Sample(main, BRANCHES))
         engine.run()
         for branch, prompt in enumerate(BRANCHES):
             text = [*main, *prompt, *engine.group.branches[branch].generated]

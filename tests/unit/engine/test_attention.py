@@ -12,7 +12,8 @@ from flexing import flex_on_cpu
 from parallelmind.config import RopeConfig
 from parallelmind.engine.attention import CascadeAttention
 from parallelmind.engine.batch import AttentionSegment, TokenMeta
-from parallelmind.engine.decoding_check import CHECK_MAIN, LogitRecorder, layout_logits
+from parallelmind.engine.decoding_check import CHECK_BRANCHES, CHECK_MAIN, LogitRecorder, layout_logits
+from parallelmind.engine.request import Sample
 from parallelmind.evaluation.probes import check_close, patched
 from parallelmind.evaluation.tiny_models import tiny_model, tiny_tokenizer
 from parallelmind.layout import Tokens, arrange
@@ -57,7 +58,7 @@ def test_decoding_honours_softcaps_sinks_and_windows(
     """The reference is one forward pass in eager attention. The models are not available in sdpa."""
     model = model_of(model_type, attention)
     with patched(model, config):
-        engine = LogitRecorder(model, tiny_tokenizer(), main)
+        engine = LogitRecorder(model, tiny_tokenizer(), Sample(main, CHECK_BRANCHES))
         engine.run()
     reference = model_of(model_type, "eager")
     layout = engine.group.final_layout()
