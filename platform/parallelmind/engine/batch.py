@@ -178,13 +178,11 @@ def attention_segments(item: ScheduledGroup, start: int) -> list[AttentionSegmen
             readers[read].append(run)
     segments = []
     for read, runs in readers.items():
-        keyed = (group.segments[number].table for number in (*shape.joined[read], read))
-        if tables := [table for table in keyed if table.num_staged]:
-            where = _merged(runs)
-            level = len(shape.paths[read]) - 1
-            segments.append(
-                AttentionSegment(index[where], queries.at(where), TokenMeta.of(tables), shape.scores, level)
-            )
+        tables = [group.segments[number].table for number in (*shape.joined[read], read)]
+        if any(table.num_staged for table in tables):
+            where, level = _merged(runs), len(shape.paths[read]) - 1
+            keys = TokenMeta.of(tables)
+            segments.append(AttentionSegment(index[where], queries.at(where), keys, shape.scores, level))
     return segments
 
 
@@ -198,6 +196,8 @@ def segment_runs(segment: Ints) -> list[tuple[int, slice]]:
 
 def _merged(runs: Sequence[slice]) -> Ints | slice:
     """The tokens of ascending runs: a slice if they are adjacent, which costs no copy."""
+    if len(runs) == 1:
+        return runs[0]
     if all(left.stop == right.start for left, right in pairwise(runs)):
         return slice(runs[0].start, runs[-1].stop)
     return np.concatenate([np.arange(run.start, run.stop) for run in runs])

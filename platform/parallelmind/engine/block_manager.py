@@ -79,6 +79,15 @@ class BlockTable:
         self._time[self.length : end], self._segment[self.length : end] = time, segment
         self.num_staged = end
 
+    def stage_one(self, slot: int, time: int, segment: int) -> None:
+        """`stage` for a single token."""
+        end = self.length
+        if end == len(self._slots):
+            self.stage(np.array([slot]), np.array([time]), np.array([segment]))
+            return
+        self._slots[end], self._time[end], self._segment[end] = slot, time, segment
+        self.num_staged = end + 1
+
     def is_staged(self, count: int) -> bool:
         """Whether this many tokens are staged; none are in a table that was cleared during the pass."""
         return self.num_staged == self.length + count

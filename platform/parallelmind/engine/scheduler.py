@@ -231,16 +231,18 @@ class Scheduler:
             self.block_manager.hold(blocks)
             group.segments[MAIN].table.commit(len(tokens.ids), blocks)
         committed = set[int]()
-        for segment, count in zip(group.segments, tokens.counts.tolist(), strict=False):
-            if count and (not group.free_order or segment.table.is_staged(count)):
-                if waiting := segment.num_waiting_prefill:
-                    self.num_prefill[_kind(group, segment)] += min(count, waiting)
-                segment.num_computed += count
-                committed.add(segment.number)
-                if group.free_order:
-                    blocks = item.blocks.get(segment.number, [])
-                    self.block_manager.hold(blocks)
-                    segment.table.commit(count, blocks)
+        for number in np.flatnonzero(tokens.counts).tolist():
+            segment, count = group.segments[number], int(tokens.counts[number])
+            if group.free_order and not segment.table.is_staged(count):
+                continue
+            committed.add(number)
+            if waiting := segment.num_waiting_prefill:
+                self.num_prefill[_kind(group, segment)] += min(count, waiting)
+            segment.num_computed += count
+            if group.free_order:
+                blocks = item.blocks.get(number, [])
+                self.block_manager.hold(blocks)
+                segment.table.commit(count, blocks)
         for filled in item.filled:
             if group.is_finite and filled.segment.number in committed:
                 self._cache_filled(filled)
@@ -293,6 +295,11 @@ def _stage(item: ScheduledGroup) -> None:
     group, tokens = item.group, item.tokens
     if not group.free_order:
         group.segments[MAIN].table.stage(item.slots, tokens.time, tokens.segment)
+        return
+    if len(tokens.ids) == np.count_nonzero(tokens.counts):  # one token each, as in most steps
+        columns = tokens.segment.tolist(), item.slots.tolist(), tokens.time.tolist()
+        for number, slot, time in zip(*columns, strict=True):
+            group.segments[number].table.stage_one(slot, time, number)
         return
     ends = np.cumsum(tokens.counts)
     for number in np.flatnonzero(tokens.counts).tolist():
