@@ -188,6 +188,8 @@ def attention_segments(item: ScheduledGroup, start: int) -> list[AttentionSegmen
 
 def segment_runs(segment: Ints) -> list[tuple[int, slice]]:
     """Runs of equal values: the tokens of each segment, which stand side by side in free order."""
+    if len(numbers := segment.tolist()) == len(set(numbers)):
+        return [(number, slice(index, index + 1)) for index, number in enumerate(numbers)]
     cuts = (np.flatnonzero(np.diff(segment)) + 1).tolist()
     firsts = segment[[0, *cuts]].tolist()
     bounds = pairwise([0, *cuts, len(segment)])

@@ -103,7 +103,8 @@ class Planner:
         groups = sorted([*running, *admitted], key=lambda group: group.id)
         decoding = [group for group in groups if only_decodes(group)]
         self._decoding = dict(zip(decoding, decode_tokens(decoding), strict=True))
-        shares = prefill_shares([group.num_waiting_prefill for group in groups], self._budget)
+        waiting_tokens = [0 if group in self._decoding else group.num_waiting_prefill for group in groups]
+        shares = prefill_shares(waiting_tokens, self._budget)
         open_groups, unused, scheduled = deque(zip(groups, shares, strict=True)), 0, list[ScheduledGroup]()
         while open_groups:
             group, share = open_groups.popleft()
