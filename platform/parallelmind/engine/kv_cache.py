@@ -88,6 +88,7 @@ class PagedKVCache(Cache):
     min_slots: slots that the pools must have.
     max_slots: upper bound of the slots that the pools need, if it is known.
     past_length: keys that the step reads beyond its own tokens.
+    updates: arguments of `update` that attention has not written yet, while they are recorded.
     """
 
     def __init__(self) -> None:
@@ -95,6 +96,7 @@ class PagedKVCache(Cache):
         self.slot_mapping = torch.zeros(0, dtype=torch.long)
         self.kv_indices: Tensor | None = None
         self.min_slots = self.max_slots = self.past_length = 0
+        self.updates: list[tuple[int, Tensor, Tensor]] | None = None
         self._pools: dict[int, tuple[Tensor, Tensor]] = {}
 
     def update(
@@ -102,6 +104,8 @@ class PagedKVCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """As in transformers. Where attention writes to the pools, the states are returned as they are."""
         if self.kv_indices is None:
+            if self.updates is not None:
+                self.updates.append((layer_idx, key_states, value_states))
             return key_states, value_states
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 

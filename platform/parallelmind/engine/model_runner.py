@@ -27,7 +27,7 @@ from parallelmind.engine.planner import ScheduledGroup
 from parallelmind.engine.scheduler import EngineConfig
 from parallelmind.engine.sequence import BranchState
 from parallelmind.engine.sequence_group import SequenceGroup
-from parallelmind.engine.step import Step
+from parallelmind.engine.step import IndirectCacheError, Step
 from parallelmind.errors import UserNotice, first_line
 from parallelmind.model import step_ops
 from parallelmind.model.hf_compat import OwnAttention, attention_name, hands_over_masks
@@ -61,6 +61,7 @@ class ModelRunner:
         self._layer_windows = layer_windows(model)
         self._windows = list(dict.fromkeys(self._layer_windows.values()))
         self._attention_name = ""
+        self._is_direct = True  # whether layers attend to exactly what they give the cache
         self._linears: PackedLinears | None = None  # until the first forward pass
         self._compiled: Callable[..., Any] | None = None
         self._kernels: dict[int, NativeLayer] = {}
@@ -76,7 +77,8 @@ class ModelRunner:
         name = attention_name(self.model)
         if name != self._attention_name:
             inner = causal_lm(self.model)
-            self._attention_name, self._attends_in_step = name, hands_over_masks(inner)
+            self._attention_name = name
+            self._attends_in_step = self._is_direct and hands_over_masks(inner)
             self._attention = OwnAttention(inner) if self._attends_in_step else nullcontext()
 
     def prepare_inputs(self, scheduled: Sequence[ScheduledGroup]) -> ModelInput:
@@ -103,8 +105,16 @@ class ModelRunner:
         return self._lora is not None
 
     def _record_linears(self, inputs: ModelInput, cache: PagedKVCache) -> Tensor:
-        with recorded_groups(causal_lm(self.model)) as groups:
-            logits = self._forward(self.model, inputs, cache)
+        """A forward pass that finds out how the model computes."""
+        cache.updates = []
+        try:
+            with recorded_groups(causal_lm(self.model)) as groups:
+                logits = self._forward(self.model, inputs, cache)
+        except IndirectCacheError:
+            self._is_direct, self._attention_name = False, ""
+            return self._record_linears(inputs, cache)
+        finally:
+            cache.updates = None
         self._linears = PackedLinears(groups)
         self._find_adapters()
         return logits

@@ -18,6 +18,10 @@ from parallelmind.model.packed_linear import LinearGroup
 from parallelmind.visibility import AttentionWindow
 
 
+class IndirectCacheError(Exception):
+    """A layer does not attend to exactly what it gives the cache, once."""
+
+
 class Step:
     """One forward pass.
 
@@ -34,6 +38,7 @@ class Step:
         lora: LoraRows | None = None,
     ) -> None:
         """kernels: by layer; kept from step to step. lora: adapters that the step computes by row."""
+        self.attends = cache.kv_indices is None
         self._inputs, self._cache, self._windows, self._linears = inputs, cache, windows, linears
         self._kernels, self._lora = kernels, lora
         if lora is not None:
@@ -59,6 +64,8 @@ class Step:
         softcap: float | None,
         sinks: Tensor | None,
     ) -> Tensor:
+        if self._cache.updates is not None:
+            _check_direct(self._cache.updates, layer, key, value)
         window = self._windows[int(mask)]
         pools = self._cache.pools(layer, key, value)
         if native_attention.is_supported(query, value):
@@ -83,3 +90,14 @@ class Step:
                 self._inputs.segments, len(self._inputs.ids), window, query.dtype, query.device
             )
         return self._cascades[key]
+
+
+def _check_direct(updates: list[tuple[int, Tensor, Tensor]], layer: int, key: Tensor, value: Tensor) -> None:
+    """Raise IndirectCacheError unless the last update of the cache was for these states of this layer."""
+    updated, keys, values = updates.pop() if updates else (-1, key, value)
+    same = all(
+        left.data_ptr() == right.data_ptr() and left.shape == right.shape
+        for left, right in ((keys, key), (values, value))
+    )
+    if updated != layer or not same:
+        raise IndirectCacheError

@@ -264,7 +264,7 @@ def _sdpa_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """`[batch, tokens, heads, dim]` of `[batch, heads, tokens, dim]`, and the weights or None."""
-    if step_ops.is_running():
+    if step_ops.is_attending():
         return _attend_in_step(module, query, key, value, attention_mask, **kwargs), None
     if isinstance(attention_mask, BlockMask):
         return _attend_over_blocks(module, query, key, value, attention_mask, **kwargs)
@@ -276,7 +276,7 @@ def _sdpa_attention(
 def _flex_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    if step_ops.is_running():
+    if step_ops.is_attending():
         return _attend_in_step(module, query, key, value, attention_mask, **kwargs), None
     if isinstance(attention_mask, BlockMask):
         return _attend_over_blocks(module, query, key, value, attention_mask, **kwargs)

@@ -17,7 +17,12 @@ from parallelmind.model.forward_context import ForwardContext
 
 
 class RunningStep(Protocol):
-    """What a forward pass of the engine computes with."""
+    """What a forward pass of the engine computes with.
+
+    attends: whether `attend` computes the attention of the model's layers.
+    """
+
+    attends: bool
 
     def linear(self, input: Tensor, group: int) -> Tensor:
         """`[..., outputs]` of `[..., inputs]`: the product with the weights of a `LinearGroup`."""
@@ -56,6 +61,12 @@ def running(step: RunningStep) -> Iterator[None]:
 def is_running() -> bool:
     """Whether the running forward pass is a step of the engine."""
     return _RUNNING.get() is not None
+
+
+def is_attending() -> bool:
+    """Whether `attend` computes attention in the running forward pass."""
+    step = _RUNNING.get()
+    return step is not None and step.attends
 
 
 def step_mask(window: int, device: torch.device) -> Tensor:

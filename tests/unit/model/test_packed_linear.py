@@ -17,6 +17,8 @@ from parallelmind.model.packed_linear import LinearGroup, PackedLinears, recorde
 class LinearsOnly:
     """A step that computes linear layers and counts the products."""
 
+    attends = False
+
     def __init__(self, groups: list[LinearGroup]) -> None:
         self.groups, self.products = groups, 0
 
