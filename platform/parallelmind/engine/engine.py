@@ -347,15 +347,24 @@ class Engine:
             sampled = [item for item in zip(branches, tokens, strict=True) if item[0][1].is_running]
             not_finite = [group for (group, _), token in sampled if token.token is None]
             if len(scheduled) == 1 or not not_finite:
-                for group in not_finite:
-                    self.scheduler.mark_not_finite(group)
+                for group in dict.fromkeys(not_finite):
+                    self._distrust(group)
                 self.scheduler.commit(scheduled)
-                for branch, token in sampled:
-                    self._emit(*branch, token)
+                for (group, branch), token in sampled:
+                    if group.is_admitted and branch.is_running:
+                        self._emit(group, branch, token)
                 return
         parts = inputs.split([len(item.tokens.ids) for item in scheduled])
         for item, part in zip(scheduled, parts, strict=True):
             self._compute([item], part)
+
+    def _distrust(self, group: SequenceGroup) -> None:
+        """Share no blocks of a sample with logits that are not finite; if it read others, compute it anew."""
+        if not group.has_adopted:
+            self.scheduler.mark_not_finite(group)
+            return
+        self.runner.forget(group)
+        self.scheduler.recompute(group)
 
     def _fail(self, groups: Sequence[SequenceGroup], error: BaseException) -> None:
         """End the samples of a forward pass that raised. Their blocks hold nothing that was computed."""

@@ -203,7 +203,7 @@ class Planner:
     def _adopt(self, group: SequenceGroup) -> list[Adoption]:
         """Cached blocks that hold the next tokens of a sample's segments; they are held from now on."""
         adopted = list[Adoption]()
-        for segment in group.segments if self._reuse else ():
+        for segment in group.segments if self._reuse and group.is_finite else ():
             if _begins_block(group, segment):
                 blocks, path = self._match(segment, self._max_partial(group, adopted))
                 if blocks:
@@ -224,7 +224,7 @@ class Planner:
         next_column = 0 if group.free_order else int(progress.num_computed[MAIN])
         paths = {adoption.segment.number: adoption.path for adoption in adopted}
         deferred, keys = set(), set[BlockKey]()
-        waits = self._reuse and budget > 0
+        waits = self._reuse and budget > 0 and group.is_finite
         for segment in compress(group.segments, group.is_needed.tolist()) if waits else ():
             path = paths.get(segment.number, segment.path)
             if path is None or not segment.num_waiting_prefill:

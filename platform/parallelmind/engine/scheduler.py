@@ -200,15 +200,24 @@ class Scheduler:
         for segment in group.segments:
             self.block_manager.uncache(segment.table.blocks)
 
+    def recompute(self, group: SequenceGroup) -> None:
+        """Compute a sample anew, without cached blocks: one that it read holds values that are not finite."""
+        self.mark_not_finite(group)
+        group.has_adopted = False
+        self._wait_again(group)
+
     def _preempt(self, group: SequenceGroup) -> None:
         for segment in group.segments:
             self._cache_last_block(group, segment)
+        self._wait_again(group)
+        group.num_preemptions += 1
+        self.num_preemptions += 1
+
+    def _wait_again(self, group: SequenceGroup) -> None:
         self.running.remove(group)
         self.block_manager.free(group.reset())
         insort(self.waiting, group, key=_age)
         group.waits_since_step = self.num_steps
-        group.num_preemptions += 1
-        self.num_preemptions += 1
 
     def _adopt(self, adoption: Adoption) -> None:
         group, segment, blocks, path = adoption
@@ -217,7 +226,7 @@ class Scheduler:
             time = segment.start_time + segment.num_computed + np.arange(cached.num_tokens)
             segment.table.adopt(cached, time, np.full(cached.num_tokens, segment.number))
             segment.num_computed += cached.num_tokens
-        segment.path = path
+        segment.path, group.has_adopted = path, True
         group.next_column = 0 if group.free_order else segment.num_computed
         num_tokens, kind = sum(count for _, count in blocks), _kind(group, segment)
         self.num_prefill[kind] += num_tokens

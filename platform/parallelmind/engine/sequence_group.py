@@ -35,7 +35,8 @@ class SequenceGroup:
     frontier: the first column that no forward pass has computed or is computing; a branch that is added
         starts there.
     is_admitted: whether the sample is running and may hold cache blocks.
-    is_finite: whether all logits were finite so far.
+    is_finite: whether all logits were finite so far. If not, the sample shares no blocks with others.
+    has_adopted: whether the sample reads blocks that another one has computed.
     num_preemptions: how often its blocks were taken from it.
     submitted_at: `time.monotonic` of the submission. waits_since_step: number of the engine's steps when the
         sample began to wait.
@@ -56,7 +57,7 @@ class SequenceGroup:
         self.config, self.free_order = config, is_free_order(config)
         self._seed, self._make_output = seed, make_output
         self.next_column = self.frontier = self.num_preemptions = self.waits_since_step = 0
-        self.is_admitted, self.is_finite = False, True
+        self.is_admitted, self.is_finite, self.has_adopted = False, True, False
         self._shape: GroupShape | None = None
         self._start_times: Ints | None = None
         self._is_kept: Mask | None = None

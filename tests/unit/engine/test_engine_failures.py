@@ -363,6 +363,26 @@ def test_a_main_that_was_once_read_with_values_that_are_not_finite_is_not_shared
     check_empty(engine)
 
 
+@pytest.mark.parametrize("kind", ["columnar", "isolated", "dense masks"])
+def test_a_sample_that_reads_blocks_that_are_found_not_to_be_finite_is_computed_anew(kind: str) -> None:
+    """The first part of a main is damaged; another sample reads it before a logit tells."""
+    engine, settings = ENGINES[kind](), {"max_new_tokens": 6, "ignore_eos": True}
+    sample = Sample(MAIN, [[5, 6], [7]])
+    expected = decode(ENGINES[kind](), sample, **settings)
+    layer = causal_lm(engine.model).get_decoder().layers[0]
+    damaged = engine.submit(Sample(MAIN, [[8]]), **settings)
+    with layer.register_forward_hook(lambda *args: args[-1] * float("nan")):
+        events = engine.step()
+    reader = engine.submit(sample, **settings)
+    events += run_to_end(engine)
+    reasons = {event.finish_reason for event in events if event.sample == damaged and event.finish_reason}
+    tokens = tokens_by_branch(events)
+    assert reasons == {"error"}
+    assert [tokens[reader, branch] for branch in range(2)] == expected
+    assert engine.scheduler.num_reused_tokens
+    check_empty(engine)
+
+
 @pytest.mark.parametrize("kind", ENGINES)
 def test_a_sample_whose_logits_are_not_finite_does_not_touch_the_others(kind: str) -> None:
     def outputs(token: int) -> Tokens:
