@@ -175,7 +175,7 @@ def _save_random_adapters(folder: Path) -> list[Path]:
         torch.manual_seed(number)
         for name, weight in adapted.named_parameters():
             if "lora_B" in name:
-                torch.nn.init.normal_(weight, std=0.01)
+                torch.nn.init.normal_(weight, std=0.05)
         folders.append(folder / str(number))
         save_adapter(adapted, tokenizer, folders[-1], base, _ISOLATED, lora)
     return folders
