@@ -50,12 +50,12 @@ class BlockTable:
     """
 
     def __init__(self) -> None:
+        self.blocks: list[int] = []
         self.clear()
 
     def clear(self) -> list[int]:
         """Remove and return all blocks: their tokens are not read again."""
-        blocks: list[int] = getattr(self, "blocks", [])
-        self.blocks: list[int] = []
+        blocks, self.blocks = self.blocks, []
         self.length = self.num_staged = self.num_partial = self.num_free = self.next_slot = 0
         self._slots, self._time, self._segment = np.zeros((3, BLOCK), np.int64)
         return blocks
