@@ -1,13 +1,16 @@
 """Work of the host in a decoding step: planning, input tensors, sampling, text and events.
 
 The model is replaced by one that returns prepared logits at once, so a step takes the time that it spends
-outside of the model.
+outside of the model. All of it runs on one thread and is measured in processor time, which leaves out other
+load of the machine.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from statistics import median
+from time import process_time
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +18,7 @@ import torch
 
 import parallelmind as pm
 from benchmarks.decoding import MAIN_TOKENS, patched, prompts, shared_main
-from benchmarks.harness import Bench, seconds
+from benchmarks.harness import Bench
 from benchmarks.text import tokenizer
 from parallelmind.engine.model_runner import ModelRunner
 from parallelmind.engine.sampler import Sampler, SamplingRow
@@ -60,14 +63,29 @@ def _decoding_engine(samples: int, branches: int) -> pm.Engine:
 
 def _host_ms(samples: int, branches: int) -> float:
     engine = _decoding_engine(samples, branches)
-    return 1e3 * median(seconds(engine.step) for _ in range(_STEPS))
+    return _median_ms(engine.step)
 
 
 def _sampling_ms(rows: int) -> float:
     """The sampler's part of it. A CPU reads all logits for that; with a GPU the host does not."""
     logits = _PreparedLogits(patched("isolated", "bfloat16"), rows).logits[0]
     sampler, branches = Sampler(), [SamplingRow(SamplingParams(), 0, index, 0, []) for index in range(rows)]
-    return 1e3 * median(seconds(lambda: sampler(logits, branches)) for _ in range(_STEPS))
+    return _median_ms(lambda: sampler(logits, branches))
+
+
+def _median_ms(work: Callable[[], object]) -> float:
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return 1e3 * median(_processor_seconds(work) for _ in range(_STEPS))
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _processor_seconds(work: Callable[[], object]) -> float:
+    start = process_time()
+    work()
+    return process_time() - start
 
 
 BENCHES = [

@@ -97,6 +97,9 @@ class PackedLinears:
         """groups: as `recorded_groups` finds them."""
         self.groups = groups
         self._versions: list[list[tuple[int, int]]] = [[] for _ in groups]
+        self._entries = [
+            (number, group.sizes, tuple(group.layers[1:])) for number, group in enumerate(groups)
+        ]
 
     def pack(self) -> None:
         """Pack the weights that have changed since the last call."""
@@ -113,11 +116,11 @@ class PackedLinears:
 
         Relies on: assigning `__class__` of modules whose class is exactly `nn.Linear`.
         """
-        for number, group in enumerate(self.groups):
-            first, *others = group.layers
-            first.__dict__["group"] = (number, group.sizes, tuple(others))
+        for group, entry in zip(self.groups, self._entries, strict=True):
+            first = group.layers[0]
+            first.__dict__["group"] = entry
             _set_class(first, _GroupedLinear)
-            for layer in others:
+            for layer in entry[2]:
                 _set_class(layer, _SharedLinear)
         try:
             yield
