@@ -28,7 +28,11 @@ def compile_forward(model: PreTrainedModel) -> Callable[..., Any]:
     # torch finds compiled code by the code object. Without guards, one code object must mean one model.
     code = forward.__code__.replace(co_name=f"forward_{next(_numbers)}")
     own = FunctionType(code, forward.__globals__, code.co_name, closure=forward.__closure__)
-    options: Any = {"guard_filter_fn": lambda guards: [False] * len(guards), "size_asserts": False}
+    options: Any = {
+        "guard_filter_fn": lambda guards: [False] * len(guards),
+        "size_asserts": False,
+        "cpp_wrapper": True,  # takes a millisecond less for each step than calling every kernel from Python
+    }
     compiled: Callable[..., Any] = torch.compile(own, fullgraph=True, dynamic=True, options=options)
     return compiled
 
