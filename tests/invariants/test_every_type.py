@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from _pytest.mark import ParameterSet
+from transformers import PreTrainedModel
 
+from parallelmind.config import RopeConfig
+from parallelmind.engine.engine import Engine
+from parallelmind.engine.model_runner import ModelRunner
+from parallelmind.engine.request import Sample
+from parallelmind.engine.scheduler import EngineConfig
 from parallelmind.evaluation.laws import LAWS
 from parallelmind.evaluation.model_support import COLUMNS, SupportRow, check_model_types
-from parallelmind.evaluation.tiny_models import causal_lm_types
+from parallelmind.evaluation.probes import patched
+from parallelmind.evaluation.tiny_models import causal_lm_types, tiny_model, tiny_tokenizer
 
 _STRIDE = {True: 30, False: 50}  # within a family
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "models.md"
@@ -46,6 +55,34 @@ def cases() -> list[ParameterSet]:
 def test_type(row: SupportRow) -> None:
     (checked,) = check_model_types([row.model_type])
     assert checked.cells() == tuple(text.replace("|", "/") for text in row.cells())
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("row", cases())
+def test_types_that_are_not_compiled_are_listed(row: SupportRow) -> None:
+    if not row.supported:
+        return
+    model = fastest(row.model_type)
+    with patched(model, RopeConfig(visibility="isolated")):
+        engine = Engine(model, tiny_tokenizer(), EngineConfig(cache_tokens=512))
+        engine.submit(Sample([5, 6, 7], [[8], [9, 10]]), max_new_tokens=1)
+        engine.step()
+        assert isinstance(engine.runner, ModelRunner)
+        assert engine.runner.can_compile != (row.model_type in not_compiled())
+
+
+def fastest(model_type: str) -> PreTrainedModel:
+    """A tiny model with the first of these attentions that the type has."""
+    for attention in ("sdpa", "flex_attention"):
+        with suppress(ValueError):
+            return tiny_model(model_type, attention)
+    return tiny_model(model_type)
+
+
+def not_compiled() -> list[str]:
+    words = " ".join(DOCS.read_text(encoding="utf-8").split())
+    text = words.partition("are not compiled: ")[2].partition(".")[0]
+    return re.findall(r"`(\w+)`", text)
 
 
 def test_the_table_is_complete() -> None:

@@ -135,13 +135,18 @@ class ModelRunner:
             self._record_linears(_probe_input(), _probe_cache())
         inner = causal_lm(self.model)
         is_large = sum(weight.numel() for weight in inner.parameters()) >= _MIN_COMPILED_PARAMETERS
-        if self._attends_in_step and self.model.device.type == "cpu" and kernels() and (is_large or always):
+        if self.can_compile and (is_large or always):
             try:
                 self._compile(inner)
             except Exception as error:  # of the compiler, whose code this is not
                 reason = f"{type(error).__name__}: {first_line(error)}"
                 warnings.warn(f"decoding runs uncompiled ({reason})", UserNotice, stacklevel=3)
         return self._compiled is not None
+
+    @property
+    def can_compile(self) -> bool:
+        """Whether the forward pass can be compiled. Known after the first pass, which `warm_up` runs, too."""
+        return self._attends_in_step and self.model.device.type == "cpu" and kernels() is not None
 
     def _compile(self, inner: PreTrainedModel) -> None:
         assert self._linears is not None, "a pass has recorded them"
