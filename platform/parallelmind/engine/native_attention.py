@@ -17,6 +17,7 @@ from parallelmind.engine.native import kernels
 from parallelmind.visibility import AttentionWindow
 
 _KERNELS = {torch.float32: "attend_float32", torch.bfloat16: "attend_bfloat16"}
+_MAX_DIM = 1024  # as in attention.cpp
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _ARRAYS = (
     *("token_slot", "token_time", "token_segment", "level_start", "query_start", "queries", "key_start"),
@@ -48,7 +49,10 @@ class _Layer(ctypes.Structure):
 
 def is_supported(query: Tensor, value: Tensor) -> bool:
     """Whether the kernel exists and takes these states."""
-    return query.device.type == "cpu" and query.dtype == value.dtype in _KERNELS and kernels() is not None
+    fits = (
+        query.device.type == "cpu" and query.dtype == value.dtype in _KERNELS and query.shape[3] <= _MAX_DIM
+    )
+    return fits and kernels() is not None
 
 
 class NativeAttention:
