@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -88,29 +88,11 @@ def _linear_shape(input: Tensor, group: int, outputs: int) -> Tensor:
     return input.new_empty((*input.shape[:-1], outputs))
 
 
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor,
-    layer: int,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    return _step().attend(query, key, value, mask, layer, scale, softcap, sinks)
+def _attend(*args: Any) -> Tensor:
+    return _step().attend(*args)
 
 
-def _attend_shape(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor,
-    layer: int,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def _attend_shape(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
     return query.new_empty((query.shape[0], query.shape[2], query.shape[1], value.shape[3]))
 
 
