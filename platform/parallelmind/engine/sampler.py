@@ -99,9 +99,10 @@ def _column(params: Sequence[SamplingParams], field: str, off: float, device: to
     rows = [index for index, value in enumerate(values) if value != off]
     if not rows:
         return None
-    column = torch.tensor([values[index] for index in rows], dtype=torch.float32, device=device)
+    within = [min(values[index], _LARGEST) for index in rows]  # an integer may exceed every float
+    column = torch.tensor(within, dtype=torch.float32, device=device)
     index = None if len(rows) == len(params) else torch.tensor(rows, device=device)
-    return _Column(index, column.clamp(_SMALLEST, _LARGEST))
+    return _Column(index, column.clamp(min=_SMALLEST))
 
 
 def random_seed() -> int:

@@ -280,5 +280,12 @@ def test_extreme_settings_still_draw_the_most_likely_token():
     assert len(Counter(draws(logits, 200, temperature=1e300))) > 100
 
 
+def test_a_top_k_beyond_every_float_is_the_whole_vocabulary():
+    """An integer has no limit in JSON. Before, it failed the forward pass of all samples."""
+    logits = noise(1).expand(20, -1)
+    huge = [row(temperature=1.0, top_k=10**400, seed=seed) for seed in range(20)]
+    assert tokens(logits, huge) == tokens(logits, [row(temperature=1.0, seed=seed) for seed in range(20)])
+
+
 def test_no_rows_give_no_tokens():
     assert sample_tokens(torch.zeros(0, 5), []) == []
