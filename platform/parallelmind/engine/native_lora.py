@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from parallelmind.engine.batch import ModelInput
 from parallelmind.engine.native import kernels
 from parallelmind.model import step_ops
-from parallelmind.model.packed_linear import LinearGroup
+from parallelmind.model.packed_linear import LinearGroup, set_class, tensor_version
 
 _KERNELS = {torch.float32: "add_low_rank_float32", torch.bfloat16: "add_low_rank_bfloat16"}
 _MAX_COMBINATIONS = 64  # of adapters in one step, whose tables are kept
@@ -94,12 +94,12 @@ class LoraRows:
         Relies on: assigning `__class__` of peft's layers.
         """
         for layer in self._layers:
-            layer.__class__ = _BaseLinear
+            set_class(layer, _BaseLinear)
         try:
             yield
         finally:
             for layer in self._layers:
-                layer.__class__ = LoraLinear
+                set_class(layer, LoraLinear)
 
 
 def is_possible(model: nn.Module, groups: Sequence[LinearGroup]) -> bool:
@@ -129,7 +129,7 @@ class _Table:
     def __init__(
         self, owners: Sequence[LoraLinear | None], sizes: Sequence[int], adapters: Sequence[str]
     ) -> None:
-        self._weights: list[tuple[Tensor, int]] = []
+        self._weights: list[tuple[Tensor, tuple[int, int]]] = []
         self._kept: list[Tensor] = []
         entries: list[_LowRank] = []
         starts = [0]
@@ -147,7 +147,7 @@ class _Table:
     def _entry(self, owner: LoraLinear, adapter: str, first: int, outputs: int) -> _LowRank:
         layers: list[Any] = [owner.lora_A[adapter], owner.lora_B[adapter]]
         weights: list[Tensor] = [layer.weight for layer in layers]
-        self._weights += [(weight, _version(weight)) for weight in weights]
+        self._weights += [(weight, tensor_version(weight)) for weight in weights]
         down, up = (weight.detach().float() for weight in weights)
         down, up = down.contiguous(), up.t().contiguous()
         self._kept += [down, up]
@@ -155,7 +155,7 @@ class _Table:
 
     def is_current(self) -> bool:
         """Whether the weights are those of the table."""
-        return all(_version(weight) == version for weight, version in self._weights)
+        return all(tensor_version(weight) == version for weight, version in self._weights)
 
     def add(self, input: Tensor, product: Tensor, adapter: NDArray[np.int32]) -> None:
         """adapter: `[rows]` index of each row's adapter."""
@@ -176,7 +176,3 @@ def _kernel(name: str) -> Any:
     function = getattr(kernels(), name)
     function.argtypes = (_P, _P, _I, _I, _I, _P, _P, _P)
     return function
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version

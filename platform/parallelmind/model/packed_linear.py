@@ -38,7 +38,7 @@ class LinearGroup:
 
     def versions(self) -> list[tuple[int, int]]:
         """Numbers that change with the weights."""
-        return [_version(tensor) for tensor in self._tensors() if tensor is not None]
+        return [tensor_version(tensor) for tensor in self._tensors() if tensor is not None]
 
     def _tensors(self) -> list[Tensor | None]:
         # A layer's attributes would be looked up in a step ten times slower.
@@ -119,19 +119,19 @@ class PackedLinears:
         for group, entry in zip(self.groups, self._entries, strict=True):
             first = group.layers[0]
             first.__dict__["group"] = entry
-            _set_class(first, _GroupedLinear)
+            set_class(first, _GroupedLinear)
             for layer in entry[2]:
-                _set_class(layer, _SharedLinear)
+                set_class(layer, _SharedLinear)
         try:
             yield
         finally:
             for group in self.groups:
                 for layer in group.layers:
-                    _set_class(layer, nn.Linear)
+                    set_class(layer, nn.Linear)
                     layer.__dict__.pop("product", None)
 
 
-def _set_class(layer: nn.Linear, kind: type[nn.Linear]) -> None:
+def set_class(layer: nn.Module, kind: type[nn.Module]) -> None:
     """Assign `__class__` past the assignment of `nn.Module`, which takes a hundred times as long."""
     object.__setattr__(layer, "__class__", kind)
 
@@ -195,6 +195,6 @@ def _is_packable(module: nn.Module) -> bool:
     )
 
 
-def _version(tensor: Tensor) -> tuple[int, int]:
+def tensor_version(tensor: Tensor) -> tuple[int, int]:
     """Changes with the tensor's values; where torch does not count changes, with the tensor alone."""
     return id(tensor), 0 if tensor.is_inference() else tensor._version

@@ -304,7 +304,7 @@ def test_a_sample_that_the_cache_cannot_hold_alone_ends_with_an_error() -> None:
     engine = tiny_engine(ISOLATED, cache_tokens=64)
     engine.submit(Sample([], [[5] * 20]), max_new_tokens=40, ignore_eos=True)
     engine.step()
-    engine.scheduler.block_manager.hold([2, 3])  # nobody frees them
+    engine.scheduler.block_manager.hold([2, 3])  # never freed
     events = run_to_end(engine)
     assert (len(events), events[-1].finish_reason) == (13, "error")
     assert events[-1].error == "the cache has no room for the sample; raise cache_tokens"

@@ -1,4 +1,4 @@
-"""Nobody waits for a forward pass, for sampling or for an adapter, except the next step."""
+"""Calls of the engine return during a forward pass, sampling and the load of an adapter."""
 
 from __future__ import annotations
 

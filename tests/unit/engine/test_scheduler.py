@@ -288,7 +288,7 @@ def test_a_sample_that_the_cache_cannot_hold_alone_is_found_out():
     scheduler = make_scheduler(blocks=4)
     group = submit(scheduler, FREE, 0, [BLOCK], max_new_tokens=40)
     step(scheduler)
-    scheduler.block_manager.hold(BlockDraft(scheduler.block_manager).allocate(3) or [])  # held by nobody
+    scheduler.block_manager.hold(BlockDraft(scheduler.block_manager).allocate(3) or [])  # of no sample
     for _ in range(3 * BLOCK):
         if (plan := scheduler.schedule()).stuck:
             break
@@ -405,13 +405,13 @@ def test_a_short_prompt_does_not_wait_behind_a_long_one():
 
 def test_prompts_take_a_share_of_a_step_while_branches_decode():
     scheduler = make_scheduler(blocks=100, max_prefill_tokens=20, prefill_share=0.3)
-    talking = submit(scheduler, FREE, 0, [3], max_new_tokens=50)
+    decoding = submit(scheduler, FREE, 0, [3], max_new_tokens=50)
     step(scheduler)
     long = submit(scheduler, FREE, 0, [200])
     for _ in range(5):
         plan = step(scheduler)
-        assert [(item.group, len(item.tokens.ids)) for item in plan.scheduled] == [(talking, 1), (long, 6)]
-    scheduler.abort(talking)
+        assert [(item.group, len(item.tokens.ids)) for item in plan.scheduled] == [(decoding, 1), (long, 6)]
+    scheduler.abort(decoding)
     assert num_tokens(step(scheduler)) == [20]
 
 
