@@ -77,7 +77,8 @@ class ModelInput:
 
     ids, segment, branch, time, position: `[tokens]`, as in `ScheduledTokens`.
     slots: `[tokens]` cache slots that the tokens are written to.
-    logits_indices: `[sampled]` tokens whose logits are needed.
+    logits_indices: `[sampled + labels]` tokens whose logits are needed: first those of all samples that are
+        sampled from, then those before labels.
     adapters: versions of the samples' adapters. adapter: `[tokens]` index of each token's version.
     """
 
@@ -99,6 +100,7 @@ class ModelInput:
         placed = list(zip(starts, scheduled, strict=True))
         segments = [segment for start, item in placed for segment in attention_segments(item, start)]
         indices = [start + item.tokens.logits_indices for start, item in placed]
+        indices += [start + item.tokens.labels.logits_indices for start, item in placed]
         adapters = tuple(dict.fromkeys(item.group.adapter_version for item in scheduled))
         adapter = [adapters.index(item.group.adapter_version) for item in scheduled]
         return ModelInput(

@@ -19,10 +19,10 @@ from parallelmind.config import RopeConfig
 from parallelmind.engine.adapters import AdapterManager
 from parallelmind.engine.fair_lock import FairLock
 from parallelmind.engine.model_runner import Model, ModelRunner
-from parallelmind.engine.output import Event, FinishReason, OutputProcessor
+from parallelmind.engine.output import Event, FinishReason, OutputProcessor, TokenLogprob
 from parallelmind.engine.planner import ScheduledGroup
 from parallelmind.engine.request import ResumeState, Sample, Segment, Text, TokenizedRequest
-from parallelmind.engine.sampler import SampledToken, Sampler, SamplingRow, random_seed
+from parallelmind.engine.sampler import SampledToken, Sampler, SamplingRow, prompt_logprobs, random_seed
 from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.engine.scheduler import EngineConfig, EngineStats, Scheduler
 from parallelmind.engine.sequence import BranchState
@@ -341,7 +341,10 @@ class Engine:
         """
         logits = self._run(scheduled, inputs)
         branches = _sampled_branches(scheduled)
-        tokens = self.sample(logits, [_sampling_row(group, branch) for group, branch in branches])
+        rows = [_sampling_row(group, branch) for group, branch in branches]
+        tokens = self.sample(logits[: len(rows)], rows)
+        labels = _prompt_labels(scheduled)
+        scores = _score_prompts(logits[len(rows) :], labels) if labels else []
         with self.state_lock:
             # A branch that was cancelled during the forward pass emits nothing more.
             sampled = [item for item in zip(branches, tokens, strict=True) if item[0][1].is_running]
@@ -350,6 +353,8 @@ class Engine:
                 for group in dict.fromkeys(not_finite):
                     self._distrust(group)
                 self.scheduler.commit(scheduled)
+                for (branch, position), score in zip(labels, scores, strict=True):
+                    branch.prompt_logprobs[position] = score
                 for (group, branch), token in sampled:
                     if group.is_admitted and branch.is_running:
                         self._emit(group, branch, token)
@@ -398,7 +403,8 @@ class Engine:
 
     def _emit(self, group: SequenceGroup, branch: BranchState, sampled: SampledToken) -> None:
         """Append a sampled token to its branch, and its event to those of the step."""
-        if sampled.token is None:
+        prompt = branch.pop_prompt_logprobs()
+        if sampled.token is None or any(token.logprob != token.logprob for token in prompt):
             reason = "the model's logits are not finite (NaN or infinity)"
             self._finish_subtree(group, branch, "error", reason)
             return
@@ -419,6 +425,7 @@ class Engine:
                 sampled.top,
                 group.id,
                 pos2d,
+                prompt=prompt,
             )
         )
         if finish_reason is not None:
@@ -507,6 +514,22 @@ def _sampled_branches(scheduled: Sequence[ScheduledGroup]) -> list[GroupBranch]:
         for item in scheduled
         for branch in map(item.group.branches.__getitem__, item.tokens.sampled_branches.tolist())
     ]
+
+
+def _prompt_labels(scheduled: Sequence[ScheduledGroup]) -> list[tuple[BranchState, int]]:
+    """The prompt tokens that the rows of logits after the sampled ones belong to: branches and indices."""
+    return [
+        (item.group.branches[branch], position)
+        for item in scheduled
+        for branch, position in zip(
+            item.tokens.labels.branches.tolist(), item.tokens.labels.positions.tolist(), strict=True
+        )
+    ]
+
+
+def _score_prompts(logits: Tensor, labels: Sequence[tuple[BranchState, int]]) -> list[TokenLogprob]:
+    token_ids = [branch.prompt[position] for branch, position in labels]
+    return prompt_logprobs(logits, token_ids, [branch.params.prompt_logprobs for branch, _ in labels])
 
 
 def _sampling_row(group: SequenceGroup, branch: BranchState) -> SamplingRow:

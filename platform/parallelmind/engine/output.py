@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.errors import DecodingError
@@ -14,6 +14,17 @@ FinishReason = Literal["stop", "length", "forked", "cancelled", "error"]
 _INCOMPLETE = "\ufffd"  # what a tokenizer decodes an incomplete character to
 _MAX_PENDING = 8  # ids; a character has at most four bytes
 _NUM_CONTEXT = 8  # prompt tokens that decide whether the first word begins with a space
+
+
+class TokenLogprob(NamedTuple):
+    """A token of a prompt. logprob, top: as `SamplingParams.prompt_logprobs` asks.
+
+    logprob is None for a token that no computed token precedes: the first of a sample, and that of a reduce.
+    """
+
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +40,7 @@ class Event:
     sample: the engine's number of the sample.
     pos2d: the branch and time coordinates of the token.
     error: why the branch ended, in one line, if its finish reason is "error".
+    prompt: the tokens of the prompt, on the first event of a branch with `SamplingParams.prompt_logprobs`.
     """
 
     branch: int
@@ -40,6 +52,7 @@ class Event:
     sample: int = 0
     pos2d: tuple[int, int] | None = None
     error: str | None = None
+    prompt: tuple[TokenLogprob, ...] = ()
 
     def raise_error(self) -> None:
         """Raise DecodingError if the branch ended with an error."""

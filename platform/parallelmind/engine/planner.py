@@ -202,10 +202,10 @@ class Planner:
 
     def _adopt(self, group: SequenceGroup) -> list[Adoption]:
         """Cached blocks that hold the next tokens of a sample's segments; they are held from now on."""
-        adopted = list[Adoption]()
+        adopted, ends = list[Adoption](), group.num_adoptable()
         for segment in group.segments if self._reuse and group.is_finite else ():
             if _begins_block(group, segment):
-                blocks, path = self._match(segment, self._max_partial(group, adopted))
+                blocks, path = self._match(segment, ends[segment.number], self._max_partial(group, adopted))
                 if blocks:
                     adopted.append(Adoption(group, segment, tuple(blocks), path))
                     self._draft.hold(block for block, _ in blocks)
@@ -223,7 +223,7 @@ class Planner:
             progress.num_computed[adoption.segment.number] = adoption.path.length
         next_column = 0 if group.free_order else int(progress.num_computed[MAIN])
         paths = {adoption.segment.number: adoption.path for adoption in adopted}
-        deferred, keys = set(), set[BlockKey]()
+        deferred, keys, adoptable = set(), set[BlockKey](), group.num_adoptable()
         waits = self._reuse and budget > 0 and group.is_finite
         for segment in compress(group.segments, group.is_needed.tolist()) if waits else ():
             path = paths.get(segment.number, segment.path)
@@ -232,7 +232,8 @@ class Planner:
             next_ids = segment.token_ids[path.length : path.length + BLOCK]
             key = path.copy().extend(next_ids), len(next_ids)
             begins_block = path.length == progress.num_computed[segment.number]
-            if begins_block and (key in keys or key in self._filled):
+            is_computed = key in keys or key in self._filled
+            if begins_block and is_computed and path.length < adoptable[segment.number]:
                 deferred.add(segment.number)
             if len(next_ids) == BLOCK:
                 keys.add(key)
@@ -244,14 +245,14 @@ class Planner:
         num_partial += sum(count < BLOCK for adoption in adopted for _, count in adoption.blocks)
         return self._manager.num_blocks - group.max_blocks - num_partial
 
-    def _match(self, segment: SegmentState, max_partial: int) -> tuple[list[CachedBlock], PathHash]:
-        """Cached blocks of the segment's next tokens, and the path up to their end.
+    def _match(self, segment: SegmentState, end: int, max_partial: int) -> tuple[list[CachedBlock], PathHash]:
+        """Cached blocks of the segment's next tokens before `end`, and the path up to their end.
 
-        The last token of a running segment is not adopted, because its logits are needed.
+        Tokens whose logits are needed are not adopted, such as the last one of a running segment.
         """
         assert segment.path is not None, "only segments with a path have cached blocks"
         path, blocks = segment.path, list[CachedBlock]()
-        ids, end = segment.token_ids, segment.num_tokens - segment.is_running
+        ids = segment.token_ids
         while path.length < end:
             next_ids = ids[path.length : path.length + BLOCK]
             block = self._manager.find((path.copy().extend(next_ids), len(next_ids)))

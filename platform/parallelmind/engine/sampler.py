@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.generation import logits_process as hf
 
+from parallelmind.engine.output import TokenLogprob
 from parallelmind.engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from parallelmind.model.hf_compat import process_rows
 from parallelmind.tree import Ints
@@ -20,6 +21,7 @@ from parallelmind.tree import Ints
 _NO_TOKEN = -1  # in a tensor of token ids
 _SMALLEST, _LARGEST = 1e-15, 1e15  # settings within these bounds keep scores finite in float32
 _MIN_CHUNK, _MAX_CHUNK = 128, 1024  # logits
+_MAX_ROWS = 64  # of a prompt, for which log-probabilities are computed at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,24 +285,46 @@ def _replace_rows(
 
 
 def _with_logprobs(logits: Tensor, token_ids: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
+    counts = [row.params.logprobs for row in rows]
+    return [
+        SampledToken(_token(found.token), found.logprob, found.top)
+        for found in _logprobs(logits, token_ids, counts)
+    ]
+
+
+@torch.inference_mode()
+def prompt_logprobs(
+    logits: Tensor, token_ids: Sequence[int], counts: Sequence[int | None]
+) -> list[TokenLogprob]:
+    """Log-probabilities of given tokens.
+
+    logits: `[rows, vocab]`. token_ids: the token of each row. counts: most likely tokens to return with it.
+    """
+    chosen, found = torch.tensor(token_ids, device=logits.device), list[TokenLogprob]()
+    for first in range(0, len(counts), _MAX_ROWS):
+        part = slice(first, first + _MAX_ROWS)
+        found += _logprobs(logits[part], chosen[part], counts[part])
+    return found
+
+
+def _logprobs(logits: Tensor, token_ids: Tensor, counts: Sequence[int | None]) -> list[TokenLogprob]:
+    """None as a count, and no token, return no log-probabilities."""
     logprobs = logits.float().log_softmax(dim=-1)
     # Always the same number, because the order of equal values depends on it.
-    count = min(MAX_LOGPROBS, logprobs.shape[-1])
-    top_logprobs, top_ids = logprobs.topk(count)
+    num_top = min(MAX_LOGPROBS, logprobs.shape[-1])
+    top_logprobs, top_ids = logprobs.topk(num_top)
     chosen = token_ids[:, None]
     # One copy to the host; float64 represents every id exactly.
     of_chosen = logprobs.gather(1, chosen.clamp(min=0))
     table = torch.cat([chosen.double(), of_chosen, top_ids, top_logprobs], dim=1)
-    return [
-        _with_row_logprobs(row.params, line, count) for row, line in zip(rows, table.tolist(), strict=True)
-    ]
+    return [_row_logprobs(*line) for line in zip(table.tolist(), counts, strict=True)]
 
 
-def _with_row_logprobs(params: SamplingParams, line: list[Any], count: int) -> SampledToken:
+def _row_logprobs(line: list[Any], count: int | None) -> TokenLogprob:
     token, logprob, *top = line
-    if params.logprobs is None or token == _NO_TOKEN:
-        return SampledToken(_token(int(token)))
-    pairs = zip(map(int, top[:count]), top[count:], strict=True)
+    if count is None or token == _NO_TOKEN:
+        return TokenLogprob(int(token))
+    ids, values = top[: len(top) // 2], top[len(top) // 2 :]
     # A token that the model itself excludes has no finite log-probability.
-    possible = tuple(pair for pair in pairs if pair[1] > -math.inf)
-    return SampledToken(int(token), logprob, possible[: params.logprobs])
+    possible = [pair for pair in zip(map(int, ids), values, strict=True) if pair[1] > -math.inf]
+    return TokenLogprob(int(token), logprob, tuple(possible[:count]))

@@ -35,6 +35,7 @@ class SamplingParams:
         global generator.
     ignore_eos: continue after an end-of-text token.
     logprobs: return the log-probability of each token, and of this many most likely tokens; None: neither.
+    prompt_logprobs: the same for the tokens of the branch's prompt; the first event has them.
     """
 
     max_new_tokens: int = 64
@@ -48,6 +49,7 @@ class SamplingParams:
     seed: int | None = None
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -58,6 +60,11 @@ class SamplingParams:
             self._check_integer("seed", 0)
         if self.logprobs is not None:
             self._check_integer("logprobs", 0, MAX_LOGPROBS)
+        if self.prompt_logprobs is not None:
+            self._check_integer("prompt_logprobs", 0, MAX_LOGPROBS)
+            self._check(
+                "max_new_tokens", self.max_new_tokens > 0, "prompt_logprobs needs at least 1; raise it"
+            )
         temperature, penalty = _number(self.temperature), _number(self.repetition_penalty)
         self._check("temperature", 0 <= temperature < math.inf, "give 0 (greedy) or a finite number above it")
         self._check("top_p", 0 < _number(self.top_p) <= 1, "give a number above 0 and up to 1")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
 
 from parallelmind.engine.block_manager import BlockTable
-from parallelmind.engine.output import FinishReason, OutputProcessor
+from parallelmind.engine.output import FinishReason, OutputProcessor, TokenLogprob
 from parallelmind.engine.path_hash import PathHash
 from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.tree import MAIN, NO_PARENT, Ints
@@ -92,6 +95,7 @@ class BranchState(SegmentState):
     output: turns decoded tokens into text and detects the end.
     shift: time steps between the end of the parent and the start of a branch.
     finish_reason: None while the segment waits or runs.
+    prompt_logprobs: of the prompt's tokens by their index, until the first token is decoded.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -103,6 +107,7 @@ class BranchState(SegmentState):
     shift: int = 0
     has_started: bool = False
     finish_reason: FinishReason | None = None
+    prompt_logprobs: dict[int, TokenLogprob] = field(default_factory=dict)
 
     def start(self, time: int, path: PathHash | None) -> None:
         """Start with the prompt at this time coordinate. path: the hash at the start."""
@@ -136,6 +141,19 @@ class BranchState(SegmentState):
     def max_tokens(self) -> int:
         return len(self.token_ids) if self.is_finished else self.num_prompt + self.params.max_new_tokens
 
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether log-probabilities of the prompt are computed with it."""
+        asks = self.params.prompt_logprobs is not None
+        return asks and self.is_running and len(self.token_ids) == self.num_prompt
+
+    def pop_prompt_logprobs(self) -> tuple[TokenLogprob, ...]:
+        """The tokens of the prompt for the first event; empty if they are not asked for."""
+        if not self.scores_prompt:
+            return ()
+        found, self.prompt_logprobs = self.prompt_logprobs, {}
+        return tuple(found.get(index, TokenLogprob(token)) for index, token in enumerate(self.prompt))
+
     def append_token(self, token: int) -> tuple[str, FinishReason | None]:
         """Append a decoded token; returns the new text to show, and why the branch finishes, if it does."""
         self.token_ids.append(token)
@@ -152,6 +170,20 @@ class BranchState(SegmentState):
             self.output.process(token)
 
 
+class PromptLabels(NamedTuple):
+    """Prompt tokens whose log-probabilities a step computes. All are `[labels]`.
+
+    logits_indices: the scheduled tokens before them. branches, positions: their branches, and indices there.
+    """
+
+    logits_indices: Ints
+    branches: Ints
+    positions: Ints
+
+
+NO_LABELS = PromptLabels(*np.empty((3, 0), np.int64))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class ScheduledTokens:
     """Tokens of one sample that a step computes. The first five are `[tokens]`, in physical order.
@@ -163,6 +195,7 @@ class ScheduledTokens:
     next_column: the column after all of these tokens (column order).
     logits_indices: `[sampled]` tokens whose logits are needed.
     sampled_branches: `[sampled]` indices of the branches that these logits continue.
+    labels: prompt tokens whose log-probabilities are needed.
     """
 
     ids: Ints
@@ -174,3 +207,4 @@ class ScheduledTokens:
     next_column: int
     logits_indices: Ints
     sampled_branches: Ints
+    labels: PromptLabels = NO_LABELS

@@ -125,6 +125,17 @@ class SequenceGroup:
             self._start_times = np.array([segment.start_time for segment in self.segments])
         return self._start_times
 
+    def num_adoptable(self) -> list[int]:
+        """`[segments]` how many first tokens cached blocks may hold: those whose logits nobody needs."""
+        counts = [segment.num_tokens - segment.is_running for segment in self.segments]
+        for branch in self.branches:
+            if branch.scores_prompt:
+                counts[branch.number] = 0
+                counts[branch.parent] = min(
+                    counts[branch.parent], self.segments[branch.parent].num_tokens - 1
+                )
+        return counts
+
     def pos2d(self, branch: BranchState, index: int = 0) -> tuple[int, int]:
         """Branch and time coordinates of a branch's token, counted from the first token of its prompt."""
         return int(self.shape.coordinates[branch.number]), branch.start_time + index

@@ -10,8 +10,10 @@ import inspect
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
+from itertools import compress
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,35 +74,43 @@ class SequentialRunner:
 
     @torch.inference_mode()
     def __call__(self, scheduled: Sequence[ScheduledGroup]) -> Tensor:
-        """`[sampled, vocab]` logits after the newest token of each sampled branch."""
-        logits = []
+        """`[sampled + labels, vocab]` logits, in the order of `ModelInput.logits_indices`."""
+        sampled, before_labels = list[Tensor](), list[Tensor]()
         for group, tokens, *_ in scheduled:
-            states, last_logits = self._states.setdefault(group, {}), {}
+            states, logits = self._states.setdefault(group, {}), dict[int, Tensor]()
+            needed = {*tokens.logits_indices.tolist(), *tokens.labels.logits_indices.tolist()}
             try:
                 for segment in sorted(set(tokens.segment.tolist())):
-                    ids = tokens.ids[tokens.segment == segment]
-                    last_logits[segment - 1] = self._forward(states, segment, ids)
+                    where = np.flatnonzero(tokens.segment == segment).tolist()
+                    is_needed = [index in needed for index in where]
+                    rows = self._forward(states, segment, tokens.ids[where], is_needed)
+                    logits |= zip(compress(where, is_needed), rows, strict=True)
             finally:
                 for branch in group.branches:
                     if not branch.is_running:  # it may have been cancelled since it was scheduled
                         self.free(group, branch)
-            logits += [last_logits[branch] for branch in tokens.sampled_branches.tolist()]
-        return torch.stack(logits) if logits else torch.empty(0, 1)
+            sampled += map(logits.__getitem__, tokens.logits_indices.tolist())
+            before_labels += map(logits.__getitem__, tokens.labels.logits_indices.tolist())
+        needed_logits = [*sampled, *before_labels]
+        return torch.stack(needed_logits) if needed_logits else torch.empty(0, 1)
 
-    def _forward(self, states: dict[int, Any], segment: int, ids: Ints) -> Tensor:
-        """`[vocab]` logits after the last of these tokens; updates the state of the segment."""
+    def _forward(self, states: dict[int, Any], segment: int, ids: Ints, is_needed: list[bool]) -> Tensor:
+        """`[needed, vocab]` logits after some of these tokens; updates the state of the segment."""
         state = states.get(segment)
         state = deepcopy(states.get(MAIN)) if state is None else state
         # Some recurrent models scan several tokens from the beginning only: continue token by token.
         one_by_one = self._is_recurrent and state is not None
-        row = torch.from_numpy(ids)[None].to(self.model.device)
+        row, logits = torch.from_numpy(ids)[None].to(self.model.device), list[Tensor]()
         with eval_mode(self.model):
-            for chunk in row.split(1 if one_by_one else len(ids), dim=1):
+            size = 1 if one_by_one else len(ids)
+            for chunk, needed in zip(
+                row.split(size, dim=1), torch.tensor(is_needed).split(size), strict=True
+            ):
                 out = self.model(input_ids=chunk, use_cache=True, **{self._state_name: state})
                 state = getattr(out, self._state_name)
+                logits.append(out.logits[0, needed.to(out.logits.device)])
         states[segment] = state
-        logits: Tensor = out.logits[0, -1]
-        return logits
+        return torch.cat(logits)
 
     def free(self, group: SequenceGroup, branch: BranchState) -> None:
         """Delete the state of a finished branch, and that of main after the last one."""

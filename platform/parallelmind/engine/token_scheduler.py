@@ -22,7 +22,7 @@ from itertools import chain
 
 import numpy as np
 
-from parallelmind.engine.sequence import ScheduledTokens, SegmentState
+from parallelmind.engine.sequence import NO_LABELS, PromptLabels, ScheduledTokens, SegmentState
 from parallelmind.engine.sequence_group import SequenceGroup
 from parallelmind.tree import MAIN, Ints
 
@@ -65,6 +65,7 @@ def schedule_tokens(group: SequenceGroup, budget: int, progress: Progress | None
     if not group.free_order:
         order = np.lexsort((segment, time))
         segment, time, ids, needs_logits = segment[order], time[order], ids[order], needs_logits[order]
+        index = index[order]
     logits_indices = np.flatnonzero(needs_logits)
     in_time = group.config.positions == "time"
     return ScheduledTokens(
@@ -77,7 +78,25 @@ def schedule_tokens(group: SequenceGroup, budget: int, progress: Progress | None
         next_column=next_column,
         logits_indices=logits_indices,
         sampled_branches=segment[logits_indices] - 1,
+        labels=_prompt_labels(group, segment, index),
     )
+
+
+def _prompt_labels(group: SequenceGroup, segment: Ints, index: Ints) -> PromptLabels:
+    """Prompt tokens that follow the scheduled ones, in branches that ask for their log-probabilities.
+
+    segment, index: `[tokens]` segments of the scheduled tokens, and their indices there.
+    """
+    labels = [NO_LABELS]
+    for branch in group.branches:
+        if branch.scores_prompt:
+            is_last = index == group.segments[branch.parent].num_tokens - 1
+            is_before = is_last & (segment == branch.parent) & (not branch.is_reduce)
+            own = np.flatnonzero((segment == branch.number) & (index < branch.num_prompt - 1))
+            where = np.concatenate([np.flatnonzero(is_before), own])
+            positions = np.where(segment[where] == branch.number, index[where] + 1, 0)
+            labels.append(PromptLabels(where, np.full(len(where), branch.index), positions))
+    return PromptLabels(*map(np.concatenate, zip(*labels, strict=True)))
 
 
 def num_prefill(group: SequenceGroup, tokens: ScheduledTokens, progress: Progress) -> int:
