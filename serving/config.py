@@ -123,9 +123,11 @@ class RequestLimits(_Group):
     """Request limits. Each ingress process counts its own open requests."""
 
     max_requests: int = Field(128, ge=1, description="open requests; further ones get status 429 at once")
-    max_branches: int = Field(64, ge=1, le=256, description="branches of one sample, n included")
+    max_branches: int = Field(
+        64, ge=1, le=256, description="branches of one sample, or answers of one request"
+    )
     max_prompt_tokens: int = Field(
-        8192, ge=1, description="prompt tokens of one sample, all branches together"
+        8192, ge=1, description="prompt tokens of one sample, or of one of several independent prompts"
     )
     max_new_tokens: int = Field(4096, ge=1, description="new tokens of one branch")
     max_body_bytes: int = Field(1 << 20, ge=1024, description="bytes of a request body")

@@ -155,11 +155,17 @@ def metric_value(metrics: ProcessMetrics, name: str, **labels: str) -> float:
     )
 
 
-def make_ingress(folder: Path, steps: Sequence[StepOutput] = (), **settings: Any) -> Ingress:
-    """The ingress as Serve builds it, with a stub engine that answers every request with these steps."""
+def make_ingress(
+    folder: Path, steps: Sequence[StepOutput] = (), open_stream: Any = None, **settings: Any
+) -> Ingress:
+    """The ingress as Serve builds it, with a stub engine that answers every request with these steps.
+
+    open_stream: in place of the steps, a function from a request to the stream of an engine.
+    """
     tiny_tokenizer().save_pretrained(folder)
     LlamaConfig(vocab_size=300, max_position_embeddings=4096).save_pretrained(folder)
-    engine: Any = SimpleNamespace(generate=SimpleNamespace(remote=lambda _: _StubStream(steps)))
+    open_stream = open_stream or (lambda _: _StubStream(steps))
+    engine: Any = SimpleNamespace(generate=SimpleNamespace(remote=open_stream))
     engine.options = lambda **_: engine
     config = AppConfig.of({"base_model": str(folder), "served_name": "tiny", **settings})
     # These two change the process.

@@ -1,8 +1,8 @@
-"""A request for an engine, and an EngineLoop that is stopped after its test."""
+"""A request for an engine, an EngineLoop that is stopped after its test, and the stream of a request."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,8 +10,9 @@ from tiny import tiny_tokenizer
 
 from parallelmind.engine.request import Sample
 from parallelmind.engine.tokenization import tokenize_request
-from serving.engine.loop import EngineLoop
-from serving.engine.messages import EngineRequest
+from parallelmind.errors import UserError
+from serving.engine.loop import EngineLoop, RunningRequest
+from serving.engine.messages import EngineRequest, PackedStep, RejectedRequest, StepOutput, pack_step
 
 MAIN, BRANCHES = list(range(50, 70)), [[5, 6, 7], [8], list(range(100, 112))]
 
@@ -24,7 +25,7 @@ def sample_request(
     sampling = {"temperature": 1.0, "seed": 3, "ignore_eos": True, "max_new_tokens": 5, **settings}
     sample, reduce_ids = Sample(MAIN, BRANCHES), [41, 42] if reduce else None
     tokenized = tokenize_request(tiny_tokenizer(), sample, per_branch, reduce_ids, sampling)
-    return EngineRequest("smp-1", "base", tokenized)
+    return EngineRequest("smp-1", "base", [tokenized])
 
 
 @contextmanager
@@ -34,3 +35,29 @@ def running_loop(engine: Any, stuck_s: float = 60) -> Iterator[EngineLoop]:
         yield loop
     finally:
         loop.stop()
+
+
+class LoopStream:
+    """Stands for the response of a streaming call: a request that an engine decodes in this process."""
+
+    def __init__(self, loop: EngineLoop, request: EngineRequest) -> None:
+        self._loop, self._request = loop, request
+        self._running: RunningRequest | None = None
+
+    async def __aiter__(self) -> AsyncIterator[PackedStep | RejectedRequest]:
+        try:
+            with self._loop._engine.state_lock:
+                running = self._running = self._loop.submit(self._request, None)
+                started = self._loop.started_branches(running, self._request)
+        except UserError as error:
+            yield RejectedRequest(str(error))
+            return
+        yield pack_step(StepOutput([], started, ""))
+        while (step := await self._loop.next_output(running)) is not None:
+            yield pack_step(step)
+
+    def cancel(self) -> None:
+        """Called when the reader closes the stream."""
+        if self._running is not None:
+            self._loop.release(self._running)
+            self._running = None

@@ -6,8 +6,10 @@ import asyncio
 import os
 import sys
 import threading
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from time import monotonic, perf_counter
 
 import parallelmind as pm
@@ -26,6 +28,44 @@ class EngineStuckError(RuntimeError):
     """Every step of the engine fails, or one step takes too long. Only a new replica helps."""
 
 
+@dataclass(eq=False, slots=True)
+class RunningRequest:
+    """A request in the engine.
+
+    first_branches: for each of its samples, by the engine's number, the index of its first branch in the
+        request. num_running: samples that have not ended. outputs: what is not read yet; None is the end.
+    """
+
+    first_branches: dict[int, int] = field(default_factory=dict)
+    num_running: int = 0
+    outputs: asyncio.Queue[StepOutput | None] = field(default_factory=asyncio.Queue)
+
+    @property
+    def numbers(self) -> list[int]:
+        """The engine's numbers of the samples."""
+        return list(self.first_branches)
+
+    def add(self, number: int, first_branch: int) -> None:
+        """Add a sample."""
+        self.first_branches[number] = first_branch
+        self.num_running += 1
+
+    def put(self, number: int, events: list[pm.Event], has_ended: bool) -> None:
+        """Add the events of one of the samples, and its end."""
+        if first := self.first_branches[number]:
+            events = [replace(event, branch=first + event.branch) for event in events]
+        self.outputs.put_nowait(StepOutput(events, []))
+        self.num_running -= has_ended
+        if not self.num_running:
+            self.outputs.put_nowait(None)
+
+    def find(self, branch: int) -> tuple[int, int]:
+        """The number of the sample that a branch is in, and its index there."""
+        firsts = list(self.first_branches.values())
+        index = max(bisect_right(firsts, branch) - 1, 0)
+        return self.numbers[index], branch - firsts[index]
+
+
 class EngineLoop:
     """Step an engine in a thread while it has work.
 
@@ -42,7 +82,7 @@ class EngineLoop:
         """
         self._engine, self._on_step = engine, on_step
         self._stuck_s, self._num_threads = stuck_s, num_threads
-        self._queues: dict[int, asyncio.Queue[StepOutput | None]] = {}
+        self._readers: dict[int, RunningRequest] = {}  # by the number of each sample
         self._wake = threading.Event()
         self._step_started_at: float | None = None
         self._num_failed_steps = 0
@@ -51,32 +91,55 @@ class EngineLoop:
         self._thread: threading.Thread | None = None
         self._stopped = False
 
-    def submit(self, request: EngineRequest, adapter: str | None) -> int:
-        """Queue a sample and return its number in the engine.
+    def submit(self, request: EngineRequest, adapter: str | None) -> RunningRequest:
+        """Queue the samples of a request.
 
-        Raises UserError as `Engine.enqueue` does, and EngineStuckError.
+        Raises UserError as `Engine.enqueue` does, and queues none of them then, and EngineStuckError.
         """
         self.check_health()
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
             self._thread = threading.Thread(target=self._run, daemon=True, name="engine")
             self._thread.start()
-        number = self._engine.enqueue(request.tokenized, adapter, request.resume)
-        self._queues[number] = asyncio.Queue()
+        running = RunningRequest()
+        with self._engine.state_lock:
+            try:
+                for first_branch, sample, resume in request.unfinished():
+                    number = self._engine.enqueue(sample, adapter, resume)
+                    running.add(number, first_branch)
+                    self._readers[number] = running
+            except pm.UserError:
+                self.release(running)
+                raise
         self._wake.set()
-        return number
+        return running
 
-    def announce_branch(self, number: int, started: BranchStarted) -> None:
-        """Put the start of an added branch into the sample's output."""
-        self._queues[number].put_nowait(StepOutput([], [started]))
+    def started_branches(self, running: RunningRequest, request: EngineRequest) -> list[BranchStarted]:
+        """The branches of a submitted request that have started; a reduce is not announced.
 
-    async def next_output(self, number: int) -> StepOutput | None:
-        """Everything added to a sample since the last call; None at its end.
+        Hold the engine's `state_lock` since the submission: a sample may end within the next millisecond.
+        """
+        coordinates = map(self._engine.start_pos2d, running.numbers)
+        return [
+            BranchStarted(first + index, prompt, params, pos2d)
+            for (first, sample, _), own_coordinates in zip(request.unfinished(), coordinates, strict=True)
+            for index, (prompt, params, pos2d) in enumerate(
+                zip(sample.tokens.split()[1:], sample.params, own_coordinates, strict=True)
+            )
+            if pos2d is not None and not sample.tokens.tree.is_reduce[index + 1]
+        ]
+
+    def announce_branch(self, running: RunningRequest, started: BranchStarted) -> None:
+        """Put the start of an added branch into the request's output."""
+        running.outputs.put_nowait(StepOutput([], [started]))
+
+    async def next_output(self, running: RunningRequest) -> StepOutput | None:
+        """Everything added to a request since the last call; None at its end.
 
         Returns an empty output every second without one, as a sign of life. Raises EngineStuckError if the
         engine failed.
         """
-        queue = self._queues[number]
+        queue = running.outputs
         try:
             async with asyncio.timeout(_HEARTBEAT_S):
                 outputs = [await queue.get()]
@@ -95,15 +158,18 @@ class EngineLoop:
             [started for step in steps for started in step.started],
         )
 
-    def cancel(self, number: int, branch: int | None = None) -> None:
-        """End a sample or one of its branches. The end appears in the sample's output."""
-        self._engine.cancel(number, branch)
+    def cancel(self, running: RunningRequest, branch: int | None = None) -> None:
+        """End a request or one of its branches. The end appears in the request's output."""
+        samples = [(number, None) for number in running.numbers] if branch is None else [running.find(branch)]
+        for number, index in samples:
+            self._engine.cancel(number, index)
         self._wake.set()
 
-    def release(self, number: int) -> None:
-        """End a sample whose output is no longer read."""
-        del self._queues[number]
-        self.cancel(number)
+    def release(self, running: RunningRequest) -> None:
+        """End a request whose output is no longer read."""
+        for number in running.numbers:
+            del self._readers[number]
+        self.cancel(running)
 
     def stop(self) -> None:
         """End the thread after the current step."""
@@ -178,13 +244,10 @@ class EngineLoop:
 
     def _dispatch(self, events_by_sample: dict[int, list[pm.Event]], ended: set[int]) -> None:
         for number, events in events_by_sample.items():
-            queue = self._queues.get(number)
-            if queue is None:  # the reader has left
-                continue
-            queue.put_nowait(StepOutput(events, []))
-            if number in ended:
-                queue.put_nowait(None)
+            running = self._readers.get(number)
+            if running is not None:  # the reader has not left
+                running.put(number, events, number in ended)
 
     def _close_all(self) -> None:
-        for queue in self._queues.values():
-            queue.put_nowait(None)
+        for running in set(self._readers.values()):
+            running.outputs.put_nowait(None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -15,18 +16,49 @@ _EVENT_FIELDS = [field.name for field in fields(Event)]
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """One sample to decode.
+    """One or more samples to decode for one response.
 
-    id: unique; names the sample when a branch is added or cancelled.
+    The branches of all samples are counted in one sequence, which `StepOutput` and `ResumeState` refer to.
+
+    id: unique; names a request of one sample when a branch is added, and any request when it is cancelled.
     model: the model's name as the client gave it.
+    prompt_tokens: as the client counts them; None: of main and of every branch that starts.
     resume, adapter_version: where a lost engine stopped, and the version of the adapter that it used.
     """
 
     id: str
     model: str
-    tokenized: TokenizedRequest
+    samples: list[TokenizedRequest]
+    prompt_tokens: int | None = None
     resume: ResumeState | None = None
     adapter_version: str | None = None
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Prompt tokens of all samples, as the client counts them."""
+        if self.prompt_tokens is not None:
+            return self.prompt_tokens
+        return sum(sample.num_prompt_tokens for sample in self.samples)
+
+    @property
+    def num_branches(self) -> int:
+        """Segments after main, of all samples."""
+        return sum(sample.num_branches for sample in self.samples)
+
+    def unfinished(self) -> Iterator[tuple[int, TokenizedRequest, ResumeState | None]]:
+        """The samples to decode: index of the first branch, the sample, and where it is resumed."""
+        first = 0
+        for sample in self.samples:
+            end = first + sample.num_branches
+            resume = None if self.resume is None else self.resume.part(first, end)
+            if resume is None or not resume.is_complete:
+                yield first, sample, resume
+            first = end
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """Prompt token ids of every branch."""
+        return [prompt for sample in self.samples for prompt in sample.tokens.split()[1:]]
 
 
 class BranchStarted(NamedTuple):
@@ -39,7 +71,7 @@ class BranchStarted(NamedTuple):
 
 
 class StepOutput(NamedTuple):
-    """What one engine step adds to one sample.
+    """What one engine step adds to one request.
 
     started: branches that begin before the events. adapter_version: set on the first output of a stream.
     """

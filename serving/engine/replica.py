@@ -14,7 +14,7 @@ from parallelmind.engine.scheduler import EngineConfig
 from serving.config import AppConfig
 from serving.engine.adapter_registry import AdapterRegistry, AdapterVersionGoneError
 from serving.engine.load_model import load_model
-from serving.engine.loop import EngineLoop
+from serving.engine.loop import EngineLoop, RunningRequest
 from serving.engine.messages import (
     BranchStarted,
     EngineRequest,
@@ -29,20 +29,21 @@ from serving.runtime.ray_private import bind_replica_port_to_node_address
 
 
 @dataclass(slots=True)
-class _RunningSample:
-    """A sample of this engine: its number there, and how much of the limits of one sample it uses."""
+class _AdmittedRequest:
+    """A request of this engine, and how much of the limits of one sample it uses."""
 
-    number: int
+    running: RunningRequest
     branches: int
     prompt_tokens: int
 
     @classmethod
-    def of(cls, number: int, request: EngineRequest) -> _RunningSample:
-        return cls(number, request.tokenized.num_branches, request.tokenized.num_prompt_tokens)
+    def of(cls, running: RunningRequest, request: EngineRequest) -> _AdmittedRequest:
+        prompt_tokens = sum(sample.num_prompt_tokens for sample in request.samples)
+        return cls(running, request.num_branches, prompt_tokens)
 
 
 class EngineReplica:
-    """Decode samples. Closing the iterator of `generate`, or losing its reader, ends the sample."""
+    """Decode requests. Closing the iterator of `generate`, or losing its reader, ends the request."""
 
     def __init__(self, config: AppConfig) -> None:
         import torch
@@ -69,71 +70,63 @@ class EngineReplica:
         self._loop = EngineLoop(
             self._engine, self._metrics.observe_step, config.replicas.stuck_s, num_threads
         )
-        self._config, self._running = config, dict[str, _RunningSample]()
+        self._config, self._admitted = config, dict[str, _AdmittedRequest]()
         self._name = serve.get_replica_context().replica_id.unique_id
 
     async def generate(self, request: EngineRequest) -> AsyncIterator[PackedStep | RejectedRequest]:
-        """Yield the steps of a sample; the first one holds the starts of its branches.
+        """Yield the steps of a request; the first one holds the starts of its branches.
 
         A request that is not served yields one RejectedRequest and nothing else.
         """
         try:
             adapter = await self._adapters.resolve(request.model, request.adapter_version)
-            with self._engine.state_lock:  # the sample may end within the next millisecond
-                number = self._loop.submit(request, adapter)
-                started = self._started_branches(number, request)
+            with self._engine.state_lock:
+                running = self._loop.submit(request, adapter)
+                started = self._loop.started_branches(running, request)
         except pm.UserError as error:
             yield _rejection(error)
             return
-        self._running[request.id] = _RunningSample.of(number, request)
+        self._admitted[request.id] = _AdmittedRequest.of(running, request)
         try:
             yield pack_step(StepOutput([], started, self._adapters.version_of(adapter)))
-            while (step := await self._loop.next_output(number)) is not None:
+            while (step := await self._loop.next_output(running)) is not None:
                 yield pack_step(step)
         finally:
-            del self._running[request.id]
-            self._loop.release(number)
-
-    def _started_branches(self, number: int, request: EngineRequest) -> list[BranchStarted]:
-        tokens, params = request.tokenized.tokens, request.tokenized.params
-        coordinates, prompts = self._engine.start_pos2d(number), tokens.split()[1:]
-        return [
-            BranchStarted(index, prompts[index], params[index], pos2d)
-            for index, pos2d in enumerate(coordinates)
-            if pos2d is not None and not tokens.tree.is_reduce[index + 1]
-        ]
+            del self._admitted[request.id]
+            self._loop.release(running)
 
     async def add_branch(
         self, sample: str, ids: list[int], params: SamplingParams
     ) -> int | RejectedRequest | None:
         """Add a branch to a running sample. Returns its index, or None if the sample is not here."""
-        running = self._running.get(sample)
-        if running is None:
+        admitted = self._admitted.get(sample)
+        if admitted is None or len(admitted.running.numbers) > 1:
             return None
+        (number,) = admitted.running.numbers
         try:
-            self._require_room(running, len(ids))
+            self._require_room(admitted, len(ids))
             with self._engine.state_lock:
                 branch = self._engine.join(
-                    running.number, ids, **{name: getattr(params, name) for name in params.__slots__}
+                    number, ids, **{name: getattr(params, name) for name in params.__slots__}
                 )
-                pos2d = self._engine.start_pos2d(running.number)[branch]
+                pos2d = self._engine.start_pos2d(number)[branch]
                 assert pos2d is not None, "a branch of main starts when it joins"
         except pm.UserError as error:
             return _rejection(error)
-        running.branches += 1
-        running.prompt_tokens += len(ids)
-        self._loop.announce_branch(running.number, BranchStarted(branch, ids, params, pos2d))
+        admitted.branches += 1
+        admitted.prompt_tokens += len(ids)
+        self._loop.announce_branch(admitted.running, BranchStarted(branch, ids, params, pos2d))
         return branch
 
-    def _require_room(self, running: _RunningSample, new_tokens: int) -> None:
+    def _require_room(self, admitted: _AdmittedRequest, new_tokens: int) -> None:
         """Raise UserError if the sample would exceed the limits of a new sample."""
         max_branches, max_tokens = self._config.limits.max_branches, self._config.limits.max_prompt_tokens
-        if running.branches >= max_branches:
+        if admitted.branches >= max_branches:
             raise pm.UserError(
-                f"text: branch {running.branches + 1} of its sample, {max_branches} allowed; "
+                f"text: branch {admitted.branches + 1} of its sample, {max_branches} allowed; "
                 "begin another sample"
             )
-        prompt_tokens = running.prompt_tokens + new_tokens
+        prompt_tokens = admitted.prompt_tokens + new_tokens
         if prompt_tokens > max_tokens:
             raise pm.UserError(
                 f"text: {prompt_tokens} prompt tokens with the rest of its sample, {max_tokens} allowed; "
@@ -141,11 +134,11 @@ class EngineReplica:
             )
 
     async def cancel(self, sample: str, branch: int | None) -> bool:
-        """End a sample or one of its branches. Returns whether the sample is here."""
-        running = self._running.get(sample)
-        if running is not None:
-            self._loop.cancel(running.number, branch)
-        return running is not None
+        """End a request or one of its branches. Returns whether the request is here."""
+        admitted = self._admitted.get(sample)
+        if admitted is not None:
+            self._loop.cancel(admitted.running, branch)
+        return admitted is not None
 
     async def ping(self) -> None:
         """Raise EngineStuckError if the engine does not compute."""

@@ -1,4 +1,4 @@
-"""Follow a sample from engine to engine: if one is lost, another resumes the sample where it stopped."""
+"""Follow a request from engine to engine: if one is lost, another resumes its samples where they stopped."""
 
 from __future__ import annotations
 
@@ -38,11 +38,12 @@ FIRST_MESSAGE_TIMEOUT_S = 20.0
 
 
 class RequestReplay:
-    """What a sample has received so far: enough for another engine to resume it."""
+    """What a request has received so far: enough for another engine to resume its samples."""
 
     def __init__(self, request: EngineRequest) -> None:
-        self._request, self._tokenized = request, request.tokenized
-        num_branches = request.tokenized.num_branches
+        self._request, self._samples = request, request.samples
+        self._num_prompt = list(map(len, request.prompts))
+        num_branches = request.num_branches
         self._announced = set[int]()
         self._start_times: list[int | None] = [None] * num_branches
         self._tokens: list[list[int]] = [[] for _ in range(num_branches)]
@@ -66,15 +67,16 @@ class RequestReplay:
             self._start_times[started.branch] = started.pos2d[1]
         for event in step.events:
             if event.pos2d and self._start_times[event.branch] is None:  # no start of a reduce is announced
-                num_prompt = int(self._tokenized.tokens.lengths[event.branch + 1])
-                self._start_times[event.branch] = event.pos2d[1] - num_prompt
+                self._start_times[event.branch] = event.pos2d[1] - self._num_prompt[event.branch]
             if event.token is not None:
                 self._tokens[event.branch].append(event.token)
             self._finish_reasons[event.branch] = event.finish_reason
         return StepOutput(step.events, new_branches)
 
     def _add_branch(self, joined: BranchStarted) -> None:
-        self._tokenized = self._tokenized.add_branch(joined.prompt, joined.params)
+        (sample,) = self._samples  # a branch is added to a request of one sample
+        self._samples = [sample.add_branch(joined.prompt, joined.params)]
+        self._num_prompt.append(len(joined.prompt))
         self._start_times.append(None)
         self._tokens.append([])
         self._finish_reasons.append(None)
@@ -85,16 +87,16 @@ class RequestReplay:
             return self._request
         resume = ResumeState(self._start_times, self._tokens, self._finish_reasons)
         return replace(
-            self._request, tokenized=self._tokenized, resume=resume, adapter_version=self._adapter_version
+            self._request, samples=self._samples, resume=resume, adapter_version=self._adapter_version
         )
 
 
 async def stream_with_failover(
     engine: DeploymentHandle, request: EngineRequest, metrics: IngressMetrics
 ) -> AsyncGenerator[StepOutput, None]:
-    """All steps of a sample, whichever engines decode it.
+    """All steps of a request, whichever engines decode it.
 
-    Closing the iterator ends the sample. Raises RequestError for a rejected request, and EngineLostError if
+    Closing the iterator ends the request. Raises RequestError for a rejected request, and EngineLostError if
     no engine can finish it.
     """
     replay, attempts = RequestReplay(request), 0

@@ -12,11 +12,13 @@ from transformers import PreTrainedTokenizerBase
 
 import parallelmind as pm
 from parallelmind.data.encode import encode_texts
+from parallelmind.engine.request import TokenizedRequest
 from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.engine.tokenization import tokenize, tokenize_request
 from parallelmind.errors import first_line
 from serving.config import BASE, AppConfig
 from serving.engine.messages import EngineRequest
+from serving.ingress.independent import BRANCH_OF_MAIN, MAIN_CONTINUED, as_independent, split_prompts
 from serving.observability.log import log
 from serving.protocol.branches import AddBranchRequest, BranchesRequest
 from serving.protocol.errors import user_error
@@ -24,6 +26,7 @@ from serving.protocol.openai import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    OpenAIRequest,
     Sampling,
     TokenizeRequest,
     new_id,
@@ -60,18 +63,21 @@ class RequestPreprocessor:
             raise user_error(str(error)) from error
 
     def completion(self, request: CompletionRequest) -> EngineRequest:
-        """Every prompt, repeated n times, is a branch."""
+        """Every prompt is continued n times: independently, or as the branches of one sample."""
         self.require_model(request.model)
         self._require_branches("n" if request.n > 1 else "prompt", len(request.prompt) * request.n)
         prompts = [
             self._encode(f"prompt[{index}]", prompt, first=True)
             for index, prompt in enumerate(request.prompt)
         ]
-        sample = pm.Sample("", [prompt for prompt in prompts for _ in range(request.n)])
         settings = request.sampling_fields(
             self._max_new_tokens(request, request.max_tokens), request.logprobs
         )
-        return self._engine_request("cmpl", "prompt", request.model, sample, settings)
+        if request.visibility == "columnar":
+            samples = [pm.Sample("", [prompt for prompt in prompts for _ in range(request.n)])]
+        else:
+            samples = split_prompts(prompts, request.n)
+        return self._openai_request("cmpl", "prompt", request, samples, MAIN_CONTINUED, settings, prompts)
 
     def chat(self, request: ChatRequest) -> EngineRequest:
         """The conversation is main; the header of the assistant's turn begins every branch."""
@@ -88,9 +94,11 @@ class RequestPreprocessor:
             max_new_tokens = request.max_tokens
         if max_new_tokens is None:
             max_new_tokens = self._default_chat_tokens(len(main) + len(header))
-        sample = pm.Sample(main, [header] * request.n)
+        samples = [pm.Sample(main, [header] * request.n)]
         settings = request.sampling_fields(max_new_tokens, logprobs)
-        return self._engine_request("chatcmpl", "messages", request.model, sample, settings)
+        return self._openai_request(
+            "chatcmpl", "messages", request, samples, BRANCH_OF_MAIN, settings, [main + header]
+        )
 
     def branches(self, request: BranchesRequest) -> EngineRequest:
         self.require_model(request.model)
@@ -101,15 +109,15 @@ class RequestPreprocessor:
             for index, branch in enumerate(request.branches)
         ]
         reduce = None if request.reduce is None else self._encode("reduce", request.reduce, first=False)
-        return self._engine_request(
-            "smp",
-            "branches",
-            request.model,
+        sample = tokenize_request(
+            self.tokenizer,
             pm.Sample(main, prompts),
-            self._branch_sampling(request),
             [branch.given_sampling_fields() for branch in request.branches],
             reduce,
+            self._branch_sampling(request),
         )
+        self._require_tokens("branches", sample.num_prompt_tokens, sample.params)
+        return EngineRequest(new_id("smp"), request.model, [_with_seeds(sample)])
 
     def added_branch(self, request: AddBranchRequest) -> tuple[list[int], SamplingParams]:
         """Tokens and settings of a branch for a running sample."""
@@ -135,22 +143,31 @@ class RequestPreprocessor:
         if model not in (self.config.model.name, BASE) and self.config.adapter_sources.locate(model) is None:
             raise pm.UserError(f"model={model[:80]!r}: not served here; use {', '.join(self.config.names)}")
 
-    def _engine_request(
+    def _openai_request(
         self,
         id_prefix: str,
         field: str,
-        model: str,
-        sample: pm.Sample,
+        request: OpenAIRequest,
+        samples: Sequence[pm.Sample],
+        branch_number: int,
         settings: dict[str, Any],
-        per_branch: list[dict[str, Any]] | None = None,
-        reduce: list[int] | None = None,
+        prompts: Sequence[list[int]],
     ) -> EngineRequest:
-        """One sample within the limits. field: named in the error if the prompt is too long."""
-        tokenized = tokenize_request(self.tokenizer, sample, per_branch, reduce, settings)
-        self._require_tokens(field, tokenized.num_prompt_tokens, tokenized.params)
-        # With a seed another engine can draw the same tokens after a failure.
-        tokenized = replace(tokenized, params=[_with_seed(params) for params in tokenized.params])
-        return EngineRequest(new_id(id_prefix), model, tokenized)
+        """Samples within the limits.
+
+        field: named in the error if a prompt is too long. branch_number: of independent branches.
+        prompts: token ids of each prompt, as the client counts them.
+        """
+        tokenized = [tokenize_request(self.tokenizer, sample, None, None, settings) for sample in samples]
+        if request.visibility == "columnar":
+            longest = sum(sample.num_prompt_tokens for sample in tokenized)
+        else:
+            longest = max(map(len, prompts))
+            tokenized = [as_independent(sample, branch_number, request.n) for sample in tokenized]
+        self._require_tokens(field, longest, tokenized[0].params)
+        return EngineRequest(
+            new_id(id_prefix), request.model, list(map(_with_seeds, tokenized)), sum(map(len, prompts))
+        )
 
     def _conversation(self, request: ChatRequest) -> tuple[list[int], list[int]]:
         """Token ids of the conversation, and of the header of the assistant's turn.
@@ -231,6 +248,11 @@ class RequestPreprocessor:
             raise pm.UserError(
                 f"max_new_tokens={longest}: {self.config.limits.max_new_tokens} allowed; give no more"
             )
+
+
+def _with_seeds(sample: TokenizedRequest) -> TokenizedRequest:
+    """The sample with a seed for every branch: another engine draws the same tokens after a failure."""
+    return replace(sample, params=[_with_seed(params) for params in sample.params])
 
 
 def _with_seed(params: SamplingParams) -> SamplingParams:

@@ -89,14 +89,14 @@ def _add_openai_routes(
 
     @app.post("/v1/completions", response_model=None)
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        """Continue one prompt, or several prompts as the branches of one sample."""
+        """Continue one prompt, or several, each n times; no answer depends on another one."""
         work = await preprocessor.run(preprocessor.completion, body, await _body_bytes(request))
         formatter = CompletionFormatter(work.id, body.model, vocabulary)
         return await _respond(engines, body, work, formatter)
 
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(body: ChatRequest, request: Request) -> Response:
-        """Answer a conversation, n times as n branches that share it."""
+        """Answer a conversation n times; no answer depends on another one."""
         work = await preprocessor.run(preprocessor.chat, body, await _body_bytes(request))
         return await _respond(engines, body, work, ChatFormatter(work.id, body.model, vocabulary))
 
@@ -108,10 +108,9 @@ async def _respond(
     formatter: ResponseFormatter,
 ) -> Response:
     steps = await engines.start(work)
-    prompt_tokens = len(work.tokenized.tokens.ids)
     if body.stream:
-        return event_stream(response_chunks(formatter, prompt_tokens, steps, body.wants_usage))
-    return JSONResponse(await complete_response(formatter, prompt_tokens, steps))
+        return event_stream(response_chunks(formatter, work.num_prompt_tokens, steps, body.wants_usage))
+    return JSONResponse(await complete_response(formatter, work.num_prompt_tokens, steps))
 
 
 def _add_branches_routes(app: FastAPI, preprocessor: RequestPreprocessor, engines: EngineClient) -> None:

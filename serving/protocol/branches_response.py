@@ -23,16 +23,18 @@ from serving.protocol.openai import Usage
 
 
 class BranchTracker:
-    """The branches of a sample that have started.
+    """The branches of a request that have started.
 
     The engine does not announce the reduce branch: it starts with its first token.
-    prompt_tokens: of main and of all started branches.
+    prompt_tokens: as the client counts them; by default of main and of all started branches.
     """
 
     def __init__(self, request: EngineRequest) -> None:
-        self._lengths = request.tokenized.tokens.lengths.tolist()
+        self._num_prompt = list(map(len, request.prompts))
         self._started = set[int]()
-        self.prompt_tokens = int(self._lengths[MAIN])
+        self._is_counting = request.prompt_tokens is None
+        num_main = sum(int(sample.tokens.lengths[MAIN]) for sample in request.samples)
+        self.prompt_tokens = num_main if request.prompt_tokens is None else request.prompt_tokens
 
     def new_branches(self, step: StepOutput) -> list[BranchStart]:
         """The branches that start in this step."""
@@ -41,12 +43,13 @@ class BranchTracker:
         for event in step.events:
             if event.branch not in self._started and event.pos2d:
                 branch, time = event.pos2d
-                length = self._lengths[event.branch + 1]
+                length = self._num_prompt[event.branch]
                 starts.append(
                     BranchStart(index=event.branch, prompt_tokens=length, branch=branch, time=time - length)
                 )
                 self._started.add(event.branch)
-        self.prompt_tokens += sum(start.prompt_tokens for start in starts)
+        if self._is_counting:
+            self.prompt_tokens += sum(start.prompt_tokens for start in starts)
         return starts
 
     def events_of_started(self, step: StepOutput) -> list[pm.Event]:

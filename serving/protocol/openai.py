@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
+from parallelmind.config import Visibility
 from serving.protocol.fields import Items, LogitBias, Prompts, Str, StrictRequest, Texts
 
 
@@ -43,7 +44,12 @@ class Sampling(StrictRequest):
 
 
 class OpenAIRequest(Sampling):
+    """visibility: isolated: no answer depends on another one; columnar: all answers are branches of one
+    sample, which attend to each other as the adapter was trained.
+    """
+
     model: str
+    visibility: Visibility = "isolated"
     n: int = Field(1, ge=1)
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -68,7 +74,7 @@ class OpenAIRequest(Sampling):
 
 
 class CompletionRequest(OpenAIRequest):
-    """Prompts, and the n answers to each, are the branches of one sample."""
+    """Every prompt is continued n times."""
 
     prompt: Prompts = Field(min_length=1)
     max_tokens: int = 16
@@ -99,7 +105,7 @@ class ResponseFormat(StrictRequest):
 
 
 class ChatRequest(OpenAIRequest):
-    """The n answers are branches that share the conversation."""
+    """The conversation is answered n times."""
 
     messages: Items[Message] = Field(min_length=1)
     max_tokens: int | None = None

@@ -37,14 +37,14 @@ def model(talker: str) -> Any:
 
 @pytest.fixture(scope="module")
 def expected(model: Any) -> list[str]:
-    return pm.generate(*model, pm.Sample(branches=PROMPTS), max_new_tokens=24)
+    return [pm.generate(*model, pm.Sample(branches=[prompt]), max_new_tokens=24)[0] for prompt in PROMPTS]
 
 
 def test_openais_client_lists_models(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["talker", "base"]
 
 
-def test_prompts_are_branches_of_one_sample(client: openai.OpenAI, expected: list[str]) -> None:
+def test_prompts_are_answered_as_if_each_were_alone(client: openai.OpenAI, expected: list[str]) -> None:
     response = client.completions.create(**GREEDY)
     assert [(choice.index, choice.text, choice.finish_reason) for choice in response.choices] == [
         (0, expected[0], "length"),
@@ -65,9 +65,7 @@ def test_a_stream_holds_the_same_output(client: openai.OpenAI, expected: list[st
     assert usage == client.completions.create(**GREEDY).usage
 
 
-def test_the_answers_of_a_chat_are_branches_that_share_the_conversation(
-    client: openai.OpenAI, model: Any
-) -> None:
+def test_every_answer_of_a_chat_is_that_of_the_conversation_alone(client: openai.OpenAI, model: Any) -> None:
     request: Any = {
         "model": "talker",
         "messages": [{"role": "user", "content": "who works?"}],
@@ -77,7 +75,7 @@ def test_the_answers_of_a_chat_are_branches_that_share_the_conversation(
     response = client.chat.completions.create(**request, n=2)
     text = model[1].apply_chat_template(request["messages"], tokenize=False, add_generation_prompt=True)
     main, turn = text[: -len("<s>assistant\n")], "<s>assistant\n"
-    expected = pm.generate(*model, pm.Sample(main, [turn] * 2), max_new_tokens=9)
+    expected = pm.generate(*model, pm.Sample(main, [turn]), max_new_tokens=9) * 2
     assert [choice.message.content for choice in response.choices] == expected
     streamed = ["", ""]
     for part in client.chat.completions.create(**request, n=2, stream=True):

@@ -537,7 +537,7 @@ def _sampling_row(group: SequenceGroup, branch: BranchState) -> SamplingRow:
     history = branch.token_ids
     if branch.params.repetition_penalty != 1:
         history = group.path_tokens(branch)
-    return SamplingRow(branch.params, branch.seed, branch.index, num_generated, history)
+    return SamplingRow(branch.params, branch.seed, group.draw_index(branch), num_generated, history)
 
 
 def _number_of(group: SequenceGroup, branch: int | None) -> int:

@@ -287,7 +287,20 @@ class Planner:
             path = paths.get(number, segment.path)
             if path is not None:
                 filled.append(self._fill_segment(segment, path, end))
+                paths[number] = filled[-1].path
+        if group.free_order and tokens.counts[MAIN]:
+            self._fill_end_of_main(group, paths.get(MAIN, group.segments[MAIN].path), tokens, progress)
         return tuple(filled)
+
+    def _fill_end_of_main(
+        self, group: SequenceGroup, path: PathHash | None, tokens: ScheduledTokens, progress: Progress
+    ) -> None:
+        """Note the last block of main if the step computes it; it is cached although it is not full."""
+        main = group.segments[MAIN]
+        end = int(progress.num_computed[MAIN] + tokens.counts[MAIN])
+        if path is not None and path.length < end == main.num_tokens:
+            last_ids = main.token_ids[path.length :]
+            self._filled.add((path.copy().extend(last_ids), len(last_ids)))
 
     def _fill_segment(self, segment: SegmentState, path: PathHash, end: int) -> FilledBlocks:
         """The blocks that a step fills by computing a segment up to its token `end`."""

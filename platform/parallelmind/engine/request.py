@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -109,10 +109,17 @@ def is_list(value: object) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class TokenizedRequest:
-    """A sample as token ids. params: the sampling parameters of every segment after main."""
+    """A sample as token ids.
+
+    params: the sampling parameters of every segment after main.
+    branch_number: None if the branches are siblings: each has a number of its own, and the model's visibility
+        holds. With a number they are independent: each is decoded as if it were the only branch, with the
+        branch coordinate of this number: 1 for a branch of main, 0 for one that continues the text of main.
+    """
 
     tokens: Tokens
     params: list[SamplingParams]
+    branch_number: int | None = None
 
     @property
     def num_branches(self) -> int:
@@ -136,7 +143,7 @@ class TokenizedRequest:
         tree = self.tokens.tree
         grown = GrowingTree(np.append(tree.parents, parent), np.append(tree.is_reduce, False))
         tokens = Tokens.of_tree([*self.tokens.split(), token_ids], grown)
-        return TokenizedRequest(tokens, [*self.params, params])
+        return replace(self, tokens=tokens, params=[*self.params, params])
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,3 +161,14 @@ class ResumeState:
     start_times: list[int | None]
     token_ids: list[list[int]]
     finish_reasons: list[FinishReason | None]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every segment has finished."""
+        return all(self.finish_reasons)
+
+    def part(self, start: int, end: int) -> ResumeState:
+        """The progress of the segments with these indices."""
+        return ResumeState(
+            self.start_times[start:end], self.token_ids[start:end], self.finish_reasons[start:end]
+        )

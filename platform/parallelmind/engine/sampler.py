@@ -29,7 +29,8 @@ class SamplingRow:
     """A branch whose next token is sampled.
 
     seed, branch, index: the random draw is a function of these alone, so that any engine can continue a
-        branch. `branch` is the index of the branch in its sample, `index` the number of its decoded tokens.
+        branch. `branch` is the index of the branch in its sample, 0 for an independent one; `index` the
+        number of its decoded tokens.
     history: token ids of main and of the branch, prompt first; used by the repetition penalty alone.
     """
 

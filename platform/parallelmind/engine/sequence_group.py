@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from time import monotonic
 
 import numpy as np
@@ -28,6 +29,7 @@ class SequenceGroup:
 
     id: the engine's number of the sample.
     adapter_version: version of the adapter that decodes it.
+    branch_number: as in `TokenizedRequest`.
     free_order: whether branches are stored and scheduled regardless of their siblings' progress.
     segments: main, branches and reduces, in the order in which they were added: that of their numbers.
     main: `[main tokens]` token ids.
@@ -54,7 +56,9 @@ class SequenceGroup:
     ) -> None:
         """seed: for branches whose sampling parameters have none."""
         self.id, self.adapter_version = id, adapter_version
-        self.config, self.free_order = config, is_free_order(config)
+        self.branch_number = request.branch_number
+        self.config = config if self.branch_number is None else _independent(config)
+        self.free_order = is_free_order(self.config)
         self._seed, self._make_output = seed, make_output
         self.next_column = self.frontier = self.num_preemptions = self.waits_since_step = 0
         self.is_admitted, self.is_finite, self.has_adopted = False, True, False
@@ -110,7 +114,7 @@ class SequenceGroup:
     def shape(self) -> GroupShape:
         """How the segments relate to each other, as they are now."""
         if self._shape is None:
-            self._shape = GroupShape.of(self.segments, self.config)
+            self._shape = GroupShape.of(self.segments, self.config, self.branch_number)
         return self._shape
 
     @property
@@ -140,6 +144,10 @@ class SequenceGroup:
         """Branch and time coordinates of a branch's token, counted from the first token of its prompt."""
         return int(self.shape.coordinates[branch.number]), branch.start_time + index
 
+    def draw_index(self, branch: BranchState) -> int:
+        """The index of a branch of which its random draws are a function."""
+        return branch.index if self.branch_number is None else 0
+
     def path_tokens(self, branch: BranchState) -> list[int]:
         """Token ids of main and of all that the branch continues, its own last."""
         path: list[SegmentState] = [branch]
@@ -163,7 +171,7 @@ class SequenceGroup:
         """
         tokens, last = request.tokens, len(self.segments) - 1
         parents, is_reduce = tokens.tree.parents.tolist(), tokens.tree.is_reduce.tolist()
-        shifts = self._shifts(tokens, parent).tolist()
+        shifts, context = self._shifts(tokens, parent).tolist(), self._output_context()
         for number, (prompt, params) in enumerate(zip(tokens.split()[1:], request.params, strict=True), 1):
             is_below = parents[number] != MAIN
             branch = BranchState(
@@ -174,7 +182,7 @@ class SequenceGroup:
                 shift=shifts[number],
                 params=params,
                 seed=self._seed if params.seed is None else params.seed,
-                output=self._make_output(prompt, params),
+                output=self._make_output([*context, *prompt], params),
             )
             self.segments.append(branch)
         self._forget_shape()
@@ -285,6 +293,10 @@ class SequenceGroup:
             shifts[is_leaf] += max(siblings - tokens.lengths[is_leaf].max(initial=0), 0)
         return shifts
 
+    def _output_context(self) -> list[int]:
+        """The text of main, if a branch continues it."""
+        return self.main.tolist() if self.branch_number == 0 else []
+
     def _forget_shape(self) -> None:
         self._shape = self._start_times = self._is_kept = None
 
@@ -347,7 +359,9 @@ class GroupShape:
     joined: list[tuple[int, ...]]
 
     @staticmethod
-    def of(segments: Sequence[SegmentState], config: RopeConfig) -> GroupShape:
+    def of(
+        segments: Sequence[SegmentState], config: RopeConfig, branch_number: int | None = None
+    ) -> GroupShape:
         tree = GrowingTree(
             np.array([segment.parent for segment in segments]),
             np.array([segment.is_reduce for segment in segments]),
@@ -357,14 +371,23 @@ class GroupShape:
         for segment in segments[1:]:
             paths.append((*paths[segment.parent], segment.number))
         joined: list[tuple[int, ...]] = [()] * len(segments)
+        coordinates = branch_coordinates(tree, segments[MAIN].num_tokens > 0, config.branch_stride)
+        if branch_number is not None:
+            coordinates[1:] = branch_number * config.branch_stride
         order = tree.pre_order.tolist()
         for number, _, joins in tree.complete().walk():
             joined[order[number]] = tuple(order[joins.start : joins.stop])
         return GroupShape(
             tree=tree,
             scores=scores,
-            coordinates=branch_coordinates(tree, segments[MAIN].num_tokens > 0, config.branch_stride),
+            coordinates=coordinates,
             reads=scores > -np.inf,
             paths=paths,
             joined=joined,
         )
+
+
+@lru_cache(maxsize=16)
+def _independent(config: RopeConfig) -> RopeConfig:
+    """The settings of independent branches, with which a single branch is decoded as with `config`."""
+    return config.model_copy(update={"visibility": "isolated", "positions": "time", "align_to": "left"})

@@ -24,7 +24,7 @@ def check_group(model: Model, group: SequenceGroup, fallback_reason: str | None)
     tree, branches = group.tree, group.branches
     if tree.depth > MAX_DEPTH:
         raise UserError(f"branches: are nested {tree.depth} deep, {MAX_DEPTH} allowed; nest fewer of them")
-    if len(branches) > 1:
+    if len(branches) > 1 and group.branch_number is None:
         _check_patched(model, f"{len(branches)} given", fallback_reason)
     if fallback_reason and not tree.is_flat:
         raise UserError(

@@ -17,7 +17,6 @@ from parallelmind.engine.request import Sample
 from parallelmind.engine.tokenization import tokenize_request
 from parallelmind.errors import UserError
 from serving.engine.messages import (
-    BranchStarted,
     EngineRequest,
     PackedStep,
     RejectedRequest,
@@ -76,30 +75,21 @@ class DyingEngines:
             raise ActorDiedError
         with running_loop(tiny_engine(self._config)) as loop:
             try:
-                number = loop.submit(request, None)
+                running = loop.submit(request, None)
             except UserError as error:
                 yield RejectedRequest(str(error))
                 return
-            yield pack_step(self._first_step(request, loop._engine.start_pos2d(number)))
-            while (step := await loop.next_output(number)) is not None:
+            version = request.adapter_version or f"version {len(self.requests)}"
+            yield pack_step(StepOutput([], loop.started_branches(running, request), version))
+            while (step := await loop.next_output(running)) is not None:
                 lifetime -= 1
                 if lifetime == 0:
-                    loop.release(number)
+                    loop.release(running)
                     if self._quietly:
                         return
                     raise ActorDiedError
                 yield pack_step(step)
-            loop.release(number)
-
-    def _first_step(self, request: EngineRequest, coordinates: list[tuple[int, int] | None]) -> StepOutput:
-        tokens, params = request.tokenized.tokens, request.tokenized.params
-        branches = zip(tokens.split()[1:], params, coordinates, strict=True)
-        started = [
-            BranchStarted(index, prompt, own, pos2d)
-            for index, (prompt, own, pos2d) in enumerate(branches)
-            if pos2d is not None and not tokens.tree.is_reduce[index + 1]
-        ]
-        return StepOutput([], started, request.adapter_version or f"version {len(self.requests)}")
+            loop.release(running)
 
 
 class SilentEngines:
@@ -149,6 +139,22 @@ def test_the_output_does_not_depend_on_engines_that_die(
     resumed = follow(DyingEngines(config, lifetimes, quietly), sample_request(reduce))
     assert resumed[:2] == undisturbed[:2]
     assert resumed[2].moved_samples._value.get() >= 1
+
+
+@pytest.mark.parametrize("config", [COLUMNAR, ISOLATED], ids=["columnar", "isolated"])
+@pytest.mark.parametrize("lifetimes", [[1], [3, 2, 2]], ids=str)
+def test_the_samples_of_a_request_do_not_depend_on_engines_that_die(
+    config: RopeConfig, lifetimes: list[int]
+) -> None:
+    """The first sample ends after one step, while the others go on."""
+    settings = {"max_new_tokens": 1, "ignore_eos": True, "seed": 3}
+    short = tokenize_request(tiny_tokenizer(), Sample([], [MAIN]), None, None, settings)
+    request = EngineRequest("cmpl-1", "base", [short, *sample_request().samples])
+    undisturbed = follow(DyingEngines(config, []), request)
+    assert list(map(len, undisturbed[0])) == [1, 9, 4, 6]
+    assert undisturbed[1] == "[0, 1, 2, 3]"
+    resumed = follow(DyingEngines(config, lifetimes), request)
+    assert resumed[:2] == undisturbed[:2]
 
 
 @pytest.mark.parametrize("config", [COLUMNAR, ISOLATED], ids=["columnar", "isolated"])
@@ -209,7 +215,7 @@ def test_a_rejected_request_is_not_retried() -> None:
         tiny_tokenizer(), Sample(MAIN, BRANCHES), None, None, {"max_new_tokens": 99999}
     )
     with pytest.raises(RequestError, match=r"max_tokens=99999: .* exceed the model's"):
-        follow(engines, EngineRequest("smp-1", "base", tokenized))
+        follow(engines, EngineRequest("smp-1", "base", [tokenized]))
     assert len(engines.requests) == 1
 
 

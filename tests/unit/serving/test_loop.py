@@ -17,7 +17,7 @@ from parallelmind.engine.engine import Engine
 from parallelmind.engine.output import Event as EngineEvent
 from parallelmind.engine.request import Sample
 from parallelmind.engine.tokenization import tokenize_request
-from serving.engine.loop import EngineLoop, EngineStuckError
+from serving.engine.loop import EngineLoop, EngineStuckError, RunningRequest
 from serving.engine.messages import EngineRequest
 
 
@@ -36,9 +36,9 @@ def failing_engine(before_failure: Callable[[], object]) -> Any:
 IGNORE_THREAD_EXCEPTION = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
 
-async def read_to_end(loop: EngineLoop, number: int) -> list[EngineEvent]:
+async def read_to_end(loop: EngineLoop, running: RunningRequest) -> list[EngineEvent]:
     events: list[EngineEvent] = []
-    while (step := await asyncio.wait_for(loop.next_output(number), 10)) is not None:
+    while (step := await asyncio.wait_for(loop.next_output(running), 10)) is not None:
         events += step.events
     return events
 
@@ -73,9 +73,9 @@ def test_an_engine_whose_steps_all_fail_fails_its_readers_and_rejects_further_re
                 events = await read_to_end(loop, loop.submit(sample_request(), None))
                 assert {event.finish_reason for event in events} == {"error"}
                 loop.check_health()
-            number = loop.submit(sample_request(), None)
+            running = loop.submit(sample_request(), None)
             with pytest.raises(EngineStuckError, match="no such luck"):
-                await asyncio.wait_for(loop.next_output(number), 10)
+                await asyncio.wait_for(loop.next_output(running), 10)
             with pytest.raises(EngineStuckError):
                 loop.submit(sample_request(), None)
             with pytest.raises(EngineStuckError):
@@ -97,9 +97,9 @@ def test_a_thread_that_ends_with_a_panic_fails_its_readers() -> None:
 
     async def run() -> None:
         with running_loop(failing_engine(panic)) as loop:
-            number = loop.submit(sample_request(), None)
+            running = loop.submit(sample_request(), None)
             with pytest.raises(EngineStuckError, match="slice index"):
-                await read_to_end(loop, number)
+                await read_to_end(loop, running)
 
     asyncio.run(run())
 
@@ -111,13 +111,13 @@ def test_an_engine_that_stays_in_a_step_is_not_healthy() -> None:
     async def run() -> None:
         with running_loop(failing_engine(lambda: end_step.wait(10)), stuck_s=0.05) as loop:
             loop.check_health()
-            number = loop.submit(sample_request(), None)
+            running = loop.submit(sample_request(), None)
             await asyncio.sleep(0.3)
             with pytest.raises(EngineStuckError, match=r"more than 0.05 s"):
                 loop.check_health()
             end_step.set()
             with suppress(EngineStuckError):
-                await asyncio.wait_for(loop.next_output(number), 10)
+                await asyncio.wait_for(loop.next_output(running), 10)
 
     asyncio.run(run())
 
@@ -126,9 +126,10 @@ def test_a_released_sample_leaves_the_engine() -> None:
     async def run() -> None:
         engine = tiny_engine(ISOLATED)
         with running_loop(engine) as loop:
-            number = loop.submit(sample_request(max_new_tokens=200), None)
-            await loop.next_output(number)
-            loop.release(number)
+            running = loop.submit(sample_request(max_new_tokens=200), None)
+            (number,) = running.numbers
+            await loop.next_output(running)
+            loop.release(running)
             assert not engine.has_sample(number)
             assert engine.stats().live_branches == 0
 
@@ -157,10 +158,10 @@ def test_a_sample_does_not_end_before_its_last_event_is_delivered() -> None:
         with running_loop(engine) as loop:
             sample, settings = Sample([], [[5, 6]]), {"max_new_tokens": 2}
             tokenized = tokenize_request(tiny_tokenizer(), sample, None, None, settings)
-            number = loop.submit(EngineRequest("smp-1", "base", tokenized), None)
+            running = loop.submit(EngineRequest("smp-1", "base", [tokenized]), None)
             engine.computed.wait(10)  # no output is read until then
             tokens = []
-            while (step := await loop.next_output(number)) is not None:
+            while (step := await loop.next_output(running)) is not None:
                 tokens += [event.token for event in step.events]
                 engine.may_return.set()
             return tokens

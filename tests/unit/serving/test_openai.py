@@ -81,6 +81,7 @@ def test_a_response_message_can_be_sent_back_and_the_template_reads_names() -> N
     main, turn = (
         RequestPreprocessor(AppConfig.of({"base_model": "tiny"}), tokenizer, 4096)
         .chat(chat(messages=messages))
-        .tokenized.tokens.split()
+        .samples[0]
+        .tokens.split()
     )
     assert tokenizer.decode(main + turn) == "user ann: who;assistant: you;user: me;"

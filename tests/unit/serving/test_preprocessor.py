@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from tiny import tiny_tokenizer
 
 import parallelmind as pm
+from parallelmind.engine.request import TokenizedRequest
 from parallelmind.engine.sampling_params import SamplingParams
 from serving.config import AppConfig
 from serving.engine.messages import EngineRequest
@@ -45,9 +46,20 @@ def ids(text: str) -> list[int]:
     return token_ids
 
 
+def sample_of(request: EngineRequest) -> TokenizedRequest:
+    """The only sample of a request."""
+    (sample,) = request.samples
+    return sample
+
+
 def token_ids(request: EngineRequest) -> list[list[int]]:
-    """Token ids of main and of the branches."""
-    return request.tokenized.tokens.split()
+    """Token ids of main and of the branches of a request of one sample."""
+    return sample_of(request).tokens.split()
+
+
+def params_of(request: EngineRequest) -> list[SamplingParams]:
+    """The settings of all branches."""
+    return [params for sample in request.samples for params in sample.params]
 
 
 def complete(preprocessor: RequestPreprocessor | None = None, **fields: Any) -> EngineRequest:
@@ -78,7 +90,7 @@ def error_of(call: Any, *args: Any, **kwargs: Any) -> ErrorInfo:
 
 
 PROMPT_FORMS: list[Any] = ["who", ["who", "what is"], [5, 6, 7], [[5], [6, 7]], ["who", [5]]]
-BRANCHES_OF_FORMS = [
+PROMPTS_OF_FORMS = [
     [ids("who")],
     [ids("who"), ids("what is")],
     [[5, 6, 7]],
@@ -87,12 +99,32 @@ BRANCHES_OF_FORMS = [
 ]
 
 
-@pytest.mark.parametrize(("prompt", "branches"), list(zip(PROMPT_FORMS, BRANCHES_OF_FORMS, strict=True)))
-def test_every_form_of_prompt_becomes_branches_in_order_each_n_times(
-    prompt: Any, branches: list[list[int]]
+@pytest.mark.parametrize(("prompt", "prompts"), list(zip(PROMPT_FORMS, PROMPTS_OF_FORMS, strict=True)))
+def test_every_form_of_prompt_becomes_samples_in_order_with_n_branches(
+    prompt: Any, prompts: list[list[int]]
 ) -> None:
-    assert token_ids(complete(prompt=prompt)) == [[], *branches]
-    assert token_ids(complete(prompt=prompt, n=3)) == [[], *(branch for branch in branches for _ in range(3))]
+    samples = [sample.tokens.split() for sample in complete(prompt=prompt).samples]
+    assert samples == [[[], ids] for ids in prompts]
+    request = complete(prompt=prompt, n=3)
+    samples = [sample.tokens.split() for sample in request.samples]
+    assert samples == [[ids[:-1], *[ids[-1:]] * 3] for ids in prompts]
+    assert {sample.branch_number for sample in request.samples} == {0}
+    assert request.num_prompt_tokens == sum(map(len, prompts))
+    coupled = complete(prompt=prompt, n=3, visibility="columnar")
+    assert token_ids(coupled) == [[], *(ids for ids in prompts for _ in range(3))]
+    assert sample_of(coupled).branch_number is None
+    assert coupled.num_prompt_tokens == sum(map(len, prompts))
+
+
+def test_what_prompts_begin_with_is_the_main_of_one_sample() -> None:
+    text = list(range(10, 30))
+    request = complete(prompt=[[*text, 5, 6], [*text, 7], [*text, 5]])
+    assert token_ids(request) == [text, [5, 6], [7], [5]]
+    assert request.num_prompt_tokens == 3 * len(text) + 4
+    request = complete(prompt=[text, [*text, 7]], n=2)  # every branch begins with a token
+    assert token_ids(request) == [text[:-1], text[-1:], text[-1:], [*text[-1:], 7], [*text[-1:], 7]]
+    short = complete(prompt=[[*text[:5], 5], [*text[:5], 6]])
+    assert [sample.tokens.split()[0] for sample in short.samples] == [[], []]
 
 
 @pytest.mark.parametrize("prompt", [[], [1, "who"], [True], 5, None, {"text": "who"}, [[1, [2]]]])
@@ -129,7 +161,8 @@ NARROW = {"max_branches": 4, "max_prompt_tokens": 6, "max_new_tokens": 50}
         (chat, {"n": 5}, "n", (5, 4)),
         (branch, {"branches": [{"text": "a"}] * 5}, "branches", (5, 4)),
         (branch, {"branches": [{"text": "a"}] * 4, "reduce": "b"}, "branches", (5, 4)),
-        (complete, {"prompt": [[5] * 4, [6] * 3]}, "prompt", (7, 6)),
+        (complete, {"prompt": [[5] * 4, [6] * 7]}, "prompt", (7, 6)),
+        (complete, {"prompt": [[5] * 4, [6] * 3], "visibility": "columnar"}, "prompt", (7, 6)),
         (complete, {"max_tokens": 51}, "max_tokens", (51, 50)),
         (branch, {"max_tokens": 51}, "max_tokens", (51, 50)),
         (branch, {"branches": [{"text": "a", "max_tokens": 51}], "max_tokens": 5}, "max_tokens", (51, 50)),
@@ -144,12 +177,12 @@ def test_an_exceeded_limit_names_field_value_and_limit(
 
 
 def test_a_request_at_the_limits_is_served() -> None:
-    request = complete(make_preprocessor(**NARROW), prompt=[[5] * 2, [6]], n=2, max_tokens=50)
-    assert token_ids(request) == [[], [5, 5], [5, 5], [6], [6]]
+    request = complete(make_preprocessor(**NARROW), prompt=[[5] * 6, [6]], n=2, max_tokens=50)
+    assert [sample.tokens.split() for sample in request.samples] == [[[5] * 5, [5], [5]], [[], [6], [6]]]
     limited = branch(
         make_preprocessor(**NARROW), main=[5], branches=[{"text": [6]}] * 3, reduce=[7, 8], max_tokens=50
     )
-    assert limited.tokenized.tokens.tree.is_reduce.tolist() == [False] * 4 + [True]
+    assert sample_of(limited).tokens.tree.is_reduce.tolist() == [False] * 4 + [True]
     assert (
         "7 tokens"
         in error_of(
@@ -196,14 +229,17 @@ def test_the_error_of_an_unknown_model_lists_the_served_ones(call: Any) -> None:
 
 
 def test_a_seed_is_kept_and_a_missing_one_is_drawn() -> None:
-    assert [params.seed for params in complete(prompt=["a", "b"], seed=7).tokenized.params] == [7, 7]
-    drawn = [params.seed for _ in range(2) for params in complete(prompt=["a", "b"], n=2).tokenized.params]
+    assert [params.seed for params in params_of(complete(prompt=["a", "b"], seed=7))] == [7, 7]
+    first, second, *others = [params.seed for params in params_of(complete(prompt=["a", "b"], n=2, seed=7))]
+    assert first == 7 != second
+    assert others == [first, second]
+    drawn = [params.seed for _ in range(2) for params in params_of(complete(prompt=["a", "b"], n=2))]
     assert len(set(drawn)) == 8
     assert None not in drawn
     request = branch(branches=[{"text": "a", "seed": 0}, {"text": "b"}], reduce="c")
-    assert request.tokenized.params[0].seed == 0
-    assert None not in (params.seed for params in request.tokenized.params)
-    assert request.tokenized.num_branches == 3
+    assert params_of(request)[0].seed == 0
+    assert None not in (params.seed for params in params_of(request))
+    assert request.num_branches == 3
     assert make_preprocessor().added_branch(AddBranchRequest(text="a", seed=3))[1].seed == 3
     assert make_preprocessor().added_branch(AddBranchRequest(text="a"))[1].seed is not None
 
@@ -214,7 +250,7 @@ def test_drawn_seeds_differ_after_every_start(tmp_path: Path) -> None:
     for _ in range(2):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(67280421310721)  # what torch starts with
-            seeds.append(complete(make_ingress(tmp_path).preprocessor).tokenized.params[0].seed)
+            seeds.append(params_of(complete(make_ingress(tmp_path).preprocessor))[0].seed)
     assert seeds[0] != seeds[1]
 
 
@@ -226,16 +262,22 @@ def test_settings_of_a_branch_override_those_of_the_request() -> None:
     )
     base = {"temperature": 0.5, "max_new_tokens": 7, "stop": ["end"], "top_k": 3, "seed": 1, "logprobs": 2}
     changed = [{}, {"temperature": 0, "stop": []}, {"max_new_tokens": 3, "seed": 2, "logit_bias": {5: 1}}]
-    assert request.tokenized.params == [SamplingParams(**{**base, **settings}) for settings in (*changed, {})]
+    assert params_of(request) == [SamplingParams(**{**base, **settings}) for settings in (*changed, {})]
     assert token_ids(request) == [ids("passage"), *[ids("a")] * 3, ids("all")]
-    assert (branch().tokenized.params[0].max_new_tokens, branch().tokenized.params[0].temperature) == (64, 0)
+    (params,) = params_of(branch())
+    assert (params.max_new_tokens, params.temperature) == (64, 0)
 
 
 def test_a_conversation_is_main_and_the_header_of_the_assistant_begins_every_branch() -> None:
     spelled = "<s>system\nbe brief</s>\n<s>user\nwho</s>\n"
     request = chat(n=3, stop=["a", "b"], seed=4)
     assert token_ids(request) == [ids(spelled), *[ids("<s>assistant\n")] * 3]
-    assert {(params.seed, params.stop) for params in request.tokenized.params} == {(4, ("a", "b"))}
+    assert {params.stop for params in params_of(request)} == {("a", "b")}
+    assert len({params.seed for params in params_of(request)}) == 3
+    assert sample_of(request).branch_number == 1
+    assert request.num_prompt_tokens == len(ids(spelled + "<s>assistant\n"))
+    coupled = chat(n=3, seed=4, visibility="columnar")
+    assert (sample_of(coupled).branch_number, {params.seed for params in params_of(coupled)}) == (None, {4})
     pieces = [{"type": "text", "text": "be "}, {"type": "text", "text": "brief"}]
     assert token_ids(chat(messages=[{"role": "system", "content": pieces}, TALK[1]])) == token_ids(chat())
 
@@ -281,7 +323,7 @@ def test_the_error_of_a_broken_template_is_one_line(template: str | None, part: 
 
 def test_max_tokens_of_a_chat_defaults_to_the_room_in_the_context() -> None:
     def max_new_tokens_of(preprocessor: RequestPreprocessor | None = None, **fields: Any) -> int:
-        return chat(preprocessor, **fields).tokenized.params[0].max_new_tokens
+        return params_of(chat(preprocessor, **fields))[0].max_new_tokens
 
     read = sum(map(len, token_ids(chat())))
     assert max_new_tokens_of() == 1024
@@ -313,14 +355,13 @@ def test_fields_at_their_defaults_are_accepted_and_biases_are_keyed_by_token_id(
         "stream_options": None,
         "logit_bias": None,
     }
-    assert (
-        complete(best_of=1, echo=False, suffix=None, seed=1, **idle).tokenized.params
-        == complete(seed=1).tokenized.params
+    assert params_of(complete(best_of=1, echo=False, suffix=None, seed=1, **idle)) == params_of(
+        complete(seed=1)
     )
     assert token_ids(
         chat(tools=None, tool_choice="none", response_format={"type": "text"}, **idle)
     ) == token_ids(chat())
-    assert complete(logit_bias={"7": -100, "05": 1.5}).tokenized.params[0].logit_bias == (
+    assert params_of(complete(logit_bias={"7": -100, "05": 1.5}))[0].logit_bias == (
         (5, 1.5),
         (7, -100.0),
     )

@@ -41,7 +41,7 @@ def add_branches(
     async def run() -> list[int | RejectedRequest | None]:
         sample, settings = Sample([5, 6, 7], [[8], [9, 10]]), {"max_new_tokens": 30, "ignore_eos": True}
         tokenized = tokenize_request(replica._engine.tokenizer, sample, None, reduce, settings)
-        steps = replica.generate(EngineRequest("smp-1", "base", tokenized))
+        steps = replica.generate(EngineRequest("smp-1", "base", [tokenized]))
         await anext(steps)
         results = [await replica.add_branch("smp-1", [11] * length, PARAMS) for length in lengths]
         await steps.aclose()

@@ -222,9 +222,11 @@ def test_a_failure_before_the_end_of_a_whole_response_is_raised() -> None:
 REQUEST = EngineRequest(
     new_id("smp"),
     "tiny",
-    TokenizedRequest(
-        Tokens.of_tree([[5, 6, 7], [8, 9], [10], [11, 12]], Tree.flat(2, has_reduce=True)), [PARAMS] * 3
-    ),
+    [
+        TokenizedRequest(
+            Tokens.of_tree([[5, 6, 7], [8, 9], [10], [11, 12]], Tree.flat(2, has_reduce=True)), [PARAMS] * 3
+        )
+    ],
 )
 STARTED = [BranchStarted(0, [8, 9], PARAMS, (128, 3)), BranchStarted(1, [10], PARAMS, (256, 3))]
 ADDED = BranchStarted(3, [1, 2, 3, 4], PARAMS, (512, 6))
