@@ -14,8 +14,10 @@ from transformers import PreTrainedModel
 _numbers = count()
 
 
-def compile_forward(model: PreTrainedModel) -> Callable[..., Any]:
+def compile_forward(model: PreTrainedModel, functions: dict[Any, list[str]]) -> Callable[..., Any]:
     """`model.forward`, compiled as one graph at its first call.
+
+    functions: declarations of the C functions that compiled code calls in place of operators.
 
     At least two tokens and two sampled ones are in every call, in the first call different numbers of them:
     torch compiles sizes of 0 and 1, and sizes that are equal, separately. The engine changes nothing that
@@ -32,6 +34,7 @@ def compile_forward(model: PreTrainedModel) -> Callable[..., Any]:
         "guard_filter_fn": lambda guards: [False] * len(guards),
         "size_asserts": False,
         "cpp_wrapper": True,  # takes a millisecond less for each step than calling every kernel from Python
+        "aot_inductor.custom_ops_to_c_shims": functions,
     }
     compiled: Callable[..., Any] = torch.compile(own, fullgraph=True, dynamic=True, options=options)
     return compiled

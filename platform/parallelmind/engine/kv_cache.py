@@ -7,6 +7,7 @@ has assigned to it; attention windows are part of the mask.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -122,6 +123,16 @@ class PagedKVCache(Cache):
         """Write the `[1, heads, tokens, dim]` states of the step's tokens to the pools of a layer."""
         for pool, states in zip(pools, (key_states, value_states), strict=True):
             pool.index_copy_(0, self.slot_mapping, states[0].transpose(0, 1))
+
+    @property
+    def num_slots(self) -> int:
+        """Slots that the pools of all layers have."""
+        return min((len(keys) for keys, _ in self._pools.values()), default=0)
+
+    @property
+    def layer_pools(self) -> Mapping[int, tuple[Tensor, Tensor]]:
+        """The pools that `pools` has returned, by layer."""
+        return self._pools
 
     def reserve(self, num_slots: int) -> None:
         """Make the pools hold at least this many slots from the next step on."""

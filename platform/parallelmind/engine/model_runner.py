@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from parallelmind.engine.kv_cache import PagedKVCache
 from parallelmind.engine.native import kernels
 from parallelmind.engine.native_attention import NativeLayer
 from parallelmind.engine.native_lora import LoraRows, is_possible
+from parallelmind.engine.native_operators import NativeOperators, declarations
 from parallelmind.engine.planner import ScheduledGroup
 from parallelmind.engine.scheduler import EngineConfig
 from parallelmind.engine.sequence import BranchState
@@ -64,6 +65,7 @@ class ModelRunner:
         self._is_direct = True  # whether layers attend to exactly what they give the cache
         self._linears: PackedLinears | None = None  # until the first forward pass
         self._compiled: Callable[..., Any] | None = None
+        self._operators: NativeOperators | None = None  # of compiled code
         self._kernels: dict[int, NativeLayer] = {}
         self._lora: LoraRows | None = None  # adapters by row, where that is possible
 
@@ -139,6 +141,7 @@ class ModelRunner:
             try:
                 self._compile(inner)
             except Exception as error:  # of the compiler, whose code this is not
+                self._compiled = None
                 reason = f"{type(error).__name__}: {first_line(error)}"
                 warnings.warn(f"decoding runs uncompiled ({reason})", UserNotice, stacklevel=3)
         return self._compiled is not None
@@ -151,12 +154,14 @@ class ModelRunner:
     def _compile(self, inner: PreTrainedModel) -> None:
         assert self._linears is not None, "a pass has recorded them"
         self._linears.pack()
-        compiled = compile_forward(inner)
-        inputs = _probe_input().padded(tokens=6, sampled=3)
+        cache = _probe_cache()
         lora_mode = nullcontext() if self._lora is None else self._lora.active()
         with eval_mode(self.model), self._linears.active(), lora_mode, compiling():
-            self._forward(compiled, inputs, _probe_cache(), self._linears, self._lora)
-        self._compiled = compiled
+            self._forward(inner, _probe_input(), cache, self._linears, self._lora)  # makes the cache's pools
+            self._operators = NativeOperators(self._linears, dict(cache.layer_pools))
+            self._compiled = compile_forward(inner, declarations(inner.dtype))
+            inputs = _probe_input().padded(tokens=6, sampled=3)
+            self._forward(self._compiled, inputs, cache, self._linears, self._lora)
 
     def _forward(
         self,
@@ -182,7 +187,9 @@ class ModelRunner:
             kwargs["pos2d"] = torch.stack([branch, time], dim=-1)[None]
         step = Step(inputs, cache, self._windows, linears.groups if linears else (), self._kernels, lora)
         # Compiled code is that of a model in eval mode.
-        mode = eval_mode(self.model) if call is self.model else nullcontext()
+        mode: AbstractContextManager[Any] = eval_mode(self.model)
+        if self._operators is not None and call is self._compiled:
+            mode = self._operators.running(step, cache)
         with mode, self._attention, step_ops.running(step):
             logits: Tensor = call(**kwargs).logits
         return logits[0]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from parallelmind.engine.batch import ModelInput
 from parallelmind.engine.native import kernels
 from parallelmind.model import step_ops
-from parallelmind.model.packed_linear import LinearGroup, set_class, tensor_version
+from parallelmind.model.packed_linear import LinearGroup, Weights, set_class
 
 _KERNELS = {torch.float32: "add_low_rank_float32", torch.bfloat16: "add_low_rank_bfloat16"}
 _MAX_COMBINATIONS = 64  # of adapters in one step, whose tables are kept
@@ -36,6 +36,10 @@ class _LowRank(ctypes.Structure):
         *((name, _I) for name in ("rank", "first", "outputs")),
         ("scale", ctypes.c_float),
     )
+
+
+class _Adapters(ctypes.Structure):
+    _fields_ = (("columns", _I), ("start", _P), ("entries", _P))
 
 
 class _BaseLinear(LoraLinear):
@@ -60,8 +64,8 @@ class LoraRows:
         owners = {id(layer.base_layer): layer for layer in self._layers}
         self._owners = [[owners.get(id(layer)) for layer in group.layers] for group in groups]
         self._groups = groups
-        self._tables: dict[tuple[str, ...], list[_Table | None]] = {}  # of the groups, by adapters
-        self._current: list[_Table | None] = []
+        self._tables: dict[tuple[str, ...], _Tables] = {}  # by adapters
+        self._current = _Tables([], [], ())
         self._rows = self._sampled_rows = np.empty(0, np.int32)
 
     def begin(self, inputs: ModelInput) -> None:
@@ -69,23 +73,25 @@ class LoraRows:
         self._rows = np.ascontiguousarray(inputs.adapter, np.int32)
         self._sampled_rows = self._rows[inputs.logits_indices]
         tables = self._tables.get(inputs.adapters)
-        if tables is None or not all(table is None or table.is_current() for table in tables):
+        if tables is None or not tables.is_current():
             if len(self._tables) > _MAX_COMBINATIONS:
                 self._tables.clear()
-            tables = self._tables[inputs.adapters] = [
-                _Table(owners, group.sizes, inputs.adapters) if any(owners) else None
-                for owners, group in zip(self._owners, self._groups, strict=True)
-            ]
+            tables = self._tables[inputs.adapters] = _Tables(self._owners, self._groups, inputs.adapters)
         self._current = tables
 
     def add(self, group: int, input: Tensor, product: Tensor) -> None:
         """Add the adapters of the step's samples to `product`, the group's product with `input`, in place."""
-        table = self._current[group]
+        table = self._current.groups[group]
         if table is not None:
             # The head reads the sampled tokens alone.
             table.add(
                 input, product, self._rows if input.shape[-2] == len(self._rows) else self._sampled_rows
             )
+
+    def pointers(self) -> tuple[int, int, int, int]:
+        """The adapters of each group, the number of tokens, and the adapter of each and of sampled ones."""
+        rows = self._rows.ctypes.data, self._sampled_rows.ctypes.data
+        return ctypes.addressof(self._current.entries), len(self._rows), *rows
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -123,13 +129,34 @@ def _is_plain(layer: nn.Module) -> bool:
     )
 
 
+class _Tables:
+    """The adapters of all groups of layers, for the samples of a step."""
+
+    def __init__(
+        self,
+        owners: Sequence[Sequence[LoraLinear | None]],
+        groups: Sequence[LinearGroup],
+        adapters: Sequence[str],
+    ) -> None:
+        self.groups = [
+            _Table(each, group.sizes, adapters) if any(each) else None
+            for each, group in zip(owners, groups, strict=True)
+        ]
+        entries = (_Adapters() if table is None else table.entry for table in self.groups)
+        self.entries = (_Adapters * len(groups))(*entries)
+
+    def is_current(self) -> bool:
+        """Whether the weights are those of the tables."""
+        return all(table is None or table.is_current() for table in self.groups)
+
+
 class _Table:
     """The adapters of one group of layers, for the samples of a step."""
 
     def __init__(
         self, owners: Sequence[LoraLinear | None], sizes: Sequence[int], adapters: Sequence[str]
     ) -> None:
-        self._weights: list[tuple[Tensor, tuple[int, int]]] = []
+        self._modules: list[nn.Module] = []
         self._kept: list[Tensor] = []
         entries: list[_LowRank] = []
         starts = [0]
@@ -139,15 +166,18 @@ class _Table:
                 if owner is not None and adapter in owner.lora_A:
                     entries.append(self._entry(owner, adapter, first, outputs))
             starts.append(len(entries))
+        self._weights = Weights(self._modules)
+        self._weights.has_changed()
         self._starts = np.array(starts, np.int32)
         self._entries = (_LowRank * max(len(entries), 1))(*entries)
         self._columns = firsts[-1]
+        self.entry = _Adapters(self._columns, self._starts.ctypes.data, ctypes.addressof(self._entries))
         self._kernels = {dtype: _kernel(name) for dtype, name in _KERNELS.items()}
 
     def _entry(self, owner: LoraLinear, adapter: str, first: int, outputs: int) -> _LowRank:
         layers: list[Any] = [owner.lora_A[adapter], owner.lora_B[adapter]]
         weights: list[Tensor] = [layer.weight for layer in layers]
-        self._weights += [(weight, tensor_version(weight)) for weight in weights]
+        self._modules += layers
         down, up = (weight.detach().float() for weight in weights)
         down, up = down.contiguous(), up.t().contiguous()
         self._kept += [down, up]
@@ -155,7 +185,7 @@ class _Table:
 
     def is_current(self) -> bool:
         """Whether the weights are those of the table."""
-        return all(tensor_version(weight) == version for weight, version in self._weights)
+        return not self._weights.has_changed()
 
     def add(self, input: Tensor, product: Tensor, adapter: NDArray[np.int32]) -> None:
         """adapter: `[rows]` index of each row's adapter."""

@@ -40,7 +40,7 @@ class Step:
         """kernels: by layer; kept from step to step. lora: adapters that the step computes by row."""
         self.attends = cache.kv_indices is None
         self._inputs, self._cache, self._windows, self._linears = inputs, cache, windows, linears
-        self._kernels, self._lora = kernels, lora
+        self._kernels, self.lora = kernels, lora
         if lora is not None:
             lora.begin(inputs)
         self._native: NativeAttention | None = None
@@ -49,8 +49,8 @@ class Step:
 
     def linear(self, input: Tensor, group: int) -> Tensor:
         product = self._linears[group](input)
-        if self._lora is not None:
-            self._lora.add(group, input, product)
+        if self.lora is not None:
+            self.lora.add(group, input, product)
         return product
 
     def attend(
@@ -76,6 +76,10 @@ class Step:
         self._cache.write(pools, key, value)
         keys, values = (pool.transpose(0, 1)[None] for pool in pools)
         return self._cascade(window, query).attend(query, keys, values, scale, softcap, sinks)
+
+    def native_steps(self) -> list[ctypes.Structure]:
+        """The kernel's descriptions of the step, by the number of the window."""
+        return [self._native_step(window) for window in self._windows]
 
     def _native_step(self, window: AttentionWindow) -> ctypes.Structure:
         if window not in self._native_steps:

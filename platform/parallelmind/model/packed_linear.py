@@ -9,8 +9,9 @@ half precision itself; the product is rounded once then, as half precision hardw
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import is_
 
 import torch
 from torch import Tensor, nn
@@ -29,20 +30,18 @@ class LinearGroup:
 
     def __init__(self, layers: Sequence[nn.Linear], reads_tokens: bool) -> None:
         self.layers, self.reads_tokens = tuple(layers), reads_tokens
-        self._weight = self._bias = torch.empty(0)
+        self._weight = torch.empty(0)
+        self._bias: Tensor | None = None
 
     @property
     def sizes(self) -> list[int]:
         """Number of outputs of each layer."""
         return [layer.out_features for layer in self.layers]
 
-    def versions(self) -> list[tuple[int, int]]:
-        """Numbers that change with the weights."""
-        return [tensor_version(tensor) for tensor in self._tensors() if tensor is not None]
-
-    def _tensors(self) -> list[Tensor | None]:
-        # A layer's attributes would be looked up in a step ten times slower.
-        return [tensor for layer in self.layers for tensor in layer._parameters.values()]
+    @property
+    def packed(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of all layers, as they were packed."""
+        return self._weight, self._bias
 
     def pack(self) -> None:
         """Pack the weights as they are now."""
@@ -91,24 +90,26 @@ class _SharedLinear(nn.Linear):
 
 
 class PackedLinears:
-    """The linear layers of a model on a CPU, which the engine computes in groups."""
+    """The linear layers of a model on a CPU, which the engine computes in groups.
+
+    version: changes when weights are packed.
+    """
 
     def __init__(self, groups: Sequence[LinearGroup]) -> None:
         """groups: as `recorded_groups` finds them."""
         self.groups = groups
-        self._versions: list[list[tuple[int, int]]] = [[] for _ in groups]
+        self.version = 0
+        self._weights = Weights([layer for group in groups for layer in group.layers])
         self._entries = [
             (number, group.sizes, tuple(group.layers[1:])) for number, group in enumerate(groups)
         ]
 
     def pack(self) -> None:
-        """Pack the weights that have changed since the last call."""
-        versions = [group.versions() for group in self.groups]
-        if versions != self._versions:
-            for group, new, old in zip(self.groups, versions, self._versions, strict=True):
-                if new != old:
-                    group.pack()
-            self._versions = versions
+        """Pack the weights anew if any has changed since the last call."""
+        if self._weights.has_changed():
+            for group in self.groups:
+                group.pack()
+            self.version += 1
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -195,6 +196,28 @@ def _is_packable(module: nn.Module) -> bool:
     )
 
 
-def tensor_version(tensor: Tensor) -> tuple[int, int]:
-    """Changes with the tensor's values; where torch does not count changes, with the tensor alone."""
-    return id(tensor), 0 if tensor.is_inference() else tensor._version
+class Weights:
+    """The tensors of modules, whose changes are noticed.
+
+    torch counts the changes of a tensor that was not made in inference mode; such a tensor is noticed when
+    another takes its place.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        # A module's attributes would be looked up ten times slower, in every step.
+        self._parameters = [module._parameters for module in modules]
+        self._tensors: list[Tensor | None] = []
+        self._versions: list[int] = []
+
+    def has_changed(self) -> bool:
+        """Whether a tensor has changed since the last call. The first call says yes."""
+        tensors: list[Tensor | None] = []
+        for parameters in self._parameters:
+            tensors += parameters.values()
+        counted = [tensor for tensor in tensors if tensor is not None and not tensor.is_inference()]
+        versions = [tensor._version for tensor in counted]
+        same = len(tensors) == len(self._tensors) and all(map(is_, tensors, self._tensors))
+        if same and versions == self._versions:
+            return False
+        self._tensors, self._versions = tensors, versions
+        return True

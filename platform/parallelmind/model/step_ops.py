@@ -97,14 +97,17 @@ def _attend_shape(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
 
 
 _LIBRARY = torch.library.Library("parallelmind", "DEF")
-_LIBRARY.define("linear(Tensor input, int group, int outputs) -> Tensor")
+_LIBRARY.define("step_linear(Tensor input, int group, int outputs) -> Tensor")
 _LIBRARY.define(
-    "attend(Tensor query, Tensor key, Tensor value, Tensor mask, int layer, float scale, float? softcap, "
-    "Tensor? sinks) -> Tensor"
+    "step_attend(Tensor query, Tensor key, Tensor value, Tensor mask, int layer, float scale, "
+    "float? softcap, Tensor? sinks) -> Tensor"
 )
-for _name, _function, _shape in (("linear", _linear, _linear_shape), ("attend", _attend, _attend_shape)):
+for _name, _function, _shape in (
+    ("step_linear", _linear, _linear_shape),
+    ("step_attend", _attend, _attend_shape),
+):
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"parallelmind::{_name}", _shape, lib=_LIBRARY)
 
-linear = torch.ops.parallelmind.linear
-attend = torch.ops.parallelmind.attend
+linear = torch.ops.parallelmind.step_linear
+attend = torch.ops.parallelmind.step_attend

@@ -15,11 +15,13 @@ import subprocess
 import warnings
 from pathlib import Path
 
+import torch
+
 from parallelmind.errors import UserNotice, first_line
 from parallelmind.storage import cache_dir
 
-_SOURCES = ("attention.cpp", "lora.cpp")
-_HEADERS = ("numbers.h", "vectors.h")
+_SOURCES = ("attention.cpp", "lora.cpp", "operators.cpp")
+_HEADERS = ("kernels.h", "numbers.h", "vectors.h")
 _FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
     # Sums in any order. Infinities and NaN keep their meaning.
@@ -31,6 +33,7 @@ _FLAGS = (
         "-ffp-contract=fast",
     ),
 )
+_TORCH = Path(torch.__file__).parent
 
 
 @functools.cache
@@ -41,7 +44,7 @@ def kernels() -> ctypes.CDLL | None:
         reason = "there is no C++ compiler; install g++"
     else:
         try:
-            return ctypes.CDLL(str(_build(compiler)))
+            return ctypes.CDLL(str(_build(compiler)), ctypes.RTLD_GLOBAL)  # compiled code calls the operators
         except subprocess.CalledProcessError as error:
             reason = f"{compiler}: {(error.stderr.strip() or str(error)).splitlines()[0]}"
         except OSError as error:
@@ -53,7 +56,7 @@ def kernels() -> ctypes.CDLL | None:
 def _build(compiler: str) -> Path:
     """The library in the cache folder, built if it is not there yet."""
     folder = Path(__file__).parent
-    digest = hashlib.sha256(f"{compiler} {_FLAGS} {_processor()}".encode())
+    digest = hashlib.sha256(f"{compiler} {_FLAGS} {torch.__version__} {_processor()}".encode())
     for name in (*_SOURCES, *_HEADERS):
         digest.update((folder / name).read_bytes())
     library = cache_dir() / "native" / f"{digest.hexdigest()[:16]}.so"
@@ -61,9 +64,9 @@ def _build(compiler: str) -> Path:
         library.parent.mkdir(parents=True, exist_ok=True)
         partial = library.with_suffix(f".{os.getpid()}")
         sources = [str(folder / name) for name in _SOURCES]
-        subprocess.run(
-            [compiler, *_FLAGS, *sources, "-o", str(partial)], check=True, capture_output=True, text=True
-        )
+        libraries = [f"-I{_TORCH / 'include'}", f"-L{_TORCH / 'lib'}", "-ltorch_cpu"]
+        command = [compiler, *_FLAGS, *sources, *libraries, "-o", str(partial)]
+        subprocess.run(command, check=True, capture_output=True, text=True)
         partial.replace(library)  # several processes may build it at the same time
     return library
 

@@ -11,6 +11,7 @@
 #include <cstring>
 #include <vector>
 
+#include "kernels.h"
 #include "numbers.h"
 #include "vectors.h"
 
@@ -21,40 +22,6 @@ constexpr int CHUNK = 16;     // queries of one task
 constexpr int FEW_ROWS = 8;   // up to here, keys are not transposed
 constexpr int MAX_DIM = 1024;
 constexpr int VECTORS = TILE / LANES;
-
-}  // namespace
-
-extern "C" {
-
-struct Step {  // arrays of one step; the same for all layers with one attention window
-  int64_t tokens, spans, levels;
-  const int32_t *token_slot, *token_time, *token_segment;        // [tokens]; a negative slot is padding
-  const int32_t *level_start;                                    // [levels + 1] first span of each level
-  const int32_t *query_start, *queries;                          // [spans + 1], and tokens
-  const int32_t *key_start, *key_slot, *key_time, *key_segment;  // [spans + 1], and [keys]
-  const int64_t *score_start;                                    // [spans] first entry of the span's table
-  const int32_t *score_width;                                    // [spans] segments of the sample
-  const float* scores;                                           // [segments, segments] of every sample
-  int64_t window, chunk;                                         // 0: none
-};
-
-struct Layer {  // strides are in elements
-  int64_t heads, kv_heads, dim, value_dim;
-  const void* query;
-  int64_t query_token, query_head;
-  const void* key;
-  int64_t key_token, key_head;
-  const void* value;
-  int64_t value_token, value_head;
-  void *key_pool, *value_pool;  // [slots, kv_heads, dim]
-  void* out;                    // [tokens, heads, value_dim]
-  float scale, softcap;         // softcap 0: none
-  const float* sinks;           // [heads], or null
-};
-
-}  // extern "C"
-
-namespace {
 
 struct Task {  // the queries `first` to `last` of a span, and the query heads of one KV head
   int64_t span, level, first, last;

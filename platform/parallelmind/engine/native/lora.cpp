@@ -3,13 +3,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "kernels.h"
 #include "numbers.h"
-
-extern "C" struct LowRank {  // one adapter of one layer of a group
-  const float *down, *up;    // [rank, inputs], [rank, outputs]
-  int64_t rank, first, outputs;  // `first` is the layer's first column in the group's product
-  float scale;
-};
 
 namespace {
 

@@ -1,0 +1,50 @@
+// The kernels, and what they compute with.
+
+#pragma once
+
+#include <cstdint>
+
+#include "numbers.h"
+
+extern "C" {
+
+struct Step {  // arrays of one step; the same for all layers with one attention window
+  int64_t tokens, spans, levels;
+  const int32_t *token_slot, *token_time, *token_segment;        // [tokens]; a negative slot is padding
+  const int32_t *level_start;                                    // [levels + 1] first span of each level
+  const int32_t *query_start, *queries;                          // [spans + 1], and tokens
+  const int32_t *key_start, *key_slot, *key_time, *key_segment;  // [spans + 1], and [keys]
+  const int64_t *score_start;                                    // [spans] first entry of the span's table
+  const int32_t *score_width;                                    // [spans] segments of the sample
+  const float* scores;                                           // [segments, segments] of every sample
+  int64_t window, chunk;                                         // 0: none
+};
+
+struct Layer {  // strides are in elements
+  int64_t heads, kv_heads, dim, value_dim;
+  const void* query;
+  int64_t query_token, query_head;
+  const void* key;
+  int64_t key_token, key_head;
+  const void* value;
+  int64_t value_token, value_head;
+  void *key_pool, *value_pool;  // [slots, kv_heads, dim]
+  void* out;                    // [tokens, heads, value_dim]
+  float scale, softcap;         // softcap 0: none
+  const float* sinks;           // [heads], or null
+};
+
+struct LowRank {  // one adapter of one layer of a group
+  const float *down, *up;    // [rank, inputs], [rank, outputs]
+  int64_t rank, first, outputs;  // `first` is the layer's first column in the group's product
+  float scale;
+};
+
+void attend_float32(const Step* step, const Layer* layer);
+void attend_bfloat16(const Step* step, const Layer* layer);
+void add_low_rank_float32(const float* input, float* product, int64_t rows, int64_t inputs, int64_t columns,
+                          const int32_t* start, const LowRank* layers, const int32_t* adapter);
+void add_low_rank_bfloat16(const bf16* input, bf16* product, int64_t rows, int64_t inputs, int64_t columns,
+                           const int32_t* start, const LowRank* layers, const int32_t* adapter);
+
+}  // extern "C"

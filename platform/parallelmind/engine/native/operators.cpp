@@ -1,0 +1,162 @@
+// The operators of `model/step_ops.py` as functions that compiled code calls. They compute with what the calling
+// thread has set. torch's compiler derives their names, `aoti_torch_cpu_` and the operator's.
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim_cpu.h>
+
+#include <numeric>
+#include <vector>
+
+#include "kernels.h"
+
+extern "C" {
+
+struct Linear {  // packed weights of layers that read the same tensor
+  AtenTensorHandle weight, bias;  // null for none
+};
+
+struct Adapters {  // of the same layers, for the samples of a pass
+  int64_t columns;       // outputs of all layers
+  const int32_t* start;  // [adapters + 1] first entry of each adapter; null if none has any
+  const LowRank* entries;
+};
+
+struct Pool {  // of one layer, [slots, kv_heads, dim]
+  void *keys, *values;
+};
+
+struct Pass {  // one forward pass
+  const Linear* linears;       // by group
+  const Adapters* adapters;    // by group; null for none
+  const Pool* pools;           // by layer
+  const Step* const* windows;  // by the number that a layer's mask holds
+  int64_t tokens;
+  const int32_t *adapter, *sampled_adapter;  // of each token, and of each token that is sampled
+};
+
+}  // extern "C"
+
+namespace {
+
+thread_local const Pass* running = nullptr;
+
+struct Failure {};
+
+void check(AOTITorchError error) {
+  if (error) throw Failure();
+}
+
+AtenTensorHandle empty(const std::vector<int64_t>& sizes, int32_t dtype) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (int i = int(sizes.size()) - 1; i > 0; i--) strides[i - 1] = strides[i] * sizes[i];
+  AtenTensorHandle handle;
+  check(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0,
+                                 &handle));
+  return handle;
+}
+
+struct Tensor {
+  AtenTensorHandle handle;
+  bool is_owned;
+  char* data;
+  int64_t dims, *sizes, *strides;
+  int32_t dtype;
+
+  explicit Tensor(AtenTensorHandle handle, bool is_owned = false) : handle(handle), is_owned(is_owned) {
+    check(aoti_torch_get_data_ptr(handle, (void**)&data));
+    check(aoti_torch_get_dim(handle, &dims));
+    check(aoti_torch_get_sizes(handle, &sizes));
+    check(aoti_torch_get_strides(handle, &strides));
+    check(aoti_torch_get_dtype(handle, &dtype));
+  }
+  Tensor(Tensor&& other) : Tensor(other.handle, other.is_owned) { other.is_owned = false; }
+  ~Tensor() {
+    if (is_owned) aoti_torch_delete_tensor_object(handle);
+  }
+
+  bool is_float() const { return dtype == aoti_torch_dtype_float32(); }
+  int64_t rows() const { return std::accumulate(sizes, sizes + dims - 1, int64_t(1), std::multiplies<int64_t>()); }
+};
+
+// The tensor itself if its numbers lie side by side in the last dimensions, from `dim` on; a copy otherwise.
+Tensor dense(AtenTensorHandle handle, int64_t dim) {
+  Tensor tensor(handle);
+  int64_t stride = 1;
+  for (int64_t i = tensor.dims - 1; i >= dim; stride *= tensor.sizes[i--])
+    if (tensor.sizes[i] > 1 && tensor.strides[i] != stride) {
+      Tensor copy(empty({tensor.sizes, tensor.sizes + tensor.dims}, tensor.dtype), true);
+      check(aoti_torch_copy_(copy.handle, handle, 0));
+      return copy;
+    }
+  return tensor;
+}
+
+Tensor as_float(AtenTensorHandle handle) {
+  Tensor tensor(handle);
+  Tensor copy(empty({tensor.sizes, tensor.sizes + tensor.dims}, aoti_torch_dtype_float32()), true);
+  check(aoti_torch_copy_(copy.handle, handle, 0));
+  return copy;
+}
+
+float first_number(const Tensor& tensor) {
+  return tensor.is_float() ? *(const float*)tensor.data : to_float(*(const bf16*)tensor.data);
+}
+
+void add_adapters(const Adapters& adapters, AtenTensorHandle input_handle, AtenTensorHandle product) {
+  const Tensor input = dense(input_handle, 0), out(product);
+  const int64_t rows = input.rows(), inputs = input.sizes[input.dims - 1];
+  const int32_t* adapter = rows == running->tokens ? running->adapter : running->sampled_adapter;
+  if (input.is_float())
+    add_low_rank_float32((const float*)input.data, (float*)out.data, rows, inputs, adapters.columns, adapters.start,
+                         adapters.entries, adapter);
+  else
+    add_low_rank_bfloat16((const bf16*)input.data, (bf16*)out.data, rows, inputs, adapters.columns, adapters.start,
+                          adapters.entries, adapter);
+}
+
+AtenTensorHandle attend(const Tensor& query, const Tensor& key, const Tensor& value, const Step& step, const Pool& pool,
+                        double scale, double softcap, const float* sinks) {
+  const int64_t heads = query.sizes[1], tokens = query.sizes[2], value_dim = value.sizes[3];
+  const Tensor out(empty({1, tokens, heads, value_dim}, query.dtype));
+  const Layer layer = {heads,           key.sizes[1],     key.sizes[3],     value_dim,        query.data,
+                       query.strides[2], query.strides[1], key.data,        key.strides[2],   key.strides[1],
+                       value.data,      value.strides[2], value.strides[1], pool.keys,        pool.values,
+                       out.data,        float(scale),     float(softcap),   sinks};
+  (query.is_float() ? attend_float32 : attend_bfloat16)(&step, &layer);
+  return out.handle;
+}
+
+}  // namespace
+
+extern "C" void set_pass(const Pass* pass) { running = pass; }
+
+extern "C" AOTITorchError aoti_torch_cpu_step_linear(AtenTensorHandle input, int64_t group, int64_t, AtenTensorHandle* out) {
+  try {
+    const Linear& linear = running->linears[group];
+    AtenTensorHandle bias = linear.bias;
+    const char* algorithm = "";
+    check(aoti_torch_cpu__linear_pointwise(input, linear.weight, bias ? &bias : nullptr, "none", nullptr, 0, &algorithm,
+                                           out));
+    const Adapters* adapters = running->adapters ? running->adapters + group : nullptr;
+    if (adapters && adapters->start) add_adapters(*adapters, input, *out);
+    return 0;
+  } catch (const Failure&) {
+    return 1;
+  }
+}
+
+extern "C" AOTITorchError aoti_torch_cpu_step_attend(AtenTensorHandle query, AtenTensorHandle key, AtenTensorHandle value,
+                                              AtenTensorHandle mask, int64_t layer, double scale, const double* softcap,
+                                              const AtenTensorHandle* sinks, AtenTensorHandle* out) {
+  try {
+    const Step& step = *running->windows[int(first_number(Tensor(mask)))];
+    const Pool& pool = running->pools[layer];
+    const Tensor q = dense(query, 3), k = dense(key, 3), v = dense(value, 3);
+    const double cap = softcap ? *softcap : 0;
+    if (sinks) *out = attend(q, k, v, step, pool, scale, cap, (const float*)as_float(*sinks).data);
+    else *out = attend(q, k, v, step, pool, scale, cap, nullptr);
+    return 0;
+  } catch (const Failure&) {
+    return 1;
+  }
+}
