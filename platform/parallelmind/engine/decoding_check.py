@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from parallelmind.config import RopeConfig
 from parallelmind.engine.engine import Engine
+from parallelmind.engine.grammar_matcher import TokenMasks
 from parallelmind.engine.model_runner import Model
 from parallelmind.engine.request import Sample, Segment
 from parallelmind.engine.sampler import SampledToken, SamplingRow
@@ -59,7 +60,9 @@ class LogitRecorder(Engine):
         self.group = self._groups[number]
         self.logits: list[list[Tensor]] = [[] for _ in self.group.branches]
 
-    def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
+    def sample(
+        self, logits: Tensor, rows: Sequence[SamplingRow], masks: TokenMasks | None = None
+    ) -> list[SampledToken]:
         for row, row_logits in zip(rows, logits, strict=True):
             self.logits[row.branch].append(row_logits)
         return [

@@ -18,6 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from parallelmind.config import RopeConfig
 from parallelmind.engine.adapters import AdapterManager
 from parallelmind.engine.fair_lock import FairLock
+from parallelmind.engine.grammar_compiler import GrammarCompiler
+from parallelmind.engine.grammar_matcher import TokenMasks
 from parallelmind.engine.model_runner import Model, ModelRunner
 from parallelmind.engine.output import Event, FinishReason, OutputProcessor, TokenLogprob
 from parallelmind.engine.planner import ScheduledGroup
@@ -86,6 +88,8 @@ class Engine:
         self._pending_events: list[Event] = []  # that no step has returned yet
         self._sampler = Sampler()
         self._eos_token_ids = eos_token_ids(model, tokenizer)
+        embeddings: Any = model.get_input_embeddings()
+        self._grammars = GrammarCompiler(tokenizer, len(embeddings.weight), self._eos_token_ids)
         self.seconds_in_model = 0.0
 
     @property
@@ -149,6 +153,14 @@ class Engine:
         with self.state_lock:
             return self.scheduler.stats()
 
+    def compile_grammars(self, params: Sequence[SamplingParams]) -> None:
+        """Compile grammars, each of which takes up to a second, before a request that uses them.
+
+        Raises UserError for a grammar that is wrong or too complex.
+        """
+        for grammar in {branch.grammar for branch in params if branch.grammar is not None}:
+            self._grammars.compile(grammar)
+
     def submit(
         self,
         sample: Sample,
@@ -181,6 +193,7 @@ class Engine:
         next tokens are those that the other engine would have sampled, if sampling is greedy or seeded.
         """
         check_token_ids(self.model, request.tokens.ids.tolist(), request.params)
+        self.compile_grammars(request.params)
         with self.state_lock:
             version = self.adapters.version(adapter)
             group = SequenceGroup(
@@ -215,6 +228,7 @@ class Engine:
         that does not fit now waits.
         """
         request = tokenize_branches(self.tokenizer, [prompt], sampling)
+        self.compile_grammars(request.params)
         with self.state_lock:
             group = self._group(sample_id)
             parent = _number_of(group, branch)
@@ -233,6 +247,7 @@ class Engine:
         Raises UserError if the branch does not run, and if the new ones can never fit.
         """
         request = tokenize_branches(self.tokenizer, prompts, sampling)
+        self.compile_grammars(request.params)
         with self.state_lock:
             group = self._group(sample_id)
             forked = check_fork(group, _number_of(group, branch))
@@ -256,6 +271,7 @@ class Engine:
         Raises UserError if none of these branches runs, if there is a reduce, and if it can never fit.
         """
         request = tokenize_branches(self.tokenizer, [prompt], sampling)
+        self.compile_grammars(request.params)
         if not request.params[0].max_new_tokens and request.num_branches == 1:
             raise UserError("max_new_tokens=0: the reduce branch decodes nothing; raise it")
         with self.state_lock:
@@ -339,10 +355,11 @@ class Engine:
 
         Through a dense mask a NaN of one sample reaches all others: each is computed alone then.
         """
-        logits = self._run(scheduled, inputs)
         branches = _sampled_branches(scheduled)
+        masks = self._grammars.begin_masks([branch.output.matcher for _, branch in branches])
+        logits = self._run(scheduled, inputs)
         rows = [_sampling_row(group, branch) for group, branch in branches]
-        tokens = self.sample(logits[: len(rows)], rows)
+        tokens = self.sample(logits[: len(rows)], rows, masks.result() if masks else None)
         labels = _prompt_labels(scheduled)
         scores = _score_prompts(logits[len(rows) :], labels) if labels else []
         with self.state_lock:
@@ -397,9 +414,11 @@ class Engine:
         self.seconds_in_model += perf_counter() - start
         return logits
 
-    def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
-        """The next token of every row of `[rows, vocab]` logits."""
-        return self._sampler(logits, rows) if rows else []
+    def sample(
+        self, logits: Tensor, rows: Sequence[SamplingRow], masks: TokenMasks | None = None
+    ) -> list[SampledToken]:
+        """The next token of every row of `[rows, vocab]` logits. masks: of the rows that have a grammar."""
+        return self._sampler(logits, rows, masks) if rows else []
 
     def _emit(self, group: SequenceGroup, branch: BranchState, sampled: SampledToken) -> None:
         """Append a sampled token to its branch, and its event to those of the step."""
@@ -407,6 +426,9 @@ class Engine:
         if sampled.token is None or any(token.logprob != token.logprob for token in prompt):
             reason = "the model's logits are not finite (NaN or infinity)"
             self._finish_subtree(group, branch, "error", reason)
+            return
+        if branch.output.matcher is not None and branch.output.matcher.error is not None:
+            self._finish_subtree(group, branch, "error", branch.output.matcher.error)
             return
         pos2d = group.pos2d(branch, branch.num_tokens)
         try:
@@ -434,7 +456,8 @@ class Engine:
     # State
 
     def _make_output(self, prompt: Sequence[int], params: SamplingParams) -> OutputProcessor:
-        return OutputProcessor(self.tokenizer, prompt, params, self._eos_token_ids)
+        matcher = None if params.grammar is None else self._grammars.matcher(params.grammar)
+        return OutputProcessor(self.tokenizer, prompt, params, self._eos_token_ids, matcher)
 
     def _group(self, sample_id: int) -> SequenceGroup:
         if not self.has_sample(sample_id):

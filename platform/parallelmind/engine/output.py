@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
+from parallelmind.engine.grammar_matcher import GrammarMatcher
 from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.errors import DecodingError
 
@@ -170,22 +171,26 @@ class OutputProcessor:
         prompt: Sequence[int],
         params: SamplingParams,
         eos_token_ids: frozenset[int],
+        matcher: GrammarMatcher | None = None,
     ) -> None:
+        """matcher: of the grammar that the branch follows, at its beginning."""
         self._detokenizer = Detokenizer(tokenizer, prompt)
         self._stop_checker = StopChecker(params.stop)
         self._eos_token_ids = frozenset[int]() if params.ignore_eos else eos_token_ids
         self._num_left = params.max_new_tokens
+        self.matcher = matcher
 
     def process(self, token: int) -> tuple[str, FinishReason | None]:
         """The text to show for `token`, and why the branch finishes with it, if it does."""
         self._num_left -= 1
         if token in self._eos_token_ids:
             return self.flush()[0], "stop"
+        is_complete = self.matcher is not None and self.matcher.accept(token)
         text, stopped = self._stop_checker.push(self._detokenizer.push(token))
-        if stopped or self._num_left:
+        if stopped or (self._num_left and not is_complete):
             return text, "stop" if stopped else None
         rest, stopped = self.flush()
-        return text + rest, "stop" if stopped else "length"
+        return text + rest, "stop" if stopped or is_complete else "length"
 
     def flush(self) -> tuple[str, bool]:
         """All text that is left, and whether it contained a stop text."""

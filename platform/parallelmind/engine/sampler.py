@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.generation import logits_process as hf
 
+from parallelmind.engine.grammar_matcher import TokenMasks
 from parallelmind.engine.output import TokenLogprob
 from parallelmind.engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from parallelmind.model.hf_compat import process_rows
@@ -21,6 +22,8 @@ from parallelmind.tree import Ints
 _NO_TOKEN = -1  # in a tensor of token ids
 _SMALLEST, _LARGEST = 1e-15, 1e15  # settings within these bounds keep scores finite in float32
 _MIN_CHUNK, _MAX_CHUNK = 128, 1024  # logits
+_BITS = torch.from_numpy(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"))
+_BITS = _BITS.bool()  # `[256, 8]` of every byte, the lowest first
 _MAX_ROWS = 64  # of a prompt, for which log-probabilities are computed at once
 
 
@@ -47,7 +50,8 @@ class SampledToken(NamedTuple):
     token: None if the logits are not finite, which no token can be sampled from.
     logprob: natural log-probability of `token`, if `SamplingParams.logprobs` is set.
     top: (id, log-probability) pairs of the most likely tokens, in descending order.
-    Both are of the model's own distribution, before any setting changes it.
+    Both are of the model's own distribution, before any setting but a grammar changes it. A grammar leaves
+    the tokens that it allows.
     """
 
     token: int | None
@@ -121,12 +125,16 @@ class Sampler:
         self._metadata: _SamplingMetadata | None = None
 
     @torch.inference_mode()
-    def __call__(self, logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
+    def __call__(
+        self, logits: Tensor, rows: Sequence[SamplingRow], masks: TokenMasks | None = None
+    ) -> list[SampledToken]:
         """Sample the next token of every row.
 
         logits: `[rows, vocab]`; not modified. The token of a row does not depend on the other rows. A row
             whose largest logit is NaN or infinite gets no token.
+        masks: the tokens that the grammars of rows allow; all others have the probability 0 there.
         """
+        logits = _apply_masks(logits, masks)
         settings = self._settings([row.params for row in rows], logits.device)
         scores = _apply_repetition_penalty(_apply_logit_bias(logits, settings), settings, rows)
         largest, token_ids = _largest(scores)
@@ -167,6 +175,16 @@ def _chunks(scores: Tensor) -> Tensor:
 def _chunk_of_row(chunks: Tensor, index: Tensor) -> Tensor:
     """`[rows, values]` the chunk of each row that has this index. index: `[rows]`."""
     return chunks[torch.arange(len(chunks), device=chunks.device), index]
+
+
+def _apply_masks(logits: Tensor, masks: TokenMasks | None) -> Tensor:
+    if masks is None:
+        return logits
+    bits = torch.from_numpy(masks.bits).to(logits.device).flatten().int()
+    allowed = _BITS.to(logits.device).index_select(0, bits).view(len(masks.rows), -1)
+    rows = torch.from_numpy(masks.rows).to(logits.device)
+    masked = logits[rows].masked_fill_(~allowed[:, : logits.shape[-1]], -math.inf)
+    return masked if len(rows) == len(logits) else logits.index_copy(0, rows, masked)
 
 
 def _apply_logit_bias(scores: Tensor, settings: _SamplingMetadata) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
+from parallelmind.engine.grammar import Grammar
 from parallelmind.errors import UserError, short_repr
 
 MAX_LOGPROBS = 20
@@ -36,6 +37,9 @@ class SamplingParams:
     ignore_eos: continue after an end-of-text token.
     logprobs: return the log-probability of each token, and of this many most likely tokens; None: neither.
     prompt_logprobs: the same for the tokens of the branch's prompt; the first event has them.
+    grammar: decode only what follows it: `{"json": schema}`, `{"regex": text}` or `{"choice": texts}`, kept
+        as a `Grammar`. The branch finishes where its text is complete. Log-probabilities are of the tokens
+        that the grammar allows.
     """
 
     max_new_tokens: int = 64
@@ -50,6 +54,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -71,6 +76,9 @@ class SamplingParams:
         self._check("min_p", 0 <= _number(self.min_p) <= 1, "give a number from 0 to 1")
         self._check("ignore_eos", isinstance(self.ignore_eos, bool), "give True or False")
         self._check("repetition_penalty", 0 < penalty < math.inf, "give a number above 0; 1 is off")
+        if self.grammar is not None:
+            object.__setattr__(self, "grammar", _grammar(self.grammar))
+            self._check("ignore_eos", not self.ignore_eos, "a grammar ends the text; leave one of them out")
         object.__setattr__(self, "logit_bias", _checked_biases(self.logit_bias))
         object.__setattr__(self, "stop", _checked_stops(self.stop))
 
@@ -98,6 +106,10 @@ class SamplingParams:
     def _check(self, field: str, fits: bool, remedy: str) -> None:
         if not fits:
             raise UserError(f"{field}={short_repr(getattr(self, field))}: {remedy}")
+
+
+def _grammar(value: Any) -> Grammar:
+    return value if isinstance(value, Grammar) else Grammar.of(value)
 
 
 def _plain(value: Any) -> Any:
