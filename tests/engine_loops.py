@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from asgi import make_ingress
+from engines import COLUMNAR, tiny_engine
+from starlette.types import ASGIApp
 from tiny import tiny_tokenizer
 
+from parallelmind.engine.engine import Engine
 from parallelmind.engine.request import Sample
 from parallelmind.engine.tokenization import tokenize_request
 from parallelmind.errors import UserError
 from serving.engine.loop import EngineLoop, RunningRequest
 from serving.engine.messages import EngineRequest, PackedStep, RejectedRequest, StepOutput, pack_step
+from serving.ingress.ingress import Ingress
 
 MAIN, BRANCHES = list(range(50, 70)), [[5, 6, 7], [8], list(range(100, 112))]
 
@@ -61,3 +68,18 @@ class LoopStream:
         if self._running is not None:
             self._loop.release(self._running)
             self._running = None
+
+
+def with_server(
+    folder: Path, act: Callable[[ASGIApp, Engine, Ingress], Coroutine[Any, Any, Any]], **limits: float
+) -> Any:
+    """Call `act` with an application in front of an engine of a columnar model. limits: of the engine."""
+    engine = tiny_engine(COLUMNAR, **{"cache_tokens": 8192, **limits})
+
+    async def run() -> Any:
+        with running_loop(engine) as loop:
+            ingress = make_ingress(folder, open_stream=lambda request: LoopStream(loop, request))
+            app = ingress.__serve_build_asgi_app__()
+            return await asyncio.wait_for(act(app, engine, ingress), 60)
+
+    return asyncio.run(run())

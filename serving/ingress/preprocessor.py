@@ -18,7 +18,7 @@ from parallelmind.engine.tokenization import tokenize, tokenize_request
 from parallelmind.errors import first_line
 from serving.config import BASE, AppConfig
 from serving.engine.messages import EngineRequest
-from serving.ingress.independent import BRANCH_OF_MAIN, MAIN_CONTINUED, as_independent, split_prompts
+from serving.ingress.independent import PromptSamples, common_beginning
 from serving.observability.log import log
 from serving.protocol.branches import AddBranchRequest, BranchesRequest
 from serving.protocol.errors import user_error
@@ -26,7 +26,7 @@ from serving.protocol.openai import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
-    OpenAIRequest,
+    Message,
     Sampling,
     TokenizeRequest,
     new_id,
@@ -34,6 +34,10 @@ from serving.protocol.openai import (
 
 _DEFAULT_CHAT_TOKENS = 1024
 _LONG_BODY_BYTES = 20_000  # tokenizing a longer body would block the event loop
+
+Turn = dict[str, str]  # a message as chat templates take it
+
+_PROBES: list[list[Turn]] = [[{"role": "user", "content": content}] for content in ("0", "?")]
 
 BodyT = TypeVar("BodyT")
 ResultT = TypeVar("ResultT")
@@ -63,51 +67,48 @@ class RequestPreprocessor:
             raise user_error(str(error)) from error
 
     def completion(self, request: CompletionRequest) -> EngineRequest:
-        """Every prompt is continued n times: independently, or as the branches of one sample."""
+        """Every prompt is continued n times, after main if there is one."""
         self.require_model(request.model)
         self._require_branches("n" if request.n > 1 else "prompt", len(request.prompt) * request.n)
+        main = self._encode("main", request.main, first=True) if request.main else []
         prompts = [
-            self._encode(f"prompt[{index}]", prompt, first=True)
+            self._encode(f"prompt[{index}]", prompt, first=not main)
             for index, prompt in enumerate(request.prompt)
         ]
         settings = request.sampling_fields(
             self._max_new_tokens(request, request.max_tokens), request.logprobs
         )
-        if request.visibility == "columnar":
-            samples = [pm.Sample("", [prompt for prompt in prompts for _ in range(request.n)])]
-        else:
-            samples = split_prompts(prompts, request.n)
-        return self._openai_request("cmpl", "prompt", request, samples, MAIN_CONTINUED, settings, prompts)
+        samples = PromptSamples.of(main, prompts, request.n, request.visibility)
+        return self._openai_request("cmpl", "prompt", request.model, samples, settings)
 
     def chat(self, request: ChatRequest) -> EngineRequest:
-        """The conversation is main; the header of the assistant's turn begins every branch."""
+        """The conversation is main. Every branch is a question, if there are any, and begins the answer."""
         self.require_model(request.model)
-        self._require_branches("n", request.n)
+        num_questions = 1 if request.questions is None else len(request.questions)
+        self._require_branches("n" if request.n > 1 else "questions", num_questions * request.n)
         if request.top_logprobs is not None and not request.logprobs:
             raise pm.UserError(
                 f"top_logprobs={request.top_logprobs}: needs logprobs=true; add it, or remove top_logprobs"
             )
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
-        main, header = self._conversation(request)
+        if request.questions is None:
+            main, *prompts = self._conversation(request)
+        else:
+            turns = [[_user_turn(question)] for question in request.questions]
+            main, prompts = self._forks(_turns(request.messages), turns)
+        samples = PromptSamples.of(main, prompts, request.n, request.visibility)
         max_new_tokens = request.max_completion_tokens
         if max_new_tokens is None:
             max_new_tokens = request.max_tokens
         if max_new_tokens is None:
-            max_new_tokens = self._default_chat_tokens(len(main) + len(header))
-        samples = [pm.Sample(main, [header] * request.n)]
+            max_new_tokens = self._default_chat_tokens(samples.longest)
         settings = request.sampling_fields(max_new_tokens, logprobs)
-        return self._openai_request(
-            "chatcmpl", "messages", request, samples, BRANCH_OF_MAIN, settings, [main + header]
-        )
+        return self._openai_request("chatcmpl", "messages", request.model, samples, settings)
 
     def branches(self, request: BranchesRequest) -> EngineRequest:
         self.require_model(request.model)
         self._require_branches("branches", len(request.branches) + (request.reduce is not None))
-        main = self._encode("main", request.main, first=True) if request.main else []
-        prompts = [
-            self._encode(f"branches[{index}].text", branch.text, first=not main)
-            for index, branch in enumerate(request.branches)
-        ]
+        main, prompts = self._branch_prompts(request)
         reduce = None if request.reduce is None else self._encode("reduce", request.reduce, first=False)
         sample = tokenize_request(
             self.tokenizer,
@@ -147,27 +148,54 @@ class RequestPreprocessor:
         self,
         id_prefix: str,
         field: str,
-        request: OpenAIRequest,
-        samples: Sequence[pm.Sample],
-        branch_number: int,
+        model: str,
+        prompts: PromptSamples,
         settings: dict[str, Any],
-        prompts: Sequence[list[int]],
     ) -> EngineRequest:
-        """Samples within the limits.
+        """Prompts within the limits. field: named in the error if a prompt is too long."""
+        samples = [
+            prompts.finish(tokenize_request(self.tokenizer, sample, None, None, settings))
+            for sample in prompts.samples
+        ]
+        self._require_tokens(field, prompts.longest, samples[0].params)
+        return EngineRequest(new_id(id_prefix), model, list(map(_with_seeds, samples)), prompts.prompt_tokens)
 
-        field: named in the error if a prompt is too long. branch_number: of independent branches.
-        prompts: token ids of each prompt, as the client counts them.
-        """
-        tokenized = [tokenize_request(self.tokenizer, sample, None, None, settings) for sample in samples]
-        if request.visibility == "columnar":
-            longest = sum(sample.num_prompt_tokens for sample in tokenized)
+    def _branch_prompts(self, request: BranchesRequest) -> tuple[list[int], list[list[int]]]:
+        """Token ids of main, and of the prompts of the branches."""
+        if request.main and request.messages:
+            raise pm.UserError("main: messages take its place; give one of them")
+        turns = [_turns(branch.messages) for branch in request.branches if branch.messages]
+        if request.messages:
+            main, forks = self._forks(_turns(request.messages), turns)
         else:
-            longest = max(map(len, prompts))
-            tokenized = [as_independent(sample, branch_number, request.n) for sample in tokenized]
-        self._require_tokens(field, longest, tokenized[0].params)
-        return EngineRequest(
-            new_id(id_prefix), request.model, list(map(_with_seeds, tokenized)), sum(map(len, prompts))
-        )
+            main = self._encode("main", request.main, first=True) if request.main else []
+            forks = [self._encode("messages", self._render(own, True), first=not main) for own in turns]
+        chats = iter(forks)
+        return main, [
+            next(chats)
+            if branch.text is None
+            else self._encode(f"branches[{index}].text", branch.text, not main)
+            for index, branch in enumerate(request.branches)
+        ]
+
+    def _forks(self, turns: list[Turn], branches: Sequence[list[Turn]]) -> tuple[list[int], list[list[int]]]:
+        """Token ids of a conversation, and of what each branch adds to it, with the header of the answer.
+
+        The conversation ends before the turns of the branches; for a template that renders it differently
+        without them, before their contents.
+        """
+        whole = encode_texts(self.tokenizer, [self._render(turns + branch, True) for branch in branches])
+        try:
+            (stem,) = encode_texts(self.tokenizer, [self._render(turns, False)])
+        except pm.UserError:  # a template that refuses the conversation without a question
+            stem = []
+        if not stem or common_beginning([stem, *whole]) != stem:
+            one, other = encode_texts(
+                self.tokenizer, [self._render(turns + probe, True) for probe in _PROBES]
+            )
+            stem = common_beginning([one, other])[:-1]  # a content may change how the last token is tokenized
+        main = common_beginning([stem, *(ids[:-1] for ids in whole)])
+        return main, [ids[len(main) :] for ids in whole]
 
     def _conversation(self, request: ChatRequest) -> tuple[list[int], list[int]]:
         """Token ids of the conversation, and of the header of the assistant's turn.
@@ -182,23 +210,17 @@ class RequestPreprocessor:
 
     def _render_messages(self, request: ChatRequest) -> list[str]:
         """The conversation by the model's template, without and with the header of the assistant's turn."""
-        messages = [
-            {
-                "role": message.role,
-                "content": message.text,
-                **({"name": message.name} if message.name is not None else {}),
-            }
-            for message in request.messages
-        ]
+        turns = _turns(request.messages)
+        return [self._render(turns, header) for header in (False, True)]
+
+    def _render(self, turns: Sequence[Turn], header: bool) -> str:
+        """The conversation by the model's template. header: whether the assistant's turn begins after it."""
         if not self.tokenizer.chat_template:
             raise pm.UserError("messages: the model has no chat template; use /v1/completions")
         try:
-            return [
-                str(
-                    self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=header)
-                )
-                for header in (False, True)
-            ]
+            return str(
+                self.tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=header)
+            )
         except Exception as error:  # a template is a program of the model and may raise anything
             raise pm.UserError(
                 f"messages: the model's chat template refuses them ({first_line(error)}); change them"
@@ -248,6 +270,21 @@ class RequestPreprocessor:
             raise pm.UserError(
                 f"max_new_tokens={longest}: {self.config.limits.max_new_tokens} allowed; give no more"
             )
+
+
+def _turns(messages: Sequence[Message]) -> list[Turn]:
+    return [
+        {
+            "role": message.role,
+            "content": message.text,
+            **({"name": message.name} if message.name is not None else {}),
+        }
+        for message in messages
+    ]
+
+
+def _user_turn(content: str) -> Turn:
+    return {"role": "user", "content": content}
 
 
 def _with_seeds(sample: TokenizedRequest) -> TokenizedRequest:

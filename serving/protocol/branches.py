@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from serving.protocol.fields import Items, Text
-from serving.protocol.openai import Sampling, Usage
+from serving.protocol.openai import Message, Sampling, Usage
 
 
 class BranchSettings(Sampling):
@@ -27,24 +27,51 @@ class BranchSettings(Sampling):
         return {name: value for name, value in self.all_sampling_fields().items() if name in given}
 
 
-class Branch(BranchSettings):
+class BranchPrompt(BranchSettings):
     text: Text
+
+
+class Branch(BranchSettings):
+    """A branch begins with a text, or with messages and the header of an answer.
+
+    A text, a message or a list of messages stands for a branch without settings of its own.
+    """
+
+    text: Text | None = None
+    messages: Items[Message] | None = Field(None, min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_prompt(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "role" in value:
+            return {"messages": [value]}
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            return {"messages": value}
+        return {"text": value} if isinstance(value, (str, list)) else value
+
+    @model_validator(mode="after")
+    def _require_one_prompt(self) -> Self:
+        if (self.text is None) == (self.messages is None):
+            raise ValueError("give text or messages, one of them")
+        return self
 
 
 class BranchesRequest(BranchSettings):
     """The request's settings are the defaults of its branches.
 
+    main: a text, or messages in its place.
     reduce: prompt of a last branch, which reads main and all branches after they have ended.
     """
 
     model: str
     main: Text = ""
+    messages: Items[Message] | None = Field(None, min_length=1)
     branches: Items[Branch] = Field(min_length=1)
     reduce: Text | None = None
     stream: bool = False
 
 
-class AddBranchRequest(Branch):
+class AddBranchRequest(BranchPrompt):
     """A further branch for a running sample."""
 
 

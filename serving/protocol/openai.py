@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from parallelmind.config import Visibility
-from serving.protocol.fields import Items, LogitBias, Prompts, Str, StrictRequest, Texts
+from serving.protocol.fields import Items, LogitBias, Prompts, Str, StrictRequest, Text, Texts
 
 
 class StreamOptions(StrictRequest):
@@ -74,9 +74,10 @@ class OpenAIRequest(Sampling):
 
 
 class CompletionRequest(OpenAIRequest):
-    """Every prompt is continued n times."""
+    """Every prompt is continued n times. main: a text that all prompts follow, which is read once."""
 
     prompt: Prompts = Field(min_length=1)
+    main: Text = ""
     max_tokens: int = 16
     logprobs: int | None = None
     best_of: Literal[1] | None = None
@@ -105,9 +106,13 @@ class ResponseFormat(StrictRequest):
 
 
 class ChatRequest(OpenAIRequest):
-    """The conversation is answered n times."""
+    """The conversation is answered n times.
+
+    questions: turns of the user, of which each follows the conversation on its own; all are answered.
+    """
 
     messages: Items[Message] = Field(min_length=1)
+    questions: Items[Str] | None = Field(None, min_length=1)
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool = False

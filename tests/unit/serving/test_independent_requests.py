@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 import pytest
-from asgi import make_ingress, metric_value, post_json, send_request
-from engine_loops import LoopStream, running_loop
-from engines import COLUMNAR, tiny_engine
+from asgi import metric_value, post_json, send_request
+from engine_loops import with_server
 from starlette.types import ASGIApp
 
 from parallelmind.engine.engine import Engine
@@ -22,21 +20,6 @@ OTHERS = ["the question is", "what lives where, and"]
 LONG = "The answer to the question is in the passage: who lives where? "
 GREEDY = {"temperature": 0}
 SEEDED = {"temperature": 1, "seed": 5}
-
-Ask = Callable[..., Coroutine[Any, Any, Any]]
-
-
-def with_server(folder: Path, act: Callable[[ASGIApp, Engine, Ingress], Coroutine[Any, Any, Any]]) -> Any:
-    """Call `act` with an application in front of an engine of a columnar model."""
-    engine = tiny_engine(COLUMNAR, cache_tokens=8192)
-
-    async def run() -> Any:
-        with running_loop(engine) as loop:
-            ingress = make_ingress(folder, open_stream=lambda request: LoopStream(loop, request))
-            app = ingress.__serve_build_asgi_app__()
-            return await asyncio.wait_for(act(app, engine, ingress), 60)
-
-    return asyncio.run(run())
 
 
 async def complete(app: ASGIApp, prompt: Any, **settings: Any) -> Any:

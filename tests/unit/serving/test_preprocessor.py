@@ -295,6 +295,59 @@ def test_main_and_branch_of_a_chat_are_the_token_ids_of_the_chat_template(kind: 
         assert branch
 
 
+@pytest.mark.parametrize("kind", CHAT_KINDS)
+def test_main_and_a_question_are_the_token_ids_of_the_chat_template(kind: str) -> None:
+    tokenizer = chat_tokenizer(kind)
+    preprocessor = RequestPreprocessor(AppConfig.of({"base_model": "tiny"}), tokenizer, None)
+    messages = random_conversation(kind, random.Random(kind), 2)
+    questions = ["who likes rice?", "where is it?", "?", "\nwho"]
+    main, *branches = token_ids(chat(preprocessor, messages=messages, questions=questions))
+    for question, ids in zip(questions, branches, strict=True):
+        turns = [*messages, {"role": "user", "content": question}]
+        assert main + ids == chat_ids(tokenizer, turns, add_generation_prompt=True)
+        alone = token_ids(chat(preprocessor, messages=messages, questions=[question]))
+        assert alone == [main, ids]
+    assert len(main) > max(map(len, branches))  # the conversation is read once
+
+
+def test_every_question_has_n_answers() -> None:
+    request = chat(questions=["a", "b"], n=2)
+    main, *branches = token_ids(request)
+    assert (branches[0], branches[2]) == (branches[1], branches[3])
+    assert request.num_prompt_tokens == len(main) + len(branches[0]) + len(branches[2])
+    info = error_of(chat, make_preprocessor(max_branches=2), questions=["a", "b", "c"])
+    assert info.param == "questions"
+    with pytest.raises(ValidationError, match="questions"):
+        chat(questions=[])
+
+
+def test_prompts_after_a_main_are_branches_of_one_sample() -> None:
+    request = complete(prompt=["who", [5]], n=2, main="passage")
+    assert token_ids(request) == [ids("passage"), ids("who"), ids("who"), [5], [5]]
+    assert sample_of(request).branch_number == 1
+    assert request.num_prompt_tokens == len(ids("passage")) + len(ids("who")) + 1
+    assert token_ids(complete(prompt=["who"], main="passage", visibility="columnar")) == token_ids(
+        branch(main="passage", branches=["who"])
+    )
+
+
+def test_branches_are_texts_token_ids_or_messages() -> None:
+    turn = {"role": "user", "content": "where"}
+    request = branch(main="passage", branches=["who", [5, 6], {"text": "who", "max_tokens": 3}])
+    assert token_ids(request) == [ids("passage"), ids("who"), [5, 6], ids("who")]
+    assert [params.max_new_tokens for params in params_of(request)] == [64, 64, 3]
+    asked = token_ids(chat(questions=["where"]))
+    request = branch(messages=TALK, branches=[turn, [turn], {"messages": [turn], "seed": 3}, "who"])
+    assert token_ids(request) == [asked[0], *asked[1:] * 3, ids("who")]
+    assert params_of(request)[2].seed == 3
+    spelled = ids("<s>user\nwhere</s>\n<s>assistant\n")
+    assert token_ids(branch(main="passage", branches=[turn])) == [ids("passage"), spelled]
+    assert error_of(branch, main="passage", messages=TALK).param == "main"
+    for wrong in ({}, {"text": "who", "messages": [turn]}, {"messages": []}, [{"role": "user"}], 5):
+        with pytest.raises(ValidationError, match="branches"):
+            branch(branches=[wrong])
+
+
 def test_a_template_that_renders_the_header_first_is_tokenized_as_one_text() -> None:
     main, turn = token_ids(
         chat(

@@ -1,0 +1,125 @@
+"""Many questions about one document: however they are asked, the document is computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from engine_loops import with_server
+from openai import AsyncOpenAI
+from starlette.types import ASGIApp
+from tiny import tiny_tokenizer
+
+from parallelmind.engine.engine import Engine
+
+TOKENIZER = tiny_tokenizer()
+WORDS = "the passage says who lives where and what the answer is in the question of who works where. "
+SETTINGS: dict[str, Any] = {"model": "tiny", "temperature": 0, "max_tokens": 6}
+
+
+def num_tokens(text: str) -> int:
+    return len(TOKENIZER(text, add_special_tokens=False).input_ids)
+
+
+def document_of(length: int) -> str:
+    """A text of about this many tokens."""
+    words = (WORDS * 40).split(" ")
+    return " ".join(words[: next(n for n in range(len(words)) if num_tokens(" ".join(words[:n])) >= length)])
+
+
+DOCUMENT = document_of(501)
+QUESTIONS = [f"\nQuestion {index}: who works in the passage?" for index in range(8)]
+TURNS = [{"role": "system", "content": DOCUMENT}]
+IGNORE_EOS = {"ignore_eos": True}
+
+
+def connect(app: ASGIApp) -> AsyncOpenAI:
+    """OpenAI's own client."""
+    http = httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://test")
+    return AsyncOpenAI(base_url="http://test/v1", api_key="none", http_client=http, max_retries=0)
+
+
+async def ask_whole_prompts(client: AsyncOpenAI, questions: list[str]) -> list[str]:
+    prompts = [DOCUMENT + question for question in questions]
+    reply = await client.completions.create(**SETTINGS, prompt=prompts, extra_body=IGNORE_EOS)
+    return [choice.text for choice in reply.choices]
+
+
+async def ask_beside_main(client: AsyncOpenAI, questions: list[str]) -> list[str]:
+    extra = {"main": DOCUMENT, **IGNORE_EOS}
+    reply = await client.completions.create(**SETTINGS, prompt=questions, extra_body=extra)
+    assert reply.usage is not None
+    assert reply.usage.prompt_tokens == num_tokens(DOCUMENT) + sum(map(num_tokens, questions))
+    return [choice.text for choice in reply.choices]
+
+
+async def ask_chat(client: AsyncOpenAI, questions: list[str]) -> list[str]:
+    extra = {"questions": questions, **IGNORE_EOS}
+    reply = await client.chat.completions.create(**SETTINGS, messages=TURNS, extra_body=extra)  # type: ignore[arg-type]
+    assert [choice.index for choice in reply.choices] == list(range(len(questions)))
+    return [choice.message.content or "" for choice in reply.choices]
+
+
+async def ask_texts(client: AsyncOpenAI, questions: list[str]) -> list[str]:
+    return await ask_branches(client, {"main": DOCUMENT, "branches": questions})
+
+
+async def ask_messages(client: AsyncOpenAI, questions: list[str]) -> list[str]:
+    turns = [{"role": "user", "content": question} for question in questions]
+    return await ask_branches(client, {"messages": TURNS, "branches": turns})
+
+
+async def ask_branches(client: AsyncOpenAI, body: dict[str, Any]) -> list[str]:
+    reply: Any = await client.post("/branches", body={**SETTINGS, **IGNORE_EOS, **body}, cast_to=object)
+    return [branch["text"] for branch in reply["branches"]]
+
+
+async def ask_requests(client: AsyncOpenAI, questions: list[str]) -> list[str]:
+    return [(await ask_whole_prompts(client, [question]))[0] for question in questions]
+
+
+Ask = Callable[[AsyncOpenAI, list[str]], Coroutine[Any, Any, list[str]]]
+INDEPENDENT = {
+    "prompts": ask_whole_prompts,
+    "main": ask_beside_main,
+    "questions": ask_chat,
+}
+COUPLED = {"branches": ask_texts, "messages": ask_messages}
+
+
+@pytest.mark.parametrize("ask", [*INDEPENDENT.values(), *COUPLED.values()], ids=[*INDEPENDENT, *COUPLED])
+def test_eight_questions_compute_the_document_once(tmp_path: Path, ask: Ask) -> None:
+    async def act(app: ASGIApp, engine: Engine, _: Any) -> int:
+        assert len(await ask(connect(app), QUESTIONS)) == 8
+        return engine.scheduler.num_prefill.total() - engine.scheduler.num_reused_tokens
+
+    one = max(num_tokens(f"<s>user\n{question}</s>\n<s>assistant\n") for question in QUESTIONS)
+    computed = with_server(tmp_path, act)
+    assert computed <= num_tokens(DOCUMENT) + 8 * one + num_tokens("<s>system\n</s>\n")
+
+
+@pytest.mark.parametrize("ask", INDEPENDENT.values(), ids=INDEPENDENT)
+def test_an_answer_about_a_document_is_the_same_alone_and_in_any_order(tmp_path: Path, ask: Ask) -> None:
+    async def act(app: ASGIApp, *_: Any) -> None:
+        client = connect(app)
+        alone = [(await ask(client, [question]))[0] for question in QUESTIONS[:3]]
+        assert await ask(client, QUESTIONS[:3]) == alone
+        assert await ask(client, QUESTIONS[2::-1]) == alone[::-1]
+
+    with_server(tmp_path, act)
+
+
+def test_requests_that_begin_alike_share_blocks(tmp_path: Path) -> None:
+    async def act(app: ASGIApp, engine: Engine, _: Any) -> tuple[list[str], int]:
+        answers = await ask_requests(connect(app), QUESTIONS[:3])
+        return answers, engine.scheduler.num_prefill.total() - engine.scheduler.num_reused_tokens
+
+    async def act_at_once(app: ASGIApp, *_: Any) -> list[str]:
+        return await ask_whole_prompts(connect(app), QUESTIONS[:3])
+
+    answers, computed = with_server(tmp_path, act)
+    assert computed <= num_tokens(DOCUMENT) + 3 * (num_tokens(QUESTIONS[0]) + 16)
+    assert answers == with_server(tmp_path, act_at_once)
