@@ -54,7 +54,7 @@ class Engine:
     One thread calls `step`. `submit`, `join` and `cancel` may be called from any thread at any time. An error
     in one branch ends that branch, and a forward pass that raises ends the samples in it: their last events
     have the finish reason "error". All other samples continue, and nothing that a failed pass computed is
-    reused.
+    reused. The weights of the model must not change any more; a model that has changed needs a new engine.
 
     rope_config: rope settings of the model.
     config: limits of the engine.

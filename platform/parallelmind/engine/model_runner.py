@@ -93,7 +93,6 @@ class ModelRunner:
         """`[sampled, vocab]` logits of the tokens in `logits_indices`; caches all tokens."""
         if self._linears is None:
             return self._record_linears(inputs, self.cache)
-        self._linears.pack()
         lora = self._lora
         if self._compiled is not None and (lora is not None or not isinstance(self.model, PeftModel)):
             logits = self._forward(self._compiled, inputs.padded(), self.cache, self._linears, lora)
@@ -153,7 +152,6 @@ class ModelRunner:
 
     def _compile(self, inner: PreTrainedModel) -> None:
         assert self._linears is not None, "a pass has recorded them"
-        self._linears.pack()
         cache = _probe_cache()
         lora_mode = nullcontext() if self._lora is None else self._lora.active()
         with eval_mode(self.model), self._linears.active(), lora_mode, compiling():

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from parallelmind.engine.batch import ModelInput
 from parallelmind.engine.native import kernels
 from parallelmind.model import step_ops
-from parallelmind.model.packed_linear import LinearGroup, Weights, set_class
+from parallelmind.model.packed_linear import LinearGroup, set_class
 
 _KERNELS = {torch.float32: "add_low_rank_float32", torch.bfloat16: "add_low_rank_bfloat16"}
 _MAX_COMBINATIONS = 64  # of adapters in one step, whose tables are kept
@@ -73,7 +73,7 @@ class LoraRows:
         self._rows = np.ascontiguousarray(inputs.adapter, np.int32)
         self._sampled_rows = self._rows[inputs.logits_indices]
         tables = self._tables.get(inputs.adapters)
-        if tables is None or not tables.is_current():
+        if tables is None:
             if len(self._tables) > _MAX_COMBINATIONS:
                 self._tables.clear()
             tables = self._tables[inputs.adapters] = _Tables(self._owners, self._groups, inputs.adapters)
@@ -145,10 +145,6 @@ class _Tables:
         entries = (_Adapters() if table is None else table.entry for table in self.groups)
         self.entries = (_Adapters * len(groups))(*entries)
 
-    def is_current(self) -> bool:
-        """Whether the weights are those of the tables."""
-        return all(table is None or table.is_current() for table in self.groups)
-
 
 class _Table:
     """The adapters of one group of layers, for the samples of a step."""
@@ -156,7 +152,6 @@ class _Table:
     def __init__(
         self, owners: Sequence[LoraLinear | None], sizes: Sequence[int], adapters: Sequence[str]
     ) -> None:
-        self._modules: list[nn.Module] = []
         self._kept: list[Tensor] = []
         entries: list[_LowRank] = []
         starts = [0]
@@ -166,8 +161,6 @@ class _Table:
                 if owner is not None and adapter in owner.lora_A:
                     entries.append(self._entry(owner, adapter, first, outputs))
             starts.append(len(entries))
-        self._weights = Weights(self._modules)
-        self._weights.has_changed()
         self._starts = np.array(starts, np.int32)
         self._entries = (_LowRank * max(len(entries), 1))(*entries)
         self._columns = firsts[-1]
@@ -177,15 +170,10 @@ class _Table:
     def _entry(self, owner: LoraLinear, adapter: str, first: int, outputs: int) -> _LowRank:
         layers: list[Any] = [owner.lora_A[adapter], owner.lora_B[adapter]]
         weights: list[Tensor] = [layer.weight for layer in layers]
-        self._modules += layers
         down, up = (weight.detach().float() for weight in weights)
         down, up = down.contiguous(), up.t().contiguous()
         self._kept += [down, up]
         return _LowRank(down.data_ptr(), up.data_ptr(), len(down), first, outputs, owner.scaling[adapter])
-
-    def is_current(self) -> bool:
-        """Whether the weights are those of the table."""
-        return not self._weights.has_changed()
 
     def add(self, input: Tensor, product: Tensor, adapter: NDArray[np.int32]) -> None:
         """adapter: `[rows]` index of each row's adapter."""

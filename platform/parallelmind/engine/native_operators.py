@@ -73,10 +73,9 @@ class NativeOperators:
         library = kernels()
         assert library is not None, "compiled code needs the kernels"
         self._run = library.set_pass
-        self._linears, self._like = linears, pools
-        self._weights = (_Linear * len(linears.groups))()
-        self._handles: list[_Handles] = []
-        self._version = 0  # of the weights that the handles are for
+        self._like = pools
+        self._handles = [_Handles(group.packed) for group in linears.groups]
+        self._weights = (_Linear * len(self._handles))(*(_Linear(*each.pointers) for each in self._handles))
         self._pools = (_Pool * (max(pools, default=-1) + 1))()
         self._cache: PagedKVCache | None = None  # that the pools are of
         self._num_slots = 0
@@ -84,8 +83,6 @@ class NativeOperators:
     @contextmanager
     def running(self, step: Step, cache: PagedKVCache) -> Iterator[None]:
         """Context in which compiled code of this thread computes with `step`."""
-        if self._version != self._linears.version:
-            self._set_weights()
         if self._cache is not cache or self._num_slots < cache.min_slots:
             self._set_pools(cache)
         steps = step.native_steps()
@@ -99,12 +96,6 @@ class NativeOperators:
             yield
         finally:
             self._run(None)
-
-    def _set_weights(self) -> None:
-        self._handles = [_Handles(group.packed) for group in self._linears.groups]
-        for entry, handles in zip(self._weights, self._handles, strict=True):
-            entry.weight, entry.bias = handles.pointers
-        self._version = self._linears.version
 
     def _set_pools(self, cache: PagedKVCache) -> None:
         for layer, (keys, values) in self._like.items():

@@ -9,9 +9,8 @@ half precision itself; the product is rounded once then, as half precision hardw
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from operator import is_
 
 import torch
 from torch import Tensor, nn
@@ -23,41 +22,30 @@ _multiply: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default
 
 
 class LinearGroup:
-    """Layers that read the same tensor, as one product.
+    """Layers that read the same tensor, as one product with their weights as of now.
 
     reads_tokens: whether the tensor has the form `[1, tokens, inputs]`, with one row for each token.
+    packed: weight, in oneDNN's order, and bias of all layers.
     """
 
     def __init__(self, layers: Sequence[nn.Linear], reads_tokens: bool) -> None:
         self.layers, self.reads_tokens = tuple(layers), reads_tokens
-        self._weight = torch.empty(0)
-        self._bias: Tensor | None = None
+        weight = torch.cat([layer.weight.detach() for layer in layers])
+        self._dtype = product_dtype(weight.dtype)
+        biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+        bias = torch.cat(biases).to(self._dtype) if biases else None
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(self._dtype), _ROWS), bias
 
     @property
     def sizes(self) -> list[int]:
         """Number of outputs of each layer."""
         return [layer.out_features for layer in self.layers]
 
-    @property
-    def packed(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of all layers, as they were packed."""
-        return self._weight, self._bias
-
-    def pack(self) -> None:
-        """Pack the weights as they are now."""
-        weight = torch.cat([layer.weight.detach() for layer in self.layers])
-        dtype = product_dtype(weight.dtype)
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), _ROWS)
-        biases = [layer.bias for layer in self.layers]
-        self._bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases]).to(dtype)
-
     def __call__(self, input: Tensor) -> Tensor:
         """`[..., sum(sizes)]` of `[..., inputs]`."""
-        if input.dtype == self._weight.dtype:
-            return _multiply(input, self._weight, self._bias, "none", [], "")
-        return _multiply(input.to(self._weight.dtype), self._weight, self._bias, "none", [], "").to(
-            input.dtype
-        )
+        if input.dtype == self._dtype:
+            return _multiply(input, *self.packed, "none", [], "")
+        return _multiply(input.to(self._dtype), *self.packed, "none", [], "").to(input.dtype)
 
 
 class _GroupedLinear(nn.Linear):
@@ -90,26 +78,14 @@ class _SharedLinear(nn.Linear):
 
 
 class PackedLinears:
-    """The linear layers of a model on a CPU, which the engine computes in groups.
-
-    version: changes when weights are packed.
-    """
+    """The linear layers of a model on a CPU, which the engine computes in groups."""
 
     def __init__(self, groups: Sequence[LinearGroup]) -> None:
         """groups: as `recorded_groups` finds them."""
         self.groups = groups
-        self.version = 0
-        self._weights = Weights([layer for group in groups for layer in group.layers])
         self._entries = [
             (number, group.sizes, tuple(group.layers[1:])) for number, group in enumerate(groups)
         ]
-
-    def pack(self) -> None:
-        """Pack the weights anew if any has changed since the last call."""
-        if self._weights.has_changed():
-            for group in self.groups:
-                group.pack()
-            self.version += 1
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -194,30 +170,3 @@ def _is_packable(module: nn.Module) -> bool:
         and weight.device.type == "cpu"
         and weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
     )
-
-
-class Weights:
-    """The tensors of modules, whose changes are noticed.
-
-    torch counts the changes of a tensor that was not made in inference mode; such a tensor is noticed when
-    another takes its place.
-    """
-
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        # A module's attributes would be looked up ten times slower, in every step.
-        self._parameters = [module._parameters for module in modules]
-        self._tensors: list[Tensor | None] = []
-        self._versions: list[int] = []
-
-    def has_changed(self) -> bool:
-        """Whether a tensor has changed since the last call. The first call says yes."""
-        tensors: list[Tensor | None] = []
-        for parameters in self._parameters:
-            tensors += parameters.values()
-        counted = [tensor for tensor in tensors if tensor is not None and not tensor.is_inference()]
-        versions = [tensor._version for tensor in counted]
-        same = len(tensors) == len(self._tensors) and all(map(is_, tensors, self._tensors))
-        if same and versions == self._versions:
-            return False
-        self._tensors, self._versions = tensors, versions
-        return True

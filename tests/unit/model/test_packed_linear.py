@@ -53,9 +53,7 @@ def in_step(linears: PackedLinears) -> Any:
 def recorded(model: nn.Module, *inputs: Tensor) -> PackedLinears:
     with torch.no_grad(), recorded_groups(model) as groups:
         model(*inputs)
-    linears = PackedLinears(groups)
-    linears.pack()
-    return linears
+    return PackedLinears(groups)
 
 
 def names(model: nn.Module, linears: PackedLinears) -> list[list[str]]:
@@ -102,19 +100,6 @@ def test_one_product_gives_what_the_layers_give(
     assert step.products == 2, "query and key are one product; the gate has no bias"
     torch.testing.assert_close(product, model(x))
     assert {type(layer) for layer in (model.query, model.key, model.gate)} == {nn.Linear}
-
-
-def test_weights_are_packed_again_when_they_change() -> None:
-    model, x = Projections(torch.float32), torch.randn(1, 5, 32)
-    linears = recorded(model, x)
-    with torch.no_grad():
-        model.key.weight.mul_(2)
-    linears.pack()
-    with torch.inference_mode(), in_step(linears):
-        torch.testing.assert_close(model(x), model(x))
-    with torch.inference_mode(), in_step(linears):
-        in_one = model(x)
-    torch.testing.assert_close(in_one, model(x))
 
 
 def test_a_shared_layer_that_reads_another_tensor_computes_it_itself() -> None:
