@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from benchmarks import (
+    adapter_load,
     comparison,
     data,
     decoding,
@@ -35,6 +36,7 @@ def main() -> None:
         host,
         reuse,
         serving,
+        adapter_load,
         fuzz,
         scaling,
         sweep,

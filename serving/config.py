@@ -26,6 +26,11 @@ _ADAPTER_NAME = re.compile(r"\w[\w.-]{0,99}")  # a single path component: it can
 AppT = TypeVar("AppT", bound="AppConfig")
 
 
+def registered_name(location: str) -> str:
+    """NAME of models:/NAME@ALIAS and of models:/NAME/VERSION."""
+    return location.removeprefix(REGISTRY).partition("@")[0].partition("/")[0]
+
+
 class _Group(FrozenConfig):
     """Group of fields that may be given as text."""
 
@@ -91,8 +96,17 @@ class AdaptersConfig(_Group):
     max_adapters: int = Field(
         8, ge=1, description="adapters that an engine keeps loaded; the least recently used is evicted"
     )
+    max_adapter_bytes: int = Field(
+        4 << 30, ge=1, description="size of an adapter's files; a larger one is refused"
+    )
+    registry_models: list[str] | None = Field(
+        None, description="names in the registry that requests may use as models:/NAME…; null: all"
+    )
     refresh_s: float = Field(
-        10, ge=0, description="seconds between two checks of an adapter for a new version"
+        10,
+        gt=0,
+        description="seconds between two checks of a loaded adapter for a new version, and for which an "
+        "adapter that cannot be loaded is not tried again",
     )
 
     @field_validator("adapters", mode="before")
@@ -101,12 +115,22 @@ class AdaptersConfig(_Group):
         """Text is YAML; an empty one is no adapter."""
         return parse_yaml(value or "{}") if isinstance(value, str) else value
 
+    @field_validator("registry_models", mode="before")
+    @classmethod
+    def _parse_list(cls, value: Any) -> Any:
+        return parse_yaml(value) if isinstance(value, str) else value
+
+    def _may_name(self, location: str) -> bool:
+        """Whether requests may name this model of the registry."""
+        allowed = self.registry_models
+        return self.mlflow_uri is not None and (allowed is None or registered_name(location) in allowed)
+
     def locate(self, model: str) -> str | None:
         """Where the adapter of this name is: a folder, or models:/…; None if there is no such adapter."""
         from parallelmind.model.manifest import MANIFEST  # imports transformers: not for --help
 
         if model.startswith(REGISTRY):
-            return model if self.mlflow_uri else None
+            return model if self._may_name(model) else None
         name = model.removeprefix(f"{BASE}:")
         if name in self.adapters:
             return self.adapters[name]

@@ -11,6 +11,8 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import DeploymentUnavailableError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tiny import tiny_tokenizer
 from transformers import LlamaConfig
@@ -155,6 +157,10 @@ def metric_value(metrics: ProcessMetrics, name: str, **labels: str) -> float:
     )
 
 
+def _no_replica(*_: Any) -> Any:
+    raise DeploymentUnavailableError(DeploymentID("EngineReplica"))
+
+
 def make_ingress(
     folder: Path, steps: Sequence[StepOutput] = (), open_stream: Any = None, **settings: Any
 ) -> Ingress:
@@ -165,7 +171,7 @@ def make_ingress(
     tiny_tokenizer().save_pretrained(folder)
     LlamaConfig(vocab_size=300, max_position_embeddings=4096).save_pretrained(folder)
     open_stream = open_stream or (lambda _: _StubStream(steps))
-    engine: Any = SimpleNamespace(generate=SimpleNamespace(remote=open_stream))
+    engine: Any = SimpleNamespace(generate=SimpleNamespace(remote=open_stream), broadcast=_no_replica)
     engine.options = lambda **_: engine
     config = AppConfig.of({"base_model": str(folder), "served_name": "tiny", **settings})
     # These two change the process.

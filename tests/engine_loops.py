@@ -53,13 +53,11 @@ class LoopStream:
 
     async def __aiter__(self) -> AsyncIterator[PackedStep | RejectedRequest]:
         try:
-            with self._loop._engine.state_lock:
-                running = self._running = self._loop.submit(self._request, None)
-                started = self._loop.started_branches(running, self._request)
+            running = self._running = await self._loop.submit(self._request, None)
         except UserError as error:
             yield RejectedRequest(str(error))
             return
-        yield pack_step(StepOutput([], started, ""))
+        yield pack_step(StepOutput([], running.started, ""))
         while (step := await self._loop.next_output(running)) is not None:
             yield pack_step(step)
 

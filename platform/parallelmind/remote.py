@@ -109,6 +109,13 @@ class RemotePath:
             paths = filesystem.ls(inner, detail=False) if filesystem.isdir(inner) else ()
             return sorted({PurePosixPath(path).name for path in paths})
 
+    def total_bytes(self) -> int:
+        """Total size of the files in this folder at the URI."""
+        if self.uri is None:
+            return sum(path.stat().st_size for path in self.local.rglob("*") if path.is_file())
+        with self._open_remote() as (filesystem, inner):
+            return int(filesystem.du(inner))
+
     def upload(self, last: str | None = None) -> None:
         """Copy this file, or all files of this folder except hidden ones, to the URI.
 

@@ -16,13 +16,13 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Self
 from urllib.parse import quote, unquote
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
-from mlflow.artifacts import download_artifacts
+from mlflow.artifacts import download_artifacts, list_artifacts
 from mlflow.entities import Metric, Param, Run, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.store import db_migrations
@@ -371,10 +371,31 @@ def find_model_version(uri: str, model: str) -> ModelVersion:
         ) from error
 
 
+def artifact_bytes(uri: str, source: str) -> int:
+    """Total size of the files of an artifact. Raises UserError if it cannot be read."""
+    with _artifact_errors(source):
+        return _listed_bytes(uri, source.rstrip("/"))
+
+
+def _listed_bytes(uri: str, folder: str) -> int:
+    return sum(
+        _listed_bytes(uri, f"{folder}/{PurePosixPath(item.path).name}")
+        if item.is_dir
+        else item.file_size or 0
+        for item in list_artifacts(artifact_uri=folder, tracking_uri=uri)
+    )
+
+
 def download_artifact(uri: str, source: str, folder: Path) -> Path:
     """Copy an artifact into a folder; returns its path. Raises UserError if it cannot be read."""
-    try:
+    with _artifact_errors(source):
         return Path(download_artifacts(artifact_uri=source, dst_path=str(folder), tracking_uri=uri))
+
+
+@contextmanager
+def _artifact_errors(source: str) -> Iterator[None]:
+    try:
+        yield
     except (MlflowException, OSError) as error:
         raise UserError(
             f"model: {source} cannot be fetched ({first_line(error)}); check the artifact store"

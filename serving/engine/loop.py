@@ -9,10 +9,14 @@ import threading
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from time import monotonic, perf_counter
+from typing import Any, TypeVar
 
 import parallelmind as pm
+from parallelmind.engine.sampling_params import SamplingParams
+from parallelmind.engine.scheduler import EngineStats
 from serving.engine.messages import BranchStarted, EngineRequest, StepOutput
 from serving.observability.log import log
 
@@ -24,6 +28,15 @@ _MAX_FAILED_STEPS = 3  # in a row, none of which computed anything: after that t
 _SWITCH_INTERVAL_S = 1e-4
 
 
+ResultT = TypeVar("ResultT")
+
+
+def lower_priority() -> None:
+    """Let the event loop of this process go before the calling thread, where threads have priorities."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+
+
 class EngineStuckError(RuntimeError):
     """Every step of the engine fails, or one step takes too long. Only a new replica helps."""
 
@@ -33,10 +46,12 @@ class RunningRequest:
     """A request in the engine.
 
     first_branches: for each of its samples, by the engine's number, the index of its first branch in the
-        request. num_running: samples that have not ended. outputs: what is not read yet; None is the end.
+        request. started: the branches that started when it was submitted; a reduce is not announced.
+        num_running: samples that have not ended. outputs: what is not read yet; None is the end.
     """
 
     first_branches: dict[int, int] = field(default_factory=dict)
+    started: list[BranchStarted] = field(default_factory=list)
     num_running: int = 0
     outputs: asyncio.Queue[StepOutput | None] = field(default_factory=asyncio.Queue)
 
@@ -70,7 +85,8 @@ class EngineLoop:
     """Step an engine in a thread while it has work.
 
     A step that raises has ended its samples with an error; the others continue.
-    All methods are called from the event loop that called `submit` first.
+    All methods are called from the event loop that called `submit` first, which none of them blocks: calls of
+    the engine, which take its lock, run in a thread, one after another.
     """
 
     def __init__(
@@ -83,6 +99,7 @@ class EngineLoop:
         self._engine, self._on_step = engine, on_step
         self._stuck_s, self._num_threads = stuck_s, num_threads
         self._readers: dict[int, RunningRequest] = {}  # by the number of each sample
+        self._calls = ThreadPoolExecutor(1, "engine-calls")
         self._wake = threading.Event()
         self._step_started_at: float | None = None
         self._num_failed_steps = 0
@@ -91,7 +108,7 @@ class EngineLoop:
         self._thread: threading.Thread | None = None
         self._stopped = False
 
-    def submit(self, request: EngineRequest, adapter: str | None) -> RunningRequest:
+    async def submit(self, request: EngineRequest, adapter: str | None) -> RunningRequest:
         """Queue the samples of a request.
 
         Raises UserError as `Engine.enqueue` does, and queues none of them then, and EngineStuckError.
@@ -101,8 +118,16 @@ class EngineLoop:
             self._loop = asyncio.get_running_loop()
             self._thread = threading.Thread(target=self._run, daemon=True, name="engine")
             self._thread.start()
+        submission = self._loop.run_in_executor(self._calls, self._submit, request, adapter)
+        try:
+            return await asyncio.shield(submission)
+        except asyncio.CancelledError:  # nobody will read the output
+            submission.add_done_callback(self._release_submitted)
+            raise
+
+    def _submit(self, request: EngineRequest, adapter: str | None) -> RunningRequest:
         running = RunningRequest()
-        with self._engine.state_lock:
+        with self._engine.state_lock:  # a sample may end within the next millisecond
             try:
                 for first_branch, sample, resume in request.unfinished():
                     number = self._engine.enqueue(sample, adapter, resume)
@@ -111,14 +136,11 @@ class EngineLoop:
             except pm.UserError:
                 self.release(running)
                 raise
+            running.started += self._started_branches(running, request)
         self._wake.set()
         return running
 
-    def started_branches(self, running: RunningRequest, request: EngineRequest) -> list[BranchStarted]:
-        """The branches of a submitted request that have started; a reduce is not announced.
-
-        Hold the engine's `state_lock` since the submission: a sample may end within the next millisecond.
-        """
+    def _started_branches(self, running: RunningRequest, request: EngineRequest) -> list[BranchStarted]:
         coordinates = map(self._engine.start_pos2d, running.numbers)
         return [
             BranchStarted(first + index, prompt, params, pos2d)
@@ -129,9 +151,37 @@ class EngineLoop:
             if pos2d is not None and not sample.tokens.tree.is_reduce[index + 1]
         ]
 
-    def announce_branch(self, running: RunningRequest, started: BranchStarted) -> None:
-        """Put the start of an added branch into the request's output."""
-        running.outputs.put_nowait(StepOutput([], [started]))
+    def _release_submitted(self, submission: asyncio.Future[RunningRequest]) -> None:
+        if not submission.cancelled() and submission.exception() is None:
+            self.release(submission.result())
+
+    async def join(self, running: RunningRequest, ids: list[int], params: SamplingParams, key: str) -> int:
+        """Add a branch to a request of one sample; returns its index.
+
+        Its start, with the key, is part of the output. Raises UserError as `Engine.join` does.
+        """
+        return await self._call(self._join, running, ids, params, key)
+
+    def _join(self, running: RunningRequest, ids: list[int], params: SamplingParams, key: str) -> int:
+        assert self._loop is not None, "the request runs"
+        (number,) = running.numbers
+        with self._engine.state_lock:
+            settings = {name: getattr(params, name) for name in params.__slots__}
+            branch = self._engine.join(number, ids, **settings)
+            pos2d = self._engine.start_pos2d(number)[branch]
+            assert pos2d is not None, "a branch of main starts when it joins"
+            step = StepOutput([], [BranchStarted(branch, ids, params, pos2d, key)])
+            # Before the lock is free: the branch's first token must not overtake its start.
+            self._loop.call_soon_threadsafe(running.outputs.put_nowait, step)
+        self._wake.set()
+        return branch
+
+    async def stats(self) -> EngineStats:
+        """The engine's current load."""
+        return await self._call(self._engine.stats)
+
+    async def _call(self, function: Callable[..., ResultT], *args: Any) -> ResultT:
+        return await asyncio.get_running_loop().run_in_executor(self._calls, function, *args)
 
     async def next_output(self, running: RunningRequest) -> StepOutput | None:
         """Everything added to a request since the last call; None at its end.
@@ -158,18 +208,21 @@ class EngineLoop:
             [started for step in steps for started in step.started],
         )
 
-    def cancel(self, running: RunningRequest, branch: int | None = None) -> None:
+    async def cancel(self, running: RunningRequest, branch: int | None = None) -> None:
         """End a request or one of its branches. The end appears in the request's output."""
+        await self._call(self._cancel, running, branch)
+
+    def _cancel(self, running: RunningRequest, branch: int | None = None) -> None:
         samples = [(number, None) for number in running.numbers] if branch is None else [running.find(branch)]
         for number, index in samples:
             self._engine.cancel(number, index)
         self._wake.set()
 
-    def release(self, running: RunningRequest) -> None:
+    def release(self, running: RunningRequest) -> Future[None]:
         """End a request whose output is no longer read."""
         for number in running.numbers:
             del self._readers[number]
-        self.cancel(running)
+        return self._calls.submit(self._cancel, running)
 
     def stop(self) -> None:
         """End the thread after the current step."""
@@ -208,9 +261,7 @@ class EngineLoop:
 
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         torch.set_num_threads(self._num_threads)  # OpenMP keeps the number per calling thread
-        if sys.platform == "linux":
-            # Linux has a priority per thread: on a busy machine the event loop goes first.
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        lower_priority()
 
     def _step(self) -> tuple[dict[int, list[pm.Event]], set[int]]:
         """Returns the events by sample, and the samples that ended.
@@ -249,5 +300,5 @@ class EngineLoop:
                 running.put(number, events, number in ended)
 
     def _close_all(self) -> None:
-        for running in set(self._readers.values()):
+        for running in set(self._readers.copy().values()):  # a call may be adding another
             running.outputs.put_nowait(None)

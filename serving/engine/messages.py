@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from parallelmind.engine.output import Event
 from parallelmind.engine.request import ResumeState, TokenizedRequest
 from parallelmind.engine.sampling_params import SamplingParams
 
-_EVENT_FIELDS = [field.name for field in fields(Event)]
+_EVENT_FIELDS = [each.name for each in fields(Event)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,7 @@ class EngineRequest:
     model: the model's name as the client gave it.
     prompt_tokens: as the client counts them; None: of main and of every branch that starts.
     resume, adapter_version: where a lost engine stopped, and the version of the adapter that it used.
+    joined: the indices of branches that were added there, by the keys of those calls.
     """
 
     id: str
@@ -32,6 +33,7 @@ class EngineRequest:
     prompt_tokens: int | None = None
     resume: ResumeState | None = None
     adapter_version: str | None = None
+    joined: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -62,12 +64,16 @@ class EngineRequest:
 
 
 class BranchStarted(NamedTuple):
-    """A branch begins. pos2d: branch and time coordinate of its first prompt token."""
+    """A branch begins. pos2d: branch and time coordinate of its first prompt token.
+
+    key: of the call that added the branch; None if the request holds it.
+    """
 
     branch: int
     prompt: list[int]
     params: SamplingParams
     pos2d: tuple[int, int]
+    key: str | None = None
 
 
 class StepOutput(NamedTuple):

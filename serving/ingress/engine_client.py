@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from time import perf_counter
 from typing import Any
 
@@ -14,11 +15,12 @@ from parallelmind.engine.sampling_params import SamplingParams
 from serving.config import AppConfig
 from serving.engine.messages import EngineRequest, RejectedRequest, StepOutput
 from serving.ingress.failover import stream_with_failover, with_deadline
-from serving.observability.metrics import IngressMetrics, MetricFamily
+from serving.observability.metrics import IngressMetrics, MetricFamily, engine_up
 from serving.protocol.branches_response import BranchTracker
 from serving.protocol.errors import ErrorInfo, RequestError, rejection_error
+from serving.runtime.ray_private import broadcast
 
-_CONTROL_TIMEOUT_S = 5.0  # of calls that do not decode
+_CONTROL_TIMEOUT_S = 3.0  # for the answer of one replica to a call that does not decode
 
 
 class EngineClient:
@@ -63,48 +65,84 @@ class EngineClient:
                 metrics.tokens.labels(model, "completion").inc(event.token is not None)
             yield step
 
-    async def add_branch(self, sample: str, ids: list[int], params: SamplingParams) -> int:
+    async def add_branch(self, sample: str, ids: list[int], params: SamplingParams, key: str) -> int:
         """Add a branch to a running sample and return its index.
 
-        Raises RequestError if no engine has the sample, or the branch is rejected.
+        key: further calls with the same one add nothing and return the same. Raises RequestError if no engine
+        that answers has the sample, or the branch is rejected.
         """
-        for result in await self._ask_all("add_branch", sample, ids, params):
-            if isinstance(result, RejectedRequest):
-                raise rejection_error(result)
-            if result is not None:
-                return int(result)
-        raise _sample_not_found(sample)
+        result = await self._ask_owner("add_branch", sample, ids, params, key)
+        if isinstance(result, RejectedRequest):
+            raise rejection_error(result)
+        return int(result)
 
     async def cancel(self, sample: str, branch: int | None) -> None:
-        """End a sample or one of its branches. Raises RequestError if no engine has the sample."""
-        if not any(await self._ask_all("cancel", sample, branch)):
-            raise _sample_not_found(sample)
+        """End a sample or one of its branches. Raises RequestError as `add_branch` does."""
+        await self._ask_owner("cancel", sample, branch)
 
     async def is_healthy(self) -> bool:
         """Whether an engine computes; with min_replicas=0 also if there is none, since one can be started."""
-        if not self._config.replicas.min_replicas and not await self._ask_all("ping"):
-            return True
-        try:
-            await asyncio.wait_for(self._engine.ping.remote(), _CONTROL_TIMEOUT_S)
-        except Exception:  # any error means that the engine does not answer
-            return False
-        return True
+        any_replica = False
+        async with aclosing(self._answers("ping")) as answers:
+            async for answer in answers:
+                if not isinstance(answer, Exception):
+                    return True
+                any_replica = True
+        return not any_replica and not self._config.replicas.min_replicas
 
     async def metric_families(self) -> dict[str, list[MetricFamily]]:
-        """The metrics of this process and of every engine, by the name of the process."""
-        return {"front": self._metrics.families(), **dict(await self._ask_all("metrics"))}
+        """The metrics of this process and of every engine, by the name of the process.
 
-    async def _ask_all(self, method: str, *args: Any) -> list[Any]:
-        """Results of a method from all replicas that responded."""
+        Of an engine that does not answer, only that is known.
+        """
+        families, num_silent = {"front": self._metrics.families()}, 0
+        async for answer in self._answers("metrics"):
+            if isinstance(answer, Exception):
+                num_silent += 1
+                families[f"silent-{num_silent}"] = [engine_up(False)]
+            else:
+                name, own = answer
+                families[name] = [*own, engine_up(True)]
+        return families
+
+    async def _ask_owner(self, method: str, sample: str, *args: Any) -> Any:
+        """The result of a method from the engine that has a sample, whether or not the others answer.
+
+        Raises RequestError if none has it, or none that answers.
+        """
+        num_silent = 0
+        async with aclosing(self._answers(method, sample, *args)) as answers:
+            async for answer in answers:
+                if isinstance(answer, Exception):
+                    num_silent += 1
+                elif answer is not None:
+                    return answer
+        raise _not_answering(sample) if num_silent else _sample_not_found(sample)
+
+    async def _answers(self, method: str, *args: Any) -> AsyncGenerator[Any, None]:
+        """The result of a method from every replica, as they come.
+
+        For a replica that fails or does not answer in time it is the exception.
+        """
         try:
-            responses = self._engine.broadcast(method, *args)
-            results = await responses.results_async(timeout_s=_CONTROL_TIMEOUT_S, return_exceptions=True)
+            async with asyncio.timeout(_CONTROL_TIMEOUT_S):
+                results = await broadcast(self._engine, method, *args)
         except DeploymentUnavailableError:
-            return []
-        except TimeoutError:
-            info = ErrorInfo(message="an engine does not respond; try again", type="server_error")
-            raise RequestError(503, info) from None
-        return [result for result in results if not isinstance(result, BaseException)]
+            return
+        except TimeoutError as error:  # Serve does not know the replicas yet
+            yield error
+            return
+        tasks = [asyncio.ensure_future(asyncio.wait_for(result, _CONTROL_TIMEOUT_S)) for result in results]
+        try:
+            for task in asyncio.as_completed(tasks):
+                try:
+                    answer = await task
+                except Exception as error:
+                    answer = error
+                yield answer
+        finally:
+            for pending in tasks:
+                pending.cancel()
 
 
 async def _prepend(
@@ -116,6 +154,12 @@ async def _prepend(
             yield step
     finally:
         await rest.aclose()
+
+
+def _not_answering(sample: str) -> RequestError:
+    message = f"sample {sample[:80]!r}: an engine that may have it does not answer; send the request again"
+    info = ErrorInfo(message=message, type="server_error", code="engine_silent")
+    return RequestError(503, info, {"retry-after": "1"})
 
 
 def _sample_not_found(sample: str) -> RequestError:

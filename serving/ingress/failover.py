@@ -44,7 +44,7 @@ class RequestReplay:
         self._request, self._samples = request, request.samples
         self._num_prompt = list(map(len, request.prompts))
         num_branches = request.num_branches
-        self._announced = set[int]()
+        self._announced, self._joined = set[int](), dict[str, int]()
         self._start_times: list[int | None] = [None] * num_branches
         self._tokens: list[list[int]] = [[] for _ in range(num_branches)]
         self._finish_reasons: list[FinishReason | None] = [None] * num_branches
@@ -62,6 +62,8 @@ class RequestReplay:
         new_branches = [started for started in step.started if started.branch not in self._announced]
         for started in new_branches:
             self._announced.add(started.branch)
+            if started.key is not None:
+                self._joined[started.key] = started.branch
             if started.branch == len(self._tokens):
                 self._add_branch(started)
             self._start_times[started.branch] = started.pos2d[1]
@@ -87,7 +89,11 @@ class RequestReplay:
             return self._request
         resume = ResumeState(self._start_times, self._tokens, self._finish_reasons)
         return replace(
-            self._request, samples=self._samples, resume=resume, adapter_version=self._adapter_version
+            self._request,
+            samples=self._samples,
+            resume=resume,
+            adapter_version=self._adapter_version,
+            joined=self._joined,
         )
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+from uuid import uuid4
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Header, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.staticfiles import StaticFiles
@@ -42,6 +43,7 @@ from serving.protocol.openai_response import (
     response_chunks,
 )
 
+_MAX_KEY_CHARS = 200
 _WEB_DIR = Path(__file__).parents[1] / "web"
 _PAGE_HEADERS = {
     "content-security-policy": "default-src 'self'",
@@ -124,11 +126,20 @@ def _add_branches_routes(app: FastAPI, preprocessor: RequestPreprocessor, engine
         return JSONResponse(await branches_response(work, steps))
 
     @app.post("/v1/branches/{sample}/branches", status_code=201)
-    async def join(sample: str, body: AddBranchRequest, request: Request) -> AddBranchResponse:
-        """Add a branch to a running sample; its output is part of the sample's stream."""
+    async def join(
+        sample: str,
+        body: AddBranchRequest,
+        request: Request,
+        idempotency_key: Annotated[str | None, Header(max_length=_MAX_KEY_CHARS)] = None,
+    ) -> AddBranchResponse:
+        """Add a branch to a running sample; its output is part of the sample's stream.
+
+        A request that is sent again with the same Idempotency-Key adds no second branch.
+        """
         size = await _body_bytes(request)
         ids, params = await preprocessor.run(preprocessor.added_branch, body, size)
-        return AddBranchResponse(id=sample, index=await engines.add_branch(sample, ids, params))
+        key = idempotency_key or uuid4().hex
+        return AddBranchResponse(id=sample, index=await engines.add_branch(sample, ids, params, key))
 
     @app.delete("/v1/branches/{sample}/branches/{index}", status_code=204)
     async def cancel(sample: str, index: int) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 from prometheus_client import (
@@ -17,7 +17,7 @@ from prometheus_client import (
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from parallelmind.engine.scheduler import PREFILL_KINDS, EngineStats, PrefillKind
+from parallelmind.engine.scheduler import EngineStats, PrefillKind
 
 _STEP_BUCKETS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 _FIRST_TOKEN_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -45,8 +45,10 @@ class ProcessMetrics:
     def _counter(self, name: str, help: str, *labels: str) -> Counter:
         return Counter(_PREFIX + name, help, labels, registry=self._registry)
 
-    def _gauge(self, name: str, help: str, read: Callable[[], float] | None = None) -> Gauge:
-        gauge = Gauge(_PREFIX + name, help, registry=self._registry)
+    def _gauge(
+        self, name: str, help: str, read: Callable[[], float] | None = None, labels: Sequence[str] = ()
+    ) -> Gauge:
+        gauge = Gauge(_PREFIX + name, help, labels, registry=self._registry)
         if read is not None:
             gauge.set_function(read)
         return gauge
@@ -97,12 +99,43 @@ _KINDS: dict[PrefillKind, str] = {
     "branch": "prompts of branches",
     "preempted": "samples that were preempted",
 }
+_LOADS: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
+    "live_branches": ("branches being decoded", attrgetter("live_branches")),
+    "waiting_branches": ("branches waiting for room in the cache", attrgetter("waiting_branches")),
+    "waiting_tokens": ("prompt tokens not yet computed", attrgetter("waiting_tokens")),
+    "cache_tokens": ("capacity of the KV cache in tokens", attrgetter("cache_tokens")),
+    "cache_held_tokens": ("tokens of the KV cache in use", attrgetter("held_tokens")),
+    "cache_reserved_tokens": (
+        "tokens of the KV cache that running samples still need for their prompts, beyond those in use",
+        attrgetter("reserved_tokens"),
+    ),
+    "oldest_waiting_seconds": (
+        "seconds since the oldest sample that waits for room in the cache was submitted",
+        lambda stats: max(stats.waiting_s, default=0),
+    ),
+    "preemptions": (
+        "times that a running sample has lost its cache blocks to an older one",
+        attrgetter("preemptions"),
+    ),
+    "prefix_reused_share": (
+        "share of all tokens to prefill that were found in the prefix cache",
+        attrgetter("reused_share"),
+    ),
+    **{
+        f"{kind}_reused_share": (
+            f"prefix_reused_share of {name}",
+            lambda stats, kind=kind: stats.reused_share_by_kind[kind],  # type: ignore[misc]
+        )
+        for kind, name in _KINDS.items()
+    },
+}
+_WAITING_AGES_S = (0, 1, 5, 30)
 
 
 class EngineMetrics(ProcessMetrics):
     """Metrics of an engine process."""
 
-    def __init__(self, stats: Callable[[], EngineStats], num_adapters: Callable[[], int]) -> None:
+    def __init__(self, num_adapters: Callable[[], int]) -> None:
         super().__init__()
         self._steps = self._histogram(
             "step_seconds",
@@ -110,40 +143,31 @@ class EngineMetrics(ProcessMetrics):
             _STEP_BUCKETS_S,
             "part",
         )
-        self._gauge("live_branches", "branches being decoded", lambda: stats().live_branches)
-        self._gauge(
-            "waiting_branches", "branches waiting for room in the cache", lambda: stats().waiting_branches
+        self._loads = {name: self._gauge(name, help) for name, (help, _) in _LOADS.items()}
+        self._waiting = self._gauge(
+            "waiting_samples",
+            "samples that have waited for room in the cache at least this long",
+            labels=["seconds"],
         )
-        self._gauge("waiting_tokens", "prompt tokens not yet computed", lambda: stats().waiting_tokens)
-        self._gauge("cache_tokens", "capacity of the KV cache in tokens", lambda: stats().cache_tokens)
-        self._gauge("cache_held_tokens", "tokens of the KV cache in use", lambda: stats().held_tokens)
-        self._gauge(
-            "oldest_waiting_seconds",
-            "seconds since the oldest sample that waits for room in the cache was submitted",
-            lambda: stats().oldest_waiting_s,
-        )
-        self._gauge(
-            "preemptions",
-            "times that a running sample has lost its cache blocks to an older one",
-            lambda: stats().preemptions,
-        )
-        self._gauge(
-            "prefix_reused_share",
-            "share of all tokens to prefill that were found in the prefix cache",
-            lambda: stats().reused_share,
-        )
-        for kind in PREFILL_KINDS:
-            share = partial(_reused_share, stats, kind)
-            self._gauge(f"{kind}_reused_share", f"prefix_reused_share of {_KINDS[kind]}", share)
         self._gauge("loaded_adapters", "adapters in memory", num_adapters)
 
     def observe_step(self, total_s: float, model_s: float) -> None:
         self._steps.labels("model").observe(model_s)
         self._steps.labels("engine").observe(total_s - model_s)
 
+    def families_of(self, stats: EngineStats) -> list[MetricFamily]:
+        """The metrics, with this load of the engine."""
+        for name, (_, read) in _LOADS.items():
+            self._loads[name].set(read(stats))
+        for age in _WAITING_AGES_S:
+            self._waiting.labels(str(age)).set(sum(waited >= age for waited in stats.waiting_s))
+        return self.families()
 
-def _reused_share(stats: Callable[[], EngineStats], kind: PrefillKind) -> float:
-    return stats().reused_share_by_kind[kind]
+
+def engine_up(answers: bool) -> MetricFamily:
+    """Whether an engine process has answered in time, for the exposition of all processes."""
+    name = f"{_PREFIX}engine_up"
+    return MetricFamily(name, "1 if the engine answers, 0 if not", "gauge", [(name, {}, float(answers))])
 
 
 class _CollectedMetrics(Collector):

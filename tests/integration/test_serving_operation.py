@@ -64,7 +64,7 @@ def application(folders: list[Path], registry: str) -> Iterator[Application]:
         "base_model": str(root / "base"),
         "visibility": "isolated",
         "mlflow_uri": registry,
-        "refresh_s": 0,
+        "refresh_s": 0.2,
     }
     with cluster(python, cpus=4, serves=True) as dashboard:
         deployed = Application(python, dashboard, root)
@@ -135,10 +135,11 @@ def test_a_new_adapter_version_serves_samples_that_start_after_it(
         running = [pool.submit(outputs_of, server, number % 2 == 0, **changes) for number in range(4)]
         wait_until(lambda: server.metric("live_branches") == 8)
         tracking.MlflowClient(registry).set_registered_model_alias("demo", "champion", "2")
-        after_update = outputs_of(server, **{**changes, "max_tokens": 8})
+        new = [tokens[:8] for tokens in second]
+        assert new != [tokens[:8] for tokens in first]
+        wait_until(lambda: outputs_of(server, **{**changes, "max_tokens": 8}) == new)
         assert not any(output.done() for output in running)
     assert [output.result() for output in running] == [first] * 4
-    assert after_update == [tokens[:8] for tokens in second] != [tokens[:8] for tokens in first]
 
 
 @pytest.mark.full

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from threading import RLock
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from parallelmind.engine.model_runner import Model
 from parallelmind.errors import UserError
 from parallelmind.model.adapter import SavedAdapter, attach, read_saved
+from parallelmind.model.adapter_copy import is_movable, move_adapter
 from parallelmind.model.structure import causal_lm
 from parallelmind.model.weights import ADAPTER
 
@@ -28,6 +30,15 @@ _load_numbers = count(1)
 
 # Models whose last switch of adapters has not completed: an error leaves their layers with different ones.
 _half_switched: WeakSet[PreTrainedModel] = WeakSet()
+
+
+@dataclass(frozen=True, slots=True)
+class TriedAdapter:
+    """An adapter that fits the model. adapted: a copy of the model with it."""
+
+    version: str
+    saved: SavedAdapter
+    adapted: PeftModel
 
 
 class AdapterManager:
@@ -56,7 +67,7 @@ class AdapterManager:
         self._sharers.add(self)
 
     def read(self, name: str, folder: str | Path) -> SavedAdapter:
-        """Read an adapter for `install`, while the model may be in use.
+        """Read an adapter for `try_on`, while the model may be in use.
 
         Raises UserError for a folder that is not an adapter of this base model, or whose rope settings differ
         from the model's.
@@ -65,30 +76,33 @@ class AdapterManager:
             raise UserError(f"adapter={name!r}: names the model without an adapter; choose another name")
         return read_saved(self.model, self._tokenizer, folder)
 
-    def install(self, name: str, saved: SavedAdapter, check: Callable[[Model], None] | None = None) -> None:
-        """Add an adapter to the model under a name, in place of an earlier one of that name.
+    def try_on(
+        self, copy: PreTrainedModel, saved: SavedAdapter, check: Callable[[Model], None] | None = None
+    ) -> TriedAdapter:
+        """Add an adapter to a `shared_copy` of the model, for `install`, while the model may be in use.
 
-        check: called with the model while the adapter is active; may raise. After an error the adapters are
-        unchanged. Raises UserError for weights that do not fit the model.
+        check: called with the adapted copy; may raise. Raises UserError for weights that do not fit.
         """
+        version = f"{ADAPTER}-{next(_load_numbers)}"
+        adapted = attach(copy, saved, version).eval()
+        if check is not None:
+            check(adapted)
+        return TriedAdapter(version, saved, adapted)
+
+    def install(self, name: str, tried: TriedAdapter) -> None:
+        """Add an adapter to the model under a name, in place of an earlier one of that name."""
         if not isinstance(self.model, PeftModel) and len(self._sharers) > 1:
             raise UserError(
                 f"adapter={name!r}: another engine decodes with the bare model; load before it is made"
             )
-        version = f"{ADAPTER}-{next(_load_numbers)}"
-        self.model = attach(self.model, saved, version).eval()
-        self._loaded.add(version)
+        moved = move_adapter(tried.adapted, self.model, tried.version) if is_movable(tried.adapted) else None
+        self.model = moved or attach(self.model, tried.saved, tried.version).eval()
+        self._loaded.add(tried.version)
+        with self._state_lock:
+            self._version_by_name[name] = tried.version
         # After the first adapter of a model is added, an adapter must be active.
-        active = version if self._active == BASE else self._active
-        try:
-            if check is not None:
-                self._activate(version)
-                check(self.model)
-            with self._state_lock:
-                self._version_by_name[name] = version
-        finally:
-            self._activate(active)
-            self.collect()
+        self._activate(tried.version if self._active == BASE else self._active)
+        self.collect()
 
     def unload(self, name: str) -> None:
         """Remove a name; samples that use its adapter keep it. Raises UserError for an unknown name."""

@@ -34,6 +34,7 @@ from parallelmind.engine.tokenization import eos_token_ids, tokenize_branches, t
 from parallelmind.engine.validation import check_fork, check_group, check_join, check_reduce, check_token_ids
 from parallelmind.errors import UserError, first_line
 from parallelmind.model import forward_context
+from parallelmind.model.adapter_copy import shared_copy
 from parallelmind.model.patch_state import is_patched, rope_config
 from parallelmind.model.structure import causal_lm
 from parallelmind.model.support import assess
@@ -112,16 +113,20 @@ class Engine:
     ) -> None:
         """Load an adapter under a name. Samples that run with an earlier adapter of that name keep it.
 
-        Steps continue while its files are read; the model takes it between two steps.
-        check: called with the model while the new adapter is active; if it raises, the earlier one stays.
+        Steps continue while it is read and checked on a copy of the model, which shares the model's weights;
+        the model takes it between two steps.
+        check: called with that copy; if it raises, the earlier adapter stays.
         Raises UserError for a folder that is not an adapter of this base model, or whose rope settings differ
         from the model's.
         """
         with self._load_lock:
             saved = self.adapters.read(name, folder)
             with self._step_lock:
+                copy = shared_copy(self.model)
+            tried = self.adapters.try_on(copy, saved, check)
+            with self._step_lock:
                 try:
-                    self.adapters.install(name, saved, check)
+                    self.adapters.install(name, tried)
                 finally:
                     self.runner.set_model(self.adapters.model)
 

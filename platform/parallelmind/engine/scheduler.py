@@ -20,7 +20,14 @@ import numpy as np
 
 from parallelmind.engine.block_manager import BLOCK, BlockManager
 from parallelmind.engine.output import FinishReason
-from parallelmind.engine.planner import Adoption, FilledBlocks, Plan, Planner, ScheduledGroup
+from parallelmind.engine.planner import (
+    Adoption,
+    FilledBlocks,
+    Plan,
+    Planner,
+    ScheduledGroup,
+    missing_blocks,
+)
 from parallelmind.engine.sequence import BranchState, SegmentState
 from parallelmind.engine.sequence_group import SequenceGroup
 from parallelmind.errors import UserError
@@ -60,9 +67,10 @@ class EngineStats:
     """Load of an engine.
 
     waiting_tokens: prompt tokens that are still to be computed, of waiting and of running samples.
-    held_tokens: cache slots that running samples hold.
+    held_tokens: cache slots that running samples hold. reserved_tokens: further ones that they need for the
+        tokens they have; no other sample is admitted to these.
     preemptions: how often a running sample has lost its cache blocks to an older one.
-    oldest_waiting_s: seconds since the oldest waiting sample was submitted; 0 if none waits.
+    waiting_s: seconds since each waiting sample was submitted.
     reused_share: share of all tokens to prefill that were found in the cache. reused_share_by_kind: the same
         for mains, for prompts of branches, and for samples that were preempted.
     """
@@ -73,9 +81,10 @@ class EngineStats:
     live_branches: int
     waiting_tokens: int
     held_tokens: int
+    reserved_tokens: int
     cache_tokens: int
     preemptions: int
-    oldest_waiting_s: float
+    waiting_s: tuple[float, ...]
     reused_share: float
     reused_share_by_kind: Mapping[PrefillKind, float]
 
@@ -140,9 +149,10 @@ class Scheduler:
             live_branches=sum(len(group.running_branches) for group in self.running),
             waiting_tokens=sum(group.num_waiting_prefill for group in [*self.waiting, *self.running]),
             held_tokens=self.block_manager.num_allocated * BLOCK,
+            reserved_tokens=sum(map(missing_blocks, self.running)) * BLOCK,
             cache_tokens=self.block_manager.num_blocks * BLOCK,
             preemptions=self.num_preemptions,
-            oldest_waiting_s=monotonic() - self.waiting[0].submitted_at if self.waiting else 0.0,
+            waiting_s=tuple(monotonic() - group.submitted_at for group in self.waiting),
             reused_share=self.num_reused_tokens / max(self.num_prefill.total(), 1),
             reused_share_by_kind={
                 kind: self.num_reused[kind] / max(self.num_prefill[kind], 1) for kind in PREFILL_KINDS

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from time import monotonic
+from threading import Event
 from typing import Any
 
 import pytest
@@ -26,7 +27,9 @@ from parallelmind.engine.model_runner import ModelRunner
 from parallelmind.engine.request import Sample
 from parallelmind.errors import UserError
 from serving.config import AppConfig
+from serving.engine import adapter_registry
 from serving.engine.adapter_registry import AdapterRegistry, AdapterVersionGoneError
+from serving.engine.adapter_sources import AdapterVersion
 from serving.observability.log import log
 
 SAMPLE = Sample(list(range(50, 90)), [[5, 6, 7], [8]])
@@ -40,12 +43,35 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def make_registry(engine: Engine, folders: list[Path], **fields: Any) -> AdapterRegistry:
     return AdapterRegistry(
-        engine, AppConfig.of({"base_model": str(folders[0].parent / "base"), "refresh_s": 0, **fields})
+        engine, AppConfig.of({"base_model": str(folders[0].parent / "base"), "refresh_s": 0.001, **fields})
     )
 
 
 def resolve(registry: AdapterRegistry, model: str, version: str | None = None) -> str | None:
-    return asyncio.run(registry.resolve(model, version))
+    return used(registry, model, version)[0]
+
+
+def used(registry: AdapterRegistry, model: str, version: str | None = None) -> tuple[str | None, str]:
+    """The name in the engine and the version that a sample of this model would use."""
+
+    async def use() -> tuple[str | None, str]:
+        async with registry.use(model, version) as adapter:
+            pass
+        await asyncio.gather(*registry._tasks.values())
+        return adapter
+
+    return asyncio.run(use())
+
+
+def refreshed(registry: AdapterRegistry, model: str) -> str | None:
+    """As `resolve`, after the background has looked for a new version."""
+
+    async def refresh() -> None:
+        await registry.refresh(model)
+        await asyncio.gather(*registry._tasks.values())
+
+    asyncio.run(refresh())
+    return resolve(registry, model)
 
 
 def adapter_names(folders: list[Path]) -> dict[str, str]:
@@ -90,7 +116,7 @@ def test_a_new_version_serves_samples_that_start_after_it(folders: list[Path], t
     number = engine.submit(SAMPLE, adapter=resolve(registry, "base:live"), **SETTINGS)
     first = tokens_by_branch(engine.step())
     save_random_adapter(folder, ModelConfig(base_model=str(folders[0].parent / "base")), seed=1)
-    after = engine.submit(SAMPLE, adapter=resolve(registry, "base:live"), **SETTINGS)
+    after = engine.submit(SAMPLE, adapter=refreshed(registry, "base:live"), **SETTINGS)
     tokens = tokens_by_branch(run_to_end(engine))
     assert [first[number, branch] + tokens[number, branch] for branch in range(2)] == before
     assert [tokens[after, branch] for branch in range(2)] == decode(
@@ -144,16 +170,17 @@ def test_a_damaged_version_leaves_the_old_one_in_use(
     engine = tiny_engine(ISOLATED)
     registry = make_registry(engine, folders, adapter_root=str(tmp_path))
     before = decode(engine, SAMPLE, adapter=resolve(registry, "live"), **SETTINGS)
-    started_version = registry.version_of("live")
+    started_version = used(registry, "live")[1]
     (folder / "parallelmind.json").write_text("{")
     for version in (None, started_version, None):
+        refreshed(registry, "live")
         assert decode(engine, SAMPLE, adapter=resolve(registry, "live", version), **SETTINGS) == before
     assert [record.getMessage().partition(":")[0] for record in caplog.records] == ["adapter 'live'"]
     with pytest.raises(UserError):
         resolve(registry, "live", "another")
     shutil.rmtree(folder)
     shutil.copytree(folders[1], folder)
-    assert decode(engine, SAMPLE, adapter=resolve(registry, "live"), **SETTINGS) != before
+    assert decode(engine, SAMPLE, adapter=refreshed(registry, "live"), **SETTINGS) != before
 
 
 def test_a_version_that_failed_its_check_is_not_loaded_again(
@@ -172,27 +199,129 @@ def test_a_version_that_failed_its_check_is_not_loaded_again(
     )
     with monkeypatch.context() as wrong:
         wrong.setattr(ModelRunner, "__call__", lambda self, step: call(self, step) * 1.01)
-        assert [resolve(registry, "live") for _ in range(3)] == ["live"] * 3
+        assert [refreshed(registry, "live") for _ in range(3)] == ["live"] * 3
     assert len(loads) == 1
     assert decode(engine, SAMPLE, adapter="live", **SETTINGS) == before
 
 
-def test_an_unreachable_registry_leaves_loaded_adapters_in_use(
-    folders: list[Path], tmp_path: Path, monkeypatch: Any
+class SlowSource:
+    """Stands for `find_newest` where the source of one model does not answer until `answers`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, slow: str) -> None:
+        self._find, self._slow = adapter_registry.find_newest, slow
+        self.asked, self.answers, self.times = Event(), Event(), 0
+        self.error: Exception | None = None
+        monkeypatch.setattr(adapter_registry, "find_newest", self)
+
+    def __call__(self, config: Any, model: str) -> AdapterVersion:
+        if model == self._slow:
+            self.times += 1
+            self.asked.set()
+            assert self.answers.wait(60)
+            if self.error is not None:
+                raise self.error
+        return self._find(config, model)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0)
+
+
+async def name_of(registry: AdapterRegistry, model: str) -> str | None:
+    async with registry.use(model) as (name, _):
+        return name
+
+
+def test_a_source_that_does_not_answer_delays_nobody_who_uses_another_adapter(
+    folders: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
-        monkeypatch.setenv(name, "")  # to be as it was afterwards
-        monkeypatch.delenv(name)
-    registry = make_registry(tiny_engine(ISOLATED), folders, mlflow_uri="http://127.0.0.1:9", refresh_s=0.5)
-    find = AdapterRegistry._find_newest
-    monkeypatch.setattr(AdapterRegistry, "_find_newest", lambda *_: ("1", lambda _: folders[0]))
-    resolve(registry, "models:/demo@champion")
-    monkeypatch.setattr(AdapterRegistry, "_find_newest", find)
-    began = monotonic()
-    registry._loaded["models:/demo@champion"].checked_at = 0.0
-    for _ in range(100):  # all but the first within refresh_s
-        assert resolve(registry, "models:/demo@champion") == "models:/demo@champion"
-    assert monotonic() - began < 20
+    registry = make_registry(tiny_engine(ISOLATED), folders, adapters=adapter_names(folders))
+
+    async def run() -> None:
+        source = SlowSource(monkeypatch, "one")
+        waiting = [asyncio.ensure_future(name_of(registry, "one")) for _ in range(40)]
+        await until(source.asked.is_set)
+        assert await name_of(registry, "two") == "two"
+        waiting.pop().cancel()  # a client leaves; the others wait on
+        assert not any(task.done() for task in waiting)
+        source.answers.set()
+        assert await asyncio.gather(*waiting) == ["one"] * 39
+        assert source.times == 1
+
+    asyncio.run(run())
+
+
+def test_a_loaded_adapter_is_used_while_its_source_does_not_answer(
+    folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = make_registry(tiny_engine(ISOLATED), folders, adapters=adapter_names(folders))
+
+    async def run() -> None:
+        await name_of(registry, "one")
+        source = SlowSource(monkeypatch, "one")
+        refreshing = asyncio.ensure_future(registry.keep_fresh())
+        await until(source.asked.is_set)
+        assert [await name_of(registry, "one") for _ in range(3)] == ["one"] * 3
+        source.error = UserError("model: the registry is gone")
+        source.answers.set()
+        await until(lambda: source.times > 2)  # it is asked again and again
+        assert await name_of(registry, "one") == "one"
+        refreshing.cancel()
+
+    asyncio.run(run())
+
+
+def test_an_adapter_that_cannot_be_loaded_is_not_tried_again_for_a_while(
+    folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = make_registry(tiny_engine(ISOLATED), folders, adapters=adapter_names(folders), refresh_s=1000)
+
+    async def run() -> None:
+        source = SlowSource(monkeypatch, "one")
+        source.error = UserError("model='one': is damaged")
+        source.answers.set()
+        for _ in range(3):
+            with pytest.raises(UserError, match="is damaged"):
+                await name_of(registry, "one")
+        assert source.times == 1
+        source.error = None
+        registry._failures.clear()  # as after refresh_s seconds
+        assert await name_of(registry, "one") == "one"
+
+    asyncio.run(run())
+
+
+def test_an_adapter_in_use_is_not_evicted(folders: list[Path]) -> None:
+    engine = tiny_engine(ISOLATED)
+    registry = make_registry(engine, folders, adapters=adapter_names(folders), max_adapters=1)
+
+    async def run() -> None:
+        async with registry.use("one") as (one, _):
+            await name_of(registry, "two")
+            engine.cancel(engine.submit(SAMPLE, adapter=one, **SETTINGS))
+        assert registry.num_loaded() == 2
+        async with registry.use("one"), registry.use("two"):
+            pass
+
+    asyncio.run(run())
+
+
+def test_an_adapter_that_is_too_large_is_refused_before_it_is_read(folders: list[Path]) -> None:
+    registry = make_registry(
+        tiny_engine(ISOLATED), folders, adapters=adapter_names(folders), max_adapter_bytes=1000
+    )
+    with pytest.raises(UserError, match=r"model='one': its adapter has \d+ bytes, 1000 allowed"):
+        resolve(registry, "one")
+
+
+@pytest.mark.parametrize("name", ["models:/other@champion", "models:/other/1"])
+def test_only_listed_models_of_the_registry_are_served(folders: list[Path], name: str) -> None:
+    registry = make_registry(
+        tiny_engine(ISOLATED), folders, mlflow_uri="http://127.0.0.1:9", registry_models="[demo]"
+    )
+    with pytest.raises(UserError, match="not served here"):
+        resolve(registry, name)
 
 
 def test_a_sample_is_not_resumed_with_another_version_of_a_folder(
@@ -201,12 +330,14 @@ def test_a_sample_is_not_resumed_with_another_version_of_a_folder(
     folder = tmp_path / "live"
     shutil.copytree(folders[0], folder)
     registry = make_registry(tiny_engine(ISOLATED), folders, adapter_root=str(tmp_path))
-    started_version = registry.version_of(resolve(registry, "base:live"))
+    started_version = used(registry, "base:live")[1]
     assert resolve(registry, "base:live", started_version) == "base:live"
     save_random_adapter(folder, ModelConfig(base_model=str(folders[0].parent / "base")), seed=1)
+    assert resolve(registry, "base:live", started_version) == "base:live"  # it is still loaded
+    refreshed(registry, "base:live")
     with pytest.raises(AdapterVersionGoneError, match="model='base:live': has a new version"):
         resolve(registry, "base:live", started_version)
-    assert [registry.version_of(resolve(registry, name, "")) for name in ("base", "base")] == ["", ""]
+    assert used(registry, "base", "") == ("base", "")
 
 
 class EmptyConfig(FrozenConfig):
@@ -233,12 +364,12 @@ def test_the_model_registry_resolves_aliases_to_versions(
     assert decode(engine, SAMPLE, adapter=resolve(registry, "models:/demo/2"), **SETTINGS) == expected[1]
     tracking.MlflowClient(uri).set_registered_model_alias("demo", "champion", "2")
     assert (
-        decode(engine, SAMPLE, adapter=resolve(registry, "models:/demo@champion"), **SETTINGS) == expected[1]
+        decode(engine, SAMPLE, adapter=refreshed(registry, "models:/demo@champion"), **SETTINGS)
+        == expected[1]
     )
-    moved = resolve(
-        registry, "models:/demo@champion", version="1"
-    )  # by a sample that had started_version with it on another engine
-    assert (moved, registry.version_of(moved)) == ("models:/demo/1", "1")
-    assert decode(engine, SAMPLE, adapter=moved, **SETTINGS) == expected[0]
+    # By a sample that has started with it on another engine.
+    moved = used(registry, "models:/demo@champion", version="1")
+    assert moved == ("models:/demo/1", "1")
+    assert decode(engine, SAMPLE, adapter=moved[0], **SETTINGS) == expected[0]
     with pytest.raises(UserError, match="model='models:/demo@nobody': not in the registry"):
         resolve(registry, "models:/demo@nobody")

@@ -75,12 +75,12 @@ class DyingEngines:
             raise ActorDiedError
         with running_loop(tiny_engine(self._config)) as loop:
             try:
-                running = loop.submit(request, None)
+                running = await loop.submit(request, None)
             except UserError as error:
                 yield RejectedRequest(str(error))
                 return
             version = request.adapter_version or f"version {len(self.requests)}"
-            yield pack_step(StepOutput([], loop.started_branches(running, request), version))
+            yield pack_step(StepOutput([], running.started, version))
             while (step := await loop.next_output(running)) is not None:
                 lifetime -= 1
                 if lifetime == 0:

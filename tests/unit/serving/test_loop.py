@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
-from threading import Event
+from threading import Event, current_thread
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from tiny import tiny_tokenizer
 from parallelmind.engine.engine import Engine
 from parallelmind.engine.output import Event as EngineEvent
 from parallelmind.engine.request import Sample
+from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.engine.tokenization import tokenize_request
 from serving.engine.loop import EngineLoop, EngineStuckError, RunningRequest
 from serving.engine.messages import EngineRequest
@@ -52,9 +53,9 @@ def test_a_failed_step_ends_its_samples_and_the_engine_goes_on() -> None:
 
     async def run() -> tuple[list[EngineEvent], list[EngineEvent]]:
         with running_loop(engine) as loop:
-            failed = await read_to_end(loop, loop.submit(sample_request(reduce=True), None))
+            failed = await read_to_end(loop, await loop.submit(sample_request(reduce=True), None))
             loop.check_health()
-            return failed, await read_to_end(loop, loop.submit(sample_request(reduce=True), None))
+            return failed, await read_to_end(loop, await loop.submit(sample_request(reduce=True), None))
 
     engine.model.register_forward_pre_hook(fail_once)
     failed, complete = asyncio.run(run())
@@ -70,14 +71,14 @@ def test_an_engine_whose_steps_all_fail_fails_its_readers_and_rejects_further_re
     async def run() -> None:
         with running_loop(failing_engine(lambda: None)) as loop:
             for _ in range(2):
-                events = await read_to_end(loop, loop.submit(sample_request(), None))
+                events = await read_to_end(loop, await loop.submit(sample_request(), None))
                 assert {event.finish_reason for event in events} == {"error"}
                 loop.check_health()
-            running = loop.submit(sample_request(), None)
+            running = await loop.submit(sample_request(), None)
             with pytest.raises(EngineStuckError, match="no such luck"):
                 await asyncio.wait_for(loop.next_output(running), 10)
             with pytest.raises(EngineStuckError):
-                loop.submit(sample_request(), None)
+                await loop.submit(sample_request(), None)
             with pytest.raises(EngineStuckError):
                 loop.check_health()
 
@@ -97,7 +98,7 @@ def test_a_thread_that_ends_with_a_panic_fails_its_readers() -> None:
 
     async def run() -> None:
         with running_loop(failing_engine(panic)) as loop:
-            running = loop.submit(sample_request(), None)
+            running = await loop.submit(sample_request(), None)
             with pytest.raises(EngineStuckError, match="slice index"):
                 await read_to_end(loop, running)
 
@@ -111,7 +112,7 @@ def test_an_engine_that_stays_in_a_step_is_not_healthy() -> None:
     async def run() -> None:
         with running_loop(failing_engine(lambda: end_step.wait(10)), stuck_s=0.05) as loop:
             loop.check_health()
-            running = loop.submit(sample_request(), None)
+            running = await loop.submit(sample_request(), None)
             await asyncio.sleep(0.3)
             with pytest.raises(EngineStuckError, match=r"more than 0.05 s"):
                 loop.check_health()
@@ -126,10 +127,10 @@ def test_a_released_sample_leaves_the_engine() -> None:
     async def run() -> None:
         engine = tiny_engine(ISOLATED)
         with running_loop(engine) as loop:
-            running = loop.submit(sample_request(max_new_tokens=200), None)
+            running = await loop.submit(sample_request(max_new_tokens=200), None)
             (number,) = running.numbers
             await loop.next_output(running)
-            loop.release(running)
+            await asyncio.wrap_future(loop.release(running))
             assert not engine.has_sample(number)
             assert engine.stats().live_branches == 0
 
@@ -158,7 +159,7 @@ def test_a_sample_does_not_end_before_its_last_event_is_delivered() -> None:
         with running_loop(engine) as loop:
             sample, settings = Sample([], [[5, 6]]), {"max_new_tokens": 2}
             tokenized = tokenize_request(tiny_tokenizer(), sample, None, None, settings)
-            running = loop.submit(EngineRequest("smp-1", "base", [tokenized]), None)
+            running = await loop.submit(EngineRequest("smp-1", "base", [tokenized]), None)
             engine.computed.wait(10)  # no output is read until then
             tokens = []
             while (step := await loop.next_output(running)) is not None:
@@ -167,3 +168,68 @@ def test_a_sample_does_not_end_before_its_last_event_is_delivered() -> None:
             return tokens
 
     assert len(asyncio.run(run())) == 2
+
+
+class HeldLock:
+    """An engine's lock that is held until `free`. waits: a call of the event loop's waits for it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self._lock = engine, engine.state_lock
+        self.waits, self._free = Event(), Event()
+        engine.state_lock = self  # type: ignore[assignment]
+
+    def __enter__(self) -> None:
+        if current_thread().name.startswith("engine-calls"):
+            self.waits.set()
+        assert self._free.wait(10)
+        self._lock.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._lock.__exit__(*error)
+
+    def free(self) -> None:
+        self._engine.state_lock = self._lock
+        self._free.set()
+
+
+def test_the_event_loop_goes_on_while_a_step_holds_the_lock() -> None:
+    """The event loop frees the lock that each call waits for: a call within it would wait for ever."""
+
+    async def run() -> None:
+        engine = tiny_engine(ISOLATED)
+        with running_loop(engine) as loop:
+            running = await loop.submit(sample_request(max_new_tokens=400, lengths=(400, 400, 400)), None)
+            for call in (
+                lambda: loop.submit(sample_request(), None),
+                lambda: loop.join(running, [5], SamplingParams(max_new_tokens=2), "key"),
+                lambda: loop.cancel(running, 0),
+                lambda: loop.stats(),
+                lambda: asyncio.wrap_future(loop.release(running)),
+            ):
+                held = HeldLock(engine)
+                pending = asyncio.ensure_future(call())
+                while not held.waits.is_set():
+                    await asyncio.sleep(0)
+                assert not pending.done()
+                held.free()
+                await asyncio.wait_for(pending, 10)
+
+    asyncio.run(run())
+
+
+def test_a_sample_whose_client_leaves_while_it_is_submitted_is_not_decoded() -> None:
+    async def run() -> None:
+        engine = tiny_engine(ISOLATED)
+        with running_loop(engine) as loop:
+            held = HeldLock(engine)
+            submission = asyncio.ensure_future(loop.submit(sample_request(max_new_tokens=400), None))
+            while not held.waits.is_set():
+                await asyncio.sleep(0)
+            submission.cancel()
+            held.free()
+            with suppress(asyncio.CancelledError):
+                await submission
+            while engine.busy or loop._readers:
+                await asyncio.sleep(0)
+
+    asyncio.run(asyncio.wait_for(run(), 20))

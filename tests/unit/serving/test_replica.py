@@ -43,7 +43,10 @@ def add_branches(
         tokenized = tokenize_request(replica._engine.tokenizer, sample, None, reduce, settings)
         steps = replica.generate(EngineRequest("smp-1", "base", [tokenized]))
         await anext(steps)
-        results = [await replica.add_branch("smp-1", [11] * length, PARAMS) for length in lengths]
+        results = [
+            await replica.add_branch("smp-1", [11] * length, PARAMS, f"key {number}")
+            for number, length in enumerate(lengths)
+        ]
         await steps.aclose()
         replica._loop.stop()
         return results
@@ -68,3 +71,23 @@ def test_their_prompts_count_towards_the_prompt_tokens_of_a_sample(tmp_path: Pat
 def test_the_reduce_branch_counts_too(tmp_path: Path) -> None:
     (rejected,) = add_branches(make_replica(tmp_path, max_branches=3), [1], reduce=[12])
     assert isinstance(rejected, RejectedRequest)
+
+
+def test_a_branch_that_is_added_again_with_the_same_key_is_the_same_branch(tmp_path: Path) -> None:
+    replica = make_replica(tmp_path)
+
+    async def run() -> None:
+        tokenized = tokenize_request(
+            replica._engine.tokenizer, Sample([5, 6, 7], [[8]]), None, None, {"max_new_tokens": 300}
+        )
+        request = EngineRequest("smp-1", "base", [tokenized], joined={"earlier": 0})
+        steps = replica.generate(request)
+        await anext(steps)
+        keys = ["one", "one", "two", "one", "earlier"]
+        indices = await asyncio.gather(*(replica.add_branch("smp-1", [11], PARAMS, key) for key in keys))
+        assert indices == [1, 1, 2, 1, 0]
+        assert await replica.add_branch("smp-2", [11], PARAMS, "one") is None
+        await steps.aclose()
+        replica._loop.stop()
+
+    asyncio.run(run())

@@ -18,7 +18,13 @@ from parallelmind.engine.scheduler import EngineStats, PrefillKind
 from parallelmind.errors import UserError
 from serving.config import AppConfig, ServerConfig
 from serving.engine.autoscaling import BranchLoadPolicy
-from serving.observability.metrics import EngineMetrics, IngressMetrics, ProcessMetrics, render_metrics
+from serving.observability.metrics import (
+    EngineMetrics,
+    IngressMetrics,
+    ProcessMetrics,
+    engine_up,
+    render_metrics,
+)
 from serving.protocol.branches import BranchesRequest
 from serving.protocol.openai import ChatRequest, CompletionRequest
 
@@ -235,10 +241,10 @@ def test_metrics_of_all_processes_are_one_exposition() -> None:
     ingress.time_to_first_token.labels("tiny").observe(0.03)
     engines = []
     for live in (2, 5):
-        load = EngineStats(1, 3, 1, live, 10, 20, 1024, 4, 2.5, 0.5, SHARES)
-        engines.append(EngineMetrics(lambda load=load: load, lambda: 1))  # type: ignore[misc]
+        engines.append(EngineMetrics(lambda: 1))
         engines[-1].observe_step(0.3, 0.25)
         engines[-1].observe_step(60, 1)
+        engines[-1].families_of(EngineStats(2, 3, 1, live, 10, 20, 32, 1024, 4, (2.5, 0.5), 0.5, SHARES))
     families = parse_exposition({"front": ingress, "one": engines[0], "two": engines[1]})
     samples = [part for family in families.values() for part in family.samples]
     assert {part.labels["process"] for part in samples} == {"front", "one", "two"}
@@ -262,6 +268,11 @@ def test_metrics_of_all_processes_are_one_exposition() -> None:
     assert [read["parallelmind_live_branches", ("process", name)] for name in ("one", "two")] == [2, 5]
     assert read["parallelmind_oldest_waiting_seconds", ("process", "one")] == 2.5
     assert read["parallelmind_branch_reused_share", ("process", "one")] == 0.25
+    assert read["parallelmind_cache_reserved_tokens", ("process", "one")] == 32
+    waiting = [
+        read["parallelmind_waiting_samples", ("process", "one"), ("seconds", age)] for age in ("0", "1", "5")
+    ]
+    assert waiting == [2, 1, 0]
     for part, total in (("model", 1.25), ("engine", 59.05)):
         own = [
             sample
@@ -283,11 +294,8 @@ def test_metrics_without_observations_are_valid() -> None:
 
 
 def test_the_dashboard_queries_existing_metrics() -> None:
-    ingress, engine = (
-        IngressMetrics(),
-        EngineMetrics(lambda: EngineStats(0, 0, 0, 0, 0, 0, 0, 0, 0.0, 0.0, SHARES), lambda: 0),
-    )
-    known = {family.name for process in (ingress, engine) for family in process.families()}
+    families = [*IngressMetrics().families(), *EngineMetrics(lambda: 0).families(), engine_up(True)]
+    known = {family.name for family in families}
     queried = set(
         re.findall(
             r"parallelmind_[a-z_]+",
