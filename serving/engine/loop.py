@@ -109,7 +109,7 @@ class EngineLoop:
         self._stopped = False
 
     async def submit(self, request: EngineRequest, adapter: str | None) -> RunningRequest:
-        """Queue the samples of a request.
+        """Queue the samples of a request; choices that do not fit the cache together are divided.
 
         Raises UserError as `Engine.enqueue` does, and queues none of them then, and EngineStuckError.
         """
@@ -126,7 +126,8 @@ class EngineLoop:
             raise
 
     def _submit(self, request: EngineRequest, adapter: str | None) -> RunningRequest:
-        running = RunningRequest()
+        samples = [part for sample in request.samples for part in self._engine.divide(sample)]
+        request, running = replace(request, samples=samples), RunningRequest()
         with self._engine.state_lock:  # a sample may end within the next millisecond
             try:
                 for first_branch, sample, resume in request.unfinished():

@@ -222,6 +222,10 @@ class Engine:
                 self._abort(group, "cancelled")
             return group.id
 
+    def divide(self, request: TokenizedRequest) -> list[TokenizedRequest]:
+        """A sample of independent branches as samples that the cache can hold; any other one as it is."""
+        return request.divide(self.scheduler.block_manager.num_blocks)
+
     def join(self, sample_id: int, prompt: Text | Segment, branch: int | None = None, **sampling: Any) -> int:
         """Add a branch to an unfinished sample; returns its index.
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from parallelmind.data.records import MAX_DEPTH
+from parallelmind.engine.block_manager import blocks_for
 from parallelmind.engine.output import FinishReason
 from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.errors import UserError, short_repr
@@ -135,6 +137,33 @@ class TokenizedRequest:
     def max_new_tokens(self) -> int:
         """Upper bound of the new tokens of all segments together."""
         return sum(params.max_new_tokens for params in self.params)
+
+    def divide(self, max_blocks: int) -> list[TokenizedRequest]:
+        """Samples of independent branches that each fill at most this many cache blocks, if that is possible.
+
+        The branches keep their order. Siblings stay in one sample.
+        """
+        if self.branch_number is None:
+            return [self]
+        lengths = self.tokens.lengths
+        blocks = [
+            blocks_for(int(length) + params.max_new_tokens)
+            for length, params in zip(lengths[1:], self.params, strict=True)
+        ]
+        starts, used = [0], blocks_for(int(lengths[MAIN]))
+        left = max_blocks - used
+        for index, count in enumerate(blocks):
+            if count > left and index > starts[-1]:
+                starts.append(index)
+                left = max_blocks - used
+            left -= count
+        bounds = list(pairwise([*starts, len(blocks)]))
+        return [self] if len(bounds) == 1 else [self._part(start, end) for start, end in bounds]
+
+    def _part(self, start: int, end: int) -> TokenizedRequest:
+        """The sample of main and some of its branches."""
+        kept = np.array([MAIN, *range(start + 1, end + 1)])
+        return replace(self, tokens=self.tokens.take(kept), params=self.params[start:end])
 
     def add_branch(
         self, token_ids: Sequence[int], params: SamplingParams, parent: int = MAIN
