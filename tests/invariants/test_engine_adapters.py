@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from engines import ISOLATED, decode, run_to_end, saved_adapters, tiny_engine, tokens_by_branch
 from tiny import tiny_llama, tiny_tokenizer
 
+from parallelmind.engine import native_lora
 from parallelmind.engine.block_manager import BLOCK
 from parallelmind.engine.engine import Engine
 from parallelmind.engine.output import Event
@@ -110,6 +112,23 @@ def test_a_version_is_deleted_after_its_last_sample_is_cancelled(folders) -> Non
     during.remove()
     run_to_end(engine)
     assert len(versions_on_model(engine)) == 1
+
+
+def test_the_engine_holds_no_weights_of_an_unloaded_adapter(folders) -> None:
+    engine = tiny_engine()
+    for name, folder in zip("ab", folders, strict=True):
+        engine.load_adapter(name, folder)
+    for name in ("a", "b", "base"):
+        decode(engine, SAMPLE, adapter=name, **SETTINGS)
+    assert num_converted_adapters() == 3
+    engine.unload_adapter("a")
+    decode(engine, SAMPLE, adapter="b", **SETTINGS)
+    assert num_converted_adapters() == 1
+
+
+def num_converted_adapters() -> int:
+    gc.collect()
+    return sum(type(thing) is native_lora._Adapter for thing in gc.get_objects())
 
 
 @pytest.mark.filterwarnings("error::UserWarning")

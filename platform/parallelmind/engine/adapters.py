@@ -148,10 +148,13 @@ class AdapterManager:
             return False
         return self.model.active_adapter != self._active != BASE or causal_lm(self.model) in _half_switched
 
-    def collect(self) -> None:
-        """Delete the versions that no name and no sample refers to: nothing can refer to them again."""
+    def collect(self) -> bool:
+        """Delete the versions that no name and no sample refers to: nothing can refer to them again.
+
+        Returns whether there were any.
+        """
         if not isinstance(self.model, PeftModel):
-            return
+            return False
         defaults = {other._default for other in self._sharers}
         with self._state_lock:
             in_use = {version for version, count in self._num_samples.items() if count}
@@ -164,6 +167,7 @@ class AdapterManager:
                 self._activate(next(kept for kept in self.model.peft_config if kept not in unused))
             self.model.delete_adapter(version)
             self._loaded.remove(version)
+        return bool(unused)
 
     def _activate(self, version: str) -> None:
         if isinstance(self.model, PeftModel) and version != BASE:

@@ -134,7 +134,11 @@ class Engine:
         """Remove an adapter. Samples that run with it keep it. Raises UserError for an unknown name."""
         self.adapters.unload(name)
         with self._step_lock:
-            self.adapters.collect()
+            self._collect_adapters()
+
+    def _collect_adapters(self) -> None:
+        if self.adapters.collect():
+            self.runner.set_model(self.adapters.model)
 
     # Samples
 
@@ -332,7 +336,7 @@ class Engine:
                 except BaseException as error:  # Ctrl-C: the remaining passes are not computed
                     self._fail([item.group for left, _ in passes[index:] for item in left], error)
                     raise
-            self.adapters.collect()
+            self._collect_adapters()
             if failure is not None:
                 raise failure
             return self.take_events()

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -26,7 +25,6 @@ from parallelmind.model import step_ops
 from parallelmind.model.packed_linear import LinearGroup, set_class
 
 _KERNELS = {torch.float32: "add_low_rank_float32", torch.bfloat16: "add_low_rank_bfloat16"}
-_MAX_COMBINATIONS = 64  # of adapters in one step, whose tables are kept
 _P, _I = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -36,10 +34,6 @@ class _LowRank(ctypes.Structure):
         *((name, _I) for name in ("rank", "first", "outputs")),
         ("scale", ctypes.c_float),
     )
-
-
-class _Adapters(ctypes.Structure):
-    _fields_ = (("columns", _I), ("start", _P), ("entries", _P))
 
 
 class _BaseLinear(LoraLinear):
@@ -56,42 +50,57 @@ class _BaseLinear(LoraLinear):
 class LoraRows:
     """The adapters of a model whose every adapted layer belongs to a group of linear layers.
 
-    `is_possible` says for which models this holds.
+    `is_possible` says for which models this holds. An adapter that is added or removed needs a new object.
     """
 
     def __init__(self, model: nn.Module, groups: Sequence[LinearGroup]) -> None:
         self._layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
         owners = {id(layer.base_layer): layer for layer in self._layers}
         self._owners = [[owners.get(id(layer)) for layer in group.layers] for group in groups]
-        self._groups = groups
-        self._tables: dict[tuple[str, ...], _Tables] = {}  # by adapters
-        self._current = _Tables([], [], ())
+        self._sizes = [group.sizes for group in groups]
+        self._columns = [
+            sum(sizes) if any(owners) else 0 for owners, sizes in zip(self._owners, self._sizes, strict=True)
+        ]
+        self._kernels = {dtype: _kernel(name) for dtype, name in _KERNELS.items()}
+        self._adapters: dict[str, _Adapter] = {}  # by version
+        self._table = np.empty((len(groups), 0, 2), np.int64)
+        self._pointers = np.zeros((len(groups), 2), np.int64)  # `Adapters` of each group in operators.cpp
         self._rows = self._sampled_rows = np.empty(0, np.int32)
 
     def begin(self, inputs: ModelInput) -> None:
         """Set the adapters that `add` adds, for a step with these tokens."""
         self._rows = np.ascontiguousarray(inputs.adapter, np.int32)
         self._sampled_rows = self._rows[inputs.logits_indices]
-        tables = self._tables.get(inputs.adapters)
-        if tables is None:
-            if len(self._tables) > _MAX_COMBINATIONS:
-                self._tables.clear()
-            tables = self._tables[inputs.adapters] = _Tables(self._owners, self._groups, inputs.adapters)
-        self._current = tables
+        self._table = np.stack([self._adapter(version).groups for version in inputs.adapters], axis=1)
+        addresses = self._table.ctypes.data + self._table.strides[0] * np.arange(len(self._table))
+        self._pointers = np.stack([self._columns, addresses], axis=1)
+
+    def _adapter(self, version: str) -> _Adapter:
+        if version not in self._adapters:
+            self._adapters[version] = _Adapter(version, self._owners, self._sizes)
+        return self._adapters[version]
 
     def add(self, group: int, input: Tensor, product: Tensor) -> None:
         """Add the adapters of the step's samples to `product`, the group's product with `input`, in place."""
-        table = self._current.groups[group]
-        if table is not None:
+        columns, adapters = self._pointers[group].tolist()
+        if columns:
+            input = input.contiguous()
             # The head reads the sampled tokens alone.
-            table.add(
-                input, product, self._rows if input.shape[-2] == len(self._rows) else self._sampled_rows
+            rows = self._rows if input.shape[-2] == len(self._rows) else self._sampled_rows
+            self._kernels[input.dtype](
+                input.data_ptr(),
+                product.data_ptr(),
+                len(rows),
+                input.shape[-1],
+                columns,
+                adapters,
+                rows.ctypes.data,
             )
 
     def pointers(self) -> tuple[int, int, int, int]:
         """The adapters of each group, the number of tokens, and the adapter of each and of sampled ones."""
         rows = self._rows.ctypes.data, self._sampled_rows.ctypes.data
-        return ctypes.addressof(self._current.entries), len(self._rows), *rows
+        return self._pointers.ctypes.data, len(self._rows), *rows
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -129,68 +138,42 @@ def _is_plain(layer: nn.Module) -> bool:
     )
 
 
-class _Tables:
-    """The adapters of all groups of layers, for the samples of a step."""
+class _Adapter:
+    """One version of an adapter on all groups, its weights in the dtype of the layers that they adapt.
+
+    groups: `[groups, 2]` address and number of the group's adapted layers.
+    """
 
     def __init__(
-        self,
-        owners: Sequence[Sequence[LoraLinear | None]],
-        groups: Sequence[LinearGroup],
-        adapters: Sequence[str],
+        self, version: str, owners: Sequence[Sequence[LoraLinear | None]], sizes: Sequence[Sequence[int]]
     ) -> None:
-        self.groups = [
-            _Table(each, group.sizes, adapters) if any(each) else None
-            for each, group in zip(owners, groups, strict=True)
-        ]
-        entries = (_Adapters() if table is None else table.entry for table in self.groups)
-        self.entries = (_Adapters * len(groups))(*entries)
+        """owners, sizes: adapted layer and number of outputs of every layer of each group."""
+        self._converted: list[Tensor] = []
+        self._entries = [self._group(version, *group) for group in zip(owners, sizes, strict=True)]
+        addresses = [[ctypes.addressof(entries), len(entries)] for entries in self._entries]
+        self.groups = np.array(addresses, np.int64)
 
-
-class _Table:
-    """The adapters of one group of layers, for the samples of a step."""
-
-    def __init__(
-        self, owners: Sequence[LoraLinear | None], sizes: Sequence[int], adapters: Sequence[str]
-    ) -> None:
-        self._kept: list[Tensor] = []
-        entries: list[_LowRank] = []
-        starts = [0]
+    def _group(
+        self, version: str, owners: Sequence[LoraLinear | None], sizes: Sequence[int]
+    ) -> ctypes.Array[_LowRank]:
         firsts = np.cumsum([0, *sizes]).tolist()
-        for adapter in adapters:
-            for owner, first, outputs in zip(owners, firsts, sizes, strict=False):
-                if owner is not None and adapter in owner.lora_A:
-                    entries.append(self._entry(owner, adapter, first, outputs))
-            starts.append(len(entries))
-        self._starts = np.array(starts, np.int32)
-        self._entries = (_LowRank * max(len(entries), 1))(*entries)
-        self._columns = firsts[-1]
-        self.entry = _Adapters(self._columns, self._starts.ctypes.data, ctypes.addressof(self._entries))
-        self._kernels = {dtype: _kernel(name) for dtype, name in _KERNELS.items()}
+        entries = [
+            self._entry(owner, version, first, outputs)
+            for owner, first, outputs in zip(owners, firsts, sizes, strict=False)
+            if owner is not None and version in owner.lora_A
+        ]
+        return (_LowRank * len(entries))(*entries)
 
-    def _entry(self, owner: LoraLinear, adapter: str, first: int, outputs: int) -> _LowRank:
-        layers: list[Any] = [owner.lora_A[adapter], owner.lora_B[adapter]]
-        weights: list[Tensor] = [layer.weight for layer in layers]
-        down, up = (weight.detach().float() for weight in weights)
-        down, up = down.contiguous(), up.t().contiguous()
-        self._kept += [down, up]
-        return _LowRank(down.data_ptr(), up.data_ptr(), len(down), first, outputs, owner.scaling[adapter])
-
-    def add(self, input: Tensor, product: Tensor, adapter: NDArray[np.int32]) -> None:
-        """adapter: `[rows]` index of each row's adapter."""
-        input = input.contiguous()
-        self._kernels[input.dtype](
-            input.data_ptr(),
-            product.data_ptr(),
-            len(adapter),
-            input.shape[-1],
-            self._columns,
-            self._starts.ctypes.data,
-            self._entries,
-            adapter.ctypes.data,
-        )
+    def _entry(self, owner: LoraLinear, version: str, first: int, outputs: int) -> _LowRank:
+        layers: list[Any] = [owner.lora_A[version], owner.lora_B[version]]
+        weights: list[Tensor] = [layer.weight.detach() for layer in layers]
+        dtype = owner.base_layer.weight.dtype
+        down, up = weights[0].to(dtype).contiguous(), weights[1].t().to(dtype).contiguous()
+        self._converted += [down, up]
+        return _LowRank(down.data_ptr(), up.data_ptr(), len(down), first, outputs, owner.scaling[version])
 
 
 def _kernel(name: str) -> Any:
     function = getattr(kernels(), name)
-    function.argtypes = (_P, _P, _I, _I, _I, _P, _P, _P)
+    function.argtypes = (_P, _P, _I, _I, _I, _P, _P)
     return function

@@ -35,16 +35,21 @@ struct Layer {  // strides are in elements
 };
 
 struct LowRank {  // one adapter of one layer of a group
-  const float *down, *up;    // [rank, inputs], [rank, outputs]
+  const void *down, *up;         // [rank, inputs], [rank, outputs], numbers of the model's type
   int64_t rank, first, outputs;  // `first` is the layer's first column in the group's product
   float scale;
+};
+
+struct Adapter {  // of one group
+  const LowRank* layers;
+  int64_t count;
 };
 
 void attend_float32(const Step* step, const Layer* layer);
 void attend_bfloat16(const Step* step, const Layer* layer);
 void add_low_rank_float32(const float* input, float* product, int64_t rows, int64_t inputs, int64_t columns,
-                          const int32_t* start, const LowRank* layers, const int32_t* adapter);
+                          const Adapter* adapters, const int32_t* adapter);
 void add_low_rank_bfloat16(const bf16* input, bf16* product, int64_t rows, int64_t inputs, int64_t columns,
-                           const int32_t* start, const LowRank* layers, const int32_t* adapter);
+                           const Adapter* adapters, const int32_t* adapter);
 
 }  // extern "C"

@@ -16,9 +16,8 @@ struct Linear {  // packed weights of layers that read the same tensor
 };
 
 struct Adapters {  // of the same layers, for the samples of a pass
-  int64_t columns;       // outputs of all layers
-  const int32_t* start;  // [adapters + 1] first entry of each adapter; null if none has any
-  const LowRank* entries;
+  int64_t columns;  // outputs of all layers; 0 if no adapter has any of them
+  const Adapter* adapters;
 };
 
 struct Pool {  // of one layer, [slots, kv_heads, dim]
@@ -107,11 +106,11 @@ void add_adapters(const Adapters& adapters, AtenTensorHandle input_handle, AtenT
   const int64_t rows = input.rows(), inputs = input.sizes[input.dims - 1];
   const int32_t* adapter = rows == running->tokens ? running->adapter : running->sampled_adapter;
   if (input.is_float())
-    add_low_rank_float32((const float*)input.data, (float*)out.data, rows, inputs, adapters.columns, adapters.start,
-                         adapters.entries, adapter);
+    add_low_rank_float32((const float*)input.data, (float*)out.data, rows, inputs, adapters.columns,
+                         adapters.adapters, adapter);
   else
-    add_low_rank_bfloat16((const bf16*)input.data, (bf16*)out.data, rows, inputs, adapters.columns, adapters.start,
-                          adapters.entries, adapter);
+    add_low_rank_bfloat16((const bf16*)input.data, (bf16*)out.data, rows, inputs, adapters.columns,
+                          adapters.adapters, adapter);
 }
 
 AtenTensorHandle attend(const Tensor& query, const Tensor& key, const Tensor& value, const Step& step, const Pool& pool,
@@ -138,7 +137,7 @@ extern "C" AOTITorchError aoti_torch_cpu_step_linear(AtenTensorHandle input, int
     check(aoti_torch_cpu__linear_pointwise(input, linear.weight, bias ? &bias : nullptr, "none", nullptr, 0, &algorithm,
                                            out));
     const Adapters* adapters = running->adapters ? running->adapters + group : nullptr;
-    if (adapters && adapters->start) add_adapters(*adapters, input, *out);
+    if (adapters && adapters->columns) add_adapters(*adapters, input, *out);
     return 0;
   } catch (const Failure&) {
     return 1;

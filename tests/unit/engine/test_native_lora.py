@@ -1,0 +1,68 @@
+"""The kernel that adds adapters by row computes what peft computes for one adapter."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+
+from parallelmind.engine.native_lora import LoraRows
+from parallelmind.model.packed_linear import LinearGroup
+
+INPUTS, SIZES, RANKS = 50, (33, 7), {"a": 3, "b": 16}
+ROWS = [0, 0, 1, 2, 1, *[1] * 10]  # indices into ADAPTERS
+ADAPTERS = ("a", "b", "base")
+
+
+def adapted_model(dtype: torch.dtype) -> peft.PeftModel:
+    """Two linear layers in this dtype, and adapters in float32; the second layer has no adapter "a"."""
+    torch.manual_seed(0)
+    plain = nn.ModuleDict({name: nn.Linear(INPUTS, size) for name, size in zip("qk", SIZES, strict=True)})
+    model = None
+    for name, rank in RANKS.items():
+        targets = ["q"] if name == "a" else ["q", "k"]
+        config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, init_lora_weights=False)
+        if model is None:
+            model = peft.get_peft_model(plain.to(dtype), config, name)
+        else:
+            model.add_adapter(name, config)
+    for key, weight in model.named_parameters():
+        if "lora_" in key:
+            weight.data = weight.data.float()
+    return model
+
+
+def expected(model: peft.PeftModel, input: Tensor) -> Tensor:
+    """Computed in float64, row by row."""
+    rows = []
+    for adapter, row in zip((ADAPTERS[index] for index in ROWS), input[0].double(), strict=True):
+        parts = []
+        for layer in (model.base_model.model[name] for name in "qk"):
+            part = torch.zeros(layer.out_features, dtype=torch.float64)
+            if adapter in layer.lora_A:
+                down, up = layer.lora_A[adapter].weight.double(), layer.lora_B[adapter].weight.double()
+                part = layer.scaling[adapter] * (up @ (down @ row))
+            parts.append(part)
+        rows.append(torch.cat(parts))
+    return torch.stack(rows)[None]
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@torch.no_grad()
+def test_each_row_gets_its_own_adapter(dtype: torch.dtype, error: float) -> None:
+    model = adapted_model(dtype)
+    layers = [model.base_model.model[name].base_layer for name in "qk"]
+    rows = LoraRows(model, [LinearGroup(layers, reads_tokens=True)])
+    rows.begin(SimpleNamespace(adapter=np.array(ROWS), adapters=ADAPTERS, logits_indices=np.array([0])))
+    input, product = (
+        torch.randn(1, len(ROWS), INPUTS).to(dtype),
+        torch.ones(1, len(ROWS), sum(SIZES)).to(dtype),
+    )
+    rows.add(0, input, product)
+    want = 1 + expected(model, input)
+    assert (product - want).abs().max() < error * want.abs().max()
+    assert (product[0, 3] == 1).all(), "the base has no adapter"
