@@ -138,6 +138,6 @@ BENCHES = [
         partial(_vs_one_by_one, BRANCHES, "bfloat16"),
     ),
     Bench("decoding.bf16_batch16_vs_hf", 1.5, "higher", "ratio", partial(_vs_batch, BRANCHES, "bfloat16")),
-    Bench("decoding.shared_main_vs_hf", 4, "higher", "ratio", _shared_main_vs_batch),
+    Bench("decoding.shared_main_vs_hf", 8, "higher", "ratio", _shared_main_vs_batch),
     Bench("decoding.shared_main_memory_vs_hf", 8, "higher", "ratio", _memory_vs_batch),
 ]

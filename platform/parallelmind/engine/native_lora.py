@@ -167,7 +167,8 @@ class _Adapter:
     def _entry(self, owner: LoraLinear, version: str, first: int, outputs: int) -> _LowRank:
         layers: list[Any] = [owner.lora_A[version], owner.lora_B[version]]
         weights: list[Tensor] = [layer.weight.detach() for layer in layers]
-        dtype = owner.base_layer.weight.dtype
+        base: Any = owner.base_layer
+        dtype: torch.dtype = base.weight.dtype
         down, up = weights[0].to(dtype).contiguous(), weights[1].t().to(dtype).contiguous()
         self._converted += [down, up]
         return _LowRank(down.data_ptr(), up.data_ptr(), len(down), first, outputs, owner.scaling[version])
