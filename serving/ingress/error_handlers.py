@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from serving.protocol.errors import (
@@ -17,6 +18,8 @@ from serving.protocol.errors import (
     error_response,
     validation_error_info,
 )
+
+_MAX_SHOWN_CHARS = 80  # of a path
 
 
 def install_error_handlers(app: FastAPI) -> None:
@@ -36,8 +39,25 @@ def _validation_error(_: Request, error: RequestValidationError) -> Response:
     return error_response(400, validation_error_info(error.errors()[0]))
 
 
-def _http_error(_: Request, error: HTTPException) -> Response:
-    return error_response(error.status_code, ErrorInfo(message=str(error.detail)), dict(error.headers or {}))
+def _http_error(request: Request, error: HTTPException) -> Response:
+    headers, target = dict(error.headers or {}), f"{request.method} {request.url.path[:_MAX_SHOWN_CHARS]}"
+    if error.status_code == 404:
+        routes = ", ".join(_served_routes(request))
+        info = ErrorInfo(message=f"{target}: no such route; served are {routes}", code="unknown_route")
+        return error_response(404, info, headers)
+    if error.status_code == 405:
+        info = ErrorInfo(message=f"{target}: no such method; use {headers.get('Allow', 'another one')}")
+        return error_response(405, info, headers)
+    return error_response(error.status_code, ErrorInfo(message=str(error.detail)), headers)
+
+
+def _served_routes(request: Request) -> list[str]:
+    return [
+        f"{method} {route.path}"
+        for route in request.app.routes
+        if isinstance(route, APIRoute) and route.include_in_schema
+        for method in sorted(route.methods or ())
+    ]
 
 
 def _engine_lost(_: Request, __: EngineLostError) -> Response:

@@ -32,12 +32,17 @@ class PromptSamples:
 
     @staticmethod
     def of(
-        main: list[int], prompts: Sequence[list[int]], n: int, visibility: Visibility = "isolated"
+        main: list[int],
+        prompts: Sequence[list[int]],
+        n: int,
+        visibility: Visibility = "isolated",
+        scores_prompts: bool = False,
     ) -> PromptSamples:
         """Prompts that each follow main, with n choices each. main may be empty.
 
         columnar: all choices are branches of one sample, which attend to each other as the adapter was
         trained. isolated: no choice depends on another one, and what the prompts share is read once.
+        scores_prompts: whether log-probabilities of the prompts are computed: each is a whole branch then.
         """
         lengths = [len(prompt) for prompt in prompts]
         total, longest = len(main) + sum(lengths), len(main) + max(lengths)
@@ -45,7 +50,8 @@ class PromptSamples:
             return PromptSamples([_sample(main, prompts, n)], None, n, total, total)
         if main:
             return PromptSamples([_sample(main, prompts, n)], _BRANCH_OF_MAIN, n, total, longest)
-        return PromptSamples(_split(prompts, n), _MAIN_CONTINUED, n, total, longest)
+        samples = [_sample([], [prompt], n) for prompt in prompts] if scores_prompts else _split(prompts, n)
+        return PromptSamples(samples, _MAIN_CONTINUED, n, total, longest)
 
     def finish(self, sample: TokenizedRequest) -> TokenizedRequest:
         """A sample, tokenized, with what makes its branches independent."""

@@ -75,10 +75,12 @@ class RequestPreprocessor:
             self._encode(f"prompt[{index}]", prompt, first=not main)
             for index, prompt in enumerate(request.prompt)
         ]
-        settings = request.sampling_fields(
-            self._max_new_tokens(request, request.max_tokens), request.logprobs
-        )
-        samples = PromptSamples.of(main, prompts, request.n, request.visibility)
+        max_new_tokens = self._max_new_tokens(request, request.max_tokens)
+        if request.decodes_nothing:
+            max_new_tokens = 1  # the step that reads the prompt; its token is left out of the answer
+        settings = request.sampling_fields(max_new_tokens, request.logprobs)
+        settings["prompt_logprobs"] = request.logprobs if request.echo else None
+        samples = PromptSamples.of(main, prompts, request.n, request.visibility, request.scores_prompt)
         return self._openai_request("cmpl", "prompt", request.model, samples, settings)
 
     def chat(self, request: ChatRequest) -> EngineRequest:
@@ -95,7 +97,7 @@ class RequestPreprocessor:
             main, *prompts = self._conversation(request)
         else:
             turns = [[_user_turn(question)] for question in request.questions]
-            main, prompts = self._forks(_turns(request.messages), turns)
+            main, prompts = self._forks(self._turns(request.messages), turns)
         samples = PromptSamples.of(main, prompts, request.n, request.visibility)
         max_new_tokens = request.max_completion_tokens
         if max_new_tokens is None:
@@ -153,6 +155,7 @@ class RequestPreprocessor:
         settings: dict[str, Any],
     ) -> EngineRequest:
         """Prompts within the limits. field: named in the error if a prompt is too long."""
+        self._require_context(field, prompts.longest, settings["max_new_tokens"])
         samples = [
             prompts.finish(tokenize_request(self.tokenizer, sample, None, None, settings))
             for sample in prompts.samples
@@ -164,9 +167,9 @@ class RequestPreprocessor:
         """Token ids of main, and of the prompts of the branches."""
         if request.main and request.messages:
             raise pm.UserError("main: messages take its place; give one of them")
-        turns = [_turns(branch.messages) for branch in request.branches if branch.messages]
+        turns = [self._turns(branch.messages) for branch in request.branches if branch.messages]
         if request.messages:
-            main, forks = self._forks(_turns(request.messages), turns)
+            main, forks = self._forks(self._turns(request.messages), turns)
         else:
             main = self._encode("main", request.main, first=True) if request.main else []
             forks = [self._encode("messages", self._render(own, True), first=not main) for own in turns]
@@ -210,8 +213,25 @@ class RequestPreprocessor:
 
     def _render_messages(self, request: ChatRequest) -> list[str]:
         """The conversation by the model's template, without and with the header of the assistant's turn."""
-        turns = _turns(request.messages)
+        turns = self._turns(request.messages)
         return [self._render(turns, header) for header in (False, True)]
+
+    def _turns(self, messages: Sequence[Message]) -> list[Turn]:
+        """The messages as the template takes them. Raises UserError for a name that it does not read."""
+        turns = [
+            message.model_dump(include={"role", "name"}, exclude_none=True) | {"content": message.text}
+            for message in messages
+        ]
+        for index, turn in enumerate(turns):
+            if "name" in turn:
+                nameless = [*turns]
+                nameless[index] = {field: value for field, value in turn.items() if field != "name"}
+                if self._render(nameless, False) == self._render(turns, False):
+                    raise pm.UserError(
+                        f"messages[{index}].name={turn['name']!r}: the model's chat template does not read "
+                        "names; leave it out, or write it into the content"
+                    )
+        return turns
 
     def _render(self, turns: Sequence[Turn], header: bool) -> str:
         """The conversation by the model's template. header: whether the assistant's turn begins after it."""
@@ -254,6 +274,17 @@ class RequestPreprocessor:
             raise pm.UserError(f"{field}: holds no token; give it text")
         return ids
 
+    def _require_context(self, field: str, prompt_tokens: int, max_new_tokens: int) -> None:
+        limit = self.max_context_tokens
+        if max_new_tokens > self.config.limits.max_new_tokens:
+            return  # which is an error of its own
+        if limit is not None and prompt_tokens + max_new_tokens > limit:
+            raise pm.UserError(
+                f"{field}: the prompt is too long: this model's maximum context length is {limit} tokens, "
+                f"and {prompt_tokens} tokens with max_tokens={max_new_tokens} exceed it; shorten it or lower "
+                "max_tokens"
+            )
+
     def _require_branches(self, field: str, branches: int) -> None:
         limit = self.config.limits.max_branches
         if branches > limit:
@@ -263,24 +294,14 @@ class RequestPreprocessor:
         limit = self.config.limits.max_prompt_tokens
         if prompt_tokens > limit:
             raise pm.UserError(
-                f"{field}: {prompt_tokens} tokens, {limit} allowed; shorten it or send several requests"
+                f"{field}: the prompt is too long: {prompt_tokens} tokens, {limit} allowed by the server; "
+                "shorten it or send several requests"
             )
         longest = max(branch.max_new_tokens for branch in params)
         if longest > self.config.limits.max_new_tokens:
             raise pm.UserError(
                 f"max_new_tokens={longest}: {self.config.limits.max_new_tokens} allowed; give no more"
             )
-
-
-def _turns(messages: Sequence[Message]) -> list[Turn]:
-    return [
-        {
-            "role": message.role,
-            "content": message.text,
-            **({"name": message.name} if message.name is not None else {}),
-        }
-        for message in messages
-    ]
 
 
 def _user_turn(content: str) -> Turn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated, Any
 from uuid import uuid4
@@ -12,7 +13,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.staticfiles import StaticFiles
 
 from serving.config import AppConfig
-from serving.engine.messages import EngineRequest
+from serving.engine.messages import EngineRequest, StepOutput
 from serving.ingress.engine_client import EngineClient
 from serving.ingress.error_handlers import install_error_handlers
 from serving.ingress.preprocessor import RequestPreprocessor
@@ -40,6 +41,7 @@ from serving.protocol.openai_response import (
     CompletionFormatter,
     ResponseFormatter,
     complete_response,
+    prompts_only,
     response_chunks,
 )
 
@@ -89,11 +91,18 @@ def _add_openai_routes(
     async def models() -> ModelList:
         return ModelList(data=[ModelCard(id=name) for name in config.names])
 
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> ModelCard:
+        """One model, also one that /v1/models does not list."""
+        await preprocessor.run(preprocessor.require_model, name, 0)
+        return ModelCard(id=name)
+
     @app.post("/v1/completions", response_model=None)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue one prompt, or several, each n times; no answer depends on another one."""
         work = await preprocessor.run(preprocessor.completion, body, await _body_bytes(request))
-        formatter = CompletionFormatter(work.id, body.model, vocabulary)
+        echoes = [vocabulary.prompt_text(prompt) for prompt in body.prompt] if body.echo else []
+        formatter = CompletionFormatter(work.id, body.model, vocabulary, echoes, body.n)
         return await _respond(engines, body, work, formatter)
 
     @app.post("/v1/chat/completions", response_model=None)
@@ -109,7 +118,9 @@ async def _respond(
     work: EngineRequest,
     formatter: ResponseFormatter,
 ) -> Response:
-    steps = await engines.start(work)
+    steps: AsyncIterator[StepOutput] = await engines.start(work)
+    if isinstance(body, CompletionRequest) and body.decodes_nothing:
+        steps = prompts_only(steps)
     if body.stream:
         return event_stream(response_chunks(formatter, work.num_prompt_tokens, steps, body.wants_usage))
     return JSONResponse(await complete_response(formatter, work.num_prompt_tokens, steps))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from typing import Any
@@ -26,9 +27,22 @@ class ErrorBody(BaseModel):
     error: ErrorInfo
 
 
-_FIELD = re.compile(r"([a-z_]\w*(?:\[\d+\])?(?:\.\w+)?)[=:]")
+_FIELD = re.compile(r"([a-z_]\w*(?:\[\d+\])?(?:\.\w+)*)[=:]")
+_FIELD_AND_VALUE = re.compile(r"([a-z_][\w.\[\]]*)=(.*?)(?=: )")
+_TOO_LONG = re.compile(r"the prompt is too long|exceed the model's \d+ positions")
 _LIBRARY_NAME = re.compile(r"\bmax_new_tokens\b")  # the library's name of max_tokens
 _MAX_SHOWN_CHARS = 80  # of a wrong value
+_WORDS_OF_JSON = [
+    (re.compile(pattern), word)
+    for pattern, word in {
+        r"\bNone\b": "null",
+        r"\bTrue\b": "true",
+        r"\bFalse\b": "false",
+        r"'": '"',
+        r"a valid list\b": "an array",
+        r"a valid dictionary(?: or .*)?": "an object",
+    }.items()
+]
 
 INTERNAL_ERROR = ErrorInfo(
     message="internal server error; the server's log has the details",
@@ -77,7 +91,7 @@ def overloaded_error(message: str = OVERLOADED.message) -> RequestError:
 
 def user_error(message: str, status: int = 400) -> RequestError:
     """The error of a UserError, whose message begins with `field=value` or `field:` if a field caused it."""
-    message = _LIBRARY_NAME.sub("max_tokens", message)
+    message = _with_json_value(_LIBRARY_NAME.sub("max_tokens", message))
     field = _FIELD.match(message)
     if status == 400 and field and field[1] == "model":
         return RequestError(404, ErrorInfo(message=message, param="model", code="model_not_found"))
@@ -85,8 +99,18 @@ def user_error(message: str, status: int = 400) -> RequestError:
         return overloaded_error(message)
     if status == 503:
         return RequestError(503, ENGINE_LOST.model_copy(update={"message": message}), {"retry-after": "1"})
-    info = ErrorInfo(message=message, param=field[1] if field else None, code="invalid_value")
-    return RequestError(status, info)
+    code = "context_length_exceeded" if _TOO_LONG.search(message) else "invalid_value"
+    return RequestError(status, ErrorInfo(message=message, param=field[1] if field else None, code=code))
+
+
+def _with_json_value(message: str) -> str:
+    """The message with the value after its field in JSON; the library writes it in Python."""
+    found = _FIELD_AND_VALUE.match(message)
+    try:
+        value = json.dumps(ast.literal_eval(found[2]), ensure_ascii=False) if found else ""
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # shortened, or not a literal
+        return message
+    return f"{found[1]}={value}{message[found.end() :]}" if found else message
 
 
 def rejection_error(rejected: RejectedRequest) -> RequestError:
@@ -124,10 +148,19 @@ def validation_error_info(error: dict[str, Any]) -> ErrorInfo:
         return ErrorInfo(
             message=f"{field}: required and not given; add it", param=field, code="missing_required_parameter"
         )
-    value = repr(error["input"])
+    value = json.dumps(error["input"], ensure_ascii=False, default=str)
     value = value if len(value) <= _MAX_SHOWN_CHARS else f"{value[:_MAX_SHOWN_CHARS]}…"
-    remedy = error["msg"].removeprefix("Input ").removeprefix("Value error, ")
-    return ErrorInfo(message=f"{field}={value}: {remedy}", param=field, code="invalid_value")
+    return ErrorInfo(message=f"{field}={value}: {_remedy(error)}", param=field, code="invalid_value")
+
+
+def _remedy(error: dict[str, Any]) -> str:
+    """What pydantic says about a value, in the words of JSON."""
+    remedy = str(error["msg"]).removeprefix("Input ").removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return remedy
+    for pattern, word in _WORDS_OF_JSON:
+        remedy = pattern.sub(word, remedy)
+    return remedy
 
 
 def _field_name(location: tuple[Any, ...]) -> str:

@@ -22,6 +22,13 @@ class StrictRequest(BaseModel):
         return {name: value[name] for name in [*cls.model_fields, unknown[0]] if name in value}
 
 
+def _refuse(value: Any) -> Any:
+    """Null and an empty list mean that a field is not used."""
+    if value is None or value == []:
+        return None
+    raise ValueError("is not supported; leave it out")
+
+
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
@@ -56,6 +63,8 @@ def _require_encodable(value: str) -> str:
 
 
 ItemT = TypeVar("ItemT")
+Ignored = Any  # a field that does not change the answer
+Unsupported = Annotated[None, BeforeValidator(_refuse, json_schema_input_type=None)]
 Str = Annotated[str, AfterValidator(_require_encodable)]
 # Validation stops at the first wrong item: reporting every item of a long list takes seconds.
 Items = Annotated[list[ItemT], Field(fail_fast=True)]

@@ -7,16 +7,27 @@ from __future__ import annotations
 
 import time
 import uuid
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, ValidationInfo, field_validator, model_validator
 
 from parallelmind.config import Visibility
-from serving.protocol.fields import Items, LogitBias, Prompts, Str, StrictRequest, Text, Texts
+from serving.protocol.fields import (
+    Ignored,
+    Items,
+    LogitBias,
+    Prompts,
+    Str,
+    StrictRequest,
+    Text,
+    Texts,
+    Unsupported,
+)
 
 
 class StreamOptions(StrictRequest):
     include_usage: bool = False
+    include_obfuscation: Ignored = None
 
 
 class Sampling(StrictRequest):
@@ -36,6 +47,12 @@ class Sampling(StrictRequest):
     repetition_penalty: float = 1.0
     ignore_eos: bool = False
 
+    @field_validator("top_k")
+    @classmethod
+    def _minus_one_is_off(cls, value: int) -> int:
+        """Many servers write "all tokens" as -1."""
+        return 0 if value == -1 else value
+
     def sampling_fields(self, max_new_tokens: int, logprobs: int | None) -> dict[str, Any]:
         """The settings as fields of `pm.SamplingParams`."""
         fields = {name: getattr(self, name) for name in Sampling.model_fields}
@@ -43,7 +60,21 @@ class Sampling(StrictRequest):
         return {**fields, "max_new_tokens": max_new_tokens, "logprobs": logprobs}
 
 
-class OpenAIRequest(Sampling):
+class HarmlessFields(StrictRequest):
+    """Fields of OpenAI's requests that do not change the answer."""
+
+    metadata: Ignored = None
+    parallel_tool_calls: Ignored = None
+    prompt_cache_key: Ignored = None
+    prompt_cache_options: Ignored = None
+    prompt_cache_retention: Ignored = None
+    safety_identifier: Ignored = None
+    service_tier: Ignored = None
+    store: Ignored = None
+    user: Ignored = None
+
+
+class OpenAIRequest(Sampling, HarmlessFields):
     """visibility: isolated: no answer depends on another one; columnar: all answers are branches of one
     sample, which attend to each other as the adapter was trained.
     """
@@ -53,7 +84,6 @@ class OpenAIRequest(Sampling):
     n: int = Field(1, ge=1)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: str | None = None
     # Other penalties than the default are rejected; some clients always send the default.
     frequency_penalty: float = Field(0, ge=0, le=0)
     presence_penalty: float = Field(0, ge=0, le=0)
@@ -74,15 +104,37 @@ class OpenAIRequest(Sampling):
 
 
 class CompletionRequest(OpenAIRequest):
-    """Every prompt is continued n times. main: a text that all prompts follow, which is read once."""
+    """Every prompt is continued n times.
+
+    main: a text that all prompts follow, which is read once.
+    echo: whether the prompt is part of the answer, and its log-probabilities are too.
+    """
 
     prompt: Prompts = Field(min_length=1)
     main: Text = ""
     max_tokens: int = 16
     logprobs: int | None = None
-    best_of: Literal[1] | None = None
-    echo: Literal[False] = False
-    suffix: None = None
+    echo: bool = False
+    best_of: int | None = None
+    suffix: Literal[""] | None = None
+
+    @property
+    def decodes_nothing(self) -> bool:
+        """Whether the answer is the prompt alone."""
+        return self.echo and self.max_tokens == 0
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the answer holds the log-probabilities of the prompt."""
+        return self.echo and self.logprobs is not None
+
+    @field_validator("best_of")
+    @classmethod
+    def _check_best_of(cls, value: int | None, info: ValidationInfo) -> int | None:
+        """All n answers are returned; none is chosen among more of them."""
+        if value not in (None, info.data.get("n")):
+            raise ValueError("give the value of n, or leave it out")
+        return value
 
 
 class TextPart(StrictRequest):
@@ -90,15 +142,44 @@ class TextPart(StrictRequest):
     text: Str
 
 
-class Message(StrictRequest):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Str | Items[TextPart]
-    name: Str | None = None
-    refusal: None = None  # part of our responses, which clients send back
+class RefusalPart(StrictRequest):
+    type: Literal["refusal"]
+    refusal: Str
 
     @property
     def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return self.refusal
+
+
+ContentPart = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
+
+
+class Message(StrictRequest):
+    """A turn of a conversation, also as clients send back what they have received."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Str | Items[ContentPart] = ""
+    name: Str | None = None
+    refusal: Str | None = None
+    annotations: Ignored = None
+    tool_calls: Unsupported = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, value: Any) -> Any:
+        """Clients fill fields that a response does not have with nulls. Only an answer may lack a content."""
+        if not isinstance(value, dict):
+            return value
+        is_answer = value.get("role") == "assistant"
+        kept = {name: item for name, item in value.items() if item is not None}
+        return kept if is_answer else {"content": None, **kept}
+
+    @property
+    def text(self) -> str:
+        """The content, or the refusal of an answer without one."""
+        if isinstance(self.content, str):
+            return self.content or self.refusal or ""
+        return "".join(part.text for part in self.content)
 
 
 class ResponseFormat(StrictRequest):
@@ -118,8 +199,17 @@ class ChatRequest(OpenAIRequest):
     logprobs: bool = False
     top_logprobs: int | None = None
     response_format: ResponseFormat | None = None
-    tools: None = None
-    tool_choice: Literal["none"] | None = None
+    modalities: Items[Literal["text"]] | None = None
+    reasoning_effort: Ignored = None
+    verbosity: Ignored = None
+    tools: Unsupported = None
+    tool_choice: Literal["none", "auto"] | None = None
+    functions: Unsupported = None
+    function_call: Literal["none", "auto"] | None = None
+    audio: Unsupported = None
+    moderation: Unsupported = None
+    prediction: Unsupported = None
+    web_search_options: Unsupported = None
 
 
 class TokenizeRequest(StrictRequest):

@@ -7,11 +7,14 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any, Protocol
 
 import parallelmind as pm
+from parallelmind.engine.output import TokenLogprob
 from serving.engine.messages import StepOutput
 from serving.protocol.errors import decoding_error
 from serving.protocol.openai import Usage
 
 Json = dict[str, Any]
+
+_EXCLUDED_LOGPROB = -9999.0
 
 
 class TokenTexts(Protocol):
@@ -20,6 +23,9 @@ class TokenTexts(Protocol):
     def token_text(self, token: int) -> str: ...
 
     def token_bytes(self, token: int) -> bytes | None: ...
+
+    def text_offsets(self, tokens: Sequence[int]) -> list[int]:
+        """Where the text of each token begins in that of all."""
 
 
 class ResponseFormatter(Protocol):
@@ -41,40 +47,50 @@ class ResponseFormatter(Protocol):
 class CompletionFormatter:
     """Format of /v1/completions."""
 
-    def __init__(self, id: str, model: str, texts: TokenTexts) -> None:
+    def __init__(
+        self, id: str, model: str, texts: TokenTexts, echoes: Sequence[str] = (), n: int = 1
+    ) -> None:
+        """echoes: the prompts, if they are part of the answers. n: answers to each of them."""
         self._head = {"id": id, "object": "text_completion", "created": int(time.time()), "model": model}
-        self._texts = texts
+        self._texts, self._echoes, self._n = texts, echoes, n
 
     def choice(self, index: int, events: Sequence[pm.Event]) -> Json:
-        return self._choice(index, events, 0)
+        return self._choice(index, events, None)
 
     def delta(self, event: pm.Event, text_offset: int | None) -> Json:
-        return self._choice(event.branch, [event], text_offset or 0)
+        return self._choice(event.branch, [event], text_offset)
 
     def envelope(self, choices: list[Json], usage: Usage | None, streamed: bool) -> Json:
         return {**self._head, "choices": choices, **_usage_field(usage)}
 
-    def _choice(self, index: int, events: Sequence[pm.Event], text_offset: int) -> Json:
+    def _choice(self, index: int, events: Sequence[pm.Event], text_offset: int | None) -> Json:
+        """text_offset: characters of the branch before the events; None: nothing is returned yet."""
+        echo = self._echoes[index // self._n] if self._echoes else ""
         return {
             "index": index,
-            "text": _joined_text(events),
-            "logprobs": self._logprobs(_with_logprobs(events), text_offset),
+            "text": (echo if text_offset is None else "") + _joined_text(events),
+            "logprobs": self._logprobs(events, len(echo) + (text_offset or 0)),
             "finish_reason": _finish_reason(events[-1]),
         }
 
-    def _logprobs(self, events: list[pm.Event], text_offset: int) -> Json | None:
-        """Log-probabilities of the events. text_offset: start of the first event's text in the branch."""
-        if not events:
-            return None
-        offsets = []
-        for event in events:
+    def _logprobs(self, events: Sequence[pm.Event], text_offset: int) -> Json | None:
+        """Log-probabilities of the prompt and of the events. text_offset: start of the first event's text."""
+        tokens = [*events[0].prompt]
+        offsets = self._texts.text_offsets([token.token for token in tokens])
+        for event in _with_logprobs(events):
             offsets.append(text_offset)
+            tokens.append(TokenLogprob(event.token or 0, event.logprob, event.top))
             text_offset += len(event.text)
+        if not tokens:
+            return None
         text_of = self._texts.token_text
         return {
-            "tokens": [text_of(event.token or 0) for event in events],
-            "token_logprobs": [event.logprob for event in events],
-            "top_logprobs": [{text_of(token): value for token, value in event.top} for event in events],
+            "tokens": [text_of(token.token) for token in tokens],
+            "token_logprobs": [_finite(token.logprob) for token in tokens],
+            "top_logprobs": [
+                None if token.logprob is None else {text_of(other): value for other, value in token.top}
+                for token in tokens
+            ],
             "text_offset": offsets,
         }
 
@@ -120,6 +136,11 @@ class ChatFormatter:
         }
 
 
+def _finite(logprob: float | None) -> float | None:
+    """The log-probability in JSON, which has no infinity: OpenAI writes that of an excluded token so, too."""
+    return None if logprob is None else max(logprob, _EXCLUDED_LOGPROB)
+
+
 def _joined_text(events: Sequence[pm.Event]) -> str:
     return "".join(event.text for event in events)
 
@@ -141,6 +162,16 @@ def _with_logprobs(events: Sequence[pm.Event]) -> list[pm.Event]:
 
 def _usage_field(usage: Usage | None) -> Json:
     return {"usage": usage.model_dump()} if usage else {}
+
+
+async def prompts_only(steps: AsyncIterator[StepOutput]) -> AsyncIterator[StepOutput]:
+    """The steps without the tokens that were decoded, each of which ends its branch."""
+    async for step in steps:
+        events = [
+            event if event.error else pm.Event(event.branch, "", None, "length", prompt=event.prompt)
+            for event in step.events
+        ]
+        yield step._replace(events=events)
 
 
 async def complete_response(
@@ -169,7 +200,8 @@ async def response_chunks(
             completion_tokens += event.token is not None
             if event.text or event.finish_reason or event.logprob is not None:
                 delta = formatter.delta(event, text_lengths.get(event.branch))
-                yield formatter.envelope([delta], None, streamed=True)
+                chunk = formatter.envelope([delta], None, streamed=True)
+                yield {**chunk, "usage": None} if wants_usage else chunk
                 text_lengths[event.branch] = text_lengths.get(event.branch, 0) + len(event.text)
     if wants_usage:
         yield formatter.envelope([], Usage.of(prompt_tokens, completion_tokens), streamed=True)

@@ -222,7 +222,7 @@ def test_the_error_of_an_unknown_model_lists_the_served_ones(call: Any) -> None:
     preprocessor = make_preprocessor(adapters={"legal": "somewhere"})
     info = error_of(call, preprocessor, model="gpt-4")
     assert (info.param, info.code) == ("model", "model_not_found")
-    assert all(name in info.message for name in ("'gpt-4'", "tiny", "base:legal"))
+    assert all(name in info.message for name in ('"gpt-4"', "tiny", "base:legal"))
     assert len(error_of(call, preprocessor, model="x" * 10**6).message) < 300
     assert call(preprocessor, model="base:legal").model == "base:legal"
     assert call(preprocessor, model="base").model == "base"
@@ -382,7 +382,6 @@ def test_max_tokens_of_a_chat_defaults_to_the_room_in_the_context() -> None:
     assert max_new_tokens_of() == 1024
     assert max_new_tokens_of(make_preprocessor(context=None)) == 1024
     assert max_new_tokens_of(make_preprocessor(context=read + 20)) == 20
-    assert max_new_tokens_of(make_preprocessor(context=5)) == 1  # the engine will say that it is too long
     assert max_new_tokens_of(make_preprocessor(max_new_tokens=9)) == 9
     assert max_new_tokens_of(max_tokens=5) == 5
     assert max_new_tokens_of(max_tokens=5, max_completion_tokens=6) == 6

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import pytest
@@ -34,6 +34,9 @@ class AsciiTexts:
 
     def token_bytes(self, token: int) -> bytes:
         return bytes([token])
+
+    def text_offsets(self, tokens: Sequence[int]) -> list[int]:
+        return list(range(len(tokens)))
 
 
 COMPLETION = openai_format.CompletionFormatter("cmpl-1", "tiny", AsciiTexts())
@@ -176,7 +179,7 @@ def test_the_role_is_in_the_first_chunk_of_each_branch() -> None:
 def test_a_stream_ends_with_the_usage_if_it_is_wanted(formatter: openai_format.ResponseFormatter) -> None:
     assert not any("usage" in part for part in streamed(formatter, PLAIN))
     *parts, last = streamed(formatter, PLAIN, usage=True)
-    assert not any("usage" in part for part in parts)
+    assert [part.pop("usage") for part in parts] == [None] * len(parts)
     assert (last["choices"], last["usage"]["prompt_tokens"], last["usage"]["completion_tokens"]) == ([], 5, 6)
 
 
