@@ -55,6 +55,8 @@ def completion_client(url: str, body: dict[str, Any]) -> Client:
 async def _read_stream(response: aiohttp.ClientResponse, answer: Answer, start: float) -> None:
     async for line in response.content:
         text = line.decode().removeprefix("data: ").strip()
+        if text.startswith(":"):  # a comment keeps the connection alive
+            continue
         if text == "[DONE]":
             answer.complete = answer.error is None
         elif text:

@@ -1,4 +1,4 @@
-"""Serve a model and its adapters on this machine: HTTP on 127.0.0.1, until Ctrl-C.
+"""Serve a model and its adapters on this machine, until Ctrl-C.
 
     python -m serving lora_path=runs/NAME-HASH/adapter port=8000
     python -m serving base_model=smollm2-135m rope_2d_ratio=0 visibility=isolated max_replicas=2
@@ -13,14 +13,16 @@ import logging
 import re
 import signal
 import socket
+from collections.abc import Sequence
 from contextlib import redirect_stderr
 from io import StringIO
 from typing import Any
 
 from parallelmind import cli
 from parallelmind.errors import UserError
-from serving.config import HOST, AppConfig, ServerConfig
+from serving.config import AppConfig, NetworkConfig, ServerConfig
 from serving.ingress.api_keys import read_api_keys
+from serving.ingress.hosts import is_loopback
 from serving.runtime.ray_env import set_serve_env
 
 
@@ -32,8 +34,8 @@ def main(argv: list[str]) -> None:
     if cli.wants_help(argv):
         return cli.print_help(__doc__ or "", ServerConfig)
     config = cli.parse(ServerConfig, argv)
-    _require_free_port(config.network.port)
-    read_api_keys(config.access.api_keys_file)
+    _require_keys_beyond_loopback(config.network.host, read_api_keys(config.access.api_keys_file))
+    _require_free_port(config.network)
     if config.model.lora_path:
         _require_adapter(config.model.lora_path)
     set_serve_env(config.network.proxy)  # before Ray is imported
@@ -62,7 +64,7 @@ def _start(config: ServerConfig) -> None:
     ray.init("local", include_dashboard=False, logging_level=logging.WARNING)
     _on_stop_signal(signal.default_int_handler)  # after Ray, which installs a handler of its own
     quiet = {"log_level": "ERROR", "enable_access_log": False}
-    serve.start(http_options={"host": HOST, "port": config.network.port}, logging_config=quiet)
+    serve.start(http_options={"host": config.network.host, "port": config.network.port}, logging_config=quiet)
     app_fields = AppConfig.flat_fields()
     fields = {name: value for name, value in config.model_dump().items() if name in app_fields}
     try:
@@ -81,11 +83,22 @@ def _on_stop_signal(handler: Any) -> None:
         signal.signal(number, handler)
 
 
-def _require_free_port(port: int) -> None:
+def _require_keys_beyond_loopback(host: str, keys: Sequence[str]) -> None:
+    if not keys and not is_loopback(host):
+        raise UserError(
+            f"host={host}: other machines reach it, and there are no API keys; set api_keys_file or "
+            "$PARALLELMIND_API_KEYS, or give host=127.0.0.1"
+        )
+
+
+def _require_free_port(network: NetworkConfig) -> None:
+    host, port = network.host, network.port
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((HOST, port))
+            probe.bind((host, port))
+        except socket.gaierror as error:
+            raise UserError(f"host={host}: {error.strerror}; give an IPv4 address") from error
         except OSError as error:
             raise UserError(
                 f"port={port}: {error.strerror}; give another, such as port={port + 1}"
@@ -106,7 +119,8 @@ def _greeting(config: ServerConfig) -> str:
         "max_tokens": 16,
         "temperature": 0,
     }
-    url = f"http://{HOST}:{config.network.port}"
+    host = "127.0.0.1" if config.network.host == "0.0.0.0" else config.network.host
+    url = f"http://{host}:{config.network.port}"
     return (
         f"serving {config.model.name} at {url}/v1, with a page to try it at {url} (Ctrl-C stops it). "
         "Two branches of one sample:\n"

@@ -17,7 +17,6 @@ from parallelmind.config import Dtype, FrozenConfig, GroupedConfig, HomePath, Tr
 from parallelmind.config.yaml_file import parse_yaml
 from parallelmind.storage import expand_home
 
-HOST = "127.0.0.1"
 BASE = "base"  # the base model's name in requests, and the prefix of adapters' names
 REGISTRY = "models:/"  # prefix of names in the model registry
 _ADAPTER_DIR = "adapter"  # name of the adapter folder in a run folder
@@ -207,8 +206,13 @@ class AccessConfig(_Group):
     cors_origins: list[str] = Field(
         [], description="web origins whose pages may call the server; []: its own pages only"
     )
+    allowed_hosts: list[str] = Field(
+        [],
+        description="host names that requests may use besides addresses, localhost and this machine's name, "
+        "such as *.example.com; *: any",
+    )
 
-    @field_validator("cors_origins", mode="before")
+    @field_validator("cors_origins", "allowed_hosts", mode="before")
     @classmethod
     def _parse_text(cls, value: Any) -> Any:
         return parse_yaml(value) if isinstance(value, str) else value
@@ -257,7 +261,12 @@ class AppConfig(GroupedConfig):
 class NetworkConfig(_Group):
     """Network."""
 
-    port: int = Field(8000, ge=1, le=65535, description=f"port on {HOST}")
+    host: str = Field(
+        "127.0.0.1",
+        min_length=1,
+        description="address to listen on; one that other machines reach, such as 0.0.0.0, needs API keys",
+    )
+    port: int = Field(8000, ge=1, le=65535, description="port to listen on")
     proxy: Literal["haproxy", "serve"] = Field(
         "haproxy",
         description="haproxy: HAProxy, with patches of private parts of Ray Serve; serve: Serve's own proxy "

@@ -79,7 +79,7 @@ class Server:
             assert response.status == 200, response.read()
             for line in response:
                 text = line.decode().removeprefix("data: ").strip()
-                if text:
+                if text and not text.startswith(":"):  # a comment keeps the connection alive
                     yield text if text == "[DONE]" else json.loads(text)
 
     def metric(self, name: str) -> float:

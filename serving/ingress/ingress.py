@@ -10,6 +10,7 @@ from serving.config import AppConfig
 from serving.engine.load_model import load_tokenizer, max_context_tokens
 from serving.ingress.api_keys import ApiKeys, read_api_keys
 from serving.ingress.engine_client import EngineClient
+from serving.ingress.hosts import AllowedHosts
 from serving.ingress.preprocessor import RequestPreprocessor
 from serving.ingress.request_id import with_request_id
 from serving.ingress.request_limits import RequestLimitsMiddleware
@@ -33,14 +34,16 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """The application that Serve calls. Raises UserError for API keys that cannot be read."""
         routes = build_routes(self._config, self.preprocessor, self.engines)
-        keys = ApiKeys(read_api_keys(self._config.access.api_keys_file))
-        app = with_request_id(RequestLimitsMiddleware(routes, self._config.limits, keys, self.metrics))
-        if not self._config.access.cors_origins:
+        access = self._config.access
+        keys, hosts = ApiKeys(read_api_keys(access.api_keys_file)), AllowedHosts(access.allowed_hosts)
+        limited = RequestLimitsMiddleware(routes, self._config.limits, keys, hosts, self.metrics)
+        app = with_request_id(limited)
+        if not access.cors_origins:
             return app
         # Outermost: a browser's preflight request has no key, and it must be able to read a rejection.
         return CORSMiddleware(
             app,
-            allow_origins=self._config.access.cors_origins,
+            allow_origins=access.cors_origins,
             allow_methods=["*"],
             allow_headers=["authorization", "content-type"],
         )

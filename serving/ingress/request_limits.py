@@ -1,4 +1,4 @@
-"""Limits on HTTP requests, checked before anything is parsed: key, size, duration and concurrency."""
+"""Limits on HTTP requests, checked before anything is parsed: host, key, size, duration, concurrency."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.config import RequestLimits
 from serving.ingress.api_keys import ApiKeys
+from serving.ingress.hosts import AllowedHosts
 from serving.observability.log import log
 from serving.observability.metrics import IngressMetrics
 from serving.protocol.errors import ErrorInfo, RequestError, error_response, overloaded_error
@@ -25,8 +26,16 @@ _GENERATION = re.compile(r"/v1/(completions|chat/completions|branches)")
 class RequestLimitsMiddleware:
     """ASGI middleware that admits requests to an application, bounds their messages and counts them."""
 
-    def __init__(self, app: ASGIApp, limits: RequestLimits, keys: ApiKeys, metrics: IngressMetrics) -> None:
-        self._app, self._limits, self._keys, self._metrics = app, limits, keys, metrics
+    def __init__(
+        self,
+        app: ASGIApp,
+        limits: RequestLimits,
+        keys: ApiKeys,
+        hosts: AllowedHosts,
+        metrics: IngressMetrics,
+    ) -> None:
+        self._app, self._limits, self._metrics = app, limits, metrics
+        self._keys, self._hosts = keys, hosts
         self._open_generations = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -55,6 +64,10 @@ class RequestLimitsMiddleware:
         if size > self._limits.max_header_bytes:
             message = f"headers: {size} bytes, {self._limits.max_header_bytes} allowed; send fewer"
             raise self._rejection("headers", 431, message)
+        host = headers.get("host")
+        if host is not None and path != _HEALTH and host not in self._hosts:
+            message = f"host={host[:80]!r}: not the name of this server; add it to allowed_hosts"
+            raise self._rejection("host", 421, message)
         if path != _HEALTH and not self._keys.is_valid(headers.get("authorization")):
             challenge = 'Basic realm="parallelmind"' if _PAGES.fullmatch(path) else "Bearer"
             message = "no valid API key; send it as Authorization: Bearer KEY"
@@ -70,7 +83,7 @@ class RequestLimitsMiddleware:
         self, reason: str, status: int, message: str, headers: dict[str, str] | None = None
     ) -> RequestError:
         self._metrics.rejected.labels(reason).inc()
-        code = "invalid_api_key" if status == 401 else "too_large"
+        code = {401: "invalid_api_key", 421: "unknown_host"}.get(status, "too_large")
         return RequestError(status, ErrorInfo(message=message, code=code), headers)
 
     async def _forward(self, scope: Scope, receive: _BoundedReceive, send: _BoundedSend) -> None:

@@ -61,6 +61,7 @@ _ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
         405: "no such method",
         408: "the body did not arrive in time",
         413: "the body is too long",
+        421: "the host is not a name of this server",
         429: "overloaded; Retry-After says when to try again",
         431: "the headers are too long",
         500: "internal server error",
@@ -71,8 +72,15 @@ _ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 def build_routes(config: AppConfig, preprocessor: RequestPreprocessor, engines: EngineClient) -> FastAPI:
-    # FastAPI's documentation pages load scripts from other sites.
-    app = FastAPI(title="parallelmind", docs_url=None, redoc_url=None, responses=_ERROR_RESPONSES)
+    # FastAPI's documentation pages load scripts from other sites, and its redirect to a path with a slash
+    # leads to the host that the client names.
+    app = FastAPI(
+        title="parallelmind",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        responses=_ERROR_RESPONSES,
+    )
     install_error_handlers(app)
     _add_openai_routes(app, config, preprocessor, engines)
     _add_branches_routes(app, preprocessor, engines)

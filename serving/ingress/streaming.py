@@ -16,11 +16,20 @@ from serving.protocol.errors import INTERNAL_ERROR, ErrorBody, error_info
 AppStatus.disable_automatic_graceful_drain()
 
 
+_KEEP_ALIVE_S = 10.0  # proxies close connections that are silent for half a minute
+
+
 def event_stream(chunks: AsyncIterator[dict[str, Any]]) -> EventSourceResponse:
-    """Stream the chunks. No pings: engines and clients both bound how long they wait for each other."""
-    response = EventSourceResponse(server_sent_events(chunks), ping=0, sep="\n")
+    """Stream the chunks, with a comment every ten seconds, which clients ignore."""
+    response = EventSourceResponse(
+        server_sent_events(chunks), ping=_KEEP_ALIVE_S, ping_message_factory=_keep_alive, sep="\n"
+    )
     del response.headers["connection"]  # the HTTP server decides whether a connection is kept
     return response
+
+
+def _keep_alive() -> ServerSentEvent:
+    return ServerSentEvent(comment="keep-alive", sep="\n")
 
 
 async def server_sent_events(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[ServerSentEvent]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from asgi import (
     post_json,
     send_request,
 )
+from starlette.types import Message
 
 from parallelmind import cli
 from parallelmind.engine.output import Event
@@ -24,6 +26,7 @@ from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.errors import UserError
 from serving.__main__ import main
 from serving.engine.messages import BranchStarted, StepOutput
+from serving.ingress import streaming
 
 ENV_VARIABLE = "PARALLELMIND_API_KEYS"
 
@@ -113,3 +116,63 @@ def test_prompt_tokens_in_metrics_are_those_of_the_usage(tmp_path: Path) -> None
     reply = asyncio.run(post_json(ingress.__serve_build_asgi_app__(), "/v1/branches", body))
     assert json.loads(reply.body)["usage"]["prompt_tokens"] == 6
     assert metric_value(ingress.metrics, "tokens_total", kind="prompt") == 6
+
+
+@pytest.mark.parametrize("path", ["/v1/models/", "/health/", "/web"])
+def test_no_path_redirects_to_the_host_that_a_client_names(tmp_path: Path, path: str) -> None:
+    reply = asyncio.run(send_request(ingress_app(tmp_path), path=path, headers={"host": "localhost"}))
+    assert reply.status == 404
+    assert "location" not in reply.headers
+
+
+def test_the_names_of_hosts_are_configured(tmp_path: Path) -> None:
+    app = ingress_app(tmp_path, allowed_hosts="[mind.example.com]")
+    statuses = [
+        asyncio.run(send_request(app, headers={"host": host})).status
+        for host in ("mind.example.com", "rebound.example")
+    ]
+    assert statuses == [200, 421]
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.0.7", "mind.example.com"])
+def test_the_command_line_refuses_other_machines_without_keys(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], host: str
+) -> None:
+    monkeypatch.setattr("serving.__main__._start", lambda _: pytest.fail("Ray is started"))
+    monkeypatch.setattr("sys.argv", ["serving", "base_model=tiny", f"host={host}"])
+    monkeypatch.delenv(ENV_VARIABLE, raising=False)
+    with pytest.raises(SystemExit) as end:
+        cli.run(main)
+    error = capsys.readouterr().err
+    assert (end.value.code, error.count("\n")) == (2, 1)
+    assert f"host={host}: other machines reach it" in error
+
+
+def test_a_stream_says_that_it_is_alive_while_no_token_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "_KEEP_ALIVE_S", 0.01)
+    may_end = asyncio.Event()
+
+    async def chunks() -> AsyncIterator[dict[str, int]]:
+        yield {"first": 1}
+        await may_end.wait()
+        yield {"last": 2}
+
+    async def run() -> bytes:
+        body = b""
+
+        async def send(message: Message) -> None:
+            nonlocal body
+            body += message.get("body", b"")
+            if body.count(b": keep-alive\n\n") == 2:
+                may_end.set()
+
+        async def receive() -> Message:
+            return await asyncio.Future()
+
+        await streaming.event_stream(chunks())({"type": "http", "method": "POST"}, receive, send)
+        return body
+
+    lines = [line for line in asyncio.run(run()).decode().split("\n\n") if not line.startswith(":")]
+    assert lines == ['data: {"first":1}', 'data: {"last":2}', "data: [DONE]", ""]

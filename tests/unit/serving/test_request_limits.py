@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from base64 import b64encode
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.config import RequestLimits
 from serving.ingress.api_keys import ApiKeys
+from serving.ingress.hosts import AllowedHosts
 from serving.ingress.request_id import with_request_id
 from serving.ingress.request_limits import RequestLimitsMiddleware
 from serving.observability.metrics import IngressMetrics
@@ -37,10 +40,12 @@ UNKNOWN_AUTHORIZATIONS = [
 ]
 
 
-def limited(app: Any = None, keys: list[str] | None = None) -> tuple[ASGIApp, IngressMetrics]:
+def limited(
+    app: Any = None, keys: list[str] | None = None, hosts: Sequence[str] = ()
+) -> tuple[ASGIApp, IngressMetrics]:
     """A stub application behind the limits, as the ingress builds it."""
-    metrics = IngressMetrics()
-    middleware = RequestLimitsMiddleware(app or StubApp(), LIMITS, ApiKeys(keys or []), metrics)
+    metrics, allowed = IngressMetrics(), AllowedHosts(hosts)
+    middleware = RequestLimitsMiddleware(app or StubApp(), LIMITS, ApiKeys(keys or []), allowed, metrics)
     return with_request_id(middleware), metrics
 
 
@@ -301,3 +306,44 @@ def test_a_preflight_request_needs_no_key(tmp_path: Path, monkeypatch: pytest.Mo
     reply = send_to_routes(tmp_path, "OPTIONS", ROUTE, {**origin, "access-control-request-method": "POST"})
     assert (reply.status, reply.headers.get("access-control-allow-origin")) == (200, "http://page")
     assert send_to_routes(tmp_path, "POST", ROUTE, {**origin, **JSON}).status == 401
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1:8000", 200),
+        ("localhost", 200),
+        ("LOCALHOST:8000", 200),
+        ("[::1]:8000", 200),
+        ("192.168.0.7:8000", 200),
+        (socket.gethostname(), 200),
+        ("mind.example.com:8000", 200),
+        ("a.b.lab.example.org", 200),
+        ("example.org", 421),
+        ("lab.example.org", 421),
+        ("rebound.example", 421),
+        ("localhost.rebound.example", 421),
+        ("notmind.example.com", 421),
+        ("127.0.0.1.rebound.example", 421),
+        ("rebound.example:80@127.0.0.1", 200),
+        ("127.0.0.1@rebound.example", 421),
+        ("", 421),
+        ("[", 421),
+    ],
+)
+def test_a_host_that_is_no_name_of_this_server_is_refused(host: str, status: int) -> None:
+    """A page whose name is made to point at this machine sends that name."""
+    app, metrics = limited(hosts=["mind.example.com", "*.lab.example.org"])
+    reply = asyncio.run(send_request(app, headers={"host": host}))
+    assert reply.status == status
+    if status == 421:
+        assert (reply.error["code"], metric_value(metrics, "refused_total", reason="host")) == (
+            "unknown_host",
+            1,
+        )
+        assert asyncio.run(send_request(app, path="/health", headers={"host": host})).status == 200
+
+
+def test_every_host_is_accepted_with_a_star() -> None:
+    app, _ = limited(hosts=["*"])
+    assert asyncio.run(send_request(app, headers={"host": "rebound.example"})).status == 200

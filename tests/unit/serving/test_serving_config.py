@@ -305,7 +305,7 @@ def test_the_dashboard_queries_existing_metrics() -> None:
 
 def test_fields_are_flat_outside_and_unique_across_groups() -> None:
     fields = ServerConfig.flat_fields()
-    assert config().model_dump().keys() == fields.keys() - {"port", "proxy"}
+    assert config().model_dump().keys() == fields.keys() - {"host", "port", "proxy"}
     assert {
         "base_model",
         "adapters",
