@@ -39,7 +39,7 @@ from parallelmind.model.patch import patch
 _TURNS = 5
 _PAUSE = 0.3  # seconds; worker threads of the engine before have stopped spinning then
 _ALIKE = 8  # tokens; rounding in bfloat16 separates greedy texts later on
-_DTYPE: Dtype = "bfloat16" if has_native_bfloat16() else "float32"
+DTYPE: Dtype = "bfloat16" if has_native_bfloat16() else "float32"
 _ISOLATED = RopeConfig(visibility="isolated", rope_2d_ratio=0, positions="time")
 
 Work = Callable[[int], list[Request]]
@@ -78,12 +78,12 @@ class Result(NamedTuple):
 def engine(name: str) -> EngineProcess:
     """A loaded engine. `parallelmind` is isolated, which is the work of the others; `columnar` does more."""
     settings: dict[str, dict[str, Any]] = {
-        "parallelmind": {**_ISOLATED.model_dump(), "dtype": _DTYPE},
-        "columnar": {"visibility": "columnar", "dtype": _DTYPE},
+        "parallelmind": {**_ISOLATED.model_dump(), "dtype": DTYPE},
+        "columnar": {"visibility": "columnar", "dtype": DTYPE},
     }
     if name in settings:
         return start_parallelmind(settings[name])
-    return {"vllm": start_vllm, "openvino": start_openvino, "hf": start_hf}[name](_DTYPE)
+    return {"vllm": start_vllm, "openvino": start_openvino, "hf": start_hf}[name](DTYPE)
 
 
 def take_turns(contestants: Mapping[str, Contestant]) -> dict[str, Result]:
@@ -154,7 +154,7 @@ def _adapters_speed() -> float:
     """Speed with eight adapters in one batch over speed with one of them."""
     with tempfile.TemporaryDirectory() as folder:
         adapters = _save_random_adapters(Path(folder))
-        process = start_parallelmind({**_ISOLATED.model_dump(), "dtype": _DTYPE}, adapters)
+        process = start_parallelmind({**_ISOLATED.model_dump(), "dtype": DTYPE}, adapters)
     contestants = {
         "one adapter": Contestant(process, workloads.one_adapter),
         "eight adapters": Contestant(process, workloads.eight_adapters),
@@ -182,12 +182,12 @@ def _save_random_adapters(folder: Path) -> list[Path]:
 
 
 def _row(name: str, target: float | None, work: str, other: str) -> Bench:
-    conditions = f"{_DTYPE}, {_TITLES[other]}"
+    conditions = f"{DTYPE}, {_TITLES[other]}"
     return Bench(f"decoding.{name}", target, "higher", "ratio", partial(_speedup, work, other), conditions)
 
 
 def _own_row(name: str, target: float, measured: Callable[[], float]) -> Bench:
-    return Bench(f"decoding.{name}", target, "higher", "ratio", measured, _DTYPE)
+    return Bench(f"decoding.{name}", target, "higher", "ratio", measured, DTYPE)
 
 
 BENCHES = [

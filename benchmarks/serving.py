@@ -6,59 +6,41 @@ import asyncio
 import os
 import re
 import signal
-import subprocess
-import sys
-import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from statistics import median, quantiles
 from typing import Any
 
 import aiohttp
+import openai
 import psutil
 
 import parallelmind as pm
+from benchmarks.comparison import DTYPE
 from benchmarks.decoding import patched, prompts
-from benchmarks.harness import Bench, seconds
+from benchmarks.harness import Bench, UnavailableError, ratio, seconds
 from benchmarks.load import Answer, Client, at_rate, completion_client, concurrently
-from benchmarks.text import tokenizer
-from serving.runtime.ports import free_port
+from benchmarks.peers.install import is_installed
+from benchmarks.servers import HttpServer, parallelmind_server, vllm_server
+from benchmarks.text import passages, tokenizer
 
 _STREAMS, _TOKENS, _FIRST_TOKENS, _WARM_UP = 32, 64, 60, 5
 _BURST, _MAX_REQUESTS = 200, 10
 _DISCONNECTS = 500
 _KILL_EVERY_S, _KILLING_S = 20, 180
-_START_S = 180
+_TURNS = 3
+_DOCUMENT, _ANSWER_TOKENS = 500, 16
+_IGNORE_EOS = {"ignore_eos": True}
 
 
 @contextmanager
 def server(**fields: Any) -> Iterator[str]:
     """Run `python -m serving` with unadapted SmolLM2 and isolated branches; yield its URL."""
-    port = free_port()
-    settings = {"base_model": "smollm2-135m", "visibility": "isolated", "port": port, **fields}
-    with tempfile.TemporaryFile("w+") as log:
-        command = [sys.executable, "-m", "serving", *(f"{name}={value}" for name, value in settings.items())]
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True)
-        try:
-            _wait_until_ready(process, log)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.send_signal(signal.SIGINT)
-            process.wait(timeout=60)
-
-
-def _wait_until_ready(process: subprocess.Popen[str], log: Any) -> None:
-    end = time.monotonic() + _START_S
-    while time.monotonic() < end and process.poll() is None:
-        log.seek(0)
-        if "Ctrl-C" in log.read():
-            return
-        time.sleep(0.2)
-    log.seek(0)
-    raise TimeoutError(f"the server did not start:\n{log.read()}")
+    with parallelmind_server(**fields) as running:
+        yield running.url
 
 
 def _body(text: list[int], **changes: Any) -> dict[str, Any]:
@@ -112,9 +94,10 @@ def _added_to_first_token() -> float:
 def _streams_vs_engine() -> float:
     """Tokens/s of concurrent streams over tokens/s of the engine alone on the same prompts.
 
-    The engine is measured before the server starts and after it stops.
+    Both are compiled. The server is paused while the engine decodes.
     """
     engine, texts = pm.Engine(patched("isolated", "float32"), tokenizer()), prompts(_STREAMS)
+    engine.warm_up()
 
     def engine_alone() -> None:
         for text in texts:
@@ -122,16 +105,64 @@ def _streams_vs_engine() -> float:
         while engine.busy:
             engine.step()
 
-    def pair() -> float:
-        engine_s = seconds(engine_alone)
-        with server() as url:
-            clients = [completion_client(url, _body(text)) for text in texts]
-            asyncio.run(concurrently(clients))
-            served_s = seconds(lambda: asyncio.run(concurrently(clients)))
-        return (engine_s + seconds(engine_alone)) / 2 / served_s
+    with parallelmind_server() as served:
+        served.pause()
+        return ratio(engine_alone, lambda: _run_streams(served, texts), repeats=_TURNS)
 
-    engine_alone()
-    return median(pair() for _ in range(3))
+
+def _streams_vs_vllm() -> float:
+    """Tokens/s of concurrent streams over those of vLLM's server: one client, the same prompts, in turns.
+
+    The server whose turn it is not is paused.
+    """
+    if not is_installed("vllm"):
+        raise UnavailableError("vLLM is not installed; run make bench-peers")
+    dtype, texts = DTYPE, prompts(_STREAMS)
+    with vllm_server(dtype) as theirs:
+        theirs.pause()
+        with parallelmind_server(dtype=dtype) as ours:
+            ours.pause()
+            return ratio(lambda: _run_streams(theirs, texts), lambda: _run_streams(ours, texts), _TURNS)
+
+
+def _run_streams(running: HttpServer, texts: Sequence[list[int]]) -> None:
+    """Stream all texts at the same time from a paused server. Raises RuntimeError for an incomplete one."""
+    clients = [completion_client(running.url, _body(text)) for text in texts]
+    running.resume()
+    try:
+        answers = asyncio.run(concurrently(clients))
+    finally:
+        running.pause()
+    if failed := [answer for answer in answers if not answer.complete]:
+        raise RuntimeError(f"{running.url}: {len(failed)} incomplete streams: {failed[0].error}")
+
+
+def _document_vs_stock() -> float:
+    """Seconds of eight requests, one after the other, over those of one request that shares the document.
+
+    All by a stock client of OpenAI. No cache holds the documents at first.
+    """
+    documents = _documents()
+    with server() as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        ask = partial(client.completions.create, model="base", max_tokens=_ANSWER_TOKENS, temperature=0)
+
+        def together() -> None:
+            document, questions = next(documents)
+            ask(prompt=questions, extra_body={"main": document, **_IGNORE_EOS})
+
+        def one_by_one() -> None:
+            document, questions = next(documents)
+            for question in questions:
+                ask(prompt=[*document, *question], extra_body=_IGNORE_EOS)
+
+        return ratio(one_by_one, together, _TURNS)
+
+
+def _documents() -> Iterator[tuple[list[int], list[list[int]]]]:
+    """Different documents of 500 tokens, with eight questions each."""
+    ids = [token for main, _ in passages(240) for token in main]
+    for start, (_, questions) in zip(range(0, len(ids), _DOCUMENT), passages(240), strict=False):
+        yield ids[start : start + _DOCUMENT], questions
 
 
 @cache
@@ -200,7 +231,9 @@ def _completed_under_kills() -> float:
 
 BENCHES = [
     Bench("serving.added_to_first_token_ms", 10, "lower", "ms", _added_to_first_token),
-    Bench("serving.streams32_vs_engine", 0.9, "higher", "ratio", _streams_vs_engine),
+    Bench("serving.streams32_vs_engine", 0.92, "higher", "ratio", _streams_vs_engine),
+    Bench("serving.streams32_vs_vllm", 1.0, "higher", "ratio", _streams_vs_vllm, DTYPE),
+    Bench("serving.document8_vs_stock", 4, "higher", "ratio", _document_vs_stock),
     Bench("serving.burst200_neither_200_nor_429", 0, "lower", "answers", _unexpected_statuses),
     Bench("serving.burst200_refused_p99_ms", 250, "lower", "ms", _rejection_p99_ms),
     Bench("serving.disconnect500_idle_after_s", 2, "lower", "s", _idle_after_disconnects),

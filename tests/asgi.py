@@ -18,7 +18,6 @@ from tiny import tiny_tokenizer
 from transformers import LlamaConfig
 
 from parallelmind.engine.output import Event
-from parallelmind.engine.sampling_params import SamplingParams
 from serving.config import AppConfig
 from serving.engine.messages import BranchStarted, StepOutput, pack_step
 from serving.ingress.ingress import Ingress
@@ -26,8 +25,8 @@ from serving.observability.metrics import ProcessMetrics
 
 # One branch of one token.
 ONE_TOKEN_STEPS = [
-    StepOutput([], [BranchStarted(0, [5], SamplingParams(), (0, 0))]),
-    StepOutput([Event(0, "A", 65, "stop")], []),
+    StepOutput([], [BranchStarted(0, (0, 0))]),
+    StepOutput([Event(0, "A", 65, "stop")]),
 ]
 
 
@@ -63,6 +62,7 @@ async def send_request(
     prefix: the application's route prefix, which Serve leaves in the path.
     """
     reply, chunks, received = Reply(), list(body), 0
+    path, _, query = path.partition("?")
 
     async def receive() -> Message:
         if chunks:
@@ -90,7 +90,7 @@ async def send_request(
         "scheme": "http",
         "path": prefix + path,
         "raw_path": (prefix + path).encode(),
-        "query_string": b"",
+        "query_string": query.encode(),
         "root_path": prefix,
         "headers": encoded,
         "client": ("127.0.0.1", 1),

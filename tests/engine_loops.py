@@ -57,7 +57,7 @@ class LoopStream:
         except UserError as error:
             yield RejectedRequest(str(error))
             return
-        yield pack_step(StepOutput([], running.started, ""))
+        yield pack_step(StepOutput([], running.started, adapter_version=""))
         while (step := await self._loop.next_output(running)) is not None:
             yield pack_step(step)
 

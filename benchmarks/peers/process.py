@@ -67,7 +67,7 @@ def start_parallelmind(settings: dict[str, Any], adapters: Sequence[Path] = ()) 
 
 def start_hf(dtype: str) -> EngineProcess:
     """Hugging Face `generate`, of this project's own venv."""
-    return EngineProcess([sys.executable, "-m", "benchmarks.peers.hf_driver", _base_model(), dtype])
+    return EngineProcess([sys.executable, "-m", "benchmarks.peers.hf_driver", base_model(), dtype])
 
 
 def start_openvino(dtype: str) -> EngineProcess:
@@ -75,21 +75,30 @@ def start_openvino(dtype: str) -> EngineProcess:
 
 
 def start_vllm(dtype: str) -> EngineProcess:
-    """vLLM as its documentation runs it on CPUs: cores bound, tcmalloc and Intel's OpenMP preloaded."""
+    env = {**vllm_env(), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    return EngineProcess([*_driver("vllm"), base_model(), dtype], env)
+
+
+def vllm_env() -> dict[str, str]:
+    """What vLLM's documentation sets on CPUs: cores are bound, tcmalloc and Intel's OpenMP are preloaded."""
     libraries = [str(folder("vllm") / "lib" / "libiomp5.so"), find_library("tcmalloc_minimal")]
-    env = {
+    return {
         "LD_PRELOAD": ":".join(filter(None, libraries)),
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, _CORES)),
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
-    return EngineProcess([*_driver("vllm"), _base_model(), dtype], env)
+
+
+def peer_python(name: str) -> str:
+    """The Python of a peer's venv."""
+    return str(folder(name) / "bin" / "python")
 
 
 def _driver(name: str) -> list[str]:
     """The command of a driver in the venv of its peer."""
-    return [str(folder(name) / "bin" / "python"), "-m", f"benchmarks.peers.{name}_driver"]
+    return [peer_python(name), "-m", f"benchmarks.peers.{name}_driver"]
 
 
-def _base_model() -> str:
+def base_model() -> str:
+    """The folder of the default base model."""
     return resolve_base_model(ModelConfig().base_model)

@@ -140,6 +140,19 @@ def segment_names(tree: Tree) -> list[str]:
     return ["main", *(place if place.startswith("reduce") else f"branch {place}" for place in places)]
 
 
+def segment_paths(tree: Tree) -> list[str]:
+    """The path of every segment in a request or a record: "" for main, branches[0], branches[0].reduce, …
+
+    Branches are counted from 0 in the order of their numbers.
+    """
+    paths, branches = [""], [0] * tree.segments
+    for segment, parent, _ in tree.walk():
+        step = "reduce" if tree.is_reduce[segment] else f"branches[{branches[parent]}]"
+        branches[parent] += not tree.is_reduce[segment]
+        paths.append(f"{paths[parent]}.{step}" if paths[parent] else step)
+    return paths
+
+
 def relations(tree: Tree) -> NDArray[np.int8]:
     """`[segments, segments]` relation of the key's segment (column) to the query's segment (row)."""
     if tree.is_flat:

@@ -15,9 +15,8 @@ from time import monotonic, perf_counter
 from typing import Any, TypeVar
 
 import parallelmind as pm
-from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.engine.scheduler import EngineStats
-from serving.engine.messages import BranchStarted, EngineRequest, StepOutput
+from serving.engine.messages import AddedSegments, BranchStarted, EngineRequest, StepOutput
 from serving.observability.log import log
 
 # With a niceness of 5 the event loop still waits some milliseconds for the engine's threads.
@@ -46,7 +45,7 @@ class RunningRequest:
     """A request in the engine.
 
     first_branches: for each of its samples, by the engine's number, the index of its first branch in the
-        request. started: the branches that started when it was submitted; a reduce is not announced.
+        request. started: the segments that started when it was submitted.
         num_running: samples that have not ended. outputs: what is not read yet; None is the end.
     """
 
@@ -69,7 +68,7 @@ class RunningRequest:
         """Add the events of one of the samples, and its end."""
         if first := self.first_branches[number]:
             events = [replace(event, branch=first + event.branch) for event in events]
-        self.outputs.put_nowait(StepOutput(events, []))
+        self.outputs.put_nowait(StepOutput(events))
         self.num_running -= has_ended
         if not self.num_running:
             self.outputs.put_nowait(None)
@@ -137,45 +136,46 @@ class EngineLoop:
             except pm.UserError:
                 self.release(running)
                 raise
-            running.started += self._started_branches(running, request)
+            running.started += self._started_branches(running)
         self._wake.set()
         return running
 
-    def _started_branches(self, running: RunningRequest, request: EngineRequest) -> list[BranchStarted]:
-        coordinates = map(self._engine.start_pos2d, running.numbers)
+    def _started_branches(self, running: RunningRequest, first: int = 0) -> list[BranchStarted]:
+        """The segments that have started. first: index of the first one that is looked at."""
         return [
-            BranchStarted(first + index, prompt, params, pos2d)
-            for (first, sample, _), own_coordinates in zip(request.unfinished(), coordinates, strict=True)
-            for index, (prompt, params, pos2d) in enumerate(
-                zip(sample.tokens.split()[1:], sample.params, own_coordinates, strict=True)
-            )
-            if pos2d is not None and not sample.tokens.tree.is_reduce[index + 1]
+            BranchStarted(offset + index, pos2d)
+            for number, offset in running.first_branches.items()
+            if self._engine.has_sample(number)
+            for index, pos2d in enumerate(self._engine.start_pos2d(number))
+            if pos2d is not None and offset + index >= first
         ]
 
     def _release_submitted(self, submission: asyncio.Future[RunningRequest]) -> None:
         if not submission.cancelled() and submission.exception() is None:
             self.release(submission.result())
 
-    async def join(self, running: RunningRequest, ids: list[int], params: SamplingParams, key: str) -> int:
-        """Add a branch to a request of one sample; returns its index.
+    async def add(
+        self, running: RunningRequest, add: Callable[[int], list[int]], added: AddedSegments
+    ) -> list[int]:
+        """Add segments to a request of one sample; returns the indices that `add` returns.
 
-        Its start, with the key, is part of the output. Raises UserError as `Engine.join` does.
+        add: adds them to the sample with a number in the engine. They are part of the output, with their
+        starts. Raises UserError as `add` does.
         """
-        return await self._call(self._join, running, ids, params, key)
+        return await self._call(self._add, running, add, added)
 
-    def _join(self, running: RunningRequest, ids: list[int], params: SamplingParams, key: str) -> int:
+    def _add(
+        self, running: RunningRequest, add: Callable[[int], list[int]], added: AddedSegments
+    ) -> list[int]:
         assert self._loop is not None, "the request runs"
         (number,) = running.numbers
         with self._engine.state_lock:
-            settings = {name: getattr(params, name) for name in params.__slots__}
-            branch = self._engine.join(number, ids, **settings)
-            pos2d = self._engine.start_pos2d(number)[branch]
-            assert pos2d is not None, "a branch of main starts when it joins"
-            step = StepOutput([], [BranchStarted(branch, ids, params, pos2d, key)])
-            # Before the lock is free: the branch's first token must not overtake its start.
+            indices = add(number)
+            step = StepOutput([], self._started_branches(running, first=indices[0]), [added])
+            # Before the lock is free: the first token of a segment must not overtake its start.
             self._loop.call_soon_threadsafe(running.outputs.put_nowait, step)
         self._wake.set()
-        return branch
+        return indices
 
     async def stats(self) -> EngineStats:
         """The engine's current load."""
@@ -195,7 +195,7 @@ class EngineLoop:
             async with asyncio.timeout(_HEARTBEAT_S):
                 outputs = [await queue.get()]
         except TimeoutError:
-            return StepOutput([], [])
+            return StepOutput([])
         while not queue.empty():  # a slow reader gets all outputs at once
             outputs.append(queue.get_nowait())
         if outputs[-1] is None and len(outputs) > 1:
@@ -207,6 +207,7 @@ class EngineLoop:
         return StepOutput(
             [event for step in steps for event in step.events],
             [started for step in steps for started in step.started],
+            [added for step in steps for added in step.added],
         )
 
     async def cancel(self, running: RunningRequest, branch: int | None = None) -> None:

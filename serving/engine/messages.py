@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
 from typing import Any, NamedTuple
 
 from parallelmind.engine.output import Event
 from parallelmind.engine.request import ResumeState, TokenizedRequest
-from parallelmind.engine.sampling_params import SamplingParams
 
-_EVENT_FIELDS = [each.name for each in fields(Event)]
+_event_values = attrgetter(*(each.name for each in fields(Event)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +19,11 @@ class EngineRequest:
 
     The branches of all samples are counted in one sequence, which `StepOutput` and `ResumeState` refer to.
 
-    id: unique; names a request of one sample when a branch is added, and any request when it is cancelled.
+    id: unique; names a request of one sample when segments are added, and any request when it is cancelled.
     model: the model's name as the client gave it.
     prompt_tokens: as the client counts them; None: of main and of every branch that starts.
     resume, adapter_version: where a lost engine stopped, and the version of the adapter that it used.
-    joined: the indices of branches that were added there, by the keys of those calls.
+    added: the indices of the segments that calls added there, by the keys of those calls.
     """
 
     id: str
@@ -33,7 +32,7 @@ class EngineRequest:
     prompt_tokens: int | None = None
     resume: ResumeState | None = None
     adapter_version: str | None = None
-    joined: Mapping[str, int] = field(default_factory=dict)
+    added: Mapping[str, list[int]] = field(default_factory=dict)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -63,41 +62,56 @@ class EngineRequest:
         return [prompt for sample in self.samples for prompt in sample.tokens.split()[1:]]
 
 
-class BranchStarted(NamedTuple):
-    """A branch begins. pos2d: branch and time coordinate of its first prompt token.
+class AddedSegments(NamedTuple):
+    """Segments that were added to a running sample: those of a request, without its main.
 
-    key: of the call that added the branch; None if the request holds it.
+    parent: number of the segment that they continue; 0 for main.
+    as_reduce: whether the request's only branch is the reduce of that segment.
+    key: of the call that added them.
     """
 
+    request: TokenizedRequest
+    parent: int
+    as_reduce: bool
+    key: str
+
+    def extend(self, sample: TokenizedRequest) -> TokenizedRequest:
+        """The sample with these segments, which get the next numbers."""
+        return sample.extend(self.request, self.parent, self.as_reduce)
+
+
+class BranchStarted(NamedTuple):
+    """A segment begins. branch: its index. pos2d: branch and time coordinate of its first prompt token."""
+
     branch: int
-    prompt: list[int]
-    params: SamplingParams
     pos2d: tuple[int, int]
-    key: str | None = None
 
 
 class StepOutput(NamedTuple):
     """What one engine step adds to one request.
 
-    started: branches that begin before the events. adapter_version: set on the first output of a stream.
+    started: segments that begin before the events. The first event of any other segment tells its start.
+    added: segments that are added before the others begin.
+    adapter_version: set on the first output of a stream.
     """
 
     events: list[Event]
-    started: list[BranchStarted]
+    started: Sequence[BranchStarted] = ()
+    added: Sequence[AddedSegments] = ()
     adapter_version: str | None = None
 
 
-PackedStep = tuple[list[tuple[Any, ...]], list[BranchStarted], str | None]
+PackedStep = tuple[list[tuple[Any, ...]], Sequence[BranchStarted], Sequence[AddedSegments], str | None]
 
 
 def pack_step(step: StepOutput) -> PackedStep:
     """Plain tuples, which Serve's pickler writes ten times as fast as dataclasses."""
-    return [attrgetter(*_EVENT_FIELDS)(event) for event in step.events], step.started, step.adapter_version
+    return [_event_values(event) for event in step.events], *step[1:]
 
 
 def unpack_step(packed: PackedStep) -> StepOutput:
-    events, started, adapter_version = packed
-    return StepOutput([Event(*values) for values in events], started, adapter_version)
+    events, started, added, adapter_version = packed
+    return StepOutput([Event(*values) for values in events], started, added, adapter_version)
 
 
 class RejectedRequest(NamedTuple):

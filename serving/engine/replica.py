@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable
 
 from ray import serve
 
 import parallelmind as pm
-from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.engine.scheduler import EngineConfig
+from parallelmind.engine.tokenization import tokenize_branches
+from parallelmind.tree import MAIN
 from serving.config import AppConfig
 from serving.engine.adapter_registry import AdapterRegistry, AdapterVersionGoneError
+from serving.engine.admitted_request import Addition, AdmittedRequest
 from serving.engine.load_model import load_model
-from serving.engine.loop import EngineLoop, RunningRequest
+from serving.engine.loop import EngineLoop
 from serving.engine.messages import (
+    AddedSegments,
     EngineRequest,
     PackedStep,
     RejectedRequest,
@@ -26,36 +28,6 @@ from serving.engine.messages import (
 from serving.observability.log import configure_log
 from serving.observability.metrics import EngineMetrics, MetricFamily
 from serving.runtime.ray_private import bind_replica_port_to_node_address
-
-
-@dataclass(slots=True)
-class _AdmittedRequest:
-    """A request of this engine, and how much of the limits of one sample it uses.
-
-    joins: the results of calls that add a branch, by the keys of their callers.
-    """
-
-    running: RunningRequest
-    branches: int
-    prompt_tokens: int
-    joins: dict[str, asyncio.Future[int | RejectedRequest]]
-
-    @classmethod
-    def of(cls, running: RunningRequest, request: EngineRequest) -> _AdmittedRequest:
-        """To be called in the event loop."""
-        prompt_tokens = sum(sample.num_prompt_tokens for sample in request.samples)
-        joins = {key: _completed(branch) for key, branch in request.joined.items()}
-        return cls(running, request.num_branches, prompt_tokens, joins)
-
-    def grow(self, branches: int, prompt_tokens: int) -> None:
-        self.branches += branches
-        self.prompt_tokens += prompt_tokens
-
-
-def _completed(branch: int) -> asyncio.Future[int | RejectedRequest]:
-    future: asyncio.Future[int | RejectedRequest] = asyncio.get_running_loop().create_future()
-    future.set_result(branch)
-    return future
 
 
 class EngineReplica:
@@ -86,7 +58,7 @@ class EngineReplica:
         self._loop = EngineLoop(
             self._engine, self._metrics.observe_step, config.replicas.stuck_s, num_threads
         )
-        self._config, self._admitted = config, dict[str, _AdmittedRequest]()
+        self._config, self._admitted = config, dict[str, AdmittedRequest]()
         self._refreshing: asyncio.Task[None] | None = None
         self._name = serve.get_replica_context().replica_id.unique_id
 
@@ -103,60 +75,80 @@ class EngineReplica:
         except pm.UserError as error:
             yield _rejection(error)
             return
-        self._admitted[request.id] = _AdmittedRequest.of(running, request)
+        self._admitted[request.id] = AdmittedRequest.of(running, request)
         try:
-            yield pack_step(StepOutput([], running.started, version))
+            yield pack_step(StepOutput([], running.started, adapter_version=version))
             while (step := await self._loop.next_output(running)) is not None:
                 yield pack_step(step)
         finally:
             del self._admitted[request.id]
             self._loop.release(running)
 
-    async def add_branch(
-        self, sample: str, ids: list[int], params: SamplingParams, key: str
-    ) -> int | RejectedRequest | None:
-        """Add a branch to a running sample. Returns its index, or None if the sample is not here.
+    async def join(self, sample: str, segment: pm.Segment, branch: int | None, key: str) -> Addition | None:
+        """Add a branch below a segment of a running sample.
 
+        Like `fork` and `reduce` it returns the index and the path of what it adds, and None if the sample is
+        not here.
+        branch: index of the segment that is continued; None for main.
         key: chosen by the caller. Further calls with the same one add nothing and return the same.
         """
+
+        def join(number: int) -> list[int]:
+            return [self._engine.join(number, segment, branch)]
+
+        return await self._add_once(sample, [segment], branch, join, key)
+
+    async def fork(self, sample: str, segments: list[pm.Segment], branch: int, key: str) -> Addition | None:
+        """Stop a branch of a running sample and continue it with these."""
+
+        def fork(number: int) -> list[int]:
+            return self._engine.fork(number, branch, segments)
+
+        return await self._add_once(sample, segments, branch, fork, key)
+
+    async def reduce(self, sample: str, segment: pm.Segment, branch: int | None, key: str) -> Addition | None:
+        """Give a segment of a running sample a reduce."""
+
+        def reduce(number: int) -> list[int]:
+            return [self._engine.reduce(number, branch, segment)]
+
+        return await self._add_once(sample, [segment], branch, reduce, key, as_reduce=True)
+
+    async def _add_once(
+        self,
+        sample: str,
+        segments: list[pm.Segment],
+        branch: int | None,
+        add: Callable[[int], list[int]],
+        key: str,
+        as_reduce: bool = False,
+    ) -> Addition | None:
+        """Add segments, unless a call with this key did. add: as that of `EngineLoop.add`."""
         admitted = self._admitted.get(sample)
-        if admitted is None or len(admitted.running.numbers) > 1:
+        if admitted is None or len(admitted.samples) > 1:
             return None
-        if key not in admitted.joins:
-            admitted.joins[key] = asyncio.create_task(self._add_branch(admitted, ids, params, key))
-        return await asyncio.shield(admitted.joins[key])
+        if key not in admitted.additions:
+            parent = MAIN if branch is None else branch + 1
+            added = AddedSegments(
+                tokenize_branches(self._engine.tokenizer, segments, {}), parent, as_reduce, key
+            )
+            admitted.additions[key] = asyncio.create_task(self._add(admitted, add, added))
+        return await asyncio.shield(admitted.additions[key])
 
-    async def _add_branch(
-        self, admitted: _AdmittedRequest, ids: list[int], params: SamplingParams, key: str
-    ) -> int | RejectedRequest:
-        try:
-            self._require_room(admitted, len(ids))
-            admitted.grow(1, len(ids))  # before others that join meanwhile
+    async def _add(
+        self, admitted: AdmittedRequest, add: Callable[[int], list[int]], added: AddedSegments
+    ) -> Addition:
+        async with admitted.lock:
             try:
-                return await self._loop.join(admitted.running, ids, params, key)
-            except pm.UserError:
-                admitted.grow(-1, -len(ids))
-                raise
-        except pm.UserError as error:
-            return _rejection(error)
-
-    def _require_room(self, admitted: _AdmittedRequest, new_tokens: int) -> None:
-        """Raise UserError if the sample would exceed the limits of a new sample."""
-        max_branches, max_tokens = self._config.limits.max_branches, self._config.limits.max_prompt_tokens
-        if admitted.branches >= max_branches:
-            raise pm.UserError(
-                f"text: branch {admitted.branches + 1} of its sample, {max_branches} allowed; "
-                "begin another sample"
-            )
-        prompt_tokens = admitted.prompt_tokens + new_tokens
-        if prompt_tokens > max_tokens:
-            raise pm.UserError(
-                f"text: {prompt_tokens} prompt tokens with the rest of its sample, {max_tokens} allowed; "
-                "shorten it or begin another sample"
-            )
+                admitted.require_room(added.request, self._config.limits)
+                indices = await self._loop.add(admitted.running, add, added)
+            except pm.UserError as error:
+                return _rejection(error)
+            admitted.grow(added)
+            return admitted.places(indices)
 
     async def cancel(self, sample: str, branch: int | None) -> bool | None:
-        """End a request or one of its branches. Returns None if the request is not here."""
+        """End a request, or a branch and all below it. Returns None if the request is not here."""
         admitted = self._admitted.get(sample)
         if admitted is None:
             return None

@@ -6,16 +6,17 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from parallelmind.engine.sampling_params import SamplingParams
+import parallelmind as pm
 from serving.config import AppConfig
 from serving.engine.messages import EngineRequest, RejectedRequest, StepOutput
 from serving.ingress.failover import stream_with_failover, with_deadline
 from serving.observability.metrics import IngressMetrics, MetricFamily, engine_up
+from serving.protocol.branches import SegmentPlace
 from serving.protocol.branches_response import BranchTracker
 from serving.protocol.errors import ErrorInfo, RequestError, rejection_error
 from serving.runtime.ray_private import broadcast
@@ -65,19 +66,27 @@ class EngineClient:
                 metrics.tokens.labels(model, "completion").inc(event.token is not None)
             yield step
 
-    async def add_branch(self, sample: str, ids: list[int], params: SamplingParams, key: str) -> int:
-        """Add a branch to a running sample and return its index.
+    async def add(
+        self,
+        how: Literal["join", "fork", "reduce"],
+        sample: str,
+        segments: pm.Segment | list[pm.Segment],
+        branch: int | None,
+        key: str,
+    ) -> list[SegmentPlace]:
+        """Add segments to a running sample and return where they stand.
 
+        how: the engine's method. branch: index of the segment that they continue; None for main.
         key: further calls with the same one add nothing and return the same. Raises RequestError if no engine
-        that answers has the sample, or the branch is rejected.
+        that answers has the sample, or the segments are rejected.
         """
-        result = await self._ask_owner("add_branch", sample, ids, params, key)
+        result = await self._ask_owner(how, sample, segments, branch, key)
         if isinstance(result, RejectedRequest):
             raise rejection_error(result)
-        return int(result)
+        return [SegmentPlace(index=index, path=path) for index, path in result]
 
     async def cancel(self, sample: str, branch: int | None) -> None:
-        """End a sample or one of its branches. Raises RequestError as `add_branch` does."""
+        """End a sample, or a branch and all below it. Raises RequestError as `add` does."""
         await self._ask_owner("cancel", sample, branch)
 
     async def is_healthy(self) -> bool:

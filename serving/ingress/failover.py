@@ -13,10 +13,11 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from parallelmind.engine.output import FinishReason
+from parallelmind.engine.output import Event, FinishReason
 from parallelmind.engine.request import ResumeState
+from parallelmind.tree import MAIN
 from serving.engine.messages import (
-    BranchStarted,
+    AddedSegments,
     EngineRequest,
     PackedStep,
     RejectedRequest,
@@ -44,7 +45,7 @@ class RequestReplay:
         self._request, self._samples = request, request.samples
         self._num_prompt = list(map(len, request.prompts))
         num_branches = request.num_branches
-        self._announced, self._joined = set[int](), dict[str, int]()
+        self._added: dict[str, list[int]] = {}
         self._start_times: list[int | None] = [None] * num_branches
         self._tokens: list[list[int]] = [[] for _ in range(num_branches)]
         self._finish_reasons: list[FinishReason | None] = [None] * num_branches
@@ -52,40 +53,45 @@ class RequestReplay:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every branch has finished, the reduce branch included."""
+        """Whether every segment has finished."""
         return all(self._finish_reasons)
 
     def record(self, step: StepOutput) -> StepOutput:
-        """Record a step. Returns it without the branch starts that an earlier engine announced."""
+        """Record a step. Returns it without the starts that an earlier engine announced."""
         if self._adapter_version is None:
             self._adapter_version = step.adapter_version
-        new_branches = [started for started in step.started if started.branch not in self._announced]
-        for started in new_branches:
-            self._announced.add(started.branch)
-            if started.key is not None:
-                self._joined[started.key] = started.branch
-            if started.branch == len(self._tokens):
-                self._add_branch(started)
+        for added in step.added:
+            self._add(added)
+        new = [started for started in step.started if self._start_times[started.branch] is None]
+        for started in new:
             self._start_times[started.branch] = started.pos2d[1]
         for event in step.events:
-            if event.pos2d and self._start_times[event.branch] is None:  # no start of a reduce is announced
-                self._start_times[event.branch] = event.pos2d[1] - self._num_prompt[event.branch]
-            if event.token is not None:
-                self._tokens[event.branch].append(event.token)
-            self._finish_reasons[event.branch] = event.finish_reason
-        return StepOutput(step.events, new_branches)
+            self._record_event(event)
+        return StepOutput(step.events, new, step.added)
 
-    def _add_branch(self, joined: BranchStarted) -> None:
-        (sample,) = self._samples  # a branch is added to a request of one sample
-        self._samples = [sample.add_branch(joined.prompt, joined.params)]
-        self._num_prompt.append(len(joined.prompt))
-        self._start_times.append(None)
-        self._tokens.append([])
-        self._finish_reasons.append(None)
+    def _add(self, added: AddedSegments) -> None:
+        (sample,) = self._samples  # segments are added to a request of one sample
+        tree, first = added.request.tokens.tree, sample.num_branches
+        self._added[added.key] = [first + number - 1 for number, parent, _ in tree.walk() if parent == MAIN]
+        self._samples = [added.extend(sample)]
+        self._num_prompt += map(len, added.request.tokens.split()[1:])
+        num_added = added.request.num_branches
+        self._start_times += [None] * num_added
+        self._tokens += [[] for _ in range(num_added)]
+        self._finish_reasons += [None] * num_added
+
+    def _record_event(self, event: Event) -> None:
+        index = event.branch
+        if self._start_times[index] is None:  # of a segment whose start was not announced
+            start = event.start_pos2d(self._num_prompt[index])
+            self._start_times[index] = start and start[1]
+        if event.token is not None:
+            self._tokens[index].append(event.token)
+        self._finish_reasons[index] = event.finish_reason
 
     def remaining_request(self) -> EngineRequest:
         """The request for the next engine."""
-        if not self._announced:
+        if self._adapter_version is None:  # no engine has sent anything
             return self._request
         resume = ResumeState(self._start_times, self._tokens, self._finish_reasons)
         return replace(
@@ -93,7 +99,7 @@ class RequestReplay:
             samples=self._samples,
             resume=resume,
             adapter_version=self._adapter_version,
-            joined=self._joined,
+            added=self._added,
         )
 
 

@@ -14,13 +14,14 @@ import parallelmind as pm
 from parallelmind.data.encode import encode_texts
 from parallelmind.engine.request import TokenizedRequest
 from parallelmind.engine.sampling_params import SamplingParams
-from parallelmind.engine.tokenization import tokenize, tokenize_request
+from parallelmind.engine.tokenization import tokenize, tokenize_branches, tokenize_request
 from parallelmind.errors import first_line
 from serving.config import BASE, AppConfig
 from serving.engine.messages import EngineRequest
 from serving.ingress.independent import PromptSamples, common_beginning
+from serving.ingress.segments import branches_of, sample_of, segment_of, with_params
 from serving.observability.log import log
-from serving.protocol.branches import AddBranchRequest, BranchesRequest
+from serving.protocol.branches import BranchesRequest, BranchSettings, ForkRequest, Segment
 from serving.protocol.errors import user_error
 from serving.protocol.openai import (
     ChatRequest,
@@ -109,25 +110,29 @@ class RequestPreprocessor:
 
     def branches(self, request: BranchesRequest) -> EngineRequest:
         self.require_model(request.model)
-        self._require_branches("branches", len(request.branches) + (request.reduce is not None))
-        main, prompts = self._branch_prompts(request)
-        reduce = None if request.reduce is None else self._encode("reduce", request.reduce, first=False)
-        sample = tokenize_request(
-            self.tokenizer,
-            pm.Sample(main, prompts),
-            [branch.given_sampling_fields() for branch in request.branches],
-            reduce,
-            self._branch_sampling(request),
-        )
-        self._require_tokens("branches", sample.num_prompt_tokens, sample.params)
-        return EngineRequest(new_id("smp"), request.model, [_with_seeds(sample)])
+        sample = sample_of(request, *self._branch_prompts(request), self._encode)
+        self._require_branches("branches", sum(1 for _ in sample.walk()))
+        tokenized = tokenize_request(self.tokenizer, sample, None, None, self._branch_sampling(request))
+        self._require_tokens("branches", tokenized.num_prompt_tokens, tokenized.params)
+        return EngineRequest(new_id("smp"), request.model, [_with_seeds(tokenized)])
 
-    def added_branch(self, request: AddBranchRequest) -> tuple[list[int], SamplingParams]:
-        """Tokens and settings of a branch for a running sample."""
-        ids = self._encode("text", request.text, first=False)
-        params = SamplingParams.of(self._branch_sampling(request))
-        self._require_tokens("text", len(ids), [params])
-        return ids, _with_seed(params)
+    def added_segment(self, request: Segment) -> pm.Segment:
+        """A segment, and all below it, for a running sample."""
+        segment = segment_of(request, self._encode)
+        (added,) = self._added("text", [segment], self._branch_sampling(BranchSettings()))
+        return added
+
+    def fork(self, request: ForkRequest) -> list[pm.Segment]:
+        """The branches that continue a running branch."""
+        return self._added("branches", branches_of(request, self._encode), self._branch_sampling(request))
+
+    def _added(self, field: str, segments: list[pm.Segment], settings: dict[str, Any]) -> list[pm.Segment]:
+        """The segments with all of their settings, within the limits of one request."""
+        tokenized = tokenize_branches(self.tokenizer, segments, settings)
+        self._require_branches("branches", tokenized.num_branches)
+        self._require_tokens(field, tokenized.num_prompt_tokens, tokenized.params)
+        params = iter(_with_seeds(tokenized).params)
+        return [with_params(segment, params) for segment in segments]
 
     def tokenize(self, request: TokenizeRequest) -> list[int]:
         """Token ids of a text at the beginning of a sample."""
@@ -255,7 +260,7 @@ class RequestPreprocessor:
         )
         return max(1, min(_DEFAULT_CHAT_TOKENS, room, self.config.limits.max_new_tokens))
 
-    def _branch_sampling(self, request: BranchesRequest | AddBranchRequest) -> dict[str, Any]:
+    def _branch_sampling(self, request: BranchSettings) -> dict[str, Any]:
         max_new_tokens = self._max_new_tokens(request, request.max_tokens)
         return {**request.all_sampling_fields(), "max_new_tokens": max_new_tokens}
 

@@ -4,29 +4,24 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Annotated, Any
-from uuid import uuid4
+from typing import Any
 
-from fastapi import FastAPI, Header, Request
+from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.staticfiles import StaticFiles
 
 from serving.config import AppConfig
 from serving.engine.messages import EngineRequest, StepOutput
+from serving.ingress.branches_routes import add_branches_routes
 from serving.ingress.engine_client import EngineClient
 from serving.ingress.error_handlers import install_error_handlers
+from serving.ingress.page_samples import add_samples_route
 from serving.ingress.preprocessor import RequestPreprocessor
+from serving.ingress.request_body import body_bytes
 from serving.ingress.streaming import event_stream
 from serving.ingress.vocabulary import Vocabulary
 from serving.observability.metrics import render_metrics
-from serving.protocol.branches import (
-    AddBranchRequest,
-    AddBranchResponse,
-    BranchesRequest,
-    BranchesResponse,
-)
-from serving.protocol.branches_response import branches_chunks, branches_response
 from serving.protocol.errors import ErrorBody
 from serving.protocol.openai import (
     ChatRequest,
@@ -45,7 +40,6 @@ from serving.protocol.openai_response import (
     response_chunks,
 )
 
-_MAX_KEY_CHARS = 200
 _WEB_DIR = Path(__file__).parents[1] / "web"
 _PAGE_HEADERS = {
     "content-security-policy": "default-src 'self'",
@@ -83,9 +77,10 @@ def build_routes(config: AppConfig, preprocessor: RequestPreprocessor, engines: 
     )
     install_error_handlers(app)
     _add_openai_routes(app, config, preprocessor, engines)
-    _add_branches_routes(app, preprocessor, engines)
+    add_branches_routes(app, preprocessor, engines)
     _add_token_routes(app, preprocessor)
     _add_operation_routes(app, engines)
+    add_samples_route(app, config)
     _add_pages(app)
     return app
 
@@ -108,7 +103,7 @@ def _add_openai_routes(
     @app.post("/v1/completions", response_model=None)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue one prompt, or several, each n times; no answer depends on another one."""
-        work = await preprocessor.run(preprocessor.completion, body, await _body_bytes(request))
+        work = await preprocessor.run(preprocessor.completion, body, await body_bytes(request))
         echoes = [vocabulary.prompt_text(prompt) for prompt in body.prompt] if body.echo else []
         formatter = CompletionFormatter(work.id, body.model, vocabulary, echoes, body.n)
         return await _respond(engines, body, work, formatter)
@@ -116,7 +111,7 @@ def _add_openai_routes(
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation n times; no answer depends on another one."""
-        work = await preprocessor.run(preprocessor.chat, body, await _body_bytes(request))
+        work = await preprocessor.run(preprocessor.chat, body, await body_bytes(request))
         return await _respond(engines, body, work, ChatFormatter(work.id, body.model, vocabulary))
 
 
@@ -134,47 +129,10 @@ async def _respond(
     return JSONResponse(await complete_response(formatter, work.num_prompt_tokens, steps))
 
 
-def _add_branches_routes(app: FastAPI, preprocessor: RequestPreprocessor, engines: EngineClient) -> None:
-    @app.post("/v1/branches", response_model=BranchesResponse)
-    async def branches(body: BranchesRequest, request: Request) -> Response:
-        """Continue branches that share a main, each with settings of its own."""
-        work = await preprocessor.run(preprocessor.branches, body, await _body_bytes(request))
-        steps = await engines.start(work)
-        if body.stream:
-            return event_stream(branches_chunks(work, steps))
-        return JSONResponse(await branches_response(work, steps))
-
-    @app.post("/v1/branches/{sample}/branches", status_code=201)
-    async def join(
-        sample: str,
-        body: AddBranchRequest,
-        request: Request,
-        idempotency_key: Annotated[str | None, Header(max_length=_MAX_KEY_CHARS)] = None,
-    ) -> AddBranchResponse:
-        """Add a branch to a running sample; its output is part of the sample's stream.
-
-        A request that is sent again with the same Idempotency-Key adds no second branch.
-        """
-        size = await _body_bytes(request)
-        ids, params = await preprocessor.run(preprocessor.added_branch, body, size)
-        key = idempotency_key or uuid4().hex
-        return AddBranchResponse(id=sample, index=await engines.add_branch(sample, ids, params, key))
-
-    @app.delete("/v1/branches/{sample}/branches/{index}", status_code=204)
-    async def cancel(sample: str, index: int) -> None:
-        """End one branch of a running sample."""
-        await engines.cancel(sample, index)
-
-    @app.delete("/v1/branches/{sample}", status_code=204)
-    async def cancel_all(sample: str) -> None:
-        """End a running sample."""
-        await engines.cancel(sample, None)
-
-
 def _add_token_routes(app: FastAPI, preprocessor: RequestPreprocessor) -> None:
     @app.post("/tokenize", response_model=None)
     async def tokenize(body: TokenizeRequest, request: Request) -> Response:
-        tokens = await preprocessor.run(preprocessor.tokenize, body, await _body_bytes(request))
+        tokens = await preprocessor.run(preprocessor.tokenize, body, await body_bytes(request))
         # FastAPI's own encoder would visit every token.
         return JSONResponse(
             {"tokens": tokens, "count": len(tokens), "max_model_len": preprocessor.max_context_tokens}
@@ -182,7 +140,7 @@ def _add_token_routes(app: FastAPI, preprocessor: RequestPreprocessor) -> None:
 
     @app.post("/detokenize", response_model=None)
     async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
-        text = await preprocessor.run(preprocessor.detokenize, body, await _body_bytes(request))
+        text = await preprocessor.run(preprocessor.detokenize, body, await body_bytes(request))
         return JSONResponse({"prompt": text})
 
 
@@ -205,8 +163,3 @@ def _add_pages(app: FastAPI) -> None:
         return FileResponse(_WEB_DIR / "index.html", headers=_PAGE_HEADERS)
 
     app.mount("/web", StaticFiles(directory=_WEB_DIR), name="web")
-
-
-async def _body_bytes(request: Request) -> int:
-    """Length of the body, which FastAPI has read. The headers may not state it."""
-    return len(await request.body())

@@ -1,10 +1,10 @@
-"""Requests and responses of /v1/branches: a main, and branches with individual settings."""
+"""Requests and responses of /v1/branches: a main and the tree of segments that follow it."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from serving.protocol.fields import Items, Text
 from serving.protocol.openai import Message, Sampling, Usage
@@ -27,18 +27,37 @@ class BranchSettings(Sampling):
         return {name: value for name, value in self.all_sampling_fields().items() if name in given}
 
 
-class BranchPrompt(BranchSettings):
+def _as_segment(value: Any) -> Any:
+    """A text, or token ids, as a segment without settings of its own."""
+    return {"text": value} if isinstance(value, (str, list)) else value
+
+
+class Segment(BranchSettings):
+    """A branch or a reduce with settings of its own, and what follows it.
+
+    branches: they begin where the segment ends. reduce: reads them all when they have ended.
+    """
+
     text: Text
+    branches: Items[SegmentOrText] = Field([])
+    reduce: SegmentOrText | None = None
+
+
+SegmentOrText = Annotated[
+    Segment, BeforeValidator(_as_segment, json_schema_input_type=Segment | str | list[int])
+]
 
 
 class Branch(BranchSettings):
-    """A branch begins with a text, or with messages and the header of an answer.
+    """A branch of main. It begins with a text, or with messages and the header of an answer.
 
     A text, a message or a list of messages stands for a branch without settings of its own.
     """
 
     text: Text | None = None
     messages: Items[Message] | None = Field(None, min_length=1)
+    branches: Items[SegmentOrText] = Field([])
+    reduce: SegmentOrText | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -47,7 +66,7 @@ class Branch(BranchSettings):
             return {"messages": [value]}
         if isinstance(value, list) and value and isinstance(value[0], dict):
             return {"messages": value}
-        return {"text": value} if isinstance(value, (str, list)) else value
+        return _as_segment(value)
 
     @model_validator(mode="after")
     def _require_one_prompt(self) -> Self:
@@ -57,33 +76,46 @@ class Branch(BranchSettings):
 
 
 class BranchesRequest(BranchSettings):
-    """The request's settings are the defaults of its branches.
+    """The request's settings are the defaults of all segments.
 
     main: a text, or messages in its place.
-    reduce: prompt of a last branch, which reads main and all branches after they have ended.
     """
 
     model: str
     main: Text = ""
     messages: Items[Message] | None = Field(None, min_length=1)
     branches: Items[Branch] = Field(min_length=1)
-    reduce: Text | None = None
+    reduce: SegmentOrText | None = None
     stream: bool = False
 
 
-class AddBranchRequest(BranchPrompt):
-    """A further branch for a running sample."""
+class ForkRequest(BranchSettings):
+    """Branches that continue a running branch. The request's settings are the defaults of all segments."""
+
+    branches: Items[SegmentOrText] = Field(min_length=1)
 
 
-class AddBranchResponse(BaseModel):
+class SegmentPlace(BaseModel):
+    """path: where the segment stands in the sample, such as `branches[0].reduce`."""
+
+    index: int
+    path: str
+
+
+class AddedSegment(SegmentPlace):
+    """A segment that was added to a running sample. id: the sample."""
+
     id: str
-    index: int
 
 
-class BranchStart(BaseModel):
-    """Where a branch begins. branch, time: coordinates of its first prompt token."""
+class ForkResponse(BaseModel):
+    id: str
+    branches: list[SegmentPlace]
 
-    index: int
+
+class BranchStart(SegmentPlace):
+    """Where a segment begins. branch, time: coordinates of its first prompt token."""
+
     prompt_tokens: int
     branch: int
     time: int
@@ -96,14 +128,13 @@ class BranchesStarted(BaseModel):
     branches: list[BranchStart]
 
 
-class Delta(BaseModel):
-    """What one token adds to a branch.
+class Delta(SegmentPlace):
+    """What one token adds to a segment.
 
-    branch, time: the token's coordinates; null where a branch ends without a token.
+    branch, time: the token's coordinates; null where a segment ends without a token.
     error: the reason of the finish reason "error".
     """
 
-    index: int
     text: str
     token: int | None
     branch: int | None
@@ -126,18 +157,23 @@ class Done(BaseModel):
     usage: Usage
 
 
-class BranchOutput(BaseModel):
-    """The whole output of one branch. error: the reason of the finish reason "error"."""
+class BranchOutput(SegmentPlace):
+    """The whole output of one segment, and of all that follows it.
 
-    index: int
-    text: str
-    tokens: list[int]
-    finish_reason: str | None
-    branch: int
-    time: int
+    branch, time: coordinates of its first prompt token; null if it was cancelled before it began.
+    error: the reason of the finish reason "error".
+    """
+
+    text: str = ""
+    tokens: list[int] = Field([])
+    finish_reason: str | None = None
+    branch: int | None = None
+    time: int | None = None
     logprobs: list[float] | None = None
     top: list[list[tuple[int, float]]] | None = None
     error: str | None = None
+    branches: list[BranchOutput] = Field([])
+    reduce: BranchOutput | None = None
 
 
 class BranchesResponse(BaseModel):
@@ -146,4 +182,5 @@ class BranchesResponse(BaseModel):
     created: int
     model: str
     branches: list[BranchOutput]
+    reduce: BranchOutput | None
     usage: Usage

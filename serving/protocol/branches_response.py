@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, Literal
 
 import parallelmind as pm
-from parallelmind.tree import MAIN
-from serving.engine.messages import BranchStarted, EngineRequest, StepOutput
+from parallelmind.engine.request import TokenizedRequest
+from parallelmind.tree import MAIN, Tree, segment_paths
+from serving.engine.messages import EngineRequest, StepOutput
 from serving.protocol.branches import (
     BranchesResponse,
     BranchesStarted,
@@ -23,49 +24,56 @@ from serving.protocol.openai import Usage
 
 
 class BranchTracker:
-    """The branches of a request that have started.
+    """The segments of a request that have started.
 
-    The engine does not announce the reduce branch: it starts with its first token.
-    prompt_tokens: as the client counts them; by default of main and of all started branches.
+    Most segments start after others have ended. The engine does not announce them: their first event tells
+    their start.
+
+    samples: with all segments, also those that were added to the only sample.
+    paths: of every segment, by index.
+    prompt_tokens: as the client counts them; by default of main and of all started segments.
     """
 
     def __init__(self, request: EngineRequest) -> None:
-        self._num_prompt = list(map(len, request.prompts))
+        self._set_samples(request.samples)
         self._started = set[int]()
         self._is_counting = request.prompt_tokens is None
         num_main = sum(int(sample.tokens.lengths[MAIN]) for sample in request.samples)
         self.prompt_tokens = num_main if request.prompt_tokens is None else request.prompt_tokens
 
     def new_branches(self, step: StepOutput) -> list[BranchStart]:
-        """The branches that start in this step."""
-        starts = [_branch_start(started) for started in step.started]
-        self._started.update(start.index for start in starts)
+        """The segments that start in this step."""
+        for added in step.added:
+            (sample,) = self.samples  # segments are added to a request of one sample
+            self._set_samples([added.extend(sample)])
+        starts = [self._start(started.branch, started.pos2d) for started in step.started]
         for event in step.events:
             if event.branch not in self._started and event.pos2d:
-                branch, time = event.pos2d
-                length = self._num_prompt[event.branch]
-                starts.append(
-                    BranchStart(index=event.branch, prompt_tokens=length, branch=branch, time=time - length)
-                )
-                self._started.add(event.branch)
-        if self._is_counting:
-            self.prompt_tokens += sum(start.prompt_tokens for start in starts)
+                start = event.start_pos2d(self._num_prompt[event.branch])
+                assert start is not None, "an event with coordinates tells where its segment starts"
+                starts.append(self._start(event.branch, start))
         return starts
 
-    def events_of_started(self, step: StepOutput) -> list[pm.Event]:
-        """The events, without those of a reduce branch that was cancelled before its first token."""
-        return [event for event in step.events if event.branch in self._started]
+    def _set_samples(self, samples: list[TokenizedRequest]) -> None:
+        self.samples = samples
+        self.paths = [path for sample in samples for path in segment_paths(sample.tokens.tree)[1:]]
+        self._num_prompt = [length for sample in samples for length in sample.tokens.lengths.tolist()[1:]]
+
+    def _start(self, index: int, pos2d: tuple[int, int]) -> BranchStart:
+        self._started.add(index)
+        prompt_tokens = self._num_prompt[index]
+        self.prompt_tokens += prompt_tokens if self._is_counting else 0
+        branch, time = pos2d
+        return BranchStart(
+            index=index, path=self.paths[index], prompt_tokens=prompt_tokens, branch=branch, time=time
+        )
 
 
-def _branch_start(started: BranchStarted) -> BranchStart:
-    branch, time = started.pos2d
-    return BranchStart(index=started.branch, prompt_tokens=len(started.prompt), branch=branch, time=time)
-
-
-def _delta(event: pm.Event) -> Delta:
-    branch, time = event.pos2d or (None, None)
+def _delta(event: pm.Event, path: str) -> Delta:
+    branch, time = event.pos2d if event.pos2d and event.token is not None else (None, None)
     return Delta(
         index=event.branch,
+        path=path,
         text=event.text,
         token=event.token,
         branch=branch,
@@ -80,7 +88,7 @@ def _delta(event: pm.Event) -> Delta:
 async def branches_chunks(
     request: EngineRequest, steps: AsyncIterator[StepOutput]
 ) -> AsyncIterator[dict[str, Any]]:
-    """The started branches, the deltas of every step, and the usage."""
+    """The started segments, the deltas of every step, and the usage."""
     tracker, completion_tokens = BranchTracker(request), 0
     kind: Literal["branches.begun", "branches.joined"] = "branches.begun"
     async for step in steps:
@@ -88,38 +96,51 @@ async def branches_chunks(
             chunk = BranchesStarted(id=request.id, object=kind, model=request.model, branches=starts)
             yield chunk.model_dump()
             kind = "branches.joined"
-        if events := tracker.events_of_started(step):
-            completion_tokens += sum(event.token is not None for event in events)
-            yield Deltas(id=request.id, deltas=[_delta(event) for event in events]).model_dump()
+        if step.events:
+            completion_tokens += sum(event.token is not None for event in step.events)
+            deltas = [_delta(event, tracker.paths[event.branch]) for event in step.events]
+            yield Deltas(id=request.id, deltas=deltas).model_dump()
     usage = Usage.of(tracker.prompt_tokens, completion_tokens)
     yield Done(id=request.id, usage=usage).model_dump()
 
 
 async def branches_response(request: EngineRequest, steps: AsyncIterator[StepOutput]) -> dict[str, Any]:
-    """The response with every branch, once all have ended.
+    """The response with the whole tree, once all segments have ended.
 
-    Raises RequestError if every branch ended with an error.
+    Raises RequestError if every segment ended with an error.
     """
-    tracker, outputs = BranchTracker(request), dict[int, BranchOutput]()
+    tracker, outputs = BranchTracker(request), list[BranchOutput]()
     async for step in steps:
-        for start in tracker.new_branches(step):
-            outputs[start.index] = BranchOutput(
-                index=start.index,
-                text="",
-                tokens=[],
-                finish_reason=None,
-                branch=start.branch,
-                time=start.time,
-            )
-        for event in tracker.events_of_started(step):
+        starts = tracker.new_branches(step)
+        for index in range(len(outputs), len(tracker.paths)):
+            outputs.append(BranchOutput(index=index, path=tracker.paths[index]))
+        for start in starts:
+            outputs[start.index].branch, outputs[start.index].time = start.branch, start.time
+        for event in step.events:
             _append(outputs[event.branch], event)
-    branches = [outputs[index] for index in sorted(outputs)]
-    if branches and branches[0].error is not None and all(branch.error is not None for branch in branches):
-        raise decoding_error(f"branches[0]: {branches[0].error}")
-    usage = Usage.of(tracker.prompt_tokens, sum(len(branch.tokens) for branch in branches))
+    if outputs and all(output.error is not None for output in outputs):
+        raise decoding_error(f"{outputs[0].path}: {outputs[0].error}")
+    main = _nested(outputs, tracker.samples[0].tokens.tree)
     return BranchesResponse(
-        id=request.id, created=int(time.time()), model=request.model, branches=branches, usage=usage
+        id=request.id,
+        created=int(time.time()),
+        model=request.model,
+        branches=main.branches,
+        reduce=main.reduce,
+        usage=Usage.of(tracker.prompt_tokens, sum(len(output.tokens) for output in outputs)),
     ).model_dump()
+
+
+def _nested(outputs: Sequence[BranchOutput], tree: Tree) -> BranchOutput:
+    """Put every output into that of the segment that it continues; returns one for main."""
+    main = BranchOutput(index=-1, path="")
+    by_number = [main, *outputs]
+    for number, parent, _ in tree.walk():
+        if tree.is_reduce[number]:
+            by_number[parent].reduce = by_number[number]
+        else:
+            by_number[parent].branches.append(by_number[number])
+    return main
 
 
 def _append(output: BranchOutput, event: pm.Event) -> None:

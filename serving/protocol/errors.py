@@ -27,7 +27,7 @@ class ErrorBody(BaseModel):
     error: ErrorInfo
 
 
-_FIELD = re.compile(r"([a-z_]\w*(?:\[\d+\])?(?:\.\w+)*)[=:]")
+_FIELD = re.compile(r"([a-z_]\w*(?:\[\d+\])?(?:\.\w+(?:\[\d+\])?)*)[=:]")
 _FIELD_AND_VALUE = re.compile(r"([a-z_][\w.\[\]]*)=(.*?)(?=: )")
 _TOO_LONG = re.compile(r"the prompt is too long|exceed the model's \d+ positions")
 _LIBRARY_NAME = re.compile(r"\bmax_new_tokens\b")  # the library's name of max_tokens
@@ -136,6 +136,9 @@ def validation_error_info(error: dict[str, Any]) -> ErrorInfo:
     """The error of one of FastAPI's validation errors, whose `loc` is ("body", field, …)."""
     if error["type"] == "json_invalid":
         return ErrorInfo(message=f"invalid JSON: {error['ctx']['error']}", code="invalid_json")
+    if error["type"] == "recursion_depth_exceeded":
+        message = "branches: are nested too deeply; nest fewer of them"
+        return ErrorInfo(message=message, param="branches", code="invalid_value")
     field = _field_name(error["loc"])
     if not field:
         return ErrorInfo(

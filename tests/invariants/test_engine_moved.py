@@ -17,6 +17,8 @@ from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.engine.scheduler import EngineConfig
 from parallelmind.engine.tokenization import tokenize_request
 from parallelmind.evaluation.tiny_models import tiny_model
+from parallelmind.layout import Tokens
+from parallelmind.tree import Tree
 
 MAIN, BRANCHES = list(range(50, 70)), [[5, 6, 7], [8], list(range(100, 112))]
 LATE, REDUCE = [31, 32], [41, 42, 43]
@@ -50,9 +52,9 @@ class Client:
 
     def step(self, engine: Engine) -> None:
         for event in engine.step():
-            if event.pos2d and self.progress.start_times[event.branch] is None:
-                num_prompt = int(self.request.tokens.lengths[event.branch + 1])
-                self.progress.start_times[event.branch] = event.pos2d[1] - num_prompt
+            start = event.start_pos2d(int(self.request.tokens.lengths[event.branch + 1]))
+            if start and self.progress.start_times[event.branch] is None:
+                self.progress.start_times[event.branch] = start[1]
             self.texts[event.branch] += event.text
             self.progress.token_ids[event.branch] += [] if event.token is None else [event.token]
             self.progress.finish_reasons[event.branch] = event.finish_reason
@@ -71,7 +73,8 @@ class Client:
         self._record_starts(engine, sample_id)
 
     def _add_branch(self, prompt: list[int], params: SamplingParams, parent: int = 0) -> None:
-        self.request = self.request.add_branch(prompt, params, parent)
+        added = TokenizedRequest(Tokens.of_tree([[], prompt], Tree.flat(1)), [params])
+        self.request = self.request.extend(added, parent)
         self.progress.start_times.append(None)
         self.progress.token_ids.append([])
         self.progress.finish_reasons.append(None)

@@ -31,13 +31,14 @@ from parallelmind.layout import Batch
 from parallelmind.model.adapter import add_lora, resume_adapter, save_trained
 from parallelmind.model.base_model import load_base
 from parallelmind.model.lm_head import check_lm_head
-from parallelmind.model.manifest import MANIFEST, check_replaceable
+from parallelmind.model.manifest import MANIFEST, SAMPLES, check_replaceable
 from parallelmind.model.patch import patch
 from parallelmind.storage import atomic_dir, remove_partial_dirs
 from parallelmind.training.checkpoint import full_weights
 from parallelmind.training.checkpoint_manager import CheckpointManager, download_checkpoint
 from parallelmind.training.loop import TrainingInputs, train
 from parallelmind.training.outcome import Outcome
+from workloads.train.page_samples import read_samples
 from workloads.train.provenance import save_loss_plot
 from workloads.train.ray_hooks import RayHooks
 from workloads.train.run_dir import RunDir
@@ -190,6 +191,7 @@ def save_result(
         "mlflow_run": task.mlflow_run,
         "step": outcome.step,
         "metrics": outcome.metrics,
+        SAMPLES: read_samples(task.validation_files, task.config.metrics.page_samples, tokenizer),
     }
     check_replaceable(result.local, "adapter" if task.config.optimizer.tuning == "lora" else "model")
     remove_partial_dirs(run_dir.path.local)

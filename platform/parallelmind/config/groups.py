@@ -252,6 +252,12 @@ class MetricsConfig(FrozenConfig):
     validation_samples: int = Field(
         32, ge=1, description="held-out branches to validate on, the same at every branch count"
     )
+    page_samples: int = Field(
+        3,
+        ge=0,
+        description="held-out records whose prompts are saved with the result, as samples on the page of a "
+        "server; 0: none",
+    )
 
     @model_validator(mode="after")
     def _check_branch_counts(self) -> Self:

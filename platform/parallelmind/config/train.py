@@ -40,6 +40,7 @@ class TrainConfig(GroupedConfig):
             "log_every",
             "checkpoint_every",
             "keep_checkpoints",
+            "page_samples",
         }
     )
 

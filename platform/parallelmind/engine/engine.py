@@ -270,9 +270,8 @@ class Engine:
             except UserError:
                 group.finish(forked, None)
                 raise
-            self._pending_events.append(
-                Event(branch, forked.output.flush()[0], None, "forked", sample=group.id)
-            )
+            text, start = forked.output.flush()[0], group.pos2d(forked)
+            self._pending_events.append(Event(branch, text, None, "forked", sample=group.id, pos2d=start))
             self._finish_branch(group, forked, "forked")
             return [added.index for added in group.branches[first:] if added.parent == forked.number]
 
@@ -300,7 +299,7 @@ class Engine:
         """
         with self.state_lock:
             group = self._group(sample_id)
-            return [group.pos2d(branch) if branch.has_started else None for branch in group.branches]
+            return [_start_pos2d(group, branch) for branch in group.branches]
 
     def cancel(self, sample_id: int, branch: int | None = None) -> None:
         """Cancel a sample, or a branch and all below it, before the next step.
@@ -521,7 +520,7 @@ class Engine:
         self, group: SequenceGroup, branch: BranchState, reason: FinishReason, event: Event | None = None
     ) -> None:
         if event is not None:
-            self._pending_events.append(replace(event, sample=group.id))
+            self._pending_events.append(replace(event, sample=group.id, pos2d=_start_pos2d(group, branch)))
         self.scheduler.finish_branch(group, branch, reason)
         self._free(group, [branch])
 
@@ -529,7 +528,16 @@ class Engine:
         """Finish all segments of a sample that have not finished, with an event for each."""
         unfinished = [branch for branch in group.branches if not branch.is_finished]
         self._pending_events += [
-            Event(branch.index, "", None, reason, sample=group.id, error=error) for branch in unfinished
+            Event(
+                branch.index,
+                "",
+                None,
+                reason,
+                sample=group.id,
+                pos2d=_start_pos2d(group, branch),
+                error=error,
+            )
+            for branch in unfinished
         ]
         self.scheduler.abort(group, reason)
         self._free(group, unfinished)
@@ -566,6 +574,11 @@ def _prompt_labels(scheduled: Sequence[ScheduledGroup]) -> list[tuple[BranchStat
 def _score_prompts(logits: Tensor, labels: Sequence[tuple[BranchState, int]]) -> list[TokenLogprob]:
     token_ids = [branch.prompt[position] for branch, position in labels]
     return prompt_logprobs(logits, token_ids, [branch.params.prompt_logprobs for branch, _ in labels])
+
+
+def _start_pos2d(group: SequenceGroup, branch: BranchState) -> tuple[int, int] | None:
+    """Coordinates of a segment's first token; None if it has not started."""
+    return group.pos2d(branch) if branch.has_started else None
 
 
 def _sampling_row(group: SequenceGroup, branch: BranchState) -> SamplingRow:

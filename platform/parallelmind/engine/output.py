@@ -39,7 +39,8 @@ class Event:
         end of a branch that was forked while it ran.
     logprob, top: as `SamplingParams.logprobs` asks.
     sample: the engine's number of the sample.
-    pos2d: the branch and time coordinates of the token.
+    pos2d: the branch and time coordinates of the token. Where a segment ends without one, those of the first
+        token of its prompt; None if it has not started.
     error: why the branch ended, in one line, if its finish reason is "error".
     prompt: the tokens of the prompt, on the first event of a branch with `SamplingParams.prompt_logprobs`.
     """
@@ -54,6 +55,16 @@ class Event:
     pos2d: tuple[int, int] | None = None
     error: str | None = None
     prompt: tuple[TokenLogprob, ...] = ()
+
+    def start_pos2d(self, num_prompt: int) -> tuple[int, int] | None:
+        """Coordinates of the segment's first token, from the first event of a segment.
+
+        num_prompt: tokens of its prompt.
+        """
+        if self.pos2d is None or self.token is None:
+            return self.pos2d
+        branch, time = self.pos2d
+        return branch, time - num_prompt
 
     def raise_error(self) -> None:
         """Raise DecodingError if the branch ended with an error."""

@@ -165,14 +165,22 @@ class TokenizedRequest:
         kept = np.array([MAIN, *range(start + 1, end + 1)])
         return replace(self, tokens=self.tokens.take(kept), params=self.params[start:end])
 
-    def add_branch(
-        self, token_ids: Sequence[int], params: SamplingParams, parent: int = MAIN
+    def extend(
+        self, added: TokenizedRequest, parent: int = MAIN, as_reduce: bool = False
     ) -> TokenizedRequest:
-        """The request with one more branch, which gets the next number. parent: number of its parent."""
-        tree = self.tokens.tree
-        grown = GrowingTree(np.append(tree.parents, parent), np.append(tree.is_reduce, False))
-        tokens = Tokens.of_tree([*self.tokens.split(), token_ids], grown)
-        return replace(self, tokens=tokens, params=[*self.params, params])
+        """The request with the segments of another one, without its main, below a segment.
+
+        They get the next numbers. parent: number of the segment.
+        as_reduce: whether the only branch of `added` is the reduce of that segment.
+        """
+        tree, new = self.tokens.tree, added.tokens.tree
+        last, is_below = tree.segments - 1, new.parents[1:] != MAIN
+        grown = GrowingTree(
+            np.append(tree.parents, np.where(is_below, last + new.parents[1:], parent)),
+            np.append(tree.is_reduce, new.is_reduce[1:] | (as_reduce & ~is_below)),
+        )
+        tokens = Tokens.of_tree([*self.tokens.split(), *added.tokens.split()[1:]], grown)
+        return replace(self, tokens=tokens, params=[*self.params, *added.params])
 
 
 @dataclass(frozen=True, slots=True)

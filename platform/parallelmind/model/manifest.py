@@ -24,6 +24,7 @@ MANIFEST = "parallelmind.json"
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 CARD = "README.md"
 EXPORTED = "exported_adapter"  # key of `extra` in a merged model: SHA-256 of the adapter's weights
+SAMPLES = "samples"  # key of `extra`: prompts of held-out records, as bodies of /v1/branches
 Kind = Literal["adapter", "model", "export"]
 FORMAT = 2
 

@@ -13,10 +13,10 @@ from asgi import Reply, make_ingress, post_json, send_request
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError
 
+import parallelmind as pm
 from parallelmind.engine.sampling_params import SamplingParams
-from serving.engine.messages import BranchStarted, RejectedRequest
+from serving.engine.messages import RejectedRequest
 from serving.ingress import engine_client
-from serving.ingress.failover import RequestReplay
 from serving.observability.metrics import EngineMetrics
 
 PARAMS = SamplingParams()
@@ -43,11 +43,11 @@ class Replica:
     def cancel(self, sample: str, branch: int | None) -> bool | None:
         return True if sample in self.samples else None
 
-    def add_branch(self, sample: str, ids: list[int], params: Any, key: str) -> Any:
+    def join(self, sample: str, segment: pm.Segment, branch: int | None, key: str) -> Any:
         if sample not in self.samples:
             return None
         self.keys.append(key)
-        return RejectedRequest("text: too long") if len(ids) > 10 else 7
+        return RejectedRequest("text: too long") if len(segment.text) > 10 else [(7, "branches[7]")]
 
 
 def replicas_answer(monkeypatch: pytest.MonkeyPatch, *replicas: Replica) -> None:
@@ -124,14 +124,3 @@ def test_the_server_is_healthy_while_one_engine_answers(
 ) -> None:
     replicas_answer(monkeypatch, *(Replica("a", mute=each) for each in mute))
     assert send(tmp_path, "GET", "/health", **fields).status == status
-
-
-def test_the_next_engine_of_a_sample_knows_the_keys_of_its_added_branches() -> None:
-    from engine_loops import sample_request
-
-    from serving.engine.messages import StepOutput
-
-    replay = RequestReplay(sample_request())
-    starts = [BranchStarted(index, [5], PARAMS, (0, 0)) for index in range(3)]
-    replay.record(StepOutput([], [*starts, BranchStarted(3, [6], PARAMS, (0, 0), "mine")]))
-    assert replay.remaining_request().joined == {"mine": 3}

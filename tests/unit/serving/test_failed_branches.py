@@ -12,18 +12,17 @@ import pytest
 from asgi import Reply, ingress_app, post_json
 
 from parallelmind.engine.output import Event
-from parallelmind.engine.sampling_params import SamplingParams
 from serving.engine.messages import BranchStarted, StepOutput
 
 REASON = "the model's logits are not finite (NaN or infinity)"
-STARTED = StepOutput([], [BranchStarted(branch, [5], SamplingParams(), (branch, 0)) for branch in range(2)])
+STARTED = StepOutput([], [BranchStarted(branch, (branch, 0)) for branch in range(2)])
 FAILED = [Event(branch, "", None, "error", error=REASON) for branch in range(3)]
 ONE_FAILS = [
     STARTED,
-    StepOutput([Event(0, "A", 65, pos2d=(0, 1)), FAILED[1]], []),
-    StepOutput([Event(0, "B", 66, "length", pos2d=(0, 2))], []),
+    StepOutput([Event(0, "A", 65, pos2d=(0, 1)), FAILED[1]]),
+    StepOutput([Event(0, "B", 66, "length", pos2d=(0, 2))]),
 ]
-ALL_FAIL = [STARTED, StepOutput([Event(0, "A", 65, pos2d=(0, 1))], []), StepOutput(FAILED[:2], [])]
+ALL_FAIL = [STARTED, StepOutput([Event(0, "A", 65, pos2d=(0, 1))], []), StepOutput(FAILED[:2])]
 
 OPENAI: dict[str, dict[str, Any]] = {
     "/v1/completions": {"model": "tiny", "prompt": "who", "n": 2},
@@ -89,15 +88,17 @@ def test_a_stream_of_branches_holds_the_error_of_each_branch(
 
 
 def test_a_reduce_branch_that_fails_before_its_first_token_does_not_hide_the_others(tmp_path: Path) -> None:
-    steps = [*ONE_FAILS, StepOutput([FAILED[2]], [])]
+    steps = [*ONE_FAILS, StepOutput([FAILED[2]])]
     reply = send(tmp_path, "/v1/branches", {**BRANCHES, "reduce": "all"}, steps)
-    assert [item["finish_reason"] for item in json.loads(reply.body)["branches"]] == ["length", "error"]
+    body = json.loads(reply.body)
+    assert [item["finish_reason"] for item in body["branches"]] == ["length", "error"]
+    assert (body["reduce"]["finish_reason"], body["reduce"]["error"]) == ("error", REASON)
 
 
 @pytest.mark.parametrize("path", [*OPENAI, "/v1/branches"])
 def test_a_stream_never_holds_a_number_that_json_lacks(path: str, tmp_path: Path) -> None:
     """Before, an event held a bare NaN, which ends a client's stream with a syntax error."""
-    steps = [STARTED, StepOutput([Event(branch, "A", 65, "stop", math.nan) for branch in range(2)], [])]
+    steps = [STARTED, StepOutput([Event(branch, "A", 65, "stop", math.nan) for branch in range(2)])]
     body = {**OPENAI.get(path, BRANCHES), "stream": True}
     assert stream_events(send(tmp_path, path, body, steps))[-1]["error"]["code"] == "internal_error"
 

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
+import numpy as np
 import pytest
 from engine_loops import BRANCHES, MAIN, running_loop, sample_request
 from engines import COLUMNAR, ISOLATED, tiny_engine
@@ -13,10 +14,15 @@ from ray.exceptions import ActorDiedError
 from tiny import tiny_tokenizer
 
 from parallelmind.config import RopeConfig
-from parallelmind.engine.request import Sample
+from parallelmind.engine.output import Event
+from parallelmind.engine.request import ResumeState, Sample, Segment, TokenizedRequest
 from parallelmind.engine.tokenization import tokenize_request
 from parallelmind.errors import UserError
+from parallelmind.layout import Tokens
+from parallelmind.tree import Tree
 from serving.engine.messages import (
+    AddedSegments,
+    BranchStarted,
     EngineRequest,
     PackedStep,
     RejectedRequest,
@@ -25,8 +31,9 @@ from serving.engine.messages import (
     unpack_step,
 )
 from serving.ingress import failover
-from serving.ingress.failover import stream_with_failover, with_deadline
+from serving.ingress.failover import RequestReplay, stream_with_failover, with_deadline
 from serving.observability.metrics import IngressMetrics
+from serving.protocol.branches_response import BranchTracker
 from serving.protocol.errors import EngineLostError, RequestError
 
 TIMEOUT_S = 30
@@ -80,7 +87,7 @@ class DyingEngines:
                 yield RejectedRequest(str(error))
                 return
             version = request.adapter_version or f"version {len(self.requests)}"
-            yield pack_step(StepOutput([], running.started, version))
+            yield pack_step(StepOutput([], running.started, adapter_version=version))
             while (step := await loop.next_output(running)) is not None:
                 lifetime -= 1
                 if lifetime == 0:
@@ -115,17 +122,18 @@ class SilentEngines:
 
 
 def follow(engines: Any, request: EngineRequest) -> tuple[list[Any], str, IngressMetrics]:
-    """The tokens, texts and ends of every branch; the indices of started branches; the metrics."""
-    metrics = IngressMetrics()
+    """The tokens, texts and ends of every segment; where each segment starts; the metrics."""
+    metrics, tracker = IngressMetrics(), BranchTracker(request)
 
     async def collect() -> list[StepOutput]:
         return [step async for step in stream_with_failover(engines, request, metrics)]
 
     steps = asyncio.run(asyncio.wait_for(collect(), TIMEOUT_S))
-    outputs: list[Any] = [[], [], [], []]
+    starts = [(start.index, start.time) for step in steps for start in tracker.new_branches(step)]
+    outputs: list[Any] = [[] for _ in tracker.paths]
     for event in (event for step in steps for event in step.events):
         outputs[event.branch].append((event.token, event.text, event.finish_reason, event.pos2d))
-    return outputs, str([started.branch for step in steps for started in step.started]), metrics
+    return outputs, str(sorted(starts)), metrics
 
 
 @pytest.mark.parametrize("config", [COLUMNAR, ISOLATED], ids=["columnar", "isolated"])
@@ -165,10 +173,63 @@ def test_a_question_about_documents_does_not_depend_on_engines_that_die(
     request = sample_request(reduce=True, lengths=[0, 0, 0])
     undisturbed = follow(DyingEngines(config, []), request)
     outputs, started, _ = undisturbed
-    assert outputs[:3] == [[(None, "", "length", None)]] * 3
-    assert (len(outputs[3]), started) == (5, "[0, 1, 2]")
+    assert [event[:3] for branch in outputs[:3] for event in branch] == [(None, "", "length")] * 3
+    assert (len(outputs[3]), started) == (5, "[(0, 20), (1, 20), (2, 20), (3, 32)]")
     resumed = follow(DyingEngines(config, lifetimes), request)
     assert resumed[:2] == undisturbed[:2]
+
+
+TREE = Sample(
+    MAIN,
+    [
+        Segment(
+            BRANCHES[0],
+            [Segment([21], sampling={"max_new_tokens": 0}), Segment([22, 23], [[30]])],
+            reduce=[24],
+        ),
+        BRANCHES[1],
+    ],
+    reduce=Segment([41, 42], [[27], [28, 29]]),
+)
+
+
+@pytest.mark.parametrize("config", [COLUMNAR, ISOLATED], ids=["columnar", "isolated"])
+@pytest.mark.parametrize("lifetimes", [[2], [4, 4, 4], [7, 1, 6]], ids=str)
+def test_a_tree_does_not_depend_on_engines_that_die(config: RopeConfig, lifetimes: list[int]) -> None:
+    """A segment that is only read starts and ends in one step; the reduce reads it after every failure."""
+    settings = {"temperature": 1.5, "seed": 3, "ignore_eos": True, "max_new_tokens": 4}
+    request = EngineRequest("smp-1", "base", [tokenize_request(tiny_tokenizer(), TREE, None, None, settings)])
+    undisturbed = follow(DyingEngines(config, []), request)
+    resumed = follow(DyingEngines(config, lifetimes), request)
+    assert resumed[:2] == undisturbed[:2]
+    assert resumed[2].moved_samples._value.get() >= 1
+    assert all(branch[-1][2] for branch in resumed[0])
+
+
+def test_segments_that_were_added_are_part_of_the_resumed_request() -> None:
+    request = sample_request()
+    replay, params = RequestReplay(request), request.samples[0].params[0]
+    added = AddedSegments(
+        TokenizedRequest(
+            Tokens.of_tree([[], [60], [61]], Tree(np.array([-1, 0, 1]), np.zeros(3, bool))), [params] * 2
+        ),
+        1,
+        as_reduce=False,
+        key="mine",
+    )
+    replay.record(
+        StepOutput([], [BranchStarted(index, (index, 20)) for index in range(3)], adapter_version="")
+    )
+    replay.record(StepOutput([Event(0, "a", 65, pos2d=(1, 23)), Event(0, "", None, "forked", pos2d=(1, 20))]))
+    replay.record(StepOutput([], [BranchStarted(3, (4, 24))], [added]))
+    replay.record(StepOutput([Event(3, "b", 66, "stop", pos2d=(4, 25)), Event(4, "c", 67, pos2d=(5, 27))]))
+    resumed = replay.remaining_request()
+    assert resumed.samples[0].tokens.tree.parents.tolist() == [-1, 0, 0, 0, 1, 4]
+    assert resumed.samples[0].tokens.split()[4:] == [[60], [61]]
+    assert resumed.added == {"mine": [3]}
+    assert resumed.resume == ResumeState(
+        [20, 20, 20, 24, 26], [[65], [], [], [66], [67]], ["forked", None, None, "stop", None]
+    )
 
 
 class EnginesThatSkipReduce(DyingEngines):
@@ -269,7 +330,7 @@ def test_steps_that_take_too_long_end_in_a_timeout() -> None:
 
     async def slow_steps() -> Any:
         try:
-            yield StepOutput([], [])
+            yield StepOutput([])
             await asyncio.sleep(60)
         finally:
             closed.append(True)

@@ -22,7 +22,6 @@ from starlette.types import Message
 
 from parallelmind import cli
 from parallelmind.engine.output import Event
-from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.errors import UserError
 from serving.__main__ import main
 from serving.engine.messages import BranchStarted, StepOutput
@@ -107,9 +106,9 @@ def test_limits_and_metrics_are_the_same_below_a_prefix(
 
 def test_prompt_tokens_in_metrics_are_those_of_the_usage(tmp_path: Path) -> None:
     steps = [
-        StepOutput([], [BranchStarted(0, [7], SamplingParams(), (1, 2))]),
-        StepOutput([Event(0, "A", 65, "stop", pos2d=(1, 3))], []),
-        StepOutput([Event(1, "B", 66, "stop", pos2d=(2, 7))], []),  # the reduce branch
+        StepOutput([], [BranchStarted(0, (1, 2))]),
+        StepOutput([Event(0, "A", 65, "stop", pos2d=(1, 3))]),
+        StepOutput([Event(1, "B", 66, "stop", pos2d=(2, 7))]),  # the reduce branch
     ]
     ingress = make_ingress(tmp_path, steps)
     body = {"model": "tiny", "main": [5, 6], "branches": [{"text": [7]}], "reduce": [8, 9, 10]}

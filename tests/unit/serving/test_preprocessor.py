@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from asgi import make_ingress
+from asgi import ingress_app, make_ingress, post_json, send_request
 from chat_checks import chat_ids, random_conversation
 from chat_templates import CHAT_KINDS, chat_tokenizer
 from pydantic import ValidationError
@@ -20,7 +22,7 @@ from parallelmind.engine.sampling_params import SamplingParams
 from serving.config import AppConfig
 from serving.engine.messages import EngineRequest
 from serving.ingress.preprocessor import RequestPreprocessor
-from serving.protocol.branches import AddBranchRequest, BranchesRequest
+from serving.protocol.branches import BranchesRequest, ForkRequest, Segment
 from serving.protocol.errors import ErrorInfo, user_error
 from serving.protocol.openai import (
     ChatRequest,
@@ -189,14 +191,10 @@ def test_a_request_at_the_limits_is_served() -> None:
             branch, make_preprocessor(**NARROW), branches=[{"text": [6]}], reduce=[7] * 6, max_tokens=5
         ).message
     )
-    late = AddBranchRequest(text=[5] * 6, max_tokens=50)
-    assert make_preprocessor(**NARROW).added_branch(late)[0] == [5] * 6
-    assert (
-        "7"
-        in error_of(
-            make_preprocessor(**NARROW).added_branch, late.model_copy(update={"text": [5] * 7})
-        ).message
-    )
+    late = Segment(text=[5] * 6, max_tokens=50)
+    assert make_preprocessor(**NARROW).added_segment(late).text == [5] * 6
+    longer = late.model_copy(update={"text": [5] * 7})
+    assert "7" in error_of(make_preprocessor(**NARROW).added_segment, longer).message
 
 
 @pytest.mark.parametrize(
@@ -240,8 +238,8 @@ def test_a_seed_is_kept_and_a_missing_one_is_drawn() -> None:
     assert params_of(request)[0].seed == 0
     assert None not in (params.seed for params in params_of(request))
     assert request.num_branches == 3
-    assert make_preprocessor().added_branch(AddBranchRequest(text="a", seed=3))[1].seed == 3
-    assert make_preprocessor().added_branch(AddBranchRequest(text="a"))[1].seed is not None
+    assert make_preprocessor().added_segment(Segment(text="a", seed=3)).sampling["seed"] == 3
+    assert make_preprocessor().added_segment(Segment(text="a")).sampling["seed"] is not None
 
 
 def test_drawn_seeds_differ_after_every_start(tmp_path: Path) -> None:
@@ -417,3 +415,98 @@ def test_fields_at_their_defaults_are_accepted_and_biases_are_keyed_by_token_id(
         (5, 1.5),
         (7, -100.0),
     )
+
+
+TREE: dict[str, Any] = {
+    "main": "passage",
+    "branches": [
+        "who",
+        {"text": "what", "branches": ["is", {"text": [5, 6], "max_tokens": 0}], "reduce": {"text": "all"}},
+    ],
+    "reduce": {"text": "so", "branches": [[7]], "temperature": 0.5},
+}
+
+
+def test_nested_segments_become_those_of_a_sample() -> None:
+    request = branch(**TREE, max_tokens=9, seed=2)
+    assert token_ids(request) == [
+        *map(ids, ("passage", "who", "what", "is")),
+        [5, 6],
+        *map(ids, ("all", "so")),
+        [7],
+    ]
+    tree = request.samples[0].tokens.tree
+    assert tree.parents.tolist() == [-1, 0, 0, 2, 2, 2, 0, 6]
+    assert np.flatnonzero(tree.is_reduce).tolist() == [5, 6]
+    params = params_of(request)
+    assert [own.max_new_tokens for own in params] == [9, 9, 9, 0, 9, 9, 9]
+    assert [own.temperature for own in params] == [0, 0, 0, 0, 0, 0.5, 0]
+    assert {own.seed for own in params} == {2}
+
+
+def nested(depth: int, leaf: dict[str, Any]) -> dict[str, Any]:
+    """Branches in branches. depth: how many segments follow each other."""
+    for _ in range(depth - 1):
+        leaf = {"text": "a", "branches": [leaf]}
+    return leaf
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "parts"),
+    [
+        ({"branches": [nested(65, {"text": "a"})]}, "branches", ["64 deep"]),
+        ({"branches": [nested(5, {"text": "a"})], "reduce": "b"}, "branches", ["6 branches, 5 allowed"]),
+        ({"branches": [nested(2, {"text": ""})]}, "branches[0].branches[0].text", ["no token"]),
+        ({"branches": [{"text": "a", "reduce": "b"}]}, "branches[0].reduce", ["no branches"]),
+        (
+            {"branches": ["a"], "reduce": {"text": "a", "branches": [{"text": ""}]}},
+            "reduce.branches[0].text",
+            ["no token"],
+        ),
+        ({"branches": [nested(2, {"text": "a", "top_p": 7})]}, "top_p", ["7"]),
+    ],
+)
+def test_a_bad_tree_is_refused_and_its_field_named(
+    fields: dict[str, Any], param: str, parts: list[str]
+) -> None:
+    limit = 100 if "64 deep" in parts else 5
+    info = error_of(branch, make_preprocessor(max_branches=limit), **fields)
+    assert info.param == param
+    assert all(part in info.message for part in parts)
+
+
+@pytest.mark.parametrize("depth", [300, 5000, 100_000])
+def test_branches_nested_without_end_are_refused(depth: int, tmp_path: Path) -> None:
+    branches = '{"text": "a", "branches": [' * depth + "]}" * depth
+    body = f'{{"model": "tiny", "branches": [{branches}]}}'.encode()
+    headers = {"content-type": "application/json", "content-length": str(len(body))}
+    app = ingress_app(tmp_path, max_body_bytes=10_000_000)
+    reply = asyncio.run(send_request(app, "POST", "/v1/branches", headers, [body]))
+    assert (reply.status, "\n" in reply.error["message"]) == (400, False)
+    assert depth > 300 or reply.error["param"] == "branches"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "param"),
+    [
+        ({"text": "a", "branches": "b"}, "branches[0].branches"),
+        ({"text": "a", "branches": [{"text": "b", "txt": "b"}]}, "branches[0].branches[0].txt"),
+        ({"text": "a", "branches": [5]}, "branches[0].branches[0]"),
+    ],
+)
+def test_a_wrong_type_in_a_tree_is_named_by_its_path(wrong: Any, param: str, tmp_path: Path) -> None:
+    body = {"model": "tiny", "branches": [wrong]}
+    reply = asyncio.run(post_json(ingress_app(tmp_path), "/v1/branches", body))
+    assert (reply.status, reply.error["param"]) == (400, param)
+
+
+def test_a_fork_has_settings_for_all_of_its_segments() -> None:
+    request = ForkRequest(branches=["a", {"text": "b", "branches": ["c"], "max_tokens": 3}], max_tokens=7)
+    first, second = make_preprocessor().fork(request)
+    (below,) = second.branches
+    assert isinstance(below, pm.Segment)
+    lengths = [segment.sampling["max_new_tokens"] for segment in (first, second, below)]
+    assert (lengths, below.text) == ([7, 3, 7], ids("c"))
+    assert None not in (segment.sampling["seed"] for segment in (first, second, below))
+    info = error_of(make_preprocessor(max_branches=2).fork, request)
+    assert (info.param, "3 branches" in info.message) == ("branches", True)

@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 from asgi import Reply, send_request
+from tiny import tiny_tokenizer
 
 from parallelmind.engine.output import Event
-from parallelmind.engine.request import TokenizedRequest
+from parallelmind.engine.request import Sample, Segment, TokenizedRequest
 from parallelmind.engine.sampling_params import SamplingParams
+from parallelmind.engine.tokenization import tokenize_branches, tokenize_request
 from parallelmind.layout import Tokens
-from parallelmind.tree import Tree
-from serving.engine.messages import BranchStarted, EngineRequest, StepOutput
+from parallelmind.tree import MAIN, Tree
+from serving.engine.messages import AddedSegments, BranchStarted, EngineRequest, StepOutput
 from serving.ingress.streaming import event_stream
 from serving.protocol import branches_response as branches_format
 from serving.protocol import openai_response as openai_format
@@ -45,10 +47,10 @@ CHAT = openai_format.ChatFormatter("chatcmpl-1", "tiny", AsciiTexts())
 # Two branches that take turns: one ends by a stop text, whose first letter is held back, the other by its
 # length.
 STEPS = [
-    StepOutput([], []),
-    StepOutput([Event(0, "A", 65, None, -0.5, TOP), Event(1, "", 195, None, -1.5, TOP)], []),
-    StepOutput([Event(1, "ü", 188, None, -0.25, TOP), Event(0, "", 66, None, -2.5, TOP)], []),
-    StepOutput([Event(0, "BC", 67, "stop", -1.0, TOP), Event(1, "D", 68, "length", -2.0, TOP)], []),
+    StepOutput([]),
+    StepOutput([Event(0, "A", 65, None, -0.5, TOP), Event(1, "", 195, None, -1.5, TOP)]),
+    StepOutput([Event(1, "ü", 188, None, -0.25, TOP), Event(0, "", 66, None, -2.5, TOP)]),
+    StepOutput([Event(0, "BC", 67, "stop", -1.0, TOP), Event(1, "D", 68, "length", -2.0, TOP)]),
 ]
 PLAIN = [
     StepOutput(
@@ -136,7 +138,7 @@ def test_logprobs_of_a_chat_hold_tokens_their_bytes_and_the_top_tokens() -> None
         (-2.0, top),
     ]
     assert logprobs["content"][2]["token"] == "D"
-    bare = [StepOutput([Event(0, "A", 65, "stop", -0.5)], [])]
+    bare = [StepOutput([Event(0, "A", 65, "stop", -0.5)])]
     assert whole_response(CHAT, bare)["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []
 
 
@@ -188,8 +190,8 @@ def test_a_cancelled_branch_has_openais_finish_reason_stop(
     formatter: openai_format.ResponseFormatter,
 ) -> None:
     steps = [
-        StepOutput([Event(0, "A", 65)], []),
-        StepOutput([Event(0, "", None, "cancelled"), Event(1, "", None, "cancelled")], []),
+        StepOutput([Event(0, "A", 65)]),
+        StepOutput([Event(0, "", None, "cancelled"), Event(1, "", None, "cancelled")]),
     ]
     body = whole_response(formatter, steps)
     assert [choice["finish_reason"] for choice in body["choices"]] == ["stop", "stop"]
@@ -231,14 +233,16 @@ REQUEST = EngineRequest(
         )
     ],
 )
-STARTED = [BranchStarted(0, [8, 9], PARAMS, (128, 3)), BranchStarted(1, [10], PARAMS, (256, 3))]
-ADDED = BranchStarted(3, [1, 2, 3, 4], PARAMS, (512, 6))
+STARTED = [BranchStarted(0, (128, 3)), BranchStarted(1, (256, 3))]
+ADDED = AddedSegments(
+    TokenizedRequest(Tokens.of_tree([[], [1, 2, 3, 4]], Tree.flat(1)), [PARAMS]), MAIN, as_reduce=False
+)
 BRANCH_STEPS = [
     StepOutput([], STARTED),
-    StepOutput([Event(0, "A", 65, pos2d=(128, 5)), Event(1, "B", 66, "stop", -0.5, TOP, pos2d=(256, 4))], []),
-    StepOutput([Event(0, "a", 97, "length", pos2d=(128, 6))], [ADDED]),
-    StepOutput([Event(3, "C", 67, pos2d=(512, 10)), Event(3, "", None, "cancelled")], []),
-    StepOutput([Event(2, "D", 68, pos2d=(0, 13)), Event(2, "E", 69, "stop", pos2d=(0, 14))], []),
+    StepOutput([Event(0, "A", 65, pos2d=(128, 5)), Event(1, "B", 66, "stop", -0.5, TOP, pos2d=(256, 4))]),
+    StepOutput([Event(0, "a", 97, "length", pos2d=(128, 6))], [BranchStarted(3, (512, 6))], [ADDED]),
+    StepOutput([Event(3, "C", 67, pos2d=(512, 10)), Event(3, "", None, "cancelled", pos2d=(512, 6))]),
+    StepOutput([Event(2, "D", 68, pos2d=(0, 13)), Event(2, "E", 69, "stop", pos2d=(0, 14))]),
 ]
 USAGE = {"prompt_tokens": 3 + 2 + 1 + 4 + 2, "completion_tokens": 6, "total_tokens": 18}
 
@@ -261,16 +265,21 @@ def test_a_branches_response_holds_coordinates_tokens_added_and_reduce_branches(
     )
     outputs = [
         (item["text"], item["tokens"], item["finish_reason"], item["branch"], item["time"])
-        for item in body["branches"]
+        for item in (*body["branches"], body["reduce"])
     ]
     assert outputs == [
         ("Aa", [65, 97], "length", 128, 3),
         ("B", [66], "stop", 256, 3),
-        ("DE", [68, 69], "stop", 0, 11),
         ("C", [67], "cancelled", 512, 6),
+        ("DE", [68, 69], "stop", 0, 11),
     ]
-    assert [item["index"] for item in body["branches"]] == [0, 1, 2, 3]
-    assert [item["logprobs"] for item in body["branches"]] == [None, [-0.5], None, None]
+    assert [(item["index"], item["path"]) for item in (*body["branches"], body["reduce"])] == [
+        (0, "branches[0]"),
+        (1, "branches[1]"),
+        (3, "branches[2]"),
+        (2, "reduce"),
+    ]
+    assert [item["logprobs"] for item in body["branches"]] == [None, [-0.5], None]
     assert body["branches"][1]["top"] == [list(TOP)]
 
 
@@ -281,16 +290,16 @@ def test_a_stream_of_branches_announces_each_branch_before_its_tokens() -> None:
     assert {part["id"] for part in parts} == {REQUEST.id}
     starts = [start for part in parts for start in part.get("branches", [])]
     assert starts == [
-        {"index": 0, "prompt_tokens": 2, "branch": 128, "time": 3},
-        {"index": 1, "prompt_tokens": 1, "branch": 256, "time": 3},
-        {"index": 3, "prompt_tokens": 4, "branch": 512, "time": 6},
-        {"index": 2, "prompt_tokens": 2, "branch": 0, "time": 11},
+        {"index": 0, "path": "branches[0]", "prompt_tokens": 2, "branch": 128, "time": 3},
+        {"index": 1, "path": "branches[1]", "prompt_tokens": 1, "branch": 256, "time": 3},
+        {"index": 3, "path": "branches[2]", "prompt_tokens": 4, "branch": 512, "time": 6},
+        {"index": 2, "path": "reduce", "prompt_tokens": 2, "branch": 0, "time": 11},
     ]
     deltas = [delta for part in parts for delta in part.get("deltas", [])]
     assert [
         (item["index"], item["text"], item["token"], item["branch"], item["time"]) for item in deltas
     ] == [
-        (event.branch, event.text, event.token, *(event.pos2d or (None, None)))
+        (event.branch, event.text, event.token, *((event.token and event.pos2d) or (None, None)))
         for step in BRANCH_STEPS
         for event in step.events
     ]
@@ -311,18 +320,78 @@ def test_steps_that_arrive_together_give_the_same_response() -> None:
         StepOutput(
             [event for step in BRANCH_STEPS for event in step.events],
             [branch for step in BRANCH_STEPS for branch in step.started],
+            [added for step in BRANCH_STEPS for added in step.added],
         )
     ]
     assert branches_whole(together)["branches"] == branches_whole(BRANCH_STEPS)["branches"]
     assert branches_streamed(together)[-1] == branches_streamed(BRANCH_STEPS)[-1]
 
 
-def test_a_reduce_branch_that_is_cancelled_before_its_first_token_is_omitted() -> None:
-    steps = [*BRANCH_STEPS[:-1], StepOutput([Event(2, "", None, "cancelled")], [])]
-    deltas = [delta for event in branches_streamed(steps) for delta in event.get("deltas", [])]
-    assert {delta["index"] for delta in deltas} == {0, 1, 3}
-    assert [item["finish_reason"] for item in branches_whole(steps)["branches"]] == [
-        "length",
-        "stop",
-        "cancelled",
+def test_a_reduce_that_is_cancelled_before_it_starts_has_no_coordinates() -> None:
+    steps = [*BRANCH_STEPS[:-1], StepOutput([Event(2, "", None, "cancelled")])]
+    *_, step, done = branches_streamed(steps)
+    assert [(item["path"], item["finish_reason"], item["time"]) for item in step["deltas"]] == [
+        ("reduce", "cancelled", None)
     ]
+    assert done["usage"]["prompt_tokens"] == USAGE["prompt_tokens"] - 2
+    reduce = branches_whole(steps)["reduce"]
+    assert (reduce["finish_reason"], reduce["text"], reduce["branch"]) == ("cancelled", "", None)
+
+
+# Branch 0 holds two branches and a reduce; while it runs, it is forked once more, with a branch below that.
+TREE_REQUEST = EngineRequest(
+    "smp-2",
+    "tiny",
+    [
+        tokenize_request(
+            tiny_tokenizer(),
+            Sample([5], [Segment([6], [[7], [8]], reduce=[9]), [10]], reduce=[11]),
+            None,
+            None,
+            {},
+        )
+    ],
+)
+FORK = AddedSegments(tokenize_branches(tiny_tokenizer(), [Segment([12], [[13]])], {}), 1, as_reduce=False)
+TREE_STEPS = [
+    StepOutput([], [BranchStarted(0, (1, 1)), BranchStarted(4, (5, 1))]),
+    StepOutput([Event(0, "A", 65, pos2d=(1, 2)), Event(4, "B", 66, "stop", pos2d=(5, 2))]),
+    StepOutput(
+        [Event(0, "", None, "forked", pos2d=(1, 1)), Event(1, "", None, "length", pos2d=(2, 3))],
+        [BranchStarted(6, (7, 3))],
+        [FORK],
+    ),
+    StepOutput([Event(2, "C", 67, "stop", pos2d=(3, 4)), Event(6, "D", 68, "stop", pos2d=(7, 4))]),
+    StepOutput([Event(7, "E", 69, "stop", pos2d=(8, 6)), Event(3, "F", 70, "stop", pos2d=(1, 8))]),
+    StepOutput([Event(5, "G", 71, "stop", pos2d=(0, 10))]),
+]
+
+
+def texts_of(output: dict[str, Any]) -> Any:
+    """Path, text, and those of what follows."""
+    below = [*output["branches"], *([output["reduce"]] if output["reduce"] else [])]
+    return (output.get("path"), output.get("text"), *(texts_of(item) for item in below))
+
+
+def test_a_response_is_the_tree_of_the_sample() -> None:
+    body = asyncio.run(branches_format.branches_response(TREE_REQUEST, replayed(TREE_STEPS)))
+    first = (
+        "branches[0]",
+        "A",
+        ("branches[0].branches[0]", ""),
+        ("branches[0].branches[1]", "C"),
+        ("branches[0].branches[2]", "D", ("branches[0].branches[2].branches[0]", "E")),
+        ("branches[0].reduce", "F"),
+    )
+    assert texts_of(body) == (None, None, first, ("branches[1]", "B"), ("reduce", "G"))
+    assert body["branches"][0]["finish_reason"] == "forked"
+    assert body["usage"]["prompt_tokens"] == 1 + 6 + 2
+
+
+def test_a_stream_names_every_segment_by_its_path_and_announces_it_once() -> None:
+    parts = asyncio.run(_collect(branches_format.branches_chunks(TREE_REQUEST, replayed(TREE_STEPS))))
+    starts = [(start["index"], start["time"]) for part in parts for start in part.get("branches", [])]
+    assert starts == [(0, 1), (4, 1), (6, 3), (1, 3), (2, 3), (7, 5), (3, 7), (5, 9)]
+    deltas = [delta for part in parts for delta in part.get("deltas", [])]
+    assert deltas[-3]["path"] == "branches[0].branches[2].branches[0]"
+    assert [delta["path"] for delta in deltas[-2:]] == ["branches[0].reduce", "reduce"]

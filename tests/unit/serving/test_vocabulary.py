@@ -12,7 +12,6 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from parallelmind.engine.output import Event
-from parallelmind.engine.sampling_params import SamplingParams
 from serving.engine.messages import BranchStarted, StepOutput
 from serving.ingress.vocabulary import Vocabulary
 
@@ -46,8 +45,8 @@ def test_a_vocabulary_of_characters_has_the_bytes_of_its_byte_tokens_alone() -> 
 def test_a_chat_response_holds_half_a_character_as_its_byte(tmp_path: Path) -> None:
     first = tiny_tokenizer()("ü").input_ids[0]
     steps = [
-        StepOutput([], [BranchStarted(0, [5], SamplingParams(), (0, 0))]),
-        StepOutput([Event(0, "", first, "length", -0.5, ((first, -0.5), (299 + 7, -9.0)))], []),
+        StepOutput([], [BranchStarted(0, (0, 0))]),
+        StepOutput([Event(0, "", first, "length", -0.5, ((first, -0.5), (299 + 7, -9.0)))]),
     ]
     body = {
         "model": "tiny",

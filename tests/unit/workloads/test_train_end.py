@@ -41,7 +41,9 @@ class EndOfRun:
         tracker = Tracker.start(self.uri, "tests", "cut", self.config, "key")
         sender = MlflowSender(self.run_dir, self.uri, tracker.run_id, print)
         sender.log({"loss": 1.0}, 1)
-        task: Any = SimpleNamespace(config=self.config, run_dir=self.run_dir, mlflow_run=tracker.run_id)
+        task: Any = SimpleNamespace(
+            config=self.config, run_dir=self.run_dir, mlflow_run=tracker.run_id, validation_files=()
+        )
         model, outcome = fresh_model(self.config), Outcome(True, 1, {"loss": 1.0})
         hooks: Any = SimpleNamespace(finish=sender.finish)
         train_worker.save_result(task, model, tiny_tokenizer(), hooks, outcome, is_leader=True)
