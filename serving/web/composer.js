@@ -60,6 +60,14 @@ export class Composer {
     this.onEdit();
   }
 
+  /** A text of the user's own has no settings of a sample. */
+  edit(segment, text) {
+    const { branches, reduce } = segment;
+    for (const name of Object.keys(segment)) delete segment[name];
+    Object.assign(segment, { text, branches }, reduce && { reduce });
+    this.onEdit();
+  }
+
   /** Draw the rows again. active: the segment whose field gets the focus. */
   render(active) {
     $("rows").replaceChildren(...this.rows(this.tree, "", active));
@@ -75,7 +83,7 @@ export class Composer {
     const [row, name] = [cloned("row"), nameOf(path)];
     const [field, remove, fork, reduce] = ["textarea", ".remove", ".fork", ".reduce"].map((part) => row.querySelector(part));
     row.querySelector("label span").textContent = name;
-    Object.assign(field, { value: segment.text, oninput: () => ((segment.text = field.value), this.onEdit()) });
+    Object.assign(field, { value: segment.text, oninput: () => this.edit(segment, field.value) });
     field.dataset.path = path;
     if (segment === active) field.dataset.active = "";
     Object.assign(remove, { ariaLabel: `Remove ${name.toLowerCase()}`, onclick: () => this.remove(parent, segment) });

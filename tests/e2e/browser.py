@@ -16,7 +16,7 @@ from tools.browser import chromium, installed
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page, Route
 
-_ENDED = re.compile("^(stop|length|cancelled|error)$")
+_ENDED = re.compile("^(finished|length limit|forked|stopped|error|read)$")
 WAIT = 120_000  # milliseconds; the machine may be busy with other tests
 
 
@@ -45,12 +45,12 @@ class Playground:
 
     def open(self) -> None:
         self.page.goto(f"{self.site}/")
-        self.field("Model").locator("option").first.wait_for(state="attached")
+        self.field("Sample").locator("option").first.wait_for(state="attached")
 
     def field(self, label: str) -> Locator:
         return self.page.get_by_label(label, exact=True)
 
-    def branch_field(self, number: int) -> Locator:
+    def branch_field(self, number: int | str) -> Locator:
         return self.page.get_by_role("textbox", name=f"Branch {number}", exact=True)
 
     def fill_form(self, main: str, *branches: str, **settings: str) -> None:
@@ -63,26 +63,35 @@ class Playground:
             if not self.branch_field(number).count():
                 self.page.get_by_role("button", name="Add branch").click()
             self.branch_field(number).fill(text)
+        self.open_settings()
         for name, value in {"temperature": "0", **settings}.items():
             self.field(name.replace("_", " ").capitalize()).fill(value)
+
+    def open_settings(self) -> None:
+        if not self.field("Seed").is_visible():
+            self.page.get_by_text("Settings", exact=True).click()
 
     def run(self) -> None:
         self.run_button.click()
 
-    def column(self, number: int) -> Locator:
+    def show_details(self) -> None:
+        self.page.get_by_role("switch", name="Details").check()
+
+    def column(self, number: int | str) -> Locator:
+        """The card of a branch, such as 2 or "1.2"."""
         return self.page.get_by_role("article", name=f"Branch {number}", exact=True)
 
-    def state(self, number: int) -> Locator:
+    def state(self, number: int | str) -> Locator:
         return self.column(number).locator(".state")
 
-    def tokens(self, number: int) -> Locator:
-        return self.column(number).locator("[title]")
+    def tokens(self, number: int | str) -> Locator:
+        return self.column(number).locator("[data-about]")
 
     def stop_button(self, number: int) -> Locator:
         return self.page.get_by_role("button", name=f"Stop branch {number}", exact=True)
 
-    def finish_reason(self, number: int) -> str:
-        """Wait until the branch has ended; return its finish reason."""
+    def finish_reason(self, number: int | str) -> str:
+        """Wait until the branch has ended; return what its card says."""
         self.state(number).filter(has_text=_ENDED).wait_for()
         return self.state(number).inner_text()
 
@@ -118,15 +127,25 @@ def has_focus(target: Locator) -> bool:
 
 def begun_event(branches: int = 1) -> dict[str, Any]:
     starts = [
-        {"index": index, "prompt_tokens": 2, "branch": index + 1, "time": 3} for index in range(branches)
+        {"index": index, "path": f"branches[{index}]", "prompt_tokens": 2, "branch": index + 1, "time": 3}
+        for index in range(branches)
     ]
     return {"id": "smp-1", "object": "branches.begun", "model": "tiny", "branches": starts}
 
 
-def step_event(*texts: str, time: int = 5, reason: str | None = None) -> dict[str, Any]:
-    """One decoding step, with one text for each branch."""
+def step_event(*texts: str, time: int = 5, reason: str | None = None, **more: Any) -> dict[str, Any]:
+    """One decoding step, with one text for each branch. more: further fields of each delta."""
     deltas = [
-        {"index": index, "text": text, "token": 7, "branch": index + 1, "time": time, "finish_reason": reason}
+        {
+            "index": index,
+            "path": f"branches[{index}]",
+            "text": text,
+            "token": 7,
+            "branch": index + 1,
+            "time": time,
+            "finish_reason": reason,
+            **more,
+        }
         for index, text in enumerate(texts)
     ]
     return {"id": "smp-1", "object": "branches.step", "deltas": deltas}

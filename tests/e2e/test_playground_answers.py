@@ -17,7 +17,7 @@ def test_thousands_of_tokens_at_once_leave_the_page_usable(playground: Playgroun
     )
     playground.fill_form("", *["again"] * 8)
     playground.run()
-    assert playground.finish_reason(8) == "length"
+    assert playground.finish_reason(8) == "length limit"
     assert playground.tokens(8).count() == 501
     playground.field("Main").press_sequentially("still here", delay=20)
     assert playground.field("Main").input_value().endswith("still here")
@@ -34,9 +34,9 @@ def test_text_is_shown_as_text_and_split_characters_as_one(playground: Playgroun
     playground.respond_with(split)
     playground.fill_form("", "<img src=x onerror=alert(1)>")
     playground.run()
-    assert playground.finish_reason(1) == "stop"
+    assert playground.finish_reason(1) == "finished"
     assert "<img src=x onerror=alert(1)><b>bold</b>é" in playground.column(1).inner_text()
-    titles = [token.get_attribute("title") for token in playground.tokens(1).all()]
+    titles = [token.get_attribute("data-about") for token in playground.tokens(1).all()]
     assert [re.findall(r"time (\d)", title or "") for title in titles] == [["5"], ["6", "7"], ["8"]]
 
 
@@ -92,3 +92,35 @@ def test_branch_named_by_an_error_is_marked(playground: Playground) -> None:
     playground.alert.filter(has_text="too long").wait_for()
     assert has_focus(playground.branch_field(2))
     assert playground.page.locator("[aria-invalid=true]").count() == 1
+
+
+def test_a_branch_that_ends_at_once_says_why(playground: Playground) -> None:
+    silent = {"token": None, "branch": None, "time": None}
+    for reason, more, note in (
+        ("stop", {}, "ended the text at once"),
+        ("error", {"error": "the logits are not finite"}, "the logits are not finite"),
+    ):
+        playground.respond_with(stream_body(begun_event(), step_event("", reason=reason, **silent, **more)))
+        playground.run()
+        playground.column(1).get_by_text(note).wait_for()
+        playground.page.unroute_all()
+
+
+def test_segments_of_a_tree_hang_below_the_one_that_they_follow(playground: Playground) -> None:
+    forked = step_event("", reason="forked", token=None, branch=None, time=None)
+    joined = {**begun_event(), "object": "branches.joined"}
+    joined["branches"] = [
+        {"index": 2 + index, "path": f"branches[0].branches[{index}]", "prompt_tokens": 1, "branch": 3, "time": 6}
+        for index in range(2)
+    ]
+    joined["branches"].append({"index": 4, "path": "branches[0].reduce", "prompt_tokens": 1, "branch": 1, "time": 8})
+    playground.respond_with(stream_body(begun_event(2), step_event(" a", " b"), forked, joined))
+    playground.run()
+    boxes = [playground.column(number).bounding_box() for number in (1, "1.1", "1.2", "1.reduce")]
+    assert all(boxes)
+    parent, first, second, reduce = (box or {} for box in boxes)
+    assert parent["y"] + parent["height"] <= first["y"] == second["y"]
+    assert first["x"] + first["width"] <= second["x"]
+    assert second["y"] + second["height"] <= reduce["y"]
+    assert parent["x"] < first["x"]
+    assert playground.finish_reason(1) == "forked"

@@ -160,7 +160,7 @@ def test_the_samples_of_a_request_do_not_depend_on_engines_that_die(
     request = EngineRequest("cmpl-1", "base", [short, *sample_request().samples])
     undisturbed = follow(DyingEngines(config, []), request)
     assert list(map(len, undisturbed[0])) == [1, 9, 4, 6]
-    assert undisturbed[1] == "[0, 1, 2, 3]"
+    assert undisturbed[1] == "[(0, 0), (1, 20), (2, 20), (3, 20)]"
     resumed = follow(DyingEngines(config, lifetimes), request)
     assert resumed[:2] == undisturbed[:2]
 
