@@ -244,6 +244,8 @@ class CheckpointConfig(FrozenConfig):
 class MetricsConfig(FrozenConfig):
     """Metrics and validation."""
 
+    LATER_FIELDS: ClassVar[frozenset[str]] = frozenset({"page_samples"})
+
     log_every: int = Field(5, ge=1, description="optimizer steps between progress lines and logged metrics")
     validate_every: int = Field(100, ge=1, description="optimizer steps between validations")
     validation_branches: list[int] = Field(
