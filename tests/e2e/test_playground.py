@@ -238,7 +238,10 @@ def test_nothing_scrolls_away_on_run(playground: Playground) -> None:
 
 
 def test_the_samples_of_the_model_fill_the_form(playground: Playground) -> None:
-    sample = {"main": "Facts.", "branches": [" Who?", {"text": " Where?", "branches": [" When?"], "reduce": " So?"}]}
+    sample = {
+        "main": "Facts.",
+        "branches": [" Who?", {"text": " Where?", "branches": [" When?"], "reduce": " So?"}],
+    }
     body = json.dumps({"object": "list", "data": [sample, {**sample, "main": "Others."}]})
     playground.page.route("**/v1/samples*", lambda route: route.fulfill(status=200, body=body))
     playground.open()

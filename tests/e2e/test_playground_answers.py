@@ -110,10 +110,18 @@ def test_segments_of_a_tree_hang_below_the_one_that_they_follow(playground: Play
     forked = step_event("", reason="forked", token=None, branch=None, time=None)
     joined = {**begun_event(), "object": "branches.joined"}
     joined["branches"] = [
-        {"index": 2 + index, "path": f"branches[0].branches[{index}]", "prompt_tokens": 1, "branch": 3, "time": 6}
+        {
+            "index": 2 + index,
+            "path": f"branches[0].branches[{index}]",
+            "prompt_tokens": 1,
+            "branch": 3,
+            "time": 6,
+        }
         for index in range(2)
     ]
-    joined["branches"].append({"index": 4, "path": "branches[0].reduce", "prompt_tokens": 1, "branch": 1, "time": 8})
+    joined["branches"].append(
+        {"index": 4, "path": "branches[0].reduce", "prompt_tokens": 1, "branch": 1, "time": 8}
+    )
     playground.respond_with(stream_body(begun_event(2), step_event(" a", " b"), forked, joined))
     playground.run()
     boxes = [playground.column(number).bounding_box() for number in (1, "1.1", "1.2", "1.reduce")]

@@ -235,7 +235,7 @@ REQUEST = EngineRequest(
 )
 STARTED = [BranchStarted(0, (128, 3)), BranchStarted(1, (256, 3))]
 ADDED = AddedSegments(
-    TokenizedRequest(Tokens.of_tree([[], [1, 2, 3, 4]], Tree.flat(1)), [PARAMS]), MAIN, as_reduce=False
+    TokenizedRequest(Tokens.of_tree([[], [1, 2, 3, 4]], Tree.flat(1)), [PARAMS]), MAIN, False, "a key"
 )
 BRANCH_STEPS = [
     StepOutput([], STARTED),
@@ -352,7 +352,7 @@ TREE_REQUEST = EngineRequest(
         )
     ],
 )
-FORK = AddedSegments(tokenize_branches(tiny_tokenizer(), [Segment([12], [[13]])], {}), 1, as_reduce=False)
+FORK = AddedSegments(tokenize_branches(tiny_tokenizer(), [Segment([12], [[13]])], {}), 1, False, "a key")
 TREE_STEPS = [
     StepOutput([], [BranchStarted(0, (1, 1)), BranchStarted(4, (5, 1))]),
     StepOutput([Event(0, "A", 65, pos2d=(1, 2)), Event(4, "B", 66, "stop", pos2d=(5, 2))]),
