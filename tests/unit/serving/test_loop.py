@@ -16,10 +16,10 @@ from tiny import tiny_tokenizer
 from parallelmind.engine.engine import Engine
 from parallelmind.engine.output import Event as EngineEvent
 from parallelmind.engine.request import Sample
-from parallelmind.engine.sampling_params import SamplingParams
-from parallelmind.engine.tokenization import tokenize_request
+from parallelmind.engine.tokenization import tokenize_branches, tokenize_request
+from parallelmind.tree import MAIN
 from serving.engine.loop import EngineLoop, EngineStuckError, RunningRequest
-from serving.engine.messages import EngineRequest
+from serving.engine.messages import AddedSegments, EngineRequest
 
 
 def failing_engine(before_failure: Callable[[], object]) -> Any:
@@ -197,11 +197,12 @@ def test_the_event_loop_goes_on_while_a_step_holds_the_lock() -> None:
 
     async def run() -> None:
         engine = tiny_engine(ISOLATED)
+        added = AddedSegments(tokenize_branches(engine.tokenizer, [[5]], {}), MAIN, False, "key")
         with running_loop(engine) as loop:
             running = await loop.submit(sample_request(max_new_tokens=400, lengths=(400, 400, 400)), None)
             for call in (
                 lambda: loop.submit(sample_request(), None),
-                lambda: loop.join(running, [5], SamplingParams(max_new_tokens=2), "key"),
+                lambda: loop.add(running, lambda number: [engine.join(number, [5])], added),
                 lambda: loop.cancel(running, 0),
                 lambda: loop.stats(),
                 lambda: asyncio.wrap_future(loop.release(running)),
