@@ -13,7 +13,6 @@ from openai.types.chat import ChatCompletionMessage
 from starlette.types import ASGIApp
 
 from parallelmind.engine.output import Event, TokenLogprob
-from parallelmind.engine.sampling_params import SamplingParams
 from serving.engine.messages import BranchStarted, StepOutput
 from serving.protocol.openai import CompletionRequest
 
@@ -199,9 +198,9 @@ PROMPT = (
     TokenLogprob(7, float("-inf"), ((6, -0.25),)),
 )
 ECHO_STEPS = [
-    StepOutput([], [BranchStarted(0, [5, 6, 7], SamplingParams(), (0, 0))]),
-    StepOutput([Event(0, "A", 65, None, -0.5, ((65, -0.5),), prompt=PROMPT)], []),
-    StepOutput([Event(0, "B", 66, "length", -2.0, ((65, -0.5),))], []),
+    StepOutput([], [BranchStarted(0, (0, 0))]),
+    StepOutput([Event(0, "A", 65, None, -0.5, ((65, -0.5),), prompt=PROMPT)]),
+    StepOutput([Event(0, "B", 66, "length", -2.0, ((65, -0.5),))]),
 ]
 SCORED = {"model": "tiny", "prompt": [5, 6, 7], "echo": True, "logprobs": 1}
 
@@ -229,7 +228,7 @@ def test_an_echo_holds_the_prompt_and_its_log_probabilities(tmp_path: Path) -> N
 
 def test_an_echo_without_new_tokens_is_the_prompt_alone(tmp_path: Path) -> None:
     last = Event(0, "A", 65, "length", -0.5, ((65, -0.5),), prompt=PROMPT)
-    steps = [ECHO_STEPS[0], StepOutput([last], [])]
+    steps = [ECHO_STEPS[0], StepOutput([last])]
     app = ingress_app(tmp_path, steps)
     for stream in (False, True):
         reply = post(app, "/v1/completions", {**SCORED, "max_tokens": 0, "stream": stream})
