@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
 from _pytest.mark import ParameterSet
+from engines import run_to_end
 from transformers import PreTrainedModel
 
 from parallelmind.config import RopeConfig
@@ -16,6 +17,7 @@ from parallelmind.engine.engine import Engine
 from parallelmind.engine.model_runner import ModelRunner
 from parallelmind.engine.request import Sample
 from parallelmind.engine.scheduler import EngineConfig
+from parallelmind.errors import UserNotice
 from parallelmind.evaluation.laws import LAWS
 from parallelmind.evaluation.model_support import COLUMNS, SupportRow, check_model_types
 from parallelmind.evaluation.probes import patched
@@ -69,6 +71,38 @@ def test_types_that_are_not_compiled_are_listed(row: SupportRow) -> None:
         engine.step()
         assert isinstance(engine.runner, ModelRunner)
         assert engine.runner.can_compile != (row.model_type in not_compiled())
+
+
+@pytest.mark.matrix
+@pytest.mark.full
+@pytest.mark.parametrize("model_type", [row.model_type for row in documented() if row.supported])
+def test_a_compiled_type_decodes_the_same_tokens(model_type: str) -> None:
+    if model_type in not_compiled():
+        pytest.skip("has no kernel to be compiled")
+    model = fastest(model_type)
+    with patched(model, RopeConfig(visibility="isolated")):
+        plain, engine = (Engine(model, tiny_tokenizer(), EngineConfig(cache_tokens=1024)) for _ in range(2))
+        expects_failure = model_type in uncompilable()
+        notice = pytest.warns(UserNotice, match="decoding runs uncompiled")
+        with notice if expects_failure else nullcontext():
+            assert engine.warm_up() != expects_failure
+        for sample in (
+            Sample(list(range(50, 90)), [[5, 6, 7], [8], list(range(100, 120))]),
+            Sample([], [[9]]),
+        ):
+            expected, decoded = (
+                (each.submit(sample, max_new_tokens=8, ignore_eos=True, logprobs=0), run_to_end(each))[1]
+                for each in (plain, engine)
+            )
+            assert [event.token for event in decoded] == [event.token for event in expected]
+            assert [event.logprob for event in decoded] == pytest.approx(
+                [event.logprob for event in expected], abs=1e-3
+            )
+
+
+def uncompilable() -> list[str]:
+    words = " ".join(DOCS.read_text(encoding="utf-8").split())
+    return re.findall(r"`(\w+)`", words.partition("The compiler fails on ")[2].partition(":")[0])
 
 
 def fastest(model_type: str) -> PreTrainedModel:

@@ -198,7 +198,7 @@ class ModelRunner:
         masks: dict[AttentionWindow, Tensor]
         if self._attends_in_step:
             cache.set_step(slots, None)
-            masks = {window: step_ops.step_mask(i, device) for i, window in enumerate(self._windows)}
+            masks = {window: step_ops.step_mask(i) for i, window in enumerate(self._windows)}
         else:
             kv_indices, biases = dense_masks(inputs.segments, num_tokens, self._windows)
             cache.set_step(slots, torch.from_numpy(kv_indices).to(device))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
@@ -71,12 +72,14 @@ class _SamplingMetadata:
     """The settings of a batch as columns on the device; None for a setting that is off on all rows.
 
     random: `[n]` indices of the rows that are drawn. The four columns after it count these rows alone.
+    max_top_k: the largest top_k, on the host.
     logit_bias: rows, token ids and values of all biases.
     """
 
     random: Tensor | None
     temperature: _Column | None
     top_k: _Column | None
+    max_top_k: int
     top_p: _Column | None
     min_p: _Column | None
     repetition_penalty: _Column | None
@@ -93,6 +96,7 @@ class _SamplingMetadata:
             random=torch.tensor(random, device=device) if random else None,
             temperature=_column(drawn, "temperature", 1, device),
             top_k=_column(drawn, "top_k", 0, device),
+            max_top_k=max((row.top_k for row in drawn), default=0),
             top_p=_column(drawn, "top_p", 1, device),
             min_p=_column(drawn, "min_p", 0, device),
             repetition_penalty=_column(params, "repetition_penalty", 1, device),
@@ -244,15 +248,18 @@ def _uniform(row: SamplingRow) -> float:
 def _shape_distribution(scores: Tensor, settings: _SamplingMetadata) -> Tensor:
     """`[rows, vocab]` scores after temperature, top-k, top-p and min-p, in the order of transformers."""
     scores = _process(hf.TemperatureLogitsWarper, "temperature", settings.temperature, scores)
-    scores = _replace_rows(scores, settings.top_k, _keep_top_k)
+    scores = _replace_rows(scores, settings.top_k, partial(_keep_top_k, max_k=settings.max_top_k))
     scores = _replace_rows(scores, settings.top_p, _keep_top_p)
     return _process(hf.MinPLogitsWarper, "min_p", settings.min_p, scores)
 
 
-def _keep_top_k(scores: Tensor, k: Tensor) -> Tensor:
-    """`TopKLogitsWarper` of transformers, which takes one number for all rows, with `[rows]` numbers."""
+def _keep_top_k(scores: Tensor, k: Tensor, max_k: int) -> Tensor:
+    """`TopKLogitsWarper` of transformers, which takes one number for all rows, with `[rows]` numbers.
+
+    max_k: the largest of them, on the host: to read it from a device would wait for the device.
+    """
     k = k.long().clamp(max=scores.shape[-1])
-    largest = scores.topk(int(k.max())).values
+    largest = scores.topk(min(max_k, scores.shape[-1])).values
     return scores.masked_fill(scores < largest.gather(1, k[:, None] - 1), -math.inf)
 
 

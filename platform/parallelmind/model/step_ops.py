@@ -69,9 +69,12 @@ def is_attending() -> bool:
     return step is not None and step.attends
 
 
-def step_mask(window: int, device: torch.device) -> Tensor:
-    """A tensor that a model takes as a mask and hands to its layers: the number of an attention window."""
-    return torch.full((1, 1, 1, 1), float(window), device=device)
+def step_mask(window: int) -> Tensor:
+    """A tensor that a model takes as a mask and hands to its layers: the number of an attention window.
+
+    On the host, because every layer reads it.
+    """
+    return torch.full((1, 1, 1, 1), float(window))
 
 
 def _step() -> RunningStep:
