@@ -60,9 +60,13 @@ class EngineProcess:
 
 
 def start_parallelmind(settings: dict[str, Any], adapters: Sequence[Path] = ()) -> EngineProcess:
-    """This project's engine. settings: keywords of `load_model_with_lora`."""
+    """This project's engine as its documentation runs it on CPUs: tcmalloc preloaded.
+
+    settings: keywords of `load_model_with_lora`.
+    """
     names = [ModelConfig().base_model, json.dumps(settings), *map(str, adapters)]
-    return EngineProcess([sys.executable, "-m", "benchmarks.peers.parallelmind_driver", *names])
+    command = [sys.executable, "-m", "benchmarks.peers.parallelmind_driver", *names]
+    return EngineProcess(command, {"LD_PRELOAD": find_library("tcmalloc_minimal") or ""})
 
 
 def start_hf(dtype: str) -> EngineProcess:
