@@ -120,9 +120,10 @@ def test_branches_have_settings_of_their_own_and_coordinates(shared_server: Serv
         *model, pm.Sample(MAIN, QUESTIONS), per_branch=settings, reduce=" so", max_new_tokens=12
     )
     assert status == 200
-    assert [branch["text"] for branch in response["branches"]] == expected
-    assert [len(branch["tokens"]) for branch in response["branches"]] == [3, 12, 12]
-    assert [branch["branch"] for branch in response["branches"]] == [16, 32, 0]  # the reduce: as main
+    outputs = [*response["branches"], response["reduce"]]
+    assert [output["text"] for output in outputs] == expected
+    assert [len(output["tokens"]) for output in outputs] == [3, 12, 12]
+    assert [output["branch"] for output in outputs] == [16, 32, 0]  # the reduce: as main
 
 
 def test_a_running_sample_loses_one_branch_and_gains_another(shared_server: Server) -> None:
