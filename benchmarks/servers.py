@@ -84,6 +84,7 @@ def _running(command: Sequence[str], port: int, env: Mapping[str, str] | None = 
             _wait_until_ready(server, log)
             yield server
         finally:
+            server.resume()  # a paused process does not end
             process.send_signal(signal.SIGINT)
             process.wait(timeout=_END_S)
 
