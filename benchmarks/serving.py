@@ -6,6 +6,7 @@ import asyncio
 import os
 import re
 import signal
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ import openai
 import psutil
 
 import parallelmind as pm
+from benchmarks.clients import catalog, install
 from benchmarks.comparison import DTYPE
 from benchmarks.decoding import patched, prompts
 from benchmarks.harness import Bench, UnavailableError, ratio, seconds
@@ -26,6 +28,8 @@ from benchmarks.load import Answer, Client, at_rate, completion_client, concurre
 from benchmarks.peers.install import is_installed
 from benchmarks.servers import HttpServer, parallelmind_server, vllm_server
 from benchmarks.text import passages, tokenizer
+from parallelmind.config import ModelConfig
+from parallelmind.model.base_model import resolve_base_model
 
 _STREAMS, _TOKENS, _FIRST_TOKENS, _WARM_UP = 32, 64, 60, 5
 _BURST, _MAX_REQUESTS = 200, 10
@@ -229,6 +233,22 @@ def _completed_under_kills() -> float:
     return sum(answer.complete for answer in answers) / len(answers)
 
 
+def _clients_passed() -> float:
+    """Count the unmodified clients of OpenAI's API that pass all of their checks."""
+    if not install.is_installed():
+        raise UnavailableError("the clients are not installed; run make clients")
+    model = ModelConfig().base_model
+    passed = 0
+    with server() as url:
+        target = catalog.Server(f"{url}/v1", model, str(resolve_base_model(model)))
+        for name, client in catalog.CLIENTS.items():
+            done = client.run(target)
+            passed += done.returncode == 0
+            if done.returncode:
+                print(f"{name} failed:\n{done.stdout}", file=sys.stderr)
+    return passed
+
+
 BENCHES = [
     Bench("serving.added_to_first_token_ms", 10, "lower", "ms", _added_to_first_token),
     Bench("serving.streams32_vs_engine", 0.92, "higher", "ratio", _streams_vs_engine),
@@ -238,4 +258,5 @@ BENCHES = [
     Bench("serving.burst200_refused_p99_ms", 250, "lower", "ms", _rejection_p99_ms),
     Bench("serving.disconnect500_idle_after_s", 2, "lower", "s", _idle_after_disconnects),
     Bench("serving.completed_under_kills", 1.0, "higher", "share", _completed_under_kills),
+    Bench("serving.clients_passed", len(catalog.CLIENTS), "higher", "clients", _clients_passed),
 ]

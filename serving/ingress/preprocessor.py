@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -32,6 +33,7 @@ from serving.protocol.openai import (
     TokenizeRequest,
     new_id,
 )
+from serving.protocol.responses import ResponsesRequest
 
 _DEFAULT_CHAT_TOKENS = 1024
 _LONG_BODY_BYTES = 20_000  # tokenizing a longer body would block the event loop
@@ -107,6 +109,14 @@ class RequestPreprocessor:
             max_new_tokens = self._default_chat_tokens(samples.longest)
         settings = request.sampling_fields(max_new_tokens, logprobs)
         return self._openai_request("chatcmpl", "messages", request.model, samples, settings)
+
+    def responses(self, request: ResponsesRequest) -> EngineRequest:
+        """As a chat, with the names of the fields of /v1/responses in its errors."""
+        try:
+            return replace(self.chat(request.as_chat()), id=new_id("resp"))
+        except pm.UserError as error:
+            message = re.sub(r"\bmessages\b", "input", str(error))
+            raise pm.UserError(re.sub(r"\bmax_(new_)?tokens\b", "max_output_tokens", message)) from error
 
     def branches(self, request: BranchesRequest) -> EngineRequest:
         self.require_model(request.model)

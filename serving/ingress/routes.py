@@ -39,6 +39,8 @@ from serving.protocol.openai_response import (
     prompts_only,
     response_chunks,
 )
+from serving.protocol.responses import ResponsesRequest
+from serving.protocol.responses_response import ResponsesFormatter, response_events, whole_response
 
 _WEB_DIR = Path(__file__).parents[1] / "web"
 _PAGE_HEADERS = {
@@ -113,6 +115,16 @@ def _add_openai_routes(
         """Answer a conversation n times; no answer depends on another one."""
         work = await preprocessor.run(preprocessor.chat, body, await body_bytes(request))
         return await _respond(engines, body, work, ChatFormatter(work.id, body.model, vocabulary))
+
+    @app.post("/v1/responses", response_model=None)
+    async def responses(body: ResponsesRequest, request: Request) -> Response:
+        """Answer a conversation once."""
+        work = await preprocessor.run(preprocessor.responses, body, await body_bytes(request))
+        steps = await engines.start(work)
+        formatter = ResponsesFormatter(work.id, body, work.num_prompt_tokens, vocabulary)
+        if body.stream:
+            return event_stream(response_events(formatter, steps))
+        return JSONResponse(await whole_response(formatter, steps))
 
 
 async def _respond(

@@ -1,4 +1,7 @@
-"""Responses as server-sent events in OpenAI's form: `data: {…}` for every chunk, then `data: [DONE]`."""
+"""Responses as server-sent events in OpenAI's form: `data: {…}` for every chunk, then `data: [DONE]`.
+
+An event of /v1/responses has a type, which is the name of its server-sent event, too.
+"""
 
 from __future__ import annotations
 
@@ -50,4 +53,4 @@ async def server_sent_events(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIter
 
 def _json_event(content: dict[str, Any]) -> ServerSentEvent:
     text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return ServerSentEvent(text, sep="\n")
+    return ServerSentEvent(text, event=content.get("type"), sep="\n")

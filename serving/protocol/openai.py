@@ -60,6 +60,14 @@ class Sampling(StrictRequest):
         return {**fields, "max_new_tokens": max_new_tokens, "logprobs": logprobs}
 
 
+def drop_nulls(schema: type[BaseModel], value: Any) -> Any:
+    """In OpenAI's format null means that a field is not given."""
+    if not isinstance(value, dict):
+        return value
+    optional = {name for name, field in schema.model_fields.items() if not field.is_required()}
+    return {name: item for name, item in value.items() if item is not None or name not in optional}
+
+
 class HarmlessFields(StrictRequest):
     """Fields of OpenAI's requests that do not change the answer."""
 
@@ -91,11 +99,7 @@ class OpenAIRequest(Sampling, HarmlessFields):
     @model_validator(mode="before")
     @classmethod
     def _drop_nulls(cls, value: Any) -> Any:
-        """In OpenAI's format null means that the field is not given."""
-        if not isinstance(value, dict):
-            return value
-        optional = {name for name, field in cls.model_fields.items() if not field.is_required()}
-        return {name: item for name, item in value.items() if item is not None or name not in optional}
+        return drop_nulls(cls, value)
 
     @property
     def wants_usage(self) -> bool:
@@ -162,6 +166,7 @@ class Message(StrictRequest):
     name: Str | None = None
     refusal: Str | None = None
     annotations: Ignored = None
+    parsed: Ignored = None
     tool_calls: Unsupported = None
 
     @model_validator(mode="before")

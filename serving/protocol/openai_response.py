@@ -115,25 +115,31 @@ class ChatFormatter:
         return {**self._head, "object": kind, "choices": choices, **_usage_field(usage)}
 
     def _logprobs_and_reason(self, events: Sequence[pm.Event]) -> Json:
-        content = [
-            {
-                **self._token(event.token or 0, event.logprob),
-                "top_logprobs": [self._token(token, value) for token, value in event.top],
-            }
-            for event in _with_logprobs(events)
-        ]
+        content = token_logprobs(self._texts, events)
         return {
             "logprobs": {"content": content, "refusal": None} if content else None,
             "finish_reason": _finish_reason(events[-1]),
         }
 
-    def _token(self, token: int, logprob: float | None) -> Json:
-        raw = self._texts.token_bytes(token)
-        return {
-            "token": self._texts.token_text(token),
-            "logprob": logprob,
-            "bytes": None if raw is None else list(raw),
+
+def token_logprobs(texts: TokenTexts, events: Sequence[pm.Event]) -> list[Json]:
+    """The tokens of the events with their log-probabilities, for those that have one."""
+    return [
+        {
+            **_token(texts, event.token or 0, event.logprob),
+            "top_logprobs": [_token(texts, token, value) for token, value in event.top],
         }
+        for event in _with_logprobs(events)
+    ]
+
+
+def _token(texts: TokenTexts, token: int, logprob: float | None) -> Json:
+    raw = texts.token_bytes(token)
+    return {
+        "token": texts.token_text(token),
+        "logprob": logprob,
+        "bytes": None if raw is None else list(raw),
+    }
 
 
 def _finite(logprob: float | None) -> float | None:
@@ -150,7 +156,7 @@ def _finish_reason(event: pm.Event) -> str | None:
     return "stop" if event.finish_reason == "cancelled" else event.finish_reason
 
 
-def _raise_error(event: pm.Event) -> None:
+def raise_error(event: pm.Event) -> None:
     """Raise RequestError if a choice ended with an error, for which OpenAI's format has no finish reason."""
     if event.error is not None:
         raise decoding_error(f"choices[{event.branch}]: {event.error}")
@@ -181,7 +187,7 @@ async def complete_response(
     events: dict[int, list[pm.Event]] = {}
     async for step in steps:
         for event in step.events:
-            _raise_error(event)
+            raise_error(event)
             events.setdefault(event.branch, []).append(event)
     completion_tokens = sum(event.token is not None for branch in events.values() for event in branch)
     choices = [formatter.choice(branch, events[branch]) for branch in sorted(events)]
@@ -196,7 +202,7 @@ async def response_chunks(
     completion_tokens = 0
     async for step in steps:
         for event in step.events:
-            _raise_error(event)
+            raise_error(event)
             completion_tokens += event.token is not None
             if event.text or event.finish_reason or event.logprob is not None:
                 delta = formatter.delta(event, text_lengths.get(event.branch))

@@ -100,7 +100,7 @@ def test_history_goes_in_as_the_clients_model_dump_gives_it(app: ASGIApp) -> Non
     dumped = ChatCompletionMessage(**answer).model_dump()
     assert None in dumped.values()
     turns = [
-        {**dumped, "annotations": []},
+        {**dumped, "annotations": [], "parsed": {"colour": "blue"}},
         {"role": "assistant", "content": None},
         {"role": "assistant", "content": "", "tool_calls": [], "parsed": None, "reasoning_content": None},
         {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]},
