@@ -21,7 +21,7 @@ from benchmarks.decoding import MAIN_TOKENS, patched, prompts, shared_main
 from benchmarks.harness import Bench
 from benchmarks.text import tokenizer
 from parallelmind.engine.model_runner import ModelRunner
-from parallelmind.engine.sampler import Sampler, SamplingRow
+from parallelmind.engine.sampler import Sampler
 from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.engine.scheduler import EngineConfig
 
@@ -69,7 +69,8 @@ def _host_ms(samples: int, branches: int) -> float:
 def _sampling_ms(rows: int) -> float:
     """The sampler's part of it. A CPU reads all logits for that; with a GPU the host does not."""
     logits = _PreparedLogits(patched("isolated", "bfloat16"), rows).logits[0]
-    sampler, branches = Sampler(), [SamplingRow(SamplingParams(), 0, index, 0, []) for index in range(rows)]
+    sampler, row = Sampler(), {"params": SamplingParams(), "seed": 0, "index": 0, "history": []}
+    branches = [SimpleNamespace(**row, branch=index) for index in range(rows)]
     return _median_ms(lambda: sampler(logits, branches))
 
 

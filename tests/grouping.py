@@ -18,6 +18,8 @@ from parallelmind.tree import MAIN, Tree
 class SilentOutput:
     """An output processor that shows no text and never finishes its branch."""
 
+    matcher = None
+
     def process(self, token: int) -> tuple[str, FinishReason | None]:
         return "", None
 

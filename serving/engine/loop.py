@@ -67,7 +67,7 @@ class RunningRequest:
     def put(self, number: int, events: list[pm.Event], has_ended: bool) -> None:
         """Add the events of one of the samples, and its end."""
         if first := self.first_branches[number]:
-            events = [replace(event, branch=first + event.branch) for event in events]
+            events = [event._replace(branch=first + event.branch) for event in events]
         self.outputs.put_nowait(StepOutput(events))
         self.num_running -= has_ended
         if not self.num_running:

@@ -28,10 +28,10 @@ from transformers import PreTrainedModel
 
 from parallelmind.config import RopeConfig
 from parallelmind.engine.block_manager import BLOCK
-from parallelmind.engine.planner import Plan
 from parallelmind.engine.request import Sample
 from parallelmind.engine.scheduler import EngineConfig
 from parallelmind.engine.sequence_group import SequenceGroup
+from parallelmind.engine.step_plan import ForwardPlan, Plan
 from parallelmind.errors import UserError
 from parallelmind.evaluation.probes import check_close, patched
 from parallelmind.layout import PADDING
@@ -129,7 +129,7 @@ class EngineMachine(RuleBasedStateMachine):
     def preempt(self, data: st.DataObject, then: int) -> None:
         """Preempt any sample, as a full cache does with the newest."""
         group = data.draw(st.sampled_from(self.engine.scheduler.running))
-        self.engine.scheduler.begin(Plan((group,), (), (), (), ()))
+        self.engine.scheduler.begin(Plan((group,), (), (), ForwardPlan(None, ()), ()))
         self.step(then)
 
     @rule(count=st.integers(1, 4))

@@ -100,7 +100,7 @@ class FixedTextEngine(Engine):
 
     TEXT = "né 你好 👍🏽 end"
 
-    def sample(self, logits, rows):
+    def sample(self, logits, rows, masks=None):
         ids = tiny_tokenizer()(self.TEXT).input_ids
         return [SampledToken(ids[row.index], None) for row in rows]
 

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from parallelmind.engine.fair_lock import FairLock
 from parallelmind.engine.model_runner import Model
 from parallelmind.errors import UserError
 from parallelmind.model.adapter import SavedAdapter, attach, read_saved
@@ -51,7 +51,7 @@ class AdapterManager:
     forward passes. `state_lock` guards names and counts, and is not held while the model changes.
     """
 
-    def __init__(self, model: Model, tokenizer: PreTrainedTokenizerBase, state_lock: RLock) -> None:
+    def __init__(self, model: Model, tokenizer: PreTrainedTokenizerBase, state_lock: FairLock) -> None:
         self.model, self._tokenizer, self._state_lock = model, tokenizer, state_lock
         self._version_by_name: dict[str, str] = {BASE: BASE}
         self._num_samples: Counter[str] = Counter()  # by version

@@ -1,27 +1,32 @@
-"""Input of one forward pass over many samples: their tokens side by side, and what each token attends to.
-
-An *attention segment* is a group of tokens of the batch and a set of keys; the visibility decides which of
-these keys each token attends to. A token may be in several segments, such as main and its own branch, but the
-segments of one token have no key in common.
-"""
+"""Input of one forward pass over many samples: their tokens side by side, and what each token attends to."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from parallelmind.engine.block_manager import BlockTable
-from parallelmind.engine.planner import ScheduledGroup
-from parallelmind.tree import MAIN, Ints
+from parallelmind.engine.attention_spans import (
+    AttentionSpans,
+    column_order_spans,
+    free_order_spans,
+    make_spans,
+    side_by_side,
+)
+from parallelmind.engine.block_manager import BLOCK
+from parallelmind.engine.block_table import BlockTable, BlockTables
+from parallelmind.engine.decode_batch import DecodeStep
+from parallelmind.engine.sequence import NO_LABELS
+from parallelmind.engine.step_plan import ForwardPlan, ScheduledGroup
+from parallelmind.tree import Ints
 from parallelmind.visibility import AttentionWindow
 
 PADDING = -1  # the slot of a token that is not written to the cache
+_UNSCORED = np.zeros((1, 1), np.float32)
 
 
 class TokenMeta(NamedTuple):
@@ -31,20 +36,12 @@ class TokenMeta(NamedTuple):
     time: Ints
     segment: Ints
 
-    @staticmethod
-    def of(tables: Sequence[BlockTable]) -> TokenMeta:
-        """All tokens of these block tables, those of the running forward pass included."""
-        if len(tables) == 1:
-            return TokenMeta(*tables[0].staged())
-        parts = zip(*(table.staged() for table in tables), strict=True)
-        return TokenMeta(*map(np.concatenate, parts))
-
     def at(self, index: Ints | slice) -> TokenMeta:
         return TokenMeta(self.slots[index], self.time[index], self.segment[index])
 
 
 class AttentionSegment(NamedTuple):
-    """A group of tokens of the batch, and a set of keys from which visibility selects for each of them.
+    """A span with its keys: a group of tokens, and keys from which visibility selects for each of them.
 
     query_indices: `[queries]` indices into the batch.
     queries: `[queries]` metadata of these tokens.
@@ -79,6 +76,8 @@ class ModelInput:
     slots: `[tokens]` cache slots that the tokens are written to.
     logits_indices: `[sampled + labels]` tokens whose logits are needed: first those of all samples that are
         sampled from, then those before labels.
+    spans: what the tokens attend to. num_keys: `[tables]` keys in each of their tables.
+    tables: all block tables of the cache.
     adapters: versions of the samples' adapters. adapter: `[tokens]` index of each token's version.
     """
 
@@ -89,32 +88,57 @@ class ModelInput:
     position: Ints
     slots: Ints
     logits_indices: Ints
-    segments: list[AttentionSegment]
+    spans: AttentionSpans
+    num_keys: Ints
+    tables: BlockTables
     adapters: tuple[str, ...]
     adapter: Ints
 
     @staticmethod
-    def of(scheduled: Sequence[ScheduledGroup]) -> ModelInput:
-        """Lay the tokens of samples side by side."""
-        starts = np.cumsum([0, *(len(item.tokens.ids) for item in scheduled)])[:-1].tolist()
-        placed = list(zip(starts, scheduled, strict=True))
-        segments = [segment for start, item in placed for segment in attention_segments(item, start)]
-        indices = [start + item.tokens.logits_indices for start, item in placed]
-        indices += [start + item.tokens.labels.logits_indices for start, item in placed]
-        adapters = tuple(dict.fromkeys(item.group.adapter_version for item in scheduled))
-        adapter = [adapters.index(item.group.adapter_version) for item in scheduled]
+    def of(forward: ForwardPlan, tables: BlockTables) -> ModelInput:
+        """Lay the staged tokens of samples side by side."""
+        parts = [_decoding_part(forward.decoding)] if forward.decoding else []
+        parts += map(_part, forward.scheduled)
+        starts = list(accumulate((len(part.ids) for part in parts[:-1]), initial=0))
+        placed = list(zip(starts, parts, strict=True))
+        indices = [start + part.logits_indices for start, part in placed]
+        indices += [start + part.label_indices for start, part in placed if len(part.label_indices)]
+        spans = side_by_side([part.spans for part in parts], starts)
+        versions = [group.adapter_version for group in forward.groups]
+        adapters = tuple(dict.fromkeys(versions))
+        counts = [count for part in parts for count in part.counts]
         return ModelInput(
-            ids=np.concatenate([item.tokens.ids for item in scheduled]),
-            segment=np.concatenate([item.tokens.segment for item in scheduled]),
-            branch=np.concatenate([item.tokens.branch for item in scheduled]),
-            time=np.concatenate([item.tokens.time for item in scheduled]),
-            position=np.concatenate([item.tokens.position for item in scheduled]),
-            slots=np.concatenate([item.slots for item in scheduled]),
-            logits_indices=np.concatenate(indices),
-            segments=segments,
+            ids=_joined([part.ids for part in parts]),
+            segment=_joined([part.segment for part in parts]),
+            branch=_joined([part.branch for part in parts]),
+            time=_joined([part.time for part in parts]),
+            position=_joined([part.position for part in parts]),
+            slots=_joined([part.slots for part in parts]),
+            logits_indices=_joined(indices),
+            spans=spans,
+            num_keys=tables.staged[spans.tables],
+            tables=tables,
             adapters=adapters,
-            adapter=np.repeat(adapter, [len(item.tokens.ids) for item in scheduled]),
+            adapter=np.repeat([adapters.index(version) for version in versions], counts),
         )
+
+    @property
+    def segments(self) -> list[AttentionSegment]:
+        """The spans, each with its keys."""
+        tables = pairwise(self.spans.table_start.tolist())
+        return [self._segment(span, slice(*bounds)) for span, bounds in enumerate(tables)]
+
+    def _segment(self, span: int, tables: slice) -> AttentionSegment:
+        spans = self.spans
+        queries = spans.queries[slice(*spans.query_start[span : span + 2])].astype(np.int64)
+        rows = zip(spans.tables[tables].tolist(), self.num_keys[tables].tolist(), strict=True)
+        slots = np.concatenate([self.tables.slots(row, count) for row, count in rows])
+        keys = TokenMeta(slots, self.tables.time[slots], self.tables.segment[slots])
+        own = TokenMeta(self.slots, self.time, self.segment).at(queries)
+        if (score := spans.score[span]) >= 0:
+            return AttentionSegment(queries, own, keys, spans.scores[score], int(spans.level[span]))
+        own, keys = (meta._replace(segment=np.zeros_like(meta.slots)) for meta in (own, keys))
+        return AttentionSegment(queries, own, keys, _UNSCORED, int(spans.level[span]))
 
     def padded(self, tokens: int = 2, sampled: int = 2) -> ModelInput:
         """The input with at least this many tokens and sampled ones.
@@ -138,13 +162,15 @@ class ModelInput:
 
     def split(self, lengths: Sequence[int]) -> list[ModelInput]:
         """The input of each sample alone. lengths: the tokens of each."""
-        bounds = pairwise(np.cumsum([0, *lengths]).tolist())
+        bounds = pairwise(accumulate(lengths, initial=0))
         return [self._part(start, end) for start, end in bounds]
 
     def _part(self, start: int, end: int) -> ModelInput:
         tokens = slice(start, end)
         is_own = (self.logits_indices >= start) & (self.logits_indices < end)
-        return ModelInput(
+        spans, is_own_table = self.spans.within(start, end)
+        return replace(
+            self,
             ids=self.ids[tokens],
             segment=self.segment[tokens],
             branch=self.branch[tokens],
@@ -152,56 +178,85 @@ class ModelInput:
             position=self.position[tokens],
             slots=self.slots[tokens],
             logits_indices=self.logits_indices[is_own] - start,
-            segments=[
-                segment._replace(query_indices=segment.query_indices - start)
-                for segment in self.segments
-                if start <= segment.query_indices[0] < end
-            ],
-            adapters=self.adapters,
+            spans=spans,
+            num_keys=self.num_keys[is_own_table],
             adapter=self.adapter[tokens],
         )
 
 
-def attention_segments(item: ScheduledGroup, start: int) -> list[AttentionSegment]:
-    """Segments of a sample's scheduled tokens. start: index of the first of these tokens in the batch.
+class _Part(NamedTuple):
+    """The tokens of some samples; fields as in `ModelInput`.
 
-    In column order there is one, of all tokens. In free order the tokens of each segment of the sample, and
-    of what it joins, are keys for all tokens on whose paths it lies.
+    label_indices: the tokens before labels. counts: how many tokens each sample has.
     """
-    group, tokens, shape = item.group, item.tokens, item.group.shape
-    queries = TokenMeta(item.slots, tokens.time, tokens.segment)
-    index = np.arange(start, start + len(item.slots))
-    if not group.free_order:
-        keys = TokenMeta.of([group.segments[MAIN].table])
-        return [AttentionSegment(index, queries, keys, shape.scores)]
-    readers: dict[int, list[slice]] = defaultdict(list)
-    for number, run in segment_runs(tokens.segment):
-        for read in shape.paths[number]:
-            readers[read].append(run)
-    segments = []
-    for read, runs in readers.items():
-        tables = [group.segments[number].table for number in (*shape.joined[read], read)]
-        if any(table.num_staged for table in tables):
-            where, level = _merged(runs), len(shape.paths[read]) - 1
-            keys = TokenMeta.of(tables)
-            segments.append(AttentionSegment(index[where], queries.at(where), keys, shape.scores, level))
-    return segments
+
+    ids: Ints
+    segment: Ints
+    branch: Ints
+    time: Ints
+    position: Ints
+    slots: Ints
+    logits_indices: Ints
+    label_indices: Ints
+    spans: AttentionSpans
+    counts: Sequence[int]
 
 
-def segment_runs(segment: Ints) -> list[tuple[int, slice]]:
-    """Runs of equal values: the tokens of each segment, which stand side by side in free order."""
-    if len(numbers := segment.tolist()) == len(set(numbers)):
-        return [(number, slice(index, index + 1)) for index, number in enumerate(numbers)]
-    cuts = (np.flatnonzero(np.diff(segment)) + 1).tolist()
-    firsts = segment[[0, *cuts]].tolist()
-    bounds = pairwise([0, *cuts, len(segment)])
-    return [(first, slice(*run)) for first, run in zip(firsts, bounds, strict=True)]
+def single_token() -> ModelInput:
+    """One token of a single branch, in the first slot."""
+    table, tables, zeros = BlockTable(), BlockTables(BLOCK), np.zeros(1, np.int64)
+    table.stage(tables, 1, [0])
+    return ModelInput(
+        ids=zeros,
+        segment=zeros + 1,
+        branch=zeros,
+        time=zeros,
+        position=zeros,
+        slots=zeros,
+        logits_indices=zeros,
+        spans=make_spans([0], [[0]], [[table.row]]),
+        num_keys=zeros + 1,
+        tables=tables,
+        adapters=("",),
+        adapter=zeros,
+    )
 
 
-def _merged(runs: Sequence[slice]) -> Ints | slice:
-    """The tokens of ascending runs: a slice if they are adjacent, which costs no copy."""
-    if len(runs) == 1:
-        return runs[0]
-    if all(left.stop == right.start for left, right in pairwise(runs)):
-        return slice(runs[0].start, runs[-1].stop)
-    return np.concatenate([np.arange(run.start, run.stop) for run in runs])
+def _decoding_part(step: DecodeStep) -> _Part:
+    batch = step.batch
+    return _Part(
+        ids=step.ids,
+        segment=batch.number,
+        branch=batch.coordinate,
+        time=step.time,
+        position=step.time,
+        slots=step.slots,
+        logits_indices=np.arange(len(step.ids)),
+        label_indices=NO_LABELS.logits_indices,
+        spans=batch.spans,
+        counts=[len(sample.branches) for sample in batch.samples],
+    )
+
+
+def _part(item: ScheduledGroup) -> _Part:
+    group, tokens = item.group, item.tokens
+    if group.free_order:
+        spans = free_order_spans(group, tokens.segment.tolist())
+    else:
+        spans = column_order_spans(group, len(tokens.ids))
+    return _Part(
+        ids=tokens.ids,
+        segment=tokens.segment,
+        branch=tokens.branch,
+        time=tokens.time,
+        position=tokens.position,
+        slots=item.slots,
+        logits_indices=tokens.logits_indices,
+        label_indices=tokens.labels.logits_indices,
+        spans=spans,
+        counts=[len(tokens.ids)],
+    )
+
+
+def _joined(arrays: Sequence[Ints]) -> Ints:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)

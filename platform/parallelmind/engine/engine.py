@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from threading import RLock
 from time import perf_counter
@@ -17,12 +16,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parallelmind.config import RopeConfig
 from parallelmind.engine.adapters import AdapterManager
+from parallelmind.engine.detokenizer import TokenDecoder
 from parallelmind.engine.fair_lock import FairLock
 from parallelmind.engine.grammar_compiler import GrammarCompiler
 from parallelmind.engine.grammar_matcher import TokenMasks
 from parallelmind.engine.model_runner import Model, ModelRunner
 from parallelmind.engine.output import Event, FinishReason, OutputProcessor, TokenLogprob
-from parallelmind.engine.planner import ScheduledGroup
 from parallelmind.engine.request import ResumeState, Sample, Segment, Text, TokenizedRequest
 from parallelmind.engine.sampler import SampledToken, Sampler, SamplingRow, prompt_logprobs, random_seed
 from parallelmind.engine.sampling_params import SamplingParams
@@ -30,6 +29,7 @@ from parallelmind.engine.scheduler import EngineConfig, EngineStats, Scheduler
 from parallelmind.engine.sequence import BranchState
 from parallelmind.engine.sequence_group import SequenceGroup
 from parallelmind.engine.sequential_runner import SequentialRunner
+from parallelmind.engine.step_plan import ForwardPlan, SampledBranches, ScheduledGroup
 from parallelmind.engine.tokenization import eos_token_ids, tokenize_branches, tokenize_request
 from parallelmind.engine.validation import check_fork, check_group, check_join, check_reduce, check_token_ids
 from parallelmind.errors import UserError, first_line
@@ -40,7 +40,7 @@ from parallelmind.model.structure import causal_lm
 from parallelmind.model.support import assess
 from parallelmind.tree import MAIN
 
-GroupBranch = tuple[SequenceGroup, BranchState]
+_EVENTS_AT_ONCE = 8  # before waiting calls get in
 
 _step_locks: WeakKeyDictionary[PreTrainedModel, FairLock] = WeakKeyDictionary()
 _load_locks: WeakKeyDictionary[PreTrainedModel, RLock] = WeakKeyDictionary()
@@ -79,7 +79,7 @@ class Engine:
         self.runner = SequentialRunner(model) if self.fallback_reason else ModelRunner(model)
         self.config = self.runner.resolve_config(config, num_engines)
         self.scheduler = Scheduler(self.config, reuse_prefixes=not self.fallback_reason)
-        self.state_lock = RLock()
+        self.state_lock = FairLock()
         self.adapters = AdapterManager(model, tokenizer, self.state_lock)
         # Held while the model is in use: engines that share a model, in other threads too, take turns.
         self._step_lock = _step_locks.setdefault(causal_lm(model), FairLock())
@@ -91,6 +91,7 @@ class Engine:
         self._eos_token_ids = eos_token_ids(model, tokenizer)
         embeddings: Any = model.get_input_embeddings()
         self._grammars = GrammarCompiler(tokenizer, len(embeddings.weight), self._eos_token_ids)
+        self._decoder = TokenDecoder(tokenizer)
         self.seconds_in_model = 0.0
 
     @property
@@ -326,14 +327,14 @@ class Engine:
         with self._step_lock:
             passes = self._prepare()
             failure = None
-            for index, (scheduled, inputs) in enumerate(passes):
+            for index, (forward, inputs) in enumerate(passes):
                 try:
-                    self._compute(scheduled, inputs)
+                    self._compute(forward, inputs)
                 except Exception as error:
-                    self._fail([item.group for item in scheduled], error)
+                    self._fail(forward.groups, error)
                     failure = failure or error
                 except BaseException as error:  # Ctrl-C: the remaining passes are not computed
-                    self._fail([item.group for left, _ in passes[index:] for item in left], error)
+                    self._fail([group for left, _ in passes[index:] for group in left.groups], error)
                     raise
             self._collect_adapters()
             if failure is not None:
@@ -346,7 +347,7 @@ class Engine:
             events, self._pending_events = self._pending_events, []
             return events
 
-    def _prepare(self) -> list[tuple[list[ScheduledGroup], Any]]:
+    def _prepare(self) -> list[tuple[ForwardPlan, Any]]:
         """Plan a step; returns its forward passes, and the inputs of each."""
         with self.state_lock:
             plan = self.scheduler.schedule()
@@ -356,41 +357,54 @@ class Engine:
                 for group in plan.preempted:
                     self.runner.forget(group)
                 self.scheduler.begin(plan)
-                passes = self._split(plan.scheduled)
-                return [(scheduled, self.runner.prepare_inputs(scheduled)) for scheduled in passes]
+                tables = self.scheduler.tables
+                return [
+                    (forward, self.runner.prepare_inputs(forward, tables))
+                    for forward in self._split(plan.forward)
+                ]
             except BaseException as error:
                 self._fail(plan.groups, error)
                 raise
 
-    def _compute(self, scheduled: Sequence[ScheduledGroup], inputs: Any) -> None:
+    def _compute(self, forward: ForwardPlan, inputs: Any) -> None:
         """One forward pass and its events.
 
         Through a dense mask a NaN of one sample reaches all others: each is computed alone then.
         """
-        branches = _sampled_branches(scheduled)
-        masks = self._grammars.begin_masks([branch.output.matcher for _, branch in branches])
-        logits = self._run(scheduled, inputs)
-        rows = [_sampling_row(group, branch) for group, branch in branches]
-        tokens = self.sample(logits[: len(rows)], rows, masks.result() if masks else None)
-        labels = _prompt_labels(scheduled)
-        scores = _score_prompts(logits[len(rows) :], labels) if labels else []
+        sampled = forward.sampled()
+        masks = self._grammars.begin_masks([row.matcher for row in sampled.rows])
+        logits = self._run(forward, inputs)
+        num_sampled = len(sampled.rows)
+        tokens = self.sample(logits[:num_sampled], sampled.rows, masks.result() if masks else None)
+        labels = _prompt_labels(forward.scheduled)
+        scores = _score_prompts(logits[num_sampled:], labels) if labels else []
+        filled = self.scheduler.filled(forward)
         with self.state_lock:
-            # A branch that was cancelled during the forward pass emits nothing more.
-            sampled = [item for item in zip(branches, tokens, strict=True) if item[0][1].is_running]
-            not_finite = [group for (group, _), token in sampled if token.token is None]
-            if len(scheduled) == 1 or not not_finite:
-                for group in dict.fromkeys(not_finite):
+            not_finite = _not_finite(sampled, tokens)
+            if not not_finite or len(forward.groups) == 1:
+                for group in not_finite:
                     self._distrust(group)
-                self.scheduler.commit(scheduled)
+                self.scheduler.commit(forward, filled)
                 for (branch, position), score in zip(labels, scores, strict=True):
                     branch.prompt_logprobs[position] = score
-                for (group, branch), token in sampled:
-                    if group.is_admitted and branch.is_running:
-                        self._emit(group, branch, token)
+                self._emit_all(sampled, tokens)
                 return
-        parts = inputs.split([len(item.tokens.ids) for item in scheduled])
-        for item, part in zip(scheduled, parts, strict=True):
-            self._compute([item], part)
+        each = forward.each()
+        parts = inputs.split([len(item.tokens.ids) for item in each])
+        for item, part in zip(each, parts, strict=True):
+            self._compute(ForwardPlan(None, [item]), part)
+
+    def _emit_all(self, sampled: SampledBranches, tokens: Sequence[SampledToken]) -> None:
+        """The events of sampled tokens. Calls of other threads get in between.
+
+        A branch that is cancelled before its turn emits nothing more.
+        """
+        rows = zip(sampled.groups, sampled.branches, sampled.pos2d, tokens, strict=True)
+        for number, (group, branch, pos2d, token) in enumerate(rows):
+            if number % _EVENTS_AT_ONCE == 0:
+                self.state_lock.give_way()
+            if group.is_admitted and branch.is_running:
+                self._emit(group, branch, pos2d, token)
 
     def _distrust(self, group: SequenceGroup) -> None:
         """Share no blocks of a sample with logits that are not finite; if it read others, compute it anew."""
@@ -407,19 +421,20 @@ class Engine:
             for group in [group for group in dict.fromkeys(groups) if group.is_running]:
                 self._abort(group, "error", reason)
 
-    def _split(self, scheduled: Sequence[ScheduledGroup]) -> list[list[ScheduledGroup]]:
+    def _split(self, forward: ForwardPlan) -> list[ForwardPlan]:
         """Divide a step into forward passes: one for each adapter, or for each sample."""
+        alone, together = self.runner.one_sample_per_forward, self.runner.batches_adapters
         passes: dict[Any, list[ScheduledGroup]] = defaultdict(list)
-        for item in scheduled:
-            sample_id = item.group.id if self.runner.one_sample_per_forward else None
-            version = None if self.runner.batches_adapters else item.group.adapter_version
-            passes[version, sample_id].append(item)
-        return list(passes.values())
+        if not alone and (together or len({group.adapter_version for group in forward.groups}) == 1):
+            return [forward] if forward.groups else []
+        for item in forward.each():
+            passes[item.group.adapter_version, item.group.id if alone else None].append(item)
+        return [ForwardPlan(None, items) for items in passes.values()]
 
-    def _run(self, scheduled: Sequence[ScheduledGroup], inputs: Any) -> Tensor:
+    def _run(self, forward: ForwardPlan, inputs: Any) -> Tensor:
         """`[sampled, vocab]` logits of one forward pass."""
         start = perf_counter()
-        version = scheduled[0].group.adapter_version
+        version = forward.groups[0].adapter_version
         active = nullcontext() if self.runner.batches_adapters else self.adapters.active(version)
         with active, forward_context.restored():
             logits = self.runner(inputs)
@@ -432,36 +447,29 @@ class Engine:
         """The next token of every row of `[rows, vocab]` logits. masks: of the rows that have a grammar."""
         return self._sampler(logits, rows, masks) if rows else []
 
-    def _emit(self, group: SequenceGroup, branch: BranchState, sampled: SampledToken) -> None:
-        """Append a sampled token to its branch, and its event to those of the step."""
-        prompt = branch.pop_prompt_logprobs()
-        if sampled.token is None or any(token.logprob != token.logprob for token in prompt):
+    def _emit(
+        self, group: SequenceGroup, branch: BranchState, pos2d: tuple[int, int], sampled: SampledToken
+    ) -> None:
+        """Append a sampled token to its branch, and its event to those of the step.
+
+        pos2d: coordinates of the token.
+        """
+        (token, logprob, top), prompt = sampled, branch.pop_prompt_logprobs()
+        if token is None or any(label.logprob != label.logprob for label in prompt):
             reason = "the model's logits are not finite (NaN or infinity)"
             self._finish_subtree(group, branch, "error", reason)
             return
         if branch.output.matcher is not None and branch.output.matcher.error is not None:
             self._finish_subtree(group, branch, "error", branch.output.matcher.error)
             return
-        pos2d = group.pos2d(branch, branch.num_tokens)
         try:
-            text, finish_reason = branch.append_token(sampled.token)
+            text, finish_reason = branch.append_token(token)
         except Exception as error:  # of the tokenizer, whose code this is not
-            reason = f"token {sampled.token} cannot be decoded ({type(error).__name__}: {first_line(error)})"
+            reason = f"token {token} cannot be decoded ({type(error).__name__}: {first_line(error)})"
             self._finish_subtree(group, branch, "error", reason)
             return
-        self._pending_events.append(
-            Event(
-                branch.index,
-                text,
-                sampled.token,
-                finish_reason,
-                sampled.logprob,
-                sampled.top,
-                group.id,
-                pos2d,
-                prompt=prompt,
-            )
-        )
+        event = Event(branch.index, text, token, finish_reason, logprob, top, group.id, pos2d, prompt=prompt)
+        self._pending_events.append(event)
         if finish_reason is not None:
             self._finish_branch(group, branch, finish_reason)
 
@@ -469,7 +477,7 @@ class Engine:
 
     def _make_output(self, prompt: Sequence[int], params: SamplingParams) -> OutputProcessor:
         matcher = None if params.grammar is None else self._grammars.matcher(params.grammar)
-        return OutputProcessor(self.tokenizer, prompt, params, self._eos_token_ids, matcher)
+        return OutputProcessor(self._decoder, prompt, params, self._eos_token_ids, matcher)
 
     def _group(self, sample_id: int) -> SequenceGroup:
         if not self.has_sample(sample_id):
@@ -520,7 +528,8 @@ class Engine:
         self, group: SequenceGroup, branch: BranchState, reason: FinishReason, event: Event | None = None
     ) -> None:
         if event is not None:
-            self._pending_events.append(replace(event, sample=group.id, pos2d=_start_pos2d(group, branch)))
+            start = _start_pos2d(group, branch)
+            self._pending_events.append(event._replace(sample=group.id, pos2d=start))
         self.scheduler.finish_branch(group, branch, reason)
         self._free(group, [branch])
 
@@ -551,13 +560,11 @@ class Engine:
             self.adapters.release(group.adapter_version)
 
 
-def _sampled_branches(scheduled: Sequence[ScheduledGroup]) -> list[GroupBranch]:
-    """The branches that the rows of logits continue."""
-    return [
-        (item.group, branch)
-        for item in scheduled
-        for branch in map(item.group.branches.__getitem__, item.tokens.sampled_branches.tolist())
-    ]
+def _not_finite(sampled: SampledBranches, tokens: Sequence[SampledToken]) -> list[SequenceGroup]:
+    """Samples with a running branch that no token could be sampled for."""
+    missing = [number for number, token in enumerate(tokens) if token.token is None]
+    running = [number for number in missing if sampled.branches[number].is_running]
+    return list(dict.fromkeys(sampled.groups[number] for number in running))
 
 
 def _prompt_labels(scheduled: Sequence[ScheduledGroup]) -> list[tuple[BranchState, int]]:
@@ -579,14 +586,6 @@ def _score_prompts(logits: Tensor, labels: Sequence[tuple[BranchState, int]]) ->
 def _start_pos2d(group: SequenceGroup, branch: BranchState) -> tuple[int, int] | None:
     """Coordinates of a segment's first token; None if it has not started."""
     return group.pos2d(branch) if branch.has_started else None
-
-
-def _sampling_row(group: SequenceGroup, branch: BranchState) -> SamplingRow:
-    num_generated = branch.num_tokens - branch.num_prompt
-    history = branch.token_ids
-    if branch.params.repetition_penalty != 1:
-        history = group.path_tokens(branch)
-    return SamplingRow(branch.params, branch.seed, group.draw_index(branch), num_generated, history)
 
 
 def _number_of(group: SequenceGroup, branch: int | None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,20 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from parallelmind.engine.attention import additive_mask, dense_masks
-from parallelmind.engine.batch import AttentionSegment, ModelInput, TokenMeta
+from parallelmind.engine.batch import ModelInput, single_token
 from parallelmind.engine.block_manager import BLOCK
+from parallelmind.engine.block_table import BlockTables
 from parallelmind.engine.compiled_forward import compile_forward, compiling
 from parallelmind.engine.kv_cache import PagedKVCache
 from parallelmind.engine.native import kernels
 from parallelmind.engine.native_attention import NativeLayer
 from parallelmind.engine.native_lora import LoraRows, is_possible
 from parallelmind.engine.native_operators import NativeOperators, declarations
-from parallelmind.engine.planner import ScheduledGroup
 from parallelmind.engine.scheduler import EngineConfig
 from parallelmind.engine.sequence import BranchState
 from parallelmind.engine.sequence_group import SequenceGroup
 from parallelmind.engine.step import IndirectCacheError, Step
+from parallelmind.engine.step_plan import ForwardPlan
 from parallelmind.errors import UserNotice, first_line
 from parallelmind.model import step_ops
 from parallelmind.model.hf_compat import OwnAttention, attention_name, hands_over_masks
@@ -83,10 +84,11 @@ class ModelRunner:
             self._attends_in_step = self._is_direct and hands_over_masks(inner)
             self._attention = OwnAttention(inner) if self._attends_in_step else nullcontext()
 
-    def prepare_inputs(self, scheduled: Sequence[ScheduledGroup]) -> ModelInput:
-        """Lay the scheduled tokens side by side. The forward pass does not access the samples."""
-        self.cache.reserve(BLOCK * (1 + max(int(item.slots.max()) // BLOCK for item in scheduled)))
-        return ModelInput.of(scheduled)
+    def prepare_inputs(self, forward: ForwardPlan, tables: BlockTables) -> ModelInput:
+        """Lay the staged tokens side by side. The forward pass does not access the samples."""
+        inputs = ModelInput.of(forward, tables)
+        self.cache.reserve(BLOCK * (1 + int(inputs.slots.max()) // BLOCK))
+        return inputs
 
     @torch.inference_mode()
     def __call__(self, inputs: ModelInput) -> Tensor:
@@ -133,7 +135,7 @@ class ModelRunner:
         be compiled is not.
         """
         if self._linears is None:
-            self._record_linears(_probe_input(), _probe_cache())
+            self._record_linears(single_token(), _probe_cache())
         inner = causal_lm(self.model)
         is_large = sum(weight.numel() for weight in inner.parameters()) >= _MIN_COMPILED_PARAMETERS
         if self.can_compile and (is_large or always):
@@ -155,10 +157,10 @@ class ModelRunner:
         cache = _probe_cache()
         lora_mode = nullcontext() if self._lora is None else self._lora.active()
         with eval_mode(self.model), self._linears.active(), lora_mode, compiling():
-            self._forward(inner, _probe_input(), cache, self._linears, self._lora)  # makes the cache's pools
+            self._forward(inner, single_token(), cache, self._linears, self._lora)  # makes the cache's pools
             self._operators = NativeOperators(self._linears, dict(cache.layer_pools))
             self._compiled = compile_forward(inner, declarations(inner.dtype))
-            inputs = _probe_input().padded(tokens=6, sampled=3)
+            inputs = single_token().padded(tokens=6, sampled=3)
             self._forward(self._compiled, inputs, cache, self._linears, self._lora)
 
     def _forward(
@@ -223,22 +225,14 @@ class ModelRunner:
 
     def _cache_tokens_that_fit(self, num_engines: int) -> int:
         cache = _probe_cache()
-        self._forward(self.model, _probe_input(), cache)
+        self._forward(self.model, single_token(), cache)
         on_gpu = self.model.device.type == "cuda"
         free = torch.cuda.mem_get_info()[0] if on_gpu else _free_memory(_CGROUP)
         return min(max(free // 2 // num_engines // cache.bytes_per_token(), BLOCK), _MAX_CACHE_TOKENS)
 
 
-def _probe_input() -> ModelInput:
-    """One token of a single branch."""
-    zeros = np.zeros(1, np.int64)
-    token = TokenMeta(slots=zeros, time=zeros, segment=zeros + 1)
-    segment = AttentionSegment(zeros, token, token, scores=np.zeros((2, 2), np.float32))
-    return ModelInput(zeros, zeros + 1, zeros, zeros, zeros, zeros, zeros, [segment], ("",), zeros)
-
-
 def _probe_cache() -> PagedKVCache:
-    """A cache for the token of `_probe_input`."""
+    """A cache for the token of `single_token`."""
     cache = PagedKVCache()
     cache.reserve(BLOCK)
     return cache

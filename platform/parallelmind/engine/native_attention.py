@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -12,22 +10,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from parallelmind.engine.batch import AttentionSegment, ModelInput
+from parallelmind.engine.batch import ModelInput
+from parallelmind.engine.block_manager import BLOCK
 from parallelmind.engine.native import kernels
 from parallelmind.visibility import AttentionWindow
 
 _KERNELS = {torch.float32: "attend_float32", torch.bfloat16: "attend_bfloat16"}
 _MAX_DIM = 1024  # as in attention.cpp
+_NO_SCORES = np.empty(0, np.float32)
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _ARRAYS = (
-    *("token_slot", "token_time", "token_segment", "level_start", "query_start", "queries", "key_start"),
-    *("key_slot", "key_time", "key_segment", "score_start", "score_width", "scores"),
+    *("token_slot", "token_time", "token_segment", "level", "query_start", "queries"),
+    *("table_start", "tables", "num_keys", "blocks", "ends", "slot_time", "slot_segment"),
+    *("score_start", "score_width", "scores"),
 )
 
 
 class _Step(ctypes.Structure):
     _fields_ = (
-        *((name, _I) for name in ("tokens", "spans", "levels")),
+        *((name, _I) for name in ("tokens", "spans", "levels", "block", "width")),
         *((name, _P) for name in _ARRAYS),
         *((name, _I) for name in ("window", "chunk")),
     )
@@ -56,26 +57,22 @@ def is_supported(query: Tensor, value: Tensor) -> bool:
 
 
 class NativeAttention:
-    """Attention of a step's tokens over their segments; each key is read from the cache where it lies."""
+    """Attention of a step's tokens over their spans; each key is read from the cache where it lies."""
 
     def __init__(self, inputs: ModelInput) -> None:
-        """The segments of one level share no token; `inputs.segments` may have any order."""
-        segments = sorted(inputs.segments, key=lambda segment: segment.level)
-        levels = [len(list(group)) for _, group in groupby(segments, key=lambda segment: segment.level)]
-        keys = [segment.keys for segment in segments]
-        tables, table_starts = _score_tables(segments)
+        spans, tables = inputs.spans, inputs.tables
+        widths = np.array([len(table) for table in spans.scores] + [0], np.int32)  # that of no table last
+        starts = np.cumsum([0, *(table.size for table in spans.scores)])
         self._arrays: list[NDArray[Any]] = [
-            *(_int32([array]) for array in (inputs.slots, inputs.time, inputs.segment)),
-            _starts(levels),
-            _starts([len(segment.query_indices) for segment in segments]),
-            _int32([segment.query_indices for segment in segments]),
-            _starts([len(key.slots) for key in keys]),
-            *(_int32([getattr(key, name) for key in keys]) for name in ("slots", "time", "segment")),
-            np.array([table_starts[id(segment.scores)] for segment in segments], np.int64),
-            _int32([[len(segment.scores)] for segment in segments]),
-            tables,
+            *(array.astype(np.int32) for array in (inputs.slots, inputs.time, inputs.segment)),
+            *(spans.level, spans.query_start, spans.queries, spans.table_start, spans.tables),
+            inputs.num_keys.astype(np.int32),
+            *(tables.blocks, tables.ends, tables.time, tables.segment),
+            *(starts[spans.score], widths[spans.score]),
+            np.concatenate([_NO_SCORES, *map(np.ravel, spans.scores)]),
         ]
-        self._sizes = len(inputs.ids), len(segments), len(levels)
+        levels = int(spans.level.max(initial=-1)) + 1
+        self._sizes = len(inputs.ids), len(spans), levels, BLOCK, tables.blocks.shape[1]
 
     def step(self, window: AttentionWindow) -> ctypes.Structure:
         """The kernel's description of the step, for the layers of one attention window."""
@@ -123,19 +120,3 @@ class NativeLayer:
         call.out = out.data_ptr()
         self._kernel(ctypes.byref(step), self._pointer)
         return out
-
-
-def _score_tables(segments: Sequence[AttentionSegment]) -> tuple[NDArray[np.float32], dict[int, int]]:
-    """The tables of all samples side by side, and where each of them starts."""
-    tables = {id(segment.scores): segment.scores for segment in segments}
-    starts = np.cumsum([0, *(table.size for table in tables.values())]).tolist()
-    flat = [np.ravel(table) for table in tables.values()]
-    return np.concatenate([np.zeros(1, np.float32)[:0], *flat]), dict(zip(tables, starts, strict=False))
-
-
-def _starts(counts: Sequence[int]) -> NDArray[np.int32]:
-    return np.cumsum([0, *counts], dtype=np.int32)
-
-
-def _int32(arrays: Sequence[Any]) -> NDArray[np.int32]:
-    return np.concatenate([np.zeros(0, np.int64), *arrays]).astype(np.int32)

@@ -1,20 +1,16 @@
-"""Decoded tokens to text as they come, and the detection of a branch's end. No torch."""
+"""What decoded tokens add to the text of a branch, and the detection of its end. No torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
+from parallelmind.engine.detokenizer import Detokenizer, TokenDecoder, Tokenizer
 from parallelmind.engine.grammar_matcher import GrammarMatcher
 from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.errors import DecodingError
 
 FinishReason = Literal["stop", "length", "forked", "cancelled", "error"]
-
-_INCOMPLETE = "\ufffd"  # what a tokenizer decodes an incomplete character to
-_MAX_PENDING = 8  # ids; a character has at most four bytes
-_NUM_CONTEXT = 8  # prompt tokens that decide whether the first word begins with a space
 
 
 class TokenLogprob(NamedTuple):
@@ -28,8 +24,7 @@ class TokenLogprob(NamedTuple):
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):
     """What one decoded token adds to one branch.
 
     branch: index of the segment: 0..N-1 in the order of `Sample.walk`, then those that were added later.
@@ -72,75 +67,6 @@ class Event:
             raise DecodingError(f"branches[{self.branch}]: {self.error}")
 
 
-class Tokenizer(Protocol):
-    """The part of a transformers tokenizer that turns ids into text."""
-
-    def decode(self, token_ids: list[int], skip_special_tokens: bool = ...) -> str | list[str]: ...
-
-
-class Detokenizer:
-    """Decodes a growing list of ids; a character that is split over tokens waits until it is complete.
-
-    New text is what the pending ids add to their context, the ids of the text before them. A byte-fallback
-    decoder may decode the context differently once invalid bytes follow it. Returned text stays as it is,
-    and the pending ids are decoded without context then. The number of pending ids is bounded, because a
-    model may decode ids that never become text.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
-        # A fast tokenizer's own decode is the quickest; one that is written in Python has none.
-        backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-        self._decode_ids: Callable[..., Any] = (tokenizer if backend is None else backend).decode
-        self._pending: list[int] = []
-        ends = [list(prompt[-length:]) for length in range(min(_NUM_CONTEXT, len(prompt)), 0, -1)]
-        # With an incomplete character in it, the context would return that character again.
-        self._set_context(next((ids for ids in ends if not self._decode(ids).endswith(_INCOMPLETE)), []))
-
-    def push(self, token: int) -> str:
-        """The text that `token` completes; may be empty."""
-        self._pending.append(token)
-        text = self._new_text()
-        if not text or text.endswith(_INCOMPLETE):
-            return self._oldest_text(text) if len(self._pending) > _MAX_PENDING else ""
-        self._set_context(self._pending)
-        self._pending = []
-        return text
-
-    def flush(self) -> str:
-        """The text that is still incomplete, with the replacement character for incomplete bytes."""
-        text, self._pending = self._new_text() if self._pending else "", []
-        return text
-
-    def _oldest_text(self, text: str) -> str:
-        """The part of the pending `text` that no further id changes, without the last ids.
-
-        Three ids may be the first bytes of a character.
-        """
-        pending = self._pending
-        for num_kept in (3, 2, 1):
-            self._pending = pending[:-num_kept]
-            oldest = self._new_text()
-            if text.startswith(oldest):
-                if oldest:
-                    self._set_context(self._pending)
-                self._pending = pending[-num_kept:]
-                return oldest
-        self._pending = pending
-        return ""
-
-    def _new_text(self) -> str:
-        text = self._decode(self._context + self._pending)
-        if text.startswith(self._context_text):
-            return text[len(self._context_text) :]
-        return self._decode(self._pending)
-
-    def _set_context(self, ids: list[int]) -> None:
-        self._context, self._context_text = ids, self._decode(ids)
-
-    def _decode(self, ids: list[int]) -> str:
-        return str(self._decode_ids(ids, skip_special_tokens=True)) if ids else ""
-
-
 class StopChecker:
     """Finds stop texts, and withholds text that may be the beginning of one."""
 
@@ -173,12 +99,17 @@ def _overlap(text: str, stop: str) -> int:
     return next((length for length in range(longest, 0, -1) if stop.startswith(text[-length:])), 0)
 
 
+_NO_STOPS = StopChecker(())  # withholds nothing, so that all branches without stop texts share it
+
+
 class OutputProcessor:
     """Turns the decoded tokens of one branch into text, and detects its end."""
 
+    __slots__ = ("_detokenizer", "_eos_token_ids", "_num_left", "_stop_checker", "matcher")
+
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | TokenDecoder,
         prompt: Sequence[int],
         params: SamplingParams,
         eos_token_ids: frozenset[int],
@@ -186,7 +117,7 @@ class OutputProcessor:
     ) -> None:
         """matcher: of the grammar that the branch follows, at its beginning."""
         self._detokenizer = Detokenizer(tokenizer, prompt)
-        self._stop_checker = StopChecker(params.stop)
+        self._stop_checker = StopChecker(params.stop) if params.stop else _NO_STOPS
         self._eos_token_ids = frozenset[int]() if params.ignore_eos else eos_token_ids
         self._num_left = params.max_new_tokens
         self.matcher = matcher

@@ -8,14 +8,13 @@ and blocks: a turn that was decoded by a branch is found by the next turn, whose
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Any
 
-import numpy as np
-
 _DIGEST_BYTES = 16
-_TOKEN, _JUMP, _COORDINATE = range(3)  # what an entry of the hashed sequence is
+_JUMP, _COORDINATE = 1 << 61, 1 << 62  # added to an entry of the hashed sequence that is not a token id
 
 
 class PathHash:
@@ -42,8 +41,9 @@ class PathHash:
 
     def copy(self) -> PathHash:
         """A hash that is extended apart from this one."""
-        other = self.start()
-        other._hash, other.length, other.num_blocks = self._hash.copy(), self.length, self.num_blocks
+        other = PathHash.__new__(PathHash)
+        other._first, other._starts_at, other._hash = self._first, self._starts_at, self._hash.copy()
+        other.length, other.num_blocks = self.length, self.num_blocks
         return other
 
     def child(self, token_ids: Sequence[int], coordinate: int, time: int) -> PathHash:
@@ -61,9 +61,7 @@ class PathHash:
 
     def extend(self, token_ids: Sequence[int]) -> bytes:
         """Append the tokens of a block; returns the hash up to their end."""
-        entries = np.zeros((len(token_ids), 2), np.int64)
-        entries[:, 1] = token_ids
-        self._hash.update(entries.tobytes())
+        self._hash.update(array("q", token_ids).tobytes())
         self.length, self.num_blocks = self.length + len(token_ids), self.num_blocks + 1
         return self.digest()
 
@@ -74,4 +72,4 @@ class PathHash:
 
 
 def _entry(kind: int, value: int) -> bytes:
-    return np.array([kind, value], np.int64).tobytes()
+    return array("q", [kind + value]).tobytes()

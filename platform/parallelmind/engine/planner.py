@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import chain, compress
-from typing import NamedTuple
 
 import numpy as np
 
@@ -22,114 +20,97 @@ from parallelmind.engine.block_manager import (
     blocks_for,
     slots_of,
 )
-from parallelmind.engine.decode_tokens import DecodeTokens, decode_tokens, only_decodes
+from parallelmind.engine.block_table import BlockTables
+from parallelmind.engine.decode_batch import DecodeBatch, DecodeStep, missing_blocks
 from parallelmind.engine.path_hash import PathHash
 from parallelmind.engine.sequence import ScheduledTokens, SegmentState
 from parallelmind.engine.sequence_group import SequenceGroup
+from parallelmind.engine.step_plan import Adoption, FilledBlocks, ForwardPlan, Plan, ScheduledGroup
 from parallelmind.engine.token_scheduler import Progress, num_prefill, schedule_tokens
 from parallelmind.tree import MAIN, Ints
 
 _MAX_PASSED = 64  # samples that do not fit, before a plan stops to look for one that does
 
 
-class Adoption(NamedTuple):
-    """Cached blocks that a segment uses in place of computing their tokens, and its path up to their end."""
-
-    group: SequenceGroup
-    segment: SegmentState
-    blocks: tuple[CachedBlock, ...]
-    path: PathHash
-
-
-class FilledBlocks(NamedTuple):
-    """Blocks of a segment that a step fills: their keys, and the segment's path up to their end."""
-
-    segment: SegmentState
-    keys: tuple[BlockKey, ...]
-    path: PathHash
-
-
-class ScheduledGroup(NamedTuple):
-    """A sample, and its tokens that a step computes.
-
-    slots: `[tokens]` slots that they are written to.
-    blocks: blocks that are allocated for them, by segment; in column order all for main.
-    """
-
-    group: SequenceGroup
-    tokens: ScheduledTokens
-    slots: Ints
-    blocks: dict[int, list[int]]
-    filled: tuple[FilledBlocks, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What one step does. Samples are in the order of their age.
-
-    stuck: the oldest sample, if the cache cannot hold it although no other one can be preempted.
-    """
-
-    preempted: tuple[SequenceGroup, ...]
-    admitted: tuple[SequenceGroup, ...]
-    adopted: tuple[Adoption, ...]
-    scheduled: tuple[ScheduledGroup, ...]
-    stuck: tuple[SequenceGroup, ...]
-
-    @property
-    def groups(self) -> list[SequenceGroup]:
-        """All samples that the plan concerns."""
-        return [*self.preempted, *self.admitted, *(item.group for item in self.scheduled)]
-
-
 class Planner:
     """Makes one plan."""
 
-    def __init__(self, manager: BlockManager, budget: int, overdue_step: int, reuse: bool) -> None:
+    def __init__(
+        self, manager: BlockManager, tables: BlockTables, budget: int, overdue_step: int, reuse: bool
+    ) -> None:
         """budget: prompt tokens to compute at most. reuse: whether cached blocks are adopted.
 
         overdue_step: no sample is admitted past one that has waited since this step.
         """
-        self._manager, self._draft, self._reuse = manager, BlockDraft(manager), reuse
+        self._manager, self._tables, self._reuse = manager, tables, reuse
+        self._draft = BlockDraft(manager)
         self._budget, self._overdue_step = budget, overdue_step
         self._preempted: list[SequenceGroup] = []
         self._adopted: dict[SequenceGroup, list[Adoption]] = {}
-        self._decoding: dict[SequenceGroup, DecodeTokens] = {}  # samples that only decode
         self._filled: set[BlockKey] = set()  # blocks that the plan computes
 
-    def plan(self, running: Sequence[SequenceGroup], waiting: Sequence[SequenceGroup]) -> Plan:
-        """running, waiting: samples in the order of their age."""
-        admitted = self._admit(running, waiting) if waiting else []
-        groups = sorted([*running, *admitted], key=lambda group: group.id)
-        decoding = [group for group in groups if only_decodes(group)]
-        self._decoding = dict(zip(decoding, decode_tokens(decoding), strict=True))
-        waiting_tokens = [0 if group in self._decoding else group.num_waiting_prefill for group in groups]
-        shares = prefill_shares(waiting_tokens, self._budget)
+    def plan(
+        self,
+        running: Sequence[SequenceGroup],
+        waiting: Sequence[SequenceGroup],
+        batch: DecodeBatch | None,
+        others: Sequence[SequenceGroup],
+    ) -> Plan:
+        """running, waiting: samples in the order of their age.
+
+        batch: the running ones that only decode. others: the other running ones.
+        """
+        reserved = missing_blocks(batch, others, self._tables) if waiting else 0
+        admitted = self._admit(waiting, reserved)
+        others = [*others, *admitted]
+        step = self._decode(batch, others) if batch else None
+        if step is None:
+            others = [*running, *admitted]
+        scheduled = self._schedule_all(sorted(others, key=lambda group: group.id))
+        adopted = tuple(chain.from_iterable(self._adopted.values()))
+        does_nothing = not (self._preempted or admitted or adopted or scheduled or step)
+        stuck = [*running, *waiting][:1] if does_nothing else []
+        forward = ForwardPlan(step, scheduled)
+        return Plan(tuple(self._preempted), tuple(admitted), adopted, forward, tuple(stuck))
+
+    def _decode(self, batch: DecodeBatch, others: Sequence[SequenceGroup]) -> DecodeStep | None:
+        """The next step of all samples that only decode; None if others may lack the blocks for it.
+
+        As long as there are blocks for all, it does not matter who gets them first. Every segment of the
+        others may adopt one block in part.
+        """
+        full = np.flatnonzero(self._tables.num_free[batch.tables] == 0)
+        missing = sum(group.missing_blocks + len(group.segments) for group in others)
+        if len(full) + missing > self._draft.num_available:
+            return None
+        blocks = self._draft.allocate(len(full))
+        assert blocks is not None, "they are available"
+        return batch.step(self._tables, full, blocks)
+
+    def _schedule_all(self, groups: Sequence[SequenceGroup]) -> list[ScheduledGroup]:
+        """Plan the tokens of samples, the oldest first."""
+        shares = prefill_shares([group.num_waiting_prefill for group in groups], self._budget)
         open_groups, unused, scheduled = deque(zip(groups, shares, strict=True)), 0, list[ScheduledGroup]()
         while open_groups:
             group, share = open_groups.popleft()
             item, used = self._schedule(group, share + unused, open_groups)
             unused = max(unused + share - used, 0)
             scheduled += [item] if item else []
-        adopted = tuple(chain.from_iterable(self._adopted.values()))
-        does_nothing = not (self._preempted or admitted or adopted or scheduled)
-        stuck = [*running, *waiting][:1] if does_nothing else []
-        return Plan(tuple(self._preempted), tuple(admitted), adopted, tuple(scheduled), tuple(stuck))
+        return scheduled
 
-    def _admit(
-        self, running: Sequence[SequenceGroup], waiting: Sequence[SequenceGroup]
-    ) -> list[SequenceGroup]:
+    def _admit(self, waiting: Sequence[SequenceGroup], reserved: int) -> list[SequenceGroup]:
         """Waiting samples whose known tokens fit beside those of all running samples, the oldest first.
 
+        reserved: blocks that the running samples will need for theirs.
         One that does not fit is passed over, unless it is overdue.
         """
-        admitted, reserved, num_passed = list[SequenceGroup](), sum(map(missing_blocks, running)), 0
+        admitted, num_passed = list[SequenceGroup](), 0
         for group in waiting:
             if reserved >= self._draft.num_available or num_passed == _MAX_PASSED:
                 break
             adopted = self._adopt(group)
             full = sum(count == BLOCK for adoption in adopted for _, count in adoption.blocks)
-            needed = missing_blocks(group) - full
+            needed = group.missing_blocks - full
             if needed + reserved <= self._draft.num_available:
                 self._adopted[group] = adopted
                 admitted.append(group)
@@ -149,8 +130,6 @@ class Planner:
         others: samples that are not planned yet, of which the newest are preempted if blocks are lacking.
         Without them the sample waits for blocks.
         """
-        if (decoding := self._decoding.get(group)) is not None:
-            return self._schedule_decoding(group, decoding, others), 0
         if budget <= 0 and not group.is_decoding:
             return None, 0
         adopted = [] if group in self._adopted or budget <= 0 else self._adopt(group)
@@ -168,25 +147,6 @@ class Planner:
         filled = self._fill(group, tokens, progress) if self._reuse else ()
         item = ScheduledGroup(group, tokens, *_place(group, tokens, needed, blocks), filled)
         return item, num_prefill(group, tokens, progress)
-
-    def _schedule_decoding(
-        self, group: SequenceGroup, decoding: DecodeTokens, others: deque[tuple[SequenceGroup, int]]
-    ) -> ScheduledGroup | None:
-        """Plan the tokens of a sample that only decodes."""
-        segments, tokens, slots = decoding
-        full = [index for index, segment in enumerate(segments) if not segment.table.num_free]
-        allocated = self._allocate(len(full), others)
-        if allocated is None:
-            return None
-        slots[full] = BLOCK * np.array(allocated, np.int64)
-        blocks = {segments[index].number: [block] for index, block in zip(full, allocated, strict=True)}
-        filling = [segment for segment in segments if segment.table.num_free == 1] if self._reuse else []
-        filled = [
-            self._fill_segment(segment, segment.path, segment.num_computed + 1)
-            for segment in filling
-            if segment.path is not None
-        ]
-        return ScheduledGroup(group, tokens, slots, blocks, tuple(filled))
 
     def _allocate(self, count: int, others: deque[tuple[SequenceGroup, int]]) -> list[int] | None:
         """Blocks, for which the newest of `others` are preempted if too few are left; None without others."""
@@ -286,7 +246,8 @@ class Planner:
             segment, end = group.segments[number], int(progress.num_computed[number] + tokens.counts[number])
             path = paths.get(number, segment.path)
             if path is not None:
-                filled.append(self._fill_segment(segment, path, end))
+                filled.append(FilledBlocks.of(group, segment, path, end))
+                self._filled.update(filled[-1].keys)
                 paths[number] = filled[-1].path
         if group.free_order and tokens.counts[MAIN]:
             self._fill_end_of_main(group, paths.get(MAIN, group.segments[MAIN].path), tokens, progress)
@@ -301,15 +262,6 @@ class Planner:
         if path is not None and path.length < end == main.num_tokens:
             last_ids = main.token_ids[path.length :]
             self._filled.add((path.copy().extend(last_ids), len(last_ids)))
-
-    def _fill_segment(self, segment: SegmentState, path: PathHash, end: int) -> FilledBlocks:
-        """The blocks that a step fills by computing a segment up to its token `end`."""
-        path, keys = path.copy(), list[BlockKey]()
-        while path.length + BLOCK <= end:
-            next_ids = segment.token_ids[path.length : path.length + BLOCK]
-            keys.append((path.extend(next_ids), BLOCK))
-        self._filled.update(keys)
-        return FilledBlocks(segment, tuple(keys), path)
 
 
 def prefill_shares(waiting: Sequence[int], budget: int) -> list[int]:
@@ -331,15 +283,6 @@ def prefill_shares(waiting: Sequence[int], budget: int) -> list[int]:
             left -= shares[index]
     shares[oldest] += left
     return shares
-
-
-def missing_blocks(group: SequenceGroup) -> int:
-    """Blocks that a sample needs for its known tokens and one more of each running branch, beyond its own."""
-    kept = [segment for segment in group.segments if group.is_kept[segment.number] or not group.free_order]
-    tokens = [segment.num_tokens + segment.is_running for segment in kept]
-    needed = sum(map(blocks_for, tokens)) if group.free_order else blocks_for(sum(tokens))
-    held = sum(len(segment.table.blocks) - segment.table.num_partial for segment in kept)
-    return max(needed - held, 0)
 
 
 def _begins_block(group: SequenceGroup, segment: SegmentState) -> bool:

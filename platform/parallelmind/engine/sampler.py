@@ -7,20 +7,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers.generation import logits_process as hf
 
+from parallelmind.engine import native_largest
 from parallelmind.engine.grammar_matcher import TokenMasks
 from parallelmind.engine.output import TokenLogprob
 from parallelmind.engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from parallelmind.model.hf_compat import process_rows
 from parallelmind.tree import Ints
 
-_NO_TOKEN = -1  # in a tensor of token ids
+_NO_TOKEN = native_largest.NOT_FINITE  # in a tensor of token ids
 _SMALLEST, _LARGEST = 1e-15, 1e15  # settings within these bounds keep scores finite in float32
 _MIN_CHUNK, _MAX_CHUNK = 128, 1024  # logits
 _BITS = torch.from_numpy(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"))
@@ -28,8 +29,7 @@ _BITS = _BITS.bool()  # `[256, 8]` of every byte, the lowest first
 _MAX_ROWS = 64  # of a prompt, for which log-probabilities are computed at once
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingRow:
+class SamplingRow(Protocol):
     """A branch whose next token is sampled.
 
     seed, branch, index: the random draw is a function of these alone, so that any engine can continue a
@@ -38,11 +38,16 @@ class SamplingRow:
     history: token ids of main and of the branch, prompt first; used by the repetition penalty alone.
     """
 
-    params: SamplingParams
-    seed: int
-    branch: int
-    index: int
-    history: Sequence[int] | Ints
+    @property
+    def params(self) -> SamplingParams: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def branch(self) -> int: ...
+    @property
+    def index(self) -> int: ...
+    @property
+    def history(self) -> Sequence[int] | Ints: ...
 
 
 class SampledToken(NamedTuple):
@@ -141,13 +146,13 @@ class Sampler:
         logits = _apply_masks(logits, masks)
         settings = self._settings([row.params for row in rows], logits.device)
         scores = _apply_repetition_penalty(_apply_logit_bias(logits, settings), settings, rows)
-        largest, token_ids = _largest(scores)
-        if settings.random is not None:
-            token_ids[settings.random] = _draw(scores[settings.random].float(), settings, rows)
-        token_ids = token_ids.where(largest.isfinite(), _NO_TOKEN)
+        token_ids = _most_likely(scores)
+        if (random := settings.random) is not None:
+            drawn = _draw(scores[random].float(), settings, rows)
+            token_ids[random] = drawn.where(token_ids[random] != _NO_TOKEN, _NO_TOKEN)
         if settings.has_logprobs:
             return _with_logprobs(logits, token_ids, rows)
-        return [SampledToken(_token(token)) for token in token_ids.tolist()]
+        return [SampledToken(token if token != _NO_TOKEN else None) for token in token_ids.tolist()]
 
     def _settings(self, params: list[SamplingParams], device: torch.device) -> _SamplingMetadata:
         if self._metadata is None or params != self._params:
@@ -155,19 +160,26 @@ class Sampler:
         return self._metadata
 
 
-def _token(token: int) -> int | None:
-    return None if token == _NO_TOKEN else token
+def _most_likely(scores: Tensor) -> Tensor:
+    """The first index of the largest value of every row; none if it is infinite or if any value is NaN."""
+    if not native_largest.is_supported(scores):
+        return _first_largest(scores)
+    token_ids = native_largest.first_largest(scores)
+    rest = token_ids == native_largest.NOT_POSITIVE
+    if rest.any():
+        token_ids[rest] = _first_largest(scores[rest])
+    return token_ids
 
 
-def _largest(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest value of every row, which is NaN if any value is, and its first index.
+def _first_largest(scores: Tensor) -> Tensor:
+    """`_most_likely` on any device.
 
     A CPU finds a maximum without its index several times as fast as with it: chunks of a row go first.
     """
     chunks = _chunks(scores)
     largest, first = chunks.amax(dim=-1).max(dim=-1)
     within = _chunk_of_row(chunks, first).max(dim=-1).indices
-    return largest, first * chunks.shape[-1] + within
+    return (first * chunks.shape[-1] + within).where(largest.isfinite(), _NO_TOKEN)
 
 
 def _chunks(scores: Tensor) -> Tensor:
@@ -313,7 +325,7 @@ def _replace_rows(
 def _with_logprobs(logits: Tensor, token_ids: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
     counts = [row.params.logprobs for row in rows]
     return [
-        SampledToken(_token(found.token), found.logprob, found.top)
+        SampledToken(None if found.token == _NO_TOKEN else found.token, found.logprob, found.top)
         for found in _logprobs(logits, token_ids, counts)
     ]
 

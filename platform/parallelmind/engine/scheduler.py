@@ -19,17 +19,13 @@ from typing import Literal, get_args
 import numpy as np
 
 from parallelmind.engine.block_manager import BLOCK, BlockManager
+from parallelmind.engine.block_table import BlockTables
+from parallelmind.engine.decode_batch import DecodingSamples, missing_blocks
 from parallelmind.engine.output import FinishReason
-from parallelmind.engine.planner import (
-    Adoption,
-    FilledBlocks,
-    Plan,
-    Planner,
-    ScheduledGroup,
-    missing_blocks,
-)
+from parallelmind.engine.planner import Planner
 from parallelmind.engine.sequence import BranchState, SegmentState
 from parallelmind.engine.sequence_group import SequenceGroup
+from parallelmind.engine.step_plan import Adoption, FilledBlocks, ForwardPlan, Plan, ScheduledGroup
 from parallelmind.errors import UserError
 from parallelmind.tree import MAIN
 
@@ -100,6 +96,8 @@ class Scheduler:
         """reuse_prefixes: whether samples reuse cached blocks."""
         self.config, self._reuse_prefixes = config, reuse_prefixes
         self.block_manager = BlockManager(config.cache_tokens // BLOCK)
+        self.tables = BlockTables(self.block_manager.num_blocks * BLOCK)
+        self._decoding = DecodingSamples()
         self.waiting: list[SequenceGroup] = []
         self.running: list[SequenceGroup] = []
         self.num_steps = self.num_preemptions = 0
@@ -142,14 +140,16 @@ class Scheduler:
         self._remove(group)
 
     def stats(self) -> EngineStats:
+        batch, others = self._decoding.divide(self.running)
+        decoding = len(batch.branches) if batch else 0
         return EngineStats(
             waiting_samples=len(self.waiting),
             waiting_branches=sum(len(group.branches) for group in self.waiting),
             running_samples=len(self.running),
-            live_branches=sum(len(group.running_branches) for group in self.running),
-            waiting_tokens=sum(group.num_waiting_prefill for group in [*self.waiting, *self.running]),
+            live_branches=decoding + sum(len(group.running_branches) for group in others),
+            waiting_tokens=sum(group.num_waiting_prefill for group in [*self.waiting, *others]),
             held_tokens=self.block_manager.num_allocated * BLOCK,
-            reserved_tokens=sum(map(missing_blocks, self.running)) * BLOCK,
+            reserved_tokens=missing_blocks(batch, others, self.tables) * BLOCK,
             cache_tokens=self.block_manager.num_blocks * BLOCK,
             preemptions=self.num_preemptions,
             waiting_s=tuple(monotonic() - group.submitted_at for group in self.waiting),
@@ -168,11 +168,12 @@ class Scheduler:
 
     def schedule(self) -> Plan:
         """Plan the next step. Nothing changes until `begin`."""
-        decodes = any(group.is_decoding for group in self.running)
+        batch, others = self._decoding.divide(self.running)
+        decodes = batch is not None or any(group.is_decoding for group in others)
         budget = math.ceil(self.config.max_prefill_tokens * (self.config.prefill_share if decodes else 1))
         overdue = self.num_steps - self.config.max_overtaken_steps
-        planner = Planner(self.block_manager, budget, overdue, self._reuse_prefixes)
-        return planner.plan(self.running, self.waiting)
+        planner = Planner(self.block_manager, self.tables, budget, overdue, self._reuse_prefixes)
+        return planner.plan(self.running, self.waiting, batch, others)
 
     def begin(self, plan: Plan) -> None:
         """Preempt and admit samples, and prepare for a forward pass over the planned tokens.
@@ -188,21 +189,36 @@ class Scheduler:
             group.is_admitted = True
         for adoption in plan.adopted:
             self._adopt(adoption)
-        for item in plan.scheduled:
+        if plan.forward.decoding is not None:
+            self.block_manager.uncache(plan.forward.decoding.blocks)
+            plan.forward.decoding.stage(self.tables)
+        for item in plan.forward.scheduled:
             item.group.frontier = max(item.group.frontier, item.tokens.next_column)
             for blocks in item.blocks.values():
                 self.block_manager.uncache(blocks)
-            _stage(item)
+            _stage(item, self.tables)
 
-    def commit(self, scheduled: Iterable[ScheduledGroup]) -> None:
+    def filled(self, forward: ForwardPlan) -> list[FilledBlocks]:
+        """The blocks that a forward pass fills. Needs no lock: only steps append to them."""
+        return forward.filled() if self._reuse_prefixes else []
+
+    def commit(self, forward: ForwardPlan, filled: Iterable[FilledBlocks]) -> None:
         """Count the tokens of a forward pass as computed; others can reuse the blocks that it filled.
 
         Samples that were aborted during the forward pass, and branches that have no blocks any more, are
         left out.
         """
-        for item in scheduled:
-            if item.group.is_admitted:
-                self._commit(item)
+        if forward.decoding is not None:
+            self.block_manager.hold(forward.decoding.commit(self.tables))
+        committed = [item for item in forward.scheduled if item.group.is_admitted]
+        for item in committed:
+            self._commit(item)
+        for blocks in filled:
+            self._cache_filled(blocks)
+        for group, tokens, *_ in committed:
+            main = group.segments[MAIN]
+            if tokens.counts[MAIN] and group.free_order and not main.num_waiting_prefill:
+                self._cache_last_block(group, main)
 
     def mark_not_finite(self, group: SequenceGroup) -> None:
         """Let no other sample reuse the blocks of a sample whose values are not finite."""
@@ -233,8 +249,7 @@ class Scheduler:
         group, segment, blocks, path = adoption
         self.block_manager.hold(block for block, _ in blocks)
         for cached in blocks:
-            time = segment.start_time + segment.num_computed + np.arange(cached.num_tokens)
-            segment.table.adopt(cached, time, np.full(cached.num_tokens, segment.number))
+            segment.table.adopt(self.tables, cached)
             segment.num_computed += cached.num_tokens
         segment.path, group.has_adopted = path, True
         group.next_column = 0 if group.free_order else segment.num_computed
@@ -249,12 +264,10 @@ class Scheduler:
             blocks = item.blocks.get(MAIN, [])
             self.block_manager.hold(blocks)
             group.segments[MAIN].table.commit(len(tokens.ids), blocks)
-        committed = set[int]()
         for number in np.flatnonzero(tokens.counts).tolist():
             segment, count = group.segments[number], int(tokens.counts[number])
             if group.free_order and not segment.table.is_staged(count):
                 continue
-            committed.add(number)
             if waiting := segment.num_waiting_prefill:
                 self.num_prefill[_kind(group, segment)] += min(count, waiting)
             segment.num_computed += count
@@ -262,19 +275,15 @@ class Scheduler:
                 blocks = item.blocks.get(number, [])
                 self.block_manager.hold(blocks)
                 segment.table.commit(count, blocks)
-        for filled in item.filled:
-            if group.is_finite and filled.segment.number in committed:
-                self._cache_filled(filled)
-        if tokens.counts[MAIN] and group.free_order and not group.segments[MAIN].num_waiting_prefill:
-            self._cache_last_block(group, group.segments[MAIN])
 
     def _cache_filled(self, filled: FilledBlocks) -> None:
-        segment = filled.segment
+        group, segment, keys, path = filled
+        if not group.is_finite or segment.num_computed < path.length:  # freed during the forward pass
+            return
         assert segment.path is not None, "only segments with a path have keys"
-        blocks = segment.table.blocks[segment.path.num_blocks :]
-        for key, block in zip(filled.keys, blocks, strict=False):
+        for key, block in zip(keys, segment.table.blocks[segment.path.num_blocks :], strict=False):
             self.block_manager.cache(key, block)
-        segment.path = filled.path
+        segment.path = path
 
     def _cache_last_block(self, group: SequenceGroup, segment: SegmentState) -> None:
         """Let others reuse the block at the end of a segment that is not continued."""
@@ -309,18 +318,13 @@ def _kind(group: SequenceGroup, segment: SegmentState) -> PrefillKind:
     return "main" if segment.number == MAIN else "branch"
 
 
-def _stage(item: ScheduledGroup) -> None:
+def _stage(item: ScheduledGroup, tables: BlockTables) -> None:
     """Note the scheduled tokens in their block tables."""
     group, tokens = item.group, item.tokens
+    tables.place(item.slots, tokens.time, tokens.segment)
     if not group.free_order:
-        group.segments[MAIN].table.stage(item.slots, tokens.time, tokens.segment)
+        group.segments[MAIN].table.stage(tables, len(tokens.ids), item.blocks.get(MAIN, ()))
         return
-    if len(tokens.ids) == np.count_nonzero(tokens.counts):  # one token each, as in most steps
-        columns = tokens.segment.tolist(), item.slots.tolist(), tokens.time.tolist()
-        for number, slot, time in zip(*columns, strict=True):
-            group.segments[number].table.stage_one(slot, time, number)
-        return
-    ends = np.cumsum(tokens.counts)
     for number in np.flatnonzero(tokens.counts).tolist():
-        own = slice(int(ends[number] - tokens.counts[number]), int(ends[number]))
-        group.segments[number].table.stage(item.slots[own], tokens.time[own], tokens.segment[own])
+        count = int(tokens.counts[number])
+        group.segments[number].table.stage(tables, count, item.blocks.get(number, ()))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from parallelmind.engine.block_manager import BlockTable
+from parallelmind.engine.block_table import BlockTable
 from parallelmind.engine.output import FinishReason, OutputProcessor, TokenLogprob
 from parallelmind.engine.path_hash import PathHash
 from parallelmind.engine.sampling_params import SamplingParams

@@ -40,6 +40,7 @@ class SequenceGroup:
     is_finite: whether all logits were finite so far. If not, the sample shares no blocks with others.
     has_adopted: whether the sample reads blocks that another one has computed.
     num_preemptions: how often its blocks were taken from it.
+    version: changes whenever segments are added, start or end, and when all of them lose their blocks.
     submitted_at: `time.monotonic` of the submission. waits_since_step: number of the engine's steps when the
         sample began to wait.
     """
@@ -60,7 +61,7 @@ class SequenceGroup:
         self.config = config if self.branch_number is None else _independent(config)
         self.free_order = is_free_order(self.config)
         self._seed, self._make_output = seed, make_output
-        self.next_column = self.frontier = self.num_preemptions = self.waits_since_step = 0
+        self.next_column = self.frontier = self.num_preemptions = self.waits_since_step = self.version = 0
         self.is_admitted, self.is_finite, self.has_adopted = False, True, False
         self._shape: GroupShape | None = None
         self._start_times: Ints | None = None
@@ -212,11 +213,13 @@ class SequenceGroup:
         """Start a segment at this time coordinate."""
         branch.start(time, self._path_at(branch, time))
         self._start_times = None
+        self.version += 1
 
     def finish(self, branch: BranchState, reason: FinishReason | None) -> None:
         """Finish a segment, which may wait for its start. None: let it run on."""
         branch.finish_reason = reason
         self._is_kept = None
+        self.version += 1
 
     def resume(self, state: ResumeState) -> None:
         """Bring a new sample to the progress that it had on another engine."""
@@ -299,6 +302,7 @@ class SequenceGroup:
 
     def _forget_shape(self) -> None:
         self._shape = self._start_times = self._is_kept = None
+        self.version += 1
 
     def _path_at(self, branch: BranchState, time: int) -> PathHash | None:
         """The hash at the start of a branch; None if its keys depend on more than its path."""
@@ -333,9 +337,19 @@ class SequenceGroup:
             if is_kept
         )
 
+    @property
+    def missing_blocks(self) -> int:
+        """Blocks that the sample needs for its known tokens and one more of each running branch."""
+        kept = [segment for segment in self.segments if self.is_kept[segment.number] or not self.free_order]
+        tokens = [segment.num_tokens + segment.is_running for segment in kept]
+        needed = sum(map(blocks_for, tokens)) if self.free_order else blocks_for(sum(tokens))
+        held = sum(len(segment.table.blocks) - segment.table.num_partial for segment in kept)
+        return max(needed - held, 0)
+
     def reset(self) -> list[int]:
         """Forget what is computed, so that it is computed anew; returns all blocks."""
         self.is_admitted, self.next_column = False, 0
+        self.version += 1
         return [block for segment in self.segments for block in segment.reset()]
 
 

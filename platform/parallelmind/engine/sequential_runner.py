@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from parallelmind.engine.block_table import BlockTables
 from parallelmind.engine.model_runner import Model
-from parallelmind.engine.planner import ScheduledGroup
 from parallelmind.engine.scheduler import EngineConfig
 from parallelmind.engine.sequence import BranchState
 from parallelmind.engine.sequence_group import SequenceGroup
+from parallelmind.engine.step_plan import ForwardPlan, ScheduledGroup
 from parallelmind.errors import UserError
 from parallelmind.model.hf_compat import is_stateful
 from parallelmind.model.structure import causal_lm, eval_mode
@@ -68,9 +69,9 @@ class SequentialRunner:
         config = config or EngineConfig(cache_tokens=_CACHE_TOKENS)
         return replace(config, max_prefill_tokens=config.cache_tokens, prefill_share=1)
 
-    def prepare_inputs(self, scheduled: Sequence[ScheduledGroup]) -> Sequence[ScheduledGroup]:
+    def prepare_inputs(self, forward: ForwardPlan, tables: BlockTables) -> Sequence[ScheduledGroup]:
         """Return the scheduled tokens as they are: each segment has a state of its own."""
-        return scheduled
+        return forward.each()
 
     @torch.inference_mode()
     def __call__(self, scheduled: Sequence[ScheduledGroup]) -> Tensor:

@@ -14,7 +14,7 @@ from parallelmind.config import DataConfig, ModelConfig
 from parallelmind.data.encode import encode_text, turn_end_id
 from parallelmind.data.record_parser import parse_value
 from parallelmind.data.tokenise import tokenise
-from parallelmind.engine.output import Detokenizer
+from parallelmind.engine.detokenizer import Detokenizer
 from parallelmind.engine.tokenization import eos_token_ids, tokenize_sample
 from parallelmind.model.base_model import load_tokenizer
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections import Counter
 
-import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,10 +12,10 @@ from parallelmind.engine.block_manager import (
     BLOCK,
     BlockDraft,
     BlockManager,
-    BlockTable,
     CachedBlock,
     blocks_for,
 )
+from parallelmind.engine.block_table import BlockTable, BlockTables
 
 
 def allocate(manager: BlockManager, count: int) -> list[int] | None:
@@ -154,36 +153,55 @@ def test_no_block_is_lost_or_held_twice(seed: int) -> None:
     assert len(allocate(manager, 12) or []) == 12
 
 
-def append(table: BlockTable, slots: list[int], blocks: list[int], segment: int) -> None:
-    time = table.length + np.arange(len(slots))
-    table.stage(np.array(slots), time, np.full(len(slots), segment))
-    table.commit(len(slots), blocks)
+def slots_of_rows(tables: BlockTables, *rows: int) -> list[list[int]]:
+    """The slots of all staged tokens of rows."""
+    return [tables.slots(row, int(tables.staged[row])).tolist() for row in rows]
 
 
 def test_a_block_table_holds_its_tokens_in_order():
-    table = BlockTable()
-    append(table, [48, 49, 50], [3], 0)
-    assert (table.num_free, table.next_slot) == (13, 51)
-    append(table, [*range(51, 64), *range(16, 20)], [1], 1)
+    tables, table = BlockTables(5 * BLOCK), BlockTable()
+    table.stage(tables, 3, [3])
+    table.commit(3, [3])
+    assert (table.length, table.num_free, table.next_slot) == (3, 13, 51)
+    table.stage(tables, 17, [1])
+    table.commit(17, [1])
     assert table.slots.tolist() == [*range(48, 64), *range(16, 20)]
-    assert table.time.tolist() == list(range(20))
-    assert table.segment.tolist() == [0] * 3 + [1] * 17
     assert (table.num_free, table.next_slot) == (12, 20)
+    row = table.row
     assert table.clear() == [3, 1]
     assert (table.length, table.slots.tolist()) == (0, [])
+    assert tables.take_row() == row
 
 
 def test_staged_tokens_count_once_they_are_committed():
-    table = BlockTable()
-    table.stage(np.array([0, 1]), np.array([5, 6]), np.array([0, 0]))
-    assert [values.tolist() for values in table.staged()] == [[0, 1], [5, 6], [0, 0]]
-    assert table.length == 0
-    table.stage(np.array([16]), np.array([5]), np.array([0]))
+    tables, table = BlockTables(2 * BLOCK), BlockTable()
+    table.stage(tables, 2, [0])
+    assert slots_of_rows(tables, table.row) == [[0, 1]]
+    assert (table.length, table.is_staged(2)) == (0, True)
+    table.stage(tables, 1, [1])
     table.commit(1, [1])
     assert table.slots.tolist() == [16]
 
 
 def test_an_adopted_block_that_is_used_in_part_is_not_written():
-    table = BlockTable()
-    table.adopt(CachedBlock(7, 5), np.arange(5), np.zeros(5, np.int64))
+    tables, table = BlockTables(10 * BLOCK), BlockTable()
+    table.adopt(tables, CachedBlock(7, 5))
     assert (table.slots.tolist(), table.num_free, table.num_partial) == ([*range(112, 117)], 0, 1)
+    table.stage(tables, 2, [4])
+    table.commit(2, [4])
+    table.stage(tables, 15, [2])
+    assert slots_of_rows(tables, table.row) == [[*range(112, 117), *range(64, 80), 32]]
+
+
+def test_block_tables_grow_in_both_directions():
+    tables, rows = BlockTables(1000 * BLOCK), 200
+    held = [BlockTable() for _ in range(rows)]
+    for number, table in enumerate(held):
+        for block in range(number % 40 + 1):
+            table.stage(tables, BLOCK, [number + block])
+            table.commit(BLOCK, [number + block])
+    for number, table in enumerate(held):
+        assert table.slots.tolist() == [
+            slot for block in table.blocks for slot in range(block * BLOCK, (block + 1) * BLOCK)
+        ]
+        assert len(table.blocks) == number % 40 + 1

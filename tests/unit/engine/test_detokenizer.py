@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from parallelmind.engine.output import Detokenizer
+from parallelmind.engine.detokenizer import Detokenizer
 
 _LETTERS = "▁abcdefghijklmnopqrstuvwxyzé\ufffd"
 

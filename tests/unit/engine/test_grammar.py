@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 from engines import decode, run_to_end, tiny_engine, tokens_by_branch
+from sampling_rows import Row
 from tiny import tiny_tokenizer
 
 from parallelmind.engine.engine import Engine
@@ -20,7 +21,7 @@ from parallelmind.engine.grammar import MAX_GRAMMAR_CHARS, Grammar
 from parallelmind.engine.grammar_matcher import TokenMasks
 from parallelmind.engine.output import Event
 from parallelmind.engine.request import ResumeState, Sample, TokenizedRequest
-from parallelmind.engine.sampler import Sampler, SamplingRow
+from parallelmind.engine.sampler import Sampler
 from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.engine.tokenization import tokenize_request
 from parallelmind.errors import UserError
@@ -136,7 +137,7 @@ def test_masks_are_applied_to_their_rows_alone() -> None:
     logits = torch.randn(3, 300, generator=torch.Generator().manual_seed(0))
     bits = np.zeros((2, 40), np.uint8)
     bits[0, 2], bits[1, 37] = 1 << 3, 1 << 3  # tokens 19 and 299
-    rows = [SamplingRow(SamplingParams(logit_bias={5: 100}), 0, 0, 0, [])] * 3
+    rows = [Row(SamplingParams(logit_bias={5: 100}), 0, 0, 0, [])] * 3
     found = Sampler()(logits.clone(), rows, TokenMasks(np.array([0, 2]), bits))
     assert [sampled.token for sampled in found] == [19, 5, 299]
 

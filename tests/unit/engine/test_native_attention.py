@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from parallelmind.engine.attention_spans import AttentionSpans, make_spans
 from parallelmind.engine.batch import PADDING, AttentionSegment, ModelInput, TokenMeta
+from parallelmind.engine.block_manager import BLOCK, CachedBlock
+from parallelmind.engine.block_table import BlockTable, BlockTables
 from parallelmind.engine.native_attention import NativeAttention, NativeLayer
+from parallelmind.tree import Ints
 from parallelmind.visibility import AttentionWindow
 
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
@@ -53,13 +58,27 @@ CASES = {
 }
 
 
+def block_tables(lengths: list[int]) -> tuple[BlockTables, list[BlockTable]]:
+    """Tables of these lengths, with blocks in random order, of which every third is used in part."""
+    num_blocks = 2 * sum(length // BLOCK + 3 for length in lengths)
+    tables, free = BlockTables(num_blocks * BLOCK), np.random.default_rng(0).permutation(num_blocks).tolist()
+    made = [BlockTable() for _ in lengths]
+    for table, length in zip(made, lengths, strict=True):
+        while table.length < length:
+            count = min(5 if len(table.blocks) % 3 == 1 else BLOCK, length - table.length)
+            table.adopt(tables, CachedBlock(free.pop(), count))
+    return tables, made
+
+
 def make(case: Case, dtype: torch.dtype) -> dict[str, Any]:
-    """Slots in random order, and the tokens of the step at the ends of their branches."""
-    rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
+    """The tokens of the step are at the ends of their branches."""
+    generator = torch.Generator().manual_seed(0)
     lengths = [case.main, *case.branches]
-    slots = rng.permutation(sum(lengths) + 7)[: sum(lengths)]
     segment = np.repeat(np.arange(len(lengths)), lengths)
     time = np.concatenate([np.arange(case.main), *(case.main + np.arange(n) for n in case.branches)])
+    tables, made = block_tables([sum(lengths)] if case.columnar else lengths)
+    slots = np.concatenate([table.slots for table in made])
+    tables.place(slots, time, segment)
     everything = TokenMeta(slots, time, segment)
     ends = np.cumsum(lengths)[1:]
     chosen = np.concatenate(
@@ -69,6 +88,7 @@ def make(case: Case, dtype: torch.dtype) -> dict[str, Any]:
     scores[:, 0] = 0
     np.fill_diagonal(scores, 0)
     queries = everything.at(chosen)
+    spans = make_case_spans(case, made, queries.segment, scores)
     pad = (0, case.padding)
     inputs = ModelInput(
         ids=np.pad(chosen, pad),
@@ -78,7 +98,9 @@ def make(case: Case, dtype: torch.dtype) -> dict[str, Any]:
         position=np.pad(chosen, pad),
         slots=np.pad(queries.slots, pad, constant_values=PADDING),
         logits_indices=EMPTY,
-        segments=segments(case, everything, queries, scores),
+        spans=spans,
+        num_keys=tables.length[spans.tables],
+        tables=tables,
         adapters=(),
         adapter=EMPTY,
     )
@@ -92,7 +114,7 @@ def make(case: Case, dtype: torch.dtype) -> dict[str, Any]:
         for name, (heads, dim) in shape.items()
     }
     pools = tuple(
-        torch.randn(sum(lengths) + 7, *shape[name], generator=generator).to(dtype) for name in ("k", "v")
+        torch.randn(len(tables.time), *shape[name], generator=generator).to(dtype) for name in ("k", "v")
     )
     sinks = torch.randn(case.heads, generator=generator) if case.sinks else None
     return {
@@ -105,22 +127,19 @@ def make(case: Case, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def segments(case: Case, everything: TokenMeta, queries: TokenMeta, scores: Any) -> list[AttentionSegment]:
-    index = np.arange(len(queries.slots))
+def make_case_spans(
+    case: Case, tables: list[BlockTable], segment: Ints, scores: NDArray[np.float32]
+) -> AttentionSpans:
+    """One span of everything, or one of each branch and behind them that of main."""
     if case.columnar:
-        return [AttentionSegment(index, queries, everything, scores)]
-    found = [
-        AttentionSegment(
-            index[queries.segment == number],
-            queries.at(index[queries.segment == number]),
-            everything.at(np.flatnonzero(everything.segment == number)),
-            scores,
-            level=1,
-        )
-        for number in range(1, len(case.branches) + 1)
-    ]
-    main = everything.at(np.flatnonzero(everything.segment == 0))
-    return [*found, AttentionSegment(index, queries, main, scores)] if case.main else found
+        whole = make_spans([0], [range(len(segment))], [[tables[0].row]])
+        return replace(whole, score=np.zeros(1, np.int32), scores=(scores,))
+    branches = range(1, len(case.branches) + 1)
+    level, queries = [1] * len(branches), [np.flatnonzero(segment == number).tolist() for number in branches]
+    rows = [[tables[number].row] for number in branches]
+    if case.main:
+        level, queries, rows = [*level, 0], [*queries, range(len(segment))], [*rows, [tables[0].row]]
+    return make_spans(level, queries, rows)
 
 
 def attend(case: Case, made: dict[str, Any]) -> Tensor:

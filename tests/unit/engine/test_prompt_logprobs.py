@@ -131,7 +131,7 @@ def test_branches_that_do_not_ask_cost_nothing_and_the_answer_is_the_same() -> N
     own = [{"prompt_logprobs": 0}, {}, {}]
     number = engine.submit(Sample(MAIN, PROMPTS), per_branch=own, max_new_tokens=6, ignore_eos=True)
     plan = engine.scheduler.schedule()
-    assert len(plan.scheduled[0].tokens.labels.branches) == len(PROMPTS[0])
+    assert len(plan.forward.scheduled[0].tokens.labels.branches) == len(PROMPTS[0])
     events = run_to_end(engine)
     assert list(prompts_of(events)) == [(number, 0)]
     assert sum(bool(event.prompt) for event in events) == 1

@@ -13,6 +13,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from sampling_rows import Row
 from transformers.generation import logits_process as hf
 
 from parallelmind.engine import sampler
@@ -26,7 +27,7 @@ VOCAB = 300
 def row(
     seed: int = 0, branch: int = 0, index: int = 0, history: Sequence[int] = (0,), **settings: Any
 ) -> SamplingRow:
-    return SamplingRow(SamplingParams(**settings), seed, branch, index, np.array(history, dtype=np.int64))
+    return Row(SamplingParams(**settings), seed, branch, index, np.array(history, dtype=np.int64))
 
 
 def noise(rows: int, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
@@ -289,3 +290,27 @@ def test_a_top_k_beyond_every_float_is_the_whole_vocabulary():
 
 def test_no_rows_give_no_tokens():
     assert sample_tokens(torch.zeros(0, 5), []) == []
+
+
+FLOATS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("columns", [1, 7, 1024, 5000])
+def test_the_kernel_finds_the_first_largest_number_of_any_bits(dtype: torch.dtype, columns: int) -> None:
+    """Rows of random bits hold NaN of both signs and infinities; others are scaled to hold none."""
+    generator = torch.Generator().manual_seed(columns)
+    low = torch.iinfo(FLOATS[dtype])
+    bits = torch.randint(low.min, low.max, (60, columns), generator=generator, dtype=FLOATS[dtype])
+    noise = torch.randn(60, columns, generator=generator).to(dtype)
+    special = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, -1.0], dtype=dtype)
+    few = special[torch.randint(6, (60, columns), generator=generator)]
+    rows = torch.cat([bits.view(dtype), noise, -noise.abs(), noise.clamp(max=0), few, few[:, :1] * noise])
+    assert torch.equal(sampler._most_likely(rows), sampler._first_largest(rows))
+
+
+def test_both_signs_of_nan_leave_a_row_without_a_token() -> None:
+    logits = noise(4).bfloat16()
+    for number, bits in enumerate([0x7FC0, -1, 0x7F81]):
+        logits[number].view(torch.int16)[200] = bits
+    assert [token is None for token in tokens(logits, [row()] * 4)] == [True, True, True, False]

@@ -19,11 +19,13 @@ from hypothesis import strategies as st
 
 from parallelmind.config import RopeConfig
 from parallelmind.engine.block_manager import BLOCK, BlockDraft
+from parallelmind.engine.decode_batch import DecodeBatch
 from parallelmind.engine.output import FinishReason
-from parallelmind.engine.planner import Plan, prefill_shares
+from parallelmind.engine.planner import prefill_shares
 from parallelmind.engine.scheduler import EngineConfig, Scheduler
 from parallelmind.engine.sequence import BranchState, ScheduledTokens
 from parallelmind.engine.sequence_group import SequenceGroup
+from parallelmind.engine.step_plan import Plan, ScheduledGroup
 from parallelmind.errors import UserError
 from parallelmind.tree import MAIN
 
@@ -79,14 +81,19 @@ def step(scheduler: Scheduler) -> Plan:
     """Do what an engine does around its forward pass; branches finish by length alone."""
     plan = scheduler.schedule()
     scheduler.begin(plan)
-    scheduler.commit(plan.scheduled)
-    for item in plan.scheduled:
+    scheduler.commit(plan.forward, scheduler.filled(plan.forward))
+    for item in scheduled(plan):
         for index in item.tokens.sampled_branches.tolist():
             branch = item.group.branches[index]
             branch.append_token(next(_tokens))
             if len(branch.generated) == branch.params.max_new_tokens:
                 finish(scheduler, item.group, branch, "length")
     return plan
+
+
+def scheduled(plan: Plan) -> list[ScheduledGroup]:
+    """What the plan computes of each sample, in the order of their age."""
+    return sorted(plan.forward.each(), key=lambda item: item.group.id)
 
 
 def step_until_preempted(scheduler: Scheduler) -> None:
@@ -97,7 +104,7 @@ def step_until_preempted(scheduler: Scheduler) -> None:
 
 
 def num_tokens(plan: Plan) -> list[int]:
-    return [len(item.tokens.ids) for item in plan.scheduled]
+    return [len(item.tokens.ids) for item in scheduled(plan)]
 
 
 def plain(value: Any) -> Any:
@@ -106,6 +113,8 @@ def plain(value: Any) -> Any:
         return value.tolist()
     if isinstance(value, (Plan, ScheduledTokens)):
         return [plain(getattr(value, name)) for name in value.__slots__]
+    if isinstance(value, DecodeBatch):
+        return value.branches
     if isinstance(value, (tuple, list)):
         return [plain(item) for item in value]
     return value.digest() if hasattr(value, "digest") else value
@@ -214,7 +223,7 @@ def test_an_aborted_sample_leaves_the_waiting_queue():
     assert scheduler.waiting == [third]
     scheduler.abort(first)
     assert scheduler.block_manager.num_allocated == 0
-    assert [item.group for item in step(scheduler).scheduled] == [third]
+    assert [item.group for item in scheduled(step(scheduler))] == [third]
 
 
 @BOTH
@@ -399,7 +408,7 @@ def test_a_short_prompt_does_not_wait_behind_a_long_one():
     step(scheduler)
     short = submit(scheduler, FREE, 0, [4])
     plan = step(scheduler)
-    assert [(item.group, len(item.tokens.ids)) for item in plan.scheduled] == [(long, 6), (short, 4)]
+    assert [(item.group, len(item.tokens.ids)) for item in scheduled(plan)] == [(long, 6), (short, 4)]
     assert not short.is_running
 
 
@@ -410,7 +419,7 @@ def test_prompts_take_a_share_of_a_step_while_branches_decode():
     long = submit(scheduler, FREE, 0, [200])
     for _ in range(5):
         plan = step(scheduler)
-        assert [(item.group, len(item.tokens.ids)) for item in plan.scheduled] == [(decoding, 1), (long, 6)]
+        assert [(item.group, len(item.tokens.ids)) for item in scheduled(plan)] == [(decoding, 1), (long, 6)]
     scheduler.abort(decoding)
     assert num_tokens(step(scheduler)) == [20]
 
@@ -485,7 +494,7 @@ def test_a_column_branch_that_joins_during_a_pass_starts_after_its_columns():
     plan = scheduler.schedule()
     scheduler.begin(plan)
     assert add_branch(scheduler, group, 2, 2).start_time == 7
-    scheduler.commit(plan.scheduled)
+    scheduler.commit(plan.forward, [])
 
 
 @BOTH
@@ -581,14 +590,14 @@ def check_step(scheduler: Scheduler) -> None:
     waiting = {group: num_waiting(group) for group in [*scheduler.running, *scheduler.waiting]}
     plan = step(scheduler)
     prefill = 0
-    for item in plan.scheduled:
+    for item in scheduled(plan):
         assert len(item.tokens.ids)
         one_column = item.group.config is COLUMNS and len(set(item.tokens.time.tolist())) == 1
         counts = np.minimum(item.tokens.counts, waiting[item.group][: len(item.tokens.counts)]).sum()
         prefill += 0 if one_column else int(counts)
     assert prefill <= 9
-    assert bool(plan.scheduled) == bool(waiting)
-    slots = np.concatenate([[-1], *(item.slots for item in plan.scheduled)])
+    assert bool(scheduled(plan)) == bool(waiting)
+    slots = np.concatenate([[-1], *(item.slots for item in scheduled(plan))])
     assert len(set(slots.tolist())) == len(slots)
     held = Counter(
         block for group in scheduler.running for segment in group.segments for block in segment.table.blocks

@@ -10,8 +10,9 @@ from tiny import tiny_llama, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models
 
 from parallelmind.config import RopeConfig
+from parallelmind.engine.detokenizer import Detokenizer
 from parallelmind.engine.generate import generate, generate_text, stream
-from parallelmind.engine.output import Detokenizer, Event, OutputProcessor, StopChecker
+from parallelmind.engine.output import Event, OutputProcessor, StopChecker
 from parallelmind.engine.request import Sample
 from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.engine.tokenization import tokenize_sample

@@ -1,7 +1,7 @@
 // Attention of a step's tokens over the slots of a paged KV cache, for processors.
 //
-// A span is a set of queries and a set of keys of one sample. Spans are grouped by level; the spans of one level
-// share no query. A query has one partial result for each level, as in FlashDecoding; they are merged at the end.
+// A span is a set of queries of one sample and the block tables that they read. A query is in at most one span of
+// each level. It has one partial result for each level, as in FlashDecoding; they are merged at the end.
 // Within a span the softmax is computed online (Milakov & Gimelshein, "Online normalizer calculation for
 // softmax", 2018). Sums are float32.
 
@@ -24,7 +24,7 @@ constexpr int MAX_DIM = 1024;
 constexpr int VECTORS = TILE / LANES;
 
 struct Task {  // the queries `first` to `last` of a span, and the query heads of one KV head
-  int64_t span, level, first, last;
+  int64_t span, first, last;
   int32_t head;
 };
 
@@ -34,19 +34,45 @@ struct Keys {
   int32_t slot[TILE], time[TILE], segment[TILE], earliest, latest;
   bool one_segment;
 
-  Keys(const Step& step, int64_t first, int64_t last) : count(std::min<int64_t>(TILE, last - first)) {
-    for (int k = 0; k < vectors() * LANES; k++) {
-      const int64_t at = first + std::min(k, count - 1);
-      slot[k] = step.key_slot[at];
-      time[k] = k < count ? step.key_time[at] : INT32_MAX;
-      segment[k] = step.key_segment[at];
+  int vectors() const { return (count + LANES - 1) / LANES; }
+};
+
+// Reads the keys of a block table tile by tile.
+class Reader {
+ public:
+  Reader(const Step& step, int64_t table)
+      : step(step), blocks(step.blocks + step.tables[table] * step.width),
+        ends(step.ends + step.tables[table] * step.width), num_keys(step.num_keys[table]) {}
+
+  // The next keys; none at the end.
+  Keys read() {
+    Keys keys;
+    keys.count = std::min<int64_t>(TILE, num_keys - next);
+    if (keys.count == 0) return keys;
+    for (int k = 0; k < keys.count;) {
+      const int64_t first = block ? ends[block - 1] : 0, last = std::min<int64_t>(ends[block], next + keys.count - k);
+      int32_t slot = blocks[block] * step.block + next - first;
+      for (; next < last; next++) keys.slot[k++] = slot++;
+      if (next == ends[block]) block++;
     }
-    earliest = *std::min_element(time, time + count);
-    latest = *std::max_element(time, time + vectors() * LANES);
-    one_segment = std::all_of(segment, segment + count, [&](int32_t other) { return other == segment[0]; });
+    const int padded = keys.vectors() * LANES;
+    std::fill(keys.slot + keys.count, keys.slot + padded, keys.slot[keys.count - 1]);
+    for (int k = 0; k < padded; k++) {
+      keys.time[k] = k < keys.count ? step.slot_time[keys.slot[k]] : INT32_MAX;
+      keys.segment[k] = step.slot_segment[keys.slot[k]];
+    }
+    keys.earliest = *std::min_element(keys.time, keys.time + keys.count);
+    keys.latest = *std::max_element(keys.time, keys.time + padded);
+    keys.one_segment =
+        std::all_of(keys.segment, keys.segment + keys.count, [&](int32_t other) { return other == keys.segment[0]; });
+    return keys;
   }
 
-  int vectors() const { return (count + LANES - 1) / LANES; }
+ private:
+  const Step& step;
+  const int32_t *blocks, *ends;
+  const int64_t num_keys;
+  int64_t next = 0, block = 0;
 };
 
 struct Buffers {  // of one thread: words of queries, keys and values, scores, and weights
@@ -70,11 +96,10 @@ class Attention {
 
   std::vector<Task> tasks() const {
     std::vector<Task> tasks;
-    for (int64_t level = 0; level < step.levels; level++)
-      for (int64_t span = step.level_start[level]; span < step.level_start[level + 1]; span++)
-        for (int64_t first = step.query_start[span]; first < step.query_start[span + 1]; first += CHUNK)
-          for (int32_t head = 0; head < layer.kv_heads; head++)
-            tasks.push_back({span, level, first, std::min<int64_t>(first + CHUNK, step.query_start[span + 1]), head});
+    for (int64_t span = 0; span < step.spans; span++)
+      for (int64_t first = step.query_start[span]; first < step.query_start[span + 1]; first += CHUNK)
+        for (int32_t head = 0; head < layer.kv_heads; head++)
+          tasks.push_back({span, first, std::min<int64_t>(first + CHUNK, step.query_start[span + 1]), head});
     return tasks;
   }
 
@@ -94,7 +119,7 @@ class Attention {
   // The partial results of a task's rows: its queries times the query heads of its KV head.
   void attend(const Task& task) const {
     thread_local Buffers buffers;
-    const int64_t count = rows_of(task), end = step.key_start[task.span + 1];
+    const int64_t count = rows_of(task);
     buffers.queries.resize(count * width);
     buffers.keys.resize(width * TILE);
     buffers.values.resize(TILE * columns);
@@ -106,10 +131,15 @@ class Attention {
       const float* words = words_of(query, layer.dim, width, to);
       if (words != to) std::copy(words, words + width, to);
     }
-    for (int64_t k = step.key_start[task.span]; k < end; k += TILE) {
-      prefetch(task.head, k + TILE, std::min<int64_t>(k + 2 * TILE, end));
-      const Keys keys(step, k, end);
-      if (is_seen(task, keys)) attend(task, keys, buffers);
+    for (int64_t table = step.table_start[task.span]; table < step.table_start[task.span + 1]; table++) {
+      Reader reader(step, table);
+      Keys keys = reader.read(), following;
+      while (keys.count) {
+        following = reader.read();
+        prefetch(task.head, following);
+        if (is_seen(task, keys)) attend(task, keys, buffers);
+        keys = following;
+      }
     }
   }
 
@@ -143,7 +173,7 @@ class Attention {
   int64_t query_of(const Task& task, int64_t row) const { return step.queries[task.first + row / group]; }
   int64_t head_of(const Task& task, int64_t row) const { return task.head * group + row % group; }
   int64_t part_of(const Task& task, int64_t row) const {
-    return task.level * rows + query_of(task, row) * layer.heads + head_of(task, row);
+    return step.level[task.span] * rows + query_of(task, row) * layer.heads + head_of(task, row);
   }
   const T* key_of(int64_t slot, int head) const {
     return (const T*)layer.key_pool + (slot * layer.kv_heads + head) * layer.dim;
@@ -152,9 +182,9 @@ class Attention {
     return (const T*)layer.value_pool + (slot * layer.kv_heads + head) * layer.value_dim;
   }
 
-  void prefetch(int head, int64_t first, int64_t last) const {
-    for (int64_t k = first; k < last; k++) {
-      const char *key = (const char*)key_of(step.key_slot[k], head), *value = (const char*)value_of(step.key_slot[k], head);
+  void prefetch(int head, const Keys& keys) const {
+    for (int k = 0; k < keys.count; k++) {
+      const char *key = (const char*)key_of(keys.slot[k], head), *value = (const char*)value_of(keys.slot[k], head);
       for (int64_t at = 0; at < int64_t(layer.dim * sizeof(T)); at += 64) __builtin_prefetch(key + at);
       for (int64_t at = 0; at < int64_t(layer.value_dim * sizeof(T)); at += 64) __builtin_prefetch(value + at);
     }
@@ -166,17 +196,19 @@ class Attention {
     return false;
   }
 
-  // The scores of a query by the segment of the key.
+  // The scores of a query by the segment of the key; null if all are 0.
   const float* table(const Task& task, int64_t query) const {
+    if (step.score_width[task.span] == 0) return nullptr;
     return step.scores + step.score_start[task.span] + int64_t(step.token_segment[query]) * step.score_width[task.span];
   }
 
   // Whether every query sees every key, and nothing is added to the scores.
   bool is_plain(const Task& task, const Keys& keys) const {
-    if (!keys.one_segment || step.window || step.chunk) return false;
+    const bool is_scored = step.score_width[task.span] != 0;
+    if ((is_scored && !keys.one_segment) || step.window || step.chunk) return false;
     for (int64_t i = task.first; i < task.last; i++) {
       const int64_t query = step.queries[i];
-      if (keys.latest >= step.token_time[query] || table(task, query)[keys.segment[0]] != 0.f) return false;
+      if (keys.latest >= step.token_time[query] || (is_scored && table(task, query)[keys.segment[0]] != 0.f)) return false;
     }
     return true;
   }
@@ -190,8 +222,9 @@ class Attention {
       IntVec visible = (time < mine) | ((slot == own) & (time == mine));
       if (step.window) visible &= mine - time < IntVec{} + int32_t(step.window);
       if (step.chunk) visible &= time >= mine - mine % int32_t(step.chunk);
-      Vec score;
-      for (int i = 0; i < LANES; i++) score[i] = row[keys.segment[v * LANES + i]];
+      Vec score = {};
+      if (row)
+        for (int i = 0; i < LANES; i++) score[i] = row[keys.segment[v * LANES + i]];
       biases[v] = visible ? score : splat(-INFINITY);
     }
   }

@@ -10,14 +10,17 @@ extern "C" {
 
 struct Step {  // arrays of one step; the same for all layers with one attention window
   int64_t tokens, spans, levels;
-  const int32_t *token_slot, *token_time, *token_segment;        // [tokens]; a negative slot is padding
-  const int32_t *level_start;                                    // [levels + 1] first span of each level
-  const int32_t *query_start, *queries;                          // [spans + 1], and tokens
-  const int32_t *key_start, *key_slot, *key_time, *key_segment;  // [spans + 1], and [keys]
-  const int64_t *score_start;                                    // [spans] first entry of the span's table
-  const int32_t *score_width;                                    // [spans] segments of the sample
-  const float* scores;                                           // [segments, segments] of every sample
-  int64_t window, chunk;                                         // 0: none
+  int64_t block, width;                                    // slots of a block, and blocks of a table's row
+  const int32_t *token_slot, *token_time, *token_segment;  // [tokens]; a negative slot is padding
+  const int32_t *level;                                    // [spans]
+  const int32_t *query_start, *queries;                    // [spans + 1], and tokens
+  const int32_t *table_start, *tables, *num_keys;          // [spans + 1], and rows of block tables with their keys
+  const int32_t *blocks, *ends;                            // [rows, width] blocks, and keys up to the end of each
+  const int32_t *slot_time, *slot_segment;                 // [slots]
+  const int64_t *score_start;                              // [spans] first entry of the span's table of scores
+  const int32_t *score_width;                              // [spans] segments of the sample; 0: all scores are 0
+  const float* scores;                                     // [segments, segments] of every sample
+  int64_t window, chunk;                                   // 0: none
 };
 
 struct Layer {  // strides are in elements

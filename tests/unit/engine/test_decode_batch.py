@@ -10,11 +10,10 @@ import numpy as np
 from grouping import ReduceSpec, has_started_reduce, sequence_group
 
 from parallelmind.config import RopeConfig
-from parallelmind.engine import planner
 from parallelmind.engine.block_manager import BLOCK
-from parallelmind.engine.decode_tokens import only_decodes
-from parallelmind.engine.planner import Plan, ScheduledGroup
+from parallelmind.engine.decode_batch import only_decodes
 from parallelmind.engine.scheduler import EngineConfig, Scheduler
+from parallelmind.engine.step_plan import Plan
 
 FREE = RopeConfig(visibility="isolated", rope_2d_ratio=0)
 
@@ -27,44 +26,71 @@ def submit(scheduler: Scheduler, number: int, rng: random.Random) -> None:
     scheduler.submit(group)
 
 
-def step(scheduler: Scheduler, rng: random.Random) -> Plan:
+def run(scheduler: Scheduler, plan: Plan, rng: random.Random) -> None:
     """A step of an engine without a model; branches finish by chance or by length."""
-    plan = scheduler.schedule()
     scheduler.begin(plan)
-    scheduler.commit(plan.scheduled)
-    for item in plan.scheduled:
+    scheduler.commit(plan.forward, scheduler.filled(plan.forward))
+    for item in plan.forward.each():
         for index in item.tokens.sampled_branches.tolist():
             branch = item.group.branches[index]
             branch.append_token(rng.randrange(900))
             if len(branch.generated) == branch.params.max_new_tokens or rng.random() < 0.03:
                 scheduler.finish_branch(item.group, branch, "length")
                 item.group.start_ready()
-    return plan
 
 
-def as_values(item: ScheduledGroup) -> tuple[Any, ...]:
+def as_values(plan: Plan) -> list[tuple[Any, ...]]:
+    """What the plan computes of each sample; which of the free blocks it takes does not matter."""
     arrays = ("ids", "segment", "branch", "time", "position", "counts", "logits_indices", "sampled_branches")
-    tokens = [np.asarray(getattr(item.tokens, name)).tolist() for name in arrays]
-    filled = [(blocks.segment, blocks.keys, blocks.path.digest()) for blocks in item.filled]
-    return item.group, tokens, item.tokens.next_column, item.slots.tolist(), item.blocks, filled
+    return [
+        (
+            item.group.id,
+            [np.asarray(getattr(item.tokens, name)).tolist() for name in arrays],
+            item.tokens.next_column,
+            (item.slots % BLOCK).tolist(),
+            {number: len(blocks) for number, blocks in item.blocks.items()},
+        )
+        for item in sorted(plan.forward.each(), key=lambda item: item.group.id)
+    ]
+
+
+def filled(plan: Plan) -> list[tuple[Any, ...]]:
+    blocks = [
+        (each.group.id, each.segment.number, each.keys, each.path.digest()) for each in plan.forward.filled()
+    ]
+    return sorted(values for values in blocks if values[2])
 
 
 def test_a_plan_does_not_depend_on_how_decoding_samples_are_planned() -> None:
     num_together = num_preempted = 0
     for rng in map(random.Random, range(8)):
-        scheduler = Scheduler(EngineConfig(30 * BLOCK, max_prefill_tokens=40))
+        scheduler = Scheduler(EngineConfig(60 * BLOCK, max_prefill_tokens=40))
         for number in range(25):
             submit(scheduler, number, rng)
         while scheduler.running or scheduler.waiting:
-            num_together += sum(map(only_decodes, scheduler.running))
-            with mock.patch.object(planner, "only_decodes", return_value=False):
+            with mock.patch.object(scheduler._decoding, "divide", lambda groups: (None, groups)):
                 expected = scheduler.schedule()
-            plan = step(scheduler, rng)
-            assert list(map(as_values, plan.scheduled)) == list(map(as_values, expected.scheduled))
+            plan = scheduler.schedule()
+            num_together += len(plan.forward.decoding.batch.samples) if plan.forward.decoding else 0
+            assert as_values(plan) == as_values(expected)
+            assert filled(plan) == filled(expected)
             assert (plan.preempted, plan.admitted) == (expected.preempted, expected.admitted)
             num_preempted += len(plan.preempted)
+            run(scheduler, plan, rng)
+            check_tables(scheduler)
     assert num_together > 1000
     assert num_preempted > 5
+
+
+def check_tables(scheduler: Scheduler) -> None:
+    """The arrays say what the samples say."""
+    for group in scheduler.running:
+        for segment in group.segments:
+            slots = segment.table.slots
+            assert len(slots) == segment.num_computed == segment.table.length
+            times = segment.start_time + np.arange(len(slots))
+            assert scheduler.tables.time[slots].tolist() == times.tolist()
+            assert dict.fromkeys((slots // BLOCK).tolist()) == dict.fromkeys(segment.table.blocks)
 
 
 def test_a_sample_does_not_only_decode_while_a_finished_branch_is_still_read() -> None:
@@ -74,7 +100,7 @@ def test_a_sample_does_not_only_decode_while_a_finished_branch_is_still_read() -
     assert not only_decodes(group)
     plan = scheduler.schedule()
     scheduler.begin(plan)
-    scheduler.commit(plan.scheduled)
+    scheduler.commit(plan.forward, [])
     for branch in group.branches:
         branch.append_token(9)
     assert only_decodes(group)
