@@ -159,7 +159,7 @@ class DecodingSamples:
         self._batch: DecodeBatch | None = None
 
     def divide(self, groups: Sequence[SequenceGroup]) -> tuple[DecodeBatch | None, list[SequenceGroup]]:
-        """The branches of those of the samples that only decode (None if none does), and the other samples."""
+        """The branches of the samples that only decode (None if none does), and all other samples."""
         found = [(group, self._sample(group)) for group in groups]
         samples = [sample for _, sample in found if sample is not None]
         if self._batch is None or samples != self._batch.samples:
