@@ -119,10 +119,14 @@ class BlockDraft:
 
     def __init__(self, manager: BlockManager) -> None:
         self._manager = manager
-        self._queue: Iterator[int] = iter(manager._available)
+        self.restart()
         self._freed: deque[int] = deque()
         self._holders: dict[int, int] = {}  # of the blocks that the plan holds or frees
         self.num_available = manager.num_available
+
+    def restart(self) -> None:
+        """Look at all available blocks again, after the manager has freed some."""
+        self._queue: Iterator[int] = iter(self._manager._available)
 
     def hold(self, blocks: Iterable[int]) -> None:
         """Add a holder to each of these blocks."""

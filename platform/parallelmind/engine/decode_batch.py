@@ -91,6 +91,13 @@ class DecodeBatch:
             spans=side_by_side([sample.spans for sample in samples], list(starts)),
         )
 
+    def unchanged(self) -> DecodeBatch | None:
+        """The batch without samples that have changed; None if no sample is left."""
+        samples = [sample for sample in self.samples if sample.version == sample.group.version]
+        if len(samples) == len(self.samples):
+            return self
+        return DecodeBatch.of(samples) if samples else None
+
     def missing_blocks(self, tables: BlockTables) -> int:
         """Blocks that the samples need for the next token of each branch and the one after it."""
         growing = -(-(tables.length[self.tables] + 2) // BLOCK) - tables.num_blocks[self.tables]

@@ -206,19 +206,16 @@ class Engine:
         self.compile_grammars(request.params)
         with self.state_lock:
             version = self.adapters.version(adapter)
-            group = SequenceGroup(
-                request,
-                self.rope_config,
-                self._make_output,
-                id=self._num_submitted,
-                adapter_version=version,
-                seed=random_seed(),
-            )
-            if resume is not None:
-                group.resume(resume)
-            check_group(self.model, group, self.fallback_reason)
-            self.scheduler.submit(group)
             self.adapters.acquire(version)
+        try:
+            group = self._new_group(request, version, resume)
+        except BaseException:
+            with self.state_lock:
+                self.adapters.release(version)
+            raise
+        with self.state_lock:
+            group.id = self._num_submitted
+            self.scheduler.submit(group)
             self._groups[group.id] = group
             self._num_submitted += 1
             if group.is_running:
@@ -350,7 +347,7 @@ class Engine:
     def _prepare(self) -> list[tuple[ForwardPlan, Any]]:
         """Plan a step; returns its forward passes, and the inputs of each."""
         with self.state_lock:
-            plan = self.scheduler.schedule()
+            plan = self.scheduler.schedule(self.state_lock.give_way)
             try:
                 for group in plan.stuck:
                     self._abort(group, "error", "the cache has no room for the sample; raise cache_tokens")
@@ -478,6 +475,24 @@ class Engine:
     def _make_output(self, prompt: Sequence[int], params: SamplingParams) -> OutputProcessor:
         matcher = None if params.grammar is None else self._grammars.matcher(params.grammar)
         return OutputProcessor(self._decoder, prompt, params, self._eos_token_ids, matcher)
+
+    def _new_group(
+        self, request: TokenizedRequest, version: str, resume: ResumeState | None
+    ) -> SequenceGroup:
+        """A sample that nobody else knows yet, with the segments started that can start.
+
+        It takes milliseconds for many branches, without the lock. Raises UserError if it does not fit.
+        """
+        group = SequenceGroup(
+            request, self.rope_config, self._make_output, adapter_version=version, seed=random_seed()
+        )
+        if resume is not None:
+            group.resume(resume)
+        check_group(self.model, group, self.fallback_reason)
+        self.scheduler.check_size(group)
+        if group.is_running:
+            group.start_ready()
+        return group
 
     def _group(self, sample_id: int) -> SequenceGroup:
         if not self.has_sample(sample_id):

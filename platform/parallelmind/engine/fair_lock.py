@@ -23,14 +23,17 @@ class FairLock:
             self._owner = get_ident()
         self._depth += 1
 
-    def give_way(self) -> None:
+    def give_way(self) -> bool:
         """Let a waiting thread take the lock, which this thread holds, and take it again after that.
 
-        Does nothing where calls belong together: while the lock is held more than once.
+        Returns whether there was one. Does nothing where calls belong together: while the lock is held more
+        than once.
         """
-        if self._depth == 1 and self._next.locked():
-            self.__exit__()
-            self.__enter__()
+        if self._depth != 1 or not self._next.locked():
+            return False
+        self.__exit__()
+        self.__enter__()
+        return True
 
     def __exit__(self, *_: object) -> None:
         self._depth -= 1

@@ -6,7 +6,8 @@ Planning is pure: it reads samples and blocks and changes neither.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import chain, compress
 
 import numpy as np
@@ -36,11 +37,18 @@ class Planner:
     """Makes one plan."""
 
     def __init__(
-        self, manager: BlockManager, tables: BlockTables, budget: int, overdue_step: int, reuse: bool
+        self,
+        manager: BlockManager,
+        tables: BlockTables,
+        budget: int,
+        overdue_step: int,
+        reuse: bool,
+        give_way: Callable[[], bool],
     ) -> None:
         """budget: prompt tokens to compute at most. reuse: whether cached blocks are adopted.
 
         overdue_step: no sample is admitted past one that has waited since this step.
+        give_way: called between samples; returns whether other threads may have changed some meanwhile.
         """
         self._manager, self._tables, self._reuse = manager, tables, reuse
         self._draft = BlockDraft(manager)
@@ -48,6 +56,8 @@ class Planner:
         self._preempted: list[SequenceGroup] = []
         self._adopted: dict[SequenceGroup, list[Adoption]] = {}
         self._filled: set[BlockKey] = set()  # blocks that the plan computes
+        self._give_way, self._is_interrupted = give_way, False
+        self._versions: dict[SequenceGroup, int] = {}  # of the samples when the plan began
 
     def plan(
         self,
@@ -59,33 +69,57 @@ class Planner:
         """running, waiting: samples in the order of their age.
 
         batch: the running ones that only decode. others: the other running ones.
+        A sample that changes while the plan is made is left out of it.
         """
+        running, waiting = [*running], [*waiting]
+        self._versions = {group: group.version for group in [*running, *waiting]}
         reserved = missing_blocks(batch, others, self._tables) if waiting else 0
         admitted = self._admit(waiting, reserved)
         others = [*others, *admitted]
-        step = self._decode(batch, others) if batch else None
-        if step is None:
-            others = [*running, *admitted]
+        if batch is not None and not self._has_room(batch, others):
+            batch, others = None, [*running, *admitted]
         scheduled = self._schedule_all(sorted(others, key=lambda group: group.id))
-        adopted = tuple(chain.from_iterable(self._adopted.values()))
-        does_nothing = not (self._preempted or admitted or adopted or scheduled or step)
-        stuck = [*running, *waiting][:1] if does_nothing else []
-        forward = ForwardPlan(step, scheduled)
-        return Plan(tuple(self._preempted), tuple(admitted), adopted, forward, tuple(stuck))
+        forward = ForwardPlan(
+            self._decode(batch) if batch else None,
+            [item for item in scheduled if self._is_unchanged(item.group)],
+        )
+        adopted = (items for group, items in self._adopted.items() if self._is_unchanged(group))
+        plan = Plan(
+            preempted=tuple(group for group in self._preempted if group.is_admitted),
+            admitted=tuple(filter(self._is_unchanged, admitted)),
+            adopted=tuple(chain.from_iterable(adopted)),
+            forward=forward,
+        )
+        is_stuck = not (plan.groups or plan.adopted or self._is_interrupted)
+        return replace(plan, stuck=tuple([*running, *waiting][:1])) if is_stuck else plan
 
-    def _decode(self, batch: DecodeBatch, others: Sequence[SequenceGroup]) -> DecodeStep | None:
-        """The next step of all samples that only decode; None if others may lack the blocks for it.
+    def _pause(self) -> None:
+        """Let other threads in."""
+        if self._give_way():
+            self._is_interrupted = True
+            self._draft.restart()
 
-        As long as there are blocks for all, it does not matter who gets them first. Every segment of the
-        others may adopt one block in part.
+    def _is_unchanged(self, group: SequenceGroup) -> bool:
+        return group.version == self._versions[group]
+
+    def _has_room(self, batch: DecodeBatch, others: Sequence[SequenceGroup]) -> bool:
+        """Whether there are blocks for all samples, so that it does not matter who gets them first.
+
+        Every segment of the others may adopt one block in part.
         """
-        full = np.flatnonzero(self._tables.num_free[batch.tables] == 0)
+        num_full = int(np.count_nonzero(self._tables.num_free[batch.tables] == 0))
         missing = sum(group.missing_blocks + len(group.segments) for group in others)
-        if len(full) + missing > self._draft.num_available:
+        return num_full + missing <= self._draft.num_available
+
+    def _decode(self, batch: DecodeBatch) -> DecodeStep | None:
+        """The next step of the samples that only decode."""
+        unchanged = batch.unchanged()
+        if unchanged is None:
             return None
+        full = np.flatnonzero(self._tables.num_free[unchanged.tables] == 0)
         blocks = self._draft.allocate(len(full))
-        assert blocks is not None, "they are available"
-        return batch.step(self._tables, full, blocks)
+        assert blocks is not None, "there is room"
+        return unchanged.step(self._tables, full, blocks)
 
     def _schedule_all(self, groups: Sequence[SequenceGroup]) -> list[ScheduledGroup]:
         """Plan the tokens of samples, the oldest first."""
@@ -93,6 +127,9 @@ class Planner:
         open_groups, unused, scheduled = deque(zip(groups, shares, strict=True)), 0, list[ScheduledGroup]()
         while open_groups:
             group, share = open_groups.popleft()
+            self._pause()
+            if not self._is_unchanged(group):
+                continue
             item, used = self._schedule(group, share + unused, open_groups)
             unused = max(unused + share - used, 0)
             scheduled += [item] if item else []
@@ -108,6 +145,9 @@ class Planner:
         for group in waiting:
             if reserved >= self._draft.num_available or num_passed == _MAX_PASSED:
                 break
+            self._pause()
+            if not self._is_unchanged(group):
+                continue
             adopted = self._adopt(group)
             full = sum(count == BLOCK for adoption in adopted for _, count in adoption.blocks)
             needed = group.missing_blocks - full

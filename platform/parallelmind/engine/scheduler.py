@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from bisect import insort
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from time import monotonic
 from typing import Literal, get_args
@@ -166,13 +166,17 @@ class Scheduler:
 
     # Steps
 
-    def schedule(self) -> Plan:
-        """Plan the next step. Nothing changes until `begin`."""
+    def schedule(self, give_way: Callable[[], bool] = lambda: False) -> Plan:
+        """Plan the next step. Nothing changes until `begin`.
+
+        give_way: called between samples. Other threads may change samples meanwhile, if it returns true; the
+        plan leaves these out.
+        """
         batch, others = self._decoding.divide(self.running)
         decodes = batch is not None or any(group.is_decoding for group in others)
         budget = math.ceil(self.config.max_prefill_tokens * (self.config.prefill_share if decodes else 1))
         overdue = self.num_steps - self.config.max_overtaken_steps
-        planner = Planner(self.block_manager, self.tables, budget, overdue, self._reuse_prefixes)
+        planner = Planner(self.block_manager, self.tables, budget, overdue, self._reuse_prefixes, give_way)
         return planner.plan(self.running, self.waiting, batch, others)
 
     def begin(self, plan: Plan) -> None:

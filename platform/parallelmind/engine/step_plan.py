@@ -124,7 +124,7 @@ class Plan:
     admitted: tuple[SequenceGroup, ...]
     adopted: tuple[Adoption, ...]
     forward: ForwardPlan
-    stuck: tuple[SequenceGroup, ...]
+    stuck: tuple[SequenceGroup, ...] = ()
 
     @property
     def groups(self) -> list[SequenceGroup]:

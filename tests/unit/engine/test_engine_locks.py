@@ -1,4 +1,4 @@
-"""Calls of the engine return during a forward pass, sampling and the load of an adapter."""
+"""Calls return during a forward pass, sampling, the load of an adapter, and between pieces of a step."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import pytest
 from engines import ISOLATED, decode, run_to_end, saved_adapters, tiny_engine, tokens_by_branch
 
 from parallelmind.engine import adapters
-from parallelmind.engine.engine import Engine
+from parallelmind.engine.engine import _EVENTS_AT_ONCE, Engine
 from parallelmind.engine.fair_lock import FairLock
+from parallelmind.engine.planner import Planner
 from parallelmind.engine.request import Sample
 from parallelmind.model.adapter import read_saved
 
@@ -203,3 +204,96 @@ def test_a_fair_lock_is_free_after_an_error() -> None:
         raise RuntimeError
     with running(lambda: lock.__exit__(lock.__enter__())):
         pass
+
+
+class Between:
+    """A call of another thread that comes while `function` runs for the first time.
+
+    order: "called" when the call has returned, and a name for each time that the function has.
+    """
+
+    def __init__(self, engine: Engine, call: Callable[[], Any], function: Callable[..., Any]) -> None:
+        self.order: list[str] = []
+        self._lock, self._call, self._function = engine.state_lock, call, function
+        self._thread: Thread | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        if self._thread is None:
+            self._thread = Thread(target=self._run, daemon=True)
+            self._thread.start()
+            while not self._lock._next.locked():
+                sleep(0.001)
+        result = self._function(*args)
+        self.order.append(self._function.__name__)
+        return result
+
+    def _run(self) -> None:
+        self._call()
+        self.order.append("called")
+
+    def join(self) -> None:
+        assert self._thread is not None
+        self._thread.join(_PATIENCE)
+        assert not self._thread.is_alive()
+
+
+def test_calls_get_in_between_the_samples_that_a_step_plans() -> None:
+    engine, expected = tiny_engine(ISOLATED), decode(tiny_engine(ISOLATED), SAMPLE, **SETTINGS)
+    samples = [engine.submit(SAMPLE, **SETTINGS) for _ in range(5)]
+    events, late = [], list[int]()
+
+    def call() -> None:
+        with engine.state_lock:
+            engine.cancel(samples[1])
+            engine.cancel(samples[2], 0)
+            late.append(engine.join(samples[3], [9, 10], **SETTINGS))
+            samples.append(engine.submit(SAMPLE, **SETTINGS))
+
+    between = Between(engine, call, Planner._adopt)
+    with mock.patch.object(Planner, "_adopt", lambda *args: between(*args)):
+        events += engine.step()
+    between.join()
+    assert between.order[:3] == ["_adopt", "called", "_adopt"]
+    assert {group.id for group in engine.scheduler.running} == {samples[0], samples[4]}
+    tokens = tokens_by_branch([*events, *run_to_end(engine)])
+    whole = [tokens[samples[sample], branch] for sample in (0, 3, 4, 5) for branch in range(2)]
+    assert whole == expected * 4
+    assert tokens[samples[2], 1] == expected[1]
+    assert len(tokens[samples[3], late[0]]) == SETTINGS["max_new_tokens"]
+    assert engine.scheduler.block_manager.num_allocated == 0
+
+
+def test_calls_get_in_between_the_events_of_a_step() -> None:
+    engine = tiny_engine(ISOLATED)
+    branches, events = [[5 + number] for number in range(2 * _EVENTS_AT_ONCE)], []
+    sample = engine.submit(Sample([1, 2], branches), **SETTINGS)
+    events += engine.step()
+    between = Between(engine, lambda: engine.cancel(sample), engine._emit)
+    with mock.patch.object(engine, "_emit", between):
+        events += engine.step()
+    between.join()
+    events += run_to_end(engine)
+    assert between.order == ["_emit"] * _EVENTS_AT_ONCE + ["called"]
+    reasons = [event.finish_reason for event in events if event.finish_reason is not None]
+    assert reasons == ["cancelled"] * len(branches)
+
+
+def test_a_sample_is_built_without_the_lock() -> None:
+    engine, held = tiny_engine(ISOLATED), Held()
+    sample_id = engine.submit(SAMPLE, **SETTINGS)
+    make_output = engine._make_output
+
+    def make_held(*args: Any) -> Any:
+        held()
+        return make_output(*args)
+
+    with (
+        mock.patch.object(engine, "_make_output", make_held),
+        running(lambda: engine.submit(SAMPLE, **SETTINGS)),
+    ):
+        assert held.entered.wait(_PATIENCE)
+        engine.cancel(sample_id)
+        events = engine.step()
+        held.released.set()
+    assert [event.finish_reason for event in events] == ["cancelled"] * 2
+    assert len(tokens_by_branch(run_to_end(engine))) == 2
