@@ -9,7 +9,7 @@ from functools import cache
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from parallelmind.engine.output import Detokenizer
+from parallelmind.engine.detokenizer import Detokenizer
 
 _REPLACEMENT = "\ufffd"
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")  # a byte in a vocabulary of characters
