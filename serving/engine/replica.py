@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from ray import serve
 
 import parallelmind as pm
+from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.engine.scheduler import EngineConfig
 from parallelmind.engine.tokenization import tokenize_branches
 from parallelmind.tree import MAIN
@@ -48,6 +50,7 @@ class EngineReplica:
         )  # engines that share this memory
         self._engine = pm.Engine(model, tokenizer, engine_config, num_engines=num_engines)
         self._adapters = AdapterRegistry(self._engine, config)
+        self._grammar_thread = ThreadPoolExecutor(1, "grammars")
         self._metrics = EngineMetrics(self._adapters.num_loaded)
         num_threads = config.replicas.num_threads or max(
             1, (os.cpu_count() or 1) // config.replicas.max_replicas
@@ -70,6 +73,7 @@ class EngineReplica:
         if self._refreshing is None:  # a constructor runs outside of the event loop
             self._refreshing = asyncio.create_task(self._adapters.keep_fresh())
         try:
+            await self._compile_grammars([params for sample in request.samples for params in sample.params])
             async with self._adapters.use(request.model, request.adapter_version) as (adapter, version):
                 running = await self._loop.submit(request, adapter)
         except pm.UserError as error:
@@ -140,12 +144,19 @@ class EngineReplica:
     ) -> Addition:
         async with admitted.lock:
             try:
+                await self._compile_grammars(added.request.params)
                 admitted.require_room(added.request, self._config.limits)
                 indices = await self._loop.add(admitted.running, add, added)
             except pm.UserError as error:
                 return _rejection(error)
             admitted.grow(added)
             return admitted.places(indices)
+
+    async def _compile_grammars(self, params: Sequence[SamplingParams]) -> None:
+        """Compile grammars, one after the other and beside the steps. Raises UserError as the engine does."""
+        if any(branch.grammar is not None for branch in params):
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._grammar_thread, self._engine.compile_grammars, params)
 
     async def cancel(self, sample: str, branch: int | None) -> bool | None:
         """End a request, or a branch and all below it. Returns None if the request is not here."""

@@ -21,6 +21,7 @@ from serving.config import BASE, AppConfig
 from serving.engine.messages import EngineRequest
 from serving.ingress.independent import PromptSamples, common_beginning
 from serving.ingress.segments import branches_of, sample_of, segment_of, with_params
+from serving.ingress.tool_prompts import JsonTool, ToolPrompts, Turn
 from serving.observability.log import log
 from serving.protocol.branches import BranchesRequest, BranchSettings, ForkRequest, Segment
 from serving.protocol.errors import user_error
@@ -34,11 +35,10 @@ from serving.protocol.openai import (
     new_id,
 )
 from serving.protocol.responses import ResponsesRequest
+from serving.protocol.tools import Tool
 
 _DEFAULT_CHAT_TOKENS = 1024
 _LONG_BODY_BYTES = 20_000  # tokenizing a longer body would block the event loop
-
-Turn = dict[str, str]  # a message as chat templates take it
 
 _PROBES: list[list[Turn]] = [[{"role": "user", "content": content}] for content in ("0", "?")]
 
@@ -54,6 +54,7 @@ class RequestPreprocessor:
     ) -> None:
         """max_context_tokens: positions that the model supports; None if unknown."""
         self.config, self.tokenizer, self.max_context_tokens = config, tokenizer, max_context_tokens
+        self._tool_prompts = ToolPrompts(lambda turns, tools: self._render(turns, False, tools))
 
     async def run(self, method: Callable[[BodyT], ResultT], body: BodyT, body_bytes: int) -> ResultT:
         """Call one of the methods below, in a thread for a long body.
@@ -96,11 +97,13 @@ class RequestPreprocessor:
                 f"top_logprobs={request.top_logprobs}: needs logprobs=true; add it, or remove top_logprobs"
             )
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
+        request.check_tools()
+        turns, tools = self._turns(request.messages, request.shown_tools)
         if request.questions is None:
-            main, *prompts = self._conversation(request)
+            main, *prompts = self._conversation(turns, tools)
         else:
-            turns = [[_user_turn(question)] for question in request.questions]
-            main, prompts = self._forks(self._turns(request.messages), turns)
+            questions = [[_user_turn(question)] for question in request.questions]
+            main, prompts = self._forks(turns, questions, tools)
         samples = PromptSamples.of(main, prompts, request.n, request.visibility)
         max_new_tokens = request.max_completion_tokens
         if max_new_tokens is None:
@@ -108,6 +111,10 @@ class RequestPreprocessor:
         if max_new_tokens is None:
             max_new_tokens = self._default_chat_tokens(samples.longest)
         settings = request.sampling_fields(max_new_tokens, logprobs)
+        if request.requires_call:
+            if settings["grammar"] is not None:
+                raise pm.UserError(f"tool_choice: {settings['grammar'].field} is given too; give one of them")
+            settings["grammar"] = self._tool_prompts.grammar(request)
         return self._openai_request("chatcmpl", "messages", request.model, samples, settings)
 
     def responses(self, request: ResponsesRequest) -> EngineRequest:
@@ -182,9 +189,9 @@ class RequestPreprocessor:
         """Token ids of main, and of the prompts of the branches."""
         if request.main and request.messages:
             raise pm.UserError("main: messages take its place; give one of them")
-        turns = [self._turns(branch.messages) for branch in request.branches if branch.messages]
+        turns = [self._turns(branch.messages)[0] for branch in request.branches if branch.messages]
         if request.messages:
-            main, forks = self._forks(self._turns(request.messages), turns)
+            main, forks = self._forks(self._turns(request.messages)[0], turns)
         else:
             main = self._encode("main", request.main, first=True) if request.main else []
             forks = [self._encode("messages", self._render(own, True), first=not main) for own in turns]
@@ -196,65 +203,71 @@ class RequestPreprocessor:
             for index, branch in enumerate(request.branches)
         ]
 
-    def _forks(self, turns: list[Turn], branches: Sequence[list[Turn]]) -> tuple[list[int], list[list[int]]]:
+    def _forks(
+        self, turns: list[Turn], branches: Sequence[list[Turn]], tools: Sequence[JsonTool] = ()
+    ) -> tuple[list[int], list[list[int]]]:
         """Token ids of a conversation, and of what each branch adds to it, with the header of the answer.
 
         The conversation ends before the turns of the branches; for a template that renders it differently
         without them, before their contents.
         """
-        whole = encode_texts(self.tokenizer, [self._render(turns + branch, True) for branch in branches])
+        whole = encode_texts(
+            self.tokenizer, [self._render(turns + branch, True, tools) for branch in branches]
+        )
         try:
-            (stem,) = encode_texts(self.tokenizer, [self._render(turns, False)])
+            (stem,) = encode_texts(self.tokenizer, [self._render(turns, False, tools)])
         except pm.UserError:  # a template that refuses the conversation without a question
             stem = []
         if not stem or common_beginning([stem, *whole]) != stem:
             one, other = encode_texts(
-                self.tokenizer, [self._render(turns + probe, True) for probe in _PROBES]
+                self.tokenizer, [self._render(turns + probe, True, tools) for probe in _PROBES]
             )
             stem = common_beginning([one, other])[:-1]  # a content may change how the last token is tokenized
         main = common_beginning([stem, *(ids[:-1] for ids in whole)])
         return main, [ids[len(main) :] for ids in whole]
 
-    def _conversation(self, request: ChatRequest) -> tuple[list[int], list[int]]:
+    def _conversation(self, turns: Sequence[Turn], tools: Sequence[JsonTool]) -> tuple[list[int], list[int]]:
         """Token ids of the conversation, and of the header of the assistant's turn.
 
         Together they are those of `apply_chat_template`: the template has written all special tokens.
         """
-        without_header, ids = encode_texts(self.tokenizer, self._render_messages(request))
+        texts = [self._render(turns, header, tools) for header in (False, True)]
+        without_header, ids = encode_texts(self.tokenizer, texts)
         length = len(without_header)
         if not 0 < length < len(ids) or ids[:length] != without_header:
             length = len(ids) - 1  # the conversation is rendered or tokenised differently without the header
         return ids[:length], ids[length:]
 
-    def _render_messages(self, request: ChatRequest) -> list[str]:
-        """The conversation by the model's template, without and with the header of the assistant's turn."""
-        turns = self._turns(request.messages)
-        return [self._render(turns, header) for header in (False, True)]
-
-    def _turns(self, messages: Sequence[Message]) -> list[Turn]:
-        """The messages as the template takes them. Raises UserError for a name that it does not read."""
-        turns = [
-            message.model_dump(include={"role", "name"}, exclude_none=True) | {"content": message.text}
-            for message in messages
-        ]
+    def _turns(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = ()
+    ) -> tuple[list[Turn], list[JsonTool]]:
+        """The messages and tools as the template takes them. Raises UserError for a name that it ignores."""
+        turns, shown = self._tool_prompts.turns([message.as_turn() for message in messages], tools)
+        first = len(turns) - len(messages)  # a prompt of ours may stand before them
         for index, turn in enumerate(turns):
-            if "name" in turn:
+            if "name" in turn and turn["role"] != "tool":
                 nameless = [*turns]
                 nameless[index] = {field: value for field, value in turn.items() if field != "name"}
-                if self._render(nameless, False) == self._render(turns, False):
+                if self._render(nameless, False, shown) == self._render(turns, False, shown):
                     raise pm.UserError(
-                        f"messages[{index}].name={turn['name']!r}: the model's chat template does not read "
-                        "names; leave it out, or write it into the content"
+                        f"messages[{index - first}].name={turn['name']!r}: the model's chat template does "
+                        "not read names; leave it out, or write it into the content"
                     )
-        return turns
+        return turns, shown
 
-    def _render(self, turns: Sequence[Turn], header: bool) -> str:
-        """The conversation by the model's template. header: whether the assistant's turn begins after it."""
+    def _render(self, turns: Sequence[Turn], header: bool, tools: Sequence[JsonTool] = ()) -> str:
+        """The conversation by the model's template. header: whether the assistant's turn begins after it.
+
+        tools: for a template that shows them to the model.
+        """
         if not self.tokenizer.chat_template:
             raise pm.UserError("messages: the model has no chat template; use /v1/completions")
+        shown: dict[str, Any] = {"tools": list(tools)} if tools else {}
         try:
             return str(
-                self.tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=header)
+                self.tokenizer.apply_chat_template(
+                    list(turns), tokenize=False, add_generation_prompt=header, **shown
+                )
             )
         except Exception as error:  # a template is a program of the model and may raise anything
             raise pm.UserError(

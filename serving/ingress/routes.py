@@ -41,6 +41,7 @@ from serving.protocol.openai_response import (
 )
 from serving.protocol.responses import ResponsesRequest
 from serving.protocol.responses_response import ResponsesFormatter, response_events, whole_response
+from serving.protocol.tool_calls import ToolChatFormatter
 
 _WEB_DIR = Path(__file__).parents[1] / "web"
 _PAGE_HEADERS = {
@@ -114,7 +115,12 @@ def _add_openai_routes(
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation n times; no answer depends on another one."""
         work = await preprocessor.run(preprocessor.chat, body, await body_bytes(request))
-        return await _respond(engines, body, work, ChatFormatter(work.id, body.model, vocabulary))
+        formatter = ChatFormatter(work.id, body.model, vocabulary)
+        if body.shown_tools:
+            names = [tool.function.name for tool in body.shown_tools]
+            only_one = not body.parallel_tool_calls
+            formatter = ToolChatFormatter(work.id, body.model, vocabulary, names, only_one)
+        return await _respond(engines, body, work, formatter)
 
     @app.post("/v1/responses", response_model=None)
     async def responses(body: ResponsesRequest, request: Request) -> Response:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from serving.protocol.fields import Items, Text
 from serving.protocol.openai import Message, Sampling, Usage
+from serving.protocol.structured import Structured
 
 
 class BranchSettings(Sampling):
@@ -24,6 +25,7 @@ class BranchSettings(Sampling):
     def given_sampling_fields(self) -> dict[str, Any]:
         """The settings that the request holds."""
         given = {"max_new_tokens" if name == "max_tokens" else name for name in self.model_fields_set}
+        given |= {"grammar"} if given & Structured.model_fields.keys() else set()
         return {name: value for name, value in self.all_sampling_fields().items() if name in given}
 
 

@@ -16,10 +16,11 @@ class StrictRequest(BaseModel):
     @classmethod
     def _keep_one_unknown_field(cls, value: Any) -> Any:
         """Report the first unknown field only, as `Items` does."""
-        unknown = [name for name in value if name not in cls.model_fields] if isinstance(value, dict) else []
+        known = [field.alias or name for name, field in cls.model_fields.items()]
+        unknown = [name for name in value if name not in known] if isinstance(value, dict) else []
         if not unknown:
             return value
-        return {name: value[name] for name in [*cls.model_fields, unknown[0]] if name in value}
+        return {name: value[name] for name in [*known, unknown[0]] if name in value}
 
 
 def _refuse(value: Any) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field, ValidationInfo, field_validator, model_validator
 
@@ -23,6 +23,8 @@ from serving.protocol.fields import (
     Texts,
     Unsupported,
 )
+from serving.protocol.structured import Structured
+from serving.protocol.tools import ToolCall, ToolFields
 
 
 class StreamOptions(StrictRequest):
@@ -30,7 +32,7 @@ class StreamOptions(StrictRequest):
     include_obfuscation: Ignored = None
 
 
-class Sampling(StrictRequest):
+class Sampling(Structured):
     """Sampling settings of all requests, with OpenAI's defaults.
 
     The second group of fields is not part of OpenAI's format, but many servers have it.
@@ -55,7 +57,8 @@ class Sampling(StrictRequest):
 
     def sampling_fields(self, max_new_tokens: int, logprobs: int | None) -> dict[str, Any]:
         """The settings as fields of `pm.SamplingParams`."""
-        fields = {name: getattr(self, name) for name in Sampling.model_fields}
+        own = [name for name in Sampling.model_fields if name not in Structured.model_fields]
+        fields = {name: getattr(self, name) for name in own} | {"grammar": self.grammar}
         fields |= {"stop": self.stop or [], "logit_bias": self.logit_bias or {}}
         return {**fields, "max_new_tokens": max_new_tokens, "logprobs": logprobs}
 
@@ -159,15 +162,19 @@ ContentPart = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
 
 
 class Message(StrictRequest):
-    """A turn of a conversation, also as clients send back what they have received."""
+    """A turn of a conversation, also as clients send back what they have received.
 
-    role: Literal["system", "developer", "user", "assistant"]
+    tool_calls: of an answer. tool_call_id: of the call whose result a message with the role tool holds.
+    """
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Str | Items[ContentPart] = ""
     name: Str | None = None
     refusal: Str | None = None
     annotations: Ignored = None
     parsed: Ignored = None
-    tool_calls: Unsupported = None
+    tool_calls: Items[ToolCall] | None = None
+    tool_call_id: Str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -179,6 +186,22 @@ class Message(StrictRequest):
         kept = {name: item for name, item in value.items() if item is not None}
         return kept if is_answer else {"content": None, **kept}
 
+    @model_validator(mode="after")
+    def _require_parts(self) -> Self:
+        if (self.role == "tool") != (self.tool_call_id is not None):
+            raise ValueError("the role tool and tool_call_id belong together; give both, or neither")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("only an assistant has tool_calls; leave them out")
+        return self
+
+    def as_turn(self) -> dict[str, Any]:
+        """The message as chat templates take it."""
+        turn: dict[str, Any] = {"role": self.role, "content": self.text}
+        turn |= {name: getattr(self, name) for name in ("name", "tool_call_id") if getattr(self, name)}
+        if self.tool_calls:
+            turn["tool_calls"] = [call.as_turn() for call in self.tool_calls]
+        return turn
+
     @property
     def text(self) -> str:
         """The content, or the refusal of an answer without one."""
@@ -187,11 +210,7 @@ class Message(StrictRequest):
         return "".join(part.text for part in self.content)
 
 
-class ResponseFormat(StrictRequest):
-    type: Literal["text"]
-
-
-class ChatRequest(OpenAIRequest):
+class ChatRequest(ToolFields, OpenAIRequest):
     """The conversation is answered n times.
 
     questions: turns of the user, of which each follows the conversation on its own; all are answered.
@@ -203,12 +222,9 @@ class ChatRequest(OpenAIRequest):
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = None
-    response_format: ResponseFormat | None = None
     modalities: Items[Literal["text"]] | None = None
     reasoning_effort: Ignored = None
     verbosity: Ignored = None
-    tools: Unsupported = None
-    tool_choice: Literal["none", "auto"] | None = None
     functions: Unsupported = None
     function_call: Literal["none", "auto"] | None = None
     audio: Unsupported = None

@@ -134,7 +134,10 @@ def test_a_turn_that_would_be_read_otherwise_is_refused_by_name(
         ({"stop": [None]}, "stop[0]=null: should be a valid string"),
         ({"stream": "yes"}, 'stream="yes": should be a valid boolean'),
         ({"stream_options": [1]}, "stream_options=[1]: should be an object"),
-        ({"response_format": {"type": 5}}, 'response_format.type=5: should be "text"'),
+        (
+            {"response_format": {"type": 5}},
+            'response_format.type=5: should be "text", "json_object" or "json_schema"',
+        ),
         ({"messages": "who"}, 'messages="who": should be an array'),
         ({"stop": [""]}, 'stop=[""]: give a list of texts, none of them empty'),
         ({"model": "it's"}, 'model="it\'s": not served here; use tiny, base'),
