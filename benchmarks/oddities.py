@@ -12,14 +12,17 @@ _ADD_BRANCH = f"/v1/branches/{LIVE}/branches"
 _COMPLETION = """{"model": "base", "prompt": ["The sky is", [5, 6, 7]], "max_tokens": 4, "n": 2, "seed": 1,
     "temperature": 0.8, "top_p": 0.9, "top_k": 40, "min_p": 0.01, "repetition_penalty": 1.1,
     "stop": ["x", "\\n"], "logit_bias": {"5": 1, "6": -1.5}, "logprobs": 2, "ignore_eos": true,
-    "stream": true, "stream_options": {"include_usage": true}, "user": "me"}"""
+    "stream": true, "stream_options": {"include_usage": true}, "user": "me",
+    "main": "At dusk. ", "visibility": "isolated"}"""
 _CHAT = """{"model": "base", "max_completion_tokens": 4, "n": 2, "logprobs": true, "top_logprobs": 3,
     "seed": 1, "messages": [
     {"role": "system", "content": "Be brief.", "name": "me"},
-    {"role": "user", "content": [{"type": "text", "text": "Name a colour."}]}]}"""
+    {"role": "user", "content": [{"type": "text", "text": "Name a colour."}]}],
+    "questions": ["Why?", "And why not?"]}"""
 _BRANCHES = """{"model": "base", "main": "The sea", "reduce": " So", "stream": true, "temperature": 1,
     "max_tokens": 4, "branches": [
-    {"text": " is", "seed": 1, "logprobs": 3}, {"text": [5, 6], "stop": "x", "max_tokens": 2}]}"""
+    {"text": " is", "seed": 1, "logprobs": 3}, {"text": [5, 6], "stop": "x", "max_tokens": 2},
+    " was", {"role": "user", "content": "Who?"}]}"""
 VALID: dict[str, dict[str, Any]] = {
     "/v1/completions": json.loads(_COMPLETION),
     "/v1/chat/completions": json.loads(_CHAT),

@@ -51,30 +51,33 @@ SegmentOrText = Annotated[
 
 
 class Branch(BranchSettings):
-    """A branch of main. It begins with a text, or with messages and the header of an answer.
-
-    A text, a message or a list of messages stands for a branch without settings of its own.
-    """
+    """A branch of main. It begins with a text, or with messages and the header of an answer."""
 
     text: Text | None = None
     messages: Items[Message] | None = Field(None, min_length=1)
     branches: Items[SegmentOrText] = Field([])
     reduce: SegmentOrText | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _from_prompt(cls, value: Any) -> Any:
-        if isinstance(value, dict) and "role" in value:
-            return {"messages": [value]}
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            return {"messages": value}
-        return _as_segment(value)
-
     @model_validator(mode="after")
     def _require_one_prompt(self) -> Self:
         if (self.text is None) == (self.messages is None):
             raise ValueError("give text or messages, one of them")
         return self
+
+
+def _as_branch(value: Any) -> Any:
+    """A text, token ids, a message or a list of messages as a branch without settings of its own."""
+    if isinstance(value, dict) and "role" in value:
+        return {"messages": [value]}
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return {"messages": value}
+    return _as_segment(value)
+
+
+BranchOrPrompt = Annotated[
+    Branch,
+    BeforeValidator(_as_branch, json_schema_input_type=Branch | str | list[int] | Message | list[Message]),
+]
 
 
 class BranchesRequest(BranchSettings):
@@ -86,7 +89,7 @@ class BranchesRequest(BranchSettings):
     model: str
     main: Text = ""
     messages: Items[Message] | None = Field(None, min_length=1)
-    branches: Items[Branch] = Field(min_length=1)
+    branches: Items[BranchOrPrompt] = Field(min_length=1)
     reduce: SegmentOrText | None = None
     stream: bool = False
 
