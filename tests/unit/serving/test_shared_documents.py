@@ -38,8 +38,8 @@ IGNORE_EOS = {"ignore_eos": True}
 
 def connect(app: ASGIApp) -> AsyncOpenAI:
     """OpenAI's own client."""
-    http = httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://test")
-    return AsyncOpenAI(base_url="http://test/v1", api_key="none", http_client=http, max_retries=0)
+    http = httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://127.0.0.1")
+    return AsyncOpenAI(base_url="http://127.0.0.1/v1", api_key="none", http_client=http, max_retries=0)
 
 
 async def ask_whole_prompts(client: AsyncOpenAI, questions: list[str]) -> list[str]:
