@@ -1,7 +1,8 @@
 // Attention of a step's tokens over the slots of a paged KV cache, for processors.
 //
-// A span is a set of queries of one sample and the block tables that they read. A query is in at most one span of
-// each level. It has one partial result for each level, as in FlashDecoding; they are merged at the end.
+// A span is a set of queries of one sample and the block tables that they read. A query may be in several spans, of
+// different keys, and the keys of a span with few queries are divided into ranges. A query has a partial result for
+// each range, as in FlashDecoding; they are merged at the end.
 // Within a span the softmax is computed online (Milakov & Gimelshein, "Online normalizer calculation for
 // softmax", 2018). Sums are float32.
 
@@ -9,7 +10,11 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
+#include <utility>
 #include <vector>
+
+#include <omp.h>
 
 #include "kernels.h"
 #include "numbers.h"
@@ -19,13 +24,17 @@ namespace {
 
 constexpr int TILE = 64;      // keys that are read together
 constexpr int CHUNK = 16;     // queries of one task
+constexpr int RANGE = 512;    // keys of one range, at least
+constexpr int MAX_RANGES = 8;
+constexpr int FEW_PARTS = 8;  // up to here, the heads of a span are tasks of their own
 constexpr int FEW_ROWS = 8;   // up to here, keys are not transposed
 constexpr int MAX_DIM = 1024;
 constexpr int VECTORS = TILE / LANES;
 
-struct Task {  // the queries `first` to `last` of a span, and the query heads of one KV head
-  int64_t span, first, last;
-  int32_t head;
+// Queries `first` to `last` of a span on its keys `first_key` to `last_key`, for the KV heads `head` to `last_head`.
+struct Task {
+  int64_t span, range, first, last, first_key, last_key;
+  int32_t head, last_head;
 };
 
 // Keys of a tile, with what visibility depends on. Behind the last key there is padding, which nothing sees.
@@ -37,46 +46,88 @@ struct Keys {
   int vectors() const { return (count + LANES - 1) / LANES; }
 };
 
-// Reads the keys of a block table tile by tile.
+// Reads the keys `first` to `last` of a span tile by tile.
 class Reader {
  public:
-  Reader(const Step& step, int64_t table)
-      : step(step), blocks(step.blocks + step.tables[table] * step.width),
-        ends(step.ends + step.tables[table] * step.width), num_keys(step.num_keys[table]) {}
+  Reader(const Step& step, int64_t span, int64_t first, int64_t last)
+      : step(&step), table(step.table_start[span]), next(first), left(last - first) {
+    while (left && next >= step.num_keys[table]) next -= step.num_keys[table++];
+  }
 
-  // The next keys; none at the end.
+  // The next keys, all of one table; none at the end.
   Keys read() {
     Keys keys;
-    keys.count = std::min<int64_t>(TILE, num_keys - next);
+    while (left && next == step->num_keys[table]) table++, next = block = 0;
+    keys.count = left ? std::min<int64_t>({TILE, left, step->num_keys[table] - next}) : 0;
     if (keys.count == 0) return keys;
+    const int64_t row = step->tables[table] * step->width;
+    const int32_t *blocks = step->blocks + row, *ends = step->ends + row;
     for (int k = 0; k < keys.count;) {
+      while (ends[block] <= next) block++;
       const int64_t first = block ? ends[block - 1] : 0, last = std::min<int64_t>(ends[block], next + keys.count - k);
-      int32_t slot = blocks[block] * step.block + next - first;
+      int32_t slot = blocks[block] * step->block + next - first;
       for (; next < last; next++) keys.slot[k++] = slot++;
-      if (next == ends[block]) block++;
     }
+    left -= keys.count;
+    describe(keys);
+    return keys;
+  }
+
+ private:
+  const Step* step;
+  int64_t table, next, left, block = 0;
+
+  void describe(Keys& keys) const {
     const int padded = keys.vectors() * LANES;
     std::fill(keys.slot + keys.count, keys.slot + padded, keys.slot[keys.count - 1]);
     for (int k = 0; k < padded; k++) {
-      keys.time[k] = k < keys.count ? step.slot_time[keys.slot[k]] : INT32_MAX;
-      keys.segment[k] = step.slot_segment[keys.slot[k]];
+      keys.time[k] = k < keys.count ? step->slot_time[keys.slot[k]] : INT32_MAX;
+      keys.segment[k] = step->slot_segment[keys.slot[k]];
     }
     keys.earliest = *std::min_element(keys.time, keys.time + keys.count);
     keys.latest = *std::max_element(keys.time, keys.time + padded);
     keys.one_segment =
         std::all_of(keys.segment, keys.segment + keys.count, [&](int32_t other) { return other == keys.segment[0]; });
-    return keys;
   }
-
- private:
-  const Step& step;
-  const int32_t *blocks, *ends;
-  const int64_t num_keys;
-  int64_t next = 0, block = 0;
 };
 
 struct Buffers {  // of one thread: words of queries, keys and values, scores, and weights
   std::vector<float> queries, keys, values, scores, weights;
+};
+
+// Which partial results there are: one for each query of a span, range of its keys, and query head.
+struct Parts {
+  struct Place {
+    int64_t span, query;  // the number of the query in the span
+  };
+  std::vector<int64_t> start, ranges;  // [spans] queries in all ranges of the spans before, and number of ranges
+  std::vector<int64_t> place_start;    // [tokens + 1] first entry in `places`
+  std::vector<Place> places;           // of every token
+  int64_t count = 0;                   // of queries in all ranges
+
+  explicit Parts(const Step& step) : start(step.spans), ranges(step.spans, 1), place_start(step.tokens + 1) {
+    for (int64_t span = 0; span < step.spans; span++) {
+      start[span] = count;
+      const int64_t most = num_queries(step, span) <= CHUNK ? MAX_RANGES : 1;
+      ranges[span] = std::clamp<int64_t>(num_keys(step, span) / RANGE, 1, most);
+      count += ranges[span] * num_queries(step, span);
+      for (int64_t i = step.query_start[span]; i < step.query_start[span + 1]; i++) place_start[step.queries[i] + 1]++;
+    }
+    std::partial_sum(place_start.begin(), place_start.end(), place_start.begin());
+    places.resize(place_start.back());
+    std::vector<int64_t> next(place_start.begin(), place_start.end() - 1);
+    for (int64_t span = 0; span < step.spans; span++)
+      for (int64_t i = 0; i < num_queries(step, span); i++)
+        places[next[step.queries[step.query_start[span] + i]]++] = {span, i};
+  }
+
+  static int64_t num_queries(const Step& step, int64_t span) {
+    return step.query_start[span + 1] - step.query_start[span];
+  }
+  static int64_t num_keys(const Step& step, int64_t span) {
+    const int32_t *first = step.num_keys + step.table_start[span], *last = step.num_keys + step.table_start[span + 1];
+    return std::accumulate(first, last, int64_t(0));
+  }
 };
 
 template <typename T>
@@ -84,24 +135,17 @@ class Attention {
  public:
   Attention(const Step& step, const Layer& layer)
       : step(step), layer(layer), group(layer.heads / layer.kv_heads), width(padded_words<T>(layer.dim)),
-        columns((layer.value_dim + LANES - 1) / LANES * LANES), rows(step.tokens * layer.heads) {
+        columns((layer.value_dim + LANES - 1) / LANES * LANES), parts(step) {
     static thread_local std::vector<float> buffer;
-    const int64_t parts = step.levels * rows;
-    buffer.assign(parts * (columns + 2), 0.f);
+    const int64_t rows = parts.count * layer.heads;
+    if (int64_t(buffer.size()) < rows * (columns + 2)) buffer.resize(rows * (columns + 2));
     out = buffer.data();
-    total = out + parts * columns;
-    largest = total + parts;
-    std::fill(largest, largest + parts, -INFINITY);
+    total = out + rows * columns;
+    largest = total + rows;
+    add_tasks();
   }
 
-  std::vector<Task> tasks() const {
-    std::vector<Task> tasks;
-    for (int64_t span = 0; span < step.spans; span++)
-      for (int64_t first = step.query_start[span]; first < step.query_start[span + 1]; first += CHUNK)
-        for (int32_t head = 0; head < layer.kv_heads; head++)
-          tasks.push_back({span, first, std::min<int64_t>(first + CHUNK, step.query_start[span + 1]), head});
-    return tasks;
-  }
+  size_t num_tasks() const { return tasks.size(); }
 
   // Write key and value of a token to the cache.
   void write(int64_t token) const {
@@ -116,48 +160,18 @@ class Attention {
     }
   }
 
-  // The partial results of a task's rows: its queries times the query heads of its KV head.
-  void attend(const Task& task) const {
+  // The partial results of a task.
+  void attend(size_t number) const {
     thread_local Buffers buffers;
-    const int64_t count = rows_of(task);
-    buffers.queries.resize(count * width);
-    buffers.keys.resize(width * TILE);
-    buffers.values.resize(TILE * columns);
-    buffers.scores.resize(count * TILE);
-    buffers.weights.resize(count * TILE);
-    for (int64_t r = 0; r < count; r++) {
-      const T* query = (const T*)layer.query + query_of(task, r) * layer.query_token + head_of(task, r) * layer.query_head;
-      float* to = &buffers.queries[r * width];
-      const float* words = words_of(query, layer.dim, width, to);
-      if (words != to) std::copy(words, words + width, to);
-    }
-    for (int64_t table = step.table_start[task.span]; table < step.table_start[task.span + 1]; table++) {
-      Reader reader(step, table);
-      Keys keys = reader.read(), following;
-      while (keys.count) {
-        following = reader.read();
-        prefetch(task.head, following);
-        if (is_seen(task, keys)) attend(task, keys, buffers);
-        keys = following;
-      }
-    }
+    const Task& task = tasks[number];
+    begin(task, buffers);
+    Reader reader(step, task.span, task.first_key, task.last_key);
+    for (Keys keys = reader.read(); keys.count; keys = reader.read()) attend(task, keys, buffers);
   }
 
-  // Merge the partial results of a row.
-  void finish(int64_t row) const {
-    float most = layer.sinks ? layer.sinks[row % layer.heads] : -INFINITY;  // a sink is a key whose value is zero
-    for (int64_t part = row; part < step.levels * rows; part += rows) most = std::max(most, largest[part]);
-    float sum = layer.sinks ? std::exp(layer.sinks[row % layer.heads] - most) : 0.f;
-    float* merged = out + row * columns;  // the result of the first level
-    for (int64_t part = row; part < step.levels * rows; part += rows) {
-      const float weight = total[part] == 0.f ? 0.f : std::exp(largest[part] - most);
-      sum += total[part] * weight;
-      for (int d = 0; d < columns; d++)
-        merged[d] = part == row ? merged[d] * weight : merged[d] + out[part * columns + d] * weight;
-    }
-    const float scale = sum == 0.f ? 0.f : 1.f / sum;  // padding sees nothing
-    T* to = (T*)layer.out + row * layer.value_dim;
-    for (int d = 0; d < layer.value_dim; d++) store(to + d, merged[d] * scale);
+  // Merge the partial results of a token's query heads.
+  void finish(int64_t token) const {
+    for (int64_t head = 0; head < layer.heads; head++) finish(token, head);
   }
 
  private:
@@ -166,14 +180,78 @@ class Attention {
   const int group;          // query heads of one KV head
   const int width;          // words of a query or key
   const int columns;        // floats of an accumulated value
-  const int64_t rows;       // of one level
-  float *out, *total, *largest;  // [levels, tokens, heads, columns], and twice [levels, tokens, heads]
+  const Parts parts;
+  std::vector<Task> tasks;
+  float *out, *total, *largest;  // [parts, heads, columns], and twice [parts, heads]
+
+  void add_tasks() {
+    for (int64_t span = 0; span < step.spans; span++) {
+      const int64_t keys = Parts::num_keys(step, span), ranges = parts.ranges[span], end = step.query_start[span + 1];
+      const bool is_small = parts.count > FEW_PARTS && Parts::num_queries(step, span) * group <= FEW_ROWS;
+      const int64_t heads = is_small ? layer.kv_heads : 1;
+      for (int64_t range = 0; range < ranges; range++)
+        for (int64_t first = step.query_start[span]; first < end; first += CHUNK)
+          for (int32_t head = 0; head < layer.kv_heads; head += heads)
+            tasks.push_back({span, range, first, std::min(first + CHUNK, end), keys * range / ranges,
+                             keys * (range + 1) / ranges, head, int32_t(std::min(head + heads, layer.kv_heads))});
+    }
+  }
+
+  // Read the queries, and clear the partial results.
+  void begin(const Task& task, Buffers& buffers) const {
+    const int64_t count = rows_of(task);
+    buffers.queries.resize(count * width * (task.last_head - task.head));
+    buffers.keys.resize(width * TILE);
+    buffers.values.resize(TILE * columns);
+    buffers.scores.resize(count * TILE);
+    buffers.weights.resize(count * TILE);
+    float* to = buffers.queries.data();
+    for (int32_t head = task.head; head < task.last_head; head++)
+      for (int64_t r = 0; r < count; r++, to += width) {
+        const int64_t at = query_of(task, r) * layer.query_token + head_of(head, r) * layer.query_head;
+        const T* query = (const T*)layer.query + at;
+        const float* words = words_of(query, layer.dim, width, to);
+        if (words != to) std::copy(words, words + width, to);
+        const int64_t part = part_of(task, head, r);
+        std::fill(out + part * columns, out + (part + 1) * columns, 0.f);
+        total[part] = 0.f;
+        largest[part] = -INFINITY;
+      }
+  }
+
+  void finish(int64_t token, int64_t head) const {
+    const auto each = [&](auto use) {
+      for (int64_t i = parts.place_start[token]; i < parts.place_start[token + 1]; i++)
+        for (int64_t range = 0; range < parts.ranges[parts.places[i].span]; range++)
+          use(part_of(parts.places[i].span, range, parts.places[i].query, head));
+    };
+    float most = layer.sinks ? layer.sinks[head] : -INFINITY;  // a sink is a key whose value is zero
+    each([&](int64_t part) { most = std::max(most, largest[part]); });
+    float sum = layer.sinks ? std::exp(layer.sinks[head] - most) : 0.f;
+    thread_local std::vector<float> merged;
+    merged.assign(columns, 0.f);
+    each([&](int64_t part) {
+      const float weight = total[part] == 0.f ? 0.f : std::exp(largest[part] - most);
+      sum += total[part] * weight;
+      for (int d = 0; d < columns; d++) merged[d] += out[part * columns + d] * weight;
+    });
+    const float scale = sum == 0.f ? 0.f : 1.f / sum;  // padding sees nothing
+    T* to = (T*)layer.out + (token * layer.heads + head) * layer.value_dim;
+    for (int d = 0; d < layer.value_dim; d++) store(to + d, merged[d] * scale);
+  }
 
   int64_t rows_of(const Task& task) const { return (task.last - task.first) * group; }
   int64_t query_of(const Task& task, int64_t row) const { return step.queries[task.first + row / group]; }
-  int64_t head_of(const Task& task, int64_t row) const { return task.head * group + row % group; }
-  int64_t part_of(const Task& task, int64_t row) const {
-    return step.level[task.span] * rows + query_of(task, row) * layer.heads + head_of(task, row);
+  int64_t head_of(int32_t head, int64_t row) const { return head * group + row % group; }
+  int64_t part_of(const Task& task, int32_t head, int64_t row) const {
+    const int64_t query = task.first + row / group - step.query_start[task.span];
+    return part_of(task.span, task.range, query, head_of(head, row));
+  }
+  // The results of a task are side by side: no other thread writes to their cache lines.
+  int64_t part_of(int64_t span, int64_t range, int64_t query, int64_t head) const {
+    const int64_t queries = Parts::num_queries(step, span);
+    const int64_t first = (parts.start[span] + range * queries) * layer.heads;
+    return first + (head / group * queries + query) * group + head % group;
   }
   const T* key_of(int64_t slot, int head) const {
     return (const T*)layer.key_pool + (slot * layer.kv_heads + head) * layer.dim;
@@ -182,12 +260,19 @@ class Attention {
     return (const T*)layer.value_pool + (slot * layer.kv_heads + head) * layer.value_dim;
   }
 
-  void prefetch(int head, const Keys& keys) const {
+  // Bring the keys and values into the processor's cache: many loads at once, which wait for memory together.
+  void fetch(const Task& task, const Keys& keys) const {
+    const int64_t heads = task.last_head - task.head;
+    int sum = 0;
     for (int k = 0; k < keys.count; k++) {
-      const char *key = (const char*)key_of(keys.slot[k], head), *value = (const char*)value_of(keys.slot[k], head);
-      for (int64_t at = 0; at < int64_t(layer.dim * sizeof(T)); at += 64) __builtin_prefetch(key + at);
-      for (int64_t at = 0; at < int64_t(layer.value_dim * sizeof(T)); at += 64) __builtin_prefetch(value + at);
+      const char* key = (const char*)key_of(keys.slot[k], task.head);
+      for (int64_t at = 0; at < int64_t(heads * layer.dim * sizeof(T)); at += 64) sum += key[at];
     }
+    for (int k = 0; k < keys.count; k++) {
+      const char* value = (const char*)value_of(keys.slot[k], task.head);
+      for (int64_t at = 0; at < int64_t(heads * layer.value_dim * sizeof(T)); at += 64) sum += value[at];
+    }
+    asm volatile("" : : "r"(sum));
   }
 
   bool is_seen(const Task& task, const Keys& keys) const {
@@ -208,7 +293,8 @@ class Attention {
     if ((is_scored && !keys.one_segment) || step.window || step.chunk) return false;
     for (int64_t i = task.first; i < task.last; i++) {
       const int64_t query = step.queries[i];
-      if (keys.latest >= step.token_time[query] || (is_scored && table(task, query)[keys.segment[0]] != 0.f)) return false;
+      const bool is_biased = is_scored && table(task, query)[keys.segment[0]] != 0.f;
+      if (is_biased || keys.latest >= step.token_time[query]) return false;
     }
     return true;
   }
@@ -230,36 +316,43 @@ class Attention {
   }
 
   void attend(const Task& task, const Keys& keys, Buffers& buffers) const {
-    score(task, keys, buffers);
+    if (!is_seen(task, keys)) return;
+    if (rows_of(task) <= FEW_ROWS) fetch(task, keys);
     const bool plain = is_plain(task, keys);
+    for (int32_t head = task.head; head < task.last_head; head++) attend(task, keys, head, plain, buffers);
+  }
+
+  void attend(const Task& task, const Keys& keys, int32_t head, bool plain, Buffers& buffers) const {
+    const float* queries = &buffers.queries[(head - task.head) * rows_of(task) * width];
+    score(queries, rows_of(task), keys, head, buffers);
     Vec biases[VECTORS];
     for (int64_t r = 0; r < rows_of(task); r++) {
       if (!plain && r % group == 0) add_biases(task, keys, query_of(task, r), biases);
-      weigh(&buffers.scores[r * TILE], plain ? nullptr : biases, keys.vectors(), part_of(task, r),
+      weigh(&buffers.scores[r * TILE], plain ? nullptr : biases, keys.vectors(), part_of(task, head, r),
             &buffers.weights[r * TILE]);
     }
-    load_values(task, keys, buffers.values.data());
-    accumulate(task, (keys.count + PER<T> - 1) / PER<T>, buffers);
+    load_values(head, keys, buffers.values.data());
+    accumulate(task, head, (keys.count + PER<T> - 1) / PER<T>, buffers);
   }
 
   // scores[row, key] = query . key
-  void score(const Task& task, const Keys& keys, Buffers& buffers) const {
-    const int64_t count = rows_of(task);
-    if (count > FEW_ROWS) return score_many(task, keys, buffers);
-    alignas(64) float copy[MAX_DIM];
-    for (int k = 0; k < keys.vectors() * LANES; k++) {
-      const float* key = words_of(key_of(keys.slot[k], task.head), layer.dim, width, copy);
-      for (int64_t r = 0; r < count; r++) buffers.scores[r * TILE + k] = dot(&buffers.queries[r * width], key);
-    }
-  }
-
-  void score_many(const Task& task, const Keys& keys, Buffers& buffers) const {
-    const int64_t count = rows_of(task);
+  void score(const float* queries, int64_t count, const Keys& keys, int32_t head, Buffers& buffers) const {
+    if (count > FEW_ROWS) return score_many(queries, count, keys, head, buffers);
     alignas(64) float copies[LANES][MAX_DIM];
     for (int k = 0; k < keys.vectors() * LANES; k += LANES) {
       const float* rows[LANES];
       for (int i = 0; i < LANES; i++)
-        rows[i] = words_of(key_of(keys.slot[k + i], task.head), layer.dim, width, copies[i]);
+        rows[i] = words_of(key_of(keys.slot[k + i], head), layer.dim, width, copies[i]);
+      for (int64_t r = 0; r < count; r++) put(&buffers.scores[r * TILE + k], dots(queries + r * width, rows));
+    }
+  }
+
+  void score_many(const float* queries, int64_t count, const Keys& keys, int32_t head, Buffers& buffers) const {
+    alignas(64) float copies[LANES][MAX_DIM];
+    for (int k = 0; k < keys.vectors() * LANES; k += LANES) {
+      const float* rows[LANES];
+      for (int i = 0; i < LANES; i++)
+        rows[i] = words_of(key_of(keys.slot[k + i], head), layer.dim, width, copies[i]);
       for (int w = 0; w < width; w += LANES) {
         Vec block[LANES];
         for (int i = 0; i < LANES; i++) block[i] = load(rows[i] + w);
@@ -268,14 +361,16 @@ class Attention {
       }
     }
     int64_t r = 0;
-    for (; r + 6 <= count; r += 6) score_rows<6>(&buffers.queries[r * width], buffers, r);
-    for (; r < count; r++) score_rows<1>(&buffers.queries[r * width], buffers, r);
+    for (; r + 6 <= count; r += 6) score_rows<6>(queries + r * width, buffers, r);
+    for (; r < count; r++) score_rows<1>(queries + r * width, buffers, r);
   }
 
-  float dot(const float* query, const float* key) const {
-    Vec sums = {};
-    for (int w = 0; w < width; w += LANES) sums = multiply_add<T>(sums, load(query + w), load(key + w));
-    return sum(sums);
+  // The products of a query with 16 keys.
+  Vec dots(const float* query, const float* const (&keys)[LANES]) const {
+    Vec sums[LANES] = {};
+    for (int w = 0; w < width; w += LANES)
+      for (int i = 0; i < LANES; i++) sums[i] = multiply_add<T>(sums[i], load(query + w), load(keys[i] + w));
+    return lane_sums(sums);
   }
 
   template <int ROWS>
@@ -323,27 +418,27 @@ class Attention {
     total[part] += sum(sums);
   }
 
-  void load_values(const Task& task, const Keys& keys, float* values) const {
+  void load_values(int32_t head, const Keys& keys, float* values) const {
     for (int k = 0; k < keys.count; k += PER<T>) {
-      const T *even = value_of(keys.slot[k], task.head),
-              *odd = value_of(keys.slot[std::min(k + 1, keys.count - 1)], task.head);
+      const T *even = value_of(keys.slot[k], head),
+              *odd = value_of(keys.slot[std::min(k + 1, keys.count - 1)], head);
       interleave(even, odd, layer.value_dim, columns, values + k / PER<T> * columns);
     }
   }
 
   // out[row] += weights[row] * values
-  void accumulate(const Task& task, int words, Buffers& buffers) const {
+  void accumulate(const Task& task, int32_t head, int words, Buffers& buffers) const {
     const int64_t count = rows_of(task);
     int64_t r = 0;
-    for (; r + 6 <= count; r += 6) accumulate_rows<6>(task, r, words, buffers);
-    for (; r + 3 <= count; r += 3) accumulate_rows<3>(task, r, words, buffers);
-    for (; r < count; r++) accumulate_rows<1>(task, r, words, buffers);
+    for (; r + 6 <= count; r += 6) accumulate_rows<6>(task, head, r, words, buffers);
+    for (; r + 3 <= count; r += 3) accumulate_rows<3>(task, head, r, words, buffers);
+    for (; r < count; r++) accumulate_rows<1>(task, head, r, words, buffers);
   }
 
   template <int ROWS>
-  void accumulate_rows(const Task& task, int64_t row, int words, Buffers& buffers) const {
+  void accumulate_rows(const Task& task, int32_t head, int64_t row, int words, Buffers& buffers) const {
     float* to[ROWS];
-    for (int r = 0; r < ROWS; r++) to[r] = out + part_of(task, row + r) * columns;
+    for (int r = 0; r < ROWS; r++) to[r] = out + part_of(task, head, row + r) * columns;
     int d = 0;
     for (; d + 4 * LANES <= columns; d += 4 * LANES)
       accumulate_columns<ROWS, 4>(to, d, &buffers.weights[row * TILE], buffers.values.data(), words);
@@ -372,15 +467,14 @@ class Attention {
 template <typename T>
 void run(const Step& step, const Layer& layer) {
   const Attention<T> attention(step, layer);
-  const std::vector<Task> tasks = attention.tasks();
 #pragma omp parallel
   {
 #pragma omp for schedule(static)
     for (int64_t token = 0; token < step.tokens; token++) attention.write(token);
 #pragma omp for schedule(dynamic, 1)
-    for (size_t i = 0; i < tasks.size(); i++) attention.attend(tasks[i]);
+    for (size_t task = 0; task < attention.num_tasks(); task++) attention.attend(task);
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < step.tokens * layer.heads; row++) attention.finish(row);
+    for (int64_t token = 0; token < step.tokens; token++) attention.finish(token);
   }
 }
 

@@ -48,6 +48,17 @@ inline Vec moved(Vec x, std::index_sequence<C...>) {
   return __builtin_shufflevector(x, x, int(C ^ S)...);
 }
 
+// Lane i holds the sum of the lanes of rows[i].
+template <int S = 1>
+inline Vec lane_sums(Vec* rows) {
+  for (int i = 0; i < LANES; i += 2 * S) {
+    swap_lanes<S>(rows[i], rows[i + S], std::make_index_sequence<LANES>());
+    rows[i] += rows[i + S];
+  }
+  if constexpr (2 * S < LANES) return lane_sums<2 * S>(rows);
+  return rows[0];
+}
+
 template <int S = LANES / 2>
 inline float sum(Vec x) {
   x += moved<S>(x, std::make_index_sequence<LANES>());
