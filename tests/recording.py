@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from parallelmind.engine.decoding_check import layout_logits
 from parallelmind.engine.engine import Engine
+from parallelmind.engine.grammar_matcher import TokenMasks
 from parallelmind.engine.sampler import SampledToken, SamplingRow
 from parallelmind.engine.scheduler import EngineConfig
 from parallelmind.engine.sequence_group import SequenceGroup
@@ -39,7 +40,9 @@ class RecordingEngine(Engine):
         super().__init__(model, tiny_tokenizer(), limits)
         self.logits: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
 
-    def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
+    def sample(
+        self, logits: Tensor, rows: Sequence[SamplingRow], masks: TokenMasks | None = None
+    ) -> list[SampledToken]:
         for row, row_logits in zip(rows, logits, strict=True):
             self.logits[row.seed, row.branch].append(row_logits)
         return [SampledToken(token_of(row.seed, row.branch, row.index), None) for row in rows]
