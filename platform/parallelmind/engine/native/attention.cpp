@@ -187,8 +187,10 @@ class Attention {
   void add_tasks() {
     for (int64_t span = 0; span < step.spans; span++) {
       const int64_t keys = Parts::num_keys(step, span), ranges = parts.ranges[span], end = step.query_start[span + 1];
-      const bool is_small = parts.count > FEW_PARTS && Parts::num_queries(step, span) * group <= FEW_ROWS;
-      const int64_t heads = is_small ? layer.kv_heads : 1;
+      const int64_t queries = Parts::num_queries(step, span), chunks = (queries + CHUNK - 1) / CHUNK;
+      // All heads at once read the cache in order; heads apart keep all threads busy.
+      const bool is_divided = ranges * chunks > 1 || queries * group <= FEW_ROWS;
+      const int64_t heads = parts.count > FEW_PARTS && is_divided ? layer.kv_heads : 1;
       for (int64_t range = 0; range < ranges; range++)
         for (int64_t first = step.query_start[span]; first < end; first += CHUNK)
           for (int32_t head = 0; head < layer.kv_heads; head += heads)
@@ -317,7 +319,7 @@ class Attention {
 
   void attend(const Task& task, const Keys& keys, Buffers& buffers) const {
     if (!is_seen(task, keys)) return;
-    if (rows_of(task) <= FEW_ROWS) fetch(task, keys);
+    fetch(task, keys);
     const bool plain = is_plain(task, keys);
     for (int32_t head = task.head; head < task.last_head; head++) attend(task, keys, head, plain, buffers);
   }
