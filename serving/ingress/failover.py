@@ -26,11 +26,12 @@ from serving.engine.messages import (
 )
 from serving.observability.log import log
 from serving.observability.metrics import IngressMetrics
-from serving.protocol.errors import EngineLostError, rejection_error
+from serving.protocol.errors import EngineLostError, engine_killed_error, rejection_error
 
 # Exceptions that a caller gets if an engine dies or fails.
 _ENGINE_ERRORS = (RayError, RayServeException, grpc.RpcError, RuntimeError)
-MAX_ATTEMPTS = 6  # without a new token: after that the sample itself may be the cause
+MAX_ATTEMPTS = 6  # without a new token
+MAX_KILLS = 2  # engines that were lost while they decoded a request, without a new token: it may be the cause
 _RETRY_PAUSE_S = 0.25
 # An engine sends something every second. Serve takes longer to notice a frozen one.
 SILENCE_TIMEOUT_S = 6.0
@@ -108,37 +109,37 @@ async def stream_with_failover(
 ) -> AsyncGenerator[StepOutput, None]:
     """All steps of a request, whichever engines decode it.
 
-    Closing the iterator ends the request. Raises RequestError for a rejected request, and EngineLostError if
-    no engine can finish it.
+    Closing the iterator ends the request. Raises RequestError for a rejected request and for one that may be
+    what has killed its engines, and EngineLostError if no engine can finish it.
     """
-    replay, attempts = RequestReplay(request), 0
-    while attempts < MAX_ATTEMPTS:
+    replay, attempts, kills = RequestReplay(request), 0, 0
+    while not replay.is_complete and attempts < MAX_ATTEMPTS and kills < MAX_KILLS:
         attempts += 1
         stream: Any = engine.generate.remote(replay.remaining_request())
+        has_begun, failure = False, "closed the stream before the sample finished"
         try:
             async for message in _messages(stream):
+                has_begun = True
                 if isinstance(message, RejectedRequest):
                     raise rejection_error(message)
                 if any(message):
                     step = unpack_step(message)
                     if step.events:  # a start alone is no progress: a sample that crashes engines starts too
-                        attempts = 0
+                        attempts = kills = 0
                     yield replay.record(step)
-            if replay.is_complete:
-                return
-            failure = "closed the stream before the sample finished"
         except _ENGINE_ERRORS as error:
             failure = f"failed ({type(error).__name__})"
             attempts -= isinstance(error, _EngineNotStartedError)
+            kills += has_begun and not isinstance(error, _SilentEngineError)
         finally:
             stream.cancel()
-        if replay.is_complete:
-            return
-        log.warning("engine of %s %s; retrying (%d/%d)", request.id, failure, attempts, MAX_ATTEMPTS)
-        metrics.moved_samples.inc()
-        await asyncio.sleep(_RETRY_PAUSE_S * attempts)
-    metrics.lost_samples.inc()
-    raise EngineLostError
+        if not replay.is_complete:
+            log.warning("engine of %s %s; retrying (%d/%d)", request.id, failure, attempts, MAX_ATTEMPTS)
+            metrics.moved_samples.inc()
+            await asyncio.sleep(_RETRY_PAUSE_S * attempts)
+    if not replay.is_complete:
+        metrics.lost_samples.inc()
+        raise engine_killed_error() if kills == MAX_KILLS else EngineLostError
 
 
 class _SilentEngineError(RuntimeError):

@@ -85,6 +85,13 @@ class EngineLostError(Exception):
     """The engine of a sample is gone, and no other engine could resume the sample."""
 
 
+def engine_killed_error() -> RequestError:
+    """The error of a request that was on two engines, one after the other, when they were lost."""
+    message = "two engines were lost while they decoded this request, which may be the cause; change it"
+    info = ErrorInfo(message=message, type="server_error", code="engine_killed")
+    return RequestError(500, info, {"x-should-retry": "false"})  # which OpenAI's clients heed
+
+
 def overloaded_error(message: str = OVERLOADED.message) -> RequestError:
     return RequestError(429, OVERLOADED.model_copy(update={"message": message}), {"retry-after": "1"})
 

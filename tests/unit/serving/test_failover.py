@@ -166,7 +166,7 @@ def test_the_samples_of_a_request_do_not_depend_on_engines_that_die(
 
 
 @pytest.mark.parametrize("config", [COLUMNAR, ISOLATED], ids=["columnar", "isolated"])
-@pytest.mark.parametrize("lifetimes", [[1], [2, 1, 3]], ids=str)
+@pytest.mark.parametrize("lifetimes", [[1], [2, 2, 3]], ids=str)
 def test_a_question_about_documents_does_not_depend_on_engines_that_die(
     config: RopeConfig, lifetimes: list[int]
 ) -> None:
@@ -194,7 +194,7 @@ TREE = Sample(
 
 
 @pytest.mark.parametrize("config", [COLUMNAR, ISOLATED], ids=["columnar", "isolated"])
-@pytest.mark.parametrize("lifetimes", [[2], [4, 4, 4], [7, 1, 6]], ids=str)
+@pytest.mark.parametrize("lifetimes", [[2], [4, 4, 4], [7, 2, 6]], ids=str)
 def test_a_tree_does_not_depend_on_engines_that_die(config: RopeConfig, lifetimes: list[int]) -> None:
     """A segment that is only read starts and ends in one step; the reduce reads it after every failure."""
     settings = {"temperature": 1.5, "seed": 3, "ignore_eos": True, "max_new_tokens": 4}
@@ -262,12 +262,21 @@ def test_a_sample_is_resumed_with_the_adapter_version_that_it_started_with() -> 
     assert versions == [None, None, "version 2", "version 2"]
 
 
-@pytest.mark.parametrize("lifetime", [0, 1], ids=["before the first message", "after the branches start"])
-def test_a_sample_that_kills_every_engine_is_given_up(lifetime: int) -> None:
-    engines = DyingEngines(ISOLATED, [lifetime] * 100)
+def test_a_sample_whose_engines_do_not_begin_is_given_up() -> None:
+    engines = DyingEngines(ISOLATED, [0] * 100)
     with pytest.raises(EngineLostError):
         follow(engines, sample_request())
     assert 1 < len(engines.requests) < 20
+
+
+@pytest.mark.parametrize("lifetimes", [[1] * 100, [3, *[1] * 100]], ids=["at once", "at its third token"])
+def test_a_sample_that_kills_two_engines_is_not_given_to_a_third(lifetimes: list[int]) -> None:
+    engines = DyingEngines(ISOLATED, lifetimes)
+    with pytest.raises(RequestError) as error:
+        follow(engines, sample_request())
+    assert (error.value.status_code, error.value.info.code) == (500, "engine_killed")
+    assert error.value.headers == {"x-should-retry": "false"}
+    assert len(engines.requests) == 2
 
 
 def test_a_rejected_request_is_not_retried() -> None:
