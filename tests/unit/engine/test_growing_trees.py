@@ -53,7 +53,9 @@ def test_every_segment_of_a_tree_is_decoded_in_the_order_of_the_walk(config: Rop
     assert [len(tokens[sample_id, index]) for index in range(7)] == [3, 3, 0, 3, 3, 3, 3]
     assert ends(events) == dict.fromkeys(range(7), "length")
     times = {event.branch: event.pos2d[1] for event in reversed(events) if event.pos2d}  # of the first token
-    assert times == {0: 3, 1: 7, 3: 11, 4: 4, 5: 15, 6: 19}
+    assert times == {0: 3, 1: 7, 2: 6, 3: 11, 4: 4, 5: 15, 6: 19}, (
+        "2, which is only read, starts with its prompt"
+    )
 
 
 @BOTH
