@@ -44,7 +44,7 @@ def expected(server: Server) -> list[tuple[str, list[int]]]:
 def complete(server: Server) -> list[tuple[str, list[int]]]:
     status, body = server.post("/v1/branches", BODY)
     assert status == 200, body
-    return [(branch["text"], branch["tokens"]) for branch in body["branches"]]
+    return [(output["text"], output["tokens"]) for output in (*body["branches"], body["reduce"])]
 
 
 def stream(server: Server) -> list[tuple[str, list[int]]]:
