@@ -143,7 +143,7 @@ class AdapterRegistry:
         return task
 
     async def _wait(self, task: asyncio.Task[None]) -> None:
-        """Wait for a task, which goes on if the caller leaves: others may wait for it, too."""
+        """Wait for a task. A cancelled caller does not cancel it, because other callers may wait for it."""
         await asyncio.shield(task)
 
     async def _in_thread(self, function: Callable[..., Any], *args: Any) -> Any:

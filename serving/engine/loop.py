@@ -120,7 +120,7 @@ class EngineLoop:
         submission = self._loop.run_in_executor(self._calls, self._submit, request, adapter)
         try:
             return await asyncio.shield(submission)
-        except asyncio.CancelledError:  # nobody will read the output
+        except asyncio.CancelledError:  # the caller has left and does not read the output
             submission.add_done_callback(self._release_submitted)
             raise
 

@@ -1,4 +1,4 @@
-"""How a model is told of tools: by its own chat template, or by a system prompt of ours."""
+"""Describe tools to a model with its chat template, or with a system prompt for templates without tools."""
 
 from __future__ import annotations
 

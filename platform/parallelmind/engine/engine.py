@@ -479,7 +479,7 @@ class Engine:
     def _new_group(
         self, request: TokenizedRequest, version: str, resume: ResumeState | None
     ) -> SequenceGroup:
-        """A sample that nobody else knows yet, with the segments started that can start.
+        """A new sample, not queued yet. The segments that can start have started.
 
         It takes milliseconds for many branches, without the lock. Raises UserError if it does not fit.
         """

@@ -25,7 +25,7 @@ class GrammarMatcher:
         self.error: str | None = None
 
     def accept(self, token: int) -> bool:
-        """Go on with a token; returns whether the text is complete, so that no token can follow."""
+        """Accept a token; returns whether the text is complete and no further token is allowed."""
         if not self._matcher.consume_token(token):
             self.error = f"token {token} does not follow from the grammar ({self._reason()})"
             return False

@@ -20,7 +20,7 @@ _MAX_DIM = 1024  # as in attention.cpp
 _NO_SCORES = np.empty(0, np.float32)
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _ARRAYS = (
-    *("token_slot", "token_time", "token_segment", "level", "query_start", "queries"),
+    *("token_slot", "token_time", "token_segment", "query_start", "queries"),
     *("table_start", "tables", "num_keys", "blocks", "ends", "slot_time", "slot_segment"),
     *("score_start", "score_width", "scores"),
 )
@@ -28,7 +28,7 @@ _ARRAYS = (
 
 class _Step(ctypes.Structure):
     _fields_ = (
-        *((name, _I) for name in ("tokens", "spans", "levels", "block", "width")),
+        *((name, _I) for name in ("tokens", "spans", "block", "width")),
         *((name, _P) for name in _ARRAYS),
         *((name, _I) for name in ("window", "chunk")),
     )
@@ -65,14 +65,13 @@ class NativeAttention:
         starts = np.cumsum([0, *(table.size for table in spans.scores)])
         self._arrays: list[NDArray[Any]] = [
             *(array.astype(np.int32) for array in (inputs.slots, inputs.time, inputs.segment)),
-            *(spans.level, spans.query_start, spans.queries, spans.table_start, spans.tables),
+            *(spans.query_start, spans.queries, spans.table_start, spans.tables),
             inputs.num_keys.astype(np.int32),
             *(tables.blocks, tables.ends, tables.time, tables.segment),
             *(starts[spans.score], widths[spans.score]),
             np.concatenate([_NO_SCORES, *map(np.ravel, spans.scores)]),
         ]
-        levels = int(spans.level.max(initial=-1)) + 1
-        self._sizes = len(inputs.ids), len(spans), levels, BLOCK, tables.blocks.shape[1]
+        self._sizes = len(inputs.ids), len(spans), BLOCK, tables.blocks.shape[1]
 
     def step(self, window: AttentionWindow) -> ctypes.Structure:
         """The kernel's description of the step, for the layers of one attention window."""

@@ -131,7 +131,7 @@ class SequenceGroup:
         return self._start_times
 
     def num_adoptable(self) -> list[int]:
-        """`[segments]` how many first tokens cached blocks may hold: those whose logits nobody needs."""
+        """`[segments]` number of first tokens without needed logits, which cached blocks may hold."""
         counts = [segment.num_tokens - segment.is_running for segment in self.segments]
         for branch in self.branches:
             if branch.scores_prompt:

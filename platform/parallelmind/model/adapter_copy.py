@@ -21,8 +21,8 @@ from parallelmind.model.structure import causal_lm
 def shared_copy(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The model without adapters, in modules of its own that share all weights and buffers.
 
-    Nobody may compute with `model` meanwhile. Takes 30 ms for thirty layers. Hooks are shared, too, but for
-    those that are bound to the model.
+    No other thread may compute with `model` meanwhile. Takes 30 ms for thirty layers. Hooks are shared,
+    except those that are bound to the model.
 
     Relies on: every wrapper of peft has the module that it wraps as `base_layer` or `original_module`, and
     peft leaves nothing else on a model but the attribute `peft_config`.

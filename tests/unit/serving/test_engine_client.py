@@ -75,7 +75,7 @@ def test_a_branch_is_added_and_cancelled_while_another_engine_is_mute(
 ) -> None:
     owner = Replica("a", "smp-1")
     replicas_answer(monkeypatch, Replica("b", mute=True), owner, Replica("c"))
-    monkeypatch.setattr(engine_client, "_CONTROL_TIMEOUT_S", 1000)  # nobody waits for the mute one
+    monkeypatch.setattr(engine_client, "_CONTROL_TIMEOUT_S", 1000)  # too long for the test to wait
     reply = add(tmp_path, "smp-1", **{"idempotency-key": "mine"})
     assert (reply.status, json.loads(reply.body)["index"], owner.keys) == (201, 7, ["mine"])
     add(tmp_path, "smp-1")

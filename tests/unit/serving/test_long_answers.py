@@ -1,4 +1,4 @@
-"""Room for long answers is taken as they grow: a high max_tokens keeps nobody out of the cache."""
+"""Long answers take cache blocks as they grow, so requests with a high max_tokens are decoded together."""
 
 from __future__ import annotations
 

@@ -14,8 +14,6 @@
 #include <utility>
 #include <vector>
 
-#include <omp.h>
-
 #include "kernels.h"
 #include "numbers.h"
 #include "vectors.h"

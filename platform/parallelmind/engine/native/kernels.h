@@ -9,10 +9,9 @@
 extern "C" {
 
 struct Step {  // arrays of one step; the same for all layers with one attention window
-  int64_t tokens, spans, levels;
+  int64_t tokens, spans;
   int64_t block, width;                                    // slots of a block, and blocks of a table's row
   const int32_t *token_slot, *token_time, *token_segment;  // [tokens]; a negative slot is padding
-  const int32_t *level;                                    // [spans]
   const int32_t *query_start, *queries;                    // [spans + 1], and tokens
   const int32_t *table_start, *tables, *num_keys;          // [spans + 1], and rows of block tables with their keys
   const int32_t *blocks, *ends;                            // [rows, width] blocks, and keys up to the end of each
