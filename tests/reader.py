@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -159,7 +158,9 @@ def reader(parent: Path) -> Iterator[Reader]:
         clusters.cluster(python, cpus=4, gcs_port=gcs, **env) as dashboard,
         tempfile.TemporaryDirectory() as sockets,
     ):
-        env = clusters.environment(python, **env, READER_SOCKET=f"{sockets}/resident", READER_PORT=_port())
+        env = clusters.environment(
+            python, **env, READER_SOCKET=f"{sockets}/resident", READER_PORT=str(free_port())
+        )
         with _resident(folder, {**env, "RAY_ADDRESS": f"127.0.0.1:{gcs}"}):
             env |= {
                 "PATH": f"{folder / '.venv' / 'bin'}:{env['PATH']}",
@@ -168,12 +169,6 @@ def reader(parent: Path) -> Iterator[Reader]:
             yield Reader(
                 folder, dashboard.url, {**env, "HOME": str(parent), "RAY_API_SERVER_ADDRESS": dashboard.url}
             )
-
-
-def _port() -> str:
-    """Return the port of servers: 8000, as on the pages, unless it is taken."""
-    with socket.socket() as probe:
-        return str(free_port()) if probe.connect_ex(("127.0.0.1", 8000)) == 0 else "8000"
 
 
 @contextmanager

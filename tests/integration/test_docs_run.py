@@ -10,7 +10,7 @@ Bash runs the text itself. These differences keep a page at minutes and without 
   prints the recipe.
 - Every model named on a page is a tiny one. runs/NAME-HASH becomes an existing run, the cluster
   address that of the test's cluster, use_gpu=true becomes false without a GPU, and port 8000 a free
-  one if it is taken.
+  one.
 - NOT_HERE lists the commands that cannot run in the test; they print that and succeed.
 """
 
