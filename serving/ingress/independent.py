@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from itertools import groupby
+from operator import itemgetter
 
 import parallelmind as pm
 from parallelmind.config import Visibility
@@ -52,6 +54,25 @@ class PromptSamples:
             return PromptSamples([_sample(main, prompts, n)], _BRANCH_OF_MAIN, n, total, longest)
         samples = [_sample([], [prompt], n) for prompt in prompts] if scores_prompts else _split(prompts, n)
         return PromptSamples(samples, _MAIN_CONTINUED, n, total, longest)
+
+    @classmethod
+    def of_forks(
+        cls, forks: Sequence[tuple[list[int], list[int]]], n: int, visibility: Visibility = "isolated"
+    ) -> PromptSamples:
+        """Prompts with a main each, as pairs. Those in a row with the same main are one sample."""
+        if visibility == "columnar":
+            main = common_beginning([main for main, _ in forks])
+            return cls.of(main, [(own + rest)[len(main) :] for own, rest in forks], n, visibility)
+        groups = [
+            cls.of(main, [rest for _, rest in group], n) for main, group in groupby(forks, key=itemgetter(0))
+        ]
+        return cls(
+            [sample for group in groups for sample in group.samples],
+            _BRANCH_OF_MAIN,
+            n,
+            sum(group.prompt_tokens for group in groups),
+            max(group.longest for group in groups),
+        )
 
     def finish(self, sample: TokenizedRequest) -> TokenizedRequest:
         """A sample, tokenized, with what makes its branches independent."""

@@ -12,16 +12,14 @@ from typing import Any, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 import parallelmind as pm
-from parallelmind.data.encode import encode_texts
 from parallelmind.engine.request import TokenizedRequest
 from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.engine.tokenization import tokenize, tokenize_branches, tokenize_request
-from parallelmind.errors import first_line
 from serving.config import BASE, AppConfig
 from serving.engine.messages import EngineRequest
+from serving.ingress.chat_prompts import ChatPrompts, user_turn
 from serving.ingress.independent import PromptSamples, common_beginning
 from serving.ingress.segments import branches_of, sample_of, segment_of, with_params
-from serving.ingress.tool_prompts import JsonTool, ToolPrompts, Turn
 from serving.observability.log import log
 from serving.protocol.branches import BranchesRequest, BranchSettings, ForkRequest, Segment
 from serving.protocol.errors import user_error
@@ -29,18 +27,14 @@ from serving.protocol.openai import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
-    Message,
     Sampling,
     TokenizeRequest,
     new_id,
 )
 from serving.protocol.responses import ResponsesRequest
-from serving.protocol.tools import Tool
 
 _DEFAULT_CHAT_TOKENS = 1024
 _LONG_BODY_BYTES = 20_000  # tokenizing a longer body would block the event loop
-
-_PROBES: list[list[Turn]] = [[{"role": "user", "content": content}] for content in ("0", "?")]
 
 BodyT = TypeVar("BodyT")
 ResultT = TypeVar("ResultT")
@@ -54,7 +48,7 @@ class RequestPreprocessor:
     ) -> None:
         """max_context_tokens: positions that the model supports; None if unknown."""
         self.config, self.tokenizer, self.max_context_tokens = config, tokenizer, max_context_tokens
-        self._tool_prompts = ToolPrompts(lambda turns, tools: self._render(turns, False, tools))
+        self._chats = ChatPrompts(tokenizer)
 
     async def run(self, method: Callable[[BodyT], ResultT], body: BodyT, body_bytes: int) -> ResultT:
         """Call one of the methods below, in a thread for a long body.
@@ -98,13 +92,13 @@ class RequestPreprocessor:
             )
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
         request.check_tools()
-        turns, tools = self._turns(request.messages, request.shown_tools)
+        turns, tools = self._chats.turns(request.messages, request.shown_tools)
         if request.questions is None:
-            main, *prompts = self._conversation(turns, tools)
+            forks = [self._chats.conversation(turns, tools)]
         else:
-            questions = [[_user_turn(question)] for question in request.questions]
-            main, prompts = self._forks(turns, questions, tools)
-        samples = PromptSamples.of(main, prompts, request.n, request.visibility)
+            questions = [[user_turn(question)] for question in request.questions]
+            forks = self._chats.forks(turns, questions, tools)
+        samples = PromptSamples.of_forks(forks, request.n, request.visibility)
         max_new_tokens = request.max_completion_tokens
         if max_new_tokens is None:
             max_new_tokens = request.max_tokens
@@ -114,7 +108,7 @@ class RequestPreprocessor:
         if request.requires_call:
             if settings["grammar"] is not None:
                 raise pm.UserError(f"tool_choice: {settings['grammar'].field} is given too; give one of them")
-            settings["grammar"] = self._tool_prompts.grammar(request)
+            settings["grammar"] = self._chats.tools.grammar(request)
         return self._openai_request("chatcmpl", "messages", request.model, samples, settings)
 
     def responses(self, request: ResponsesRequest) -> EngineRequest:
@@ -189,90 +183,22 @@ class RequestPreprocessor:
         """Token ids of main, and of the prompts of the branches."""
         if request.main and request.messages:
             raise pm.UserError("main: messages take its place; give one of them")
-        turns = [self._turns(branch.messages)[0] for branch in request.branches if branch.messages]
-        if request.messages:
-            main, forks = self._forks(self._turns(request.messages)[0], turns)
-        else:
-            main = self._encode("main", request.main, first=True) if request.main else []
-            forks = [self._encode("messages", self._render(own, True), first=not main) for own in turns]
-        chats = iter(forks)
+        main = self._encode("main", request.main, first=True) if request.main else []
+        turns, _ = self._chats.turns(request.messages or [])
+        asked = [self._chats.turns(branch.messages)[0] for branch in request.branches if branch.messages]
+        forks = self._chats.forks(turns, asked, continues=bool(main))
+        mains = [fork.main for fork in forks]
+        if len(forks) < len(request.branches):  # a text follows the turns, and no marker of another turn
+            mains.append(self._chats.ids(turns) if turns else [])
+        shared = common_beginning(mains)
+        main += shared
+        chats = iter((fork.main + fork.rest)[len(shared) :] for fork in forks)
         return main, [
             next(chats)
             if branch.text is None
             else self._encode(f"branches[{index}].text", branch.text, not main)
             for index, branch in enumerate(request.branches)
         ]
-
-    def _forks(
-        self, turns: list[Turn], branches: Sequence[list[Turn]], tools: Sequence[JsonTool] = ()
-    ) -> tuple[list[int], list[list[int]]]:
-        """Token ids of a conversation, and of what each branch adds to it, with the header of the answer.
-
-        The conversation ends before the turns of the branches; for a template that renders it differently
-        without them, before their contents.
-        """
-        whole = encode_texts(
-            self.tokenizer, [self._render(turns + branch, True, tools) for branch in branches]
-        )
-        try:
-            (stem,) = encode_texts(self.tokenizer, [self._render(turns, False, tools)])
-        except pm.UserError:  # a template that refuses the conversation without a question
-            stem = []
-        if not stem or common_beginning([stem, *whole]) != stem:
-            one, other = encode_texts(
-                self.tokenizer, [self._render(turns + probe, True, tools) for probe in _PROBES]
-            )
-            stem = common_beginning([one, other])[:-1]  # a content may change how the last token is tokenized
-        main = common_beginning([stem, *(ids[:-1] for ids in whole)])
-        return main, [ids[len(main) :] for ids in whole]
-
-    def _conversation(self, turns: Sequence[Turn], tools: Sequence[JsonTool]) -> tuple[list[int], list[int]]:
-        """Token ids of the conversation, and of the header of the assistant's turn.
-
-        Together they are those of `apply_chat_template`: the template has written all special tokens.
-        """
-        texts = [self._render(turns, header, tools) for header in (False, True)]
-        without_header, ids = encode_texts(self.tokenizer, texts)
-        length = len(without_header)
-        if not 0 < length < len(ids) or ids[:length] != without_header:
-            length = len(ids) - 1  # the conversation is rendered or tokenised differently without the header
-        return ids[:length], ids[length:]
-
-    def _turns(
-        self, messages: Sequence[Message], tools: Sequence[Tool] = ()
-    ) -> tuple[list[Turn], list[JsonTool]]:
-        """The messages and tools as the template takes them. Raises UserError for a name that it ignores."""
-        turns, shown = self._tool_prompts.turns([message.as_turn() for message in messages], tools)
-        first = len(turns) - len(messages)  # a prompt of ours may stand before them
-        for index, turn in enumerate(turns):
-            if "name" in turn and turn["role"] != "tool":
-                nameless = [*turns]
-                nameless[index] = {field: value for field, value in turn.items() if field != "name"}
-                if self._render(nameless, False, shown) == self._render(turns, False, shown):
-                    raise pm.UserError(
-                        f"messages[{index - first}].name={turn['name']!r}: the model's chat template does "
-                        "not read names; leave it out, or write it into the content"
-                    )
-        return turns, shown
-
-    def _render(self, turns: Sequence[Turn], header: bool, tools: Sequence[JsonTool] = ()) -> str:
-        """The conversation by the model's template. header: whether the assistant's turn begins after it.
-
-        tools: for a template that shows them to the model.
-        """
-        if not self.tokenizer.chat_template:
-            raise pm.UserError("messages: the model has no chat template; use /v1/completions")
-        shown: dict[str, Any] = {"tools": list(tools)} if tools else {}
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    list(turns), tokenize=False, add_generation_prompt=header, **shown
-                )
-            )
-        except Exception as error:  # a template is a program of the model and may raise anything
-            raise pm.UserError(
-                f"messages: the model's chat template refuses them ({first_line(error)}); change them"
-            ) from error
 
     def _default_chat_tokens(self, prompt_tokens: int) -> int:
         """Default max_tokens of a chat."""
@@ -330,10 +256,6 @@ class RequestPreprocessor:
             raise pm.UserError(
                 f"max_new_tokens={longest}: {self.config.limits.max_new_tokens} allowed; give no more"
             )
-
-
-def _user_turn(content: str) -> Turn:
-    return {"role": "user", "content": content}
 
 
 def _with_seeds(sample: TokenizedRequest) -> TokenizedRequest:

@@ -334,13 +334,18 @@ def test_branches_are_texts_token_ids_or_messages() -> None:
     request = branch(main="passage", branches=["who", [5, 6], {"text": "who", "max_tokens": 3}])
     assert token_ids(request) == [ids("passage"), ids("who"), [5, 6], ids("who")]
     assert [params.max_new_tokens for params in params_of(request)] == [64, 64, 3]
-    asked = token_ids(chat(questions=["where"]))
-    request = branch(messages=TALK, branches=[turn, [turn], {"messages": [turn], "seed": 3}, "who"])
-    assert token_ids(request) == [asked[0], *asked[1:] * 3, ids("who")]
+    asked, marker = token_ids(chat(questions=["where"])), ids("<s>user\n")
+    request = branch(messages=TALK, branches=[turn, [turn], {"messages": [turn], "seed": 3}])
+    assert token_ids(request) == [asked[0], *asked[1:] * 3]
     assert params_of(request)[2].seed == 3
-    spelled = ids("<s>user\nwhere</s>\n<s>assistant\n")
-    assert token_ids(branch(main="passage", branches=[turn])) == [ids("passage"), spelled]
+    rest = ids("where</s>\n<s>assistant\n")
+    assert token_ids(branch(main="passage", branches=[turn])) == [[*ids("passage"), *marker], rest]
+    assert token_ids(branch(branches=[turn, turn])) == [marker, rest, rest]
     assert error_of(branch, main="passage", messages=TALK).param == "main"
+    mixed = branch(messages=TALK, branches=[turn, "who"])  # a text follows no marker of a turn
+    assert token_ids(mixed) == [asked[0][: -len(marker)], [*marker, *rest], ids("who")]
+    mixed = branch(main="passage", branches=[turn, "who"])
+    assert token_ids(mixed) == [ids("passage"), [*marker, *rest], ids("who")]
     for wrong in ({}, {"text": "who", "messages": [turn]}, {"messages": []}, [{"role": "user"}], 5):
         with pytest.raises(ValidationError, match="branches"):
             branch(branches=[wrong])

@@ -12,8 +12,17 @@ from engine_loops import with_server
 from openai import AsyncOpenAI
 from starlette.types import ASGIApp
 from tiny import tiny_tokenizer
+from transformers import PreTrainedTokenizerBase
 
+from parallelmind.config import ModelConfig
 from parallelmind.engine.engine import Engine
+from parallelmind.evaluation.facts import facts_records
+from parallelmind.model.base_model import load_tokenizer
+from serving.config import AppConfig
+from serving.ingress.independent import common_beginning
+from serving.ingress.preprocessor import RequestPreprocessor
+from serving.protocol.branches import BranchesRequest
+from serving.protocol.openai import ChatRequest
 
 TOKENIZER = tiny_tokenizer()
 WORDS = "the passage says who lives where and what the answer is in the question of who works where. "
@@ -96,9 +105,47 @@ def test_eight_questions_compute_the_document_once(tmp_path: Path, ask: Ask) -> 
         assert len(await ask(connect(app), QUESTIONS)) == 8
         return engine.scheduler.num_prefill.total() - engine.scheduler.num_reused_tokens
 
-    one = max(num_tokens(f"<s>user\n{question}</s>\n<s>assistant\n") for question in QUESTIONS)
     computed = with_server(tmp_path, act)
-    assert computed <= num_tokens(DOCUMENT) + 8 * one + num_tokens("<s>system\n</s>\n")
+    if ask in (ask_chat, ask_messages):
+        assert computed == least_computed(TOKENIZER, TURNS, QUESTIONS)
+    else:
+        assert computed <= num_tokens(DOCUMENT) + sum(map(num_tokens, QUESTIONS))
+
+
+def least_computed(
+    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], questions: list[str]
+) -> int:
+    """Tokens of the chat template before the contents of the questions once, and all others."""
+    whole = [
+        tokenizer.apply_chat_template(
+            [*turns, {"role": "user", "content": question}], add_generation_prompt=True
+        ).input_ids
+        for question in [*questions, "0"]
+    ]
+    shared = len(common_beginning(whole))
+    return shared + sum(len(ids) - shared for ids in whole[:-1])
+
+
+@pytest.mark.model
+def test_of_smollm2s_template_only_the_question_and_the_header_of_its_answer_are_computed_for_each() -> None:
+    tokenizer = load_tokenizer(ModelConfig())
+    words = tokenizer.encode(" ".join(record["main"] for record in facts_records(9, seed=0)))
+    turns = [{"role": "system", "content": tokenizer.decode(words[:501])}]
+    prompts = [branch["prompt"] for branch in next(iter(facts_records(1, seed=1)))["branches"]]
+    questions = [prompt.removeprefix(" Question: ").removesuffix("\nAnswer:") for prompt in prompts]
+    preprocessor = RequestPreprocessor(AppConfig.of({"base_model": "smollm2-135m"}), tokenizer, None)
+    branches = [{"role": "user", "content": question} for question in questions]
+    model = {"model": "smollm2-135m", "messages": turns}
+    asked = {
+        "questions": preprocessor.chat(ChatRequest(**model, questions=questions)),
+        "branches": preprocessor.branches(BranchesRequest(**model, branches=branches)),
+    }
+    header = 6  # <|im_end|>, a line break, <|im_start|>, two tokens of "assistant", a line break
+    least = 501 + 8 + sum(len(tokenizer.encode(question)) + header for question in questions)
+    assert least == least_computed(tokenizer, turns, questions)
+    computed = {name: sum(s.num_prompt_tokens for s in request.samples) for name, request in asked.items()}
+    assert computed == {"questions": least, "branches": least}
+    assert least <= 650
 
 
 @pytest.mark.parametrize("ask", INDEPENDENT.values(), ids=INDEPENDENT)
