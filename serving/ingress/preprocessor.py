@@ -36,6 +36,13 @@ from serving.protocol.responses import ResponsesRequest
 _DEFAULT_CHAT_TOKENS = 1024
 _LONG_BODY_BYTES = 20_000  # tokenizing a longer body would block the event loop
 
+# What /v1/responses calls fields of a chat.
+_NAMES_OF_RESPONSES = {
+    r"\bmessages\b": "input",
+    r"\bmax_(new_)?tokens\b": "max_output_tokens",
+    r"^response_format\b": "text.format",
+}
+
 BodyT = TypeVar("BodyT")
 ResultT = TypeVar("ResultT")
 
@@ -116,8 +123,10 @@ class RequestPreprocessor:
         try:
             return replace(self.chat(request.as_chat()), id=new_id("resp"))
         except pm.UserError as error:
-            message = re.sub(r"\bmessages\b", "input", str(error))
-            raise pm.UserError(re.sub(r"\bmax_(new_)?tokens\b", "max_output_tokens", message)) from error
+            message = str(error)
+            for pattern, name in _NAMES_OF_RESPONSES.items():
+                message = re.sub(pattern, name, message)
+            raise pm.UserError(message) from error
 
     def branches(self, request: BranchesRequest) -> EngineRequest:
         self.require_model(request.model)

@@ -8,26 +8,49 @@ from itertools import count
 
 import parallelmind as pm
 from serving.engine.messages import StepOutput
-from serving.protocol.openai import new_id
 from serving.protocol.openai_response import Json, TokenTexts, raise_error, token_logprobs
 from serving.protocol.responses import ResponsesRequest
+from serving.protocol.responses_output import CallOutput, MessageOutput
+from serving.protocol.tool_calls import Piece, ToolCallParser
 
 
 class ResponsesFormatter:
-    """Format of /v1/responses: one message with one text.
+    """Format of /v1/responses: a message, and the calls of tools.
 
     id: of the response. prompt_tokens: of the conversation.
     """
 
     def __init__(self, id: str, body: ResponsesRequest, prompt_tokens: int, texts: TokenTexts) -> None:
         self._id, self._body, self._prompt_tokens, self._texts = id, body, prompt_tokens, texts
-        self._created_at, self._item_id = int(time.time()), new_id("msg")
-        self._events: list[pm.Event] = []
+        self._created_at = int(time.time())
+        self._num_tokens = 0
+        self._reason: str | None = None
+        self._message: MessageOutput | None = None
+        self._output: list[MessageOutput | CallOutput] = []
+        names = [tool.name for tool in body.tools or []] if body.tool_choice != "none" else []
+        self._parser = ToolCallParser(names, not body.parallel_tool_calls) if names else None
+        self._logprobs: list[Json] = []  # of tokens whose text is withheld
 
-    def add(self, event: pm.Event) -> None:
-        """Append what one token adds. Raises RequestError if the answer ended with an error."""
+    def opening(self) -> Iterator[Json]:
+        """The events before the answer."""
+        yield {"type": "response.created", "response": self.response()}
+        yield {"type": "response.in_progress", "response": self.response()}
+
+    def add(self, event: pm.Event) -> Iterator[Json]:
+        """The events of one token. Raises RequestError if the answer ended with an error."""
         raise_error(event)
-        self._events.append(event)
+        self._num_tokens += event.token is not None
+        self._reason = event.finish_reason
+        self._logprobs += token_logprobs(self._texts, [event])
+        yield from self._add(self._parse(event))
+
+    def closing(self) -> Iterator[Json]:
+        """The events after the answer."""
+        if not self._output:
+            yield from self._open_message()
+        if self._message is not None:
+            yield from self._message.closing(self._status())
+        yield {"type": f"response.{self._status()}", "response": self.response()}
 
     def response(self) -> Json:
         """The response as it is now."""
@@ -46,15 +69,15 @@ class ResponsesFormatter:
             "max_output_tokens": body.max_output_tokens,
             "metadata": body.metadata or {},
             "model": body.model,
-            "output": [self._item()] if status != "in_progress" else [],
-            "parallel_tool_calls": True,
+            "output": [item.item(status) for item in self._output],
+            "parallel_tool_calls": body.parallel_tool_calls,
             "previous_response_id": None,
             "reasoning": {"effort": None, "summary": None},
             "store": False,
             "temperature": body.temperature,
-            "text": {"format": {"type": "text"}},
-            "tool_choice": "none",
-            "tools": [],
+            "text": {"format": body.shown_format},
+            "tool_choice": body.shown_choice,
+            "tools": body.shown_tools,
             "top_logprobs": body.top_logprobs or 0,
             "top_p": body.top_p,
             "truncation": "disabled",
@@ -62,75 +85,55 @@ class ResponsesFormatter:
             "user": body.user,
         }
 
-    def opening(self) -> Iterator[Json]:
-        """The events before the text."""
-        yield {"type": "response.created", "response": self.response()}
-        yield {"type": "response.in_progress", "response": self.response()}
-        yield {"type": "response.output_item.added", "output_index": 0, "item": self._item(is_empty=True)}
-        yield {"type": "response.content_part.added", **self._place(), "part": _text_part("", [])}
+    def _parse(self, event: pm.Event) -> Piece:
+        if self._parser is None:
+            return Piece(event.text, [])
+        pieces = [self._parser.push(event.text)]
+        if event.finish_reason:
+            pieces.append(self._parser.flush())
+        return Piece(
+            "".join(piece.content for piece in pieces), [call for piece in pieces for call in piece.calls]
+        )
 
-    def delta(self, event: pm.Event) -> Json:
-        """The event of new text."""
-        logprobs = token_logprobs(self._texts, [event])
-        return {
-            "type": "response.output_text.delta",
-            **self._place(),
-            "delta": event.text,
-            "logprobs": logprobs,
-        }
+    def _add(self, piece: Piece) -> Iterator[Json]:
+        if piece.content or (self._logprobs and self._parser is None):
+            if self._message is None:
+                yield from self._open_message()
+            assert self._message is not None
+            yield self._message.append(piece.content, self._logprobs)
+            self._logprobs = []
+        for name, arguments in piece.calls:
+            call = CallOutput(len(self._output), name, arguments)
+            self._output.append(call)
+            self._logprobs = []  # a call has none
+            yield from call.events()
 
-    def closing(self) -> Iterator[Json]:
-        """The events after the text."""
-        part = self._part()
-        text = {"text": part["text"], "logprobs": part["logprobs"]}
-        yield {"type": "response.output_text.done", **self._place(), **text}
-        yield {"type": "response.content_part.done", **self._place(), "part": part}
-        yield {"type": "response.output_item.done", "output_index": 0, "item": self._item()}
-        yield {"type": f"response.{self._status()}", "response": self.response()}
+    def _open_message(self) -> Iterator[Json]:
+        self._message = MessageOutput(len(self._output))
+        self._output.append(self._message)
+        return self._message.opening()
 
     def _status(self) -> str:
-        reason = self._events[-1].finish_reason if self._events else None
-        if reason is None:
+        if self._reason is None:
             return "in_progress"
-        return "incomplete" if reason == "length" else "completed"
-
-    def _place(self) -> Json:
-        return {"item_id": self._item_id, "output_index": 0, "content_index": 0}
-
-    def _item(self, is_empty: bool = False) -> Json:
-        return {
-            "id": self._item_id,
-            "type": "message",
-            "role": "assistant",
-            "status": self._status(),
-            "content": [] if is_empty else [self._part()],
-        }
-
-    def _part(self) -> Json:
-        text = "".join(event.text for event in self._events)
-        return _text_part(text, token_logprobs(self._texts, self._events))
+        return "incomplete" if self._reason == "length" else "completed"
 
     def _usage(self) -> Json:
-        completion_tokens = sum(event.token is not None for event in self._events)
         return {
             "input_tokens": self._prompt_tokens,
             "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
-            "output_tokens": completion_tokens,
+            "output_tokens": self._num_tokens,
             "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": self._prompt_tokens + completion_tokens,
+            "total_tokens": self._prompt_tokens + self._num_tokens,
         }
-
-
-def _text_part(text: str, logprobs: list[Json]) -> Json:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
 
 
 async def whole_response(formatter: ResponsesFormatter, steps: AsyncIterator[StepOutput]) -> Json:
     """The response once the answer has ended."""
-    async for step in steps:
-        for event in step.events:
-            formatter.add(event)
-    return formatter.response()
+    response: Json = {}
+    async for event in _events(formatter, steps):
+        response = event.get("response", response)
+    return response
 
 
 async def response_events(
@@ -147,8 +150,7 @@ async def _events(formatter: ResponsesFormatter, steps: AsyncIterator[StepOutput
         yield opening
     async for step in steps:
         for event in step.events:
-            formatter.add(event)
-            if event.text or event.logprob is not None:
-                yield formatter.delta(event)
+            for added in formatter.add(event):
+                yield added
     for closing in formatter.closing():
         yield closing

@@ -15,7 +15,8 @@ MAX_TOOLS = 128
 Name = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 
 
-def _check_object(text: str) -> str:
+def check_object(text: str) -> str:
+    """A JSON object as text, such as the arguments of a call. Raises ValueError for anything else."""
     try:
         is_object = isinstance(json.loads(text or "{}"), dict)
     except (ValueError, RecursionError):
@@ -50,7 +51,7 @@ class NamedTool(StrictRequest):
 
 class CalledFunction(StrictRequest):
     name: Str
-    arguments: Annotated[Str, AfterValidator(_check_object)]
+    arguments: Annotated[Str, AfterValidator(check_object)]
 
 
 class ToolCall(StrictRequest):

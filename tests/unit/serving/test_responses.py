@@ -127,8 +127,16 @@ def test_the_conversation_is_that_of_a_chat(tmp_path: Path) -> None:
         ("background", True),
         ("truncation", "auto"),
         ("tools", [{"type": "web_search"}]),
-        ("text", {"format": {"type": "json_object"}}),
-        ("input", [{"type": "function_call_output", "call_id": "1", "output": "a"}]),
+        ("tools", [{"type": "function", "name": "a", "defer_loading": True}]),
+        ("tool_choice", "required"),
+        ("tool_choice", {"type": "function", "name": "none"}),
+        ("tool_choice", {"type": "allowed_tools", "mode": "auto", "tools": []}),
+        ("text", {"format": {"type": "json_schema", "name": "a"}}),
+        ("text", {"format": {"type": "json_schema", "name": "a", "schema": {"minLength": 10**6}}}),
+        ("text", {"format": {"type": "text", "schema": {}}}),
+        ("input", [{"type": "function_call", "call_id": "1", "name": "a", "arguments": "[1]"}]),
+        ("input", [{"type": "item_reference", "id": "1"}]),
+        ("input", [{"type": "reasoning", "summary": []}]),
         ("input", [{"role": "user", "content": [{"type": "input_image", "image_url": "a"}]}]),
         ("input", []),
         ("max_output_tokens", 10**6),
@@ -153,3 +161,118 @@ def test_fields_without_effect_are_accepted(tmp_path: Path) -> None:
         "previous_response_id": None,
     }
     assert whole(tmp_path, PLAIN, **idle).output_text == "ABü"
+
+
+TOOL: dict[str, Any] = {
+    "type": "function",
+    "name": "weather",
+    "description": "of a city",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    "strict": True,
+}
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+
+
+def steps_of(*texts: str, reason: str = "stop") -> list[StepOutput]:
+    events = [Event(0, text, 65, None) for text in texts]
+    events[-1] = events[-1]._replace(finish_reason=reason)
+    return [StepOutput([], [BranchStarted(0, (0, 0))]), *(StepOutput([event], []) for event in events)]
+
+
+def test_calls_of_tools_are_items_after_the_text(tmp_path: Path) -> None:
+    steps = steps_of("I ask", ". ", CALL[:30], CALL[30:], CALL)
+    response = whole(tmp_path, steps, tools=[TOOL])
+    text, *calls = response.output
+    assert response.output_text == "I ask."
+    assert [(call.name, call.arguments) for call in calls] == [("weather", '{"city": "Oslo"}')] * 2  # type: ignore[union-attr]
+    assert calls[0].call_id != calls[1].call_id  # type: ignore[union-attr]
+    assert response.tools[0].model_dump(exclude_none=True) == TOOL
+    assert (response.tool_choice, response.parallel_tool_calls, response.status) == (
+        "auto",
+        True,
+        "completed",
+    )
+    single = whole(tmp_path, steps, tools=[TOOL], parallel_tool_calls=False)
+    assert [item.type for item in single.output] == ["message", "function_call"]
+    untold = whole(tmp_path, steps, tools=[TOOL], tool_choice="none")
+    assert [item.type for item in untold.output] == ["message"]
+    assert text.type == "message"
+
+
+def test_a_call_is_streamed_as_openais_events(tmp_path: Path) -> None:
+    events = streamed(tmp_path, steps_of(CALL[:9], CALL[9:]), tools=[TOOL])
+    assert [event.type.removeprefix("response.") for event in events] == [
+        "created",
+        "in_progress",
+        "output_item.added",
+        "function_call_arguments.delta",
+        "function_call_arguments.done",
+        "output_item.done",
+        "completed",
+    ]
+    added, delta, done, item, end = events[2:]
+    assert (added.item.name, added.item.arguments) == ("weather", "")
+    assert delta.delta == done.arguments == item.item.arguments == '{"city": "Oslo"}'
+    assert {added.item.id, item.item.id} == {delta.item_id} == {done.item_id}
+    assert end.response.output == [item.item]
+
+
+def test_text_and_calls_of_a_stream_have_places_of_their_own(tmp_path: Path) -> None:
+    events = streamed(tmp_path, steps_of("I ", "ask.", CALL, " Done."), tools=[TOOL])
+    places = {event.item_id: event.output_index for event in events if hasattr(event, "item_id")}
+    assert sorted(places.values()) == [0, 1]
+    response = events[-1].response
+    assert response.output_text == "".join(e.delta for e in events if e.type == "response.output_text.delta")
+    assert [item.id for item in response.output] == sorted(places, key=lambda item: places[item])
+
+
+def test_an_answer_that_is_cut_in_a_call_is_text(tmp_path: Path) -> None:
+    response = whole(tmp_path, steps_of(CALL[:30], reason="length"), tools=[TOOL])
+    assert (response.status, response.output_text) == ("incomplete", CALL[:30])
+
+
+def test_a_history_with_calls_and_their_outputs_is_that_of_a_chat(tmp_path: Path) -> None:
+    preprocessor = make_ingress(tmp_path).preprocessor
+    output = whole(tmp_path, steps_of("I ask.", CALL), tools=[TOOL]).output
+    call_id = output[1].call_id  # type: ignore[union-attr]
+    result = {"type": "function_call_output", "call_id": call_id, "output": "sunny"}
+    items = [{"role": "user", "content": "who"}, *(item.model_dump() for item in output), result]
+    body = {"tools": [TOOL], "tool_choice": {"type": "function", "name": "weather"}, "seed": 1}
+    asked = preprocessor.responses(ResponsesRequest(model="tiny", input=items, max_output_tokens=9, **body))
+    function = {"name": "weather", "arguments": '{"city": "Oslo"}'}
+    call = {"id": call_id, "type": "function", "function": function}
+    messages = [
+        {"role": "user", "content": "who"},
+        {"role": "assistant", "content": "I ask.", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": call_id, "content": "sunny"},
+    ]
+    told = {field: TOOL[field] for field in ("name", "description", "parameters")}
+    body |= {"tools": [{"type": "function", "function": told}]}
+    body |= {"tool_choice": {"type": "function", "function": {"name": "weather"}}}
+    chat = preprocessor.chat(ChatRequest(model="tiny", messages=messages, max_tokens=9, **body))
+    assert [sample.tokens.split() for sample in asked.samples] == [s.tokens.split() for s in chat.samples]
+    assert [sample.params for sample in asked.samples] == [sample.params for sample in chat.samples]
+    assert asked.samples[0].params[0].grammar is not None
+
+
+@pytest.mark.parametrize("kind", ["json_object", "json_schema"])
+def test_a_text_format_is_the_grammar_of_a_response_format(tmp_path: Path, kind: str) -> None:
+    preprocessor = make_ingress(tmp_path).preprocessor
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    named = {"name": "a", "schema": schema, "strict": True} if kind == "json_schema" else {}
+    form = {"type": kind, **named}
+    asked = preprocessor.responses(ResponsesRequest(**BODY, text={"format": form}))
+    chat = preprocessor.chat(
+        ChatRequest(
+            model="tiny",
+            messages=[{"role": "user", "content": "who"}],
+            response_format={"type": kind, **({"json_schema": named} if named else {})},
+        )
+    )
+    assert asked.samples[0].params[0].grammar == chat.samples[0].params[0].grammar is not None
+    response = whole(tmp_path, PLAIN, text={"format": form})
+    assert response.text is not None
+    assert response.text.format is not None
+    assert response.text.format.type == kind
+    reply = post(ingress_app(tmp_path, PLAIN), {**BODY, "text": {"format": form}, "guided_regex": "a"})
+    assert (reply.status, reply.error["param"]) == (400, "text.format")
