@@ -31,8 +31,8 @@ class FunctionTool(StrictRequest):
     output_schema: Ignored = None
 
     def as_tool(self) -> Tool:
-        given = {} if self.parameters is None else {"parameters": self.parameters}
-        return Tool(type="function", function=Function(name=self.name, description=self.description, **given))
+        fields = self.model_dump(include={"name", "description", "parameters"}, exclude_none=True)
+        return Tool(type="function", function=Function.model_validate(fields))
 
 
 class FunctionChoice(StrictRequest):
