@@ -139,7 +139,8 @@ def measure(model: nn.Module, work: Workload) -> Speed:
     optimizer = make_optimizer(loss, OptimizerConfig())
 
     def step(batch: Batch) -> float:
-        return optimizer_step(loss, optimizer, accumulate_gradients(loss, iter([batch]), 1).targets, clip=1.0)
+        totals, _ = accumulate_gradients(loss, iter([batch]), 1)
+        return optimizer_step(loss, optimizer, totals.targets, clip=1.0).item()
 
     batch = _largest_batch(step, work, inner.config.vocab_size)
     step_s = seconds(lambda: [step(batch) for _ in range(_STEPS)]) / _STEPS

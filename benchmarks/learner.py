@@ -29,8 +29,8 @@ class Learner:
 
     def step(self, *batches: Batch) -> float:
         """Take one optimizer step on the batches and return the gradient norm."""
-        totals = accumulate_gradients(self.loss, iter(batches), len(batches))
-        return optimizer_step(self.loss, self.optimizer, totals.targets, clip=1.0)
+        totals, _ = accumulate_gradients(self.loss, iter(batches), len(batches))
+        return optimizer_step(self.loss, self.optimizer, totals.targets, clip=1.0).item()
 
 
 def long_samples(count: int, branch: int) -> list[Tokens]:

@@ -36,7 +36,10 @@ def main(kind: str) -> None:
                 **decoder_inputs(causal_lm(learner.model), tensors, rope.visibility)
             ).logits.float()
             F.cross_entropy(
-                logits.flatten(0, 1), tensors.labels.flatten(), ignore_index=IGNORE, reduction="sum"
+                logits.flatten(0, 1),
+                torch.from_numpy(batch.labels).flatten(),
+                ignore_index=IGNORE,
+                reduction="sum",
             ).backward()
     print(peak.max_bytes - before)
 

@@ -49,7 +49,7 @@ def step_overhead() -> float:
         hidden = plain.base.base_model(input_ids=ids, use_cache=False).last_hidden_state[is_target]
         logits = plain.base.get_output_embeddings()(hidden).float()
         torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
-        return optimizer_step(plain.loss, plain.optimizer, len(labels), clip=1.0)
+        return optimizer_step(plain.loss, plain.optimizer, len(labels), clip=1.0).item()
 
     return ratio(lambda: patched.step(batch), plain_step, repeats=7)
 

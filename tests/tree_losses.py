@@ -16,6 +16,10 @@ def training_loss(model: nn.Module, batch: BatchEncoding, config: RopeConfig) ->
     """The sum over all targets, and their number."""
     labels = torch.full_like(batch["labels"], IGNORE)
     labels[:, :-1] = batch["labels"][:, 1:]
+    labels = labels.flatten()
+    (targets,) = torch.nonzero(labels != IGNORE, as_tuple=True)
     names = ("input_ids", "segment", "pos2d", "position_ids")
-    own = Tensors(*(batch[name] for name in names), labels, batch["relations"], is_flat=False)
+    own = Tensors(
+        *(batch[name] for name in names), batch["relations"], targets, labels[targets], is_flat=False
+    )
     return target_loss(model, own, config.visibility)

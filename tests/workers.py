@@ -69,7 +69,7 @@ def batches(config: TrainConfig) -> list[Batch]:
 
 def mean_gradient(loss: TargetLoss, own_batches: list[Batch]) -> Tensor:
     """Mean gradient over the targets of all workers, as `optimizer_step` computes it."""
-    totals = accumulate_gradients(loss, iter(own_batches), len(own_batches)).all_reduce(loss.device)
+    totals = accumulate_gradients(loss, iter(own_batches), len(own_batches))[0].all_reduce()
     gradients = [weight.grad for weight in trainable(loss)]
     parts = [
         grad.full_tensor() if isinstance(grad, DTensor) else sum_over_workers(grad.clone())
@@ -100,7 +100,7 @@ def check_gradients(config: TrainConfig) -> None:
         for sample in group.samples
     ]
     loss = TargetLoss(with_nonzero_lora(fresh_model(config)), config.rope.visibility)
-    single = accumulate_gradients(loss, iter([make_batch(samples, config.rope, 0)]), 1)
+    single, _ = accumulate_gradients(loss, iter([make_batch(samples, config.rope, 0)]), 1)
     expected = (
         torch.cat([weight.grad.flatten() for weight in trainable(loss) if weight.grad is not None])
         / single.targets

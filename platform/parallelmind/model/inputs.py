@@ -5,26 +5,33 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from parallelmind.config import Visibility
-from parallelmind.layout import PADDING, Batch
+from parallelmind.layout import IGNORE, PADDING, Batch
 from parallelmind.model.mask import Placement, attention_masks
 from parallelmind.model.patch_state import is_patched
 
 
 @dataclass(frozen=True, slots=True)
 class Tensors:
-    """The arrays of a `layout.Batch` on a device, with its dtypes and shapes, and whether it is flat."""
+    """The arrays of a `layout.Batch` on a device, with its dtypes and shapes, and whether it is flat.
+
+    targets: `[targets]` int64 indices into the flattened rows: the tokens that have a label. labels:
+    `[targets]`, their labels.
+    """
 
     ids: Tensor
     segment: Tensor
     pos2d: Tensor
     position: Tensor
-    labels: Tensor
     relations: Tensor
+    targets: Tensor
+    labels: Tensor
     is_flat: bool
 
     @property
@@ -34,10 +41,23 @@ class Tensors:
 
 
 def to_tensors(batch: Batch, device: torch.device | str = "cpu") -> Tensors:
-    """The batch on a device."""
-    names = ("ids", "segment", "pos2d", "position", "labels", "relations")
-    arrays = {name: torch.from_numpy(getattr(batch, name)).to(device) for name in names}
-    return Tensors(**arrays, is_flat=batch.is_flat)
+    """The batch on a device. The host does not wait for copies to an accelerator.
+
+    Targets are found here, on the host: on the device their number would have to be read.
+    """
+    names = ("ids", "segment", "pos2d", "position", "relations")
+    arrays = {name: getattr(batch, name) for name in names}
+    arrays["targets"] = np.flatnonzero(batch.labels != IGNORE)
+    arrays["labels"] = batch.labels.reshape(-1)[arrays["targets"]]
+    tensors = {name: _to_device(array, torch.device(device)) for name, array in arrays.items()}
+    return Tensors(**tensors, is_flat=batch.is_flat)
+
+
+def _to_device(array: NDArray[Any], device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":  # a copy of pageable memory would wait for the device
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def decoder_inputs(model: PreTrainedModel, batch: Tensors, visibility: Visibility) -> dict[str, Any]:

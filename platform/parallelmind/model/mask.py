@@ -155,8 +155,10 @@ class AttentionBias:
 def score_tables(placement: Placement, visibility: Visibility, penalty: float = 0.0) -> Tensor:
     """Float32 `[rows, segments + 1, segments + 1]` summand of the scores for every pair of segments."""
     relations = placement.relations
-    scores = torch.from_numpy(relation_scores(visibility, penalty)).to(relations.device)
-    return scores[relations.long()]
+    scores = torch.zeros(relations.shape, device=relations.device)
+    for relation, score in enumerate(relation_scores(visibility, penalty).tolist()):  # copies nothing there
+        scores.masked_fill_(relations == relation, score)
+    return scores
 
 
 class ScoreBias:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from transformers import set_seed
 
 from parallelmind.config import OptimizerConfig, TrainConfig
@@ -31,13 +31,14 @@ from parallelmind.training.metrics_logger import MetricsLogger
 from parallelmind.training.outcome import Outcome
 from parallelmind.training.sharding import shard
 from parallelmind.training.step import (
-    Totals,
     accumulate_gradients,
     evaluate,
     learning_rate,
     make_optimizer,
     optimizer_step,
+    sum_over_workers,
 )
+from parallelmind.training.unread import UnreadStep, read_all
 
 # float16: the first loss scale, and the number of finite steps after which it is doubled.
 _INITIAL_LOSS_SCALE, _STEPS_PER_SCALE = 2.0**8, 1000
@@ -72,6 +73,7 @@ def train(inputs: TrainingInputs, resume_from: Path | None = None) -> Outcome:
     trainer = Trainer(inputs, resume_from)
     while trainer.state.epoch < inputs.config.optimizer.epochs and not trainer.is_done:
         trainer.train_epoch()
+    trainer.read_steps()
     if not trainer.stopped:
         if trainer.state.step == trainer.state.skipped_steps:
             raise UserError(
@@ -107,6 +109,7 @@ class Trainer:
             restore_optimizer(inputs.model, self.optimizer, saved.optimizer)
         self.stopped = False
         self.validated_at: int | None = None
+        self.unread: list[UnreadStep] = []
         self.metrics_logger = MetricsLogger(self.hooks)
         self.attention_logger = AttentionLogger(inputs.model, self.loss.dtype, self.hooks.print_line)
 
@@ -134,23 +137,24 @@ class Trainer:
                 return
 
     def train_step(self, stream: Iterator[Batch]) -> bool:
-        """Take one optimizer step; False if no worker has data left."""
+        """Launch one optimizer step; False if no worker has data left. Nothing is read from the device."""
         # Dropout draws the same values after a restart.
         set_seed(hash((self.optimizer_config.seed, self.state.step, _rank())) % 2**32)
-        own = accumulate_gradients(
+        own, loss_sum = accumulate_gradients(
             self.loss, stream, self.optimizer_config.accumulation_steps, self.state.loss_scale
         )
         own.stop = float(self.hooks.should_stop())
-        totals = own.all_reduce(self.loss.device)
+        totals = own.all_reduce()
         self.stopped = totals.stop > 0
         if not totals.batches:
             return False
         rate = learning_rate(self.optimizer_config, self.position(), self.planned_steps)
-        norm = self._update_weights(totals, rate)
+        loss_sum = sum_over_workers(loss_sum)
+        norm = self._update_weights(loss_sum, totals.targets, rate)
         self.state.step += 1
         self.state.batches += int(totals.batches)
         self.state.branches += int(totals.branches)
-        self.metrics_logger.add(self.state, totals, rate, norm)
+        self.unread.append(UnreadStep(self.state.step, totals, rate, loss_sum, norm))
         self._after_step()
         return True
 
@@ -166,34 +170,45 @@ class Trainer:
             share_done * self.planned_steps, float(state.step if self.optimizer_config.max_steps else 0)
         )
 
-    def _update_weights(self, totals: Totals, rate: float) -> float:
+    def _update_weights(self, loss_sum: Tensor, targets: float, rate: float) -> Tensor:
         """Update the weights and return the gradient norm.
 
-        A step without a target or a finite gradient is counted and skipped; its norm is not finite.
+        A step without a target or a finite gradient changes nothing; its norm is not finite.
         """
-        if not totals.targets or not math.isfinite(totals.loss):
-            self.optimizer.zero_grad(set_to_none=True)
-            norm = math.nan
-        else:
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            targets = totals.targets * self.state.loss_scale
-            norm = optimizer_step(self.loss, self.optimizer, targets, self.optimizer_config.gradient_clip)
-        if math.isfinite(norm):
-            self.state.bad_steps = 0
-        else:
-            self._skip_step(totals)
-        if self.dtype == "float16":
-            self._update_loss_scale(math.isfinite(norm))
-        return norm
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        divisor = loss_sum.new_full((), targets * self.state.loss_scale or math.nan)
+        divisor.masked_fill_(~loss_sum.isfinite(), math.nan)
+        return optimizer_step(self.loss, self.optimizer, divisor, self.optimizer_config.gradient_clip)
 
-    def _skip_step(self, totals: Totals) -> None:
-        state = self.state
+    def read_steps(self) -> None:
+        """Read losses and gradient norms of the steps since the last call: here the host waits."""
+        unread, self.unread = self.unread, []
+        for step, norm in read_all(unread):
+            finite = math.isfinite(norm)
+            if finite:
+                self.state.bad_steps = 0
+            else:
+                self._skip_step(step)
+            if self.dtype == "float16":
+                self._update_loss_scale(finite)
+            self.metrics_logger.add(self.state, step.totals, step.rate, norm)
+
+    def _must_read(self) -> bool:
+        """Whether the next step depends on results that are on the device.
+
+        The loss scale of float16 does, and whether the run has failed.
+        """
+        unread = len(self.unread)
+        return self.dtype == "float16" or self.state.bad_steps + unread >= self.optimizer_config.max_bad_steps
+
+    def _skip_step(self, step: UnreadStep) -> None:
+        state, totals = self.state, step.totals
         state.skipped_steps += 1
         if state.loss_scale == 1 or not math.isfinite(totals.loss):  # otherwise float16 lowers its loss scale
             state.bad_steps += 1
         self.hooks.print_line(
-            f"step {state.step + 1}: no finite gradient over {totals.targets:.0f} targets; step skipped"
+            f"step {step.number}: no finite gradient over {totals.targets:.0f} targets; step skipped"
         )
         if state.bad_steps < self.optimizer_config.max_bad_steps:
             return
@@ -203,7 +218,7 @@ class Trainer:
         newest = checkpoints and newest_checkpoint(checkpoints.folder, state.config_hash)
         raise UserError(
             f"learning_rate={self.optimizer_config.learning_rate}: {state.bad_steps} consecutive steps "
-            f"without a finite gradient, up to step {state.step + 1} (last good checkpoint: "
+            f"without a finite gradient, up to step {step.number} (last good checkpoint: "
             f"{newest or 'none'}); lower it, or check the data"
         )
 
@@ -221,10 +236,13 @@ class Trainer:
 
     def _after_step(self) -> None:
         step, metrics = self.state.step, self.config.metrics
-        if step % metrics.log_every == 0:
-            self.metrics_logger.log(self.state, self.planned_steps)
+        log = step % metrics.log_every == 0
         save = step % self.config.checkpoint.checkpoint_every == 0
         validate = step % metrics.validate_every == 0
+        if log or save or validate or self._must_read():
+            self.read_steps()
+        if log:
+            self.metrics_logger.log(self.state, self.planned_steps)
         if save or validate:
             self.report(validate, save)
 
@@ -273,7 +291,7 @@ def validation_metrics(loss: TargetLoss, batches: Mapping[int, list[Batch]]) -> 
     """
     losses = {}
     for branches, own in sorted(batches.items()):
-        totals = evaluate(loss, own).all_reduce(loss.device)
+        totals = evaluate(loss, own).all_reduce()
         if totals.targets:
             losses[branches] = totals.loss / totals.targets
     taxes = {

@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from parallelmind.config import Visibility
-from parallelmind.layout import IGNORE
 from parallelmind.model.inputs import Tensors, decoder_inputs
 from parallelmind.model.lm_head import head_logits
 from parallelmind.model.structure import causal_lm, decoder
@@ -46,8 +45,7 @@ def target_loss(model: nn.Module, batch: Tensors, visibility: Visibility) -> tup
     inner = causal_lm(model)
     inputs = decoder_inputs(inner, batch, visibility)
     hidden = decoder(inner)(**inputs).last_hidden_state  # [batch, seq, width]
-    is_target = batch.labels != IGNORE
-    hidden, labels = hidden[is_target], batch.labels[is_target]  # [targets, width], [targets]
+    hidden, labels = hidden.flatten(0, 1).index_select(0, batch.targets), batch.labels  # [targets, width]
     size = max(_MAX_LOGITS // inner.config.get_text_config(decoder=True).vocab_size, 1)
     *chunks, last = zip(hidden.split(size), labels.split(size), strict=True)
     total = _chunk_loss(inner, *last)

@@ -10,7 +10,9 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import cache
 from itertools import islice
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,6 +27,7 @@ from parallelmind.layout import Batch, Tokens
 from parallelmind.model.inputs import to_tensors
 from parallelmind.training.loss import TargetLoss
 
+_SKIPS = "found_inf"  # attribute by which torch's gradient scaler tells a fused optimizer to skip its step
 _CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")  # in the text of torch's RuntimeError
 
 
@@ -32,8 +35,8 @@ _CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")  # in the te
 class Totals:
     """Sums of one worker, or of all workers, over the batches of a step.
 
-    loss: over target tokens. tokens, padded_tokens: without and with padding. stop: workers that ask to
-    stop.
+    loss: over target tokens; 0 as long as it is on the device. tokens, padded_tokens: without and with
+    padding. stop: workers that ask to stop.
     """
 
     loss: float = 0.0
@@ -44,15 +47,13 @@ class Totals:
     batches: float = 0.0
     stop: float = 0.0
 
-    def all_reduce(self, device: torch.device) -> Totals:
+    def all_reduce(self) -> Totals:
         """The sums over all workers."""
-        values = torch.tensor(
-            [getattr(self, item.name) for item in fields(self)], dtype=torch.float64, device=device
-        )
+        values = torch.tensor([getattr(self, item.name) for item in fields(self)], dtype=torch.float64)
         return Totals(*sum_over_workers(values).tolist())
 
-    def add(self, batch: Batch, loss: float) -> None:
-        self.loss += loss
+    def add(self, batch: Batch) -> None:
+        """Add everything but the loss."""
         self.targets += batch.targets
         self.tokens += batch.tokens
         self.padded_tokens += batch.ids.size
@@ -65,7 +66,10 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    return torch.optim.AdamW(trainable(model), lr=config.learning_rate, weight_decay=config.weight_decay)
+    """AdamW; its fused kernel can skip a step by a number that is on the device."""
+    return torch.optim.AdamW(
+        trainable(model), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
 
 
 def learning_rate(config: OptimizerConfig, position: float, planned: int) -> float:
@@ -78,8 +82,14 @@ def learning_rate(config: OptimizerConfig, position: float, planned: int) -> flo
     return config.learning_rate * shape[config.schedule]
 
 
-def accumulate_gradients(loss: TargetLoss, stream: Iterator[Batch], count: int, scale: float = 1.0) -> Totals:
-    """Accumulate the gradients of up to `count` batches, times `scale`; fewer at the end of the stream."""
+def accumulate_gradients(
+    loss: TargetLoss, stream: Iterator[Batch], count: int, scale: float = 1.0
+) -> tuple[Totals, Tensor]:
+    """Accumulate the gradients of up to `count` batches, times `scale`; fewer at the end of the stream.
+
+    Returns this worker's totals without the loss, and the sum of the loss, a float64 scalar that stays on the
+    device: nothing here waits for the device.
+    """
     return _run_batches(loss, list(islice(stream, count)), lambda value: (value * scale).backward())
 
 
@@ -88,25 +98,27 @@ def evaluate(loss: TargetLoss, batches: Iterable[Batch]) -> Totals:
     """Sums over batches in eval mode, without gradients."""
     training = loss.training
     loss.eval()
-    totals = _run_batches(loss, list(batches))
+    totals, loss_sum = _run_batches(loss, list(batches))
     loss.train(training)
     if isinstance(loss, FSDPModule):
         loss.reshard()  # otherwise the backward pass does this
+    totals.loss = loss_sum.item()
     return totals
 
 
 def _run_batches(
     loss: TargetLoss, batches: list[Batch], use_loss: Callable[[Tensor], None] = lambda value: None
-) -> Totals:
-    """Compute the loss of every batch, pass it to `use_loss`, and return the sums."""
-    totals = Totals()
+) -> tuple[Totals, Tensor]:
+    """Compute the loss of every batch, pass it to `use_loss`, and return the totals and the loss sum."""
+    totals, loss_sum = Totals(), torch.zeros((), dtype=torch.float64, device=loss.device)
     for batch in _pad_batches(loss, batches):
         with _explain_out_of_memory(batch):
             value, _ = loss(to_tensors(batch, loss.device))
             use_loss(value)
+        loss_sum += value.detach()
         if batch is not _EMPTY_BATCH:
-            totals.add(batch, value.item())
-    return totals
+            totals.add(batch)
+    return totals, loss_sum
 
 
 _EMPTY_BATCH = make_batch([Tokens.of([], [[0, 0]], [2])], RopeConfig(), pad_id=0)  # no target
@@ -119,8 +131,8 @@ def _pad_batches(loss: TargetLoss, batches: list[Batch]) -> list[Batch]:
     """
     if not isinstance(loss, FSDPModule):
         return batches
-    largest = torch.tensor(len(batches), device=loss.device)
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    largest = torch.tensor(len(batches))
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=_host_group(dist.group.WORLD))
     return batches + [_EMPTY_BATCH] * (int(largest) - len(batches))
 
 
@@ -154,23 +166,26 @@ def _explain_out_of_memory(batch: Batch) -> Iterator[None]:
         ) from error
 
 
-def optimizer_step(loss: TargetLoss, optimizer: torch.optim.Optimizer, targets: float, clip: float) -> float:
+def optimizer_step(
+    loss: nn.Module, optimizer: torch.optim.Optimizer, targets: float | Tensor, clip: float
+) -> Tensor:
     """Divide the gradients by `targets`, clip them to norm `clip` and take one step.
 
-    targets: of all workers, times the loss scale. Returns the gradient norm before clipping; if it is not
-    finite, the weights and the optimizer state stay as they were.
+    optimizer: a fused one. targets: of all workers, times the loss scale. Returns the gradient norm before
+    clipping, a scalar that stays on the device; if it is not finite, the weights and the optimizer state stay
+    as they were.
     """
     parts = [_local_gradient(parameter) for parameter in trainable(loss)]
     flat = torch.cat([part.flatten().float() for part in parts])
     if not isinstance(loss, FSDPModule):  # FSDP sums over the workers in the backward pass
         sum_over_workers(flat)
     flat /= targets
-    norm = float(sum_over_workers(flat.norm() ** 2).sqrt() if isinstance(loss, FSDPModule) else flat.norm())
-    if math.isfinite(norm):
-        flat *= min(clip / (norm + 1e-6), 1.0)
-        for part, gradient in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
-            part.copy_(gradient.view_as(part))
-        optimizer.step()
+    norm = sum_over_workers(flat.norm() ** 2).sqrt() if isinstance(loss, FSDPModule) else flat.norm()
+    flat *= (clip / (norm + 1e-6)).clamp(max=1.0)
+    for part, gradient in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
+        part.copy_(gradient.view_as(part))
+    setattr(optimizer, _SKIPS, (~norm.isfinite()).float())
+    optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
 
@@ -183,7 +198,13 @@ def _local_gradient(parameter: nn.Parameter) -> Tensor:
 
 
 def sum_over_workers(values: Tensor) -> Tensor:
-    """Sum in place over all workers."""
+    """Sum in place over all workers. Values of the host do not wait for the device."""
     if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(values)
+        dist.all_reduce(values, group=_host_group(dist.group.WORLD) if values.is_cpu else None)
     return values
+
+
+@cache
+def _host_group(world: Any) -> Any:
+    """The group of all workers that takes tensors of the host; NCCL's takes none."""
+    return world if "cpu:" in dist.get_backend_config(world) else dist.new_group(backend="gloo")

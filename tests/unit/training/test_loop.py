@@ -145,12 +145,15 @@ def test_a_step_without_a_finite_loss_is_skipped_and_counted(tmp_path: Path) -> 
     assert any("step skipped" in line for line in hooks.lines)
 
 
-def test_too_many_bad_steps_end_the_run_and_name_the_last_good_checkpoint(tmp_path: Path) -> None:
-    settings = config(epochs=9, max_bad_steps=3)
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_too_many_bad_steps_end_the_run_and_name_the_last_good_checkpoint(
+    tmp_path: Path, log_every: int
+) -> None:
+    settings = config(epochs=9, max_bad_steps=3, log_every=log_every)
     run(settings, tmp_path, Recorder(stop_at=4))
     with pytest.raises(
         UserError,
-        match=r"learning_rate=0.01: 3 consecutive steps .*last good checkpoint: .*step-4\); lower it",
+        match=r"learning_rate=0.01: 3 consecutive .* up to step 6 \(last good checkpoint: .*step-4\); lower",
     ):
         run(settings, tmp_path, model=model_with_nan_logits(settings, 999))
     assert checkpoint_steps(tmp_path) == ["step-3", "step-4"]

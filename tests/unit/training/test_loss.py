@@ -58,7 +58,9 @@ def batch_of(*samples: Tokens, rope: RopeConfig = ROPE) -> Batch:
 def full_loss(model: nn.Module, batch: Batch, rope: RopeConfig = ROPE) -> Tensor:
     tensors = to_tensors(batch)
     logits = model(**decoder_inputs(causal_lm(model), tensors, rope.visibility)).logits
-    return F.cross_entropy(logits.float().flatten(0, 1), tensors.labels.flatten(), reduction="sum")
+    return F.cross_entropy(
+        logits.float().flatten(0, 1), torch.from_numpy(batch.labels).flatten(), reduction="sum"
+    )
 
 
 @pytest.mark.parametrize(
@@ -95,7 +97,7 @@ def gradients(model: nn.Module, parts: list[list[Batch]]) -> list[Tensor]:
     targets = 0.0
     for batches in parts:
         model.zero_grad()
-        targets += accumulate_gradients(TargetLoss(model, "columnar"), iter(batches), len(batches)).targets
+        targets += accumulate_gradients(TargetLoss(model, "columnar"), iter(batches), len(batches))[0].targets
         for total, weight in zip(sums, trainable(model), strict=True):
             total += 0 if weight.grad is None else weight.grad
     return [total / targets for total in sums]

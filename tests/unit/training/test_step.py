@@ -17,9 +17,9 @@ def step(gradient_sum: list[float], targets: float, clip: float) -> tuple[float,
     module: Any = nn.Linear(len(gradient_sum), 1, bias=False)
     nn.init.zeros_(module.weight)
     module.weight.grad = torch.tensor([gradient_sum])
-    norm = optimizer_step(module, torch.optim.SGD(module.parameters(), lr=1.0), targets, clip)
+    norm = optimizer_step(module, torch.optim.SGD(module.parameters(), lr=1.0, fused=True), targets, clip)
     assert module.weight.grad is None
-    return norm, (-module.weight[0]).tolist()
+    return norm.item(), (-module.weight[0]).tolist()
 
 
 def test_the_gradient_is_the_mean_over_targets() -> None:
