@@ -68,7 +68,7 @@ def read_everything(path: Path, config: DataConfig) -> tuple[int, int, float]:
     counts: Counter[str] = Counter()
     tokens = rows = 0
     start = time.perf_counter()
-    for group in receive_batches(batch_server, ShardAssignment("", 0, 0, 1), 0, counts):
+    for group in receive_batches(batch_server, ShardAssignment("", 0, 0, 1, 1), 0, counts):
         batch = group.collate(RopeConfig(), 0)
         tokens += batch.tokens
         rows += sum(sample.branches for sample in group.samples)

@@ -126,13 +126,13 @@ def feeding(data: DataConfig) -> dict[str, float]:
             .options(num_cpus=0.2, max_concurrency=4)
             .remote(lambda tokenised=tokenised: iter(tokenised), config, 0)
         )
-        list(receive_batches(batch_server, ShardAssignment("", 0, 0, 1), 0, Counter()))
+        list(receive_batches(batch_server, ShardAssignment("", 0, 0, 1, 1), 0, Counter()))
         per_batch, tokens = [], 0.0
         for epoch in (1, 2):
             start = ray.get(batch_server.cpu_seconds.remote())
             sizes = [
                 _tokens(batch)
-                for batch in receive_batches(batch_server, ShardAssignment("", epoch, 0, 1), 0, Counter())
+                for batch in receive_batches(batch_server, ShardAssignment("", epoch, 0, 1, 1), 0, Counter())
             ]
             per_batch.append((ray.get(batch_server.cpu_seconds.remote()) - start) / len(sizes))
             tokens = sum(sizes) / len(sizes)

@@ -101,6 +101,7 @@ def training_inputs(
     }
     return TrainingInputs(
         settings,
+        settings.fingerprint(),
         model or fresh_model(settings),
         stream,
         hooks,

@@ -8,9 +8,11 @@ they are equal.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from parallelmind.config import TrainConfig
+from parallelmind.data.batch_server import ShardAssignment
 from parallelmind.data.packing import EpochSeed, TokenRecord, make_batch, sample_batches
 from parallelmind.evaluation.tree_law import law_tree
 from parallelmind.layout import Batch, Tokens
@@ -53,6 +56,7 @@ def settings(**values: object) -> TrainConfig:
         "batch_size": 3,
         "branches_per_sample": 2,
         "lora_rank": 4,
+        "num_workers": 2,
         "accumulation_steps": 2,
     }
     return TrainConfig.model_validate(
@@ -142,10 +146,13 @@ def run(
     dist.broadcast_object_list(newest)
 
     def stream(epoch: int, first: int) -> Iterator[Batch]:
-        yield from batches(config)[first + rank :: workers]
+        assignment = ShardAssignment("", epoch, first, workers, config.batches_per_step)
+        for number, batch in enumerate(batches(config)):
+            if number >= first and assignment.worker_of(number) == rank:
+                yield batch
 
     held_out = {1: batches(config)[rank :: workers + 1]}  # workers may have unequal numbers of batches
-    train(TrainingInputs(config, model, stream, hooks, 8, held_out, manager), newest[0])
+    train(TrainingInputs(config, config.fingerprint(), model, stream, hooks, 8, held_out, manager), newest[0])
     weights = full_weights(model)
     if manager:
         manager.close()
@@ -166,10 +173,56 @@ def check_resume(config: TrainConfig, folder: Path) -> None:
             torch.testing.assert_close(actual[name], value, rtol=1e-3, atol=1e-5)
 
 
+@contextmanager
+def group_of(workers: int, file: Path) -> Iterator[bool]:
+    """A process group of the first `workers` processes; whether this one is among them."""
+    rank = int(os.environ["RANK"])
+    if rank < workers:
+        dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=workers)
+    yield rank < workers
+    if rank < workers:
+        dist.destroy_process_group()
+
+
+def check_worker_counts(folder: Path) -> None:
+    """Any number of workers computes the same gradients and losses, also where it changes during a run.
+
+    Three workers do not divide the four batches of a step, as after the loss of one of four workers.
+    """
+    config = settings(global_batch_size=12, num_workers=4, accumulation_steps=None, lora_dropout=0.1)
+    results = dict[str, tuple[Tensor, dict[int, float]]]()
+    for name, counts in {"1": [1], "2": [2], "3": [3], "4": [4], "4 to 1": [4, 1], "2 to 4": [2, 4]}.items():
+        losses: dict[int, float] = {}
+        for turn, workers in enumerate(counts):
+            with group_of(workers, folder / f"{name}-{turn}") as is_member:
+                if is_member:
+                    stop_at = 2 if turn + 1 < len(counts) else None
+                    losses |= run(config, folder / f"run-{name}", stop_at)[0]
+                    results[name] = first_gradient(config), losses
+    gradient, losses = results["1"] if "1" in results else results["4"]
+    assert len(losses) >= 3
+    for other_gradient, other_losses in results.values():
+        assert float((other_gradient - gradient).norm() / gradient.norm()) <= 1e-5
+        assert all(math.isclose(losses[step], other_losses[step], rel_tol=1e-4) for step in other_losses)
+
+
+def first_gradient(config: TrainConfig) -> Tensor:
+    """The gradient of the first step, which this process computes with the others of its group."""
+    loss = TargetLoss(
+        with_nonzero_lora(fresh_model(config.replace(lora_dropout=0.0))), config.rope.visibility
+    )
+    chosen = batches(config)[: config.batches_per_step]
+    return mean_gradient(loss, chosen[dist.get_rank() :: dist.get_world_size()])
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
     case, folder = sys.argv[1], Path(sys.argv[2])
+    if case == "counts":
+        check_worker_counts(folder)
+        print("any number of workers agrees", flush=True)
+        os._exit(0)
+    dist.init_process_group("gloo")
     for sharding in ("none", "full"):
         for tuning in ("lora", "full"):
             config = settings(

@@ -23,7 +23,7 @@ from parallelmind.evaluation.facts import write_facts
 from parallelmind.redaction import redact_uri
 from parallelmind.tracking import absolute_uri
 from workloads.common.read_config import read_config
-from workloads.train.run_dir import RunDir
+from workloads.train.same_name import find_run_dir
 
 _TRAIN_PASSAGES, _HELD_OUT_PASSAGES, _QUESTIONS = 96, 6, 8
 
@@ -40,17 +40,18 @@ def main(argv: list[str]) -> None:
         )
     started = time.monotonic()
     config = read_config(TrainConfig, ["demo"])
-    run_dir = RunDir.of(config).path.local
-    run_dir.mkdir(parents=True, exist_ok=True)
+    run_dir = find_run_dir(config)
+    folder = run_dir.path.local
+    folder.mkdir(parents=True, exist_ok=True)
     held_out = _write_data(config)
-    base = _score("base model", run_dir / "base.json", held_out, ["rope_2d_ratio=0", "visibility=isolated"])
+    base = _score("base model", folder / "base.json", held_out, ["rope_2d_ratio=0", "visibility=isolated"])
     rope = [f"{name}={getattr(config.rope, name)}" for name in ("rope_2d_ratio", "visibility", "positions")]
-    untrained = _score("base model with 2D RoPE, before training", run_dir / "before.json", held_out, rope)
+    untrained = _score("base model with 2D RoPE, before training", folder / "before.json", held_out, rope)
     _print_step("training")
     _run("workloads.train", "demo")
-    adapter = RunDir.of(config).result.local
+    adapter = run_dir.result.local
     trained = _score(
-        "adapter, in a new process", run_dir / "after.json", held_out, [f"lora_path={adapter}"], show=2
+        "adapter, in a new process", folder / "after.json", held_out, [f"lora_path={adapter}"], show=2
     )
     _print_step("done")
     _print_scores({"base model": base, "with 2D RoPE, untrained": untrained, "adapter": trained})

@@ -105,7 +105,7 @@ def test_a_server_that_is_killed_and_comes_back_has_every_metric(tmp_path: Path)
 
     port = free_port()
     uri, lines = f"http://127.0.0.1:{port}", list[str]()
-    run_dir = RunDir(RemotePath(tmp_path / "run"), "adapter")
+    run_dir = RunDir(RemotePath(tmp_path / "run"), "adapter", "")
     with mlflow_server(tmp_path, port):
         run_id = Tracker.start(uri, "tests", "one", CONFIG, "key").run_id
         sender = MlflowSender(run_dir, uri, run_id, lines.append)

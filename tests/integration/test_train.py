@@ -237,7 +237,7 @@ def test_an_error_of_a_worker_is_one_line_too(cwd: Path) -> None:
 def test_ctrl_c_saves_and_the_same_command_resumes_with_another_number_of_workers(
     cwd: Path,
 ) -> None:
-    arguments = ("run.yaml", "name=cut", "validation_path=null")
+    arguments = ("run.yaml", "name=cut", "validation_path=null", "global_batch_size=8")
     match = re.search(
         r"stopped at step (\d+); checkpoint: (\S+)",
         interrupted(cwd, "step 3/", *arguments, "num_workers=2"),

@@ -169,8 +169,8 @@ def test_threads_do_not_share_dynamic_frequencies():
         check_close(logits, expected[turn % 2], "a text read beside another thread's and alone")
 
 
-def in_two_processes(*arguments: str) -> str:
-    """The output of a test module that two processes run together."""
+def in_processes(count: int, *arguments: str) -> str:
+    """The output of a test module that several processes run together."""
     env = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -181,7 +181,7 @@ def in_two_processes(*arguments: str) -> str:
         "-m",
         "torch.distributed.run",
         "--standalone",
-        "--nproc-per-node=2",
+        f"--nproc-per-node={count}",
         "-m",
         *arguments,
     ]
@@ -193,10 +193,15 @@ def in_two_processes(*arguments: str) -> str:
 
 
 def test_two_processes_average_the_gradients_of_one():
-    assert in_two_processes("ddp_step").count("gradients agree") == 2
+    assert in_processes(2, "ddp_step").count("gradients agree") == 2
 
 
 @pytest.mark.parametrize("case", ["gradients", "resume"])
 def test_two_workers_equal_one(case, tmp_path):
     """Replicated or sharded, adapter or full model: equal gradients to 1e-5, and exact resumption."""
-    assert in_two_processes("workers", case, str(tmp_path)).count("agrees") == 8
+    assert in_processes(2, "workers", case, str(tmp_path)).count("agrees") == 8
+
+
+def test_any_number_of_workers_computes_the_same_steps(tmp_path):
+    """The same gradients and losses, also where a run resumes with another number of workers."""
+    assert in_processes(4, "workers", "counts", str(tmp_path)).count("agrees") == 4

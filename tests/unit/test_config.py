@@ -99,7 +99,7 @@ mlflow_uri: sqlite:///mlflow.db
 mlflow_experiment: '2026-11-28'
 ray_address: null
 """
-WRITTEN_BEFORE_HASH, DEFAULT_HASH = "6f45b84d7d1f", "f1630d4abc9c"
+WRITTEN_BEFORE_HASH, EARLIER_DEFAULT_HASH, DEFAULT_HASH = "6f45b84d7d1f", "f1630d4abc9c", "0590a45aaf58"
 
 
 def train(*overrides: str, **values: object) -> TrainConfig:
@@ -114,7 +114,8 @@ def test_config_yaml_and_hash_stay_as_an_earlier_version_wrote_them(tmp_path: Pa
     later = tuple(f"{name}: " for name in TrainConfig.later_fields())
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     assert "".join(line for line in lines if not line.startswith(later)) == WRITTEN_BEFORE
-    assert config.fingerprint() == WRITTEN_BEFORE_HASH
+    assert config.earlier_fingerprint() == WRITTEN_BEFORE_HASH
+    assert train(accumulation_steps=1).earlier_fingerprint() == EARLIER_DEFAULT_HASH
     assert train().fingerprint() == DEFAULT_HASH
 
 
@@ -137,9 +138,30 @@ def test_config_yaml_and_hash_stay_as_an_earlier_version_wrote_them(tmp_path: Pa
 )
 def test_an_error_names_field_value_and_remedy(override: str, parts: list[str]) -> None:
     with pytest.raises(UserError) as error:
-        train(override)
+        train(*(override.split() if "{" not in override else [override]))
     assert all(part in str(error.value) for part in parts)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (
+            "global_batch_size=10 num_workers=2",
+            ["global_batch_size=10: is no multiple of batch_size=4 x num_workers=2", "a multiple of 8"],
+        ),
+        (
+            "global_batch_size=6144 batch_tokens=4096",
+            ["global_batch_size=6144: is no multiple of batch_tokens=4096 x num_workers=1"],
+        ),
+        (
+            "global_batch_size=16 accumulation_steps=3",
+            ["accumulation_steps=3: global_batch_size=16 with batch_size=4 x num_workers=1 makes it 4"],
+        ),
+    ],
+)
+def test_a_step_that_cannot_be_divided_is_refused(overrides: str, parts: list[str]) -> None:
+    test_an_error_names_field_value_and_remedy(overrides, parts)
 
 
 def test_a_missing_required_field_is_named() -> None:
@@ -322,6 +344,30 @@ def test_the_fingerprint_covers_the_settings_and_nothing_else() -> None:
     assert len(train().fingerprint()) == 12
 
 
+def test_the_fingerprint_covers_the_samples_of_a_step_and_not_who_computes_them() -> None:
+    shares = [
+        {"global_batch_size": 16},
+        {"global_batch_size": 16, "num_workers": 2},
+        {"num_workers": 4},
+        {"num_workers": 2, "accumulation_steps": 2},
+        {"accumulation_steps": 4, "name": "other"},
+        {"batch_size": 4, "global_batch_size": 16, "accumulation_steps": 2, "num_workers": 2},
+    ]
+    assert len({train(**values).fingerprint() for values in shares}) == 1
+    assert {train(**values).batches_per_step for values in shares} == {4}
+    others = [{"num_workers": 2}, {"batch_size": 8, "global_batch_size": 16}, {"accumulation_steps": 2}]
+    assert train(**shares[0]).fingerprint() not in {train(**values).fingerprint() for values in others}
+
+
+def test_a_stored_config_keeps_its_identity_on_other_workers() -> None:
+    stored = train(num_workers=2, accumulation_steps=2).with_global_batch_size()
+    assert (stored.optimizer.global_batch_size, stored.optimizer.accumulation_steps) == (16, None)
+    assert stored.fingerprint() == train(num_workers=2, accumulation_steps=2).fingerprint()
+    assert stored.replace(num_workers=1).fingerprint() == stored.fingerprint()
+    tokens = train(batch_tokens=4096, accumulation_steps=2).with_global_batch_size()
+    assert tokens.optimizer.global_batch_size == 8192
+
+
 class _Group(FrozenConfig):
     old: int = 1
 
@@ -436,7 +482,7 @@ def test_a_run_keeps_its_data_path_as_written(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("HOME", "/home/one")
     config = TrainConfig(data_path="~/a.jsonl", base_model="~/model", output_dir="~/runs")
     assert config.model_dump()["data_path"] == "~/a.jsonl"
-    assert config.fingerprint() == "ffccbb5ccb27"
+    assert config.replace(accumulation_steps=1).earlier_fingerprint() == "ffccbb5ccb27"
 
 
 def test_a_configuration_with_a_list_is_a_key() -> None:

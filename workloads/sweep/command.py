@@ -17,6 +17,7 @@ import signal
 
 from parallelmind import cli
 from parallelmind.config import TrainConfig
+from parallelmind.config.yaml_file import yaml_values
 from parallelmind.data.files import find_files
 from parallelmind.remote import RemotePath
 from workloads.common.read_config import read_config
@@ -54,8 +55,26 @@ def run_sweep(config: SweepConfig) -> RemotePath:
 
 
 def sweep_dir_of(config: SweepConfig) -> RemotePath:
-    """`output_dir/name-hash`. The hash leaves out the number of trials and where they run."""
+    """`output_dir/name-hash`. The hash leaves out the number of trials and where they run.
+
+    Without a `global_batch_size`, which a trial may change, the batches of all workers count as accumulated.
+    """
+    train = config.train
+    if train.optimizer.global_batch_size is not None:
+        return _sweep_dir(config, None)
+    sweep_dir = _sweep_dir(config, train.batches_per_step)
+    if train.workers.num_workers > 1:  # earlier versions did not count the workers
+        earlier = _sweep_dir(config, train.optimizer.accumulation_steps or 1)
+        content = earlier.child("config.yaml").read_bytes()
+        stored = yaml_values(content, f"{earlier}/config.yaml")["train"] if content else {}
+        if stored.get("num_workers") == train.workers.num_workers:
+            return earlier
+    return sweep_dir
+
+
+def _sweep_dir(config: SweepConfig, accumulation_steps: int | None) -> RemotePath:
     fields = TrainConfig.flat_fields()
-    defaults = {name: fields[name].default for name in (*TrainConfig.NON_IDENTITY_FIELDS, "name")}
-    identity = config.model_copy(update={"train": config.train.replace(**defaults)})
+    values = {name: fields[name].default for name in TrainConfig.NON_IDENTITY_FIELDS}
+    train = config.train.replace(**{**values, "accumulation_steps": accumulation_steps})
+    identity = config.model_copy(update={"train": train})
     return RemotePath.at(config.train.run.output_dir).child(f"{config.name}-{identity.fingerprint()[:8]}")

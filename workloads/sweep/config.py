@@ -13,8 +13,7 @@ from parallelmind.config import FrozenConfig, GroupedConfig, TrainConfig, did_yo
 from parallelmind.errors import format_value
 
 # Fields that trials share: where and how a run happens, and what trials are compared by.
-_SHARED_FIELDS = TrainConfig.NON_IDENTITY_FIELDS | {
-    "name",
+_SHARED_FIELDS = TrainConfig.NON_IDENTITY_FIELDS - {"accumulation_steps"} | {
     "seed",
     "strict",
     "max_bad_records",

@@ -26,7 +26,7 @@ from workloads.train.data_files import DataFiles
 from workloads.train.fit import fit
 from workloads.train.prepare import SharedRunContext, prepare
 from workloads.train.provenance import save_loss_plot
-from workloads.train.run_dir import RunDir
+from workloads.train.same_name import find_run_dir
 
 TRIALS = "trials"  # folder of the trials' runs in the sweep's folder
 
@@ -66,7 +66,7 @@ def run_trial(trial: dict[str, Any], context: SweepContext) -> None:
 
 def _train(config: TrainConfig, context: SweepContext, data: str | None) -> dict[str, Any]:
     """Train the run, unless it is complete; returns the last report."""
-    run_dir = RunDir.of(config)
+    run_dir = find_run_dir(config)
     # A process that Ray Tune considers lost may still train in this folder: wait for it.
     with process_lock(run_dir.path.local / ".lock"):
         manifest = run_dir.result.child(MANIFEST).read_bytes()

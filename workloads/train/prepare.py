@@ -65,14 +65,17 @@ class PreparedRun(NamedTuple):
 def begin(config: TrainConfig, run_dir: RunDir) -> PreTrainedTokenizerBase:
     """Download the existing files of the run, write config.yaml and check the model; needs no Ray.
 
+    A run of an earlier version keeps its config.yaml, by which it is found again.
+
     Returns the tokenizer.
 
     Raises:
         UserError: the model, its tokenizer or the adapter to resume cannot be used with these settings.
     """
     run_dir.path.download(exclude="*.safetensors")
-    save_yaml(config, run_dir.config_file.local)
-    run_dir.config_file.upload()
+    if run_dir.config_hash == config.fingerprint():
+        save_yaml(config.with_global_batch_size(), run_dir.config_file.local)
+        run_dir.config_file.upload()
     run_dir.stop_file().clear()
     tokenizer = load_tokenizer(config.model)
     for note in check_vocabulary(tokenizer, config.model):
@@ -158,7 +161,7 @@ def open_tracker(
         absolute_uri(services.mlflow_uri),
         services.mlflow_experiment,
         run_dir.name,
-        config,
+        config.with_global_batch_size(),
         record["mlflow_key"],
         parent,
     )

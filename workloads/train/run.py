@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from parallelmind.config import TrainConfig
 from workloads.common.stopping import run_stoppable
 from workloads.train.data_files import DataFiles
-from workloads.train.run_dir import RunDir, check_no_changed_run, lock_dir
+from workloads.train.run_dir import RunDir, lock_dir
+from workloads.train.same_name import check_no_changed_run, find_run_dir
 
 
 def run_training(config: TrainConfig) -> RunDir:
@@ -17,7 +18,7 @@ def run_training(config: TrainConfig) -> RunDir:
         UserError: an input that the user can correct.
         KeyboardInterrupt: the run was stopped; its checkpoint is saved.
     """
-    run_dir = RunDir.of(config)
+    run_dir = find_run_dir(config)
     if run_dir.is_finished():
         print(f"already finished: {run_dir.result}; change a field or the name to train another run")
         if run_dir.unsent_file.read_bytes() is not None:

@@ -1,4 +1,4 @@
-"""Run folder: its name, its files, its lock, and the check for changed settings."""
+"""Run folder: its name, its files and its lock."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from filelock import Timeout
 
 from parallelmind.config import TrainConfig
-from parallelmind.config.yaml_file import yaml_values
-from parallelmind.errors import UserError, format_value, write_error
+from parallelmind.errors import UserError, write_error
 from parallelmind.model.manifest import MANIFEST
-from parallelmind.redaction import redact_values
 from parallelmind.remote import RemotePath
 from parallelmind.storage import process_lock
 from workloads.common.stopping import StopFile
@@ -35,17 +33,29 @@ _WRITE_ERRORS = {
 
 @dataclass(frozen=True, slots=True)
 class RunDir:
-    """Folder of one run, on this machine or at a URI. result_name: `adapter` or `model`."""
+    """Folder of one run, on this machine or at a URI.
+
+    result_name: `adapter` or `model`. config_hash: of the settings; its first 8 digits end the folder's name.
+    """
 
     path: RemotePath
     result_name: str
+    config_hash: str
 
     @classmethod
     def of(cls, config: TrainConfig) -> RunDir:
         """`output_dir/name-hash`."""
-        name = f"{config.run.name}-{config.fingerprint()[:8]}"
-        path = RemotePath.at(config.run.output_dir).child(name)
-        return cls(path, ADAPTER if config.optimizer.tuning == "lora" else MODEL)
+        return cls._named(config, config.fingerprint())
+
+    @classmethod
+    def of_earlier_version(cls, config: TrainConfig) -> RunDir:
+        """The folder of the run in versions that hashed other fields (`TrainConfig.earlier_fingerprint`)."""
+        return cls._named(config, config.earlier_fingerprint())
+
+    @classmethod
+    def _named(cls, config: TrainConfig, config_hash: str) -> RunDir:
+        path = RemotePath.at(config.run.output_dir).child(f"{config.run.name}-{config_hash[:8]}")
+        return cls(path, ADAPTER if config.optimizer.tuning == "lora" else MODEL, config_hash)
 
     def __str__(self) -> str:
         return str(self.path)
@@ -102,6 +112,10 @@ class RunDir:
     def is_finished(self) -> bool:
         return bool(self.result.child(MANIFEST).read_bytes())
 
+    def has_checkpoint(self) -> bool:
+        """Whether there is a checkpoint, complete or not."""
+        return any(name.startswith("step-") for name in self.checkpoints.list_names())
+
 
 def stop_file(run_path: RemotePath) -> StopFile:
     """The file that asks a run to save a checkpoint and end."""
@@ -131,46 +145,3 @@ def lock_dir(path: RemotePath, name: str, output_dir: str) -> Iterator[None]:
 def is_write_error(error: BaseException) -> bool:
     """Whether a file could not be written: disk full, no permission, or a file where a folder is needed."""
     return isinstance(error, OSError) and error.errno in _WRITE_ERRORS
-
-
-def check_no_changed_run(config: TrainConfig, run_dir: RunDir) -> None:
-    """Refuse a run if an unfinished run of the same name has other settings.
-
-    Raises:
-        UserError: names the fields that differ.
-    """
-    runs = run_dir.path.parent
-    for name in runs.list_names():
-        other = runs.child(name)
-        if not name.startswith(f"{config.run.name}-") or other == run_dir.path:
-            continue
-        started_with = _unfinished_settings(other)
-        if started_with is None or started_with.get("name") != config.run.name:
-            continue
-        raise UserError(
-            f"name={config.run.name}: the unfinished run {other} has {_differences(started_with, config)}; "
-            "use its values to resume it, choose another name, or remove its folder"
-        )
-
-
-def _unfinished_settings(path: RemotePath) -> dict[str, object] | None:
-    """The settings of an unfinished run that has a checkpoint, or None."""
-    content = path.child("config.yaml").read_bytes()
-    if content is None:
-        return None
-    settings = yaml_values(content, f"{path}/config.yaml")
-    has_checkpoint = any(name.startswith("step-") for name in path.child(_CHECKPOINTS).list_names())
-    finished = any(RunDir(path, result_name).is_finished() for result_name in (ADAPTER, MODEL))
-    return settings if has_checkpoint and not finished else None
-
-
-def _differences(started_with: dict[str, object], config: TrainConfig) -> str:
-    """The settings that differ. A run of an earlier version has later fields at their defaults."""
-    fields, current = config.flat_fields(), redact_values(config.model_dump(mode="json"))
-    earlier = {name: fields[name].default for name in config.later_fields()}
-    started_with = earlier | redact_values(started_with)
-    return ", ".join(
-        f"{name}={format_value(value)} (now {format_value(current[name])})"
-        for name, value in started_with.items()
-        if name in current and name not in config.NON_IDENTITY_FIELDS and current[name] != value
-    )

@@ -74,7 +74,7 @@ def check_limits(
     epoch = estimate_epoch(train, tokenizer, data, optimizer.seed)
     if epoch.exact and epoch.skipped == train.branches + train.reduces:
         raise nothing_left(epoch.skipped, data)
-    print_estimate(epoch, data, optimizer, config.workers.num_workers)
+    print_estimate(epoch, data, optimizer, config.batches_per_step)
     if files.validation:
         pool = config.metrics.validation_samples
         held_out = HeldOut.read(files.validation, pool, tokenizer, data)
@@ -98,13 +98,13 @@ def _print_undivided(held_out: HeldOut, source: str, counts: Sequence[int]) -> N
 
 
 def print_estimate(
-    epoch: EpochEstimate, data: DataConfig, optimizer: OptimizerConfig, num_workers: int
+    epoch: EpochEstimate, data: DataConfig, optimizer: OptimizerConfig, batches_per_step: int
 ) -> None:
     """Print what the length limits remove, and whether the epochs end before max_steps."""
     about = "" if epoch.exact else "about "
     for note in limit_notes(epoch.truncated, epoch.skipped, data, about):
         _notice(note)
-    steps = steps_of_epochs(optimizer, epoch.batches, num_workers)
+    steps = steps_of_epochs(optimizer, epoch.batches, batches_per_step)
     if optimizer.max_steps is not None and steps < optimizer.max_steps:
         _notice(
             f"max_steps={optimizer.max_steps}: training ends before, after {about}{steps:,} steps, as "

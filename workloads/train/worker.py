@@ -83,6 +83,7 @@ def run_worker(task: WorkerTask, batch_server: Any) -> Outcome:
         model, tokenizer = build_model(config.model, config.rope, config.lora, config.optimizer)
         inputs = TrainingInputs(
             config,
+            task.run_dir.config_hash,
             model,
             _batch_stream(task, batch_server, group, tokenizer, hooks),
             hooks,
@@ -105,7 +106,7 @@ def _agree_on_start(
     task: WorkerTask, manager: CheckpointManager | None, hooks: RayHooks
 ) -> tuple[str, Path | None]:
     """Name of this worker group, and local folder of the checkpoint to resume from; rank 0 chooses both."""
-    newest = manager.resume(task.config.fingerprint(), hooks.print_line) if manager else None
+    newest = manager.resume(task.run_dir.config_hash, hooks.print_line) if manager else None
     group, name = broadcast_from_rank_zero((uuid4().hex, newest and newest.name))
     if name is None:
         return group, None
@@ -123,9 +124,8 @@ def _batch_stream(
 
     def stream(epoch: int, first: int) -> Iterator[Batch]:
         counts: Counter[str] = Counter()
-        for batch in receive_batches(
-            batch_server, ShardAssignment(group, epoch, first, workers), rank, counts
-        ):
+        assignment = ShardAssignment(group, epoch, first, workers, task.config.batches_per_step)
+        for batch in receive_batches(batch_server, assignment, rank, counts):
             yield batch.collate(task.config.rope, tokenizer.pad_token_id or 0, task.config.data.packing)
         if any(counts.values()):
             hooks.print_line(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 from pydantic import (
@@ -15,6 +16,12 @@ from pydantic import (
     model_validator,
 )
 from pydantic.fields import FieldInfo
+
+
+def short_hash(values: Mapping[str, Any]) -> str:
+    """First 12 hex digits of the SHA-256 of values that JSON can hold, whatever their order."""
+    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
 class FrozenConfig(BaseModel):
@@ -57,24 +64,27 @@ class FrozenConfig(BaseModel):
 
         The same settings give the same fingerprint on every machine.
         """
-        identity = {
+        return short_hash(self.identity())
+
+    def identity(self) -> dict[str, Any]:
+        """The values that the fingerprint is made of, by flat name."""
+        return {
             name: value
-            for name, value in self._dump_without_later_defaults().items()
+            for name, value in self.dump_without_later_defaults().items()
             if name not in self.NON_IDENTITY_FIELDS
         }
-        canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
     @classmethod
     def later_fields(cls) -> frozenset[str]:
         """`LATER_FIELDS` by flat name."""
         return cls.LATER_FIELDS
 
-    def _dump_without_later_defaults(self) -> dict[str, Any]:
+    def dump_without_later_defaults(self) -> dict[str, Any]:
+        """All values as JSON, without those of `LATER_FIELDS` that are at their defaults."""
         values = self.model_dump(mode="json")
         for name, value in self:
             if name in values and isinstance(value, FrozenConfig):
-                values[name] = value._dump_without_later_defaults()
+                values[name] = value.dump_without_later_defaults()
         fields, later = self.flat_fields(), self.later_fields()
         return {
             name: value

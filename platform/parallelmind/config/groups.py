@@ -183,6 +183,8 @@ class DataConfig(FrozenConfig):
 class OptimizerConfig(FrozenConfig):
     """Training and optimizer."""
 
+    LATER_FIELDS: ClassVar[frozenset[str]] = frozenset({"global_batch_size"})
+
     tuning: Literal["lora", "full"] = Field(
         "lora", description="lora: train an adapter; full: train every parameter of the model"
     )
@@ -200,7 +202,18 @@ class OptimizerConfig(FrozenConfig):
     warmup_ratio: float = Field(0.05, ge=0, lt=1, description="share of the steps used for linear warmup")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
     gradient_clip: float = Field(1.0, gt=0, description="maximum gradient norm of a step")
-    accumulation_steps: int = Field(1, ge=1, description="batches per worker and optimizer step")
+    global_batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="samples per optimizer step, of all workers and accumulated batches (branches with "
+        "batch_by_samples=false, tokens with batch_tokens); null: batch_size (or batch_tokens) x "
+        "accumulation_steps x num_workers",
+    )
+    accumulation_steps: int | None = Field(
+        None,
+        ge=1,
+        description="batches per worker and optimizer step; null: 1, or what global_batch_size needs",
+    )
     max_bad_steps: int = Field(
         10, ge=1, description="fail after this many consecutive steps without a finite gradient"
     )

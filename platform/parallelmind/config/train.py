@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import model_validator
 
-from parallelmind.config.frozen import GroupedConfig
+from parallelmind.config.frozen import GroupedConfig, short_hash
 from parallelmind.config.groups import (
     CheckpointConfig,
     DataConfig,
@@ -22,13 +22,17 @@ from parallelmind.config.groups import (
 
 
 class TrainConfig(GroupedConfig):
-    """Training run. It may resume with another worker count and other logging settings.
+    """Training run. It may resume with other logging settings, and with another worker count.
 
-    The order of groups and fields is the order in config.yaml.
+    The fingerprint covers the samples of an optimizer step (`global_batch_size`, resolved), so neither how
+    many workers share them nor the name of the run is a part of it. The order of groups and fields is the
+    order in config.yaml.
     """
 
     NON_IDENTITY_FIELDS: ClassVar[frozenset[str]] = frozenset(
         {
+            "name",
+            "accumulation_steps",
             "num_workers",
             "min_workers",
             "sharding",
@@ -58,6 +62,57 @@ class TrainConfig(GroupedConfig):
     if TYPE_CHECKING:  # flat field names, which the type checker cannot know
 
         def __init__(self, **fields: Any) -> None: ...
+
+    @property
+    def batches_per_step(self) -> int:
+        """Batches of one optimizer step, of all workers together."""
+        size = self.optimizer.global_batch_size
+        if size is not None:
+            return size // self._batch_size
+        return (self.optimizer.accumulation_steps or 1) * self.workers.num_workers
+
+    @property
+    def _batch_size(self) -> int:
+        """Size of one batch in the unit of `global_batch_size`."""
+        return self.data.batch_tokens or self.data.batch_size
+
+    def with_global_batch_size(self) -> Self:
+        """The same run with `global_batch_size` as a number, which keeps its identity on other workers."""
+        size = self.batches_per_step * self._batch_size
+        return self.replace(global_batch_size=size, accumulation_steps=None)
+
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity(), "global_batch_size": self.batches_per_step * self._batch_size}
+
+    def earlier_fingerprint(self) -> str:
+        """The fingerprint that versions without `global_batch_size` gave the run.
+
+        It covers `name` and `accumulation_steps`.
+        """
+        not_covered = self.NON_IDENTITY_FIELDS - {"name", "accumulation_steps"}
+        values = self.dump_without_later_defaults()
+        return short_hash({name: value for name, value in values.items() if name not in not_covered})
+
+    @model_validator(mode="after")
+    def _check_global_batch_size(self) -> Self:
+        size, accumulated = self.optimizer.global_batch_size, self.optimizer.accumulation_steps
+        if size is None:
+            return self
+        workers = self.workers.num_workers
+        one_batch = "batch_tokens" if self.data.batch_tokens else "batch_size"
+        unit = self._batch_size * workers
+        factors = f"{one_batch}={self._batch_size} x num_workers={workers}"
+        if size % unit:
+            raise ValueError(
+                f"global_batch_size={size}: is no multiple of {factors}; set a multiple of {unit}, or change "
+                f"{one_batch} or num_workers"
+            )
+        if accumulated is not None and accumulated * unit != size:
+            raise ValueError(
+                f"accumulation_steps={accumulated}: global_batch_size={size} with {factors} makes it "
+                f"{size // unit}; drop one of the two"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_branches(self) -> Self:

@@ -28,17 +28,23 @@ _MakeBatches = Callable[[int, Counter[str]], Iterator[SampleBatch]]  # (epoch, c
 class ShardAssignment:
     """Which workers share the batches of an epoch, beginning with `first_batch`.
 
-    worker_group: identifies one start of the workers.
+    worker_group: identifies one start of the workers. batches_per_step: of all workers; the steps consist of
+    the same batches for any number of workers.
     """
 
     worker_group: str
     epoch: int
     first_batch: int
     num_workers: int
+    batches_per_step: int
+
+    def worker_of(self, batch: int) -> int:
+        """The worker that takes a batch of the epoch."""
+        return (batch - self.first_batch) % self.batches_per_step % self.num_workers
 
 
 class BatchServer:
-    """Serves batch k of an epoch to worker (k - first_batch) mod num_workers. Runs as a Ray actor.
+    """Serves every batch of an epoch to the worker that `ShardAssignment` gives it to. Runs as a Ray actor.
 
     After a restart, any number of workers continue with exactly the batches from `first_batch` on.
     """
@@ -107,16 +113,18 @@ class _EpochStream:
         raise RuntimeError(_SUPERSEDED)
 
     def _fill(self) -> None:
-        first, num_workers = self.assignment.first_batch, self.assignment.num_workers
+        assignment = self.assignment
         counts: Counter[str] = Counter()
         last: Counter[str] | BaseException = counts
         try:
-            for number, batch in enumerate(self._make_batches(self.assignment.epoch, counts)):
-                if number >= first and not self._put((number - first) % num_workers, batch):
+            for number, batch in enumerate(self._make_batches(assignment.epoch, counts)):
+                if number < assignment.first_batch:
+                    continue
+                if not self._put(assignment.worker_of(number), batch):
                     return
         except BaseException as error:  # raised in the next call of every worker
             last = error
-        for rank in range(num_workers):
+        for rank in range(assignment.num_workers):
             self._put(rank, last)
 
     def _put(self, rank: int, item: _Item) -> bool:

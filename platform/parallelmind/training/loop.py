@@ -50,10 +50,11 @@ class TrainingInputs:
 
     batches: function of (epoch, first batch) that returns this worker's batches of an epoch.
     batches_per_epoch: of all workers, estimated. validation: this worker's held-out batches, by branches per
-    sample. checkpoints: set on rank 0 only.
+    sample. checkpoints: set on rank 0 only. config_hash: of the run; the checkpoints hold it.
     """
 
     config: TrainConfig
+    config_hash: str
     model: nn.Module
     batches: Callable[[int, int], Iterable[Batch]]
     hooks: Hooks
@@ -115,11 +116,13 @@ class Trainer:
 
     def _initial_state(self) -> TrainingState:
         scale = _INITIAL_LOSS_SCALE if self.dtype == "float16" else 1.0
-        return TrainingState(self.config.fingerprint(), self.inputs.run_id, loss_scale=scale)
+        return TrainingState(self.inputs.config_hash, self.inputs.run_id, loss_scale=scale)
 
     @property
     def planned_steps(self) -> int:
-        return planned_steps(self.optimizer_config, self.state.batches_per_epoch, _world_size())
+        return planned_steps(
+            self.optimizer_config, self.state.batches_per_epoch, self.config.batches_per_step
+        )
 
     @property
     def is_done(self) -> bool:
@@ -138,10 +141,9 @@ class Trainer:
 
     def train_step(self, stream: Iterator[Batch]) -> bool:
         """Launch one optimizer step; False if no worker has data left. Nothing is read from the device."""
-        # Dropout draws the same values after a restart.
-        set_seed(hash((self.optimizer_config.seed, self.state.step, _rank())) % 2**32)
+        own_batches = len(range(_rank(), self.config.batches_per_step, _world_size()))
         own, loss_sum = accumulate_gradients(
-            self.loss, stream, self.optimizer_config.accumulation_steps, self.state.loss_scale
+            self.loss, stream, own_batches, self.state.loss_scale, self._seed_dropout
         )
         own.stop = float(self.hooks.should_stop())
         totals = own.all_reduce()
@@ -158,11 +160,16 @@ class Trainer:
         self._after_step()
         return True
 
-    def position(self) -> float:
-        """Progress through the data in steps at the current worker count.
+    def _seed_dropout(self, index: int) -> None:
+        """Draw the same values for a batch of a step after a restart and on any number of workers.
 
-        The learning rate depends on it, so it does not change when the worker count does.
+        index: among this worker's batches of the step.
         """
+        batch = _rank() + index * _world_size()
+        set_seed(hash((self.optimizer_config.seed, self.state.step, batch)) % 2**32)
+
+    def position(self) -> float:
+        """Progress through the data in steps. The learning rate depends on it."""
         state = self.state
         epochs_done = state.epoch + min(state.batches / state.batches_per_epoch, 1)
         share_done = epochs_done / self.optimizer_config.epochs
@@ -272,15 +279,15 @@ class Trainer:
         return True
 
 
-def planned_steps(optimizer: OptimizerConfig, batches_per_epoch: int, workers: int) -> int:
+def planned_steps(optimizer: OptimizerConfig, batches_per_epoch: int, batches_per_step: int) -> int:
     """Estimated number of optimizer steps of a run."""
-    steps = steps_of_epochs(optimizer, batches_per_epoch, workers)
+    steps = steps_of_epochs(optimizer, batches_per_epoch, batches_per_step)
     return steps if optimizer.max_steps is None else min(steps, optimizer.max_steps)
 
 
-def steps_of_epochs(optimizer: OptimizerConfig, batches_per_epoch: int, workers: int) -> int:
+def steps_of_epochs(optimizer: OptimizerConfig, batches_per_epoch: int, batches_per_step: int) -> int:
     """Estimated number of optimizer steps in all epochs, whatever max_steps is."""
-    steps_per_epoch = max(1, math.ceil(batches_per_epoch / (workers * optimizer.accumulation_steps)))
+    steps_per_epoch = max(1, math.ceil(batches_per_epoch / batches_per_step))
     return steps_per_epoch * optimizer.epochs
 
 

@@ -83,14 +83,19 @@ def learning_rate(config: OptimizerConfig, position: float, planned: int) -> flo
 
 
 def accumulate_gradients(
-    loss: TargetLoss, stream: Iterator[Batch], count: int, scale: float = 1.0
+    loss: TargetLoss,
+    stream: Iterator[Batch],
+    count: int,
+    scale: float = 1.0,
+    before_batch: Callable[[int], None] = lambda index: None,
 ) -> tuple[Totals, Tensor]:
     """Accumulate the gradients of up to `count` batches, times `scale`; fewer at the end of the stream.
 
-    Returns this worker's totals without the loss, and the sum of the loss, a float64 scalar that stays on the
-    device: nothing here waits for the device.
+    before_batch: called with the index of every batch. Returns this worker's totals without the loss, and the
+    sum of the loss, a float64 scalar that stays on the device: nothing here waits for the device.
     """
-    return _run_batches(loss, list(islice(stream, count)), lambda value: (value * scale).backward())
+    batches = list(islice(stream, count))
+    return _run_batches(loss, batches, lambda value: (value * scale).backward(), before_batch)
 
 
 @torch.no_grad()
@@ -107,11 +112,15 @@ def evaluate(loss: TargetLoss, batches: Iterable[Batch]) -> Totals:
 
 
 def _run_batches(
-    loss: TargetLoss, batches: list[Batch], use_loss: Callable[[Tensor], None] = lambda value: None
+    loss: TargetLoss,
+    batches: list[Batch],
+    use_loss: Callable[[Tensor], None] = lambda value: None,
+    before_batch: Callable[[int], None] = lambda index: None,
 ) -> tuple[Totals, Tensor]:
     """Compute the loss of every batch, pass it to `use_loss`, and return the totals and the loss sum."""
     totals, loss_sum = Totals(), torch.zeros((), dtype=torch.float64, device=loss.device)
-    for batch in _pad_batches(loss, batches):
+    for index, batch in enumerate(_pad_batches(loss, batches)):
+        before_batch(index)
         with _explain_out_of_memory(batch):
             value, _ = loss(to_tensors(batch, loss.device))
             use_loss(value)

@@ -40,7 +40,7 @@ def take(server: BatchServer, first: int, workers: int, rounds: int | None = Non
     open_ranks = list(range(workers))
     while open_ranks and (rounds is None or rounds > 0):
         for rank in list(open_ranks):
-            item = server.next_batch(ShardAssignment("", 0, first, workers), rank)
+            item = server.next_batch(ShardAssignment("", 0, first, workers, workers), rank)
             if isinstance(item, SampleBatch):
                 taken.append([sample.ids.tobytes() for sample in item.samples])
             else:
@@ -49,10 +49,28 @@ def take(server: BatchServer, first: int, workers: int, rounds: int | None = Non
     return taken
 
 
+def steps(workers: int, first: int = 0) -> list[list[bytes]]:
+    """The batches of every optimizer step of four batches, from batch `first` on, in the order of batches."""
+    server, result = batch_server(), []
+    assignment = ShardAssignment("", 0, first, workers, batches_per_step=4)
+    ranks = [number % workers for number in range(4)]
+    while ranks:
+        step = []
+        for rank in list(ranks):
+            if rank in ranks:
+                item = server.next_batch(assignment, rank)
+                if isinstance(item, SampleBatch):
+                    step.append(b"".join(sample.ids.tobytes() for sample in item.samples))
+                else:
+                    ranks = [other for other in ranks if other != rank]
+        result.append(step)
+    return [step for step in result if step]
+
+
 def take_all(
     server: BatchServer, workers: int, rank: int, group: str = "", started: threading.Event | None = None
 ) -> None:
-    while isinstance(server.next_batch(ShardAssignment(group, 0, 0, workers), rank), SampleBatch):
+    while isinstance(server.next_batch(ShardAssignment(group, 0, 0, workers, workers), rank), SampleBatch):
         if started:
             started.set()
 
@@ -60,10 +78,19 @@ def take_all(
 ALL_BATCHES = take(batch_server(), 0, 1)
 
 
+@pytest.mark.parametrize("workers", [2, 3, 4, 8])
+def test_any_number_of_workers_takes_the_same_batches_in_each_step(workers: int) -> None:
+    """Three workers do not divide four batches: one of them takes two, as after the loss of a worker."""
+    alone = steps(workers=1)
+    assert [len(step) for step in alone[:-1]] == [4] * (len(alone) - 1)
+    assert steps(workers) == alone
+    assert steps(workers, first=8) == alone[2:]
+
+
 def test_every_record_is_in_exactly_one_batch() -> None:
     texts: Counter[bytes] = Counter()
     server = batch_server()
-    while isinstance(batch := server.next_batch(ShardAssignment("", 0, 0, 1), 0), SampleBatch):
+    while isinstance(batch := server.next_batch(ShardAssignment("", 0, 0, 1, 1), 0), SampleBatch):
         for sample in batch.samples:
             ends = sample.lengths.cumsum()
             texts.update(sample.ids[a:b].tobytes() for a, b in pairwise(ends))
@@ -85,7 +112,7 @@ def test_new_assignment_of_the_same_server_starts_at_its_first_batch() -> None:
     server = batch_server()
     take(server, 0, 2, 3)
     assert take(server, 6, 1) == ALL_BATCHES[6:]
-    epoch = server.next_batch(ShardAssignment("", 1, 0, 1), 0)
+    epoch = server.next_batch(ShardAssignment("", 1, 0, 1, 1), 0)
     assert isinstance(epoch, SampleBatch)
     assert [sample.ids.tobytes() for sample in epoch.samples] != ALL_BATCHES[0]
 
@@ -93,7 +120,7 @@ def test_new_assignment_of_the_same_server_starts_at_its_first_batch() -> None:
 def test_restarted_workers_get_the_same_batches_again() -> None:
     """Batches that a lost worker group took are served again, and its waiting calls end."""
     server = batch_server()
-    lost, new = ShardAssignment("lost", 0, 0, 2), ShardAssignment("new", 0, 0, 2)
+    lost, new = ShardAssignment("lost", 0, 0, 2, 2), ShardAssignment("new", 0, 0, 2, 2)
     started = threading.Event()
     with ThreadPoolExecutor(1) as pool:
         taken = pool.submit(take_all, server, 2, 1, "lost", started)
@@ -124,7 +151,7 @@ def test_small_data_is_read_once_for_all_epochs(
     server = BatchServer(read, CONFIG, seed=3)
     for epoch in range(3):
         branches = 0
-        while isinstance(batch := server.next_batch(ShardAssignment("", epoch, 0, 1), 0), SampleBatch):
+        while isinstance(batch := server.next_batch(ShardAssignment("", epoch, 0, 1, 1), 0), SampleBatch):
             branches += sum(sample.branches for sample in batch.samples)
         assert branches == len(RECORDS)
     assert len(reads_started) == reads

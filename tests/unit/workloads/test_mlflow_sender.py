@@ -65,7 +65,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Store:
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> RunDir:
-    return RunDir(RemotePath(tmp_path), "adapter")
+    return RunDir(RemotePath(tmp_path), "adapter", "")
 
 
 def wait_for(condition: Callable[[], Any]) -> None:

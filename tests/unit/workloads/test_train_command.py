@@ -23,7 +23,8 @@ from workloads.train.metrics_file import MetricsFile
 from workloads.train.prepare import open_tracker
 from workloads.train.provenance import code_version, save_loss_plot
 from workloads.train.run import run_training
-from workloads.train.run_dir import RunDir, check_no_changed_run, lock_dir
+from workloads.train.run_dir import RunDir, lock_dir
+from workloads.train.same_name import check_no_changed_run, find_run_dir
 from workloads.train.worker import WorkerTask
 
 
@@ -65,10 +66,56 @@ def test_a_field_that_the_unfinished_run_does_not_have_is_at_its_default(unfinis
 
 
 @pytest.mark.parametrize(
-    "values", [{"num_workers": 4, "min_workers": 2}, {"sharding": "full"}, {"keep_checkpoints": 9}]
+    "values",
+    [
+        {"min_workers": 1},
+        {"sharding": "full"},
+        {"keep_checkpoints": 9},
+    ],
 )
 def test_workers_and_logging_may_change(unfinished: TrainConfig, values: dict[str, object]) -> None:
     assert RunDir.of(changed(unfinished, **values)) == RunDir.of(unfinished)
+
+
+def test_more_workers_without_a_global_batch_size_are_another_run(unfinished: TrainConfig) -> None:
+    config = changed(unfinished, num_workers=2)
+    with pytest.raises(UserError, match=r"has global_batch_size=4 \(now 8\); use its values to resume it"):
+        check_no_changed_run(config, find_run_dir(config))
+
+
+def written_by_an_earlier_version(config: TrainConfig) -> Path:
+    """Give the folder of the run the name and the config.yaml that an earlier version gave it."""
+    folder = RunDir.of_earlier_version(config).path.local
+    RunDir.of(config).path.local.rename(folder)
+    lines = (folder / "config.yaml").read_text().splitlines(keepends=True)
+    (folder / "config.yaml").write_text(
+        "".join(line for line in lines if not line.startswith("global_batch_size"))
+    )
+    return folder
+
+
+def test_a_run_of_an_earlier_version_goes_on_under_its_hash(unfinished: TrainConfig) -> None:
+    earlier = changed(unfinished, accumulation_steps=2)
+    RunDir.of(unfinished).path.local.rename(RunDir.of(earlier).path.local)
+    save_yaml(earlier, RunDir.of(earlier).config_file.local)
+    folder = written_by_an_earlier_version(earlier)
+    for config in (earlier, changed(earlier, accumulation_steps=None, global_batch_size=8, log_every=1)):
+        run_dir = find_run_dir(config)
+        assert (run_dir.path.local, run_dir.config_hash) == (folder, earlier.earlier_fingerprint())
+        check_no_changed_run(config, run_dir)
+    other = changed(earlier, learning_rate=0.1)
+    assert find_run_dir(other) == RunDir.of(other)
+    with pytest.raises(UserError, match=r"has learning_rate=0.0002 \(now 0.1\); use its values"):
+        check_no_changed_run(other, find_run_dir(other))
+
+
+def test_a_run_of_an_earlier_version_whose_settings_were_edited_is_not_resumed(
+    unfinished: TrainConfig,
+) -> None:
+    folder = written_by_an_earlier_version(changed(unfinished, accumulation_steps=1))
+    edited = changed(unfinished, accumulation_steps=1, learning_rate=0.1)
+    save_yaml(edited, folder / "config.yaml")
+    assert find_run_dir(edited) == RunDir.of(edited)
 
 
 @pytest.mark.parametrize("values", [{"name": "other"}, {"name": "mine-2"}])
@@ -258,7 +305,7 @@ def test_code_version_and_loss_plot_are_recorded(tmp_path: Path) -> None:
     assert len(tags["code_sha256"]) == 12
     assert tags == code_version()
     assert "version.torch" in tags
-    run_dir = RunDir(RemotePath(tmp_path), "adapter")
+    run_dir = RunDir(RemotePath(tmp_path), "adapter", "")
     metrics = MetricsFile(run_dir.metrics_file)
     for step in range(1, 9):
         metrics.append({"loss": 3 / step, **({"validation/loss_4": 4 / step} if step % 4 == 0 else {})}, step)

@@ -171,7 +171,7 @@ def test_limits_and_steps_are_told_before_training(
     estimate: EpochEstimate, settings: dict[str, Any], told: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = TrainConfig.model_validate({"data_path": "-", **settings})
-    print_estimate(estimate, config.data, config.optimizer, num_workers=1)
+    print_estimate(estimate, config.data, config.optimizer, config.batches_per_step)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == len(told)
     for line, text in zip(lines, told, strict=True):
