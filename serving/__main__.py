@@ -23,7 +23,7 @@ from parallelmind.errors import UserError
 from serving.config import AppConfig, NetworkConfig, ServerConfig
 from serving.ingress.api_keys import read_api_keys
 from serving.ingress.hosts import is_loopback
-from serving.runtime.ray_env import set_serve_env
+from serving.runtime.ray_env import preload_tcmalloc, set_serve_env
 
 
 def main(argv: list[str]) -> None:
@@ -39,6 +39,8 @@ def main(argv: list[str]) -> None:
     if config.model.lora_path:
         _require_adapter(config.model.lora_path)
     set_serve_env(config.network.proxy)  # before Ray is imported
+    if library := preload_tcmalloc():
+        print(f"engines allocate memory with {library}; LD_PRELOAD= in the environment prevents it")
     import ray
 
     try:

@@ -41,23 +41,16 @@ class EngineReplica:
         bind_replica_port_to_node_address()
         configure_log(config.log.log_level)
         torch.seed()  # torch starts with a fixed seed: unseeded requests would repeat after every restart
-        model, tokenizer = load_model(config)
-        engine_config = (
-            EngineConfig(cache_tokens=config.replicas.cache_tokens) if config.replicas.cache_tokens else None
-        )
-        num_engines = (
-            1 if config.replicas.num_gpus >= 1 else config.replicas.max_replicas
-        )  # engines that share this memory
-        self._engine = pm.Engine(model, tokenizer, engine_config, num_engines=num_engines)
-        self._adapters = AdapterRegistry(self._engine, config)
-        self._grammar_thread = ThreadPoolExecutor(1, "grammars")
-        self._metrics = EngineMetrics(self._adapters.num_loaded)
         num_threads = config.replicas.num_threads or max(
             1, (os.cpu_count() or 1) // config.replicas.max_replicas
         )
-        torch.set_num_threads(num_threads)  # compiled code keeps the number
-        if config.replicas.compile:
-            self._engine.warm_up(always=config.replicas.compile is True)
+        # A thread takes its OpenMP threads with it when it ends. They wait actively for their next operation,
+        # and a step is half as long, only while there are no more of them than CPUs in this process.
+        with ThreadPoolExecutor(1, "load") as thread:
+            self._engine = thread.submit(_load_engine, config, num_threads).result()
+        self._adapters = AdapterRegistry(self._engine, config)
+        self._grammar_thread = ThreadPoolExecutor(1, "grammars")
+        self._metrics = EngineMetrics(self._adapters.num_loaded)
         self._loop = EngineLoop(
             self._engine, self._metrics.observe_step, config.replicas.stuck_s, num_threads
         )
@@ -186,6 +179,21 @@ class EngineReplica:
     async def metrics(self) -> tuple[str, list[MetricFamily]]:
         """The name of this process and its metrics."""
         return self._name, self._metrics.families_of(await self._loop.stats())
+
+
+def _load_engine(config: AppConfig, num_threads: int) -> pm.Engine:
+    """An engine, compiled if it is to be. Raises UserError for what cannot be loaded."""
+    import torch
+
+    torch.set_num_threads(num_threads)  # of this thread; compiled code keeps the number
+    model, tokenizer = load_model(config)
+    replicas = config.replicas
+    engine_config = EngineConfig(cache_tokens=replicas.cache_tokens) if replicas.cache_tokens else None
+    num_engines = 1 if replicas.num_gpus >= 1 else replicas.max_replicas  # engines that share this memory
+    engine = pm.Engine(model, tokenizer, engine_config, num_engines=num_engines)
+    if replicas.compile:
+        engine.warm_up(always=replicas.compile is True)
+    return engine
 
 
 def _rejection(error: pm.UserError) -> RejectedRequest:

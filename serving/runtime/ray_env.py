@@ -7,6 +7,8 @@ Set them before Ray is imported, which reads some only then. On a cluster they b
 from __future__ import annotations
 
 import os
+import sys
+from ctypes.util import find_library
 
 from parallelmind.ray_env import LOCAL_CLUSTER_ENV, set_env_defaults
 from serving.runtime.ray_private import PROXY_ENV_VARIABLE, haproxy_env
@@ -23,6 +25,19 @@ SERVE_ENV = {
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "1",  # at the default of 0.1 s the controller takes half a core
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "2000",  # by default ten times a second in every process
 }
+
+
+def preload_tcmalloc() -> str | None:
+    """Make the processes that this one starts allocate with tcmalloc, unless the user preloads a library.
+
+    Returns the library; None if it is not installed.
+    """
+    if sys.platform != "linux" or "LD_PRELOAD" in os.environ:
+        return None
+    library = find_library("tcmalloc_minimal")
+    if library is not None:
+        os.environ["LD_PRELOAD"] = library
+    return library
 
 
 def set_serve_env(proxy: str | None = None) -> None:

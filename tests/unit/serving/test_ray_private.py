@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from serving.runtime import ray_env
 from serving.runtime.ray_env import SERVE_ENV, set_serve_env
 from serving.runtime.ray_private import (
     HAPROXY_WRAPPER,
@@ -123,3 +124,22 @@ def test_the_proxy_decides_which_variables_are_set(monkeypatch: pytest.MonkeyPat
     assert SERVE_ENV.keys() <= os.environ.keys()
     haproxy_names = haproxy_env().keys()
     assert (haproxy_names & os.environ.keys()) == (haproxy_names if proxy == "haproxy" else set())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="LD_PRELOAD is Linux's")
+@pytest.mark.parametrize("given", [None, "", "libother.so"])
+def test_tcmalloc_is_preloaded_unless_the_user_preloads(
+    given: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_env, "find_library", lambda name: f"lib{name}.so.4")
+    monkeypatch.setattr(os, "environ", {} if given is None else {"LD_PRELOAD": given})
+    expected = "libtcmalloc_minimal.so.4" if given is None else None
+    assert ray_env.preload_tcmalloc() == expected
+    assert os.environ["LD_PRELOAD"] == (given or expected or "")
+
+
+def test_nothing_is_preloaded_where_tcmalloc_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_env, "find_library", lambda _: None)
+    monkeypatch.setattr(os, "environ", {})
+    assert ray_env.preload_tcmalloc() is None
+    assert not os.environ

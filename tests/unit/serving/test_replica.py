@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
+from threading import Thread, current_thread
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 from uuid import uuid4
 
+import pytest
+import torch
 from engines import saved_adapters
 
 from parallelmind.engine.request import Sample, Segment
 from parallelmind.engine.tokenization import tokenize_request
 from serving.config import AppConfig
+from serving.engine import replica as replica_module
 from serving.engine.messages import EngineRequest, RejectedRequest
 from serving.engine.replica import EngineReplica
 
@@ -129,3 +133,18 @@ def test_segments_that_are_added_are_named_by_their_paths(tmp_path: Path) -> Non
     assert forked == RejectedRequest("branch=0: has ended; fork a branch that runs")
     assert unknown == RejectedRequest("branch=77: unknown; the sample has branches 0 to 8")
     assert elsewhere is None
+
+
+def test_the_thread_that_loads_the_model_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its OpenMP threads end with it. With more of them than CPUs none waits actively for the next operation."""
+    threads, load = list[tuple[Thread, int]](), replica_module.load_model
+
+    def recorded_load(config: AppConfig) -> Any:
+        threads.append((current_thread(), torch.get_num_threads()))
+        return load(config)
+
+    monkeypatch.setattr(replica_module, "load_model", recorded_load)
+    make_replica(tmp_path, num_threads=3)
+    ((thread, num_threads),) = threads
+    assert not thread.is_alive()
+    assert num_threads == 3
