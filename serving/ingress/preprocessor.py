@@ -32,6 +32,7 @@ from serving.protocol.openai import (
     new_id,
 )
 from serving.protocol.responses import ResponsesRequest
+from serving.protocol.score import ScoreRequest
 
 _DEFAULT_CHAT_TOKENS = 1024
 _LONG_BODY_BYTES = 20_000  # tokenizing a longer body would block the event loop
@@ -127,6 +128,27 @@ class RequestPreprocessor:
             for pattern, name in _NAMES_OF_RESPONSES.items():
                 message = re.sub(pattern, name, message)
             raise pm.UserError(message) from error
+
+    def score(self, request: ScoreRequest) -> EngineRequest:
+        """Every option is the prompt of a branch of main, of which one token is decoded and not returned."""
+        self.require_model(request.model)
+        self._require_branches("options", len(request.options))
+        if bool(request.main) == bool(request.messages):
+            raise pm.UserError("main: give main or messages, one of them, which the options follow")
+        if request.messages:
+            fork = self._chats.conversation(*self._chats.turns(request.messages))
+            main = fork.main + fork.rest
+        else:
+            main = self._encode("main", request.main, first=True)
+        options = [
+            self._encode(f"options[{index}]", option, first=False)
+            for index, option in enumerate(request.options)
+        ]
+        settings = {"max_new_tokens": 1, "prompt_logprobs": 0}
+        samples = PromptSamples.of(main, options, 1)
+        return self._openai_request(
+            "score", "main" if request.main else "messages", request.model, samples, settings
+        )
 
     def branches(self, request: BranchesRequest) -> EngineRequest:
         self.require_model(request.model)

@@ -20,7 +20,7 @@ from serving.protocol.errors import ErrorInfo, RequestError, error_response, ove
 # Pages use Basic authentication, the only kind for which a browser prompts its user.
 _PAGES = re.compile(r"/(web/.*)?")
 _HEALTH = "/health"
-_GENERATION = re.compile(r"/v1/(completions|chat/completions|responses|branches)")
+_GENERATION = re.compile(r"/v1/(completions|chat/completions|responses|branches|score)")
 
 
 class RequestLimitsMiddleware:

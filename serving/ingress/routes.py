@@ -41,6 +41,7 @@ from serving.protocol.openai_response import (
 )
 from serving.protocol.responses import ResponsesRequest
 from serving.protocol.responses_response import ResponsesFormatter, response_events, whole_response
+from serving.protocol.score import ScoreRequest, ScoreResponse, score_response
 from serving.protocol.tool_calls import ToolChatFormatter
 
 _WEB_DIR = Path(__file__).parents[1] / "web"
@@ -131,6 +132,12 @@ def _add_openai_routes(
         if body.stream:
             return event_stream(response_events(formatter, steps))
         return JSONResponse(await whole_response(formatter, steps))
+
+    @app.post("/v1/score")
+    async def score(body: ScoreRequest, request: Request) -> ScoreResponse:
+        """The log-probabilities of options after one text, which is read once."""
+        work = await preprocessor.run(preprocessor.score, body, await body_bytes(request))
+        return await score_response(work, await engines.start(work))
 
 
 async def _respond(

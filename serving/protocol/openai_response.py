@@ -14,7 +14,7 @@ from serving.protocol.openai import Usage
 
 Json = dict[str, Any]
 
-_EXCLUDED_LOGPROB = -9999.0
+EXCLUDED_LOGPROB = -9999.0  # of a token with the probability 0, since JSON has no infinity
 
 
 class TokenTexts(Protocol):
@@ -143,8 +143,8 @@ def _token(texts: TokenTexts, token: int, logprob: float | None) -> Json:
 
 
 def _finite(logprob: float | None) -> float | None:
-    """The log-probability in JSON, which has no infinity: OpenAI writes that of an excluded token so, too."""
-    return None if logprob is None else max(logprob, _EXCLUDED_LOGPROB)
+    """The log-probability in JSON, as OpenAI writes it."""
+    return None if logprob is None else max(logprob, EXCLUDED_LOGPROB)
 
 
 def _joined_text(events: Sequence[pm.Event]) -> str:

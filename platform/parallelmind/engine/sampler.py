@@ -24,8 +24,10 @@ from parallelmind.tree import Ints
 _NO_TOKEN = native_largest.NOT_FINITE  # in a tensor of token ids
 _SMALLEST, _LARGEST = 1e-15, 1e15  # settings within these bounds keep scores finite in float32
 _MIN_CHUNK, _MAX_CHUNK = 128, 1024  # logits
-_BITS = torch.from_numpy(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"))
-_BITS = _BITS.bool()  # `[256, 8]` of every byte, the lowest first
+_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+# `[256, 8]` upper bounds of logits for every byte of a mask, the lowest bit first. A minimum takes a CPU a
+# tenth of the time of a fill by booleans.
+_BOUNDS = torch.tensor([-math.inf, math.inf])[torch.from_numpy(_BITS).int()]
 _MAX_ROWS = 64  # of a prompt, for which log-probabilities are computed at once
 
 
@@ -197,10 +199,12 @@ def _apply_masks(logits: Tensor, masks: TokenMasks | None) -> Tensor:
     if masks is None:
         return logits
     bits = torch.from_numpy(masks.bits).to(logits.device).flatten().int()
-    allowed = _BITS.to(logits.device).index_select(0, bits).view(len(masks.rows), -1)
+    table = _BOUNDS.to(logits.device, logits.dtype)
+    bounds = table.index_select(0, bits).view(len(masks.rows), -1)[:, : logits.shape[-1]]
+    if len(masks.rows) == len(logits):
+        return logits.minimum(bounds)
     rows = torch.from_numpy(masks.rows).to(logits.device)
-    masked = logits[rows].masked_fill_(~allowed[:, : logits.shape[-1]], -math.inf)
-    return masked if len(rows) == len(logits) else logits.index_copy(0, rows, masked)
+    return logits.index_copy(0, rows, logits[rows].minimum(bounds))
 
 
 def _apply_logit_bias(scores: Tensor, settings: _SamplingMetadata) -> Tensor:
