@@ -20,7 +20,7 @@ from serving.protocol.branches import (
     ForkResponse,
     Segment,
 )
-from serving.protocol.branches_response import branches_chunks, branches_response
+from serving.protocol.branches_response import BranchCalls, branches_chunks, branches_response
 
 _MAX_KEY_CHARS = 200
 Key = Annotated[str | None, Header(max_length=_MAX_KEY_CHARS)]
@@ -32,9 +32,10 @@ def add_branches_routes(app: FastAPI, preprocessor: RequestPreprocessor, engines
         """Continue a main with a tree of branches and reduces, each with settings of its own."""
         work = await preprocessor.run(preprocessor.branches, body, await body_bytes(request))
         steps = await engines.start(work)
+        calls = BranchCalls(work.id, body)
         if body.stream:
-            return event_stream(branches_chunks(work, steps))
-        return JSONResponse(await branches_response(work, steps))
+            return event_stream(branches_chunks(work, steps, calls))
+        return JSONResponse(await branches_response(work, steps, calls))
 
     _add_growth_routes(app, preprocessor, engines)
 

@@ -49,9 +49,9 @@ class ChatPrompts:
                     )
         return turns, shown
 
-    def ids(self, turns: Sequence[Turn]) -> list[int]:
+    def ids(self, turns: Sequence[Turn], tools: Sequence[JsonTool] = ()) -> list[int]:
         """The conversation without the header of an answer."""
-        return encode_texts(self._tokenizer, [self._render(turns, False)])[0]
+        return encode_texts(self._tokenizer, [self._render(turns, False, tools)])[0]
 
     def conversation(self, turns: Sequence[Turn], tools: Sequence[JsonTool] = ()) -> Fork:
         """The conversation, and the header of the assistant's turn.

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 import parallelmind as pm
+from parallelmind.engine.grammar import Grammar
 from parallelmind.engine.request import TokenizedRequest
 from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.engine.tokenization import tokenize, tokenize_branches, tokenize_request
@@ -21,7 +22,7 @@ from serving.ingress.chat_prompts import ChatPrompts, user_turn
 from serving.ingress.independent import PromptSamples, common_beginning
 from serving.ingress.segments import branches_of, sample_of, segment_of, with_params
 from serving.observability.log import log
-from serving.protocol.branches import BranchesRequest, BranchSettings, ForkRequest, Segment
+from serving.protocol.branches import Branch, BranchesRequest, BranchSettings, ForkRequest, Segment
 from serving.protocol.errors import user_error
 from serving.protocol.openai import (
     ChatRequest,
@@ -33,6 +34,7 @@ from serving.protocol.openai import (
 )
 from serving.protocol.responses import ResponsesRequest
 from serving.protocol.score import ScoreRequest
+from serving.protocol.tools import ToolFields
 
 _DEFAULT_CHAT_TOKENS = 1024
 _LONG_BODY_BYTES = 20_000  # tokenizing a longer body would block the event loop
@@ -114,9 +116,7 @@ class RequestPreprocessor:
             max_new_tokens = self._default_chat_tokens(samples.longest)
         settings = request.sampling_fields(max_new_tokens, logprobs)
         if request.requires_call:
-            if settings["grammar"] is not None:
-                raise pm.UserError(f"tool_choice: {settings['grammar'].field} is given too; give one of them")
-            settings["grammar"] = self._chats.tools.grammar(request)
+            settings["grammar"] = self._call_grammar(request, settings["grammar"])
         return self._openai_request("chatcmpl", "messages", request.model, samples, settings)
 
     def responses(self, request: ResponsesRequest) -> EngineRequest:
@@ -152,7 +152,9 @@ class RequestPreprocessor:
 
     def branches(self, request: BranchesRequest) -> EngineRequest:
         self.require_model(request.model)
-        sample = sample_of(request, *self._branch_prompts(request), self._encode)
+        request.check_tools()
+        settings = [self._own_settings(branch, request) for branch in request.branches]
+        sample = sample_of(request, *self._branch_prompts(request), settings, self._encode)
         self._require_branches("branches", sum(1 for _ in sample.walk()))
         tokenized = tokenize_request(self.tokenizer, sample, None, None, self._branch_sampling(request))
         self._require_tokens("branches", tokenized.num_prompt_tokens, tokenized.params)
@@ -210,17 +212,32 @@ class RequestPreprocessor:
         self._require_tokens(field, prompts.longest, samples[0].params)
         return EngineRequest(new_id(id_prefix), model, list(map(_with_seeds, samples)), prompts.prompt_tokens)
 
+    def _call_grammar(self, request: ToolFields, other: Grammar | None) -> Grammar | None:
+        """The grammar of an answer that has to call a tool. Raises UserError if there is another one."""
+        if other is not None:
+            raise pm.UserError(f"tool_choice: {other.field} is given too; give one of them")
+        return self._chats.tools.grammar(request)
+
+    def _own_settings(self, branch: Branch, request: BranchesRequest) -> dict[str, Any]:
+        """The settings of a branch that take the place of the request's."""
+        own = branch.given_sampling_fields()
+        if branch.messages and request.requires_call:
+            own["grammar"] = self._call_grammar(request, branch.grammar or request.grammar)
+        return own
+
     def _branch_prompts(self, request: BranchesRequest) -> tuple[list[int], list[list[int]]]:
         """Token ids of main, and of the prompts of the branches."""
         if request.main and request.messages:
             raise pm.UserError("main: messages take its place; give one of them")
         main = self._encode("main", request.main, first=True) if request.main else []
-        turns, _ = self._chats.turns(request.messages or [])
+        turns, tools = self._chats.turns(request.messages or [], request.shown_tools)
         asked = [self._chats.turns(branch.messages)[0] for branch in request.branches if branch.messages]
-        forks = self._chats.forks(turns, asked, continues=bool(main))
+        if request.shown_tools and not asked:
+            raise pm.UserError("tools: no branch has messages; give messages, or leave tools out")
+        forks = self._chats.forks(turns, asked, tools, continues=bool(main))
         mains = [fork.main for fork in forks]
         if len(forks) < len(request.branches):  # a text follows the turns, and no marker of another turn
-            mains.append(self._chats.ids(turns) if turns else [])
+            mains.append(self._chats.ids(turns, tools) if turns else [])
         shared = common_beginning(mains)
         main += shared
         chats = iter((fork.main + fork.rest)[len(shared) :] for fork in forks)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
+from typing import Any
 
 import parallelmind as pm
 from parallelmind.engine.sampling_params import SamplingParams
@@ -14,14 +15,21 @@ Encode = Callable[[str, str | list[int], bool], list[int]]
 
 
 def sample_of(
-    request: BranchesRequest, main: list[int], prompts: Sequence[list[int]], encode: Encode
+    request: BranchesRequest,
+    main: list[int],
+    prompts: Sequence[list[int]],
+    settings: Sequence[Mapping[str, Any]],
+    encode: Encode,
 ) -> pm.Sample:
-    """prompts: those of the branches of main. Raises UserError for an empty text, and for a reduce alone."""
+    """prompts, settings: those of the branches of main.
+
+    Raises UserError for an empty text, and for a reduce alone.
+    """
     branches = [
-        pm.Segment(
-            prompt, *_below(f"branches[{index}].", branch, encode), sampling=branch.given_sampling_fields()
+        pm.Segment(prompt, *_below(f"branches[{index}].", branch, encode), sampling=sampling)
+        for index, (branch, prompt, sampling) in enumerate(
+            zip(request.branches, prompts, settings, strict=True)
         )
-        for index, (branch, prompt) in enumerate(zip(request.branches, prompts, strict=True))
     ]
     reduce = None if request.reduce is None else _segment("reduce.", request.reduce, encode)
     return pm.Sample(main, branches, reduce)

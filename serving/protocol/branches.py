@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from serving.protocol.fields import Items, Text
 from serving.protocol.openai import Message, Sampling, Usage
 from serving.protocol.structured import Structured
+from serving.protocol.tools import CalledFunction, ToolFields
 
 
 class BranchSettings(Sampling):
@@ -80,10 +81,10 @@ BranchOrPrompt = Annotated[
 ]
 
 
-class BranchesRequest(BranchSettings):
+class BranchesRequest(ToolFields, BranchSettings):
     """The request's settings are the defaults of all segments.
 
-    main: a text, or messages in its place.
+    main: a text, or messages in its place. tools: for the branches that are messages.
     """
 
     model: str
@@ -133,11 +134,20 @@ class BranchesStarted(BaseModel):
     branches: list[BranchStart]
 
 
+class BranchCall(BaseModel):
+    """A call of a tool in the text of a branch."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class Delta(SegmentPlace):
     """What one token adds to a segment.
 
     branch, time: the token's coordinates; null where a segment ends without a token.
     error: the reason of the finish reason "error".
+    tool_calls: the calls that are complete with it; their text is part of the texts.
     """
 
     text: str
@@ -148,6 +158,7 @@ class Delta(SegmentPlace):
     logprob: float | None
     top: list[tuple[int, float]]
     error: str | None = None
+    tool_calls: list[BranchCall] = Field([])
 
 
 class Deltas(BaseModel):
@@ -167,6 +178,7 @@ class BranchOutput(SegmentPlace):
 
     branch, time: coordinates of its first prompt token; null if it was cancelled before it began.
     error: the reason of the finish reason "error".
+    tool_calls: the calls in the text.
     """
 
     text: str = ""
@@ -177,6 +189,7 @@ class BranchOutput(SegmentPlace):
     logprobs: list[float] | None = None
     top: list[list[tuple[int, float]]] | None = None
     error: str | None = None
+    tool_calls: list[BranchCall] = Field([])
     branches: list[BranchOutput] = Field([])
     reduce: BranchOutput | None = None
 

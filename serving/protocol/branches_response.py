@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Literal
 
@@ -11,6 +12,8 @@ from parallelmind.engine.request import TokenizedRequest
 from parallelmind.tree import MAIN, Tree, segment_paths
 from serving.engine.messages import EngineRequest, StepOutput
 from serving.protocol.branches import (
+    BranchCall,
+    BranchesRequest,
     BranchesResponse,
     BranchesStarted,
     BranchOutput,
@@ -21,6 +24,8 @@ from serving.protocol.branches import (
 )
 from serving.protocol.errors import decoding_error
 from serving.protocol.openai import Usage
+from serving.protocol.tool_calls import ToolCallParser
+from serving.protocol.tools import CalledFunction
 
 
 class BranchTracker:
@@ -69,7 +74,36 @@ class BranchTracker:
         )
 
 
-def _delta(event: pm.Event, path: str) -> Delta:
+class BranchCalls:
+    """Finds the calls of tools in the branches of a request that are messages."""
+
+    def __init__(self, id: str, body: BranchesRequest) -> None:
+        """id: of the request."""
+        names = [tool.function.name for tool in body.shown_tools]
+        self._name = id.partition("-")[2]
+        self._parsers = {
+            f"branches[{index}]": ToolCallParser(names, not body.parallel_tool_calls)
+            for index, branch in enumerate(body.branches)
+            if names and branch.messages
+        }
+        self._num_calls = Counter[str]()
+
+    def add(self, path: str, event: pm.Event) -> list[BranchCall]:
+        """The calls that are complete with this token of a segment."""
+        if path not in self._parsers:
+            return []
+        parser = self._parsers[path]
+        pieces = [parser.push(event.text), *([parser.flush()] if event.finish_reason else [])]
+        return [self._call(path, event.branch, *call) for piece in pieces for call in piece.calls]
+
+    def _call(self, path: str, index: int, name: str, arguments: str) -> BranchCall:
+        number = self._num_calls[path]
+        self._num_calls[path] += 1
+        function = CalledFunction(name=name, arguments=arguments)
+        return BranchCall(id=f"call_{self._name}_{index}_{number}", function=function)
+
+
+def _delta(event: pm.Event, path: str, calls: list[BranchCall]) -> Delta:
     branch, time = event.pos2d if event.pos2d and event.token is not None else (None, None)
     return Delta(
         index=event.branch,
@@ -82,11 +116,12 @@ def _delta(event: pm.Event, path: str) -> Delta:
         logprob=event.logprob,
         top=list(event.top),
         error=event.error,
+        tool_calls=calls,
     )
 
 
 async def branches_chunks(
-    request: EngineRequest, steps: AsyncIterator[StepOutput]
+    request: EngineRequest, steps: AsyncIterator[StepOutput], calls: BranchCalls
 ) -> AsyncIterator[dict[str, Any]]:
     """The started segments, the deltas of every step, and the usage."""
     tracker, completion_tokens = BranchTracker(request), 0
@@ -98,13 +133,16 @@ async def branches_chunks(
             kind = "branches.joined"
         if step.events:
             completion_tokens += sum(event.token is not None for event in step.events)
-            deltas = [_delta(event, tracker.paths[event.branch]) for event in step.events]
+            placed = [(event, tracker.paths[event.branch]) for event in step.events]
+            deltas = [_delta(event, path, calls.add(path, event)) for event, path in placed]
             yield Deltas(id=request.id, deltas=deltas).model_dump()
     usage = Usage.of(tracker.prompt_tokens, completion_tokens)
     yield Done(id=request.id, usage=usage).model_dump()
 
 
-async def branches_response(request: EngineRequest, steps: AsyncIterator[StepOutput]) -> dict[str, Any]:
+async def branches_response(
+    request: EngineRequest, steps: AsyncIterator[StepOutput], calls: BranchCalls
+) -> dict[str, Any]:
     """The response with the whole tree, once all segments have ended.
 
     Raises RequestError if every segment ended with an error.
@@ -117,7 +155,9 @@ async def branches_response(request: EngineRequest, steps: AsyncIterator[StepOut
         for start in starts:
             outputs[start.index].branch, outputs[start.index].time = start.branch, start.time
         for event in step.events:
-            _append(outputs[event.branch], event)
+            output = outputs[event.branch]
+            _append(output, event)
+            output.tool_calls += calls.add(output.path, event)
     if outputs and all(output.error is not None for output in outputs):
         raise decoding_error(f"{outputs[0].path}: {outputs[0].error}")
     main = _nested(outputs, tracker.samples[0].tokens.tree)

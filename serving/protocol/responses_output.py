@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from serving.protocol.openai import new_id
 from serving.protocol.openai_response import Json
 
 
 class MessageOutput:
-    """A message with one text. index: of the item in the output."""
+    """A message with one text.
 
-    def __init__(self, index: int) -> None:
-        self._index, self._id = index, new_id("msg")
+    index: of the item in the output. name: of the response; ids of items follow from it, so that a stream
+    which is sent again has the same ones.
+    """
+
+    def __init__(self, index: int, name: str) -> None:
+        self._index, self._id = index, f"msg-{name}"
         self._texts: list[str] = []
         self._logprobs: list[Json] = []
 
@@ -60,11 +63,14 @@ class MessageOutput:
 
 
 class CallOutput:
-    """A call of a tool. index: of the item in the output. arguments: a JSON object as text."""
+    """A call of a tool.
 
-    def __init__(self, index: int, name: str, arguments: str) -> None:
-        self._index, self._id = index, new_id("fc")
-        self._call_id, self._name, self._arguments = new_id("call"), name, arguments
+    index, name: as in `MessageOutput`. function: the tool. arguments: a JSON object as text.
+    """
+
+    def __init__(self, index: int, name: str, function: str, arguments: str) -> None:
+        self._index, self._id, self._call_id = index, f"fc-{name}-{index}", f"call-{name}-{index}"
+        self._function, self._arguments = function, arguments
 
     def events(self) -> Iterator[Json]:
         """A call is streamed once it is complete."""
@@ -72,7 +78,7 @@ class CallOutput:
         begun = {**item, "arguments": "", "status": "in_progress"}
         yield {"type": "response.output_item.added", "output_index": self._index, "item": begun}
         yield {"type": "response.function_call_arguments.delta", **place, "delta": self._arguments}
-        done = {"name": self._name, "arguments": self._arguments}
+        done = {"name": self._function, "arguments": self._arguments}
         yield {"type": "response.function_call_arguments.done", **place, **done}
         yield {"type": "response.output_item.done", "output_index": self._index, "item": item}
 
@@ -83,6 +89,6 @@ class CallOutput:
             "type": "function_call",
             "status": "completed",
             "call_id": self._call_id,
-            "name": self._name,
+            "name": self._function,
             "arguments": self._arguments,
         }

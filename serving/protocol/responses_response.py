@@ -22,7 +22,7 @@ class ResponsesFormatter:
 
     def __init__(self, id: str, body: ResponsesRequest, prompt_tokens: int, texts: TokenTexts) -> None:
         self._id, self._body, self._prompt_tokens, self._texts = id, body, prompt_tokens, texts
-        self._created_at = int(time.time())
+        self._created_at, self._name = int(time.time()), id.partition("-")[2]
         self._num_tokens = 0
         self._reason: str | None = None
         self._message: MessageOutput | None = None
@@ -102,14 +102,14 @@ class ResponsesFormatter:
             assert self._message is not None
             yield self._message.append(piece.content, self._logprobs)
             self._logprobs = []
-        for name, arguments in piece.calls:
-            call = CallOutput(len(self._output), name, arguments)
+        for function, arguments in piece.calls:
+            call = CallOutput(len(self._output), self._name, function, arguments)
             self._output.append(call)
             self._logprobs = []  # a call has none
             yield from call.events()
 
     def _open_message(self) -> Iterator[Json]:
-        self._message = MessageOutput(len(self._output))
+        self._message = MessageOutput(len(self._output), self._name)
         self._output.append(self._message)
         return self._message.opening()
 

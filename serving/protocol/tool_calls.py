@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import uuid
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -98,7 +97,7 @@ class ToolChatFormatter(ChatFormatter):
 
     def __init__(self, id: str, model: str, texts: Any, names: Sequence[str], only_one: bool) -> None:
         super().__init__(id, model, texts)
-        self._names, self._only_one = names, only_one
+        self._names, self._only_one, self._call_prefix = names, only_one, f"call_{id.partition('-')[2]}"
         self._parsers: dict[int, ToolCallParser] = {}
         self._num_calls: dict[int, int] = {}
 
@@ -109,7 +108,8 @@ class ToolChatFormatter(ChatFormatter):
         calls = [call for piece in pieces for call in piece.calls]
         if calls:
             content = "".join(piece.content for piece in pieces)
-            choice["message"] |= {"content": content or None, "tool_calls": [_call(*call) for call in calls]}
+            tool_calls = [self._call(index, number, *call) for number, call in enumerate(calls)]
+            choice["message"] |= {"content": content or None, "tool_calls": tool_calls}
             choice["finish_reason"] = _finish_reason(choice["finish_reason"])
         return choice
 
@@ -123,17 +123,18 @@ class ToolChatFormatter(ChatFormatter):
         self._num_calls[event.branch] = first + len(calls)
         if calls:
             choice["delta"]["tool_calls"] = [
-                {"index": first + place, **_call(*call)} for place, call in enumerate(calls)
+                {"index": number, **self._call(event.branch, number, *call)}
+                for number, call in enumerate(calls, first)
             ]
         if self._num_calls[event.branch]:
             choice["finish_reason"] = _finish_reason(choice["finish_reason"])
         return choice
 
+    def _call(self, index: int, number: int, name: str, arguments: str) -> Json:
+        """A call of a choice. Its id is the same in a stream that is sent again."""
+        function = {"name": name, "arguments": arguments}
+        return {"id": f"{self._call_prefix}_{index}_{number}", "type": "function", "function": function}
+
 
 def _finish_reason(reason: str | None) -> str | None:
     return "tool_calls" if reason == "stop" else reason
-
-
-def _call(name: str, arguments: str) -> Json:
-    function = {"name": name, "arguments": arguments}
-    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}

@@ -21,6 +21,8 @@ from serving.engine.messages import AddedSegments, BranchStarted, EngineRequest,
 from serving.ingress.streaming import event_stream
 from serving.protocol import branches_response as branches_format
 from serving.protocol import openai_response as openai_format
+from serving.protocol.branches import BranchesRequest
+from serving.protocol.branches_response import BranchCalls
 from serving.protocol.errors import EngineLostError, RequestError, overloaded_error
 from serving.protocol.openai import new_id
 
@@ -247,12 +249,17 @@ BRANCH_STEPS = [
 USAGE = {"prompt_tokens": 3 + 2 + 1 + 4 + 2, "completion_tokens": 6, "total_tokens": 18}
 
 
+def no_calls() -> BranchCalls:
+    """For a request without tools."""
+    return BranchCalls("smp-1", BranchesRequest(model="tiny", branches=["who"]))
+
+
 def branches_whole(steps: list[StepOutput]) -> dict[str, Any]:
-    return asyncio.run(branches_format.branches_response(REQUEST, replayed(steps)))
+    return asyncio.run(branches_format.branches_response(REQUEST, replayed(steps), no_calls()))
 
 
 def branches_streamed(steps: list[StepOutput]) -> list[dict[str, Any]]:
-    return asyncio.run(_collect(branches_format.branches_chunks(REQUEST, replayed(steps))))
+    return asyncio.run(_collect(branches_format.branches_chunks(REQUEST, replayed(steps), no_calls())))
 
 
 def test_a_branches_response_holds_coordinates_tokens_added_and_reduce_branches() -> None:
@@ -374,7 +381,7 @@ def texts_of(output: dict[str, Any]) -> Any:
 
 
 def test_a_response_is_the_tree_of_the_sample() -> None:
-    body = asyncio.run(branches_format.branches_response(TREE_REQUEST, replayed(TREE_STEPS)))
+    body = asyncio.run(branches_format.branches_response(TREE_REQUEST, replayed(TREE_STEPS), no_calls()))
     first = (
         "branches[0]",
         "A",
@@ -389,7 +396,9 @@ def test_a_response_is_the_tree_of_the_sample() -> None:
 
 
 def test_a_stream_names_every_segment_by_its_path_and_announces_it_once() -> None:
-    parts = asyncio.run(_collect(branches_format.branches_chunks(TREE_REQUEST, replayed(TREE_STEPS))))
+    parts = asyncio.run(
+        _collect(branches_format.branches_chunks(TREE_REQUEST, replayed(TREE_STEPS), no_calls()))
+    )
     starts = [(start["index"], start["time"]) for part in parts for start in part.get("branches", [])]
     assert starts == [(0, 1), (4, 1), (6, 3), (1, 3), (2, 3), (7, 5), (3, 7), (5, 9)]
     deltas = [delta for part in parts for delta in part.get("deltas", [])]

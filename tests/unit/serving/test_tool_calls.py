@@ -13,6 +13,8 @@ from parallelmind.engine.grammar_compiler import GrammarCompiler
 from serving.config import AppConfig
 from serving.ingress.preprocessor import RequestPreprocessor
 from serving.ingress.tool_prompts import ToolPrompts
+from serving.protocol.branches import BranchesRequest
+from serving.protocol.branches_response import BranchCalls
 from serving.protocol.openai import ChatRequest
 from serving.protocol.tool_calls import ToolCallParser, ToolChatFormatter
 from serving.protocol.tools import ToolFields
@@ -103,7 +105,8 @@ def test_a_stream_tells_calls_with_their_index_and_the_finish_reason() -> None:
     assert chunks[-1]["finish_reason"] == "tool_calls"
     whole = formatter.choice(0, events)
     assert whole["message"]["content"] is None
-    assert len(whole["message"]["tool_calls"]) == 2
+    told = [{field: value for field, value in call.items() if field != "index"} for call in calls]
+    assert whole["message"]["tool_calls"] == told
     assert whole["finish_reason"] == "tool_calls"
 
 
@@ -196,3 +199,56 @@ def test_a_template_is_asked_only_for_what_it_shows() -> None:
     assert prompts.is_known
     assert not prompts.has_tags
     assert prompts.grammar(ToolFields(tools=[STOP])) is None
+
+
+TURN = {"role": "user", "content": "Rain?"}
+
+
+def branches(**fields: Any) -> Any:
+    body = BranchesRequest(**{"model": "tiny", "branches": [TURN, "who"], "tools": [WEATHER], **fields})
+    (sample,) = preprocessor().branches(body).samples
+    return sample
+
+
+def test_branches_that_are_messages_are_shown_the_tools_and_may_have_to_call_one() -> None:
+    sample = branches(tool_choice="required")
+    chat, text = sample.params
+    asked = ChatRequest(model="tiny", messages=[TURN], tools=[WEATHER], tool_choice="required")  # type: ignore[list-item]
+    (alone,) = preprocessor().chat(asked).samples
+    assert chat.grammar == alone.params[0].grammar is not None
+    assert text.grammar is None
+    main, first, _ = sample.tokens.split()
+    assert main + first == [token for ids in alone.tokens.split() for token in ids]
+    shared = branches(branches=[TURN, TURN], tool_choice="auto")
+    assert [params.grammar for params in shared.params] == [None, None]
+    assert len(shared.tokens.split()[0]) > 10 * len(shared.tokens.split()[1])  # the tools are read once
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"branches": ["who"]}, "tools"),
+        ({"tools": [WEATHER, WEATHER]}, "tools"),
+        ({"tools": None, "tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": "required", "guided_regex": "a"}, "tool_choice"),
+        (
+            {"tool_choice": "required", "branches": [{"messages": [TURN], "guided_regex": "a"}]},
+            "tool_choice",
+        ),
+    ],
+)
+def test_tools_of_branches_that_cannot_be_used_are_named(fields: dict[str, Any], field: str) -> None:
+    with pytest.raises(pm.UserError, match=rf"^{field}\b"):
+        branches(**fields)
+
+
+def test_calls_of_a_branch_stand_beside_its_text() -> None:
+    body = BranchesRequest(model="tiny", branches=[TURN, "who"], tools=[WEATHER])
+    calls, text = BranchCalls("smp-1", body), f"{CALL}\n{CALL}"
+    events = [pm.Event(0, letter, 5) for letter in text[:-1]] + [pm.Event(0, text[-1], 5, "stop")]
+    found = [call for event in events for call in calls.add("branches[0]", event)]
+    assert [(call.function.name, call.function.arguments) for call in found] == [OSLO, OSLO]
+    assert len({call.id for call in found}) == 2
+    assert [call for event in events for call in calls.add("branches[1]", event)] == []
+    single = BranchCalls("smp-1", body.model_copy(update={"parallel_tool_calls": False}))
+    assert sum(len(single.add("branches[0]", event)) for event in events) == 1
