@@ -15,6 +15,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from parallelmind.engine import native_linear
 from parallelmind.engine.attention import additive_mask, dense_masks
 from parallelmind.engine.batch import ModelInput, single_token
 from parallelmind.engine.block_manager import BLOCK
@@ -111,7 +112,7 @@ class ModelRunner:
         """A forward pass that finds out how the model computes."""
         cache.updates = []
         try:
-            with recorded_groups(causal_lm(self.model)) as groups:
+            with recorded_groups(causal_lm(self.model), native_linear.pack) as groups:
                 logits = self._forward(self.model, inputs, cache)
         except IndirectCacheError:
             self._is_direct, self._attention_name = False, ""

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from parallelmind.engine.kv_cache import PagedKVCache
 from parallelmind.engine.native import kernels
+from parallelmind.engine.native_linear import NativeProduct
 from parallelmind.engine.step import Step
 from parallelmind.model import step_ops
-from parallelmind.model.packed_linear import PackedLinears, product_dtype
+from parallelmind.model.packed_linear import OneDnnProduct, PackedLinears, Product, product_dtype
 
 _P, _I = ctypes.c_void_p, ctypes.c_int64
 _LINEAR = "int32_t aoti_torch_cpu_step_linear(AtenTensorHandle, int64_t, int64_t, AtenTensorHandle*)"
@@ -26,7 +27,7 @@ _ATTEND = (
 
 
 class _Linear(ctypes.Structure):
-    _fields_ = (("weight", _P), ("bias", _P))
+    _fields_ = (("weight", _P), ("bias", _P), ("own", _P))
 
 
 class _Pool(ctypes.Structure):
@@ -74,8 +75,11 @@ class NativeOperators:
         assert library is not None, "compiled code needs the kernels"
         self._run = library.set_pass
         self._like = pools
-        self._handles = [_Handles(group.packed) for group in linears.groups]
-        self._weights = (_Linear * len(self._handles))(*(_Linear(*each.pointers) for each in self._handles))
+        products = [group.product for group in linears.groups]
+        packed = [product for product in products if isinstance(product, OneDnnProduct)]
+        self._handles = _Handles([tensor for product in packed for tensor in (product.weight, product.bias)])
+        pointers = iter(self._handles.pointers)
+        self._linears = (_Linear * len(products))(*(_linear(product, pointers) for product in products))
         self._pools = (_Pool * (max(pools, default=-1) + 1))()
         self._cache: PagedKVCache | None = None  # that the pools are of
         self._num_slots = 0
@@ -87,7 +91,7 @@ class NativeOperators:
             self._set_pools(cache)
         steps = step.native_steps()
         windows = (_P * len(steps))(*(ctypes.addressof(each) for each in steps))
-        current = _Pass(ctypes.addressof(self._weights), None, ctypes.addressof(self._pools))
+        current = _Pass(ctypes.addressof(self._linears), None, ctypes.addressof(self._pools))
         current.windows = ctypes.addressof(windows)
         if step.lora is not None:
             current.adapters, current.tokens, current.adapter, current.sampled_adapter = step.lora.pointers()
@@ -103,6 +107,12 @@ class NativeOperators:
             pools = cache.pools(layer, *states)
             self._pools[layer] = _Pool(*(pool.data_ptr() for pool in pools))
         self._cache, self._num_slots = cache, cache.num_slots
+
+
+def _linear(product: Product, handles: Iterator[int | None]) -> _Linear:
+    if isinstance(product, NativeProduct):
+        return _Linear(None, None, ctypes.addressof(product.weights))
+    return _Linear(next(handles), next(handles), None)
 
 
 class _Handles:

@@ -1,6 +1,6 @@
 """Linear layers for decoding on a CPU: packed weights, and one product for layers that read the same tensor.
 
-oneDNN multiplies faster with weights in an order of its own, into which they are packed once. Layers that
+Products are faster with weights in an order of their own, into which they are packed once. Layers that
 read the same tensor, such as the projections to queries, keys and values, are found by a forward pass and
 computed as one product. Weights in half precision are packed in float32 on a processor that does not multiply
 half precision itself; the product is rounded once then, as half precision hardware does.
@@ -17,24 +17,40 @@ from torch import Tensor, nn
 
 from parallelmind.model import step_ops
 
-_ROWS = 16  # of the product that the order of weights is chosen for
+_ROWS = 16  # of the product that oneDNN chooses the order of weights for
 _multiply: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default
+
+
+class OneDnnProduct:
+    """Product with weights that oneDNN has packed."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        """weight: `[outputs, inputs]`. bias: `[outputs]`."""
+        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS), bias
+
+    def __call__(self, input: Tensor) -> Tensor:
+        """`[..., outputs]` of `[..., inputs]`, in the dtype of the weights."""
+        return _multiply(input, self.weight, self.bias, "none", [], "")
+
+
+Product = Callable[[Tensor], Tensor]
+Pack = Callable[[Tensor, Tensor | None], Product]
 
 
 class LinearGroup:
     """Layers that read the same tensor, as one product with their weights as of now.
 
     reads_tokens: whether the tensor has the form `[1, tokens, inputs]`, with one row for each token.
-    packed: weight, in oneDNN's order, and bias of all layers.
+    product: of weight and bias of all layers.
     """
 
-    def __init__(self, layers: Sequence[nn.Linear], reads_tokens: bool) -> None:
+    def __init__(self, layers: Sequence[nn.Linear], reads_tokens: bool, pack: Pack = OneDnnProduct) -> None:
         self.layers, self.reads_tokens = tuple(layers), reads_tokens
         weight = torch.cat([layer.weight.detach() for layer in layers])
         self._dtype = product_dtype(weight.dtype)
         biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
         bias = torch.cat(biases).to(self._dtype) if biases else None
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(self._dtype), _ROWS), bias
+        self.product = pack(weight.to(self._dtype), bias)
 
     @property
     def sizes(self) -> list[int]:
@@ -43,9 +59,7 @@ class LinearGroup:
 
     def __call__(self, input: Tensor) -> Tensor:
         """`[..., sum(sizes)]` of `[..., inputs]`."""
-        if input.dtype == self._dtype:
-            return _multiply(input, *self.packed, "none", [], "")
-        return _multiply(input.to(self._dtype), *self.packed, "none", [], "").to(input.dtype)
+        return self.product(input.to(self._dtype)).to(input.dtype)
 
 
 class _GroupedLinear(nn.Linear):
@@ -129,8 +143,10 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @contextmanager
-def recorded_groups(model: nn.Module) -> Iterator[list[LinearGroup]]:
+def recorded_groups(model: nn.Module, pack: Pack = OneDnnProduct) -> Iterator[list[LinearGroup]]:
     """Context of one forward pass; the list holds its groups afterwards.
+
+    pack: packs weight and bias of a group, in the dtype of the product.
 
     A group is the layers that have read the same tensor. Layers that the pass has computed more than once, or
     not at all, belong to none.
@@ -146,20 +162,22 @@ def recorded_groups(model: nn.Module) -> Iterator[list[LinearGroup]]:
     hooks = [layer.register_forward_pre_hook(record) for layer in layers]
     try:
         yield groups
-        groups += _by_input(calls)
+        groups += _by_input(calls, pack)
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _by_input(calls: Sequence[tuple[nn.Linear, Tensor]]) -> list[LinearGroup]:
+def _by_input(calls: Sequence[tuple[nn.Linear, Tensor]], pack: Pack) -> list[LinearGroup]:
     """calls: each layer with its input. They hold the inputs, so that no id is used twice."""
     num_calls = Counter(layer for layer, _ in calls)
     groups: dict[tuple[int, bool], list[tuple[nn.Linear, Tensor]]] = {}
     for layer, input in calls:
         if num_calls[layer] == 1:
             groups.setdefault((id(input), layer.bias is None), []).append((layer, input))
-    return [LinearGroup([layer for layer, _ in group], group[0][1].dim() == 3) for group in groups.values()]
+    return [
+        LinearGroup([layer for layer, _ in group], group[0][1].dim() == 3, pack) for group in groups.values()
+    ]
 
 
 def _is_packable(module: nn.Module) -> bool:

@@ -20,7 +20,7 @@ import torch
 from parallelmind.errors import UserNotice, first_line
 from parallelmind.storage import cache_dir
 
-_SOURCES = ("attention.cpp", "largest.cpp", "lora.cpp", "operators.cpp")
+_SOURCES = ("attention.cpp", "largest.cpp", "linear.cpp", "lora.cpp", "operators.cpp")
 _HEADERS = ("kernels.h", "numbers.h", "vectors.h")
 _FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),

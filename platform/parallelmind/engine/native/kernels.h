@@ -36,6 +36,11 @@ struct Layer {  // strides are in elements
   const float* sinks;           // [heads], or null
 };
 
+struct Weights {  // of linear layers that read the same tensor, as linear.cpp packs them
+  const float *packed, *bias;  // bias: one for each output, and zeros up to the end of the last block; null for none
+  int64_t inputs, outputs;
+};
+
 struct LowRank {  // one adapter of one layer of a group
   const void *down, *up;         // [rank, inputs], [rank, outputs], numbers of the model's type
   int64_t rank, first, outputs;  // `first` is the layer's first column in the group's product
@@ -49,6 +54,8 @@ struct Adapter {  // of one group
 
 void attend_float32(const Step* step, const Layer* layer);
 void attend_bfloat16(const Step* step, const Layer* layer);
+void multiply_float32(const float* input, const Weights* weights, float* out, int64_t rows);
+void multiply_bfloat16(const bf16* input, const Weights* weights, bf16* out, int64_t rows);
 void add_low_rank_float32(const float* input, float* product, int64_t rows, int64_t inputs, int64_t columns,
                           const Adapter* adapters, const int32_t* adapter);
 void add_low_rank_bfloat16(const bf16* input, bf16* product, int64_t rows, int64_t inputs, int64_t columns,

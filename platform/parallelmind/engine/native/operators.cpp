@@ -11,8 +11,9 @@
 
 extern "C" {
 
-struct Linear {  // packed weights of layers that read the same tensor
-  AtenTensorHandle weight, bias;  // null for none
+struct Linear {  // layers that read the same tensor
+  AtenTensorHandle weight, bias;  // weights that oneDNN has packed, or null; bias or null
+  const Weights* own;             // weights that linear.cpp has packed, or null
 };
 
 struct Adapters {  // of the same layers, for the samples of a pass
@@ -101,6 +102,25 @@ float first_number(const Tensor& tensor) {
   return tensor.is_float() ? *(const float*)tensor.data : to_float(*(const bf16*)tensor.data);
 }
 
+AtenTensorHandle multiply(const Weights& weights, AtenTensorHandle input_handle) {
+  const Tensor input = dense(input_handle, 0);
+  std::vector<int64_t> sizes(input.sizes, input.sizes + input.dims);
+  sizes.back() = weights.outputs;
+  const Tensor out(empty(sizes, input.dtype));
+  if (input.is_float()) multiply_float32((const float*)input.data, &weights, (float*)out.data, input.rows());
+  else multiply_bfloat16((const bf16*)input.data, &weights, (bf16*)out.data, input.rows());
+  return out.handle;
+}
+
+AtenTensorHandle multiply(const Linear& linear, AtenTensorHandle input) {
+  if (linear.own) return multiply(*linear.own, input);
+  AtenTensorHandle bias = linear.bias, out;
+  const char* algorithm = "";
+  check(aoti_torch_cpu__linear_pointwise(input, linear.weight, bias ? &bias : nullptr, "none", nullptr, 0, &algorithm,
+                                         &out));
+  return out;
+}
+
 void add_adapters(const Adapters& adapters, AtenTensorHandle input_handle, AtenTensorHandle product) {
   const Tensor input = dense(input_handle, 0), out(product);
   const int64_t rows = input.rows(), inputs = input.sizes[input.dims - 1];
@@ -131,11 +151,7 @@ extern "C" void set_pass(const Pass* pass) { running = pass; }
 
 extern "C" AOTITorchError aoti_torch_cpu_step_linear(AtenTensorHandle input, int64_t group, int64_t, AtenTensorHandle* out) {
   try {
-    const Linear& linear = running->linears[group];
-    AtenTensorHandle bias = linear.bias;
-    const char* algorithm = "";
-    check(aoti_torch_cpu__linear_pointwise(input, linear.weight, bias ? &bias : nullptr, "none", nullptr, 0, &algorithm,
-                                           out));
+    *out = multiply(running->linears[group], input);
     const Adapters* adapters = running->adapters ? running->adapters + group : nullptr;
     if (adapters && adapters->columns) add_adapters(*adapters, input, *out);
     return 0;
