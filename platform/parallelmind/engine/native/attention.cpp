@@ -16,13 +16,14 @@
 
 #include "kernels.h"
 #include "numbers.h"
+#include "products.h"
 #include "vectors.h"
 
 namespace {
 
 constexpr int TILE = 64;      // keys that are read together
-constexpr int CHUNK = 16;     // queries of one task
-constexpr int RANGE = 512;    // keys of one range, at least
+constexpr int64_t CHUNK = 16;    // queries of one task
+constexpr int RANGE = 256;    // keys of one range, at least
 constexpr int MAX_RANGES = 8;
 constexpr int FEW_PARTS = 8;  // up to here, the heads of a span are tasks of their own
 constexpr int FEW_ROWS = 8;   // up to here, keys are not transposed
@@ -91,6 +92,10 @@ class Reader {
 
 struct Buffers {  // of one thread: words of queries, keys and values, scores, and weights
   std::vector<float> queries, keys, values, scores, weights;
+
+  static void grow(std::vector<float>& buffer, size_t size) {
+    if (buffer.size() < size) buffer.resize(size);
+  }
 };
 
 // Which partial results there are: one for each query of a span, range of its keys, and query head.
@@ -133,7 +138,7 @@ class Attention {
  public:
   Attention(const Step& step, const Layer& layer)
       : step(step), layer(layer), group(layer.heads / layer.kv_heads), width(padded_words<T>(layer.dim)),
-        columns((layer.value_dim + LANES - 1) / LANES * LANES), parts(step) {
+        columns((layer.value_dim + COLUMNS - 1) / COLUMNS * COLUMNS), parts(step) {
     static thread_local std::vector<float> buffer;
     const int64_t rows = parts.count * layer.heads;
     if (int64_t(buffer.size()) < rows * (columns + 2)) buffer.resize(rows * (columns + 2));
@@ -199,12 +204,12 @@ class Attention {
 
   // Read the queries, and clear the partial results.
   void begin(const Task& task, Buffers& buffers) const {
-    const int64_t count = rows_of(task);
-    buffers.queries.resize(count * width * (task.last_head - task.head));
-    buffers.keys.resize(width * TILE);
-    buffers.values.resize(TILE * columns);
-    buffers.scores.resize(count * TILE);
-    buffers.weights.resize(count * TILE);
+    const int64_t count = rows_of(task), scored = std::max<int64_t>(count, LANES);
+    Buffers::grow(buffers.queries, count * width * (task.last_head - task.head));
+    Buffers::grow(buffers.keys, width * TILE);
+    Buffers::grow(buffers.values, TILE * columns);
+    Buffers::grow(buffers.scores, scored * TILE);
+    Buffers::grow(buffers.weights, scored * TILE);
     float* to = buffers.queries.data();
     for (int32_t head = task.head; head < task.last_head; head++)
       for (int64_t r = 0; r < count; r++, to += width) {
@@ -212,7 +217,7 @@ class Attention {
         const T* query = (const T*)layer.query + at;
         const float* words = words_of(query, layer.dim, width, to);
         if (words != to) std::copy(words, words + width, to);
-        const int64_t part = part_of(task, head, r);
+        const int64_t part = part_of(task, head) + r;
         std::fill(out + part * columns, out + (part + 1) * columns, 0.f);
         total[part] = 0.f;
         largest[part] = -INFINITY;
@@ -243,15 +248,14 @@ class Attention {
   int64_t rows_of(const Task& task) const { return (task.last - task.first) * group; }
   int64_t query_of(const Task& task, int64_t row) const { return step.queries[task.first + row / group]; }
   int64_t head_of(int32_t head, int64_t row) const { return head * group + row % group; }
-  int64_t part_of(const Task& task, int32_t head, int64_t row) const {
-    const int64_t query = task.first + row / group - step.query_start[task.span];
-    return part_of(task.span, task.range, query, head_of(head, row));
-  }
-  // The results of a task are side by side: no other thread writes to their cache lines.
+  // The results of a task are side by side, by KV head, query and head, so that no other thread writes beside them.
   int64_t part_of(int64_t span, int64_t range, int64_t query, int64_t head) const {
-    const int64_t queries = Parts::num_queries(step, span);
-    const int64_t first = (parts.start[span] + range * queries) * layer.heads;
-    return first + (head / group * queries + query) * group + head % group;
+    const int64_t queries = Parts::num_queries(step, span), chunk = query / CHUNK * CHUNK;
+    const int64_t first = (parts.start[span] + range * queries + chunk) * layer.heads;
+    return first + (head / group * std::min(CHUNK, queries - chunk) + query - chunk) * group + head % group;
+  }
+  int64_t part_of(const Task& task, int32_t head) const {  // of its first row
+    return part_of(task.span, task.range, task.first - step.query_start[task.span], head * group);
   }
   const T* key_of(int64_t slot, int head) const {
     return (const T*)layer.key_pool + (slot * layer.kv_heads + head) * layer.dim;
@@ -281,7 +285,7 @@ class Attention {
     return false;
   }
 
-  // The scores of a query by the segment of the key; null if all are 0.
+  // What is added to the scores of a query, by the segment of the key; null if nothing is.
   const float* table(const Task& task, int64_t query) const {
     if (step.score_width[task.span] == 0) return nullptr;
     return step.scores + step.score_start[task.span] + int64_t(step.token_segment[query]) * step.score_width[task.span];
@@ -302,52 +306,59 @@ class Attention {
   // What is added to the scores of the keys; -infinity where the query does not see the key.
   void add_biases(const Task& task, const Keys& keys, int64_t query, Vec* biases) const {
     const IntVec mine = IntVec{} + step.token_time[query], own = IntVec{} + step.token_slot[query];
-    const float* row = table(task, query);
+    const Entries row(table(task, query), step.score_width[task.span]);
     for (int v = 0; v < keys.vectors(); v++) {
       const IntVec slot = *(const IntVec*)(keys.slot + v * LANES), time = *(const IntVec*)(keys.time + v * LANES);
       IntVec visible = (time < mine) | ((slot == own) & (time == mine));
       if (step.window) visible &= mine - time < IntVec{} + int32_t(step.window);
       if (step.chunk) visible &= time >= mine - mine % int32_t(step.chunk);
-      Vec score = {};
-      if (row)
-        for (int i = 0; i < LANES; i++) score[i] = row[keys.segment[v * LANES + i]];
-      biases[v] = visible ? score : splat(-INFINITY);
+      biases[v] = visible ? row.at(*(const IntVec*)(keys.segment + v * LANES)) : splat(-INFINITY);
     }
   }
 
   void attend(const Task& task, const Keys& keys, Buffers& buffers) const {
     if (!is_seen(task, keys)) return;
     fetch(task, keys);
+    Vec biases[CHUNK][VECTORS];
     const bool plain = is_plain(task, keys);
-    for (int32_t head = task.head; head < task.last_head; head++) attend(task, keys, head, plain, buffers);
+    for (int64_t i = task.first; i < task.last && !plain; i++)
+      add_biases(task, keys, step.queries[i], biases[i - task.first]);
+    const int32_t together = std::max<int64_t>(1, LANES / rows_of(task));
+    for (int32_t head = task.head; head < task.last_head; head += together)
+      attend(task, keys, head, std::min(head + together, task.last_head), plain ? nullptr : biases, buffers);
   }
 
-  void attend(const Task& task, const Keys& keys, int32_t head, bool plain, Buffers& buffers) const {
-    const float* queries = &buffers.queries[(head - task.head) * rows_of(task) * width];
-    score(queries, rows_of(task), keys, head, buffers);
-    Vec biases[VECTORS];
-    for (int64_t r = 0; r < rows_of(task); r++) {
-      if (!plain && r % group == 0) add_biases(task, keys, query_of(task, r), biases);
-      weigh(&buffers.scores[r * TILE], plain ? nullptr : biases, keys.vectors(), part_of(task, head, r),
-            &buffers.weights[r * TILE]);
+  // For the KV heads `head` to `last`. biases: of each query; null if all are 0.
+  void attend(const Task& task, const Keys& keys, int32_t head, int32_t last, const Vec (*biases)[VECTORS],
+              Buffers& buffers) const {
+    const int64_t count = rows_of(task), rows = (last - head) * count;
+    for (int32_t h = head; h < last; h++)
+      score(&buffers.queries[(h - task.head) * count * width], count, keys, h, &buffers.scores[(h - head) * count * TILE],
+            buffers);
+    for (int64_t r = 0; r < rows; r += LANES)
+      weigh(task, r, std::min<int64_t>(LANES, rows - r), biases, keys.vectors(), part_of(task, head) + r, buffers);
+    for (int32_t h = head; h < last; h++) {
+      load_values(h, keys, buffers.values.data());
+      accumulate(&buffers.weights[(h - head) * count * TILE], count, part_of(task, h), (keys.count + PER<T> - 1) / PER<T>,
+                 buffers);
     }
-    load_values(head, keys, buffers.values.data());
-    accumulate(task, head, (keys.count + PER<T> - 1) / PER<T>, buffers);
   }
 
   // scores[row, key] = query . key
-  void score(const float* queries, int64_t count, const Keys& keys, int32_t head, Buffers& buffers) const {
-    if (count > FEW_ROWS) return score_many(queries, count, keys, head, buffers);
+  void score(const float* queries, int64_t count, const Keys& keys, int32_t head, float* scores,
+             Buffers& buffers) const {
+    if (count > FEW_ROWS) return score_many(queries, count, keys, head, scores, buffers);
     alignas(64) float copies[LANES][MAX_DIM];
     for (int k = 0; k < keys.vectors() * LANES; k += LANES) {
       const float* rows[LANES];
       for (int i = 0; i < LANES; i++)
         rows[i] = words_of(key_of(keys.slot[k + i], head), layer.dim, width, copies[i]);
-      for (int64_t r = 0; r < count; r++) put(&buffers.scores[r * TILE + k], dots(queries + r * width, rows));
+      for (int64_t r = 0; r < count; r++) put(scores + r * TILE + k, dots(queries + r * width, rows));
     }
   }
 
-  void score_many(const float* queries, int64_t count, const Keys& keys, int32_t head, Buffers& buffers) const {
+  void score_many(const float* queries, int64_t count, const Keys& keys, int32_t head, float* scores,
+                  Buffers& buffers) const {
     alignas(64) float copies[LANES][MAX_DIM];
     for (int k = 0; k < keys.vectors() * LANES; k += LANES) {
       const float* rows[LANES];
@@ -360,9 +371,16 @@ class Attention {
         for (int i = 0; i < LANES; i++) put(&buffers.keys[(w + i) * TILE + k], block[i]);
       }
     }
-    int64_t r = 0;
-    for (; r + 6 <= count; r += 6) score_rows<6>(queries + r * width, buffers, r);
-    for (; r < count; r++) score_rows<1>(queries + r * width, buffers, r);
+    for (int64_t first = 0; first < count; first += ROWS) {
+      const int64_t rows = std::min<int64_t>(ROWS, count - first);
+      const float* from[ROWS];
+      float* to[ROWS];
+      for (int64_t r = 0; r < rows; r++) from[r] = queries + (first + r) * width, to[r] = scores + (first + r) * TILE;
+      for (int k = 0; k < keys.count; k += COLUMNS) {
+        add_products<T>(from, rows, {&buffers.keys[k], &buffers.keys[k], width, TILE, 0}, ZEROS, to);
+        for (int64_t r = 0; r < rows; r++) to[r] += COLUMNS;
+      }
+    }
   }
 
   // The products of a query with 16 keys.
@@ -373,23 +391,39 @@ class Attention {
     return lane_sums(sums);
   }
 
-  template <int ROWS>
-  void score_rows(const float* query, Buffers& buffers, int64_t row) const {
-    Vec sums[ROWS][VECTORS] = {};
-    for (int w = 0; w < width; w++) {
-      Vec key[VECTORS];
-      for (int v = 0; v < VECTORS; v++) key[v] = load(&buffers.keys[w * TILE + v * LANES]);
-      for (int r = 0; r < ROWS; r++) {
-        const Vec word = splat(query[r * width + w]);
-        for (int v = 0; v < VECTORS; v++) sums[r][v] = multiply_add<T>(sums[r][v], word, key[v]);
+  // Turn the scores of `count` rows, 16 at most, into weights relative to the largest score of a row so far, and
+  // rescale what the parts of the rows have accumulated.
+  void weigh(const Task& task, int64_t first, int64_t count, const Vec (*biases)[VECTORS], int vectors, int64_t part,
+             Buffers& buffers) const {
+    Vec most[LANES], sums[LANES] = {};
+    for (int64_t r = 0; r < count; r++)
+      most[r] = bias(&buffers.scores[(first + r) * TILE], biases ? biases[(first + r) % rows_of(task) / group] : nullptr,
+                     vectors);
+    std::fill(most + count, most + LANES, splat(-INFINITY));
+    const Vec old = load_some(largest + part, count), next = larger(old, lane_maxima(most));
+    const Vec base = next == splat(-INFINITY) ? splat(0.f) : next;
+    for (int64_t r = 0; r < count; r++) {
+      float *scores = &buffers.scores[(first + r) * TILE], *weights = &buffers.weights[(first + r) * TILE];
+      for (int v = 0; v < vectors; v++) {
+        const Vec weight = exp_negative(load(scores + v * LANES) - base[r]);  // NaN of NaN
+        put(scores + v * LANES, weight);
+        sums[r] += weight;
       }
+      for (int v = vectors; v < VECTORS; v++) put(scores + v * LANES, splat(0.f));
+      for (int k = 0; k < TILE; k += 2 * LANES) to_words<T>(scores + k, weights + k / PER<T>);
     }
-    for (int r = 0; r < ROWS; r++)
-      for (int v = 0; v < VECTORS; v++) put(&buffers.scores[(row + r) * TILE + v * LANES], sums[r][v]);
+    const Vec shrink = next > old ? exp_negative(old - base) : splat(1.f);
+    put_some(total + part, load_some(total + part, count) * shrink + lane_sums(sums), count);
+    put_some(largest + part, next, count);
+    for (int64_t r = 0; r < count; r++)
+      if (next[r] > old[r]) {
+        float* row = out + (part + r) * columns;
+        for (int d = 0; d < columns; d += LANES) put(row + d, load(row + d) * shrink[r]);
+      }
   }
 
-  // Turn scores into weights, relative to the largest score so far, and rescale what the part has accumulated.
-  void weigh(float* scores, const Vec* biases, int vectors, int64_t part, float* weights) const {
+  // Scale, limit and bias the scores of a row; returns a vector that holds the largest.
+  Vec bias(float* scores, const Vec* biases, int vectors) const {
     Vec most = splat(-INFINITY);
     for (int v = 0; v < vectors; v++) {
       Vec s = load(scores + v * LANES) * layer.scale;
@@ -399,23 +433,7 @@ class Attention {
       put(scores + v * LANES, s);
       most = larger(s, most);
     }
-    const float old = largest[part], next = std::max(old, largest_of(most));
-    const float base = next == -INFINITY ? 0.f : next;
-    Vec sums = {};
-    for (int v = 0; v < vectors; v++) {
-      const Vec weight = exp_negative(load(scores + v * LANES) - base);  // NaN of NaN
-      put(scores + v * LANES, weight);
-      sums += weight;
-    }
-    for (int v = vectors; v < VECTORS; v++) put(scores + v * LANES, splat(0.f));
-    for (int k = 0; k < TILE; k += 2 * LANES) to_words<T>(scores + k, weights + k / PER<T>);
-    if (next > old) {
-      const float shrink = old == -INFINITY ? 0.f : std::exp(old - next);
-      total[part] *= shrink;
-      for (int d = 0; d < columns; d += LANES) put(out + part * columns + d, load(out + part * columns + d) * shrink);
-      largest[part] = next;
-    }
-    total[part] += sum(sums);
+    return most;
   }
 
   void load_values(int32_t head, const Keys& keys, float* values) const {
@@ -426,41 +444,21 @@ class Attention {
     }
   }
 
-  // out[row] += weights[row] * values
-  void accumulate(const Task& task, int32_t head, int words, Buffers& buffers) const {
-    const int64_t count = rows_of(task);
-    int64_t r = 0;
-    for (; r + 6 <= count; r += 6) accumulate_rows<6>(task, head, r, words, buffers);
-    for (; r + 3 <= count; r += 3) accumulate_rows<3>(task, head, r, words, buffers);
-    for (; r < count; r++) accumulate_rows<1>(task, head, r, words, buffers);
-  }
-
-  template <int ROWS>
-  void accumulate_rows(const Task& task, int32_t head, int64_t row, int words, Buffers& buffers) const {
-    float* to[ROWS];
-    for (int r = 0; r < ROWS; r++) to[r] = out + part_of(task, head, row + r) * columns;
-    int d = 0;
-    for (; d + 4 * LANES <= columns; d += 4 * LANES)
-      accumulate_columns<ROWS, 4>(to, d, &buffers.weights[row * TILE], buffers.values.data(), words);
-    for (; d < columns; d += LANES)
-      accumulate_columns<ROWS, 1>(to, d, &buffers.weights[row * TILE], buffers.values.data(), words);
-  }
-
-  template <int ROWS, int VECS>
-  void accumulate_columns(float* const* to, int first, const float* weights, const float* values, int words) const {
-    Vec sums[ROWS][VECS];
-    for (int r = 0; r < ROWS; r++)
-      for (int v = 0; v < VECS; v++) sums[r][v] = load(to[r] + first + v * LANES);
-    for (int w = 0; w < words; w++) {
-      Vec value[VECS];
-      for (int v = 0; v < VECS; v++) value[v] = load(values + w * columns + first + v * LANES);
-      for (int r = 0; r < ROWS; r++) {
-        const Vec weight = splat(weights[r * TILE + w]);
-        for (int v = 0; v < VECS; v++) sums[r][v] = multiply_add<T>(sums[r][v], weight, value[v]);
+  // out[part + row] += weights[row] * values
+  void accumulate(const float* weights, int64_t count, int64_t part, int words, const Buffers& buffers) const {
+    for (int64_t first = 0; first < count; first += ROWS) {
+      const int64_t rows = std::min<int64_t>(ROWS, count - first);
+      const float* from[ROWS];
+      float* to[ROWS];
+      for (int64_t r = 0; r < rows; r++) {
+        from[r] = weights + (first + r) * TILE;
+        to[r] = out + (part + first + r) * columns;
+      }
+      for (int d = 0; d < columns; d += COLUMNS) {
+        add_products<T>(from, rows, {&buffers.values[d], &buffers.values[d], words, columns, 0}, nullptr, to);
+        for (int64_t r = 0; r < rows; r++) to[r] += COLUMNS;
       }
     }
-    for (int r = 0; r < ROWS; r++)
-      for (int v = 0; v < VECS; v++) put(to[r] + first + v * LANES, sums[r][v]);
   }
 };
 

@@ -7,7 +7,7 @@
 #include <cstring>
 #include <utility>
 
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -48,32 +48,54 @@ inline Vec moved(Vec x, std::index_sequence<C...>) {
   return __builtin_shufflevector(x, x, int(C ^ S)...);
 }
 
-// Lane i holds the sum of the lanes of rows[i].
-template <int S = 1>
-inline Vec lane_sums(Vec* rows) {
+inline Vec larger(Vec x, Vec y) { return x > y ? x : y; }
+inline Vec added(Vec x, Vec y) { return x + y; }
+
+// Lane i holds what JOIN makes of the lanes of rows[i].
+template <Vec (*JOIN)(Vec, Vec), int S = 1>
+inline Vec joined_lanes(Vec* rows) {
   for (int i = 0; i < LANES; i += 2 * S) {
     swap_lanes<S>(rows[i], rows[i + S], std::make_index_sequence<LANES>());
-    rows[i] += rows[i + S];
+    rows[i] = JOIN(rows[i], rows[i + S]);
   }
-  if constexpr (2 * S < LANES) return lane_sums<2 * S>(rows);
+  if constexpr (2 * S < LANES) return joined_lanes<JOIN, 2 * S>(rows);
   return rows[0];
 }
 
-template <int S = LANES / 2>
-inline float sum(Vec x) {
-  x += moved<S>(x, std::make_index_sequence<LANES>());
-  if constexpr (S > 1) return sum<S / 2>(x);
-  return x[0];
+inline Vec lane_sums(Vec* rows) { return joined_lanes<added>(rows); }
+inline Vec lane_maxima(Vec* rows) { return joined_lanes<larger>(rows); }
+
+// The first lanes; the others are 0.
+inline Vec load_some(const float* from, int64_t count) {
+  Vec x = {};
+  std::memcpy(&x, from, count * sizeof(float));
+  return x;
 }
 
-inline Vec larger(Vec x, Vec y) { return x > y ? x : y; }
+inline void put_some(float* to, Vec x, int64_t count) { std::memcpy(to, &x, count * sizeof(float)); }
 
-template <int S = LANES / 2>
-inline float largest_of(Vec x) {
-  x = larger(x, moved<S>(x, std::make_index_sequence<LANES>()));
-  if constexpr (S > 1) return largest_of<S / 2>(x);
-  return x[0];
-}
+// A short table of floats; all entries are 0 if there is none.
+class Entries {
+ public:
+  Entries(const float* table, int32_t count) : table(table), is_short(count <= LANES) {
+    if (table && is_short) std::memcpy(&entries, table, count * sizeof(float));
+  }
+
+  Vec at(IntVec index) const {
+#ifdef __AVX512F__
+    if (is_short) return (Vec)_mm512_permutexvar_ps((__m512i)index, (__m512)entries);
+#endif
+    Vec found = {};
+    if (table)
+      for (int i = 0; i < LANES; i++) found[i] = table[index[i]];
+    return found;
+  }
+
+ private:
+  const float* table;
+  bool is_short;
+  Vec entries = {};
+};
 
 // exp(x) for x <= 0, with a relative error below 2e-7; 0 below -87. Cephes' polynomial.
 inline Vec exp_negative(Vec x) {
