@@ -54,12 +54,12 @@ def completion_client(url: str, body: dict[str, Any]) -> Client:
 
 async def _read_stream(response: aiohttp.ClientResponse, answer: Answer, start: float) -> None:
     async for line in response.content:
-        text = line.decode().removeprefix("data: ").strip()
-        if text.startswith(":"):  # a comment keeps the connection alive
+        if not line.startswith(b"data: "):  # its id, or a comment
             continue
+        text = line.decode().removeprefix("data: ").strip()
         if text == "[DONE]":
             answer.complete = answer.error is None
-        elif text:
+        else:
             answer.first_token_s = answer.first_token_s or perf_counter() - start
             _read(json.loads(text), answer)
 

@@ -40,6 +40,7 @@ def build(args: Mapping[str, Any]) -> Application:
         **_HEALTH_CHECKS,
     )(EngineReplica)
     ingress = serve.deployment(
+        num_replicas=config.replicas.num_fronts,
         max_ongoing_requests=_MAX_ONGOING_REQUESTS,
         max_surge_percent=100,  # an update starts the new replica before it stops the old one
         graceful_shutdown_timeout_s=_INGRESS_SHUTDOWN_S,

@@ -166,6 +166,7 @@ class ReplicasConfig(_Group):
 
     min_replicas: int = Field(1, ge=0, description="minimum number of engines")
     max_replicas: int = Field(1, ge=1, description="maximum number of engines")
+    num_fronts: int = Field(1, ge=1, description="HTTP ingress processes, spread over the nodes")
     branches_per_replica: float = Field(
         16, gt=0, description="live and waiting branches per engine that autoscaling aims at"
     )

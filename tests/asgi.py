@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,13 @@ class Reply:
     def error(self) -> dict[str, Any]:
         error: dict[str, Any] = json.loads(self.body)["error"]
         return error
+
+    @property
+    def events(self) -> list[Any]:
+        """The data of the events of a stream that was read to its end, without the last, [DONE]."""
+        *data, end = re.findall(r"^data: (.*)$", self.body.decode(), re.MULTILINE)
+        assert end == "[DONE]"
+        return [json.loads(text) for text in data]
 
 
 async def send_request(

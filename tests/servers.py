@@ -78,8 +78,8 @@ class Server:
         with self.request("POST", path, {**body, "stream": True}) as response:
             assert response.status == 200, response.read()
             for line in response:
-                text = line.decode().removeprefix("data: ").strip()
-                if text and not text.startswith(":"):  # a comment keeps the connection alive
+                if line.startswith(b"data: "):  # not its id, nor a comment
+                    text = line.decode().removeprefix("data: ").strip()
                     yield text if text == "[DONE]" else json.loads(text)
 
     def metric(self, name: str) -> float:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from parallelmind.engine.output import Event
 from parallelmind.engine.request import ResumeState, TokenizedRequest
+
+_TOP, _PROMPT = Event._fields.index("top"), Event._fields.index("prompt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +23,7 @@ class EngineRequest:
     prompt_tokens: as the client counts them; None: of main and of every branch that starts.
     resume, adapter_version: where a lost engine stopped, and the version of the adapter that it used.
     added: the indices of the segments that calls added there, by the keys of those calls.
+    history: what the client may have got, so that it can come back for the rest; None if it cannot.
     """
 
     id: str
@@ -30,6 +33,18 @@ class EngineRequest:
     resume: ResumeState | None = None
     adapter_version: str | None = None
     added: Mapping[str, list[int]] = field(default_factory=dict)
+    history: StreamHistory | None = None
+
+    def with_history(self) -> EngineRequest:
+        """The request of a new stream, which its client can come back to."""
+        return StreamHistory(self).resumed()
+
+    def repeats(self, other: EngineRequest) -> bool:
+        """Whether it asks for the same kind of response to the same texts."""
+        return self._asked() == other._asked()
+
+    def _asked(self) -> tuple[object, ...]:
+        return self.id.partition("-")[0], self.model, [sample.tokens.split() for sample in self.samples]
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -109,6 +124,31 @@ def pack_step(step: StepOutput) -> PackedStep:
 def unpack_step(packed: PackedStep) -> StepOutput:
     events, started, added, adapter_version = packed
     return StepOutput(list(map(Event._make, events)), started, added, adapter_version)
+
+
+def num_items(step: PackedStep) -> int:
+    """A measure of the memory that a step takes: one for some hundred bytes."""
+    events, *rest = step
+    return sum(map(bool, rest)) + sum(1 + len(event[_TOP]) + len(event[_PROMPT]) for event in events)
+
+
+class StreamHistory(NamedTuple):
+    """A stream so far: the request as it began, and all of its steps."""
+
+    request: EngineRequest
+    steps: Sequence[PackedStep] = ()
+
+    @property
+    def length(self) -> tuple[int, int]:
+        """Number of engines and of steps. Of two histories of a stream the greater one is the later one.
+
+        The first step of every engine tells the version of the adapter.
+        """
+        return sum(version is not None for *_, version in self.steps), len(self.steps)
+
+    def resumed(self) -> EngineRequest:
+        """The request that goes on with the stream, and begins with its history."""
+        return replace(self.request, history=self)
 
 
 class RejectedRequest(NamedTuple):

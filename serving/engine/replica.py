@@ -17,6 +17,7 @@ from parallelmind.tree import MAIN
 from serving.config import AppConfig
 from serving.engine.adapter_registry import AdapterRegistry, AdapterVersionGoneError
 from serving.engine.admitted_request import Addition, AdmittedRequest
+from serving.engine.kept_streams import KeptStreams
 from serving.engine.load_model import load_model
 from serving.engine.loop import EngineLoop
 from serving.engine.messages import (
@@ -25,6 +26,7 @@ from serving.engine.messages import (
     PackedStep,
     RejectedRequest,
     StepOutput,
+    StreamHistory,
     pack_step,
 )
 from serving.observability.log import configure_log
@@ -55,6 +57,7 @@ class EngineReplica:
             self._engine, self._metrics.observe_step, config.replicas.stuck_s, num_threads
         )
         self._config, self._admitted = config, dict[str, AdmittedRequest]()
+        self._kept = KeptStreams()
         self._refreshing: asyncio.Task[None] | None = None
         self._name = serve.get_replica_context().replica_id.unique_id
 
@@ -72,14 +75,29 @@ class EngineReplica:
         except pm.UserError as error:
             yield _rejection(error)
             return
-        self._admitted[request.id] = AdmittedRequest.of(running, request)
+        admitted = self._admitted[request.id] = AdmittedRequest.of(running, request)
+        step: StepOutput | None = StepOutput([], running.started, adapter_version=version)
         try:
-            yield pack_step(StepOutput([], running.started, adapter_version=version))
-            while (step := await self._loop.next_output(running)) is not None:
-                yield pack_step(step)
+            with self._kept.keep(request) as keep:
+                while step is not None:
+                    packed = pack_step(step)
+                    keep(packed)
+                    yield packed
+                    step = await self._loop.next_output(running)
         finally:
-            del self._admitted[request.id]
+            if self._admitted[request.id] is admitted:  # and not one that goes on with its stream
+                del self._admitted[request.id]
             self._loop.release(running)
+
+    async def end_stream(self, id: str) -> StreamHistory | None:
+        """End a stream, if it has not ended yet, so that another one goes on with it.
+
+        Returns its history; None if it is not kept here.
+        """
+        history = self._kept.end(id)
+        if history is not None and id in self._admitted:
+            await self._loop.cancel(self._admitted[id].running)
+        return history
 
     async def join(self, sample: str, segment: pm.Segment, branch: int | None, key: str) -> Addition | None:
         """Add a branch below a segment of a running sample.

@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse, Response
 from serving.ingress.engine_client import EngineClient
 from serving.ingress.preprocessor import RequestPreprocessor
 from serving.ingress.request_body import body_bytes
+from serving.ingress.resumption import RequestReader
 from serving.ingress.streaming import event_stream
 from serving.protocol.branches import (
     AddedSegment,
@@ -27,14 +28,16 @@ Key = Annotated[str | None, Header(max_length=_MAX_KEY_CHARS)]
 
 
 def add_branches_routes(app: FastAPI, preprocessor: RequestPreprocessor, engines: EngineClient) -> None:
+    reader = RequestReader(preprocessor, engines)
+
     @app.post("/v1/branches", response_model=BranchesResponse)
     async def branches(body: BranchesRequest, request: Request) -> Response:
         """Continue a main with a tree of branches and reduces, each with settings of its own."""
-        work = await preprocessor.run(preprocessor.branches, body, await body_bytes(request))
+        work, position = await reader.read(preprocessor.branches, body, request)
         steps = await engines.start(work)
         calls = BranchCalls(work.id, body)
         if body.stream:
-            return event_stream(branches_chunks(work, steps, calls))
+            return event_stream(branches_chunks(work, steps, calls), position)
         return JSONResponse(await branches_response(work, steps, calls))
 
     _add_growth_routes(app, preprocessor, engines)

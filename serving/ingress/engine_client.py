@@ -13,8 +13,9 @@ from ray.serve.handle import DeploymentHandle
 
 import parallelmind as pm
 from serving.config import AppConfig
-from serving.engine.messages import EngineRequest, RejectedRequest, StepOutput
+from serving.engine.messages import EngineRequest, RejectedRequest, StepOutput, StreamHistory
 from serving.ingress.failover import stream_with_failover, with_deadline
+from serving.ingress.streaming import KEEP_ALIVE_S
 from serving.observability.metrics import IngressMetrics, MetricFamily, engine_up
 from serving.protocol.branches import SegmentPlace
 from serving.protocol.branches_response import BranchTracker
@@ -27,19 +28,36 @@ _CONTROL_TIMEOUT_S = 3.0  # for the answer of one replica to a call that does no
 class EngineClient:
     """All engine replicas behind one handle."""
 
-    def __init__(self, engine: DeploymentHandle, config: AppConfig, metrics: IngressMetrics) -> None:
+    def __init__(
+        self,
+        engine: DeploymentHandle,
+        config: AppConfig,
+        metrics: IngressMetrics,
+        fronts: DeploymentHandle | None = None,
+    ) -> None:
+        """fronts: all ingress processes, if there are several."""
+        self._fronts = fronts
         self._engine, self._streams = engine, engine.options(stream=True)
         self._config, self._metrics = config, metrics
 
     async def start(self, request: EngineRequest) -> AsyncGenerator[StepOutput, None]:
-        """Wait for the first step of a sample; return all of its steps.
+        """Wait for the first step of a request; return all of its steps.
 
         Raises RequestError if the request is rejected: the response has not begun, so the error sets its
-        status.
+        status. A stream is not waited for until its client gives up: it begins, and a later error is raised
+        by its steps.
         """
         steps = stream_with_failover(self._streams, request, self._metrics)
         measured = self._measure(request, with_deadline(self._config.limits.timeout_s, steps))
-        first = await anext(measured)
+        first = asyncio.ensure_future(anext(measured))
+        try:
+            await asyncio.wait([first], timeout=None if request.history is None else KEEP_ALIVE_S)
+        except asyncio.CancelledError:  # the client has left
+            first.cancel()
+            await asyncio.wait([first])
+            raise
+        if first.done():
+            first.result()
         return _prepend(first, measured)
 
     async def _measure(
@@ -47,14 +65,20 @@ class EngineClient:
     ) -> AsyncGenerator[StepOutput, None]:
         """The steps, with their tokens and times in the metrics.
 
-        The first step shows that the model exists: only then is its name used as a label.
+        The first step shows that the model exists: only then is its name used as a label. Steps of the
+        history have been measured before.
         """
+        num_past = len(request.history.steps) if request.history else 0
         started_at, last_token_at = perf_counter(), dict[int, float]()
         tracker, prompt_tokens = BranchTracker(request), 0
         metrics, model = self._metrics, request.model
         async for step in steps:
             now = perf_counter()
             tracker.new_branches(step)
+            if num_past:
+                num_past, prompt_tokens = num_past - 1, tracker.prompt_tokens
+                yield step
+                continue
             metrics.tokens.labels(model, "prompt").inc(tracker.prompt_tokens - prompt_tokens)
             prompt_tokens = tracker.prompt_tokens
             if step.events and not last_token_at:
@@ -89,10 +113,23 @@ class EngineClient:
         """End a sample, or a branch and all below it. Raises RequestError as `add` does."""
         await self._ask_owner("cancel", sample, branch)
 
+    async def end_stream(self, id: str) -> StreamHistory:
+        """The history of a stream whose client has come back; the stream itself ends.
+
+        Raises RequestError if it is not kept, or if an engine that may have it does not answer.
+        """
+        answers = [answer async for answer in self._answers(self._engine, "end_stream", id)]
+        if any(isinstance(answer, Exception) for answer in answers):
+            raise _not_answering(id)
+        histories = [answer for answer in answers if answer is not None]
+        if not histories:
+            raise _sample_not_found(id)
+        return max(histories, key=lambda history: history.length)  # a lost engine may have had it before
+
     async def is_healthy(self) -> bool:
         """Whether an engine computes; with min_replicas=0 also if there is none, since one can be started."""
         any_replica = False
-        async with aclosing(self._answers("ping")) as answers:
+        async with aclosing(self._answers(self._engine, "ping")) as answers:
             async for answer in answers:
                 if not isinstance(answer, Exception):
                     return True
@@ -100,12 +137,12 @@ class EngineClient:
         return not any_replica and not self._config.replicas.min_replicas
 
     async def metric_families(self) -> dict[str, list[MetricFamily]]:
-        """The metrics of this process and of every engine, by the name of the process.
+        """The metrics of every ingress process and every engine, by the name of the process.
 
         Of an engine that does not answer, only that is known.
         """
-        families, num_silent = {"front": self._metrics.families()}, 0
-        async for answer in self._answers("metrics"):
+        families, num_silent = await self._front_families(), 0
+        async for answer in self._answers(self._engine, "metrics"):
             if isinstance(answer, Exception):
                 num_silent += 1
                 families[f"silent-{num_silent}"] = [engine_up(False)]
@@ -114,13 +151,20 @@ class EngineClient:
                 families[name] = [*own, engine_up(True)]
         return families
 
+    async def _front_families(self) -> dict[str, list[MetricFamily]]:
+        """The metrics of every ingress process that answers."""
+        if self._fronts is None:
+            return {"front": self._metrics.families()}
+        answers = [answer async for answer in self._answers(self._fronts, "own_metrics")]
+        return dict(answer for answer in answers if not isinstance(answer, Exception))
+
     async def _ask_owner(self, method: str, sample: str, *args: Any) -> Any:
         """The result of a method from the engine that has a sample, whether or not the others answer.
 
         Raises RequestError if none has it, or none that answers.
         """
         num_silent = 0
-        async with aclosing(self._answers(method, sample, *args)) as answers:
+        async with aclosing(self._answers(self._engine, method, sample, *args)) as answers:
             async for answer in answers:
                 if isinstance(answer, Exception):
                     num_silent += 1
@@ -128,14 +172,16 @@ class EngineClient:
                     return answer
         raise _not_answering(sample) if num_silent else _sample_not_found(sample)
 
-    async def _answers(self, method: str, *args: Any) -> AsyncGenerator[Any, None]:
-        """The result of a method from every replica, as they come.
+    async def _answers(
+        self, deployment: DeploymentHandle, method: str, *args: Any
+    ) -> AsyncGenerator[Any, None]:
+        """The result of a method from every replica of a deployment, as they come.
 
         For a replica that fails or does not answer in time it is the exception.
         """
         try:
             async with asyncio.timeout(_CONTROL_TIMEOUT_S):
-                results = await broadcast(self._engine, method, *args)
+                results = await broadcast(deployment, method, *args)
         except DeploymentUnavailableError:
             return
         except TimeoutError as error:  # Serve does not know the replicas yet
@@ -155,10 +201,10 @@ class EngineClient:
 
 
 async def _prepend(
-    first: StepOutput, rest: AsyncGenerator[StepOutput, None]
+    first: asyncio.Future[StepOutput], rest: AsyncGenerator[StepOutput, None]
 ) -> AsyncGenerator[StepOutput, None]:
     try:
-        yield first
+        yield await first
         async for step in rest:
             yield step
     finally:

@@ -22,6 +22,8 @@ from serving.engine.messages import (
     PackedStep,
     RejectedRequest,
     StepOutput,
+    StreamHistory,
+    num_items,
     unpack_step,
 )
 from serving.observability.log import log
@@ -32,6 +34,7 @@ from serving.protocol.errors import EngineLostError, engine_killed_error, reject
 _ENGINE_ERRORS = (RayError, RayServeException, grpc.RpcError, RuntimeError)
 MAX_ATTEMPTS = 6  # without a new token
 MAX_KILLS = 2  # engines that were lost while they decoded a request, without a new token: it may be the cause
+MAX_HISTORY_ITEMS = 20_000  # of a stream that its client can come back to
 _RETRY_PAUSE_S = 0.25
 # An engine sends something every second. Serve takes longer to notice a frozen one.
 SILENCE_TIMEOUT_S = 6.0
@@ -44,6 +47,8 @@ class RequestReplay:
 
     def __init__(self, request: EngineRequest) -> None:
         self._request, self._samples = request, request.samples
+        self._history: list[PackedStep] | None = None if request.history is None else []
+        self._num_items = 0
         self._num_prompt = list(map(len, request.prompts))
         num_branches = request.num_branches
         self._added: dict[str, list[int]] = {}
@@ -57,8 +62,14 @@ class RequestReplay:
         """Whether every segment has finished."""
         return all(self._finish_reasons)
 
-    def record(self, step: StepOutput) -> StepOutput:
+    def record(self, packed: PackedStep) -> StepOutput:
         """Record a step. Returns it without the starts that an earlier engine announced."""
+        step = unpack_step(packed)
+        if self._history is not None:
+            self._history.append(packed)
+            self._num_items += num_items(packed)
+            if self._num_items > MAX_HISTORY_ITEMS:
+                self._history = None
         if self._adapter_version is None:
             self._adapter_version = step.adapter_version
         for added in step.added:
@@ -95,12 +106,14 @@ class RequestReplay:
         if self._adapter_version is None:  # no engine has sent anything
             return self._request
         resume = ResumeState(self._start_times, self._tokens, self._finish_reasons)
+        begun = replace(self._request, history=None)
         return replace(
             self._request,
             samples=self._samples,
             resume=resume,
             adapter_version=self._adapter_version,
             added=self._added,
+            history=None if self._history is None else StreamHistory(begun, tuple(self._history)),
         )
 
 
@@ -109,10 +122,13 @@ async def stream_with_failover(
 ) -> AsyncGenerator[StepOutput, None]:
     """All steps of a request, whichever engines decode it.
 
-    Closing the iterator ends the request. Raises RequestError for a rejected request and for one that may be
-    what has killed its engines, and EngineLostError if no engine can finish it.
+    Those of its history come first. Closing the iterator ends the request. Raises RequestError for a rejected
+    request and for one that may be what has killed its engines, and EngineLostError if no engine can finish
+    it.
     """
     replay, attempts, kills = RequestReplay(request), 0, 0
+    for packed in request.history.steps if request.history else ():
+        yield replay.record(packed)
     while not replay.is_complete and attempts < MAX_ATTEMPTS and kills < MAX_KILLS:
         attempts += 1
         stream: Any = engine.generate.remote(replay.remaining_request())
@@ -123,10 +139,9 @@ async def stream_with_failover(
                 if isinstance(message, RejectedRequest):
                     raise rejection_error(message)
                 if any(message):
-                    step = unpack_step(message)
-                    if step.events:  # a start alone is no progress: a sample that crashes engines starts too
+                    if message[0]:  # a start alone is no progress: a sample that crashes engines starts too
                         attempts = kills = 0
-                    yield replay.record(step)
+                    yield replay.record(message)
         except _ENGINE_ERRORS as error:
             failure = f"failed ({type(error).__name__})"
             attempts -= isinstance(error, _EngineNotStartedError)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
@@ -16,7 +17,7 @@ from serving.ingress.request_id import with_request_id
 from serving.ingress.request_limits import RequestLimitsMiddleware
 from serving.ingress.routes import build_routes
 from serving.observability.log import configure_log
-from serving.observability.metrics import IngressMetrics
+from serving.observability.metrics import IngressMetrics, MetricFamily
 from serving.runtime.ray_private import bind_replica_port_to_node_address
 
 
@@ -27,9 +28,17 @@ class Ingress:
         bind_replica_port_to_node_address()
         configure_log(config.log.log_level)
         self._config = config
-        self.metrics = IngressMetrics()
-        self.engines = EngineClient(engine, config, self.metrics)
+        self.metrics, self._name, fronts = IngressMetrics(), "front", None
+        if config.replicas.num_fronts > 1:
+            context = serve.get_replica_context()
+            self._name = f"front-{context.replica_id.unique_id}"
+            fronts = serve.get_deployment_handle(context.deployment, context.app_name)
+        self.engines = EngineClient(engine, config, self.metrics, fronts)
         self.preprocessor = RequestPreprocessor(config, load_tokenizer(config), max_context_tokens(config))
+
+    async def own_metrics(self) -> tuple[str, list[MetricFamily]]:
+        """The name of this process and its metrics; called by all of several ingress processes."""
+        return self._name, self.metrics.families()
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """The application that Serve calls. Raises UserError for API keys that cannot be read."""
@@ -45,5 +54,5 @@ class Ingress:
             app,
             allow_origins=access.cors_origins,
             allow_methods=["*"],
-            allow_headers=["authorization", "content-type"],
+            allow_headers=["authorization", "content-type", "last-event-id"],
         )

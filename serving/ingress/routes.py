@@ -19,7 +19,8 @@ from serving.ingress.error_handlers import install_error_handlers
 from serving.ingress.page_samples import add_samples_route
 from serving.ingress.preprocessor import RequestPreprocessor
 from serving.ingress.request_body import body_bytes
-from serving.ingress.streaming import event_stream
+from serving.ingress.resumption import RequestReader
+from serving.ingress.streaming import StreamPosition, event_stream
 from serving.ingress.vocabulary import Vocabulary
 from serving.observability.metrics import render_metrics
 from serving.protocol.errors import ErrorBody
@@ -92,7 +93,7 @@ def build_routes(config: AppConfig, preprocessor: RequestPreprocessor, engines: 
 def _add_openai_routes(
     app: FastAPI, config: AppConfig, preprocessor: RequestPreprocessor, engines: EngineClient
 ) -> None:
-    vocabulary = Vocabulary(preprocessor.tokenizer)
+    vocabulary, reader = Vocabulary(preprocessor.tokenizer), RequestReader(preprocessor, engines)
 
     @app.get("/v1/models")
     async def models() -> ModelList:
@@ -107,30 +108,30 @@ def _add_openai_routes(
     @app.post("/v1/completions", response_model=None)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue one prompt, or several, each n times; no answer depends on another one."""
-        work = await preprocessor.run(preprocessor.completion, body, await body_bytes(request))
+        work, position = await reader.read(preprocessor.completion, body, request)
         echoes = [vocabulary.prompt_text(prompt) for prompt in body.prompt] if body.echo else []
         formatter = CompletionFormatter(work.id, body.model, vocabulary, echoes, body.n)
-        return await _respond(engines, body, work, formatter)
+        return await _respond(engines, body, work, formatter, position)
 
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation n times; no answer depends on another one."""
-        work = await preprocessor.run(preprocessor.chat, body, await body_bytes(request))
+        work, position = await reader.read(preprocessor.chat, body, request)
         formatter = ChatFormatter(work.id, body.model, vocabulary)
         if body.shown_tools:
             names = [tool.function.name for tool in body.shown_tools]
             only_one = not body.parallel_tool_calls
             formatter = ToolChatFormatter(work.id, body.model, vocabulary, names, only_one)
-        return await _respond(engines, body, work, formatter)
+        return await _respond(engines, body, work, formatter, position)
 
     @app.post("/v1/responses", response_model=None)
     async def responses(body: ResponsesRequest, request: Request) -> Response:
         """Answer a conversation once."""
-        work = await preprocessor.run(preprocessor.responses, body, await body_bytes(request))
+        work, position = await reader.read(preprocessor.responses, body, request)
         steps = await engines.start(work)
         formatter = ResponsesFormatter(work.id, body, work.num_prompt_tokens, vocabulary)
         if body.stream:
-            return event_stream(response_events(formatter, steps))
+            return event_stream(response_events(formatter, steps), position)
         return JSONResponse(await whole_response(formatter, steps))
 
     @app.post("/v1/score")
@@ -145,12 +146,14 @@ async def _respond(
     body: CompletionRequest | ChatRequest,
     work: EngineRequest,
     formatter: ResponseFormatter,
+    position: StreamPosition,
 ) -> Response:
     steps: AsyncIterator[StepOutput] = await engines.start(work)
     if isinstance(body, CompletionRequest) and body.decodes_nothing:
         steps = prompts_only(steps)
     if body.stream:
-        return event_stream(response_chunks(formatter, work.num_prompt_tokens, steps, body.wants_usage))
+        chunks = response_chunks(formatter, work.num_prompt_tokens, steps, body.wants_usage)
+        return event_stream(chunks, position)
     return JSONResponse(await complete_response(formatter, work.num_prompt_tokens, steps))
 
 

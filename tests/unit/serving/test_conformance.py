@@ -47,9 +47,7 @@ def get(app: ASGIApp, path: str, method: str = "GET") -> Reply:
 
 def events(reply: Reply) -> list[dict[str, Any]]:
     """The events of a stream before [DONE]."""
-    *lines, end = [line for line in reply.body.decode().splitlines() if line]
-    assert end == "data: [DONE]"
-    return [json.loads(line.removeprefix("data: ")) for line in lines]
+    return reply.events
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,9 @@ def refuse_constant(name: str) -> Any:
 
 
 def stream_events(reply: Reply) -> list[Any]:
-    *events, end, rest = reply.body.decode().split("\n\n")
-    assert (reply.status, end, rest) == (200, "data: [DONE]", "")
-    return [json.loads(event.removeprefix("data: "), parse_constant=refuse_constant) for event in events]
+    *events, end = re.findall(r"^data: (.*)$", reply.body.decode(), re.MULTILINE)
+    assert (reply.status, end) == (200, "[DONE]")
+    return [json.loads(event, parse_constant=refuse_constant) for event in events]
 
 
 def failure(param: str) -> dict[str, Any]:

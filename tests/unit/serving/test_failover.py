@@ -217,12 +217,13 @@ def test_segments_that_were_added_are_part_of_the_resumed_request() -> None:
         as_reduce=False,
         key="mine",
     )
-    replay.record(
-        StepOutput([], [BranchStarted(index, (index, 20)) for index in range(3)], adapter_version="")
-    )
-    replay.record(StepOutput([Event(0, "a", 65, pos2d=(1, 23)), Event(0, "", None, "forked", pos2d=(1, 20))]))
-    replay.record(StepOutput([], [BranchStarted(3, (4, 24))], [added]))
-    replay.record(StepOutput([Event(3, "b", 66, "stop", pos2d=(4, 25)), Event(4, "c", 67, pos2d=(5, 27))]))
+    for step in (
+        StepOutput([], [BranchStarted(index, (index, 20)) for index in range(3)], adapter_version=""),
+        StepOutput([Event(0, "a", 65, pos2d=(1, 23)), Event(0, "", None, "forked", pos2d=(1, 20))]),
+        StepOutput([], [BranchStarted(3, (4, 24))], [added]),
+        StepOutput([Event(3, "b", 66, "stop", pos2d=(4, 25)), Event(4, "c", 67, pos2d=(5, 27))]),
+    ):
+        replay.record(pack_step(step))
     resumed = replay.remaining_request()
     assert resumed.samples[0].tokens.tree.parents.tolist() == [-1, 0, 0, 0, 1, 4]
     assert resumed.samples[0].tokens.split()[4:] == [[60], [61]]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -18,14 +17,12 @@ from asgi import (
     post_json,
     send_request,
 )
-from starlette.types import Message
 
 from parallelmind import cli
 from parallelmind.engine.output import Event
 from parallelmind.errors import UserError
 from serving.__main__ import main
 from serving.engine.messages import BranchStarted, StepOutput
-from serving.ingress import streaming
 
 ENV_VARIABLE = "PARALLELMIND_API_KEYS"
 
@@ -145,33 +142,3 @@ def test_the_command_line_refuses_other_machines_without_keys(
     error = capsys.readouterr().err
     assert (end.value.code, error.count("\n")) == (2, 1)
     assert f"host={host}: other machines reach it" in error
-
-
-def test_a_stream_says_that_it_is_alive_while_no_token_comes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(streaming, "_KEEP_ALIVE_S", 0.01)
-    may_end = asyncio.Event()
-
-    async def chunks() -> AsyncIterator[dict[str, int]]:
-        yield {"first": 1}
-        await may_end.wait()
-        yield {"last": 2}
-
-    async def run() -> bytes:
-        body = b""
-
-        async def send(message: Message) -> None:
-            nonlocal body
-            body += message.get("body", b"")
-            if body.count(b": keep-alive\n\n") == 2:
-                may_end.set()
-
-        async def receive() -> Message:
-            return await asyncio.Future()
-
-        await streaming.event_stream(chunks())({"type": "http", "method": "POST"}, receive, send)
-        return body
-
-    lines = [line for line in asyncio.run(run()).decode().split("\n\n") if not line.startswith(":")]
-    assert lines == ['data: {"first":1}', 'data: {"last":2}', "data: [DONE]", ""]

@@ -6,14 +6,12 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from threading import Thread, current_thread
-from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 from uuid import uuid4
 
 import pytest
 import torch
-from engines import saved_adapters
+from replicas import make_replica
 
 from parallelmind.engine.request import Sample, Segment
 from parallelmind.engine.tokenization import tokenize_request
@@ -23,20 +21,6 @@ from serving.engine.messages import EngineRequest, RejectedRequest
 from serving.engine.replica import EngineReplica
 
 SAMPLING = {"max_new_tokens": 30, "ignore_eos": True}
-
-
-def make_replica(folder: Path, **settings: int) -> EngineReplica:
-    saved_adapters(folder)
-    context = SimpleNamespace(replica_id=SimpleNamespace(unique_id="one"))
-    fields = {"base_model": str(folder / "base"), "cache_tokens": 4096, "num_threads": 1, **settings}
-    # These two change the process.
-    process_changes = patch.multiple(
-        "serving.engine.replica",
-        bind_replica_port_to_node_address=lambda: None,
-        configure_log=lambda _: None,
-    )
-    with process_changes, patch("serving.engine.replica.serve.get_replica_context", lambda: context):
-        return EngineReplica(AppConfig.of(fields))
 
 
 def change(
@@ -136,7 +120,7 @@ def test_segments_that_are_added_are_named_by_their_paths(tmp_path: Path) -> Non
 
 
 def test_the_thread_that_loads_the_model_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its OpenMP threads end with it. With more of them than CPUs none waits actively for the next operation."""
+    """With more OpenMP threads than CPUs none waits actively for the next operation; these end with it."""
     threads, load = list[tuple[Thread, int]](), replica_module.load_model
 
     def recorded_load(config: AppConfig) -> Any:

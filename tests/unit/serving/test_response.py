@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from parallelmind.engine.tokenization import tokenize_branches, tokenize_request
 from parallelmind.layout import Tokens
 from parallelmind.tree import MAIN, Tree
 from serving.engine.messages import AddedSegments, BranchStarted, EngineRequest, StepOutput
-from serving.ingress.streaming import event_stream
+from serving.ingress.streaming import StreamPosition, event_stream
 from serving.protocol import branches_response as branches_format
 from serving.protocol import openai_response as openai_format
 from serving.protocol.branches import BranchesRequest
@@ -88,16 +89,18 @@ def streamed(
     chunks = openai_format.response_chunks(formatter, 5, replayed(steps, error), usage)
 
     async def receive_stream() -> Reply:
-        return await send_request(event_stream(chunks), "POST", "/v1/completions")
+        return await send_request(event_stream(chunks, StreamPosition("cmpl-1")), "POST", "/v1/completions")
 
     reply = asyncio.run(receive_stream())
     *events, end, rest = reply.body.decode().split("\n\n")
     assert (end, rest) == ("data: [DONE]", "")
-    assert all(event.startswith("data: {") and "\n" not in event for event in events)
+    for number, event in enumerate(events, 1):
+        is_error = error is not None and number == len(events)
+        assert re.fullmatch("data: {.*" if is_error else f"id: cmpl-1:{number}\ndata: {{.*", event)
     assert reply.headers["content-type"].startswith("text/event-stream")
     assert (reply.headers["cache-control"], reply.headers["x-accel-buffering"]) == ("no-store", "no")
     assert "connection" not in reply.headers
-    return [json.loads(event.removeprefix("data: ")) for event in events]
+    return reply.events
 
 
 def test_a_completion_holds_every_branch_in_order() -> None:

@@ -47,7 +47,7 @@ def streamed(folder: Path, steps: list[StepOutput], **fields: Any) -> list[Any]:
     assert end == "data: [DONE]"
     adapter, events = TypeAdapter(ResponseStreamEvent), []
     for block in blocks:
-        name, data = block.split("\n")
+        _, name, data = block.split("\n")
         events.append(adapter.validate_python(json.loads(data.removeprefix("data: "))))
         assert name == f"event: {events[-1].type}"
     return events
