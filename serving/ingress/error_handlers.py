@@ -36,7 +36,7 @@ def _request_error(_: Request, error: RequestError) -> Response:
 
 
 def _validation_error(_: Request, error: RequestValidationError) -> Response:
-    return error_response(400, validation_error_info(error.errors()[0]))
+    return error_response(400, validation_error_info(error.errors()))
 
 
 def _http_error(request: Request, error: HTTPException) -> Response:

@@ -20,7 +20,7 @@ from serving.config import BASE, AppConfig
 from serving.engine.messages import EngineRequest
 from serving.ingress.chat_prompts import ChatPrompts, user_turn
 from serving.ingress.independent import PromptSamples, common_beginning
-from serving.ingress.segments import branches_of, sample_of, segment_of, with_params
+from serving.ingress.segments import branches_of, own_settings, sample_of, segment_of, with_params
 from serving.observability.log import log
 from serving.protocol.branches import Branch, BranchesRequest, BranchSettings, ForkRequest, Segment
 from serving.protocol.errors import user_error
@@ -153,7 +153,10 @@ class RequestPreprocessor:
     def branches(self, request: BranchesRequest) -> EngineRequest:
         self.require_model(request.model)
         request.check_tools()
-        settings = [self._own_settings(branch, request) for branch in request.branches]
+        settings = [
+            self._own_settings(f"branches[{index}].", branch, request)
+            for index, branch in enumerate(request.branches)
+        ]
         sample = sample_of(request, *self._branch_prompts(request), settings, self._encode)
         self._require_branches("branches", sum(1 for _ in sample.walk()))
         tokenized = tokenize_request(self.tokenizer, sample, None, None, self._branch_sampling(request))
@@ -218,9 +221,9 @@ class RequestPreprocessor:
             raise pm.UserError(f"tool_choice: {other.field} is given too; give one of them")
         return self._chats.tools.grammar(request)
 
-    def _own_settings(self, branch: Branch, request: BranchesRequest) -> dict[str, Any]:
-        """The settings of a branch that take the place of the request's."""
-        own = branch.given_sampling_fields()
+    def _own_settings(self, path: str, branch: Branch, request: BranchesRequest) -> dict[str, Any]:
+        """The settings of a branch of main that take the place of the request's."""
+        own = own_settings(path, branch)
         if branch.messages and request.requires_call:
             own["grammar"] = self._call_grammar(request, branch.grammar or request.grammar)
         return own

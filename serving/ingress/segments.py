@@ -8,7 +8,7 @@ from typing import Any
 
 import parallelmind as pm
 from parallelmind.engine.sampling_params import SamplingParams
-from serving.protocol.branches import Branch, BranchesRequest, ForkRequest, Segment
+from serving.protocol.branches import Branch, BranchesRequest, BranchSettings, ForkRequest, Segment
 
 # Token ids of the text of a field; True for the one that opens the sample.
 Encode = Callable[[str, str | list[int], bool], list[int]]
@@ -57,7 +57,15 @@ def with_params(segment: pm.Segment, params: Iterator[SamplingParams]) -> pm.Seg
 def _segment(path: str, request: Segment, encode: Encode) -> pm.Segment:
     """path: of the segment, with a dot at its end."""
     text = encode(f"{path}text", request.text, False)
-    return pm.Segment(text, *_below(path, request, encode), sampling=request.given_sampling_fields())
+    return pm.Segment(text, *_below(path, request, encode), sampling=own_settings(path, request))
+
+
+def own_settings(path: str, request: BranchSettings) -> dict[str, Any]:
+    """The settings that a segment has itself. Raises UserError, with the path, for a wrong grammar."""
+    try:
+        return request.given_sampling_fields()
+    except pm.UserError as error:
+        raise pm.UserError(f"{path}{error}") from error
 
 
 def _below(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import HTTPException
@@ -28,7 +29,8 @@ class ErrorBody(BaseModel):
 
 
 _FIELD = re.compile(r"([a-z_]\w*(?:\[\d+\])?(?:\.\w+(?:\[\d+\])?)*)[=:]")
-_FIELD_AND_VALUE = re.compile(r"([a-z_][\w.\[\]]*)=(.*?)(?=: )")
+_FIELD_OF_VALUE = re.compile(r"([a-z_][\w.\[\]]*)=")
+_TYPE_NAME = re.compile(r"^(str|int)$|\[|^[A-Z]")  # in the location of an error; no field has such a name
 _TOO_LONG = re.compile(r"the prompt is too long|exceed the model's \d+ positions")
 _LIBRARY_NAME = re.compile(r"\bmax_new_tokens\b")  # the library's name of max_tokens
 _MAX_SHOWN_CHARS = 80  # of a wrong value
@@ -112,12 +114,21 @@ def user_error(message: str, status: int = 400) -> RequestError:
 
 def _with_json_value(message: str) -> str:
     """The message with the value after its field in JSON; the library writes it in Python."""
-    found = _FIELD_AND_VALUE.match(message)
-    try:
-        value = json.dumps(ast.literal_eval(found[2]), ensure_ascii=False) if found else ""
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # shortened, or not a literal
-        return message
-    return f"{found[1]}={value}{message[found.end() :]}" if found else message
+    field = _FIELD_OF_VALUE.match(message)
+    ends = [found.start() for found in re.finditer(": ", message)] if field else []
+    for end in ends:  # a value may hold the separator, too
+        try:
+            value = ast.literal_eval(message[len(field[0]) : end])  # type: ignore[index]
+            return f"{field[0]}{json.dumps(value, ensure_ascii=False)}{message[end:]}"  # type: ignore[index]
+        except (
+            ValueError,
+            SyntaxError,
+            TypeError,
+            MemoryError,
+            RecursionError,
+        ):  # shortened, or not a literal
+            continue
+    return message
 
 
 def rejection_error(rejected: RejectedRequest) -> RequestError:
@@ -139,8 +150,12 @@ def error_response(status: int, info: ErrorInfo, headers: dict[str, str] | None 
     return Response(body, status, headers, "application/json")
 
 
-def validation_error_info(error: dict[str, Any]) -> ErrorInfo:
-    """The error of one of FastAPI's validation errors, whose `loc` is ("body", field, …)."""
+def validation_error_info(errors: Sequence[dict[str, Any]]) -> ErrorInfo:
+    """The error of FastAPI's validation errors, whose `loc` is ("body", field, …).
+
+    Of several the most nested one is shown: it tells which of several forms a value was meant to have.
+    """
+    error = max(errors, key=lambda error: len(error["loc"]))
     if error["type"] == "json_invalid":
         return ErrorInfo(message=f"invalid JSON: {error['ctx']['error']}", code="invalid_json")
     if error["type"] == "recursion_depth_exceeded":
@@ -158,6 +173,10 @@ def validation_error_info(error: dict[str, Any]) -> ErrorInfo:
         return ErrorInfo(
             message=f"{field}: required and not given; add it", param=field, code="missing_required_parameter"
         )
+    if error["type"] == "union_tag_invalid":
+        tag, expected = json.dumps(error["ctx"]["tag"]), error["ctx"]["expected_tags"].replace("'", '"')
+        message = f"{field}.type={tag}: should be one of {expected}"
+        return ErrorInfo(message=message, param=f"{field}.type", code="invalid_value")
     value = json.dumps(error["input"], ensure_ascii=False, default=str)
     value = value if len(value) <= _MAX_SHOWN_CHARS else f"{value[:_MAX_SHOWN_CHARS]}…"
     return ErrorInfo(message=f"{field}={value}: {_remedy(error)}", param=field, code="invalid_value")
@@ -165,7 +184,7 @@ def validation_error_info(error: dict[str, Any]) -> ErrorInfo:
 
 def _remedy(error: dict[str, Any]) -> str:
     """What pydantic says about a value, in the words of JSON."""
-    remedy = str(error["msg"]).removeprefix("Input ").removeprefix("Value error, ")
+    remedy = str(error["msg"]).removeprefix("Input ").removeprefix("String ").removeprefix("Value error, ")
     if error["type"] == "value_error":
         return remedy
     for pattern, word in _WORDS_OF_JSON:
@@ -175,5 +194,5 @@ def _remedy(error: dict[str, Any]) -> str:
 
 def _field_name(location: tuple[Any, ...]) -> str:
     """`branches[1].text` for ("body", "branches", 1, "text"), without the names of types."""
-    parts = [str(part) for part in location[1:] if "[" not in str(part) and part not in ("str", "int")]
+    parts = [str(part) for part in location[1:] if not _TYPE_NAME.search(str(part))]
     return re.sub(r"\.(\d+)\b", r"[\1]", ".".join(parts))

@@ -28,7 +28,7 @@ class ResponseFormat(StrictRequest):
         """Raises UserError for a schema that is missing, or that the type does not use."""
         if (self.type == "json_schema") != (self.json_schema is not None):
             raise pm.UserError(
-                f"response_format: the type {self.type!r} and json_schema do not fit; give both, or neither"
+                f'response_format: the type "{self.type}" and json_schema do not fit; give both, or neither'
             )
         if self.type == "text":
             return None

@@ -93,7 +93,7 @@ class ToolFields(StrictRequest):
         names = [tool.function.name for tool in self.tools or []]
         double = next((name for name in names if names.count(name) > 1), None)
         if double is not None:
-            raise pm.UserError(f"tools: two are named {double!r}; give each a name of its own")
+            raise pm.UserError(f'tools: two are named "{double}"; give each a name of its own')
         if self.requires_call and not names:
             raise pm.UserError("tool_choice: needs tools; give them")
         if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:

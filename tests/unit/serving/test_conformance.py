@@ -139,10 +139,36 @@ def test_a_turn_that_would_be_read_otherwise_is_refused_by_name(
         ({"messages": "who"}, 'messages="who": should be an array'),
         ({"stop": [""]}, 'stop=[""]: give a list of texts, none of them empty'),
         ({"model": "it's"}, 'model="it\'s": not served here; use tiny, base'),
+        (
+            {"logit_bias": {"5": 1000}},
+            'logit_bias={"5": 1000.0}: give ids from 0 up with numbers from -100 to 100',
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            'messages[0].content[0].type="image_url": should be one of "text", "refusal"',
+        ),
+        (
+            {"tool_choice": {"type": "tool"}, "tools": []},
+            'tool_choice.type="tool": should be "function"',
+        ),
+        (
+            {"response_format": {"type": "json_schema"}},
+            'response_format: the type "json_schema" and json_schema do not fit; give both, or neither',
+        ),
     ],
 )
 def test_errors_speak_json(app: ASGIApp, body: dict[str, Any], message: str) -> None:
     assert post(app, "/v1/chat/completions", {**CHAT, **body}).error["message"] == message
+
+
+def test_a_wrong_setting_of_a_branch_is_named_by_its_path(app: ASGIApp) -> None:
+    wrong = {"text": "a", "guided_regex": "a", "guided_choice": ["b"]}
+    for branch, path in (
+        (wrong, "branches[1]"),
+        ({"text": "a", "branches": [wrong]}, "branches[1].branches[0]"),
+    ):
+        reply = post(app, "/v1/branches", {"model": "tiny", "branches": ["a", branch]})
+        assert (reply.status, reply.error["param"]) == (400, f"{path}.guided_regex")
 
 
 @pytest.mark.parametrize(
