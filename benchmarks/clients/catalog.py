@@ -94,8 +94,8 @@ def _without_paths(environment: Mapping[str, str]) -> dict[str, str]:
 _OPENAI = "models, chat, history, completions, echo with log-probabilities, responses, streams, errors"
 
 CLIENTS = {
-    "openai": Client(_OPENAI, "openai_python.py", _project_python, "sync"),
-    "openai async": Client(_OPENAI, "openai_python.py", _project_python, "async"),
+    "openai": Client(f"{_OPENAI}, classes, tools", "openai_python.py", _project_python, "sync"),
+    "openai async": Client(f"{_OPENAI}, classes, tools", "openai_python.py", _project_python, "async"),
     "openai for node": Client(_OPENAI, "openai_node.mjs", _node),
     "litellm": Client(
         "chat, streams, history, completions, responses, its error for a long prompt",
@@ -115,7 +115,7 @@ CLIENTS = {
         client_python,
     ),
     "pydantic-ai": Client(
-        "conversations and streams, by chat completions and by responses",
+        "conversations, streams, tools and answers of a class, by chat completions and by responses",
         "pydantic_ai_client.py",
         client_python,
     ),

@@ -69,6 +69,7 @@ def main() -> None:
         return
     print(f"installing in {folder()}, some minutes", flush=True)
     install()
+    print("installed")
 
 
 if __name__ == "__main__":

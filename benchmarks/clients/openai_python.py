@@ -1,17 +1,22 @@
-"""The openai package, sync or async: models, chat, completions, responses, streams, errors."""
+"""The openai package, sync or async: models, answers by all routes, classes, tools, streams, errors."""
 
 from __future__ import annotations
 
 import asyncio
 import inspect
 import sys
-from typing import Any
+from typing import Any, Literal
 
 import openai
+from pydantic import BaseModel
 
 URL, MODEL, _, KIND = sys.argv[1:5]
 CHAT: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "Name a colour."}]}
 SHORT = {"max_tokens": 8, "temperature": 0}
+
+
+class Sky(BaseModel):
+    colour: Literal["red", "blue"]
 
 
 async def done(call: Any) -> Any:
@@ -86,6 +91,42 @@ async def check_responses(client: Any) -> None:
     assert final.type in ("response.completed", "response.incomplete"), final.type
 
 
+async def check_classes(client: Any) -> None:
+    """Answers that are objects of a class."""
+    asked = {"role": "user", "content": "The sky?"}
+    settings = {"model": MODEL, "temperature": 0}
+    chat = client.chat.completions.parse
+    answer = await done(chat(**settings, messages=[asked], response_format=Sky, max_tokens=128))
+    response = await done(
+        client.responses.parse(**settings, input=[asked], text_format=Sky, max_output_tokens=128)
+    )
+    assert isinstance(answer.choices[0].message.parsed, Sky)
+    assert response.output_parsed == answer.choices[0].message.parsed
+
+
+async def check_tools(client: Any) -> None:
+    """A call, and an answer to its result."""
+    asked: list[Any] = [{"role": "user", "content": "The sky?"}]
+    settings = {"model": MODEL, "temperature": 0, "max_output_tokens": 128, "parallel_tool_calls": False}
+    tool = openai.pydantic_function_tool(Sky, name="look")
+    response = await done(
+        client.responses.create(
+            **settings, input=asked, tools=[{"type": "function", **tool["function"]}], tool_choice="required"
+        )
+    )
+    (call,) = response.output
+    assert isinstance(Sky.model_validate_json(call.arguments), Sky)
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "seen"}
+    assert (await done(client.responses.create(**settings, input=[*asked, call, result]))).output_text
+    chat = {**CHAT, "temperature": 0, "max_tokens": 128, "tools": [tool], "parallel_tool_calls": False}
+    answer = await done(client.chat.completions.create(**chat, tool_choice="required"))
+    message = answer.choices[0].message
+    assert Sky.model_validate_json(message.tool_calls[0].function.arguments)
+    result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "seen"}
+    answer = await done(client.chat.completions.create(**{**chat, "messages": [*asked, message, result]}))
+    assert answer.choices[0].finish_reason in ("stop", "length", "tool_calls")
+
+
 async def check_errors(client: Any) -> None:
     long = {"role": "user", "content": "word " * 10_000}
     for status, code, call, fields in (
@@ -103,10 +144,21 @@ async def check_errors(client: Any) -> None:
         assert (failure.status_code, failure.code) == (status, code), failure
 
 
+CHECKS = [
+    check_models,
+    check_chat,
+    check_completions,
+    check_responses,
+    check_classes,
+    check_tools,
+    check_errors,
+]
+
+
 async def main() -> None:
     kind = openai.AsyncOpenAI if KIND == "async" else openai.OpenAI
     client = kind(base_url=URL, api_key="none", max_retries=0)
-    for check in (check_models, check_chat, check_completions, check_responses, check_errors):
+    for check in CHECKS:
         await check(client)
 
 

@@ -13,7 +13,7 @@ from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
 URL, MODEL = sys.argv[1:3]
-SETTINGS: Any = {"max_tokens": 96, "temperature": 0.0}
+SETTINGS: Any = {"max_tokens": 256, "temperature": 0.0}
 
 
 class Sky(BaseModel):

@@ -24,7 +24,7 @@ def shared_server(talker: str) -> Iterator[Server]:
         adapter_root=str(folder),
         max_requests=16,
         max_body_bytes=65536,
-        max_prompt_tokens=512,
+        max_prompt_tokens=1024,
         max_new_tokens=512,
         slow_client_s=2,
     ) as server:
