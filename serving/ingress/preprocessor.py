@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ from serving.config import BASE, AppConfig
 from serving.engine.messages import EngineRequest
 from serving.ingress.chat_prompts import ChatPrompts, user_turn
 from serving.ingress.independent import PromptSamples, common_beginning
+from serving.ingress.sample_limits import SampleLimits
 from serving.ingress.segments import branches_of, own_settings, sample_of, segment_of, with_params
 from serving.observability.log import log
 from serving.protocol.branches import Branch, BranchesRequest, BranchSettings, ForkRequest, Segment
@@ -58,7 +59,7 @@ class RequestPreprocessor:
     ) -> None:
         """max_context_tokens: positions that the model supports; None if unknown."""
         self.config, self.tokenizer, self.max_context_tokens = config, tokenizer, max_context_tokens
-        self._chats = ChatPrompts(tokenizer)
+        self._limits, self._chats = SampleLimits(config.limits, max_context_tokens), ChatPrompts(tokenizer)
 
     async def run(self, method: Callable[[BodyT], ResultT], body: BodyT, body_bytes: int) -> ResultT:
         """Call one of the methods below, in a thread for a long body.
@@ -77,7 +78,7 @@ class RequestPreprocessor:
     def completion(self, request: CompletionRequest) -> EngineRequest:
         """Every prompt is continued n times, after main if there is one."""
         self.require_model(request.model)
-        self._require_branches("n" if request.n > 1 else "prompt", len(request.prompt) * request.n)
+        self._limits.require_branches("n" if request.n > 1 else "prompt", len(request.prompt) * request.n)
         main = self._encode("main", request.main, first=True) if request.main else []
         prompts = [
             self._encode(f"prompt[{index}]", prompt, first=not main)
@@ -95,7 +96,7 @@ class RequestPreprocessor:
         """The conversation is main. Every branch is a question, if there are any, and begins the answer."""
         self.require_model(request.model)
         num_questions = 1 if request.questions is None else len(request.questions)
-        self._require_branches("n" if request.n > 1 else "questions", num_questions * request.n)
+        self._limits.require_branches("n" if request.n > 1 else "questions", num_questions * request.n)
         if request.top_logprobs is not None and not request.logprobs:
             raise pm.UserError(
                 f"top_logprobs={request.top_logprobs}: needs logprobs=true; add it, or remove top_logprobs"
@@ -113,7 +114,7 @@ class RequestPreprocessor:
         if max_new_tokens is None:
             max_new_tokens = request.max_tokens
         if max_new_tokens is None:
-            max_new_tokens = self._default_chat_tokens(samples.longest)
+            max_new_tokens = self._limits.default_tokens(_DEFAULT_CHAT_TOKENS, samples.longest)
         settings = request.sampling_fields(max_new_tokens, logprobs)
         if request.requires_call:
             settings["grammar"] = self._call_grammar(request, settings["grammar"])
@@ -132,7 +133,7 @@ class RequestPreprocessor:
     def score(self, request: ScoreRequest) -> EngineRequest:
         """Every option is the prompt of a branch of main, of which one token is decoded and not returned."""
         self.require_model(request.model)
-        self._require_branches("options", len(request.options))
+        self._limits.require_branches("options", len(request.options))
         if bool(request.main) == bool(request.messages):
             raise pm.UserError("main: give main or messages, one of them, which the options follow")
         if request.messages:
@@ -158,9 +159,9 @@ class RequestPreprocessor:
             for index, branch in enumerate(request.branches)
         ]
         sample = sample_of(request, *self._branch_prompts(request), settings, self._encode)
-        self._require_branches("branches", sum(1 for _ in sample.walk()))
+        self._limits.require_branches("branches", sum(1 for _ in sample.walk()))
         tokenized = tokenize_request(self.tokenizer, sample, None, None, self._branch_sampling(request))
-        self._require_tokens("branches", tokenized.num_prompt_tokens, tokenized.params)
+        self._limits.require_tokens("branches", tokenized.num_prompt_tokens, tokenized.params)
         return EngineRequest(new_id("smp"), request.model, [_with_seeds(tokenized)])
 
     def added_segment(self, request: Segment) -> pm.Segment:
@@ -176,8 +177,8 @@ class RequestPreprocessor:
     def _added(self, field: str, segments: list[pm.Segment], settings: dict[str, Any]) -> list[pm.Segment]:
         """The segments with all of their settings, within the limits of one request."""
         tokenized = tokenize_branches(self.tokenizer, segments, settings)
-        self._require_branches("branches", tokenized.num_branches)
-        self._require_tokens(field, tokenized.num_prompt_tokens, tokenized.params)
+        self._limits.require_branches("branches", tokenized.num_branches)
+        self._limits.require_tokens(field, tokenized.num_prompt_tokens, tokenized.params)
         params = iter(_with_seeds(tokenized).params)
         return [with_params(segment, params) for segment in segments]
 
@@ -207,12 +208,12 @@ class RequestPreprocessor:
         settings: dict[str, Any],
     ) -> EngineRequest:
         """Prompts within the limits. field: named in the error if a prompt is too long."""
-        self._require_context(field, prompts.longest, settings["max_new_tokens"])
+        self._limits.require_context(field, prompts.longest, settings["max_new_tokens"])
         samples = [
             prompts.finish(tokenize_request(self.tokenizer, sample, None, None, settings))
             for sample in prompts.samples
         ]
-        self._require_tokens(field, prompts.longest, samples[0].params)
+        self._limits.require_tokens(field, prompts.longest, samples[0].params)
         return EngineRequest(new_id(id_prefix), model, list(map(_with_seeds, samples)), prompts.prompt_tokens)
 
     def _call_grammar(self, request: ToolFields, other: Grammar | None) -> Grammar | None:
@@ -251,15 +252,6 @@ class RequestPreprocessor:
             for index, branch in enumerate(request.branches)
         ]
 
-    def _default_chat_tokens(self, prompt_tokens: int) -> int:
-        """Default max_tokens of a chat."""
-        room = (
-            _DEFAULT_CHAT_TOKENS
-            if self.max_context_tokens is None
-            else self.max_context_tokens - prompt_tokens
-        )
-        return max(1, min(_DEFAULT_CHAT_TOKENS, room, self.config.limits.max_new_tokens))
-
     def _branch_sampling(self, request: BranchSettings) -> dict[str, Any]:
         max_new_tokens = self._max_new_tokens(request, request.max_tokens)
         return {**request.all_sampling_fields(), "max_new_tokens": max_new_tokens}
@@ -267,7 +259,7 @@ class RequestPreprocessor:
     def _max_new_tokens(self, request: Sampling, max_tokens: int) -> int:
         """max_tokens of the request, or its default within the limit."""
         is_given = "max_tokens" in request.model_fields_set
-        return max_tokens if is_given else min(max_tokens, self.config.limits.max_new_tokens)
+        return max_tokens if is_given else self._limits.default_tokens(max_tokens)
 
     def _encode(self, field: str, text: str | list[int], first: bool) -> list[int]:
         """Token ids of a text. Raises UserError for a text without a token and for invalid ids."""
@@ -278,35 +270,6 @@ class RequestPreprocessor:
         if not ids:
             raise pm.UserError(f"{field}: holds no token; give it text")
         return ids
-
-    def _require_context(self, field: str, prompt_tokens: int, max_new_tokens: int) -> None:
-        limit = self.max_context_tokens
-        if max_new_tokens > self.config.limits.max_new_tokens:
-            return  # which is an error of its own
-        if limit is not None and prompt_tokens + max_new_tokens > limit:
-            raise pm.UserError(
-                f"{field}: the prompt is too long: this model's maximum context length is {limit} tokens, "
-                f"and {prompt_tokens} tokens with max_tokens={max_new_tokens} exceed it; shorten it or lower "
-                "max_tokens"
-            )
-
-    def _require_branches(self, field: str, branches: int) -> None:
-        limit = self.config.limits.max_branches
-        if branches > limit:
-            raise pm.UserError(f"{field}: {branches} branches, {limit} allowed in one request; send several")
-
-    def _require_tokens(self, field: str, prompt_tokens: int, params: Sequence[SamplingParams]) -> None:
-        limit = self.config.limits.max_prompt_tokens
-        if prompt_tokens > limit:
-            raise pm.UserError(
-                f"{field}: the prompt is too long: {prompt_tokens} tokens, {limit} allowed by the server; "
-                "shorten it or send several requests"
-            )
-        longest = max(branch.max_new_tokens for branch in params)
-        if longest > self.config.limits.max_new_tokens:
-            raise pm.UserError(
-                f"max_new_tokens={longest}: {self.config.limits.max_new_tokens} allowed; give no more"
-            )
 
 
 def _with_seeds(sample: TokenizedRequest) -> TokenizedRequest:
