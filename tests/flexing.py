@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from parallelmind.config import RopeConfig, Visibility
+from parallelmind.engine import model_runner
 from parallelmind.layout import PADDING, Tokens, arrange, collate
 from parallelmind.model import attention
 from parallelmind.model.inputs import Tensors, to_tensors
@@ -57,6 +58,15 @@ def flex_always_chosen() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "FLEX_ABOVE", 0)
         patch.setattr(attention, "_fits_device", lambda device, dtype: True)
+        yield
+
+
+@contextmanager
+def flex_decoding() -> Iterator[None]:
+    """Engines decode with FlexAttention on every device, with heads of any size."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_runner, "is_chosen", lambda device: True)
+        patch.setattr(model_runner, "fits_heads", lambda model: True)
         yield
 
 

@@ -101,11 +101,11 @@ class Engine:
     def warm_up(self, always: bool = True) -> bool:
         """Compile the forward pass, which takes some 20 s or more; returns whether it is compiled.
 
-        Only a pass on a CPU with a C++ compiler is compiled. Later starts take the code from torch's cache
-        folder. always: also for a small model, which gains little.
+        On a CPU this needs a C++ compiler. On a GPU the kernels of attention are compiled. Later starts take
+        the code from torch's cache folder. always: also for a small model on a CPU, which gains little.
         """
         with self._step_lock:
-            return self.runner.warm_up(always)
+            return self.runner.warm_up(always, self.scheduler.tables)
 
     # Adapters
 

@@ -21,6 +21,8 @@ from parallelmind.engine.batch import ModelInput, single_token
 from parallelmind.engine.block_manager import BLOCK
 from parallelmind.engine.block_table import BlockTables
 from parallelmind.engine.compiled_forward import compile_forward, compiling
+from parallelmind.engine.device_steps import DeviceSteps
+from parallelmind.engine.flex_attention import FlexAttention, is_chosen
 from parallelmind.engine.kv_cache import PagedKVCache
 from parallelmind.engine.native import kernels
 from parallelmind.engine.native_attention import NativeLayer
@@ -30,13 +32,16 @@ from parallelmind.engine.scheduler import EngineConfig
 from parallelmind.engine.sequence import BranchState
 from parallelmind.engine.sequence_group import SequenceGroup
 from parallelmind.engine.step import IndirectCacheError, Step
+from parallelmind.engine.step_buffers import StepBuffers
 from parallelmind.engine.step_plan import ForwardPlan
 from parallelmind.errors import UserNotice, first_line
+from parallelmind.layout import is_free_order
 from parallelmind.model import step_ops
+from parallelmind.model.attention import fits_heads
 from parallelmind.model.hf_compat import OwnAttention, attention_name, hands_over_masks
 from parallelmind.model.mask import layer_windows
 from parallelmind.model.packed_linear import PackedLinears, recorded_groups
-from parallelmind.model.patch_state import is_patched
+from parallelmind.model.patch_state import is_patched, rope_config
 from parallelmind.model.rotary import depends_on_length
 from parallelmind.model.structure import causal_lm, eval_mode
 from parallelmind.visibility import AttentionWindow
@@ -61,6 +66,7 @@ class ModelRunner:
         self.one_sample_per_forward = depends_on_length(inner)
         self.cache = PagedKVCache()
         self._patched = is_patched(inner)
+        self._has_scores = self._patched and not is_free_order(rope_config(inner))
         self._layer_windows = layer_windows(model)
         self._windows = list(dict.fromkeys(self._layer_windows.values()))
         self._attention_name = ""
@@ -70,10 +76,13 @@ class ModelRunner:
         self._operators: NativeOperators | None = None  # of compiled code
         self._kernels: dict[int, NativeLayer] = {}
         self._lora: LoraRows | None = None  # adapters by row, where that is possible
+        self._device_steps: DeviceSteps | None = None  # of an accelerator
 
     def set_model(self, model: Model) -> None:
         """Set the model again after an adapter was added or removed."""
         self.model = model
+        if self._device_steps is not None:
+            self._device_steps.forget_graphs()
         self._find_adapters()
 
     def _choose_attention(self) -> None:
@@ -84,6 +93,7 @@ class ModelRunner:
             self._attention_name = name
             self._attends_in_step = self._is_direct and hands_over_masks(inner)
             self._attention = OwnAttention(inner) if self._attends_in_step else nullcontext()
+            self._device_steps = None
 
     def prepare_inputs(self, forward: ForwardPlan, tables: BlockTables) -> ModelInput:
         """Lay the staged tokens side by side. The forward pass does not access the samples."""
@@ -94,14 +104,41 @@ class ModelRunner:
     @torch.inference_mode()
     def __call__(self, inputs: ModelInput) -> Tensor:
         """`[sampled, vocab]` logits of the tokens in `logits_indices`; caches all tokens."""
-        if self._linears is None:
+        if self._linears is None and not is_chosen(self.model.device):
             return self._record_linears(inputs, self.cache)
+        if (steps := self._steps_on_device(inputs.tables)) is not None:
+            return steps(inputs)
+        assert self._linears is not None, "they are recorded"
         lora = self._lora
         if self._compiled is not None and (lora is not None or not isinstance(self.model, PeftModel)):
             logits = self._forward(self._compiled, inputs.padded(), self.cache, self._linears, lora)
             return logits[: len(inputs.logits_indices)]
         with self._linears.active(), nullcontext() if lora is None else lora.active():
             return self._forward(self.model, inputs, self.cache, self._linears, lora)
+
+    def _steps_on_device(self, tables: BlockTables) -> DeviceSteps | None:
+        """Runs the steps on an accelerator; None on a CPU, and for a model that FlexAttention rejects."""
+        inner = causal_lm(self.model)
+        if not is_chosen(inner.device):
+            return None
+        if self._linears is None:
+            self._record_linears(single_token(), _probe_cache())
+        self._choose_attention()
+        if self._device_steps is None and self._attends_in_step and fits_heads(inner):
+            num_blocks = len(tables.time) // BLOCK
+            self.cache.reserve(BLOCK * (num_blocks + 1))  # the addresses of the pools are captured
+            self._device_steps = DeviceSteps(self._forward_in_buffers, tables, num_blocks, inner.device)
+        return self._device_steps
+
+    def _forward_in_buffers(
+        self, inputs: ModelInput, buffers: StepBuffers, attention: FlexAttention
+    ) -> Tensor:
+        assert self._linears is not None, "they are recorded"
+        lora, cache = self._lora, self.cache
+        cache.set_step(buffers.columns[-1], None)
+        step = Step(inputs, cache, self._windows, self._linears.groups, self._kernels, lora, attention)
+        with self._linears.active(), nullcontext() if lora is None else lora.active():
+            return self._call(self.model, step, buffers.columns, self._step_masks(), buffers.sampled)
 
     @property
     def batches_adapters(self) -> bool:
@@ -129,12 +166,15 @@ class ModelRunner:
         self._lora = LoraRows(self.model, groups) if by_row else None
 
     @torch.inference_mode()
-    def warm_up(self, always: bool) -> bool:
+    def warm_up(self, always: bool, tables: BlockTables) -> bool:
         """Compile the forward pass, if that is possible; returns whether it is compiled.
 
         always: also for a small model, whose steps take little time. A UserNotice tells why a pass that could
-        be compiled is not.
+        be compiled is not. On an accelerator the kernels of attention are compiled. tables: of the cache.
         """
+        if (steps := self._steps_on_device(tables)) is not None:
+            steps.warm_up(self._has_scores)
+            return True
         if self._linears is None:
             self._record_linears(single_token(), _probe_cache())
         inner = causal_lm(self.model)
@@ -175,41 +215,51 @@ class ModelRunner:
         self._choose_attention()
         device = self.model.device
         columns = np.stack([inputs.ids, inputs.branch, inputs.time, inputs.position, inputs.slots])
-        ids, branch, time, position, slots = torch.from_numpy(columns).to(device)  # one copy to the device
+        tokens = torch.from_numpy(columns).to(device)  # one copy to the device
+        masks = self._masks(inputs, tokens[-1], cache)
+        step = Step(inputs, cache, self._windows, linears.groups if linears else (), self._kernels, lora)
+        return self._call(call, step, tokens, masks, torch.from_numpy(inputs.logits_indices).to(device))
+
+    def _call(self, call: Any, step: Step, columns: Tensor, masks: Any, sampled: Tensor) -> Tensor:
+        """`[sampled, vocab]` logits. columns: `[5, tokens]`, as in `StepBuffers`."""
+        ids, branch, time, position, _ = columns
         kwargs: dict[str, Any] = {
             "input_ids": ids[None],
-            "attention_mask": self._masks(inputs, slots, cache),
+            "attention_mask": masks,
             "position_ids": position[None],
-            "past_key_values": cache,
+            "past_key_values": step.cache,
             "use_cache": True,
-            "logits_to_keep": torch.from_numpy(inputs.logits_indices).to(device),
+            "logits_to_keep": sampled,
         }
         if self._patched:
             kwargs["pos2d"] = torch.stack([branch, time], dim=-1)[None]
-        step = Step(inputs, cache, self._windows, linears.groups if linears else (), self._kernels, lora)
         # Compiled code is that of a model in eval mode.
         mode: AbstractContextManager[Any] = eval_mode(self.model)
         if self._operators is not None and call is self._compiled:
-            mode = self._operators.running(step, cache)
+            mode = self._operators.running(step, step.cache)
         with mode, self._attention, step_ops.running(step):
             logits: Tensor = call(**kwargs).logits
         return logits[0]
 
     def _masks(self, inputs: ModelInput, slots: Tensor, cache: PagedKVCache) -> Any:
         """Set the cache to the slots of this step; returns the masks in the form that the model takes."""
-        num_tokens, dtype, device = len(inputs.ids), self.model.dtype, self.model.device
-        masks: dict[AttentionWindow, Tensor]
+        dtype, device = self.model.dtype, self.model.device
         if self._attends_in_step:
             cache.set_step(slots, None)
-            masks = {window: step_ops.step_mask(i) for i, window in enumerate(self._windows)}
-        else:
-            kv_indices, biases = dense_masks(inputs.segments, num_tokens, self._windows)
-            cache.set_step(slots, torch.from_numpy(kv_indices).to(device))
-            masks = {
-                window: additive_mask(bias[None, None], dtype, device) for window, bias in biases.items()
-            }
+            return self._step_masks()
+        kv_indices, biases = dense_masks(inputs.segments, len(inputs.ids), self._windows)
+        cache.set_step(slots, torch.from_numpy(kv_indices).to(device))
+        return self._by_layer_type(
+            {window: additive_mask(bias[None, None], dtype, device) for window, bias in biases.items()}
+        )
+
+    def _step_masks(self) -> Any:
+        """The numbers of the windows, for attention that is computed by the step."""
+        return self._by_layer_type({window: step_ops.step_mask(i) for i, window in enumerate(self._windows)})
+
+    def _by_layer_type(self, masks: dict[AttentionWindow, Tensor]) -> Any:
         if len(masks) == 1:
-            return masks.popitem()[1]
+            return next(iter(masks.values()))
         return {layer_type: masks[window] for layer_type, window in self._layer_windows.items()}
 
     def free(self, group: SequenceGroup, branch: BranchState) -> None:

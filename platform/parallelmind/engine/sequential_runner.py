@@ -60,7 +60,7 @@ class SequentialRunner:
         """Set the model again after an adapter was added or removed."""
         self.model = model
 
-    def warm_up(self, always: bool) -> bool:
+    def warm_up(self, always: bool, tables: BlockTables) -> bool:
         """Do nothing: there is no pass of a fixed form to compile."""
         return False
 

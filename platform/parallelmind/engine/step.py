@@ -11,6 +11,7 @@ from torch import Tensor
 from parallelmind.engine import native_attention
 from parallelmind.engine.attention import CascadeAttention
 from parallelmind.engine.batch import ModelInput
+from parallelmind.engine.flex_attention import FlexAttention, without_nan
 from parallelmind.engine.kv_cache import PagedKVCache
 from parallelmind.engine.native_attention import NativeAttention, NativeLayer
 from parallelmind.engine.native_lora import LoraRows
@@ -26,6 +27,7 @@ class Step:
     """One forward pass.
 
     windows: the attention windows of the layers; a layer's mask is the index of its window.
+    cache: the KV cache of the step's tokens.
     """
 
     def __init__(
@@ -36,10 +38,14 @@ class Step:
         linears: Sequence[LinearGroup],
         kernels: dict[int, NativeLayer],
         lora: LoraRows | None = None,
+        flex: FlexAttention | None = None,
     ) -> None:
-        """kernels: by layer; kept from step to step. lora: adapters that the step computes by row."""
-        self.attends = cache.kv_indices is None
-        self._inputs, self._cache, self._windows, self._linears = inputs, cache, windows, linears
+        """kernels: by layer; kept from step to step. lora: adapters that the step computes by row.
+
+        flex: computes the attention of the step, on an accelerator.
+        """
+        self.attends, self._flex = cache.kv_indices is None, flex
+        self._inputs, self.cache, self._windows, self._linears = inputs, cache, windows, linears
         self._kernels, self.lora = kernels, lora
         if lora is not None:
             lora.begin(inputs)
@@ -64,16 +70,19 @@ class Step:
         softcap: float | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        if self._cache.updates is not None:
-            _check_direct(self._cache.updates, layer, key, value)
+        if self.cache.updates is not None:
+            _check_direct(self.cache.updates, layer, key, value)
         window = self._windows[int(mask)]
-        pools = self._cache.pools(layer, key, value)
+        pools = self.cache.pools(layer, key, value)
+        if self._flex is not None:
+            self.cache.write(pools, *without_nan(key, value))
+            return self._flex.attend(query, pools, window, scale, softcap, sinks)
         if native_attention.is_supported(query, value):
             kernel = self._kernels.get(layer)
             if kernel is None or kernel.pools is not pools:
                 kernel = self._kernels[layer] = NativeLayer(query, pools, scale, softcap, sinks)
             return kernel(self._native_step(window), query, key, value)
-        self._cache.write(pools, key, value)
+        self.cache.write(pools, key, value)
         keys, values = (pool.transpose(0, 1)[None] for pool in pools)
         return self._cascade(window, query).attend(query, keys, values, scale, softcap, sinks)
 

@@ -62,7 +62,7 @@ def choose_attention(model: nn.Module, length: int, dtype: torch.dtype, is_flat:
     # An unpatched model builds its own masks. A model on eager may compute something that sdpa does not.
     if not (configured == SDPA and is_patched(inner) and has_own_attention(inner) and _takes_backends(inner)):
         return configured
-    if is_long and _fits_model(inner):
+    if is_long and fits_heads(inner):
         return FLEX
     return BLOCKS if is_sparse else configured
 
@@ -81,8 +81,8 @@ def _takes_backends(model: PreTrainedModel) -> bool:
     )
 
 
-def _fits_model(model: PreTrainedModel) -> bool:
-    """Whether FlexAttention takes the head sizes of every layer."""
+def fits_heads(model: PreTrainedModel) -> bool:
+    """Whether FlexAttention takes the head sizes of every layer of a model."""
     modules = text_modules(model).values()
     head_dims = _attribute_values(modules, "head_dim", "head_size", "qk_head_dim", "v_head_dim")
     return head_dims <= set(_HEAD_DIMS)

@@ -7,11 +7,13 @@ with the host. What is read from it is zero.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from families import variant
+from flexing import flex_decoding, flex_on_cpu
 from torch import Tensor
 
 from parallelmind.config import RopeConfig
@@ -55,7 +57,13 @@ def counted(name: str, names: list[str]) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("name", ["shared", "layer types", "windows beside full attention"])
 @pytest.mark.parametrize("visibility", ["isolated", "columnar"])
-def test_a_step_reads_once(name: str, visibility: Any, reads: list[str]) -> None:
+@pytest.mark.parametrize("attention", [nullcontext, flex_decoding], ids=["gathered", "flex"])
+def test_a_step_reads_once(name: str, visibility: Any, attention: Any, reads: list[str]) -> None:
+    with flex_on_cpu(), attention():
+        check_reads(name, visibility, reads)
+
+
+def check_reads(name: str, visibility: Any, reads: list[str]) -> None:
     model = variant(name, "sdpa")
     patch(model, RopeConfig(visibility=visibility))
     engine = Engine(model.to("meta"), tiny_tokenizer(), EngineConfig(cache_tokens=1024))

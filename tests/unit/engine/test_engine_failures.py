@@ -21,6 +21,7 @@ from engines import (
     tiny_engine,
     tokens_by_branch,
 )
+from flexing import flex_decoding, flex_on_cpu
 from peft.tuners.lora import LoraLayer
 from tiny import tiny_llama, tiny_tokenizer
 
@@ -396,6 +397,15 @@ def test_a_sample_whose_logits_are_not_finite_does_not_touch_the_others(kind: st
         return {key: tokens for key, tokens in tokens_by_branch(run_to_end(engine)).items() if key[0] != 1}
 
     assert outputs(99) == outputs(98)
+
+
+@pytest.mark.parametrize("kind", ["columnar", "isolated"])
+def test_the_same_with_the_attention_of_an_accelerator(kind: str) -> None:
+    """Uncompiled, it computes with the values of the whole cache."""
+    with flex_on_cpu(), flex_decoding():
+        test_a_main_that_was_once_read_with_values_that_are_not_finite_is_not_shared(kind, call=2)
+        test_a_sample_that_reads_blocks_that_are_found_not_to_be_finite_is_computed_anew(kind)
+        test_a_sample_whose_logits_are_not_finite_does_not_touch_the_others(kind)
 
 
 def test_generate_raises_for_a_branch_that_ends_with_an_error() -> None:
