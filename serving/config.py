@@ -13,7 +13,16 @@ from typing import Any, Literal, Self, TypeVar
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from parallelmind.config import Dtype, FrozenConfig, GroupedConfig, HomePath, TrackingUri, Visibility, resolve
+from parallelmind.config import (
+    AdapterPath,
+    Dtype,
+    FrozenConfig,
+    GroupedConfig,
+    HomePath,
+    TrackingUri,
+    Visibility,
+    resolve,
+)
 from parallelmind.config.yaml_file import parse_yaml
 from parallelmind.storage import expand_home
 
@@ -39,7 +48,7 @@ class _Group(FrozenConfig):
 class ServedModelConfig(_Group):
     """Model."""
 
-    lora_path: HomePath | None = Field(
+    lora_path: AdapterPath | None = Field(
         None, min_length=1, description="adapter folder; null: the base model alone"
     )
     base_model: str | None = Field(
@@ -83,7 +92,7 @@ class ServedModelConfig(_Group):
 class AdaptersConfig(_Group):
     """Adapters."""
 
-    adapters: dict[str, HomePath] = Field(
+    adapters: dict[str, AdapterPath] = Field(
         {}, description="further adapters by name, each a folder or models:/NAME@ALIAS"
     )
     adapter_root: HomePath | None = Field(

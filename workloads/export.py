@@ -1,10 +1,13 @@
-"""Merge an adapter into its base model and write a folder that transformers loads without parallelmind.
+"""Export an adapter as a folder that transformers or peft loads without parallelmind.
 
-    python -m workloads.export lora_path=runs/demo-HASH/adapter output_path=merged
+    python -m workloads.export lora_path=runs/demo-HASH output_path=merged
+    python -m workloads.export lora_path=runs/demo-HASH output_path=plain lone=true merge=false
 
-Only exact merges are possible: adapters trained with patch_rope=false, or with rope_2d_ratio=0 and
-positions=time, where a single branch has the positions of the base model. Other adapters are refused. The
-weights are float32. Before the folder appears, its logits are compared with those of the adapter.
+Only what is exact can be exported: adapters trained with patch_rope=false, or with rope_2d_ratio=0 and
+positions=time, where a single branch has the positions of the base model. With lone=true an adapter trained
+with branch_angle=added, the default, is exact too: one branch alone has the coordinate 0, and siblings are
+lost. The result is a model with float32 weights, or with merge=false an adapter of peft. Before the folder
+appears, its logits are compared with those of the adapter.
 """
 
 from __future__ import annotations
@@ -12,16 +15,20 @@ from __future__ import annotations
 from pydantic import Field
 
 from parallelmind import cli
-from parallelmind.config import FrozenConfig, HomePath, OutputPath
+from parallelmind.config import AdapterPath, FrozenConfig, OutputPath
 
 
 class ExportConfig(FrozenConfig):
     """Adapter and output."""
 
-    lora_path: HomePath = Field(min_length=1, description="adapter folder")
-    output_path: OutputPath = Field(
-        min_length=1, description="folder for the merged model: new, empty, or an earlier export to replace"
+    lora_path: AdapterPath = Field(
+        min_length=1, description="adapter folder, run folder or runs/NAME-*, the newest"
     )
+    output_path: OutputPath = Field(
+        min_length=1, description="folder for the result: new, empty, or an earlier export to replace"
+    )
+    lone: bool = Field(False, description="for one branch alone: siblings are lost")
+    merge: bool = Field(True, description="false: a plain adapter of peft in place of a merged model")
     base_model: str | None = Field(
         None, description="smollm2-135m, a local folder, or a hub id; null: the adapter's own"
     )
@@ -36,9 +43,20 @@ def main(argv: list[str]) -> None:
     # Imported late: torch and peft take seconds to import, and --help needs neither.
     from parallelmind.model.export import export
 
-    export(config.lora_path, config.output_path, config.base_model, config.trust_remote_code)
+    export(
+        config.lora_path,
+        config.output_path,
+        config.base_model,
+        config.trust_remote_code,
+        config.lone,
+        config.merge,
+    )
     print(f"exported {config.output_path}; its logits equal those of the adapter")
-    print(f"load it with transformers: AutoModelForCausalLM.from_pretrained({config.output_path!r})")
+    if config.lone:
+        print("lost: siblings; it computes one branch alone, several need load_model_with_lora")
+    loader = "AutoModelForCausalLM" if config.merge else "AutoPeftModelForCausalLM"
+    library = "transformers" if config.merge else "peft"
+    print(f"load it with {library}: {loader}.from_pretrained({config.output_path!r})")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ MAY_IMPORT = {
     "outputs": {"errors", "storage"},
     "storage": set(),
     "remote": {"errors", "redaction", "storage"},
-    "config": {"errors", "redaction", "storage"},
+    "adapter_location": {"storage"},
+    "config": {"adapter_location", "errors", "redaction", "storage"},
     "tree": set(),
     "layout": {"errors", "config", "tree"},
     "visibility": {"config", "tree"},
@@ -33,7 +34,7 @@ MAY_IMPORT = {
     "ray_env": set(),
     "tracking": {"errors", "config", "ray_env", "redaction", "tracking_database"},
     "tracking_database": {"storage"},
-    "model": _FOUNDATION,
+    "model": {*_FOUNDATION, "adapter_location"},
     "data": {*_FOUNDATION, "model"},  # the pipeline's workers load the base model's tokenizer
     "training": {*_FOUNDATION, "model", "data", "tracking"},
     "engine": {*_FOUNDATION, "model", "data"},

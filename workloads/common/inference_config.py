@@ -8,11 +8,11 @@ from pydantic import Field
 
 import parallelmind as pm
 from parallelmind.config import (
+    AdapterPath,
     Alignment,
     BranchAngle,
     Dtype,
     FrozenConfig,
-    HomePath,
     Pairs,
     Positions,
     Quantize,
@@ -26,7 +26,9 @@ class InferenceModelConfig(FrozenConfig):
     base_model: str | None = Field(
         None, description="smollm2-135m, a local folder, or a hub id; null: the adapter's own"
     )
-    lora_path: HomePath | None = Field(None, description="adapter folder; null: the base model alone")
+    lora_path: AdapterPath | None = Field(
+        None, description="adapter folder, run folder or runs/NAME-*, the newest; null: the base model alone"
+    )
     dtype: Dtype | None = Field(None, description="type to compute in")
     quantize: Quantize | None = Field(None, description="keep the base weights in fewer bits (bitsandbytes)")
     trust_remote_code: bool = Field(False, description="allow a hub model to run its own code")

@@ -20,11 +20,12 @@ from parallelmind.config.groups import (
     Visibility,
     WorkersConfig,
 )
-from parallelmind.config.paths import HomePath, OutputPath, TrackingUri
+from parallelmind.config.paths import AdapterPath, HomePath, OutputPath, TrackingUri
 from parallelmind.config.resolve import did_you_mean, resolve
 from parallelmind.config.train import TrainConfig
 
 __all__ = [
+    "AdapterPath",
     "Alignment",
     "BranchAngle",
     "CheckpointConfig",

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from parallelmind.config.frozen import FrozenConfig
-from parallelmind.config.paths import HomePath, TrackingUri
+from parallelmind.config.paths import AdapterPath, TrackingUri
 from parallelmind.errors import format_value
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -188,7 +188,7 @@ class OptimizerConfig(FrozenConfig):
     tuning: Literal["lora", "full"] = Field(
         "lora", description="lora: train an adapter; full: train every parameter of the model"
     )
-    resume_adapter: HomePath | None = Field(
+    resume_adapter: AdapterPath | None = Field(
         None, description="adapter folder to start from, with a fresh optimizer; null: a new adapter"
     )
     epochs: int = Field(1, ge=1, description="passes over the data")

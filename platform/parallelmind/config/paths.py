@@ -10,6 +10,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, ValidationInfo
 
+from parallelmind.adapter_location import locate_adapter
 from parallelmind.storage import expand_home
 
 _SCHEMES_OF_FILES = ("sqlite:///", "file://")
@@ -31,6 +32,9 @@ def _refuse_uri(path: str, info: ValidationInfo) -> str:
 
 HomePath = Annotated[str, AfterValidator(expand_home)]
 """A local path, or a name or URI, which has no `~`."""
+
+AdapterPath = Annotated[str, AfterValidator(locate_adapter)]
+"""An adapter: its folder, that of its run, the newest of `runs/NAME-*`, or a name or URI."""
 
 OutputPath = Annotated[str, AfterValidator(_refuse_uri), AfterValidator(expand_home)]
 """A local path to write to. As a path, a URI would become a folder named after its scheme."""

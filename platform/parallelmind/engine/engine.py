@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from threading import RLock
 from time import perf_counter
@@ -31,7 +32,14 @@ from parallelmind.engine.sequence_group import SequenceGroup
 from parallelmind.engine.sequential_runner import SequentialRunner
 from parallelmind.engine.step_plan import ForwardPlan, SampledBranches, ScheduledGroup
 from parallelmind.engine.tokenization import eos_token_ids, tokenize_branches, tokenize_request
-from parallelmind.engine.validation import check_fork, check_group, check_join, check_reduce, check_token_ids
+from parallelmind.engine.validation import (
+    check_fork,
+    check_group,
+    check_join,
+    check_reduce,
+    check_resume,
+    check_token_ids,
+)
 from parallelmind.errors import UserError, first_line
 from parallelmind.model import forward_context
 from parallelmind.model.adapter_copy import shared_copy
@@ -201,8 +209,12 @@ class Engine:
         resume: progress of the sample on another engine. Segments that were added late are part of the
         request then, in the order of their numbers. Events that were emitted there are not emitted again. The
         next tokens are those that the other engine would have sampled, if sampling is greedy or seeded.
+        Raises UserError as `submit` does, and for a progress that cannot be that of this request.
         """
         check_token_ids(self.model, request.tokens.ids.tolist(), request.params)
+        if resume is not None:
+            check_resume(request, resume)
+            check_token_ids(self.model, list(chain(*resume.token_ids)), ())
         self.compile_grammars(request.params)
         with self.state_lock:
             version = self.adapters.version(adapter)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 from parallelmind.config import RopeConfig
 from parallelmind.data.records import MAX_DEPTH
 from parallelmind.engine.model_runner import Model
+from parallelmind.engine.output import FinishReason
+from parallelmind.engine.request import ResumeState, TokenizedRequest
 from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.engine.sequence import BranchState
 from parallelmind.engine.sequence_group import SequenceGroup
@@ -79,6 +81,30 @@ def check_token_ids(model: Model, token_ids: Sequence[int], params: Sequence[Sam
                 f"{field} {unknown[0]}: the model's vocabulary is 0..{size - 1}; "
                 "encode with the model's own tokenizer"
             )
+
+
+def check_resume(request: TokenizedRequest, state: ResumeState) -> None:
+    """Raise UserError unless the progress can be that of this request on another engine."""
+    for name in ("start_times", "token_ids", "finish_reasons"):
+        if (given := len(getattr(state, name))) != request.num_branches:
+            raise UserError(
+                f"resume.{name}: has {given} entries for {request.num_branches} segments after main; "
+                "give one for each"
+            )
+    length_of_main = int(request.tokens.lengths[MAIN])
+    segments = zip(state.start_times, state.token_ids, state.finish_reasons, request.params, strict=True)
+    for index, (start, tokens, reason, params) in enumerate(segments):
+        problem = None
+        if start is None and tokens:
+            problem = f"has {len(tokens)} tokens and no start; give its start time"
+        elif start is not None and start < length_of_main:
+            problem = f"starts at {start}, within main; give {length_of_main} or later"
+        elif len(tokens) > params.max_new_tokens:
+            problem = f"has {len(tokens)} tokens of max_new_tokens={params.max_new_tokens}; raise it"
+        elif reason not in (None, *get_args(FinishReason)):
+            problem = f"has finish_reason={reason}; give None or one of {', '.join(get_args(FinishReason))}"
+        if problem:
+            raise UserError(f"resume: branch {index} {problem}")
 
 
 def _check_patched(model: Model, given: str, fallback_reason: str | None) -> None:

@@ -22,7 +22,7 @@ from parallelmind.errors import UserError, first_line
 from parallelmind.model import pissa
 from parallelmind.model.adapter_files import read_settings, read_weights, write_adapter
 from parallelmind.model.base_identity import base_identity, sample_weights
-from parallelmind.model.base_model import load_base, load_meta_model
+from parallelmind.model.base_model import base_location, load_base, load_meta_model
 from parallelmind.model.card import write_card
 from parallelmind.model.full_model import save_model
 from parallelmind.model.hf_compat import wrap_with_adapter
@@ -119,7 +119,7 @@ def save_adapter(
     check_replaceable(folder, "adapter")
     stored, lora = pissa.to_plain_lora(model, trained_weights(model) if weights is None else weights, lora)
     with atomic_dir(folder) as new_folder:
-        write_adapter(new_folder, model, stored, lora.lora_rank, base.base_model)
+        write_adapter(new_folder, model, stored, lora.lora_rank, base_location(base.base_model))
         base_model = cast(PreTrainedModel, model.get_base_model())
         if base.add_tokens:
             tokenizer.save_pretrained(new_folder)

@@ -28,7 +28,7 @@ def write_adapter(
 ) -> None:
     """Write weights and settings of the active adapter into an existing folder.
 
-    rank: of the weights. base_model: the user's name for it, not a path of this machine.
+    rank: of the weights. base_model: a name or path by which peft finds it (`base_location`).
     """
     settings = cast(peft.LoraConfig, copy.copy(model.peft_config[model.active_adapter]))
     settings.r, settings.inference_mode, settings.base_model_name_or_path = rank, True, base_model
@@ -60,11 +60,18 @@ def read_settings(folder: Path) -> peft.LoraConfig:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The weights of an adapter by their saved names. Raises UserError if they are damaged."""
+    """The weights of an adapter by their saved names. Raises UserError if they are damaged or not finite."""
     try:
-        return load_file(folder / WEIGHTS)
+        weights = load_file(folder / WEIGHTS)
     except (SafetensorError, OSError) as error:
         raise _damaged(folder, WEIGHTS, error) from error
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise UserError(
+                f"lora_path={folder}: {name} of {WEIGHTS} holds NaN or infinity; give another adapter, or "
+                "train this one again"
+            )
+    return weights
 
 
 def _damaged(folder: Path, name: str, error: Exception) -> UserError:

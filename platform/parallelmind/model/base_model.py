@@ -26,7 +26,7 @@ from parallelmind.model.hf_compat import no_load_report, no_progress_bars
 from parallelmind.model.hub import find_hub_model
 from parallelmind.model.new_tokens import extend_model, extend_tokenizer
 from parallelmind.model.quantize import quantization_config
-from parallelmind.model.smollm2 import SMOLLM2, fetch_smollm2
+from parallelmind.model.smollm2 import SMOLLM2, fetch_smollm2, smollm2_folder
 from parallelmind.model.weight_check import check_loaded, find_file_problem, find_pickles
 from parallelmind.storage import expand_home, similar_path
 
@@ -59,6 +59,12 @@ def resolve_base_model(name: str) -> str:
             f"give {SMOLLM2}, a local folder or org/name"
         )
     return name
+
+
+def base_location(name: str) -> str:
+    """What other libraries load as the base model `name`: a hub id, or an absolute path of this machine."""
+    folder = smollm2_folder() if name == SMOLLM2 else Path(expand_home(name))
+    return str(folder.absolute()) if folder.is_dir() else name
 
 
 def is_hub_id(name: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ValidationError
 
+from parallelmind.adapter_location import locate_adapter
 from parallelmind.config import FrozenConfig, LoraConfig, RopeConfig
-from parallelmind.errors import UserError, format_value, translate_read_errors
+from parallelmind.errors import UserError, UserNotice, format_value, translate_read_errors
 from parallelmind.model.base_identity import BaseIdentity, base_identity
-from parallelmind.remote import fetch_cached
+from parallelmind.remote import RemotePath, fetch_cached, is_uri
 from parallelmind.storage import expand_home, sha256, similar_path
 
 if TYPE_CHECKING:  # processes that only read a manifest do not import a model library
@@ -23,7 +25,7 @@ if TYPE_CHECKING:  # processes that only read a manifest do not import a model l
 MANIFEST = "parallelmind.json"
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 CARD = "README.md"
-EXPORTED = "exported_adapter"  # key of `extra` in a merged model: SHA-256 of the adapter's weights
+EXPORTED = "exported_adapter"  # key of `extra` in an export: SHA-256 of the adapter's weights
 SAMPLES = "samples"  # key of `extra`: prompts of held-out records, as bodies of /v1/branches
 Kind = Literal["adapter", "model", "export"]
 FORMAT = 2
@@ -64,10 +66,10 @@ class Manifest(FrozenConfig):
 
     @property
     def kind(self) -> Kind:
-        """What the folder holds: an adapter, a trained model, or a base with an adapter merged into it."""
-        if self.lora is not None:
-            return "adapter"
-        return "export" if EXPORTED in self.extra else "model"
+        """What the folder holds: an adapter, a trained model, or an export of an adapter."""
+        if EXPORTED in self.extra:
+            return "export"
+        return "model" if self.lora is None else "adapter"
 
     def check_settings(self, settings: Mapping[str, Any]) -> None:
         """Raise UserError with both values for a field of rope or lora that differs from the training."""
@@ -81,7 +83,10 @@ class Manifest(FrozenConfig):
                 raise UserError(f"{field}={format_value(value)}: the {owner} has {expected}; use that value")
 
     def check_base(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raise UserError where the base model differs from that of the adapter."""
+        """Raise UserError where the base model differs from that of the adapter.
+
+        For an adapter of an earlier version, which recorded less about its base, the rest is a UserNotice.
+        """
         config = model.config
         hashes = (
             ("architecture", base_config_hash(config), self.base_config_sha256),
@@ -100,11 +105,25 @@ class Manifest(FrozenConfig):
                 f"{field}: its {part} ({here}) is not that of the adapter's base ({there}); "
                 f"give base_model={self.base_model}, or another adapter"
             )
+        if self.base is None or self.base.computation is None:
+            text = (
+                f"lora_path: an earlier version saved this adapter and recorded less about its base "
+                f"{self.base_model}, so another base may not be noticed; save it anew to record it"
+            )
+            warnings.warn(UserNotice(text), stacklevel=3)
 
 
 def fetch_adapter(path: str | Path) -> Path:
-    """The local folder of an adapter; a URI is downloaded. Raises UserError if it cannot be read."""
-    return fetch_cached(path, MANIFEST, "lora_path")
+    """The local folder of an adapter (see `locate_adapter`); a URI, also of a run, is downloaded.
+
+    Raises UserError if it cannot be read.
+    """
+    if is_uri(path):
+        remote = RemotePath.at(path, "lora_path")
+        result = remote.child("adapter")
+        if remote.child(MANIFEST).read_bytes() is None and result.child(MANIFEST).read_bytes() is not None:
+            path = result.location
+    return fetch_cached(locate_adapter(str(path)), MANIFEST, "lora_path")
 
 
 def read_adapter(path: str | Path) -> Manifest:
@@ -169,6 +188,10 @@ def _parse(folder: Path, field: str) -> Manifest:
         values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         format_version = values["format_version"]
     except FileNotFoundError as error:
+        if (folder / "checkpoints").is_dir():
+            raise UserError(
+                f"{field}={folder}: its run is not finished; repeat the command that started it"
+            ) from error
         raise UserError(
             f"{field}={folder}: no {MANIFEST} in it; give a folder that parallelmind saved"
         ) from error
@@ -236,8 +259,12 @@ def write_manifest(
         files={path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()},
         extra=dict(extra or {}),
     )
-    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    save_manifest(folder, manifest)
     return manifest
+
+
+def save_manifest(folder: Path, manifest: Manifest) -> None:
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def base_config_hash(config: PreTrainedConfig) -> str:

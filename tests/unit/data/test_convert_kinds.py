@@ -377,3 +377,20 @@ def test_mistakes_in_columns_are_told() -> None:
     converter = Converter(ConvertSettings(columns={"system": "sys", "prompt": "q"}), lambda: TOKENIZER)
     list(converter.convert_records([SourceRecord("0", {"q": "who", "response": "it"})]))
     assert converter.columns.unseen == {"sys"}
+
+
+@pytest.mark.parametrize("label", [False, "false", "False"])
+def test_an_answer_that_is_not_desirable_is_no_target(label: object) -> None:
+    """KTO data. With other keys, or another value, `label` is no judgement of the answer."""
+    pair = {"prompt": "who", "completion": "it"}
+    assert bad_reason({**pair, "label": label}) == "label=false: its answer is not one to learn"
+    turns = {"prompt": [user("who")], "completion": [assistant("it")]}
+    assert "label=false" in bad_reason({**turns, "label": label})
+    expected = convert([pair])
+    assert convert([{**pair, "label": True}, {**pair, "label": "positive"}]) == expected * 2
+
+
+def test_labels_are_not_told_as_unused_where_they_are_used() -> None:
+    pair = {"prompt": "who", "completion": "it"}
+    assert unused([{**pair, "label": True}]) == {}
+    assert unused([{**pair, "label": 2}]) == {"label": 1}

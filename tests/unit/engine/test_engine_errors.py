@@ -11,8 +11,9 @@ from tiny import tiny_llama, tiny_tokenizer
 
 from parallelmind.config import RopeConfig
 from parallelmind.engine.engine import Engine
-from parallelmind.engine.request import Sample
+from parallelmind.engine.request import ResumeState, Sample
 from parallelmind.engine.scheduler import EngineConfig
+from parallelmind.engine.tokenization import tokenize_request
 from parallelmind.errors import UserError
 from parallelmind.evaluation import tiny_models as tiny
 from parallelmind.model.patch import patch
@@ -164,3 +165,31 @@ def test_cancelling_an_unknown_or_finished_sample_has_no_effect() -> None:
     for arguments in ((sample_id,), (sample_id, 0), (99,), (99, 3)):
         engine.cancel(*arguments)
     assert not engine.busy
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (([0], [[5]], [None]), r"resume.start_times: has 1 entries for 2 segments after main; give one"),
+        (([0, 0], [[5]], [None, None]), r"resume.token_ids: has 1 entries for 2"),
+        (([None, 9], [[5], []], [None, None]), r"resume: branch 0 has 1 tokens and no start"),
+        (([9, 1], [[5], [6]], [None, None]), r"resume: branch 1 starts at 1, within main; give 4 or later"),
+        (([9, 9], [[5], [6] * 5], [None, None]), r"resume: branch 1 has 5 tokens of max_new_tokens=4"),
+        (
+            ([9, 9], [[5], [6]], [None, "bored"]),
+            r"resume: branch 1 has finish_reason=bored; give None",
+        ),
+        (([9, 9], [[5], [10**6]], [None, None]), r"token id 1000000: the model's vocabulary is 0\.\."),
+    ],
+)
+def test_a_progress_that_is_not_of_the_request_is_refused(state: Any, message: str) -> None:
+    engine = tiny_engine()
+    request = tokenize_request(
+        tiny_tokenizer(), Sample([5, 6, 7, 8], [[5], [6]]), None, None, {"max_new_tokens": 4}
+    )
+    with pytest.raises(UserError, match=f"^{message}") as error:
+        engine.enqueue(request, resume=ResumeState(*state))
+    assert "\n" not in str(error.value)
+    assert not engine.busy
+    engine.enqueue(request, resume=ResumeState([4, 4], [[5], [6]], [None, "stop"]))
+    assert {event.branch for event in run_to_end(engine)} == {0}

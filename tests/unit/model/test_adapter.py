@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import socket
@@ -16,7 +17,7 @@ import pytest
 import torch
 import yaml
 from adapting import logits, logits_in_fresh_process, patched_llama
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from permissions import obeying_permissions
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_llama, tiny_tokenizer
@@ -32,10 +33,13 @@ from parallelmind.model.adapter import (
     resume_adapter,
     save_adapter,
 )
+from parallelmind.model.base_identity import BaseIdentity
 from parallelmind.model.full_model import save_model
 from parallelmind.model.manifest import base_config_hash, read_manifest
 from parallelmind.model.patch import patch
 from parallelmind.model.patch_state import rope_config
+from parallelmind.model.smollm2 import smollm2_folder
+from parallelmind.storage import sha256
 
 ROPE = RopeConfig(rope_2d_ratio=0.5, branch_stride=16, visibility="isolated")
 LORA = LoraConfig(lora_rank=4, lora_alpha=8)
@@ -133,14 +137,16 @@ def test_saving_uses_no_network_and_keeps_the_users_name_of_the_base(
         raise AssertionError("saving used the network")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setenv("PARALLELMIND_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(base_folder, smollm2_folder())
     model, tokenizer = load_model_with_lora(base_folder, rope_2d_ratio=0.5)
     save_adapter(trained(model), tokenizer, tmp_path / "adapter", ModelConfig(), rope_config(model), LORA)
     for path in (tmp_path / "adapter").iterdir():
         assert base_folder.encode() not in path.read_bytes()
-    assert (
-        json.loads((tmp_path / "adapter/adapter_config.json").read_text())["base_model_name_or_path"]
-        == "smollm2-135m"
-    )
+    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())[
+        "base_model_name_or_path"
+    ] == str(smollm2_folder())
+    assert read_manifest(tmp_path / "adapter").base_model == "smollm2-135m"
 
 
 def test_saving_replaces_an_adapter_and_leaves_no_other_files(
@@ -434,6 +440,100 @@ def test_other_weights_are_refused(saved: Path, tmp_path: Path) -> None:
         resume_adapter(patched_llama(ROPE, seed=1), tiny_tokenizer(), saved, LORA)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_base_that_was_trained_a_little_further_is_refused(saved: Path, tmp_path: Path, dtype: str) -> None:
+    """One kind of weights of one layer has changed, by less than bfloat16 tells of most values."""
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight.mul_(1.004)
+    model.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    message = "its weight model.layers.1.self_attn.v_proj.weight .* is not that of the adapter's base"
+    with pytest.raises(UserError, match=message):
+        load_model_with_lora(tmp_path / "base", saved, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"hidden_act": "gelu"}, r"hidden_act \(gelu\) is not that of the adapter's base \(silu\)"),
+        ({"rms_norm_eps": 0.1}, r"rms_norm_eps \(0.1\)"),
+    ],
+)
+def test_a_base_that_computes_otherwise_is_refused(saved: Path, changes: dict[str, Any], part: str) -> None:
+    with pytest.raises(UserError, match=rf"^base_model.*: its {part}.*; give base_model=/") as error:
+        load_adapter(patched_llama(ROPE, **changes), tiny_tokenizer(), saved)
+    assert "\n" not in str(error.value)
+
+
+def test_other_types_of_layers_are_told_by_the_first_one() -> None:
+    full, mixed = (
+        BaseIdentity(
+            eos_token_id=2,
+            tie_word_embeddings=False,
+            dtype="float32",
+            computation={"layer_types": types, "sliding_window": None},
+            weights={},
+        )
+        for types in (["full_attention"] * 3, ["full_attention", "sliding_attention", "full_attention"])
+    )
+    expected = ("layer_types[1]", "full_attention", "sliding_attention")
+    assert full.differences(mixed) == [expected]
+    assert full.differences(full.model_copy(update={"computation": {}})) == []
+
+
+def test_the_fingerprint_does_not_depend_on_how_the_weights_are_divided_into_files(
+    saved: Path, tmp_path: Path
+) -> None:
+    tiny_llama().save_pretrained(tmp_path / "base", max_shard_size="50KB")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    assert len(list((tmp_path / "base").glob("*.safetensors"))) > 2
+    load_model_with_lora(tmp_path / "base", saved)
+
+
+def test_an_adapter_of_an_earlier_version_is_loaded_with_a_notice(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, folder := tmp_path / "adapter")
+    manifest = json.loads((folder / "parallelmind.json").read_text())
+    del manifest["base"]["computation"]
+    kept = ("model.embed_tokens.weight", "lm_head.weight")
+    manifest["base"]["weights"] = {name: manifest["base"]["weights"][name] for name in kept}
+    (folder / "parallelmind.json").write_text(json.dumps(manifest))
+    with pytest.warns(UserNotice, match="an earlier version saved this adapter and recorded less about"):
+        load_model_with_lora(lora_path=folder)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_adapter_that_is_not_finite_is_refused_by_the_name_of_its_tensor(
+    saved: Path, tmp_path: Path, value: float
+) -> None:
+    shutil.copytree(saved, folder := tmp_path / "adapter")
+    weights = load_file(folder / "adapter_model.safetensors")
+    name = sorted(weights)[3]
+    weights[name][0, 0] = value
+    save_file(weights, folder / "adapter_model.safetensors")
+    manifest = json.loads((folder / "parallelmind.json").read_text())
+    manifest["files"]["adapter_model.safetensors"] = sha256(folder / "adapter_model.safetensors")
+    (folder / "parallelmind.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=f"^lora_path=.*: {name} of adapter_model.safetensors holds NaN or"):
+        load_model_with_lora(lora_path=folder)
+
+
+def test_peft_finds_the_base_of_an_adapter_and_computes_a_lone_branch_alike(
+    saved: Path, base_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the base was given as a relative path, and another folder is the current one."""
+    monkeypatch.chdir(Path(base_folder).parent)
+    base = ModelConfig(base_model=Path(base_folder).name)
+    save_adapter(trained(patched_llama(ROPE)), tiny_tokenizer(), tmp_path / "adapter", base, ROPE, LORA)
+    ours, _ = load_model_with_lora(lora_path=tmp_path / "adapter")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    theirs = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    ids = torch.arange(10, 30)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(input_ids=ids).logits, ours(input_ids=ids).logits)
+
+
 @pytest.mark.parametrize("trained_in", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("loaded_in", ["float32", "bfloat16", "float16"])
 def test_the_same_weights_in_another_dtype_are_accepted(
@@ -475,7 +575,8 @@ def test_an_adapter_without_a_record_of_its_base_loads(saved: Path, tmp_path: Pa
     values = json.loads((folder / "parallelmind.json").read_text())
     del values["base"]
     (folder / "parallelmind.json").write_text(json.dumps(values))
-    load_adapter(patched_llama(ROPE, seed=1), tiny_tokenizer(), folder)
+    with pytest.warns(UserNotice, match="so another base may not be noticed; save it anew"):
+        load_adapter(patched_llama(ROPE, seed=1), tiny_tokenizer(), folder)
 
 
 def test_another_patch_is_refused(saved: Path) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from adapting import IDS
+from adapting import IDS, logits
+from peft import AutoPeftModelForCausalLM
 from tiny import save_tiny, tiny_llama, tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -88,12 +89,49 @@ def test_the_merged_model_keeps_the_placement_of_the_adapter(
     assert texts[0] == texts[1]
 
 
+@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_2d_ratio": 0.5},
+        {"rope_2d_ratio": 1.0, "visibility": "isolated", "positions": "flat"},
+        {"rope_2d_ratio": 0.0, "branch_angle": "alone", "positions": "flat"},
+    ],
+)
+def test_a_lone_branch_is_exact_in_plain_libraries(
+    tmp_path: Path, rope: dict[str, Any], merge: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora_path, output = adapter(tmp_path, RopeConfig(**rope)), tmp_path / "plain"
+    export.main(
+        [f"lora_path={lora_path}", f"output_path={output}", "lone=true", f"merge={str(merge).lower()}"]
+    )
+    assert "lost: siblings" in capsys.readouterr().out
+    patched, _ = load_model_with_lora(lora_path=lora_path)
+    expected = exporting._branch_logits(patched, RopeConfig(**rope), IDS[0])
+    auto_class = AutoModelForCausalLM if merge else AutoPeftModelForCausalLM
+    actual = plain_logits(auto_class.from_pretrained(output).eval())[0]
+    assert (actual - expected).abs().max() <= (5e-4 * expected.abs().max() if merge else 1e-5)
+    base = plain_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))[0]
+    assert (base - expected).abs().max() > 0.1
+    assert AutoTokenizer.from_pretrained(output).chat_template
+    export.main([f"lora_path={lora_path}", f"output_path={output}", "lone=true"])  # in place of an export
+
+
+def test_a_plain_adapter_keeps_its_siblings_in_parallelmind(tmp_path: Path) -> None:
+    rope = RopeConfig(rope_2d_ratio=0.5)
+    lora_path = adapter(tmp_path, rope)
+    exporting.export(lora_path, tmp_path / "plain", lone=True, merge=False)
+    first, second = (load_model_with_lora(lora_path=path)[0] for path in (lora_path, tmp_path / "plain"))
+    assert rope_config(second) == rope
+    torch.testing.assert_close(logits(first), logits(second))
+
+
 @pytest.mark.parametrize(
     ("rope", "message"),
     [
         (
             {"rope_2d_ratio": 0.5},
-            r"lora_path=.*rope_2d_ratio=0\.5, and plain weights cannot .*train with rope_2d_ratio=0",
+            r"lora_path=.*rope_2d_ratio=0\.5, and plain weights cannot .*\(lone=true\).*rope_2d_ratio=0",
         ),
         (
             {"rope_2d_ratio": 0.0, "positions": "flat"},
@@ -116,7 +154,7 @@ def test_a_merge_that_changes_the_logits_leaves_no_folder(tmp_path: Path) -> Non
     lora_path = adapter(
         tmp_path, ISOLATED, tied=True, lora_targets="lm_head"
     )  # merging would change the tied embedding
-    with pytest.raises(UserError, match="merged, its logits differ by .*load_model_with_lora"):
+    with pytest.raises(UserError, match="exported, its logits differ by .*load_model_with_lora"):
         exporting.export(lora_path, tmp_path / "merged")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 

@@ -107,7 +107,7 @@ class Converter:
         for record in records:
             if isinstance(record, SourceRecord):
                 kind = find_kind(record.value, source, self.settings.text_column)
-                unused = set(unused_keys(kind.with_turns(record.value), kind.keys) if kind else ())
+                unused = unused_keys(kind, record.value) if kind else set()
                 self.unused.update(unused - {"title"} if self.settings.shape == "documents" else unused)
             yield record
 

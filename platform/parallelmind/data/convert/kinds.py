@@ -146,6 +146,13 @@ def _given_keys(value: dict[str, Any]) -> set[str]:
     return {key for key, item in value.items() if item is not None}
 
 
+def is_desirable(value: Mapping[str, Any]) -> bool | None:
+    """Whether the answer of a pair is one to learn, by the `label` of KTO data, true or false; else None."""
+    label = value.get("label")
+    text = str(label).lower() if isinstance(label, bool | str) else ""
+    return {"true": True, "false": False}.get(text)
+
+
 def required_keys(source: Source, text_column: str) -> list[str]:
     """The combinations of keys of which a record of this source must have one, as text."""
     return [" + ".join(kind.required) for kind in _kinds(source, text_column)]
@@ -156,7 +163,13 @@ def _kinds(source: Source | Literal["auto"], text_column: str) -> Iterator[Kind]
     return (kind for kind in kinds if source in ("auto", kind.source))
 
 
-def unused_keys(value: dict[str, Any], keys: Keys, prefix: str = "") -> Iterator[str]:
+def unused_keys(kind: Kind, value: dict[str, Any]) -> set[str]:
+    """Names of the keys of a record that hold a value and are not read."""
+    names = set(_unused_keys(kind.with_turns(value), kind.keys))
+    return names - {"label"} if kind.source == "pairs" and is_desirable(value) is not None else names
+
+
+def _unused_keys(value: dict[str, Any], keys: Keys, prefix: str = "") -> Iterator[str]:
     """Names of the keys that hold a value and are not read, those of objects in lists as `messages[].id`."""
     for key, item in value.items():
         if key not in keys:
@@ -164,4 +177,4 @@ def unused_keys(value: dict[str, Any], keys: Keys, prefix: str = "") -> Iterator
         elif keys[key] is not None:
             for element in item if isinstance(item, list) else [item]:
                 if isinstance(element, dict):
-                    yield from unused_keys(element, keys[key], f"{prefix}{key}[].")
+                    yield from _unused_keys(element, keys[key], f"{prefix}{key}[].")

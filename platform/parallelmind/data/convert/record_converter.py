@@ -30,7 +30,7 @@ from parallelmind.data.convert.conversation import (
     with_system,
 )
 from parallelmind.data.convert.exchange import Exchange, exchange_turns, parse_exchange, parse_history
-from parallelmind.data.convert.kinds import Kind, Source, find_kind, required_keys
+from parallelmind.data.convert.kinds import Kind, Source, find_kind, is_desirable, required_keys
 from parallelmind.data.convert.passages import QuestionTemplates
 from parallelmind.data.convert.settings import ConvertSettings
 from parallelmind.data.convert.source_records import ParallelRecord, required_text
@@ -102,6 +102,8 @@ class RecordConverter:
 
     def _pair(self, kind: Kind, value: dict[str, Any]) -> Iterable[ParallelRecord]:
         """A pair of texts, or of turns, of which all answers in the completion are targets."""
+        if is_desirable(value) is False:
+            raise RecordError("label=false: its answer is not one to learn")
         if not any(isinstance(value[key], list | dict) for key in kind.required):
             return self._exchange(kind, value)
         prompt_key, completion_key = kind.required
