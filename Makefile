@@ -13,7 +13,7 @@ ADAPTER ?= $(shell ls -td runs/demo-*/adapter 2>/dev/null | head -n 1)
 PORT ?= 8000
 WORKERS ?= 2
 
-.PHONY: help setup model lint typecheck test test-all mutants chaos demo serve bench bench-peers clients bench-gpu docs clean
+.PHONY: help setup model lint typecheck test test-all mutants chaos demo serve bench bench-peers clients gpu-day docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,8 +69,8 @@ bench-peers: setup model ## install the engines that make bench compares with, i
 clients: setup ## install the clients of OpenAI's API that the server is tested with; CLIENTS=folder chooses where
 	@$(PY) -m benchmarks.clients.install
 
-bench-gpu: setup ## print tokens/s and MFU of training on this machine's GPU
-	@$(PY) -m benchmarks.gpu
+gpu-day: setup ## with a GPU: its tests, tokens/s and MFU of training, decoding; at most 9 minutes, a second call goes on
+	@$(PY) -m benchmarks.gpu_day
 
 docs: setup model ## write the generated parts of docs/: reference, table of models (minutes), memory estimates, mistakes, figures
 	@$(PY) -m tools.reference

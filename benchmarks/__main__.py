@@ -21,6 +21,7 @@ from benchmarks import (
     scaling,
     serving,
     sweep,
+    trainers,
     training,
     trees,
 )
@@ -32,6 +33,7 @@ def main() -> None:
         layout,
         data,
         training,
+        trainers,
         trees,
         decoding,
         engine,

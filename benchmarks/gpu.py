@@ -1,4 +1,4 @@
-"""`make bench-gpu`: tokens/s and MFU of a LoRA step on one GPU, and decoding speed.
+"""Tokens/s and FLOP/s of a LoRA step on one GPU.
 
 The models have the shapes of Qwen2.5 and random weights, so nothing is downloaded; speed does not depend on
 the values of weights. Batches are as large as memory allows.
@@ -7,18 +7,15 @@ the values of weights. Batches are as large as memory allows.
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cache, lru_cache, partial
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
-from benchmarks import gpu_decoding, harness
-from benchmarks.harness import Bench, seconds
+from benchmarks.harness import seconds
 from parallelmind.config import LoraConfig, OptimizerConfig, RopeConfig, Visibility
 from parallelmind.data.packing import make_batch
 from parallelmind.errors import UserError
@@ -62,7 +59,7 @@ class Speed:
     flops: float
 
 
-def _qwen(
+def qwen(
     vocabulary: int, hidden: int, inner: int, layers: int, heads: int, kv_heads: int, tied: bool
 ) -> Qwen2Config:
     return Qwen2Config(
@@ -78,8 +75,8 @@ def _qwen(
 
 
 SHAPES = {
-    "05b": Shape(_qwen(151936, 896, 4864, 24, 14, 2, tied=True), checkpointing=False),
-    "7b": Shape(_qwen(152064, 3584, 18944, 28, 28, 4, tied=False), checkpointing=True),
+    "05b": Shape(qwen(151936, 896, 4864, 24, 14, 2, tied=True), checkpointing=False),
+    "7b": Shape(qwen(152064, 3584, 18944, 28, 28, 4, tied=False), checkpointing=True),
 }
 WORKLOADS = {
     "": Workload("columnar", 1024, 128, rows=32),
@@ -162,59 +159,6 @@ def _largest_batch(step: Callable[[Batch], float], work: Workload, vocabulary: i
         rows //= 2
 
 
-@lru_cache(maxsize=1)
-def _model(shape: str) -> nn.Module:
-    return build(SHAPES[shape], "cuda")
-
-
-@cache
-def _speed(shape: str, work: str) -> Speed:
-    return measure(_model(shape), WORKLOADS[work])
-
-
 def peak(device: str) -> float | None:
     """Peak FLOP/s of a GPU by its device name; None if it is not in the table."""
     return next((_PEAK_FLOPS[word] for word in re.split(r"[\s-]+", device) if word in _PEAK_FLOPS), None)
-
-
-def benches(device: str) -> list[Bench]:
-    """Return tokens/s for each model and workload, and MFU if the GPU's peak is known."""
-    result, peak_flops = [], peak(device)
-    for shape in SHAPES:
-        for work in WORKLOADS:
-            name = f"training.gpu_{shape}{work}"
-            result.append(
-                Bench(f"{name}_tokens_per_s", None, "higher", "tokens/s", partial(_tokens, shape, work))
-            )
-            if peak_flops is not None:
-                result.append(
-                    Bench(f"{name}_mfu", None, "higher", "share", partial(_mfu, shape, work, peak_flops))
-                )
-    return result
-
-
-def _tokens(shape: str, work: str) -> float:
-    return _speed(shape, work).tokens
-
-
-def _mfu(shape: str, work: str, peak_flops: float) -> float:
-    return _speed(shape, work).flops / peak_flops
-
-
-def main() -> None:
-    if not torch.cuda.is_available():
-        print(
-            "error: torch finds no CUDA device; run make bench-gpu on a machine with a GPU",
-            file=sys.stderr,
-        )
-        sys.exit(2)
-    device = torch.cuda.get_device_name()
-    all_benches = [*benches(device), *gpu_decoding.benches(SHAPES["05b"].config)]
-    rows = harness.run(all_benches, "", "make bench-gpu")
-    rows = [replace(row, machine=f"{device}, {row.machine}") for row in rows]
-    harness.record(rows)
-    harness.show(rows)
-
-
-if __name__ == "__main__":
-    main()

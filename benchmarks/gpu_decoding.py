@@ -1,4 +1,4 @@
-"""`make bench-gpu`: sixteen branches on one GPU against Hugging Face's padded batch of the same prompts.
+"""Decoding of sixteen branches on one GPU against Hugging Face's padded batch of the same prompts.
 
 Random weights in the shape of Qwen2.5, bfloat16. One run is prefill and 64 new tokens.
 """

@@ -61,6 +61,7 @@ PEERS = {
             "--weight-format=fp32",
         ),
     ),
+    "trl": Peer("TRL 1.16.0", ("torch==2.13.0", "trl==1.16.0", "peft==0.20.0"), ("torchvision",)),
 }
 
 

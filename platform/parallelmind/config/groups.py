@@ -183,7 +183,7 @@ class DataConfig(FrozenConfig):
 class OptimizerConfig(FrozenConfig):
     """Training and optimizer."""
 
-    LATER_FIELDS: ClassVar[frozenset[str]] = frozenset({"global_batch_size"})
+    LATER_FIELDS: ClassVar[frozenset[str]] = frozenset({"compile", "global_batch_size"})
 
     tuning: Literal["lora", "full"] = Field(
         "lora", description="lora: train an adapter; full: train every parameter of the model"
@@ -219,6 +219,11 @@ class OptimizerConfig(FrozenConfig):
     )
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass: less memory, more time"
+    )
+    compile: bool = Field(
+        False,
+        description="compile the decoder layers (torch.compile) and pad batches to few shapes: a slow start, "
+        "then faster steps",
     )
     seed: int = Field(0, ge=0, description="seed of grouping, shuffling, initialisation and dropout")
 

@@ -168,6 +168,12 @@ class TrainConfig(GroupedConfig):
         return self
 
     @model_validator(mode="after")
+    def _check_compile(self) -> Self:
+        if self.optimizer.compile and self.workers.sharding == "full":
+            raise ValueError("compile=true: cannot compile sharded layers; drop it or sharding=full")
+        return self
+
+    @model_validator(mode="after")
     def _check_tuning(self) -> Self:
         if self.optimizer.tuning == "full" and self.optimizer.resume_adapter:
             raise ValueError(

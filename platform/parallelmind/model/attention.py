@@ -21,7 +21,7 @@ from parallelmind.model.patch_state import is_patched
 from parallelmind.model.structure import causal_lm, text_modules
 
 # Number of tokens above which a sequence is computed with FlexAttention. It is a default, not a measurement:
-# experiments/LOG.md records no run of the kernel on a GPU, and `make bench-gpu` compares both attentions. It
+# experiments/LOG.md records no run of the kernel on a GPU, and `make gpu-day` measures both attentions. It
 # lies between lengths that suit SDPA and lengths at which skipped blocks outweigh the overhead of the kernel.
 # It is a constant, so that a resumed run makes the same choice.
 FLEX_ABOVE = 2048

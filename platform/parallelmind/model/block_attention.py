@@ -58,6 +58,7 @@ class BlockAttention(AttentionBackend):
         self._rows = [_blocks(row) for row in rows]
         super().__init__(sum(len(block.bias) for block in self._rows[0]))
 
+    @torch.compiler.disable  # its blocks are different in every batch
     def attend(
         self,
         query: Tensor,

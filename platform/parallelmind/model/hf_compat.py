@@ -218,8 +218,7 @@ def hands_over_masks(model: PreTrainedModel) -> bool:
     name `ALL_ATTENTION_FUNCTIONS` in the module that defines a layer, which is another table where a model
     overrides attention functions.
     """
-    modules = text_modules(model).values()
-    layers = [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
+    modules, layers = text_modules(model).values(), decoder_layers(model)
     return (
         attention_name(model) in _OWN_NAMES
         and all(module._supports_flex_attn for module in modules if isinstance(module, PreTrainedModel))
@@ -338,6 +337,12 @@ def _refuse_unknown(kwargs: dict[str, Any], *honoured: str) -> None:
 
 
 # Structure of models
+
+
+def decoder_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+    """The layers of the text model. Relies on: they are the modules that can recompute their activations."""
+    modules = text_modules(model).values()
+    return [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
 
 
 def applies_sliding_window(decoder: nn.Module) -> bool:

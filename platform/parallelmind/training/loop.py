@@ -25,6 +25,7 @@ from parallelmind.model.structure import causal_lm
 from parallelmind.model.weights import load_weights
 from parallelmind.training.checkpoint import TrainingState, read_checkpoint, restore_optimizer, snapshot
 from parallelmind.training.checkpoint_manager import CheckpointManager, newest_checkpoint
+from parallelmind.training.compilation import compile_layers, pad_to_bucket
 from parallelmind.training.hooks import Hooks
 from parallelmind.training.loss import TargetLoss
 from parallelmind.training.metrics_logger import MetricsLogger
@@ -102,6 +103,8 @@ class Trainer:
         self.state = saved.state if saved is not None else self._initial_state()
         # A resumed run keeps the estimate of its checkpoint, and so its learning rate schedule.
         self.state.batches_per_epoch = self.state.batches_per_epoch or inputs.batches_per_epoch
+        if self.optimizer_config.compile:
+            compile_layers(inputs.model)
         self.loss = TargetLoss(inputs.model, self.config.rope.visibility, getattr(torch, self.dtype)).train()
         if self.config.workers.sharding == "full":
             shard(self.loss)
@@ -132,12 +135,16 @@ class Trainer:
 
     def train_epoch(self) -> None:
         """Train on the rest of an epoch."""
-        stream = iter(self.attention_logger(self.inputs.batches(self.state.epoch, self.state.batches)))
+        batches = self._shaped(self.inputs.batches(self.state.epoch, self.state.batches))
+        stream = iter(self.attention_logger(batches))
         while not self.is_done:
             if not self.train_step(stream):
                 self.state.batches_per_epoch = self.state.batches or self.state.batches_per_epoch
                 self.state.epoch, self.state.batches = self.state.epoch + 1, 0
                 return
+
+    def _shaped(self, batches: Iterable[Batch]) -> Iterable[Batch]:
+        return map(pad_to_bucket, batches) if self.optimizer_config.compile else batches
 
     def train_step(self, stream: Iterator[Batch]) -> bool:
         """Launch one optimizer step; False if no worker has data left. Nothing is read from the device."""
@@ -267,7 +274,8 @@ class Trainer:
     def _validate(self) -> bool:
         """Validate; True if the mean of the validation losses is the lowest so far."""
         self.validated_at, started = self.state.step, time.perf_counter()
-        metrics = validation_metrics(self.loss, self.inputs.validation)
+        batches = {count: list(self._shaped(own)) for count, own in self.inputs.validation.items()}
+        metrics = validation_metrics(self.loss, batches)
         self.metrics_logger.log_validation(self.state, metrics, started)
         losses = [value for name, value in metrics.items() if name.startswith("validation/loss_")]
         if not losses:

@@ -37,6 +37,7 @@ from parallelmind.model.hf_compat import (
     attention_name,
     block_class_names,
     compares_attention_name,
+    decoder_layers,
     drop_quantization,
     hands_over_masks,
     has_own_attention,
@@ -344,6 +345,11 @@ def test_a_layer_takes_its_checkpoint_function_from_itself() -> None:
 def test_sliding_windows_are_applied_by_the_modules_that_import_their_mask() -> None:
     assert applies_sliding_window(tiny_model("mistral").model)
     assert not applies_sliding_window(tiny_llama().model)
+
+
+def test_layers_are_found_by_their_class() -> None:
+    model = tiny_llama()
+    assert decoder_layers(model) == list(model.model.layers)
 
 
 def test_recurrent_models_say_so() -> None:
