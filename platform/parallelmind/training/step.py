@@ -28,6 +28,7 @@ from parallelmind.model.inputs import to_tensors
 from parallelmind.training.loss import TargetLoss
 
 _SKIPS = "found_inf"  # attribute by which torch's gradient scaler tells a fused optimizer to skip its step
+_BUCKET_VALUES = 1 << 23  # of the gradients that one message sums over the workers: 32 MiB
 _CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")  # in the text of torch's RuntimeError
 
 
@@ -184,19 +185,46 @@ def optimizer_step(
     clipping, a scalar that stays on the device; if it is not finite, the weights and the optimizer state stay
     as they were.
     """
-    parts = [_local_gradient(parameter) for parameter in trainable(loss)]
-    flat = torch.cat([part.flatten().float() for part in parts])
-    if not isinstance(loss, FSDPModule):  # FSDP sums over the workers in the backward pass
-        sum_over_workers(flat)
-    flat /= targets
-    norm = sum_over_workers(flat.norm() ** 2).sqrt() if isinstance(loss, FSDPModule) else flat.norm()
-    flat *= (clip / (norm + 1e-6)).clamp(max=1.0)
-    for part, gradient in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
-        part.copy_(gradient.view_as(part))
+    gradients = [_local_gradient(parameter) for parameter in trainable(loss)]
+    is_sharded = isinstance(loss, FSDPModule)
+    if not is_sharded:  # FSDP sums over the workers in the backward pass
+        _sum_gradients(gradients)
+    torch._foreach_div_(gradients, targets)
+    norm = _norm(gradients, is_sharded)
+    torch._foreach_mul_(gradients, (clip / (norm + 1e-6)).clamp(max=1.0))
     setattr(optimizer, _SKIPS, (~norm.isfinite()).float())
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+def _sum_gradients(gradients: list[Tensor]) -> None:
+    """Sum the gradients over all workers in place, a bucket at a time."""
+    if not _is_distributed():
+        return
+    for bucket in _buckets(gradients):
+        flat = torch.cat([gradient.flatten() for gradient in bucket])
+        parts = sum_over_workers(flat).split([gradient.numel() for gradient in bucket])
+        for gradient, part in zip(bucket, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
+    """The gradients in order, in groups of at most `_BUCKET_VALUES` values or of one gradient."""
+    bucket: list[Tensor] = []
+    for gradient in gradients:
+        if bucket and sum(part.numel() for part in bucket) + gradient.numel() > _BUCKET_VALUES:
+            yield bucket
+            bucket = []
+        bucket.append(gradient)
+    if bucket:
+        yield bucket
+
+
+def _norm(gradients: list[Tensor], is_sharded: bool) -> Tensor:
+    """Norm of all gradients; of the shards of all workers if they are sharded."""
+    norm = torch.stack(torch._foreach_norm(gradients)).norm()
+    return sum_over_workers(norm**2).sqrt() if is_sharded else norm
 
 
 def _local_gradient(parameter: nn.Parameter) -> Tensor:
@@ -208,7 +236,7 @@ def _local_gradient(parameter: nn.Parameter) -> Tensor:
 
 def sum_over_workers(values: Tensor) -> Tensor:
     """Sum in place over all workers. Values of the host do not wait for the device."""
-    if dist.is_available() and dist.is_initialized():
+    if _is_distributed():
         dist.all_reduce(values, group=_host_group(dist.group.WORLD) if values.is_cpu else None)
     return values
 
@@ -217,3 +245,7 @@ def sum_over_workers(values: Tensor) -> Tensor:
 def _host_group(world: Any) -> Any:
     """The group of all workers that takes tensors of the host; NCCL's takes none."""
     return world if "cpu:" in dist.get_backend_config(world) else dist.new_group(backend="gloo")
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
