@@ -18,8 +18,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tiny import tiny_llama
+from safetensors.torch import save_file
+from tiny import save_tiny
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from parallelmind.config import TrainConfig
@@ -27,13 +29,12 @@ from parallelmind.data.batch_server import ShardAssignment
 from parallelmind.data.packing import EpochSeed, TokenRecord, make_batch, sample_batches
 from parallelmind.evaluation.tree_law import law_tree
 from parallelmind.layout import Batch, Tokens
-from parallelmind.model.adapter import add_lora
-from parallelmind.model.patch import patch
 from parallelmind.remote import RemotePath
-from parallelmind.training.checkpoint import full_weights
-from parallelmind.training.checkpoint_manager import CheckpointManager
+from parallelmind.training.build import build_model
+from parallelmind.training.checkpoint_manager import CheckpointManager, CheckpointWriter
 from parallelmind.training.loop import TrainingInputs, train
 from parallelmind.training.loss import TargetLoss
+from parallelmind.training.sharded_checkpoint import full_weights
 from parallelmind.training.sharding import shard
 from parallelmind.training.step import accumulate_gradients, sum_over_workers, trainable
 
@@ -44,15 +45,14 @@ ROWS = [
 ROWS[4::9] = [TokenRecord(law_tree(), standalone=False)] * len(ROWS[4::9])
 
 
-def fresh_model(settings: TrainConfig) -> nn.Module:
-    model = tiny_llama()
-    patch(model, settings.rope)
-    return model if settings.optimizer.tuning == "full" else add_lora(model, settings.lora, seed=0)
+def fresh_model(config: TrainConfig) -> nn.Module:
+    return build_model(config, torch.device("cpu"))[0]
 
 
 def settings(**values: object) -> TrainConfig:
     defaults = {
         "data_path": "-",
+        "seed": 0,
         "batch_size": 3,
         "branches_per_sample": 2,
         "lora_rank": 4,
@@ -103,7 +103,8 @@ def check_gradients(config: TrainConfig) -> None:
         for group in islice(sample_batches(ROWS, config.data, EpochSeed(config.optimizer.seed)), len(chosen))
         for sample in group.samples
     ]
-    loss = TargetLoss(with_nonzero_lora(fresh_model(config)), config.rope.visibility)
+    whole = fresh_model(config.replace(sharding="none"))
+    loss = TargetLoss(with_nonzero_lora(whole), config.rope.visibility)
     single, _ = accumulate_gradients(loss, iter([make_batch(samples, config.rope, 0)]), 1)
     expected = (
         torch.cat([weight.grad.flatten() for weight in trainable(loss) if weight.grad is not None])
@@ -111,7 +112,7 @@ def check_gradients(config: TrainConfig) -> None:
     )
     distributed = TargetLoss(with_nonzero_lora(fresh_model(config)), config.rope.visibility)
     if config.workers.sharding == "full":
-        shard(distributed)
+        shard(distributed, torch.device("cpu"))
     actual = mean_gradient(distributed, chosen[rank::workers])
     error = float((actual - expected).norm() / expected.norm())
     assert error <= 1e-5, error
@@ -141,8 +142,13 @@ def run(
 ) -> tuple[dict[int, float], dict[str, Tensor]]:
     rank, workers = dist.get_rank(), dist.get_world_size()
     model, hooks = fresh_model(config), LossRecorder(stop_at)
-    manager = CheckpointManager(RemotePath(folder), 2) if rank == 0 else None
-    newest = [manager.resume(config.fingerprint(), print) if manager else None]
+    writer: CheckpointWriter | None = None
+    newest = [None]
+    if rank == 0:
+        writer = manager = CheckpointManager(RemotePath(folder), 2)
+        newest = [manager.resume(config.fingerprint(), print)]
+    elif config.workers.sharding == "full":
+        writer = CheckpointWriter(RemotePath(folder))
     dist.broadcast_object_list(newest)
 
     def stream(epoch: int, first: int) -> Iterator[Batch]:
@@ -152,25 +158,59 @@ def run(
                 yield batch
 
     held_out = {1: batches(config)[rank :: workers + 1]}  # workers may have unequal numbers of batches
-    train(TrainingInputs(config, config.fingerprint(), model, stream, hooks, 8, held_out, manager), newest[0])
-    weights = full_weights(model)
-    if manager:
-        manager.close()
+    train(TrainingInputs(config, config.fingerprint(), model, stream, hooks, 8, held_out, writer), newest[0])
+    gathered = folder / "gathered"
+    gathered.mkdir(exist_ok=True)
+    weights = full_weights(model, gathered)
+    if writer:
+        writer.close()
     dist.barrier()
     return hooks.losses, weights
 
 
 def check_resume(config: TrainConfig, folder: Path) -> None:
-    """A resumed run equals an undisturbed one bit for bit; a sharded run is close to an unsharded one."""
+    """A resumed run equals an undisturbed one bit for bit; a sharded run is close to an unsharded one.
+
+    A run that goes on from a checkpoint of the other kind is close to both.
+    """
     losses, weights = run(config, folder / "whole")
     first, _ = run(config, folder / "cut", stop_at=2)
     resumed, actual = run(config, folder / "cut")
     assert first | resumed == losses
     assert all(torch.equal(actual[name], value) for name, value in weights.items())
+    if dist.get_rank() == 0:
+        save_file(actual, folder / "trained.safetensors")
     if config.workers.sharding == "full":
         _, unsharded = run(config.replace(sharding="none"), folder / "plain")
-        for name, value in unsharded.items():
-            torch.testing.assert_close(actual[name], value, rtol=1e-3, atol=1e-5)
+        run(config, folder / "unsharded", stop_at=2)
+        _, unsharded_later = run(config.replace(sharding="none"), folder / "unsharded")
+        run(config.replace(sharding="none"), folder / "sharded", stop_at=2)
+        _, sharded_later = run(config, folder / "sharded")
+        for name, value in actual.items():
+            for other in (unsharded, unsharded_later, sharded_later):
+                torch.testing.assert_close(value, other[name], rtol=1e-3, atol=1e-5)
+
+
+def check_precision(config: TrainConfig) -> None:
+    """With sharding, weights are gathered in bfloat16, and gradients are summed and kept in float32."""
+    batch = batches(config)[0]
+    exact, plain, sharded = (
+        TargetLoss(
+            with_nonzero_lora(fresh_model(config.replace(dtype=dtype, sharding=sharding))),
+            config.rope.visibility,
+            getattr(torch, dtype),
+        )
+        for dtype, sharding in (("float32", "none"), ("bfloat16", "none"), ("bfloat16", "full"))
+    )
+    shard(sharded, torch.device("cpu"))
+    seen = set[torch.dtype]()
+    layer = [module for module in sharded.modules() if isinstance(module, FSDPModule)][-1]
+    layer.register_forward_pre_hook(lambda module, _: seen.update(part.dtype for part in module.parameters()))
+    gradients = [mean_gradient(loss, [batch]) for loss in (exact, plain, sharded)]
+    assert seen == {torch.bfloat16}
+    assert {weight.grad.dtype for weight in trainable(sharded) if weight.grad is not None} == {torch.float32}
+    plain_error, sharded_error = (float((each - gradients[0]).norm()) for each in gradients[1:])
+    assert sharded_error <= 1.2 * plain_error, (sharded_error, plain_error)
 
 
 @contextmanager
@@ -184,12 +224,14 @@ def group_of(workers: int, file: Path) -> Iterator[bool]:
         dist.destroy_process_group()
 
 
-def check_worker_counts(folder: Path) -> None:
+def check_worker_counts(base: str, folder: Path) -> None:
     """Any number of workers computes the same gradients and losses, also where it changes during a run.
 
     Three workers do not divide the four batches of a step, as after the loss of one of four workers.
     """
-    config = settings(global_batch_size=12, num_workers=4, accumulation_steps=None, lora_dropout=0.1)
+    config = settings(
+        base_model=base, global_batch_size=12, num_workers=4, accumulation_steps=None, lora_dropout=0.1
+    )
     results = dict[str, tuple[Tensor, dict[int, float]]]()
     for name, counts in {"1": [1], "2": [2], "3": [3], "4": [4], "4 to 1": [4, 1], "2 to 4": [2, 4]}.items():
         losses: dict[int, float] = {}
@@ -218,14 +260,20 @@ def first_gradient(config: TrainConfig) -> Tensor:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     case, folder = sys.argv[1], Path(sys.argv[2])
+    base = folder / "base"
+    with group_of(int(os.environ["WORLD_SIZE"]), folder / "start"):
+        if dist.get_rank() == 0:
+            save_tiny(base)
+        dist.barrier()
     if case == "counts":
-        check_worker_counts(folder)
+        check_worker_counts(str(base), folder)
         print("any number of workers agrees", flush=True)
         os._exit(0)
     dist.init_process_group("gloo")
     for sharding in ("none", "full"):
         for tuning in ("lora", "full"):
             config = settings(
+                base_model=str(base),
                 sharding=sharding,
                 tuning=tuning,
                 lora_dropout=0.0 if sharding == "full" else 0.1,
@@ -233,6 +281,8 @@ if __name__ == "__main__":
             )
             if case == "gradients":
                 check_gradients(config.replace(lora_dropout=0.0))
+                if sharding == "full":
+                    check_precision(config)
             else:
                 check_resume(config, folder / f"{sharding}-{tuning}")
             print(f"{sharding} {tuning} agrees", flush=True)

@@ -103,6 +103,16 @@ def remove_partial_dirs(parent: Path) -> None:
 
 
 @contextmanager
+def partial_dir(parent: Path | None) -> Iterator[Path]:
+    """Yield an empty folder, which is removed at the end or, after a kill, by `remove_partial_dirs`.
+
+    parent: by default the system's folder for temporary files.
+    """
+    with tempfile.TemporaryDirectory(dir=parent, prefix=f".{_PARTIAL_MARK}") as scratch:
+        yield Path(scratch)
+
+
+@contextmanager
 def atomic_dir(folder: Path) -> Iterator[Path]:
     """Yield an empty folder to fill. On success it is flushed to disk and replaces `folder` by one rename.
 

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import workers
 from families import FAMILIES, variant
+from safetensors.torch import load_file
 
 from parallelmind.config import LoraConfig, RopeConfig
 from parallelmind.evaluation.laws import check_siblings
@@ -27,7 +29,11 @@ from parallelmind.layout import Tokens, arrange, collate
 from parallelmind.model.adapter import add_lora
 from parallelmind.model.inputs import Tensors, decoder_inputs, to_tensors
 from parallelmind.model.patch import patch
+from parallelmind.model.weights import trained_weights
+from parallelmind.training.checkpoint import restore
+from parallelmind.training.checkpoint_manager import checkpoint_dirs
 from parallelmind.training.loss import target_loss
+from parallelmind.training.step import make_optimizer
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = RopeConfig()
@@ -200,6 +206,26 @@ def test_two_processes_average_the_gradients_of_one():
 def test_two_workers_equal_one(case, tmp_path):
     """Replicated or sharded, adapter or full model: equal gradients to 1e-5, and exact resumption."""
     assert in_processes(2, "workers", case, str(tmp_path)).count("agrees") == 8
+    if case == "resume":
+        check_one_worker_resumes(tmp_path)
+
+
+def check_one_worker_resumes(folder: Path) -> None:
+    """What two workers have written in parts, one worker reads as a whole, and without process groups."""
+    for tuning in ("lora", "full"):
+        config = workers.settings(base_model=str(folder / "base"), tuning=tuning)
+        model = workers.fresh_model(config)
+        optimizer = make_optimizer(model, config.optimizer)
+        run = folder / f"full-{tuning}"
+        newest = checkpoint_dirs(run / "cut")[-1]
+        assert len(list(newest.glob("shard-*"))) == 2
+        state = restore(newest, model, optimizer)
+        assert state.step == 4
+        expected = load_file(run / "trained.safetensors")
+        assert all(torch.equal(value, expected[name]) for name, value in trained_weights(model).items())
+        moments = [values["exp_avg_sq"] for values in optimizer.state.values()]
+        assert len(moments) == len(expected)
+        assert all(moment.any() for moment in moments)
 
 
 def test_any_number_of_workers_computes_the_same_steps(tmp_path):

@@ -6,7 +6,7 @@ import logging
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,10 @@ import ray.train.torch
 import torch
 from ray.train.collective import broadcast_from_rank_zero
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from parallelmind.config import LoraConfig, ModelConfig, OptimizerConfig, RopeConfig, TrainConfig
+from parallelmind.config import TrainConfig
 from parallelmind.crash_report import keep_traceback
 from parallelmind.data.batch_server import ShardAssignment
 from parallelmind.data.held_out import HeldOut
@@ -28,16 +28,18 @@ from parallelmind.data.packing import make_batch
 from parallelmind.data.pipeline import receive_batches
 from parallelmind.errors import translate_write_errors
 from parallelmind.layout import Batch
-from parallelmind.model.adapter import add_lora, resume_adapter, save_trained
-from parallelmind.model.base_model import load_base
-from parallelmind.model.lm_head import check_lm_head
+from parallelmind.model.adapter import save_trained
 from parallelmind.model.manifest import MANIFEST, SAMPLES, check_replaceable
-from parallelmind.model.patch import patch
-from parallelmind.storage import atomic_dir, remove_partial_dirs
-from parallelmind.training.checkpoint import full_weights
-from parallelmind.training.checkpoint_manager import CheckpointManager, download_checkpoint
+from parallelmind.storage import atomic_dir, partial_dir, remove_partial_dirs
+from parallelmind.training.build import build_model
+from parallelmind.training.checkpoint_manager import (
+    CheckpointManager,
+    CheckpointWriter,
+    download_checkpoint,
+)
 from parallelmind.training.loop import TrainingInputs, train
 from parallelmind.training.outcome import Outcome
+from parallelmind.training.sharded_checkpoint import full_weights
 from workloads.train.page_samples import read_samples
 from workloads.train.provenance import save_loss_plot
 from workloads.train.ray_hooks import RayHooks
@@ -73,14 +75,13 @@ def run_worker(task: WorkerTask, batch_server: Any) -> Outcome:
     config, context = task.config, ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     hooks = RayHooks(task.run_dir, task.mlflow_uri, task.mlflow_run, is_leader=rank == 0)
-    manager = (
-        CheckpointManager(task.run_dir.checkpoints, config.checkpoint.keep_checkpoints) if rank == 0 else None
-    )
+    writer = _checkpoint_writer(task, rank)
     try:
-        group, checkpoint = _agree_on_start(task, manager, hooks)
+        group, checkpoint = _agree_on_start(task, writer, hooks)
         if config.workers.min_workers is not None:
             hooks.print_line(f"{workers} of {config.workers.num_workers} workers")
-        model, tokenizer = build_model(config.model, config.rope, config.lora, config.optimizer)
+        device = ray.train.torch.get_device()
+        model, tokenizer = build_model(config, device)
         inputs = TrainingInputs(
             config,
             task.run_dir.config_hash,
@@ -89,24 +90,35 @@ def run_worker(task: WorkerTask, batch_server: Any) -> Outcome:
             hooks,
             task.batches_per_epoch,
             validation_batches(task, tokenizer, rank, workers),
-            manager,
+            writer,
             task.mlflow_run,
+            device,
         )
         outcome = train(inputs, checkpoint)
         if outcome.finished:
             save_result(task, model, tokenizer, hooks, outcome, is_leader=rank == 0)
     finally:
         hooks.close()
-        if manager:
-            manager.close()
+        if writer:
+            writer.close()
     return outcome
 
 
+def _checkpoint_writer(task: WorkerTask, rank: int) -> CheckpointWriter | None:
+    """What writes this worker's part of the checkpoints: all of them, its shards, or nothing."""
+    config, path = task.config, task.run_dir.checkpoints
+    if rank == 0:
+        return CheckpointManager(path, config.checkpoint.keep_checkpoints)
+    return CheckpointWriter(path) if config.workers.sharding == "full" else None
+
+
 def _agree_on_start(
-    task: WorkerTask, manager: CheckpointManager | None, hooks: RayHooks
+    task: WorkerTask, writer: CheckpointWriter | None, hooks: RayHooks
 ) -> tuple[str, Path | None]:
     """Name of this worker group, and local folder of the checkpoint to resume from; rank 0 chooses both."""
-    newest = manager.resume(task.run_dir.config_hash, hooks.print_line) if manager else None
+    newest = None
+    if isinstance(writer, CheckpointManager):
+        newest = writer.resume(task.run_dir.config_hash, hooks.print_line)
     group, name = broadcast_from_rank_zero((uuid4().hex, newest and newest.name))
     if name is None:
         return group, None
@@ -133,23 +145,6 @@ def _batch_stream(
             )
 
     return stream
-
-
-def build_model(
-    base: ModelConfig, rope: RopeConfig, lora: LoraConfig, optimizer: OptimizerConfig
-) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """The patched model on this worker's device, with float32 weights where it is trained."""
-    full = optimizer.tuning == "full"
-    model, tokenizer = load_base(base.model_copy(update={"dtype": "float32"}) if full else base)
-    check_lm_head(model)
-    if rope.patch_rope:
-        patch(model, rope)
-    trained: nn.Module = model
-    if optimizer.resume_adapter is not None:
-        trained = resume_adapter(model, tokenizer, optimizer.resume_adapter, lora)
-    elif not full:
-        trained = add_lora(model, lora, optimizer.seed)
-    return trained.to(ray.train.torch.get_device()), tokenizer
 
 
 def validation_batches(
@@ -182,9 +177,23 @@ def save_result(
 
     The folder gets its name last, so a run that is killed earlier repeats this step when it resumes.
     """
-    weights = full_weights(model)  # a collective operation where the model is sharded
-    if not is_leader:
-        return
+    local = task.run_dir.path.local
+    if is_leader:
+        remove_partial_dirs(local)
+    with partial_dir(local if is_leader else None) as scratch:
+        weights = full_weights(model, scratch)  # a collective operation where the model is sharded
+        if is_leader:
+            _write_result(task, model, tokenizer, hooks, outcome, weights)
+
+
+def _write_result(
+    task: WorkerTask,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    hooks: RayHooks,
+    outcome: Outcome,
+    weights: Mapping[str, Tensor],
+) -> None:
     run_dir, result = task.run_dir, task.run_dir.result
     extra = {
         "run": run_dir.name,
@@ -194,7 +203,6 @@ def save_result(
         SAMPLES: read_samples(task.validation_files, task.config.metrics.page_samples, tokenizer),
     }
     check_replaceable(result.local, "adapter" if task.config.optimizer.tuning == "lora" else "model")
-    remove_partial_dirs(run_dir.path.local)
     with atomic_dir(result.local) as folder:
         with translate_write_errors("output_dir", task.config.run.output_dir, SafetensorError):
             save_trained(model, tokenizer, folder, task.config, extra, weights)

@@ -136,7 +136,8 @@ def sample_weights(model: PreTrainedModel) -> dict[str, list[float]]:
 
 
 def _values(weight: Any) -> list[float]:
-    flat = weight.detach().reshape(-1)
+    whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # sharded over processes
+    flat = whole.detach().reshape(-1)
     values: list[float] = flat[_spread(range(flat.numel()), _VALUES)].float().tolist()
     return values
 

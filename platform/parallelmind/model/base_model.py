@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.utils import logging as hub_logging
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,7 +23,7 @@ from transformers import (
 
 from parallelmind.config import ModelConfig
 from parallelmind.errors import UserError, first_line, translate_read_errors
-from parallelmind.model.hf_compat import no_load_report, no_progress_bars
+from parallelmind.model.hf_compat import no_load_report, no_progress_bars, sharded_loading
 from parallelmind.model.hub import find_hub_model
 from parallelmind.model.new_tokens import extend_model, extend_tokenizer
 from parallelmind.model.quantize import quantization_config
@@ -73,19 +74,21 @@ def is_hub_id(name: str) -> bool:
 
 
 def load_base(
-    config: ModelConfig, attn_implementation: str | None = None
+    config: ModelConfig, attn_implementation: str | None = None, mesh: DeviceMesh | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model in eval mode and in `config.dtype`, and its tokenizer; every weight is from its files.
 
     The model is on the CPU. A quantised model is on the current accelerator, if there is one.
-    attn_implementation: by default sdpa where the model supports it, else eager. Raises UserError if the
-    model cannot be loaded.
+    attn_implementation: by default sdpa where the model supports it, else eager. mesh: of processes on the
+    CPU, each of which reads and holds its shard of every weight, and no more; without it, the model is whole.
+    Raises UserError if the model cannot be loaded.
     """
     if attn_implementation not in (None, *ATTENTION):
         raise UserError(
             f"attn_implementation={attn_implementation}: not supported; choose one of {', '.join(ATTENTION)}"
         )
-    with no_progress_bars(), no_load_report():
+    sharded = sharded_loading(mesh, bool(config.add_tokens)) if mesh is not None else nullcontext()
+    with no_progress_bars(), no_load_report(), sharded:
         model, info = _from_pretrained(
             AutoModelForCausalLM,
             config,

@@ -23,7 +23,10 @@ from typing import Any, cast
 import peft
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors import safe_open
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.experimental import implicit_replication
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.generation.logits_process import LogitsProcessor
@@ -37,6 +40,7 @@ from transformers.utils.generic import TransformersKwargs
 
 from parallelmind.model import step_ops
 from parallelmind.model.forward_context import checkpoint_with_context
+from parallelmind.model.shards import shard_parameters
 from parallelmind.model.structure import decoder_name, text_modules
 
 SDPA, FLEX = "sdpa", "flex_attention"
@@ -407,7 +411,7 @@ def wrap_with_adapter(model: PreTrainedModel | PeftModel, settings: peft.LoraCon
     Relies on: the texts of three warnings. peft reads an attribute that transformers has renamed, reports how
     GPT-2 stores its weights, and sets rank patterns for fused experts that the targets do not cover.
     """
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), implicit_replication():  # DoRA computes with sharded weights of the base
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
         warnings.filterwarnings(
@@ -417,6 +421,34 @@ def wrap_with_adapter(model: PreTrainedModel | PeftModel, settings: peft.LoraCon
             model.add_adapter(name, settings)
             return model
         return cast(PeftModel, get_peft_model(model, settings, adapter_name=name))
+
+
+@contextmanager
+def sharded_loading(mesh: DeviceMesh, whole_embeddings: bool) -> Iterator[None]:
+    """Within it, `from_pretrained` shards every parameter over the mesh and reads this process's part alone.
+
+    whole_embeddings: leave the embeddings whole. Raises ValueError for weights that are not safetensors.
+
+    Relies on: `PreTrainedModel._load_pretrained_model` gets a model on the meta device, and reads slices of a
+    parameter that is a DTensor.
+    """
+    original = PreTrainedModel._load_pretrained_model
+
+    def load(model: PreTrainedModel, state_dict: Any, files: list[str], *args: Any) -> Any:
+        if not all(file.endswith(".safetensors") for file in files):
+            raise ValueError("sharding=full reads parts of safetensors files, and these are pickles")
+        whole = [model.get_input_embeddings(), model.get_output_embeddings()] if whole_embeddings else []
+        shard_parameters(model, mesh, {module.weight for module in whole if module is not None})
+        # Read, not mapped: pages of a mapped file count as memory of the process.
+        opened = [safe_open(file, framework="pt", backend="pread") for file in files]
+        slices = {name: file.get_slice(name) for file in opened for name in file.keys()}  # noqa: SIM118
+        return original(model, slices, None, *args)
+
+    PreTrainedModel._load_pretrained_model = staticmethod(load)  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        PreTrainedModel._load_pretrained_model = staticmethod(original)  # type: ignore[method-assign]
 
 
 @contextmanager

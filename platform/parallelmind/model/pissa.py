@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from parallelmind.config import LoraConfig
 from parallelmind.errors import UserError
+from parallelmind.model.shards import copy_full, to_full
 from parallelmind.model.weights import trained_weights
 
 _INITIAL_WEIGHTS = "_pissa_initial_weights"
@@ -63,9 +64,10 @@ def _split(layer: LoraLayer) -> None:
     """
     name = layer.active_adapters[0]
     base, scale, rank = layer.get_base_layer(), layer.scaling[name], layer.r[name]
-    a, b, weight = (cast(Tensor, module.weight) for module in (layer.lora_A[name], layer.lora_B[name], base))
-    if isinstance(base, Conv1D):
-        weight = weight.T  # [out, in], as in nn.Linear
+    a, b = (cast(Tensor, module.weight) for module in (layer.lora_A[name], layer.lora_B[name]))
+    base_weight = cast(Tensor, base.weight)
+    full = to_full(base_weight)
+    weight = full.T if isinstance(base, Conv1D) else full  # [out, in]
     # Power iterations find the leading directions in seconds. A full decomposition takes minutes.
     left, values, right = torch.svd_lowrank(
         weight.double(), q=min(rank + _OVERSAMPLING, *weight.shape), niter=_ITERATIONS
@@ -74,6 +76,7 @@ def _split(layer: LoraLayer) -> None:
     a.copy_((right[:, :rank] * root).T)
     b.copy_(left[:, :rank] * root)
     weight.copy_(weight.double() - scale * b.double() @ a.double())
+    copy_full(base_weight, full)
 
 
 def to_plain_lora(

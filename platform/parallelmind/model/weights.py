@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from parallelmind.errors import UserError
+from parallelmind.model.shards import copy_full
 
 ADAPTER = "default"  # peft's name for a model's first adapter
 
@@ -36,9 +37,16 @@ def load_weights(
     ones. Raises UserError, which begins with `origin`, where names or shapes differ.
     """
     weights = trained_weights(model, name)
-    shapes, saved_shapes = (
-        {key: weight.shape for key, weight in group.items()} for group in (weights, saved)
-    )
+    check_shapes(weights, {key: weight.shape for key, weight in saved.items()}, origin)
+    for key, weight in weights.items():
+        copy_full(weight, saved[key])
+
+
+def check_shapes(
+    weights: Mapping[str, Tensor], saved_shapes: Mapping[str, torch.Size], origin: str | Path
+) -> None:
+    """Raise UserError, which begins with `origin`, where names or shapes differ from the saved ones."""
+    shapes = {key: weight.shape for key, weight in weights.items()}
     if shapes != saved_shapes:
         keys = shapes.keys() | saved_shapes.keys()
         mismatch = min(key for key in keys if shapes.get(key) != saved_shapes.get(key))
@@ -49,8 +57,6 @@ def load_weights(
             f"{origin}: its weights and the model's differ in {mismatch} ({there} in the files, {here} "
             "in the model); load the base they were trained on, or copy the files again"
         )
-    for key, weight in weights.items():
-        weight.copy_(saved[key])
 
 
 def to_cpu(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

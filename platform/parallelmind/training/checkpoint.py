@@ -1,6 +1,8 @@
 """One training checkpoint: a folder with weights, optimizer state and `state.json`.
 
-`state.json` holds the SHA-256 of the other files and of itself: a checkpoint is either complete or ignored.
+The tensors are safetensors: one file of each kind, or one file of each worker if the model is sharded
+(`sharded_checkpoint`). `state.json` holds the SHA-256 of the other files and of itself: a checkpoint is
+either complete or ignored.
 Training resumes from it bit for bit: checkpoints are taken between steps, when no gradient is held, and the
 learning rate and every random generator are functions of the configuration, the step and the worker.
 """
@@ -9,18 +11,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.tensor import DTensor
 
-from parallelmind.model.weights import trained_weights
+from parallelmind.model.shards import from_shard
+from parallelmind.model.weights import check_shapes, trained_weights
 from parallelmind.storage import atomic_dir, sha256
+from parallelmind.training.sharding import host_mesh
 from parallelmind.training.step import Totals
 
 STATE_FILE = "state.json"
@@ -69,67 +77,84 @@ class TrainingState:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Weights, optimizer state and training state at one step, copied to the CPU."""
+    """Weights, optimizer state and training state at one step, copied to the CPU.
+
+    optimizer: by KEY/NAME, with the names of parameters.
+    """
 
     weights: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     state: TrainingState
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether this is only this worker's part."""
+        return any(isinstance(weight, DTensor) for weight in self.weights.values())
+
 
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState) -> Snapshot:
-    """Copy everything that a checkpoint holds. A collective operation where the model is sharded."""
+    """Copy everything that a checkpoint holds; of what is sharded, this worker's part."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     optimizer_state = {
-        f"{key}/{names[parameter]}": to_full_cpu(value)
+        f"{key}/{names[parameter]}": _to_host(value)
         for parameter, values in optimizer.state.items()
         for key, value in values.items()
     }
+    weights = {name: _to_host(value) for name, value in trained_weights(model).items()}
     copy = replace(state, window=replace(state.window), metrics=dict(state.metrics))
-    return Snapshot(full_weights(model), optimizer_state, copy)
+    return Snapshot(weights, optimizer_state, copy)
 
 
-def full_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the trained weights by name. A collective operation where the model is sharded."""
-    return {name: to_full_cpu(value) for name, value in trained_weights(model).items()}
-
-
-def to_full_cpu(value: Tensor) -> Tensor:
-    """A contiguous copy on the CPU; a sharded tensor is gathered."""
-    value = value.full_tensor() if isinstance(value, DTensor) else value
+def _to_host(value: Tensor) -> Tensor:
+    """A contiguous copy on the CPU; of a sharded tensor, the same shard there."""
+    if isinstance(value, DTensor):
+        return from_shard(_to_host(value.to_local()), host_mesh(), value)
     return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
-def restore_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor]
-) -> None:
-    """Load the optimizer state of a snapshot, sharded as the parameters are now."""
-    parameters = dict(model.named_parameters())
-    for label, value in saved.items():
+def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState:
+    """Load a complete checkpoint (see `read_state`): the weights into the model, each worker its part.
+
+    Neither the number of workers nor the sharding need be those of the worker that wrote it. Raises UserError
+    where names or shapes of weights differ.
+    """
+    state = read_state(folder)
+    assert state is not None, folder
+    reader = HuggingFaceStorageReader(str(folder))
+    saved = {
+        name: item.size
+        for name, item in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(item, TensorStorageMetadata)
+    }
+    weights = trained_weights(model)
+    check_shapes(weights, {name: size for name, size in saved.items() if "/" not in name}, folder)
+    parameters, loaded = dict(model.named_parameters()), dict(weights)
+    for label, size in saved.items():
         key, _, name = label.partition("/")
-        parameter = parameters[name]
-        if value.shape == parameter.shape:
-            value = value.to(parameter.device)
-            if isinstance(parameter, DTensor):
-                value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
-        optimizer.state[parameter][key] = value
+        if name:
+            weight = parameters[name].detach()
+            loaded[label] = torch.zeros_like(weight) if size == weight.shape else torch.zeros(size)
+            optimizer.state[parameters[name]][key] = loaded[label]
+    with warnings.catch_warnings():  # every worker reads for itself
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        load(loaded, storage_reader=reader, no_dist=True)
+    return state
 
 
 def write_checkpoint(snapshot: Snapshot, folder: Path) -> None:
-    """Write a checkpoint; the folder appears whole."""
+    """Write a checkpoint that is not sharded; the folder appears whole."""
     with atomic_dir(folder) as partial:
         save_file(dict(snapshot.weights), partial / _WEIGHTS)
         save_file(dict(snapshot.optimizer), partial / _OPTIMIZER)
         files = {name: sha256(partial / name) for name in (_WEIGHTS, _OPTIMIZER)}
-        content = {"format": _FORMAT, "files": files, "state": _to_json(snapshot.state)}
-        text = json.dumps({**content, "sha256": _digest(content)}, indent=2)
-        (partial / STATE_FILE).write_text(text, encoding="utf-8")
+        write_state(snapshot.state, files, partial)
 
 
-def read_checkpoint(folder: Path) -> Snapshot:
-    """Read a complete checkpoint (see `read_state`)."""
-    state = read_state(folder)
-    assert state is not None, folder
-    return Snapshot(load_file(folder / _WEIGHTS), load_file(folder / _OPTIMIZER), state)
+def write_state(state: TrainingState, files: Mapping[str, str], folder: Path) -> None:
+    """Write `state.json`. files: SHA-256 by name of the other files."""
+    content = {"format": _FORMAT, "files": files, "state": _to_json(state)}
+    text = json.dumps({**content, "sha256": _digest(content)}, indent=2)
+    (folder / STATE_FILE).write_text(text, encoding="utf-8")
 
 
 def read_state(folder: Path) -> TrainingState | None:

@@ -13,6 +13,7 @@ from parallelmind.errors import UserError, first_line
 from parallelmind.remote import RemotePath
 from parallelmind.storage import process_lock, remove_partial_dirs
 from parallelmind.training.checkpoint import STATE_FILE, Snapshot, read_state, write_checkpoint
+from parallelmind.training.sharded_checkpoint import write_shards
 
 _PREFIX = "step-"
 
@@ -54,20 +55,66 @@ def _step_of(name: str) -> int:
     return int(step) if step != name and step.isdecimal() else -1
 
 
-class CheckpointManager:
-    """Writes the checkpoints of a run in a background thread, as the only writer of their folder.
+class CheckpointWriter:
+    """Writes the checkpoints of a run in a background thread.
 
-    path: folder of the checkpoints; at a URI, the checkpoints there are the valid ones. keep: number of the
-    newest checkpoints to keep, in addition to the best one.
+    As it is, for the workers other than rank 0 of a sharded run, which write their parts. path: folder of the
+    checkpoints; at a URI, the checkpoints there are the valid ones.
+    """
+
+    def __init__(self, path: RemotePath) -> None:
+        self.path, self.folder = path, path.local
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Start writing a checkpoint, after the previous one. Raises UserError if the previous one failed."""
+        self.wait()
+        self._pending = self._thread.submit(self._write, snapshot)
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is on disk.
+
+        Raises:
+            UserError: it could not be written; names the complete ones.
+        """
+        pending, self._pending = self._pending, None
+        try:
+            if pending is not None:
+                pending.result()
+        except (OSError, SafetensorError) as error:
+            complete = ", ".join(folder.name for folder in checkpoint_dirs(self.folder)) or "none"
+            raise UserError(
+                f"{self.path.field}: a checkpoint cannot be written in {self.path} ({first_line(error)}; "
+                f"complete ones: {complete}); make room there, and run the same command to resume"
+            ) from error
+
+    def close(self) -> None:
+        """Wait as `wait` does, and end the thread."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def _write(self, snapshot: Snapshot) -> None:
+        write_shards(snapshot, self._target(snapshot))
+
+    def _target(self, snapshot: Snapshot) -> RemotePath:
+        return self.path.child(f"{_PREFIX}{snapshot.state.step}")
+
+
+class CheckpointManager(CheckpointWriter):
+    """The checkpoints of a run on rank 0, as the only process that creates and deletes in their folder.
+
+    keep: number of the newest checkpoints to keep, in addition to the best one.
     """
 
     def __init__(self, path: RemotePath, keep: int) -> None:
-        self.path, self.folder, self._keep = path, path.local, keep
-        self._lock = process_lock(self.folder / ".writer")
+        self._lock = process_lock(path.local / ".writer")
         self._lock.acquire()  # waits for a writer that was presumed dead
-        remove_partial_dirs(self.folder)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: Future[None] | None = None
+        remove_partial_dirs(path.local)
+        super().__init__(path)
+        self._keep = keep
 
     def resume(self, config_hash: str, print_line: Callable[[str], None]) -> Path | None:
         """The newest complete checkpoint of this configuration; newer ones are renamed and reported."""
@@ -97,40 +144,20 @@ class CheckpointManager:
             if _is_usable(download_checkpoint(self.path.child(name)), config_hash):
                 return
 
-    def save(self, snapshot: Snapshot) -> None:
-        """Start writing a checkpoint, after the previous one. Raises UserError if the previous one failed."""
-        self.wait()
-        self._pending = self._thread.submit(self._write, snapshot)
-
-    def wait(self) -> None:
-        """Wait until the last checkpoint is on disk.
-
-        Raises:
-            UserError: it could not be written; names the complete ones.
-        """
-        pending, self._pending = self._pending, None
-        try:
-            if pending is not None:
-                pending.result()
-        except (OSError, SafetensorError) as error:
-            complete = ", ".join(folder.name for folder in checkpoint_dirs(self.folder)) or "none"
-            raise UserError(
-                f"{self.path.field}: a checkpoint cannot be written in {self.path} ({first_line(error)}; "
-                f"complete ones: {complete}); make room there, and run the same command to resume"
-            ) from error
-
     def close(self) -> None:
         """Wait as `wait` does, and release the lock."""
         try:
-            self.wait()
+            super().close()
         finally:
-            self._thread.shutdown()
             self._lock.release()
 
     def _write(self, snapshot: Snapshot) -> None:
-        name = f"{_PREFIX}{snapshot.state.step}"
-        write_checkpoint(snapshot, self.folder / name)
-        self.path.child(name).upload(last=STATE_FILE)
+        target = self._target(snapshot)
+        if snapshot.is_sharded:
+            write_shards(snapshot, target)
+        else:
+            write_checkpoint(snapshot, target.local)
+            target.upload(last=STATE_FILE)
         best = f"{_PREFIX}{snapshot.state.best_step}"
         for old in checkpoint_names(self.path)[: -self._keep]:
             if old != best:

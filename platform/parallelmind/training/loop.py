@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -22,9 +22,8 @@ from parallelmind.errors import UserError
 from parallelmind.layout import Batch
 from parallelmind.model.attention import AttentionLogger
 from parallelmind.model.structure import causal_lm
-from parallelmind.model.weights import load_weights
-from parallelmind.training.checkpoint import TrainingState, read_checkpoint, restore_optimizer, snapshot
-from parallelmind.training.checkpoint_manager import CheckpointManager, newest_checkpoint
+from parallelmind.training.checkpoint import TrainingState, restore, snapshot
+from parallelmind.training.checkpoint_manager import CheckpointWriter, newest_checkpoint
 from parallelmind.training.compilation import compile_layers, pad_to_bucket
 from parallelmind.training.hooks import Hooks
 from parallelmind.training.loss import TargetLoss
@@ -51,7 +50,8 @@ class TrainingInputs:
 
     batches: function of (epoch, first batch) that returns this worker's batches of an epoch.
     batches_per_epoch: of all workers, estimated. validation: this worker's held-out batches, by branches per
-    sample. checkpoints: set on rank 0 only. config_hash: of the run; the checkpoints hold it.
+    sample. checkpoints: set on rank 0, and on every worker of a sharded run. config_hash: of the run; the
+    checkpoints hold it. device: to which a sharded model moves.
     """
 
     config: TrainConfig
@@ -61,8 +61,9 @@ class TrainingInputs:
     hooks: Hooks
     batches_per_epoch: int
     validation: Mapping[int, list[Batch]]
-    checkpoints: CheckpointManager | None = None
+    checkpoints: CheckpointWriter | None = None
     run_id: str | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
 def train(inputs: TrainingInputs, resume_from: Path | None = None) -> Outcome:
@@ -97,20 +98,18 @@ class Trainer:
         self.optimizer_config, self.dtype = self.config.optimizer, self.config.model.dtype
         if self.optimizer_config.gradient_checkpointing:
             causal_lm(inputs.model).activation_checkpointing_enable()
-        saved = read_checkpoint(resume_from) if resume_from is not None else None
-        if saved is not None:
-            load_weights(inputs.model, saved.weights, str(resume_from))
-        self.state = saved.state if saved is not None else self._initial_state()
-        # A resumed run keeps the estimate of its checkpoint, and so its learning rate schedule.
-        self.state.batches_per_epoch = self.state.batches_per_epoch or inputs.batches_per_epoch
         if self.optimizer_config.compile:
             compile_layers(inputs.model)
         self.loss = TargetLoss(inputs.model, self.config.rope.visibility, getattr(torch, self.dtype)).train()
         if self.config.workers.sharding == "full":
-            shard(self.loss)
+            shard(self.loss, inputs.device)
         self.optimizer = make_optimizer(self.loss, self.optimizer_config)
-        if saved is not None:
-            restore_optimizer(inputs.model, self.optimizer, saved.optimizer)
+        if resume_from is None:
+            self.state = self._initial_state()
+        else:
+            self.state = restore(resume_from, inputs.model, self.optimizer)
+        # A resumed run keeps the estimate of its checkpoint, and so its learning rate schedule.
+        self.state.batches_per_epoch = self.state.batches_per_epoch or inputs.batches_per_epoch
         self.stopped = False
         self.validated_at: int | None = None
         self.unread: list[UnreadStep] = []

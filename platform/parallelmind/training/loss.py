@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from parallelmind.config import Visibility
 from parallelmind.model.inputs import Tensors, decoder_inputs
-from parallelmind.model.lm_head import head_logits
+from parallelmind.model.lm_head import check_lm_head, head_logits
 from parallelmind.model.structure import causal_lm, decoder
 
 _MAX_LOGITS = 1 << 24  # of one chunk: 64 MiB in float32
@@ -41,6 +41,10 @@ class TargetLoss(nn.Module):
         exact = self.dtype == torch.float32
         with nullcontext() if exact else torch.autocast(self.device.type, self.dtype):
             return target_loss(self.model, batch, self.visibility)
+
+    def check_head(self) -> None:
+        """Raise UserError as `check_lm_head` does. FSDP gathers the weights around it, too."""
+        check_lm_head(causal_lm(self.model))
 
 
 def target_loss(model: nn.Module, batch: Tensors, visibility: Visibility) -> tuple[Tensor, int]:

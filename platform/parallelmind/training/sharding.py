@@ -1,23 +1,79 @@
-"""Fully sharded data parallelism (FSDP2)."""
+"""Fully sharded data parallelism (FSDP2): every worker holds a part of every weight."""
 
 from __future__ import annotations
 
-from torch.distributed.fsdp import fully_shard
+from functools import cache
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 from parallelmind.model.hf_compat import block_class_names
+from parallelmind.model.shards import from_shard
 from parallelmind.model.structure import causal_lm
 from parallelmind.training.loss import TargetLoss
 
 
-def shard(loss: TargetLoss) -> None:
-    """Shard the model in place, each decoder layer as one unit and the rest as another.
+@cache
+def host_mesh() -> DeviceMesh:
+    """The mesh of all workers for tensors on the CPU, with a process group of its own.
 
-    The weights must be loaded and the process group initialised. Gradients are summed over the workers, as
-    everywhere in this package, not averaged.
+    The first call is a collective operation.
     """
+    return DeviceMesh.from_group(dist.new_group(backend="gloo"), "cpu")
+
+
+def shard(loss: TargetLoss, device: torch.device) -> None:
+    """Shard the model in place on `device`, each decoder layer as one unit and the rest as another.
+
+    Weights that `load_base` has sharded over `host_mesh` move there as they are; each worker takes its part
+    of all others. Weights are gathered in the compute dtype. Gradients are summed over the workers in
+    float32, unit by unit during the backward pass. Raises UserError as `check_lm_head` does.
+    """
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    loaded = _take_shards(loss)
     layers = block_class_names(causal_lm(loss.model))
     units = [module for module in loss.model.modules() if type(module).__name__ in layers]
     for unit in (*units, loss):
-        sharded = fully_shard(unit)
+        sharded = fully_shard(unit, mesh=mesh, mp_policy=_precision(loss.dtype))
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)  # gloo supports no other reduction
+    loss.load_state_dict(_move_shards(loaded, mesh), strict=False, assign=True)
+    register_fsdp_forward_method(loss, "check_head")
+    loss.check_head()
+    loss.reshard()  # type: ignore[operator]  # a method that fully_shard has added
+
+
+def _precision(dtype: torch.dtype) -> MixedPrecisionPolicy:
+    if dtype == torch.float32:
+        return MixedPrecisionPolicy()
+    # Autocast chooses the dtypes of inputs, as it does without sharding.
+    return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+
+def _take_shards(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The sharded parameters by name. The model keeps whole ones on the meta device in their place."""
+    taken: dict[str, nn.Parameter] = {}
+    stand_ins: dict[nn.Parameter, nn.Parameter] = {}
+    for path, module in model.named_modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if isinstance(weight.data, DTensor):
+                taken[f"{path}.{name}"] = weight
+                if weight not in stand_ins:
+                    whole = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+                    stand_ins[weight] = nn.Parameter(whole, weight.requires_grad)
+                setattr(module, name, stand_ins[weight])
+    return taken
+
+
+def _move_shards(shards: dict[str, nn.Parameter], mesh: DeviceMesh) -> dict[str, Tensor]:
+    """The sharded parameters on the device of another mesh. Ties stay."""
+    moved: dict[nn.Parameter, nn.Parameter] = {}
+    for weight in shards.values():
+        if weight not in moved:
+            local: Tensor = weight.detach().to_local().to(mesh.device_type)  # type: ignore[attr-defined]
+            moved[weight] = nn.Parameter(from_shard(local, mesh, weight), weight.requires_grad)
+    return {name: moved[weight] for name, weight in shards.items()}

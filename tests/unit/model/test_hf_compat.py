@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -19,6 +20,8 @@ import pytest
 import torch
 from adapting import ROPE, branch_logits, patched_llama
 from tiny import save_tiny, tiny_llama
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.generation import logits_process
@@ -45,6 +48,7 @@ from parallelmind.model.hf_compat import (
     no_load_report,
     process_rows,
     restore_class,
+    sharded_loading,
     swap_class,
     undecorated_forward,
     wrap_with_adapter,
@@ -431,3 +435,41 @@ def test_logits_processors_take_a_number_for_each_row(processor, attribute: str,
     expected = [processor(value)(input_ids[row, None], scores[row, None]) for row, value in enumerate(values)]
     processed = process_rows(processor, attribute, torch.tensor(values), scores, input_ids)
     torch.testing.assert_close(processed, torch.cat(expected))
+
+
+# Loading
+
+
+@pytest.fixture
+def one_process() -> Iterator[DeviceMesh]:
+    """The mesh of a process group of one."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_loading_in_shards_gives_the_weights_and_buffers_of_loading(
+    tmp_path: Path, one_process: DeviceMesh
+) -> None:
+    expected = tiny_llama(tie_word_embeddings=True)
+    expected.save_pretrained(tmp_path)
+    with sharded_loading(one_process, whole_embeddings=False):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert all(isinstance(weight, DTensor) for weight in model.parameters())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight.full_tensor(), expected.get_parameter(name))
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, expected.get_buffer(name))
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path).lm_head.weight) is torch.nn.Parameter
+
+
+def test_loading_in_shards_refuses_pickles(tmp_path: Path, one_process: DeviceMesh) -> None:
+    model = tiny_llama()
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with (
+        sharded_loading(one_process, whole_embeddings=False),
+        pytest.raises(ValueError, match="sharding=full .* these are pickles"),
+    ):
+        AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -129,7 +129,9 @@ def test_a_machine_with_an_old_copy_resumes_from_the_checkpoint_at_the_uri(
     newest = manager.resume("hash", print)
     manager.close()
     assert newest is not None
-    assert checkpoint.read_checkpoint(newest).state.run_id == "new"
+    state = checkpoint.read_state(newest)
+    assert state is not None
+    assert state.run_id == "new"
 
 
 def test_the_keys_of_state_json_are_those_of_every_earlier_version(tmp_path: Path) -> None:
