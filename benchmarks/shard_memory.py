@@ -29,7 +29,7 @@ from parallelmind.training.checkpoint_manager import CheckpointManager, Checkpoi
 from parallelmind.training.loop import TrainingInputs, train
 
 _VOCABULARY, _TOKENS, _STEPS, _WORKERS = 8192, 64, 2, 4
-_LARGE, _EMPTY = (48, 768), (1, 64)  # layers and width
+_LARGE, _EMPTY = (96, 576), (1, 64)  # layers and width
 
 
 class _Silent:
@@ -52,6 +52,7 @@ def main(model_folder: str, folder: Path) -> None:
         base_model=model_folder,
         sharding="full",
         gradient_checkpointing=True,
+        lora_rank=4,
         max_steps=_STEPS,
     )
     tokens = Tokens.of(list(range(_TOKENS // 2)), [list(range(_TOKENS // 2))])
@@ -62,7 +63,8 @@ def main(model_folder: str, folder: Path) -> None:
         writer = CheckpointManager(path, 1) if dist.get_rank() == 0 else CheckpointWriter(path)
     with PeakMemory() as training:
         stream = [batch] * _STEPS
-        train(TrainingInputs(config, model, lambda *_: stream, _Silent(), _STEPS, {}, writer))
+        inputs = TrainingInputs(config, "", model, lambda *_: stream, _Silent(), _STEPS, {}, writer)
+        train(inputs)
     peaks = torch.tensor([loading.max_bytes, max(loading.max_bytes, training.max_bytes)])
     dist.all_reduce(peaks, dist.ReduceOp.MAX)
     if dist.get_rank() == 0:
@@ -73,7 +75,7 @@ def main(model_folder: str, folder: Path) -> None:
 
 @cache
 def shares() -> tuple[float, float]:
-    """Peak memory per worker of loading and of training, over the size of a float32 model of 350M weights.
+    """Peak memory per worker of loading and of training, over the size of a float32 model of 387M weights.
 
     The peaks of a model of hardly any weights are subtracted.
     """
@@ -90,7 +92,7 @@ def _save_model(folder: Path, layers: int, width: int) -> int:
     config = LlamaConfig(
         vocab_size=_VOCABULARY,
         hidden_size=width,
-        intermediate_size=2048,
+        intermediate_size=1536,
         num_hidden_layers=layers,
         num_attention_heads=width // 64,
         tie_word_embeddings=True,
@@ -108,7 +110,8 @@ def _peaks(model_folder: Path) -> list[int]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={_WORKERS}", "-m", "benchmarks.shard_memory"]
     command += [str(model_folder), str(model_folder / "checkpoints")]
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 18), "OMP_NUM_THREADS": "1"}
+    malloc = {"MALLOC_MMAP_THRESHOLD_": str(1 << 14), "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
+    env = {**os.environ, **malloc, "OMP_NUM_THREADS": "1"}
     completed = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
     return [int(value) for value in completed.stdout.split()[-2:]]
 

@@ -14,6 +14,7 @@ from statistics import median
 import torch
 from torch._dynamo.utils import counters
 
+from benchmarks import shard_memory
 from benchmarks.harness import Bench, ratio, seconds
 from benchmarks.learner import Learner, long_samples
 from benchmarks.platform_speed import training_lines
@@ -163,6 +164,8 @@ BENCHES = [
     _bench("memory_vs_full_logits", 0.60, "lower", peak_memory),
     _bench("save_share", 0.02, "lower", save_cost),
     _bench("platform_vs_bare_loop", 0.95, "higher", platform_speed),
+    _bench("load_peak_rank", 0.35, "lower", lambda: shard_memory.shares()[0]),
+    _bench("fsdp_memory_4ranks", 0.35, "lower", lambda: shard_memory.shares()[1]),
     _bench("seconds_to_first_step", 30.0, "lower", first_step, "s"),
     _bench("syncs_per_step", 1.0, "lower", waits, "waits"),
     _bench("recompiles_after_warmup", 0.0, "lower", recompiles, "graphs"),

@@ -133,7 +133,8 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
         key, _, name = label.partition("/")
         if name:
             weight = parameters[name].detach()
-            loaded[label] = torch.zeros_like(weight) if size == weight.shape else torch.zeros(size)
+            is_moment = size == weight.shape
+            loaded[label] = torch.zeros_like(weight) if is_moment else torch.zeros(size, device=weight.device)
             optimizer.state[parameters[name]][key] = loaded[label]
     with warnings.catch_warnings():  # every worker reads for itself
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
