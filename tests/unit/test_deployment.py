@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import json
 import re
 import shlex
 import subprocess
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import autoscaling
+import deployment
 import kuberay
 import pytest
 import yaml
@@ -25,7 +26,9 @@ from workloads.common.read_config import read_config
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 PINNED = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").split())
+INSTALLED = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["quantize"]]
 DOCKERFILE = (kuberay.DEPLOY / "Dockerfile").read_text(encoding="utf-8")
+DEVICES = ("cpu", "gpu")
 CLUSTERS = {
     "rayjob.yaml": lambda: kuberay.job().cluster,
     "rayservice.yaml": lambda: kuberay.service().cluster,
@@ -49,17 +52,19 @@ def instructions() -> list[tuple[str, str]]:
     return [(name, rest.strip()) for name, _, rest in parts]
 
 
+def base_images() -> set[str]:
+    """The images that those of the Dockerfile are built from, one for each kind of pod."""
+    (base,) = [rest for name, rest in instructions() if name == "FROM"]
+    return {base.replace("${DEVICE}", device) for device in DEVICES}
+
+
 def images(launch_config: dict[str, Any]) -> set[str]:
     node_images = {
         node_type["docker"]["worker_image"]
         for node_type in launch_config["available_node_types"].values()
         if "docker" in node_type
     }
-    return (
-        node_images
-        | {launch_config["docker"]["image"]}
-        | {rest for name, rest in instructions() if name == "FROM"}
-    )
+    return node_images | {launch_config["docker"]["image"]} | base_images()
 
 
 def test_ray_up_accepts_the_cluster(launch_config: dict[str, Any]) -> None:
@@ -105,28 +110,90 @@ def test_every_node_requires_the_token_and_has_it(launch_config: dict[str, Any])
     assert "0.0.0.0" not in autoscaling.CLUSTER.read_text(encoding="utf-8")
 
 
-def test_setup_installs_the_dependencies_and_not_the_project(
-    launch_config: dict[str, Any], tmp_path: Path
+def constraints(device: str) -> dict[str, str]:
+    """The versions that nodes of this kind install besides those of constraints.txt."""
+    lines = (ROOT / f"constraints-{device}.txt").read_text(encoding="utf-8").splitlines()
+    return dict(line.split("==") for line in lines if not line.startswith(("#", "--")))
+
+
+def setup_commands(launch_config: dict[str, Any], node_type: str) -> list[str]:
+    """The commands that Ray runs in the container of a new node."""
+    if node_type == launch_config["head_node_type"]:
+        return list(launch_config["head_setup_commands"])
+    settings = launch_config["available_node_types"][node_type]
+    return list(settings.get("worker_setup_commands", launch_config["worker_setup_commands"]))
+
+
+@pytest.mark.parametrize(
+    ("node_type", "device"), [("head", "cpu"), ("data_worker", "cpu"), ("gpu_worker", "gpu")]
+)
+def test_setup_installs_the_dependencies_of_a_node_and_not_the_project(
+    launch_config: dict[str, Any], tmp_path: Path, node_type: str, device: str
 ) -> None:
-    """The setup commands run with the files that `ray up` copies and a pip that records its arguments."""
-    for remote, local in launch_config["file_mounts"].items():
-        if not local.startswith("~"):
-            path = tmp_path / remote.removeprefix("~/")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes((ROOT / local).read_bytes())
+    """The setup commands run with the files that `ray up` copies, and a pip that records its arguments."""
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "python").symlink_to(sys.executable)
-    pip = tmp_path / "bin" / "pip"
-    pip.write_text('#!/bin/sh\necho "$@" >> ~/pip-arguments\n')
-    pip.chmod(0o755)
-    env = {"HOME": str(tmp_path), "PATH": f"{pip.parent}:{os.environ['PATH']}"}
-    for line in launch_config["worker_setup_commands"]:
-        subprocess.run(["bash", "-ec", line], env=env, check=True)
-    assert (tmp_path / "pip-arguments").read_text() == "install -q -c constraints.txt -r requirements.txt\n"
-    assert (tmp_path / "dependencies" / "requirements.txt").read_text().splitlines() == PROJECT[
-        "dependencies"
-    ]
-    assert {Requirement(line).name for line in PROJECT["dependencies"]} <= set(PINNED)
+    installed = tmp_path / "pip-arguments"
+    deployment.write_command(tmp_path / "bin" / "pip", f'echo "$@" >> {installed}')
+    deployment.write_command(
+        tmp_path / "bin" / "python", f'case "$2" in *cuda*) exit 0;; *) exec {sys.executable} "$@";; esac'
+    )
+    deployment.run_setup(setup_commands(launch_config, node_type), launch_config, tmp_path, tmp_path / "bin")
+    extra = ["install -q -c constraints.txt boto3"] if node_type == "head" else []
+    expected = f"install -q -c constraints.txt -c constraints-{device}.txt -r requirements.txt"
+    assert installed.read_text().splitlines() == [expected, *extra]
+    assert (tmp_path / "dependencies" / "requirements.txt").read_text().splitlines() == INSTALLED
+    assert {Requirement(line).name for line in INSTALLED} <= set(PINNED)
+    assert {"boto3"} <= set(PINNED)
+
+
+def test_a_node_without_a_gpu_gets_no_packages_of_cuda(launch_config: dict[str, Any]) -> None:
+    cpu, gpu = constraints("cpu"), constraints("gpu")
+    assert cpu == {"torch": f"{PINNED['torch']}+cpu"}
+    assert gpu["torch"] == PINNED["torch"]
+    assert {name for name in gpu if name.startswith("nvidia-")} >= {"nvidia-cudnn-cu13", "nvidia-nccl-cu13"}
+    for node_type in launch_config["available_node_types"]:
+        has_gpu = "GPU" in launch_config["available_node_types"][node_type]["resources"]
+        commands = " ".join(setup_commands(launch_config, node_type))
+        assert ("constraints-gpu.txt" in commands, "constraints-cpu.txt" in commands) == (
+            has_gpu,
+            not has_gpu,
+        )
+        assert ("torch.ones" in commands) == has_gpu  # fails with a driver that is too old
+
+
+def test_every_node_has_the_rights_that_s3_needs(launch_config: dict[str, Any]) -> None:
+    for name, node_type in launch_config["available_node_types"].items():
+        role = "head" if name == launch_config["head_node_type"] else "worker"
+        assert node_type["node_config"]["IamInstanceProfile"] == {"Name": f"parallelmind-{role}"}
+
+
+@pytest.mark.full
+@pytest.mark.slow
+@pytest.mark.parametrize("node_type", ["head", "data_worker", "gpu_worker"])
+def test_setup_commands_run_in_an_empty_environment(
+    launch_config: dict[str, Any], tmp_path: Path, node_type: str
+) -> None:
+    """All but the downloads runs: pip resolves what it would install, which needs PyPI and takes minutes."""
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    python, binaries = tmp_path / "venv" / "bin" / "python", tmp_path / "bin"
+    binaries.mkdir()
+    report = tmp_path / "report.json"
+    deployment.write_command(
+        binaries / "pip", f'exec {python} -m pip "$@" --dry-run --report {report}-$(date +%s%N)'
+    )
+    deployment.write_command(
+        binaries / "python", f'case "$2" in *cuda*) exit 0;; *) exec {python} "$@";; esac'
+    )
+    deployment.run_setup(setup_commands(launch_config, node_type), launch_config, tmp_path, binaries)
+    resolved = {
+        package["metadata"]["name"].lower(): package["metadata"]["version"]
+        for file in tmp_path.glob("report.json-*")
+        for package in json.loads(file.read_text())["install"]
+    }
+    device = "gpu" if node_type == "gpu_worker" else "cpu"
+    pins = {name.lower(): version for name, version in (PINNED | constraints(device)).items()}
+    assert {name: version for name, version in resolved.items() if pins.get(name) != version} == {}
+    assert ("nvidia-nccl-cu13" in resolved) == (device == "gpu")
 
 
 def test_images_have_the_pinned_ray_and_a_supported_python(launch_config: dict[str, Any]) -> None:
@@ -145,14 +212,15 @@ def test_the_image_is_built_from_existing_files_and_runs_unprivileged() -> None:
     assert {f"!{source}" for source in sources} == {line for line in ignored if line.startswith("!")}
     assert ignored[0] == "*"
     assert [rest for name, rest in lines if name == "USER"] == ["ray"]
-    assert {name for name, _ in lines} == {"FROM", "USER", "WORKDIR", "COPY", "RUN"}
+    assert {name for name, _ in lines} == {"ARG", "FROM", "USER", "WORKDIR", "COPY", "RUN"}
 
 
 def test_the_image_has_the_same_dependencies_as_a_launched_node(launch_config: dict[str, Any]) -> None:
-    (run,) = [rest for name, rest in instructions() if name == "RUN"]
+    (run,) = [" ".join(rest.split()) for name, rest in instructions() if name == "RUN"]
     list_dependencies = re.compile(r"python -c '.*?'")
     assert list_dependencies.findall(run) == list_dependencies.findall(launch_config["setup_commands"][0])
-    assert "pip install --no-cache-dir -c constraints.txt -r /tmp/requirements.txt" in run
+    options = "-c constraints.txt -c constraints-${DEVICE}.txt -r /tmp/requirements.txt"
+    assert f"pip install --no-cache-dir {options}" in run
 
 
 def test_kubernetes_accepts_the_pods(cluster: kuberay.Cluster) -> None:
@@ -184,6 +252,13 @@ def test_pods_share_the_claimed_volume(cluster: kuberay.Cluster) -> None:
         claims = {volume["name"]: volume["persistentVolumeClaim"]["claimName"] for volume in spec["volumes"]}
         assert set(claims.values()) == {claim["metadata"]["name"]}
         assert {mount["name"] for mount in spec["containers"][0]["volumeMounts"]} == set(claims)
+
+
+def test_pods_have_the_image_of_their_device(cluster: kuberay.Cluster) -> None:
+    for spec in kuberay.pods(cluster):
+        (container,) = spec["containers"]
+        device = "gpu" if "nvidia.com/gpu" in container["resources"]["requests"] else "cpu"
+        assert container["image"].endswith(f"-{device}")
 
 
 def test_the_head_runs_no_tasks_and_groups_can_grow(cluster: kuberay.Cluster) -> None:
@@ -248,8 +323,7 @@ def test_the_service_fits_its_pods_and_requires_keys() -> None:
     assert config.replicas.num_cpus < float(requested["cpu"])
     for spec in kuberay.pods(service.cluster):
         (container,) = spec["containers"]
-        (keys,) = container["env"]
-        assert keys["name"] == "PARALLELMIND_API_KEYS"
+        (keys,) = [variable for variable in container["env"] if variable["name"] == "PARALLELMIND_API_KEYS"]
         assert not keys["valueFrom"]["secretKeyRef"].get("optional")
         assert serve_config["http_options"]["port"] in [port["containerPort"] for port in container["ports"]]
 
