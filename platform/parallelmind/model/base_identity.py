@@ -123,7 +123,7 @@ def base_identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def sample_weights(model: PreTrainedModel) -> dict[str, list[float]]:
-    """Some values of every weight that is not quantised, by name; less than a second for 7B parameters.
+    """Some values of every weight that is not quantised, by name.
 
     Neither the files that the weights came from nor their dtype change the sample, but for rounding. The
     first call remembers it on the model: adapters rename weights, and PiSSA changes them.
