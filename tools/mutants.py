@@ -102,15 +102,15 @@ MUTATIONS = [
     Mutation(
         "loss: the mean is over batches, not over targets",
         "platform/parallelmind/training/step.py",
-        "flat /= targets",
-        "flat /= 1",
+        "torch._foreach_div_(gradients, targets)",
+        "torch._foreach_div_(gradients, 1)",
         "tests/unit/training/test_step.py",
     ),
     Mutation(
         "loss: the gradient is not clipped",
         "platform/parallelmind/training/step.py",
-        "min(clip / (norm + 1e-6), 1.0)",
-        "1.0",
+        "(clip / (norm + 1e-6)).clamp(max=1.0)",
+        "torch.ones_like(norm)",
         "tests/unit/training/test_step.py",
     ),
     Mutation(
@@ -186,8 +186,8 @@ MUTATIONS = [
     Mutation(
         "checkpoint: the optimizer starts anew",
         "platform/parallelmind/training/checkpoint.py",
-        "        optimizer.state[parameter][key] = value\n",
-        "        pass\n",
+        "            optimizer.state[parameters[name]][key] = loaded[label]\n",
+        "            pass\n",
         "tests/unit/training/test_loop_checkpoints.py",
     ),
     Mutation(
