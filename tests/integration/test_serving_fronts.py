@@ -99,8 +99,9 @@ def by_front(server: Server, name: str, labels: str = "") -> Counter[str]:
 
 
 def wait_for_fronts(server: Server, count: int = 2) -> None:
-    deadline = time.monotonic() + 90
-    while len(by_front(server, "open_requests")) < count:
+    """Until HAProxy passes requests on to all of them, which it does in turn while they are idle."""
+    before, deadline = answered_by_front(server)[1], time.monotonic() + 90
+    while len(answered_by_front(server)[1] - before) < count:
         assert time.monotonic() < deadline
         time.sleep(0.2)
 
