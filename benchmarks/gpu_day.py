@@ -185,7 +185,7 @@ def main() -> None:
     complete = run_parts(options.results, _device_name(scale.device), partial(run_process, options.small))
     print(options.results.with_suffix(".md").read_text(encoding="utf-8"))
     if not complete:
-        print("not every part has figures; the same command goes on with the others", file=sys.stderr)
+        print("some parts have no figures; run the same command again to measure them", file=sys.stderr)
         sys.exit(1)
 
 

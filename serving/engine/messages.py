@@ -147,7 +147,7 @@ class StreamHistory(NamedTuple):
         return sum(version is not None for *_, version in self.steps), len(self.steps)
 
     def resumed(self) -> EngineRequest:
-        """The request that goes on with the stream, and begins with its history."""
+        """The request that resumes the stream, and begins with its history."""
         return replace(self.request, history=self)
 
 

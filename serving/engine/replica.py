@@ -85,12 +85,12 @@ class EngineReplica:
                     yield packed
                     step = await self._loop.next_output(running)
         finally:
-            if self._admitted[request.id] is admitted:  # and not one that goes on with its stream
+            if self._admitted[request.id] is admitted:  # and not one that resumes its stream
                 del self._admitted[request.id]
             self._loop.release(running)
 
     async def end_stream(self, id: str) -> StreamHistory | None:
-        """End a stream, if it has not ended yet, so that another one goes on with it.
+        """End a stream, if it has not ended yet, so that another request resumes it.
 
         Returns its history; None if it is not kept here.
         """

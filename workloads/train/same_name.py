@@ -1,4 +1,4 @@
-"""Runs of the same name: the one to go on with, and one that other settings must not replace."""
+"""Runs of the same name: the one to resume, and one that other settings must not replace."""
 
 from __future__ import annotations
 

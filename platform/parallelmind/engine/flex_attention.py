@@ -198,7 +198,7 @@ def _kernel_options(group: int) -> dict[str, Any]:
 def without_nan(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values to write to the cache: a token whose value is not finite gets a value of 0.
 
-    Its key becomes NaN, so that whoever sees the token has NaN. The kernel multiplies values of keys that it
+    Its key becomes NaN, so that queries that see it get NaN. The kernel multiplies values of keys that it
     masks with 0, which would turn a NaN in an unused slot into one of the token that reads the block.
     """
     is_finite = value.isfinite().all(dim=-1, keepdim=True)

@@ -20,13 +20,21 @@ _READS = ("tolist", "item", "numpy", "cpu", "nonzero", "__int__", "__float__", "
 
 
 @contextmanager
-def count_waits() -> Iterator[list[str]]:
-    """Context that lists, by name, every read of a meta tensor and every blocking copy to one."""
-    waits: list[str] = []
-    adam = import_module("torch.optim.adam")  # no attribute of torch.optim
+def count_reads() -> Iterator[list[str]]:
+    """Context that lists, by name, every read of a meta tensor."""
+    reads: list[str] = []
     with ExitStack() as stack:
         for name in _READS:
-            stack.enter_context(patch.object(Tensor, name, _counted(getattr(Tensor, name), name, waits)))
+            stack.enter_context(patch.object(Tensor, name, _counted(getattr(Tensor, name), name, reads)))
+        yield reads
+
+
+@contextmanager
+def count_waits() -> Iterator[list[str]]:
+    """Context that lists, by name, every read of a meta tensor and every blocking copy to one."""
+    adam = import_module("torch.optim.adam")  # no attribute of torch.optim
+    with ExitStack() as stack:
+        waits = stack.enter_context(count_reads())
         # The meta device has no autocast, and no fused optimizer, which reads nothing on other devices.
         stack.enter_context(patch.object(torch, "is_autocast_enabled", lambda device_type: False))
         stack.enter_context(patch.object(adam, "_device_dtype_check_for_fused", lambda *_, **__: None))

@@ -6,25 +6,23 @@ with the host. What is read from it is zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
-import torch
 from families import variant
 from flexing import flex_decoding, flex_on_cpu
-from torch import Tensor
 
 from parallelmind.config import RopeConfig
 from parallelmind.engine.engine import Engine
 from parallelmind.engine.request import Sample
 from parallelmind.engine.scheduler import EngineConfig
+from parallelmind.evaluation.device_waits import count_reads
 from parallelmind.evaluation.tiny_models import tiny_tokenizer
 from parallelmind.model import step_ops
 from parallelmind.model.patch import patch
 
-READS = ("tolist", "item", "numpy", "cpu", "nonzero", "__int__", "__float__", "__bool__", "__index__")
 SETTINGS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "sampled": {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "seed": 1},
@@ -33,26 +31,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The reads of the device so far, by name."""
-    names: list[str] = []
-    for name in READS:
-        monkeypatch.setattr(Tensor, name, counted(name, names))
     # On meta tensors torch would take the shape of an operator and not call it.
     monkeypatch.setattr(step_ops, "attend", step_ops._attend)
-    return names
-
-
-def counted(name: str, names: list[str]) -> Callable[..., Any]:
-    original = getattr(Tensor, name)
-
-    def read(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if tensor.device.type == "meta":
-            names.append(name)
-            tensor = torch.zeros(tensor.shape, dtype=tensor.dtype)
-        return original(tensor, *args, **kwargs)
-
-    return read
+    with count_reads() as names:
+        yield names
 
 
 @pytest.mark.parametrize("name", ["shared", "layer types", "windows beside full attention"])

@@ -239,7 +239,7 @@ def test_what_comes_after_a_stream_was_ended_is_not_part_of_it() -> None:
 def test_of_two_histories_that_of_the_last_engine_counts(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The first engine was frozen, and awoke when another one had gone on with the stream."""
+    """The first engine was frozen, and ran again after another one had resumed the stream."""
     request = sample_request()
     first = StreamHistory(request, [token_step(""), *[token_step()] * 9])
     second = StreamHistory(request, [token_step(""), token_step(), token_step("")])

@@ -1,4 +1,4 @@
-"""Calls of tools are found in answers, whole and in pieces, and templates are told of tools."""
+"""Calls of tools are found in answers, whole or in pieces; chat templates get the tools."""
 
 from __future__ import annotations
 

@@ -43,11 +43,6 @@ inline void transpose(Vec (&rows)[LANES]) {
   swap_blocks<8>(rows);
 }
 
-template <int S, size_t... C>
-inline Vec moved(Vec x, std::index_sequence<C...>) {
-  return __builtin_shufflevector(x, x, int(C ^ S)...);
-}
-
 inline Vec larger(Vec x, Vec y) { return x > y ? x : y; }
 inline Vec added(Vec x, Vec y) { return x + y; }
 
