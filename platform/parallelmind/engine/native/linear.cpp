@@ -15,10 +15,6 @@
 #include "products.h"
 #include "vectors.h"
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 namespace {
 
 template <typename T>
@@ -56,28 +52,24 @@ void multiply(const T* input, const Weights& weights, T* out, int64_t rows) {
   }
 }
 
-// Ask for large pages, so that addresses are looked up less often. A system without them ignores it.
-void use_large_pages(void* memory, size_t bytes) {
-#ifdef __linux__
-  constexpr uintptr_t PAGE = 1 << 21;
-  const uintptr_t first = (uintptr_t)memory / PAGE * PAGE, last = ((uintptr_t)memory + bytes + PAGE - 1) / PAGE * PAGE;
-  madvise((void*)first, last - first, MADV_HUGEPAGE);
-#endif
-}
-
-// Rows of numbers side by side as the words of one number, or of two, from each.
+// Rows of numbers side by side as the words of one number, or of two, from each. Few words of all rows at a time, so
+// that they stay in the nearest cache.
 template <typename T>
 void pack(const T* weights, float* packed, int64_t inputs, int64_t outputs) {
+  constexpr int64_t FEW = 64;
   const int64_t words = (inputs + PER<T> - 1) / PER<T>, blocks = (outputs + COLUMNS - 1) / COLUMNS;
-  use_large_pages(packed, blocks * words * COLUMNS * sizeof(float));
 #pragma omp parallel for schedule(static)
   for (int64_t b = 0; b < blocks; b++) {
-    std::vector<float> copy(words);
-    for (int64_t i = 0; i < COLUMNS; i++) {
-      const int64_t output = b * COLUMNS + i;
-      const float* row = output < outputs ? words_of(weights + output * inputs, inputs, words, copy.data()) : nullptr;
-      for (int64_t w = 0; w < words; w++) put_word(packed + (b * words + w) * COLUMNS + i, row ? row[w] : 0.f);
-    }
+    const int64_t rows = std::min<int64_t>(COLUMNS, outputs - b * COLUMNS);
+    std::vector<float> copies(inputs % PER<T> ? rows * words : 0);
+    const float* from[COLUMNS];
+    for (int64_t i = 0; i < rows; i++)
+      from[i] = words_of(weights + (b * COLUMNS + i) * inputs, inputs, words, copies.data() + i * words);
+    float* to = packed + b * words * COLUMNS;
+    if (rows < COLUMNS) std::fill(to, to + words * COLUMNS, 0.f);
+    for (int64_t begin = 0; begin < words; begin += FEW)
+      for (int64_t i = 0; i < rows; i++)
+        for (int64_t w = begin; w < std::min(begin + FEW, words); w++) put_word(to + w * COLUMNS + i, from[i][w]);
   }
 }
 
