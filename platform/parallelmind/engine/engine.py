@@ -463,13 +463,15 @@ class Engine:
 
         pos2d: coordinates of the token.
         """
-        (token, logprob, top), prompt = sampled, branch.pop_prompt_logprobs()
-        if token is None or any(label.logprob != label.logprob for label in prompt):
+        token, logprob, top = sampled
+        prompt = () if branch.params.prompt_logprobs is None else branch.pop_prompt_logprobs()
+        if token is None or (prompt and any(label.logprob != label.logprob for label in prompt)):
             reason = "the model's logits are not finite (NaN or infinity)"
             self._finish_subtree(group, branch, "error", reason)
             return
-        if branch.output.matcher is not None and branch.output.matcher.error is not None:
-            self._finish_subtree(group, branch, "error", branch.output.matcher.error)
+        matcher = branch.output.matcher
+        if matcher is not None and matcher.error is not None:
+            self._finish_subtree(group, branch, "error", matcher.error)
             return
         try:
             text, finish_reason = branch.append_token(token)
@@ -477,7 +479,9 @@ class Engine:
             reason = f"token {token} cannot be decoded ({type(error).__name__}: {first_line(error)})"
             self._finish_subtree(group, branch, "error", reason)
             return
-        event = Event(branch.index, text, token, finish_reason, logprob, top, group.id, pos2d, prompt=prompt)
+        event = Event(
+            branch.index, text, token, finish_reason, logprob, top, group.id, pos2d, None, prompt
+        )
         self._pending_events.append(event)
         if finish_reason is not None:
             self._finish_branch(group, branch, finish_reason)
