@@ -479,9 +479,7 @@ class Engine:
             reason = f"token {token} cannot be decoded ({type(error).__name__}: {first_line(error)})"
             self._finish_subtree(group, branch, "error", reason)
             return
-        event = Event(
-            branch.index, text, token, finish_reason, logprob, top, group.id, pos2d, None, prompt
-        )
+        event = Event(branch.index, text, token, finish_reason, logprob, top, group.id, pos2d, None, prompt)
         self._pending_events.append(event)
         if finish_reason is not None:
             self._finish_branch(group, branch, finish_reason)
