@@ -23,6 +23,7 @@ from rich.text import Text
 import parallelmind as pm
 from parallelmind import cli
 from parallelmind.config import GroupedConfig
+from parallelmind.engine.prompt import chat_ids
 from parallelmind.errors import DecodingError, UserError
 from workloads.common.inference_config import InferenceModelConfig, SamplingConfig
 
@@ -93,8 +94,7 @@ class Conversation:
         if self.main or not self.tokenizer.chat_template:
             return pm.Sample(self.main, [prompt])
         messages = [*self.messages, {"role": "user", "content": prompt}]
-        ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        return pm.Sample(branches=[ids])
+        return pm.Sample(branches=[chat_ids(self.tokenizer, messages)])
 
     def _answer_single(self, prompt: str) -> None:
         answer = ""

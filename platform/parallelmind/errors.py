@@ -14,14 +14,22 @@ from typing import Any
 from parallelmind.redaction import redact_uri
 
 
-class UserError(ValueError):
+class ShownInOneLine:
+    """Errors that notebooks show in one line, as commands do."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython prints in place of a traceback."""
+        return [f"error: {self}"]
+
+
+class UserError(ShownInOneLine, ValueError):
     """A wrong value. The message names the field, the value and the remedy in one line, without passwords."""
 
     def __init__(self, message: object) -> None:
         super().__init__(redact_uri(str(message)))
 
 
-class DecodingError(RuntimeError):
+class DecodingError(ShownInOneLine, RuntimeError):
     """A branch could not be decoded to its end. The message names the branch and the reason in one line."""
 
 

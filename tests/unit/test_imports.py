@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "visibility": {"config", "tree"},
     "cli": {"errors", "config", "crash_report", "redaction"},
     "crash_report": {"errors", "redaction"},
+    "programs": {"errors", "config"},
     "ray_env": set(),
     "tracking": {"errors", "config", "ray_env", "redaction", "tracking_database"},
     "tracking_database": {"storage"},

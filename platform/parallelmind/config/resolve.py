@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from pydantic import ValidationError
 from yaml import YAMLError
 
 from parallelmind.config.frozen import FrozenConfig, GroupedConfig
+from parallelmind.config.other_names import similar_name
 from parallelmind.config.yaml_file import parse_yaml
 from parallelmind.errors import UserError, first_line, format_value
 from parallelmind.redaction import HIDDEN, has_hidden_part
@@ -59,9 +59,9 @@ def _refuse_hidden_passwords(values: Mapping[str, Any]) -> None:
 
 
 def did_you_mean(field: str, kind: type[FrozenConfig]) -> str:
-    """The most similar field name of `kind` in parentheses, or an empty string."""
-    similar = difflib.get_close_matches(field, kind.flat_fields(), n=1)
-    return f" (did you mean {similar[0]}?)" if similar else ""
+    """The field of `kind` that the name probably means, in parentheses, or an empty string."""
+    similar = similar_name(field, kind.flat_fields())
+    return f" (did you mean {similar}?)" if similar else ""
 
 
 def _set(values: dict[str, Any], path: Sequence[str], value: Any) -> None:

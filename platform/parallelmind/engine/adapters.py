@@ -17,8 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from parallelmind.engine.fair_lock import FairLock
 from parallelmind.engine.model_runner import Model
 from parallelmind.errors import UserError
-from parallelmind.model.adapter import SavedAdapter, attach, read_saved
+from parallelmind.model.adapter import attach, read_saved
 from parallelmind.model.adapter_copy import is_movable, move_adapter
+from parallelmind.model.peft_folder import SavedAdapter
 from parallelmind.model.structure import causal_lm
 from parallelmind.model.weights import ADAPTER
 

@@ -1,11 +1,11 @@
-"""Generate text for one sample: every branch, streamed or complete, by an engine of its own."""
+"""Generate text for prompts: every branch, streamed or complete, by an engine of its own."""
 
 from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, overload
 
 from transformers import PreTrainedTokenizerBase
 
@@ -13,54 +13,134 @@ from parallelmind.engine.block_manager import BLOCK
 from parallelmind.engine.engine import Engine
 from parallelmind.engine.model_runner import Model
 from parallelmind.engine.output import Event
+from parallelmind.engine.prompt import GivenPrompt, Prompt, to_prompts
 from parallelmind.engine.request import Sample, Text, TokenizedRequest
+from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.engine.scheduler import EngineConfig
 from parallelmind.engine.tokenization import tokenize_request
-from parallelmind.errors import UserNotice
+from parallelmind.errors import UserError, UserNotice, short_repr
 from parallelmind.model.structure import causal_lm
+
+_MAX_CACHE_TOKENS = 1 << 15  # for several prompts; those that do not fit wait
 
 
 def stream(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
-    sample: Sample,
+    prompt: Prompt | Sequence[Prompt],
+    sampling_params: SamplingParams | None = None,
     *,
     per_branch: Sequence[dict[str, Any]] | None = None,
     reduce: Text | None = None,
     **sampling: Any,
 ) -> Iterator[Event]:
-    """Decode a sample and yield the text of every branch in pieces, as soon as they are decoded.
+    """Decode a prompt and yield the text of every branch in pieces, as soon as they are decoded.
 
     An event names its segment by the index in pre-order, counted from the first branch: that of
     `Sample.walk`. A branch of a branch starts when its parent has ended.
-    per_branch: settings of each branch of main, which override `sampling`.
+    prompt: a text, a sample, or the messages of a chat; or a list of these, which do not read each other:
+        `event.sample` is the index in the list.
+    sampling_params: settings of all branches. sampling: fields of `SamplingParams`, which override them.
+    per_branch: settings of each branch of main, which override both.
     reduce: the reduce of main, for a sample without one: it starts when all others have finished and attends
         to main and all of them.
-    sampling: fields of `SamplingParams`.
     Raises UserError, before anything is computed, for a bad setting, an empty branch, several branches on an
     unpatched model, and a sample that exceeds the model's context. A model that cannot hold branches in one
     sequence decodes each isolated, in a row of its own, with a UserNotice. Closing the iterator stops
     decoding.
     """
-    request = tokenize_request(tokenizer, sample, per_branch, reduce, sampling)
-    return _events(engine_for(model, tokenizer, [request]))
+    prompts, _ = to_prompts(tokenizer, prompt)
+    settings = _settings(sampling_params, sampling)
+    return _stream(model, tokenizer, prompts, per_branch, reduce, settings)
 
 
-def generate(model: Model, tokenizer: PreTrainedTokenizerBase, sample: Sample, **settings: Any) -> list[str]:
-    """The continuation of every segment after main in pre-order, without its prompt.
+@overload
+def generate(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sample,
+    sampling_params: SamplingParams | None = None,
+    **settings: Any,
+) -> list[str]: ...
 
-    Settings and errors are those of `stream`. Raises DecodingError for a branch that ends with an error.
+
+@overload
+def generate(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt | Sequence[Prompt],
+    sampling_params: SamplingParams | None = None,
+    **settings: Any,
+) -> Any: ...
+
+
+def generate(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt | Sequence[Prompt],
+    sampling_params: SamplingParams | None = None,
+    *,
+    per_branch: Sequence[dict[str, Any]] | None = None,
+    reduce: Text | None = None,
+    **sampling: Any,
+) -> Any:
+    """The continuation of a prompt, without the prompt itself.
+
+    Of a text or a chat it is a text; of a sample a list with the text of every segment after main, in
+    pre-order; of a list of prompts a list with the continuation of each. Arguments and errors are those of
+    `stream`. Raises DecodingError for a branch that ends with an error.
     """
-    texts = defaultdict[int, list[str]](list)
-    for event in stream(model, tokenizer, sample, **settings):
+    prompts, are_several = to_prompts(tokenizer, prompt)
+    texts = [defaultdict[int, list[str]](list) for _ in prompts]
+    settings = _settings(sampling_params, sampling)
+    for event in _stream(model, tokenizer, prompts, per_branch, reduce, settings):
         event.raise_error()
-        texts[event.branch].append(event.text)
-    return ["".join(texts[index]) for index in range(len(texts))]
+        texts[event.sample][event.branch].append(event.text)
+    answers = [_answer(given, pieces) for given, pieces in zip(prompts, texts, strict=True)]
+    return answers if are_several else answers[0]
+
+
+def _answer(given: GivenPrompt, pieces: Mapping[int, list[str]]) -> str | list[str]:
+    """The continuations of a prompt, from the pieces of each segment."""
+    texts = ["".join(pieces[index]) for index in range(len(pieces))]
+    return texts[0] if given.is_lone and len(texts) == 1 else texts
 
 
 def generate_text(model: Model, tokenizer: PreTrainedTokenizerBase, text: Text, **settings: Any) -> str:
     """The continuation of one text. Settings and errors are those of `stream`."""
     return generate(model, tokenizer, Sample(branches=[text]), **settings)[0]
+
+
+def _settings(params: SamplingParams | None, sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of all branches. Raises UserError for parameters of another type."""
+    if params is None:
+        return dict(sampling)
+    if not isinstance(params, SamplingParams):
+        raise UserError(
+            f"sampling_params={short_repr(params)}: give pm.SamplingParams(…); questions about one text are "
+            "branches: pm.Sample(main=text, branches=questions)"
+        )
+    return {**params.settings(), **sampling}
+
+
+def _stream(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[GivenPrompt],
+    per_branch: Sequence[dict[str, Any]] | None,
+    reduce: Text | None,
+    sampling: dict[str, Any],
+) -> Iterator[Event]:
+    for field, value in (("per_branch", per_branch), ("reduce", reduce)):
+        if value is not None and len(prompts) != 1:
+            raise UserError(
+                f"{field}={short_repr(value)}: {len(prompts)} prompts are given; write it into each as a "
+                "pm.Sample with a pm.Segment or a reduce of its own"
+            )
+    requests = [
+        tokenize_request(tokenizer, prompt.sample, per_branch, reduce, sampling) for prompt in prompts
+    ]
+    return _events(engine_for(model, tokenizer, requests)) if requests else iter(())
 
 
 def engine_for(
@@ -86,11 +166,16 @@ def warn_if_fallback(engine: Engine) -> None:
 
 
 def _config_for(requests: Sequence[TokenizedRequest]) -> EngineConfig:
-    """Limits that are just large enough to decode these requests at the same time."""
-    branches = sum(request.num_branches for request in requests)
-    tokens = sum(request.num_prompt_tokens + request.max_new_tokens for request in requests)
-    partial_blocks = branches + len(requests)  # the last block of every branch and of every main
-    return EngineConfig(cache_tokens=tokens + BLOCK * partial_blocks, max_branches=branches)
+    """Limits that are just large enough to decode these requests, as many at a time as is sensible."""
+    slots = [
+        # The last block of main and of every branch is not full.
+        request.num_prompt_tokens + request.max_new_tokens + BLOCK * (request.num_branches + 1)
+        for request in requests
+    ]
+    cache_tokens = max(*slots, min(sum(slots), _MAX_CACHE_TOKENS))
+    return EngineConfig(
+        cache_tokens=cache_tokens, max_branches=max(request.num_branches for request in requests)
+    )
 
 
 def _events(engine: Engine) -> Iterator[Event]:

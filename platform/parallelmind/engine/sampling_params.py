@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
+from parallelmind.config.other_names import similar_name
 from parallelmind.engine.grammar import Grammar
 from parallelmind.errors import UserError, short_repr
 
@@ -89,10 +90,17 @@ class SamplingParams:
         for name, value in values.items():
             if name not in known:
                 field = " ".join(str(name).split())[:40]
+                similar = similar_name(field, known)
+                hint = f" (did you mean {similar}?)" if similar else ""
                 raise UserError(
-                    f"{field}={short_repr(value)}: unknown sampling setting; choose from {', '.join(known)}"
+                    f"{field}={short_repr(value)}: unknown sampling setting{hint}; "
+                    f"choose from {', '.join(known)}"
                 )
         return cls(**values)
+
+    def settings(self) -> dict[str, Any]:
+        """All fields by name: what `of` takes."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def _check_integer(self, field: str, minimum: int, maximum: int | None = None) -> None:
         value = getattr(self, field)

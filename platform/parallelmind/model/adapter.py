@@ -7,13 +7,13 @@ the model card. Loading checks that base model, chat template and placement are 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import peft
 import torch
 from peft import PeftModel
+from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -36,6 +36,15 @@ from parallelmind.model.manifest import (
 from parallelmind.model.new_tokens import trainable_token_indices
 from parallelmind.model.patch import patch
 from parallelmind.model.patch_state import is_patched, rope_config
+from parallelmind.model.peft_folder import (
+    SavedAdapter,
+    base_of,
+    is_peft_alone,
+    lora_of,
+    peft_values,
+    read_peft_folder,
+)
+from parallelmind.model.structure import to_device
 from parallelmind.model.support import check_supported
 from parallelmind.model.targets import excluded_modules, parse_targets
 from parallelmind.model.weights import ADAPTER, load_weights, trained_weights
@@ -47,18 +56,7 @@ class LoadConfig(GroupedConfig):
 
     model: ModelConfig
     rope: RopeConfig
-
-
-@dataclass(frozen=True, slots=True)
-class SavedAdapter:
-    """A saved adapter that was read and fits a model, to which `attach` adds it.
-
-    settings: peft's. weights: by their saved names, on the CPU.
-    """
-
-    folder: Path
-    settings: peft.LoraConfig
-    weights: Mapping[str, Tensor]
+    device: str | None = Field(None, description="where the model computes, such as cuda; null: the CPU")
 
 
 def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
@@ -103,20 +101,24 @@ def save_adapter(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     folder: str | Path,
-    base: ModelConfig,
-    rope: RopeConfig,
-    lora: LoraConfig,
+    base: ModelConfig | None = None,
+    rope: RopeConfig | None = None,
+    lora: LoraConfig | None = None,
     extra: Mapping[str, Any] | None = None,
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the adapter folder atomically, in place of an earlier adapter.
 
-    weights: saved in place of the model's own, under the names of `trained_weights`. The manifest describes
-    the adapter as stored: one that started as PiSSA is stored as a plain adapter of twice the rank. Raises
-    UserError if `folder` holds anything else.
+    base, rope, lora: by default those that the model itself tells. weights: saved in place of the model's
+    own, under the names of `trained_weights`. The manifest describes the adapter as stored: one that started
+    as PiSSA is stored as a plain adapter of twice the rank. Raises UserError if `folder` holds anything else,
+    and for a model that does not tell what is not given.
     """
     folder = Path(folder)
     check_replaceable(folder, "adapter")
+    base = base or base_of(model, tokenizer)
+    rope = rope or (rope_config(model) if is_patched(model) else RopeConfig(patch_rope=False))
+    lora = lora or lora_of(model)
     stored, lora = pissa.to_plain_lora(model, trained_weights(model) if weights is None else weights, lora)
     with atomic_dir(folder) as new_folder:
         write_adapter(new_folder, model, stored, lora.lora_rank, base_location(base.base_model))
@@ -217,27 +219,42 @@ def load_model_with_lora(
 
     base_model: by default the adapter's own. settings: fields of RopeConfig, by default those of the adapter,
     or of the whole model that was trained into the folder `base_model`; `dtype` (a name or a torch.dtype);
-    `quantize`; `trust_remote_code`. Raises UserError for an unknown field and for a value that contradicts
-    the training.
+    `device`; `quantize`; `trust_remote_code`. An adapter that peft wrote alone needs the fields of its
+    training. Raises UserError for an unknown field and for a value that contradicts the training.
     """
-    if isinstance(settings.get("dtype"), torch.dtype):
-        settings["dtype"] = str(settings["dtype"]).removeprefix("torch.")
-    values = settings if base_model is None else {**settings, "base_model": str(base_model)}
+    values = {name: _as_text(value) for name, value in settings.items()}
+    if base_model is not None:
+        values["base_model"] = str(base_model)
     folder = None if lora_path is None else fetch_adapter(lora_path)
-    trained_values = _trained_values(base_model, folder, lora_rank, settings)
+    trained_values = _trained_values(base_model, folder, lora_rank, values)
     config = resolve(LoadConfig, {**trained_values, **values}, source="load_model_with_lora")
     if config.rope.patch_rope:
         check_supported(load_meta_model(config.model))  # before any weights are read
     model, tokenizer = load_base(config.model, attn_implementation)
     if config.rope.patch_rope:
         patch(model, config.rope)
-    return (model if folder is None else load_adapter(model, tokenizer, folder)), tokenizer
+    adapted = model if folder is None else _attach_folder(model, tokenizer, folder)
+    return (adapted if config.device is None else to_device(adapted, config.device)), tokenizer
+
+
+def _attach_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> PeftModel:
+    if is_peft_alone(folder):
+        return attach(model, read_peft_folder(model, folder)).eval()
+    return load_adapter(model, tokenizer, folder)
+
+
+def _as_text(value: Any) -> Any:
+    """The name of a dtype or a device of torch; any other value as it is."""
+    is_torch = isinstance(value, (torch.dtype, torch.device))
+    return str(value).removeprefix("torch.") if is_torch else value
 
 
 def _trained_values(
     base_model: str | None, folder: Path | None, lora_rank: int | None, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The values of the adapter's or the whole model's manifest. Raises UserError if `settings` differ."""
+    if folder is not None and is_peft_alone(folder):
+        return peft_values(folder, lora_rank, settings)
     if folder is not None:
         manifest = read_adapter(folder)
         manifest.check_settings(settings if lora_rank is None else {**settings, "lora_rank": lora_rank})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:  # processes that only read a manifest do not import a model l
 
 _VALUES = 8  # of each weight
 _SAMPLE = "_base_weight_sample"
+# What peft inserts into the names of a base's weights, and the names of those that it adds.
+_INSERTED = re.compile(r"\.(base_layer|token_adapter|original_module)\b")
+_ADDED = re.compile(r"\.(lora_\w+|trainable_tokens_\w+|modules_to_save)\b")
 _RELATIVE, _ABSOLUTE = 2.0**-7, 1e-6  # by which rounding to another dtype may change a value
 
 # Fields of the configuration that change what the same weights compute. A model has some of them.
@@ -110,7 +114,7 @@ def _equal(here: float, there: float, dtype: str) -> bool:
 
 
 def base_identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> BaseIdentity:
-    """The identity of a base model, to which adapters may have been added after `sample_weights`."""
+    """The identity of a base model, to which adapters of peft may have been added."""
     config = model.config.get_text_config(decoder=True)
     settings = config.to_dict()  # reading an attribute that differs between layers raises
     return BaseIdentity(
@@ -126,11 +130,15 @@ def sample_weights(model: PreTrainedModel) -> dict[str, list[float]]:
     """Some values of every weight that is not quantised, by name.
 
     Neither the files that the weights came from nor their dtype change the sample, but for rounding. The
-    first call remembers it on the model: adapters rename weights, and PiSSA changes them.
+    first call remembers it on the model: PiSSA changes weights.
     """
     if not hasattr(model, _SAMPLE):
-        weights = [item for item in model.named_parameters() if item[1].is_floating_point()]
-        setattr(model, _SAMPLE, {name: _values(weight) for name, weight in weights})
+        weights = {
+            _INSERTED.sub("", name): weight
+            for name, weight in model.named_parameters()
+            if weight.is_floating_point() and not _ADDED.search(name)
+        }
+        setattr(model, _SAMPLE, {name: _values(weight) for name, weight in weights.items()})
     sample: dict[str, list[float]] = getattr(model, _SAMPLE)
     return sample
 

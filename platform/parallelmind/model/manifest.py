@@ -192,9 +192,13 @@ def _parse(folder: Path, field: str) -> Manifest:
             raise UserError(
                 f"{field}={folder}: its run is not finished; repeat the command that started it"
             ) from error
-        raise UserError(
-            f"{field}={folder}: no {MANIFEST} in it; give a folder that parallelmind saved"
-        ) from error
+        remedy = "give a folder that parallelmind saved"
+        if (folder / "adapter_config.json").is_file():
+            remedy = (
+                "if peft wrote it, load it once with load_model_with_lora and the rope settings of its "
+                "training, and save it with save_adapter"
+            )
+        raise UserError(f"{field}={folder}: no {MANIFEST} in it; {remedy}") from error
     except (ValueError, TypeError, KeyError) as error:
         raise damaged(repr(error)) from error
     if format_version != FORMAT:

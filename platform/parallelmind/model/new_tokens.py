@@ -42,6 +42,11 @@ def extend_model(model: PreTrainedModel, vocab_size: int, count: int) -> None:
     setattr(model, _IDS, list(range(first, vocab_size)))
 
 
+def new_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The tokens whose rows `extend_model` has added."""
+    return [str(tokenizer.convert_ids_to_tokens(token)) for token in getattr(model, _IDS, [])]
+
+
 def trainable_token_indices(model: PreTrainedModel) -> dict[str, list[int]] | None:
     """peft's setting that trains the rows of `extend_model`, None for a model without new rows."""
     ids: list[int] = getattr(model, _IDS, [])

@@ -10,12 +10,29 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from parallelmind.errors import UserError, first_line
+
 _TOWERS = ("vision", "visual", "image", "audio")
 
 
 def to_gpu(model: Any) -> Any:
     """Move the model to this process's GPU. Quantised weights are already there."""
     return model.cuda() if model.device.type == "cpu" else model
+
+
+def to_device(model: Any, device: str) -> Any:
+    """Move the model to a device. Raises UserError for one that this machine does not have.
+
+    Quantised weights stay where they are.
+    """
+    if getattr(causal_lm(model), "quantization_method", None) is not None:
+        return model
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"device={device}: {first_line(error).rstrip('.')}; give cpu, or a device that torch sees here"
+        ) from error
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
