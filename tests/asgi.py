@@ -179,7 +179,8 @@ def make_ingress(
     tiny_tokenizer().save_pretrained(folder)
     LlamaConfig(vocab_size=300, max_position_embeddings=4096).save_pretrained(folder)
     open_stream = open_stream or (lambda _: _StubStream(steps))
-    engine: Any = SimpleNamespace(generate=SimpleNamespace(remote=open_stream), broadcast=_no_replica)
+    generate = SimpleNamespace(remote=lambda request, _: open_stream(request))
+    engine: Any = SimpleNamespace(generate=generate, broadcast=_no_replica)
     engine.options = lambda **_: engine
     config = AppConfig.of({"base_model": str(folder), "served_name": "tiny", **settings})
     # These two change the process.

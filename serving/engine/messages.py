@@ -151,6 +151,25 @@ class StreamHistory(NamedTuple):
         return replace(self.request, history=self)
 
 
+class StreamKey(NamedTuple):
+    """Names a stream of steps. reader: the ingress process. number: one of its streams."""
+
+    reader: bytes
+    number: int
+
+
+class StepsAt(NamedTuple):
+    """Where an ingress process gets the steps of all its streams of an engine.
+
+    reader_key, sender_key: what the ingress and the engine show to each other.
+    """
+
+    host: str
+    port: int
+    reader_key: bytes
+    sender_key: bytes
+
+
 class RejectedRequest(NamedTuple):
     """Why a request is not served.
 

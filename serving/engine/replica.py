@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 from ray import serve
 
@@ -26,12 +27,15 @@ from serving.engine.messages import (
     PackedStep,
     RejectedRequest,
     StepOutput,
+    StepsAt,
     StreamHistory,
+    StreamKey,
     pack_step,
 )
+from serving.engine.step_sender import StepSender
 from serving.observability.log import configure_log
 from serving.observability.metrics import EngineMetrics, MetricFamily
-from serving.runtime.ray_private import bind_replica_port_to_node_address
+from serving.runtime.ray_private import bind_replica_port_to_node_address, node_address
 
 
 class EngineReplica:
@@ -56,15 +60,19 @@ class EngineReplica:
         self._loop = EngineLoop(
             self._engine, self._metrics.observe_step, config.replicas.stuck_s, num_threads
         )
+        self._sender = StepSender(node_address())
         self._config, self._admitted = config, dict[str, AdmittedRequest]()
         self._kept = KeptStreams()
         self._refreshing: asyncio.Task[None] | None = None
         self._name = serve.get_replica_context().replica_id.unique_id
 
-    async def generate(self, request: EngineRequest) -> AsyncIterator[PackedStep | RejectedRequest]:
+    async def generate(
+        self, request: EngineRequest, key: StreamKey | None = None
+    ) -> AsyncIterator[PackedStep | StepsAt | RejectedRequest]:
         """Yield the steps of a request; the first one holds the starts of its branches.
 
         A request that is not served yields one RejectedRequest and nothing else.
+        key: of the stream that takes the steps in place of the caller, who gets one StepsAt.
         """
         if self._refreshing is None:  # a constructor runs outside of the event loop
             self._refreshing = asyncio.create_task(self._adapters.keep_fresh())
@@ -78,11 +86,17 @@ class EngineReplica:
         admitted = self._admitted[request.id] = AdmittedRequest.of(running, request)
         step: StepOutput | None = StepOutput([], running.started, adapter_version=version)
         try:
-            with self._kept.keep(request) as keep:
+            if key is not None:
+                yield await self._sender.address()
+            stream = nullcontext() if key is None else self._sender.stream(key)
+            with self._kept.keep(request) as keep, stream as send:
                 while step is not None:
                     packed = pack_step(step)
                     keep(packed)
-                    yield packed
+                    if send is None:
+                        yield packed
+                    else:
+                        send(packed)
                     step = await self._loop.next_output(running)
         finally:
             if self._admitted[request.id] is admitted:  # and not one that resumes its stream

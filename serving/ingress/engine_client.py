@@ -15,8 +15,9 @@ import parallelmind as pm
 from serving.config import AppConfig
 from serving.engine.messages import EngineRequest, RejectedRequest, StepOutput, StreamHistory
 from serving.ingress.failover import stream_with_failover, with_deadline
+from serving.ingress.step_receiver import StepReceiver
 from serving.ingress.streaming import KEEP_ALIVE_S
-from serving.observability.metrics import IngressMetrics, MetricFamily, engine_up
+from serving.observability.metrics import IngressMetrics, MetricFamily, ModelMetrics, engine_up
 from serving.protocol.branches import SegmentPlace
 from serving.protocol.branches_response import BranchTracker
 from serving.protocol.errors import ErrorInfo, RequestError, rejection_error
@@ -38,7 +39,7 @@ class EngineClient:
         """fronts: all ingress processes, if there are several."""
         self._fronts = fronts
         self._engine, self._streams = engine, engine.options(stream=True)
-        self._config, self._metrics = config, metrics
+        self._config, self._metrics, self._receiver = config, metrics, StepReceiver()
 
     async def start(self, request: EngineRequest) -> AsyncGenerator[StepOutput, None]:
         """Wait for the first step of a request; return all of its steps.
@@ -47,7 +48,7 @@ class EngineClient:
         status. A stream is not waited for until its client gives up: it begins, and a later error is raised
         by its steps.
         """
-        steps = stream_with_failover(self._streams, request, self._metrics)
+        steps = stream_with_failover(self._streams, request, self._metrics, self._receiver)
         measured = self._measure(request, with_deadline(self._config.limits.timeout_s, steps))
         first = asyncio.ensure_future(anext(measured))
         try:
@@ -71,23 +72,26 @@ class EngineClient:
         num_past = len(request.history.steps) if request.history else 0
         started_at, last_token_at = perf_counter(), dict[int, float]()
         tracker, prompt_tokens = BranchTracker(request), 0
-        metrics, model = self._metrics, request.model
+        metrics: ModelMetrics | None = None
         async for step in steps:
             now = perf_counter()
+            metrics = metrics or self._metrics.of_model(request.model)
             tracker.new_branches(step)
             if num_past:
                 num_past, prompt_tokens = num_past - 1, tracker.prompt_tokens
                 yield step
                 continue
-            metrics.tokens.labels(model, "prompt").inc(tracker.prompt_tokens - prompt_tokens)
-            prompt_tokens = tracker.prompt_tokens
+            if tracker.prompt_tokens != prompt_tokens:
+                metrics.prompt_tokens.inc(tracker.prompt_tokens - prompt_tokens)
+                prompt_tokens = tracker.prompt_tokens
             if step.events and not last_token_at:
-                metrics.time_to_first_token.labels(model).observe(now - started_at)
+                metrics.time_to_first_token.observe(now - started_at)
             for event in step.events:
                 if event.branch in last_token_at:
-                    metrics.time_per_token.labels(model).observe(now - last_token_at[event.branch])
+                    metrics.time_per_token.observe(now - last_token_at[event.branch])
                 last_token_at[event.branch] = now
-                metrics.tokens.labels(model, "completion").inc(event.token is not None)
+            if completion_tokens := sum(event.token is not None for event in step.events):
+                metrics.completion_tokens.inc(completion_tokens)
             yield step
 
     async def add(

@@ -22,10 +22,13 @@ from serving.engine.messages import (
     PackedStep,
     RejectedRequest,
     StepOutput,
+    StepsAt,
     StreamHistory,
     num_items,
+    pack_step,
     unpack_step,
 )
+from serving.ingress.step_receiver import SILENCE_TIMEOUT_S, SilentEngineError, StepReceiver, StepStream
 from serving.observability.log import log
 from serving.observability.metrics import IngressMetrics
 from serving.protocol.errors import EngineLostError, engine_killed_error, rejection_error
@@ -36,8 +39,6 @@ MAX_ATTEMPTS = 6  # without a new token
 MAX_KILLS = 2  # engines that were lost while they decoded a request, without a new token: it may be the cause
 MAX_HISTORY_ITEMS = 20_000  # of a stream that its client can come back to
 _RETRY_PAUSE_S = 0.25
-# An engine sends something every second. Serve takes longer to notice a frozen one.
-SILENCE_TIMEOUT_S = 6.0
 # Before its first message an engine may still be starting.
 FIRST_MESSAGE_TIMEOUT_S = 20.0
 
@@ -118,7 +119,7 @@ class RequestReplay:
 
 
 async def stream_with_failover(
-    engine: DeploymentHandle, request: EngineRequest, metrics: IngressMetrics
+    engine: DeploymentHandle, request: EngineRequest, metrics: IngressMetrics, receiver: StepReceiver
 ) -> AsyncGenerator[StepOutput, None]:
     """All steps of a request, whichever engines decode it.
 
@@ -131,23 +132,21 @@ async def stream_with_failover(
         yield replay.record(packed)
     while not replay.is_complete and attempts < MAX_ATTEMPTS and kills < MAX_KILLS:
         attempts += 1
-        stream: Any = engine.generate.remote(replay.remaining_request())
         has_begun, failure = False, "closed the stream before the sample finished"
         try:
-            async for message in _messages(stream):
-                has_begun = True
-                if isinstance(message, RejectedRequest):
-                    raise rejection_error(message)
-                if any(message):
-                    if message[0]:  # a start alone is no progress: a sample that crashes engines starts too
-                        attempts = kills = 0
-                    yield replay.record(message)
+            async with aclosing(_messages(engine, replay.remaining_request(), receiver)) as messages:
+                async for message in messages:
+                    has_begun = True
+                    if isinstance(message, RejectedRequest):
+                        raise rejection_error(message)
+                    if any(message):
+                        if message[0]:  # a start is no progress: a sample that crashes engines starts too
+                            attempts = kills = 0
+                        yield replay.record(message)
         except _ENGINE_ERRORS as error:
             failure = f"failed ({type(error).__name__})"
             attempts -= isinstance(error, _EngineNotStartedError)
-            kills += has_begun and not isinstance(error, _SilentEngineError)
-        finally:
-            stream.cancel()
+            kills += has_begun and not isinstance(error, SilentEngineError)
         if not replay.is_complete:
             log.warning("engine of %s %s; retrying (%d/%d)", request.id, failure, attempts, MAX_ATTEMPTS)
             metrics.moved_samples.inc()
@@ -157,19 +156,49 @@ async def stream_with_failover(
         raise engine_killed_error() if kills == MAX_KILLS else EngineLostError
 
 
-class _SilentEngineError(RuntimeError):
-    """An engine has not sent anything for too long."""
-
-
-class _EngineNotStartedError(_SilentEngineError):
+class _EngineNotStartedError(SilentEngineError):
     """An engine has not sent its first message; it may be starting.
 
     Not counted as an attempt: the timeout of the request bounds how often it happens.
     """
 
 
-async def _messages(stream: Any) -> AsyncGenerator[PackedStep | RejectedRequest, None]:
-    """All messages of an engine. Raises _SilentEngineError if the next one takes too long."""
+async def _messages(
+    engine: DeploymentHandle, request: EngineRequest, receiver: StepReceiver
+) -> AsyncGenerator[PackedStep | RejectedRequest, None]:
+    """All messages of an engine, whether Serve brings them or the receiver.
+
+    Raises SilentEngineError if the next one takes too long.
+    """
+    with receiver.stream() as steps:
+        stream: Any = engine.generate.remote(request, steps.key)
+        watch: asyncio.Task[None] | None = None
+        try:
+            async for message in _messages_of_serve(stream):
+                if isinstance(message, StepsAt):
+                    yield pack_step(StepOutput([]))  # a sign of life
+                    receiver.connect(steps, message)
+                    watch = asyncio.create_task(_watch(stream, steps))
+                    async for step in steps.steps():
+                        yield step
+                    return
+                yield message
+        finally:
+            if watch is not None:
+                watch.cancel()
+            stream.cancel()
+
+
+async def _watch(stream: Any, steps: StepStream) -> None:
+    """Wait for the end of a stream of Serve. Its failure is one of the steps."""
+    try:
+        async for _ in stream:
+            pass
+    except Exception as error:
+        steps.put(error)
+
+
+async def _messages_of_serve(stream: Any) -> AsyncGenerator[PackedStep | StepsAt | RejectedRequest, None]:
     messages, received = aiter(stream), False
     while True:
         try:
@@ -178,7 +207,7 @@ async def _messages(stream: Any) -> AsyncGenerator[PackedStep | RejectedRequest,
         except StopAsyncIteration:
             return
         except TimeoutError:
-            raise (_SilentEngineError if received else _EngineNotStartedError) from None
+            raise (SilentEngineError if received else _EngineNotStartedError) from None
         received = True
         yield message
 

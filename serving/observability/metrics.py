@@ -93,6 +93,24 @@ class IngressMetrics(ProcessMetrics):
             "lost_samples", "samples that no engine could resume after their engine was lost"
         )
 
+    def of_model(self, model: str) -> ModelMetrics:
+        """What is counted for a model. Finding a label takes as long as counting: do it once a stream."""
+        return ModelMetrics(
+            self.tokens.labels(model, "prompt"),
+            self.tokens.labels(model, "completion"),
+            self.time_to_first_token.labels(model),
+            self.time_per_token.labels(model),
+        )
+
+
+class ModelMetrics(NamedTuple):
+    """The metrics of an ingress process for one model."""
+
+    prompt_tokens: Counter
+    completion_tokens: Counter
+    time_to_first_token: Histogram
+    time_per_token: Histogram
+
 
 _KINDS: dict[PrefillKind, str] = {
     "main": "mains",

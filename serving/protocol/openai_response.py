@@ -75,6 +75,8 @@ class CompletionFormatter:
 
     def _logprobs(self, events: Sequence[pm.Event], text_offset: int) -> Json | None:
         """Log-probabilities of the prompt and of the events. text_offset: start of the first event's text."""
+        if not events[0].prompt and all(event.logprob is None for event in events):
+            return None
         tokens = [*events[0].prompt]
         offsets = self._texts.text_offsets([token.token for token in tokens])
         for event in _with_logprobs(events):

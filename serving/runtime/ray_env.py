@@ -13,7 +13,7 @@ from ctypes.util import find_library
 from parallelmind.ray_env import LOCAL_CLUSTER_ENV, set_env_defaults
 from serving.runtime.ray_private import PROXY_ENV_VARIABLE, haproxy_env
 
-# Ingress and engines talk over gRPC, without the object store, and every process has one event loop.
+# The ingress calls engines over gRPC, without the object store, and every process has one event loop.
 SERVE_ENV = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",

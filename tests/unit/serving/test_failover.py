@@ -27,11 +27,13 @@ from serving.engine.messages import (
     PackedStep,
     RejectedRequest,
     StepOutput,
+    StreamKey,
     pack_step,
     unpack_step,
 )
 from serving.ingress import failover
 from serving.ingress.failover import RequestReplay, stream_with_failover, with_deadline
+from serving.ingress.step_receiver import StepReceiver
 from serving.observability.metrics import IngressMetrics
 from serving.protocol.branches_response import BranchTracker
 from serving.protocol.errors import EngineLostError, RequestError
@@ -68,7 +70,7 @@ class DyingEngines:
     def generate(self) -> Any:
         return self
 
-    def remote(self, request: EngineRequest) -> StubStream:
+    def remote(self, request: EngineRequest, _: StreamKey) -> StubStream:
         self.requests.append(request)
         number = len(self.requests)
         lifetime = self._lifetimes[number - 1] if number <= len(self._lifetimes) else 10_000
@@ -110,7 +112,7 @@ class SilentEngines:
     def generate(self) -> Any:
         return self
 
-    def remote(self, _: EngineRequest) -> StubStream:
+    def remote(self, _: EngineRequest, key: StreamKey) -> StubStream:
         self.streams.append(StubStream(self._messages(self._remaining.pop(0))))
         return self.streams[-1]
 
@@ -126,7 +128,7 @@ def follow(engines: Any, request: EngineRequest) -> tuple[list[Any], str, Ingres
     metrics, tracker = IngressMetrics(), BranchTracker(request)
 
     async def collect() -> list[StepOutput]:
-        return [step async for step in stream_with_failover(engines, request, metrics)]
+        return [step async for step in stream_with_failover(engines, request, metrics, StepReceiver())]
 
     steps = asyncio.run(asyncio.wait_for(collect(), TIMEOUT_S))
     starts = [(start.index, start.time) for step in steps for start in tracker.new_branches(step)]
@@ -294,7 +296,7 @@ def test_closing_the_reader_cancels_the_engines_stream() -> None:
     engines = DyingEngines(ISOLATED, [])
 
     async def read_one_step() -> None:
-        steps = stream_with_failover(engines, sample_request(), IngressMetrics())  # type: ignore[arg-type]
+        steps = stream_with_failover(engines, sample_request(), IngressMetrics(), StepReceiver())  # type: ignore[arg-type]
         await anext(steps)
         assert [stream.cancelled for stream in engines.streams] == [False]
         await steps.aclose()
@@ -314,7 +316,9 @@ def steps_of_one_engine() -> list[StepOutput]:
     """Everything that an engine sends for `sample_request`."""
 
     async def collect() -> list[StepOutput]:
-        steps = stream_with_failover(DyingEngines(ISOLATED, []), sample_request(), IngressMetrics())  # type: ignore[arg-type]
+        steps = stream_with_failover(
+            DyingEngines(ISOLATED, []), sample_request(), IngressMetrics(), StepReceiver()
+        )  # type: ignore[arg-type]
         return [step async for step in steps]
 
     return asyncio.run(collect())

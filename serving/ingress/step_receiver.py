@@ -1,0 +1,109 @@
+"""The connections of an ingress process to the engines: each brings the steps of all requests there."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import secrets
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
+from hmac import compare_digest
+from itertools import count
+
+from serving.engine.messages import PackedStep, StepsAt, StreamKey
+from serving.engine.step_sender import KEY_BYTES, LENGTH_BYTES, READER_BYTES
+
+# An engine sends something every second. Serve takes longer to notice a frozen one.
+SILENCE_TIMEOUT_S = 6.0
+_CONNECT_TIMEOUT_S = 3.0
+_SERVE_REPORTS_S = 1.0  # for Serve to report the loss of an engine, and to send nothing more to it
+
+
+class SilentEngineError(RuntimeError):
+    """An engine has not sent anything for too long."""
+
+
+class ConnectionLostError(RuntimeError):
+    """The connection to an engine has ended, and Serve knows of no reason."""
+
+
+Received = PackedStep | None | Exception
+
+
+class StepStream:
+    """The steps of one request from one engine. key: names it to the engine."""
+
+    def __init__(self, key: StreamKey) -> None:
+        self.key = key
+        self.address: StepsAt | None = None
+        self._queue = asyncio.Queue[Received]()
+
+    def put(self, received: Received) -> None:
+        """Add a step, the end of the stream (None), or what it fails with."""
+        self._queue.put_nowait(received)
+
+    async def steps(self) -> AsyncGenerator[PackedStep, None]:
+        """All steps. Raises what the stream fails with."""
+        while (received := await self._queue.get()) is not None:
+            if isinstance(received, Exception):
+                raise received
+            yield received
+
+
+class StepReceiver:
+    """All connections of this process, each opened by the first request that needs it."""
+
+    def __init__(self) -> None:
+        self._name, self._numbers = secrets.token_bytes(READER_BYTES), count()
+        self._streams: dict[int, StepStream] = {}
+        self._connections: dict[StepsAt, asyncio.Task[None]] = {}
+
+    @contextmanager
+    def stream(self) -> Iterator[StepStream]:
+        """A new stream. What arrives for it after the block is dropped."""
+        number = next(self._numbers)
+        self._streams[number] = stream = StepStream(StreamKey(self._name, number))
+        try:
+            yield stream
+        finally:
+            del self._streams[number]
+
+    def connect(self, stream: StepStream, address: StepsAt) -> None:
+        """Receive the steps of a stream from an engine. A failure of the connection is one of the stream."""
+        stream.address = address
+        if address not in self._connections:
+            self._connections[address] = asyncio.create_task(self._receive(address))
+
+    async def _receive(self, address: StepsAt) -> None:
+        failure: Exception = ConnectionLostError("the connection to the engine has ended")
+        try:
+            await self._receive_all(address)
+        except TimeoutError:
+            failure = SilentEngineError(f"nothing has come from the engine for {SILENCE_TIMEOUT_S:g} s")
+        except (OSError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            del self._connections[address]
+            streams = [stream for stream in self._streams.values() if stream.address == address]
+            for stream in streams:
+                asyncio.get_running_loop().call_later(_SERVE_REPORTS_S, stream.put, failure)
+
+    async def _receive_all(self, address: StepsAt) -> None:
+        """Give every stream its steps. Raises TimeoutError, OSError or IncompleteReadError."""
+        async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+            reader, writer = await asyncio.open_connection(address.host, address.port)
+        try:
+            writer.write(address.reader_key + self._name)
+            async with asyncio.timeout(SILENCE_TIMEOUT_S):
+                shown = await reader.readexactly(KEY_BYTES)
+            if not compare_digest(shown, address.sender_key):
+                raise ConnectionError("another process listens at the engine's port")
+            while True:
+                async with asyncio.timeout(SILENCE_TIMEOUT_S):
+                    length = int.from_bytes(await reader.readexactly(LENGTH_BYTES))
+                    content = await reader.readexactly(length)
+                for number, step in pickle.loads(content):
+                    if number in self._streams:  # the reader has not left
+                        self._streams[number].put(step)
+        finally:
+            writer.close()
