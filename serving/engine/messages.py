@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from parallelmind.engine.output import Event
+from parallelmind.engine.output import Event, TokenLogprob
 from parallelmind.engine.request import ResumeState, TokenizedRequest
 
-_TOP, _PROMPT = Event._fields.index("top"), Event._fields.index("prompt")
+_TOP, _POS2D, _PROMPT = map(Event._fields.index, ("top", "pos2d", "prompt"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +124,19 @@ def pack_step(step: StepOutput) -> PackedStep:
 def unpack_step(packed: PackedStep) -> StepOutput:
     events, started, added, adapter_version = packed
     return StepOutput(list(map(Event._make, events)), started, added, adapter_version)
+
+
+def step_of_json(packed: Sequence[Any]) -> PackedStep:
+    """A packed step without added segments that has become JSON, which has neither tuples nor types."""
+    events, started, added, adapter_version = packed
+    for event in events:
+        event[_TOP] = tuple(map(tuple, event[_TOP]))
+        event[_POS2D] = event[_POS2D] and tuple(event[_POS2D])
+        event[_PROMPT] = tuple(
+            TokenLogprob(token, logprob, tuple(map(tuple, top))) for token, logprob, top in event[_PROMPT]
+        )
+    starts = tuple(BranchStarted(branch, tuple(pos2d)) for branch, pos2d in started)
+    return list(map(tuple, events)), starts, tuple(added), adapter_version
 
 
 def num_items(step: PackedStep) -> int:

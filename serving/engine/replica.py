@@ -32,7 +32,7 @@ from serving.engine.messages import (
     StreamKey,
     pack_step,
 )
-from serving.engine.step_sender import StepSender
+from serving.engine.step_sender import BY_SERVE, StepSender
 from serving.observability.log import configure_log
 from serving.observability.metrics import EngineMetrics, MetricFamily
 from serving.runtime.ray_private import bind_replica_port_to_node_address, node_address
@@ -72,7 +72,8 @@ class EngineReplica:
         """Yield the steps of a request; the first one holds the starts of its branches.
 
         A request that is not served yields one RejectedRequest and nothing else.
-        key: of the stream that takes the steps in place of the caller, who gets one StepsAt.
+        key: of the stream that takes the steps in place of the caller, who gets one StepsAt, and the steps
+        for which the stream holds BY_SERVE.
         """
         if self._refreshing is None:  # a constructor runs outside of the event loop
             self._refreshing = asyncio.create_task(self._adapters.keep_fresh())
@@ -93,10 +94,10 @@ class EngineReplica:
                 while step is not None:
                     packed = pack_step(step)
                     keep(packed)
-                    if send is None:
+                    if send is not None:
+                        send(BY_SERVE if step.added else packed)
+                    if send is None or step.added:
                         yield packed
-                    else:
-                        send(packed)
                     step = await self._loop.next_output(running)
         finally:
             if self._admitted[request.id] is admitted:  # and not one that resumes its stream

@@ -6,9 +6,9 @@ Serve sends a message for every request and step, which takes a tenth of a milli
 from __future__ import annotations
 
 import asyncio
-import pickle
+import json
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hmac import compare_digest
@@ -21,9 +21,13 @@ KEY_BYTES = 32
 _HEARTBEAT_S = 1.0
 
 
-def frame(entries: list[tuple[int, PackedStep | None]]) -> bytes:
-    """A message: numbers of streams, each with its next step, or None at its end."""
-    content = pickle.dumps(entries, pickle.HIGHEST_PROTOCOL)
+BY_SERVE = "serve"  # in place of a step that Serve brings: one with segments, which JSON does not hold
+Entry = tuple[int, PackedStep | str | None]
+
+
+def frame(entries: Sequence[Entry]) -> bytes:
+    """A message in JSON: numbers of streams, each with its next step, or None at its end."""
+    content = json.dumps(entries, separators=(",", ":")).encode()
     return len(content).to_bytes(LENGTH_BYTES) + content
 
 
@@ -32,10 +36,10 @@ class _Link:
     """What is sent to one ingress process. entries: not sent yet. num_streams: that have not ended."""
 
     writer: asyncio.StreamWriter | None = None
-    entries: list[tuple[int, PackedStep | None]] = field(default_factory=list)
+    entries: list[Entry] = field(default_factory=list)
     num_streams: int = 0
 
-    def put(self, number: int, step: PackedStep | None) -> None:
+    def put(self, number: int, step: PackedStep | str | None) -> None:
         """Send with everything else that the event loop puts in this turn."""
         if not self.entries:
             asyncio.get_running_loop().call_soon(self.flush)
@@ -69,8 +73,8 @@ class StepSender:
         return StepsAt(self._host, port, self._reader_key, self._sender_key)
 
     @contextmanager
-    def stream(self, key: StreamKey) -> Iterator[Callable[[PackedStep], None]]:
-        """A function that sends the next step of a stream. The end of the stream is sent after it."""
+    def stream(self, key: StreamKey) -> Iterator[Callable[[PackedStep | str], None]]:
+        """A function that sends the next step of a stream, or BY_SERVE. The end of the stream follows."""
         link = self._links.setdefault(key.reader, _Link())
         link.num_streams += 1
         try:
@@ -102,5 +106,5 @@ class StepSender:
             self._remove_unused(name, link)
 
     def _remove_unused(self, name: bytes, link: _Link) -> None:
-        if link.writer is None and not link.num_streams:
+        if link.writer is None and not link.num_streams and not link.entries:
             self._links.pop(name, None)

@@ -190,12 +190,12 @@ async def _messages(
 
 
 async def _watch(stream: Any, steps: StepStream) -> None:
-    """Wait for the end of a stream of Serve. Its failure is one of the steps."""
+    """Add the steps that Serve brings, and its failure."""
     try:
-        async for _ in stream:
-            pass
+        async for message in stream:
+            steps.put_by_serve(message)
     except Exception as error:
-        steps.put(error)
+        steps.put_by_serve(error)
 
 
 async def _messages_of_serve(stream: Any) -> AsyncGenerator[PackedStep | StepsAt | RejectedRequest, None]:

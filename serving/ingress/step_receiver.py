@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import pickle
+import json
 import secrets
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from hmac import compare_digest
 from itertools import count
 
-from serving.engine.messages import PackedStep, StepsAt, StreamKey
-from serving.engine.step_sender import KEY_BYTES, LENGTH_BYTES, READER_BYTES
+from serving.engine.messages import PackedStep, StepsAt, StreamKey, step_of_json
+from serving.engine.step_sender import BY_SERVE, KEY_BYTES, LENGTH_BYTES, READER_BYTES
 
 # An engine sends something every second. Serve takes longer to notice a frozen one.
 SILENCE_TIMEOUT_S = 6.0
@@ -27,7 +27,7 @@ class ConnectionLostError(RuntimeError):
     """The connection to an engine has ended, and Serve knows of no reason."""
 
 
-Received = PackedStep | None | Exception
+Received = PackedStep | str | None | Exception
 
 
 class StepStream:
@@ -36,15 +36,23 @@ class StepStream:
     def __init__(self, key: StreamKey) -> None:
         self.key = key
         self.address: StepsAt | None = None
-        self._queue = asyncio.Queue[Received]()
+        self._queue, self._by_serve = asyncio.Queue[Received](), asyncio.Queue[PackedStep | Exception]()
 
     def put(self, received: Received) -> None:
-        """Add a step, the end of the stream (None), or what it fails with."""
+        """Add a step, BY_SERVE in its place, the end of the stream (None), or what it fails with."""
         self._queue.put_nowait(received)
+
+    def put_by_serve(self, received: PackedStep | Exception) -> None:
+        """Add a step that Serve has brought, or what Serve's stream fails with."""
+        self._by_serve.put_nowait(received)
+        if isinstance(received, Exception):
+            self.put(received)
 
     async def steps(self) -> AsyncGenerator[PackedStep, None]:
         """All steps. Raises what the stream fails with."""
         while (received := await self._queue.get()) is not None:
+            if isinstance(received, str):
+                received = await self._by_serve.get()
             if isinstance(received, Exception):
                 raise received
             yield received
@@ -102,8 +110,10 @@ class StepReceiver:
                 async with asyncio.timeout(SILENCE_TIMEOUT_S):
                     length = int.from_bytes(await reader.readexactly(LENGTH_BYTES))
                     content = await reader.readexactly(length)
-                for number, step in pickle.loads(content):
+                for number, step in json.loads(content):
                     if number in self._streams:  # the reader has not left
-                        self._streams[number].put(step)
+                        self._streams[number].put(
+                            step if step is None or step == BY_SERVE else step_of_json(step)
+                        )
         finally:
             writer.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from math import inf
 from typing import Any
 
 import pytest
@@ -11,15 +12,46 @@ from engine_loops import running_loop, sample_request
 from engines import ISOLATED, tiny_engine
 from ray.exceptions import ActorDiedError
 
-from parallelmind.engine.output import Event
-from serving.engine.messages import EngineRequest, PackedStep, StepOutput, StepsAt, StreamKey, pack_step
-from serving.engine.step_sender import KEY_BYTES, READER_BYTES, StepSender
+from parallelmind.engine.output import Event, TokenLogprob
+from serving.engine.messages import (
+    BranchStarted,
+    EngineRequest,
+    PackedStep,
+    StepOutput,
+    StepsAt,
+    StreamKey,
+    pack_step,
+)
+from serving.engine.step_sender import BY_SERVE, KEY_BYTES, READER_BYTES, StepSender
 from serving.ingress import step_receiver
 from serving.ingress.failover import stream_with_failover
 from serving.ingress.step_receiver import ConnectionLostError, SilentEngineError, StepReceiver
 from serving.observability.metrics import IngressMetrics
 
-STEPS = [pack_step(StepOutput([Event(0, "", token)])) for token in range(5)]
+PROMPT = (TokenLogprob(7), TokenLogprob(8, -0.1, ((9, -2.5),)))
+STEPS = [
+    pack_step(StepOutput([], (BranchStarted(0, (0, 3)),), adapter_version="1")),
+    pack_step(
+        StepOutput([Event(0, "\ud800é", 5, None, -1 / 3, ((5, -1 / 3), (6, -inf)), 2, (0, 3), prompt=PROMPT)])
+    ),
+    *(pack_step(StepOutput([Event(0, "", token)])) for token in range(3)),
+]
+
+
+def test_a_step_that_serve_brings_keeps_its_place() -> None:
+    async def test(sender: StepSender, receiver: StepReceiver) -> None:
+        with receiver.stream() as stream:
+            with sender.stream(stream.key) as send:
+                receiver.connect(stream, await sender.address())
+                for step in (STEPS[0], BY_SERVE, STEPS[2]):
+                    send(step)
+            reading = asyncio.ensure_future(read(stream.steps()))
+            await asyncio.sleep(0.1)
+            assert not reading.done()
+            stream.put_by_serve(STEPS[1])
+            assert await reading == STEPS[:3]
+
+    run(test)
 
 
 def run(test: Callable[[StepSender, StepReceiver], Awaitable[None]]) -> None:
@@ -73,7 +105,7 @@ def test_nothing_is_read_from_another_process_at_the_port_of_an_engine(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(step_receiver, "_SERVE_REPORTS_S", 0)
-    monkeypatch.setattr(step_receiver.pickle, "loads", lambda _: pytest.fail("read"))
+    monkeypatch.setattr(step_receiver.json, "loads", lambda _: pytest.fail("read"))
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readexactly(KEY_BYTES + READER_BYTES)
