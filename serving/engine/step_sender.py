@@ -12,22 +12,25 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hmac import compare_digest
+from itertools import count
 
 from serving.engine.messages import PackedStep, StepsAt, StreamKey
 
 LENGTH_BYTES = 4
 READER_BYTES = 16  # of the id of an ingress process
 KEY_BYTES = 32
-_HEARTBEAT_S = 1.0
-
-
 BY_SERVE = "serve"  # in place of a step that Serve brings: one with segments, which JSON does not hold
-Entry = tuple[int, PackedStep | str | None]
+_HEARTBEAT_S = 1.0
+_UNREAD_S = 30.0  # for the ingress to connect after a stream has ended
+_to_json = json.JSONEncoder(separators=(",", ":")).encode
+
+# The number of a stream, the index of a step there, and the step; None at the end of the stream.
+Entry = tuple[int, int, PackedStep | str | None]
 
 
 def frame(entries: Sequence[Entry]) -> bytes:
-    """A message in JSON: numbers of streams, each with its next step, or None at its end."""
-    content = json.dumps(entries, separators=(",", ":")).encode()
+    """A message: its length, and the entries in JSON."""
+    content = _to_json(entries).encode()
     return len(content).to_bytes(LENGTH_BYTES) + content
 
 
@@ -39,11 +42,11 @@ class _Link:
     entries: list[Entry] = field(default_factory=list)
     num_streams: int = 0
 
-    def put(self, number: int, step: PackedStep | str | None) -> None:
+    def put(self, entry: Entry) -> None:
         """Send with everything else that the event loop puts in this turn."""
         if not self.entries:
             asyncio.get_running_loop().call_soon(self.flush)
-        self.entries.append((number, step))
+        self.entries.append(entry)
 
     def flush(self) -> None:
         if self.entries and self.writer is not None:
@@ -74,15 +77,18 @@ class StepSender:
 
     @contextmanager
     def stream(self, key: StreamKey) -> Iterator[Callable[[PackedStep | str], None]]:
-        """A function that sends the next step of a stream, or BY_SERVE. The end of the stream follows."""
-        link = self._links.setdefault(key.reader, _Link())
+        """A function that sends the next step of a stream, or BY_SERVE.
+
+        The end of the stream follows, unless the block raises: Serve reports that.
+        """
+        link, indices = self._links.setdefault(key.reader, _Link()), count()
         link.num_streams += 1
         try:
-            yield lambda step: link.put(key.number, step)
+            yield lambda step: link.put((key.number, next(indices), step))
+            link.put((key.number, next(indices), None))
         finally:
-            link.put(key.number, None)
             link.num_streams -= 1
-            self._remove_unused(key.reader, link)
+            asyncio.get_running_loop().call_later(_UNREAD_S, self._remove_unused, key.reader, link)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Send to one ingress process until it disconnects."""
@@ -106,5 +112,5 @@ class StepSender:
             self._remove_unused(name, link)
 
     def _remove_unused(self, name: bytes, link: _Link) -> None:
-        if link.writer is None and not link.num_streams and not link.entries:
-            self._links.pop(name, None)
+        if link.writer is None and not link.num_streams and self._links.get(name) is link:
+            del self._links[name]

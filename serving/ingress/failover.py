@@ -28,7 +28,13 @@ from serving.engine.messages import (
     pack_step,
     unpack_step,
 )
-from serving.ingress.step_receiver import SILENCE_TIMEOUT_S, SilentEngineError, StepReceiver, StepStream
+from serving.ingress.step_receiver import (
+    SILENCE_TIMEOUT_S,
+    ConnectionLostError,
+    SilentEngineError,
+    StepReceiver,
+    StepStream,
+)
 from serving.observability.log import log
 from serving.observability.metrics import IngressMetrics
 from serving.protocol.errors import EngineLostError, engine_killed_error, rejection_error
@@ -190,12 +196,15 @@ async def _messages(
 
 
 async def _watch(stream: Any, steps: StepStream) -> None:
-    """Add the steps that Serve brings, and its failure."""
+    """Add the steps that Serve brings, and its failure. Serve's stream ends after that of the engine."""
     try:
         async for message in stream:
             steps.put_by_serve(message)
     except Exception as error:
         steps.put_by_serve(error)
+    else:
+        await asyncio.sleep(SILENCE_TIMEOUT_S)
+        steps.put(ConnectionLostError("the end of the stream has not come"))
 
 
 async def _messages_of_serve(stream: Any) -> AsyncGenerator[PackedStep | StepsAt | RejectedRequest, None]:

@@ -36,11 +36,20 @@ class StepStream:
     def __init__(self, key: StreamKey) -> None:
         self.key = key
         self.address: StepsAt | None = None
+        self._num_received = 0
         self._queue, self._by_serve = asyncio.Queue[Received](), asyncio.Queue[PackedStep | Exception]()
 
     def put(self, received: Received) -> None:
         """Add a step, BY_SERVE in its place, the end of the stream (None), or what it fails with."""
         self._queue.put_nowait(received)
+
+    def put_at(self, index: int, received: PackedStep | str | None) -> None:
+        """Add what the engine has sent as number `index`. Without the one before, the stream fails."""
+        if index == self._num_received:
+            self.put(received)
+        else:
+            self.put(ConnectionLostError("steps were lost with a connection to the engine"))
+        self._num_received += 1
 
     def put_by_serve(self, received: PackedStep | Exception) -> None:
         """Add a step that Serve has brought, or what Serve's stream fails with."""
@@ -110,10 +119,9 @@ class StepReceiver:
                 async with asyncio.timeout(SILENCE_TIMEOUT_S):
                     length = int.from_bytes(await reader.readexactly(LENGTH_BYTES))
                     content = await reader.readexactly(length)
-                for number, step in json.loads(content):
+                for number, index, step in json.loads(content):
                     if number in self._streams:  # the reader has not left
-                        self._streams[number].put(
-                            step if step is None or step == BY_SERVE else step_of_json(step)
-                        )
+                        is_step = step is not None and step != BY_SERVE
+                        self._streams[number].put_at(index, step_of_json(step) if is_step else step)
         finally:
             writer.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from math import inf
 from typing import Any
 
@@ -13,6 +14,8 @@ from engines import ISOLATED, tiny_engine
 from ray.exceptions import ActorDiedError
 
 from parallelmind.engine.output import Event, TokenLogprob
+from serving.engine import step_sender
+from serving.engine.loop import EngineStuckError
 from serving.engine.messages import (
     BranchStarted,
     EngineRequest,
@@ -23,7 +26,7 @@ from serving.engine.messages import (
     pack_step,
 )
 from serving.engine.step_sender import BY_SERVE, KEY_BYTES, READER_BYTES, StepSender
-from serving.ingress import step_receiver
+from serving.ingress import failover, step_receiver
 from serving.ingress.failover import stream_with_failover
 from serving.ingress.step_receiver import ConnectionLostError, SilentEngineError, StepReceiver
 from serving.observability.metrics import IngressMetrics
@@ -204,5 +207,72 @@ def test_a_sample_is_finished_by_another_engine_over_its_connection() -> None:
         assert engines.requests[1].resume is not None
         assert interrupted == await tokens(engines, receiver)
         assert len(engines.requests) == 3
+
+    run(test)
+
+
+def test_steps_that_were_lost_with_a_connection_fail_the_stream() -> None:
+    async def test(sender: StepSender, receiver: StepReceiver) -> None:
+        with receiver.stream() as stream, receiver.stream() as other:
+            address = await sender.address()
+            with sender.stream(other.key), sender.stream(stream.key) as send:
+                receiver.connect(other, address)
+                await asyncio.sleep(0.05)
+                (link,) = sender._links.values()
+                assert link.writer is not None
+                link.writer.close()
+                send(STEPS[0])  # before the ingress knows the address of the stream
+                await asyncio.sleep(0.05)
+                receiver.connect(stream, address)
+                await asyncio.sleep(0.05)
+                send(STEPS[1])
+                with pytest.raises(ConnectionLostError):
+                    await anext(stream.steps())
+
+    run(test)
+
+
+def test_the_end_of_a_stream_that_fails_is_left_to_serve() -> None:
+    async def test(sender: StepSender, receiver: StepReceiver) -> None:
+        with receiver.stream() as stream:
+            receiver.connect(stream, await sender.address())
+            with suppress(EngineStuckError), sender.stream(stream.key) as send:
+                send(STEPS[0])
+                raise EngineStuckError
+            await asyncio.sleep(0.05)
+            stream.put_by_serve(EngineStuckError())
+            steps = stream.steps()
+            assert await anext(steps) == STEPS[0]
+            with pytest.raises(EngineStuckError):
+                await anext(steps)
+
+    run(test)
+
+
+def test_a_stream_whose_end_does_not_come_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(failover, "SILENCE_TIMEOUT_S", 0.05)
+
+    async def test(_: StepSender, receiver: StepReceiver) -> None:
+        with receiver.stream() as stream:
+            watch = asyncio.create_task(failover._watch(ServeStream(messages()), stream))
+            with pytest.raises(ConnectionLostError):
+                await read(stream.steps())
+            await watch
+
+    async def messages() -> AsyncIterator[PackedStep]:
+        for _ in ():
+            yield STEPS[0]
+
+    run(test)
+
+
+def test_a_process_that_has_gone_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_sender, "_UNREAD_S", 0.01)
+
+    async def test(sender: StepSender, _: StepReceiver) -> None:
+        with sender.stream(StreamKey(bytes(READER_BYTES), 0)) as send:
+            send(STEPS[0])
+        await asyncio.sleep(0.1)
+        assert not sender._links
 
     run(test)
