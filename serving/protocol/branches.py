@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import not_
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
@@ -147,7 +148,7 @@ class Delta(SegmentPlace):
 
     branch, time: the token's coordinates; null where a segment ends without a token.
     error: the reason of the finish reason "error".
-    tool_calls: the calls that are complete with it; their text is part of the texts.
+    tool_calls: the calls that are complete with it; left out if there are none. Texts hold them, too.
     """
 
     text: str
@@ -158,7 +159,7 @@ class Delta(SegmentPlace):
     logprob: float | None
     top: list[tuple[int, float]]
     error: str | None = None
-    tool_calls: list[BranchCall] = Field([])
+    tool_calls: list[BranchCall] = Field([], exclude_if=not_)
 
 
 class Deltas(BaseModel):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -11,10 +13,11 @@ from tiny import tiny_tokenizer
 import parallelmind as pm
 from parallelmind.engine.grammar_compiler import GrammarCompiler
 from serving.config import AppConfig
+from serving.engine.messages import StepOutput
 from serving.ingress.preprocessor import RequestPreprocessor
 from serving.ingress.tool_prompts import ToolPrompts
 from serving.protocol.branches import BranchesRequest
-from serving.protocol.branches_response import BranchCalls
+from serving.protocol.branches_response import BranchCalls, branches_chunks
 from serving.protocol.openai import ChatRequest
 from serving.protocol.tool_calls import ToolCallParser, ToolChatFormatter
 from serving.protocol.tools import ToolFields
@@ -252,3 +255,19 @@ def test_calls_of_a_branch_stand_beside_its_text() -> None:
     assert [call for event in events for call in calls.add("branches[1]", event)] == []
     single = BranchCalls("smp-1", body.model_copy(update={"parallel_tool_calls": False}))
     assert sum(len(single.add("branches[0]", event)) for event in events) == 1
+
+
+def test_only_the_delta_that_completes_a_call_holds_calls() -> None:
+    body = BranchesRequest(model="tiny", branches=[TURN, "who"], tools=[WEATHER])
+    request, calls = preprocessor().branches(body), BranchCalls("smp-1", body)
+
+    async def steps() -> AsyncIterator[StepOutput]:
+        yield StepOutput([pm.Event(0, CALL[:20], 5), pm.Event(1, "a", 5)])
+        yield StepOutput([pm.Event(0, CALL[20:], 5, "stop"), pm.Event(1, "", None, "stop")])
+
+    async def deltas() -> list[dict[str, Any]]:
+        chunks = branches_chunks(request, steps(), calls)
+        return [delta async for chunk in chunks for delta in chunk.get("deltas", [])]
+
+    found = [delta.get("tool_calls") for delta in asyncio.run(deltas())]
+    assert [calls and calls[0]["function"]["name"] for calls in found] == [None, None, "weather", None]
