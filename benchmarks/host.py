@@ -71,7 +71,7 @@ def _sampling_ms(rows: int) -> float:
     logits = _PreparedLogits(patched("isolated", "bfloat16"), rows).logits[0]
     sampler, row = Sampler(), {"params": SamplingParams(), "seed": 0, "index": 0, "history": []}
     branches = [SimpleNamespace(**row, branch=index) for index in range(rows)]
-    return _median_ms(lambda: sampler(logits, branches))
+    return _median_ms(lambda: sampler(logits, branches).read())
 
 
 def _median_ms(work: Callable[[], object]) -> float:

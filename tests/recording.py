@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from parallelmind.engine.decoding_check import layout_logits
 from parallelmind.engine.engine import Engine
 from parallelmind.engine.grammar_matcher import TokenMasks
-from parallelmind.engine.sampler import SampledToken, SamplingRow
+from parallelmind.engine.sampler import PendingTokens, SamplingRow
 from parallelmind.engine.scheduler import EngineConfig
 from parallelmind.engine.sequence_group import SequenceGroup
 from parallelmind.evaluation.rope_configs import rope_config_grid
@@ -42,10 +42,10 @@ class RecordingEngine(Engine):
 
     def sample(
         self, logits: Tensor, rows: Sequence[SamplingRow], masks: TokenMasks | None = None
-    ) -> list[SampledToken]:
+    ) -> PendingTokens:
         for row, row_logits in zip(rows, logits, strict=True):
             self.logits[row.seed, row.branch].append(row_logits)
-        return [SampledToken(token_of(row.seed, row.branch, row.index), None) for row in rows]
+        return PendingTokens.of([token_of(row.seed, row.branch, row.index) for row in rows])
 
 
 def token_of(*key: int) -> int:

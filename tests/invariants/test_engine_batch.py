@@ -18,7 +18,7 @@ from parallelmind.config import RopeConfig
 from parallelmind.engine.decoding_check import layout_logits
 from parallelmind.engine.engine import Engine
 from parallelmind.engine.request import Sample
-from parallelmind.engine.sampler import SampledToken
+from parallelmind.engine.sampler import PendingTokens
 from parallelmind.engine.scheduler import EngineConfig
 from parallelmind.errors import UserError
 from parallelmind.evaluation import tiny_models as tiny
@@ -102,7 +102,7 @@ class FixedTextEngine(Engine):
 
     def sample(self, logits, rows, masks=None):
         ids = tiny_tokenizer()(self.TEXT).input_ids
-        return [SampledToken(ids[row.index], None) for row in rows]
+        return PendingTokens.of([ids[row.index] for row in rows])
 
 
 def test_streamed_text_adds_up_if_tokens_split_characters() -> None:

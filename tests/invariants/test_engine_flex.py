@@ -112,7 +112,7 @@ def test_random_steps_in_buffers_give_the_tokens_of_plain_steps(config: RopeConf
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "config", [CONFIGS[0], CONFIGS[-1]], ids=lambda part: f"{part.visibility}-{part.positions}"
+    "config", [CONFIGS[0], CONFIGS[5]], ids=lambda part: f"{part.visibility}-{part.positions}"
 )
 @pytest.mark.parametrize("kind", [EngineMachine, TreeMachine], ids=["samples", "trees"])
 def test_laws_3_and_4_at_random(kind: type[RuleBasedStateMachine], config: RopeConfig, flex: None) -> None:

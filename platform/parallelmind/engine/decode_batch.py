@@ -6,7 +6,7 @@ kept until the sample changes; what does change in every step is in the block ta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import NamedTuple
@@ -114,6 +114,9 @@ class DecodeBatch:
 class DecodeStep(NamedTuple):
     """The newest token of each branch of a batch.
 
+    It may be planned while the step before it runs, from which its ids come then. Until that one is
+    committed, such a step is staged for as long as its inputs are laid out.
+
     ids, time, slots: `[branches]`. full: branches whose token begins a block. blocks: allocated for these.
     """
 
@@ -126,12 +129,41 @@ class DecodeStep(NamedTuple):
 
     def stage(self, tables: BlockTables) -> None:
         """Note the tokens in the block tables."""
-        rows = self.batch.tables
+        rows, length = self.batch.tables, self.time - self.batch.start_time
         if len(self.full):
-            new = rows[self.full]
-            tables.append(new, np.array(self.blocks), tables.length[new] + BLOCK)
-        tables.staged[rows] = tables.length[rows] + 1
+            tables.append(rows[self.full], np.array(self.blocks), length[self.full] + BLOCK)
+        tables.staged[rows] = length + 1
         tables.place(self.slots, self.time, self.batch.number)
+
+    def unstage(self, tables: BlockTables) -> None:
+        """Restore the tables of the step that runs."""
+        tables.staged[self.batch.tables] -= 1
+
+    def following(
+        self, tables: BlockTables, allocate: Callable[[int], list[int] | None]
+    ) -> DecodeStep | None:
+        """The step after this one, which is staged. Its ids are not known. None if there are no blocks."""
+        free = tables.num_free[self.batch.tables] - 1
+        free[self.full] += BLOCK
+        full, slots = np.flatnonzero(free == 0), self.slots + 1
+        blocks = allocate(len(full))
+        if blocks is None:
+            return None
+        slots[full] = BLOCK * np.array(blocks, np.int64)
+        return DecodeStep(self.batch, np.zeros_like(self.ids), self.time + 1, slots, full, blocks)
+
+    def rows_of(self, batch: DecodeBatch) -> Ints | None:
+        """`[branches]` where the branches of a batch are in this step; None unless it has all of them."""
+        if batch is self.batch:
+            return np.arange(len(batch.branches))
+        row_of = {branch: row for row, branch in enumerate(self.batch.branches)}
+        rows = [row_of.get(branch, -1) for branch in batch.branches]
+        return None if min(rows) < 0 else np.array(rows)
+
+    def new_blocks(self) -> dict[BranchState, int]:
+        """The blocks that are allocated, by branch."""
+        full = (self.batch.branches[row] for row in self.full.tolist())
+        return dict(zip(full, self.blocks, strict=True))
 
     def commit(self, tables: BlockTables) -> list[int]:
         """Count the tokens as computed; returns the blocks that the tables hold from now on.

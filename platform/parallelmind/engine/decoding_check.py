@@ -17,7 +17,7 @@ from parallelmind.engine.engine import Engine
 from parallelmind.engine.grammar_matcher import TokenMasks
 from parallelmind.engine.model_runner import Model
 from parallelmind.engine.request import Sample, Segment
-from parallelmind.engine.sampler import SampledToken, SamplingRow
+from parallelmind.engine.sampler import PendingTokens, SamplingRow
 from parallelmind.engine.scheduler import EngineConfig
 from parallelmind.layout import Layout, collate
 from parallelmind.model.inputs import decoder_inputs, to_tensors
@@ -62,13 +62,12 @@ class LogitRecorder(Engine):
 
     def sample(
         self, logits: Tensor, rows: Sequence[SamplingRow], masks: TokenMasks | None = None
-    ) -> list[SampledToken]:
+    ) -> PendingTokens:
         for row, row_logits in zip(rows, logits, strict=True):
             self.logits[row.branch].append(row_logits)
-        return [
-            SampledToken(_FIRST_NEW_TOKEN + _TOKENS_PER_BRANCH * row.branch + row.index + 1, None)
-            for row in rows
-        ]
+        return PendingTokens.of(
+            [_FIRST_NEW_TOKEN + _TOKENS_PER_BRANCH * row.branch + row.index + 1 for row in rows]
+        )
 
     def run(self) -> None:
         """Step until every branch has ended."""

@@ -48,8 +48,11 @@ class DeviceSteps:
         self._graphs: dict[tuple[Bucket, str], _Graph | None] = {}  # None: to be captured next time
         self._captures = device.type == "cuda"
 
-    def __call__(self, inputs: ModelInput) -> Tensor:
-        """`[sampled, vocab]` logits of a step."""
+    def __call__(self, inputs: ModelInput, ids: Tensor | None = None) -> Tensor:
+        """`[sampled, vocab]` logits of a step.
+
+        ids: `[tokens]` in place of those of the inputs, on the device; negative for a token that is not used.
+        """
         tiles = Tiles.of(inputs)
         bucket = Bucket.of(inputs, tiles)
         if bucket not in self._buffers:
@@ -57,6 +60,8 @@ class DeviceSteps:
             self._buffers[bucket] = StepBuffers(bucket, self._device, scratch * BLOCK, scratch)
         buffers, padded = self._buffers[bucket], inputs.padded(bucket.tokens, bucket.sampled)
         buffers.send(padded, tiles)
+        if ids is not None:
+            buffers.columns[0, : len(ids)] = ids.clamp(min=0)
         return self._run(padded, buffers)[: len(inputs.logits_indices)]
 
     def warm_up(self, has_scores: bool) -> None:
@@ -69,6 +74,8 @@ class DeviceSteps:
 
     def forget_graphs(self) -> None:
         """Capture anew: the model's weights or adapters have changed."""
+        if self._graphs and self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # one of them may run
         self._graphs.clear()
 
     def _run(self, inputs: ModelInput, buffers: StepBuffers) -> Tensor:

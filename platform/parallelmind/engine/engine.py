@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from threading import RLock
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
@@ -21,10 +21,18 @@ from parallelmind.engine.detokenizer import TokenDecoder
 from parallelmind.engine.fair_lock import FairLock
 from parallelmind.engine.grammar_compiler import GrammarCompiler
 from parallelmind.engine.grammar_matcher import TokenMasks
+from parallelmind.engine.look_ahead import LookAhead
 from parallelmind.engine.model_runner import Model, ModelRunner
 from parallelmind.engine.output import Event, FinishReason, OutputProcessor, TokenLogprob
 from parallelmind.engine.request import ResumeState, Sample, Segment, Text, TokenizedRequest
-from parallelmind.engine.sampler import SampledToken, Sampler, SamplingRow, prompt_logprobs, random_seed
+from parallelmind.engine.sampler import (
+    PendingTokens,
+    SampledToken,
+    Sampler,
+    SamplingRow,
+    prompt_logprobs,
+    random_seed,
+)
 from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.engine.scheduler import EngineConfig, EngineStats, Scheduler
 from parallelmind.engine.sequence import BranchState
@@ -55,6 +63,14 @@ _load_locks: WeakKeyDictionary[PreTrainedModel, RLock] = WeakKeyDictionary()
 
 # The settings that describe how an unpatched model decodes a single branch.
 _UNPATCHED = RopeConfig(patch_rope=False, rope_2d_ratio=0, visibility="isolated", positions="time")
+
+
+class _Pass(NamedTuple):
+    """A forward pass of a step. inputs: those of the runner. logits: if they were computed ahead."""
+
+    forward: ForwardPlan
+    inputs: Any = None
+    logits: Tensor | None = None
 
 
 class Engine:
@@ -101,6 +117,7 @@ class Engine:
         self._grammars = GrammarCompiler(tokenizer, len(embeddings.weight), self._eos_token_ids)
         self._decoder = TokenDecoder(tokenizer)
         self.seconds_in_model = 0.0
+        self._ahead: LookAhead | None = None  # the step that follows the last one
 
     @property
     def model(self) -> Model:
@@ -336,14 +353,14 @@ class Engine:
         with self._step_lock:
             passes = self._prepare()
             failure = None
-            for index, (forward, inputs) in enumerate(passes):
+            for index, item in enumerate(passes):
                 try:
-                    self._compute(forward, inputs)
+                    self._compute(item, may_look_ahead=len(passes) == 1)
                 except Exception as error:
-                    self._fail(forward.groups, error)
+                    self._fail(item.forward.groups, error)
                     failure = failure or error
                 except BaseException as error:  # Ctrl-C: the remaining passes are not computed
-                    self._fail([group for left, _ in passes[index:] for group in left.groups], error)
+                    self._fail([group for left in passes[index:] for group in left.forward.groups], error)
                     raise
             self._collect_adapters()
             if failure is not None:
@@ -356,35 +373,48 @@ class Engine:
             events, self._pending_events = self._pending_events, []
             return events
 
-    def _prepare(self) -> list[tuple[ForwardPlan, Any]]:
-        """Plan a step; returns its forward passes, and the inputs of each."""
+    def _prepare(self) -> list[_Pass]:
+        """Plan a step; returns its forward passes."""
         with self.state_lock:
-            plan = self.scheduler.schedule(self.state_lock.give_way)
+            ahead, self._ahead = self._ahead, None
+            plan = self.scheduler.schedule(self.state_lock.give_way, ahead.step if ahead else None)
             try:
                 for group in plan.stuck:
                     self._abort(group, "error", "the cache has no room for the sample; raise cache_tokens")
                 for group in plan.preempted:
                     self.runner.forget(group)
                 self.scheduler.begin(plan)
-                tables = self.scheduler.tables
-                return [
-                    (forward, self.runner.prepare_inputs(forward, tables))
-                    for forward in self._split(plan.forward)
-                ]
+                return self._passes(plan.forward, ahead)
             except BaseException as error:
                 self._fail(plan.groups, error)
                 raise
 
-    def _compute(self, forward: ForwardPlan, inputs: Any) -> None:
+    def _passes(self, forward: ForwardPlan, ahead: LookAhead | None) -> list[_Pass]:
+        """The forward passes of a plan that has begun. What was computed ahead is a pass of its own."""
+        decoding, passes = forward.decoding, list[_Pass]()
+        logits = ahead.logits_of(decoding) if ahead and decoding else None
+        if logits is not None:
+            passes = [_Pass(ForwardPlan(decoding, []), logits=logits)]
+            forward = ForwardPlan(None, forward.scheduled)
+        return passes + [_Pass(part, self._prepare_inputs(part)) for part in self._split(forward)]
+
+    def _prepare_inputs(self, forward: ForwardPlan) -> Any:
+        return self.runner.prepare_inputs(forward, self.scheduler.tables)
+
+    def _compute(self, item: _Pass, may_look_ahead: bool = False) -> None:
         """One forward pass and its events.
 
         Through a dense mask a NaN of one sample reaches all others: each is computed alone then.
         """
+        forward, inputs, logits = item
         sampled = forward.sampled()
         masks = self._grammars.begin_masks([row.matcher for row in sampled.rows])
-        logits = self._run(forward, inputs)
+        logits = self._run(forward, inputs) if logits is None else logits
         num_sampled = len(sampled.rows)
-        tokens = self.sample(logits[:num_sampled], sampled.rows, masks.result() if masks else None)
+        pending = self.sample(logits[:num_sampled], sampled.rows, masks.result() if masks else None)
+        if may_look_ahead and self.runner.computes_ahead:
+            self._look_ahead(forward, pending.ids)
+        tokens = pending.read()
         labels = _prompt_labels(forward.scheduled)
         scores = _score_prompts(logits[num_sampled:], labels) if labels else []
         filled = self.scheduler.filled(forward)
@@ -393,15 +423,31 @@ class Engine:
             if not not_finite or len(forward.groups) == 1:
                 for group in not_finite:
                     self._distrust(group)
+                    self._ahead = None
                 self.scheduler.commit(forward, filled)
                 for (branch, position), score in zip(labels, scores, strict=True):
                     branch.prompt_logprobs[position] = score
                 self._emit_all(sampled, tokens)
                 return
+            self._ahead = None  # it read what is computed again
+            inputs = self._prepare_inputs(forward) if inputs is None else inputs
         each = forward.each()
-        parts = inputs.split([len(item.tokens.ids) for item in each])
-        for item, part in zip(each, parts, strict=True):
-            self._compute(ForwardPlan(None, [item]), part)
+        parts = inputs.split([len(scheduled.tokens.ids) for scheduled in each])
+        for scheduled, part in zip(each, parts, strict=True):
+            self._compute(_Pass(ForwardPlan(None, [scheduled]), part))
+
+    def _look_ahead(self, forward: ForwardPlan, token_ids: Tensor) -> None:
+        """Begin the next step, if it is known what it computes: the tokens that are being sampled."""
+        if forward.decoding is None or forward.scheduled:
+            return
+        with self.state_lock:
+            step = self.scheduler.look_ahead(forward.decoding)
+            if step is None:
+                return
+            following = ForwardPlan(step, [])
+            inputs = self._prepare_inputs(following)
+            step.unstage(self.scheduler.tables)
+        self._ahead = LookAhead(step, self._run(following, inputs, token_ids))
 
     def _emit_all(self, sampled: SampledBranches, tokens: Sequence[SampledToken]) -> None:
         """The events of sampled tokens. Calls of other threads get in between.
@@ -440,21 +486,21 @@ class Engine:
             passes[item.group.adapter_version, item.group.id if alone else None].append(item)
         return [ForwardPlan(None, items) for items in passes.values()]
 
-    def _run(self, forward: ForwardPlan, inputs: Any) -> Tensor:
-        """`[sampled, vocab]` logits of one forward pass."""
+    def _run(self, forward: ForwardPlan, inputs: Any, token_ids: Tensor | None = None) -> Tensor:
+        """`[sampled, vocab]` logits of one forward pass. token_ids: in place of those of the inputs."""
         start = perf_counter()
         version = forward.groups[0].adapter_version
         active = nullcontext() if self.runner.batches_adapters else self.adapters.active(version)
         with active, forward_context.restored():
-            logits = self.runner(inputs)
+            logits = self.runner(inputs, token_ids)
         self.seconds_in_model += perf_counter() - start
         return logits
 
     def sample(
         self, logits: Tensor, rows: Sequence[SamplingRow], masks: TokenMasks | None = None
-    ) -> list[SampledToken]:
+    ) -> PendingTokens:
         """The next token of every row of `[rows, vocab]` logits. masks: of the rows that have a grammar."""
-        return self._sampler(logits, rows, masks) if rows else []
+        return self._sampler(logits, rows, masks) if rows else PendingTokens.of([])
 
     def _emit(
         self, group: SequenceGroup, branch: BranchState, pos2d: tuple[int, int], sampled: SampledToken

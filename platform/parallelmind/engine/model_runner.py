@@ -102,12 +102,15 @@ class ModelRunner:
         return inputs
 
     @torch.inference_mode()
-    def __call__(self, inputs: ModelInput) -> Tensor:
-        """`[sampled, vocab]` logits of the tokens in `logits_indices`; caches all tokens."""
+    def __call__(self, inputs: ModelInput, ids: Tensor | None = None) -> Tensor:
+        """`[sampled, vocab]` logits of the tokens in `logits_indices`; caches all tokens.
+
+        ids: as in `DeviceSteps`, where `computes_ahead`.
+        """
         if self._linears is None and not is_chosen(self.model.device):
             return self._record_linears(inputs, self.cache)
         if (steps := self._steps_on_device(inputs.tables)) is not None:
-            return steps(inputs)
+            return steps(inputs, ids)
         assert self._linears is not None, "they are recorded"
         lora = self._lora
         if self._compiled is not None and (lora is not None or not isinstance(self.model, PeftModel)):
@@ -139,6 +142,11 @@ class ModelRunner:
         step = Step(inputs, cache, self._windows, self._linears.groups, self._kernels, lora, attention)
         with self._linears.active(), nullcontext() if lora is None else lora.active():
             return self._call(self.model, step, buffers.columns, self._step_masks(), buffers.sampled)
+
+    @property
+    def computes_ahead(self) -> bool:
+        """Whether a step can begin while the host waits for the tokens that it starts from."""
+        return self._device_steps is not None
 
     @property
     def batches_adapters(self) -> bool:

@@ -24,7 +24,7 @@ from parallelmind.engine.block_manager import (
 from parallelmind.engine.block_table import BlockTables
 from parallelmind.engine.decode_batch import DecodeBatch, DecodeStep, missing_blocks
 from parallelmind.engine.path_hash import PathHash
-from parallelmind.engine.sequence import ScheduledTokens, SegmentState
+from parallelmind.engine.sequence import BranchState, ScheduledTokens, SegmentState
 from parallelmind.engine.sequence_group import SequenceGroup
 from parallelmind.engine.step_plan import Adoption, FilledBlocks, ForwardPlan, Plan, ScheduledGroup
 from parallelmind.engine.token_scheduler import Progress, num_prefill, schedule_tokens
@@ -56,6 +56,7 @@ class Planner:
         self._preempted: list[SequenceGroup] = []
         self._adopted: dict[SequenceGroup, list[Adoption]] = {}
         self._filled: set[BlockKey] = set()  # blocks that the plan computes
+        self._ahead: dict[BranchState, int] = {}  # blocks of tokens that are computed already
         self._give_way, self._is_interrupted = give_way, False
         self._versions: dict[SequenceGroup, int] = {}  # of the samples when the plan began
 
@@ -65,10 +66,12 @@ class Planner:
         waiting: Sequence[SequenceGroup],
         batch: DecodeBatch | None,
         others: Sequence[SequenceGroup],
+        ahead: DecodeStep | None = None,
     ) -> Plan:
         """running, waiting: samples in the order of their age.
 
         batch: the running ones that only decode. others: the other running ones.
+        ahead: a step that is computed already; the batch gets its blocks if it has all of its branches.
         A sample that changes while the plan is made is left out of it.
         """
         running, waiting = [*running], [*waiting]
@@ -78,6 +81,8 @@ class Planner:
         others = [*others, *admitted]
         if batch is not None and not self._has_room(batch, others):
             batch, others = None, [*running, *admitted]
+        if batch is not None and ahead is not None and ahead.rows_of(batch) is not None:
+            self._hold_ahead(ahead, batch)
         scheduled = self._schedule_all(sorted(others, key=lambda group: group.id))
         forward = ForwardPlan(
             self._decode(batch) if batch else None,
@@ -111,13 +116,21 @@ class Planner:
         missing = sum(group.missing_blocks + len(group.segments) for group in others)
         return num_full + missing <= self._draft.num_available
 
+    def _hold_ahead(self, ahead: DecodeStep, batch: DecodeBatch) -> None:
+        blocks = ahead.new_blocks()
+        self._ahead = {branch: blocks[branch] for branch in batch.branches if branch in blocks}
+        self._draft.hold(self._ahead.values())
+
     def _decode(self, batch: DecodeBatch) -> DecodeStep | None:
         """The next step of the samples that only decode."""
         unchanged = batch.unchanged()
         if unchanged is None:
             return None
         full = np.flatnonzero(self._tables.num_free[unchanged.tables] == 0)
-        blocks = self._draft.allocate(len(full))
+        if self._ahead:
+            blocks: list[int] | None = [self._ahead[unchanged.branches[row]] for row in full.tolist()]
+        else:
+            blocks = self._draft.allocate(len(full))
         assert blocks is not None, "there is room"
         return unchanged.step(self._tables, full, blocks)
 

@@ -19,6 +19,7 @@ from parallelmind.engine.grammar_matcher import TokenMasks
 from parallelmind.engine.output import TokenLogprob
 from parallelmind.engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from parallelmind.model.hf_compat import process_rows
+from parallelmind.model.transfer import HostCopy, to_device
 from parallelmind.tree import Ints
 
 _NO_TOKEN = native_largest.NOT_FINITE  # in a tensor of token ids
@@ -98,9 +99,9 @@ class _SamplingMetadata:
         random = [index for index, row in enumerate(params) if row.temperature]
         drawn = [params[index] for index in random]
         biases = [(index, *pair) for index, row in enumerate(params) for pair in row.logit_bias]
-        columns = [torch.tensor(column, device=device) for column in zip(*biases, strict=True)]
+        columns = [to_device(torch.tensor(column), device) for column in zip(*biases, strict=True)]
         return _SamplingMetadata(
-            random=torch.tensor(random, device=device) if random else None,
+            random=to_device(torch.tensor(random), device) if random else None,
             temperature=_column(drawn, "temperature", 1, device),
             top_k=_column(drawn, "top_k", 0, device),
             max_top_k=max((row.top_k for row in drawn), default=0),
@@ -118,14 +119,45 @@ def _column(params: Sequence[SamplingParams], field: str, off: float, device: to
     if not rows:
         return None
     within = [min(values[index], _LARGEST) for index in rows]  # an integer may exceed every float
-    column = torch.tensor(within, dtype=torch.float32, device=device)
-    index = None if len(rows) == len(params) else torch.tensor(rows, device=device)
-    return _Column(index, column.clamp(min=_SMALLEST))
+    column = torch.tensor(within, dtype=torch.float32).clamp(min=_SMALLEST)
+    index = None if len(rows) == len(params) else to_device(torch.tensor(rows), device)
+    return _Column(index, to_device(column, device))
 
 
 def random_seed() -> int:
     """A seed from torch's global generator, which `torch.manual_seed` controls."""
     return int(torch.randint(2**62, ()))
+
+
+class PendingTokens:
+    """Tokens that a device samples.
+
+    ids: `[rows]` on the device; negative for a row without a token.
+    """
+
+    def __init__(self, ids: Tensor, table: Tensor, counts: Sequence[int | None] | None = None) -> None:
+        """table: what the host reads: `ids`, or `_logprobs` of them if there are counts.
+
+        counts: most likely tokens to return with each token.
+        """
+        self.ids, self._counts = ids, counts
+        self._copy = HostCopy(table)
+
+    @staticmethod
+    def of(token_ids: Sequence[int]) -> PendingTokens:
+        """Tokens that are known."""
+        ids = torch.tensor(token_ids, dtype=torch.int64)
+        return PendingTokens(ids, ids)
+
+    def read(self) -> list[SampledToken]:
+        """The tokens, as soon as they are sampled. Does not wait for what the device computes after that."""
+        lines = self._copy.tolist()
+        if self._counts is None:
+            return [SampledToken(token if token != _NO_TOKEN else None) for token in lines]
+        return [
+            SampledToken(None if found.token == _NO_TOKEN else found.token, found.logprob, found.top)
+            for found in map(_row_logprobs, lines, self._counts)
+        ]
 
 
 class Sampler:
@@ -138,7 +170,7 @@ class Sampler:
     @torch.inference_mode()
     def __call__(
         self, logits: Tensor, rows: Sequence[SamplingRow], masks: TokenMasks | None = None
-    ) -> list[SampledToken]:
+    ) -> PendingTokens:
         """Sample the next token of every row.
 
         logits: `[rows, vocab]`; not modified. The token of a row does not depend on the other rows. A row
@@ -152,9 +184,10 @@ class Sampler:
         if (random := settings.random) is not None:
             drawn = _draw(scores[random].float(), settings, rows)
             token_ids[random] = drawn.where(token_ids[random] != _NO_TOKEN, _NO_TOKEN)
-        if settings.has_logprobs:
-            return _with_logprobs(logits, token_ids, rows)
-        return [SampledToken(token if token != _NO_TOKEN else None) for token in token_ids.tolist()]
+        if not settings.has_logprobs:
+            return PendingTokens(token_ids, token_ids)
+        counts = [row.params.logprobs for row in rows]
+        return PendingTokens(token_ids, _logprobs(logits, token_ids), counts)
 
     def _settings(self, params: list[SamplingParams], device: torch.device) -> _SamplingMetadata:
         if self._metadata is None or params != self._params:
@@ -198,12 +231,12 @@ def _chunk_of_row(chunks: Tensor, index: Tensor) -> Tensor:
 def _apply_masks(logits: Tensor, masks: TokenMasks | None) -> Tensor:
     if masks is None:
         return logits
-    bits = torch.from_numpy(masks.bits).to(logits.device).flatten().int()
-    table = _BOUNDS.to(logits.device, logits.dtype)
+    bits = to_device(masks.bits, logits.device).flatten().int()
+    table = to_device(_BOUNDS, logits.device).to(logits.dtype)
     bounds = table.index_select(0, bits).view(len(masks.rows), -1)[:, : logits.shape[-1]]
     if len(masks.rows) == len(logits):
         return logits.minimum(bounds)
-    rows = torch.from_numpy(masks.rows).to(logits.device)
+    rows = to_device(masks.rows, logits.device)
     return logits.index_copy(0, rows, logits[rows].minimum(bounds))
 
 
@@ -226,7 +259,7 @@ def _apply_repetition_penalty(
     history = np.full((len(penalised), longest), scores.shape[-1])
     for line, row in zip(history, penalised, strict=True):
         line[: len(row.history)] = row.history
-    input_ids = torch.from_numpy(history).to(scores.device)
+    input_ids = to_device(history, scores.device)
     return _process(hf.RepetitionPenaltyLogitsProcessor, "penalty", column, scores.float(), input_ids)
 
 
@@ -236,7 +269,7 @@ def _draw(scores: Tensor, settings: _SamplingMetadata, rows: Sequence[SamplingRo
     The chunk is found first, then the token in it, so that few sums are cumulated.
     """
     numbers = [[_uniform(row)] for row in rows if row.params.temperature]
-    uniform = torch.tensor(numbers, dtype=torch.float64, device=scores.device)
+    uniform = to_device(torch.tensor(numbers, dtype=torch.float64), scores.device)
     chunks = _chunks(_shape_distribution(scores, settings).softmax(-1))
     sums = chunks.sum(-1, dtype=torch.float64)
     cumulative = sums.cumsum(-1)
@@ -326,14 +359,6 @@ def _replace_rows(
     return scores.index_copy(0, column.rows, process(scores[column.rows], column.values))
 
 
-def _with_logprobs(logits: Tensor, token_ids: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
-    counts = [row.params.logprobs for row in rows]
-    return [
-        SampledToken(None if found.token == _NO_TOKEN else found.token, found.logprob, found.top)
-        for found in _logprobs(logits, token_ids, counts)
-    ]
-
-
 @torch.inference_mode()
 def prompt_logprobs(
     logits: Tensor, token_ids: Sequence[int], counts: Sequence[int | None]
@@ -342,15 +367,16 @@ def prompt_logprobs(
 
     logits: `[rows, vocab]`. token_ids: the token of each row. counts: most likely tokens to return with it.
     """
-    chosen, found = torch.tensor(token_ids, device=logits.device), list[TokenLogprob]()
+    chosen, found = to_device(torch.tensor(token_ids), logits.device), list[TokenLogprob]()
     for first in range(0, len(counts), _MAX_ROWS):
         part = slice(first, first + _MAX_ROWS)
-        found += _logprobs(logits[part], chosen[part], counts[part])
+        table = _logprobs(logits[part], chosen[part]).tolist()
+        found += map(_row_logprobs, table, counts[part])
     return found
 
 
-def _logprobs(logits: Tensor, token_ids: Tensor, counts: Sequence[int | None]) -> list[TokenLogprob]:
-    """None as a count, and no token, return no log-probabilities."""
+def _logprobs(logits: Tensor, token_ids: Tensor) -> Tensor:
+    """`[rows, 2 + 2n]` float64 token and its log-probability, the n most likely tokens, and theirs."""
     logprobs = logits.float().log_softmax(dim=-1)
     # Always the same number, because the order of equal values depends on it.
     num_top = min(MAX_LOGPROBS, logprobs.shape[-1])
@@ -358,11 +384,11 @@ def _logprobs(logits: Tensor, token_ids: Tensor, counts: Sequence[int | None]) -
     chosen = token_ids[:, None]
     # One copy to the host; float64 represents every id exactly.
     of_chosen = logprobs.gather(1, chosen.clamp(min=0))
-    table = torch.cat([chosen.double(), of_chosen, top_ids, top_logprobs], dim=1)
-    return [_row_logprobs(*line) for line in zip(table.tolist(), counts, strict=True)]
+    return torch.cat([chosen.double(), of_chosen, top_ids, top_logprobs], dim=1)
 
 
 def _row_logprobs(line: list[Any], count: int | None) -> TokenLogprob:
+    """A line of `_logprobs`. None as a count, and no token, give no log-probabilities."""
     token, logprob, *top = line
     if count is None or token == _NO_TOKEN:
         return TokenLogprob(int(token))

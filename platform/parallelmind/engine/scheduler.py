@@ -18,9 +18,9 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from parallelmind.engine.block_manager import BLOCK, BlockManager
+from parallelmind.engine.block_manager import BLOCK, BlockDraft, BlockManager
 from parallelmind.engine.block_table import BlockTables
-from parallelmind.engine.decode_batch import DecodingSamples, missing_blocks
+from parallelmind.engine.decode_batch import DecodeStep, DecodingSamples, missing_blocks
 from parallelmind.engine.output import FinishReason
 from parallelmind.engine.planner import Planner
 from parallelmind.engine.sequence import BranchState, SegmentState
@@ -166,18 +166,18 @@ class Scheduler:
 
     # Steps
 
-    def schedule(self, give_way: Callable[[], bool] = lambda: False) -> Plan:
+    def schedule(self, give_way: Callable[[], bool] = lambda: False, ahead: DecodeStep | None = None) -> Plan:
         """Plan the next step. Nothing changes until `begin`.
 
         give_way: called between samples. Other threads may change samples meanwhile, if it returns true; the
-        plan leaves these out.
+        plan leaves these out. ahead: a step that is computed already, from `look_ahead`.
         """
         batch, others = self._decoding.divide(self.running)
         decodes = batch is not None or any(group.is_decoding for group in others)
         budget = math.ceil(self.config.max_prefill_tokens * (self.config.prefill_share if decodes else 1))
         overdue = self.num_steps - self.config.max_overtaken_steps
         planner = Planner(self.block_manager, self.tables, budget, overdue, self._reuse_prefixes, give_way)
-        return planner.plan(self.running, self.waiting, batch, others)
+        return planner.plan(self.running, self.waiting, batch, others, ahead)
 
     def begin(self, plan: Plan) -> None:
         """Preempt and admit samples, and prepare for a forward pass over the planned tokens.
@@ -201,6 +201,23 @@ class Scheduler:
             for blocks in item.blocks.values():
                 self.block_manager.uncache(blocks)
             _stage(item, self.tables)
+
+    def look_ahead(self, step: DecodeStep) -> DecodeStep | None:
+        """Stage the step after one that has begun, before it is known which branches end with that one.
+
+        None if samples have changed since, if no branch can go on, and if blocks are lacking. Nothing but the
+        staged tokens changes: `schedule` gives the same blocks to the branches that do go on.
+        """
+        continues = (branch.num_tokens + 1 < branch.max_tokens for branch in step.batch.branches)
+        if step.batch.unchanged() is not step.batch or not any(continues):
+            return None
+        draft = BlockDraft(self.block_manager)
+        draft.hold(step.blocks)
+        following = step.following(self.tables, draft.allocate)
+        if following is not None:
+            self.block_manager.uncache(following.blocks)
+            following.stage(self.tables)
+        return following
 
     def filled(self, forward: ForwardPlan) -> list[FilledBlocks]:
         """The blocks that a forward pass fills. Needs no lock: only steps append to them."""

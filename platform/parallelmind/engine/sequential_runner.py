@@ -41,7 +41,7 @@ class SequentialRunner:
     """
 
     one_sample_per_forward = True  # so that an error ends one sample
-    batches_adapters = False
+    batches_adapters = computes_ahead = False
 
     def __init__(self, model: Model) -> None:
         self.model = model
@@ -74,8 +74,11 @@ class SequentialRunner:
         return forward.each()
 
     @torch.inference_mode()
-    def __call__(self, scheduled: Sequence[ScheduledGroup]) -> Tensor:
-        """`[sampled + labels, vocab]` logits, in the order of `ModelInput.logits_indices`."""
+    def __call__(self, scheduled: Sequence[ScheduledGroup], ids: Tensor | None = None) -> Tensor:
+        """`[sampled + labels, vocab]` logits, in the order of `ModelInput.logits_indices`.
+
+        ids: not used, because it does not compute ahead.
+        """
         sampled, before_labels = list[Tensor](), list[Tensor]()
         for group, tokens, *_ in scheduled:
             states, logits = self._states.setdefault(group, {}), dict[int, Tensor]()

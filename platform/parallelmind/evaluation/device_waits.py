@@ -56,6 +56,8 @@ def _counted(original: Callable[..., Any], name: str, waits: list[str]) -> Calla
 class _BlockingCopies(TorchDispatchMode):
     """Adds `copy` to the waits for every copy from the host to the meta device that waits for its end."""
 
+    supports_higher_order_operators = True
+
     def __init__(self, waits: list[str]) -> None:
         super().__init__()
         self._waits = waits

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -15,6 +14,7 @@ from parallelmind.config import Visibility
 from parallelmind.layout import IGNORE, PADDING, Batch
 from parallelmind.model.mask import Placement, attention_masks
 from parallelmind.model.patch_state import is_patched
+from parallelmind.model.transfer import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +49,8 @@ def to_tensors(batch: Batch, device: torch.device | str = "cpu") -> Tensors:
     arrays = {name: getattr(batch, name) for name in names}
     arrays["targets"] = np.flatnonzero(batch.labels != IGNORE)
     arrays["labels"] = batch.labels.reshape(-1)[arrays["targets"]]
-    tensors = {name: _to_device(array, torch.device(device)) for name, array in arrays.items()}
+    tensors = {name: to_device(array, torch.device(device)) for name, array in arrays.items()}
     return Tensors(**tensors, is_flat=batch.is_flat)
-
-
-def _to_device(array: NDArray[Any], device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(array)
-    if device.type == "cuda":  # a copy of pageable memory would wait for the device
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 def decoder_inputs(model: PreTrainedModel, batch: Tensors, visibility: Visibility) -> dict[str, Any]:

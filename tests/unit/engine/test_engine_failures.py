@@ -403,9 +403,16 @@ def test_a_sample_whose_logits_are_not_finite_does_not_touch_the_others(kind: st
 def test_the_same_with_the_attention_of_an_accelerator(kind: str) -> None:
     """Uncompiled, it computes with the values of the whole cache."""
     with flex_on_cpu(), flex_decoding():
-        test_a_main_that_was_once_read_with_values_that_are_not_finite_is_not_shared(kind, call=2)
+        for call in (2, 4):  # 4: a step that is computed ahead, where samples are isolated
+            test_a_main_that_was_once_read_with_values_that_are_not_finite_is_not_shared(kind, call)
         test_a_sample_that_reads_blocks_that_are_found_not_to_be_finite_is_computed_anew(kind)
         test_a_sample_whose_logits_are_not_finite_does_not_touch_the_others(kind)
+
+
+@pytest.mark.slow
+def test_a_pass_that_fails_while_the_host_waits_for_the_one_before_ends_the_samples_in_it() -> None:
+    with flex_on_cpu(), flex_decoding():
+        check_every_failure(ENGINES["isolated"](), stride=5)
 
 
 def test_generate_raises_for_a_branch_that_ends_with_an_error() -> None:

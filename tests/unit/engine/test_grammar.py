@@ -138,7 +138,7 @@ def test_masks_are_applied_to_their_rows_alone() -> None:
     bits = np.zeros((2, 40), np.uint8)
     bits[0, 2], bits[1, 37] = 1 << 3, 1 << 3  # tokens 19 and 299
     rows = [Row(SamplingParams(logit_bias={5: 100}), 0, 0, 0, [])] * 3
-    found = Sampler()(logits.clone(), rows, TokenMasks(np.array([0, 2]), bits))
+    found = Sampler()(logits.clone(), rows, TokenMasks(np.array([0, 2]), bits)).read()
     assert [sampled.token for sampled in found] == [19, 5, 299]
 
 
