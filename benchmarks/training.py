@@ -140,12 +140,13 @@ def waits() -> float:
 
 
 def recompiles() -> float:
-    """Layers that are compiled after the first batch of every shape, over batches of many lengths."""
+    """Layers that are compiled after the first batch of every shape, over lengths of three buckets."""
     learner = Learner(RopeConfig())
     compile_layers(learner.model)
-    lengths = [60, 70, 80, 61, 62, 75, 79, 88]
+    lengths = [60, 88, 110, 140, 180, 250, 61, 120, 75, 200, 130, 88]
     shapes = [pad_to_bucket(_batch(length)) for length in lengths]
     seen = {batch.ids.shape: batch for batch in shapes}
+    assert len(seen) >= 3, list(seen)
     for batch in seen.values():
         learner.step(batch)
     before = counters["stats"]["unique_graphs"]

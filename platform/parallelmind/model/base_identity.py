@@ -12,6 +12,7 @@ from pydantic import Field
 from parallelmind.config import FrozenConfig
 
 if TYPE_CHECKING:  # processes that only read a manifest do not import a model library
+    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _VALUES = 8  # of each weight
@@ -143,10 +144,10 @@ def sample_weights(model: PreTrainedModel) -> dict[str, list[float]]:
     return sample
 
 
-def _values(weight: Any) -> list[float]:
-    whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # sharded over processes
-    flat = whole.detach().reshape(-1)
-    values: list[float] = flat[_spread(range(flat.numel()), _VALUES)].float().tolist()
+def _values(weight: nn.Parameter) -> list[float]:
+    from parallelmind.model.shards import values_at
+
+    values: list[float] = values_at(weight, _spread(range(weight.numel()), _VALUES)).tolist()
     return values
 
 

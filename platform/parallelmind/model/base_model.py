@@ -26,7 +26,7 @@ from parallelmind.errors import UserError, first_line, translate_read_errors
 from parallelmind.model.hf_compat import no_load_report, no_progress_bars, sharded_loading
 from parallelmind.model.hub import find_hub_model
 from parallelmind.model.new_tokens import extend_model, extend_tokenizer
-from parallelmind.model.quantize import quantization_config
+from parallelmind.model.quantize import keep_differentiable, quantization_config
 from parallelmind.model.smollm2 import SMOLLM2, fetch_smollm2, smollm2_folder
 from parallelmind.model.weight_check import check_loaded, find_file_problem, find_pickles
 from parallelmind.storage import expand_home, similar_path
@@ -99,6 +99,7 @@ def load_base(
             ignore_mismatched_sizes=True,  # refused below, with both shapes
         )
     check_loaded(config.base_model, model, info)
+    keep_differentiable(model)
     # Saved files contain the user's name for the model, never a cache path of this machine.
     model.config._name_or_path = model.name_or_path = config.base_model
     tokenizer = load_tokenizer(config)

@@ -6,6 +6,7 @@ import logging
 from importlib.util import find_spec
 
 import torch
+from torch import nn
 from transformers import BitsAndBytesConfig
 
 from parallelmind.config import ModelConfig
@@ -30,3 +31,14 @@ def quantization_config(config: ModelConfig) -> BitsAndBytesConfig | None:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, config.dtype),
     )
+
+
+def keep_differentiable(model: nn.Module) -> None:
+    """Let the 4-bit layers of a model on the CPU compute in training and in eval mode by the same weights.
+
+    A layer of bitsandbytes that is called in eval mode repacks its weights for a kernel without gradients,
+    and then uses it in training, too: the gradients of all layers below are wrong.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]

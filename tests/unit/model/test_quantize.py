@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from adapting import ROPE, logits, lora_config, train
+from adapting import ROPE, branch_logits, logits, lora_config, train
 
 from parallelmind.config import ModelConfig
 from parallelmind.errors import UserError
 from parallelmind.model.adapter import add_lora, load_model_with_lora, save_adapter
 from parallelmind.model.base_model import load_base
+from parallelmind.model.patch import patch
 from parallelmind.model.patch_state import is_patched
 from parallelmind.model.weights import trained_weights
 
@@ -30,7 +31,6 @@ def test_without_bitsandbytes_quantising_is_refused(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
 def test_lora_on_a_quantised_base(base: ModelConfig, tmp_path: Path, bits: str, dtype: str) -> None:
-    pytest.importorskip("bitsandbytes")
     model, tokenizer = load_model_with_lora(base.base_model, quantize=bits, dtype=dtype, **ROPE.model_dump())
     assert is_patched(model)
     frozen = {weight.dtype for weight in model.parameters()}
@@ -55,6 +55,26 @@ def test_lora_on_a_quantised_base(base: ModelConfig, tmp_path: Path, bits: str, 
     )
 
 
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_logits_in_eval_mode_do_not_change_later_gradients(base: ModelConfig, bits: str) -> None:
+    """Validation does not change training: a packed layer would pass no gradient to those below it."""
+    gradients = []
+    for logits_first in (False, True):
+        model, _ = load_base(ModelConfig.model_validate({**base.model_dump(), "quantize": bits}))
+        patch(model, ROPE)
+        if logits_first:
+            logits(model)
+        adapted = add_lora(model, lora_config(), seed=0)
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.constant_(weight, 0.05)
+        branch_logits(adapted).float().logsumexp(-1).sum().backward()
+        gradients.append([weight.grad for weight in adapted.parameters() if weight.requires_grad])
+    for alone, after in zip(*gradients, strict=True):
+        assert alone.abs().max() > 0
+        assert torch.equal(alone, after)
+
+
 @pytest.mark.parametrize(
     ("bits", "settings", "message"),
     [
@@ -65,7 +85,6 @@ def test_lora_on_a_quantised_base(base: ModelConfig, tmp_path: Path, bits: str, 
 def test_settings_that_a_quantised_base_does_not_support_are_refused(
     base: ModelConfig, bits: str, settings: dict[str, Any], message: str
 ) -> None:
-    pytest.importorskip("bitsandbytes")
     model, _ = load_base(ModelConfig.model_validate({**base.model_dump(), "quantize": bits}))
     with pytest.raises(UserError, match=message):
         add_lora(model, lora_config(**settings), seed=0)
