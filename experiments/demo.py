@@ -13,7 +13,7 @@ def config() -> TrainConfig:
         lora_rank=16,
         learning_rate=1e-3,
         batch_size=2,
-        validation_branches=[1, 8],
+        validation_branches=[8],
         validation_samples=16,
         validate_every=1000,
         checkpoint_every=50,

@@ -3,8 +3,8 @@
     python -m workloads.demo
 
 Writes seeded parallel JSONL, scores the base model on held-out questions, fine-tunes SmolLM2 with 2D RoPE and
-LoRA under Ray Train, and scores the adapter on the same questions in a new process. Each step is a command of
-its own, which is printed before it runs.
+LoRA under Ray Train, and scores the adapter on the same questions in new processes: those of a passage at
+once, and one by one. Each step is a command of its own, which is printed before it runs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import shlex
 import subprocess
 import sys
 import time
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from parallelmind import cli
 from parallelmind.config import TrainConfig
@@ -27,7 +29,7 @@ from workloads.train.same_name import find_run_dir
 
 _TRAIN_PASSAGES, _HELD_OUT_PASSAGES, _QUESTIONS = 96, 6, 8
 
-Scores = dict[str, float]  # the JSON of `workloads.evaluate answers`
+Scores = dict[str, Any]  # the JSON of `workloads.evaluate answers`
 
 
 def main(argv: list[str]) -> None:
@@ -50,11 +52,14 @@ def main(argv: list[str]) -> None:
     _print_step("training")
     _run("workloads.train", "demo")
     adapter = run_dir.result.local
-    trained = _score(
-        "adapter, in a new process", folder / "after.json", held_out, [f"lora_path={adapter}"], show=2
+    with_adapter = f"lora_path={adapter}"
+    trained = _score("adapter, in a new process", folder / "after.json", held_out, [with_adapter], show=2)
+    alone = _score(
+        "adapter, one by one", folder / "one_by_one.json", held_out, [with_adapter, "engine=one_by_one"]
     )
     _print_step("done")
     _print_scores({"base model": base, "with 2D RoPE, untrained": untrained, "adapter": trained})
+    print(speed_line(trained, alone))
     _print_next_steps(adapter, absolute_uri(config.services.mlflow_uri), time.monotonic() - started)
 
 
@@ -100,8 +105,17 @@ def _print_step(title: str) -> None:
 
 def _print_scores(scores_by_model: dict[str, Scores]) -> None:
     for name, scores in scores_by_model.items():
-        speed = f"{scores['tokens_per_second']:6.1f} tokens/s"
-        print(f"exact match {scores['exact_match']:6.1%}   F1 {scores['f1']:6.1%}   {speed}   {name}")
+        print(f"exact match {scores['exact_match']:6.1%}   F1 {scores['f1']:6.1%}   {name}")
+
+
+def speed_line(at_once: Scores, one_by_one: Scores) -> str:
+    """The speed of both ways to ask the same questions, and how many answers are the same."""
+    answers = [list(chain.from_iterable(scores["predictions"])) for scores in (at_once, one_by_one)]
+    same = sum(left == right for left, right in zip(*answers, strict=True))
+    return (
+        f"{_QUESTIONS} at once: {at_once['questions_per_second']:.1f} questions/s; "
+        f"one by one: {one_by_one['questions_per_second']:.1f}; same answers: {same} of {len(answers[0])}"
+    )
 
 
 def _print_next_steps(adapter: Path, mlflow_uri: str, seconds: float) -> None:

@@ -88,6 +88,14 @@ def test_the_demo_has_no_fields() -> None:
         demo.main(["lora_rank=4"])
 
 
+def test_the_demo_ends_with_the_gain_and_its_price() -> None:
+    at_once = {"questions_per_second": 7.26, "predictions": [["rice", "flute"], ["goat", ""]]}
+    one_by_one = {"questions_per_second": 2.0, "predictions": [["rice", "flute"], ["cat", ""]]}
+    assert demo.speed_line(at_once, one_by_one) == (
+        "8 at once: 7.3 questions/s; one by one: 2.0; same answers: 3 of 4"
+    )
+
+
 def test_a_command_uses_the_width_of_the_terminal() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "workloads.train", "--help"],

@@ -110,7 +110,10 @@ def evaluate_answers(argv: list[str]) -> None:
         _print_answers(record)
     print(_scores_line(scores), flush=True)
     if output:
-        write_json(output, {**asdict(scores), "config": config.model_dump(mode="json")})
+        predictions = [record.predictions for record in answered]
+        write_json(
+            output, {**asdict(scores), "predictions": predictions, "config": config.model_dump(mode="json")}
+        )
 
 
 def _print_answers(record: RecordAnswers) -> None:

@@ -255,6 +255,7 @@ def test_command_prints_and_writes_scores(tmp_path, capsys):
     scores = json.loads(output.read_text())
     assert (scores["questions"], scores["config"]["engine"], scores["config"]["at_once"]) == (10, "batch", 2)
     assert scores["questions_per_second"] > 0
+    assert [len(predictions) for predictions in scores["predictions"]] == [5, 5]
     out = capsys.readouterr().out
     assert "it / they" in out
     trees = tmp_path / "trees.jsonl"
