@@ -25,6 +25,9 @@ from serving.ingress.api_keys import read_api_keys
 from serving.ingress.hosts import is_loopback
 from serving.runtime.ray_env import preload_tcmalloc, set_serve_env
 
+# Little is stored there. Ray's default, 30% of the memory, is more than the shared memory of most containers.
+_OBJECT_STORE_BYTES = 2**28
+
 
 def main(argv: list[str]) -> None:
     """Serve until interrupted.
@@ -63,7 +66,12 @@ def _start(config: ServerConfig) -> None:
     from serving.app import build
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    ray.init("local", include_dashboard=False, logging_level=logging.WARNING)
+    ray.init(
+        "local",
+        include_dashboard=False,
+        logging_level=logging.WARNING,
+        object_store_memory=_OBJECT_STORE_BYTES,
+    )
     _on_stop_signal(signal.default_int_handler)  # after Ray, which installs a handler of its own
     quiet = {"log_level": "ERROR", "enable_access_log": False}
     serve.start(http_options={"host": config.network.host, "port": config.network.port}, logging_config=quiet)
