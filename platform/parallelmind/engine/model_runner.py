@@ -12,15 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from parallelmind.engine import native_linear
+from parallelmind.engine import device_lora, native_linear
 from parallelmind.engine.attention import additive_mask, dense_masks
 from parallelmind.engine.batch import ModelInput, single_token
 from parallelmind.engine.block_manager import BLOCK
 from parallelmind.engine.block_table import BlockTables
 from parallelmind.engine.compiled_forward import compile_forward, compiling
+from parallelmind.engine.device_lora import DeviceLora, recorded_readers
 from parallelmind.engine.device_steps import DeviceSteps
 from parallelmind.engine.flex_attention import FlexAttention, is_chosen
 from parallelmind.engine.kv_cache import PagedKVCache
@@ -77,6 +78,8 @@ class ModelRunner:
         self._kernels: dict[int, NativeLayer] = {}
         self._lora: LoraRows | None = None  # adapters by row, where that is possible
         self._device_steps: DeviceSteps | None = None  # of an accelerator
+        self._device_lora: DeviceLora | None = None  # the same as `_lora`, there
+        self._readers: set[nn.Module] = set()  # layers that read one row for each token
 
     def set_model(self, model: Model) -> None:
         """Set the model again after an adapter was added or removed."""
@@ -110,7 +113,7 @@ class ModelRunner:
         if self._linears is None and not is_chosen(self.model.device):
             return self._record_linears(inputs, self.cache)
         if (steps := self._steps_on_device(inputs.tables)) is not None:
-            return steps(inputs, ids)
+            return steps(self._device_lora.numbered(inputs) if self._device_lora else inputs, ids)
         assert self._linears is not None, "they are recorded"
         lora = self._lora
         if self._compiled is not None and (lora is not None or not isinstance(self.model, PeftModel)):
@@ -137,9 +140,11 @@ class ModelRunner:
         self, inputs: ModelInput, buffers: StepBuffers, attention: FlexAttention
     ) -> Tensor:
         assert self._linears is not None, "they are recorded"
-        lora, cache = self._lora, self.cache
+        lora, cache = self._device_lora, self.cache
         cache.set_step(buffers.columns[-1], None)
-        step = Step(inputs, cache, self._windows, self._linears.groups, self._kernels, lora, attention)
+        step = Step(inputs, cache, self._windows, self._linears.groups, self._kernels, flex=attention)
+        if lora is not None:
+            lora.begin(buffers.adapter, buffers.sampled)
         with self._linears.active(), nullcontext() if lora is None else lora.active():
             return self._call(self.model, step, buffers.columns, self._step_masks(), buffers.sampled)
 
@@ -151,26 +156,35 @@ class ModelRunner:
     @property
     def batches_adapters(self) -> bool:
         """Whether samples with different adapters can share a forward pass."""
-        return self._lora is not None
+        on_device = self._device_lora is not None and self._device_steps is not None
+        return self._lora is not None or on_device
 
     def _record_linears(self, inputs: ModelInput, cache: PagedKVCache) -> Tensor:
         """A forward pass that finds out how the model computes."""
         cache.updates = []
         try:
-            with recorded_groups(causal_lm(self.model), native_linear.pack) as groups:
+            inner = causal_lm(self.model)
+            with recorded_groups(inner, native_linear.pack) as groups, recorded_readers(inner) as readers:
                 logits = self._forward(self.model, inputs, cache)
         except IndirectCacheError:
             self._is_direct, self._attention_name = False, ""
             return self._record_linears(inputs, cache)
         finally:
             cache.updates = None
-        self._linears = PackedLinears(groups)
+        self._linears, self._readers = PackedLinears(groups), readers
         self._find_adapters()
         return logits
 
     def _find_adapters(self) -> None:
+        self._lora = self._device_lora = None
+        if not isinstance(self.model, PeftModel):
+            return
+        if is_chosen(self.model.device):
+            by_row = device_lora.is_possible(self.model, self._readers)
+            self._device_lora = DeviceLora(self.model) if by_row else None
+            return
         groups = self._linears.groups if self._linears else ()
-        by_row = isinstance(self.model, PeftModel) and bool(groups) and is_possible(self.model, groups)
+        by_row = bool(groups) and is_possible(self.model, groups)
         self._lora = LoraRows(self.model, groups) if by_row else None
 
     @torch.inference_mode()

@@ -70,6 +70,7 @@ class Bucket(NamedTuple):
             "queries": ((tiles, TILE), torch.int64),
             "parts": ((tokens, parts), torch.int64),
             "segment": ((tokens,), torch.int32),
+            "adapter": ((tokens,), torch.int64),
             "num_blocks": ((tiles,), torch.int32),
             "blocks": ((tiles, width), torch.int32),
             "score_start": ((tiles,), torch.int32),
@@ -84,6 +85,7 @@ class StepBuffers:
 
     columns: `[5, tokens]` int64 ids, branch and time coordinates, positions and cache slots.
     sampled: `[sampled]` int64 tokens whose logits are needed. segment: `[tokens]` int32.
+    adapter: `[tokens]` int64 numbers of adapters, as in `DeviceLora.numbered`.
     queries, num_blocks, blocks, filled: as in `Tiles`. parts: the same, where padding is a row of the last
         tile, which has no keys.
     scores: all score tables, one after another, behind a zero. score_start, score_width: `[tiles]` the first
@@ -95,6 +97,7 @@ class StepBuffers:
     queries: Tensor
     parts: Tensor
     segment: Tensor
+    adapter: Tensor
     num_blocks: Tensor
     blocks: Tensor
     score_start: Tensor
@@ -136,6 +139,7 @@ class StepBuffers:
             column[:] = values
         arrays["sampled"][:] = inputs.logits_indices
         arrays["segment"][:] = inputs.segment
+        arrays["adapter"][:] = inputs.adapter
 
     def _write_tiles(self, tiles: Tiles) -> None:
         arrays = self._arrays

@@ -7,16 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flexing import flex_on_cpu
+from flexing import flex_decoding, flex_on_cpu
 
 from parallelmind.config import RopeConfig
 from parallelmind.engine.attention import CascadeAttention
 from parallelmind.engine.batch import AttentionSegment, TokenMeta
 from parallelmind.engine.decoding_check import CHECK_BRANCHES, CHECK_MAIN, LogitRecorder, layout_logits
+from parallelmind.engine.flex_attention import FlexAttention
 from parallelmind.engine.request import Sample
 from parallelmind.evaluation.probes import check_close, patched
 from parallelmind.evaluation.tiny_models import tiny_model, tiny_tokenizer
-from parallelmind.layout import Tokens, arrange
+from parallelmind.layout import Layout, Tokens, arrange
 from parallelmind.model.hf_compat import OwnAttention
 from parallelmind.tree import Ints
 from parallelmind.visibility import AttentionWindow
@@ -55,7 +56,33 @@ def model_of(model_type: str, attention: str) -> Any:
 def test_decoding_honours_softcaps_sinks_and_windows(
     model_type: str, attention: str, main: list[int], config: RopeConfig
 ) -> None:
-    """The reference is one forward pass in eager attention. The models are not available in sdpa."""
+    model, layout, expected = check_decoding(model_type, attention, main, config)
+    if attention == "flex_attention" and model_type not in HAS_SINKS:
+        with flex_on_cpu(), patched(model, config):
+            for own, full in zip(layout_logits(model, layout, config)[1:], expected, strict=True):
+                check_close(own, full, "FlexAttention and eager attention")
+
+
+@pytest.mark.parametrize(("config", "main"), CONFIGS, ids=["columnar", "without main", "isolated"])
+@pytest.mark.parametrize("model_type", SETTINGS)
+def test_so_does_the_attention_of_an_accelerator(
+    model_type: str, main: list[int], config: RopeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FlexAttention over block tables; the sum of several tables is shared with the sink once."""
+    num_steps, attend = [], FlexAttention.attend
+    monkeypatch.setattr(FlexAttention, "attend", lambda *args: (num_steps.append(1), attend(*args))[1])
+    with flex_on_cpu(), flex_decoding():
+        check_decoding(model_type, "flex_attention", main, config)
+    assert num_steps
+
+
+def check_decoding(
+    model_type: str, attention: str, main: list[int], config: RopeConfig
+) -> tuple[Any, Layout, list[torch.Tensor]]:
+    """Compare decoded logits with those of one forward pass in eager attention; returns the reference.
+
+    The models are not available in sdpa.
+    """
     model = model_of(model_type, attention)
     with patched(model, config):
         engine = LogitRecorder(model, tiny_tokenizer(), Sample(main, CHECK_BRANCHES))
@@ -68,10 +95,7 @@ def test_decoding_honours_softcaps_sinks_and_windows(
         check_close(
             torch.stack(logits), expected[branch.index][branch.num_prompt - 1 : -1], "decoded and full logits"
         )
-    if attention == "flex_attention" and model_type not in HAS_SINKS:
-        with flex_on_cpu(), patched(model, config):
-            for own, full in zip(layout_logits(model, layout, config)[1:], expected, strict=True):
-                check_close(own, full, "FlexAttention and eager attention")
+    return model, layout, expected
 
 
 def test_sinks_in_flex_attention_on_a_cpu_are_refused_and_not_ignored() -> None:
