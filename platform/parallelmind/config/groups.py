@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import permutations
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -105,7 +106,7 @@ class LoraConfig(FrozenConfig):
 class DataConfig(FrozenConfig):
     """Data, samples and batches."""
 
-    LATER_FIELDS: ClassVar[frozenset[str]] = frozenset({"truncate_side", "packing"})
+    LATER_FIELDS: ClassVar[frozenset[str]] = frozenset({"truncate_side", "packing", "fork_markers"})
 
     data_path: str = Field(
         min_length=1,
@@ -160,6 +161,12 @@ class DataConfig(FrozenConfig):
     truncate_side: Literal["right", "left"] = Field(
         "right", description="end of a text that truncate cuts off; left keeps the begin token"
     )
+    fork_markers: list[str] = Field(
+        [],
+        description="four texts, such as reserved tokens, with which the model learns to fork by itself: "
+        "before, between and after the titles of the branches, and at the start of the reduce; "
+        "[]: only requests fork",
+    )
     strict: bool = Field(False, description="stop at the first bad record instead of skipping it")
     max_bad_records: float | None = Field(
         None, ge=0, description="bad records to tolerate: a count, or a share below 1; null: no limit"
@@ -178,6 +185,17 @@ class DataConfig(FrozenConfig):
                     "lower the former or raise the latter"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _check_fork_markers(self) -> Self:
+        markers = self.fork_markers
+        if (markers and len(markers) != 4) or not all(marker.strip() for marker in markers):
+            problem = "give four texts with a visible character, or []"
+        elif any(one in other for one, other in permutations(markers, 2)):
+            problem = "one of them is in another; give four texts of which none holds another"
+        else:
+            return self
+        raise ValueError(f"fork_markers={format_value(markers)}: {problem}")
 
 
 class OptimizerConfig(FrozenConfig):

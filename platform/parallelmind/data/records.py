@@ -45,7 +45,8 @@ class Segment(_Fork):
     targets: tokens that are targets, for a segment without completion. rendered: the text is that of a chat
     template, which has written the special tokens. references: other correct completions; an evaluation
     accepts any of them, training uses the completion. branches: they begin where this segment ends. reduce:
-    continues this segment when they have ended.
+    continues this segment when they have ended. writes_fork: the text ends with the fork into these branches,
+    so that no end token follows.
     """
 
     body: TextOrIds
@@ -55,6 +56,7 @@ class Segment(_Fork):
     references: tuple[str, ...] = ()
     branches: tuple[Segment, ...] = ()
     reduce: Segment | None = None
+    writes_fork: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,10 +14,12 @@ from typing import Any
 from parallelmind.config import DataConfig
 from parallelmind.data.duplicates import RecordHashes, pack_hashes, record_hash
 from parallelmind.data.files import FilePart
+from parallelmind.data.forks import write_forks
 from parallelmind.data.lines import Line, read_lines
 from parallelmind.data.record_parser import parse_line, parse_value
 from parallelmind.data.records import Record, RecordError
 from parallelmind.errors import UserError
+from parallelmind.fork_markers import ForkMarkers
 from parallelmind.storage import atomic_file
 
 SAMPLE_CHARACTERS = 1 << 20  # size of a survey's sample; a tokenizer needs about a second for it
@@ -108,6 +110,8 @@ def check_line(line: Line, data: DataConfig, vocab_size: int | None) -> Record |
             record = parse_line(line.raw, vocab_size)
         else:
             record = parse_value(line.value, vocab_size)
+        if markers := ForkMarkers.of(data.fork_markers):
+            write_forks(record, markers)
     except RecordError as error:
         return str(error)
     limit = data.max_branches_per_sample

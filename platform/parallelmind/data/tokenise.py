@@ -19,10 +19,12 @@ from parallelmind.data.encode import (
     prepend_bos,
 )
 from parallelmind.data.files import FilePart
+from parallelmind.data.forks import write_forks
 from parallelmind.data.packing import TokenRecord
 from parallelmind.data.records import Record, Segment, Spans, TextOrIds
 from parallelmind.data.survey import read_records
 from parallelmind.errors import UserError
+from parallelmind.fork_markers import ForkMarkers
 from parallelmind.layout import Tokens
 from parallelmind.tree import MAIN, Mask, Tree, context_lengths, with_context, with_readers
 
@@ -83,6 +85,8 @@ def tokenise(
     together with all that it reads, if its targets end after it, and if neither it nor a segment that reads
     it has a target. What reads a skipped segment is skipped.
     """
+    if markers := ForkMarkers.of(data.fork_markers):
+        records = [write_forks(record, markers) for record in records]
     texts = [text for record in records for text in _texts(record)]
     encoded = _encode(tokenizer, texts)
     bos = bos_ids(tokenizer)
@@ -128,12 +132,12 @@ def _assemble(record: Record, encoded: Iterator[list[int]], bos: list[int], eos:
     segments = [(main, np.zeros(len(main), bool))]
     for segment, opens in _segments(record):
         body = ids_of(segment.body, first=opens and not segment.rendered)
-        targets = segment.targets
+        targets, end = segment.targets, [] if segment.writes_fork else eos
         if segment.completion is not None:
-            completion = append_eos(ids_of(segment.completion, first=False), eos)
+            completion = append_eos(ids_of(segment.completion, first=False), end)
             ids, targets = body + completion, ((len(body), None),)
         else:
-            ids = append_eos(body, eos) if isinstance(segment.body, str) and not segment.rendered else body
+            ids = append_eos(body, end) if isinstance(segment.body, str) and not segment.rendered else body
         segments.append(_segment(ids, targets))
     return segments
 

@@ -15,10 +15,12 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parallelmind.engine.fair_lock import FairLock
+from parallelmind.engine.fork_parser import ForkSyntax
 from parallelmind.engine.model_runner import Model
 from parallelmind.errors import UserError
 from parallelmind.model.adapter import attach, read_saved
 from parallelmind.model.adapter_copy import is_movable, move_adapter
+from parallelmind.model.fork_markers import fork_markers
 from parallelmind.model.peft_folder import SavedAdapter
 from parallelmind.model.structure import causal_lm
 from parallelmind.model.weights import ADAPTER
@@ -58,6 +60,7 @@ class AdapterManager:
         self._num_samples: Counter[str] = Counter()  # by version
         self._default = self._active = str(model.active_adapter) if isinstance(model, PeftModel) else BASE
         self._loaded: set[str] = set()  # versions on the model that this manager has loaded
+        self._fork_syntax = {self._default: ForkSyntax.of(fork_markers(model), tokenizer)}  # by version
         self._sharers = _managers.setdefault(causal_lm(model), WeakSet())  # managers of the same model
         if not isinstance(model, PeftModel) and any(
             isinstance(other.model, PeftModel) for other in self._sharers
@@ -99,6 +102,7 @@ class AdapterManager:
         moved = move_adapter(tried.adapted, self.model, tried.version) if is_movable(tried.adapted) else None
         self.model = moved or attach(self.model, tried.saved, tried.version).eval()
         self._loaded.add(tried.version)
+        self._fork_syntax[tried.version] = ForkSyntax.of(tried.saved.fork_markers, self._tokenizer)
         with self._state_lock:
             self._version_by_name[name] = tried.version
         # After the first adapter of a model is added, an adapter must be active.
@@ -121,6 +125,10 @@ class AdapterManager:
             known = ", ".join(sorted(self._version_by_name))
             raise UserError(f"adapter={name!r}: not loaded; choose from {known}")
         return self._version_by_name[name]
+
+    def fork_syntax(self, version: str) -> ForkSyntax | None:
+        """How a version writes a fork; None if it does not fork by itself."""
+        return self._fork_syntax.get(version)
 
     def acquire(self, version: str) -> None:
         """Count a sample that uses this version."""
@@ -168,6 +176,7 @@ class AdapterManager:
                 self._activate(next(kept for kept in self.model.peft_config if kept not in unused))
             self.model.delete_adapter(version)
             self._loaded.remove(version)
+            del self._fork_syntax[version]
         return bool(unused)
 
     def _activate(self, version: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from threading import RLock
@@ -19,12 +20,20 @@ from parallelmind.config import RopeConfig
 from parallelmind.engine.adapters import AdapterManager
 from parallelmind.engine.detokenizer import TokenDecoder
 from parallelmind.engine.fair_lock import FairLock
+from parallelmind.engine.fork_parser import Fork, ForkParser, ForkSyntax
 from parallelmind.engine.grammar_compiler import GrammarCompiler
 from parallelmind.engine.grammar_matcher import TokenMasks
 from parallelmind.engine.look_ahead import LookAhead
 from parallelmind.engine.model_runner import Model, ModelRunner
 from parallelmind.engine.output import Event, FinishReason, OutputProcessor, TokenLogprob
-from parallelmind.engine.request import ResumeState, Sample, Segment, Text, TokenizedRequest
+from parallelmind.engine.request import (
+    AddedSegments,
+    ResumeState,
+    Sample,
+    Segment,
+    Text,
+    TokenizedRequest,
+)
 from parallelmind.engine.sampler import (
     PendingTokens,
     SampledToken,
@@ -39,7 +48,12 @@ from parallelmind.engine.sequence import BranchState
 from parallelmind.engine.sequence_group import SequenceGroup
 from parallelmind.engine.sequential_runner import SequentialRunner
 from parallelmind.engine.step_plan import ForwardPlan, SampledBranches, ScheduledGroup
-from parallelmind.engine.tokenization import eos_token_ids, tokenize_branches, tokenize_request
+from parallelmind.engine.tokenization import (
+    eos_token_ids,
+    fork_request,
+    tokenize_branches,
+    tokenize_request,
+)
 from parallelmind.engine.validation import (
     check_fork,
     check_group,
@@ -86,6 +100,7 @@ class Engine:
     fallback_reason: why branches cannot share a sequence on this model; None if they can. Such a model
         decodes each branch isolated, in a row of its own.
     state_lock: guards the state of all samples. Hold it for calls that belong together.
+    on_fork: called, under this lock, with a sample's number and the segments of a fork that its model wrote.
     seconds_in_model: total time of all forward passes.
     """
 
@@ -116,6 +131,7 @@ class Engine:
         embeddings: Any = model.get_input_embeddings()
         self._grammars = GrammarCompiler(tokenizer, len(embeddings.weight), self._eos_token_ids)
         self._decoder = TokenDecoder(tokenizer)
+        self.on_fork: Callable[[int, AddedSegments], None] = lambda sample_id, added: None
         self.seconds_in_model = 0.0
         self._ahead: LookAhead | None = None  # the step that follows the last one
 
@@ -525,16 +541,53 @@ class Engine:
             reason = f"token {token} cannot be decoded ({type(error).__name__}: {first_line(error)})"
             self._finish_subtree(group, branch, "error", reason)
             return
-        event = Event(branch.index, text, token, finish_reason, logprob, top, group.id, pos2d, None, prompt)
+        fork = None
+        if branch.output.titles:
+            fork = self._fork_itself(group, branch)
+            rest, finish_reason = (
+                branch.output.refuse_fork() if fork is None else (branch.output.accept_fork(), "forked")
+            )
+            text += rest
+        event = Event(
+            branch.index, text, token, finish_reason, logprob, top, group.id, pos2d, prompt=prompt, fork=fork
+        )
         self._pending_events.append(event)
         if finish_reason is not None:
             self._finish_branch(group, branch, finish_reason)
 
+    def _fork_itself(self, group: SequenceGroup, branch: BranchState) -> Fork | None:
+        """Add the branches of the fork that a branch has just written, and their reduce.
+
+        None, and nothing changes, for a fork that does not fit. Segments that follow the branch are those of
+        the fork if another engine has added them.
+        """
+        syntax, titles = self.adapters.fork_syntax(group.adapter_version), branch.output.titles
+        assert syntax is not None, "only a model with markers writes a fork"
+        request = fork_request(self.tokenizer, titles, syntax.join_ids, branch)
+        below = group.children(branch.number)
+        if request is None or (below and [each.prompt for each in below] != request.tokens.split()[1:]):
+            return None
+        if not below:
+            group.finish(branch, "forked")  # its own end decides what fits after it
+            try:
+                first = self._add(group, request, branch.number)
+            except UserError:
+                return None
+            finally:
+                group.finish(branch, None)
+            below = group.branches[first:]
+            self.on_fork(group.id, AddedSegments(request, branch.number))
+        *branches, reduce = (each.index for each in below)
+        return Fork(titles, tuple(branches), reduce)
+
     # State
 
-    def _make_output(self, prompt: Sequence[int], params: SamplingParams) -> OutputProcessor:
+    def _make_output(
+        self, syntax: ForkSyntax | None, prompt: Sequence[int], params: SamplingParams
+    ) -> OutputProcessor:
         matcher = None if params.grammar is None else self._grammars.matcher(params.grammar)
-        return OutputProcessor(self._decoder, prompt, params, self._eos_token_ids, matcher)
+        forks = ForkParser(syntax, params.max_fork_branches) if syntax and params.may_fork else None
+        return OutputProcessor(self._decoder, prompt, params, self._eos_token_ids, matcher, forks)
 
     def _new_group(
         self, request: TokenizedRequest, version: str, resume: ResumeState | None
@@ -543,8 +596,12 @@ class Engine:
 
         It takes milliseconds for many branches, without the lock. Raises UserError if it does not fit.
         """
+        syntax = None if self.fallback_reason else self.adapters.fork_syntax(version)
+        if syntax is not None:
+            request = request.as_trained()
+        make_output = partial(self._make_output, syntax)
         group = SequenceGroup(
-            request, self.rope_config, self._make_output, adapter_version=version, seed=random_seed()
+            request, self.rope_config, make_output, adapter_version=version, seed=random_seed()
         )
         if resume is not None:
             group.resume(resume)

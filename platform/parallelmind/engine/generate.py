@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from parallelmind.engine.block_manager import BLOCK
 from parallelmind.engine.engine import Engine
+from parallelmind.engine.linear import linearized
 from parallelmind.engine.model_runner import Model
 from parallelmind.engine.output import Event
 from parallelmind.engine.prompt import GivenPrompt, Prompt, to_prompts
@@ -19,9 +20,11 @@ from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.engine.scheduler import EngineConfig
 from parallelmind.engine.tokenization import tokenize_request
 from parallelmind.errors import UserError, UserNotice, short_repr
+from parallelmind.model.fork_markers import fork_markers
 from parallelmind.model.structure import causal_lm
 
 _MAX_CACHE_TOKENS = 1 << 15  # for several prompts; those that do not fit wait
+_ROUNDS = 4  # forks of the largest size that one segment has room for
 
 
 def stream(
@@ -37,7 +40,8 @@ def stream(
     """Decode a prompt and yield the text of every branch in pieces, as soon as they are decoded.
 
     An event names its segment by the index in pre-order, counted from the first branch: that of
-    `Sample.walk`. A branch of a branch starts when its parent has ended.
+    `Sample.walk`. A branch of a branch starts when its parent has ended. A model that was trained with
+    `fork_markers` may fork by itself: `Event.fork` names the segments that it adds.
     prompt: a text, a sample, or the messages of a chat; or a list of these, which do not read each other:
         `event.sample` is the index in the list.
     sampling_params: settings of all branches. sampling: fields of `SamplingParams`, which override them.
@@ -87,13 +91,14 @@ def generate(
     """The continuation of a prompt, without the prompt itself.
 
     Of a text or a chat it is a text; of a sample a list with the text of every segment after main, in
-    pre-order; of a list of prompts a list with the continuation of each. Arguments and errors are those of
+    pre-order; of a list of prompts a list with the continuation of each. A segment that forks by itself is
+    one text: what it wrote, every branch after its title, and the reduce. Arguments and errors are those of
     `stream`. Raises DecodingError for a branch that ends with an error.
     """
     prompts, are_several = to_prompts(tokenizer, prompt)
     texts = [defaultdict[int, list[str]](list) for _ in prompts]
     settings = _settings(sampling_params, sampling)
-    for event in _stream(model, tokenizer, prompts, per_branch, reduce, settings):
+    for event in linearized(_stream(model, tokenizer, prompts, per_branch, reduce, settings)):
         event.raise_error()
         texts[event.sample][event.branch].append(event.text)
     answers = [_answer(given, pieces) for given, pieces in zip(prompts, texts, strict=True)]
@@ -147,7 +152,7 @@ def engine_for(
     model: Model, tokenizer: PreTrainedTokenizerBase, requests: Sequence[TokenizedRequest]
 ) -> Engine:
     """An engine that holds exactly these requests, queued, with ids from 0. Raises and warns as `stream`."""
-    engine = Engine(model, tokenizer, _config_for(requests))
+    engine = Engine(model, tokenizer, _config_for(requests, forks=bool(fork_markers(model))))
     if any(request.num_branches > 1 for request in requests):
         warn_if_fallback(engine)
     for request in requests:
@@ -165,17 +170,22 @@ def warn_if_fallback(engine: Engine) -> None:
         warnings.warn(notice, UserNotice, stacklevel=4)
 
 
-def _config_for(requests: Sequence[TokenizedRequest]) -> EngineConfig:
-    """Limits that are just large enough to decode these requests, as many at a time as is sensible."""
-    slots = [
+def _config_for(requests: Sequence[TokenizedRequest], forks: bool) -> EngineConfig:
+    """Limits that are just large enough to decode these requests, as many at a time as is sensible.
+
+    forks: whether the model may fork by itself.
+    """
+    slots, branches = [], []
+    for request in requests:
+        num_new, num_branches = request.max_new_tokens, request.num_branches
+        if forks:  # a title is read once more than it is written
+            num_new *= 2
+            num_branches += sum(_ROUNDS * (params.max_fork_branches + 1) for params in request.params)
         # The last block of main and of every branch is not full.
-        request.num_prompt_tokens + request.max_new_tokens + BLOCK * (request.num_branches + 1)
-        for request in requests
-    ]
+        slots.append(request.num_prompt_tokens + num_new + BLOCK * (num_branches + 1))
+        branches.append(num_branches)
     cache_tokens = max(*slots, min(sum(slots), _MAX_CACHE_TOKENS))
-    return EngineConfig(
-        cache_tokens=cache_tokens, max_branches=max(request.num_branches for request in requests)
-    )
+    return EngineConfig(cache_tokens=cache_tokens, max_branches=max(branches))
 
 
 def _events(engine: Engine) -> Iterator[Event]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from parallelmind.engine.detokenizer import Detokenizer, TokenDecoder, Tokenizer
+from parallelmind.engine.fork_parser import Fork, ForkParser, overlap
 from parallelmind.engine.grammar_matcher import GrammarMatcher
 from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.errors import DecodingError
@@ -38,6 +39,7 @@ class Event(NamedTuple):
         token of its prompt; None if it has not started.
     error: why the branch ended, in one line, if its finish reason is "error".
     prompt: the tokens of the prompt, on the first event of a branch with `SamplingParams.prompt_logprobs`.
+    fork: on the last event of a branch that has forked by itself. The titles are not part of its text.
     """
 
     branch: int
@@ -50,6 +52,7 @@ class Event(NamedTuple):
     pos2d: tuple[int, int] | None = None
     error: str | None = None
     prompt: tuple[TokenLogprob, ...] = ()
+    fork: Fork | None = None
 
     def start_pos2d(self, num_prompt: int) -> tuple[int, int] | None:
         """Coordinates of the segment's first token, from the first event of a segment.
@@ -82,7 +85,7 @@ class StopChecker:
         positions = [position for stop in self._stop if (position := text.find(stop)) >= 0]
         if positions:
             return text[: min(positions)], True
-        num_withheld = max((_overlap(text, stop) for stop in self._stop), default=0)
+        num_withheld = max((overlap(text, stop) for stop in self._stop), default=0)
         cut = len(text) - num_withheld
         self._withheld = text[cut:]
         return text[:cut], False
@@ -93,19 +96,16 @@ class StopChecker:
         return text
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest suffix of `text` that is a prefix of `stop`, `stop` itself excluded."""
-    longest = min(len(text), len(stop) - 1)
-    return next((length for length in range(longest, 0, -1) if stop.startswith(text[-length:])), 0)
-
-
 _NO_STOPS = StopChecker(())  # withholds nothing, so that all branches without stop texts share it
 
 
 class OutputProcessor:
-    """Turns the decoded tokens of one branch into text, and detects its end."""
+    """Turns the decoded tokens of one branch into text, and detects its end.
 
-    __slots__ = ("_detokenizer", "_eos_token_ids", "_num_left", "_stop_checker", "matcher")
+    num_left: tokens that the branch may still decode.
+    """
+
+    __slots__ = ("_detokenizer", "_eos_token_ids", "_forks", "_stop_checker", "matcher", "num_left")
 
     def __init__(
         self,
@@ -114,27 +114,53 @@ class OutputProcessor:
         params: SamplingParams,
         eos_token_ids: frozenset[int],
         matcher: GrammarMatcher | None = None,
+        forks: ForkParser | None = None,
     ) -> None:
-        """matcher: of the grammar that the branch follows, at its beginning."""
+        """matcher: of the grammar that the branch follows, at its beginning. forks: finds those it writes."""
         self._detokenizer = Detokenizer(tokenizer, prompt)
         self._stop_checker = StopChecker(params.stop) if params.stop else _NO_STOPS
         self._eos_token_ids = frozenset[int]() if params.ignore_eos else eos_token_ids
-        self._num_left = params.max_new_tokens
-        self.matcher = matcher
+        self.num_left = params.max_new_tokens
+        self.matcher, self._forks = matcher, forks
 
     def process(self, token: int) -> tuple[str, FinishReason | None]:
         """The text to show for `token`, and why the branch finishes with it, if it does."""
-        self._num_left -= 1
+        self.num_left -= 1
         if token in self._eos_token_ids:
             return self.flush()[0], "stop"
         is_complete = self.matcher is not None and self.matcher.accept(token)
-        text, stopped = self._stop_checker.push(self._detokenizer.push(token))
-        if stopped or (self._num_left and not is_complete):
+        text, stopped = self._stop_checker.push(self._decode(token))
+        if stopped or (self.num_left and not is_complete):
             return text, "stop" if stopped else None
         rest, stopped = self.flush()
         return text + rest, "stop" if stopped or is_complete else "length"
 
     def flush(self) -> tuple[str, bool]:
         """All text that is left, and whether it contained a stop text."""
-        text, stopped = self._stop_checker.push(self._detokenizer.flush())
+        text = self._detokenizer.flush()
+        if self._forks is not None:
+            text = self._forks.push(text) + self._forks.refuse()
+        text, stopped = self._stop_checker.push(text)
         return (text, True) if stopped else (text + self._stop_checker.flush(), False)
+
+    @property
+    def titles(self) -> tuple[str, ...]:
+        """The titles of the fork that the last token completed; empty without one."""
+        return () if self._forks is None else self._forks.titles
+
+    def accept_fork(self) -> str:
+        """All text that is left, without the titles: the branch ends with its fork."""
+        text, _ = self._stop_checker.push("" if self._forks is None else self._forks.accept())
+        return text + self._stop_checker.flush()
+
+    def refuse_fork(self) -> tuple[str, FinishReason | None]:
+        """The fork as text to show, and why the branch finishes with it, if it does."""
+        text, stopped = self._stop_checker.push("" if self._forks is None else self._forks.refuse())
+        return text, "stop" if stopped else None
+
+    def _decode(self, token: int) -> str:
+        if self._forks is None:
+            return self._detokenizer.push(token)
+        if marker := self._forks.special.get(token):
+            return self._forks.push(self._detokenizer.flush() + marker)
+        return self._forks.push(self._detokenizer.push(token))

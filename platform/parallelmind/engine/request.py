@@ -138,6 +138,15 @@ class TokenizedRequest:
         """Upper bound of the new tokens of all segments together."""
         return sum(params.max_new_tokens for params in self.params)
 
+    def as_trained(self) -> TokenizedRequest:
+        """The request whose only branch is no independent one, if that changes nothing but what follows it.
+
+        What it forks into is decoded with the model's own visibility then.
+        """
+        has_main = bool(self.tokens.lengths[MAIN])
+        is_alone = self.num_branches == 1 and self.branch_number == int(has_main)
+        return replace(self, branch_number=None) if is_alone else self
+
     def divide(self, max_blocks: int) -> list[TokenizedRequest]:
         """Samples of independent branches that each fill at most this many cache blocks, if that is possible.
 
@@ -181,6 +190,24 @@ class TokenizedRequest:
         )
         tokens = Tokens.of_tree([*self.tokens.split(), *added.tokens.split()[1:]], grown)
         return replace(self, tokens=tokens, params=[*self.params, *added.params])
+
+
+class AddedSegments(NamedTuple):
+    """Segments that were added to a running sample: those of a request, without its main.
+
+    parent: number of the segment that they continue; 0 for main.
+    as_reduce: whether the request's only branch is the reduce of that segment.
+    key: of the call that added them; None for a fork that the model wrote.
+    """
+
+    request: TokenizedRequest
+    parent: int
+    as_reduce: bool = False
+    key: str | None = None
+
+    def extend(self, sample: TokenizedRequest) -> TokenizedRequest:
+        """The sample with these segments, which get the next numbers."""
+        return sample.extend(self.request, self.parent, self.as_reduce)
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,9 @@ class SamplingParams:
     grammar: decode only what follows it: `{"json": schema}`, `{"regex": text}` or `{"choice": texts}`, kept
         as a `Grammar`. The branch finishes where its text is complete. Log-probabilities are of the tokens
         that the grammar allows.
+    max_fork_branches: branches of one fork that the model may write itself; 0: it does not fork. A model does
+        that was trained with `fork_markers`, where the branch follows no grammar.
+    max_fork_depth: levels of branches that it may open below this one.
     """
 
     max_new_tokens: int = 64
@@ -56,12 +59,16 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None
+    max_fork_branches: int = 16
+    max_fork_depth: int = 2
 
     def __post_init__(self) -> None:
         for field in fields(self):
             object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
         self._check_integer("max_new_tokens", 0)
         self._check_integer("top_k", 0)
+        self._check_integer("max_fork_branches", 0)
+        self._check_integer("max_fork_depth", 0)
         if self.seed is not None:
             self._check_integer("seed", 0)
         if self.logprobs is not None:
@@ -82,6 +89,11 @@ class SamplingParams:
             self._check("ignore_eos", not self.ignore_eos, "a grammar ends the text; leave one of them out")
         object.__setattr__(self, "logit_bias", _checked_biases(self.logit_bias))
         object.__setattr__(self, "stop", _checked_stops(self.stop))
+
+    @property
+    def may_fork(self) -> bool:
+        """Whether the branch may fork by itself."""
+        return self.max_fork_branches > 0 and self.max_fork_depth > 0 and self.grammar is None
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:

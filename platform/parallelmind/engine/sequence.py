@@ -168,6 +168,8 @@ class BranchState(SegmentState):
         self.num_prefill = len(self.token_ids)
         for token in () if finished else token_ids:
             self.output.process(token)
+            if self.output.titles:  # the other engine has refused the fork
+                self.output.refuse_fork()
 
 
 class PromptLabels(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -146,8 +147,8 @@ class SequenceGroup:
         return int(self.shape.coordinates[branch.number]), branch.start_time + index
 
     def draw_index(self, branch: BranchState) -> int:
-        """The index of a branch of which its random draws are a function."""
-        return branch.index if self.branch_number is None else 0
+        """The number of a branch of which its random draws are a function."""
+        return branch.index if self.branch_number is None else self.shape.ranks[branch.number]
 
     def path_tokens(self, branch: BranchState) -> list[int]:
         """Token ids of main and of all that the branch continues, its own last."""
@@ -363,6 +364,7 @@ class GroupShape:
     reads: `[segments, segments]` whether a query's segment sees a key's segment.
     paths: for each segment the segments from main to itself.
     joined: for each segment those that it joins.
+    ranks: for each segment its number among those of its branch of main, which has 0.
     """
 
     tree: GrowingTree
@@ -371,6 +373,7 @@ class GroupShape:
     reads: Mask
     paths: list[tuple[int, ...]]
     joined: list[tuple[int, ...]]
+    ranks: list[int]
 
     @staticmethod
     def of(
@@ -386,8 +389,9 @@ class GroupShape:
             paths.append((*paths[segment.parent], segment.number))
         joined: list[tuple[int, ...]] = [()] * len(segments)
         coordinates = branch_coordinates(tree, segments[MAIN].num_tokens > 0, config.branch_stride)
+        ranks = _ranks(paths)
         if branch_number is not None:
-            coordinates[1:] = branch_number * config.branch_stride
+            coordinates = _independent_coordinates(tree, ranks, branch_number) * config.branch_stride
         order = tree.pre_order.tolist()
         for number, _, joins in tree.complete().walk():
             joined[order[number]] = tuple(order[joins.start : joins.stop])
@@ -398,7 +402,27 @@ class GroupShape:
             reads=scores > -np.inf,
             paths=paths,
             joined=joined,
+            ranks=ranks,
         )
+
+
+def _ranks(paths: Sequence[tuple[int, ...]]) -> list[int]:
+    """`[segments]` numbers of the segments among those of their branch of main; 0 for main."""
+    counts = Counter[int]()
+    ranks = [0]
+    for path in paths[1:]:
+        ranks.append(counts[path[1]])
+        counts[path[1]] += 1
+    return ranks
+
+
+def _independent_coordinates(tree: GrowingTree, ranks: Sequence[int], branch_number: int) -> Ints:
+    """`[segments]` numbers of independent branches, and of what each is followed by, as if it were alone."""
+    numbers = branch_number + np.array(ranks)
+    numbers[MAIN] = 0
+    for reduce in np.flatnonzero(tree.is_reduce):
+        numbers[reduce] = numbers[tree.parents[reduce]]
+    return numbers
 
 
 @lru_cache(maxsize=16)

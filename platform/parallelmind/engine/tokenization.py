@@ -14,6 +14,7 @@ from parallelmind.data.encode import encode_text, turn_end_id
 from parallelmind.engine.model_runner import Model
 from parallelmind.engine.request import Sample, Segment, Text, TokenizedRequest, is_list
 from parallelmind.engine.sampling_params import SamplingParams
+from parallelmind.engine.sequence import BranchState
 from parallelmind.errors import UserError, first_line, short_repr
 from parallelmind.layout import Tokens
 from parallelmind.tree import MAIN, NO_PARENT, Tree
@@ -51,6 +52,25 @@ def tokenize_branches(
     sample = Sample(branches=branches)
     tokens = _tokenize_segments(tokenizer, [], sample, opens=False)
     return TokenizedRequest(tokens, _all_params(sample, sampling, None))
+
+
+def fork_request(
+    tokenizer: PreTrainedTokenizerBase, titles: Sequence[str], join_ids: Sequence[int], branch: BranchState
+) -> TokenizedRequest | None:
+    """The branches of a fork that a branch has written, and their reduce: a request without main.
+
+    The branches share half of the tokens that the branch may still decode, the reduce has the other half.
+    None if this leaves a branch without a token, or a title has none.
+    """
+    share = branch.output.num_left // 2 // len(titles)
+    prompts = [encode_text(tokenizer, title, first=False) for title in titles]
+    if not share or not all(prompts):
+        return None
+    params = replace(branch.params, prompt_logprobs=None)
+    own = replace(params, max_new_tokens=share, max_fork_depth=params.max_fork_depth - 1)
+    last = replace(params, max_new_tokens=branch.output.num_left - share * len(titles))
+    tokens = Tokens.of_tree([[], *prompts, list(join_ids)], Tree.flat(len(titles), has_reduce=True))
+    return TokenizedRequest(tokens, [*[own] * len(titles), last])
 
 
 def _check_decodes(request: TokenizedRequest) -> None:

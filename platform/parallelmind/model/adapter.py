@@ -6,7 +6,7 @@ the model card. Loading checks that base model, chat template and placement are 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +24,7 @@ from parallelmind.model.adapter_files import read_settings, read_weights, write_
 from parallelmind.model.base_identity import base_identity, sample_weights
 from parallelmind.model.base_model import base_location, load_base, load_meta_model
 from parallelmind.model.card import write_card
+from parallelmind.model.fork_markers import set_fork_markers
 from parallelmind.model.full_model import save_model
 from parallelmind.model.hf_compat import wrap_with_adapter
 from parallelmind.model.manifest import (
@@ -106,11 +107,12 @@ def save_adapter(
     lora: LoraConfig | None = None,
     extra: Mapping[str, Any] | None = None,
     weights: Mapping[str, Tensor] | None = None,
+    fork_markers: Sequence[str] = (),
 ) -> None:
     """Write the adapter folder atomically, in place of an earlier adapter.
 
     base, rope, lora: by default those that the model itself tells. weights: saved in place of the model's
-    own, under the names of `trained_weights`. The manifest describes the adapter as stored: one that started
+    own, under the names of `trained_weights`. fork_markers: as those of `DataConfig`. The manifest describes the adapter as stored: one that started
     as PiSSA is stored as a plain adapter of twice the rank. Raises UserError if `folder` holds anything else,
     and for a model that does not tell what is not given.
     """
@@ -136,6 +138,7 @@ def save_adapter(
             extra,
             identity,
             base.add_tokens,
+            fork_markers,
         )
         write_card(new_folder, manifest, base)
 
@@ -149,11 +152,11 @@ def save_trained(
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the result of a run: an adapter (`save_adapter`) or a whole model (`save_model`)."""
-    base, rope = config.model, config.rope
+    base, rope, markers = config.model, config.rope, config.data.fork_markers
     if isinstance(model, PeftModel):
-        save_adapter(model, tokenizer, folder, base, rope, config.lora, extra, weights)
+        save_adapter(model, tokenizer, folder, base, rope, config.lora, extra, weights, markers)
     else:
-        save_model(cast(PreTrainedModel, model), tokenizer, folder, base, rope, extra, weights)
+        save_model(cast(PreTrainedModel, model), tokenizer, folder, base, rope, extra, weights, markers)
 
 
 def load_adapter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> PeftModel:
@@ -161,7 +164,10 @@ def load_adapter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
 
     Raises UserError with both values where the base model, its tokenizer or a rope field differ.
     """
-    return attach(model, read_saved(model, tokenizer, folder)).eval()
+    saved = read_saved(model, tokenizer, folder)
+    adapted = attach(model, saved).eval()
+    set_fork_markers(adapted, saved.fork_markers)
+    return adapted
 
 
 def resume_adapter(
@@ -192,7 +198,7 @@ def read_saved(
     _check_dora(model, manifest.lora)
     settings = read_settings(folder)
     settings.base_model_name_or_path = model.name_or_path or None  # the manifest's checks replace peft's
-    return SavedAdapter(folder, settings, read_weights(folder))
+    return SavedAdapter(folder, settings, read_weights(folder), manifest.fork_markers)
 
 
 def attach(model: PreTrainedModel | PeftModel, saved: SavedAdapter, name: str = ADAPTER) -> PeftModel:
@@ -233,6 +239,8 @@ def load_model_with_lora(
     model, tokenizer = load_base(config.model, attn_implementation)
     if config.rope.patch_rope:
         patch(model, config.rope)
+    if trained := None if base_model is None else read_model(base_model):
+        set_fork_markers(model, trained.fork_markers)
     adapted = model if folder is None else _attach_folder(model, tokenizer, folder)
     return (adapted if config.device is None else to_device(adapted, config.device)), tokenizer
 

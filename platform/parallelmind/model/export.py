@@ -87,7 +87,9 @@ def _write_merged(
     merged: PreTrainedModel = model.merge_and_unload()  # type: ignore[operator]
     if is_patched(merged):
         unpatch(merged)
-    write_model(merged, tokenizer, folder, base, manifest.rope, manifest.extra)
+    write_model(
+        merged, tokenizer, folder, base, manifest.rope, manifest.extra, fork_markers=manifest.fork_markers
+    )
 
 
 def _write_adapter(

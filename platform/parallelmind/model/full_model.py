@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +26,19 @@ def save_model(
     rope: RopeConfig,
     extra: Mapping[str, Any] | None = None,
     weights: Mapping[str, Tensor] | None = None,
+    fork_markers: Sequence[str] = (),
 ) -> None:
     """Write the whole model atomically, in place of an earlier one that parallelmind trained.
 
     base: the model that was trained. weights: saved in place of the model's own, under the names of
-    `trained_weights`. Raises UserError if `folder` is the base's or holds anything else.
+    `trained_weights`. fork_markers: as those of `DataConfig`. Raises UserError if `folder` is the base's or
+    holds anything else.
     """
     folder = Path(folder)
     check_output(folder, "folder", base_model=[base.base_model])
     check_replaceable(folder, "model")
     with atomic_dir(folder) as new_folder:
-        write_model(model, tokenizer, new_folder, base, rope, extra, weights)
+        write_model(model, tokenizer, new_folder, base, rope, extra, weights, fork_markers)
 
 
 def write_model(
@@ -47,6 +49,7 @@ def write_model(
     rope: RopeConfig,
     extra: Mapping[str, Any] | None = None,
     weights: Mapping[str, Tensor] | None = None,
+    fork_markers: Sequence[str] = (),
 ) -> None:
     """`save_model` into an existing, empty folder, not atomically."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -55,5 +58,7 @@ def write_model(
     with no_progress_bars():
         model.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
-    manifest = write_manifest(folder, base.base_model, model.config, tokenizer, rope, None, extra)
+    manifest = write_manifest(
+        folder, base.base_model, model.config, tokenizer, rope, None, extra, fork_markers=fork_markers
+    )
     write_card(folder, manifest, base)

@@ -58,6 +58,7 @@ class Manifest(FrozenConfig):
         None, description="the base model of an adapter; null for a whole model and in version 0.1.0"
     )
     add_tokens: list[str] = Field([], description="tokens that an adapter adds to the base's tokenizer")
+    fork_markers: list[str] = Field([], description="texts with which the model forks by itself")
     rope: RopeConfig = Field(description="how the base was patched")
     lora: LoraConfig | None = Field(description="the stored adapter; null for a whole model")
     versions: dict[str, str] = Field(description="versions of the libraries that wrote it")
@@ -245,10 +246,12 @@ def write_manifest(
     extra: Mapping[str, Any] | None,
     base: BaseIdentity | None = None,
     add_tokens: Sequence[str] = (),
+    fork_markers: Sequence[str] = (),
 ) -> Manifest:
     """Write the manifest of all files in `folder`.
 
-    config: the model's configuration. base, add_tokens: of an adapter.
+    config: the model's configuration. base, add_tokens: of an adapter. fork_markers: as those of
+    `DataConfig`.
     """
     manifest = Manifest(
         format_version=FORMAT,
@@ -257,6 +260,7 @@ def write_manifest(
         chat_template_sha256=chat_template_hash(tokenizer),
         base=base,
         add_tokens=list(add_tokens),
+        fork_markers=list(fork_markers),
         rope=rope,
         lora=lora,
         versions=_versions(),

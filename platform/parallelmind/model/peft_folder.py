@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -27,12 +27,13 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq")  # initialisations by which
 class SavedAdapter:
     """A saved adapter that was read and fits a model, to which `attach` adds it.
 
-    settings: peft's. weights: by their saved names, on the CPU.
+    settings: peft's. weights: by their saved names, on the CPU. fork_markers: with which it forks by itself.
     """
 
     folder: Path
     settings: peft.LoraConfig
     weights: Mapping[str, Tensor]
+    fork_markers: Sequence[str] = ()
 
 
 def is_peft_alone(folder: Path) -> bool:
