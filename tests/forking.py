@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from tiny import tiny_llama, tiny_tokenizer
@@ -10,7 +12,10 @@ from torch import Tensor
 
 from parallelmind.config import RopeConfig
 from parallelmind.engine.engine import Engine
+from parallelmind.engine.fork_parser import Fork
 from parallelmind.engine.grammar_matcher import TokenMasks
+from parallelmind.engine.output import Event
+from parallelmind.engine.request import Sample
 from parallelmind.engine.sampler import SampledToken, SamplingRow
 from parallelmind.engine.scheduler import EngineConfig
 from parallelmind.model.fork_markers import set_fork_markers
@@ -48,3 +53,41 @@ def forking_engine(
     engine = ScriptedEngine(model, tiny_tokenizer(), EngineConfig(**{"cache_tokens": 4096, **limits}))
     engine.script = script if callable(script) else lambda _, branch: script.get(branch, "")  # type: ignore[method-assign]
     return engine
+
+
+def tokens_by_index(events: Sequence[Event]) -> dict[int, list[int]]:
+    """The tokens of every segment of one sample."""
+    tokens = defaultdict[int, list[int]](list)
+    for event in events:
+        tokens[event.branch] += [] if event.token is None else [event.token]
+    return dict(tokens)
+
+
+def forks_of(events: Sequence[Event]) -> dict[int, Fork]:
+    """The forks that segments wrote, in the order in which they did."""
+    return {event.branch: event.fork for event in events if event.fork is not None}
+
+
+def replay(
+    engine: Engine,
+    sample: Sample,
+    settings: Mapping[str, Any],
+    tokens: Mapping[int, Sequence[int]],
+    forks: Mapping[int, Fork],
+) -> list[Event]:
+    """Decode a sample that forked by itself by calls of `fork` and `reduce` at the same places."""
+    adapter = settings.get("adapter")
+    own = {name: value for name, value in settings.items() if name != "adapter"} | {"max_fork_branches": 0}
+    number = engine.submit(sample, adapter=adapter, **own)
+    events, waiting, limits = list[Event](), dict(forks), {0: own["max_new_tokens"]}
+    while engine.busy:
+        events += engine.step()
+        written = tokens_by_index(events)
+        for branch in [index for index in waiting if len(written.get(index, ())) == len(tokens[index])]:
+            titles, left = waiting.pop(branch).titles, limits[branch] - len(tokens[branch])
+            share = left // 2 // len(titles)
+            added = engine.fork(number, branch, list(titles), **{**own, "max_new_tokens": share})
+            rest = left - share * len(titles)
+            last = engine.reduce(number, branch, MARKERS[3], **{**own, "max_new_tokens": rest})
+            limits |= {**dict.fromkeys(added, share), last: rest}
+    return events

@@ -10,7 +10,7 @@ from parallelmind.engine.request import TokenizedRequest
 from parallelmind.tree import segment_paths
 from serving.config import RequestLimits
 from serving.engine.loop import RunningRequest
-from serving.engine.messages import AddedSegments, EngineRequest, RejectedRequest
+from serving.engine.messages import EngineRequest, RejectedRequest
 
 Addition = list[tuple[int, str]] | RejectedRequest  # index and path of each segment that a call adds
 
@@ -19,7 +19,7 @@ Addition = list[tuple[int, str]] | RejectedRequest  # index and path of each seg
 class AdmittedRequest:
     """A request of this engine.
 
-    samples: with all segments, also those that were added to the only sample.
+    samples: as they were submitted.
     additions: the results of calls that add segments, by the keys of their callers.
     lock: held while segments are added.
     """
@@ -40,18 +40,24 @@ class AdmittedRequest:
 
     def places(self, indices: list[int]) -> list[tuple[int, str]]:
         """Indices of segments of the only sample, each with its path."""
-        (sample,) = self.samples
-        paths = segment_paths(sample.tokens.tree)[1:]
+        paths = segment_paths(self._sample().tokens.tree)[1:]
         return [(index, paths[index]) for index in indices]
 
-    def grow(self, added: AddedSegments) -> None:
-        """Record segments that were added to the only sample."""
+    @property
+    def can_grow(self) -> bool:
+        """Whether segments can be added: to the only sample."""
+        return len(self.samples) == 1
+
+    def _sample(self) -> TokenizedRequest:
+        """The only sample with all segments, also those that were added."""
         (sample,) = self.samples
-        self.samples = [added.extend(sample)]
+        for added in self.running.added:
+            sample = added.extend(sample)
+        return sample
 
     def require_room(self, added: TokenizedRequest, limits: RequestLimits) -> None:
         """Raise UserError if the only sample would exceed the limits of a new sample."""
-        (sample,) = self.samples
+        sample = self._sample()
         branches = sample.num_branches + added.num_branches
         if branches > limits.max_branches:
             raise pm.UserError(

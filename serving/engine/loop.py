@@ -15,8 +15,9 @@ from time import monotonic, perf_counter
 from typing import Any, TypeVar
 
 import parallelmind as pm
+from parallelmind.engine.request import AddedSegments
 from parallelmind.engine.scheduler import EngineStats
-from serving.engine.messages import AddedSegments, BranchStarted, EngineRequest, StepOutput
+from serving.engine.messages import BranchStarted, EngineRequest, StepOutput
 from serving.observability.log import log
 
 # With a niceness of 5 the event loop still waits some milliseconds for the engine's threads.
@@ -51,6 +52,7 @@ class RunningRequest:
 
     first_branches: dict[int, int] = field(default_factory=dict)
     started: list[BranchStarted] = field(default_factory=list)
+    added: list[AddedSegments] = field(default_factory=list)
     num_running: int = 0
     outputs: asyncio.Queue[StepOutput | None] = field(default_factory=asyncio.Queue)
 
@@ -72,6 +74,11 @@ class RunningRequest:
         self.num_running -= has_ended
         if not self.num_running:
             self.outputs.put_nowait(None)
+
+    def announce(self, step: StepOutput) -> None:
+        """Add segments that the sample has got, before their tokens."""
+        self.added += step.added
+        self.outputs.put_nowait(step)
 
     def find(self, branch: int) -> tuple[int, int]:
         """The number of the sample that a branch is in, and its index there."""
@@ -97,6 +104,7 @@ class EngineLoop:
         """
         self._engine, self._on_step = engine, on_step
         self._stuck_s, self._num_threads = stuck_s, num_threads
+        engine.on_fork = self._announce_fork
         self._readers: dict[int, RunningRequest] = {}  # by the number of each sample
         self._calls = ThreadPoolExecutor(1, "engine-calls")
         self._wake = threading.Event()
@@ -126,6 +134,8 @@ class EngineLoop:
 
     def _submit(self, request: EngineRequest, adapter: str | None) -> RunningRequest:
         samples = [part for sample in request.samples for part in self._engine.divide(sample)]
+        if len(samples) > 1:  # a branch that is added would take the index of one of the next sample
+            samples = [sample.without_forks() for sample in samples]
         request, running = replace(request, samples=samples), RunningRequest()
         with self._engine.state_lock:  # a sample may end within the next millisecond
             try:
@@ -173,9 +183,16 @@ class EngineLoop:
             indices = add(number)
             step = StepOutput([], self._started_branches(running, first=indices[0]), [added])
             # Before the lock is free: the first token of a segment must not overtake its start.
-            self._loop.call_soon_threadsafe(running.outputs.put_nowait, step)
+            self._loop.call_soon_threadsafe(running.announce, step)
         self._wake.set()
         return indices
+
+    def _announce_fork(self, number: int, added: AddedSegments) -> None:
+        """Announce the fork that a model wrote. Called by a step, under the engine's lock."""
+        assert self._loop is not None, "the request runs"
+        running = self._readers.get(number)
+        if running is not None:  # the reader has not left
+            self._loop.call_soon_threadsafe(running.announce, StepOutput([], added=[added]))
 
     async def stats(self) -> EngineStats:
         """The engine's current load."""

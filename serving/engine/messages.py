@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from parallelmind.engine.fork_parser import Fork
 from parallelmind.engine.output import Event, TokenLogprob
-from parallelmind.engine.request import ResumeState, TokenizedRequest
+from parallelmind.engine.request import AddedSegments, ResumeState, TokenizedRequest
 
-_TOP, _POS2D, _PROMPT = map(Event._fields.index, ("top", "pos2d", "prompt"))
+_TOP, _POS2D, _PROMPT, _FORK = map(Event._fields.index, ("top", "pos2d", "prompt", "fork"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,24 +75,6 @@ class EngineRequest:
         return [prompt for sample in self.samples for prompt in sample.tokens.split()[1:]]
 
 
-class AddedSegments(NamedTuple):
-    """Segments that were added to a running sample: those of a request, without its main.
-
-    parent: number of the segment that they continue; 0 for main.
-    as_reduce: whether the request's only branch is the reduce of that segment.
-    key: of the call that added them.
-    """
-
-    request: TokenizedRequest
-    parent: int
-    as_reduce: bool
-    key: str
-
-    def extend(self, sample: TokenizedRequest) -> TokenizedRequest:
-        """The sample with these segments, which get the next numbers."""
-        return sample.extend(self.request, self.parent, self.as_reduce)
-
-
 class BranchStarted(NamedTuple):
     """A segment begins. branch: its index. pos2d: branch and time coordinate of its first prompt token."""
 
@@ -135,6 +118,9 @@ def step_of_json(packed: Sequence[Any]) -> PackedStep:
         event[_PROMPT] = tuple(
             TokenLogprob(token, logprob, tuple(map(tuple, top))) for token, logprob, top in event[_PROMPT]
         )
+        if event[_FORK]:
+            titles, branches, reduce = event[_FORK]
+            event[_FORK] = Fork(tuple(titles), tuple(branches), reduce)
     starts = tuple(BranchStarted(branch, tuple(pos2d)) for branch, pos2d in started)
     return list(map(tuple, events)), starts, tuple(added), adapter_version
 

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from ray import serve
 
 import parallelmind as pm
+from parallelmind.engine.request import AddedSegments
 from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.engine.scheduler import EngineConfig
 from parallelmind.engine.tokenization import tokenize_branches
@@ -22,7 +23,6 @@ from serving.engine.kept_streams import KeptStreams
 from serving.engine.load_model import load_model
 from serving.engine.loop import EngineLoop
 from serving.engine.messages import (
-    AddedSegments,
     EngineRequest,
     PackedStep,
     RejectedRequest,
@@ -155,7 +155,7 @@ class EngineReplica:
     ) -> Addition | None:
         """Add segments, unless a call with this key did. add: as that of `EngineLoop.add`."""
         admitted = self._admitted.get(sample)
-        if admitted is None or len(admitted.samples) > 1:
+        if admitted is None or not admitted.can_grow:
             return None
         if key not in admitted.additions:
             parent = MAIN if branch is None else branch + 1
@@ -175,7 +175,6 @@ class EngineReplica:
                 indices = await self._loop.add(admitted.running, add, added)
             except pm.UserError as error:
                 return _rejection(error)
-            admitted.grow(added)
             return admitted.places(indices)
 
     async def _compile_grammars(self, params: Sequence[SamplingParams]) -> None:

@@ -14,10 +14,9 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from parallelmind.engine.output import Event, FinishReason
-from parallelmind.engine.request import ResumeState
+from parallelmind.engine.request import AddedSegments, ResumeState
 from parallelmind.tree import MAIN
 from serving.engine.messages import (
-    AddedSegments,
     EngineRequest,
     PackedStep,
     RejectedRequest,
@@ -91,7 +90,10 @@ class RequestReplay:
     def _add(self, added: AddedSegments) -> None:
         (sample,) = self._samples  # segments are added to a request of one sample
         tree, first = added.request.tokens.tree, sample.num_branches
-        self._added[added.key] = [first + number - 1 for number, parent, _ in tree.walk() if parent == MAIN]
+        if added.key is not None:
+            self._added[added.key] = [
+                first + number - 1 for number, parent, _ in tree.walk() if parent == MAIN
+            ]
         self._samples = [added.extend(sample)]
         self._num_prompt += map(len, added.request.tokens.split()[1:])
         num_added = added.request.num_branches

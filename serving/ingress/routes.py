@@ -37,6 +37,7 @@ from serving.protocol.openai_response import (
     CompletionFormatter,
     ResponseFormatter,
     complete_response,
+    linear,
     prompts_only,
     response_chunks,
 )
@@ -128,7 +129,7 @@ def _add_openai_routes(
     async def responses(body: ResponsesRequest, request: Request) -> Response:
         """Answer a conversation once."""
         work, position = await reader.read(preprocessor.responses, body, request)
-        steps = await engines.start(work)
+        steps = linear(await engines.start(work))
         formatter = ResponsesFormatter(work.id, body, work.num_prompt_tokens, vocabulary)
         if body.stream:
             return event_stream(response_events(formatter, steps), position)
@@ -148,7 +149,7 @@ async def _respond(
     formatter: ResponseFormatter,
     position: StreamPosition,
 ) -> Response:
-    steps: AsyncIterator[StepOutput] = await engines.start(work)
+    steps: AsyncIterator[StepOutput] = linear(await engines.start(work))
     if isinstance(body, CompletionRequest) and body.decodes_nothing:
         steps = prompts_only(steps)
     if body.stream:

@@ -143,12 +143,26 @@ class BranchCall(BaseModel):
     function: CalledFunction
 
 
+class TitledSegment(SegmentPlace):
+    """A branch of a fork that the model wrote. title: its prompt."""
+
+    title: str
+
+
+class WrittenFork(BaseModel):
+    """A fork that the model wrote: its branches, and the reduce that reads them all."""
+
+    branches: list[TitledSegment]
+    reduce: SegmentPlace
+
+
 class Delta(SegmentPlace):
     """What one token adds to a segment.
 
     branch, time: the token's coordinates; null where a segment ends without a token.
     error: the reason of the finish reason "error".
     tool_calls: the calls that are complete with it; left out if there are none. Texts hold them, too.
+    fork: with the finish reason "forked", if the model forked by itself; left out otherwise.
     """
 
     text: str
@@ -160,6 +174,7 @@ class Delta(SegmentPlace):
     top: list[tuple[int, float]]
     error: str | None = None
     tool_calls: list[BranchCall] = Field([], exclude_if=not_)
+    fork: WrittenFork | None = Field(None, exclude_if=not_)
 
 
 class Deltas(BaseModel):
@@ -180,6 +195,7 @@ class BranchOutput(SegmentPlace):
     branch, time: coordinates of its first prompt token; null if it was cancelled before it began.
     error: the reason of the finish reason "error".
     tool_calls: the calls in the text.
+    title: its prompt, if the model opened it by itself.
     """
 
     text: str = ""
@@ -191,6 +207,7 @@ class BranchOutput(SegmentPlace):
     top: list[list[tuple[int, float]]] | None = None
     error: str | None = None
     tool_calls: list[BranchCall] = Field([])
+    title: str | None = None
     branches: list[BranchOutput] = Field([])
     reduce: BranchOutput | None = None
 

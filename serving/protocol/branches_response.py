@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any, Literal
 
 import parallelmind as pm
+from parallelmind.engine.fork_parser import Fork
 from parallelmind.engine.request import TokenizedRequest
 from parallelmind.tree import MAIN, Tree, segment_paths
 from serving.engine.messages import EngineRequest, StepOutput
@@ -21,6 +22,9 @@ from serving.protocol.branches import (
     Delta,
     Deltas,
     Done,
+    SegmentPlace,
+    TitledSegment,
+    WrittenFork,
 )
 from serving.protocol.errors import decoding_error
 from serving.protocol.openai import Usage
@@ -103,11 +107,11 @@ class BranchCalls:
         return BranchCall(id=f"call_{self._name}_{index}_{number}", function=function)
 
 
-def _delta(event: pm.Event, path: str, calls: list[BranchCall]) -> Delta:
+def _delta(event: pm.Event, paths: Sequence[str], calls: list[BranchCall]) -> Delta:
     branch, time = event.pos2d if event.pos2d and event.token is not None else (None, None)
     return Delta(
         index=event.branch,
-        path=path,
+        path=paths[event.branch],
         text=event.text,
         token=event.token,
         branch=branch,
@@ -117,7 +121,16 @@ def _delta(event: pm.Event, path: str, calls: list[BranchCall]) -> Delta:
         top=list(event.top),
         error=event.error,
         tool_calls=calls,
+        fork=None if event.fork is None else _written_fork(event.fork, paths),
     )
+
+
+def _written_fork(fork: Fork, paths: Sequence[str]) -> WrittenFork:
+    branches = [
+        TitledSegment(index=index, path=paths[index], title=title)
+        for index, title in zip(fork.branches, fork.titles, strict=True)
+    ]
+    return WrittenFork(branches=branches, reduce=SegmentPlace(index=fork.reduce, path=paths[fork.reduce]))
 
 
 async def branches_chunks(
@@ -133,8 +146,8 @@ async def branches_chunks(
             kind = "branches.joined"
         if step.events:
             completion_tokens += sum(event.token is not None for event in step.events)
-            placed = [(event, tracker.paths[event.branch]) for event in step.events]
-            deltas = [_delta(event, path, calls.add(path, event)) for event, path in placed]
+            paths = tracker.paths
+            deltas = [_delta(event, paths, calls.add(paths[event.branch], event)) for event in step.events]
             yield Deltas(id=request.id, deltas=deltas).model_dump()
     usage = Usage.of(tracker.prompt_tokens, completion_tokens)
     yield Done(id=request.id, usage=usage).model_dump()
@@ -158,6 +171,9 @@ async def branches_response(
             output = outputs[event.branch]
             _append(output, event)
             output.tool_calls += calls.add(output.path, event)
+            if event.fork is not None:
+                for index, title in zip(event.fork.branches, event.fork.titles, strict=True):
+                    outputs[index].title = title
     if outputs and all(output.error is not None for output in outputs):
         raise decoding_error(f"{outputs[0].path}: {outputs[0].error}")
     main = _nested(outputs, tracker.samples[0].tokens.tree)

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any, Protocol
 
 import parallelmind as pm
+from parallelmind.engine.linear import Linearizer
 from parallelmind.engine.output import TokenLogprob
 from serving.engine.messages import StepOutput
 from serving.protocol.errors import decoding_error
@@ -180,6 +181,13 @@ async def prompts_only(steps: AsyncIterator[StepOutput]) -> AsyncIterator[StepOu
             for event in step.events
         ]
         yield step._replace(events=events)
+
+
+async def linear(steps: AsyncIterator[StepOutput]) -> AsyncIterator[StepOutput]:
+    """The steps of answers that fork by themselves, as those of ordinary answers."""
+    linearizer = Linearizer()
+    async for step in steps:
+        yield step._replace(events=[shown for event in step.events for shown in linearizer.push(event)])
 
 
 async def complete_response(

@@ -76,6 +76,7 @@ function take(event) {
   for (const delta of deltas) {
     const written = sample.cards.at(delta.index, delta.path);
     written.write(delta);
+    for (const { index, path, title } of delta.fork?.branches ?? []) sample.cards.at(index, path).prompt.textContent = title;
     if (delta.finish_reason) say(`${written.name}: ${written.badge.textContent}`);
   }
   sample.tokens += deltas.filter(({ token }) => token !== null).length;

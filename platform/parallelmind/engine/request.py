@@ -147,6 +147,10 @@ class TokenizedRequest:
         is_alone = self.num_branches == 1 and self.branch_number == int(has_main)
         return replace(self, branch_number=None) if is_alone else self
 
+    def without_forks(self) -> TokenizedRequest:
+        """The request whose segments do not fork by themselves."""
+        return replace(self, params=[replace(own, max_fork_branches=0) for own in self.params])
+
     def divide(self, max_blocks: int) -> list[TokenizedRequest]:
         """Samples of independent branches that each fill at most this many cache blocks, if that is possible.
 

@@ -71,10 +71,13 @@ def test_flat_records_and_those_without_markers_stay_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"branches": ["text"]}, "branches[0].branches[0] has no prompt, which fork_markers need as its title"),
+        (
+            {"branches": ["text"]},
+            "branches[0].branches[0] has no prompt, which fork_markers need",
+        ),
         (
             {"branches": [{"prompt": " ", "completion": "a"}]},
-            "branches[0].branches[0] has no prompt, which fork_markers need as its title",
+            "branches[0].branches[0] has no prompt, which fork_markers need",
         ),
         ({"branches": [{"prompt": "a|b", "completion": "c"}]}, "prompt holds one of fork_markers"),
         ({"completion": "a{"}, "branches[0].completion holds one of fork_markers"),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from engines import COLUMNAR, ISOLATED, run_to_end, tokens_by_branch
-from forking import MARKERS, ScriptedEngine, forking_engine
+from forking import ScriptedEngine, forking_engine, forks_of, replay, tokens_by_index
 from tiny import tiny_tokenizer
 
 from parallelmind.config import RopeConfig
@@ -59,37 +59,16 @@ def test_the_tokens_are_those_of_explicit_forks(config: RopeConfig) -> None:
     script = {0: "a{one|two|the}", 2: " b{who|what}", 7: "{x|y}"}
     itself = forking_engine(config, script)
     events = answer(itself, max_new_tokens=400, ignore_eos=True)
-    forks = {event.branch: event.fork for event in events if event.fork}
+    forks = forks_of(events)
     assert {branch: (fork.branches, fork.reduce) for branch, fork in forks.items()} == {
         0: ((1, 2, 3), 4),
         2: ((5, 6), 7),
         7: ((8, 9), 10),
     }
-    tokens = tokens_by_branch(events)
-
-    asked = forking_engine(config, script, markers=())
-    asked.submit(Sample("The passage.", ["Who"]), **{**SETTINGS, "max_new_tokens": 400, "ignore_eos": True})
-    got, left = list[Event](), dict(forks)
-    limits = {0: 400}
-    while asked.busy:
-        got += asked.step()
-        for branch in [
-            branch for branch in left if len(tokens_by_branch(got)[0, branch]) == len(tokens[0, branch])
-        ]:
-            fork = left.pop(branch)
-            remaining = limits[branch] - len(tokens[0, branch])
-            share = remaining // 2 // len(fork.titles)
-            own = {**SETTINGS, "ignore_eos": True}
-            added = asked.fork(0, branch, list(fork.titles), **{**own, "max_new_tokens": share})
-            last = asked.reduce(
-                0, branch, MARKERS[3], **{**own, "max_new_tokens": remaining - share * len(added)}
-            )
-            limits |= {**dict.fromkeys(added, share), last: remaining - share * len(added)}
-    assert tokens_by_branch(got) == tokens
+    own = {**SETTINGS, "max_new_tokens": 400, "ignore_eos": True}
+    tokens, sample = tokens_by_index(events), Sample("The passage.", ["Who"])
     assert sum(map(len, tokens.values())) <= 400
-    assert {(event.branch, event.token): event.pos2d for event in got if event.token} == {
-        (event.branch, event.token): event.pos2d for event in events if event.token
-    }
+    assert tokens_by_index(replay(forking_engine(config, script), sample, own, tokens, forks)) == tokens
 
 
 @pytest.mark.parametrize(

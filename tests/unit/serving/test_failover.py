@@ -15,13 +15,12 @@ from tiny import tiny_tokenizer
 
 from parallelmind.config import RopeConfig
 from parallelmind.engine.output import Event
-from parallelmind.engine.request import ResumeState, Sample, Segment, TokenizedRequest
+from parallelmind.engine.request import AddedSegments, ResumeState, Sample, Segment, TokenizedRequest
 from parallelmind.engine.tokenization import tokenize_request
 from parallelmind.errors import UserError
 from parallelmind.layout import Tokens
 from parallelmind.tree import Tree
 from serving.engine.messages import (
-    AddedSegments,
     BranchStarted,
     EngineRequest,
     PackedStep,

@@ -15,11 +15,11 @@ from tiny import tiny_tokenizer
 
 from parallelmind.engine.engine import Engine
 from parallelmind.engine.output import Event as EngineEvent
-from parallelmind.engine.request import Sample
+from parallelmind.engine.request import AddedSegments, Sample
 from parallelmind.engine.tokenization import tokenize_branches, tokenize_request
 from parallelmind.tree import MAIN
 from serving.engine.loop import EngineLoop, EngineStuckError, RunningRequest
-from serving.engine.messages import AddedSegments, EngineRequest
+from serving.engine.messages import EngineRequest
 
 
 def failing_engine(before_failure: Callable[[], object]) -> Any:

@@ -13,12 +13,12 @@ from asgi import Reply, send_request
 from tiny import tiny_tokenizer
 
 from parallelmind.engine.output import Event
-from parallelmind.engine.request import Sample, Segment, TokenizedRequest
+from parallelmind.engine.request import AddedSegments, Sample, Segment, TokenizedRequest
 from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.engine.tokenization import tokenize_branches, tokenize_request
 from parallelmind.layout import Tokens
 from parallelmind.tree import MAIN, Tree
-from serving.engine.messages import AddedSegments, BranchStarted, EngineRequest, StepOutput
+from serving.engine.messages import BranchStarted, EngineRequest, StepOutput
 from serving.ingress.streaming import StreamPosition, event_stream
 from serving.protocol import branches_response as branches_format
 from serving.protocol import openai_response as openai_format
