@@ -11,6 +11,7 @@ from benchmarks import (
     decoding,
     engine,
     first_use,
+    forking,
     fronts,
     fuzz,
     harness,
@@ -46,6 +47,7 @@ def main() -> None:
         fuzz,
         scaling,
         sweep,
+        forking,
         first_use,
     ]
     modules += [comparison]  # last, because its engines stay loaded

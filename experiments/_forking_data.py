@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 QUESTIONS = 8  # of a held-out request
 _PAIRINGS = 3  # how often a passage is paired with another one, so that a request has eight questions
+_ITEM = re.compile(r"\n(?P<number>\d+)\. (?P<item>[^\n]*)")
 _OPENING = ":"  # of an answer
 _SENTENCE_END = re.compile(r"(?<=[.!?]) +(?=[A-Z\"(])")
 
@@ -68,6 +69,12 @@ def title(number: int) -> str:
 def completion(question: Question) -> str:
     """What follows the title: the sentence that holds the answer, and the answer."""
     return f". {question.sentence} => {question.answers[0].strip()}"
+
+
+def answers_in(text: str) -> dict[int, str]:
+    """The answers in a list, by the numbers of their questions."""
+    items = _ITEM.finditer(text)
+    return {int(item["number"]): item["item"].rpartition("=>")[2].strip() for item in items}
 
 
 def sequential(texts: Sequence[str], questions: Sequence[Question]) -> dict[str, Any]:

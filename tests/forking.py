@@ -16,13 +16,25 @@ from parallelmind.engine.fork_parser import Fork
 from parallelmind.engine.grammar_matcher import TokenMasks
 from parallelmind.engine.output import Event
 from parallelmind.engine.request import Sample
-from parallelmind.engine.sampler import SampledToken, SamplingRow
+from parallelmind.engine.sampler import PendingTokens, SampledToken, SamplingRow
 from parallelmind.engine.scheduler import EngineConfig
 from parallelmind.model.fork_markers import set_fork_markers
 from parallelmind.model.patch import patch
 
 MARKERS = ["{", "|", "}", "~"]
 Script = Callable[[int, int], str]  # what a branch writes first, by its seed and its draw index
+
+
+class ChosenTokens(PendingTokens):
+    """Tokens with the log-probabilities that the model gives them."""
+
+    def __init__(self, tokens: list[SampledToken]) -> None:
+        ids = torch.tensor([token.token for token in tokens], dtype=torch.int64)
+        super().__init__(ids, ids)
+        self._tokens = tokens
+
+    def read(self) -> list[SampledToken]:
+        return self._tokens
 
 
 class ScriptedEngine(Engine):
@@ -32,9 +44,9 @@ class ScriptedEngine(Engine):
 
     def sample(
         self, logits: Tensor, rows: Sequence[SamplingRow], masks: TokenMasks | None = None
-    ) -> list[SampledToken]:
-        sampled = super().sample(logits, rows, masks)
-        return [self._scripted(*row) for row in zip(rows, sampled, logits, strict=True)]
+    ) -> PendingTokens:
+        sampled = super().sample(logits, rows, masks).read()
+        return ChosenTokens([self._scripted(*row) for row in zip(rows, sampled, logits, strict=True)])
 
     def _scripted(self, row: SamplingRow, token: SampledToken, logits: Tensor) -> SampledToken:
         ids = tiny_tokenizer().encode(self.script(row.seed, row.branch))

@@ -23,6 +23,7 @@ from rich.text import Text
 import parallelmind as pm
 from parallelmind import cli
 from parallelmind.config import GroupedConfig
+from parallelmind.engine.linear import linearized
 from parallelmind.engine.prompt import chat_ids
 from parallelmind.errors import DecodingError, UserError
 from workloads.common.inference_config import InferenceModelConfig, SamplingConfig
@@ -98,7 +99,8 @@ class Conversation:
 
     def _answer_single(self, prompt: str) -> None:
         answer = ""
-        for event in pm.stream(self.model, self.tokenizer, self.to_sample(prompt), **self.sampling):
+        events = pm.stream(self.model, self.tokenizer, self.to_sample(prompt), **self.sampling)
+        for event in linearized(events):
             event.raise_error()
             answer += event.text
             print(event.text, end="", flush=True)
@@ -107,7 +109,8 @@ class Conversation:
 
     def _answer_parallel(self, prompts: list[str]) -> None:
         texts = [""] * len(prompts)
-        events = pm.stream(self.model, self.tokenizer, pm.Sample(self.main, prompts), **self.sampling)
+        sample = pm.Sample(self.main, prompts)
+        events = linearized(pm.stream(self.model, self.tokenizer, sample, **self.sampling))
         if not self.console.is_terminal:
             for event in events:
                 event.raise_error()

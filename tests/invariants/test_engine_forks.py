@@ -154,6 +154,7 @@ def adapted(
     return config, root / "adapter"
 
 
+@pytest.mark.full
 def test_the_tokens_are_those_of_explicit_forks(adapted: tuple[RopeConfig, Path]) -> None:
     config, folder = adapted
     events: Counter[str] = Counter()

@@ -17,7 +17,17 @@ LIBRARY = ROOT / "platform" / "parallelmind"
 PRODUCTION = ("parallelmind", "workloads", "serving", "experiments")
 PACKAGES = (*PRODUCTION, "benchmarks", "tools")
 
-_FOUNDATION = {"errors", "config", "layout", "outputs", "storage", "remote", "tree", "visibility"}
+_FOUNDATION = {
+    "errors",
+    "config",
+    "fork_markers",
+    "layout",
+    "outputs",
+    "storage",
+    "remote",
+    "tree",
+    "visibility",
+}
 MAY_IMPORT = {
     "redaction": set(),
     "errors": {"redaction"},
@@ -26,6 +36,7 @@ MAY_IMPORT = {
     "remote": {"errors", "redaction", "storage"},
     "adapter_location": {"storage"},
     "config": {"adapter_location", "errors", "redaction", "storage"},
+    "fork_markers": set(),
     "tree": set(),
     "layout": {"errors", "config", "tree"},
     "visibility": {"config", "tree"},

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import parallelmind as pm
 from parallelmind.data.records import RecordError
 from parallelmind.engine.generate import warn_if_fallback
+from parallelmind.engine.linear import Linearizer
 from parallelmind.errors import UserError
 from parallelmind.model.structure import to_gpu
 from workloads.generate.lines import InputLine
@@ -27,6 +29,7 @@ class Decoder:
     def __init__(self, engine: pm.Engine, sampling: Mapping[str, Any], reduce: str | None) -> None:
         self.engine, self.sampling, self.reduce = engine, sampling, reduce
         self.tokens = 0
+        self._linearizer = Linearizer()
 
     @classmethod
     def load(
@@ -71,7 +74,8 @@ class Decoder:
         return running[number]
 
     def _step(self, running: dict[int, LineResult]) -> None:
-        for event in self.engine.step() if running else ():
+        steps = self.engine.step() if running else ()
+        for event in chain.from_iterable(map(self._linearizer.push, steps)):
             running[event.sample].append(event)
             self.tokens += event.token is not None
             if running[event.sample].is_finished:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from parallelmind.engine.fair_lock import FairLock
 from parallelmind.engine.fork_parser import ForkSyntax
 from parallelmind.engine.model_runner import Model
+from parallelmind.engine.tokenization import fork_syntax
 from parallelmind.errors import UserError
 from parallelmind.model.adapter import attach, read_saved
 from parallelmind.model.adapter_copy import is_movable, move_adapter
@@ -60,7 +61,7 @@ class AdapterManager:
         self._num_samples: Counter[str] = Counter()  # by version
         self._default = self._active = str(model.active_adapter) if isinstance(model, PeftModel) else BASE
         self._loaded: set[str] = set()  # versions on the model that this manager has loaded
-        self._fork_syntax = {self._default: ForkSyntax.of(fork_markers(model), tokenizer)}  # by version
+        self._fork_syntax = {self._default: fork_syntax(fork_markers(model), tokenizer)}  # by version
         self._sharers = _managers.setdefault(causal_lm(model), WeakSet())  # managers of the same model
         if not isinstance(model, PeftModel) and any(
             isinstance(other.model, PeftModel) for other in self._sharers
@@ -102,7 +103,7 @@ class AdapterManager:
         moved = move_adapter(tried.adapted, self.model, tried.version) if is_movable(tried.adapted) else None
         self.model = moved or attach(self.model, tried.saved, tried.version).eval()
         self._loaded.add(tried.version)
-        self._fork_syntax[tried.version] = ForkSyntax.of(tried.saved.fork_markers, self._tokenizer)
+        self._fork_syntax[tried.version] = fork_syntax(tried.saved.fork_markers, self._tokenizer)
         with self._state_lock:
             self._version_by_name[name] = tried.version
         # After the first adapter of a model is added, an adapter must be active.

@@ -6,15 +6,10 @@ with an empty one or too many, with a marker where none belongs, and one that is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from parallelmind.data.encode import encode_text
 from parallelmind.fork_markers import ForkMarkers
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 class Fork(NamedTuple):
@@ -40,16 +35,6 @@ class ForkSyntax:
     markers: ForkMarkers
     special: dict[int, str]
     join_ids: tuple[int, ...]
-
-    @classmethod
-    def of(cls, markers: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> ForkSyntax | None:
-        """None without markers."""
-        own = ForkMarkers.of(markers)
-        if own is None:
-            return None
-        added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
-        special = {added[marker]: marker for marker in own if marker in added}
-        return cls(own, special, tuple(encode_text(tokenizer, own.join, first=False)))
 
 
 class ForkParser:

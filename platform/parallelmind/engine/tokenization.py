@@ -11,11 +11,13 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from parallelmind.data.encode import encode_text, turn_end_id
+from parallelmind.engine.fork_parser import ForkSyntax
 from parallelmind.engine.model_runner import Model
 from parallelmind.engine.request import Sample, Segment, Text, TokenizedRequest, is_list
 from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.engine.sequence import BranchState
 from parallelmind.errors import UserError, first_line, short_repr
+from parallelmind.fork_markers import ForkMarkers
 from parallelmind.layout import Tokens
 from parallelmind.tree import MAIN, NO_PARENT, Tree
 
@@ -52,6 +54,16 @@ def tokenize_branches(
     sample = Sample(branches=branches)
     tokens = _tokenize_segments(tokenizer, [], sample, opens=False)
     return TokenizedRequest(tokens, _all_params(sample, sampling, None))
+
+
+def fork_syntax(markers: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> ForkSyntax | None:
+    """How a model with these markers writes a fork; None without markers."""
+    own = ForkMarkers.of(markers)
+    if own is None:
+        return None
+    added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
+    special = {added[marker]: marker for marker in own if marker in added}
+    return ForkSyntax(own, special, tuple(encode_text(tokenizer, own.join, first=False)))
 
 
 def fork_request(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from parallelmind.engine.generate import engine_for
+from parallelmind.engine.linear import Linearizer
 from parallelmind.engine.model_runner import Model, ModelRunner
 from parallelmind.engine.output import OutputProcessor
 from parallelmind.engine.record_prompt import RecordPrompt
@@ -54,8 +56,9 @@ def generate_samples(
     requests = [tokenize_request(tokenizer, prompt.sample, None, None, sampling) for prompt in prompts]
     engine = engine_for(model, tokenizer, requests)
     texts, tokens = [[""] * prompt.num_outputs for prompt in prompts], [0] * len(prompts)
+    linearizer = Linearizer()
     while engine.busy:
-        for event in engine.step():
+        for event in chain.from_iterable(map(linearizer.push, engine.step())):
             event.raise_error()
             texts[event.sample][event.branch] += event.text
             tokens[event.sample] += event.token is not None

@@ -112,9 +112,9 @@ def save_adapter(
     """Write the adapter folder atomically, in place of an earlier adapter.
 
     base, rope, lora: by default those that the model itself tells. weights: saved in place of the model's
-    own, under the names of `trained_weights`. fork_markers: as those of `DataConfig`. The manifest describes the adapter as stored: one that started
-    as PiSSA is stored as a plain adapter of twice the rank. Raises UserError if `folder` holds anything else,
-    and for a model that does not tell what is not given.
+    own, under the names of `trained_weights`. fork_markers: as those of `DataConfig`. The manifest describes
+    the adapter as stored: one that started as PiSSA is stored as a plain adapter of twice the rank. Raises
+    UserError if `folder` holds anything else, and for a model that does not tell what is not given.
     """
     folder = Path(folder)
     check_replaceable(folder, "adapter")
