@@ -41,9 +41,10 @@ from parallelmind.model.adapter import add_lora, save_adapter
 from parallelmind.model.patch import patch
 
 EFFORT = settings(
-    max_examples=10,
-    stateful_step_count=20,
+    max_examples=8,
+    stateful_step_count=16,
     database=None,
+    deadline=None,
     phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
@@ -72,6 +73,7 @@ class ForkMachine(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
         self.engine = self.new_engine(cache_tokens=24 * BLOCK, max_prefill_tokens=7, max_branches=20)
+        self.alone = self.new_engine(cache_tokens=4096)
 
     def new_engine(self, **limits: int) -> ScriptedEngine:
         engine = forking_engine(self.config, written, **limits)
@@ -106,7 +108,7 @@ class ForkMachine(RuleBasedStateMachine):
         for _ in range(count):
             for event in self.engine.step():
                 self.got[event.sample].append(event)
-        for number in [number for number, group in self.groups.items() if not group.is_running]:
+        for number in [number for number in self.groups if self.engine.is_finished(number)]:
             self.check(number, self.groups.pop(number))
 
     def teardown(self) -> None:
@@ -129,7 +131,7 @@ class ForkMachine(RuleBasedStateMachine):
         assert all(branch.is_finished for branch in group.branches)
         if number in self.cancelled:
             return
-        alone = replay(self.new_engine(cache_tokens=4096), self.sample(number), asked, tokens, forks)
+        alone = replay(self.alone, self.sample(number), asked, tokens, forks)
         assert tokens_by_index(alone) == tokens
         assert {(e.branch, e.pos2d) for e in alone if e.token} == {
             (e.branch, e.pos2d) for e in events if e.token
