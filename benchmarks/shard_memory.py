@@ -28,8 +28,8 @@ from parallelmind.training.build import build_model
 from parallelmind.training.checkpoint_manager import CheckpointManager, CheckpointWriter
 from parallelmind.training.loop import TrainingInputs, train
 
-_VOCABULARY, _TOKENS, _STEPS, _WORKERS = 8192, 64, 2, 4
-_LARGE, _EMPTY = (96, 576), (1, 64)  # layers and width
+_VOCABULARY, _TOKENS, _STEPS = 32_000, 64, 2
+_LARGE, _EMPTY = (24, 1024), (1, 64)  # layers and width
 
 
 class _Silent:
@@ -74,15 +74,15 @@ def main(model_folder: str, folder: Path) -> None:
 
 
 @cache
-def shares() -> tuple[float, float]:
-    """Peak memory per worker of loading and of training, over the size of a float32 model of 387M weights.
+def shares(workers: int = 4) -> tuple[float, float]:
+    """Peak memory per worker of loading and of training, over the size of a float32 model of 341M weights.
 
-    The peaks of a model of hardly any weights are subtracted.
+    The peaks of a model of 2M weights are subtracted.
     """
     with tempfile.TemporaryDirectory() as folder:
         size = _save_model(Path(folder, "large"), *_LARGE)
         _save_model(Path(folder, "empty"), *_EMPTY)
-        large, empty = _peaks(Path(folder, "large")), _peaks(Path(folder, "empty"))
+        large, empty = (_peaks(Path(folder, name), workers) for name in ("large", "empty"))
     loading, training = ((peak - fixed) / size for peak, fixed in zip(large, empty, strict=True))
     return loading, training
 
@@ -92,7 +92,7 @@ def _save_model(folder: Path, layers: int, width: int) -> int:
     config = LlamaConfig(
         vocab_size=_VOCABULARY,
         hidden_size=width,
-        intermediate_size=1536,
+        intermediate_size=width * 11 // 4,
         num_hidden_layers=layers,
         num_attention_heads=width // 64,
         tie_word_embeddings=True,
@@ -105,10 +105,10 @@ def _save_model(folder: Path, layers: int, width: int) -> int:
     return sum(weight.nbytes for weight in model.parameters())
 
 
-def _peaks(model_folder: Path) -> list[int]:
+def _peaks(model_folder: Path, workers: int) -> list[int]:
     """What `main` prints for a model. Freed memory goes back to the system at once (see `training._peak`)."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={_WORKERS}", "-m", "benchmarks.shard_memory"]
+    command += [f"--nproc-per-node={workers}", "-m", "benchmarks.shard_memory"]
     command += [str(model_folder), str(model_folder / "checkpoints")]
     malloc = {"MALLOC_MMAP_THRESHOLD_": str(1 << 14), "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
     env = {**os.environ, **malloc, "OMP_NUM_THREADS": "1"}

@@ -32,11 +32,12 @@ from parallelmind.layout import Batch, Tokens
 from parallelmind.remote import RemotePath
 from parallelmind.training.build import build_model
 from parallelmind.training.checkpoint_manager import CheckpointManager, CheckpointWriter
+from parallelmind.training.collectives import sum_over_workers
 from parallelmind.training.loop import TrainingInputs, train
 from parallelmind.training.loss import TargetLoss
 from parallelmind.training.sharded_checkpoint import full_weights
 from parallelmind.training.sharding import shard
-from parallelmind.training.step import accumulate_gradients, sum_over_workers, trainable
+from parallelmind.training.step import accumulate_gradients, trainable
 
 ROWS = [
     TokenRecord(Tokens.of([], [[5 + i % 7, 20, *range(30, 31 + i % 9), 40, 2]]), standalone=True)
@@ -188,11 +189,17 @@ def check_resume(config: TrainConfig, folder: Path) -> None:
         _, sharded_later = run(config, folder / "sharded")
         for name, value in actual.items():
             for other in (unsharded, unsharded_later, sharded_later):
-                torch.testing.assert_close(value, other[name], rtol=1e-3, atol=1e-5)
+                # Adam turns the rounding of a gradient near zero into a part of a learning rate.
+                error = float((value - other[name]).norm() / other[name].norm())
+                assert error <= 1e-3, (name, error)
 
 
 def check_precision(config: TrainConfig) -> None:
-    """With sharding, weights are gathered in bfloat16, and gradients are summed and kept in float32."""
+    """With sharding, layers are gathered in bfloat16, and gradients are summed and kept in float32.
+
+    The error against float32 is that of autocast alone: the sum that runs through the layers is float32 in a
+    model whose weights are, because the embedding is not gathered, and so not rounded.
+    """
     batch = batches(config)[0]
     exact, plain, sharded = (
         TargetLoss(
@@ -210,7 +217,7 @@ def check_precision(config: TrainConfig) -> None:
     assert seen == {torch.bfloat16}
     assert {weight.grad.dtype for weight in trainable(sharded) if weight.grad is not None} == {torch.float32}
     plain_error, sharded_error = (float((each - gradients[0]).norm()) for each in gradients[1:])
-    assert sharded_error <= 2 * plain_error, (sharded_error, plain_error)
+    assert sharded_error <= 1.1 * plain_error, (sharded_error, plain_error)
 
 
 @contextmanager

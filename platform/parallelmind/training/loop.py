@@ -24,6 +24,7 @@ from parallelmind.model.attention import AttentionLogger
 from parallelmind.model.structure import causal_lm
 from parallelmind.training.checkpoint import TrainingState, restore, snapshot
 from parallelmind.training.checkpoint_manager import CheckpointWriter, newest_checkpoint
+from parallelmind.training.collectives import sum_over_workers
 from parallelmind.training.compilation import compile_layers, pad_to_bucket
 from parallelmind.training.hooks import Hooks
 from parallelmind.training.loss import TargetLoss
@@ -36,7 +37,6 @@ from parallelmind.training.step import (
     learning_rate,
     make_optimizer,
     optimizer_step,
-    sum_over_workers,
 )
 from parallelmind.training.unread import UnreadStep, read_all
 

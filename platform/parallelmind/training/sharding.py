@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import cache
 
 import torch
@@ -12,9 +13,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor
 
 from parallelmind.model.hf_compat import block_class_names
-from parallelmind.model.shards import from_shard
+from parallelmind.model.shards import to_mesh
 from parallelmind.model.structure import causal_lm
 from parallelmind.training.loss import TargetLoss
+from parallelmind.training.vocabulary_parallel import shard_vocabulary
 
 
 @cache
@@ -29,18 +31,22 @@ def host_mesh() -> DeviceMesh:
 def shard(loss: TargetLoss, device: torch.device) -> None:
     """Shard the model in place on `device`, each decoder layer as one unit and the rest as another.
 
+    Embedding and LM head are never gathered, see `vocabulary_parallel`.
     Weights that `load_base` has sharded over `host_mesh` move there as they are; each worker takes its part
     of all others. Weights are gathered in the compute dtype. Gradients are summed over the workers in
     float32, unit by unit during the backward pass. Raises UserError as `check_lm_head` does.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    loaded = _take_shards(loss)
+    vocabulary = shard_vocabulary(causal_lm(loss.model), mesh)
+    loaded = _take_shards(loss, vocabulary)
     layers = block_class_names(causal_lm(loss.model))
     units = [module for module in loss.model.modules() if type(module).__name__ in layers]
     for unit in (*units, loss):
-        sharded = fully_shard(unit, mesh=mesh, mp_policy=_precision(loss.dtype))
+        sharded = fully_shard(unit, mesh=mesh, mp_policy=_precision(loss.dtype), ignored_params=vocabulary)
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)  # gloo supports no other reduction
+        if device.type == "cpu":  # gathering the next unit early would need its memory and three copies of it
+            sharded.set_modules_to_backward_prefetch([sharded])
     loss.load_state_dict(_move_shards(loaded, mesh), strict=False, assign=True)
     register_fsdp_forward_method(loss, "check_head")
     loss.check_head()
@@ -54,13 +60,13 @@ def _precision(dtype: torch.dtype) -> MixedPrecisionPolicy:
     return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
 
 
-def _take_shards(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The sharded parameters by name. The model keeps whole ones on the meta device in their place."""
+def _take_shards(model: nn.Module, kept: Collection[nn.Parameter]) -> dict[str, nn.Parameter]:
+    """The sharded parameters by name, but those in `kept`; whole ones on the meta device take their place."""
     taken: dict[str, nn.Parameter] = {}
     stand_ins: dict[nn.Parameter, nn.Parameter] = {}
     for path, module in model.named_modules():
         for name, weight in module.named_parameters(recurse=False):
-            if isinstance(weight.data, DTensor):
+            if isinstance(weight.data, DTensor) and weight not in kept:
                 taken[f"{path}.{name}"] = weight
                 if weight not in stand_ins:
                     whole = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
@@ -74,6 +80,5 @@ def _move_shards(shards: dict[str, nn.Parameter], mesh: DeviceMesh) -> dict[str,
     moved: dict[nn.Parameter, nn.Parameter] = {}
     for weight in shards.values():
         if weight not in moved:
-            local: Tensor = weight.detach().to_local().to(mesh.device_type)  # type: ignore[attr-defined]
-            moved[weight] = nn.Parameter(from_shard(local, mesh, weight), weight.requires_grad)
+            moved[weight] = to_mesh(weight, mesh)
     return {name: moved[weight] for name, weight in shards.items()}

@@ -10,9 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import cache
 from itertools import islice
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,6 +23,7 @@ from parallelmind.data.packing import make_batch
 from parallelmind.errors import UserError
 from parallelmind.layout import Batch, Tokens
 from parallelmind.model.inputs import to_tensors
+from parallelmind.training.collectives import largest_over_workers, sum_over_workers
 from parallelmind.training.loss import TargetLoss
 
 _SKIPS = "found_inf"  # attribute by which torch's gradient scaler tells a fused optimizer to skip its step
@@ -141,9 +140,7 @@ def _pad_batches(loss: TargetLoss, batches: list[Batch]) -> list[Batch]:
     """
     if not isinstance(loss, FSDPModule):
         return batches
-    largest = torch.tensor(len(batches))
-    dist.all_reduce(largest, dist.ReduceOp.MAX, group=_host_group(dist.group.WORLD))
-    return batches + [_EMPTY_BATCH] * (int(largest) - len(batches))
+    return batches + [_EMPTY_BATCH] * (largest_over_workers(len(batches)) - len(batches))
 
 
 class NoMemoryError(UserError):
@@ -232,19 +229,6 @@ def _local_gradient(parameter: nn.Parameter) -> Tensor:
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
-
-
-def sum_over_workers(values: Tensor) -> Tensor:
-    """Sum in place over all workers. Values of the host do not wait for the device."""
-    if _is_distributed():
-        dist.all_reduce(values, group=_host_group(dist.group.WORLD) if values.is_cpu else None)
-    return values
-
-
-@cache
-def _host_group(world: Any) -> Any:
-    """The group of all workers that takes tensors of the host; NCCL's takes none."""
-    return world if "cpu:" in dist.get_backend_config(world) else dist.new_group(backend="gloo")
 
 
 def _is_distributed() -> bool:
