@@ -6,6 +6,7 @@ import sys
 
 from benchmarks import (
     adapter_load,
+    cluster,
     comparison,
     data,
     decoding,
@@ -48,6 +49,7 @@ def main() -> None:
         scaling,
         sweep,
         forking,
+        cluster,
         first_use,
     ]
     modules += [comparison]  # last, because its engines stay loaded

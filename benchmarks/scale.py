@@ -45,6 +45,7 @@ from parallelmind.data.tokenise import tokenise_part
 
 _TOKENS = 16384  # of a worker's batch, padding included
 _BYTES = 4 << 20
+_MAX_READERS = 2
 _SPEEDS = ("gloo_bytes_per_s", "cpu_flops")
 _COSTS = RESULTS.parent / "005_scale.costs.json"
 
@@ -154,7 +155,7 @@ def task_cost(_: DataConfig) -> dict[str, float]:
 
 
 def _run_tasks(count: int) -> None:
-    map_parts([FilePart("", at, at + 1) for at in range(count)], _identity).take_all()
+    map_parts([FilePart("", at, at + 1) for at in range(count)], _identity, _MAX_READERS).take_all()
 
 
 def _fastest_report() -> float:

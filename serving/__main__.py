@@ -20,6 +20,7 @@ from typing import Any
 
 from parallelmind import cli
 from parallelmind.errors import UserError
+from parallelmind.hardware import available_cpus, num_gpus
 from serving.config import AppConfig, NetworkConfig, ServerConfig
 from serving.ingress.api_keys import read_api_keys
 from serving.ingress.hosts import is_loopback
@@ -68,6 +69,8 @@ def _start(config: ServerConfig) -> None:
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     ray.init(
         "local",
+        num_cpus=available_cpus(),
+        num_gpus=num_gpus(),
         include_dashboard=False,
         logging_level=logging.WARNING,
         object_store_memory=_OBJECT_STORE_BYTES,

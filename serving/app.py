@@ -19,6 +19,7 @@ from serving.config import AppConfig
 from serving.engine.autoscaling import BranchLoadPolicy
 from serving.engine.replica import EngineReplica
 from serving.ingress.ingress import Ingress
+from serving.runtime.replica_resources import decide_resources, ingress_cpus
 
 # RequestLimitsMiddleware bounds the open requests and answers in OpenAI's format; Serve's own limits must not
 # come first.
@@ -31,7 +32,7 @@ _INGRESS_SHUTDOWN_S = 300.0  # for its requests to end; they cannot move
 
 def build(args: Mapping[str, Any]) -> Application:
     """The application for these fields of `AppConfig`. Raises UserError for fields that are wrong."""
-    config = AppConfig.of(args)
+    config = decide_resources(AppConfig.of(args))
     engine = serve.deployment(
         max_ongoing_requests=_MAX_ONGOING_REQUESTS,
         autoscaling_config=_autoscaling(config),
@@ -44,7 +45,7 @@ def build(args: Mapping[str, Any]) -> Application:
         max_ongoing_requests=_MAX_ONGOING_REQUESTS,
         max_surge_percent=100,  # an update starts the new replica before it stops the old one
         graceful_shutdown_timeout_s=_INGRESS_SHUTDOWN_S,
-        ray_actor_options={"num_cpus": 0.1},
+        ray_actor_options={"num_cpus": ingress_cpus(config.replicas.num_fronts)},
         **_HEALTH_CHECKS,
     )(serve.ingress()(Ingress))
     return ingress.bind(engine.bind(config), config)

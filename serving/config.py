@@ -9,13 +9,13 @@ import re
 from collections.abc import Mapping
 from os.path import isfile
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from parallelmind.config import (
     AdapterPath,
-    Dtype,
+    DtypeOrAuto,
     FrozenConfig,
     GroupedConfig,
     HomePath,
@@ -59,7 +59,10 @@ class ServedModelConfig(_Group):
         min_length=1,
         description="name of the model in requests; null: the name of the run or of the base model",
     )
-    dtype: Dtype = Field("float32", description="dtype of the computation")
+    dtype: DtypeOrAuto = Field(
+        "auto",
+        description="compute dtype; auto: bfloat16 on a GPU that computes it in hardware, else float32",
+    )
     rope_2d_ratio: float | None = Field(
         None, ge=0, le=1, description="share of rotary pairs driven by pos2d; null: as trained"
     )
@@ -170,6 +173,9 @@ class RequestLimits(_Group):
     )
 
 
+_Amount = Annotated[float, Field(ge=0)] | Literal["auto"]
+
+
 class ReplicasConfig(_Group):
     """Engine replicas."""
 
@@ -180,10 +186,16 @@ class ReplicasConfig(_Group):
         16, gt=0, description="live and waiting branches per engine that autoscaling aims at"
     )
     idle_s: float = Field(60, ge=0, description="seconds of lower load before an engine is removed")
-    num_cpus: float = Field(0.5, ge=0, description="CPUs that Ray reserves for an engine")
-    num_gpus: float = Field(0, ge=0, description="GPUs that Ray reserves for an engine")
+    num_cpus: _Amount = Field(
+        "auto", description="CPUs that Ray reserves for an engine; auto: an equal share of a node"
+    )
+    num_gpus: _Amount = Field(
+        "auto",
+        description="GPUs that Ray reserves for an engine; auto: one, or a part of one if engines outnumber "
+        "GPUs",
+    )
     num_threads: int | None = Field(
-        None, ge=1, description="threads that an engine computes with; null: the CPUs divided by max_replicas"
+        None, ge=1, description="threads that an engine computes with; null: as many as num_cpus"
     )
     cache_tokens: int | None = Field(
         None, ge=64, description="capacity of an engine's KV cache in tokens; null: by the free memory"

@@ -56,11 +56,12 @@ def environment(python: Path, **settings: str) -> dict[str, str]:
 
     A job finds `python` on the PATH of the shell that started the cluster.
     """
-    defaults = {"RAY_AUTH_MODE": "disabled", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "OMP_NUM_THREADS": "1"}
+    defaults = {"RAY_AUTH_MODE": "disabled", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
     # RAY_SERVE_: this process may have set ports for a server of its own (serving/runtime/ray_env.py).
-    # MAKE: `make test` may run this process.
+    # MAKE: `make test` may run this process. OMP_NUM_THREADS: threads are those of the reserved CPUs.
     removed = (
         "RAY_ADDRESS",
+        "OMP_NUM_THREADS",
         "PYTHONPATH",
         "RAY_SERVE_",
         "MAKE",

@@ -5,6 +5,7 @@ itself.
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_THREAD_LIMIT", "1")  # of the processes that tests start, which reserve more CPUs
 
 import torch
 from hypothesis import settings

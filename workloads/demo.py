@@ -24,6 +24,7 @@ from parallelmind.errors import UserError
 from parallelmind.evaluation.facts import write_facts
 from parallelmind.redaction import redact_uri
 from parallelmind.tracking import absolute_uri
+from workloads.common.devices import decide_training
 from workloads.common.read_config import read_config
 from workloads.train.same_name import find_run_dir
 
@@ -41,7 +42,7 @@ def main(argv: list[str]) -> None:
             f"{argv[0]}: the demo has no fields; python -m workloads.train demo {argv[0]} trains with others"
         )
     started = time.monotonic()
-    config = read_config(TrainConfig, ["demo"])
+    config = decide_training(read_config(TrainConfig, ["demo"]))
     run_dir = find_run_dir(config)
     folder = run_dir.path.local
     folder.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from time import monotonic
 from typing import Any
 
 import parallelmind as pm
+from parallelmind.hardware import decided_dtype
 from parallelmind.ray_env import MLFLOW_FAIL_FAST_ENV, set_env_defaults
 from serving.config import BASE, AppConfig
 from serving.engine.adapter_check import check_adapter
@@ -192,8 +193,9 @@ class AdapterRegistry:
         engine = self._engine
         if engine.fallback_reason or not engine.rope_config.patch_rope:
             return
+        dtype = decided_dtype(self._config.model.dtype)
         try:
-            check_adapter(model, engine.tokenizer, engine.rope_config, self._config.model.dtype)
+            check_adapter(model, engine.tokenizer, engine.rope_config, dtype)
         except pm.UserError as error:
             raise _FailedCheckError(str(error)) from error
 

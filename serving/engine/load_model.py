@@ -28,7 +28,13 @@ def load_model(config: AppConfig) -> tuple[Any, Any]:
         trust_remote_code=config.model.trust_remote_code,
         **{field: value for field, value in rope.items() if value is not None},
     )
-    return to_gpu(model) if config.replicas.num_gpus else model, tokenizer
+    return to_gpu(model) if on_gpu(config) else model, tokenizer
+
+
+def on_gpu(config: AppConfig, at_least: float = 0) -> bool:
+    """Whether the engine has this much of a GPU, or any; `auto`, before it is decided, counts as none."""
+    num_gpus = config.replicas.num_gpus
+    return num_gpus != "auto" and num_gpus > 0 and num_gpus >= at_least
 
 
 def load_tokenizer(config: AppConfig) -> Any:

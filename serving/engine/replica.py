@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
+import ray
 from ray import serve
 
 import parallelmind as pm
@@ -15,12 +15,13 @@ from parallelmind.engine.request import AddedSegments
 from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.engine.scheduler import EngineConfig
 from parallelmind.engine.tokenization import tokenize_branches
+from parallelmind.hardware import decided_dtype, usable_threads
 from parallelmind.tree import MAIN
 from serving.config import AppConfig
 from serving.engine.adapter_registry import AdapterRegistry, AdapterVersionGoneError
 from serving.engine.admitted_request import Addition, AdmittedRequest
 from serving.engine.kept_streams import KeptStreams
-from serving.engine.load_model import load_model
+from serving.engine.load_model import load_model, on_gpu
 from serving.engine.loop import EngineLoop
 from serving.engine.messages import (
     EngineRequest,
@@ -47,9 +48,9 @@ class EngineReplica:
         bind_replica_port_to_node_address()
         configure_log(config.log.log_level)
         torch.seed()  # torch starts with a fixed seed: unseeded requests would repeat after every restart
-        num_threads = config.replicas.num_threads or max(
-            1, (os.cpu_count() or 1) // config.replicas.max_replicas
-        )
+        if config.model.dtype == "auto":
+            config = config.replace(dtype=decided_dtype("auto") if on_gpu(config) else "float32")
+        num_threads = config.replicas.num_threads or usable_threads(_reserved_cpus())
         # A thread takes its OpenMP threads with it when it ends. They wait actively for their next operation,
         # and a step is half as long, only while there are no more of them than CPUs in this process.
         with ThreadPoolExecutor(1, "load") as thread:
@@ -221,11 +222,17 @@ def _load_engine(config: AppConfig, num_threads: int) -> pm.Engine:
     model, tokenizer = load_model(config)
     replicas = config.replicas
     engine_config = EngineConfig(cache_tokens=replicas.cache_tokens) if replicas.cache_tokens else None
-    num_engines = 1 if replicas.num_gpus >= 1 else replicas.max_replicas  # engines that share this memory
+    # Engines that share this memory.
+    num_engines = 1 if on_gpu(config, at_least=1) else replicas.max_replicas
     engine = pm.Engine(model, tokenizer, engine_config, num_engines=num_engines)
     if replicas.compile:
         engine.warm_up(always=replicas.compile is True)
     return engine
+
+
+def _reserved_cpus() -> float:
+    """CPUs that Ray has reserved for this process."""
+    return ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0)
 
 
 def _rejection(error: pm.UserError) -> RejectedRequest:

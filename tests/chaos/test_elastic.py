@@ -21,7 +21,6 @@ from unittest.mock import patch
 
 import psutil
 import pytest
-import ray
 from ray.cluster_utils import Cluster
 from runs import prepare
 
@@ -140,25 +139,3 @@ def test_a_run_continues_with_fewer_workers_while_a_node_is_lost(cluster: Cluste
     assert [step for step, _ in branches] == list(range(1, len(branches) + 1))
     assert set(points.values()) == {1}
     assert branches[-1][1] == RECORDS * EPOCHS
-
-
-@pytest.mark.parametrize(
-    ("nodes", "workers", "cpus"),
-    [
-        ([1, 1], 2, 0.6),
-        ([0, 1, 1], 2, 0.6),
-        ([8, 8], 2, 4.8),
-        ([1, 4, 4], 2, 2.4),
-        ([2], 3, 0.4),
-        ([1], 10, 0.06),
-    ],
-)
-def test_an_elastic_worker_reserves_most_of_its_share_of_a_node(
-    monkeypatch: pytest.MonkeyPatch, nodes: list[float], workers: int, cpus: float
-) -> None:
-    with patch.dict(os.environ):  # the import sets variables for Ray
-        from workloads.common.resources import cpus_per_elastic_worker
-    monkeypatch.setattr(
-        ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": cores}} for cores in nodes]
-    )
-    assert cpus_per_elastic_worker(workers) == cpus

@@ -115,8 +115,8 @@ def test_config_yaml_and_hash_stay_as_an_earlier_version_wrote_them(tmp_path: Pa
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     assert "".join(line for line in lines if not line.startswith(later)) == WRITTEN_BEFORE
     assert config.earlier_fingerprint() == WRITTEN_BEFORE_HASH
-    assert train(accumulation_steps=1).earlier_fingerprint() == EARLIER_DEFAULT_HASH
-    assert train().fingerprint() == DEFAULT_HASH
+    assert train(accumulation_steps=1, dtype="float32").earlier_fingerprint() == EARLIER_DEFAULT_HASH
+    assert train(dtype="float32").fingerprint() == DEFAULT_HASH
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_config_yaml_and_hash_stay_as_an_earlier_version_wrote_them(tmp_path: Pa
         ("rope_2d_ratoi=0.5", ["rope_2d_ratoi", "rope_2d_ratio", "--help"]),
         ("rope_2d_ratio=1.5", ["rope_2d_ratio=1.5", "less than or equal to 1"]),
         ("lora_rank=many", ["lora_rank=many", "integer"]),
-        ("dtype=float64", ["dtype=float64", "'float32', 'bfloat16' or 'float16'"]),
+        ("dtype=float64", ["dtype=float64", "'bfloat16', 'float16' or 'auto'"]),
         ("align_to=top", ["align_to=top", "'left' or 'right'"]),
         ("min_branches_per_sample=9", ["min_branches_per_sample=9", "max_branches_per_sample=8", "lower"]),
         ("branches_per_sample=9", ["branches_per_sample=9", "max_branches_per_sample=8", "raise"]),
@@ -480,7 +480,7 @@ def test_a_name_that_starts_with_a_tilde_is_itself(tmp_path: Path, monkeypatch: 
 def test_a_run_keeps_its_data_path_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """Earlier versions hashed it so."""
     monkeypatch.setenv("HOME", "/home/one")
-    config = TrainConfig(data_path="~/a.jsonl", base_model="~/model", output_dir="~/runs")
+    config = TrainConfig(data_path="~/a.jsonl", base_model="~/model", output_dir="~/runs", dtype="float32")
     assert config.model_dump()["data_path"] == "~/a.jsonl"
     assert config.replace(accumulation_steps=1).earlier_fingerprint() == "ffccbb5ccb27"
 

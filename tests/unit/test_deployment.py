@@ -20,6 +20,7 @@ from packaging.requirements import Requirement
 from pydantic import ValidationError
 from servers import ROOT
 
+from parallelmind.cluster_nodes import all_nodes
 from parallelmind.config import TrainConfig
 from serving.config import AppConfig
 from workloads.common.read_config import read_config
@@ -93,13 +94,16 @@ def test_the_head_runs_no_tasks_and_spot_workers_start_from_zero(launch_config: 
     assert sum(node_type["max_workers"] for node_type in types.values()) == launch_config["max_workers"]
 
 
-def test_jobs_know_how_large_the_cluster_may_become(launch_config: dict[str, Any]) -> None:
-    node_types = launch_config["available_node_types"].values()
-    limits = {
-        name: sum(node_type["max_workers"] * node_type["resources"].get(name, 0) for node_type in node_types)
-        for name in ("CPU", "GPU")
-    }
-    assert autoscaling.grows_to(launch_config) == f"CPU={limits['CPU']},GPU={limits['GPU']}"
+def test_jobs_know_the_nodes_that_the_cluster_may_start(
+    launch_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(autoscaling.GROWS_TO, autoscaling.grows_to(launch_config))
+    types = dict(launch_config["available_node_types"])
+    del types[launch_config["head_node_type"]]
+    resources = [
+        node_type["resources"] for node_type in types.values() for _ in range(node_type["max_workers"])
+    ]
+    assert all_nodes([]) == resources
 
 
 def test_every_node_requires_the_token_and_has_it(launch_config: dict[str, Any]) -> None:
@@ -254,11 +258,22 @@ def test_pods_share_the_claimed_volume(cluster: kuberay.Cluster) -> None:
         assert {mount["name"] for mount in spec["containers"][0]["volumeMounts"]} == set(claims)
 
 
-def test_pods_have_the_image_of_their_device(cluster: kuberay.Cluster) -> None:
+def test_pods_have_the_image_of_their_device_and_know_the_pods_that_may_start(
+    cluster: kuberay.Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for spec in kuberay.pods(cluster):
         (container,) = spec["containers"]
         device = "gpu" if "nvidia.com/gpu" in container["resources"]["requests"] else "cpu"
         assert container["image"].endswith(f"-{device}")
+    variables = {variable["name"]: variable.get("value", "") for variable in container["env"]}
+    monkeypatch.setenv(autoscaling.GROWS_TO, variables[autoscaling.GROWS_TO])
+    expected = []
+    for group in cluster.worker_group_specs:
+        requested = group.template["spec"]["containers"][0]["resources"]["requests"]
+        names = {"CPU": "cpu", "GPU": "nvidia.com/gpu"}
+        resources = {name: float(requested[key]) for name, key in names.items() if key in requested}
+        expected += [resources] * group.max_replicas
+    assert all_nodes([]) == expected
 
 
 def test_the_head_runs_no_tasks_and_groups_can_grow(cluster: kuberay.Cluster) -> None:

@@ -22,7 +22,7 @@ from parallelmind.data.files import file_parts, find_files
 from parallelmind.data.survey import combine_surveys, survey_part
 from parallelmind.errors import UserError
 from tools.mistakes import MISTAKES, PAGE, Mistake, Outcome, outcome, prepare, row, run_mistake
-from workloads.common import resources
+from workloads.common.devices import Gpus, decide_training
 from workloads.common.read_config import read_config
 from workloads.train.run_dir import RunDir
 
@@ -79,7 +79,8 @@ def test_two_runs_at_once(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mistake = Mistake("two runs at once", NAMED["two runs at once"].command)
-    run_folder = RunDir.of(read_config(TrainConfig, shlex.split(mistake.command)[3:])).path.local
+    config = decide_training(read_config(TrainConfig, shlex.split(mistake.command)[3:]))
+    run_folder = RunDir.of(config).path.local
     run_folder.mkdir(parents=True)
     with FileLock(run_folder / ".lock"):
         assert row(mistake, run_in_process(mistake, folder, capsys, monkeypatch)) == ROWS[mistake.name], (
@@ -98,10 +99,9 @@ def test_wrong_format(folder: Path) -> None:
     assert row(mistake, as_reported(error.value, folder)) == ROWS[mistake.name], "run make docs"
 
 
-def test_no_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resources.ray, "cluster_resources", lambda: {"CPU": 2.0})
+def test_no_gpu(folder: Path) -> None:
     with pytest.raises(UserError) as error:
-        resources.require_gpus(1)
+        Gpus(0, native_bfloat16=False).decide(True, "auto")
     assert row(NAMED["no GPU"], as_reported(error.value, folder)) == ROWS["no GPU"], "run make docs"
 
 

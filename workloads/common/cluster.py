@@ -26,6 +26,7 @@ from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator impor
 
 from parallelmind.data.pipeline import silence_ray_data
 from parallelmind.errors import UserError
+from parallelmind.hardware import available_cpus, num_gpus
 
 _LOCAL = "local"
 _CONNECT_TIMEOUT_S = 5.0
@@ -64,7 +65,7 @@ def _init_ray(address: str, forward_output: bool) -> None:
         if "RAY_TMPDIR" not in os.environ:
             os.environ["RAY_TMPDIR"] = _make_temp_dir()
         # Ray Train polls the dashboard for its controller's state and logs an error every second without it.
-        options = {"include_dashboard": True}
+        options = {"include_dashboard": True, "num_cpus": available_cpus(), "num_gpus": num_gpus()}
     else:
         options = {"runtime_env": {"worker_process_setup_hook": _worker_setup(os.getcwd())}}
     try:

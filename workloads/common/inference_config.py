@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 from pydantic import Field
 
 import parallelmind as pm
+from parallelmind import hardware
 from parallelmind.config import (
     AdapterPath,
     Alignment,
+    BoolOrAuto,
     BranchAngle,
-    Dtype,
+    DtypeOrAuto,
     FrozenConfig,
     Pairs,
     Positions,
     Quantize,
     Visibility,
 )
+from workloads.common.devices import Gpus
 
 
 class InferenceModelConfig(FrozenConfig):
@@ -29,7 +32,11 @@ class InferenceModelConfig(FrozenConfig):
     lora_path: AdapterPath | None = Field(
         None, description="adapter folder, run folder or runs/NAME-*, the newest; null: the base model alone"
     )
-    dtype: Dtype | None = Field(None, description="type to compute in")
+    use_gpu: BoolOrAuto = Field("auto", description="compute on the GPU; auto: if there is one")
+    dtype: DtypeOrAuto = Field(
+        "auto",
+        description="compute dtype; auto: bfloat16 on a GPU that computes it in hardware, else float32",
+    )
     quantize: Quantize | None = Field(None, description="keep the base weights in fewer bits (bitsandbytes)")
     trust_remote_code: bool = Field(False, description="allow a hub model to run its own code")
     patch_rope: bool | None = Field(None, description="false: leave the model as it is, without 2D RoPE")
@@ -50,25 +57,31 @@ class InferenceModelConfig(FrozenConfig):
     visibility: Visibility | None = Field(None, description="what branches see of each other")
     align_to: Alignment | None = Field(None, description="whether prompts start or end together")
 
+    def decided(self, gpus: Gpus, processes: int = 1) -> Self:
+        """The same without `auto`. Raises UserError as `Gpus.decide` does."""
+        use_gpu, dtype = gpus.decide(self.use_gpu, self.dtype, processes)
+        return self.model_copy(update={"use_gpu": use_gpu, "dtype": dtype})
+
     def load_kwargs(self) -> dict[str, Any]:
         """Arguments for `parallelmind.load_model_with_lora`: the fields that are not null."""
-        return self.model_dump(exclude_none=True)
+        return self.model_dump(exclude_none=True, exclude={"use_gpu"})
 
     def paths(self) -> dict[str, list[str | None]]:
         """The model's inputs by field, which no output may replace."""
         return {"base_model": [self.base_model], "lora_path": [self.lora_path]}
 
-    def load(self) -> tuple[Any, Any]:
-        """Load model and tokenizer, and move the model to the GPU if there is one.
+    def load(self, **options: Any) -> tuple[Any, Any]:
+        """Load model and tokenizer, on the GPU if `use_gpu` says so. Without a GPU, compute with all CPUs.
 
-        Raises UserError if the model cannot be loaded or a field contradicts the adapter.
+        options: more arguments of `load_model_with_lora`. Raises UserError if the model cannot be loaded or a
+        field contradicts the adapter.
         """
-        import torch
-
         from parallelmind.model.structure import to_gpu
 
-        model, tokenizer = pm.load_model_with_lora(**self.load_kwargs())
-        return to_gpu(model) if torch.cuda.is_available() else model, tokenizer
+        config = self.decided(Gpus.of_this_machine())
+        hardware.use_available_cpus()
+        model, tokenizer = pm.load_model_with_lora(**config.load_kwargs(), **options)
+        return to_gpu(model) if config.use_gpu else model, tokenizer
 
 
 class SamplingConfig(FrozenConfig):

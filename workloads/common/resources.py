@@ -2,63 +2,49 @@
 
 from __future__ import annotations
 
-import os
-
 import workloads.common.ray_env  # noqa: F401  (before Ray)
 
 # isort: split
 import ray
 
+from parallelmind import cluster_nodes, hardware
+from parallelmind.cluster_nodes import Node
 from parallelmind.errors import UserError
+
+# Of a sweep's trial, for the process that waits for its workers. Twenty of them fit beside workers that
+# have all other CPUs of a node, so that the drivers of many trials take no worker's place.
+TRIAL_DRIVER_CPUS = 0.001
+_LEFT_FOR_DRIVERS = 0.02
+
+
+def nodes() -> list[Node]:
+    """Resources of every node that the cluster has, or that its autoscaler can add."""
+    return cluster_nodes.all_nodes(node["Resources"] for node in ray.nodes() if node["Alive"])
 
 
 def capacity(resource: str) -> float:
-    """Total amount of a resource that the cluster has, or that its autoscaler can add.
+    """Total amount of a resource that the cluster has, or that its autoscaler can add."""
+    return cluster_nodes.total(nodes(), resource)
 
-    Ray does not report what its autoscaler may add; $PARALLELMIND_GROWS_TO holds it, as `CPU=96,GPU=4`.
-    Raises UserError if that variable cannot be parsed.
+
+def cpus_per_worker(workers: int, use_gpu: bool) -> float:
+    """CPUs to reserve for each worker: its share of a node, so that workers spread over as many as they fill.
+
+    Nothing else needs a CPU while workers run: data is read beside them (`data.pipeline.start_batch_server`).
     """
-    grows_to = os.environ.get("PARALLELMIND_GROWS_TO", "")
-    try:
-        pairs = [item.split("=") for item in grows_to.split(",") if item]
-        maximum = {name: float(amount) for name, amount in pairs}
-    except ValueError as error:
-        raise UserError(
-            f"$PARALLELMIND_GROWS_TO={grows_to}: not a list of resources; write CPU=96,GPU=4"
-        ) from error
-    return max(ray.cluster_resources().get(resource, 0.0), maximum.get(resource, 0.0))
+    share = cluster_nodes.cpu_share_per_gpu if use_gpu else cluster_nodes.cpu_share
+    return share(nodes(), workers)
 
 
-def total_cpus() -> float:
-    """CPUs of the cluster, at least one."""
-    return capacity("CPU") or 1.0
+def cpus_per_trial_worker(cpus_per_trial: int, workers: int) -> float:
+    """CPUs to reserve for each worker of a sweep's trial, which leave room for the trial's driver."""
+    share = max(1.0, cpus_per_trial // workers) if cpus_per_trial >= workers else cpus_per_trial / workers
+    return round(share - _LEFT_FOR_DRIVERS * min(1.0, share), 3)
 
 
-def threads_per_process(processes: int) -> int:
-    """Compute threads of each of `processes` that run at a time; $OMP_NUM_THREADS overrides it."""
-    return int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, int(total_cpus()) // processes)
-
-
-def cpus_per_worker(workers: int) -> float:
-    """CPUs to reserve for each worker: at most half of all together.
-
-    Ray Data's readers need the rest; without it workers and readers wait for each other forever.
-    """
-    return max(0.01, round(min(0.5, total_cpus() / (2 * workers)), 2))
-
-
-def cpus_per_elastic_worker(workers: int) -> float:
-    """CPUs to reserve for each worker of an elastic run: 60% of its share of a node.
-
-    With more than half of the share, a worker of a lost node does not fit on a remaining node beside that
-    node's own worker; with less than all of it, Ray Data's readers still fit.
-    """
-    node_cpus = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
-    shares = {cpus / part for cpus in node_cpus if cpus for part in range(1, workers + 1)}
-    share = max(
-        (size for size in shares if sum((cpus + 1e-6) // size for cpus in node_cpus) >= workers), default=1.0
-    )
-    return max(0.01, round(0.6 * share, 2))
+def use_reserved_cpus() -> int:
+    """Compute with one thread for each CPU that Ray has reserved for this process; returns the number."""
+    return hardware.set_threads(ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0))
 
 
 def max_concurrent_runs(cpus_per_run: int, workers: int, use_gpu: bool, limit: int | None) -> int:
@@ -68,16 +54,5 @@ def max_concurrent_runs(cpus_per_run: int, workers: int, use_gpu: bool, limit: i
     if fitting < 1:
         raise UserError(f"cpus_per_trial={cpus_per_run}: the cluster has {cpus:g}; lower it, or add nodes")
     if use_gpu:
-        require_gpus(workers)
         fitting = min(fitting, int(capacity("GPU") // workers))
     return min(fitting, limit or fitting)
-
-
-def require_gpus(workers: int) -> None:
-    """Raise UserError if the cluster cannot have a GPU for every worker; Ray would wait for them forever."""
-    gpus = capacity("GPU")
-    if gpus < workers:
-        raise UserError(
-            f"use_gpu=true: num_workers={workers} needs as many GPUs, and the cluster has {gpus:g}; "
-            "set use_gpu=false, or run `python -m workloads.doctor use_gpu=true`"
-        )

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import Field
 
-from parallelmind.config import FrozenConfig, TrackingUri, TrainConfig
+from parallelmind.config import BoolOrAuto, FrozenConfig, TrackingUri, TrainConfig
 from parallelmind.remote import RemotePath
 
 _TRAIN_FIELDS: dict[str, Any] = TrainConfig.flat_fields()
@@ -21,7 +21,7 @@ class DoctorConfig(FrozenConfig):
     output_dir: str = _TRAIN_FIELDS["output_dir"]
     mlflow_uri: TrackingUri = _TRAIN_FIELDS["mlflow_uri"]
     ray_address: str | None = _TRAIN_FIELDS["ray_address"]
-    use_gpu: bool = _TRAIN_FIELDS["use_gpu"]
+    use_gpu: BoolOrAuto = _TRAIN_FIELDS["use_gpu"]
     end_to_end: bool = Field(
         True, description="train a few steps on generated data, and decode with the adapter"
     )

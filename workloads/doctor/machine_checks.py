@@ -6,6 +6,7 @@ import os
 import shutil
 import warnings
 
+from parallelmind import hardware
 from workloads.doctor.check import CheckResult, Status
 from workloads.doctor.config import DoctorConfig
 
@@ -33,7 +34,7 @@ def check_gpu(config: DoctorConfig) -> CheckResult:
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        gpus = hardware.num_gpus()
     if gpus == 0:
         return _no_gpu(config, [str(warning.message) for warning in caught])
     names = ", ".join(torch.cuda.get_device_name(index) for index in range(gpus))
@@ -41,7 +42,7 @@ def check_gpu(config: DoctorConfig) -> CheckResult:
         for index in range(gpus):
             torch.ones(8, device=f"cuda:{index}").sum().item()
     except RuntimeError as error:
-        status: Status = "FAIL" if config.use_gpu else "warn"
+        status: Status = "FAIL" if config.use_gpu is True else "warn"
         remedy = "install a torch that fits the GPU and its driver"
         return CheckResult(status, f"{names}: cannot compute ({error})", remedy)
     return CheckResult("ok", names)
@@ -53,7 +54,7 @@ def _no_gpu(config: DoctorConfig, torch_warnings: list[str]) -> CheckResult:
     cuda = torch.version.cuda
     build = f"torch {torch.__version__} is built for CUDA {cuda}" if cuda else "torch is built without CUDA"
     message = ". ".join(["no GPU on this machine", *torch_warnings, build])
-    if config.use_gpu and not config.joined_address:
+    if config.use_gpu is True and not config.joined_address:
         remedy = "install torch for CUDA and its driver, or set use_gpu=false"
         return CheckResult("FAIL", f"use_gpu=true: {message}", remedy)
     return CheckResult("ok", message)

@@ -20,7 +20,7 @@ def check_ray(config: DoctorConfig) -> CheckResult:
     cluster.connect(config.ray_address, forward_output=False)
     resources, nodes = ray.cluster_resources(), len(live_nodes())
     cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
-    if config.use_gpu and not gpus:
+    if config.use_gpu is True and not gpus:
         raise UserError("use_gpu=true: the cluster has no GPU; add a node with one, or set use_gpu=false")
     has_token = os.environ.get("RAY_AUTH_MODE") == "token"
     size = f"{count(nodes, 'node')}, {count(cpus, 'CPU')}, {count(gpus, 'GPU')}"

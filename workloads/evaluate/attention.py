@@ -68,7 +68,7 @@ def evaluate_attention(argv: list[str]) -> None:
     output = output_file(config.output.output_path, ".png")
     check_outputs(output, **config.model.paths())
     assert output is not None, "output_path is a required field"
-    model, tokenizer = pm.load_model_with_lora(**config.model.load_kwargs(), attn_implementation="eager")
+    model, tokenizer = config.model.load(attn_implementation="eager")
     tokens = _tokenize(tokenizer, config.sample)
     attention = attention_map(model, tokens, config.query.branch, config.query.tokens)
     shares = attention.shares()

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from parallelmind import cli
 from parallelmind.outputs import check_output
+from workloads.common.devices import Gpus
 from workloads.generate.config import GenerateConfig
 
 
@@ -45,8 +46,13 @@ def main(argv: list[str]) -> None:
     elif config.run.num_workers:
         from workloads.generate.distributed import generate_on_cluster
 
-        generate_on_cluster(config)
+        gpus = Gpus.of_cluster(config.run.ray_address)
+        generate_on_cluster(_decided(config, gpus, config.run.num_workers))
     else:
         from workloads.generate.local import generate_in_process
 
-        generate_in_process(config)
+        generate_in_process(_decided(config, Gpus.of_this_machine()))
+
+
+def _decided(config: GenerateConfig, gpus: Gpus, processes: int = 1) -> GenerateConfig:
+    return config.model_copy(update={"model": config.model.decided(gpus, processes)})

@@ -83,13 +83,12 @@ def _run_tasks(config: GenerateConfig, folder: Path, tasks: list[dict[str, Any]]
     """
     cluster.connect(config.run.ray_address)
     workers = min(config.run.num_workers, len(tasks))
-    use_gpu = resources.capacity("GPU") >= workers
+    use_gpu = config.model.use_gpu is True
     worker_config = WorkerConfig(
         folder=folder,
         load_kwargs=config.model.load_kwargs(),
         sampling=config.sampling.to_kwargs(),
         reduce=config.input.reduce,
-        threads=resources.threads_per_process(workers),
         use_gpu=use_gpu,
     )
     reports = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
@@ -97,7 +96,7 @@ def _run_tasks(config: GenerateConfig, folder: Path, tasks: list[dict[str, Any]]
         fn_constructor_args=[worker_config],
         batch_size=1,
         batch_format="pyarrow",
-        num_cpus=resources.cpus_per_worker(workers),
+        num_cpus=resources.cpus_per_worker(workers, use_gpu),
         num_gpus=int(use_gpu),
         # One task in flight per actor: no part waits behind another one for a busy actor.
         compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),

@@ -9,9 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
-from parallelmind import cli
+from parallelmind import cli, hardware
 from parallelmind.errors import UserError, translate_write_errors
 from parallelmind.storage import fsync, write_line
 from workloads.generate.config import GenerateConfig
@@ -77,11 +75,12 @@ def _decode(
     config: GenerateConfig, dataset: InputDataset, write_row: WriteRow, after: int = 0, existing_rows: int = 0
 ) -> None:
     """Decode the lines whose number is greater than `after`."""
+    hardware.use_available_cpus()
     decoder = Decoder.load(
         config.model.load_kwargs(),
         config.sampling.to_kwargs(),
         config.input.reduce,
-        use_gpu=torch.cuda.is_available(),
+        use_gpu=config.model.use_gpu is True,
     )
     stats = ProgressStats(dataset.count(after))
     with cli.progress("generating", stats.total) as report_progress:

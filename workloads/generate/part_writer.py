@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from dataclasses import dataclass
 from itertools import chain
@@ -11,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import torch
 
 from parallelmind.data.files import FilePart
 from parallelmind.errors import UserError
 from parallelmind.storage import atomic_file
+from workloads.common import resources
 from workloads.generate.dataset import InputShard
 from workloads.generate.decoder import Decoder
 
@@ -24,14 +23,13 @@ from workloads.generate.decoder import Decoder
 class WorkerConfig:
     """Settings of every worker.
 
-    load_kwargs: arguments of `load_model_with_lora`. threads: compute threads per worker.
+    load_kwargs: arguments of `load_model_with_lora`.
     """
 
     folder: Path
     load_kwargs: dict[str, Any]
     sampling: dict[str, Any]
     reduce: str | None
-    threads: int
     use_gpu: bool
 
 
@@ -42,7 +40,7 @@ class PartWriter:
     """
 
     def __init__(self, config: WorkerConfig) -> None:
-        torch.set_num_threads(min(config.threads, os.cpu_count() or 1))
+        resources.use_reserved_cpus()
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
         self.config, self.error = config, ""
         try:

@@ -20,6 +20,7 @@ from parallelmind.config import TrainConfig
 from parallelmind.config.yaml_file import yaml_values
 from parallelmind.data.files import find_files
 from parallelmind.remote import RemotePath
+from workloads.common.devices import decide_training
 from workloads.common.read_config import read_config
 from workloads.sweep.config import SweepConfig
 from workloads.sweep.space import check_space
@@ -46,6 +47,7 @@ def run_sweep(config: SweepConfig) -> RemotePath:
     find_files(config.train.data.data_path)
     if config.train.data.validation_path:
         find_files(config.train.data.validation_path, "validation_path")
+    config = config.replace(train=decide_training(config.train))
     sweep_dir = sweep_dir_of(config)
     with lock_dir(sweep_dir, config.name, config.train.run.output_dir):
         from workloads.sweep.driver import execute  # imports Ray
@@ -75,6 +77,6 @@ def sweep_dir_of(config: SweepConfig) -> RemotePath:
 def _sweep_dir(config: SweepConfig, accumulation_steps: int | None) -> RemotePath:
     fields = TrainConfig.flat_fields()
     values = {name: fields[name].default for name in TrainConfig.NON_IDENTITY_FIELDS}
-    train = config.train.replace(**{**values, "accumulation_steps": accumulation_steps})
-    identity = config.model_copy(update={"train": train})
+    values |= {"use_gpu": False, "accumulation_steps": accumulation_steps}  # use_gpu: the default of 0.1.0
+    identity = config.model_copy(update={"train": config.train.replace(**values)})
     return RemotePath.at(config.train.run.output_dir).child(f"{config.name}-{identity.fingerprint()[:8]}")

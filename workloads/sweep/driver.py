@@ -30,7 +30,7 @@ def execute(config: SweepConfig, sweep_dir: RemotePath) -> None:
     max_concurrent = resources.max_concurrent_runs(
         config.resources.cpus_per_trial,
         train.workers.num_workers,
-        train.workers.use_gpu,
+        train.workers.use_gpu is True,
         config.resources.max_concurrent,
     )
     config_file = sweep_dir.child("config.yaml")

@@ -74,7 +74,7 @@ def _train(config: TrainConfig, context: SweepContext, data: str | None) -> dict
             extra = json.loads(manifest)["extra"]
             tune.report({"folder": run_dir.path.location, "run_id": extra["mlflow_run"]})
             return {"status": "finished", "step": extra["step"], "metrics": extra["metrics"]}
-        shared = SharedRunContext(context.max_concurrent, context.parent_run_id, data)
+        shared = SharedRunContext(context.parent_run_id, data)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserNotice)  # the driver has printed it
             files = DataFiles.find(config.data)
@@ -83,7 +83,7 @@ def _train(config: TrainConfig, context: SweepContext, data: str | None) -> dict
             {"folder": run_dir.path.location, "run_id": run.tracker.run_id, "data": run.data_fingerprint}
         )
         with close_tracker(run.tracker) as set_outcome:
-            outcome = fit(run, context.max_concurrent, [TuneReportCallback()])
+            outcome = fit(run, context.config.resources.cpus_per_trial, [TuneReportCallback()])
             set_outcome(outcome)
         if not outcome.finished:
             save_loss_plot(run_dir)

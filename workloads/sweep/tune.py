@@ -12,6 +12,7 @@ import workloads.sweep.tune_env  # noqa: F401  (before Ray)
 from ray import tune
 from ray.tune import TuneError
 
+from workloads.common import resources
 from workloads.sweep.journal import Journal
 from workloads.sweep.scheduler import MAX_RESTARTS, JournalingScheduler
 from workloads.sweep.searcher import JournalSearcher
@@ -59,7 +60,9 @@ def run_trials(
 def _tuner(context: SweepContext, searcher: JournalSearcher, scheduler: JournalingScheduler) -> tune.Tuner:
     storage_path, filesystem = context.sweep_dir.pyarrow_filesystem()
     return tune.Tuner(
-        tune.with_resources(functools.partial(run_trial, context=context), {"CPU": 0.1}),
+        tune.with_resources(
+            functools.partial(run_trial, context=context), {"CPU": resources.TRIAL_DRIVER_CPUS}
+        ),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             scheduler=scheduler,

@@ -6,7 +6,6 @@ import functools
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import workloads.common.ray_env  # noqa: F401  (before Ray)
 
@@ -18,7 +17,6 @@ from ray.train.torch import TorchTrainer
 
 from parallelmind.config import WorkersConfig
 from parallelmind.crash_report import root_cause
-from parallelmind.data.pipeline import start_batch_server
 from parallelmind.errors import UserError, first_line
 from parallelmind.training.checkpoint_manager import checkpoint_names
 from parallelmind.training.outcome import Outcome
@@ -37,24 +35,24 @@ _LOSS_ERRORS = (
 )
 
 
-def fit(run: PreparedRun, concurrent_runs: int = 1, callbacks: Sequence[UserCallback] = ()) -> Outcome:
+def fit(
+    run: PreparedRun, cpus_per_trial: int | None = None, callbacks: Sequence[UserCallback] = ()
+) -> Outcome:
     """Train with Ray Train, and restart from the newest checkpoint when a worker, node or controller is lost.
 
-    concurrent_runs: runs that share the cluster. callbacks: passed to Ray Train.
+    cpus_per_trial: CPUs of the run if it is a trial of a sweep; None: it has the cluster. callbacks: passed
+    to Ray Train.
 
     Raises:
         UserError: an error that the user can correct, or repeated losses without progress. An exception of
             any other kind that a worker raises is final as well.
     """
     config, run_dir = run.task.config, run.task.run_dir
-    cpus_per_worker = _worker_reservation(config.workers, concurrent_runs)
+    cpus_per_worker = _worker_reservation(config.workers, cpus_per_trial)
     losses, progress = 0, checkpoint_names(run_dir.checkpoints)
     while True:
-        batch_server = start_batch_server(
-            run.files.train, config.data, config.model, config.optimizer.seed, config.workers.num_workers
-        )
         try:
-            result = _trainer(run.task, batch_server, cpus_per_worker(), callbacks).fit()
+            result = _trainer(run.task, cpus_per_worker(), callbacks).fit()
         except (WorkerGroupError, ray.train.ControllerError, ray.exceptions.RayActorError) as error:
             previous, progress = progress, checkpoint_names(run_dir.checkpoints)
             losses = losses + 1 if previous == progress else 1
@@ -70,21 +68,22 @@ def fit(run: PreparedRun, concurrent_runs: int = 1, callbacks: Sequence[UserCall
             assert isinstance(outcome, Outcome)
             return outcome
         finally:
-            ray.kill(batch_server)
             run_dir.ray_storage.delete()  # a crash may have truncated Ray Train's files
 
 
-def _worker_reservation(workers: WorkersConfig, concurrent_runs: int) -> Callable[[], float]:
+def _worker_reservation(workers: WorkersConfig, cpus_per_trial: int | None) -> Callable[[], float]:
     """A function that returns the CPUs to reserve for each worker, to be called at every start.
 
-    An elastic run keeps the share of the nodes that it started with. Any other run divides the CPUs that are
-    left: with the share of a larger cluster, its workers could take all CPUs of the remaining nodes, and Ray
-    Data's readers would wait for one forever.
+    An elastic run keeps the share of a node that it started with: with a smaller one, a worker of a lost node
+    would crowd those of another node. Any other run divides the nodes that are left.
     """
-    if workers.min_workers is not None and not workers.use_gpu:
-        share = resources.cpus_per_elastic_worker(workers.num_workers)
+    if cpus_per_trial is not None:
+        trial_share = resources.cpus_per_trial_worker(cpus_per_trial, workers.num_workers)
+        return lambda: trial_share
+    if workers.min_workers is not None:
+        share = resources.cpus_per_worker(workers.num_workers, workers.use_gpu is True)
         return lambda: share
-    return lambda: resources.cpus_per_worker(workers.num_workers * concurrent_runs)
+    return lambda: resources.cpus_per_worker(workers.num_workers, workers.use_gpu is True)
 
 
 def raise_if_final(error: Exception, losses: int) -> None:
@@ -132,11 +131,10 @@ def _reason(error: Exception) -> str:
     return detail[0].strip() if detail else first_line(cause)
 
 
-def _trainer(
-    task: WorkerTask, batch_server: Any, cpus: float, callbacks: Sequence[UserCallback]
-) -> TorchTrainer:
+def _trainer(task: WorkerTask, cpus: float, callbacks: Sequence[UserCallback]) -> TorchTrainer:
     """Ray Train's trainer for the run. cpus: CPUs to reserve for each worker."""
     workers = task.config.workers
+    use_gpu = workers.use_gpu is True
     num_workers = (
         workers.num_workers if workers.min_workers is None else (workers.min_workers, workers.num_workers)
     )
@@ -144,13 +142,13 @@ def _trainer(
     # Checkpoints are this project's own: written in the background, hashed, and skipped when damaged, which
     # those of Ray Train are not.
     return TorchTrainer(
-        functools.partial(run_worker, task, batch_server),  # type: ignore[arg-type]
+        functools.partial(run_worker, task),  # type: ignore[arg-type]
         scaling_config=ray.train.ScalingConfig(
             num_workers=num_workers,  # type: ignore[arg-type]  # Ray types its V1 classes
-            use_gpu=workers.use_gpu,
-            resources_per_worker={"CPU": cpus, "GPU": int(workers.use_gpu)},
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": cpus, "GPU": int(use_gpu)},
             # GPUs near each other, CPU workers spread over the nodes.
-            placement_strategy="PACK" if workers.use_gpu else "SPREAD",
+            placement_strategy="PACK" if use_gpu else "SPREAD",
         ),
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]
             name=task.run_dir.ray_storage.local.name,

@@ -25,7 +25,6 @@ from parallelmind.model.vocabulary import check_vocabulary
 from parallelmind.storage import atomic_file
 from parallelmind.tracking import Tracker, absolute_uri
 from parallelmind.training.checkpoint_manager import checkpoint_names
-from workloads.common import resources
 from workloads.train.data_files import DataFiles
 from workloads.train.metrics_file import MetricPoint, read_points, write_points
 from workloads.train.provenance import code_version
@@ -38,11 +37,10 @@ from workloads.train.worker import WorkerTask
 class SharedRunContext:
     """What the runs of a sweep share.
 
-    concurrent_runs: runs that share the cluster at a time. parent: id of their parent MLflow run.
+    parent: id of their parent MLflow run.
     data_fingerprint: `PreparedRun.data_fingerprint` of the other runs, where one is known.
     """
 
-    concurrent_runs: int = 1
     parent: str | None = None
     data_fingerprint: str | None = None
 
@@ -107,9 +105,7 @@ def prepare(
     """
     tokenizer = begin(config, run_dir)
     wait_for_ray()
-    data, workers = config.data, config.workers
-    if workers.use_gpu:
-        resources.require_gpus(workers.num_workers)
+    data = config.data
     survey, data_fingerprint = survey_data(files, data, config.rope, len(tokenizer), run_dir.quarantine_file)
     if shared.data_fingerprint not in (None, data_fingerprint):
         raise changed_data(data)
@@ -126,11 +122,11 @@ def prepare(
     task = WorkerTask(
         config,
         run_dir,
+        train_files=tuple(files.train),
         validation_files=tuple(files.validation),
         mlflow_uri=tracker.uri,
         mlflow_run=tracker.run_id,
         batches_per_epoch=epoch.batches,
-        threads=resources.threads_per_process(workers.num_workers * shared.concurrent_runs),
     )
     return PreparedRun(task, tracker, files, data_fingerprint)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 from parallelmind.config import TrainConfig
+from workloads.common.devices import decide_training
 from workloads.common.stopping import run_stoppable
 from workloads.train.data_files import DataFiles
 from workloads.train.run_dir import RunDir, lock_dir
@@ -18,6 +19,7 @@ def run_training(config: TrainConfig) -> RunDir:
         UserError: an input that the user can correct.
         KeyboardInterrupt: the run was stopped; its checkpoint is saved.
     """
+    config = decide_training(config)
     run_dir = find_run_dir(config)
     if run_dir.is_finished():
         print(f"already finished: {run_dir.result}; change a field or the name to train another run")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +13,6 @@ from uuid import uuid4
 
 import ray.train
 import ray.train.torch
-import torch
 from ray.train.collective import broadcast_from_rank_zero
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -25,8 +23,9 @@ from parallelmind.crash_report import keep_traceback
 from parallelmind.data.batch_server import ShardAssignment
 from parallelmind.data.held_out import HeldOut
 from parallelmind.data.packing import make_batch
-from parallelmind.data.pipeline import receive_batches
+from parallelmind.data.pipeline import receive_batches, start_batch_server
 from parallelmind.errors import translate_write_errors
+from parallelmind.hardware import require_gpu
 from parallelmind.layout import Batch
 from parallelmind.model.adapter import save_trained
 from parallelmind.model.manifest import MANIFEST, SAMPLES, check_replaceable
@@ -40,6 +39,7 @@ from parallelmind.training.checkpoint_manager import (
 from parallelmind.training.loop import TrainingInputs, train
 from parallelmind.training.outcome import Outcome
 from parallelmind.training.sharded_checkpoint import full_weights
+from workloads.common import resources
 from workloads.train.page_samples import read_samples
 from workloads.train.provenance import save_loss_plot
 from workloads.train.ray_hooks import RayHooks
@@ -50,26 +50,28 @@ from workloads.train.run_dir import RunDir
 class WorkerTask:
     """Input of every worker; paths and the tracking URI are absolute.
 
-    batches_per_epoch: of all workers, estimated. threads: compute threads of each worker.
+    batches_per_epoch: of all workers, estimated.
     """
 
     config: TrainConfig
     run_dir: RunDir
+    train_files: tuple[str, ...]
     validation_files: tuple[str, ...]
     mlflow_uri: str
     mlflow_run: str
     batches_per_epoch: int
-    threads: int
 
 
 @keep_traceback()
-def run_worker(task: WorkerTask, batch_server: Any) -> Outcome:
+def run_worker(task: WorkerTask) -> Outcome:
     """Train on this worker's share of the batch server's batches.
 
-    Rank 0 writes the checkpoints, and the result when the run is finished. Raises UserError for a model that
-    cannot be trained with these settings.
+    Rank 0 starts the batch server, and writes the checkpoints and, when the run is finished, the result.
+    Raises UserError for a model that cannot be trained with these settings.
     """
-    torch.set_num_threads(min(task.threads, os.cpu_count() or 1))
+    threads = resources.use_reserved_cpus()
+    if task.config.workers.use_gpu is True:
+        require_gpu()
     logging.getLogger().setLevel(logging.WARNING)  # Ray logs every report at INFO
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     config, context = task.config, ray.train.get_context()
@@ -78,8 +80,8 @@ def run_worker(task: WorkerTask, batch_server: Any) -> Outcome:
     writer = _checkpoint_writer(task, rank)
     try:
         group, checkpoint = _agree_on_start(task, writer, hooks)
-        if config.workers.min_workers is not None:
-            hooks.print_line(f"{workers} of {config.workers.num_workers} workers")
+        batch_server = _share_batch_server(task, threads)
+        hooks.print_line(f"{workers} of {config.workers.num_workers} workers, threads of each: {threads}")
         device = ray.train.torch.get_device()
         model, tokenizer = build_model(config, device)
         inputs = TrainingInputs(
@@ -125,6 +127,21 @@ def _agree_on_start(
     checkpoint = task.run_dir.checkpoints.child(name)
     hooks.print_line(f"resuming from {checkpoint}")
     return group, download_checkpoint(checkpoint)
+
+
+def _share_batch_server(task: WorkerTask, max_readers: int) -> Any:
+    """The batch server of all workers, on the node of rank 0."""
+    context, config, server = ray.train.get_context(), task.config, None
+    if context.get_world_rank() == 0:
+        server = start_batch_server(
+            task.train_files,
+            config.data,
+            config.model,
+            config.optimizer.seed,
+            context.get_world_size(),
+            max_readers,
+        )
+    return broadcast_from_rank_zero(server)
 
 
 def _batch_stream(

@@ -3,10 +3,12 @@
 from parallelmind.config.frozen import FrozenConfig, GroupedConfig
 from parallelmind.config.groups import (
     Alignment,
+    BoolOrAuto,
     BranchAngle,
     CheckpointConfig,
     DataConfig,
     Dtype,
+    DtypeOrAuto,
     LoraConfig,
     MetricsConfig,
     ModelConfig,
@@ -27,10 +29,12 @@ from parallelmind.config.train import TrainConfig
 __all__ = [
     "AdapterPath",
     "Alignment",
+    "BoolOrAuto",
     "BranchAngle",
     "CheckpointConfig",
     "DataConfig",
     "Dtype",
+    "DtypeOrAuto",
     "FrozenConfig",
     "GroupedConfig",
     "HomePath",

@@ -12,6 +12,8 @@ from parallelmind.config.paths import AdapterPath, TrackingUri
 from parallelmind.errors import format_value
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+DtypeOrAuto = Literal[Dtype, "auto"]
+BoolOrAuto = Literal[True, False, "auto"]
 Quantize = Literal["none", "8bit", "4bit"]
 Pairs = Literal["high", "mid", "low", "spread"]
 BranchAngle = Literal["alone", "added"]
@@ -28,7 +30,11 @@ class ModelConfig(FrozenConfig):
     base_model: str = Field(
         "smollm2-135m", min_length=1, description="smollm2-135m, a local folder, or a hub id"
     )
-    dtype: Dtype = Field("float32", description="compute dtype; trained weights stay float32")
+    dtype: DtypeOrAuto = Field(
+        "auto",
+        description="compute dtype; auto: bfloat16 on a GPU that computes it in hardware, else float32; "
+        "trained weights stay float32",
+    )
     quantize: Quantize = Field(
         "none", description="load the base weights quantized to 8 or 4 bits (bitsandbytes)"
     )
@@ -265,7 +271,9 @@ class WorkersConfig(FrozenConfig):
     sharding: Literal["none", "full"] = Field(
         "none", description="full: shard the model over the workers (FSDP2)"
     )
-    use_gpu: bool = Field(False, description="give every worker one GPU")
+    use_gpu: BoolOrAuto = Field(
+        "auto", description="give every worker one GPU; auto: if there are as many GPUs"
+    )
 
 
 class CheckpointConfig(FrozenConfig):

@@ -60,8 +60,19 @@ def _refuse_hidden_passwords(values: Mapping[str, Any]) -> None:
 
 def did_you_mean(field: str, kind: type[FrozenConfig]) -> str:
     """The field of `kind` that the name probably means, in parentheses, or an empty string."""
-    similar = similar_name(field, kind.flat_fields())
-    return f" (did you mean {similar}?)" if similar else ""
+    names = _dotted_names(kind)
+    similar = similar_name(field.rpartition(".")[2], names)
+    return f" (did you mean {names[similar]}?)" if similar else ""
+
+
+def _dotted_names(kind: type[FrozenConfig]) -> dict[str, str]:
+    """Every field as a user writes it, by its own name; `train.use_gpu` of a sweep by `use_gpu`."""
+    inner, outer = dict[str, str](), dict[str, str]()
+    for name, field in kind.flat_fields().items():
+        outer[name] = name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, FrozenConfig):
+            inner |= {other: f"{name}.{other}" for other in field.annotation.flat_fields()}
+    return {**inner, **outer}
 
 
 def _set(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
@@ -85,8 +96,12 @@ def _is_literal(kind: type[FrozenConfig], name: str, text: str) -> bool:
     if field is None or text == "null":
         return False
     annotation = without_metadata(field.annotation)
-    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    return annotation is str or (union and str in map(without_metadata, typing.get_args(annotation)))
+    members = typing.get_args(annotation) if _is_union(annotation) else ()
+    return annotation is str or str in map(without_metadata, members)
+
+
+def _is_union(annotation: Any) -> bool:
+    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
 
 
 def without_metadata(annotation: Any) -> Any:
@@ -114,6 +129,8 @@ def _flat_name(kind: Any, location: Sequence[int | str]) -> str:
         if isinstance(kind, type) and issubclass(kind, GroupedConfig) and part in kind.groups():
             kind = kind.groups()[str(part)]
             continue
+        if isinstance(part, str) and _is_union(kind):
+            break  # the parts that follow are members of the union
         parts.append(str(part))
         fields = kind.model_fields if isinstance(kind, type) and issubclass(kind, FrozenConfig) else {}
         kind = fields[part].annotation if part in fields else None

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 import ray.data
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from parallelmind.config import DataConfig, ModelConfig
 from parallelmind.data.batch_server import BatchServer, ShardAssignment
@@ -32,7 +32,7 @@ from parallelmind.data.tokenise import tokenise_part
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_TASK_CPUS = 0.2  # training workers leave at least 0.4 CPUs free, enough for the batch server and one reader
+_READER_CPUS = 0.9  # of a reader before training: fits on one CPU beside the driver of a trial
 _PARTS_PER_READER = 16
 _FEW_PARTS = 4  # up to this number, parts are read in this process; starting reader processes takes longer
 # Sampled characters, as a multiple of the sample's size: some draws are unlucky, and some records are longer
@@ -61,24 +61,35 @@ def survey_files(
         rows = [survey_part(part, config, vocab_size, **shares) for part in parts]
     else:
         function = functools.partial(_survey_table, config=config, vocab_size=vocab_size, shares=shares)
-        rows = map_parts(parts, function).take_all()
+        rows = map_parts(parts, function, int(ray.cluster_resources().get("CPU", 1))).take_all()
     survey = combine_surveys(parts, rows, shares["hash_share"])
     survey.raise_if_unusable(config, field)
     return survey
 
 
-def map_parts(parts: Sequence[FilePart], function: Callable[[pa.Table], pa.Table]) -> ray.data.Dataset:
+def map_parts(
+    parts: Sequence[FilePart],
+    function: Callable[[pa.Table], pa.Table],
+    max_readers: int,
+    num_cpus: float = _READER_CPUS,
+    **remote_options: Any,
+) -> ray.data.Dataset:
     """Map every file part to one Arrow table, in order. The number of reader processes follows the work.
 
-    function: receives a table of one row with the fields of a `FilePart`. A reader process holds a tokenizer
-    and the libraries under it, so there is at most one per CPU.
+    function: receives a table of one row with the fields of a `FilePart`. max_readers: a reader process holds
+    a tokenizer and the libraries under it, so there should be at most one per CPU. num_cpus: reserved by each
+    reader. remote_options: more options of its tasks.
     """
-    cpus = int(ray.cluster_resources().get("CPU", 1))
-    readers = ray.data.TaskPoolStrategy(size=max(1, min(len(parts) // _PARTS_PER_READER, cpus)))
+    readers = ray.data.TaskPoolStrategy(size=max(1, min(len(parts) // _PARTS_PER_READER, max_readers)))
     items = [{"file": part.file, "start": part.start, "end": part.end} for part in parts]
     dataset = ray.data.from_items(items, override_num_blocks=len(items))
     mapped = dataset.map_batches(
-        function, batch_size=1, batch_format="pyarrow", num_cpus=_TASK_CPUS, compute=readers
+        function,
+        batch_size=1,
+        batch_format="pyarrow",
+        num_cpus=num_cpus,
+        compute=readers,
+        **remote_options,
     )
     options = mapped.context.execution_options
     options.preserve_order = True
@@ -120,35 +131,42 @@ def _load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def start_batch_server(
-    files: Sequence[str], config: DataConfig, model: ModelConfig, seed: int, num_workers: int
+    files: Sequence[str],
+    config: DataConfig,
+    model: ModelConfig,
+    seed: int,
+    num_workers: int,
+    max_readers: int = 1,
 ) -> Any:
-    """Start a `BatchServer` actor in which all workers may wait at once. Returns its handle."""
+    """Start a `BatchServer` actor in which all workers may wait at once. Returns its handle.
+
+    The actor and its readers run on the node of the caller and reserve no CPU: they compute with the CPUs
+    that the caller has reserved. So they never wait for a CPU that training workers hold while those wait for
+    a batch. The actor ends when no handle is left. max_readers: reader processes at a time.
+    """
     parts = file_parts(files)
     read: Callable[[], Iterable[pa.Table]] = functools.partial(
-        _tokenise_with_ray_data, list(files), config, model
+        _tokenise_with_ray_data, list(files), config, model, max_readers
     )
     if len(parts) <= _FEW_PARTS:
         tables = [_tokenise_to_table(part, config, model) for part in parts]
         read = functools.partial(iter, tables)
-    # None: outside of the placement group that a sweep holds for the caller, which is too small.
-    strategy = PlacementGroupSchedulingStrategy(None)  # type: ignore[arg-type]  # documented, not typed
-    options = {
-        "num_cpus": _TASK_CPUS,
-        "max_concurrency": 2 * num_workers + 2,
-        "scheduling_strategy": strategy,
-    }
+    options = {"num_cpus": 0, "max_concurrency": 2 * num_workers + 2, "scheduling_strategy": _this_node()}
     return ray.remote(BatchServer).options(**options).remote(read, config, seed)
 
 
+def _this_node() -> NodeAffinitySchedulingStrategy:
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
 def _tokenise_with_ray_data(
-    files: Sequence[str], config: DataConfig, model: ModelConfig
+    files: Sequence[str], config: DataConfig, model: ModelConfig, max_readers: int
 ) -> Iterable[pa.Table]:
     """One table per file part, with one row per good record, in the order of the files."""
     silence_ray_data()
     function = functools.partial(_tokenise_table, config=config, model=model)
-    tables: Iterable[pa.Table] = map_parts(file_parts(files), function).iter_batches(
-        batch_size=None, batch_format="pyarrow"
-    )
+    mapped = map_parts(file_parts(files), function, max_readers, num_cpus=0, scheduling_strategy=_this_node())
+    tables: Iterable[pa.Table] = mapped.iter_batches(batch_size=None, batch_format="pyarrow")
     return tables
 
 

@@ -60,6 +60,9 @@ class LoadConfig(GroupedConfig):
     device: str | None = Field(None, description="where the model computes, such as cuda; null: the CPU")
 
 
+_LOADED_TO_CPU = {"dtype": "float32"}
+
+
 def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
     """Wrap `model` with untrained float32 LoRA weights; the global random generator is not advanced.
 
@@ -233,7 +236,9 @@ def load_model_with_lora(
         values["base_model"] = str(base_model)
     folder = None if lora_path is None else fetch_adapter(lora_path)
     trained_values = _trained_values(base_model, folder, lora_rank, values)
-    config = resolve(LoadConfig, {**trained_values, **values}, source="load_model_with_lora")
+    config = resolve(
+        LoadConfig, {**_LOADED_TO_CPU, **trained_values, **values}, source="load_model_with_lora"
+    )
     if config.rope.patch_rope:
         check_supported(load_meta_model(config.model))  # before any weights are read
     model, tokenizer = load_base(config.model, attn_implementation)

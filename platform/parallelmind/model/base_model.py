@@ -23,6 +23,7 @@ from transformers import (
 
 from parallelmind.config import ModelConfig
 from parallelmind.errors import UserError, first_line, translate_read_errors
+from parallelmind.hardware import decided_dtype
 from parallelmind.model.hf_compat import no_load_report, no_progress_bars, sharded_loading
 from parallelmind.model.hub import find_hub_model
 from parallelmind.model.new_tokens import extend_model, extend_tokenizer
@@ -92,7 +93,7 @@ def load_base(
         model, info = _from_pretrained(
             AutoModelForCausalLM,
             config,
-            dtype=getattr(torch, config.dtype),
+            dtype=getattr(torch, decided_dtype(config.dtype)),
             quantization_config=quantization_config(config),
             attn_implementation=attn_implementation,
             output_loading_info=True,

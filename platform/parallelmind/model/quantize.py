@@ -11,6 +11,7 @@ from transformers import BitsAndBytesConfig
 
 from parallelmind.config import ModelConfig
 from parallelmind.errors import UserError
+from parallelmind.hardware import decided_dtype
 
 
 def quantization_config(config: ModelConfig) -> BitsAndBytesConfig | None:
@@ -29,7 +30,7 @@ def quantization_config(config: ModelConfig) -> BitsAndBytesConfig | None:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=getattr(torch, config.dtype),
+        bnb_4bit_compute_dtype=getattr(torch, decided_dtype(config.dtype)),
     )
 
 

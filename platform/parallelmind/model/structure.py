@@ -11,12 +11,17 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from parallelmind.errors import UserError, first_line
+from parallelmind.hardware import require_gpu
 
 _TOWERS = ("vision", "visual", "image", "audio")
 
 
 def to_gpu(model: Any) -> Any:
-    """Move the model to this process's GPU. Quantised weights are already there."""
+    """Move the model to this process's GPU. Quantised weights are already there.
+
+    Raises UserError if torch cannot use one.
+    """
+    require_gpu()
     return model.cuda() if model.device.type == "cpu" else model
 
 

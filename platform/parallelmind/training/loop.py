@@ -19,6 +19,7 @@ from transformers import set_seed
 
 from parallelmind.config import OptimizerConfig, TrainConfig
 from parallelmind.errors import UserError
+from parallelmind.hardware import decided_dtype
 from parallelmind.layout import Batch
 from parallelmind.model.attention import AttentionLogger
 from parallelmind.model.structure import causal_lm
@@ -95,7 +96,7 @@ class Trainer:
 
     def __init__(self, inputs: TrainingInputs, resume_from: Path | None) -> None:
         self.inputs, self.config, self.hooks = inputs, inputs.config, inputs.hooks
-        self.optimizer_config, self.dtype = self.config.optimizer, self.config.model.dtype
+        self.optimizer_config, self.dtype = self.config.optimizer, decided_dtype(self.config.model.dtype)
         if self.optimizer_config.gradient_checkpointing:
             causal_lm(inputs.model).activation_checkpointing_enable()
         if self.optimizer_config.compile:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import torch
 
+from parallelmind.hardware import num_gpus
 from parallelmind.training.checkpoint import TrainingState
 from parallelmind.training.hooks import Hooks
 from parallelmind.training.step import Totals
@@ -87,7 +88,7 @@ class MetricsLogger:
 
 def peak_memory() -> int:
     """Peak memory of this process in bytes: on its GPU, or in main memory without one."""
-    if torch.cuda.is_available():
+    if num_gpus():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 

@@ -17,6 +17,7 @@ import torch
 from doctoring import isolated_cwd, run_check
 from tiny import save_tiny
 
+from parallelmind import hardware
 from parallelmind.errors import UserError
 from workloads.doctor import command, library_check, machine_checks
 from workloads.doctor.check import Check, CheckResult, run_checks
@@ -129,7 +130,7 @@ def test_missing_models_fail_with_a_remedy(name: str, remedy: str) -> None:
 
 
 def test_a_missing_gpu_fails_only_with_use_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(hardware, "num_gpus", lambda: 0)
     assert run_check("gpu").status == "ok"
     result = run_check("gpu", use_gpu=True)
     assert result.status == "FAIL"
@@ -144,8 +145,7 @@ def test_a_gpu_that_cannot_compute_warns_or_fails(monkeypatch: pytest.MonkeyPatc
     def ones(*_: object, **__: object) -> None:
         raise RuntimeError("no kernel image is available")
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(hardware, "num_gpus", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
     monkeypatch.setattr(torch, "ones", ones)
     assert run_check("gpu").status == "warn"

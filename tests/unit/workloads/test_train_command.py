@@ -33,7 +33,10 @@ def unfinished(tmp_path: Path) -> TrainConfig:
     """The configuration of a run that was interrupted after its first checkpoint."""
     (tmp_path / "data.jsonl").write_text('{"text": "one"}\n')
     config = TrainConfig(
-        name="mine", data_path=str(tmp_path / "data.jsonl"), output_dir=str(tmp_path / "runs")
+        name="mine",
+        data_path=str(tmp_path / "data.jsonl"),
+        output_dir=str(tmp_path / "runs"),
+        dtype="float32",
     )
     folder = RunDir.of(config).path.local
     (folder / "checkpoints" / "step-100").mkdir(parents=True)
@@ -235,10 +238,9 @@ def test_a_lost_process_is_told_with_the_reason_of_the_process_that_ended() -> N
 @pytest.mark.parametrize(
     ("workers", "reserved"),
     [
-        ({}, [0.5, 0.25]),
-        ({"use_gpu": True}, [0.5, 0.25]),
+        ({}, [1.0, 0.5]),
         # An elastic run waits for a free node rather than crowd the workers of those that are left.
-        ({"min_workers": 1}, [0.6, 0.6]),
+        ({"min_workers": 1}, [1.0, 1.0]),
     ],
 )
 def test_a_restart_reserves_a_share_of_the_cpus_that_are_left(
@@ -251,7 +253,7 @@ def test_a_restart_reserves_a_share_of_the_cpus_that_are_left(
     starts: list[float] = []
 
     class Trainer:
-        def __init__(self, task: object, batch_server: object, cpus: float, callbacks: object) -> None:
+        def __init__(self, task: object, cpus: float, callbacks: object) -> None:
             starts.append(cpus)
 
         def fit(self) -> SimpleNamespace:
@@ -261,12 +263,9 @@ def test_a_restart_reserves_a_share_of_the_cpus_that_are_left(
             return SimpleNamespace(return_value=Outcome(finished=True, step=1, metrics={}))
 
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": float(len(nodes))})
-    monkeypatch.setattr(ray, "kill", lambda actor: None)
-    monkeypatch.setattr(fit, "start_batch_server", lambda *arguments: None)
     monkeypatch.setattr(fit, "_trainer", Trainer)
     config = changed(unfinished, num_workers=2, **workers)
-    task = WorkerTask(config, RunDir.of(config), (), "", "", batches_per_epoch=1, threads=1)
+    task = WorkerTask(config, RunDir.of(config), (), (), "", "", batches_per_epoch=1)
     run: Any = SimpleNamespace(task=task, files=SimpleNamespace(train=[]))
     assert fit.fit(run).finished
     assert starts == reserved

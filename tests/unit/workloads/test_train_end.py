@@ -31,7 +31,10 @@ class EndOfRun:
 
     def __init__(self, folder: Path) -> None:
         self.config = config(
-            output_dir=str(folder / "runs"), name="cut", data_path=str(folder / "none.jsonl")
+            output_dir=str(folder / "runs"),
+            name="cut",
+            data_path=str(folder / "none.jsonl"),
+            dtype="float32",
         )
         self.run_dir = RunDir.of(self.config)
         self.uri = f"sqlite:///{folder}/mlflow.db"
