@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parallelmind.engine.attention_spans import make_spans
+from parallelmind.engine.attention_spans import AttentionSpans, make_spans
 from parallelmind.engine.batch import PADDING, ModelInput, single_token
 from parallelmind.engine.block_manager import BLOCK
 from parallelmind.engine.block_table import BlockTables, Int32s
@@ -24,6 +24,7 @@ Forward = Callable[[ModelInput, StepBuffers, FlexAttention], Tensor]
 
 _MAX_CAPTURED_TOKENS = 256  # of a step; a larger one takes longer to compute than to launch
 _WARM_TOKENS = (4, 5, 16, 17, 64)  # of steps that have all sizes in which up to 64 branches decode
+_WARM_PROMPTS = (64, 256, 1024)  # tokens of steps that compute prompts
 
 
 class DeviceSteps:
@@ -54,20 +55,17 @@ class DeviceSteps:
         ids: `[tokens]` in place of those of the inputs, on the device; negative for a token that is not used.
         """
         tiles = Tiles.of(inputs)
-        bucket = Bucket.of(inputs, tiles)
-        if bucket not in self._buffers:
-            scratch = self._scratch_block
-            self._buffers[bucket] = StepBuffers(bucket, self._device, scratch * BLOCK, scratch)
-        buffers, padded = self._buffers[bucket], inputs.padded(bucket.tokens, bucket.sampled)
+        buffers = self._buffers_for(Bucket.of(inputs, tiles))
+        padded = inputs.padded(buffers.bucket.tokens, buffers.bucket.sampled)
         buffers.send(padded, tiles)
         if ids is not None:
             buffers.columns[0, : len(ids)] = ids.clamp(min=0)
         return self._run(padded, buffers)[: len(inputs.logits_indices)]
 
     def warm_up(self, has_scores: bool) -> None:
-        """Compile the kernels of decoding steps of up to `_WARM_TOKENS[-1]` tokens, by running some.
+        """Compile the kernels of decoding steps of up to `_WARM_TOKENS[-1]` tokens, and of prompts.
 
-        has_scores: whether samples have score tables. Other sizes are compiled when they first occur.
+        has_scores: whether samples have score tables. Larger sizes are compiled when they first occur.
         """
         for inputs in _warm_up_inputs(has_scores):
             self(inputs)
@@ -77,6 +75,19 @@ class DeviceSteps:
         if self._graphs and self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # one of them may run
         self._graphs.clear()
+
+    def _buffers_for(self, bucket: Bucket) -> StepBuffers:
+        """Buffers of this size, or of the same number of tokens and a larger size whose kernels are compiled.
+
+        Kernels do not depend on how many tokens are sampled.
+        """
+        if bucket not in self._buffers:
+            larger = (other for other in self._buffers if other.holds(bucket))
+            bucket = min(larger, key=Bucket.kernel_size, default=bucket)._replace(sampled=bucket.sampled)
+        if bucket not in self._buffers:
+            scratch = self._scratch_block
+            self._buffers[bucket] = StepBuffers(bucket, self._device, scratch * BLOCK, scratch)
+        return self._buffers[bucket]
 
     def _run(self, inputs: ModelInput, buffers: StepBuffers) -> Tensor:
         bucket, adapter = buffers.bucket, inputs.adapters[0]
@@ -129,11 +140,17 @@ def _warm_up_inputs(has_scores: bool) -> Iterator[ModelInput]:
     """Steps whose tokens read a key of their own, and one in common if samples have no score tables."""
     one = single_token()
     row = int(one.spans.tables[0])
+    for count in _WARM_PROMPTS:
+        common = list(range(count))
+        spans = make_spans([0, 1], [common, common], [[row], [row]])
+        if has_scores:
+            spans = _with_scores(make_spans([0], [common], [[row]]))
+        num_keys, slots = np.ones(len(spans.tables), np.int64), np.full(count, PADDING)
+        yield replace(one.padded(count), spans=spans, num_keys=num_keys, slots=slots)
     for count in _WARM_TOKENS:
         own, common = [[token] for token in range(count)], list(range(count))
         if has_scores:
-            spans = make_spans([0], [common], [[row]])
-            choices = [replace(spans, score=np.zeros(1, np.int32), scores=(np.zeros((2, 2), np.float32),))]
+            choices = [_with_scores(make_spans([0], [common], [[row]]))]
         else:
             choices = [
                 make_spans([1] * len(queries), queries, [[row]] * len(queries))
@@ -142,6 +159,10 @@ def _warm_up_inputs(has_scores: bool) -> Iterator[ModelInput]:
         for spans in choices:
             num_keys, slots = np.ones(len(spans.tables), np.int64), np.full(count, PADDING)
             yield replace(one.padded(count, count), spans=spans, num_keys=num_keys, slots=slots)
+
+
+def _with_scores(spans: AttentionSpans) -> AttentionSpans:
+    return replace(spans, score=np.zeros(1, np.int32), scores=(np.zeros((2, 2), np.float32),))
 
 
 def _on_device(column: Int32s, size: int, device: torch.device) -> Tensor:

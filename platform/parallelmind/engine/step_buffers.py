@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import prod
+from operator import ge
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,6 +60,15 @@ class Bucket(NamedTuple):
             parts=length_bucket(tiles.parts.shape[1]),
             scores=_fourfold(_MIN_SCORES, 1 + num_scores) if num_scores else 0,
         )
+
+    def holds(self, other: Bucket) -> bool:
+        """Whether the kernels of this size compute a step of the other one, with as many tokens."""
+        is_same_kind = self.tokens == other.tokens and bool(self.scores) == bool(other.scores)
+        return is_same_kind and all(map(ge, self.kernel_size(), other.kernel_size()))
+
+    def kernel_size(self) -> tuple[int, ...]:
+        """The sizes for which kernels are compiled."""
+        return self.tokens, self.tiles, self.width, self.parts, self.scores
 
     @property
     def fields(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
