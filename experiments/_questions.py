@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from parallelmind.config.yaml_file import load_yaml
+from parallelmind.programs import module_name
 
 _RESULTS = Path(__file__).parent / "results"
 # Passages and new tokens by language. SmolLM2's tokenizer needs many tokens for Chinese.
@@ -78,7 +79,7 @@ def evaluate(
             "output_path": output,
         }
         arguments = [*(f"{field}={value}" for field, value in fields.items()), *settings]
-        command = ["-m", "workloads.evaluate", "answers", *arguments]
+        command = ["-m", module_name("workloads.evaluate"), "answers", *arguments]
         print(*command, flush=True)
         subprocess.run([sys.executable, *command], check=True)
     scores: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))

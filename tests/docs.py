@@ -65,6 +65,16 @@ def commands(block: Block) -> Iterator[list[str]]:
     assert not open_quote, f"{block}: a quotation without an end"
 
 
+def as_module(words: list[str]) -> list[str]:
+    """`parallelmind NAME …` as the `python -m …` that is the same; other commands unchanged."""
+    if len(words) < 2 or (not words[0].endswith("bin/parallelmind") and words[0] != "parallelmind"):
+        return words
+    if words[1].startswith("-"):
+        return ["python", "-m", "workloads", *words[1:]]
+    module = "serving" if words[1] == "serve" else f"workloads.{words[1]}"
+    return ["python", "-m", module, *words[2:]]
+
+
 def prose(path: Path) -> str:
     """Return a page without its fenced blocks."""
     outside, inside = [], False

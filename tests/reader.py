@@ -33,7 +33,7 @@ from serving.runtime.ports import free_port
 
 _PROJECT_FOLDERS = "platform workloads serving experiments tools benchmarks".split()
 _PROJECT_FILES = "Makefile pyproject.toml constraints.txt runtime_env.yaml .gitignore".split()
-_PROGRAMS = "python make ray serve pip docker kubectl".split()
+_PROGRAMS = "python parallelmind make ray serve pip docker kubectl".split()
 _ASK = '#!/bin/sh\nexec {python} -SE {here}/resident.py ask {word} "$@"\n'
 _HUB = "Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen2.5-7B-Instruct"
 # Variables that a block exports are set in the next block of the page.

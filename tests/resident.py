@@ -24,6 +24,8 @@ from multiprocessing.connection import Client, Listener
 from typing import Any
 from unittest import mock
 
+from docs import as_module
+
 # Commands that cannot run in the test, by their first words. All other commands on the pages run.
 NOT_HERE = {
     "pip install boto3": "needs a package index",
@@ -208,6 +210,7 @@ def run_program(name: str, arguments: list[str]) -> int:
         return 0
     if name == "make":
         return make(arguments)
+    name, *arguments = as_module([name, *arguments])
     if name == "python" and arguments[0] == "-m":
         request = {"module": arguments[1], "arguments": arguments[2:], "fresh": "FRESH" in os.environ}
         code, output = ask(os.environ["READER_SOCKET"], request)

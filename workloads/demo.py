@@ -22,6 +22,7 @@ from parallelmind import cli
 from parallelmind.config import TrainConfig
 from parallelmind.errors import UserError
 from parallelmind.evaluation.facts import write_facts
+from parallelmind.programs import module_name
 from parallelmind.redaction import redact_uri
 from parallelmind.tracking import absolute_uri
 from workloads.common.devices import decide_training
@@ -94,8 +95,8 @@ def _score(title: str, output: Path, held_out: str, settings: list[str], show: i
 
 def _run(module: str, *arguments: str) -> None:
     """Run a command of this project. A failure ends the demo with the exit code of the command."""
-    print("$ " + shlex.join(["python", "-m", module, *arguments]), flush=True)
-    completed = subprocess.run([sys.executable, "-m", module, *arguments], check=False)
+    print("$ " + cli.as_typed(shlex.join(["python", "-m", module, *arguments])), flush=True)
+    completed = subprocess.run([sys.executable, "-m", module_name(module), *arguments], check=False)
     if completed.returncode:
         sys.exit(completed.returncode)
 
@@ -120,14 +121,15 @@ def speed_line(at_once: Scores, one_by_one: Scores) -> str:
 
 
 def _print_next_steps(adapter: Path, mlflow_uri: str, seconds: float) -> None:
-    print(f"""
+    text = f"""
 {seconds / 60:.1f} minutes in all. Where to look next:
   adapter   {adapter}
   metrics   .venv/bin/mlflow ui --host 127.0.0.1 --backend-store-uri {redact_uri(mlflow_uri)}
   chat      .venv/bin/python -m workloads.chat lora_path={adapter}
   serve     .venv/bin/python -m serving lora_path={adapter} port=8000
   generate  .venv/bin/python -m workloads.generate lora_path={adapter} prompt="The sky is"
-""")
+"""
+    print(cli.as_typed(text))
 
 
 if __name__ == "__main__":

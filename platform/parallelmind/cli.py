@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from pydantic.fields import FieldInfo
@@ -25,6 +26,7 @@ from parallelmind.config import FrozenConfig, resolve
 from parallelmind.config.resolve import without_metadata
 from parallelmind.crash_report import crash_report
 from parallelmind.errors import UserError, UserNotice
+from parallelmind.programs import is_installed
 from parallelmind.redaction import redact_uri
 
 ConfigT = TypeVar("ConfigT", bound=FrozenConfig)
@@ -34,6 +36,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 _MIN_MEANING_COLUMNS = 40
 _REQUIRED = "required"
 
+_COMMAND = re.compile(r"(?:\.venv/bin/)?python -m (?:workloads\.(\w+)|serving\b)")
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 
 
@@ -48,7 +51,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(as_typed(f"error: {error}"), file=sys.stderr)
         sys.exit(2)
     except PermissionError as error:
         print(f"error: {error.filename}: {error.strerror}; give yourself access to it", file=sys.stderr)
@@ -67,7 +70,7 @@ _format_warning = warnings.formatwarning
 def _one_line(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> str:
     """A UserNotice without its location in the code; any other warning in the usual format."""
     if issubclass(category, UserNotice):
-        return f"note: {redact_uri(str(message))}\n"
+        return as_typed(f"note: {redact_uri(str(message))}\n")
     return _format_warning(message, category, *args, **kwargs)
 
 
@@ -130,7 +133,14 @@ def wants_help(argv: Sequence[str]) -> bool:
 
 def print_help(usage: str, kind: type[FrozenConfig]) -> None:
     """Print `usage`, normally a module's docstring, and every field of `kind`."""
-    print(f"{flowing(usage)}\n\nFields (key=value):\n{field_help(kind, _width())}")
+    print(f"{flowing(as_typed(usage))}\n\nFields (key=value):\n{field_help(kind, _width())}")
+
+
+def as_typed(text: str) -> str:
+    """A text with its commands as this user types them: with `parallelmind` where that is the command."""
+    if not (is_installed() or Path(sys.argv[0]).stem == "parallelmind"):
+        return text
+    return _COMMAND.sub(lambda match: f"parallelmind {match[1] or 'serve'}", text)
 
 
 def flowing(usage: str) -> str:

@@ -5,6 +5,7 @@ They lie beside it: in the project's folder as packages of their own, in a wheel
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,14 +16,21 @@ from parallelmind.config import TrainConfig, resolve
 from parallelmind.errors import UserError, format_value
 
 
+def module_name(name: str) -> str:
+    """The full name of a module of the programs, such as `workloads.train`."""
+    return f"parallelmind.{name}" if is_installed() else name
+
+
+def is_installed() -> bool:
+    """Whether this is an installed wheel, which has the programs as subpackages."""
+    return find_spec("parallelmind.workloads") is not None
+
+
 def import_program(name: str) -> ModuleType:
-    """A module of the programs, such as `workloads.train`. Raises UserError where only the library is."""
-    installed = f"parallelmind.{name.partition('.')[0]}"
-    if find_spec(installed) is not None:
-        return import_module(f"parallelmind.{name}")
-    if find_spec(name.partition(".")[0]) is None:
+    """A module of the programs. Raises UserError where only the library is."""
+    if find_spec(module_name(name.partition(".")[0])) is None:
         raise UserError(f"{name}: is not installed; run `make setup`, or start in the project's folder")
-    return import_module(name)
+    return import_module(module_name(name))
 
 
 def train(config: TrainConfig | str | None = None, **fields: Any) -> Path:
@@ -39,3 +47,16 @@ def train(config: TrainConfig | str | None = None, **fields: Any) -> Path:
         resolved = read_config(TrainConfig, [config, *overrides] if config else overrides)
     run_dir = import_program("workloads.train.run").run_training(resolved)
     return Path(run_dir.result.local)
+
+
+def main() -> None:
+    """The command `parallelmind`."""
+    try:
+        program = import_program("workloads.__main__")
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    program.main()
+
+
+if __name__ == "__main__":
+    main()

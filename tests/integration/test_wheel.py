@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 import zipfile
@@ -39,32 +40,61 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_contains_packages_and_data_files(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-    assert {name.split("/")[0] for name in names} == {"parallelmind", "workloads", "serving", "experiments"}
-    for folder in ("platform/parallelmind", "workloads", "serving"):
-        root = (ROOT / folder).parent if folder.startswith("platform") else ROOT
+    assert {name.split("/")[0] for name in names} == {"parallelmind"}, "nothing else at the top level"
+    for folder, target in (
+        ("platform/parallelmind", ""),
+        ("workloads", "parallelmind/"),
+        ("serving", "parallelmind/"),
+    ):
+        root = (ROOT / folder).parent
         files = [
             path for path in (ROOT / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts
         ]
-        assert {path.relative_to(root).as_posix() for path in files} <= names
+        assert {target + path.relative_to(root).as_posix() for path in files} <= names
+
+
+def test_every_import_of_the_wheel_resolves_within_it(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        sources = {name: archive.read(name).decode() for name in archive.namelist() if name.endswith(".py")}
+    for name, source in sources.items():
+        for node in ast.walk(ast.parse(source)):
+            imported = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            imported += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for module in imported:
+                root, *rest = module.split(".")
+                assert root not in ("workloads", "serving", "experiments"), f"{name}: {module}"
+                path = "/".join([root, *rest])
+                is_there = f"{path}.py" in sources or f"{path}/__init__.py" in sources
+                assert root != "parallelmind" or is_there, f"{name}: {module}"
 
 
 @pytest.mark.full
 def test_commands_run_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
     python, folder = clusters.bare_python(tmp_path / "bare"), tmp_path / "elsewhere"
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", folder / "site", wheel]
-    subprocess.run(command, check=True, capture_output=True)
+    install = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", wheel]
+    subprocess.run(install, check=True, capture_output=True)
     save_tiny(folder / "tiny")
-    env = {**clusters.environment(python), "PYTHONPATH": str(folder / "site")}
+    (folder / "train.jsonl").write_text('{"input_ids": [5, 6, 7, 8], "answer_offset": 2}\n' * 8)
 
-    def output(*arguments: str) -> str:
+    def output(*arguments: str | Path) -> str:
         completed = subprocess.run(
-            [python, *arguments], cwd=folder, env=env, capture_output=True, text=True, check=False
+            arguments,
+            cwd=folder,
+            env=clusters.environment(python),
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert completed.returncode == 0, completed.stderr
         return completed.stdout
 
-    assert str(folder / "site") in output(
-        "-c", "import parallelmind, serving.app; print(parallelmind.__file__)"
-    )
-    assert "lora_rank" in output("-m", "workloads.train", "--help")
-    assert output("-m", "workloads.generate", "base_model=tiny", "prompt=the", "max_new_tokens=2")
+    where = "import parallelmind, parallelmind.serving.app; print(parallelmind.__file__)"
+    assert str(tmp_path / "bare") in output(python, "-c", where)
+    command = python.parent / "parallelmind"
+    assert "\n  train     " in output(command)
+    assert "    parallelmind train EXPERIMENT|CONFIG.yaml" in output(command, "train", "--help")
+    run = ["base_model=tiny", "data_path=train.jsonl", "name=run"]
+    assert "step 1/1" in output(command, "train", *run)
+    assert output(command, "generate", "lora_path=runs/run-*", "prompt=the", "max_new_tokens=2")
+    module = [python, "-m", "parallelmind.workloads.generate"]
+    assert output(*module, "base_model=tiny", "prompt=the", "max_new_tokens=2")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from docs import PAGES, ROOT, Block, anchors, blocks, code_spans, commands, links, prose
+from docs import PAGES, ROOT, Block, anchors, as_module, blocks, code_spans, commands, links, prose
 
 from parallelmind import cli
 from parallelmind.config import FrozenConfig, TrainConfig, resolve
@@ -114,7 +114,7 @@ def definitions(file: str) -> set[str]:
 
 @of("bash", "sh", "shell")
 def test_commands_are_valid(block: Block) -> None:
-    for words in commands(block):
+    for words in map(as_module, commands(block)):
         if words[0] == "make":
             unknown = [word for word in words[1:] if "=" not in word and word not in TARGETS]
             assert not unknown, f"{block}: make {unknown}"
@@ -203,6 +203,8 @@ def test_parsing_of_a_page(tmp_path: Path) -> None:
         ("python -m workloads.train demo lora_rnak=8", "did you mean lora_rank"),
         ("python -m workloads.evaluate tax data_path=x pool=0", "pool=0"),
         ("python -m workloads.nothing", "no module"),
+        ("parallelmind train demo lora_rnak=8", "did you mean lora_rank"),
+        ("parallelmind nothing", "no module"),
         (".venv/bin/python -m serving port=8000", "lora_path"),
     ],
 )

@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "visibility": {"config", "tree"},
     "hardware": {"errors", "config"},
     "cluster_nodes": {"errors"},
-    "cli": {"errors", "config", "crash_report", "redaction"},
+    "cli": {"errors", "config", "crash_report", "programs", "redaction"},
     "crash_report": {"errors", "redaction"},
     "programs": {"errors", "config"},
     "ray_env": set(),

@@ -23,7 +23,8 @@ class Gpus:
 
     @classmethod
     def of_this_machine(cls) -> Gpus:
-        return cls(hardware.num_gpus(), hardware.has_native_bfloat16())
+        count = hardware.num_gpus()
+        return cls(count, count > 0 and hardware.has_native_bfloat16())  # without a GPU, no torch is imported
 
     @classmethod
     def of_cluster(cls, address: str | None) -> Gpus:

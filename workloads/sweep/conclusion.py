@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 
+from parallelmind import cli
 from parallelmind.remote import RemotePath
 from parallelmind.tracking import Tracker, go_on_without_store, register_model
 from workloads.sweep.journal import Journal
@@ -47,7 +48,7 @@ def train_command(trial: Trial) -> str:
     if not trial.folder:
         return ""
     config_path = f"{trial.folder}/config.yaml"
-    return shlex.join(["python", "-m", "workloads.train", config_path, "output_dir=runs"])
+    return cli.as_typed(shlex.join(["python", "-m", "workloads.train", config_path, "output_dir=runs"]))
 
 
 def _publish_report(
