@@ -77,6 +77,7 @@ docs: setup model ## write the generated parts of docs/: reference, table of mod
 	@$(PY) -m tools.source_files
 	@$(PY) -m tools.memory
 	@$(PY) -m tools.mistakes
+	@$(PY) -m tools.refusals
 	@$(PY) -m tools.figures
 	@$(PY) -m workloads.evaluate support output_path=docs/models.md
 

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from benchmarks.harness import Bench
+from tools import refusals
 
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -50,4 +51,5 @@ BENCHES = [
     Bench("first_use.commands", 2, "lower", "commands", lambda: _cost().commands),
     Bench("first_use.minutes", None, "lower", "min", lambda: _cost().minutes),
     Bench("first_use.megabytes", None, "lower", "MB", lambda: _cost().megabytes),
+    Bench("first_use.slowest_refusal_s", 2.0, "lower", "s", refusals.slowest_s),
 ]

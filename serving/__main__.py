@@ -21,7 +21,7 @@ from typing import Any
 from parallelmind import cli
 from parallelmind.errors import UserError
 from parallelmind.hardware import available_cpus, num_gpus
-from serving.config import AppConfig, NetworkConfig, ServerConfig
+from serving.config import AppConfig, NetworkConfig, ServedModelConfig, ServerConfig
 from serving.ingress.api_keys import read_api_keys
 from serving.ingress.hosts import is_loopback
 from serving.runtime.ray_env import preload_tcmalloc, set_serve_env
@@ -40,8 +40,7 @@ def main(argv: list[str]) -> None:
     config = cli.parse(ServerConfig, argv)
     _require_keys_beyond_loopback(config.network.host, read_api_keys(config.access.api_keys_file))
     _require_free_port(config.network)
-    if config.model.lora_path:
-        _require_adapter(config.model.lora_path)
+    _check_model(config.model)
     set_serve_env(config.network.proxy)  # before Ray is imported
     if library := preload_tcmalloc():
         print(f"engines allocate memory with {library}; LD_PRELOAD= in the environment prevents it")
@@ -118,11 +117,12 @@ def _require_free_port(network: NetworkConfig) -> None:
             ) from error
 
 
-def _require_adapter(lora_path: str) -> None:
-    """Raise UserError for a missing or damaged adapter, before Ray starts."""
-    from parallelmind.model.manifest import read_adapter  # takes seconds: not for --help
+def _check_model(model: ServedModelConfig) -> None:
+    """Raise UserError for a model or an adapter that cannot be loaded, before Ray starts."""
+    from parallelmind.model.preflight import check_model  # takes a second: not for --help
 
-    read_adapter(lora_path)
+    settings = model.model_dump(include={"rope_2d_ratio", "visibility"}, exclude_none=True)
+    check_model(model.base_model, model.lora_path, None, settings)
 
 
 def _greeting(config: ServerConfig) -> str:

@@ -139,7 +139,7 @@ def run_mistake(mistake: Mistake, folder: Path) -> Outcome:
     with mistake.around(folder) as env:
         if mistake.name == CTRL_C:
             return _interrupted(mistake.command, folder)
-        with _start(mistake.command, folder, env, full=mistake.name == FULL) as process:
+        with start(mistake.command, folder, env, full=mistake.name == FULL) as process:
             text, _ = process.communicate(timeout=_TIMEOUT_S)
     return outcome(process.returncode, text, folder)
 
@@ -147,7 +147,7 @@ def run_mistake(mistake: Mistake, folder: Path) -> Outcome:
 @contextmanager
 def training_run(command: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
     """Start a training run and wait for its first logged step."""
-    with _start(command, folder, {}) as process:
+    with start(command, folder, {}) as process:
         assert process.stdout is not None
         _wait_for_line(process.stdout, "step ")
         yield process
@@ -171,7 +171,7 @@ def _ctrl_c(process: subprocess.Popen[str]) -> str:
     return process.communicate(timeout=_TIMEOUT_S)[0]
 
 
-def _start(command: str, folder: Path, env: Mapping[str, str], full: bool = False) -> subprocess.Popen[str]:
+def start(command: str, folder: Path, env: Mapping[str, str], full: bool = False) -> subprocess.Popen[str]:
     """Start a command. With `full`, the folder DISK is a 500 KB file system, visible to this process only."""
     words = [sys.executable if word == "python" else word for word in shlex.split(command)]
     if full:

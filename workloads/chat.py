@@ -138,6 +138,7 @@ def main(argv: list[str]) -> None:
         return
     config = cli.parse(ChatConfig, argv)
     sampling = config.sampling.to_kwargs()  # raises for a value out of range before anything is loaded
+    config.model.check()
     conversation = Conversation(*config.model.load(), sampling, config.main)
     is_terminal = sys.stdin.isatty()
     if is_terminal:

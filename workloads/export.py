@@ -16,6 +16,7 @@ from pydantic import Field
 
 from parallelmind import cli
 from parallelmind.config import AdapterPath, FrozenConfig, OutputPath
+from parallelmind.model.preflight import check_model
 
 
 class ExportConfig(FrozenConfig):
@@ -40,6 +41,7 @@ def main(argv: list[str]) -> None:
         cli.print_help(__doc__ or "", ExportConfig)
         return
     config = cli.parse(ExportConfig, argv)
+    check_model(config.base_model, config.lora_path, None, {})
     # Imported late: torch and peft take seconds to import, and --help needs neither.
     from parallelmind.model.export import export
 

@@ -18,8 +18,6 @@ from filelock import FileLock
 
 from parallelmind import cli
 from parallelmind.config import TrainConfig
-from parallelmind.data.files import file_parts, find_files
-from parallelmind.data.survey import combine_surveys, survey_part
 from parallelmind.errors import UserError
 from tools.mistakes import MISTAKES, PAGE, Mistake, Outcome, outcome, prepare, row, run_mistake
 from workloads.common.devices import Gpus, decide_training
@@ -66,7 +64,7 @@ def as_reported(error: UserError, folder: Path) -> Outcome:
     return outcome(2, f"error: {error}", folder)
 
 
-@pytest.mark.parametrize("name", ["wrong path", "wrong adapter", "port taken"])
+@pytest.mark.parametrize("name", ["wrong path", "wrong format", "wrong adapter", "port taken"])
 def test_immediate_errors(
     name: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,17 +84,6 @@ def test_two_runs_at_once(
         assert row(mistake, run_in_process(mistake, folder, capsys, monkeypatch)) == ROWS[mistake.name], (
             "run make docs"
         )
-
-
-def test_wrong_format(folder: Path) -> None:
-    mistake = NAMED["wrong format"]
-    config = read_config(TrainConfig, shlex.split(mistake.command)[3:]).data
-    parts = file_parts(find_files(config.data_path))
-    with pytest.raises(UserError) as error:
-        combine_surveys(parts, [survey_part(part, config, None) for part in parts]).raise_if_unusable(
-            config, "data_path"
-        )
-    assert row(mistake, as_reported(error.value, folder)) == ROWS[mistake.name], "run make docs"
 
 
 def test_no_gpu(folder: Path) -> None:

@@ -70,6 +70,13 @@ class InferenceModelConfig(FrozenConfig):
         """The model's inputs by field, which no output may replace."""
         return {"base_model": [self.base_model], "lora_path": [self.lora_path]}
 
+    def check(self) -> None:
+        """Raise UserError for a model that cannot be loaded, before a library is imported that loads it."""
+        from parallelmind.model.preflight import check_model
+
+        settings = self.model_dump(exclude={"base_model", "lora_path"}, exclude_none=True)
+        check_model(self.base_model, self.lora_path, self.quantize, settings)
+
     def load(self, **options: Any) -> tuple[Any, Any]:
         """Load model and tokenizer, on the GPU if `use_gpu` says so. Without a GPU, compute with all CPUs.
 

@@ -40,10 +40,9 @@ import sys
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from pydantic import Field, model_validator
-from transformers import PreTrainedTokenizerBase
 
 from parallelmind import cli
 from parallelmind.config import ModelConfig, OutputPath
@@ -53,9 +52,11 @@ from parallelmind.data.convert.settings import ConvertSettings
 from parallelmind.data.convert.source_records import BadRecord, ParallelRecord
 from parallelmind.data.files import find_files
 from parallelmind.errors import UserError, translate_write_errors
-from parallelmind.model.base_model import load_tokenizer
 from parallelmind.outputs import check_output
 from parallelmind.storage import atomic_file
+
+if TYPE_CHECKING:  # a model library takes seconds to import
+    from transformers import PreTrainedTokenizerBase
 
 _MAX_REPORTED = 10  # bad records
 _OUTPUT_SUFFIXES = (".jsonl", ".jsonl.gz")
@@ -94,6 +95,8 @@ class ConvertConfig(ConvertSettings):
         return self
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        from parallelmind.model.base_model import load_tokenizer
+
         return load_tokenizer(
             ModelConfig(base_model=self.base_model, trust_remote_code=self.trust_remote_code)
         )

@@ -29,34 +29,25 @@ on it. All types take some minutes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from importlib import import_module
 
 from parallelmind import cli
-from parallelmind.config import FrozenConfig
 from parallelmind.errors import UserError
-from workloads.evaluate.answers import AnswersConfig, evaluate_answers
-from workloads.evaluate.attention import AttentionConfig, evaluate_attention
-from workloads.evaluate.support import SupportConfig, evaluate_support
-from workloads.evaluate.tax import TaxConfig, evaluate_tax
 
-_EVALUATIONS: dict[str, tuple[type[FrozenConfig], Callable[[list[str]], None]]] = {
-    "answers": (AnswersConfig, evaluate_answers),
-    "tax": (TaxConfig, evaluate_tax),
-    "attention": (AttentionConfig, evaluate_attention),
-    "support": (SupportConfig, evaluate_support),
-}
+EVALUATIONS = ("answers", "tax", "attention", "support")  # each a module with NAMEConfig and evaluate_NAME
 
 
 def main(argv: list[str]) -> None:
     name = argv[0] if argv else ""
-    if name in _EVALUATIONS:
-        config_class, evaluate = _EVALUATIONS[name]
+    if name in EVALUATIONS:
+        module = import_module(f"{__package__}.{name}")  # late: torch and transformers take seconds
         if cli.wants_help(argv):
-            cli.print_help(__doc__ or "", config_class)
+            cli.print_help(__doc__ or "", getattr(module, f"{name.capitalize()}Config"))
         else:
-            evaluate(argv[1:])
+            getattr(module, f"evaluate_{name}")(argv[1:])
         return
-    names = ", ".join(_EVALUATIONS)
+    names = ", ".join(EVALUATIONS)
     if not cli.wants_help(argv):
         raise UserError(f"{f'evaluate {name}'.strip()}: unknown evaluation; choose one of {names}")
-    print(f"{cli.flowing(__doc__ or '')}\n\nevaluate NAME --help lists the fields of each: {names}.")
+    print(cli.flowing(cli.as_typed(__doc__ or "")))
+    print(f"\nevaluate NAME --help lists the fields of each: {names}.")

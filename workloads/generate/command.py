@@ -36,6 +36,7 @@ def main(argv: list[str]) -> None:
         return
     config = cli.parse(GenerateConfig, argv)
     config.sampling.to_kwargs()  # reject a value out of range before anything is loaded
+    config.model.check()
     if config.run.output_path is not None:
         check_output(config.run.output_path, "output_path", **config.model.paths())
     # Imported late: torch and Ray take seconds to import, and --help needs neither.

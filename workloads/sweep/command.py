@@ -18,12 +18,13 @@ import signal
 from parallelmind import cli
 from parallelmind.config import TrainConfig
 from parallelmind.config.yaml_file import yaml_values
-from parallelmind.data.files import find_files
 from parallelmind.remote import RemotePath
 from workloads.common.devices import decide_training
 from workloads.common.read_config import read_config
 from workloads.sweep.config import SweepConfig
 from workloads.sweep.space import check_space
+from workloads.train.data_files import DataFiles
+from workloads.train.preflight import check_run
 from workloads.train.run_dir import lock_dir
 
 
@@ -44,9 +45,7 @@ def run_sweep(config: SweepConfig) -> RemotePath:
     trials are saved then.
     """
     check_space(config)
-    find_files(config.train.data.data_path)
-    if config.train.data.validation_path:
-        find_files(config.train.data.validation_path, "validation_path")
+    check_run(config.train, DataFiles.find(config.train.data))
     config = config.replace(train=decide_training(config.train))
     sweep_dir = sweep_dir_of(config)
     with lock_dir(sweep_dir, config.name, config.train.run.output_dir):

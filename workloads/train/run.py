@@ -8,6 +8,7 @@ from parallelmind.config import TrainConfig
 from workloads.common.devices import decide_training
 from workloads.common.stopping import run_stoppable
 from workloads.train.data_files import DataFiles
+from workloads.train.preflight import check_run
 from workloads.train.run_dir import RunDir, lock_dir
 from workloads.train.same_name import check_no_changed_run, find_run_dir
 
@@ -30,6 +31,7 @@ def run_training(config: TrainConfig) -> RunDir:
         return run_dir
     check_no_changed_run(config, run_dir)
     files = DataFiles.find(config.data)
+    check_run(config, files)
     with lock_dir(run_dir.path, config.run.name, config.run.output_dir), ThreadPoolExecutor(1) as executor:
         from workloads.common import cluster
 

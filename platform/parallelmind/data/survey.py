@@ -25,7 +25,6 @@ from parallelmind.storage import atomic_file
 SAMPLE_CHARACTERS = 1 << 20  # size of a survey's sample; a tokenizer needs about a second for it
 
 _COUNTS = ("lines", "records", "branches", "reduces", "trees", "standalone")
-_CONVERT_REMEDY = "convert it to parallel JSONL with `python -m workloads.convert`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,16 +67,18 @@ class Survey:
     sample: list[Record] = field(default_factory=list)
     hashes: RecordHashes = field(default_factory=RecordHashes)
 
-    def raise_if_unusable(self, data: DataConfig, field: str) -> None:
+    def raise_if_unusable(self, data: DataConfig, field: str, convert_fields: str = "") -> None:
         """Raise UserError if there is no good record, or more bad lines than the settings allow.
 
-        field: the config field that names the files.
+        field: the config field that names the files. convert_fields: of the command that converts them.
         """
         path = f"{field}={getattr(data, field)}"
         first_bad = f", the first: {self.bad[0]}" if self.bad else ""
         if not self.records:
+            fields = convert_fields or f"data_path={getattr(data, field)} output_path=parallel.jsonl"
             raise UserError(
-                f"{path}: holds no record (bad lines: {len(self.bad)}{first_bad}); {_CONVERT_REMEDY}"
+                f"{path}: holds no record (bad lines: {len(self.bad)}{first_bad}); "
+                f"convert it to parallel JSONL with `python -m workloads.convert {fields}`"
             )
         if data.strict and self.bad:
             raise UserError(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from parallelmind.engine.request import Sample, Text, is_list
 from parallelmind.errors import UserError, first_line, short_repr
+
+if TYPE_CHECKING:  # a model library takes seconds to import
+    from transformers import PreTrainedTokenizerBase
 
 Message = Mapping[str, Any]  # role and content, as the chat template takes them
 Prompt = Text | Sequence[Message] | Sample

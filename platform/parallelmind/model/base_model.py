@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -22,21 +21,20 @@ from transformers import (
 )
 
 from parallelmind.config import ModelConfig
-from parallelmind.errors import UserError, first_line, translate_read_errors
+from parallelmind.errors import UserError, first_line
 from parallelmind.hardware import decided_dtype
+from parallelmind.model.base_name import SMOLLM2, check_base_name, is_hub_id
 from parallelmind.model.hf_compat import no_load_report, no_progress_bars, sharded_loading
 from parallelmind.model.hub import find_hub_model
 from parallelmind.model.new_tokens import extend_model, extend_tokenizer
 from parallelmind.model.quantize import keep_differentiable, quantization_config
-from parallelmind.model.smollm2 import SMOLLM2, fetch_smollm2, smollm2_folder
+from parallelmind.model.smollm2 import fetch_smollm2, smollm2_folder
 from parallelmind.model.weight_check import check_loaded, find_file_problem, find_pickles
-from parallelmind.storage import expand_home, similar_path
+from parallelmind.storage import expand_home
 
 # Passed to from_pretrained. FlexAttention reads long sequences of a patched model that is set to sdpa. Flash
 # attention takes no mask that depends on two coordinates.
 ATTENTION = ("sdpa", "eager")
-
-_HUB_ID = re.compile(r"(?!.*(--|\.\.|[.-]$|[.-]/))[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def resolve_base_model(name: str) -> str:
@@ -47,31 +45,15 @@ def resolve_base_model(name: str) -> str:
     """
     if name == SMOLLM2:
         return str(fetch_smollm2())
+    check_base_name(name)
     folder = Path(expand_home(name))
-    with translate_read_errors("base_model", name):
-        if folder.is_dir():
-            if not (folder / "config.json").is_file():
-                raise UserError(
-                    f"base_model={name}: holds no config.json; give the folder that save_pretrained wrote"
-                )
-            return str(folder)
-    if not is_hub_id(name):
-        raise UserError(
-            f"base_model={name}: no such folder{similar_path(str(folder))} and no hub id; "
-            f"give {SMOLLM2}, a local folder or org/name"
-        )
-    return name
+    return str(folder) if folder.is_dir() else name
 
 
 def base_location(name: str) -> str:
     """What other libraries load as the base model `name`: a hub id, or an absolute path of this machine."""
     folder = smollm2_folder() if name == SMOLLM2 else Path(expand_home(name))
     return str(folder.absolute()) if folder.is_dir() else name
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether the name can be a hub id and is not a local folder."""
-    return _HUB_ID.fullmatch(name) is not None and not Path(expand_home(name)).is_dir()
 
 
 def load_base(

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from parallelmind.config import ModelConfig
-from parallelmind.model.base_model import is_hub_id
+from parallelmind.model.base_name import is_hub_id
 from parallelmind.model.manifest import CARD, Manifest
 
 _PARALLEL = "It reads and writes several branches of text in one sequence, in one forward pass."

@@ -22,20 +22,33 @@ def find_hub_model(name: str) -> str:
     transformers reads a folder without the network; for a hub id it would retry for minutes. Raises UserError
     if the hub does not answer and the model is not cached.
     """
-    problem = _hub_problem(int(time.monotonic() / _REMEMBERED_S))
+    cached, problem = _look_up(name)
     if problem is None:
         return name
+    warnings.warn(
+        UserNotice(f"base_model={name}: read from the cache, since the hub cannot be reached ({problem})"),
+        stacklevel=2,
+    )
+    return str(cached)
+
+
+def check_hub_model(name: str) -> None:
+    """Raise UserError as `find_hub_model` does."""
+    _look_up(name)
+
+
+def _look_up(name: str) -> tuple[Path | None, str | None]:
+    """The folder of the cached files and why the hub cannot be used; both None while it answers."""
+    problem = _hub_problem(int(time.monotonic() / _REMEMBERED_S))
+    if problem is None:
+        return None, None
     config = try_to_load_from_cache(name, "config.json")
     if not isinstance(config, str):
         raise UserError(
             f"base_model={name}: is not in the hub's cache on this machine, and the hub cannot be reached "
             f"({problem}); connect this machine to it, or give a local folder"
         )
-    warnings.warn(
-        UserNotice(f"base_model={name}: read from the cache, since the hub cannot be reached ({problem})"),
-        stacklevel=2,
-    )
-    return str(Path(config).parent)
+    return Path(config).parent, problem
 
 
 @lru_cache(maxsize=1)

@@ -8,8 +8,9 @@ from huggingface_hub import try_to_load_from_cache
 
 from parallelmind.config import ModelConfig
 from parallelmind.errors import UserError
-from parallelmind.model.base_model import is_hub_id, load_base_config, load_tokenizer, resolve_base_model
-from parallelmind.model.smollm2 import SMOLLM2, smollm2_folder
+from parallelmind.model.base_model import load_base_config, load_tokenizer, resolve_base_model
+from parallelmind.model.base_name import SMOLLM2, is_hub_id
+from parallelmind.model.smollm2 import smollm2_folder
 from parallelmind.model.weight_check import find_file_problem
 from parallelmind.storage import expand_home
 

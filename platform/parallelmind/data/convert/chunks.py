@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from parallelmind.data.convert.source_records import BadRecord, ParallelRecord
 from parallelmind.data.convert.token_spans import TokenSpans, token_spans
 from parallelmind.data.encode import bos_ids, encode_texts
+
+if TYPE_CHECKING:  # a model library takes seconds to import
+    from transformers import PreTrainedTokenizerBase
 
 _MIN_BLOCK = 1 << 16  # characters tokenised together
 

@@ -6,9 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
-from typing import Any, get_args
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, get_args
 
 from parallelmind.data.convert.columns import Columns
 from parallelmind.data.convert.documents import group_by_article
@@ -24,6 +22,9 @@ from parallelmind.data.convert.record_converter import RecordConverter
 from parallelmind.data.convert.settings import ConvertSettings
 from parallelmind.data.convert.source_records import BadRecord, ParallelRecord, SourceRecord, convert_each
 from parallelmind.errors import UserError
+
+if TYPE_CHECKING:  # a model library takes seconds to import
+    from transformers import PreTrainedTokenizerBase
 
 Results = Iterator[ParallelRecord | BadRecord]
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from parallelmind.data.convert.answers import (
     PREFERENCE_KEYS,
@@ -39,6 +37,9 @@ from parallelmind.data.record_parser import parse_value
 from parallelmind.data.records import RecordError
 from parallelmind.data.tokenise import NO_LIMITS, tokenise
 from parallelmind.layout import Tokens
+
+if TYPE_CHECKING:  # a model library takes seconds to import
+    from transformers import PreTrainedTokenizerBase
 
 _QUESTION_KEYS = ("question", "query")  # their texts go through the templates, which add the spaces
 
