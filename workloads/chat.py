@@ -11,6 +11,8 @@ decoded in parallel:
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 from pydantic import Field
@@ -22,19 +24,24 @@ from rich.text import Text
 
 import parallelmind as pm
 from parallelmind import cli
-from parallelmind.config import GroupedConfig
+from parallelmind.config import GroupedConfig, resolve
+from parallelmind.config.other_names import similar_name
 from parallelmind.engine.linear import linearized
 from parallelmind.engine.prompt import chat_ids
-from parallelmind.errors import DecodingError, UserError
+from parallelmind.errors import DecodingError, UserError, format_value
+from parallelmind.storage import cache_dir
 from workloads.common.inference_config import InferenceModelConfig, SamplingConfig
 
-COMMANDS = """/main TEXT   set the passage that all prompts share; /main alone removes it
-/reset       clear the conversation and the passage
-/help        show these commands
-/quit        leave (Ctrl-D does the same); Ctrl-C stops the current answer
-A || B       decode prompts A and B in parallel"""
+COMMANDS = """/main TEXT          set the passage that all prompts share; /main alone removes it
+/reset              clear the conversation and the passage
+/temperature 0.7    change a setting, here or of any other sampling field; without a value: show it
+/settings           show all settings
+/help               show these commands
+/quit               leave (Ctrl-D does the same); Ctrl-C stops the current answer
+A || B              decode prompts A and B in parallel"""
 
 _SEPARATOR = " || "
+_NAMES = ("main", "reset", "settings", "help", "quit", "exit")  # of commands that are no settings
 
 
 class ChatSamplingConfig(SamplingConfig):
@@ -54,7 +61,7 @@ class ChatConfig(GroupedConfig):
 class Conversation:
     """State of one chat: the passage and the messages. Only single prompts add messages."""
 
-    def __init__(self, model: Any, tokenizer: Any, sampling: dict[str, Any], main: str = "") -> None:
+    def __init__(self, model: Any, tokenizer: Any, sampling: ChatSamplingConfig, main: str = "") -> None:
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
         self.main = main
         self.messages: list[dict[str, str]] = []
@@ -65,15 +72,43 @@ class Conversation:
         command, _, argument = line.strip().partition(" ")
         if command in ("/quit", "/exit"):
             return False
-        if command == "/main":
-            self.main = argument.strip()
-        elif command == "/reset":
-            self.main, self.messages = "", []
-        elif command.startswith("/"):
-            self.console.print(COMMANDS, markup=False)
+        if command.startswith("/"):
+            try:
+                self._run_command(command[1:], argument.strip())
+            except UserError as error:
+                self._say(f"error: {error}")
         elif command:
             self.answer([prompt.strip() for prompt in line.split(_SEPARATOR) if prompt.strip()])
         return True
+
+    def _run_command(self, name: str, argument: str) -> None:
+        """Run a command. Raises UserError for one that does not exist, and for a bad value of a setting."""
+        if name == "main":
+            self.main = argument
+        elif name == "reset":
+            self.main, self.messages = "", []
+        elif name == "help":
+            self._say(COMMANDS)
+        elif name == "settings":
+            for field, value in self.sampling:
+                self._say(f"{field}={format_value(value)}")
+        elif name not in ChatSamplingConfig.model_fields:
+            similar = similar_name(name, [*_NAMES, *ChatSamplingConfig.model_fields])
+            hint = f" (did you mean /{similar}?)" if similar else ""
+            raise UserError(f"/{name}: unknown command{hint}; /help lists them")
+        else:
+            self._set(name, argument)
+
+    def _set(self, field: str, value: str) -> None:
+        """Change a sampling setting if a value is given, and show it."""
+        if value:
+            changed = resolve(ChatSamplingConfig, self.sampling.model_dump(), [f"{field}={value}"])
+            changed.to_kwargs()  # raises for a value out of range
+            self.sampling = changed
+        self._say(f"{field}={format_value(getattr(self.sampling, field))}")
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, markup=False)
 
     def answer(self, prompts: list[str]) -> None:
         """Decode and show the answers. An error or Ctrl-C is reported, and the conversation continues."""
@@ -83,9 +118,9 @@ class Conversation:
             else:
                 self._answer_parallel(prompts)
         except (UserError, DecodingError) as error:
-            self.console.print(f"error: {error}", markup=False)
+            self._say(f"error: {error}")
         except KeyboardInterrupt:
-            self.console.print("\n(stopped)", markup=False)
+            self._say("\n(stopped)")
 
     def to_sample(self, prompt: str) -> pm.Sample:
         """The conversation with a new prompt, as the token ids of the chat template.
@@ -97,10 +132,13 @@ class Conversation:
         messages = [*self.messages, {"role": "user", "content": prompt}]
         return pm.Sample(branches=[chat_ids(self.tokenizer, messages)])
 
+    def _stream(self, sample: pm.Sample) -> Iterator[pm.Event]:
+        settings = self.sampling.to_kwargs()
+        return linearized(pm.stream(self.model, self.tokenizer, sample, **settings))
+
     def _answer_single(self, prompt: str) -> None:
         answer = ""
-        events = pm.stream(self.model, self.tokenizer, self.to_sample(prompt), **self.sampling)
-        for event in linearized(events):
+        for event in self._stream(self.to_sample(prompt)):
             event.raise_error()
             answer += event.text
             print(event.text, end="", flush=True)
@@ -109,8 +147,7 @@ class Conversation:
 
     def _answer_parallel(self, prompts: list[str]) -> None:
         texts = [""] * len(prompts)
-        sample = pm.Sample(self.main, prompts)
-        events = linearized(pm.stream(self.model, self.tokenizer, sample, **self.sampling))
+        events = self._stream(pm.Sample(self.main, prompts))
         if not self.console.is_terminal:
             for event in events:
                 event.raise_error()
@@ -137,19 +174,44 @@ def main(argv: list[str]) -> None:
         cli.print_help(f"{(__doc__ or '').strip()}\n\n{COMMANDS}", ChatConfig)
         return
     config = cli.parse(ChatConfig, argv)
-    sampling = config.sampling.to_kwargs()  # raises for a value out of range before anything is loaded
+    config.sampling.to_kwargs()  # raises for a value out of range before anything is loaded
     config.model.check()
-    conversation = Conversation(*config.model.load(), sampling, config.main)
+    conversation = Conversation(*config.model.load(), config.sampling, config.main)
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         print(COMMANDS)
+    with line_history() if is_terminal else nullcontext():
+        for line in read_lines("> " if is_terminal else ""):
+            if not conversation.handle_line(line):
+                return
+
+
+def read_lines(prompt: str) -> Iterator[str]:
+    """The lines that are typed, until the end of the input. Ctrl-C discards the line."""
     while True:
         try:
-            line = input("> " if is_terminal else "")
+            yield input(prompt)
         except EOFError:
             return
-        if not conversation.handle_line(line):
-            return
+        except KeyboardInterrupt:
+            print("\n(Ctrl-D or /quit leaves)")
+
+
+@contextmanager
+def line_history() -> Iterator[None]:
+    """Let lines be edited, and called back with the arrow keys, also those of earlier chats."""
+    import readline  # from here on, `input` uses it
+
+    file = cache_dir() / "chat_history"
+    with suppress(OSError):  # none yet
+        readline.read_history_file(file)
+    readline.set_history_length(1000)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # history is a convenience: a full disk must not hide what was said
+            file.parent.mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(file)
 
 
 if __name__ == "__main__":

@@ -59,8 +59,76 @@ def test_single_prompts_continue_the_conversation(tiny, monkeypatch):
 @pytest.mark.parametrize("kind", CHAT_KINDS)
 def test_chat_reads_the_token_ids_of_the_chat_template(kind):
     tokenizer = chat_tokenizer(kind)
-    conversation = chat.Conversation(None, tokenizer, {})
+    conversation = chat.Conversation(None, tokenizer, chat.ChatSamplingConfig())
     conversation.messages = random_conversation(kind, random.Random(kind), 2)
     messages = [*conversation.messages, {"role": "user", "content": " who?"}]
     sample = tokenize_sample(tokenizer, conversation.to_sample(" who?"))
     assert sample.ids.tolist() == chat_ids(tokenizer, messages, add_generation_prompt=True)
+
+
+@pytest.fixture
+def conversation():
+    return chat.Conversation(None, tiny_tokenizer(), chat.ChatSamplingConfig())
+
+
+def test_settings_change_and_are_shown(conversation, capsys):
+    for line in ("/temperature 0.7", "/temperature", "/stop [END]", "/settings"):
+        assert conversation.handle_line(line)
+    assert conversation.sampling.temperature == 0.7
+    assert conversation.sampling.stop == ["END"]
+    out = capsys.readouterr().out
+    assert out.startswith("temperature=0.7\ntemperature=0.7\nstop=")
+    assert "max_new_tokens=256\n" in out
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ("/temprature 1", "error: /temprature: unknown command (did you mean /temperature?)"),
+        ("/temperature -1", "error: temperature=-1.0: give 0 (greedy)"),
+        ("/temperature warm", "error: temperature=warm: "),
+    ],
+)
+def test_a_wrong_command_is_told_and_changes_nothing(conversation, capsys, line, error):
+    before = conversation.sampling
+    assert conversation.handle_line(line)
+    assert capsys.readouterr().out.replace("\n", " ").startswith(error)
+    assert conversation.sampling == before
+
+
+def test_ctrl_c_at_the_prompt_discards_the_line(monkeypatch, capsys):
+    typed = iter([KeyboardInterrupt, "who", EOFError])
+
+    def read(_):
+        item = next(typed)
+        if isinstance(item, str):
+            return item
+        raise item
+
+    monkeypatch.setattr("builtins.input", read)
+    assert list(chat.read_lines("> ")) == ["who"]
+    assert "/quit leaves" in capsys.readouterr().out
+
+
+def test_ctrl_c_stops_the_answer_alone(conversation, monkeypatch, capsys):
+    def interrupted(*args, **settings):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(chat.pm, "stream", interrupted)
+    assert conversation.handle_line("who")
+    assert "(stopped)" in capsys.readouterr().out
+    assert conversation.messages == []
+
+
+def test_lines_of_earlier_chats_are_kept(monkeypatch, tmp_path):
+    import readline
+
+    monkeypatch.setenv("PARALLELMIND_CACHE", str(tmp_path / "cache"))
+    readline.clear_history()
+    with chat.line_history():
+        readline.add_history("who")
+    readline.clear_history()
+    with chat.line_history():
+        assert readline.get_history_item(1) == "who"
+    readline.clear_history()
