@@ -13,7 +13,7 @@ def config() -> SweepConfig:
         name="forking",
         train=TrainConfig(
             data_path="runs/data/forking.sequential.jsonl",
-            fork_markers=["<issue_start>", "<issue_comment>", "<issue_closed>", "<file_sep>"],
+            fork_markers=["{{", "||", "}}", "@@"],
             visibility="isolated",
             dtype="bfloat16",
             max_branch_tokens=1024,

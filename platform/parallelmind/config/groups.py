@@ -169,9 +169,8 @@ class DataConfig(FrozenConfig):
     )
     fork_markers: list[str] = Field(
         [],
-        description="four texts, such as reserved tokens, with which the model learns to fork by itself: "
-        "before, between and after the titles of the branches, and at the start of the reduce; "
-        "[]: only requests fork",
+        description="four texts with which the model learns to fork by itself: before, between and after "
+        "the titles of the branches, and at the start of the reduce; []: only requests fork",
     )
     strict: bool = Field(False, description="stop at the first bad record instead of skipping it")
     max_bad_records: float | None = Field(
