@@ -185,7 +185,8 @@ class ModelRunner:
             return
         groups = self._linears.groups if self._linears else ()
         by_row = bool(groups) and is_possible(self.model, groups)
-        self._lora = LoraRows(self.model, groups) if by_row else None
+        head = causal_lm(self.model).get_output_embeddings()
+        self._lora = LoraRows(self.model, groups, head) if by_row else None
 
     @torch.inference_mode()
     def warm_up(self, always: bool, tables: BlockTables) -> bool:

@@ -53,18 +53,23 @@ class LoraRows:
     `is_possible` says for which models this holds. An adapter that is added or removed needs a new object.
     """
 
-    def __init__(self, model: nn.Module, groups: Sequence[LinearGroup]) -> None:
+    def __init__(
+        self, model: nn.Module, groups: Sequence[LinearGroup], head: nn.Module | None = None
+    ) -> None:
+        """head: the layer that reads the sampled tokens alone, with or without its adapters."""
         self._layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
         owners = {id(layer.base_layer): layer for layer in self._layers}
         self._owners = [[owners.get(id(layer)) for layer in group.layers] for group in groups]
         self._sizes = [group.sizes for group in groups]
+        head = getattr(head, "base_layer", head)
+        self._reads_sampled = [head in group.layers for group in groups]
         self._columns = [
             sum(sizes) if any(owners) else 0 for owners, sizes in zip(self._owners, self._sizes, strict=True)
         ]
         self._kernels = {dtype: _kernel(name) for dtype, name in _KERNELS.items()}
         self._adapters: dict[str, _Adapter] = {}  # by version
         self._table = np.empty((len(groups), 0, 2), np.int64)
-        self._pointers = np.zeros((len(groups), 2), np.int64)  # `Adapters` of each group in operators.cpp
+        self._pointers = np.zeros((len(groups), 3), np.int64)  # `Adapters` of each group in operators.cpp
         self._rows = self._sampled_rows = np.empty(0, np.int32)
 
     def begin(self, inputs: ModelInput) -> None:
@@ -73,7 +78,7 @@ class LoraRows:
         self._sampled_rows = self._rows[inputs.logits_indices]
         self._table = np.stack([self._adapter(version).groups for version in inputs.adapters], axis=1)
         addresses = self._table.ctypes.data + self._table.strides[0] * np.arange(len(self._table))
-        self._pointers = np.stack([self._columns, addresses], axis=1)
+        self._pointers = np.stack([self._columns, addresses, self._reads_sampled], axis=1)
 
     def _adapter(self, version: str) -> _Adapter:
         if version not in self._adapters:
@@ -82,11 +87,10 @@ class LoraRows:
 
     def add(self, group: int, input: Tensor, product: Tensor) -> None:
         """Add the adapters of the step's samples to `product`, the group's product with `input`, in place."""
-        columns, adapters = self._pointers[group].tolist()
+        columns, adapters, reads_sampled = self._pointers[group].tolist()
         if columns:
             input = input.contiguous()
-            # The head reads the sampled tokens alone.
-            rows = self._rows if input.shape[-2] == len(self._rows) else self._sampled_rows
+            rows = self._sampled_rows if reads_sampled else self._rows
             self._kernels[input.dtype](
                 input.data_ptr(),
                 product.data_ptr(),
@@ -97,10 +101,9 @@ class LoraRows:
                 rows.ctypes.data,
             )
 
-    def pointers(self) -> tuple[int, int, int, int]:
-        """The adapters of each group, the number of tokens, and the adapter of each and of sampled ones."""
-        rows = self._rows.ctypes.data, self._sampled_rows.ctypes.data
-        return self._pointers.ctypes.data, len(self._rows), *rows
+    def pointers(self) -> tuple[int, int, int]:
+        """The adapters of each group, and the adapter of each token and of each sampled one."""
+        return self._pointers.ctypes.data, self._rows.ctypes.data, self._sampled_rows.ctypes.data
 
     @contextmanager
     def active(self) -> Iterator[None]:

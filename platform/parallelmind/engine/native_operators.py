@@ -18,7 +18,7 @@ from parallelmind.engine.step import Step
 from parallelmind.model import step_ops
 from parallelmind.model.packed_linear import OneDnnProduct, PackedLinears, Product, product_dtype
 
-_P, _I = ctypes.c_void_p, ctypes.c_int64
+_P = ctypes.c_void_p
 _LINEAR = "int32_t aoti_torch_cpu_step_linear(AtenTensorHandle, int64_t, int64_t, AtenTensorHandle*)"
 _ATTEND = (
     "int32_t aoti_torch_cpu_step_attend(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, "
@@ -35,10 +35,8 @@ class _Pool(ctypes.Structure):
 
 
 class _Pass(ctypes.Structure):
-    _fields_ = (
-        *((name, _P) for name in ("linears", "adapters", "pools", "windows")),
-        ("tokens", _I),
-        *((name, _P) for name in ("adapter", "sampled_adapter")),
+    _fields_ = tuple(
+        (name, _P) for name in ("linears", "adapters", "pools", "windows", "adapter", "sampled_adapter")
     )
 
 
@@ -94,7 +92,7 @@ class NativeOperators:
         current = _Pass(ctypes.addressof(self._linears), None, ctypes.addressof(self._pools))
         current.windows = ctypes.addressof(windows)
         if step.lora is not None:
-            current.adapters, current.tokens, current.adapter, current.sampled_adapter = step.lora.pointers()
+            current.adapters, current.adapter, current.sampled_adapter = step.lora.pointers()
         self._run(ctypes.byref(current))
         try:
             yield

@@ -66,3 +66,19 @@ def test_each_row_gets_its_own_adapter(dtype: torch.dtype, error: float) -> None
     want = 1 + expected(model, input)
     assert (product - want).abs().max() < error * want.abs().max()
     assert (product[0, 3] == 1).all(), "the base has no adapter"
+
+
+@torch.no_grad()
+def test_the_head_reads_the_sampled_tokens_in_their_order() -> None:
+    """Also where they are as many as all tokens, as with log-probabilities of a prompt."""
+    model = adapted_model(torch.float32)
+    layers = [model.base_model.model[name].base_layer for name in "qk"]
+    groups = [LinearGroup(layers, reads_tokens=True)]
+    order, adapter = np.array([1, 2, 0]), np.array([0, 0, 1])
+    head, other = LoraRows(model, groups, model.base_model.model["q"]), LoraRows(model, groups)
+    head.begin(SimpleNamespace(adapter=adapter, adapters=ADAPTERS, logits_indices=order))
+    other.begin(SimpleNamespace(adapter=adapter[order], adapters=ADAPTERS, logits_indices=order))
+    input, products = torch.randn(1, 3, INPUTS), [torch.zeros(1, 3, sum(SIZES)) for _ in range(2)]
+    for rows, product in zip((head, other), products, strict=True):
+        rows.add(0, input, product)
+    assert products[0].equal(products[1])

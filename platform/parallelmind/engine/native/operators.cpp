@@ -19,6 +19,7 @@ struct Linear {  // layers that read the same tensor
 struct Adapters {  // of the same layers, for the samples of a pass
   int64_t columns;  // outputs of all layers; 0 if no adapter has any of them
   const Adapter* adapters;
+  int64_t reads_sampled;  // whether the layers read the tokens that are sampled, and no others
 };
 
 struct Pool {  // of one layer, [slots, kv_heads, dim]
@@ -30,7 +31,6 @@ struct Pass {  // one forward pass
   const Adapters* adapters;    // by group; null for none
   const Pool* pools;           // by layer
   const Step* const* windows;  // by the number that a layer's mask holds
-  int64_t tokens;
   const int32_t *adapter, *sampled_adapter;  // of each token, and of each token that is sampled
 };
 
@@ -124,7 +124,7 @@ AtenTensorHandle multiply(const Linear& linear, AtenTensorHandle input) {
 void add_adapters(const Adapters& adapters, AtenTensorHandle input_handle, AtenTensorHandle product) {
   const Tensor input = dense(input_handle, 0), out(product);
   const int64_t rows = input.rows(), inputs = input.sizes[input.dims - 1];
-  const int32_t* adapter = rows == running->tokens ? running->adapter : running->sampled_adapter;
+  const int32_t* adapter = adapters.reads_sampled ? running->sampled_adapter : running->adapter;
   if (input.is_float())
     add_low_rank_float32((const float*)input.data, (float*)out.data, rows, inputs, adapters.columns,
                          adapters.adapters, adapter);
