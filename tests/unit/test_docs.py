@@ -219,9 +219,10 @@ def outline(page: Path) -> list[str]:
     return re.findall(r"^(#+(?= )|\|)", prose(page), re.MULTILINE)
 
 
-def test_both_readmes_have_the_same_structure() -> None:
+@pytest.mark.parametrize("name", ["README", "docs/quickstart", "docs/pos2d"])
+def test_pages_in_chinese_have_the_structure_of_the_english_ones(name: str) -> None:
     """Both have the same code blocks, headings of each level and table rows."""
-    english, chinese = ROOT / "README.md", ROOT / "README.zh-CN.md"
+    english, chinese = ROOT / f"{name}.md", ROOT / f"{name}.zh-CN.md"
     assert [(b.language, b.text) for b in blocks(chinese)] == [(b.language, b.text) for b in blocks(english)]
     assert outline(chinese) == outline(english)
 
