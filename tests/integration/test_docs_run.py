@@ -25,9 +25,10 @@ from reader import Reader, reader
 from resident import NOT_HERE
 
 NOT_RUN = {"", "json", "yaml"}  # languages of blocks without commands
-# The pages in Chinese have the same blocks. inference.md comes first, because other pages use its last server.
+# Pages in Chinese have the same blocks. inference.md comes first: other pages use its last server.
 RUN = sorted(
-    (page for page in PAGES if not page.name.endswith(".zh-CN.md")), key=lambda page: page.name != "inference.md"
+    (page for page in PAGES if not page.name.endswith(".zh-CN.md")),
+    key=lambda page: page.name != "inference.md",
 )
 FIRST_READ = {
     ROOT / "README.md",
