@@ -200,6 +200,13 @@ class ReplicasConfig(_Group):
     cache_tokens: int | None = Field(
         None, ge=64, description="capacity of an engine's KV cache in tokens; null: by the free memory"
     )
+    document_cache: HomePath | None = Field(
+        None,
+        description="folder in which engines keep the keys and values of documents; null: in memory only",
+    )
+    document_cache_bytes: int = Field(
+        10 << 30, ge=1, description="size of that folder; the longest unused documents are removed first"
+    )
     compile: bool | Literal["auto"] = Field(
         "auto",
         description="compile the forward pass before an engine starts: takes about half a minute, then steps "

@@ -13,6 +13,7 @@ from engines import COLUMNAR, tiny_engine
 from starlette.types import ASGIApp
 from tiny import tiny_tokenizer
 
+from parallelmind.config import RopeConfig
 from parallelmind.engine.engine import Engine
 from parallelmind.engine.request import Sample
 from parallelmind.engine.tokenization import tokenize_request
@@ -69,10 +70,13 @@ class LoopStream:
 
 
 def with_server(
-    folder: Path, act: Callable[[ASGIApp, Engine, Ingress], Coroutine[Any, Any, Any]], **limits: float
+    folder: Path,
+    act: Callable[[ASGIApp, Engine, Ingress], Coroutine[Any, Any, Any]],
+    config: RopeConfig = COLUMNAR,
+    **limits: float,
 ) -> Any:
-    """Call `act` with an application in front of an engine of a columnar model. limits: of the engine."""
-    engine = tiny_engine(COLUMNAR, **{"cache_tokens": 8192, **limits})
+    """Call `act` with an application in front of an engine of a tiny model. limits: of the engine."""
+    engine = tiny_engine(config, **{"cache_tokens": 8192, **limits})
 
     async def run() -> Any:
         with running_loop(engine) as loop:

@@ -21,10 +21,12 @@ COLUMNAR, ISOLATED = RopeConfig(visibility="columnar"), RopeConfig(visibility="i
 LORA = LoraConfig(lora_rank=2)
 
 
-def tiny_engine(config: RopeConfig = ISOLATED, kind: type[Engine] = Engine, **limits: float) -> Engine:
+def tiny_engine(config: RopeConfig = ISOLATED, kind: type[Engine] = Engine, **settings: Any) -> Engine:
+    """settings: fields of `EngineConfig`, and of a document cache."""
     model = tiny_llama()
     patch(model, config)
-    return kind(model, tiny_tokenizer(), EngineConfig(**{"cache_tokens": 4096, **limits}))  # type: ignore[arg-type]
+    documents = {name: settings.pop(name) for name in [*settings] if name.startswith("document_cache")}
+    return kind(model, tiny_tokenizer(), EngineConfig(**{"cache_tokens": 4096, **settings}), **documents)
 
 
 class InterruptedRunner:

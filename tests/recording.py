@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,8 +37,8 @@ class RecordingEngine(Engine):
     Tokens chosen by the logits of a tiny model soon repeat, and equal tokens hide a wrong position.
     """
 
-    def __init__(self, model: PreTrainedModel, limits: EngineConfig) -> None:
-        super().__init__(model, tiny_tokenizer(), limits)
+    def __init__(self, model: PreTrainedModel, limits: EngineConfig, **settings: Any) -> None:
+        super().__init__(model, tiny_tokenizer(), limits, **settings)
         self.logits: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
 
     def sample(

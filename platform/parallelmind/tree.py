@@ -6,6 +6,9 @@ The segments of a complete tree are numbered in pre-order: main is 0, the first 
 below it, and so on. A reduce comes after everything below the branches that it reads. So the segments that a
 reduce joins are those between its parent and itself.
 
+Documents are the first branches of main: texts that are only read. They share one branch coordinate, so that
+the coordinates of a document do not depend on the others.
+
 A tree that grows while it is decoded (`GrowingTree`) keeps its numbers, because computed tokens keep their
 coordinates. A segment that is added gets the next free number, wherever it stands in the tree.
 """
@@ -36,11 +39,13 @@ class Tree:
     """The shape of a sample.
 
     parents: `[segments]` the segment that each segment continues, -1 for main. is_reduce: `[segments]`
-    whether a segment is a reduce; it is the last one that continues its parent.
+    whether a segment is a reduce; it is the last one that continues its parent. documents: number of
+    documents, which are the segments from 1 on; nothing continues them.
     """
 
     parents: Ints
     is_reduce: Mask
+    documents: int = 0
 
     @staticmethod
     @lru_cache(maxsize=256)
@@ -99,7 +104,8 @@ class Tree:
         """The tree of the kept segments. kept: their numbers, ascending, with all that each of them reads."""
         parents = np.searchsorted(kept, self.parents[kept])
         parents[:1] = NO_PARENT
-        return type(self)(parents, self.is_reduce[kept])
+        documents = np.count_nonzero((kept > MAIN) & (kept <= self.documents))
+        return type(self)(parents, self.is_reduce[kept], int(documents))
 
 
 @dataclass(frozen=True)
@@ -127,26 +133,35 @@ class GrowingTree(Tree):
         """The same tree with its segments numbered in pre-order."""
         parents = np.argsort(self.pre_order)[self.parents[self.pre_order]]
         parents[MAIN] = NO_PARENT
-        return Tree(parents, self.is_reduce[self.pre_order])
+        return Tree(parents, self.is_reduce[self.pre_order], self.documents)
 
 
 def segment_names(tree: Tree) -> list[str]:
-    """The place of every segment: main, branch 1, branch 1.2, branch 1.reduce, reduce, reduce.1 and so on."""
+    """The place of every segment: main, document 1, branch 1, branch 1.2, branch 1.reduce and so on."""
     paths, siblings = [list[str]()], [0] * tree.segments
+    siblings[MAIN] = -tree.documents
     for segment, parent, _ in tree.walk():
         siblings[parent] += 1
         paths.append([*paths[parent], "reduce" if tree.is_reduce[segment] else str(siblings[parent])])
     places = (".".join(path) for path in paths[1:])
-    return ["main", *(place if place.startswith("reduce") else f"branch {place}" for place in places)]
+    named = [place if place.startswith("reduce") else f"branch {place}" for place in places]
+    return [
+        "main",
+        *(f"document {number}" for number in range(1, tree.documents + 1)),
+        *named[tree.documents :],
+    ]
 
 
 def segment_paths(tree: Tree) -> list[str]:
-    """The path of every segment in a request or a record: "" for main, branches[0], branches[0].reduce, …
+    """The path of every segment in a request or a record: "", documents[0], branches[0].reduce, …
 
     Branches are counted from 0 in the order of their numbers.
     """
     paths, branches = [""], [0] * tree.segments
     for segment, parent, _ in tree.walk():
+        if segment <= tree.documents:
+            paths.append(f"documents[{segment - 1}]")
+            continue
         step = "reduce" if tree.is_reduce[segment] else f"branches[{branches[parent]}]"
         branches[parent] += not tree.is_reduce[segment]
         paths.append(f"{paths[parent]}.{step}" if paths[parent] else step)
@@ -182,10 +197,11 @@ def _flat_relations(segments: int) -> NDArray[np.int8]:
 def branch_coordinates(tree: Tree, has_main: bool, stride: int) -> Ints:
     """`[segments]` branch coordinates: number × stride, and that of its parent for a reduce.
 
-    Main is at 0; without a main the first branch is at 0, too.
+    Main is at 0; without a main the first branch is at 0, too. All documents have that of the first branch.
     """
     numbers = np.arange(tree.segments) - (not has_main)
     numbers[MAIN] = 0
+    numbers[1 : 1 + tree.documents] = int(has_main)
     for reduce in np.flatnonzero(tree.is_reduce):
         numbers[reduce] = numbers[tree.parents[reduce]]
     return numbers * stride

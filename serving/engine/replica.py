@@ -224,7 +224,14 @@ def _load_engine(config: AppConfig, num_threads: int) -> pm.Engine:
     engine_config = EngineConfig(cache_tokens=replicas.cache_tokens) if replicas.cache_tokens else None
     # Engines that share this memory.
     num_engines = 1 if on_gpu(config, at_least=1) else replicas.max_replicas
-    engine = pm.Engine(model, tokenizer, engine_config, num_engines=num_engines)
+    engine = pm.Engine(
+        model,
+        tokenizer,
+        engine_config,
+        num_engines=num_engines,
+        document_cache=replicas.document_cache,
+        document_cache_bytes=replicas.document_cache_bytes,
+    )
     if replicas.compile:
         engine.warm_up(always=replicas.compile is True)
     return engine

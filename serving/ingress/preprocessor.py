@@ -240,7 +240,8 @@ class RequestPreprocessor:
             raise pm.UserError("tools: no branch has messages; give messages, or leave tools out")
         forks = self._chats.forks(turns, asked, tools, continues=bool(main))
         mains = [fork.main for fork in forks]
-        if len(forks) < len(request.branches):  # a text follows the turns, and no marker of another turn
+        # A text, or a document, follows the turns, and no marker of another turn.
+        if len(forks) < len(request.branches) or request.documents:
             mains.append(self._chats.ids(turns, tools) if turns else [])
         shared = common_beginning(mains)
         main += shared

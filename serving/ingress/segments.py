@@ -32,7 +32,7 @@ def sample_of(
         )
     ]
     reduce = None if request.reduce is None else _segment("reduce.", request.reduce, encode)
-    return pm.Sample(main, branches, reduce)
+    return pm.Sample(main, branches, reduce, request.documents)
 
 
 def segment_of(request: Segment, encode: Encode) -> pm.Segment:

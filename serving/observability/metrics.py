@@ -114,6 +114,7 @@ class ModelMetrics(NamedTuple):
 
 _KINDS: dict[PrefillKind, str] = {
     "main": "mains",
+    "document": "documents",
     "branch": "prompts of branches",
     "preempted": "samples that were preempted",
 }
@@ -146,6 +147,14 @@ _LOADS: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
         )
         for kind, name in _KINDS.items()
     },
+    "documents_read": (
+        "documents whose keys and values were read from the document cache",
+        attrgetter("documents_read"),
+    ),
+    "documents_written": (
+        "documents whose keys and values were written to the document cache",
+        attrgetter("documents_written"),
+    ),
 }
 _WAITING_AGES_S = (0, 1, 5, 30)
 

@@ -85,15 +85,23 @@ BranchOrPrompt = Annotated[
 class BranchesRequest(ToolFields, BranchSettings):
     """The request's settings are the defaults of all segments.
 
-    main: a text, or messages in its place. tools: for the branches that are messages.
+    main: a text, or messages in its place. documents: texts that are only read, by the reduce. They have no
+    output in the response. tools: for the branches that are messages.
     """
 
     model: str
     main: Text = ""
     messages: Items[Message] | None = Field(None, min_length=1)
-    branches: Items[BranchOrPrompt] = Field(min_length=1)
+    documents: Items[Text] = Field([])
+    branches: Items[BranchOrPrompt] = Field([])
     reduce: SegmentOrText | None = None
     stream: bool = False
+
+    @model_validator(mode="after")
+    def _require_branches(self) -> Self:
+        if not self.branches and not self.documents:
+            raise ValueError("branches: give at least one, or documents and a reduce")
+        return self
 
 
 class ForkRequest(BranchSettings):

@@ -174,9 +174,11 @@ async def branches_response(
             if event.fork is not None:
                 for index, title in zip(event.fork.branches, event.fork.titles, strict=True):
                     outputs[index].title = title
-    if outputs and all(output.error is not None for output in outputs):
-        raise decoding_error(f"{outputs[0].path}: {outputs[0].error}")
-    main = _nested(outputs, tracker.samples[0].tokens.tree)
+    tree = tracker.samples[0].tokens.tree
+    decoded = outputs[tree.documents :]
+    if decoded and all(output.error is not None for output in decoded):
+        raise decoding_error(f"{decoded[0].path}: {decoded[0].error}")
+    main = _nested(outputs, tree)
     return BranchesResponse(
         id=request.id,
         created=int(time.time()),
@@ -188,13 +190,16 @@ async def branches_response(
 
 
 def _nested(outputs: Sequence[BranchOutput], tree: Tree) -> BranchOutput:
-    """Put every output into that of the segment that it continues; returns one for main."""
+    """Put every output into that of the segment that it continues; returns one for main.
+
+    Documents have no output.
+    """
     main = BranchOutput(index=-1, path="")
     by_number = [main, *outputs]
     for number, parent, _ in tree.walk():
         if tree.is_reduce[number]:
             by_number[parent].reduce = by_number[number]
-        else:
+        elif number > tree.documents:
             by_number[parent].branches.append(by_number[number])
     return main
 

@@ -49,8 +49,10 @@ def _shortened(record: Record) -> Record:
 
 
 def _sample(prompt: RecordPrompt) -> dict[str, Any]:
-    indices = iter(range(prompt.num_outputs))
-    return {"main": prompt.sample.main, **_below(prompt.sample, indices, prompt.documents)}
+    indices, num_documents = iter(range(prompt.num_outputs)), len(prompt.sample.documents)
+    documents = [prompt.documents[next(indices)] for _ in range(num_documents)]
+    shown = {"documents": documents} if documents else {}
+    return {"main": prompt.sample.main, **shown, **_below(prompt.sample, indices, prompt.documents)}
 
 
 def _below(fork: Sample | Segment, indices: Iterator[int], documents: Mapping[int, Text]) -> dict[str, Any]:
@@ -71,12 +73,15 @@ def _segment(given: Text | Segment, indices: Iterator[int], documents: Mapping[i
 
 
 def _is_short_text(sample: dict[str, Any]) -> bool:
-    """Whether a sample has branches, and neither token ids nor too many characters."""
+    """Whether a sample has branches or documents, and neither token ids nor too many characters."""
     text = json.dumps(sample, ensure_ascii=False)
-    return "branches" in sample and len(text) <= _MAX_CHARS and not _holds_ids(sample)
+    return (
+        ("branches" in sample or "documents" in sample) and len(text) <= _MAX_CHARS and not _holds_ids(sample)
+    )
 
 
 def _holds_ids(fork: dict[str, Any]) -> bool:
     below = [*fork.get("branches", []), *([fork["reduce"]] if "reduce" in fork else [])]
     own = fork["text"] if "text" in fork else fork["main"]
-    return not isinstance(own, str) or any(_holds_ids(segment) for segment in below)
+    texts = [own, *fork.get("documents", [])]
+    return not all(isinstance(text, str) for text in texts) or any(map(_holds_ids, below))

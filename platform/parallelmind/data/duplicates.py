@@ -29,7 +29,12 @@ def record_hash(record: Record) -> int:
         [(item.body, item.completion, item.targets, item.rendered) for item in segments],
     )
     if not is_flat:
-        content += (record.tree.parents.tolist(), record.tree.is_reduce.tolist())
+        tree = record.tree
+        content += (
+            tree.parents.tolist(),
+            tree.is_reduce.tolist(),
+            *([tree.documents] if tree.documents else []),
+        )
     return int.from_bytes(hashlib.blake2b(repr(content).encode(), digest_size=8).digest(), "little")
 
 

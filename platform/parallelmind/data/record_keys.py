@@ -12,7 +12,17 @@ from parallelmind.data.records import RecordError
 
 _TREE_KEYS = frozenset({"branches", "reduce"})
 _KEYS = _TREE_KEYS | {
-    *("main", "text", "input_ids", "answer_offset", "targets", "rendered", "prompt", "completion")
+    *(
+        "main",
+        "documents",
+        "text",
+        "input_ids",
+        "answer_offset",
+        "targets",
+        "rendered",
+        "prompt",
+        "completion",
+    )
 }
 _TYPO = 0.8  # similarity of a misspelt key to the key that is meant, if the record is incomplete without it
 _TYPO_OF_OPTIONAL = 0.88  # stricter, so that `domain` is not a misspelt `main`
@@ -35,6 +45,7 @@ _TEXT_FORMS = (
 SEGMENT_FORMS = tuple(Form(form.needed, form.optional | _TREE_KEYS) for form in _TEXT_FORMS)
 RECORD_FORMS = (
     Form(frozenset({"branches"}), frozenset({"main", "reduce"})),
+    Form(frozenset({"documents", "reduce"}), frozenset({"main", "branches"})),
     *(Form(form.needed, form.optional | {"main"}) for form in _TEXT_FORMS),
 )
 MAIN_FORMS = (Form(frozenset({"text"})), Form(frozenset({"input_ids"})))

@@ -97,7 +97,9 @@ class _Parser:
     def parse_record(self, value: dict[str, Any]) -> Record:
         value = self._check_object(value, "record", RECORD_FORMS)
         main = self._main(value.get("main", ""))
-        if "branches" in value:
+        if "documents" in value:
+            record = self._parse_documents(value, main)
+        elif "branches" in value:
             branches, reduce = self._branches_and_reduce(value, "", 1)
             record = Record(main, branches, False, tuple(self.unknown_keys), reduce)
         else:
@@ -111,10 +113,28 @@ class _Parser:
             raise RecordError("has targets=[] in every segment; give at least one of them a target")
         return record
 
+    def _parse_documents(self, value: dict[str, Any], main: TextOrIds) -> Record:
+        """A record with documents, which a reduce reads."""
+        texts = value["documents"]
+        if not isinstance(texts, list) or not texts:
+            raise RecordError("documents must be a list of at least one text")
+        if "reduce" not in value:
+            raise RecordError("has documents without a reduce, which reads them; give the question as reduce")
+        documents = tuple(self._document(text, f"documents[{index}]") for index, text in enumerate(texts))
+        branches, reduce = self._branches_and_reduce({"branches": [], **value}, "", 1, at_least=0)
+        unknown = tuple(self.unknown_keys)
+        return Record(main, (*documents, *branches), False, unknown, reduce, len(documents))
+
+    def _document(self, value: Any, where: str) -> Segment:
+        if isinstance(value, dict):
+            value = self._check_object(value, where, MAIN_FORMS)
+            return Segment(_nonempty(_text_or_ids(value, where, self.vocab_size), where), targets=())
+        return Segment(_nonempty(_text(value, where), where), targets=())
+
     def _check_object(self, value: dict[str, Any], where: str, forms: Sequence[Form]) -> dict[str, Any]:
         """The object without null fields. Notes its unknown keys."""
         value = _without_null_fields(value)
-        if "reduce" in value and "branches" not in value:
+        if "reduce" in value and not {"branches", "documents"} & value.keys():
             raise RecordError(f"{where} has reduce without branches; give the branches that it reads")
         if unknown := check_keys(value, where, forms):
             prefix = "" if where == "record" else re.sub(r"\[\d+\]", "[]", where) + "."
@@ -127,13 +147,13 @@ class _Parser:
         return _text_or_ids(self._check_object(value, "main", MAIN_FORMS), "main", self.vocab_size)
 
     def _branches_and_reduce(
-        self, value: dict[str, Any], prefix: str, depth: int
+        self, value: dict[str, Any], prefix: str, depth: int, at_least: int = 1
     ) -> tuple[tuple[Segment, ...], Segment | None]:
         """What continues a record or segment. prefix: before its keys in messages. depth: of its branches."""
         if depth > MAX_DEPTH:
             raise RecordError(f"has branches that are nested more than {MAX_DEPTH} deep; nest fewer of them")
         items = value["branches"]
-        if not isinstance(items, list) or not items:
+        if not isinstance(items, list) or len(items) < at_least:
             raise RecordError(f"{prefix}branches must be a list of at least one branch")
         branches = tuple(
             self._text_or_segment(item, f"{prefix}branches[{index}]", depth)

@@ -65,7 +65,8 @@ class Record(_Fork):
 
     standalone: the record is a single branch without main; packing groups such records into samples.
     unknown_keys: keys that have no meaning where they stand, such as `id`, `main.id`, `branches[].id` and
-    `branches[].reduce.id`. reduce: continues main when all branches have ended.
+    `branches[].reduce.id`. reduce: continues main when all branches have ended. documents: how many of the
+    branches, counted from the first one, are documents: texts without targets that nothing continues.
     """
 
     main: TextOrIds
@@ -73,6 +74,7 @@ class Record(_Fork):
     standalone: bool
     unknown_keys: tuple[str, ...] = ()
     reduce: Segment | None = None
+    documents: int = 0
 
     @property
     def is_flat(self) -> bool:
@@ -103,7 +105,7 @@ class Record(_Fork):
                 add_below(segment, len(parents) - 1)
 
         add_below(self, MAIN)
-        return Tree(np.array(parents), np.array(is_reduce))
+        return Tree(np.array(parents), np.array(is_reduce), self.documents)
 
 
 def check_surrogates(text: str, where: str) -> None:

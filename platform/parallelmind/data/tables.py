@@ -23,6 +23,7 @@ _SCHEMA = pa.schema(
     [
         *((name, pa.list_(kind)) for name, kind in {**_TOKEN_COLUMNS, **_TREE_COLUMNS}.items()),
         ("standalone", pa.bool_()),
+        ("documents", pa.int32()),  # of the tree
         *((name, pa.int32()) for name in _COUNT_COLUMNS),
     ]
 )
@@ -43,6 +44,7 @@ def to_table(records: Iterable[TokenisedRecord]) -> pa.Table:
         tree = None if tokens.tree.is_flat else tokens.tree
         for name in _TREE_COLUMNS:
             columns[name].append(None if tree is None else getattr(tree, name))
+        columns["documents"].append(tokens.tree.documents)
         for name in ("standalone", *_COUNT_COLUMNS):
             columns[name].append(getattr(record, name))
     return pa.table(columns, schema=_SCHEMA)
@@ -54,10 +56,11 @@ def from_tables(tables: Iterable[pa.Table], counts: Counter[str]) -> Iterator[To
         if not table.num_rows:
             continue
         lists = [_arrays(table.column(name)) for name in (*_TOKEN_COLUMNS, *_TREE_COLUMNS)]
-        for *arrays, standalone in zip(*lists, table.column("standalone").to_pylist(), strict=True):
+        plain = [table.column(name).to_pylist() for name in ("standalone", "documents")]
+        for *arrays, standalone, documents in zip(*lists, *plain, strict=True):
             if len(arrays[0]):
                 ids, lengths, targets, parents, is_reduce = arrays
-                tree = Tree(parents, is_reduce) if len(parents) else Tree.flat(len(lengths) - 1)
+                tree = Tree(parents, is_reduce, documents) if len(parents) else Tree.flat(len(lengths) - 1)
                 yield TokenRecord(Tokens(ids, lengths, targets, tree), standalone)
         for name in _COUNT_COLUMNS:
             counts[name] += int(np.sum(table.column(name).to_numpy()))

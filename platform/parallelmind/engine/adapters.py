@@ -21,7 +21,9 @@ from parallelmind.engine.tokenization import fork_syntax
 from parallelmind.errors import UserError
 from parallelmind.model.adapter import attach, read_saved
 from parallelmind.model.adapter_copy import is_movable, move_adapter
+from parallelmind.model.fingerprint import fingerprint
 from parallelmind.model.fork_markers import fork_markers
+from parallelmind.model.patch_state import rope_config
 from parallelmind.model.peft_folder import SavedAdapter
 from parallelmind.model.structure import causal_lm
 from parallelmind.model.weights import ADAPTER
@@ -59,6 +61,7 @@ class AdapterManager:
         self.model, self._tokenizer, self._state_lock = model, tokenizer, state_lock
         self._version_by_name: dict[str, str] = {BASE: BASE}
         self._num_samples: Counter[str] = Counter()  # by version
+        self._fingerprints: dict[str, str] = {}  # by version
         self._default = self._active = str(model.active_adapter) if isinstance(model, PeftModel) else BASE
         self._loaded: set[str] = set()  # versions on the model that this manager has loaded
         self._fork_syntax = {self._default: fork_syntax(fork_markers(model), tokenizer)}  # by version
@@ -131,6 +134,13 @@ class AdapterManager:
         """How a version writes a fork; None if it does not fork by itself."""
         return self._fork_syntax.get(version)
 
+    def fingerprint(self, version: str) -> str:
+        """What computes keys and values with this version, the same in every process."""
+        if version not in self._fingerprints:
+            rope = rope_config(self.model)
+            self._fingerprints[version] = fingerprint(self.model, None if version == BASE else version, rope)
+        return self._fingerprints[version]
+
     def acquire(self, version: str) -> None:
         """Count a sample that uses this version."""
         self._num_samples[version] += 1
@@ -178,6 +188,7 @@ class AdapterManager:
             self.model.delete_adapter(version)
             self._loaded.remove(version)
             del self._fork_syntax[version]
+            self._fingerprints.pop(version, None)
         return bool(unused)
 
     def _activate(self, version: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -19,6 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from parallelmind.config import RopeConfig
 from parallelmind.engine.adapters import AdapterManager
 from parallelmind.engine.detokenizer import TokenDecoder
+from parallelmind.engine.document_cache import DocumentCache
+from parallelmind.engine.document_files import MAX_DOCUMENT_BYTES, DocumentFiles
 from parallelmind.engine.fair_lock import FairLock
 from parallelmind.engine.fork_parser import Fork, ForkParser, ForkSyntax
 from parallelmind.engine.grammar_compiler import GrammarCompiler
@@ -63,6 +66,7 @@ from parallelmind.engine.validation import (
     check_token_ids,
 )
 from parallelmind.errors import UserError, first_line
+from parallelmind.layout import is_free_order
 from parallelmind.model import forward_context
 from parallelmind.model.adapter_copy import shared_copy
 from parallelmind.model.patch_state import is_patched, rope_config
@@ -110,8 +114,15 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase,
         config: EngineConfig | None = None,
         num_engines: int = 1,
+        document_cache: str | Path | None = None,
+        document_cache_bytes: int = MAX_DOCUMENT_BYTES,
     ) -> None:
-        """config: without it the cache takes half of the free memory, divided by `num_engines`."""
+        """config: without it the cache takes half of the free memory, divided by `num_engines`.
+
+        document_cache: folder that keeps the keys and values of documents, up to `document_cache_bytes`.
+        Raises UserError for a folder that cannot be written to, and for a model whose documents depend on
+        more than their path.
+        """
         self.tokenizer = tokenizer
         self.rope_config = rope_config(model) if is_patched(model) else _UNPATCHED
         self.fallback_reason = None if is_patched(model) else assess(causal_lm(model)).reason
@@ -126,6 +137,9 @@ class Engine:
         self._groups: dict[int, SequenceGroup] = {}  # unfinished samples by id
         self._num_submitted = 0
         self._pending_events: list[Event] = []  # that no step has returned yet
+        self._documents: DocumentCache | None = None
+        if document_cache is not None:
+            self._documents = self._open_documents(document_cache, document_cache_bytes)
         self._sampler = Sampler()
         self._eos_token_ids = eos_token_ids(model, tokenizer)
         embeddings: Any = model.get_input_embeddings()
@@ -138,6 +152,18 @@ class Engine:
     @property
     def model(self) -> Model:
         return self.adapters.model
+
+    def _open_documents(self, folder: str | Path, max_bytes: int) -> DocumentCache:
+        if not (isinstance(self.runner, ModelRunner) and is_free_order(self.rope_config)):
+            reason = self.fallback_reason or "needs visibility=isolated and positions=time"
+            raise UserError(f"document_cache={folder}: the model {reason}; leave document_cache out")
+        files = DocumentFiles(folder, max_bytes)
+        return DocumentCache(files, self.scheduler, self.runner, self.state_lock, self.adapters.fingerprint)
+
+    def flush_documents(self) -> None:
+        """Wait until the document cache is written."""
+        if self._documents is not None:
+            self._documents.flush()
 
     def warm_up(self, always: bool = True) -> bool:
         """Compile the forward pass, which takes some 20 s or more; returns whether it is compiled.
@@ -202,7 +228,11 @@ class Engine:
     def stats(self) -> EngineStats:
         """Current load."""
         with self.state_lock:
-            return self.scheduler.stats()
+            stats = self.scheduler.stats()
+        if self._documents is None:
+            return stats
+        read, written = self._documents.num_read, self._documents.num_written
+        return replace(stats, documents_read=read, documents_written=written)
 
     def compile_grammars(self, params: Sequence[SamplingParams]) -> None:
         """Compile grammars, each of which takes up to a second, before a request that uses them.
@@ -378,6 +408,8 @@ class Engine:
                 except BaseException as error:  # Ctrl-C: the remaining passes are not computed
                     self._fail([group for left in passes[index:] for group in left.forward.groups], error)
                     raise
+            if self._documents is not None:
+                self._documents.write_noted()
             self._collect_adapters()
             if failure is not None:
                 raise failure
@@ -391,6 +423,8 @@ class Engine:
 
     def _prepare(self) -> list[_Pass]:
         """Plan a step; returns its forward passes."""
+        if self._documents is not None and self._documents.restore():
+            self._ahead = None  # its blocks may be taken
         with self.state_lock:
             ahead, self._ahead = self._ahead, None
             plan = self.scheduler.schedule(self.state_lock.give_way, ahead.step if ahead else None)
@@ -443,6 +477,8 @@ class Engine:
                 self.scheduler.commit(forward, filled)
                 for (branch, position), score in zip(labels, scores, strict=True):
                     branch.prompt_logprobs[position] = score
+                if self._documents is not None:
+                    self._documents.note_computed(sampled.groups)
                 self._emit_all(sampled, tokens)
                 return
             self._ahead = None  # it read what is computed again

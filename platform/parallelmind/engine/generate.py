@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, overload
 
 from transformers import PreTrainedTokenizerBase
@@ -35,6 +36,8 @@ def stream(
     *,
     per_branch: Sequence[dict[str, Any]] | None = None,
     reduce: Text | None = None,
+    documents: Sequence[Text] = (),
+    document_cache: str | Path | None = None,
     **sampling: Any,
 ) -> Iterator[Event]:
     """Decode a prompt and yield the text of every branch in pieces, as soon as they are decoded.
@@ -48,14 +51,17 @@ def stream(
     per_branch: settings of each branch of main, which override both.
     reduce: the reduce of main, for a sample without one: it starts when all others have finished and attends
         to main and all of them.
+    documents: texts that are only read, by a prompt that is a text or a chat, or by the reduce of a sample.
+        They are the first segments.
+    document_cache: folder that keeps their keys and values for later calls and processes.
     Raises UserError, before anything is computed, for a bad setting, an empty branch, several branches on an
     unpatched model, and a sample that exceeds the model's context. A model that cannot hold branches in one
     sequence decodes each isolated, in a row of its own, with a UserNotice. Closing the iterator stops
     decoding.
     """
-    prompts, _ = to_prompts(tokenizer, prompt)
+    prompts, _ = to_prompts(tokenizer, prompt, documents)
     settings = _settings(sampling_params, sampling)
-    return _stream(model, tokenizer, prompts, per_branch, reduce, settings)
+    return _stream(model, tokenizer, prompts, per_branch, reduce, settings, document_cache)
 
 
 @overload
@@ -86,19 +92,22 @@ def generate(
     *,
     per_branch: Sequence[dict[str, Any]] | None = None,
     reduce: Text | None = None,
+    documents: Sequence[Text] = (),
+    document_cache: str | Path | None = None,
     **sampling: Any,
 ) -> Any:
     """The continuation of a prompt, without the prompt itself.
 
-    Of a text or a chat it is a text; of a sample a list with the text of every segment after main, in
+    Of a text or a chat it is a text; of a sample a list with the text of every branch and reduce, in
     pre-order; of a list of prompts a list with the continuation of each. A segment that forks by itself is
     one text: what it wrote, every branch after its title, and the reduce. Arguments and errors are those of
     `stream`. Raises DecodingError for a branch that ends with an error.
     """
-    prompts, are_several = to_prompts(tokenizer, prompt)
+    prompts, are_several = to_prompts(tokenizer, prompt, documents)
     texts = [defaultdict[int, list[str]](list) for _ in prompts]
     settings = _settings(sampling_params, sampling)
-    for event in linearized(_stream(model, tokenizer, prompts, per_branch, reduce, settings)):
+    events = _stream(model, tokenizer, prompts, per_branch, reduce, settings, document_cache)
+    for event in linearized(events):
         event.raise_error()
         texts[event.sample][event.branch].append(event.text)
     answers = [_answer(given, pieces) for given, pieces in zip(prompts, texts, strict=True)]
@@ -106,8 +115,8 @@ def generate(
 
 
 def _answer(given: GivenPrompt, pieces: Mapping[int, list[str]]) -> str | list[str]:
-    """The continuations of a prompt, from the pieces of each segment."""
-    texts = ["".join(pieces[index]) for index in range(len(pieces))]
+    """The continuations of a prompt, from the pieces of each segment. Documents have none."""
+    texts = ["".join(pieces[index]) for index in range(len(given.sample.documents), len(pieces))]
     return texts[0] if given.is_lone and len(texts) == 1 else texts
 
 
@@ -135,6 +144,7 @@ def _stream(
     per_branch: Sequence[dict[str, Any]] | None,
     reduce: Text | None,
     sampling: dict[str, Any],
+    document_cache: str | Path | None,
 ) -> Iterator[Event]:
     for field, value in (("per_branch", per_branch), ("reduce", reduce)):
         if value is not None and len(prompts) != 1:
@@ -145,14 +155,18 @@ def _stream(
     requests = [
         tokenize_request(tokenizer, prompt.sample, per_branch, reduce, sampling) for prompt in prompts
     ]
-    return _events(engine_for(model, tokenizer, requests)) if requests else iter(())
+    return _events(engine_for(model, tokenizer, requests, document_cache)) if requests else iter(())
 
 
 def engine_for(
-    model: Model, tokenizer: PreTrainedTokenizerBase, requests: Sequence[TokenizedRequest]
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[TokenizedRequest],
+    document_cache: str | Path | None = None,
 ) -> Engine:
     """An engine that holds exactly these requests, queued, with ids from 0. Raises and warns as `stream`."""
-    engine = Engine(model, tokenizer, _config_for(requests, forks=bool(fork_markers(model))))
+    config = _config_for(requests, forks=bool(fork_markers(model)))
+    engine = Engine(model, tokenizer, config, document_cache=document_cache)
     if any(request.num_branches > 1 for request in requests):
         warn_if_fallback(engine)
     for request in requests:
@@ -191,3 +205,4 @@ def _config_for(requests: Sequence[TokenizedRequest], forks: bool) -> EngineConf
 def _events(engine: Engine) -> Iterator[Event]:
     while engine.busy:
         yield from engine.step()
+    engine.flush_documents()

@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -60,6 +62,14 @@ class PagedKVLayer(CacheLayerMixin):
         if pool is None or len(pool) < cache.min_slots:
             pool = self._pools[kind] = _grow(pool, states, cache.min_slots, cache.max_slots)
         return pool
+
+    def pool_for(self, kind: str, states: Tensor) -> Tensor:
+        """The `[slots, …]` pool of a kind of state for `[tokens, …]` states."""
+        return self._pool(kind, states)
+
+    @property
+    def pools_by_kind(self) -> Mapping[str, Tensor]:
+        return self._pools
 
     def bytes_per_slot(self) -> int:
         return sum(pool[0].numel() * pool.element_size() for pool in self._pools.values())
@@ -143,6 +153,30 @@ class PagedKVCache(Cache):
         self.slot_mapping, self.kv_indices = slot_mapping, kv_indices
         num_read = 0 if kv_indices is None else len(kv_indices)
         self.past_length = max(num_read - len(slot_mapping), 0)
+
+    @torch.inference_mode()
+    def read_slots(self, slots: NDArray[np.int64]) -> dict[str, Tensor]:
+        """Copies of what these slots hold, `[slots, …]` each, on the CPU, by layer and kind of state."""
+        index = torch.from_numpy(slots)
+        return {
+            f"{number}.{kind}": pool.index_select(0, index.to(pool.device)).cpu()
+            for number, layer in enumerate(self._paged_layers())
+            for kind, pool in layer.pools_by_kind.items()
+        }
+
+    @torch.inference_mode()
+    def write_slots(
+        self, slots: NDArray[np.int64], states: Mapping[str, Tensor], device: torch.device
+    ) -> None:
+        """Write what `read_slots` has returned to these slots. device: of the model."""
+        self.reserve(1 + int(slots.max()))
+        index = torch.from_numpy(slots).to(device)
+        for name, rows in states.items():
+            layer, _, kind = name.partition(".")
+            while len(self.layers) <= int(layer):
+                self.layers.append(PagedKVLayer(self))
+            on_device = rows.to(device)
+            self._paged_layers()[int(layer)].pool_for(kind, on_device).index_copy_(0, index, on_device)
 
     def bytes_per_token(self) -> int:
         return sum(layer.bytes_per_slot() for layer in self._paged_layers())

@@ -302,18 +302,17 @@ class Planner:
                 filled.append(FilledBlocks.of(group, segment, path, end))
                 self._filled.update(filled[-1].keys)
                 paths[number] = filled[-1].path
-        if group.free_order and tokens.counts[MAIN]:
-            self._fill_end_of_main(group, paths.get(MAIN, group.segments[MAIN].path), tokens, progress)
+        ends = progress.num_computed + tokens.counts
+        for number in np.flatnonzero(tokens.counts).tolist() if group.free_order else ():
+            segment = group.segments[number]
+            if segment.is_finished and ends[number] == segment.num_tokens:
+                self._fill_end(segment, paths.get(number, segment.path))
         return tuple(filled)
 
-    def _fill_end_of_main(
-        self, group: SequenceGroup, path: PathHash | None, tokens: ScheduledTokens, progress: Progress
-    ) -> None:
-        """Note the last block of main if the step computes it; it is cached although it is not full."""
-        main = group.segments[MAIN]
-        end = int(progress.num_computed[MAIN] + tokens.counts[MAIN])
-        if path is not None and path.length < end == main.num_tokens:
-            last_ids = main.token_ids[path.length :]
+    def _fill_end(self, segment: SegmentState, path: PathHash | None) -> None:
+        """Note the last block of a text that is only read; it is cached although it is not full."""
+        if path is not None and path.length < segment.num_tokens:
+            last_ids = segment.token_ids[path.length :]
             self._filled.add((path.copy().extend(last_ids), len(last_ids)))
 
 

@@ -21,12 +21,23 @@ class GivenPrompt(NamedTuple):
     sample: Sample
     is_lone: bool
 
+    def with_documents(self, documents: Sequence[Text]) -> GivenPrompt:
+        """The prompt after documents: a text or a chat reads them, as the reduce of a sample does."""
+        if self.is_lone and len(documents):
+            return GivenPrompt(Sample(reduce=self.sample.branches[0], documents=documents), True)
+        return GivenPrompt(self.sample.with_documents(documents), self.is_lone)
 
-def to_prompts(tokenizer: PreTrainedTokenizerBase, given: Any) -> tuple[list[GivenPrompt], bool]:
-    """The prompts that were given, and whether they were a list. Raises UserError for anything else."""
+
+def to_prompts(
+    tokenizer: PreTrainedTokenizerBase, given: Any, documents: Sequence[Text] = ()
+) -> tuple[list[GivenPrompt], bool]:
+    """The prompts that were given, and whether they were a list. Raises UserError for anything else.
+
+    documents: texts that each of them reads.
+    """
     if is_list(given) and not _is_chat(given) and not _is_token_ids(given):
-        return [_to_prompt(tokenizer, prompt) for prompt in given], True
-    return [_to_prompt(tokenizer, given)], False
+        return [_to_prompt(tokenizer, prompt).with_documents(documents) for prompt in given], True
+    return [_to_prompt(tokenizer, given).with_documents(documents)], False
 
 
 def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:

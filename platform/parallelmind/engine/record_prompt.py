@@ -31,7 +31,13 @@ class RecordPrompt:
         builder = _Builder(tokenizer, in_tree=not record.is_flat)
         branches, reduce, texts = builder.below(record, opens_sample=not record.main)
         documents = {index: text for index, text in enumerate(texts) if text is not None}
-        return cls(Sample(record.main, branches, reduce), documents)
+        sample = Sample(
+            record.main,
+            branches[record.documents :],
+            reduce,
+            [branch.text for branch in branches[: record.documents]],
+        )
+        return cls(sample, documents)
 
     def with_reduce(self, reduce: Text | None) -> Self:
         """The prompt with this reduce, unless it has one or `reduce` is None."""
@@ -51,8 +57,10 @@ class RecordPrompt:
 
     def to_row(self) -> dict[str, Any]:
         """The record as a reader knows it: prompts, and the texts of documents."""
-        remaining = iter(range(self.num_outputs))
-        return {"main": self.sample.main, **self._below(self.sample, remaining)}
+        remaining, num_documents = iter(range(self.num_outputs)), len(self.sample.documents)
+        documents = [self.documents[next(remaining)] for _ in range(num_documents)]
+        shown = {"documents": documents} if documents else {}
+        return {"main": self.sample.main, **shown, **self._below(self.sample, remaining)}
 
     def _below(self, fork: Sample | Segment, remaining: Iterator[int]) -> dict[str, Any]:
         """Branches and reduce of a segment. remaining: the indices from its first branch on."""

@@ -46,25 +46,42 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A main (may be empty), the branches that share it, and a reduce that reads them all.
+    """A main (may be empty), the documents and branches that share it, and a reduce that reads them all.
 
-    A branch or a reduce is a text, token ids, or a `Segment`. Lists may be arrays. Raises UserError as
-    `Segment` does.
+    A branch or a reduce is a text, token ids, or a `Segment`. Lists may be arrays.
+    documents: texts or token ids that are only read, by the reduce. They share one branch coordinate, so that
+        a document has the same keys and values whatever stands beside it.
+    Raises UserError as `Segment` does, and for documents that are not a list.
     """
 
     main: Text = ""
     branches: Sequence[Text | Segment] = ()
     reduce: Text | Segment | None = None
+    documents: Sequence[Text] = ()
 
     def __post_init__(self) -> None:
-        _check_fork(self.branches, self.reduce)
+        if not is_list(self.documents):
+            raise UserError(f"documents={short_repr(self.documents)}: give a list of texts")
+        _check_fork(self.branches, None if len(self.documents) else self.reduce)
+
+    def with_documents(self, documents: Sequence[Text]) -> Sample:
+        """The sample with these documents, if there are any.
+
+        Raises UserError for documents that are not a list, and for a sample that has others.
+        """
+        if len(documents) and len(self.documents):
+            raise UserError(f"documents={short_repr(documents)}: the sample has documents; give one of them")
+        return replace(self, documents=documents) if len(documents) else self
 
     def walk(self) -> Iterator[PlacedSegment]:
         """Every segment after main in pre-order, which is the order of their numbers.
 
-        Raises UserError for branches that are nested too deeply.
+        Documents come first. Raises UserError for branches that are nested too deeply.
         """
-        return _walk(self, MAIN, MAIN, "", 1)
+        for index, text in enumerate(self.documents):
+            read_only = Segment(text, sampling={"max_new_tokens": 0})
+            yield PlacedSegment(1 + index, MAIN, False, f"documents[{index}]", read_only)
+        yield from _walk(self, MAIN, len(self.documents), "", 1)
 
 
 class PlacedSegment(NamedTuple):
@@ -122,6 +139,11 @@ class TokenizedRequest:
     tokens: Tokens
     params: list[SamplingParams]
     branch_number: int | None = None
+
+    @property
+    def num_documents(self) -> int:
+        """Documents, which are the first segments after main."""
+        return self.tokens.tree.documents
 
     @property
     def num_branches(self) -> int:
@@ -191,6 +213,7 @@ class TokenizedRequest:
         grown = GrowingTree(
             np.append(tree.parents, np.where(is_below, last + new.parents[1:], parent)),
             np.append(tree.is_reduce, new.is_reduce[1:] | (as_reduce & ~is_below)),
+            tree.documents,
         )
         tokens = Tokens.of_tree([*self.tokens.split(), *added.tokens.split()[1:]], grown)
         return replace(self, tokens=tokens, params=[*self.params, *added.params])

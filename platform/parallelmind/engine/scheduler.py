@@ -29,7 +29,9 @@ from parallelmind.engine.step_plan import Adoption, FilledBlocks, ForwardPlan, P
 from parallelmind.errors import UserError
 from parallelmind.tree import MAIN
 
-PrefillKind = Literal["main", "branch", "preempted"]  # whose tokens are computed or found in the cache
+PrefillKind = Literal[
+    "main", "document", "branch", "preempted"
+]  # whose tokens are computed or found in the cache
 PREFILL_KINDS: tuple[PrefillKind, ...] = get_args(PrefillKind)
 
 
@@ -68,7 +70,8 @@ class EngineStats:
     preemptions: how often a running sample has lost its cache blocks to an older one.
     waiting_s: seconds since each waiting sample was submitted.
     reused_share: share of all tokens to prefill that were found in the cache. reused_share_by_kind: the same
-        for mains, for prompts of branches, and for samples that were preempted.
+        for mains, for documents, for prompts of branches, and for samples that were preempted.
+    documents_read, documents_written: documents that were read from the document cache, and written to it.
     """
 
     waiting_samples: int
@@ -83,6 +86,8 @@ class EngineStats:
     waiting_s: tuple[float, ...]
     reused_share: float
     reused_share_by_kind: Mapping[PrefillKind, float]
+    documents_read: int = 0
+    documents_written: int = 0
 
 
 class Scheduler:
@@ -237,9 +242,10 @@ class Scheduler:
         for blocks in filled:
             self._cache_filled(blocks)
         for group, tokens, *_ in committed:
-            main = group.segments[MAIN]
-            if tokens.counts[MAIN] and group.free_order and not main.num_waiting_prefill:
-                self._cache_last_block(group, main)
+            for number in np.flatnonzero(tokens.counts).tolist():
+                segment = group.segments[number]
+                if segment.is_finished and not segment.num_waiting_prefill:
+                    self._cache_last_block(group, segment)
 
     def mark_not_finite(self, group: SequenceGroup) -> None:
         """Let no other sample reuse the blocks of a sample whose values are not finite."""
@@ -336,7 +342,9 @@ def _age(group: SequenceGroup) -> int:
 def _kind(group: SequenceGroup, segment: SegmentState) -> PrefillKind:
     if group.num_preemptions:
         return "preempted"
-    return "main" if segment.number == MAIN else "branch"
+    if segment.number == MAIN:
+        return "main"
+    return "document" if segment.number <= group.num_documents else "branch"
 
 
 def _stage(item: ScheduledGroup, tables: BlockTables) -> None:

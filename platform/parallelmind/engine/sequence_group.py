@@ -31,6 +31,7 @@ class SequenceGroup:
     id: the engine's number of the sample.
     adapter_version: version of the adapter that decodes it.
     branch_number: as in `TokenizedRequest`.
+    num_documents: documents, which are the first segments after main.
     free_order: whether branches are stored and scheduled regardless of their siblings' progress.
     segments: main, branches and reduces, in the order in which they were added: that of their numbers.
     main: `[main tokens]` token ids.
@@ -40,6 +41,7 @@ class SequenceGroup:
     is_admitted: whether the sample is running and may hold cache blocks.
     is_finite: whether all logits were finite so far. If not, the sample shares no blocks with others.
     has_adopted: whether the sample reads blocks that another one has computed.
+    has_sought_documents, has_written_documents: whether a document cache was read and written for it.
     num_preemptions: how often its blocks were taken from it.
     version: changes whenever segments are added, start or end, and when all of them lose their blocks.
     submitted_at: `time.monotonic` of the submission. waits_since_step: number of the engine's steps when the
@@ -58,12 +60,13 @@ class SequenceGroup:
     ) -> None:
         """seed: for branches whose sampling parameters have none."""
         self.id, self.adapter_version = id, adapter_version
-        self.branch_number = request.branch_number
+        self.branch_number, self.num_documents = request.branch_number, request.num_documents
         self.config = config if self.branch_number is None else _independent(config)
         self.free_order = is_free_order(self.config)
         self._seed, self._make_output = seed, make_output
         self.next_column = self.frontier = self.num_preemptions = self.waits_since_step = self.version = 0
         self.is_admitted, self.is_finite, self.has_adopted = False, True, False
+        self.has_sought_documents = self.has_written_documents = False
         self._shape: GroupShape | None = None
         self._start_times: Ints | None = None
         self._is_kept: Mask | None = None
@@ -80,6 +83,11 @@ class SequenceGroup:
     def branches(self) -> list[BranchState]:
         """All segments but main."""
         return self.segments[1:]  # type: ignore[return-value]
+
+    @property
+    def documents(self) -> list[BranchState]:
+        """The documents, which are only read."""
+        return self.branches[: self.num_documents]
 
     @property
     def is_running(self) -> bool:
@@ -116,7 +124,7 @@ class SequenceGroup:
     def shape(self) -> GroupShape:
         """How the segments relate to each other, as they are now."""
         if self._shape is None:
-            self._shape = GroupShape.of(self.segments, self.config, self.branch_number)
+            self._shape = GroupShape.of(self.segments, self.config, self.branch_number, self.num_documents)
         return self._shape
 
     @property
@@ -310,8 +318,11 @@ class SequenceGroup:
         parent = self.segments[branch.parent]
         if parent.path is None or branch.is_reduce or not self.free_order:
             return None
-        coordinate = self.pos2d(branch)[0] if self.config.rope_2d_ratio else 0
-        return parent.path.child(parent.token_ids, coordinate, time)
+        return parent.path.child(parent.token_ids, self.path_coordinate(branch.number), time)
+
+    def path_coordinate(self, number: int) -> int:
+        """The branch coordinate of a segment as hashes of paths take it: 0 where it rotates nothing."""
+        return int(self.shape.coordinates[number]) if self.config.rope_2d_ratio else 0
 
     # Cache blocks
 
@@ -377,11 +388,15 @@ class GroupShape:
 
     @staticmethod
     def of(
-        segments: Sequence[SegmentState], config: RopeConfig, branch_number: int | None = None
+        segments: Sequence[SegmentState],
+        config: RopeConfig,
+        branch_number: int | None = None,
+        num_documents: int = 0,
     ) -> GroupShape:
         tree = GrowingTree(
             np.array([segment.parent for segment in segments]),
             np.array([segment.is_reduce for segment in segments]),
+            num_documents,
         )
         scores = relation_scores(config.visibility, config.sibling_penalty)[relations(tree)]
         paths: list[tuple[int, ...]] = [(MAIN,)]

@@ -10,10 +10,17 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from parallelmind.data.encode import encode_text, turn_end_id
+from parallelmind.data.encode import append_eos, encode_text, eos_ids, turn_end_id
 from parallelmind.engine.fork_parser import ForkSyntax
 from parallelmind.engine.model_runner import Model
-from parallelmind.engine.request import Sample, Segment, Text, TokenizedRequest, is_list
+from parallelmind.engine.request import (
+    PlacedSegment,
+    Sample,
+    Segment,
+    Text,
+    TokenizedRequest,
+    is_list,
+)
 from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.engine.sequence import BranchState
 from parallelmind.errors import UserError, first_line, short_repr
@@ -31,13 +38,15 @@ def tokenize_request(
 ) -> TokenizedRequest:
     """Tokenize a sample and resolve its sampling settings; arguments are those of `Engine.submit`.
 
-    Raises UserError for a bad setting, for an empty segment, for a second reduce, and if nothing would be
-    decoded.
+    Raises UserError for a bad setting, for an empty segment, for a second reduce, for documents without one,
+    and if nothing would be decoded.
     """
     if reduce is not None:
         if sample.reduce is not None:
             raise UserError(f"reduce={short_repr(reduce)}: the sample has a reduce; give one of them")
         sample = replace(sample, reduce=reduce)
+    if len(sample.documents) and sample.reduce is None:
+        raise UserError("documents: nothing reads them; give the question as reduce")
     params = _all_params(sample, sampling, per_branch)
     request = TokenizedRequest(tokenize_sample(tokenizer, sample), params)
     _check_decodes(request)
@@ -112,6 +121,8 @@ def _tokenize_segments(
     for placed in sample.walk():
         first = opens and placed.parent == MAIN and not placed.is_reduce
         segments.append(tokenize(tokenizer, placed.segment.text, first))
+        if placed.number <= len(sample.documents) and isinstance(placed.segment.text, str):
+            segments[-1] = append_eos(segments[-1], eos_ids(tokenizer))
         parents.append(placed.parent)
         is_reduce.append(placed.is_reduce)
         if not segments[-1]:
@@ -119,7 +130,8 @@ def _tokenize_segments(
             raise UserError(f"{placed.place}: holds no token; give it text, or {remedy}")
     if len(segments) == 1:
         raise UserError("branches=[]: a sample needs at least one branch")
-    return Tokens.of_tree(segments, Tree(np.array(parents), np.array(is_reduce)))
+    tree = Tree(np.array(parents), np.array(is_reduce), len(sample.documents))
+    return Tokens.of_tree(segments, tree)
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: Text, first: bool) -> list[int]:
@@ -169,18 +181,26 @@ def eos_token_ids(model: Model, tokenizer: PreTrainedTokenizerBase) -> frozenset
 def _all_params(
     sample: Sample, sampling: dict[str, Any], per_branch: Sequence[dict[str, Any]] | None
 ) -> list[SamplingParams]:
-    """Sampling parameters of every segment: `sampling`, `per_branch` and its own settings, the last wins."""
+    """Sampling parameters of every segment: `sampling`, `per_branch` and its own settings, the last wins.
+
+    A document, which is only read, has its own alone.
+    """
     own = iter(_checked_settings(per_branch, len(sample.branches)))
     return [
         SamplingParams.of(
             {
-                **sampling,
-                **(next(own) if placed.parent == MAIN and not placed.is_reduce else {}),
+                **(sampling if placed.number > len(sample.documents) else {}),
+                **(next(own) if _is_branch_of_main(placed, sample) else {}),
                 **placed.segment.sampling,
             }
         )
         for placed in sample.walk()
     ]
+
+
+def _is_branch_of_main(placed: PlacedSegment, sample: Sample) -> bool:
+    """Whether a segment is one of `sample.branches`."""
+    return placed.parent == MAIN and not placed.is_reduce and placed.number > len(sample.documents)
 
 
 def _checked_settings(

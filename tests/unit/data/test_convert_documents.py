@@ -1,4 +1,4 @@
-"""With shape=documents every document is a branch without targets, and the question reads them all."""
+"""With shape=documents a record has documents, and a question that reads them all."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from converting import TOKENIZER, bad_reason, convert, convert_one
 from parallelmind.data.convert.converter import Converter
 from parallelmind.data.convert.settings import ConvertSettings
 from parallelmind.data.convert.source_records import BadRecord, SourceRecord
+from parallelmind.data.record_parser import parse_value
 
 
 def question(text: str, *answers: str) -> dict[str, Any]:
@@ -21,11 +22,9 @@ def article(*paragraphs: tuple[str, list[Any]], title: str = "t") -> dict[str, A
 
 
 def documents(record: Any) -> list[str]:
+    assert record.keys() == {"main", "documents", "reduce"}
     assert record["main"] == ""
-    assert all(
-        branch.keys() == {"text", "targets"} and branch["targets"] == [] for branch in record["branches"]
-    )
-    return [branch["text"] for branch in record["branches"]]
+    return record["documents"]
 
 
 def asked(records: list[Any]) -> list[str]:
@@ -39,13 +38,23 @@ def asked(records: list[Any]) -> list[str]:
         {"title": ["T", "U"], "sentences": [["One.", "Two."], ["Three."]]},
     ],
 )
-def test_the_documents_of_hotpotqa_are_branches(context: Any) -> None:
+def test_the_documents_of_hotpotqa_are_documents_of_a_record(context: Any) -> None:
     value = {"context": context, "question": "who?", "answers": ["it", "they"]}
     assert convert_one(value, shape="documents") == {
         "main": "",
-        "branches": [{"text": "T: One. Two.", "targets": []}, {"text": "U: Three.", "targets": []}],
+        "documents": ["T: One. Two.", "U: Three."],
         "reduce": {"prompt": " Question: who?\nAnswer:", "completion": " it", "references": [" they"]},
     }
+
+
+@pytest.mark.parametrize("answer", [{"answer": "it"}, {"answers": ["it"]}, {"answers": {"text": ["it"]}}])
+def test_rows_of_documents_a_question_and_its_answer(answer: dict[str, Any]) -> None:
+    value = {"documents": ["One.", "Two."], "question": "who?", **answer}
+    reduce = {"prompt": " Question: who?\nAnswer:", "completion": " it"}
+    record = {"main": "", "documents": ["One.", "Two."], "reduce": reduce}
+    assert convert_one(value, shape="documents") == record
+    assert convert_one(value) == {"main": "One.\nTwo.", "branches": [reduce]}
+    assert parse_value(record).documents == 2
 
 
 def test_the_paragraphs_of_an_article_are_the_documents_of_its_questions() -> None:

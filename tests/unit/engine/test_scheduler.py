@@ -444,7 +444,12 @@ def test_the_load_tells_of_preemptions_waiting_and_reuse():
         run_to_end(scheduler)
     stats = scheduler.stats()
     assert stats.waiting_s == ()
-    assert stats.reused_share_by_kind == {"main": 0.5, "branch": 0.0, "preempted": ANY}
+    assert stats.reused_share_by_kind == {
+        "main": 0.5,
+        "document": 0.0,
+        "branch": 0.0,
+        "preempted": ANY,
+    }
     assert 0 < stats.reused_share < stats.reused_share_by_kind["preempted"] < 1
 
 

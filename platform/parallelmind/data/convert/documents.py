@@ -1,4 +1,4 @@
-"""Questions about documents: every document is a branch, and the question stands in the reduce."""
+"""Questions about documents: they are the documents of a record, and the question stands in the reduce."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from parallelmind.data.convert.source_records import BadRecord, ParallelRecord
 def group_by_article(
     questions: Iterable[PassageQuestion | BadRecord], all_questions: bool, documents: int | None
 ) -> Iterator[ParallelRecord | BadRecord]:
-    """One record per question, with the documents of its article as branches without targets.
+    """One record per question, with documents of its article.
 
     all_questions: gather all questions of an article, which holds the whole source in memory; otherwise
     consecutive ones. documents: number of documents per record; None: all of the article.
@@ -35,8 +35,7 @@ def _records(articles: dict[object, list[PassageQuestion]], number: int | None) 
         for question in questions:
             if question.branch:
                 texts = _with_distractors(article, question, number or len(article))
-                branches = [{"text": text, "targets": []} for text in texts]
-                yield {"main": "", "branches": branches, "reduce": question.branch}
+                yield {"main": "", "documents": texts, "reduce": question.branch}
 
 
 def _with_distractors(article: Sequence[str], question: PassageQuestion, number: int) -> list[str]:

@@ -108,6 +108,7 @@ _KINDS = (
             (("paragraphs",), _keys(paragraphs=_PARAGRAPH)),
             (("qas",), _PARAGRAPH),
             (("context", "question"), _keys("context", *_QUESTION)),
+            (("documents", "question"), _keys("documents", *_QUESTION)),
         )
     ),
     Kind("alpaca", ("instruction", "output"), {**_ALPACA, "output": None}),
@@ -139,7 +140,8 @@ def find_kind(value: Any, source: Source | Literal["auto"], text_column: str) ->
 
 def is_parallel(value: Any) -> bool:
     """Whether a value is a record with keys that only parallel JSONL has."""
-    return isinstance(value, dict) and bool(_given_keys(value) & _PARALLEL_KEYS)
+    given = _given_keys(value) if isinstance(value, dict) else set[str]()
+    return bool(given & _PARALLEL_KEYS) or given >= {"documents", "reduce"}
 
 
 def _given_keys(value: dict[str, Any]) -> set[str]:

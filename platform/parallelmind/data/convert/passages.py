@@ -75,12 +75,13 @@ def expand_articles(
 
 def passage_questions(value: Any, templates: QuestionTemplates) -> Iterator[PassageQuestion]:
     """The questions of a paragraph with `qas`, or the one question of a row. Raises RecordError."""
-    if not isinstance(value, dict) or not value.get("context"):
+    context = (value.get("context") or value.get("documents")) if isinstance(value, dict) else None
+    if not context:
         raise RecordError("has no context")
-    documents = tuple(_documents(value["context"]))
+    documents = tuple(_documents(context))
     if not documents:
         raise RecordError("context is empty")
-    title = value.get("title") if isinstance(value["context"], str) else None
+    title = value.get("title") if isinstance(context, str) else None
     article = documents if is_blank(title) else str(title)
     if "qas" not in value:
         yield PassageQuestion(documents, _branch(value, "", templates), article)
@@ -131,9 +132,11 @@ def _parse_answers_text(answers: Any) -> Any:
 
 
 def _documents(context: Any) -> list[str]:
-    """The context as one text, or as one text for each of its titles with sentences, pairs or two columns."""
+    """The context as one text, a list of texts, or titles with sentences, as pairs or in two columns."""
     if isinstance(context, str):
         return [check_text(context, "context")]
+    if isinstance(context, list) and isinstance(context[0], str):
+        return [check_text(text, "documents") for text in context]
     try:
         pairs = context
         if isinstance(context, dict):

@@ -20,7 +20,7 @@ class ConvertSettings(FrozenConfig):
     )
     shape: Shape = Field(
         "flat",
-        description="documents (squad, hotpotqa): every document is a branch, and the question follows; "
+        description="documents (squad, hotpotqa): documents, and the question that reads them; "
         "paths (messages, sharegpt, reasoning, alpaca, pairs): the tagged paths of the last answer are "
         "branches; flat: neither",
     )
