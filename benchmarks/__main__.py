@@ -10,6 +10,7 @@ from benchmarks import (
     comparison,
     data,
     decoding,
+    documents,
     engine,
     first_use,
     forking,
@@ -52,7 +53,7 @@ def main() -> None:
         cluster,
         first_use,
     ]
-    modules += [comparison]  # last, because its engines stay loaded
+    modules += [comparison, documents]  # last, because their engines stay loaded
     benches = [bench for module in modules for bench in module.BENCHES]
     if not any(bench.name.startswith(prefix) for bench in benches):
         names = "\n  ".join(bench.name for bench in benches)

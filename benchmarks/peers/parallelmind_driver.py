@@ -22,22 +22,29 @@ def load() -> Decode:
         tokens: dict[tuple[int, int], list[int]] = {}
 
         def submit(request: Request) -> None:
-            sample = pm.Sample(request.main, request.prompts)
             number = engine.submit(
-                sample, max_new_tokens=request.new_tokens, ignore_eos=True, adapter=request.adapter
+                _sample(request), max_new_tokens=request.new_tokens, ignore_eos=True, adapter=request.adapter
             )
-            tokens.update({(number, branch): [] for branch in range(len(request.prompts))})
+            first = len(request.documents)
+            tokens.update({(number, first + branch): [] for branch in range(len(request.prompts))})
 
         def step() -> None:
             for event in engine.step():
                 event.raise_error()
-                assert event.token is not None
-                tokens[event.sample, event.branch].append(event.token)
+                if event.token is not None:  # documents have none
+                    tokens[event.sample, event.branch].append(event.token)
 
         run_arrivals(requests, submit, step, lambda: engine.busy)
         return list(tokens.values())
 
     return decode
+
+
+def _sample(request: Request) -> pm.Sample:
+    if not request.documents:
+        return pm.Sample(request.main, request.prompts)
+    (question,) = request.prompts
+    return pm.Sample(request.main, reduce=question, documents=request.documents)
 
 
 if __name__ == "__main__":

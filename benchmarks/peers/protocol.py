@@ -8,7 +8,8 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import chain
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +18,7 @@ class Request:
 
     at: seconds from the start of the measurement until the request arrives.
     adapter: name of the LoRA adapter, for drivers that have some.
+    documents: texts after main, which the only prompt reads.
     """
 
     prompts: list[list[int]]
@@ -24,11 +26,12 @@ class Request:
     main: list[int]
     at: float = 0.0
     adapter: str | None = None
+    documents: list[list[int]] = field(default_factory=list)
 
     @property
     def texts(self) -> list[list[int]]:
-        """Main and prompt of every text, for engines that do not know mains."""
-        return [self.main + prompt for prompt in self.prompts]
+        """Main, documents and prompt of every text, for engines that do not know what they are."""
+        return [[*self.main, *chain.from_iterable(self.documents), *prompt] for prompt in self.prompts]
 
 
 @dataclass(frozen=True, slots=True)

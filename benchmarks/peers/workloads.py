@@ -10,6 +10,7 @@ from benchmarks.peers.protocol import Request
 from benchmarks.text import passages
 
 BATCH, MAIN_TOKENS, ADAPTERS = 16, 1024, 8
+DOCUMENTS, DOCUMENT_TOKENS = 8, 244  # with a question they fit a context of 2,048 tokens
 
 
 def batch(_turn: int = 0) -> list[Request]:
@@ -28,6 +29,23 @@ def shared_main_cold(turn: int) -> list[Request]:
 def shared_main_warm(_turn: int = 0) -> list[Request]:
     """W2 with one main for all turns, so that all but the first find it in the cache."""
     return [Request(_questions(), 32, _tokens()[:MAIN_TOKENS])]
+
+
+def new_documents(turn: int) -> list[Request]:
+    """One question on eight documents that no turn before had, one new token."""
+    ids, start = _tokens(), turn * DOCUMENTS * DOCUMENT_TOKENS
+    starts = range(start, start + DOCUMENTS * DOCUMENT_TOKENS, DOCUMENT_TOKENS)
+    documents = [ids[first : first + DOCUMENT_TOKENS] for first in starts]
+    assert len(documents[-1]) == DOCUMENT_TOKENS, f"turn {turn}: the passages have too few tokens"
+    return [Request([_questions()[0]], 1, [], documents=documents)]
+
+
+def reordered_documents(turn: int) -> list[Request]:
+    """Another question on the same documents in another order, whose first document is another one."""
+    (request,) = new_documents(turn)
+    order = [*Random(turn).sample(range(1, DOCUMENTS), DOCUMENTS - 1), 0]
+    documents = [request.documents[index] for index in order]
+    return [replace(request, prompts=[_questions()[1]], documents=documents)]
 
 
 def one_prompt(_turn: int = 0) -> list[Request]:

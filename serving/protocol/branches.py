@@ -5,7 +5,14 @@ from __future__ import annotations
 from operator import not_
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from serving.protocol.fields import Items, Text
 from serving.protocol.openai import Message, Sampling, Usage
@@ -93,15 +100,16 @@ class BranchesRequest(ToolFields, BranchSettings):
     main: Text = ""
     messages: Items[Message] | None = Field(None, min_length=1)
     documents: Items[Text] = Field([])
-    branches: Items[BranchOrPrompt] = Field([])
+    branches: Items[BranchOrPrompt] = Field([], validate_default=True)
     reduce: SegmentOrText | None = None
     stream: bool = False
 
-    @model_validator(mode="after")
-    def _require_branches(self) -> Self:
-        if not self.branches and not self.documents:
-            raise ValueError("branches: give at least one, or documents and a reduce")
-        return self
+    @field_validator("branches")
+    @classmethod
+    def _require_branches(cls, branches: list[Branch], info: ValidationInfo) -> list[Branch]:
+        if not branches and not info.data.get("documents"):
+            raise ValueError("give at least one, or documents and a reduce")
+        return branches
 
 
 class ForkRequest(BranchSettings):

@@ -28,7 +28,8 @@ def read_samples(
     """The prompts of the first records that are short and hold text alone, as bodies of /v1/branches."""
     lines = (line for part in file_parts(files) for line in read_lines(part))
     records = filter(None, map(_parse, islice(lines, _MAX_LINES)))
-    samples = (_sample(RecordPrompt.of(_shortened(record), tokenizer)) for record in records)
+    shown = (_shortened(record) for record in records if not record.documents)  # the page has no documents
+    samples = (_sample(RecordPrompt.of(record, tokenizer)) for record in shown)
     return list(islice((sample for sample in samples if _is_short_text(sample)), count))
 
 
@@ -49,10 +50,8 @@ def _shortened(record: Record) -> Record:
 
 
 def _sample(prompt: RecordPrompt) -> dict[str, Any]:
-    indices, num_documents = iter(range(prompt.num_outputs)), len(prompt.sample.documents)
-    documents = [prompt.documents[next(indices)] for _ in range(num_documents)]
-    shown = {"documents": documents} if documents else {}
-    return {"main": prompt.sample.main, **shown, **_below(prompt.sample, indices, prompt.documents)}
+    indices = iter(range(prompt.num_outputs))
+    return {"main": prompt.sample.main, **_below(prompt.sample, indices, prompt.documents)}
 
 
 def _below(fork: Sample | Segment, indices: Iterator[int], documents: Mapping[int, Text]) -> dict[str, Any]:
@@ -73,15 +72,12 @@ def _segment(given: Text | Segment, indices: Iterator[int], documents: Mapping[i
 
 
 def _is_short_text(sample: dict[str, Any]) -> bool:
-    """Whether a sample has branches or documents, and neither token ids nor too many characters."""
+    """Whether a sample has branches, and neither token ids nor too many characters."""
     text = json.dumps(sample, ensure_ascii=False)
-    return (
-        ("branches" in sample or "documents" in sample) and len(text) <= _MAX_CHARS and not _holds_ids(sample)
-    )
+    return "branches" in sample and len(text) <= _MAX_CHARS and not _holds_ids(sample)
 
 
 def _holds_ids(fork: dict[str, Any]) -> bool:
     below = [*fork.get("branches", []), *([fork["reduce"]] if "reduce" in fork else [])]
     own = fork["text"] if "text" in fork else fork["main"]
-    texts = [own, *fork.get("documents", [])]
-    return not all(isinstance(text, str) for text in texts) or any(map(_holds_ids, below))
+    return not isinstance(own, str) or any(_holds_ids(segment) for segment in below)

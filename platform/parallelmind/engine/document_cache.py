@@ -77,28 +77,30 @@ class DocumentCache:
         manager, held = self._scheduler.block_manager, list[int]()
         try:
             for segment in group.documents:
-                held += self._restore(group, segment)
+                self._restore(group, segment, held)
         finally:
             with self._state_lock:
                 manager.free(held)
 
-    def _restore(self, group: SequenceGroup, segment: SegmentState) -> list[int]:
-        """Read what the KV cache lacks of a document; returns its cached blocks, which are held."""
+    def _restore(self, group: SequenceGroup, segment: SegmentState, held: list[int]) -> None:
+        """Read what the KV cache lacks of a document. All of its blocks are held, and appended to `held`."""
         manager = self._scheduler.block_manager
         with self._state_lock:
             blocks = self._blocks(segment)
             found = [block.block for block in blocks if block.block is not None]
             manager.hold(found)
+            held += found
         missing, name = [block for block in blocks if block.block is None], self._name(group, segment)
         states = self._files.read(name, segment.num_tokens) if missing and self._files.has(name) else None
         if states is None:
-            return found
+            return
         with self._state_lock:
             new = BlockDraft(manager).allocate(len(missing))
             if new is None:
-                return found
+                return
             manager.uncache(new)
             manager.hold(new)
+            held += new
         rows = slots_of([block.index for block in missing])
         slots = slots_of(new)[rows < segment.num_tokens]
         rows = rows[rows < segment.num_tokens]
@@ -110,7 +112,6 @@ class DocumentCache:
             for block, number in zip(missing, new, strict=True):
                 manager.cache(block.key, number, block.before)
         self.num_read += 1
-        return found + new
 
     def _blocks(self, segment: SegmentState) -> list[DocumentBlock]:
         assert segment.path is not None, "documents depend on their path alone"

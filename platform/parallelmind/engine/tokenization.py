@@ -120,13 +120,14 @@ def _tokenize_segments(
     segments, parents, is_reduce = [main], [NO_PARENT], [False]
     for placed in sample.walk():
         first = opens and placed.parent == MAIN and not placed.is_reduce
-        segments.append(tokenize(tokenizer, placed.segment.text, first))
-        if placed.number <= len(sample.documents) and isinstance(placed.segment.text, str):
-            segments[-1] = append_eos(segments[-1], eos_ids(tokenizer))
+        ids = tokenize(tokenizer, placed.segment.text, first)
+        is_document = placed.number <= len(sample.documents)
+        ends = ids and is_document and isinstance(placed.segment.text, str)
+        segments.append(append_eos(ids, eos_ids(tokenizer)) if ends else ids)
         parents.append(placed.parent)
         is_reduce.append(placed.is_reduce)
         if not segments[-1]:
-            remedy = "leave it out" if placed.is_reduce else "move the end of main into it"
+            remedy = "leave it out" if placed.is_reduce or is_document else "move the end of main into it"
             raise UserError(f"{placed.place}: holds no token; give it text, or {remedy}")
     if len(segments) == 1:
         raise UserError("branches=[]: a sample needs at least one branch")

@@ -100,6 +100,17 @@ def test_distractors_fill_up_the_number_of_documents_in_the_order_of_the_article
     assert len(documents(convert(source, shape="documents", documents=99)[0])) == 20
 
 
+def test_distractors_of_the_whole_source_stand_in_random_order() -> None:
+    source = [article((f"{n}.", [question(f"{n}?", "x")]), title=str(n)) for n in range(12)]
+    records = convert(source, shape="documents", documents=8, distractors="all")
+    draws = [documents(record) for record in records]
+    assert all(len(set(draw)) == 8 and f"{n}." in draw for n, draw in enumerate(draws))
+    assert len({draw.index(f"{n}.") for n, draw in enumerate(draws)}) > 3
+    assert convert(source, shape="documents", documents=8, distractors="all") == records
+    with pytest.raises(ValueError, match="distractors=all: needs shape=documents"):
+        ConvertSettings(distractors="all")
+
+
 def test_a_bad_paragraph_leaves_its_neighbours_as_documents() -> None:
     source = article(("A.", [question("a?", "x")]), ("B.", [question("b?", "y")]))
     source["paragraphs"].insert(1, {"context": "X."})

@@ -73,7 +73,7 @@ def test_a_stream_names_documents_by_their_place(tmp_path: Path) -> None:
     ("body", "message"),
     [
         ({"documents": DOCUMENTS}, "documents: nothing reads them; give the question as reduce"),
-        ({}, "branches: give at least one, or documents and a reduce"),
+        ({}, "branches=[]: give at least one, or documents and a reduce"),
         ({"documents": ["a", ""], "reduce": "b"}, "documents[1]: holds no token"),
         ({"documents": "a", "reduce": "b"}, "documents"),
     ],

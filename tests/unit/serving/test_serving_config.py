@@ -28,7 +28,7 @@ from serving.observability.metrics import (
 from serving.protocol.branches import BranchesRequest
 from serving.protocol.openai import ChatRequest, CompletionRequest
 
-SHARES: dict[PrefillKind, float] = {"main": 0.5, "branch": 0.25, "preempted": 1.0}
+SHARES: dict[PrefillKind, float] = {"main": 0.5, "document": 0.75, "branch": 0.25, "preempted": 1.0}
 
 
 def config(**values: Any) -> AppConfig:

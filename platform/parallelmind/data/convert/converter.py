@@ -9,7 +9,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, get_args
 
 from parallelmind.data.convert.columns import Columns
-from parallelmind.data.convert.documents import group_by_article
+from parallelmind.data.convert.documents import group_by_article, group_by_source
 from parallelmind.data.convert.kinds import SHAPES, Source, find_kind, is_parallel, unused_keys
 from parallelmind.data.convert.passages import (
     PassageQuestion,
@@ -96,6 +96,8 @@ class Converter:
             parse = partial(passage_questions, templates=self._records.templates)
             questions = convert_each(self._count(expand_articles(records)), parse)
             answered, in_memory = self._drop_unanswered(questions), self.settings.grouping == "global"
+            if self.settings.shape == "documents" and self.settings.distractors == "all":
+                return group_by_source(answered, self.settings.documents)
             if self.settings.shape == "documents":
                 return group_by_article(answered, in_memory, self.settings.documents)
             return group_by_passage(answered, in_memory)

@@ -4,9 +4,24 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from parallelmind.data.convert.passages import PassageQuestion
 from parallelmind.data.convert.source_records import BadRecord, ParallelRecord
+
+
+def group_by_source(
+    questions: Iterable[PassageQuestion | BadRecord], documents: int | None
+) -> Iterator[ParallelRecord | BadRecord]:
+    """As `group_by_article`, with documents of the whole source, in random order."""
+    merged = (
+        question if isinstance(question, BadRecord) else replace(question, article=None)
+        for question in questions
+    )
+    for record in group_by_article(merged, True, documents):
+        if not isinstance(record, BadRecord):
+            random.Random(str(record["reduce"])).shuffle(record["documents"])
+        yield record
 
 
 def group_by_article(

@@ -27,8 +27,12 @@ class ConvertSettings(FrozenConfig):
     documents: int | None = Field(
         None,
         ge=1,
-        description="shape=documents: number of documents per question, its own and others of the same "
-        "article; null: all",
+        description="shape=documents: number of documents per question, its own and others; null: all",
+    )
+    distractors: Literal["article", "all"] = Field(
+        "article",
+        description="shape=documents: where the others come from: the article, or the whole source, which is "
+        "held in memory; all: the order is random",
     )
     encoding: str | None = Field(
         None,
@@ -91,8 +95,9 @@ class ConvertSettings(FrozenConfig):
 
     @model_validator(mode="after")
     def _check_documents(self) -> Self:
-        if self.documents and self.shape != "documents":
-            raise ValueError(f"documents={self.documents}: needs shape=documents")
+        for name, value in (("documents", self.documents), ("distractors", self.distractors)):
+            if value not in (None, "article") and self.shape != "documents":
+                raise ValueError(f"{name}={value}: needs shape=documents")
         return self
 
     @model_validator(mode="after")
