@@ -25,7 +25,7 @@ _MAX_UNWRITTEN = 64  # documents that wait to be written; further ones are not w
 class DocumentBlock(NamedTuple):
     """A block of a document. before: as in `BlockManager.cache`. block: where it is cached, if it is."""
 
-    index: int
+    number: int
     key: BlockKey
     before: bytes | None
     block: int | None
@@ -101,7 +101,7 @@ class DocumentCache:
             manager.uncache(new)
             manager.hold(new)
             held += new
-        rows = slots_of([block.index for block in missing])
+        rows = slots_of([block.number for block in missing])
         slots = slots_of(new)[rows < segment.num_tokens]
         rows = rows[rows < segment.num_tokens]
         index = torch.from_numpy(rows)
@@ -109,8 +109,8 @@ class DocumentCache:
         self._runner.cache.write_slots(slots, chosen, self._runner.model.device)
         self._scheduler.tables.place(slots, segment.start_time + rows, np.full_like(rows, segment.number))
         with self._state_lock:
-            for block, number in zip(missing, new, strict=True):
-                manager.cache(block.key, number, block.before)
+            for block, cached in zip(missing, new, strict=True):
+                manager.cache(block.key, cached, block.before)
         self.num_read += 1
 
     def _blocks(self, segment: SegmentState) -> list[DocumentBlock]:

@@ -93,13 +93,15 @@ class DocumentFiles:
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
 
-    def _refuse(self, name: str, reason: str) -> None:
+    def _refuse(self, name: str, reason: str) -> States | None:
+        """Tell why a file is not used; returns None, which stands for no states."""
         self._refused.add(name)
         warnings.warn(
             f"document_cache: {self._path(name)} {reason}; the document is computed anew",
             UserNotice,
             stacklevel=3,
         )
+        return None
 
     def _remove_unused(self) -> None:
         files = list[tuple[float, int, Path]]()
@@ -119,5 +121,5 @@ class DocumentFiles:
 def _checksum(states: States) -> str:
     checksum = 0
     for _, rows in sorted(states.items()):
-        checksum = zlib.crc32(rows.contiguous().reshape(-1).view(torch.uint8).numpy(), checksum)
+        checksum = zlib.crc32(rows.contiguous().reshape(-1).view(torch.uint8).numpy().data, checksum)
     return f"{checksum:08x}"
