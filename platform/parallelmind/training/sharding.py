@@ -18,6 +18,8 @@ from parallelmind.model.structure import causal_lm
 from parallelmind.training.loss import TargetLoss
 from parallelmind.training.vocabulary_parallel import shard_vocabulary
 
+_LARGE_SHARE = 0.1  # of a decoder layer's weights, from which on a child is gathered by itself
+
 
 @cache
 def host_mesh() -> DeviceMesh:
@@ -29,9 +31,9 @@ def host_mesh() -> DeviceMesh:
 
 
 def shard(loss: TargetLoss, device: torch.device) -> None:
-    """Shard the model in place on `device`, each decoder layer as one unit and the rest as another.
+    """Shard the model in place on `device`: attention, MLP and norms of each decoder layer, and the rest.
 
-    Embedding and LM head are never gathered, see `vocabulary_parallel`.
+    Each of these units is gathered when it runs. Embedding and LM head never are, see `vocabulary_parallel`.
     Weights that `load_base` has sharded over `host_mesh` move there as they are; each worker takes its part
     of all others. Weights are gathered in the compute dtype. Gradients are summed over the workers in
     float32, unit by unit during the backward pass. Raises UserError as `check_lm_head` does.
@@ -39,9 +41,7 @@ def shard(loss: TargetLoss, device: torch.device) -> None:
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     vocabulary = shard_vocabulary(causal_lm(loss.model), mesh)
     loaded = _take_shards(loss, vocabulary)
-    layers = block_class_names(causal_lm(loss.model))
-    units = [module for module in loss.model.modules() if type(module).__name__ in layers]
-    for unit in (*units, loss):
+    for unit in (*_units(loss.model), loss):
         sharded = fully_shard(unit, mesh=mesh, mp_policy=_precision(loss.dtype), ignored_params=vocabulary)
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)  # gloo supports no other reduction
@@ -51,6 +51,28 @@ def shard(loss: TargetLoss, device: torch.device) -> None:
     register_fsdp_forward_method(loss, "check_head")
     loss.check_head()
     loss.reshard()  # type: ignore[operator]  # a method that fully_shard has added
+
+
+def _units(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers, each after its large parts; what is left of the layer are its norms."""
+    names = block_class_names(causal_lm(model))
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    return [unit for layer in layers for unit in (*_large_parts(layer), layer)]
+
+
+def _large_parts(layer: nn.Module) -> list[nn.Module]:
+    """The children that hold a large share of the layer's weights: attention and MLP, whatever their names."""
+    least = _LARGE_SHARE * _size(layer)
+    return [part for part in layer.children() if _has_forward(part) and _size(part) >= least]
+
+
+def _size(module: nn.Module) -> int:
+    return sum(weight.numel() for weight in module.parameters())
+
+
+def _has_forward(module: nn.Module) -> bool:
+    """FSDP gathers a unit when its forward is called, which a ModuleList does not have."""
+    return type(module).forward is not nn.Module.forward
 
 
 def _precision(dtype: torch.dtype) -> MixedPrecisionPolicy:
