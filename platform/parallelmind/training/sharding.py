@@ -49,7 +49,8 @@ def shard(loss: TargetLoss, device: torch.device) -> None:
             sharded.set_modules_to_backward_prefetch([sharded])
     loss.load_state_dict(_move_shards(loaded, mesh), strict=False, assign=True)
     register_fsdp_forward_method(loss, "check_head")
-    loss.check_head()
+    loss.eval().check_head()  # dropout would make two passes differ
+    loss.train()
     loss.reshard()  # type: ignore[operator]  # a method that fully_shard has added
 
 
@@ -61,7 +62,7 @@ def _units(model: nn.Module) -> list[nn.Module]:
 
 
 def _large_parts(layer: nn.Module) -> list[nn.Module]:
-    """The children that hold a large share of the layer's weights: attention and MLP, whatever their names."""
+    """The children that hold a large share of its weights: attention and MLP, whatever their names."""
     least = _LARGE_SHARE * _size(layer)
     return [part for part in layer.children() if _has_forward(part) and _size(part) >= least]
 
