@@ -104,7 +104,7 @@ class EngineLoop:
         """
         self._engine, self._on_step = engine, on_step
         self._stuck_s, self._num_threads = stuck_s, num_threads
-        engine.on_fork = self._announce_fork
+        engine.samples.on_fork = self._announce_fork
         self._readers: dict[int, RunningRequest] = {}  # by the number of each sample
         self._calls = ThreadPoolExecutor(1, "engine-calls")
         self._wake = threading.Event()

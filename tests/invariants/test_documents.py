@@ -43,7 +43,7 @@ def submit(engine: RecordingEngine, rng: random.Random, main: list[int], **sampl
     reduce = prompt(rng.randint(1, 9), number, 2)
     sample = Sample(main, branches, reduce, documents)
     engine.submit(sample, seed=number, max_new_tokens=4, **sampling)
-    return engine._groups[number]
+    return engine.samples.groups[number]
 
 
 def run_and_check(engine: RecordingEngine, groups: list[Any]) -> None:
@@ -230,9 +230,9 @@ def test_training_and_decoding_place_documents_alike(main: str) -> None:
     trained = arrange(tokenised.tokens, TREES)
     engine = tiny_engine(TREES)
     engine.submit(Sample(main, reduce=reduce["prompt"], documents=texts), max_new_tokens=1)
-    while not engine._groups[0].branches[-1].has_started:
+    while not engine.samples.groups[0].branches[-1].has_started:
         engine.step()
-    decoded, count = engine._groups[0].final_layout(), len(engine._groups[0].final_layout().ids)
+    decoded, count = engine.samples.groups[0].final_layout(), len(engine.samples.groups[0].final_layout().ids)
     for field in ("ids", "segment", "branch", "time", "position"):
         assert np.array_equal(getattr(trained, field)[:count], getattr(decoded, field)), field
     assert len(set(trained.branch[np.isin(trained.segment, [1, 2])])) == 1

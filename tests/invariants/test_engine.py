@@ -80,7 +80,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule(main=MAIN, shape=SHAPE, last=st.none() | LENGTH, then=STEPS)
     def submit(self, main: list[int], shape: list[tuple[int, int]], last: int | None, then: int) -> None:
-        expected_id = self.engine._num_submitted
+        expected_id = self.engine.samples.num_submitted
         prompts = [prompt(length, expected_id, branch) for branch, (length, _) in enumerate(shape)]
         per_branch = [{"max_new_tokens": count} for _, count in shape]
         decodes = any(count for _, count in shape)
@@ -90,7 +90,7 @@ class EngineMachine(RuleBasedStateMachine):
             Sample(main, prompts), per_branch=per_branch, reduce=reduce, max_new_tokens=4, seed=expected_id
         )
         assert sample_id == expected_id
-        self.groups[sample_id] = self.engine._groups[sample_id]
+        self.groups[sample_id] = self.engine.samples.groups[sample_id]
         self.step(then)
 
     @precondition(lambda self: self.open_samples())

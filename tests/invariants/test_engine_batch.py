@@ -140,7 +140,7 @@ def test_each_branch_has_its_own_finish_reason() -> None:
 def test_logprobs_are_those_of_one_full_forward(config: RopeConfig) -> None:
     engine = tiny_engine(config, max_prefill_tokens=10)
     sample_id = engine.submit(SAMPLE, max_new_tokens=6, logprobs=3, temperature=1.0, seed=1, ignore_eos=True)
-    group = engine._groups[sample_id]
+    group = engine.samples.groups[sample_id]
     events = run_to_end(engine)
     whole = layout_logits(engine.model, group.final_layout(), config)[1:]
     for branch, logits in enumerate(whole):

@@ -79,10 +79,12 @@ def decode_at_random(engine: Engine) -> list[tuple[int, int, int | None, str | N
         )
         for _ in range(rng.randint(0, 3)):
             events += engine.step()
-        running = sorted(engine._groups)
+        running = sorted(engine.samples.groups)
         chosen = rng.choice(running) if running else sample
         action = rng.choice(["fork", "join", "cancel", "cancel a branch", "preempt", "wait"])
-        branches = [branch.index for branch in engine._groups[chosen].running_branches] if running else []
+        branches = (
+            [branch.index for branch in engine.samples.groups[chosen].running_branches] if running else []
+        )
         if action == "cancel":
             engine.cancel(chosen)
         elif action == "cancel a branch":
@@ -91,7 +93,7 @@ def decode_at_random(engine: Engine) -> list[tuple[int, int, int | None, str | N
             engine.scheduler.begin(Plan((rng.choice(admitted),), (), (), ForwardPlan(None, ()), ()))
         elif branches and action == "fork":
             engine.fork(chosen, branches[0], [[7, 8], Segment([9], [[10]])], max_new_tokens=3, seed=1)
-        elif branches and action == "join" and engine._groups[chosen].reduce_of(0) is None:
+        elif branches and action == "join" and engine.samples.groups[chosen].reduce_of(0) is None:
             engine.join(chosen, [11, 12], max_new_tokens=3, seed=2)
     events += run_to_end(engine)
     assert engine.scheduler.num_preemptions

@@ -82,11 +82,11 @@ class ForkMachine(RuleBasedStateMachine):
 
     @rule(new=st.integers(4, 160), depth=st.integers(0, 2), adapted=st.booleans(), then=st.integers(0, 4))
     def submit(self, new: int, depth: int, adapted: bool, then: int) -> None:
-        number = self.engine._num_submitted
+        number = self.engine.samples.num_submitted
         own = {"max_new_tokens": new, "seed": number, "temperature": 1.0, "max_fork_depth": depth}
         self.asked[number] = {**own, "adapter": "adapted" if adapted else None}
         self.engine.submit(self.sample(number), **self.asked[number])
-        self.groups[number], self.got[number] = self.engine._groups[number], []
+        self.groups[number], self.got[number] = self.engine.samples.groups[number], []
         self.events["adapted"] += adapted
         self.step(then)
 

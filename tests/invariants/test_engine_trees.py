@@ -96,11 +96,11 @@ class TreeMachine(RuleBasedStateMachine):
 
     @rule(main=MAIN, shape=SHAPE, then=STEPS)
     def submit(self, main: list[int], shape: int, then: int) -> None:
-        number, growth = self.engine._num_submitted, Growth(shape)
+        number, growth = self.engine.samples.num_submitted, Growth(shape)
         reduce = growth.segment(is_reduce=True) if shape % 3 == 0 else None
         sample = Sample(main, growth.segments(3), reduce)
         if self.attempt(lambda: self.engine.submit(sample, seed=number)):
-            self.groups[number] = self.engine._groups[number]
+            self.groups[number] = self.engine.samples.groups[number]
             self.events["nested"] += self.groups[number].tree.depth > 1
         self.step(then)
 

@@ -57,7 +57,7 @@ class LogitRecorder(Engine):
         super().__init__(model, tokenizer, EngineConfig(cache_tokens=_CACHE_TOKENS))
         lengths = [{"max_new_tokens": _MAX_NEW_TOKENS - branch} for branch in range(len(sample.branches))]
         number = self.submit(sample, per_branch=lengths, ignore_eos=True, max_new_tokens=_MAX_NEW_TOKENS)
-        self.group = self._groups[number]
+        self.group = self.samples.groups[number]
         self.logits: list[list[Tensor]] = [[] for _ in self.group.branches]
 
     def sample(

@@ -23,14 +23,13 @@ from parallelmind.engine.detokenizer import TokenDecoder
 from parallelmind.engine.document_cache import DocumentCache
 from parallelmind.engine.document_files import MAX_DOCUMENT_BYTES, DocumentFiles
 from parallelmind.engine.fair_lock import FairLock
-from parallelmind.engine.fork_parser import Fork, ForkParser, ForkSyntax
+from parallelmind.engine.fork_parser import ForkParser, ForkSyntax
 from parallelmind.engine.grammar_compiler import GrammarCompiler
 from parallelmind.engine.grammar_matcher import TokenMasks
 from parallelmind.engine.look_ahead import LookAhead
 from parallelmind.engine.model_runner import Model, ModelRunner
-from parallelmind.engine.output import Event, FinishReason, OutputProcessor, TokenLogprob
+from parallelmind.engine.output import Event, OutputProcessor, TokenLogprob
 from parallelmind.engine.request import (
-    AddedSegments,
     ResumeState,
     Sample,
     Segment,
@@ -53,13 +52,12 @@ from parallelmind.engine.sequential_runner import SequentialRunner
 from parallelmind.engine.step_plan import ForwardPlan, SampledBranches, ScheduledGroup
 from parallelmind.engine.tokenization import (
     eos_token_ids,
-    fork_request,
     tokenize_branches,
     tokenize_request,
 )
+from parallelmind.engine.unfinished_samples import UnfinishedSamples, start_pos2d
 from parallelmind.engine.validation import (
     check_fork,
-    check_group,
     check_join,
     check_reduce,
     check_resume,
@@ -73,8 +71,6 @@ from parallelmind.model.patch_state import is_patched, rope_config
 from parallelmind.model.structure import causal_lm
 from parallelmind.model.support import assess
 from parallelmind.tree import MAIN
-
-_EVENTS_AT_ONCE = 8  # before waiting calls get in
 
 _step_locks: WeakKeyDictionary[PreTrainedModel, FairLock] = WeakKeyDictionary()
 _load_locks: WeakKeyDictionary[PreTrainedModel, RLock] = WeakKeyDictionary()
@@ -104,7 +100,7 @@ class Engine:
     fallback_reason: why branches cannot share a sequence on this model; None if they can. Such a model
         decodes each branch isolated, in a row of its own.
     state_lock: guards the state of all samples. Hold it for calls that belong together.
-    on_fork: called, under this lock, with a sample's number and the segments of a fork that its model wrote.
+    samples: those that have not finished, under this lock.
     seconds_in_model: total time of all forward passes.
     """
 
@@ -134,9 +130,9 @@ class Engine:
         # Held while the model is in use: engines that share a model, in other threads too, take turns.
         self._step_lock = _step_locks.setdefault(causal_lm(model), FairLock())
         self._load_lock = _load_locks.setdefault(causal_lm(model), RLock())
-        self._groups: dict[int, SequenceGroup] = {}  # unfinished samples by id
-        self._num_submitted = 0
-        self._pending_events: list[Event] = []  # that no step has returned yet
+        self.samples = UnfinishedSamples(
+            tokenizer, self.scheduler, self.runner, self.adapters, self.fallback_reason
+        )
         self._documents: DocumentCache | None = None
         if document_cache is not None:
             self._documents = self._open_documents(document_cache, document_cache_bytes)
@@ -145,7 +141,6 @@ class Engine:
         embeddings: Any = model.get_input_embeddings()
         self._grammars = GrammarCompiler(tokenizer, len(embeddings.weight), self._eos_token_ids)
         self._decoder = TokenDecoder(tokenizer)
-        self.on_fork: Callable[[int, AddedSegments], None] = lambda sample_id, added: None
         self.seconds_in_model = 0.0
         self._ahead: LookAhead | None = None  # the step that follows the last one
 
@@ -213,16 +208,16 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether a step would compute or return anything."""
-        return bool(self._groups or self._pending_events)
+        return bool(self.samples.groups or self.samples.events)
 
     def has_sample(self, sample_id: int) -> bool:
         """Whether a sample is unfinished."""
-        return sample_id in self._groups
+        return sample_id in self.samples
 
     def is_finished(self, sample_id: int) -> bool:
         """Whether a sample is finished and `step` has returned all of its events. For the step thread."""
         with self.state_lock:
-            pending = any(event.sample == sample_id for event in self._pending_events)
+            pending = any(event.sample == sample_id for event in self.samples.events)
             return not self.has_sample(sample_id) and not pending
 
     def stats(self) -> EngineStats:
@@ -289,14 +284,7 @@ class Engine:
                 self.adapters.release(version)
             raise
         with self.state_lock:
-            group.id = self._num_submitted
-            self.scheduler.submit(group)
-            self._groups[group.id] = group
-            self._num_submitted += 1
-            if group.is_running:
-                self._start_ready(group)
-            else:  # it has finished on the other engine
-                self._abort(group, "cancelled")
+            self.samples.submit(group)
             return group.id
 
     def divide(self, request: TokenizedRequest) -> list[TokenizedRequest]:
@@ -316,11 +304,11 @@ class Engine:
         request = tokenize_branches(self.tokenizer, [prompt], sampling)
         self.compile_grammars(request.params)
         with self.state_lock:
-            group = self._group(sample_id)
+            group = self.samples[sample_id]
             parent = _number_of(group, branch)
             check_join(group, parent)
-            index = self._add(group, request, parent)
-            self._start_ready(group)
+            index = self.samples.add(group, request, parent)
+            self.samples.start_ready(group)
             return index
 
     def fork(
@@ -335,17 +323,17 @@ class Engine:
         request = tokenize_branches(self.tokenizer, prompts, sampling)
         self.compile_grammars(request.params)
         with self.state_lock:
-            group = self._group(sample_id)
+            group = self.samples[sample_id]
             forked = check_fork(group, _number_of(group, branch))
             group.finish(forked, "forked")  # its own end decides what fits after it
             try:
-                first = self._add(group, request, forked.number)
+                first = self.samples.add(group, request, forked.number)
             except UserError:
                 group.finish(forked, None)
                 raise
             text, start = forked.output.flush()[0], group.pos2d(forked)
-            self._pending_events.append(Event(branch, text, None, "forked", sample=group.id, pos2d=start))
-            self._finish_branch(group, forked, "forked")
+            self.samples.events.append(Event(branch, text, None, "forked", sample=group.id, pos2d=start))
+            self.samples.finish_branch(group, forked, "forked")
             return [added.index for added in group.branches[first:] if added.parent == forked.number]
 
     def reduce(self, sample_id: int, branch: int | None, prompt: Text | Segment, **sampling: Any) -> int:
@@ -360,10 +348,10 @@ class Engine:
         if not request.params[0].max_new_tokens and request.num_branches == 1:
             raise UserError("max_new_tokens=0: the reduce branch decodes nothing; raise it")
         with self.state_lock:
-            group = self._group(sample_id)
+            group = self.samples[sample_id]
             parent = _number_of(group, branch)
             check_reduce(group, parent)
-            return self._add(group, request, parent, as_reduce=True)
+            return self.samples.add(group, request, parent, as_reduce=True)
 
     def start_pos2d(self, sample_id: int) -> list[tuple[int, int] | None]:
         """Branch and time coordinates of the first token of every segment after main.
@@ -371,8 +359,8 @@ class Engine:
         None for a segment that has not started. Raises UserError if the sample is finished.
         """
         with self.state_lock:
-            group = self._group(sample_id)
-            return [_start_pos2d(group, branch) for branch in group.branches]
+            group = self.samples[sample_id]
+            return [start_pos2d(group, branch) for branch in group.branches]
 
     def cancel(self, sample_id: int, branch: int | None = None) -> None:
         """Cancel a sample, or a branch and all below it, before the next step.
@@ -382,11 +370,11 @@ class Engine:
         with self.state_lock:
             if not self.has_sample(sample_id):
                 return
-            group = self._groups[sample_id]
+            group = self.samples[sample_id]
             if branch is None:
-                self._abort(group, "cancelled")
+                self.samples.abort(group, "cancelled")
             elif 0 <= branch < len(group.branches):
-                self._finish_subtree(group, group.branches[branch], "cancelled")
+                self.samples.finish_subtree(group, group.branches[branch], "cancelled")
 
     # Steps
 
@@ -418,8 +406,7 @@ class Engine:
     def take_events(self) -> list[Event]:
         """Events that no step has returned: of cancelled branches, and of a step that raised."""
         with self.state_lock:
-            events, self._pending_events = self._pending_events, []
-            return events
+            return self.samples.take_events()
 
     def _prepare(self) -> list[_Pass]:
         """Plan a step; returns its forward passes."""
@@ -430,7 +417,9 @@ class Engine:
             plan = self.scheduler.schedule(self.state_lock.give_way, ahead.step if ahead else None)
             try:
                 for group in plan.stuck:
-                    self._abort(group, "error", "the cache has no room for the sample; raise cache_tokens")
+                    self.samples.abort(
+                        group, "error", "the cache has no room for the sample; raise cache_tokens"
+                    )
                 for group in plan.preempted:
                     self.runner.forget(group)
                 self.scheduler.begin(plan)
@@ -479,7 +468,7 @@ class Engine:
                     branch.prompt_logprobs[position] = score
                 if self._documents is not None:
                     self._documents.note_computed(sampled.groups)
-                self._emit_all(sampled, tokens)
+                self.samples.emit_all(sampled, tokens, self.state_lock.give_way)
                 return
             self._ahead = None  # it read what is computed again
             inputs = self._prepare_inputs(forward) if inputs is None else inputs
@@ -501,18 +490,6 @@ class Engine:
             step.unstage(self.scheduler.tables)
         self._ahead = LookAhead(step, self._run(following, inputs, token_ids))
 
-    def _emit_all(self, sampled: SampledBranches, tokens: Sequence[SampledToken]) -> None:
-        """The events of sampled tokens. Calls of other threads get in between.
-
-        A branch that is cancelled before its turn emits nothing more.
-        """
-        rows = zip(sampled.groups, sampled.branches, sampled.pos2d, tokens, strict=True)
-        for number, (group, branch, pos2d, token) in enumerate(rows):
-            if number % _EVENTS_AT_ONCE == 0:
-                self.state_lock.give_way()
-            if group.is_admitted and branch.is_running:
-                self._emit(group, branch, pos2d, token)
-
     def _distrust(self, group: SequenceGroup) -> None:
         """Share no blocks of a sample with logits that are not finite; if it read others, compute it anew."""
         if not group.has_adopted:
@@ -526,7 +503,7 @@ class Engine:
         reason = f"the forward pass failed ({type(error).__name__}: {first_line(error)})"
         with self.state_lock:
             for group in [group for group in dict.fromkeys(groups) if group.is_running]:
-                self._abort(group, "error", reason)
+                self.samples.abort(group, "error", reason)
 
     def _split(self, forward: ForwardPlan) -> list[ForwardPlan]:
         """Divide a step into forward passes: one for each adapter, or for each sample."""
@@ -554,68 +531,6 @@ class Engine:
         """The next token of every row of `[rows, vocab]` logits. masks: of the rows that have a grammar."""
         return self._sampler(logits, rows, masks) if rows else PendingTokens.of([])
 
-    def _emit(
-        self, group: SequenceGroup, branch: BranchState, pos2d: tuple[int, int], sampled: SampledToken
-    ) -> None:
-        """Append a sampled token to its branch, and its event to those of the step.
-
-        pos2d: coordinates of the token.
-        """
-        token, logprob, top = sampled
-        prompt = () if branch.params.prompt_logprobs is None else branch.pop_prompt_logprobs()
-        if token is None or (prompt and any(label.logprob != label.logprob for label in prompt)):
-            reason = "the model's logits are not finite (NaN or infinity)"
-            self._finish_subtree(group, branch, "error", reason)
-            return
-        matcher = branch.output.matcher
-        if matcher is not None and matcher.error is not None:
-            self._finish_subtree(group, branch, "error", matcher.error)
-            return
-        try:
-            text, finish_reason = branch.append_token(token)
-        except Exception as error:  # of the tokenizer, whose code this is not
-            reason = f"token {token} cannot be decoded ({type(error).__name__}: {first_line(error)})"
-            self._finish_subtree(group, branch, "error", reason)
-            return
-        fork = None
-        if branch.output.titles:
-            fork = self._fork_itself(group, branch)
-            rest, finish_reason = (
-                branch.output.refuse_fork() if fork is None else (branch.output.accept_fork(), "forked")
-            )
-            text += rest
-        event = Event(
-            branch.index, text, token, finish_reason, logprob, top, group.id, pos2d, prompt=prompt, fork=fork
-        )
-        self._pending_events.append(event)
-        if finish_reason is not None:
-            self._finish_branch(group, branch, finish_reason)
-
-    def _fork_itself(self, group: SequenceGroup, branch: BranchState) -> Fork | None:
-        """Add the branches of the fork that a branch has just written, and their reduce.
-
-        None, and nothing changes, for a fork that does not fit. Segments that follow the branch are those of
-        the fork if another engine has added them.
-        """
-        syntax, titles = self.adapters.fork_syntax(group.adapter_version), branch.output.titles
-        assert syntax is not None, "only a model with markers writes a fork"
-        request = fork_request(self.tokenizer, titles, syntax.join_ids, branch)
-        below = group.children(branch.number)
-        if request is None or (below and [each.prompt for each in below] != request.tokens.split()[1:]):
-            return None
-        if not below:
-            group.finish(branch, "forked")  # its own end decides what fits after it
-            try:
-                first = self._add(group, request, branch.number)
-            except UserError:
-                return None
-            finally:
-                group.finish(branch, None)
-            below = group.branches[first:]
-            self.on_fork(group.id, AddedSegments(request, branch.number))
-        *branches, reduce = (each.index for each in below)
-        return Fork(titles, tuple(branches), reduce)
-
     # State
 
     def _make_output(
@@ -641,91 +556,10 @@ class Engine:
         )
         if resume is not None:
             group.resume(resume)
-        check_group(self.model, group, self.fallback_reason)
-        self.scheduler.check_size(group)
+        self.samples.check(group)
         if group.is_running:
             group.start_ready()
         return group
-
-    def _group(self, sample_id: int) -> SequenceGroup:
-        if not self.has_sample(sample_id):
-            raise UserError(f"sample {sample_id}: unknown or finished; submit another one")
-        return self._groups[sample_id]
-
-    def _add(
-        self, group: SequenceGroup, request: TokenizedRequest, parent: int, as_reduce: bool = False
-    ) -> int:
-        """Add the segments of a request below a segment; returns the index of the first one.
-
-        Raises UserError, and adds none, if they do not fit.
-        """
-        check_token_ids(self.model, request.tokens.ids.tolist(), request.params)
-        first = len(group.segments)
-        try:
-            group.add(request, parent, as_reduce)
-            check_group(self.model, group, self.fallback_reason)
-            self.scheduler.check_size(group)
-        except UserError:
-            group.remove_from(first)
-            raise
-        return first - 1
-
-    def _start_ready(self, group: SequenceGroup) -> None:
-        """Start the segments that can start, and finish those that decode nothing: others read them."""
-        group.start_ready()
-        while read_only := [branch for branch in group.running_branches if not branch.params.max_new_tokens]:
-            for branch in read_only:
-                self._finish_one(group, branch, "length", Event(branch.index, "", None, "length"))
-            group.start_ready()
-
-    def _finish_branch(self, group: SequenceGroup, branch: BranchState, reason: FinishReason) -> None:
-        """Finish a segment whose last event is out, and start what waits for its end."""
-        self._finish_one(group, branch, reason)
-        self._start_ready(group)
-
-    def _finish_subtree(
-        self, group: SequenceGroup, branch: BranchState, reason: FinishReason, error: str | None = None
-    ) -> None:
-        """Finish a segment and all below it that has not finished, with an event for each."""
-        for each in (branch, *group.below(branch.number)):
-            if not each.is_finished:
-                self._finish_one(group, each, reason, Event(each.index, "", None, reason, error=error))
-        self._start_ready(group)
-
-    def _finish_one(
-        self, group: SequenceGroup, branch: BranchState, reason: FinishReason, event: Event | None = None
-    ) -> None:
-        if event is not None:
-            start = _start_pos2d(group, branch)
-            self._pending_events.append(event._replace(sample=group.id, pos2d=start))
-        self.scheduler.finish_branch(group, branch, reason)
-        self._free(group, [branch])
-
-    def _abort(self, group: SequenceGroup, reason: FinishReason, error: str | None = None) -> None:
-        """Finish all segments of a sample that have not finished, with an event for each."""
-        unfinished = [branch for branch in group.branches if not branch.is_finished]
-        self._pending_events += [
-            Event(
-                branch.index,
-                "",
-                None,
-                reason,
-                sample=group.id,
-                pos2d=_start_pos2d(group, branch),
-                error=error,
-            )
-            for branch in unfinished
-        ]
-        self.scheduler.abort(group, reason)
-        self._free(group, unfinished)
-
-    def _free(self, group: SequenceGroup, finished: Sequence[BranchState]) -> None:
-        """Free what finished branches hold outside of the scheduler."""
-        for branch in finished:
-            self.runner.free(group, branch)
-        if not group.is_running:
-            del self._groups[group.id]
-            self.adapters.release(group.adapter_version)
 
 
 def _not_finite(sampled: SampledBranches, tokens: Sequence[SampledToken]) -> list[SequenceGroup]:
@@ -749,11 +583,6 @@ def _prompt_labels(scheduled: Sequence[ScheduledGroup]) -> list[tuple[BranchStat
 def _score_prompts(logits: Tensor, labels: Sequence[tuple[BranchState, int]]) -> list[TokenLogprob]:
     token_ids = [branch.prompt[position] for branch, position in labels]
     return prompt_logprobs(logits, token_ids, [branch.params.prompt_logprobs for branch, _ in labels])
-
-
-def _start_pos2d(group: SequenceGroup, branch: BranchState) -> tuple[int, int] | None:
-    """Coordinates of a segment's first token; None if it has not started."""
-    return group.pos2d(branch) if branch.has_started else None
 
 
 def _number_of(group: SequenceGroup, branch: int | None) -> int:

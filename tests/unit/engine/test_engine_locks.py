@@ -14,10 +14,11 @@ import pytest
 from engines import ISOLATED, decode, run_to_end, saved_adapters, tiny_engine, tokens_by_branch
 
 from parallelmind.engine import adapters
-from parallelmind.engine.engine import _EVENTS_AT_ONCE, Engine
+from parallelmind.engine.engine import Engine
 from parallelmind.engine.fair_lock import FairLock
 from parallelmind.engine.planner import Planner
 from parallelmind.engine.request import Sample
+from parallelmind.engine.unfinished_samples import _EVENTS_AT_ONCE
 from parallelmind.model.adapter import read_saved
 
 SAMPLE = Sample(list(range(50, 60)), [[5, 6], [7]])
@@ -268,8 +269,8 @@ def test_calls_get_in_between_the_events_of_a_step() -> None:
     branches, events = [[5 + number] for number in range(2 * _EVENTS_AT_ONCE)], []
     sample = engine.submit(Sample([1, 2], branches), **SETTINGS)
     events += engine.step()
-    between = Between(engine, lambda: engine.cancel(sample), engine._emit)
-    with mock.patch.object(engine, "_emit", between):
+    between = Between(engine, lambda: engine.cancel(sample), engine.samples._emit)
+    with mock.patch.object(engine.samples, "_emit", between):
         events += engine.step()
     between.join()
     events += run_to_end(engine)

@@ -101,7 +101,7 @@ def test_a_preempted_branch_continues_its_grammar() -> None:
     sample = engine.submit(Sample("The", ["a"]), **settings)
     events = [event for _ in range(6) for event in engine.step()]
     with engine.state_lock:
-        group = engine._groups[sample]
+        group = engine.samples.groups[sample]
         engine.runner.forget(group)
         engine.scheduler.recompute(group)
     events += run_to_end(engine)

@@ -127,7 +127,7 @@ def test_a_reduce_whose_branches_never_started_continues_its_parent() -> None:
 def test_what_follows_a_failed_branch_fails_with_it() -> None:
     engine = tiny_engine()
     engine.submit(NESTED, **SETTINGS)
-    group = engine._groups[0]
+    group = engine.samples.groups[0]
     group.branches[0].output = SimpleNamespace(matcher=None)  # type: ignore[assignment]  # does not decode
     events = run_to_end(engine)
     assert ends(events) == dict.fromkeys(range(4), "error") | dict.fromkeys((4, 5, 6), "length")
@@ -144,7 +144,7 @@ def test_a_late_reduce_reads_branches_whose_blocks_were_freed() -> None:
     engine = tiny_engine()
     sample_id = engine.submit(Sample([5], branches), **settings)
     events = steps(engine, 4)
-    freed = engine._groups[sample_id].branches[0]
+    freed = engine.samples.groups[sample_id].branches[0]
     assert (freed.is_finished, freed.num_computed, freed.table.blocks) == (True, 0, [])
     assert engine.reduce(sample_id, None, [9], **settings) == 2
     tokens = tokens_by_branch(events + run_to_end(engine))
@@ -161,7 +161,7 @@ def test_a_late_reduce_during_the_pass_in_which_a_branch_is_freed() -> None:
         engine.cancel(sample_id, 0)
         engine.reduce(sample_id, None, [9], **SETTINGS)
 
-    group = engine._groups[sample_id]
+    group = engine.samples.groups[sample_id]
     events += step_interrupted(engine, act)
     assert group.branches[0].num_computed == 0
     events += run_to_end(engine)
@@ -242,12 +242,14 @@ def test_a_bad_change_of_a_tree_is_refused_in_one_line(call: Any, message: str) 
     sample_id = engine.submit(sample, **SETTINGS | {"max_new_tokens": 20})
     engine.step()
     engine.step()
-    before = [(branch.finish_reason, branch.num_tokens) for branch in engine._groups[sample_id].branches]
+    before = [
+        (branch.finish_reason, branch.num_tokens) for branch in engine.samples.groups[sample_id].branches
+    ]
     with pytest.raises(UserError, match=message) as error:
         call(engine, sample_id)
     assert "\n" not in str(error.value)
     assert before == [
-        (branch.finish_reason, branch.num_tokens) for branch in engine._groups[sample_id].branches
+        (branch.finish_reason, branch.num_tokens) for branch in engine.samples.groups[sample_id].branches
     ]
     run_to_end(engine)
 
@@ -295,5 +297,5 @@ def test_a_tree_needs_a_patched_model_that_holds_branches_in_one_sequence() -> N
 def test_a_repetition_penalty_counts_the_tokens_of_the_path() -> None:
     engine = tiny_engine()
     engine.submit(Sample([5, 6], [Segment([7], [[8]], sampling={"max_new_tokens": 0}), [9]]), **SETTINGS)
-    group = engine._groups[0]
+    group = engine.samples.groups[0]
     assert group.path_tokens(group.branches[1]) == [5, 6, 7, 8]

@@ -46,7 +46,7 @@ def expected(engine: Engine, group: SequenceGroup) -> list[list[float | None]]:
 def check(engine: Engine, sample: Sample, **settings: Any) -> None:
     """Decode a sample alone and compare."""
     number = engine.submit(sample, **{**ASKING, **settings})
-    group = engine._groups[number]
+    group = engine.samples.groups[number]
     found = prompts_of(run_to_end(engine))
     wanted = expected(engine, group)
     assert sorted(found) == [(number, branch) for branch in range(len(wanted))]
@@ -85,7 +85,7 @@ def test_samples_that_begin_alike_at_once_have_their_own(config: RopeConfig) -> 
     engine = tiny_engine(config, max_prefill_tokens=24)
     plain = engine.submit(Sample(MAIN, PROMPTS), max_new_tokens=3)
     numbers = [engine.submit(Sample(MAIN, PROMPTS), **ASKING) for _ in range(3)]
-    group = engine._groups[numbers[0]]
+    group = engine.samples.groups[numbers[0]]
     found = prompts_of(run_to_end(engine))
     wanted = expected(engine, group)
     assert {number for number, _ in found} == {*numbers} - {plain}
@@ -97,7 +97,7 @@ def test_samples_that_begin_alike_at_once_have_their_own(config: RopeConfig) -> 
 def test_a_sample_that_is_preempted_amid_its_prompts_has_them(config: RopeConfig) -> None:
     engine = tiny_engine(config, max_prefill_tokens=24)
     number = engine.submit(Sample(MAIN, PROMPTS), **{**ASKING, "max_new_tokens": 4})
-    group = engine._groups[number]
+    group = engine.samples.groups[number]
     events = [event for _ in range(3) for event in engine.step()]
     assert not any(event.branch == 2 for event in events)
     engine.scheduler._preempt(group)
@@ -145,7 +145,7 @@ def test_a_branch_of_a_branch_is_scored_after_what_its_parent_decoded() -> None:
     number = engine.submit(
         Sample(MAIN, [Segment([8, 9], branches=[leaf])]), max_new_tokens=4, ignore_eos=True
     )
-    group = engine._groups[number]
+    group = engine.samples.groups[number]
     found = prompts_of(run_to_end(engine))[number, 1]
     parent, child = (logits.log_softmax(-1) for logits in full_forward_logits(engine.model, group)[1:])
     values = [float(parent[-1][5]), float(child[0][6]), float(child[1][7])]

@@ -145,7 +145,7 @@ def test_an_answer_of_which_a_branch_is_cut_off_ends_with_length() -> None:
 def test_another_engine_goes_on_with_a_fork_whose_last_token_it_did_not_get(config: RopeConfig) -> None:
     first = forking_engine(config, LIST)
     added: list[AddedSegments] = []
-    first.on_fork = lambda _, segments: added.append(segments)
+    first.samples.on_fork = lambda _, segments: added.append(segments)
     events = answer(first)
     tokens = tokens_by_branch(events)
     sample = Sample("The passage.", ["Who"])
