@@ -25,7 +25,7 @@ def patched_model(config: RopeConfig) -> Any:
 def scale_decoded_logits(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
     """Change what cached decoding computes, as a wrong cache would."""
     call = ModelRunner.__call__
-    monkeypatch.setattr(ModelRunner, "__call__", lambda self, step: call(self, step) * factor)
+    monkeypatch.setattr(ModelRunner, "__call__", lambda *args: call(*args) * factor)
 
 
 @pytest.mark.parametrize("config", [COLUMNAR, ISOLATED], ids=["columnar", "isolated"])

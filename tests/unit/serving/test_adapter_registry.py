@@ -136,7 +136,7 @@ def test_an_adapter_that_fails_its_check_is_refused(folders: list[Path], monkeyp
     resolve(registry, "one")
     call = ModelRunner.__call__
     monkeypatch.setattr(
-        ModelRunner, "__call__", lambda self, step: call(self, step) * 1.01
+        ModelRunner, "__call__", lambda *args: call(*args) * 1.01
     )  # as a wrong cache would
     with pytest.raises(
         UserError, match="model: the adapter is refused: the logits of cached decoding differ"
@@ -198,7 +198,7 @@ def test_a_version_that_failed_its_check_is_not_loaded_again(
         engine, "load_adapter", lambda *args, **kwargs: (loads.append(args), load(*args, **kwargs))
     )
     with monkeypatch.context() as wrong:
-        wrong.setattr(ModelRunner, "__call__", lambda self, step: call(self, step) * 1.01)
+        wrong.setattr(ModelRunner, "__call__", lambda *args: call(*args) * 1.01)
         assert [refreshed(registry, "live") for _ in range(3)] == ["live"] * 3
     assert len(loads) == 1
     assert decode(engine, SAMPLE, adapter="live", **SETTINGS) == before
