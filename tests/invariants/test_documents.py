@@ -37,7 +37,7 @@ TREES = RopeConfig(visibility="isolated", positions="time", rope_2d_ratio=0.5)
 
 def submit(engine: RecordingEngine, rng: random.Random, main: list[int], **sampling: Any) -> Any:
     """A sample of some documents in any order, with one or several questions."""
-    number = engine._num_submitted
+    number = engine.samples.num_submitted
     documents = rng.sample(DOCUMENTS, rng.randint(1, len(DOCUMENTS)))
     branches = [prompt(3, number, 1)] if rng.random() < 0.3 else []
     reduce = prompt(rng.randint(1, 9), number, 2)
