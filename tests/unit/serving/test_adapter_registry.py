@@ -135,9 +135,7 @@ def test_an_adapter_that_fails_its_check_is_refused(folders: list[Path], monkeyp
     registry = make_registry(engine, folders, adapters=adapter_names(folders))
     resolve(registry, "one")
     call = ModelRunner.__call__
-    monkeypatch.setattr(
-        ModelRunner, "__call__", lambda *args: call(*args) * 1.01
-    )  # as a wrong cache would
+    monkeypatch.setattr(ModelRunner, "__call__", lambda *args: call(*args) * 1.01)  # as a wrong cache would
     with pytest.raises(
         UserError, match="model: the adapter is refused: the logits of cached decoding differ"
     ):
