@@ -34,9 +34,10 @@ _SAMPLES, _MAX_TOKENS, _BRANCH = 2, 512, 32
 _DEFAULT_INTERVAL = 100  # steps between checkpoints
 
 
-def _batch(main_tokens: int = _MAX_TOKENS // 2) -> Batch:
+def _batch() -> Batch:
     samples = [
-        (main[:main_tokens], [branch[:32] for branch in branches]) for main, branches in passages(_SAMPLES)
+        (main[: _MAX_TOKENS // 2], [branch[:32] for branch in branches])
+        for main, branches in passages(_SAMPLES)
     ]
     return make_batch([Tokens.of(main, branches) for main, branches in samples], RopeConfig(), pad_id=0)
 
@@ -140,11 +141,13 @@ def waits() -> float:
 
 
 def recompiles() -> float:
-    """Layers that are compiled after the first batch of every shape, over lengths of three buckets."""
+    """Layers that are compiled after the first batch of every shape, over lengths of several buckets."""
     learner = Learner(RopeConfig())
     compile_layers(learner.model)
     lengths = [60, 88, 110, 140, 180, 250, 61, 120, 75, 200, 130, 88]
-    shapes = [pad_to_bucket(_batch(length)) for length in lengths]
+    main, *branches = long_samples(1, _BRANCH)[0].split()[:3]
+    samples = [Tokens.of(main[:length], branches) for length in lengths]
+    shapes = [pad_to_bucket(make_batch([sample], RopeConfig(), pad_id=0)) for sample in samples]
     seen = {batch.ids.shape: batch for batch in shapes}
     assert len(seen) >= 3, list(seen)
     for batch in seen.values():
