@@ -72,7 +72,8 @@ def evaluate_attention(argv: list[str]) -> None:
     tokens = _tokenize(tokenizer, config.sample)
     attention = attention_map(model, tokens, config.query.branch, config.query.tokens)
     shares = attention.shares()
-    write_png(output, attention_figure(attention))
+    texts = [[_shown(tokenizer.decode([token])) for token in part] for part in tokens.split()]
+    write_png(output, attention_figure(attention, texts))
     write_json(output.with_suffix(".json"), _json_values(config, attention, shares))
     console().print(_shares_table(shares))
     print(f"wrote {output} and {output.with_suffix('.json').name}", flush=True)
@@ -84,6 +85,11 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, sample: SampleConfig) -> Token
         return tokens
     segments = [*tokens.split(), tokenize(tokenizer, sample.reduce, first=False)]
     return Tokens.of_tree(segments, Tree.flat(tokens.branches, has_reduce=True))
+
+
+def _shown(text: str) -> str:
+    """A token's text without spaces at its ends; a line break is visible."""
+    return text.replace("\n", "⏎").strip().replace("$", r"\$")
 
 
 def _json_values(config: AttentionConfig, attention: AttentionMap, shares: Shares) -> dict[str, Any]:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _MIN_SHARE = 1e-4  # lower end of the logarithmic colour scale
+_DARK_BELOW = 0.03  # share of attention whose colour needs bright text
+_MAX_TEXTS = 80  # tokens in a row that have room for their texts
+_MIN_TAX_RANGE = 0.1  # nats; a smaller tax looks small
 
 
 def tax_figure(points: Sequence[TaxPoint]) -> Figure:
@@ -32,7 +35,10 @@ def tax_figure(points: Sequence[TaxPoint]) -> Figure:
     )
     counts = [point.branches for point in points]
     axes.axhline(0, color="grey", linewidth=1)
-    axes.plot(counts, [point.tax for point in points], marker="o")
+    taxes = [point.tax for point in points]
+    axes.plot(counts, taxes, marker="o")
+    missing = max(_MIN_TAX_RANGE - (max(0, *taxes) - min(0, *taxes)), 0) / 2
+    axes.set_ylim(min(0, *taxes) - missing - 0.01, max(0, *taxes) + missing + 0.01)
     axes.set_xscale("log", base=2)
     axes.set_xticks(counts, list(map(str, counts)))
     axes.minorticks_off()
@@ -40,24 +46,43 @@ def tax_figure(points: Sequence[TaxPoint]) -> Figure:
     return figure
 
 
-def attention_figure(attention: AttentionMap) -> Figure:
-    """Maps of the mean over all layers and of the first, the middle and the last layer."""
+def attention_figure(attention: AttentionMap, texts: Sequence[Sequence[str]]) -> Figure:
+    """Maps of the mean over all layers and of the first, the middle and the last layer.
+
+    texts: those of the tokens of every segment, which are written into a map that has room for them.
+    """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     layers, segments, times = attention.weights.shape
     panels = {f"mean of {layers} layers": attention.weights.mean(axis=0)}
     panels |= {
         f"layer {number}": attention.weights[number] for number in sorted({0, layers // 2, layers - 1})
     }
-    size = (min(4 + times * 0.12, 16), (1 + 0.3 * segments) * len(panels))
+    shows_texts = times <= _MAX_TEXTS
+    longest = max((len(text) for row in texts for text in row), default=1) if shows_texts else 4
+    width, height = (0.2, 0.1 + 0.07 * longest) if shows_texts else (0.12, 0.3)
+    size = (min(4 + times * width, 20), (1 + height * segments) * len(panels))
     figure = Figure(figsize=size, layout="constrained")
     all_axes = figure.subplots(len(panels), 1, sharex=True)
     for axes, (title, weights) in zip(all_axes, panels.items(), strict=True):
         image = _draw_map(axes, weights, attention)
         axes.set_title(title, fontsize=9)
+        if shows_texts:
+            _write_texts(axes, weights, texts)
     all_axes[-1].set_xlabel("time")
+    all_axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(image, ax=all_axes, label="share of attention", extend="min")
     return figure
+
+
+def _write_texts(axes: Axes, weights: NDArray[np.float32], texts: Sequence[Sequence[str]]) -> None:
+    """Write the text of each token into its cell."""
+    for segment, row in enumerate(texts):
+        times = np.flatnonzero(~np.isnan(weights[segment])).tolist()
+        for time, text in zip(times, row, strict=True):
+            colour = "white" if weights[segment, time] < _DARK_BELOW else "black"
+            axes.text(time, segment, text, rotation=90, ha="center", va="center", fontsize=7, color=colour)
 
 
 def _draw_map(axes: Axes, weights: NDArray[np.float32], attention: AttentionMap) -> AxesImage:
