@@ -139,18 +139,22 @@ def extra_fields(module: str, arguments: list[str]) -> list[str]:
 
 @contextmanager
 def local_training() -> Iterator[None]:
-    """Run a single training worker in this process, in Ray Train's local mode."""
+    """Run a single training worker in this process, in Ray Train's local mode, with one CPU."""
     import workloads.common.ray_env  # noqa: F401  (before Ray)
 
     # isort: split
     import ray.train
+    from ray.runtime_context import RuntimeContext
 
     scaling = ray.train.ScalingConfig
 
     def local_scaling(num_workers: Any, **options: Any) -> Any:
         return scaling(num_workers=0 if num_workers == 1 else num_workers, **options)
 
-    with mock.patch.object(ray.train, "ScalingConfig", local_scaling):
+    with (
+        mock.patch.object(ray.train, "ScalingConfig", local_scaling),
+        mock.patch.object(RuntimeContext, "get_assigned_resources", return_value={"CPU": 1.0}),
+    ):
         yield
 
 
