@@ -49,6 +49,7 @@ class OutputManifest:
                 f"output_path={self.output}: already exists, and there is no {self.path.name} beside it with "
                 "the settings of its run; choose another name, or remove it"
             ) from error
+        recorded["dtype"] = recorded.get("dtype") or "float32"  # what earlier versions computed in by default
         names = sorted(recorded.keys() | self.settings.keys())
         changes = [
             f"{name}={format_value(recorded.get(name))} (now {format_value(self.settings.get(name))})"
