@@ -5,6 +5,7 @@ The public names load on first use, so that `import parallelmind.config` stays f
 
 from __future__ import annotations
 
+import logging
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from parallelmind.model.patch import patch
     from parallelmind.model.patch_state import rope_config
     from parallelmind.programs import train
+
+# transformers and peft import bitsandbytes where it is installed, which warns on some CPUs that it lacks an
+# optional kernel.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 try:
     __version__ = version("parallelmind")
