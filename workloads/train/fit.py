@@ -23,6 +23,7 @@ from parallelmind.training.outcome import Outcome
 from workloads.common import resources
 from workloads.train.prepare import PreparedRun
 from workloads.train.run_dir import is_write_error
+from workloads.train.torch_backend import CheckedTorchConfig
 from workloads.train.worker import WorkerTask, run_worker
 
 _MAX_RESTARTS = 3  # without a new checkpoint between them
@@ -143,6 +144,7 @@ def _trainer(task: WorkerTask, cpus: float, callbacks: Sequence[UserCallback]) -
     # those of Ray Train are not.
     return TorchTrainer(
         functools.partial(run_worker, task),  # type: ignore[arg-type]
+        torch_config=CheckedTorchConfig(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=num_workers,  # type: ignore[arg-type]  # Ray types its V1 classes
             use_gpu=use_gpu,

@@ -25,7 +25,6 @@ from parallelmind.data.held_out import HeldOut
 from parallelmind.data.packing import make_batch
 from parallelmind.data.pipeline import receive_batches, start_batch_server
 from parallelmind.errors import translate_write_errors
-from parallelmind.hardware import require_gpu
 from parallelmind.layout import Batch
 from parallelmind.model.adapter import save_trained
 from parallelmind.model.manifest import MANIFEST, SAMPLES, check_replaceable
@@ -70,8 +69,6 @@ def run_worker(task: WorkerTask) -> Outcome:
     Raises UserError for a model that cannot be trained with these settings.
     """
     threads = resources.use_reserved_cpus()
-    if task.config.workers.use_gpu is True:
-        require_gpu()
     logging.getLogger().setLevel(logging.WARNING)  # Ray logs every report at INFO
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     config, context = task.config, ray.train.get_context()

@@ -1,0 +1,33 @@
+"""Ray Train's set-up of torch in the workers, after a check of their GPUs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import workloads.common.ray_env  # noqa: F401  (before Ray)
+
+# isort: split
+from ray.train.torch import TorchConfig
+
+from parallelmind.hardware import require_gpu
+
+_TorchBackend: Any = TorchConfig().backend_cls
+
+
+class _CheckedBackend(_TorchBackend):
+    def on_start(self, worker_group: Any, backend_config: CheckedTorchConfig) -> None:
+        """Check every worker first: a process group without its GPU fails with no line for the user."""
+        if worker_group.get_resources_per_worker().get("GPU", 0):
+            worker_group.execute(require_gpu)
+        super().on_start(worker_group, backend_config)
+
+
+class CheckedTorchConfig(TorchConfig):
+    """Raises UserError in a worker that has reserved a GPU which torch cannot use.
+
+    Relies on: `backend_cls` of Ray Train, whose `on_start` runs before the process group begins.
+    """
+
+    @property
+    def backend_cls(self) -> Any:
+        return _CheckedBackend
