@@ -3,8 +3,8 @@
     python -m experiments._documents path/to/xquad.en.json
 
 trains an adapter of each kind with three seeds, evaluates them with 2, 4 and 8 documents, and records the
-row `branches.documents_f1_vs_concatenated`. It goes on where it was interrupted. This configuration is the
-training on documents; the other one has its data in `data_path` and is equal otherwise.
+row `branches.documents_f1_vs_concatenated`. The same command resumes after an
+interruption. This configuration trains on documents; the other one differs in `data_path` alone.
 """
 
 from parallelmind.config import TrainConfig

@@ -8,7 +8,6 @@ results/007_documents.csv and .png, and the row of the comparison to results/ben
 
 from __future__ import annotations
 
-import csv
 import json
 import random
 import subprocess
@@ -20,10 +19,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from experiments._results import RESULTS, write_table
 from parallelmind.data.convert.passages import QuestionTemplates, expand_articles, passage_questions
 from parallelmind.data.convert.source_records import SourceRecord
 
-_RESULTS = Path(__file__).parent / "results"
 _COUNTS = (2, 4, 8)  # documents of a record; one holds the answers
 _SEEDS = (0, 1, 2)
 _KINDS = ("documents", "concatenated")
@@ -160,11 +159,8 @@ def main(source: str, runs_folder: str = "runs") -> None:
     if not (runs / "data" / f"{_KINDS[-1]}.{_COUNTS[-1]}.jsonl").exists():
         write_data(Path(source), runs / "data")
     rows = measured(runs)
-    with open(_RESULTS / "007_documents.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    figure(rows).savefig(_RESULTS / "007_documents.png", dpi=110)
+    write_table(RESULTS / "007_documents.csv", rows)
+    figure(rows).savefig(RESULTS / "007_documents.png", dpi=110)
     run("benchmarks", "branches.documents_f1")
 
 

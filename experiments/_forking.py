@@ -9,7 +9,6 @@ figure to results/. What is finished is not repeated. SETTING=VALUE after the pa
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 from collections import defaultdict
@@ -23,6 +22,7 @@ from matplotlib.figure import Figure
 
 import parallelmind as pm
 from experiments._forking_data import QUESTIONS, Passage, answers_in, prompt_of, write
+from experiments._results import RESULTS, write_table
 from parallelmind.config.yaml_file import load_yaml
 from parallelmind.engine.linear import linearized
 from parallelmind.engine.scheduler import EngineConfig
@@ -31,7 +31,6 @@ from workloads.common.read_config import read_config
 from workloads.sweep.command import run_sweep
 from workloads.sweep.config import SweepConfig
 
-RESULTS = Path(__file__).parent / "results"
 TABLE = RESULTS / "008_forking.csv"
 _DATA = Path("runs/data")
 _MAX_NEW_TOKENS = 1024
@@ -128,11 +127,7 @@ def main(source: str, *overrides: str) -> None:
     config = read_config(SweepConfig, ["008_forking", *overrides])
     sweep_dir = Path(run_sweep(config).location)
     rows = [measure(trial, passages) for trial in sorted((sweep_dir / "trials").iterdir())]
-    fields = list(dict.fromkeys(name for row in rows for name in row))
-    with TABLE.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fields)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_table(TABLE, rows)
     figure(rows).savefig(RESULTS / "008_forking.png", dpi=110)
     print(f"{TABLE}: {len(rows)} adapters, {QUESTIONS} questions a request")
 

@@ -8,7 +8,6 @@ Scores that exist are not measured again.
 
 from __future__ import annotations
 
-import csv
 import json
 import subprocess
 import sys
@@ -18,10 +17,10 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from experiments._results import RESULTS, write_table
 from parallelmind.config.yaml_file import load_yaml
 from parallelmind.programs import module_name
 
-_RESULTS = Path(__file__).parent / "results"
 # Passages and new tokens by language. SmolLM2's tokenizer needs many tokens for Chinese.
 _LANGUAGES = {"en": (17, 16), "zh": (6, 24)}
 _AT_ONCE = (2, 4, 8)
@@ -124,11 +123,8 @@ def _language(axes: Axes, rows: list[dict[str, Any]]) -> None:
 def main(run: str, data: str) -> None:
     """Evaluate everything; write results/003_many_questions.csv and .png."""
     rows = measured(Path(run), Path(data))
-    with open(_RESULTS / "003_many_questions.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    figure(rows).savefig(_RESULTS / "003_many_questions.png", dpi=110)
+    write_table(RESULTS / "003_many_questions.csv", rows)
+    figure(rows).savefig(RESULTS / "003_many_questions.png", dpi=110)
 
 
 if __name__ == "__main__":

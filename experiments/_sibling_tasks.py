@@ -69,8 +69,8 @@ def relay_twice(random: Random, form: Form) -> list[Branch]:
 def add(random: Random, form: Form) -> list[Branch]:
     """The last digits of all sums of a list's beginnings: of the own part, then with the parts before it.
 
-    Each step doubles the number of parts in a branch's sum (Hillis and Steele, 1986). A text goes on from the
-    last sum of the part before.
+    Each step doubles the number of parts in a branch's sum (Hillis and Steele, 1986). In one text
+    the sums continue from part to part.
     """
     parts = [[random.randrange(10) for _ in range(_DIGITS)] for _ in range(_BRANCHES)]
     own = [[total % 10 for total in accumulate(part)] for part in parts]
@@ -96,7 +96,7 @@ def add(random: Random, form: Form) -> list[Branch]:
 def find(random: Random, form: Form) -> list[Branch]:
     """Each branch reads its part of a list until it finds a thing; the others stop when they see it found.
 
-    Two parts hold it. The token that says so is seen by the token after it, and answered by the next one.
+    Two parts hold it. The next token of a sibling attends to the token "found" and predicts the end.
     """
     thing, *words = random.sample(_THINGS, 1 + _LIST)
     parts = [random.sample(words, _LIST) for _ in range(_BRANCHES)]

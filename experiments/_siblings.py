@@ -9,7 +9,6 @@ sweep.
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 import sys
@@ -22,13 +21,13 @@ from typing import Any
 from matplotlib.figure import Figure
 
 import parallelmind as pm
+from experiments._results import RESULTS, write_table
 from experiments._sibling_tasks import TASKS, Form, records
 from parallelmind.config.yaml_file import load_yaml
 from workloads.common.read_config import read_config
 from workloads.sweep.command import run_sweep
 from workloads.sweep.config import SweepConfig
 
-RESULTS = Path(__file__).parent / "results"
 TABLE = RESULTS / "006_siblings.csv"
 FORMS: tuple[Form, ...] = ("columnar", "isolated", "text")
 _DATA = Path("runs/data")
@@ -145,10 +144,7 @@ def main(*overrides: str) -> None:
     config = read_config(SweepConfig, ["006_siblings", *overrides])
     sweep_dir = Path(run_sweep(config).location)
     rows = [measure(trial) for trial in sorted((sweep_dir / "trials").iterdir())]
-    with TABLE.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_table(TABLE, rows)
     figure(rows).savefig(RESULTS / "006_siblings.png", dpi=110)
     print(f"{TABLE}: {len(rows)} adapters")
 

@@ -1,4 +1,4 @@
-"""Second table of docs/mistakes.md: mistakes that are known before Ray starts, and how soon they are told.
+"""Write the second table of docs/mistakes.md: what commands refuse before Ray starts, with the seconds.
 
 python -m tools.refusals
 """

@@ -1,4 +1,4 @@
-"""Mistakes that are known before Ray starts are told without importing Ray or a model library."""
+"""A command refuses these mistakes without importing Ray or a model library."""
 
 from __future__ import annotations
 

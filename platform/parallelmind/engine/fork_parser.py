@@ -38,7 +38,7 @@ class ForkSyntax:
 
 
 class ForkParser:
-    """Reads the text of one branch as it comes, and withholds what may become a fork.
+    """Parses the text of one branch while it is decoded, and withholds text that may become a fork.
 
     titles: of the fork that the last text completed; empty without one. `accept` or `refuse` it then.
     """

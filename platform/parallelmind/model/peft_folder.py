@@ -48,7 +48,7 @@ def is_peft_alone(folder: Path) -> bool:
 def peft_values(folder: Path, lora_rank: int | None, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The base model of such an adapter, as a field of ModelConfig.
 
-    Raises UserError for another rank, and where nobody names how the model was patched in training.
+    Raises UserError if the adapter has another rank, and if the rope settings of its training are not given.
     """
     saved = read_settings(folder)
     if lora_rank not in (None, saved.r):
