@@ -56,7 +56,8 @@ def cwd(tmp_path: Path) -> Path:
 def test_readers_never_wait_for_a_cpu(cwd: Path, cpus: int, workers: int, threads: int) -> None:
     """The workers reserve every CPU, so a reader that needed one would wait for ever."""
     port = free_port()
-    with clusters.cluster(PYTHON, cpus, gcs_port=port):
+    # The limit of conftest.py holds for the workers of a cluster, too.
+    with clusters.cluster(PYTHON, cpus, gcs_port=port, OMP_THREAD_LIMIT="8"):
         completed = train(cwd, port, "data_path=data", f"num_workers={workers}")
     assert completed.returncode == 0, completed.stderr[-3000:]
     assert f"{workers} of {workers} workers, threads of each: {threads}" in completed.stdout
