@@ -26,8 +26,8 @@ class MetricsLogger:
         self._hooks = hooks
         self._last_time, self._tokens = time.perf_counter(), 0.0
         self._training_seconds = 0.0  # since the last line, up to _last_time
-        # End of the first step, which waits for the data to start: (time, step).
-        self._warm: tuple[float, int] | None = None
+        # Of the estimate, which begins anew with the first line: its steps waited for the data to start.
+        self._start, self._num_steps, self._is_warm = self._last_time, 0, False
 
     def add(self, state: TrainingState, totals: Totals, rate: float, norm: float) -> None:
         """Add a step; a step without a finite gradient is excluded from the means."""
@@ -36,7 +36,7 @@ class MetricsLogger:
                 setattr(state.window, name, getattr(state.window, name) + getattr(totals, name))
             state.metrics |= {"learning_rate": rate, "gradient_norm": norm}
         self._tokens += totals.tokens
-        self._warm = self._warm or (time.perf_counter(), state.step)
+        self._num_steps += 1
 
     def log(self, state: TrainingState, planned_steps: int) -> None:
         """Log the means since the last call and print a progress line, if there was a step."""
@@ -63,6 +63,8 @@ class MetricsLogger:
         )
         state.window = Totals()
         self._tokens = self._training_seconds = 0.0
+        if not self._is_warm:
+            self._start, self._num_steps, self._is_warm = now, 0, True
 
     def log_validation(self, state: TrainingState, metrics: Mapping[str, float], started: float) -> None:
         """Log the metrics of a validation and print them; its time does not count for tokens per second.
@@ -77,8 +79,7 @@ class MetricsLogger:
         self._hooks.print_line("validation  " + "  ".join(values))
 
     def _seconds_left(self, step: int, planned_steps: int, now: float) -> float:
-        start, first_step = self._warm or (self._last_time, step - 1)
-        return max(planned_steps - step, 0) * (now - start) / max(step - first_step, 1)
+        return max(planned_steps - step, 0) * (now - self._start) / max(self._num_steps, 1)
 
     def _add_seconds(self, state: TrainingState, now: float) -> None:
         """Add the time since the last call to the metric `seconds`, which covers all restarts of a run."""
