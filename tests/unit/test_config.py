@@ -6,6 +6,7 @@ import math
 import re
 import resource
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from tools.reference import COMMANDS
 from workloads.data.convert import ConvertConfig
 from workloads.export import ExportConfig
 from workloads.generate.config import GenerateConfig
+from workloads.sweep.config import SweepConfig
 
 # A config.yaml that an earlier version wrote, the hash that it gave the run, and the hash of the defaults.
 WRITTEN_BEFORE = """\
@@ -233,6 +235,31 @@ def test_an_error_in_a_nested_config_has_no_group_in_its_name() -> None:
         nested("train.lora_rank=0", "train.lora_rnk=1")
 
 
+@pytest.mark.parametrize(
+    ("make", "line"),
+    [
+        (
+            lambda: TrainConfig(data_path="a", lora_rnak=8),
+            "lora_rnak: unknown field (did you mean lora_rank?); docs/reference.md lists them all",
+        ),
+        (lambda: TrainConfig(), "data_path: required and not given; add data_path=…"),
+        (lambda: RopeConfig(visibility="all"), "visibility=all: should be 'columnar' or 'isolated'"),
+        (
+            lambda: SweepConfig(train={"data_path": "a", "lora_rank": 0}, space={"lora_alpha": [1]}),
+            "train.lora_rank=0: should be greater than or equal to 1",
+        ),
+        (
+            lambda: TrainConfig(data_path="a").replace(lora_rank=0),
+            "lora_rank=0: should be greater than or equal to 1",
+        ),
+    ],
+)
+def test_an_error_in_python_is_one_line(make: Callable[[], FrozenConfig], line: str) -> None:
+    with pytest.raises(UserError) as error:
+        make()
+    assert str(error.value) == line
+
+
 def test_overrides_leave_the_given_values_alone() -> None:
     values = {"train": {"data_path": "a"}, "space": {"seed": [1]}}
     resolve(Nested, values, ["train.max_steps=2", "space={epochs: [3]}"])
@@ -402,9 +429,11 @@ def test_a_later_field_at_its_default_keeps_the_fingerprint() -> None:
 
 
 def test_a_config_is_frozen() -> None:
-    with pytest.raises(ValueError, match="frozen"):
+    with pytest.raises(
+        UserError, match=r"^lora_rank: a LoraConfig is frozen; make another one with lora_rank="
+    ):
         train().lora.lora_rank = 3  # type: ignore[misc]
-    with pytest.raises(ValueError, match="frozen"):
+    with pytest.raises(UserError, match=r"^lora: a TrainConfig is frozen"):
         train().lora = LoraConfig()  # type: ignore[misc]
 
 

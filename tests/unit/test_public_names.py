@@ -27,6 +27,20 @@ def test_a_notebook_shows_one_line(error: Exception) -> None:
     assert error._render_traceback_() == [f"error: {error}"]  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "hint"),
+    [
+        (pm.SamplingParams, "max_tokens", "max_new_tokens"),
+        (pm.EngineConfig, "cache_token", "cache_tokens"),
+        (pm.Sample, "mian", "main"),
+        (pm.Segment, "txt", "text"),
+    ],
+)
+def test_an_unknown_keyword_is_one_line_with_a_hint(kind: type, name: str, hint: str) -> None:
+    with pytest.raises(pm.UserError, match=rf"^{name}=8: unknown field of .* \(did you mean {hint}\?\)"):
+        kind(**{name: 8})
+
+
 def test_the_names_load_on_first_use() -> None:
     script = "import sys, parallelmind; dir(parallelmind); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

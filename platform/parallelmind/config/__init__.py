@@ -1,5 +1,6 @@
 """Settings: frozen, strict groups; flat `key=value`, YAML and keyword arguments in, one hash out."""
 
+from parallelmind.config.explain import did_you_mean
 from parallelmind.config.frozen import FrozenConfig, GroupedConfig
 from parallelmind.config.groups import (
     Alignment,
@@ -23,7 +24,7 @@ from parallelmind.config.groups import (
     WorkersConfig,
 )
 from parallelmind.config.paths import AdapterPath, HomePath, OutputPath, TrackingUri
-from parallelmind.config.resolve import did_you_mean, resolve
+from parallelmind.config.resolve import resolve
 from parallelmind.config.train import TrainConfig
 
 __all__ = [

@@ -12,10 +12,14 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     SerializerFunctionWrapHandler,
+    ValidationError,
     model_serializer,
     model_validator,
 )
 from pydantic.fields import FieldInfo
+
+from parallelmind.config.explain import explain
+from parallelmind.errors import UserError
 
 
 def short_hash(values: Mapping[str, Any]) -> str:
@@ -42,6 +46,20 @@ class FrozenConfig(BaseModel):
     """Fields that were added after 0.1.0. At its default such a field does not change the fingerprint, so
     runs of earlier versions are found again."""
 
+    def __init__(self, **values: Any) -> None:
+        """Raise UserError, with every problem in one line, in place of pydantic's ValidationError."""
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise UserError(explain(type(self), error, "docs/reference.md")) from None
+
+    # Nested configurations are validated with the outer one, as without an `__init__` of our own, so that an
+    # error names the whole path of its field.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise UserError(f"{name}: a {type(self).__name__} is frozen; make another one with {name}=…")
+
     def __hash__(self) -> int:
         """Hash of all values; pydantic's own needs every value to be hashable, and a list is not."""
         return hash(self.model_dump_json())
@@ -50,6 +68,11 @@ class FrozenConfig(BaseModel):
     def flat_fields(cls) -> dict[str, FieldInfo]:
         """Every field by the name that a user writes, in the order of config.yaml."""
         return dict(cls.model_fields)
+
+    @classmethod
+    def groups(cls) -> dict[str, type[FrozenConfig]]:
+        """The class of every group, by the name of its field: those of a GroupedConfig."""
+        return {}
 
     @classmethod
     def field_owners(cls) -> dict[str, type[FrozenConfig]]:
@@ -104,7 +127,6 @@ class GroupedConfig(FrozenConfig):
 
     @classmethod
     def groups(cls) -> dict[str, type[FrozenConfig]]:
-        """The class of every group, by the name of its field."""
         return {
             name: field.annotation
             for name, field in cls.model_fields.items()
@@ -178,5 +200,5 @@ class GroupedConfig(FrozenConfig):
         return flat
 
     def replace(self, **fields: Any) -> Self:
-        """A validated copy with other values of flat fields."""
-        return type(self).model_validate({**self.model_dump(), **fields})
+        """A validated copy with other values of flat fields. Raises UserError as the class does."""
+        return type(self)(**{**self.model_dump(), **fields})

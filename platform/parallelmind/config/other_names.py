@@ -1,9 +1,12 @@
-"""Names that other libraries give to our fields, for a hint where one of them is used."""
+"""Names that other libraries give to our fields, and hints where one of them, or a mistyped one, is used."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar, Self
+
+from parallelmind.errors import UserError, short_repr
 
 # Ours by theirs; of several the first that the command or function has.
 _OURS: dict[str, tuple[str, ...]] = {
@@ -70,3 +73,26 @@ def similar_name(name: str, known: Collection[str]) -> str | None:
     if ours := next((ours for ours in _OURS.get(name, ()) if ours in known), None):
         return ours
     return next(iter(difflib.get_close_matches(name, known, n=1)), None)
+
+
+def check_names(values: Mapping[str, Any], known: Collection[str], kind: str) -> None:
+    """Raise UserError for the first unknown name. kind: what the names are, for the error."""
+    for name, value in values.items():
+        if name not in known:
+            field = " ".join(str(name).split())[:40]
+            similar = similar_name(field, known)
+            hint = f" (did you mean {similar}?)" if similar else ""
+            raise UserError(
+                f"{field}={short_repr(value)}: unknown {kind}{hint}; choose from {', '.join(known)}"
+            )
+
+
+class NamedFields:
+    """Base of dataclasses: an unknown keyword raises UserError with the field that is probably meant."""
+
+    __slots__ = ()
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def __new__(cls, *_: Any, **values: Any) -> Self:
+        check_names(values, cls.__dataclass_fields__, f"field of {cls.__name__}")
+        return super().__new__(cls)

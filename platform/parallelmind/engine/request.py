@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from parallelmind.config.other_names import NamedFields
 from parallelmind.data.records import MAX_DEPTH
 from parallelmind.engine.block_manager import blocks_for
 from parallelmind.engine.output import FinishReason
@@ -21,7 +22,7 @@ Text = str | Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedFields):
     """A branch or a reduce with settings of its own, and what follows it.
 
     text: its prompt, as text or as token ids.
@@ -45,7 +46,7 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(NamedFields):
     """A main (may be empty), the documents and branches that share it, and a reduce that reads them all.
 
     A branch or a reduce is a text, token ids, or a `Segment`. Lists may be arrays.

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
-from parallelmind.config.other_names import similar_name
+from parallelmind.config.other_names import NamedFields, check_names
 from parallelmind.engine.grammar import Grammar
 from parallelmind.errors import UserError, short_repr
 
@@ -21,7 +21,7 @@ Biases = tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SamplingParams:
+class SamplingParams(NamedFields):
     """How a branch is continued. Numbers may be those of NumPy. Raises UserError for a value out of range.
 
     max_new_tokens: upper bound of the branch's decoded tokens; 0: others read the branch, such as a document.
@@ -98,16 +98,7 @@ class SamplingParams:
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
         """From keywords. Raises UserError for an unknown one."""
-        known = [field.name for field in fields(cls)]
-        for name, value in values.items():
-            if name not in known:
-                field = " ".join(str(name).split())[:40]
-                similar = similar_name(field, known)
-                hint = f" (did you mean {similar}?)" if similar else ""
-                raise UserError(
-                    f"{field}={short_repr(value)}: unknown sampling setting{hint}; "
-                    f"choose from {', '.join(known)}"
-                )
+        check_names(values, [field.name for field in fields(cls)], "sampling setting")
         return cls(**values)
 
     def settings(self) -> dict[str, Any]:

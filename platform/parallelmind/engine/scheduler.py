@@ -18,6 +18,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from parallelmind.config.other_names import NamedFields
 from parallelmind.engine.block_manager import BLOCK, BlockDraft, BlockManager
 from parallelmind.engine.block_table import BlockTables
 from parallelmind.engine.decode_batch import DecodeStep, DecodingSamples, missing_blocks
@@ -36,7 +37,7 @@ PREFILL_KINDS: tuple[PrefillKind, ...] = get_args(PrefillKind)
 
 
 @dataclass(frozen=True, slots=True)
-class EngineConfig:
+class EngineConfig(NamedFields):
     """Limits of an engine.
 
     cache_tokens: slots of the KV cache.
