@@ -11,7 +11,7 @@ decoded in parallel:
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
@@ -27,9 +27,11 @@ from parallelmind import cli
 from parallelmind.config import GroupedConfig, resolve
 from parallelmind.config.other_names import similar_name
 from parallelmind.engine.linear import linearized
+from parallelmind.engine.output import FinishReason
 from parallelmind.engine.prompt import chat_ids
 from parallelmind.errors import DecodingError, UserError, format_value
 from parallelmind.storage import cache_dir
+from workloads.common.empty_answers import ended_at_once
 from workloads.common.inference_config import InferenceModelConfig, SamplingConfig
 
 COMMANDS = """/main TEXT          set the passage that all prompts share; /main alone removes it
@@ -61,9 +63,16 @@ class ChatConfig(GroupedConfig):
 class Conversation:
     """State of one chat: the passage and the messages. Only single prompts add messages."""
 
-    def __init__(self, model: Any, tokenizer: Any, sampling: ChatSamplingConfig, main: str = "") -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        sampling: ChatSamplingConfig,
+        main: str = "",
+        lora_path: str | None = None,
+    ) -> None:
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
-        self.main = main
+        self.main, self._lora_path = main, lora_path
         self.messages: list[dict[str, str]] = []
         self.console = Console(highlight=False)
 
@@ -137,29 +146,38 @@ class Conversation:
         return linearized(pm.stream(self.model, self.tokenizer, sample, **settings))
 
     def _answer_single(self, prompt: str) -> None:
-        answer = ""
+        answer, reason = "", None
         for event in self._stream(self.to_sample(prompt)):
             event.raise_error()
-            answer += event.text
+            answer, reason = answer + event.text, event.finish_reason
             print(event.text, end="", flush=True)
         print()
+        self._tell_empty([answer], [reason])
         self.messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
     def _answer_parallel(self, prompts: list[str]) -> None:
         texts = [""] * len(prompts)
-        events = self._stream(pm.Sample(self.main, prompts))
-        if not self.console.is_terminal:
-            for event in events:
+        reasons: list[FinishReason | None] = [None] * len(prompts)
+        is_terminal = self.console.is_terminal
+        view = Live(_panels(prompts, texts), console=self.console, vertical_overflow="visible")
+        with view if is_terminal else nullcontext():
+            for event in self._stream(pm.Sample(self.main, prompts)):
                 event.raise_error()
                 texts[event.branch] += event.text
+                reasons[event.branch] = event.finish_reason
+                if is_terminal:
+                    view.update(_panels(prompts, texts))
+        if not is_terminal:
             for number, text in enumerate(texts, start=1):
                 print(f"[{number}] {text.strip()}")
-            return
-        with Live(_panels(prompts, texts), console=self.console, vertical_overflow="visible") as live:
-            for event in events:
-                event.raise_error()
-                texts[event.branch] += event.text
-                live.update(_panels(prompts, texts))
+        self._tell_empty(texts, reasons)
+
+    def _tell_empty(self, texts: Sequence[str], reasons: Sequence[FinishReason | None]) -> None:
+        """Say why answers are empty that the model has ended."""
+        for number, (text, reason) in enumerate(zip(texts, reasons, strict=True), start=1):
+            if reason == "stop" and not text.strip():
+                subject = f"branch {number}" if len(texts) > 1 else "answer"
+                self._say(ended_at_once(subject, self._lora_path, bool(self.sampling.stop)))
 
 
 def _panels(prompts: list[str], texts: list[str]) -> Columns:
@@ -176,7 +194,8 @@ def main(argv: list[str]) -> None:
     config = cli.parse(ChatConfig, argv)
     config.sampling.to_kwargs()  # raises for a value out of range before anything is loaded
     config.model.check()
-    conversation = Conversation(*config.model.load(), config.sampling, config.main)
+    model, tokenizer = config.model.load()
+    conversation = Conversation(model, tokenizer, config.sampling, config.main, config.model.lora_path)
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         print(COMMANDS)

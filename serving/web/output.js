@@ -55,13 +55,13 @@ export class Card {
 
   locate(branch, time) {
     this.first ??= time;
-    this.place.textContent = `branch ${branch}, time ${this.first}${time > this.first ? ` to ${time}` : ""}`;
+    this.place.textContent = `branch coordinate ${branch}, time ${this.first}${time > this.first ? ` to ${time}` : ""}`;
   }
 
   write({ text, token, branch, time, logprob, finish_reason: reason, error }) {
     if (token !== null) {
       const odds = typeof logprob === "number" ? `\nlogprob ${logprob.toFixed(3)}` : "";
-      this.silent.push(`branch ${branch}, time ${time}\ntoken ${token}${odds}`);
+      this.silent.push(`branch coordinate ${branch}, time ${time}\ntoken ${token}${odds}`);
       this.locate(branch, time);
       this.become("writing");
     }

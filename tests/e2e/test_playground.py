@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 MAIN = "For lunch Ada likes rice."
 QUESTIONS = ("What does Ada eat?", "Who likes rice?")
 FEW, MANY = "8", "200"  # tokens: of a branch that ends soon; of one that still runs while the test acts
-COORDINATES = re.compile(r"branch (\d+), time (\d+)\ntoken \d+")
+COORDINATES = re.compile(r"branch coordinate (\d+), time (\d+)\ntoken \d+")
 POLICY = {"Content-Security-Policy": "default-src 'self'"}
 
 
@@ -224,7 +224,7 @@ def test_coordinates_are_hidden_until_they_are_asked_for(playground: Playground)
     assert not playground.card.is_visible()
     assert not coordinates.is_visible()
     playground.show_details()
-    assert re.search(r"branch \d+, time \d+", coordinates.inner_text())
+    assert re.search(r"branch coordinate \d+, time \d+", coordinates.inner_text())
 
 
 @pytest.mark.parametrize("playground", [(390, 844), (1280, 800)], indirect=True)

@@ -21,7 +21,9 @@ def test_a_wrong_name_is_answered() -> None:
         pm.genrate  # noqa: B018
 
 
-@pytest.mark.parametrize("error", [pm.UserError("field=1: too low; give 2"), DecodingError("branch 0: no")])
+@pytest.mark.parametrize(
+    "error", [pm.UserError("field=1: too low; give 2"), DecodingError("branches[0]: no")]
+)
 def test_a_notebook_shows_one_line(error: Exception) -> None:
     """IPython prints these lines in place of a traceback."""
     assert error._render_traceback_() == [f"error: {error}"]  # type: ignore[attr-defined]

@@ -19,6 +19,7 @@ from parallelmind.evaluation.qa_eval import (
     score_answers,
 )
 from parallelmind.evaluation.qa_records import read_question_records
+from workloads.common.empty_answers import ended_at_once
 from workloads.common.inference_config import InferenceModelConfig
 from workloads.evaluate.output import check_outputs, console, output_file, write_json
 
@@ -109,6 +110,8 @@ def evaluate_answers(argv: list[str]) -> None:
     for record in answered[: config.output.show]:
         _print_answers(record)
     print(_scores_line(scores), flush=True)
+    if empty := sum(not prediction for record in answered for prediction in record.predictions):
+        print(ended_at_once(f"{empty} of {scores.questions} answers", config.model.lora_path), flush=True)
     if output:
         predictions = [record.predictions for record in answered]
         write_json(

@@ -38,7 +38,7 @@ class QueryConfig(FrozenConfig):
     """Query tokens."""
 
     branch: int = Field(
-        0, ge=0, description="the branch whose attention is shown, from 0; the reduce comes after the last"
+        0, ge=0, description="index, from 0, of the branch that is shown; the reduce comes after the last"
     )
     tokens: QueryTokens = Field(
         "last", description="attention of the branch's last token, or the mean over all its tokens"

@@ -9,7 +9,7 @@ import numpy as np
 
 from parallelmind.evaluation.attention_maps import AttentionMap
 from parallelmind.evaluation.branch_tax import TaxPoint
-from parallelmind.tree import MAIN
+from parallelmind.tree import segment_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -98,9 +98,6 @@ def _draw_map(axes: Axes, weights: NDArray[np.float32], attention: AttentionMap)
     first, last = attention.query_times[0], attention.query_times[-1]
     corner = (first - 0.5, attention.query_segment - 0.5)
     axes.add_patch(Rectangle(corner, last - first + 1, 1, fill=False, edgecolor="red", linewidth=1.5))
-    labels = [
-        "main" if number == MAIN else "reduce" if is_reduce else f"branch {number - 1}"
-        for number, is_reduce in enumerate(attention.tree.is_reduce.tolist())
-    ]
+    labels = segment_names(attention.tree)
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     return image

@@ -12,6 +12,7 @@ from pathlib import Path
 from parallelmind import cli, hardware
 from parallelmind.errors import UserError, translate_write_errors
 from parallelmind.storage import fsync, write_line
+from workloads.common.empty_answers import ended_at_once
 from workloads.generate.config import GenerateConfig
 from workloads.generate.dataset import InputDataset, open_dataset
 from workloads.generate.decoder import Decoder
@@ -90,6 +91,10 @@ def _decode(
                 _write_result(result, stats, write_row)
             report_progress(stats.processed, stats.progress_line)
     stats.report_end(config.input.data_path or "", has_rows=existing_rows + stats.samples > 0)
+    if stats.empty:
+        subject = f"{stats.empty} outputs"
+        line = ended_at_once(subject, config.model.lora_path, bool(config.sampling.stop))
+        print(line, file=sys.stderr)
 
 
 def _write_result(result: LineResult, stats: ProgressStats, write_row: WriteRow) -> None:
@@ -98,3 +103,4 @@ def _write_result(result: LineResult, stats: ProgressStats, write_row: WriteRow)
     else:
         write_row(json.dumps(result.to_row(), ensure_ascii=False))
         stats.samples += 1
+        stats.empty += result.num_empty

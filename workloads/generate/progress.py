@@ -14,6 +14,7 @@ class ProgressStats:
     def __init__(self, total: int) -> None:
         self.total, self.samples, self.tokens = total, 0, 0
         self.skipped, self.first_skip = 0, ""
+        self.empty = 0  # outputs that the model ended without any text
         self._started = time.monotonic()
 
     @property

@@ -11,6 +11,7 @@ import parallelmind as pm
 from parallelmind.engine.record_prompt import RecordPrompt
 from parallelmind.errors import UserError, translate_write_errors
 from parallelmind.storage import atomic_file
+from workloads.common.empty_answers import ended_at_once
 from workloads.generate.config import GenerateConfig
 from workloads.generate.progress import throughput
 from workloads.generate.results import GeneratedSample
@@ -43,4 +44,12 @@ def generate_from_prompts(config: GenerateConfig) -> None:
             file.write(row + "\n")
     else:
         print("" if plain_text else row, flush=True)
+    for index in generated.empty_segments:
+        print(_reason(config, sample, index), file=sys.stderr)
     print(throughput(1, tokens, time.monotonic() - started), file=sys.stderr)
+
+
+def _reason(config: GenerateConfig, sample: pm.Sample, index: int) -> str:
+    """Why a segment of the sample has no text."""
+    subject = f"branch {index + 1}" if index < len(sample.branches) else "reduce"
+    return ended_at_once(subject, config.model.lora_path, bool(config.sampling.stop))

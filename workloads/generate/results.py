@@ -33,6 +33,12 @@ class GeneratedSample:
     def is_finished(self) -> bool:
         return all(self.finish_reasons)
 
+    @property
+    def empty_segments(self) -> list[int]:
+        """Indices of the segments that the model ended without any text."""
+        ends = zip(self.texts, self.finish_reasons, strict=True)
+        return [index for index, (text, reason) in enumerate(ends) if reason == "stop" and not text.strip()]
+
     def to_row(self) -> dict[str, Any]:
         """One JSON object of the output."""
         return {
@@ -60,6 +66,11 @@ class LineResult:
     @property
     def is_finished(self) -> bool:
         return self.generated is None or self.generated.is_finished
+
+    @property
+    def num_empty(self) -> int:
+        """Outputs that the model ended without any text."""
+        return len(self.generated.empty_segments) if self.generated is not None else 0
 
     def to_row(self) -> dict[str, Any]:
         """One JSON object of the output. Only valid for a line that was not skipped."""

@@ -104,7 +104,7 @@ def check_resume(request: TokenizedRequest, state: ResumeState) -> None:
         elif reason not in (None, *get_args(FinishReason)):
             problem = f"has finish_reason={reason}; give None or one of {', '.join(get_args(FinishReason))}"
         if problem:
-            raise UserError(f"resume: branch {index} {problem}")
+            raise UserError(f"resume: branches[{index}] {problem}")
 
 
 def _check_patched(model: Model, given: str, fallback_reason: str | None) -> None:

@@ -66,7 +66,9 @@ def attention_map(
     last = tokens.tree.segments - 2
     if not 0 <= branch <= last:
         counted = ", its reduce included" if tokens.tree.is_reduce.any() else ""
-        raise UserError(f"branch={branch}: the sample has branches 0 to {last}{counted}; choose one of them")
+        raise UserError(
+            f"branch={branch}: the sample has the indices 0 to {last}{counted}; choose one of them"
+        )
     config, inner = rope_config(model), causal_lm(model)
     batch = make_batch([tokens], config, pad_id=0)
     segment, time = batch.segment[0], batch.pos2d[0, :, 1]  # [tokens] each

@@ -28,10 +28,9 @@ class RecordAnswers:
     """Answers to the questions of one record.
 
     main: the passage. documents: by place, the texts that are only read. places, questions, predictions,
-    references: one entry per question. A place is the index of a branch, or "reduce"; "0.1" is a branch of
-    branch 0, and "0.reduce" its reduce. tokens: decoded
-    tokens. seconds: time to read the prompts and to decode. kv_bytes: peak size of keys and values; None if
-    unknown.
+    references: one entry per question. A place is the number of a branch, from 1, or "reduce"; "1.2" is the
+    second branch of branch 1, and "1.reduce" its reduce. tokens: decoded tokens. seconds: time to read the
+    prompts and to decode. kv_bytes: peak size of keys and values; None if unknown.
     """
 
     main: str

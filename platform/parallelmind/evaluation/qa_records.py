@@ -38,7 +38,7 @@ def read_question_records(
 
 
 def questions_of(record: Record) -> dict[str, Segment]:
-    """The segments that are answered in pre-order, by place: such as "0", "0.1", "0.reduce" and "reduce"."""
+    """The segments that are answered in pre-order, by place: such as "1", "1.2", "1.reduce" and "reduce"."""
     return {place: segment for place, segment in _places(record) if segment.completion is not None}
 
 
@@ -49,7 +49,7 @@ def documents_of(record: Record) -> dict[str, str]:
 
 def _places(fork: Record | Segment, prefix: str = "") -> Iterator[tuple[str, Segment]]:
     """Every segment below this one in pre-order, with its place."""
-    below = [(str(index), branch) for index, branch in enumerate(fork.branches)]
+    below = [(str(number), branch) for number, branch in enumerate(fork.branches, start=1)]
     for name, segment in below if fork.reduce is None else [*below, ("reduce", fork.reduce)]:
         yield f"{prefix}{name}", segment
         yield from _places(segment, f"{prefix}{name}.")

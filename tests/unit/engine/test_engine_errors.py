@@ -172,12 +172,15 @@ def test_cancelling_an_unknown_or_finished_sample_has_no_effect() -> None:
     [
         (([0], [[5]], [None]), r"resume.start_times: has 1 entries for 2 segments after main; give one"),
         (([0, 0], [[5]], [None, None]), r"resume.token_ids: has 1 entries for 2"),
-        (([None, 9], [[5], []], [None, None]), r"resume: branch 0 has 1 tokens and no start"),
-        (([9, 1], [[5], [6]], [None, None]), r"resume: branch 1 starts at 1, within main; give 4 or later"),
-        (([9, 9], [[5], [6] * 5], [None, None]), r"resume: branch 1 has 5 tokens of max_new_tokens=4"),
+        (([None, 9], [[5], []], [None, None]), r"resume: branches\[0\] has 1 tokens and no start"),
+        (
+            ([9, 1], [[5], [6]], [None, None]),
+            r"resume: branches\[1\] starts at 1, within main; give 4 or later",
+        ),
+        (([9, 9], [[5], [6] * 5], [None, None]), r"resume: branches\[1\] has 5 tokens of max_new_tokens=4"),
         (
             ([9, 9], [[5], [6]], [None, "bored"]),
-            r"resume: branch 1 has finish_reason=bored; give None",
+            r"resume: branches\[1\] has finish_reason=bored; give None",
         ),
         (([9, 9], [[5], [10**6]], [None, None]), r"token id 1000000: the model's vocabulary is 0\.\."),
     ],

@@ -165,7 +165,7 @@ def test_a_question_about_documents_is_answered_by_the_reduce():
     answers = answer()
     assert answers.predictions == [texts[-1].strip().splitlines()[0].strip()] != [""]
     assert (answers.documents, answers.places) == (
-        {str(index): text for index, text in enumerate(DOCUMENTS)},
+        {str(number): text for number, text in enumerate(DOCUMENTS, start=1)},
         ["reduce"],
     )
     assert (answers.questions, answers.references) == (["what is it"], [["it", "they"]])
@@ -180,8 +180,8 @@ def test_nested_questions_are_answered_after_the_answers_on_their_path():
     below = [*READ[:1], {**ASKED, "branches": [ASKED]}]
     record = parse_value({"main": "read", "branches": [{**ASKED, "branches": below, "reduce": ASKED}, ASKED]})
     (answers,) = answer_records(model, tokenizer, [record], max_new_tokens=6)
-    assert answers.places == ["0", "0.1", "0.1.0", "0.reduce", "1"]
-    assert list(answers.documents) == ["0.0"]
+    assert answers.places == ["1", "1.2", "1.2.1", "1.reduce", "2"]
+    assert list(answers.documents) == ["1.1"]
     document = [*tokenizer(DOCUMENTS[0], add_special_tokens=False).input_ids, 2]
     prompt = ASKED["prompt"]
     inner = [Segment(document, sampling={"max_new_tokens": 0}), Segment(prompt, [prompt])]
@@ -208,7 +208,7 @@ def test_records_of_documents_are_decoded_beside_others():
         list(answer_records(model, tokenizer, records, records_at_once=count, max_new_tokens=4))
         for count in (1, 3)
     )
-    assert [answers.places for answers in one] == [["reduce"], ["1", "reduce"], [*"01234"]]
+    assert [answers.places for answers in one] == [["reduce"], ["2", "reduce"], [*"12345"]]
     assert [answers.predictions for answers in one] == [answers.predictions for answers in all_at_once]
 
 
@@ -262,7 +262,7 @@ def test_command_prints_and_writes_scores(tmp_path, capsys):
     write_records(trees, [{"branches": READ, "reduce": ASKED}])
     evaluate([*argv[:2], f"data_path={trees}", "max_new_tokens=3"])
     tree_out = capsys.readouterr().out
-    assert "branch 1: where is the question" in tree_out
+    assert "branch 2: where is the question" in tree_out
     assert "│ reduce │ what is it" in tree_out
     assert "peak KV cache" in out
     with pytest.raises(UserError, match="engine=parallel: .*set engine=one_by_one or engine=batch"):

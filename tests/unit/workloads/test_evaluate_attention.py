@@ -97,13 +97,13 @@ def test_unpatched_models_and_missing_branches_are_refused():
         attention_map(model, TOKENS)
     with (
         patched(model, RopeConfig()),
-        pytest.raises(UserError, match="branch=3: the sample has branches 0 to 2"),
+        pytest.raises(UserError, match="branch=3: the sample has the indices 0 to 2"),
     ):
         attention_map(model, TOKENS, branch=3)
     tree = Tokens.of_tree([MAIN, *BRANCHES, [7]], Tree.flat(len(BRANCHES), has_reduce=True))
     with (
         patched(model, RopeConfig()),
-        pytest.raises(UserError, match="branch=4: the sample has branches 0 to 3, its reduce included"),
+        pytest.raises(UserError, match="branch=4: the sample has the indices 0 to 3, its reduce included"),
     ):
         attention_map(model, tree, branch=4)
 
