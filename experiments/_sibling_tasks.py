@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from random import Random
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 Form = Literal["columnar", "isolated", "text"]  # branches with and without a view of each other, and one text
+FORMS: tuple[Form, ...] = get_args(Form)
 
 _NAMES = (
     "Ada Amy Anna Ben Bill Bob Carl Clara Dan David Emma Eric Eva Finn Frank George Grace Henry Ian Jack "
@@ -25,8 +26,8 @@ _THINGS = (
     "tent ticket train tree wagon watch wheel window wood wool"
 ).split()
 _BRANCHES = 4
-_LIST, _HOLDERS = 16, 2  # things in a branch's part of a list; parts that hold what is looked for
-_DIGITS = 3  # of a branch's part of a sum
+_LIST, _HOLDERS = 24, 2  # things in a branch's part of a list; parts that hold what is looked for
+_DIGITS = 2  # of a branch's part of a sum
 _CHOICES, _POOL = 3, 6  # things that a branch chooses from, of those of the sample
 
 
@@ -48,7 +49,7 @@ def relay(random: Random, form: Form) -> list[Branch]:
 
 
 def relay_twice(random: Random, form: Form) -> list[Branch]:
-    """The question names a sibling, whose fact names the sibling with the answer."""
+    """The question names a sibling, whose fact names the sibling that has the thing asked for."""
     names, things = random.sample(_NAMES, _BRANCHES), random.sample(_THINGS, _BRANCHES)
     order = random.sample(range(_BRANCHES), _BRANCHES)
     sees = dict(zip(order, order[1:] + order[:1], strict=True))  # a circle
@@ -59,8 +60,8 @@ def relay_twice(random: Random, form: Form) -> list[Branch]:
     return [
         Branch(
             f"{names[own]} has the {things[own]} and sees {names[sees[own]]}. "
-            f"What has the one that {names[other]} sees? The",
-            f" {things[sees[other]]}",
+            f"Whom does {names[other]} see, and what has that one?",
+            f" {names[sees[other]]} has the {things[sees[other]]}",
         )
         for own, other in enumerate(asked)
     ]
@@ -145,6 +146,26 @@ def choose(random: Random, form: Form) -> list[Branch]:
     return branches if form == "text" else random.sample(branches, _BRANCHES)
 
 
+def conflict_floor(samples: int = 2000, seed: int = 1) -> float:
+    """Share of conflicts of isolated branches that follow a convention, over samples of `choose`.
+
+    A branch knows its turn and its own things. Every thing belongs to one turn, and a branch chooses a thing
+    of its own turn if it has one, else of the next turn. Choosing at random gives 42%.
+    """
+    conflicts = 0
+    for number in range(samples):
+        branches = choose(Random(f"choose {seed} {number}"), "isolated")
+        chosen = [_by_convention(branch.prompt) for branch in branches]
+        conflicts += sum(chosen.count(thing) > 1 for thing in chosen)
+    return conflicts / (samples * _BRANCHES)
+
+
+def _by_convention(prompt: str) -> str:
+    """The thing that a branch chooses by its turn alone."""
+    turn, things = int(prompt[5]), prompt[prompt.index(":") + 2 : prompt.index(" ;")].split(", ")
+    return min(things, key=lambda thing: (_THINGS.index(thing) - turn) % _BRANCHES)
+
+
 def _others(random: Random, count: int) -> list[int]:
     """For every number another one."""
     return [random.choice([other for other in range(count) if other != own]) for own in range(count)]
@@ -157,6 +178,11 @@ def _numbers(numbers: Sequence[int]) -> str:
 TASKS: dict[str, Callable[[Random, Form], list[Branch]]] = {
     task.__name__: task for task in (relay, relay_twice, add, find, choose)
 }
+
+
+def data_path(task: str, form: Form) -> str:
+    """The training data of a task in a form."""
+    return f"runs/data/siblings.{task}.{form}.jsonl"
 
 
 def records(task: str, form: Form, count: int, seed: int) -> Iterator[dict[str, Any]]:

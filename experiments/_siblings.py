@@ -1,6 +1,6 @@
-"""Train and measure `006_siblings`: branches that see each other, isolated ones, and one text.
+"""Train and measure experiments on tasks whose branches need each other.
 
-    python -m experiments._siblings
+    python -m experiments._siblings [006_siblings|009_sibling_penalty] [SETTING=VALUE …]
 
 One command makes the data, trains an adapter per task, form and seed, and lets each answer held-out samples.
 It writes a table and a figure to results/. What is finished is not repeated. SETTING=VALUE overrides the
@@ -13,7 +13,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -22,47 +22,41 @@ from matplotlib.figure import Figure
 
 import parallelmind as pm
 from experiments._results import RESULTS, write_table
-from experiments._sibling_tasks import TASKS, Form, records
+from experiments._sibling_tasks import FORMS, TASKS, Form, data_path, records
 from parallelmind.config.yaml_file import load_yaml
+from parallelmind.engine.scheduler import EngineConfig
 from workloads.common.read_config import read_config
 from workloads.sweep.command import run_sweep
 from workloads.sweep.config import SweepConfig
 
-TABLE = RESULTS / "006_siblings.csv"
-FORMS: tuple[Form, ...] = ("columnar", "isolated", "text")
-_DATA = Path("runs/data")
 _SAMPLES, _HELD_OUT, _HELD_OUT_SEED = 4000, 64, 1
 _MAX_NEW_TOKENS = 160
 _LINE = re.compile(r"^\d+\.", re.MULTILINE)
-_COLOURS = {
-    "columnar, penalty 0": "#2d7d46",
-    "columnar, penalty 1": "#7fb069",
-    "columnar, penalty 3": "#c5d86d",
-    "isolated": "#2e86ab",
-    "text": "#8d99ae",
-}
+_COLOURS = ("#2d7d46", "#7fb069", "#c5d86d", "#2e86ab", "#8d99ae", "#f18f01", "#a23b72")
 
 
 def write_data() -> None:
     """Write the training data of every task and form, unless it exists."""
-    _DATA.mkdir(parents=True, exist_ok=True)
     for task in TASKS:
         for form in FORMS:
-            path = _DATA / f"siblings.{task}.{form}.jsonl"
+            path = Path(data_path(task, form))
+            path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists():
                 lines = (json.dumps(record) + "\n" for record in records(task, form, _SAMPLES, seed=0))
                 path.write_text("".join(lines), encoding="utf-8")
 
 
-def answers(engine: pm.Engine, sample: pm.Sample) -> tuple[list[str], list[int]]:
-    """The texts and the numbers of tokens of all branches."""
-    texts, tokens = [""] * len(sample.branches), [0] * len(sample.branches)
-    engine.submit(sample, max_new_tokens=_MAX_NEW_TOKENS)
+def answers(engine: pm.Engine, samples: Iterable[pm.Sample]) -> list[list[tuple[str, int]]]:
+    """The text and the number of tokens of every branch of every sample."""
+    given = {
+        engine.submit(sample, max_new_tokens=_MAX_NEW_TOKENS): [("", 0)] * len(sample.branches)
+        for sample in samples
+    }
     while engine.busy:
         for event in engine.step():
-            texts[event.branch] += event.text
-            tokens[event.branch] += event.token is not None
-    return texts, tokens
+            text, tokens = given[event.sample][event.branch]
+            given[event.sample][event.branch] = text + event.text, tokens + (event.token is not None)
+    return list(given.values())
 
 
 def scores(task: str, form: Form, engine: pm.Engine) -> dict[str, float]:
@@ -72,10 +66,10 @@ def scores(task: str, form: Form, engine: pm.Engine) -> dict[str, float]:
     tokens: of all branches. steps: tokens of the longest one, which is the time until all have ended.
     """
     right, conflicts, tokens, steps = list[bool](), list[bool](), list[int](), list[int]()
-    for record in records(task, form, _HELD_OUT, _HELD_OUT_SEED):
-        branches = record["branches"]
-        given, counts = answers(engine, pm.Sample(branches=[branch["prompt"] for branch in branches]))
-        wanted = [branch["completion"] for branch in branches]
+    held_out = [record["branches"] for record in records(task, form, _HELD_OUT, _HELD_OUT_SEED)]
+    samples = [pm.Sample(branches=[branch["prompt"] for branch in branches]) for branches in held_out]
+    for branches, answered in zip(held_out, answers(engine, samples), strict=True):
+        given, wanted = [text for text, _ in answered], [branch["completion"] for branch in branches]
         if form == "text":
             given, wanted = _LINE.split(given[0])[1:], _LINE.split(wanted[0])[1:]
             given = [*given, *[""] * len(wanted)][: len(wanted)]
@@ -83,6 +77,7 @@ def scores(task: str, form: Form, engine: pm.Engine) -> dict[str, float]:
         right += [_is_right(task, *pair) for pair in pairs]
         chosen = Counter(text.split()[-1] for text in given if text.strip())
         conflicts += [bool(text.strip()) and chosen[text.split()[-1]] > 1 for text in given]
+        counts = [count for _, count in answered]
         tokens.append(sum(counts))
         steps.append(max(counts))
     return {
@@ -108,45 +103,57 @@ def measure(trial: Path) -> dict[str, Any]:
         _, task, name, _ = Path(config["data_path"]).name.split(".")
         form = next(form for form in FORMS if form == name)
         model, tokenizer = pm.load_model_with_lora(lora_path=trial / "adapter", dtype=config["dtype"])
-        penalty = f", penalty {config['sibling_penalty']:g}" if form == "columnar" else ""
-        row = {"task": task, "form": form + penalty, "seed": config["seed"]}
-        row |= scores(task, form, pm.Engine(model, tokenizer))
+        engine = pm.Engine(model, tokenizer, EngineConfig(cache_tokens=1 << 15))
+        row = {"task": task, "form": _label(form, config), "seed": config["seed"]}
+        row |= scores(task, form, engine)
         print(json.dumps(row), flush=True)
         output.write_text(json.dumps(row), encoding="utf-8")
     return dict(json.loads(output.read_text(encoding="utf-8")))
 
 
+def _label(form: Form, config: dict[str, Any]) -> str:
+    penalty = config["sibling_penalty"]
+    return f"{form}, penalty {penalty}" if form == "columnar" and penalty else form
+
+
 def figure(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Draw right answers, and tokens until all have ended, of every task and form; a dot for each seed."""
-    fig = Figure(figsize=(11, 6), layout="constrained")
-    for axes, (field, label) in zip(
-        fig.subplots(2, 1),
-        {"right": "right answers", "steps": "steps until all have ended"}.items(),
-        strict=True,
-    ):
-        for place, (form, colour) in enumerate(_COLOURS.items()):
-            for number, task in enumerate(TASKS):
-                values = [float(row[field]) for row in rows if (row["task"], row["form"]) == (task, form)]
+    """Draw right answers, conflicts and steps of every task and form; a dot for each seed."""
+    fig = Figure(figsize=(11, 8), layout="constrained")
+    forms, tasks = (list(dict.fromkeys(row[field] for row in rows)) for field in ("form", "task"))
+    labels = {
+        "right": "right answers",
+        "conflicts": "same answer as another branch",
+        "steps": "steps until all have ended",
+    }
+    width = 0.8 / len(forms)
+    for axes, (field, label) in zip(fig.subplots(3, 1), labels.items(), strict=True):
+        for place, form in enumerate(forms):
+            for number, task in enumerate(tasks):
+                values = [row[field] for row in rows if (row["task"], row["form"]) == (task, form)]
                 if values:
-                    at = number + (place - 2) * 0.16
-                    axes.bar(at, fmean(values), 0.15, color=colour, label=form if number == 0 else None)
+                    at = number + (place - (len(forms) - 1) / 2) * width
+                    name = form if number == 0 else None
+                    axes.bar(at, fmean(values), 0.94 * width, color=_COLOURS[place], label=name)
                     axes.scatter([at] * len(values), values, color="black", s=8, zorder=3)
-        axes.set_xticks(range(len(TASKS)), list(TASKS))
+        axes.set_xticks(range(len(tasks)), tasks)
         axes.set_ylabel(label)
         axes.spines[["top", "right"]].set_visible(False)
-    fig.axes[0].legend(frameon=False, ncols=len(_COLOURS), loc="upper center", bbox_to_anchor=(0.5, 1.15))
+    fig.axes[0].legend(frameon=False, ncols=len(forms), loc="upper center", bbox_to_anchor=(0.5, 1.2))
     return fig
 
 
-def main(*overrides: str) -> None:
-    """Make, train, measure; write results/006_siblings.csv and .png."""
+def main(*arguments: str) -> None:
+    """Make, train, measure; write the table and the figure of the experiment to results/."""
+    named = [argument for argument in arguments if "=" not in argument] or ["006_siblings"]
     write_data()
-    config = read_config(SweepConfig, ["006_siblings", *overrides])
+    config = read_config(SweepConfig, [*named, *(argument for argument in arguments if "=" in argument)])
     sweep_dir = Path(run_sweep(config).location)
     rows = [measure(trial) for trial in sorted((sweep_dir / "trials").iterdir())]
-    write_table(TABLE, rows)
-    figure(rows).savefig(RESULTS / "006_siblings.png", dpi=110)
-    print(f"{TABLE}: {len(rows)} adapters")
+    rows.sort(key=lambda row: (list(TASKS).index(row["task"]), row["form"], row["seed"]))
+    table = (RESULTS / named[0]).with_suffix(".csv")
+    write_table(table, rows)
+    figure(rows).savefig(table.with_suffix(".png"), dpi=110)
+    print(f"{table}: {len(rows)} adapters")
 
 
 if __name__ == "__main__":

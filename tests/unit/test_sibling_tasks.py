@@ -1,12 +1,13 @@
 """The tasks of experiment 006: what a branch is asked for stands with a sibling; answers are right."""
 
 import re
+from collections import Counter
 from itertools import pairwise
 from typing import Any
 
 import pytest
 
-from experiments._sibling_tasks import TASKS, records
+from experiments._sibling_tasks import TASKS, conflict_floor, records
 
 SAMPLES = 50
 
@@ -40,12 +41,12 @@ def test_a_fact_is_asked_of_another_branch() -> None:
 
 
 def test_two_hops_lead_to_another_branch() -> None:
-    fact = re.compile(r"(\w+) has the (\w+) and sees (\w+)\. What has the one that (\w+) sees\?")
+    fact = re.compile(r"(\w+) has the (\w+) and sees (\w+)\. Whom does (\w+) see, and")
     for sample in branches("relay_twice", "columnar"):
         rows = [(*fact.match(prompt).groups(), answer) for prompt, answer in sample]  # type: ignore[union-attr]
         thing, sees = {row[0]: row[1] for row in rows}, {row[0]: row[2] for row in rows}
         for name, _, _, asked, answer in rows:
-            assert answer == f" {thing[sees[asked]]}"
+            assert answer == f" {sees[asked]} has the {thing[sees[asked]]}"
             assert name not in (asked, sees[asked])
 
 
@@ -90,3 +91,9 @@ def test_choices_differ_and_later_turns_wait() -> None:
             assert choice in things.split(", ")
             chosen.append(choice)
         assert len(set(chosen)) == len(chosen)
+
+
+def test_isolated_branches_cannot_avoid_conflicts() -> None:
+    assert 0.3 < conflict_floor(samples=500) < 0.4
+    chosen = [Counter(answer.split()[-1] for _, answer in sample) for sample in branches("choose", "isolated")]
+    assert all(max(counts.values()) == 1 for counts in chosen)  # where all see each other, none conflicts
