@@ -7,20 +7,20 @@ from the results of `experiments._documents`.
 
 from __future__ import annotations
 
-import csv
 import os
 import sys
 from functools import cache, partial
-from statistics import fmean
 
 from benchmarks.comparison import DTYPE, Contestant, Result, take_turns
-from benchmarks.harness import RESULTS, Bench, UnavailableError
+from benchmarks.harness import Bench, UnavailableError
 from benchmarks.peers import workloads
 from benchmarks.peers.install import is_installed
 from benchmarks.peers.process import EngineProcess, start_parallelmind, start_vllm
 from benchmarks.processor import has_avx512
+from benchmarks.result_table import ResultTable
 from parallelmind.config import RopeConfig
 
+_TABLE = ResultTable("007_documents.csv", "python -m experiments._documents path/to/xquad.en.json")
 _ROPE = RopeConfig(visibility="isolated", positions="time")
 
 
@@ -56,15 +56,9 @@ def _row(name: str, target: float, slower: str) -> Bench:
 
 def _f1_difference() -> float:
     """F1 of documents minus F1 of the same texts as one, in points; the lower of 4 and 8 documents."""
-    table = RESULTS.with_name("007_documents.csv")
-    if not table.exists():
-        raise UnavailableError("no results; run python -m experiments._documents path/to/xquad.en.json")
-    with open(table, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
 
     def mean(kind: str, count: int) -> float:
-        own = [row for row in rows if (row["kind"], row["documents"]) == (kind, str(count))]
-        return 100 * fmean(float(row["f1"]) for row in own)
+        return 100 * _TABLE.mean("f1", kind=kind, documents=count)
 
     return min(mean("documents", count) - mean("concatenated", count) for count in (4, 8))
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from xml.etree import ElementTree
 
-from benchmarks.harness import Bench
+from benchmarks.harness import Bench, UnavailableError
 from tools import refusals
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -43,11 +45,40 @@ def _cost() -> Cost:
         return Cost(len(commands), (time.perf_counter() - started) / 60, _bytes(Path(name)) / 1e6)
 
 
+def _readme_lines() -> int:
+    return len((_ROOT / "README.md").read_text(encoding="utf-8").splitlines())
+
+
+def _blocks_run() -> float:
+    """Share of the commands and Python blocks of all pages that run, those that need a network left out.
+
+    Raises:
+        UnavailableError: a test of the pages ended without a report.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        report = Path(name) / "report.xml"
+        tests = ["tests/integration/test_docs_run.py", "-k", "every_block", "-m", "", f"--junitxml={report}"]
+        subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], cwd=_ROOT, check=False)
+        if not report.exists():
+            raise UnavailableError("the tests of the pages wrote no report")
+        examples = passed = 0
+        for case in ElementTree.parse(report).iter("testcase"):
+            counts = {item.attrib["name"]: int(item.attrib["value"]) for item in case.iter("property")}
+            own = counts["examples"] - counts["not_here"]
+            examples += own
+            passed += own * (case.find("failure") is None)
+        return passed / examples
+
+
 def _bytes(folder: Path) -> int:
     return sum(file.lstat().st_size for file in folder.rglob("*") if not file.is_dir())
 
 
 BENCHES = [
+    Bench("first_use.readme_lines", 170, "lower", "lines", _readme_lines),
+    Bench(
+        "first_use.blocks_run", 1.0, "higher", "ratio", _blocks_run, "commands that need a network left out"
+    ),
     Bench("first_use.commands", 2, "lower", "commands", lambda: _cost().commands),
     Bench("first_use.minutes", None, "lower", "min", lambda: _cost().minutes),
     Bench("first_use.megabytes", None, "lower", "MB", lambda: _cost().megabytes),

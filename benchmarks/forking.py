@@ -5,22 +5,15 @@ Its adapters take hours to train: `python -m experiments._forking PATH/xquad.en.
 
 from __future__ import annotations
 
-import csv
-from pathlib import Path
-from statistics import fmean
+from benchmarks.harness import Bench
+from benchmarks.result_table import ResultTable
 
-from benchmarks.harness import Bench, UnavailableError
-
-_TABLE = Path(__file__).resolve().parent.parent / "experiments" / "results" / "008_forking.csv"
 _COMMAND = "python -m experiments._forking PATH/xquad.en.json"
+_TABLE = ResultTable("008_forking.csv", _COMMAND)
 
 
 def mean(field: str, form: str) -> float:
-    """The mean of a column over the seeds of a form."""
-    if not _TABLE.is_file():
-        raise UnavailableError(f"no {_TABLE.name}; run {_COMMAND}")
-    with _TABLE.open(newline="", encoding="utf-8") as file:
-        return fmean(float(row[field]) for row in csv.DictReader(file) if row["form"] == form and row[field])
+    return _TABLE.mean(field, form=form)
 
 
 def f1_difference() -> float:

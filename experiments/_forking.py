@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 import parallelmind as pm
 from experiments._forking_data import QUESTIONS, Passage, answers_in, prompt_of, write
-from experiments._results import RESULTS, write_table
+from experiments._results import RESULTS, trained, write_table
 from parallelmind.config.yaml_file import load_yaml
 from parallelmind.engine.linear import linearized
 from parallelmind.engine.scheduler import EngineConfig
@@ -125,8 +125,7 @@ def main(source: str, *overrides: str) -> None:
     """Make, train, measure; write results/008_forking.csv and .png."""
     passages = write(Path(source), _DATA)
     config = read_config(SweepConfig, ["008_forking", *overrides])
-    sweep_dir = Path(run_sweep(config).location)
-    rows = [measure(trial, passages) for trial in sorted((sweep_dir / "trials").iterdir())]
+    rows = [measure(trial, passages) for trial in trained(Path(run_sweep(config).location))]
     write_table(TABLE, rows)
     figure(rows).savefig(RESULTS / "008_forking.png", dpi=110)
     print(f"{TABLE}: {len(rows)} adapters, {QUESTIONS} questions a request")

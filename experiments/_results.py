@@ -1,13 +1,23 @@
-"""The folder of results, and tables in it."""
+"""The folder of results, tables in it, and the trials of a sweep."""
 
 from __future__ import annotations
 
 import csv
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def trained(sweep: Path) -> list[Path]:
+    """The folders of the trials of a sweep. Ends the program if one of them has no adapter."""
+    trials = sorted((sweep / "trials").iterdir())
+    missing = [trial for trial in trials if not (trial / "adapter").exists()]
+    if missing:
+        sys.exit(f"{len(missing)} of {len(trials)} trials have no adapter; the same command repeats them")
+    return trials
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 import parallelmind as pm
-from experiments._results import RESULTS, write_table
+from experiments._results import RESULTS, trained, write_table
 from experiments._sibling_tasks import FORMS, TASKS, Form, data_path, records
 from parallelmind.config.yaml_file import load_yaml
 from parallelmind.engine.scheduler import EngineConfig
@@ -147,8 +147,7 @@ def main(*arguments: str) -> None:
     named = [argument for argument in arguments if "=" not in argument] or ["006_siblings"]
     write_data()
     config = read_config(SweepConfig, [*named, *(argument for argument in arguments if "=" in argument)])
-    sweep_dir = Path(run_sweep(config).location)
-    rows = [measure(trial) for trial in sorted((sweep_dir / "trials").iterdir())]
+    rows = [measure(trial) for trial in trained(Path(run_sweep(config).location))]
     rows.sort(key=lambda row: (list(TASKS).index(row["task"]), row["form"], row["seed"]))
     table = (RESULTS / named[0]).with_suffix(".csv")
     write_table(table, rows)

@@ -16,11 +16,11 @@ Bash runs the text itself. These differences keep a page at minutes and without 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from docs import PAGES, ROOT, blocks, commands
+from docs import PAGES, ROOT, Block, blocks, commands
 from reader import Reader, reader
 from resident import NOT_HERE
 
@@ -54,26 +54,34 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
         if blocks(page)
     ],
 )
-def test_every_block_of_a_page_runs(folder: Reader, page: Path) -> None:
+def test_every_block_of_a_page_runs(
+    folder: Reader, page: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """Properties of the JUnit report: the number of commands and Python blocks, and of those NOT_HERE."""
     folder.begin_page()
-    for block in blocks(page):
-        if block.language in NOT_RUN:
-            continue
+    ours = [block for block in blocks(page) if block.language not in NOT_RUN]
+    typed = [line for block in ours if block.language == "bash" for line in lines_of(block)]
+    record_property("examples", len(typed) + sum(block.language == "python" for block in ours))
+    record_property("not_here", sum(is_not_here(line) for line in typed))
+    for block in ours:
         assert block.language in ("bash", "python"), f"{block}: no way to run this language"
         output = folder.run(block)
         if "print(" in block.text:
             assert output.strip(), f"{block}: printed nothing"
 
 
+def lines_of(block: Block) -> list[str]:
+    return [" ".join(words) for words in commands(block)]
+
+
+def is_not_here(line: str) -> bool:
+    return any(f"{line} ".startswith(f"{prefix} ") for prefix in NOT_HERE)
+
+
 def test_not_here_lists_no_stale_commands() -> None:
     """Every entry of NOT_HERE is the start of a command on some page."""
-    lines = [
-        " ".join(words)
-        for page in RUN
-        for block in blocks(page)
-        if block.language == "bash"
-        for words in commands(block)
-    ]
+    bash = [block for page in RUN for block in blocks(page) if block.language == "bash"]
+    lines = [line for block in bash for line in lines_of(block)]
     assert [
         prefix for prefix in NOT_HERE if not any(f"{line} ".startswith(f"{prefix} ") for line in lines)
     ] == []

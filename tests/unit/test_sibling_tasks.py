@@ -95,5 +95,7 @@ def test_choices_differ_and_later_turns_wait() -> None:
 
 def test_isolated_branches_cannot_avoid_conflicts() -> None:
     assert 0.3 < conflict_floor(samples=500) < 0.4
-    chosen = [Counter(answer.split()[-1] for _, answer in sample) for sample in branches("choose", "isolated")]
+    chosen = [
+        Counter(answer.split()[-1] for _, answer in sample) for sample in branches("choose", "isolated")
+    ]
     assert all(max(counts.values()) == 1 for counts in chosen)  # where all see each other, none conflicts

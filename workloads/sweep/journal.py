@@ -106,6 +106,17 @@ class Journal:
         """Record facts about the whole sweep."""
         self._append({"notes": notes})
 
+    def fingerprint(self, settings: Mapping[str, Any]) -> str | None:
+        """The fingerprint of the data that a trial with these settings shares with earlier ones, if known."""
+        value: str | None = self.notes.get(_data_note(settings))
+        return value
+
+    def keep_fingerprint(self, number: int, fingerprint: str) -> None:
+        """Record the fingerprint of a trial's data, unless that of another trial with the same files is."""
+        name = _data_note(self.trials[number].settings)
+        if name not in self.notes:
+            self.add_notes(**{name: fingerprint})
+
     def _append(self, event: dict[str, Any]) -> None:
         line = json.dumps(event).encode() + b"\n"
         with self._lock:
@@ -153,3 +164,8 @@ def _parse_event(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return event if isinstance(event, dict) else None
+
+
+def _data_note(settings: Mapping[str, Any]) -> str:
+    """The note with the fingerprint of a trial's data; trials with other files have one of their own."""
+    return f"data {settings['data_path']}" if "data_path" in settings else "data"

@@ -76,8 +76,8 @@ class JournalingScheduler(StatelessPickle, FIFOScheduler):
 
     def _record_start(self, number: int, result: dict[str, Any]) -> None:
         self._journal.set_location(number, redact_uri(result["folder"]), result["run_id"])
-        if "data" in result and "data" not in self._journal.notes:
-            self._journal.add_notes(data=result["data"])
+        if "data" in result:
+            self._journal.keep_fingerprint(number, result["data"])
         if self.stopping:
             stop_trial(result["folder"])
 

@@ -48,7 +48,7 @@ class JournalSearcher(StatelessPickle, Searcher):
 
     def _trial_config(self, number: int, settings: dict[str, Any]) -> dict[str, Any]:
         """The configuration that `run_trial` receives."""
-        return {"number": number, "settings": settings, "data": self._journal.notes.get("data")}
+        return {"number": number, "settings": settings, "data": self._journal.fingerprint(settings)}
 
     def _next_settings(self) -> dict[str, Any] | None:
         """The settings of the first trial that was never started; None after the last trial."""

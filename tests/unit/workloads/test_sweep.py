@@ -318,6 +318,18 @@ def test_all_trials_have_the_data_of_the_first(journal: Journal) -> None:
     assert resumed.suggest("")["data"] == "first"  # type: ignore[index, call-overload]
 
 
+def test_trials_with_other_files_have_data_of_their_own(journal: Journal) -> None:
+    config = sweep_config(space={"data_path": ["one.jsonl", "other.jsonl"]}, seeds=[0, 1])
+    searcher = JournalSearcher(config, journal)
+    scheduler = JournalingScheduler(config, journal, lambda number: None)
+    expected = []
+    for number in range(4):
+        expected.append(searcher.suggest("")["data"])  # type: ignore[index, call-overload]
+        result = {"folder": "trial", "run_id": "run", "data": f"fingerprint {number // 2}"}
+        scheduler.on_trial_result(None, FakeTuneTrial(number), result)  # type: ignore[arg-type]
+    assert expected == [None, "fingerprint 0", None, "fingerprint 1"]
+
+
 Reports = list[tuple[int, int, float]]  # (trial, step, loss)
 
 

@@ -1,0 +1,36 @@
+"""Means over the seeds of an experiment, from its table in experiments/results."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from statistics import fmean
+
+from benchmarks.harness import RESULTS, UnavailableError
+
+
+@dataclass(frozen=True, slots=True)
+class ResultTable:
+    """A table in experiments/results, and the command that makes it."""
+
+    name: str
+    command: str
+
+    def mean(self, field: str, **where: object) -> float:
+        """The mean of a column over the rows that have these values.
+
+        Raises:
+            UnavailableError: the table does not exist, or has no such row.
+        """
+        path = RESULTS.with_name(self.name)
+        if not path.is_file():
+            raise UnavailableError(f"no {self.name}; run {self.command}")
+        wanted = {name: str(value) for name, value in where.items()}
+        with path.open(newline="", encoding="utf-8") as file:
+            values = [
+                row[field] for row in csv.DictReader(file) if wanted.items() <= row.items() and row[field]
+            ]
+        if not values:
+            given = " ".join(f"{name}={value}" for name, value in where.items())
+            raise UnavailableError(f"{self.name}: no {field} with {given}; run {self.command}")
+        return fmean(float(value) for value in values)
