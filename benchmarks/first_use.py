@@ -7,24 +7,28 @@ import subprocess
 import sys
 import tempfile
 import time
+import venv
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from xml.etree import ElementTree
 
 from benchmarks.harness import Bench, UnavailableError
 from tools import refusals
 
+_TORCH = "torch", "nvidia", "triton", "cuda"  # folders
 _ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Cost of first use. `megabytes`: disk use afterwards, caches included."""
+    """Cost of first use. megabytes: disk use afterwards, caches included. torch_megabytes: of torch in it."""
 
     commands: int
     minutes: float
     megabytes: float
+    torch_megabytes: float
 
 
 @cache
@@ -42,7 +46,31 @@ def _cost() -> Cost:
         for command in commands:
             directory = folder if folder.exists() else name
             subprocess.run(command, cwd=directory, env=env, check=True, stdout=subprocess.DEVNULL)
-        return Cost(len(commands), (time.perf_counter() - started) / 60, _bytes(Path(name)) / 1e6)
+        minutes = (time.perf_counter() - started) / 60
+        return Cost(len(commands), minutes, _megabytes(Path(name)), _torch_megabytes(folder / ".venv"))
+
+
+def _torch_megabytes(environment: Path) -> float:
+    """Disk use of torch and of what its wheel for CUDA brings along."""
+    [packages] = environment.glob("lib/python3*/site-packages")
+    return sum(map(_megabytes, [folder for name in _TORCH for folder in packages.glob(name)]))
+
+
+def _cuda_megabytes() -> float:
+    """Disk use with PyPI's torch, which is the one for CUDA, whatever the index of this machine gives.
+
+    Raises:
+        UnavailableError: PyPI cannot be reached.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        venv.create(name, with_pip=True)
+        env = {key: value for key, value in os.environ.items() if key != "PIP_FIND_LINKS"}
+        pip = [f"{name}/bin/pip", "install", "--no-cache-dir", "--index-url", "https://pypi.org/simple"]
+        torch = f"torch=={version('torch').partition('+')[0]}"
+        completed = subprocess.run([*pip, torch], env={**env, "PIP_CONFIG_FILE": os.devnull}, check=False)
+        if completed.returncode:
+            raise UnavailableError("torch for CUDA cannot be installed from PyPI")
+        return _cost().megabytes - _cost().torch_megabytes + _torch_megabytes(Path(name))
 
 
 def _readme_lines() -> int:
@@ -70,8 +98,8 @@ def _blocks_run() -> float:
         return passed / examples
 
 
-def _bytes(folder: Path) -> int:
-    return sum(file.lstat().st_size for file in folder.rglob("*") if not file.is_dir())
+def _megabytes(folder: Path) -> float:
+    return sum(file.lstat().st_size for file in folder.rglob("*") if not file.is_dir()) / 1e6
 
 
 BENCHES = [
@@ -82,5 +110,6 @@ BENCHES = [
     Bench("first_use.commands", 2, "lower", "commands", lambda: _cost().commands),
     Bench("first_use.minutes", None, "lower", "min", lambda: _cost().minutes),
     Bench("first_use.megabytes", None, "lower", "MB", lambda: _cost().megabytes),
+    Bench("first_use.megabytes_cuda", None, "lower", "MB", _cuda_megabytes),
     Bench("first_use.slowest_refusal_s", 2.0, "lower", "s", refusals.slowest_s),
 ]

@@ -151,7 +151,7 @@ class Journal:
             trial.curve.append((trial.step, trial.metrics))
             self.reports.append(MetricsReport(number, trial.step, trial.metrics))
         if "folder" in event:
-            trial.status = "running"
+            trial.status, trial.error = "running", None
         for name in ("folder", "run_id", "status", "error"):
             if name in event:
                 setattr(trial, name, event[name])

@@ -207,6 +207,16 @@ def test_a_line_that_could_not_be_cut_off_is_cut_before_the_next(
     assert_replays(journal)
 
 
+def test_a_failed_trial_that_runs_again_has_no_error(file: RemotePath) -> None:
+    journal = Journal.open(file)
+    journal.add_trial(0, {})
+    journal.set_location(0, "trial", "run")
+    journal.end_trial(0, "failed", "out of memory")
+    journal.set_location(0, "trial", "run")
+    assert (journal.trials[0].status, journal.trials[0].error) == ("running", None)
+    assert Journal.open(file).trials[0] == journal.trials[0]
+
+
 def test_what_is_in_memory_is_what_would_be_read_again(file: RemotePath) -> None:
     journal = begin(file)
     journal.add_trial(1, {"points": (1, 2.0), "map": {8: "x"}})
