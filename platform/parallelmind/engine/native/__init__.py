@@ -21,7 +21,7 @@ from parallelmind.errors import UserNotice, first_line
 from parallelmind.storage import cache_dir
 
 _SOURCES = ("attention.cpp", "largest.cpp", "linear.cpp", "lora.cpp", "operators.cpp")
-_HEADERS = ("kernels.h", "numbers.h", "products.h", "vectors.h")
+_HEADERS = ("kernels.h", "lanes.h", "numbers.h", "products.h", "vectors.h")
 _FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
     # Sums in any order. Infinities and NaN keep their meaning.

@@ -2,7 +2,8 @@
 //
 // A span is a set of queries of one sample and the block tables that they read. A query may be in several spans, of
 // different keys, and the keys of a span with few queries are divided into ranges. A query has a partial result for
-// each range, as in FlashDecoding; they are merged at the end.
+// each range, as in FlashDecoding; they are merged at the end. Few rows (queries of one KV head) are computed one by
+// one, with keys as lanes of vectors; many rows are lanes themselves.
 // Within a span the softmax is computed online (Milakov & Gimelshein, "Online normalizer calculation for
 // softmax", 2018). Sums are float32.
 
@@ -15,18 +16,18 @@
 #include <vector>
 
 #include "kernels.h"
+#include "lanes.h"
 #include "numbers.h"
 #include "products.h"
 #include "vectors.h"
 
 namespace {
 
-constexpr int TILE = 64;      // keys that are read together
-constexpr int64_t CHUNK = 16;    // queries of one task
-constexpr int RANGE = 256;    // keys of one range, at least
+constexpr int64_t CHUNK = LANES;  // queries of one task
+constexpr int RANGE = 256;        // keys of one range, about
 constexpr int MAX_RANGES = 8;
-constexpr int FEW_PARTS = 8;  // up to here, the heads of a span are tasks of their own
-constexpr int FEW_ROWS = 8;   // up to here, keys are not transposed
+constexpr int FEW_PARTS = 8;      // up to here, the heads of a span are tasks of their own
+constexpr int FEW_ROWS = 8;       // up to here, rows are not lanes
 constexpr int MAX_DIM = 1024;
 constexpr int VECTORS = TILE / LANES;
 
@@ -90,12 +91,24 @@ class Reader {
   }
 };
 
-struct Buffers {  // of one thread: words of queries, keys and values, scores, and weights
-  std::vector<float> queries, keys, values, scores, weights;
-
-  static void grow(std::vector<float>& buffer, size_t size) {
-    if (buffer.size() < size) buffer.resize(size);
+// Floats that begin with a cache line.
+class Buffer {
+ public:
+  float* of(size_t size) {
+    if (lines.size() * LANES < size) lines.resize((size + LANES - 1) / LANES);
+    return (float*)lines.data();
   }
+  float* data() { return (float*)lines.data(); }
+
+ private:
+  struct alignas(64) Line {
+    float numbers[LANES];
+  };
+  std::vector<Line> lines;
+};
+
+struct Buffers {  // of one thread: words of queries, keys and values, scores, weights, and rows that are lanes
+  Buffer queries, keys, values, scores, weights, rows;
 };
 
 // Which partial results there are: one for each query of a span, range of its keys, and query head.
@@ -112,7 +125,7 @@ struct Parts {
     for (int64_t span = 0; span < step.spans; span++) {
       start[span] = count;
       const int64_t most = num_queries(step, span) <= CHUNK ? MAX_RANGES : 1;
-      ranges[span] = std::clamp<int64_t>(num_keys(step, span) / RANGE, 1, most);
+      ranges[span] = std::clamp<int64_t>((num_keys(step, span) + RANGE - 1) / RANGE, 1, most);
       count += ranges[span] * num_queries(step, span);
       for (int64_t i = step.query_start[span]; i < step.query_start[span + 1]; i++) place_start[step.queries[i] + 1]++;
     }
@@ -167,9 +180,13 @@ class Attention {
   void attend(size_t number) const {
     thread_local Buffers buffers;
     const Task& task = tasks[number];
-    begin(task, buffers);
-    Reader reader(step, task.span, task.first_key, task.last_key);
-    for (Keys keys = reader.read(); keys.count; keys = reader.read()) attend(task, keys, buffers);
+    const int64_t vectors = (rows_of(task) + LANES - 1) / LANES, blocks = (vectors + MAX_VECTORS - 1) / MAX_VECTORS;
+    if (rows_of(task) <= FEW_ROWS) return attend_few(task, buffers);
+    switch ((vectors + blocks - 1) / blocks) {
+      case 1: return attend_many<1>(task, buffers);
+      case 2: return attend_many<2>(task, buffers);
+      default: return attend_many<3>(task, buffers);
+    }
   }
 
   // Merge the partial results of a token's query heads.
@@ -191,31 +208,39 @@ class Attention {
     for (int64_t span = 0; span < step.spans; span++) {
       const int64_t keys = Parts::num_keys(step, span), ranges = parts.ranges[span], end = step.query_start[span + 1];
       const int64_t queries = Parts::num_queries(step, span), chunks = (queries + CHUNK - 1) / CHUNK;
+      const int64_t tiles = (keys + TILE - 1) / TILE;
       // All heads at once read the cache in order; heads apart keep all threads busy.
       const bool is_divided = ranges * chunks > 1 || queries * group <= FEW_ROWS;
       const int64_t heads = parts.count > FEW_PARTS && is_divided ? layer.kv_heads : 1;
       for (int64_t range = 0; range < ranges; range++)
         for (int64_t first = step.query_start[span]; first < end; first += CHUNK)
           for (int32_t head = 0; head < layer.kv_heads; head += heads)
-            tasks.push_back({span, range, first, std::min(first + CHUNK, end), keys * range / ranges,
-                             keys * (range + 1) / ranges, head, int32_t(std::min(head + heads, layer.kv_heads))});
+            tasks.push_back({span, range, first, std::min(first + CHUNK, end), tiles * range / ranges * TILE,
+                             std::min(tiles * (range + 1) / ranges * TILE, keys), head,
+                             int32_t(std::min(head + heads, layer.kv_heads))});
     }
   }
 
+  void attend_few(const Task& task, Buffers& buffers) const {
+    begin_few(task, buffers);
+    Reader reader(step, task.span, task.first_key, task.last_key);
+    for (Keys keys = reader.read(); keys.count; keys = reader.read())
+      if (is_seen(task, keys)) {
+        fetch(task, keys);
+        attend(task, keys, buffers);
+      }
+  }
+
   // Read the queries, and clear the partial results.
-  void begin(const Task& task, Buffers& buffers) const {
-    const int64_t count = rows_of(task), scored = std::max<int64_t>(count, LANES);
-    Buffers::grow(buffers.queries, count * width * (task.last_head - task.head));
-    Buffers::grow(buffers.keys, width * TILE);
-    Buffers::grow(buffers.values, TILE * columns);
-    Buffers::grow(buffers.scores, scored * TILE);
-    Buffers::grow(buffers.weights, scored * TILE);
-    float* to = buffers.queries.data();
+  void begin_few(const Task& task, Buffers& buffers) const {
+    const int64_t count = rows_of(task);
+    float* to = buffers.queries.of(count * width * (task.last_head - task.head));
+    buffers.values.of(TILE * columns);
+    buffers.scores.of(LANES * TILE);
+    buffers.weights.of(LANES * TILE);
     for (int32_t head = task.head; head < task.last_head; head++)
       for (int64_t r = 0; r < count; r++, to += width) {
-        const int64_t at = query_of(task, r) * layer.query_token + head_of(head, r) * layer.query_head;
-        const T* query = (const T*)layer.query + at;
-        const float* words = words_of(query, layer.dim, width, to);
+        const float* words = words_of(query_row(task, head, r), layer.dim, width, to);
         if (words != to) std::copy(words, words + width, to);
         const int64_t part = part_of(task, head) + r;
         std::fill(out + part * columns, out + (part + 1) * columns, 0.f);
@@ -246,8 +271,10 @@ class Attention {
   }
 
   int64_t rows_of(const Task& task) const { return (task.last - task.first) * group; }
-  int64_t query_of(const Task& task, int64_t row) const { return step.queries[task.first + row / group]; }
-  int64_t head_of(int32_t head, int64_t row) const { return head * group + row % group; }
+  const T* query_row(const Task& task, int32_t head, int64_t row) const {
+    const int64_t token = step.queries[task.first + row / group];
+    return (const T*)layer.query + token * layer.query_token + (head * group + row % group) * layer.query_head;
+  }
   // The results of a task are side by side, by KV head, query and head, so that no other thread writes beside them.
   int64_t part_of(int64_t span, int64_t range, int64_t query, int64_t head) const {
     const int64_t queries = Parts::num_queries(step, span), chunk = query / CHUNK * CHUNK;
@@ -316,9 +343,8 @@ class Attention {
     }
   }
 
+  // Few rows: a row has a vector of scores for 16 keys.
   void attend(const Task& task, const Keys& keys, Buffers& buffers) const {
-    if (!is_seen(task, keys)) return;
-    fetch(task, keys);
     Vec biases[CHUNK][VECTORS];
     const bool plain = is_plain(task, keys);
     for (int64_t i = task.first; i < task.last && !plain; i++)
@@ -332,54 +358,25 @@ class Attention {
   void attend(const Task& task, const Keys& keys, int32_t head, int32_t last, const Vec (*biases)[VECTORS],
               Buffers& buffers) const {
     const int64_t count = rows_of(task), rows = (last - head) * count;
+    float *queries = buffers.queries.data(), *scores = buffers.scores.data(), *weights = buffers.weights.data();
     for (int32_t h = head; h < last; h++)
-      score(&buffers.queries[(h - task.head) * count * width], count, keys, h, &buffers.scores[(h - head) * count * TILE],
-            buffers);
-    for (int64_t r = 0; r < rows; r += LANES)
-      weigh(task, r, std::min<int64_t>(LANES, rows - r), biases, keys.vectors(), part_of(task, head) + r, buffers);
+      score(queries + (h - task.head) * count * width, count, keys, h, scores + (h - head) * count * TILE);
+    weigh(task, rows, biases, keys.vectors(), part_of(task, head), buffers);
     for (int32_t h = head; h < last; h++) {
       load_values(h, keys, buffers.values.data());
-      accumulate(&buffers.weights[(h - head) * count * TILE], count, part_of(task, h), (keys.count + PER<T> - 1) / PER<T>,
-                 buffers);
+      accumulate(weights + (h - head) * count * TILE, count, part_of(task, h), (keys.count + PER<T> - 1) / PER<T>,
+                 buffers.values.data());
     }
   }
 
   // scores[row, key] = query . key
-  void score(const float* queries, int64_t count, const Keys& keys, int32_t head, float* scores,
-             Buffers& buffers) const {
-    if (count > FEW_ROWS) return score_many(queries, count, keys, head, scores, buffers);
+  void score(const float* queries, int64_t count, const Keys& keys, int32_t head, float* scores) const {
     alignas(64) float copies[LANES][MAX_DIM];
     for (int k = 0; k < keys.vectors() * LANES; k += LANES) {
       const float* rows[LANES];
       for (int i = 0; i < LANES; i++)
         rows[i] = words_of(key_of(keys.slot[k + i], head), layer.dim, width, copies[i]);
       for (int64_t r = 0; r < count; r++) put(scores + r * TILE + k, dots(queries + r * width, rows));
-    }
-  }
-
-  void score_many(const float* queries, int64_t count, const Keys& keys, int32_t head, float* scores,
-                  Buffers& buffers) const {
-    alignas(64) float copies[LANES][MAX_DIM];
-    for (int k = 0; k < keys.vectors() * LANES; k += LANES) {
-      const float* rows[LANES];
-      for (int i = 0; i < LANES; i++)
-        rows[i] = words_of(key_of(keys.slot[k + i], head), layer.dim, width, copies[i]);
-      for (int w = 0; w < width; w += LANES) {
-        Vec block[LANES];
-        for (int i = 0; i < LANES; i++) block[i] = load(rows[i] + w);
-        transpose(block);
-        for (int i = 0; i < LANES; i++) put(&buffers.keys[(w + i) * TILE + k], block[i]);
-      }
-    }
-    for (int64_t first = 0; first < count; first += ROWS) {
-      const int64_t rows = std::min<int64_t>(ROWS, count - first);
-      const float* from[ROWS];
-      float* to[ROWS];
-      for (int64_t r = 0; r < rows; r++) from[r] = queries + (first + r) * width, to[r] = scores + (first + r) * TILE;
-      for (int k = 0; k < keys.count; k += COLUMNS) {
-        add_products<T>(from, rows, {&buffers.keys[k], &buffers.keys[k], width, TILE, 0}, ZEROS, to);
-        for (int64_t r = 0; r < rows; r++) to[r] += COLUMNS;
-      }
     }
   }
 
@@ -393,17 +390,17 @@ class Attention {
 
   // Turn the scores of `count` rows, 16 at most, into weights relative to the largest score of a row so far, and
   // rescale what the parts of the rows have accumulated.
-  void weigh(const Task& task, int64_t first, int64_t count, const Vec (*biases)[VECTORS], int vectors, int64_t part,
+  void weigh(const Task& task, int64_t count, const Vec (*biases)[VECTORS], int vectors, int64_t part,
              Buffers& buffers) const {
     Vec most[LANES], sums[LANES] = {};
+    float *all_scores = buffers.scores.data(), *all_weights = buffers.weights.data();
     for (int64_t r = 0; r < count; r++)
-      most[r] = bias(&buffers.scores[(first + r) * TILE], biases ? biases[(first + r) % rows_of(task) / group] : nullptr,
-                     vectors);
+      most[r] = bias(all_scores + r * TILE, biases ? biases[r % rows_of(task) / group] : nullptr, vectors);
     std::fill(most + count, most + LANES, splat(-INFINITY));
     const Vec old = load_some(largest + part, count), next = larger(old, lane_maxima(most));
     const Vec base = next == splat(-INFINITY) ? splat(0.f) : next;
     for (int64_t r = 0; r < count; r++) {
-      float *scores = &buffers.scores[(first + r) * TILE], *weights = &buffers.weights[(first + r) * TILE];
+      float *scores = all_scores + r * TILE, *weights = all_weights + r * TILE;
       for (int v = 0; v < vectors; v++) {
         const Vec weight = exp_negative(load(scores + v * LANES) - base[r]);  // NaN of NaN
         put(scores + v * LANES, weight);
@@ -422,14 +419,20 @@ class Attention {
       }
   }
 
+  // The score that a product of a query and a key gives.
+  Vec limited(Vec product) const {
+    Vec s = product * layer.scale;
+    if (layer.softcap != 0.f)
+      for (int i = 0; i < LANES; i++) s[i] = layer.softcap * std::tanh(s[i] / layer.softcap);
+    return s;
+  }
+
   // Scale, limit and bias the scores of a row; returns a vector that holds the largest.
   Vec bias(float* scores, const Vec* biases, int vectors) const {
     Vec most = splat(-INFINITY);
     for (int v = 0; v < vectors; v++) {
-      Vec s = load(scores + v * LANES) * layer.scale;
-      if (layer.softcap != 0.f)
-        for (int i = 0; i < LANES; i++) s[i] = layer.softcap * std::tanh(s[i] / layer.softcap);
-      if (biases) s = biases[v] > splat(-INFINITY) ? s + biases[v] : splat(-INFINITY);
+      Vec s = limited(load(scores + v * LANES));
+      if (biases) s = biased(s, biases[v]);
       put(scores + v * LANES, s);
       most = larger(s, most);
     }
@@ -445,7 +448,7 @@ class Attention {
   }
 
   // out[part + row] += weights[row] * values
-  void accumulate(const float* weights, int64_t count, int64_t part, int words, const Buffers& buffers) const {
+  void accumulate(const float* weights, int64_t count, int64_t part, int words, const float* values) const {
     for (int64_t first = 0; first < count; first += ROWS) {
       const int64_t rows = std::min<int64_t>(ROWS, count - first);
       const float* from[ROWS];
@@ -455,9 +458,72 @@ class Attention {
         to[r] = out + (part + first + r) * columns;
       }
       for (int d = 0; d < columns; d += COLUMNS) {
-        add_products<T>(from, rows, {&buffers.values[d], &buffers.values[d], words, columns, 0}, nullptr, to);
+        add_products<T>(from, rows, {values + d, values + d, words, columns, 0}, nullptr, to);
         for (int64_t r = 0; r < rows; r++) to[r] += COLUMNS;
       }
+    }
+  }
+
+  // Many rows: they are lanes, in blocks of N vectors.
+  template <int N>
+  void attend_many(const Task& task, Buffers& buffers) const {
+    std::vector<LaneRows<T, N>> rows = begin_many<N>(task, buffers);
+    const int64_t blocks = rows.size() / (task.last_head - task.head);
+    const float* words[TILE];
+    float *copies = buffers.keys.of(width * TILE), *values = buffers.values.of(TILE * columns);
+    Reader reader(step, task.span, task.first_key, task.last_key);
+    for (Keys keys = reader.read(); keys.count; keys = reader.read()) {
+      if (!is_seen(task, keys)) continue;
+      if (Parts::num_queries(step, task.span) <= CHUNK) fetch(task, keys);  // else other tasks have read them
+      Vec biases[TILE];
+      const bool plain = is_plain(task, keys);
+      if (!plain) add_biases(task, keys, biases);
+      for (int32_t head = task.head; head < task.last_head; head++) {
+        for (int k = 0; k < keys.vectors() * LANES; k++)
+          words[k] = words_of(key_of(keys.slot[k], head), layer.dim, width, copies + k * width);
+        load_values(head, keys, values);
+        for (int64_t i = (head - task.head) * blocks; i < (head - task.head + 1) * blocks; i++)
+          rows[i].attend(words, keys.count, plain ? nullptr : biases, values, layer.scale, layer.softcap);
+      }
+    }
+    int64_t part = part_of(task, task.head);
+    for (LaneRows<T, N>& block : rows) {
+      block.finish(out + part * columns, total + part, largest + part);
+      part += block.count;
+    }
+  }
+
+  // The rows of a task, by KV head.
+  template <int N>
+  std::vector<LaneRows<T, N>> begin_many(const Task& task, Buffers& buffers) const {
+    constexpr int64_t MOST = N * LANES;
+    const int64_t count = rows_of(task), blocks = (count + MOST - 1) / MOST * (task.last_head - task.head);
+    const int64_t size = LaneRows<T, N>::size(width, columns);
+    float *buffer = buffers.rows.of(size * blocks), *copies = buffers.queries.of(MOST * width);
+    std::vector<LaneRows<T, N>> rows;
+    for (int32_t head = task.head; head < task.last_head; head++)
+      for (int64_t first = 0; first < count; first += MOST, buffer += size) {
+        const float* words[MOST];
+        int32_t queries[MOST] = {};
+        const int64_t own = std::min(MOST, count - first);
+        for (int64_t r = 0; r < own; r++) {
+          words[r] = words_of(query_row(task, head, first + r), layer.dim, width, copies + r * width);
+          queries[r] = int32_t((first + r) / group);
+        }
+        rows.emplace_back(buffer, width, columns, words, queries, int(own));
+      }
+    return rows;
+  }
+
+  // What is added to the scores of each key, by query of the task.
+  void add_biases(const Task& task, const Keys& keys, Vec* biases) const {
+    Vec by_query[LANES][VECTORS] = {};
+    for (int64_t i = task.first; i < task.last; i++) add_biases(task, keys, step.queries[i], by_query[i - task.first]);
+    for (int v = 0; v < keys.vectors(); v++) {
+      Vec block[LANES];
+      for (int i = 0; i < LANES; i++) block[i] = by_query[i][v];
+      transpose(block);
+      for (int i = 0; i < LANES; i++) biases[v * LANES + i] = block[i];
     }
   }
 };

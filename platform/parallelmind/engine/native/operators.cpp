@@ -108,7 +108,9 @@ AtenTensorHandle multiply(const Weights& weights, AtenTensorHandle input_handle)
   sizes.back() = weights.outputs;
   const Tensor out(empty(sizes, input.dtype));
   if (input.is_float()) multiply_float32((const float*)input.data, &weights, (float*)out.data, input.rows());
+#ifdef __AVX512BF16__
   else multiply_bfloat16((const bf16*)input.data, &weights, (bf16*)out.data, input.rows());
+#endif
   return out.handle;
 }
 

@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <utility>
@@ -43,6 +44,30 @@ inline void transpose(Vec (&rows)[LANES]) {
   swap_blocks<8>(rows);
 }
 
+// Lane i of the result is lane `index[i]` of x.
+inline Vec permuted(Vec x, IntVec index) {
+#ifdef __AVX512F__
+  return (Vec)_mm512_permutexvar_ps((__m512i)index, (__m512)x);
+#else
+  Vec y;
+  for (int i = 0; i < LANES; i++) y[i] = x[index[i]];
+  return y;
+#endif
+}
+
+inline bool any(IntVec mask) {
+#ifdef __AVX512F__
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
+#else
+  int32_t found = 0;
+  for (int i = 0; i < LANES; i++) found |= mask[i];
+  return found;
+#endif
+}
+
+// A score with its bias; -infinity for a bias of -infinity, whatever the score is.
+inline Vec biased(Vec score, Vec bias) { return bias > splat(-INFINITY) ? score + bias : splat(-INFINITY); }
+
 inline Vec larger(Vec x, Vec y) { return x > y ? x : y; }
 inline Vec added(Vec x, Vec y) { return x + y; }
 
@@ -77,9 +102,7 @@ class Entries {
   }
 
   Vec at(IntVec index) const {
-#ifdef __AVX512F__
-    if (is_short) return (Vec)_mm512_permutexvar_ps((__m512i)index, (__m512)entries);
-#endif
+    if (is_short) return permuted(entries, index);
     Vec found = {};
     if (table)
       for (int i = 0; i < LANES; i++) found[i] = table[index[i]];
@@ -92,8 +115,20 @@ class Entries {
   Vec entries = {};
 };
 
-// exp(x) for x <= 0, with a relative error below 2e-7; 0 below -87. Cephes' polynomial.
+// exp(x) for x <= 0; 0 below -110. The relative error is below 3e-7, and x * 1e-7. Polynomials of Cephes.
 inline Vec exp_negative(Vec x) {
+#ifdef __AVX512F__
+  const Vec t = (splat(-110.f) > x ? splat(-110.f) : x) * 1.44269504f;
+  const Vec n = (Vec)_mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = t - n;
+  Vec p = splat(1.535336188e-4f);
+  p = p * r + 1.339887440e-3f;
+  p = p * r + 9.618437357e-3f;
+  p = p * r + 5.550332471e-2f;
+  p = p * r + 2.402264791e-1f;
+  p = p * r + 6.931472028e-1f;
+  p = p * r + 1.f;
+  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
   const Vec z = x < splat(-87.f) ? splat(-87.f) : x;
   const IntVec k = __builtin_convertvector(z * 1.44269504f - 0.5f, IntVec);  // z <= 0, so this rounds z / log(2)
   const Vec n = __builtin_convertvector(k, Vec);
@@ -109,6 +144,7 @@ inline Vec exp_negative(Vec x) {
   Vec power;
   std::memcpy(&power, &exponent, sizeof power);
   return x < splat(-87.f) ? splat(0.f) : p * power;
+#endif
 }
 
 template <typename T>
@@ -159,12 +195,36 @@ inline void to_words(const float* from, float* to) {
   put(to + LANES, load(from + LANES));
 }
 
+// Words of (even[i], odd[i]) where words hold two numbers; otherwise `even`, and `odd` in the next row.
+template <typename T>
+inline void put_pairs(Vec even, Vec odd, float* to, int64_t row) {
+#ifdef __AVX512BF16__
+  if constexpr (PER<T> == 2) {
+    const IntVec order = IntVec{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} * 0x10001 + 0x100000;
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);  // all even, then all odd
+    put(to, (Vec)_mm512_permutexvar_epi16((__m512i)order, both));
+    return;
+  }
+#endif
+  put(to, even);
+  put(to + row, odd);
+}
+
 // Words of (even[i], odd[i]) where words hold two numbers, of even[i] otherwise; zeros behind the end.
 template <typename T>
 inline void interleave(const T* even, const T* odd, int64_t numbers, int64_t words, float* to) {
   if constexpr (PER<T> == 2) {
+    int64_t i = 0;
+#ifdef __AVX512BF16__
+    const IntVec first = IntVec{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} * 0x10001 + 0x200000;
+    for (; i + 2 * LANES <= numbers; i += 2 * LANES) {
+      const __m512i low = _mm512_loadu_si512(even + i), high = _mm512_loadu_si512(odd + i);
+      put(to + i, (Vec)_mm512_permutex2var_epi16(low, (__m512i)first, high));
+      put(to + i + LANES, (Vec)_mm512_permutex2var_epi16(low, (__m512i)(first + 0x100010), high));
+    }
+#endif
     uint32_t* pairs = (uint32_t*)to;
-    for (int64_t i = 0; i < numbers; i++) pairs[i] = uint32_t(even[i].bits) | uint32_t(odd[i].bits) << 16;
+    for (; i < numbers; i++) pairs[i] = uint32_t(even[i].bits) | uint32_t(odd[i].bits) << 16;
   } else {
     for (int64_t i = 0; i < numbers; i++) to[i] = to_float(even[i]);
   }
