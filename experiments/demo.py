@@ -15,6 +15,6 @@ def config() -> TrainConfig:
         batch_size=2,
         validation_branches=[8],
         validation_samples=16,
-        validate_every=1000,
+        validate_every=12,
         checkpoint_every=50,
     )

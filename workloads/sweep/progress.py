@@ -53,15 +53,15 @@ class ProgressView:
 
     def _table(self) -> Table:
         table = Table(title=f"{self._name}: {self._summary()}", title_justify="left")
-        for header in ("trial", "settings", "", "step", *self._metrics, "time"):
+        for header in ("trial", "", *self._metrics, "settings", "step", "time"):
             table.add_column(header, overflow="fold")
         for trial in list(self._journal.trials.values()):
             table.add_row(
                 str(trial.number),
-                trial.describe(),
                 trial.status,
-                str(trial.step or ""),
                 *(f"{trial.metrics[name]:.3f}" if name in trial.metrics else "" for name in self._metrics),
+                trial.describe(),
+                str(trial.step or ""),
                 _format_duration(trial.seconds),
                 style=_STYLES.get(trial.status),
             )

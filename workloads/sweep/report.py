@@ -80,7 +80,7 @@ def write_report(
         counts=_count_statuses(trials),
         winner=best,
         winner_metrics=_format_metrics(best, metrics) if best else "",
-        columns=["trial", "status", *setting_names(trials), *metrics, "step", "seconds"],
+        columns=["trial", "status", *metrics, *setting_names(trials), "step", "seconds"],
         rows=_table_rows(trials, metrics, winner),
         plots=_write_plots(folder, trials, metrics[0]),
         failed=[trial for trial in trials if trial.status == "failed"],
@@ -146,8 +146,8 @@ def _table_row(trial: Trial, settings: Sequence[str], metrics: Sequence[str], is
     cells = [
         str(trial.number),
         f"{trial.status} ★" if is_winner else trial.status,
-        *(_format_setting(trial.settings.get(name)) for name in settings),
         *(_format_metric(trial, name) for name in metrics),
+        *(_format_setting(trial.settings.get(name)) for name in settings),
         str(trial.step),
         f"{trial.seconds:,.0f}",
     ]

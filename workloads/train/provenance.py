@@ -5,15 +5,20 @@ from __future__ import annotations
 import hashlib
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from workloads.train.metrics_file import histories, read_points
 from workloads.train.run_dir import RunDir
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 _ROOT = Path(__file__).resolve().parents[2]
 _SOURCES = ("platform", "workloads")
+_VALIDATION = "validation/loss_"  # and a number of branches
 _LIBRARIES = ("torch", "transformers", "peft", "ray", "mlflow", "numpy", "pyarrow")
 
 
@@ -46,21 +51,25 @@ def _plot_losses(metrics: Mapping[str, list[tuple[int, float]]], path: Path) -> 
     """Save the training loss and every validation loss by step as PNG."""
     from matplotlib.figure import Figure
 
-    names = ["loss", *sorted(name for name in sorted(metrics) if name.startswith("validation/loss_"))]
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot(
         xlabel="optimizer step", ylabel="loss (nats per target token)", title=path.parent.name
     )
-    for name in names:
-        if points := metrics.get(name):
-            steps, values = zip(*points, strict=True)
-            branches = name.removeprefix("validation/loss_")
-            label = (
-                "training"
-                if name == "loss"
-                else f"held out, {branches} {'branch' if branches == '1' else 'branches'}"
-            )
-            axes.plot(steps, values, label=label, marker="" if name == "loss" else "o", linewidth=1)
+    if points := metrics.get("loss"):
+        axes.plot(*zip(*points, strict=True), label="training", color="grey", linewidth=1)
+    counts = sorted(int(name.removeprefix(_VALIDATION)) for name in metrics if name.startswith(_VALIDATION))
+    for number, count in enumerate(counts):
+        _plot_validation(axes, count, metrics[f"{_VALIDATION}{count}"], f"C{number}")
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     figure.savefig(path, dpi=120)
+
+
+def _plot_validation(axes: Axes, branches: int, points: Sequence[tuple[int, float]], color: str) -> None:
+    """Draw one validation loss, with its last value in the legend; a single value is also a level line."""
+    steps, values = zip(*points, strict=True)
+    label = f"held out, {branches} {'branch' if branches == 1 else 'branches'}: {values[-1]:.3f}"
+    axes.plot(steps, values, label=label, color=color, marker="o", linewidth=1)
+    if len(values) == 1:
+        axes.axhline(values[0], color=color, linewidth=1, linestyle=":")

@@ -70,6 +70,7 @@ from parallelmind.model.adapter_copy import shared_copy
 from parallelmind.model.patch_state import is_patched, rope_config
 from parallelmind.model.structure import causal_lm
 from parallelmind.model.support import assess
+from parallelmind.progress import waiting
 from parallelmind.tree import MAIN
 
 _step_locks: WeakKeyDictionary[PreTrainedModel, FairLock] = WeakKeyDictionary()
@@ -166,7 +167,7 @@ class Engine:
         On a CPU this needs a C++ compiler. On a GPU the kernels of attention are compiled. Later starts take
         the code from torch's cache folder. always: also for a small model on a CPU, which gains little.
         """
-        with self._step_lock:
+        with self._step_lock, waiting("packing the weights and compiling the forward pass"):
             return self.runner.warm_up(always, self.scheduler.tables)
 
     # Adapters

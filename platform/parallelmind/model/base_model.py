@@ -24,12 +24,13 @@ from parallelmind.config import ModelConfig
 from parallelmind.errors import UserError, first_line
 from parallelmind.hardware import decided_dtype
 from parallelmind.model.base_name import SMOLLM2, check_base_name, is_hub_id
-from parallelmind.model.hf_compat import no_load_report, no_progress_bars, sharded_loading
+from parallelmind.model.hf_compat import delayed_progress_bars, no_load_report, sharded_loading
 from parallelmind.model.hub import find_hub_model
 from parallelmind.model.new_tokens import extend_model, extend_tokenizer
 from parallelmind.model.quantize import keep_differentiable, quantization_config
 from parallelmind.model.smollm2 import fetch_smollm2, smollm2_folder
 from parallelmind.model.weight_check import check_loaded, find_file_problem, find_pickles
+from parallelmind.progress import DelayedBar
 from parallelmind.storage import expand_home
 
 # Passed to from_pretrained. FlexAttention reads long sequences of a patched model that is set to sdpa. Flash
@@ -71,7 +72,7 @@ def load_base(
             f"attn_implementation={attn_implementation}: not supported; choose one of {', '.join(ATTENTION)}"
         )
     sharded = sharded_loading(mesh, bool(config.add_tokens)) if mesh is not None else nullcontext()
-    with no_progress_bars(), no_load_report(), sharded:
+    with delayed_progress_bars(), no_load_report(), sharded:
         model, info = _from_pretrained(
             AutoModelForCausalLM,
             config,
@@ -80,6 +81,7 @@ def load_base(
             attn_implementation=attn_implementation,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, with both shapes
+            tqdm_class=DelayedBar,  # of downloads
         )
     check_loaded(config.base_model, model, info)
     keep_differentiable(model)

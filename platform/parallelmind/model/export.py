@@ -19,7 +19,7 @@ from parallelmind.model.adapter_files import read_settings
 from parallelmind.model.base_model import base_location, load_base
 from parallelmind.model.card import write_card
 from parallelmind.model.full_model import write_model
-from parallelmind.model.hf_compat import no_progress_bars
+from parallelmind.model.hf_compat import delayed_progress_bars
 from parallelmind.model.manifest import (
     EXPORTED,
     WEIGHTS,
@@ -33,6 +33,7 @@ from parallelmind.model.mask import Placement, attention_masks
 from parallelmind.model.patch import unpatch
 from parallelmind.model.patch_state import is_patched
 from parallelmind.outputs import check_output
+from parallelmind.progress import waiting
 from parallelmind.storage import atomic_dir, expand_home, sha256
 
 TOLERANCE = 5e-4  # largest difference of logits, as a share of the largest logit
@@ -84,7 +85,8 @@ def _write_merged(
     base: ModelConfig,
     manifest: Manifest,
 ) -> None:
-    merged: PreTrainedModel = model.merge_and_unload()  # type: ignore[operator]
+    with waiting("merging the adapter into the weights"):
+        merged: PreTrainedModel = model.merge_and_unload()  # type: ignore[operator]
     if is_patched(merged):
         unpatch(merged)
     write_model(
@@ -110,7 +112,7 @@ def _write_adapter(
 def _load_plain(folder: Path, base: ModelConfig | None) -> PreTrainedModel | PeftModel:
     """What transformers loads from an export, or peft onto the base; without parallelmind's patch."""
     if base is None:
-        with no_progress_bars():
+        with delayed_progress_bars():
             merged: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         return merged
     return PeftModel.from_pretrained(load_base(base)[0], folder)

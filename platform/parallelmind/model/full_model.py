@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parallelmind.config import ModelConfig, RopeConfig
 from parallelmind.model.card import write_card
-from parallelmind.model.hf_compat import no_progress_bars
+from parallelmind.model.hf_compat import delayed_progress_bars
 from parallelmind.model.manifest import check_replaceable, write_manifest
 from parallelmind.model.weights import to_cpu, trained_weights
 from parallelmind.outputs import check_output
@@ -55,7 +55,7 @@ def write_model(
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     buffers = {name: value for name, value in model.state_dict().items() if name not in parameters}
     state = to_cpu({**(trained_weights(model) if weights is None else weights), **buffers})
-    with no_progress_bars():
+    with delayed_progress_bars():
         model.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
     manifest = write_manifest(

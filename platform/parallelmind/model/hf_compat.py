@@ -42,6 +42,7 @@ from parallelmind.model import step_ops
 from parallelmind.model.forward_context import checkpoint_with_context
 from parallelmind.model.shards import shard_parameters
 from parallelmind.model.structure import decoder_name, text_modules
+from parallelmind.progress import DelayedBar
 
 SDPA, FLEX = "sdpa", "flex_attention"
 SCORE_BIAS = "score_bias"  # attribute of a BlockMask: added to the scores of visible pairs
@@ -461,6 +462,19 @@ def no_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def delayed_progress_bars() -> Iterator[None]:
+    """Show the progress bars of transformers within the context as `DelayedBar`.
+
+    Relies on: `transformers.utils.logging.set_tqdm_hook`.
+    """
+    previous = transformers_logging.set_tqdm_hook(lambda _, args, options: DelayedBar(*args, **options))
+    try:
+        yield
+    finally:
+        transformers_logging.set_tqdm_hook(previous)
 
 
 @contextmanager

@@ -62,7 +62,16 @@ def test_the_report_is_complete_and_leaves_no_partial_file(tmp_path, grid):
     assert "10 trials: 7 finished, 2 stopped early, 1 failed." in page
     assert re.findall(r'<tr class="winner"><td>(\d+)', page) == ["0"]
     assert "Branch tax is" in page
+    scores_first = ["trial", "status", OBJECTIVE, "rope_2d_ratio", "lora_rank", "seed", "step", "seconds"]
+    assert re.findall(r'<th scope="col">(.*)</th>', page) == scores_first
     assert all(f"<pre><code>train {trial.describe()}</code></pre>" in page for trial in grid)
+
+
+def test_a_small_branch_tax_looks_small():
+    flat = Trial(1, {}, "finished", metrics={"validation/loss_1": 2.0, "validation/loss_8": 2.007})
+    low, high = loss_vs_branches([flat]).axes[0].get_ylim()
+    assert high - low == pytest.approx(0.1)
+    assert low < 2.0 < 2.007 < high
 
 
 def test_the_page_is_self_contained(tmp_path, grid):

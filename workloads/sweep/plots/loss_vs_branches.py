@@ -28,6 +28,7 @@ from workloads.sweep.trial import Trial
 LossLine = dict[int, list[float]]  # number of branches -> losses of the trials that the line stands for
 
 _LOSS_METRIC = re.compile(r"validation/loss_(\d+)")
+_MIN_RANGE = 0.1  # nats on the axis of losses
 _MAX_LEGEND_LINES = 12
 _LEGEND_CHARS = 105  # width of the legend
 
@@ -48,9 +49,17 @@ def loss_vs_branches(trials: Sequence[Trial]) -> Figure | None:
     axes.set_xticks(branch_counts, labels=[str(count) for count in branch_counts])
     axes.minorticks_off()
     all_losses = [loss for _, line in lines for losses in line.values() for loss in losses]
+    _widen(axes)
     axes.set_yscale("log" if needs_log_scale(all_losses) else "linear")
     axes.grid(alpha=0.3)
     return figure
+
+
+def _widen(axes: Axes) -> None:
+    """Show at least `_MIN_RANGE` nats, so that a small branch tax looks small."""
+    low, high = axes.get_ylim()
+    missing = max(_MIN_RANGE - (high - low), 0) / 2
+    axes.set_ylim(low - missing, high + missing)
 
 
 def _loss_lines(trials: Sequence[Trial], fields: Sequence[str]) -> list[tuple[str, LossLine]]:
