@@ -22,6 +22,7 @@ from workloads.evaluate.support import SupportConfig
 from workloads.evaluate.tax import TaxConfig
 from workloads.export import ExportConfig
 from workloads.generate.config import GenerateConfig
+from workloads.push import PushConfig
 from workloads.sweep.config import Between, SweepConfig
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference.md"
@@ -38,6 +39,7 @@ COMMANDS: dict[str, type[FrozenConfig]] = {
     "workloads.convert": ConvertConfig,
     "workloads.convert --inspect": InspectConfig,
     "workloads.export": ExportConfig,
+    "workloads.push": PushConfig,
     "workloads.doctor": DoctorConfig,
     "serving": ServerConfig,
 }

@@ -24,6 +24,7 @@ COMMANDS = {
     "convert": ("workloads.data.convert", "convert data to parallel JSONL; --inspect shows it"),
     "doctor": ("workloads.doctor.command", "check an installation or a cluster"),
     "export": ("workloads.export", "write an adapter for other libraries"),
+    "push": ("workloads.push", "upload an adapter or a model to the Hugging Face hub"),
     "demo": ("workloads.demo", "train a small adapter on generated data, and use it"),
 }
 

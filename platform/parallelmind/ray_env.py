@@ -1,4 +1,4 @@
-"""Environment variables of Ray and MLflow that the whole project shares. Import this module before Ray.
+"""Environment variables of Ray, MLflow and wandb that the project shares. Import this module before Ray.
 
 Ray reads some of these variables only when it is imported.
 """
@@ -38,3 +38,5 @@ LOCAL_CLUSTER_ENV = {
 }
 # By default MLflow retries an unreachable server for minutes; with these it fails within seconds.
 MLFLOW_FAIL_FAST_ENV = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+# Its own lines would stand between ours, and its error reports leave the machine.
+WANDB_ENV = {"WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}

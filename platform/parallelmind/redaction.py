@@ -1,11 +1,14 @@
-"""Passwords, tokens and signatures in URIs: `***` takes their place wherever a URI is shown or written."""
+"""Passwords, tokens and signatures: `***` takes their place wherever a text or URI is shown or written."""
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Any
 
 HIDDEN = "***"
+SECRET_VARIABLES = ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+_MIN_SECRET_CHARS = 8  # a shorter value is no key, and may be a part of any word
 
 _SCHEME = r"[a-z][a-z0-9+.-]+:/{1,2}(?!/)"  # Path writes one slash
 _DATABASE = r"(?:postgres(?:ql)?|mysql|mariadb|mssql|oracle)(?:\+\w+)?://"
@@ -28,9 +31,15 @@ _IS_HIDDEN = re.compile(r":/{1,2}(?:[^\s/]*:)?\*\*\*@|[?&;#][\w.-]+=\*\*\*")
 
 
 def redact_uri(text: str) -> str:
-    """The text with `***` in place of every password, token and signature of the URIs in it."""
+    """The text with `***` in place of every password, token and signature of the URIs in it.
+
+    The values of `SECRET_VARIABLES` of this process are replaced anywhere.
+    """
     for pattern, shown in _PATTERNS:
         text = pattern.sub(shown, text)
+    for name in SECRET_VARIABLES:
+        if len(secret := os.environ.get(name, "")) >= _MIN_SECRET_CHARS:
+            text = text.replace(secret, HIDDEN)
     return text
 
 

@@ -20,8 +20,8 @@ import pytest
 from parallelmind.config import TrainConfig
 from parallelmind.remote import RemotePath
 from serving.runtime.ports import free_port
-from workloads.train.mlflow_sender import MlflowSender
 from workloads.train.run_dir import RunDir
+from workloads.train.run_tracking import RunTracking
 
 CONFIG = TrainConfig(data_path="data.jsonl")
 SPAWN = multiprocessing.get_context("spawn")
@@ -108,7 +108,7 @@ def test_a_server_that_is_killed_and_comes_back_has_every_metric(tmp_path: Path)
     run_dir = RunDir(RemotePath(tmp_path / "run"), "adapter", "")
     with mlflow_server(tmp_path, port):
         run_id = Tracker.start(uri, "tests", "one", CONFIG, "key").run_id
-        sender = MlflowSender(run_dir, uri, run_id, lines.append)
+        sender = RunTracking(run_dir, uri, run_id, None, lines.append)
         sender.log({"loss": 1.0}, 1)
         deadline = time.monotonic() + 60
         while not Tracker(uri, run_id).metric_names():
@@ -127,5 +127,5 @@ def test_a_server_that_is_killed_and_comes_back_has_every_metric(tmp_path: Path)
     with mlflow_server(tmp_path, port):
         sender.finish(run_dir.result.local)
         assert Tracker(uri, run_id).metric_history("loss") == [(step, float(step)) for step in range(1, 50)]
-    assert not run_dir.unsent_file.local.exists()
+    assert not run_dir.has_unsent()
     assert list((tmp_path / "artifacts").rglob("adapter/weights"))

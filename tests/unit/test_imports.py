@@ -50,6 +50,7 @@ MAY_IMPORT = {
     "progress": set(),
     "ray_env": set(),
     "tracking": {"errors", "config", "ray_env", "redaction", "tracking_database"},
+    "wandb_run": {"errors", "ray_env"},
     "tracking_database": {"storage"},
     "model": {*_FOUNDATION, "adapter_location"},
     "data": {*_FOUNDATION, "model"},  # the pipeline's workers load the base model's tokenizer
@@ -165,6 +166,11 @@ def test_only_the_pipeline_of_the_library_imports_ray() -> None:
 def test_only_tracking_imports_mlflow() -> None:
     users = [name for name in modules_of(*PRODUCTION) if "mlflow" in imported_roots(name)]
     assert users == ["parallelmind.tracking"]
+
+
+def test_only_wandb_run_imports_wandb() -> None:
+    users = [name for name in modules_of(*PRODUCTION) if "wandb" in imported_roots(name)]
+    assert users == ["parallelmind.wandb_run"]
 
 
 @pytest.mark.parametrize("module", WITHOUT_TORCH)

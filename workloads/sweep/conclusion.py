@@ -13,6 +13,7 @@ from workloads.sweep.ranking import find_winner
 from workloads.sweep.report import write_report
 from workloads.sweep.trainable import SweepContext
 from workloads.sweep.trial import END_STATUSES, Trial
+from workloads.train.run import push_result
 from workloads.train.run_dir import ADAPTER, RunDir
 
 
@@ -32,15 +33,18 @@ def conclude(context: SweepContext, journal: Journal, tracker: Tracker, all_ende
     trials = list(journal.trials.values())
     winner = find_winner(context.config, trials) if all_ended else None
     _publish_report(context, trials, winner, tracker)
+    result = None
     if winner:
         _log_winner(context, winner, trials, tracker)
-        _register_winner(context, winner, tracker)
+        result = _register_winner(context, winner, tracker)
     counts = {status: sum(trial.status == status for trial in trials) for status in END_STATUSES}
     summary = ", ".join(f"{count} {status}" for status, count in counts.items() if count) or "none ended"
     if all_ended and counts["failed"]:
         summary += "; the same command repeats the failed trials"
     print(f"trials   {summary}")
     print(f"report   {context.sweep_dir.child('report.html')}\nmlflow   run {tracker.run_id}", flush=True)
+    if result:
+        push_result(context.config.train.hub, result)
 
 
 def train_command(trial: Trial) -> str:
@@ -78,8 +82,8 @@ def _log_winner(context: SweepContext, winner: Trial, trials: list[Trial], track
         tracker.set_tags({"winner": winner.number, "winner_run": winner.run_id})
 
 
-def _register_winner(context: SweepContext, winner: Trial, tracker: Tracker) -> None:
-    """Print the winner, and register its adapter as `register_as` if that is set."""
+def _register_winner(context: SweepContext, winner: Trial, tracker: Tracker) -> RemotePath:
+    """Print the winner, and register its adapter as `register_as` if that is set; returns its result."""
     config, registry = context.config, context.config.registry
     assert winner.run_id is not None
     metrics = format_metrics(winner, config.metrics)
@@ -90,3 +94,4 @@ def _register_winner(context: SweepContext, winner: Trial, tracker: Tracker) -> 
         version = register_model(tracker.uri, winner.run_id, ADAPTER, registry.register_as, registry.alias)
         print(f"model    models:/{registry.register_as}@{registry.alias}, version {version}")
     print(f"{result.local.name:8} {result}")
+    return result

@@ -207,5 +207,6 @@ class SweepConfig(GroupedConfig):
             **settings,
             "name": f"{self.name}-{number:03}",
             "output_dir": output_dir,
+            "push_to": None,  # the winner alone is uploaded
         }
         return resolve(TrainConfig, values, source=f"trial {number}")

@@ -74,7 +74,7 @@ def _train(config: TrainConfig, context: SweepContext, data: str | None) -> dict
             extra = json.loads(manifest)["extra"]
             tune.report({"folder": run_dir.path.location, "run_id": extra["mlflow_run"]})
             return {"status": "finished", "step": extra["step"], "metrics": extra["metrics"]}
-        shared = SharedRunContext(context.parent_run_id, data)
+        shared = SharedRunContext(context.parent_run_id, context.sweep_dir.local.name, data)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserNotice)  # the driver has printed it
             files = DataFiles.find(config.data)

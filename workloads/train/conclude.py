@@ -12,10 +12,10 @@ from parallelmind.redaction import redact_uri
 from parallelmind.tracking import Tracker, absolute_uri, go_on_without_store
 from parallelmind.training.checkpoint_manager import checkpoint_names
 from parallelmind.training.outcome import Outcome
-from workloads.train.mlflow_sender import MlflowSender
 from workloads.train.prepare import PreparedRun
 from workloads.train.provenance import save_loss_plot
 from workloads.train.run_dir import RunDir
+from workloads.train.run_tracking import RunTracking, wandb_target
 
 
 @contextmanager
@@ -63,12 +63,14 @@ def conclude(run: PreparedRun, outcome: Outcome) -> None:
 
 
 def send_missing(config: TrainConfig, run_dir: RunDir) -> None:
-    """Send what MLflow lacks of a finished run."""
+    """Send what the tracking stores lack of a finished run."""
     manifest = run_dir.result.child(MANIFEST).read_bytes() or b"{}"
     run_id = json.loads(manifest)["extra"]["mlflow_run"]
     run_dir.path.download(exclude="checkpoints/*")
-    sender = MlflowSender(run_dir, absolute_uri(config.services.mlflow_uri), run_id, print)
-    sender.finish(run_dir.result.local)
+    target = wandb_target(config, run_dir, run_id)
+    RunTracking(run_dir, absolute_uri(config.services.mlflow_uri), run_id, target, print).finish(
+        run_dir.result.local
+    )
 
 
 def _newest_checkpoint(run_dir: RunDir) -> str:

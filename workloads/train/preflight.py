@@ -15,6 +15,7 @@ from parallelmind.data.survey import combine_surveys, survey_part
 from parallelmind.errors import UserError
 from parallelmind.model.preflight import check_base_model, check_quantize
 from parallelmind.remote import is_uri
+from parallelmind.wandb_run import check_wandb
 from workloads.train.data_files import DataFiles
 
 _HEAD_BYTES = 1 << 20  # of a file
@@ -22,9 +23,19 @@ _WITH_TEMPLATE = ("messages", "sharegpt")
 
 
 def check_run(config: TrainConfig, files: DataFiles) -> None:
-    """Raise UserError for a model that cannot be loaded here, and for data whose first records are none."""
-    if not (config.services.ray_address or os.environ.get("RAY_ADDRESS")):
-        check_quantize(config.model.quantize)  # the workers run on this machine
+    """Raise UserError for a model that cannot be loaded here, data whose first records are none, and services
+    that cannot be used.
+    """
+    services = config.services
+    is_local = not (services.ray_address or os.environ.get("RAY_ADDRESS"))  # the workers run on this machine
+    if is_local:
+        check_quantize(config.model.quantize)
+    if services.track == "wandb":
+        check_wandb(services.mlflow_experiment, is_local)
+    if config.hub.push_to:
+        from parallelmind.model.push import check_push  # imports most of huggingface_hub
+
+        check_push(config.hub.push_to)
     check_base_model(config.model.base_model)
     for field, paths in (("data_path", files.train), ("validation_path", files.validation)):
         if paths:

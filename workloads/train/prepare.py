@@ -29,6 +29,7 @@ from workloads.train.data_files import DataFiles
 from workloads.train.metrics_file import MetricPoint, read_points, write_points
 from workloads.train.provenance import code_version
 from workloads.train.run_dir import RunDir
+from workloads.train.run_tracking import wandb_target
 from workloads.train.survey import changed_data, check_limits, survey_data
 from workloads.train.worker import WorkerTask
 
@@ -37,11 +38,12 @@ from workloads.train.worker import WorkerTask
 class SharedRunContext:
     """What the runs of a sweep share.
 
-    parent: id of their parent MLflow run.
+    parent: id of their parent MLflow run. group: their group in Weights & Biases.
     data_fingerprint: `PreparedRun.data_fingerprint` of the other runs, where one is known.
     """
 
     parent: str | None = None
+    group: str | None = None
     data_fingerprint: str | None = None
 
 
@@ -111,14 +113,13 @@ def prepare(
         raise changed_data(data)
     epoch = check_limits(survey, files, config, tokenizer)
     tracker = open_tracker(config, run_dir, survey.fingerprint, shared.parent)
-    tracker.set_tags(
-        {
-            "bad_lines": len(survey.bad),
-            "folder": run_dir,
-            "data_sha256": survey.fingerprint,
-            **code_version(),
-        }
-    )
+    tags = {
+        "bad_lines": len(survey.bad),
+        "folder": run_dir,
+        "data_sha256": survey.fingerprint,
+        **code_version(),
+    }
+    tracker.set_tags(tags)
     task = WorkerTask(
         config,
         run_dir,
@@ -127,6 +128,7 @@ def prepare(
         mlflow_uri=tracker.uri,
         mlflow_run=tracker.run_id,
         batches_per_epoch=epoch.batches,
+        wandb=wandb_target(config, run_dir, tracker.run_id, shared.group, tags),
     )
     return PreparedRun(task, tracker, files, data_fingerprint)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
-from parallelmind.config import TrainConfig
+from parallelmind.config import HubConfig, TrainConfig
+from parallelmind.remote import RemotePath
 from workloads.common.devices import decide_training
 from workloads.common.stopping import run_stoppable
 from workloads.train.data_files import DataFiles
@@ -24,10 +25,11 @@ def run_training(config: TrainConfig) -> RunDir:
     run_dir = find_run_dir(config)
     if run_dir.is_finished():
         print(f"already finished: {run_dir.result}; change a field or the name to train another run")
-        if run_dir.unsent_file.read_bytes() is not None:
+        if run_dir.has_unsent():
             from workloads.train.conclude import send_missing
 
             send_missing(config, run_dir)
+        push_result(config.hub, run_dir.result)
         return run_dir
     check_no_changed_run(config, run_dir)
     files = DataFiles.find(config.data)
@@ -48,4 +50,13 @@ def run_training(config: TrainConfig) -> RunDir:
             )
             set_outcome(outcome)
         conclude(run, outcome)
+    push_result(config.hub, run_dir.result)
     return run_dir
+
+
+def push_result(hub: HubConfig, result: RemotePath) -> None:
+    """Upload the result to the hub if `push_to` is set. Raises UserError with the command to repeat it."""
+    if hub.push_to:
+        from parallelmind.model.push import push  # imports most of huggingface_hub
+
+        print(f"hub      {push(result.location, hub.push_to, hub.push_private)}", flush=True)

@@ -92,10 +92,13 @@ class RunDir:
         """File with every logged metric."""
         return self.path.child("metrics.jsonl")
 
-    @property
-    def unsent_file(self) -> RemotePath:
-        """File that lists what MLflow lacks; it exists if there is anything."""
-        return self.path.child("unsent.json")
+    def unsent_file(self, store: str) -> RemotePath:
+        """File that lists what a tracking store lacks; it exists if there is anything."""
+        return self.path.child(f"unsent-{store}.json")
+
+    def has_unsent(self) -> bool:
+        """Whether a tracking store lacks anything of this run."""
+        return any(name.startswith("unsent-") for name in self.path.list_names())
 
     @property
     def loss_plot(self) -> RemotePath:

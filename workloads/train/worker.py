@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from parallelmind.training.checkpoint_manager import (
 from parallelmind.training.loop import TrainingInputs, train
 from parallelmind.training.outcome import Outcome
 from parallelmind.training.sharded_checkpoint import full_weights
+from parallelmind.wandb_run import WandbTarget
 from workloads.common import resources
 from workloads.train.page_samples import read_samples
 from workloads.train.provenance import save_loss_plot
@@ -59,6 +61,7 @@ class WorkerTask:
     mlflow_uri: str
     mlflow_run: str
     batches_per_epoch: int
+    wandb: WandbTarget | None = None
 
 
 @keep_traceback()
@@ -73,9 +76,11 @@ def run_worker(task: WorkerTask) -> Outcome:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     config, context = task.config, ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
-    hooks = RayHooks(task.run_dir, task.mlflow_uri, task.mlflow_run, is_leader=rank == 0)
     writer = _checkpoint_writer(task, rank)
-    try:
+    with (
+        closing(writer) if writer else nullcontext(),
+        RayHooks(task.run_dir, task.mlflow_uri, task.mlflow_run, rank == 0, task.wandb) as hooks,
+    ):
         group, checkpoint = _agree_on_start(task, writer, hooks)
         batch_server = _share_batch_server(task, threads)
         hooks.print_line(f"{workers} of {config.workers.num_workers} workers, threads of each: {threads}")
@@ -96,10 +101,6 @@ def run_worker(task: WorkerTask) -> Outcome:
         outcome = train(inputs, checkpoint)
         if outcome.finished:
             save_result(task, model, tokenizer, hooks, outcome, is_leader=rank == 0)
-    finally:
-        hooks.close()
-        if writer:
-            writer.close()
     return outcome
 
 
@@ -187,7 +188,7 @@ def save_result(
     outcome: Outcome,
     is_leader: bool,
 ) -> None:
-    """Save the trained adapter or model to MLflow and to the run folder.
+    """Save the trained adapter or model where the run is tracked, and to the run folder.
 
     The folder gets its name last, so a run that is killed earlier repeats this step when it resumes.
     """

@@ -10,6 +10,7 @@ from parallelmind.config.groups import (
     DataConfig,
     Dtype,
     DtypeOrAuto,
+    HubConfig,
     LoraConfig,
     MetricsConfig,
     ModelConfig,
@@ -23,7 +24,7 @@ from parallelmind.config.groups import (
     Visibility,
     WorkersConfig,
 )
-from parallelmind.config.paths import AdapterPath, HomePath, OutputPath, TrackingUri
+from parallelmind.config.paths import AdapterPath, HomePath, HubRepo, OutputPath, TrackingUri
 from parallelmind.config.resolve import resolve
 from parallelmind.config.train import TrainConfig
 
@@ -39,6 +40,8 @@ __all__ = [
     "FrozenConfig",
     "GroupedConfig",
     "HomePath",
+    "HubConfig",
+    "HubRepo",
     "LoraConfig",
     "MetricsConfig",
     "ModelConfig",

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from parallelmind.config.frozen import FrozenConfig
-from parallelmind.config.paths import AdapterPath, TrackingUri
+from parallelmind.config.paths import AdapterPath, HubRepo, TrackingUri
 from parallelmind.errors import format_value
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -314,10 +314,26 @@ class MetricsConfig(FrozenConfig):
 
 
 class ServicesConfig(FrozenConfig):
-    """MLflow and Ray."""
+    """Tracking and Ray."""
 
+    LATER_FIELDS: ClassVar[frozenset[str]] = frozenset({"track"})
+
+    track: Literal["mlflow", "wandb"] = Field(
+        "mlflow", description="wandb: track the run in Weights & Biases, too"
+    )
     mlflow_uri: TrackingUri = Field("sqlite:///mlflow.db", min_length=1, description="MLflow tracking URI")
     mlflow_experiment: str = Field("parallelmind", min_length=1, description="MLflow experiment")
     ray_address: str | None = Field(
         None, description="Ray cluster to join; null: $RAY_ADDRESS, or a local one"
     )
+
+
+class HubConfig(FrozenConfig):
+    """Upload to the Hugging Face hub."""
+
+    LATER_FIELDS: ClassVar[frozenset[str]] = frozenset({"push_to", "push_private"})
+
+    push_to: HubRepo | None = Field(
+        None, description="repository that gets the result of the run: USER/NAME; null: no upload"
+    )
+    push_private: bool = Field(False, description="create the repository as a private one")

@@ -6,6 +6,7 @@ they keep the text that the user wrote, and their readers expand it.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 from pydantic import AfterValidator, ValidationInfo
@@ -13,6 +14,7 @@ from pydantic import AfterValidator, ValidationInfo
 from parallelmind.adapter_location import locate_adapter
 from parallelmind.storage import expand_home
 
+_HUB_REPO = re.compile(r"(?!.*(--|\.\.|\.git$))\b[\w.-]{1,96}\b/\b[\w.-]{1,96}\b", re.ASCII)
 _SCHEMES_OF_FILES = ("sqlite:///", "file://")
 
 
@@ -30,6 +32,15 @@ def _refuse_uri(path: str, info: ValidationInfo) -> str:
     return path
 
 
+def _check_hub_repo(name: str, info: ValidationInfo) -> str:
+    if not _HUB_REPO.fullmatch(name):
+        raise ValueError(
+            f"{info.field_name}={name}: is no name of a repository on the hub; give USER/NAME, of letters, "
+            "digits, '-', '_' and '.'"
+        )
+    return name
+
+
 HomePath = Annotated[str, AfterValidator(expand_home)]
 """A local path, or a name or URI, which has no `~`."""
 
@@ -41,3 +52,6 @@ OutputPath = Annotated[str, AfterValidator(_refuse_uri), AfterValidator(expand_h
 
 TrackingUri = Annotated[str, AfterValidator(_expand_uri)]
 """A URI, whose path may start with `~` if it is that of a SQLite file: `sqlite:///~/mlflow.db`."""
+
+HubRepo = Annotated[str, AfterValidator(_check_hub_repo)]
+"""A repository on the Hugging Face hub: USER/NAME."""

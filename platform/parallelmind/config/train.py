@@ -10,6 +10,7 @@ from parallelmind.config.frozen import GroupedConfig, short_hash
 from parallelmind.config.groups import (
     CheckpointConfig,
     DataConfig,
+    HubConfig,
     LoraConfig,
     MetricsConfig,
     ModelConfig,
@@ -39,12 +40,15 @@ class TrainConfig(GroupedConfig):
             "use_gpu",
             "ray_address",
             "output_dir",
+            "track",
             "mlflow_uri",
             "mlflow_experiment",
             "log_every",
             "checkpoint_every",
             "keep_checkpoints",
             "page_samples",
+            "push_to",
+            "push_private",
         }
     )
 
@@ -58,6 +62,7 @@ class TrainConfig(GroupedConfig):
     checkpoint: CheckpointConfig
     metrics: MetricsConfig
     services: ServicesConfig
+    hub: HubConfig
 
     if TYPE_CHECKING:  # flat field names, which the type checker cannot know
 

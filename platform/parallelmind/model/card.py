@@ -9,9 +9,10 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from parallelmind.config import ModelConfig
-from parallelmind.model.base_name import is_hub_id
+from parallelmind.model.base_name import SMOLLM2, is_hub_id
 from parallelmind.model.manifest import CARD, Manifest
 
+_SMOLLM2_ON_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _PARALLEL = "It reads and writes several branches of text in one sequence, in one forward pass."
 _PLAIN = "It was trained on plain sequences, one branch each, without 2D RoPE."
 
@@ -25,7 +26,7 @@ def model_card(manifest: Manifest, base: ModelConfig) -> str:
     name = manifest.base_model if is_hub_id(manifest.base_model) else Path(manifest.base_model).name
     is_whole = manifest.lora is None
     front = ModelCardData(
-        base_model=name,
+        base_model=_SMOLLM2_ON_HUB if name == SMOLLM2 else name,
         library_name="transformers" if is_whole else "peft",
         pipeline_tag="text-generation",
         tags=["parallelmind", "branch-parallel", *(() if is_whole else ("lora",))],

@@ -39,7 +39,7 @@ def check_hub_model(name: str) -> None:
 
 def _look_up(name: str) -> tuple[Path | None, str | None]:
     """The folder of the cached files and why the hub cannot be used; both None while it answers."""
-    problem = _hub_problem(int(time.monotonic() / _REMEMBERED_S))
+    problem = hub_problem()
     if problem is None:
         return None, None
     config = try_to_load_from_cache(name, "config.json")
@@ -49,6 +49,11 @@ def _look_up(name: str) -> tuple[Path | None, str | None]:
             f"({problem}); connect this machine to it, or give a local folder"
         )
     return Path(config).parent, problem
+
+
+def hub_problem() -> str | None:
+    """Why the hub cannot be used, None if it answers. The answer of one request counts for a minute."""
+    return _hub_problem(int(time.monotonic() / _REMEMBERED_S))
 
 
 @lru_cache(maxsize=1)

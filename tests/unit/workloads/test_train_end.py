@@ -17,9 +17,9 @@ from parallelmind.remote import RemotePath
 from parallelmind.tracking import Tracker
 from parallelmind.training.outcome import Outcome
 from workloads.train import worker as train_worker
-from workloads.train.mlflow_sender import MlflowSender
 from workloads.train.run import run_training
 from workloads.train.run_dir import RunDir
+from workloads.train.run_tracking import RunTracking
 
 
 class Killed(BaseException):
@@ -42,13 +42,13 @@ class EndOfRun:
     def save_result(self) -> None:
         """As every start of the command does it, with no step left to train."""
         tracker = Tracker.start(self.uri, "tests", "cut", self.config, "key")
-        sender = MlflowSender(self.run_dir, self.uri, tracker.run_id, print)
-        sender.log({"loss": 1.0}, 1)
+        tracking = RunTracking(self.run_dir, self.uri, tracker.run_id, None, print)
+        tracking.log({"loss": 1.0}, 1)
         task: Any = SimpleNamespace(
             config=self.config, run_dir=self.run_dir, mlflow_run=tracker.run_id, validation_files=()
         )
         model, outcome = fresh_model(self.config), Outcome(True, 1, {"loss": 1.0})
-        hooks: Any = SimpleNamespace(finish=sender.finish)
+        hooks: Any = SimpleNamespace(finish=tracking.finish)
         train_worker.save_result(task, model, tiny_tokenizer(), hooks, outcome, is_leader=True)
 
     @property

@@ -1,4 +1,6 @@
-"""Metrics of a run reach MLflow, later if it fails meanwhile, and what it lacks at the end is listed."""
+"""Metrics of a run reach MLflow and Weights & Biases, later if one of them fails meanwhile, and what it lacks
+at the end is listed.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,11 @@ from mlflow.exceptions import MlflowException
 from parallelmind import tracking
 from parallelmind.errors import UserError
 from parallelmind.remote import RemotePath
-from workloads.train import mlflow_sender
+from parallelmind.wandb_run import WandbTarget
+from workloads.train import run_tracking, tracking_sender
 from workloads.train.metrics_file import MetricsFile, histories, read_points
-from workloads.train.mlflow_sender import MlflowSender
 from workloads.train.run_dir import RunDir
+from workloads.train.run_tracking import RunTracking
 
 
 class Store:
@@ -29,7 +32,9 @@ class Store:
         self.logged: list[tuple[int, float]] = []
         self.stored: list[str] = []
 
-    def __call__(self, uri: str, run_id: str) -> Store:
+    place = "https://wandb.ai/me/tests/runs/run"
+
+    def __call__(self, *target: object) -> Store:
         return self
 
     def _fail_or_wait(self) -> None:
@@ -49,18 +54,27 @@ class Store:
     def log_file(self, path: Path) -> None:
         self.stored.append(path.name)
 
-    def finish(self) -> None:
-        self.stored.append("FINISHED")
+    def finish(self, status: str = "FINISHED") -> None:
+        self._fail_or_wait()
+        self.stored.append(status)
 
 
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Store:
     store = Store()
     monkeypatch.setattr(tracking, "Tracker", store)
-    monkeypatch.setattr(mlflow_sender, "_FIRST_RETRY_S", 0.01)
-    monkeypatch.setattr(mlflow_sender, "_LAST_RETRY_S", 0.02)
-    monkeypatch.setattr(mlflow_sender, "_FLUSH_S", 2.0)
+    monkeypatch.setattr(tracking_sender, "_FIRST_RETRY_S", 0.01)
+    monkeypatch.setattr(tracking_sender, "_LAST_RETRY_S", 0.02)
+    monkeypatch.setattr(tracking_sender, "_FLUSH_S", 2.0)
     return store
+
+
+@pytest.fixture
+def wandb(store: Store, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """Stands for Weights & Biases, beside MLflow."""
+    wandb = Store()
+    monkeypatch.setattr(run_tracking, "WandbRun", wandb)
+    return wandb
 
 
 @pytest.fixture
@@ -86,7 +100,7 @@ def test_metrics_of_an_outage_are_sent_when_it_ends(
     store: Store, run_dir: RunDir, problem: Exception
 ) -> None:
     lines: list[str] = []
-    sender = MlflowSender(run_dir, "uri", "run", lines.append)
+    sender = RunTracking(run_dir, "uri", "run", None, lines.append)
     sender.log({"loss": 1.0}, 1)
     wait_for(lambda: store.logged)
     store.problem = problem
@@ -100,7 +114,7 @@ def test_metrics_of_an_outage_are_sent_when_it_ends(
     assert store.stored == ["adapter", "loss.png", "FINISHED"]
     assert [line.partition(";")[0] for line in lines[1:]] == ["mlflow: answers again"]
     assert "training goes on, and its metrics are kept in" in lines[0]
-    assert not run_dir.unsent_file.local.exists()
+    assert not run_dir.has_unsent()
 
 
 @pytest.mark.parametrize("problem", FAILURES)
@@ -109,28 +123,72 @@ def test_what_is_missing_at_the_end_is_listed_and_sent_later(
 ) -> None:
     lines: list[str] = []
     store.problem = problem
-    sender = MlflowSender(run_dir, "uri", "run", lines.append)
+    sender = RunTracking(run_dir, "uri", "run", None, lines.append)
     for step in (1, 2):
         sender.log({"loss": float(step)}, step)
     sender.finish(run_dir.result.local)
     assert lines[-1].startswith("mlflow: lacks 2 points of metrics, and the adapter (")
-    assert json.loads(run_dir.unsent_file.local.read_text())["metric_points"] == 2
+    assert json.loads(run_dir.unsent_file("mlflow").local.read_text())["metric_points"] == 2
     store.problem = None
-    MlflowSender(run_dir, "uri", "run", lines.append).finish(run_dir.result.local)
+    assert run_dir.has_unsent()
+    RunTracking(run_dir, "uri", "run", None, lines.append).finish(run_dir.result.local)
     assert store.logged == [(1, 1.0), (2, 2.0)]
     assert store.stored == ["adapter", "loss.png", "FINISHED"]
-    assert not run_dir.unsent_file.local.exists()
+    assert not run_dir.has_unsent()
 
 
 def test_training_does_not_wait_for_a_slow_store(store: Store, run_dir: RunDir) -> None:
     store.seconds = 0.5
-    sender = MlflowSender(run_dir, "uri", "run", print)
+    sender = RunTracking(run_dir, "uri", "run", None, print)
     started = time.monotonic()
     for step in range(20):
         sender.log({"loss": 1.0}, step)
     assert time.monotonic() - started < 0.4
     assert len(read_points(run_dir.metrics_file)) == 20
-    sender.close()
+    sender.close("KILLED")
+
+
+TARGET = WandbTarget("run", "mine-hash", "tests", None, {}, Path(), {})
+
+
+def test_a_run_in_wandb_has_what_mlflow_has(store: Store, wandb: Store, run_dir: RunDir) -> None:
+    lines: list[str] = []
+    tracking = RunTracking(run_dir, "uri", "run", TARGET, lines.append)
+    for step in (1, 2):
+        tracking.log({"loss": float(step)}, step)
+    tracking.finish(run_dir.result.local)
+    assert wandb.logged == store.logged == [(1, 1.0), (2, 2.0)]
+    assert wandb.stored == store.stored == ["adapter", "loss.png", "FINISHED"]
+    assert lines == ["wandb: https://wandb.ai/me/tests/runs/run"]
+
+
+@pytest.mark.parametrize("status", ["FAILED", "KILLED"])
+def test_a_run_in_wandb_is_left_with_its_status(
+    store: Store, wandb: Store, run_dir: RunDir, status: str
+) -> None:
+    tracking = RunTracking(run_dir, "uri", "run", TARGET, print)
+    tracking.log({"loss": 1.0}, 1)
+    tracking.close(status)
+    assert wandb.stored == [status]
+    assert store.stored == []  # the driver ends that one
+
+
+def test_wandb_may_fail_while_mlflow_has_all(store: Store, wandb: Store, run_dir: RunDir) -> None:
+    lines: list[str] = []
+    wandb.problem = ConnectionError("no route to https://me:secret@host")
+    tracking = RunTracking(run_dir, "uri", "run", TARGET, lines.append)
+    tracking.log({"loss": 1.0}, 1)
+    tracking.finish(run_dir.result.local)
+    assert store.stored == ["adapter", "loss.png", "FINISHED"]
+    assert lines[-1].startswith(
+        "wandb: lacks 1 points of metrics, and the adapter (no route to https://me:***@host)"
+    )
+    assert not run_dir.unsent_file("mlflow").local.exists()
+    assert run_dir.has_unsent()
+    wandb.problem = None
+    RunTracking(run_dir, "uri", "run", TARGET, print).finish(run_dir.result.local)
+    assert wandb.logged == [(1, 1.0)]
+    assert not run_dir.has_unsent()
 
 
 @pytest.mark.parametrize(
