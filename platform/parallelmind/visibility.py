@@ -31,9 +31,19 @@ def relation_scores(visibility: Visibility, penalty: float = 0.0) -> NDArray[np.
     return scores
 
 
+def learns_penalty(config: RopeConfig) -> bool:
+    """Whether every head of every layer learns the number that is subtracted from the scores of siblings."""
+    return config.visibility == "columnar" and config.sibling_penalty == "learned"
+
+
 def effective_penalty(config: RopeConfig) -> float:
-    """The number subtracted from the scores of siblings: 0 where siblings are not visible."""
-    return config.sibling_penalty if config.visibility == "columnar" else 0.0
+    """The number subtracted from the scores of siblings: 0 where siblings are not visible.
+
+    Where it is learned, 1: the unit that every head multiplies by its own number.
+    """
+    if config.visibility != "columnar":
+        return 0.0
+    return 1.0 if config.sibling_penalty == "learned" else config.sibling_penalty
 
 
 @dataclass(frozen=True, slots=True)

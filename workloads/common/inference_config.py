@@ -18,6 +18,7 @@ from parallelmind.config import (
     Pairs,
     Positions,
     Quantize,
+    SiblingPenalty,
     Visibility,
 )
 from workloads.common.devices import Gpus
@@ -51,8 +52,8 @@ class InferenceModelConfig(FrozenConfig):
         None, ge=1, description="distance between neighbouring branch coordinates"
     )
     positions: Positions | None = Field(None, description="what drives the other pairs")
-    sibling_penalty: float | None = Field(
-        None, ge=0, description="columnar: subtracted from the attention scores of other branches"
+    sibling_penalty: SiblingPenalty | None = Field(
+        None, description="columnar: subtracted from the attention scores of other branches"
     )
     visibility: Visibility | None = Field(None, description="what branches see of each other")
     align_to: Alignment | None = Field(None, description="whether prompts start or end together")

@@ -21,6 +21,7 @@ from parallelmind.config.groups import (
     RopeConfig,
     RunConfig,
     ServicesConfig,
+    SiblingPenalty,
     Visibility,
     WorkersConfig,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "RopeConfig",
     "RunConfig",
     "ServicesConfig",
+    "SiblingPenalty",
     "TrackingUri",
     "TrainConfig",
     "Visibility",

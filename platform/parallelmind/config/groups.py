@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import permutations
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -20,6 +20,7 @@ BranchAngle = Literal["alone", "added"]
 Positions = Literal["flat", "time"]
 Visibility = Literal["columnar", "isolated"]
 Alignment = Literal["left", "right"]
+SiblingPenalty = Annotated[float, Field(ge=0)] | Literal["learned"]
 
 
 class ModelConfig(FrozenConfig):
@@ -80,10 +81,10 @@ class RopeConfig(FrozenConfig):
         "columnar",
         description="columnar (published): branches attend to each other's past; isolated: they do not",
     )
-    sibling_penalty: float = Field(
+    sibling_penalty: SiblingPenalty = Field(
         3.0,
-        ge=0,
-        description="columnar: subtracted from attention scores of sibling branches, in nats; published: 0",
+        description="columnar: subtracted from attention scores of sibling branches, in nats; learned: a "
+        "number for each layer and head, trained with the adapter; published: 0",
     )
     align_to: Alignment = Field(
         "left", description="left: branches start together after main; right: they end together"

@@ -179,6 +179,15 @@ class TrainConfig(GroupedConfig):
         return self
 
     @model_validator(mode="after")
+    def _check_penalty(self) -> Self:
+        if self.optimizer.tuning == "full" and self.rope.sibling_penalty == "learned":
+            raise ValueError(
+                "sibling_penalty=learned: is kept in an adapter, which tuning=full does not train; "
+                "set a number, or drop tuning=full"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_tuning(self) -> Self:
         if self.optimizer.tuning == "full" and self.optimizer.resume_adapter:
             raise ValueError(

@@ -52,11 +52,12 @@ class CascadeAttention:
         scale: float,
         softcap: float | None = None,
         sinks: Tensor | None = None,
+        penalties: Tensor | None = None,
     ) -> Tensor:
         """`[1, tokens, heads, dim]` of queries `[1, heads, tokens, dim]`.
 
         key, value: `[1, heads, slots, dim]`, all slots of the cache. softcap, sinks: as in
-        `hf_compat.AttentionBackend.attend`.
+        `hf_compat.AttentionBackend.attend`. penalties: as in `SiblingPenalties.of`.
         """
         queries, keys, values = (
             states[0].transpose(0, 1) for states in (query, key, value)
@@ -65,13 +66,14 @@ class CascadeAttention:
         if not self._needs_merge and softcap is None and sinks is None:
             out = values.new_empty(shape)
             for batch in self._batches:
-                out[batch.targets] = batch.attend(queries, keys, values, scale)
+                out[batch.targets] = batch.attend(queries, keys, values, scale, penalties)
             return out[None]
         # float32 until the end: to round after every segment would add up.
         out = values.new_zeros(shape, dtype=torch.float32)
         lse = out.new_full((*shape[:2], 1), -torch.inf)
         for batch in self._batches:
-            merge_lse(out, lse, batch.targets, *batch.attend_with_lse(queries, keys, values, scale, softcap))
+            attended = batch.attend_with_lse(queries, keys, values, scale, softcap, penalties)
+            merge_lse(out, lse, batch.targets, *attended)
         if sinks is not None:  # the share of the keys beside the sink, whose value is zero
             out *= (lse - sinks.float()[:, None]).sigmoid()
         return out.to(values.dtype)[None]
@@ -86,6 +88,7 @@ class SegmentBatch:
     bias: `[segments, 1, n, keys]` summand of the scores, or None if it is zero.
     real: `[real]` flat indices of the queries that are not padding, or None if there is no padding.
     targets: `[real]` indices of these queries into the step's tokens.
+    adapter: `[segments]` index of the version of each segment's adapter.
     """
 
     queries: Tensor
@@ -93,6 +96,7 @@ class SegmentBatch:
     bias: Tensor | None
     real: Tensor | None
     targets: Tensor
+    adapter: Tensor
     _grouped_bias: dict[int, Tensor | None] = field(default_factory=dict)  # by query heads of one KV head
 
     @staticmethod
@@ -123,19 +127,28 @@ class SegmentBatch:
             bias=additive_mask(bias[:, None], dtype, device) if bias.any() else None,
             real=None if real is None else torch.from_numpy(real).to(device),
             targets=torch.from_numpy(targets).to(device),
+            adapter=torch.tensor([segment.adapter for segment in segments], device=device),
         )
 
-    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    def attend(
+        self, queries: Tensor, keys: Tensor, values: Tensor, scale: float, penalties: Tensor | None = None
+    ) -> Tensor:
         """`[real, heads, dim]` attention of queries that have no other segment."""
-        query, key, value, bias = self._gather(queries, keys, values)
+        query, key, value, bias = self._gather(queries, keys, values, penalties)
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
         return self._ungroup(out)
 
     def attend_with_lse(
-        self, queries: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float | None = None
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scale: float,
+        softcap: float | None = None,
+        penalties: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Float32 `[real, heads, dim]` attention, and `[real, heads, 1]` log-sum-exp of its scores."""
-        query, key, value, bias = self._gather(queries, keys, values)
+        query, key, value, bias = self._gather(queries, keys, values, penalties)
         if query.device.type == "cpu" and query.shape[-1] == value.shape[-1] and softcap is None:
             query, key, value = query.float(), key.float(), value.float()
             bias = None if bias is None else bias.float()
@@ -151,7 +164,7 @@ class SegmentBatch:
         return self._ungroup(_matmul(weights, value)), self._ungroup(lse)
 
     def _gather(
-        self, queries: Tensor, keys: Tensor, values: Tensor
+        self, queries: Tensor, keys: Tensor, values: Tensor, penalties: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Query, key and value of all segments, and the bias.
 
@@ -165,9 +178,18 @@ class SegmentBatch:
             (states[None, self.keys] if isinstance(self.keys, slice) else states[self.keys]).transpose(1, 2)
             for states in (keys, values)
         )
+        return query, key, value, self._bias_of(group, penalties)
+
+    def _bias_of(self, group: int, penalties: Tensor | None) -> Tensor | None:
+        """`[segments, 1 or kv heads, group * n, keys]` summand of the scores; None if it is zero."""
+        if self.bias is not None and penalties is not None:
+            factors = penalties[self.adapter].to(self.bias.dtype)  # [segments, heads]
+            factors = factors.unflatten(1, (-1, group))[..., None, None]
+            bias, lowest = self.bias[:, :, None], torch.finfo(self.bias.dtype).min
+            return torch.where(bias > lowest, bias * factors, lowest).flatten(2, 3)
         if group not in self._grouped_bias:
             self._grouped_bias[group] = None if self.bias is None else self.bias.repeat(1, 1, group, 1)
-        return query, key, value, self._grouped_bias[group]
+        return self._grouped_bias[group]
 
     def _ungroup(self, out: Tensor) -> Tensor:
         """`[segments, kv heads, group * n, dim]` to `[real, heads, dim]`."""

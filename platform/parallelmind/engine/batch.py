@@ -48,6 +48,7 @@ class AttentionSegment(NamedTuple):
     keys: `[keys]` metadata of the tokens in the cache.
     scores: `[segments, segments]` summand of the scores for a query's and a key's segment of the sample.
     level: depth of the keys' segment. A token of the batch is in at most one segment of each level.
+    adapter: index of the version of the sample's adapter.
     """
 
     query_indices: Ints
@@ -55,6 +56,7 @@ class AttentionSegment(NamedTuple):
     keys: TokenMeta
     scores: NDArray[np.float32]
     level: int = 0
+    adapter: int = 0
 
     def bias(self, window: AttentionWindow) -> NDArray[np.float32]:
         """`[queries, keys]` summand of the scores; minus infinity where the key is not visible."""
@@ -123,6 +125,11 @@ class ModelInput:
         )
 
     @property
+    def span_adapters(self) -> Ints:
+        """`[spans]` index of the version of the adapter of each span's first token."""
+        return self.adapter[self.spans.queries[self.spans.query_start[:-1]]]
+
+    @property
     def segments(self) -> list[AttentionSegment]:
         """The spans, each with its keys."""
         tables = pairwise(self.spans.table_start.tolist())
@@ -136,7 +143,8 @@ class ModelInput:
         keys = TokenMeta(slots, self.tables.time[slots], self.tables.segment[slots])
         own = TokenMeta(self.slots, self.time, self.segment).at(queries)
         if (score := spans.score[span]) >= 0:
-            return AttentionSegment(queries, own, keys, spans.scores[score], int(spans.level[span]))
+            adapter = int(self.adapter[queries[0]])
+            return AttentionSegment(queries, own, keys, spans.scores[score], int(spans.level[span]), adapter)
         own, keys = (meta._replace(segment=np.zeros_like(meta.slots)) for meta in (own, keys))
         return AttentionSegment(queries, own, keys, _UNSCORED, int(spans.level[span]))
 

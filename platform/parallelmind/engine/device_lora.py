@@ -17,13 +17,12 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear as LoraLinear
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from parallelmind.engine.batch import ModelInput
 from parallelmind.model import step_ops
 from parallelmind.model.packed_linear import set_class
+from parallelmind.model.penalty import adapted_layers
 from parallelmind.model.structure import causal_lm
 
 _NO_ADAPTER = -1
@@ -146,10 +145,7 @@ def recorded_readers(model: nn.Module) -> Iterator[set[nn.Module]]:
 
 def is_possible(model: nn.Module, readers: Collection[nn.Module]) -> bool:
     """Whether all that peft has added to a model is plain LoRA on layers of `recorded_readers`."""
-    wrapped = [
-        module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
-    ]
-    return all(_is_plain(module) and module.base_layer in readers for module in wrapped)
+    return all(_is_plain(module) and module.base_layer in readers for module in adapted_layers(model))
 
 
 def _is_plain(layer: nn.Module) -> bool:

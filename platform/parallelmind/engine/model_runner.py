@@ -32,10 +32,11 @@ from parallelmind.engine.native_operators import NativeOperators, declarations
 from parallelmind.engine.scheduler import EngineConfig
 from parallelmind.engine.sequence import BranchState
 from parallelmind.engine.sequence_group import SequenceGroup
+from parallelmind.engine.sibling_penalties import SiblingPenalties
 from parallelmind.engine.step import IndirectCacheError, Step
 from parallelmind.engine.step_buffers import StepBuffers
 from parallelmind.engine.step_plan import ForwardPlan
-from parallelmind.errors import UserNotice, first_line
+from parallelmind.errors import UserError, UserNotice, first_line
 from parallelmind.layout import is_free_order
 from parallelmind.model import step_ops
 from parallelmind.model.attention import fits_heads
@@ -80,12 +81,14 @@ class ModelRunner:
         self._device_steps: DeviceSteps | None = None  # of an accelerator
         self._device_lora: DeviceLora | None = None  # the same as `_lora`, there
         self._readers: set[nn.Module] = set()  # layers that read one row for each token
+        self._penalties = SiblingPenalties(inner)
 
     def set_model(self, model: Model) -> None:
         """Set the model again after an adapter was added or removed."""
         self.model = model
         if self._device_steps is not None:
             self._device_steps.forget_graphs()
+        self._penalties = SiblingPenalties(causal_lm(model))
         self._find_adapters()
 
     def _choose_attention(self) -> None:
@@ -123,14 +126,18 @@ class ModelRunner:
             return self._forward(self.model, inputs, self.cache, self._linears, lora)
 
     def _steps_on_device(self, tables: BlockTables) -> DeviceSteps | None:
-        """Runs the steps on an accelerator; None on a CPU, and for a model that FlexAttention rejects."""
+        """Runs the steps on an accelerator; None on a CPU, and for a model that FlexAttention rejects.
+
+        None also for learned penalties, which `CascadeAttention` computes.
+        """
         inner = causal_lm(self.model)
         if not is_chosen(inner.device):
             return None
         if self._linears is None:
             self._record_linears(single_token(), _probe_cache())
         self._choose_attention()
-        if self._device_steps is None and self._attends_in_step and fits_heads(inner):
+        fits = self._attends_in_step and fits_heads(inner) and not self._penalties
+        if self._device_steps is None and fits:
             num_blocks = len(tables.time) // BLOCK
             self.cache.reserve(BLOCK * (num_blocks + 1))  # the addresses of the pools are captured
             self._device_steps = DeviceSteps(self._forward_in_buffers, tables, num_blocks, inner.device)
@@ -240,7 +247,9 @@ class ModelRunner:
         columns = np.stack([inputs.ids, inputs.branch, inputs.time, inputs.position, inputs.slots])
         tokens = torch.from_numpy(columns).to(device)  # one copy to the device
         masks = self._masks(inputs, tokens[-1], cache)
-        step = Step(inputs, cache, self._windows, linears.groups if linears else (), self._kernels, lora)
+        penalties = self._penalties.of(inputs.adapters)
+        groups = linears.groups if linears else ()
+        step = Step(inputs, cache, self._windows, groups, self._kernels, lora, penalties=penalties)
         return self._call(call, step, tokens, masks, torch.from_numpy(inputs.logits_indices).to(device))
 
     def _call(self, call: Any, step: Step, columns: Tensor, masks: Any, sampled: Tensor) -> Tensor:
@@ -270,6 +279,11 @@ class ModelRunner:
         if self._attends_in_step:
             cache.set_step(slots, None)
             return self._step_masks()
+        if self._penalties:
+            raise UserError(
+                "sibling_penalty=learned: the engine has one mask for all layers of this model with "
+                f"attn_implementation={self._attention_name}; choose sdpa, or another model"
+            )
         kv_indices, biases = dense_masks(inputs.segments, len(inputs.ids), self._windows)
         cache.set_step(slots, torch.from_numpy(kv_indices).to(device))
         return self._by_layer_type(

@@ -22,7 +22,7 @@ _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _ARRAYS = (
     *("token_slot", "token_time", "token_segment", "query_start", "queries"),
     *("table_start", "tables", "num_keys", "blocks", "ends", "slot_time", "slot_segment"),
-    *("score_start", "score_width", "scores"),
+    *("score_start", "score_width", "scores", "span_adapter"),
 )
 
 
@@ -44,7 +44,7 @@ class _Layer(ctypes.Structure):
         ),
         *((name, _P) for name in ("key_pool", "value_pool", "out")),
         *((name, _F) for name in ("scale", "softcap")),
-        ("sinks", _P),
+        *((name, _P) for name in ("sinks", "penalties")),
     )
 
 
@@ -70,6 +70,7 @@ class NativeAttention:
             *(tables.blocks, tables.ends, tables.time, tables.segment),
             *(starts[spans.score], widths[spans.score]),
             np.concatenate([_NO_SCORES, *map(np.ravel, spans.scores)]),
+            inputs.span_adapters.astype(np.int32),
         ]
         self._sizes = len(inputs.ids), len(spans), BLOCK, tables.blocks.shape[1]
 
@@ -103,10 +104,17 @@ class NativeLayer:
         self._pointer = ctypes.byref(call)
         self._kernel = getattr(kernels(), _KERNELS[query.dtype])
 
-    def __call__(self, step: ctypes.Structure, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def __call__(
+        self,
+        step: ctypes.Structure,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        penalties: Tensor | None = None,
+    ) -> Tensor:
         """Write the step's keys and values to the pools; `[1, tokens, heads, dim]` attention.
 
-        query, key, value: `[1, heads, tokens, dim]`.
+        query, key, value: `[1, heads, tokens, dim]`. penalties: as in `SiblingPenalties.of`.
         """
         if query.stride(3) != 1 or key.stride(3) != 1 or value.stride(3) != 1:
             query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
@@ -116,6 +124,6 @@ class NativeLayer:
         _, call.key_head, call.key_token, _ = key.stride()
         _, call.value_head, call.value_token, _ = value.stride()
         call.query, call.key, call.value = query.data_ptr(), key.data_ptr(), value.data_ptr()
-        call.out = out.data_ptr()
+        call.out, call.penalties = out.data_ptr(), None if penalties is None else penalties.data_ptr()
         self._kernel(ctypes.byref(step), self._pointer)
         return out

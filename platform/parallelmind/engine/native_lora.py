@@ -15,14 +15,13 @@ import numpy as np
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear as LoraLinear
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from parallelmind.engine.batch import ModelInput
 from parallelmind.engine.native import kernels
 from parallelmind.model import step_ops
 from parallelmind.model.packed_linear import LinearGroup, set_class
+from parallelmind.model.penalty import adapted_layers
 
 _KERNELS = {torch.float32: "add_low_rank_float32", torch.bfloat16: "add_low_rank_bfloat16"}
 _P, _I = ctypes.c_void_p, ctypes.c_int64
@@ -125,10 +124,7 @@ def is_possible(model: nn.Module, groups: Sequence[LinearGroup]) -> bool:
     if kernels() is None:
         return False
     grouped = {id(layer) for group in groups if group.reads_tokens for layer in group.layers}
-    wrapped = [
-        module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
-    ]
-    return all(_is_plain(module) and id(module.base_layer) in grouped for module in wrapped)
+    return all(_is_plain(module) and id(module.base_layer) in grouped for module in adapted_layers(model))
 
 
 def _is_plain(layer: nn.Module) -> bool:

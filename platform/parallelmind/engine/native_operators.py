@@ -36,7 +36,8 @@ class _Pool(ctypes.Structure):
 
 class _Pass(ctypes.Structure):
     _fields_ = tuple(
-        (name, _P) for name in ("linears", "adapters", "pools", "windows", "adapter", "sampled_adapter")
+        (name, _P)
+        for name in ("linears", "adapters", "pools", "windows", "adapter", "sampled_adapter", "penalties")
     )
 
 
@@ -93,6 +94,8 @@ class NativeOperators:
         current.windows = ctypes.addressof(windows)
         if step.lora is not None:
             current.adapters, current.adapter, current.sampled_adapter = step.lora.pointers()
+        penalties = _addresses(step.penalties)
+        current.penalties = ctypes.addressof(penalties) if penalties else None
         self._run(ctypes.byref(current))
         try:
             yield
@@ -105,6 +108,14 @@ class NativeOperators:
             pools = cache.pools(layer, *states)
             self._pools[layer] = _Pool(*(pool.data_ptr() for pool in pools))
         self._cache, self._num_slots = cache, cache.num_slots
+
+
+def _addresses(tensors: Mapping[int, Tensor]) -> Any:
+    """Addresses of tensors by layer."""
+    addresses = (_P * (max(tensors, default=-1) + 1))()
+    for layer, tensor in tensors.items():
+        addresses[layer] = tensor.data_ptr()
+    return addresses
 
 
 def _linear(product: Product, handles: Iterator[int | None]) -> _Linear:

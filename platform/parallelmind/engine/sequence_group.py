@@ -20,7 +20,7 @@ from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.engine.sequence import BranchState, SegmentState
 from parallelmind.layout import Layout, Tokens, is_free_order, place, shifts_to_the_right
 from parallelmind.tree import MAIN, GrowingTree, Ints, Mask, branch_coordinates, relations
-from parallelmind.visibility import relation_scores
+from parallelmind.visibility import effective_penalty, relation_scores
 
 OutputFactory = Callable[[Sequence[int], SamplingParams], OutputProcessor]  # given a branch's prompt
 
@@ -398,7 +398,7 @@ class GroupShape:
             np.array([segment.is_reduce for segment in segments]),
             num_documents,
         )
-        scores = relation_scores(config.visibility, config.sibling_penalty)[relations(tree)]
+        scores = relation_scores(config.visibility, effective_penalty(config))[relations(tree)]
         paths: list[tuple[int, ...]] = [(MAIN,)]
         for segment in segments[1:]:
             paths.append((*paths[segment.parent], segment.number))

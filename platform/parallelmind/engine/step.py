@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -39,14 +39,15 @@ class Step:
         kernels: dict[int, NativeLayer],
         lora: LoraRows | None = None,
         flex: FlexAttention | None = None,
+        penalties: Mapping[int, Tensor] | None = None,
     ) -> None:
         """kernels: by layer; kept from step to step. lora: adapters that the step computes by row.
 
-        flex: computes the attention of the step, on an accelerator.
+        flex: computes the attention of the step, on an accelerator. penalties: as in `SiblingPenalties.of`.
         """
         self.attends, self._flex = cache.kv_indices is None, flex
         self._inputs, self.cache, self._windows, self._linears = inputs, cache, windows, linears
-        self._kernels, self.lora = kernels, lora
+        self._kernels, self.lora, self.penalties = kernels, lora, penalties or {}
         if lora is not None:
             lora.begin(inputs)
         self._native: NativeAttention | None = None
@@ -81,10 +82,11 @@ class Step:
             kernel = self._kernels.get(layer)
             if kernel is None or kernel.pools is not pools:
                 kernel = self._kernels[layer] = NativeLayer(query, pools, scale, softcap, sinks)
-            return kernel(self._native_step(window), query, key, value)
+            return kernel(self._native_step(window), query, key, value, self.penalties.get(layer))
         self.cache.write(pools, key, value)
         keys, values = (pool.transpose(0, 1)[None] for pool in pools)
-        return self._cascade(window, query).attend(query, keys, values, scale, softcap, sinks)
+        cascade, penalties = self._cascade(window, query), self.penalties.get(layer)
+        return cascade.attend(query, keys, values, scale, softcap, sinks, penalties)
 
     def native_steps(self) -> list[ctypes.Structure]:
         """The kernel's descriptions of the step, by the number of the window."""

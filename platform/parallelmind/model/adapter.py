@@ -45,6 +45,7 @@ from parallelmind.model.peft_folder import (
     peft_values,
     read_peft_folder,
 )
+from parallelmind.model.penalty import modules_to_save
 from parallelmind.model.structure import to_device
 from parallelmind.model.support import check_supported
 from parallelmind.model.targets import excluded_modules, parse_targets
@@ -83,6 +84,7 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel
         target_modules="all-linear" if all_linear else parse_targets(model, config.lora_targets),
         exclude_modules=excluded_modules(model, all_linear) or None,
         trainable_token_indices=trainable_token_indices(model),
+        modules_to_save=modules_to_save(model),
     )
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)

@@ -15,6 +15,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from parallelmind.model.penalty import adapted_layers
 from parallelmind.model.structure import causal_lm
 
 
@@ -58,11 +59,7 @@ def _wrapped(module: nn.Module) -> nn.Module | None:
 
 def is_movable(adapted: PeftModel) -> bool:
     """Whether `move_adapter` can move the adapter of this model: it is plain LoRA on linear layers."""
-    return all(
-        _is_plain(module)
-        for module in adapted.modules()
-        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
-    )
+    return all(map(_is_plain, adapted_layers(adapted)))
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -75,23 +72,26 @@ def move_adapter(adapted: PeftModel, model: PreTrainedModel | PeftModel, name: s
     Linear layers stay the same objects. The copy must not be used afterwards. Returns None, with nothing
     changed, if a layer of `model` has an adapter of another kind. The caller activates an adapter.
 
-    Relies on: all that a LoRA layer keeps for an adapter are items, by the adapter's name, of mappings that
-    are its attributes or children; and a PeftModel finds the model under `base_model.model`.
+    Relies on: all that a LoRA layer and a `ModulesToSaveWrapper` keep for an adapter are items, by the
+    adapter's name, of sets and mappings that are their attributes or children; and a PeftModel finds the
+    model under `base_model.model`.
     """
     base = causal_lm(model)
-    layers = {
-        path: module for path, module in causal_lm(adapted).named_modules() if isinstance(module, LoraLinear)
+    wrappers = {
+        path: module
+        for path, module in causal_lm(adapted).named_modules()
+        if isinstance(module, LoraLinear | AuxiliaryTrainingWrapper)
     }
-    present = {path: base.get_submodule(path) for path in layers}
+    present = {path: base.get_submodule(path) for path in wrappers}
     if any(isinstance(old, BaseTunerLayer) and not _is_plain(old) for old in present.values()):
         return None
-    for path, layer in layers.items():
+    for path, wrapper in wrappers.items():
         old = present[path]
-        if isinstance(old, LoraLinear):
-            _move_items(layer, old, name)
+        if isinstance(old, LoraLinear | AuxiliaryTrainingWrapper):
+            _move_items(wrapper, old, name)
         else:
-            layer.base_layer = old
-            base.set_submodule(path, layer)
+            setattr(wrapper, "base_layer" if isinstance(wrapper, LoraLinear) else "original_module", old)
+            base.set_submodule(path, wrapper)
     if isinstance(model, PeftModel):
         model.peft_config[name] = adapted.peft_config[name]
         return model
@@ -100,7 +100,9 @@ def move_adapter(adapted: PeftModel, model: PreTrainedModel | PeftModel, name: s
     return adapted
 
 
-def _move_items(source: LoraLinear, target: LoraLinear, name: str) -> None:
+def _move_items(source: nn.Module, target: nn.Module, name: str) -> None:
     for attribute, values in chain(vars(source).items(), source.named_children()):
         if isinstance(values, dict | nn.ModuleDict | nn.ParameterDict) and name in values:
             getattr(target, attribute)[name] = values[name]
+        elif isinstance(values, set) and name in values:
+            getattr(target, attribute).add(name)

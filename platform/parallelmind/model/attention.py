@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 
 from parallelmind.layout import Batch
 from parallelmind.model.hf_compat import FLEX, SDPA, attention_name, hands_over_masks, has_own_attention
-from parallelmind.model.patch_state import is_patched
+from parallelmind.model.patch_state import is_patched, rope_config
 from parallelmind.model.structure import causal_lm, text_modules
+from parallelmind.visibility import learns_penalty
 
 # Number of tokens above which a sequence is computed with FlexAttention. It is a default, not a measurement:
 # experiments/LOG.md records no run of the kernel on a GPU, and `make gpu-day` measures both attentions. It
@@ -50,13 +51,15 @@ def compute_dtype(model: PreTrainedModel | PeftModel) -> torch.dtype:
 def choose_attention(model: nn.Module, length: int, dtype: torch.dtype, is_flat: bool = True) -> str:
     """Name of the attention for a whole sequence: flex_attention, `BLOCKS`, or what the model is set to.
 
-    The choice is the same within a bucket of lengths. dtype: what the model computes in. is_flat: whether
+    The choice is the same within a bucket of lengths. A learned sibling penalty is computed by blocks on a
+    CPU, and with dense masks elsewhere. dtype: what the model computes in. is_flat: whether
     every row is one sample of main and branches alone.
     """
     inner = causal_lm(model)
     configured = attention_name(inner)
-    is_long = length_bucket(length) > FLEX_ABOVE and _fits_device(inner.device, dtype)
-    is_sparse = inner.device.type == "cpu" and not is_flat
+    learns = is_patched(inner) and learns_penalty(rope_config(inner))
+    is_long = not learns and length_bucket(length) > FLEX_ABOVE and _fits_device(inner.device, dtype)
+    is_sparse = inner.device.type == "cpu" and (learns or not is_flat)
     if not (is_long or is_sparse):
         return configured
     # An unpatched model builds its own masks. A model on eager may compute something that sdpa does not.

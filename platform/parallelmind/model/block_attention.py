@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import gcd
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ QUERIES = 128  # of a block
 
 
 @dataclass(slots=True)
-class _Block:
+class Block:
     """keys: those that one of the block's queries sees. bias: `[queries, keys]`."""
 
     keys: slice | Tensor
@@ -47,7 +47,8 @@ class _Block:
         return self._repeated[group, dtype]
 
 
-_AttendBlock = Callable[[Tensor, Tensor, Tensor, _Block], Tensor]
+_AttendBlock = Callable[[Tensor, Tensor, Tensor, Block], Tensor]
+_GroupedT = TypeVar("_GroupedT", Tensor, None)
 
 
 class BlockAttention(AttentionBackend):
@@ -55,7 +56,7 @@ class BlockAttention(AttentionBackend):
 
     def __init__(self, rows: Sequence[Iterable[Tensor]]) -> None:
         """rows: for each row, the `[QUERIES, tokens]` bias of every block; minus infinity: not visible."""
-        self._rows = [_blocks(row) for row in rows]
+        self._rows = [make_blocks(row) for row in rows]
         super().__init__(sum(len(block.bias) for block in self._rows[0]))
 
     @torch.compiler.disable  # its blocks are different in every batch
@@ -68,13 +69,11 @@ class BlockAttention(AttentionBackend):
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        group = query.shape[1] // key.shape[1]
         query, key = query.to(value.dtype), key.to(value.dtype)  # autocast converts the inputs of SDPA only
-        # [rows, kv heads, group, tokens, dim]: the query heads of a group share a key
-        query = query.unflatten(1, (key.shape[1], group))
-        sinks = None if sinks is None else sinks.view(key.shape[1], group)
+        # [rows, kv heads, group, tokens, dim]
+        query, sinks = group_heads(query, 1, key.shape[1]), group_heads(sinks, 0, key.shape[1])
         if softcap is None and sinks is None:
-            attend: _AttendBlock = partial(_sdpa, scale=scale)
+            attend: _AttendBlock = partial(attend_sdpa, scale=scale)
         else:
             attend = partial(_attend, scale=scale, softcap=softcap, sinks=sinks)
         rows = [
@@ -84,14 +83,19 @@ class BlockAttention(AttentionBackend):
         return torch.stack(rows)
 
 
-class _ReadBlocks(torch.autograd.Function):
+def group_heads(states: _GroupedT, dim: int, kv_heads: int) -> _GroupedT:
+    """The dimension of query heads divided into `[kv heads, group]`: the heads of a group share a key."""
+    return None if states is None else states.unflatten(dim, (kv_heads, -1))
+
+
+class ReadBlocks(torch.autograd.Function):
     """What every block reads of `[kv heads, tokens, dim]`.
 
     The backward pass adds all gradients to one tensor; that of a slice fills a new one for each block.
     """
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, blocks: Sequence[_Block]) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, states: Tensor, blocks: Sequence[Block]) -> tuple[Tensor, ...]:
         ctx.blocks, ctx.shape = blocks, states.shape
         return tuple(block.read(states) for block in blocks)
 
@@ -103,33 +107,35 @@ class _ReadBlocks(torch.autograd.Function):
         return total, None
 
 
-def _blocks(biases: Iterable[Tensor]) -> list[_Block]:
-    """The blocks of one row."""
+def make_blocks(biases: Iterable[Tensor]) -> list[Block]:
+    """The blocks of one row. A block has no keys where its queries see none."""
     blocks = []
     for bias in biases:
         seen = (bias > -torch.inf).any(dim=0).nonzero().flatten()
         bias = bias[:, seen].clamp(min=torch.finfo(bias.dtype).min)
-        blocks.append(_Block(_as_slice(seen), bias))
+        blocks.append(Block(_as_slice(seen), bias))
     return blocks
 
 
 def _as_slice(indices: Tensor) -> slice | Tensor:
     """Ascending indices as a slice if they are adjacent: reading a slice copies nothing."""
+    if len(indices) == 0:
+        return slice(0, 0)
     first, last = int(indices[0]), int(indices[-1])
     return slice(first, last + 1) if last - first + 1 == len(indices) else indices
 
 
 def _attend_row(
-    attend: _AttendBlock, blocks: Sequence[_Block], query: Tensor, key: Tensor, value: Tensor
+    attend: _AttendBlock, blocks: Sequence[Block], query: Tensor, key: Tensor, value: Tensor
 ) -> Tensor:
     """`[tokens, heads, dim]` of `[kv heads, group, tokens, dim]`, and of `[kv heads, tokens, dim]`."""
     queries = query.split([len(block.bias) for block in blocks], dim=2)
-    keys, values = (_ReadBlocks.apply(states, blocks) for states in (key, value))
+    keys, values = (ReadBlocks.apply(states, blocks) for states in (key, value))
     parts = map(attend, queries, keys, values, blocks)
     return torch.cat([part.permute(2, 0, 1, 3) for part in parts]).flatten(1, 2)
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, block: _Block, scale: float) -> Tensor:
+def attend_sdpa(query: Tensor, key: Tensor, value: Tensor, block: Block, scale: float) -> Tensor:
     """`[kv heads, group, queries, dim]` of one block, by SDPA.
 
     Its backward pass shares out batch and heads among threads, so an odd number of heads is read twice, by
@@ -148,15 +154,32 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    block: _Block,
+    block: Block,
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """As `_sdpa`, for scores that SDPA does not compute. sinks: `[kv heads, group]`."""
+    """As `attend_sdpa`, for scores that SDPA does not compute. sinks: `[kv heads, group]`."""
+    return attend_biased(query, key, value, block.bias.float(), scale, softcap, sinks)
+
+
+def attend_biased(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """`[kv heads, group, queries, dim]` attention in plain operators, which has gradients for all arguments.
+
+    query: the same shape. key, value: `[kv heads, keys, dim]`. bias: summand of the scores, broadcast to
+    `[kv heads, group, queries, keys]`. sinks: `[kv heads, group]`.
+    """
     scores = torch.einsum("hgqd,hkd->hgqk", query, key).float() * scale
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-    scores = scores + block.bias.float()
+    scores = scores + bias
     if sinks is None:
         weights = scores.softmax(dim=-1)
     else:

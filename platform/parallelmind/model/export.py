@@ -35,6 +35,7 @@ from parallelmind.model.patch_state import is_patched
 from parallelmind.outputs import check_output
 from parallelmind.progress import waiting
 from parallelmind.storage import atomic_dir, expand_home, sha256
+from parallelmind.visibility import learns_penalty
 
 TOLERANCE = 5e-4  # largest difference of logits, as a share of the largest logit
 _PROBE_TOKENS = 32
@@ -121,7 +122,7 @@ def _load_plain(folder: Path, base: ModelConfig | None) -> PreTrainedModel | Pef
 def _check_exact(lora_path: str | Path, rope: RopeConfig, lone: bool) -> None:
     if not rope.patch_rope or (lone and (rope.rope_2d_ratio == 0 or rope.branch_angle == "added")):
         return  # the branch coordinate of a lone branch is 0: added to its time, it changes nothing
-    lone_remedy = ""
+    lone_remedy, trained = "", "rope_2d_ratio=0 positions=time"
     if rope.rope_2d_ratio > 0:
         reason = (
             f"rope_2d_ratio={rope.rope_2d_ratio}, and plain weights cannot rotate by the branch coordinate"
@@ -133,9 +134,12 @@ def _check_exact(lora_path: str | Path, rope: RopeConfig, lone: bool) -> None:
     elif rope.positions == "flat":
         reason = "positions=flat, and plain weights do not know the positions of other branches"
         lone_remedy = ", export one branch alone (lone=true)"
+    elif learns_penalty(rope):
+        reason = "sibling_penalty=learned, and plain weights hold no penalty for each head"
+        lone_remedy, trained = ", export one branch alone (lone=true)", "sibling_penalty=0"
     else:
         return
-    remedy = f"load it with load_model_with_lora{lone_remedy}, or train with rope_2d_ratio=0 positions=time"
+    remedy = f"load it with load_model_with_lora{lone_remedy}, or train with {trained}"
     raise UserError(f"lora_path={lora_path}: was trained with {reason}; {remedy}")
 
 

@@ -44,7 +44,7 @@ from parallelmind.model.shards import shard_parameters
 from parallelmind.model.structure import decoder_name, text_modules
 from parallelmind.progress import DelayedBar
 
-SDPA, FLEX = "sdpa", "flex_attention"
+SDPA, FLEX, EAGER = "sdpa", "flex_attention", "eager"
 SCORE_BIAS = "score_bias"  # attribute of a BlockMask: added to the scores of visible pairs
 
 _OWN_NAMES = {SDPA: "parallelmind_sdpa", FLEX: "parallelmind_flex_attention"}
@@ -121,8 +121,8 @@ class CheckpointedLayer(nn.Module):
 # Attention
 
 
-class AttentionBackend(BlockMask, ABC):
-    """Attention implementation that is passed in place of a mask.
+class _MaskStandIn(BlockMask):
+    """What is passed in place of a mask.
 
     Relies on: `transformers.masking_utils` returns a BlockMask with a four-dimensional shape as it is, so a
     model passes it on to the attention function of every layer. Nothing of BlockMask but its type and `shape`
@@ -135,6 +135,10 @@ class AttentionBackend(BlockMask, ABC):
     @property
     def shape(self) -> tuple[int, ...]:
         return 1, 1, self._queries, self._queries
+
+
+class AttentionBackend(_MaskStandIn, ABC):
+    """Attention implementation that is passed in place of a mask."""
 
     @abstractmethod
     def attend(
@@ -154,6 +158,27 @@ class AttentionBackend(BlockMask, ABC):
         softcap: scores become `softcap * tanh(score / softcap)` before masks and penalties.
         sinks: `[heads]` scores of a further key whose value is zero.
         """
+
+
+class LayerMask(_MaskStandIn, ABC):
+    """Mask that is another one in each layer."""
+
+    @abstractmethod
+    def of_layer(self, attention: nn.Module) -> Tensor | AttentionBackend:
+        """The mask of an attention module."""
+
+
+def replace_layer_mask(
+    attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Hook before the forward of an attention module of a model set to eager, which takes plain masks alone.
+
+    Relies on: layers pass the mask by its name, `attention_mask`.
+    """
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, LayerMask):
+        kwargs = {**kwargs, "attention_mask": mask.of_layer(attention)}
+    return args, kwargs
 
 
 class OwnAttention:
@@ -217,6 +242,11 @@ def has_own_attention(model: PreTrainedModel | PeftModel) -> bool:
 
 
 def hands_over_masks(model: PreTrainedModel) -> bool:
+    """Whether `passes_masks`, and the attention function is one that `OwnAttention` replaces."""
+    return attention_name(model) in _OWN_NAMES and passes_masks(model)
+
+
+def passes_masks(model: PreTrainedModel) -> bool:
     """Whether every layer passes mask, queries and keys unchanged to the configured attention function.
 
     Relies on: `_supports_flex_attn`, which is False for models that compute with the mask themselves; the
@@ -225,8 +255,7 @@ def hands_over_masks(model: PreTrainedModel) -> bool:
     """
     modules, layers = text_modules(model).values(), decoder_layers(model)
     return (
-        attention_name(model) in _OWN_NAMES
-        and all(module._supports_flex_attn for module in modules if isinstance(module, PreTrainedModel))
+        all(module._supports_flex_attn for module in modules if isinstance(module, PreTrainedModel))
         and len(layers) > 0
         and all(_attention_table(layer) is ALL_ATTENTION_FUNCTIONS for layer in layers)
     )
@@ -270,6 +299,8 @@ def _sdpa_attention(
     """`[batch, tokens, heads, dim]` of `[batch, heads, tokens, dim]`, and the weights or None."""
     if step_ops.is_attending():
         return _attend_in_step(module, query, key, value, attention_mask, **kwargs), None
+    if isinstance(attention_mask, LayerMask):
+        attention_mask = attention_mask.of_layer(module)
     if isinstance(attention_mask, BlockMask):
         return _attend_over_blocks(module, query, key, value, attention_mask, **kwargs)
     # transformers itself refuses a softcap

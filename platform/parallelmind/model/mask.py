@@ -22,9 +22,11 @@ from parallelmind.model.hf_compat import (
     attention_name,
     has_own_attention,
 )
-from parallelmind.model.patch_state import sibling_penalty
+from parallelmind.model.patch_state import is_patched, rope_config, sibling_penalty
+from parallelmind.model.penalty_attention import BlockPenaltyMask, DensePenaltyMask
 from parallelmind.model.structure import causal_lm, decoder
-from parallelmind.visibility import AttentionWindow, relation_scores
+from parallelmind.tree import SIBLING
+from parallelmind.visibility import AttentionWindow, learns_penalty, relation_scores
 
 BLOCK = 128  # tokens; the block size of FlexAttention
 _SLICE = 4 * BLOCK  # queries whose pairs are computed together
@@ -91,6 +93,8 @@ def _mask(
     window: AttentionWindow,
 ) -> Mask:
     """The mask of the layers with this window, for the chosen attention."""
+    if visibility == "columnar" and is_patched(model) and learns_penalty(rope_config(model)):
+        return _penalty_mask(model, chosen, placement, window)
     penalty = sibling_penalty(model)
     if chosen == FLEX:
         if penalty and not has_own_attention(model):
@@ -105,6 +109,20 @@ def _mask(
     if chosen == BLOCKS:
         return BlockAttention([bias.blocks(row, QUERIES) for row in range(len(placement.time))])
     return dense_attention_mask(bias.whole(), attention_name(model), has_penalty=penalty > 0)
+
+
+def _penalty_mask(
+    model: PreTrainedModel | PeftModel, chosen: str, placement: Placement, window: AttentionWindow
+) -> Mask:
+    """The same where each layer subtracts a penalty of its own."""
+    if chosen == FLEX:
+        raise ValueError("attn_implementation='flex_attention': sibling_penalty=learned needs sdpa or eager")
+    own = AttentionBias(placement, "isolated", window=window, dtype=model.dtype)
+    siblings = SiblingBias(placement, window, model.dtype)
+    if chosen == BLOCKS:
+        rows = range(len(placement.time))
+        return BlockPenaltyMask([(own.blocks(row, QUERIES), siblings.blocks(row, QUERIES)) for row in rows])
+    return DensePenaltyMask(own.whole(), siblings.whole())
 
 
 class AttentionBias:
@@ -150,6 +168,19 @@ class AttentionBias:
         if within is not None:
             bias.masked_fill_(~within, -torch.inf)
         bias.diagonal(offset=first).fill_(0)
+
+
+class SiblingBias(AttentionBias):
+    """The same with siblings alone: 0 for keys of siblings, where visibility is columnar."""
+
+    def __init__(self, placement: Placement, window: AttentionWindow, dtype: torch.dtype) -> None:
+        super().__init__(placement, "isolated", window=window, dtype=dtype)
+        is_sibling = placement.relations == SIBLING
+        self._scores = torch.full_like(self._scores, -torch.inf).masked_fill_(is_sibling, 0)
+
+    def _write(self, bias: Tensor, row: int, first: int) -> None:
+        super()._write(bias, row, first)
+        bias.diagonal(offset=first).fill_(-torch.inf)
 
 
 def score_tables(placement: Placement, visibility: Visibility, penalty: float = 0.0) -> Tensor:

@@ -19,10 +19,12 @@ from parallelmind.errors import UserError
 from parallelmind.model import forward_context
 from parallelmind.model.hf_compat import OwnAttention, compares_attention_name, hands_over_masks
 from parallelmind.model.patch_state import ATTRIBUTE, PatchState, is_patched, patch_state, rope_config
+from parallelmind.model.penalty import add_penalties, check_takes_penalties, remove_penalties
 from parallelmind.model.rotary import patch_rotary, unpatch_rotary
 from parallelmind.model.structure import decoder
 from parallelmind.model.support import check_supported
 from parallelmind.model.tree_inputs import LAYOUT, replace_layout
+from parallelmind.visibility import learns_penalty
 
 
 def patch(model: PreTrainedModel, config: RopeConfig) -> None:
@@ -33,6 +35,8 @@ def patch(model: PreTrainedModel, config: RopeConfig) -> None:
     if is_patched(model):
         raise UserError("model: is already patched; unpatch it first")
     check_supported(model)
+    if learns_penalty(config):
+        check_takes_penalties(model)
     if config.rope_2d_ratio > 0:
         patch_rotary(model, config)
     hooks = []
@@ -44,6 +48,8 @@ def patch(model: PreTrainedModel, config: RopeConfig) -> None:
     if hands_over_masks(model) and not compares_attention_name(model):
         attention = OwnAttention(model)
         attention.acquire()
+    if learns_penalty(config):
+        hooks += add_penalties(model)
     object.__setattr__(model, ATTRIBUTE, PatchState(config, tuple(hooks), attention))
 
 
@@ -55,6 +61,7 @@ def unpatch(model: PreTrainedModel) -> None:
     if state.attention is not None:
         state.attention.release()
     unpatch_rotary(model)
+    remove_penalties(model)
     object.__delattr__(model, ATTRIBUTE)
 
 

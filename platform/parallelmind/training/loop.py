@@ -38,6 +38,7 @@ from parallelmind.training.step import (
     learning_rate,
     make_optimizer,
     optimizer_step,
+    set_learning_rate,
 )
 from parallelmind.training.unread import UnreadStep, read_all
 
@@ -189,8 +190,7 @@ class Trainer:
 
         A step without a target or a finite gradient changes nothing; its norm is not finite.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_learning_rate(self.optimizer, rate)
         divisor = loss_sum.new_full((), targets * self.state.loss_scale or math.nan)
         divisor.masked_fill_(~loss_sum.isfinite(), math.nan)
         return optimizer_step(self.loss, self.optimizer, divisor, self.optimizer_config.gradient_clip)

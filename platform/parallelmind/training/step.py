@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import islice
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,9 +24,11 @@ from parallelmind.data.packing import make_batch
 from parallelmind.errors import UserError
 from parallelmind.layout import Batch, Tokens
 from parallelmind.model.inputs import to_tensors
+from parallelmind.model.penalty import RATE, penalty_weights
 from parallelmind.training.collectives import largest_over_workers, sum_over_workers
 from parallelmind.training.loss import TargetLoss
 
+_RATE_FACTOR = "rate_factor"  # of a group of parameters: multiplies the learning rate
 _SKIPS = "found_inf"  # attribute by which torch's gradient scaler tells a fused optimizer to skip its step
 _BUCKET_VALUES = 1 << 23  # of the gradients that one message sums over the workers: 32 MiB
 _CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")  # in the text of torch's RuntimeError
@@ -67,9 +70,19 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW; its fused kernel can skip a step by a number that is on the device."""
-    return torch.optim.AdamW(
-        trainable(model), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-    )
+    penalties = penalty_weights(model)
+    own_rate = set(penalties)
+    others = [weight for weight in trainable(model) if weight not in own_rate]
+    groups: list[dict[str, Any]] = [{"params": others}]
+    if penalties:
+        groups.append({"params": penalties, "weight_decay": 0.0, _RATE_FACTOR: RATE})
+    return torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the rate of the next step; that of learned penalties is a multiple of it."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get(_RATE_FACTOR, 1.0)
 
 
 def learning_rate(config: OptimizerConfig, position: float, planned: int) -> float:

@@ -109,7 +109,7 @@ def make(case: Case, dtype: torch.dtype) -> dict[str, Any]:
         num_keys=tables.length[spans.tables],
         tables=tables,
         adapters=(),
-        adapter=EMPTY,
+        adapter=np.zeros(len(queries.slots) + case.padding, np.int64),
     )
     shape = {
         "q": (case.heads, case.dim),

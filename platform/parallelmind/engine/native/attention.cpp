@@ -361,7 +361,7 @@ class Attention {
     float *queries = buffers.queries.data(), *scores = buffers.scores.data(), *weights = buffers.weights.data();
     for (int32_t h = head; h < last; h++)
       score(queries + (h - task.head) * count * width, count, keys, h, scores + (h - head) * count * TILE);
-    weigh(task, rows, biases, keys.vectors(), part_of(task, head), buffers);
+    weigh(task, head, rows, biases, keys.vectors(), part_of(task, head), buffers);
     for (int32_t h = head; h < last; h++) {
       load_values(h, keys, buffers.values.data());
       accumulate(weights + (h - head) * count * TILE, count, part_of(task, h), (keys.count + PER<T> - 1) / PER<T>,
@@ -390,12 +390,13 @@ class Attention {
 
   // Turn the scores of `count` rows, 16 at most, into weights relative to the largest score of a row so far, and
   // rescale what the parts of the rows have accumulated.
-  void weigh(const Task& task, int64_t count, const Vec (*biases)[VECTORS], int vectors, int64_t part,
+  void weigh(const Task& task, int32_t head, int64_t count, const Vec (*biases)[VECTORS], int vectors, int64_t part,
              Buffers& buffers) const {
     Vec most[LANES], sums[LANES] = {};
     float *all_scores = buffers.scores.data(), *all_weights = buffers.weights.data();
     for (int64_t r = 0; r < count; r++)
-      most[r] = bias(all_scores + r * TILE, biases ? biases[r % rows_of(task) / group] : nullptr, vectors);
+      most[r] = bias(all_scores + r * TILE, biases ? biases[r % rows_of(task) / group] : nullptr,
+                     penalty(task, head + r / rows_of(task), r), vectors);
     std::fill(most + count, most + LANES, splat(-INFINITY));
     const Vec old = load_some(largest + part, count), next = larger(old, lane_maxima(most));
     const Vec base = next == splat(-INFINITY) ? splat(0.f) : next;
@@ -427,12 +428,18 @@ class Attention {
     return s;
   }
 
+  // What the biases of a row of a KV head are multiplied by, where each query head has a number of its own.
+  float penalty(const Task& task, int32_t head, int64_t row) const {
+    if (!layer.penalties) return 1.f;
+    return layer.penalties[step.span_adapter[task.span] * layer.heads + head * group + row % group];
+  }
+
   // Scale, limit and bias the scores of a row; returns a vector that holds the largest.
-  Vec bias(float* scores, const Vec* biases, int vectors) const {
+  Vec bias(float* scores, const Vec* biases, float penalty, int vectors) const {
     Vec most = splat(-INFINITY);
     for (int v = 0; v < vectors; v++) {
       Vec s = limited(load(scores + v * LANES));
-      if (biases) s = biased(s, biases[v]);
+      if (biases) s = biased(s, biases[v], splat(penalty));
       put(scores + v * LANES, s);
       most = larger(s, most);
     }
@@ -505,12 +512,14 @@ class Attention {
       for (int64_t first = 0; first < count; first += MOST, buffer += size) {
         const float* words[MOST];
         int32_t queries[MOST] = {};
+        float factors[MOST] = {};
         const int64_t own = std::min(MOST, count - first);
         for (int64_t r = 0; r < own; r++) {
           words[r] = words_of(query_row(task, head, first + r), layer.dim, width, copies + r * width);
           queries[r] = int32_t((first + r) / group);
+          factors[r] = penalty(task, head, first + r);
         }
-        rows.emplace_back(buffer, width, columns, words, queries, int(own));
+        rows.emplace_back(buffer, width, columns, words, queries, factors, int(own));
       }
     return rows;
   }

@@ -19,6 +19,7 @@ struct Step {  // arrays of one step; the same for all layers with one attention
   const int64_t *score_start;                              // [spans] first entry of the span's table of scores
   const int32_t *score_width;                              // [spans] segments of the sample; 0: all scores are 0
   const float* scores;                                     // [segments, segments] of every sample
+  const int32_t* span_adapter;                             // [spans] row of `Layer::penalties`
   int64_t window, chunk;                                   // 0: none
 };
 
@@ -34,6 +35,7 @@ struct Layer {  // strides are in elements
   void* out;                    // [tokens, heads, value_dim]
   float scale, softcap;         // softcap 0: none
   const float* sinks;           // [heads], or null
+  const float* penalties;       // [adapters, heads] by which scores of the tables are multiplied; null: 1
 };
 
 struct Weights {  // of linear layers that read the same tensor, as linear.cpp packs them

@@ -48,12 +48,14 @@ class LaneRows {
   static int64_t size(int width, int columns) { return int64_t(width + columns + 2) * VECTORS * LANES; }  // floats
 
   // width, columns: words of a query, and floats of a value. rows: words of each row. queries: the query of each row
-  // among those of its task, which are 16 at most.
-  LaneRows(float* buffer, int width, int columns, const float* const* rows, const int32_t* queries, int count)
+  // among those of its task, which are 16 at most. factors: of the biases of each row.
+  LaneRows(float* buffer, int width, int columns, const float* const* rows, const int32_t* queries,
+           const float* factors, int count)
       : count(count), width(width), columns(columns), rows(buffer), out(buffer + width * VECTORS * LANES),
         total(out + columns * VECTORS * LANES), largest(total + VECTORS * LANES) {
     for (int v = 0; v < VECTORS; v++) {
       query[v] = *(const IntVec*)(queries + v * LANES);
+      factor[v] = load(factors + v * LANES);
       for (int w = 0; w < width; w += LANES) {
         Vec block[LANES];
         for (int i = 0; i < LANES; i++) block[i] = v * LANES + i < count ? load(rows[v * LANES + i] + w) : Vec{};
@@ -100,6 +102,7 @@ class LaneRows {
   const int width, columns;
   float *rows, *out, *total, *largest;  // [width, VECTORS], [columns, VECTORS], and twice [VECTORS] vectors
   IntVec query[VECTORS];
+  Vec factor[VECTORS];
 
   // Turn scores into words of weights, and rescale what the rows have accumulated.
   void weigh(float* scores, int count, const Vec* biases, float scale) {
@@ -109,7 +112,7 @@ class LaneRows {
       for (int v = 0; v < VECTORS; v++) {
         float* at = scores + (k * VECTORS + v) * LANES;
         Vec score = load(at) * scale;
-        if (biases) score = biased(score, permuted(biases[k], query[v]));
+        if (biases) score = biased(score, permuted(biases[k], query[v]), factor[v]);
         put(at, score);
         next[v] = larger(score, next[v]);
       }

@@ -32,6 +32,7 @@ struct Pass {  // one forward pass
   const Pool* pools;           // by layer
   const Step* const* windows;  // by the number that a layer's mask holds
   const int32_t *adapter, *sampled_adapter;  // of each token, and of each token that is sampled
+  const float* const* penalties;             // by layer, as in `Layer`; null for none
 };
 
 }  // extern "C"
@@ -136,13 +137,13 @@ void add_adapters(const Adapters& adapters, AtenTensorHandle input_handle, AtenT
 }
 
 AtenTensorHandle attend(const Tensor& query, const Tensor& key, const Tensor& value, const Step& step, const Pool& pool,
-                        double scale, double softcap, const float* sinks) {
+                        double scale, double softcap, const float* sinks, const float* penalties) {
   const int64_t heads = query.sizes[1], tokens = query.sizes[2], value_dim = value.sizes[3];
   const Tensor out(empty({1, tokens, heads, value_dim}, query.dtype));
   const Layer layer = {heads,           key.sizes[1],     key.sizes[3],     value_dim,        query.data,
                        query.strides[2], query.strides[1], key.data,        key.strides[2],   key.strides[1],
                        value.data,      value.strides[2], value.strides[1], pool.keys,        pool.values,
-                       out.data,        float(scale),     float(softcap),   sinks};
+                       out.data,        float(scale),     float(softcap),   sinks,            penalties};
   (query.is_float() ? attend_float32 : attend_bfloat16)(&step, &layer);
   return out.handle;
 }
@@ -170,8 +171,9 @@ extern "C" AOTITorchError aoti_torch_cpu_step_attend(AtenTensorHandle query, Ate
     const Pool& pool = running->pools[layer];
     const Tensor q = dense(query, 3), k = dense(key, 3), v = dense(value, 3);
     const double cap = softcap ? *softcap : 0;
-    if (sinks) *out = attend(q, k, v, step, pool, scale, cap, (const float*)as_float(*sinks).data);
-    else *out = attend(q, k, v, step, pool, scale, cap, nullptr);
+    const float* penalties = running->penalties ? running->penalties[layer] : nullptr;
+    if (sinks) *out = attend(q, k, v, step, pool, scale, cap, (const float*)as_float(*sinks).data, penalties);
+    else *out = attend(q, k, v, step, pool, scale, cap, nullptr, penalties);
     return 0;
   } catch (const Failure&) {
     return 1;

@@ -65,8 +65,10 @@ inline bool any(IntVec mask) {
 #endif
 }
 
-// A score with its bias; -infinity for a bias of -infinity, whatever the score is.
-inline Vec biased(Vec score, Vec bias) { return bias > splat(-INFINITY) ? score + bias : splat(-INFINITY); }
+// A score with `factor` times its bias; -infinity for a bias of -infinity, whatever the score and the factor are.
+inline Vec biased(Vec score, Vec bias, Vec factor) {
+  return bias > splat(-INFINITY) ? score + bias * factor : splat(-INFINITY);
+}
 
 inline Vec larger(Vec x, Vec y) { return x > y ? x : y; }
 inline Vec added(Vec x, Vec y) { return x + y; }
