@@ -20,6 +20,7 @@ from parallelmind.config.yaml_file import save_yaml
 from parallelmind.errors import UserError
 from parallelmind.model.base_model import load_meta_model, load_tokenizer
 from parallelmind.model.manifest import read_adapter
+from parallelmind.model.penalty import check_takes_penalties
 from parallelmind.model.support import check_supported
 from parallelmind.model.vocabulary import check_vocabulary
 from parallelmind.storage import atomic_file
@@ -81,7 +82,9 @@ def begin(config: TrainConfig, run_dir: RunDir) -> PreTrainedTokenizerBase:
     for note in check_vocabulary(tokenizer, config.model):
         print(f"warning: {note}", file=sys.stderr, flush=True)
     if config.rope.patch_rope:
-        check_supported(load_meta_model(config.model))
+        model = load_meta_model(config.model)
+        check_supported(model)
+        check_takes_penalties(model, config.rope)
     if config.optimizer.resume_adapter is not None:
         settings = {**config.rope.model_dump(), **config.lora.model_dump(exclude={"lora_dropout"})}
         settings["add_tokens"] = config.model.add_tokens

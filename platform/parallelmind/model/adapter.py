@@ -45,7 +45,7 @@ from parallelmind.model.peft_folder import (
     peft_values,
     read_peft_folder,
 )
-from parallelmind.model.penalty import modules_to_save
+from parallelmind.model.penalty import check_takes_penalties, modules_to_save
 from parallelmind.model.structure import to_device
 from parallelmind.model.support import check_supported
 from parallelmind.model.targets import excluded_modules, parse_targets
@@ -242,7 +242,9 @@ def load_model_with_lora(
         LoadConfig, {**_LOADED_TO_CPU, **trained_values, **values}, source="load_model_with_lora"
     )
     if config.rope.patch_rope:
-        check_supported(load_meta_model(config.model))  # before any weights are read
+        meta_model = load_meta_model(config.model)  # before any weights are read
+        check_supported(meta_model)
+        check_takes_penalties(meta_model, config.rope)
     model, tokenizer = load_base(config.model, attn_implementation)
     if config.rope.patch_rope:
         patch(model, config.rope)

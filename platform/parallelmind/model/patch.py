@@ -35,8 +35,7 @@ def patch(model: PreTrainedModel, config: RopeConfig) -> None:
     if is_patched(model):
         raise UserError("model: is already patched; unpatch it first")
     check_supported(model)
-    if learns_penalty(config):
-        check_takes_penalties(model)
+    check_takes_penalties(model, config)
     if config.rope_2d_ratio > 0:
         patch_rotary(model, config)
     hooks = []

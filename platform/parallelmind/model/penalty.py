@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from parallelmind.config import RopeConfig
 from parallelmind.errors import UserError
 from parallelmind.model.hf_compat import (
     EAGER,
@@ -28,6 +29,7 @@ from parallelmind.model.hf_compat import (
     replace_layer_mask,
 )
 from parallelmind.model.structure import text_modules
+from parallelmind.visibility import learns_penalty
 
 NAME = "sibling_penalty"  # of the module in the attention module, and in the names of its weights
 
@@ -50,16 +52,23 @@ class SiblingPenalty(nn.Module):
         self.weight = nn.Parameter(start, requires_grad=False)
 
 
-def check_takes_penalties(model: PreTrainedModel) -> None:
-    """Raise UserError for a model whose layers cannot be given masks of their own."""
+def check_takes_penalties(model: PreTrainedModel, config: RopeConfig) -> None:
+    """Raise UserError if penalties are learned and the layers of the model cannot have masks of their own."""
+    if not learns_penalty(config):
+        return
     name = attention_name(model)
     if name not in (SDPA, EAGER):
         problem = f"attn_implementation={name} gives all layers one mask; choose sdpa or eager"
-    elif not passes_masks(model) or (name == SDPA and compares_attention_name(model)):
+    elif not _passes_masks_on(model, name):
         problem = f"the layers of {model.config.model_type} compute with the mask themselves; set a number"
     else:
         return
     raise UserError(f"sibling_penalty=learned: {problem}")
+
+
+def _passes_masks_on(model: PreTrainedModel, attention: str) -> bool:
+    has_own = passes_masks(model) and any(True for _ in _attention_modules(model))
+    return has_own and not (attention == SDPA and compares_attention_name(model))
 
 
 def add_penalties(model: PreTrainedModel) -> list[RemovableHandle]:
