@@ -180,10 +180,17 @@ class TrainConfig(GroupedConfig):
 
     @model_validator(mode="after")
     def _check_penalty(self) -> Self:
-        if self.optimizer.tuning == "full" and self.rope.sibling_penalty == "learned":
+        if self.rope.sibling_penalty != "learned":
+            return self
+        if self.optimizer.tuning == "full":
             raise ValueError(
                 "sibling_penalty=learned: is kept in an adapter, which tuning=full does not train; "
                 "set a number, or drop tuning=full"
+            )
+        if self.workers.sharding == "full":
+            raise ValueError(
+                "sibling_penalty=learned: sharded workers need a gradient for every weight, and a batch "
+                "without siblings gives penalties none; set a number, or drop sharding=full"
             )
         return self
 

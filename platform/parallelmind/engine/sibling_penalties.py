@@ -28,7 +28,7 @@ class SiblingPenalties:
         key = tuple(versions)
         if key not in self._tables:
             self._tables[key] = {
-                layer: torch.stack([penalty.of(version) for version in key])
+                layer: torch.stack([penalty.of(version) for version in key]).float()
                 for layer, penalty in self._by_layer.items()
             }
         return self._tables[key]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import gcd
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +48,6 @@ class Block:
 
 
 _AttendBlock = Callable[[Tensor, Tensor, Tensor, Block], Tensor]
-_GroupedT = TypeVar("_GroupedT", Tensor, None)
 
 
 class BlockAttention(AttentionBackend):
@@ -70,8 +69,8 @@ class BlockAttention(AttentionBackend):
         sinks: Tensor | None = None,
     ) -> Tensor:
         query, key = query.to(value.dtype), key.to(value.dtype)  # autocast converts the inputs of SDPA only
-        # [rows, kv heads, group, tokens, dim]
-        query, sinks = group_heads(query, 1, key.shape[1]), group_heads(sinks, 0, key.shape[1])
+        query = group_heads(query, 1, key.shape[1])
+        sinks = None if sinks is None else group_heads(sinks, 0, key.shape[1])
         if softcap is None and sinks is None:
             attend: _AttendBlock = partial(attend_sdpa, scale=scale)
         else:
@@ -83,9 +82,9 @@ class BlockAttention(AttentionBackend):
         return torch.stack(rows)
 
 
-def group_heads(states: _GroupedT, dim: int, kv_heads: int) -> _GroupedT:
+def group_heads(states: Tensor, dim: int, kv_heads: int) -> Tensor:
     """The dimension of query heads divided into `[kv heads, group]`: the heads of a group share a key."""
-    return None if states is None else states.unflatten(dim, (kv_heads, -1))
+    return states.unflatten(dim, (kv_heads, -1))
 
 
 class ReadBlocks(torch.autograd.Function):

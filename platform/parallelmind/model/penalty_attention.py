@@ -53,6 +53,7 @@ class BlockPenaltyMask(LayerMask):
         self._rows: list[_Blocks] = [(make_blocks(own), make_blocks(siblings)) for own, siblings in rows]
         super().__init__(sum(len(block.bias) for block in self._rows[0][0]))
 
+    @torch.compiler.disable  # the same holds for what it returns
     def of_layer(self, attention: nn.Module) -> AttentionBackend:
         return _PenaltyAttention(self._rows, layer_penalty(attention))
 
@@ -76,9 +77,8 @@ class _PenaltyAttention(AttentionBackend):
     ) -> Tensor:
         query, key = query.to(value.dtype), key.to(value.dtype)  # autocast converts the inputs of SDPA only
         kv_heads = key.shape[1]
-        attend = _AttendBlock(
-            group_heads(self._penalty, 0, kv_heads), scale, softcap, group_heads(sinks, 0, kv_heads)
-        )
+        sinks = None if sinks is None else group_heads(sinks, 0, kv_heads)
+        attend = _AttendBlock(group_heads(self._penalty, 0, kv_heads), scale, softcap, sinks)
         rows = zip(self._rows, group_heads(query, 1, kv_heads), key, value, strict=True)
         return torch.stack([_attend_row(attend, blocks, *states) for blocks, *states in rows])
 

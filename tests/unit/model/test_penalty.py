@@ -143,8 +143,11 @@ def test_penalties_are_trained_at_a_rate_of_their_own() -> None:
 
 
 def test_what_cannot_hold_penalties_is_refused() -> None:
-    with pytest.raises(UserError, match=r"sibling_penalty=learned: is kept in an adapter"):
-        resolve(TrainConfig, {"data_path": "x", "tuning": "full", "sibling_penalty": "learned"})
+    for field in ("tuning", "sharding"):
+        with pytest.raises(
+            UserError, match=rf"sibling_penalty=learned: .*; set a number, or drop {field}=full"
+        ):
+            resolve(TrainConfig, {"data_path": "x", field: "full", "sibling_penalty": "learned"})
     for wrong in ("-1", "much"):
         with pytest.raises(UserError, match=rf"sibling_penalty={wrong}: .*'learned'"):
             resolve(TrainConfig, {"data_path": "x"}, [f"sibling_penalty={wrong}"])
