@@ -43,7 +43,7 @@ def effective_penalty(config: RopeConfig) -> float:
     """
     if config.visibility != "columnar":
         return 0.0
-    return 1.0 if config.sibling_penalty == "learned" else config.sibling_penalty
+    return 1.0 if isinstance(config.sibling_penalty, str) else config.sibling_penalty
 
 
 @dataclass(frozen=True, slots=True)
