@@ -64,7 +64,7 @@ def test_a_loaded_adapter_has_its_penalties(folder: Path) -> None:
     manifest = json.loads((folder / "0" / "parallelmind.json").read_text())
     assert manifest["rope"]["sibling_penalty"] == "learned"
     assert not any(NAME in name for name in manifest["base"]["weights"])
-    with pytest.raises(UserError, match=r"sibling_penalty=3: the adapter has sibling_penalty=learned"):
+    with pytest.raises(UserError, match=r"sibling_penalty=3.0: the adapter has sibling_penalty=learned"):
         load_model_with_lora(lora_path=folder / "0", sibling_penalty=3.0)
 
 
@@ -95,22 +95,24 @@ def test_without_an_adapter_every_head_has_the_starting_value(folder: Path) -> N
 
 def test_several_adapters_on_a_model_have_their_own_penalties(folder: Path) -> None:
     model, expected = patched(), patched()
-    for name in ("0", "1"):
-        adapted = attach(shared_copy(model), read_saved(model, tiny_tokenizer(), folder / name), name).eval()
+    for name in ("v0", "v1"):
+        adapted = attach(
+            shared_copy(model), read_saved(model, tiny_tokenizer(), folder / name[1:]), name
+        ).eval()
         assert is_movable(adapted)
         model = move_adapter(adapted, model, name)
-        expected = attach(expected, read_saved(expected, tiny_tokenizer(), folder / name), name).eval()
+        expected = attach(expected, read_saved(expected, tiny_tokenizer(), folder / name[1:]), name).eval()
     found = []
-    for name in ("0", "1", "0"):
+    for name in ("v0", "v1", "v0"):
         model.set_adapter(name)
         expected.set_adapter(name)
         found.append(logits(model))
         assert torch.equal(found[-1], logits(expected))
     assert torch.equal(found[0], found[2])
     assert not torch.equal(found[0], found[1])
-    assert fingerprint(model, "0", LEARNED) != fingerprint(model, "1", LEARNED)
-    model.delete_adapter("0")
-    model.set_adapter("1")
+    assert fingerprint(model, "v0", LEARNED) != fingerprint(model, "v1", LEARNED)
+    model.delete_adapter("v0")
+    model.set_adapter("v1")
     assert torch.equal(logits(model), found[1])
 
 
