@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from parallelmind.model.penalty import penalties_by_layer
 
@@ -13,7 +14,7 @@ from parallelmind.model.penalty import penalties_by_layer
 class SiblingPenalties:
     """Empty for a model that does not learn its penalty."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self._by_layer = penalties_by_layer(model)
         self._tables: dict[tuple[str, ...], Mapping[int, Tensor]] = {}  # by versions of adapters
 
