@@ -37,7 +37,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TextIO
@@ -54,6 +54,7 @@ from parallelmind.data.files import find_files
 from parallelmind.errors import UserError, translate_write_errors
 from parallelmind.outputs import check_output
 from parallelmind.storage import atomic_file
+from workloads.data.read_position import ReadPosition
 
 if TYPE_CHECKING:  # a model library takes seconds to import
     from transformers import PreTrainedTokenizerBase
@@ -124,9 +125,15 @@ class Conversion:
     def run(self) -> str:
         """Write the file and return the counts in one line. After a UserError the output is unchanged."""
         output = self._config.output_path
-        results = self._results()
-        with translate_write_errors("output_path", output), atomic_file(Path(output)) as file:
-            for result in cli.tracked(results, "converting", None, lambda _: self._counts()):
+        files = self._files()
+        results, position = self._results(files), ReadPosition(files)
+        with (
+            translate_write_errors("output_path", output),
+            atomic_file(Path(output)) as file,
+            cli.progress("converting", position.total or None) as report_progress,
+        ):
+            for result in results:
+                report_progress(position.num_bytes(), self._counts)
                 if isinstance(result, BadRecord):
                     self._report(result)
                 else:
@@ -145,13 +152,19 @@ class Conversion:
         config = self._config
         return f"dataset={config.dataset}" if config.dataset else f"data_path={config.data_path}"
 
-    def _results(self) -> Iterable[ParallelRecord | BadRecord]:
+    def _files(self) -> list[str]:
+        """The source files; none of a data set of the hub."""
+        if self._config.dataset:
+            return []
+        files = find_files(self._config.data_path or "", suffixes=SOURCE_SUFFIXES)
+        check_output(self._config.output_path, "output_path", data_path=files)
+        return files
+
+    def _results(self, files: Sequence[str]) -> Iterable[ParallelRecord | BadRecord]:
         config = self._config
         if config.dataset:
             records = read_dataset(config.dataset, config.subset, config.split)
             return self._converter.convert_records(records)
-        files = find_files(config.data_path or "", suffixes=SOURCE_SUFFIXES)
-        check_output(config.output_path, "output_path", data_path=files)
         if len(files) == 1:
             return self._converter.convert_file(files[0])
         return chain.from_iterable(map(self._convert_one_of_many, files))

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 from tiny import save_tiny
 
+from parallelmind import cli
 from parallelmind.data.convert.readers import read_dataset
 from parallelmind.errors import UserError, UserNotice
-from workloads.data import convert
+from workloads.data import convert, read_position
+from workloads.data.read_position import ReadPosition
 
 PAIR = {"prompt": "où", "response": "it"}
 CONVERTED = {"prompt": "où", "completion": "it"}
@@ -61,6 +63,36 @@ def test_several_files_and_the_counts(tmp_path: Path, capsys: pytest.CaptureFixt
     assert len(run(tmp_path, f"data_path={tmp_path}/*.json,{tmp_path}/a*", name="new/out.jsonl")) == 2
     line = "2 records in, 2 records out, 3 branches, 0 bad, 1 questions without an answer skipped\n"
     assert capsys.readouterr().out == line
+
+
+def test_progress_tells_the_time_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "_SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(read_position, "_SECONDS_BETWEEN_LOOKS", 0.0)
+    for name in ("a.jsonl", "b.jsonl.gz"):
+        write(
+            tmp_path / name, "".join(f'{{"prompt": "{"x" * 9999}", "response": "{n}"}}\n' for n in range(99))
+        )
+    assert len(run(tmp_path, f"data_path={tmp_path}/*.jsonl*")) == 198
+    lines = [line for line in capsys.readouterr().err.splitlines() if "records in" in line]
+    assert len([line for line in lines if re.search(r"\d bad, \d:\d\d:\d\d left$", line)]) > 20
+    assert len(lines) > 100
+
+
+def test_the_position_covers_all_files_and_none_of_other_machines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(read_position, "_SECONDS_BETWEEN_LOOKS", 0.0)
+    files = [str(write(tmp_path / name, "0123456789")) for name in "ab"]
+    position = ReadPosition(files)
+    assert (position.total, position.num_bytes()) == (20, 0)
+    with open(files[1], "rb", buffering=0) as stream:
+        stream.read(4)
+        assert position.num_bytes() == 14
+    assert position.num_bytes() == 14
+    remote = ReadPosition(["s3://bucket/a.jsonl", *files])
+    assert (remote.total, remote.num_bytes()) == (None, 0)
 
 
 def test_keys_without_effect_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
