@@ -27,6 +27,7 @@ from parallelmind.config.resolve import without_metadata
 from parallelmind.crash_report import crash_report
 from parallelmind.errors import UserError, UserNotice
 from parallelmind.programs import is_installed
+from parallelmind.progress import DELAY_S
 from parallelmind.redaction import redact_uri
 
 ConfigT = TypeVar("ConfigT", bound=FrozenConfig)
@@ -79,24 +80,33 @@ Advance = Callable[[int, Callable[[], str]], None]
 
 @contextmanager
 def progress(description: str, total: int | None) -> Iterator[Advance]:
-    """Show progress on stderr: a bar on a terminal, elsewhere a line every few seconds.
+    """Show progress on stderr: after some seconds a bar on a terminal, elsewhere a line every few seconds.
 
     Yields a function that takes the number of items done and a function that returns a line about them. With
     `total` the time left is shown.
     """
-    if sys.stderr.isatty():
-        columns = (
-            TextColumn(description),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}"),
-        )
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task("", total=total)
-            yield lambda done, line: bar.update(task, completed=done, description=line())
-    else:
+    if not sys.stderr.isatty():
         yield _print_periodically(total)
+        return
+    columns = (
+        TextColumn(description),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    bar, started = Progress(*columns, console=Console(stderr=True)), time.monotonic()
+    task = bar.add_task("", total=total)
+
+    def advance(done: int, line: Callable[[], str]) -> None:
+        if time.monotonic() - started >= DELAY_S:
+            bar.start()  # does nothing where it has started
+            bar.update(task, completed=done, description=line())
+
+    try:
+        yield advance
+    finally:
+        bar.stop()
 
 
 def _print_periodically(total: int | None) -> Advance:

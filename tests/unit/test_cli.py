@@ -25,6 +25,19 @@ def test_progress_without_a_terminal_reports_the_remaining_time(monkeypatch, cap
     assert capsys.readouterr().err == "0 done\n1 done, 0:00:00 left\n2 done, 0:00:00 left\n"
 
 
+def test_a_terminal_shows_a_bar_for_long_work_alone(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    for delay in (60.0, 0.0):
+        monkeypatch.setattr(cli, "DELAY_S", delay)
+        with cli.progress("working", 4) as report_progress:
+            report_progress(2, lambda: "2 done")
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert ("working" in err and "50%" in err and "2 done" in err) == (delay == 0)
+        assert delay == 0 or err == ""
+
+
 def test_a_file_that_may_not_be_opened_is_one_line(monkeypatch, capsys, tmp_path):
     (tmp_path / "secret").touch(mode=0)
     monkeypatch.setattr(sys, "argv", ["command"])

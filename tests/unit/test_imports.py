@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "visibility": {"config", "tree"},
     "hardware": {"errors", "config"},
     "cluster_nodes": {"errors"},
-    "cli": {"errors", "config", "crash_report", "programs", "redaction"},
+    "cli": {"errors", "config", "crash_report", "programs", "progress", "redaction"},
     "crash_report": {"errors", "redaction"},
     "programs": {"errors", "config"},
     "progress": set(),
