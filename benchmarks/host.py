@@ -1,8 +1,8 @@
 """Work of the host in a decoding step: planning, input tensors, sampling, text and events.
 
-The model is replaced by one that returns prepared logits at once, so a step takes the time that it spends
-outside of the model. All of it runs on one thread and is measured in processor time, which leaves out other
-load of the machine.
+The model is replaced by one that returns prepared logits at once, or their most likely tokens where a step
+asks its head for no more, so a step takes the time that it spends outside of the model. All of it runs on one
+thread and is measured in processor time, which leaves out other load of the machine.
 """
 
 from __future__ import annotations
@@ -24,20 +24,26 @@ from parallelmind.engine.model_runner import ModelRunner
 from parallelmind.engine.sampler import Sampler
 from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.engine.scheduler import EngineConfig
+from parallelmind.engine.step import Step
+from parallelmind.model import step_ops
 
 _STEPS, _MAX_NEW_TOKENS = 30, 256
 
 
 class _PreparedLogits:
-    """Stands in for a model: calls return its logits, attributes are the model's."""
+    """Stands in for a model: calls return its logits or most likely tokens, attributes are the model's."""
 
     def __init__(self, model: Any, rows: int) -> None:
         self._model = model
         shape = (1, rows, model.config.vocab_size)
         self.logits = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(model.dtype)
+        self.tokens = self.logits[0].float().argmax(dim=-1)
 
     def __call__(self, **inputs: Any) -> SimpleNamespace:
-        return SimpleNamespace(logits=self.logits[:, : len(inputs["logits_to_keep"])])
+        count, step = len(inputs["logits_to_keep"]), step_ops.running_step()
+        if isinstance(step, Step) and step.head is not None:
+            step.largest[:] = self.tokens[:count]
+        return SimpleNamespace(logits=self.logits[:, :count])
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)

@@ -41,6 +41,9 @@ class RecordingEngine(Engine):
         super().__init__(model, tiny_tokenizer(), limits, **settings)
         self.logits: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
 
+    def takes_most_likely(self, rows: Sequence[SamplingRow]) -> bool:
+        return False
+
     def sample(
         self, logits: Tensor, rows: Sequence[SamplingRow], masks: TokenMasks | None = None
     ) -> PendingTokens:

@@ -60,6 +60,9 @@ class LogitRecorder(Engine):
         self.group = self.samples.groups[number]
         self.logits: list[list[Tensor]] = [[] for _ in self.group.branches]
 
+    def takes_most_likely(self, rows: Sequence[SamplingRow]) -> bool:
+        return False
+
     def sample(
         self, logits: Tensor, rows: Sequence[SamplingRow], masks: TokenMasks | None = None
     ) -> PendingTokens:

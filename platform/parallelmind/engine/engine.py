@@ -449,7 +449,9 @@ class Engine:
         forward, inputs, logits = item
         sampled = forward.sampled()
         masks = self._grammars.begin_masks([row.matcher for row in sampled.rows])
-        logits = self._run(forward, inputs) if logits is None else logits
+        if logits is None:
+            greedy = masks is None and not forward.scores_prompts and self.takes_most_likely(sampled.rows)
+            logits = self._run(forward, inputs, greedy=greedy)
         num_sampled = len(sampled.rows)
         pending = self.sample(logits[:num_sampled], sampled.rows, masks.result() if masks else None)
         if may_look_ahead and self.runner.computes_ahead:
@@ -516,20 +518,32 @@ class Engine:
             passes[item.group.adapter_version, item.group.id if alone else None].append(item)
         return [ForwardPlan(None, items) for items in passes.values()]
 
-    def _run(self, forward: ForwardPlan, inputs: Any, token_ids: Tensor | None = None) -> Tensor:
-        """`[sampled, vocab]` logits of one forward pass. token_ids: in place of those of the inputs."""
+    def _run(
+        self, forward: ForwardPlan, inputs: Any, token_ids: Tensor | None = None, greedy: bool = False
+    ) -> Tensor:
+        """`[sampled, vocab]` logits of one forward pass. token_ids: in place of those of the inputs.
+
+        greedy: as in `ModelRunner`.
+        """
         start = perf_counter()
         version = forward.groups[0].adapter_version
         active = nullcontext() if self.runner.batches_adapters else self.adapters.active(version)
         with active, forward_context.restored():
-            logits = self.runner(inputs, token_ids)
+            logits = self.runner(inputs, token_ids, greedy)
         self.seconds_in_model += perf_counter() - start
         return logits
+
+    def takes_most_likely(self, rows: Sequence[SamplingRow]) -> bool:
+        """Whether `sample` needs nothing but the most likely token of every row."""
+        return self._sampler.is_greedy(rows, self.model.device)
 
     def sample(
         self, logits: Tensor, rows: Sequence[SamplingRow], masks: TokenMasks | None = None
     ) -> PendingTokens:
-        """The next token of every row of `[rows, vocab]` logits. masks: of the rows that have a grammar."""
+        """The next token of every row of `[rows, vocab]` logits, or of these tokens themselves.
+
+        masks: of the rows that have a grammar.
+        """
         return self._sampler(logits, rows, masks) if rows else PendingTokens.of([])
 
     # State

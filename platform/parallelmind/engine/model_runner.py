@@ -24,6 +24,7 @@ from parallelmind.engine.compiled_forward import compile_forward, compiling
 from parallelmind.engine.device_lora import DeviceLora, recorded_readers
 from parallelmind.engine.device_steps import DeviceSteps
 from parallelmind.engine.flex_attention import FlexAttention, is_chosen
+from parallelmind.engine.greedy_head import GreedyHead, is_last, recorded_outputs
 from parallelmind.engine.kv_cache import PagedKVCache
 from parallelmind.engine.native import kernels
 from parallelmind.engine.native_attention import NativeLayer
@@ -77,6 +78,7 @@ class ModelRunner:
         self._compiled: Callable[..., Any] | None = None
         self._operators: NativeOperators | None = None  # of compiled code
         self._kernels: dict[int, NativeLayer] = {}
+        self._head: GreedyHead | None = None  # if it is the model's last operation
         self._lora: LoraRows | None = None  # adapters by row, where that is possible
         self._device_steps: DeviceSteps | None = None  # of an accelerator
         self._device_lora: DeviceLora | None = None  # the same as `_lora`, there
@@ -108,22 +110,26 @@ class ModelRunner:
         return inputs
 
     @torch.inference_mode()
-    def __call__(self, inputs: ModelInput, ids: Tensor | None = None) -> Tensor:
+    def __call__(self, inputs: ModelInput, ids: Tensor | None = None, greedy: bool = False) -> Tensor:
         """`[sampled, vocab]` logits of the tokens in `logits_indices`; caches all tokens.
 
         ids: as in `DeviceSteps`, where `computes_ahead`.
+        greedy: whether `[sampled]` most likely tokens are enough, which are returned where the head finds
+            them; -1 for a row without a finite largest logit.
         """
         if self._linears is None and not is_chosen(self.model.device):
             return self._record_linears(inputs, self.cache)
         if (steps := self._steps_on_device(inputs.tables)) is not None:
             return steps(self._device_lora.numbered(inputs) if self._device_lora else inputs, ids)
         assert self._linears is not None, "they are recorded"
-        lora = self._lora
-        if self._compiled is not None and (lora is not None or not isinstance(self.model, PeftModel)):
-            logits = self._forward(self._compiled, inputs.padded(), self.cache, self._linears, lora)
-            return logits[: len(inputs.logits_indices)]
+        lora, num_sampled = self._lora, len(inputs.logits_indices)
+        by_row = lora is not None or not isinstance(self.model, PeftModel)
+        head = self._head if greedy and by_row else None
+        if self._compiled is not None and by_row:
+            padded = inputs.padded()
+            return self._forward(self._compiled, padded, self.cache, self._linears, lora, head)[:num_sampled]
         with self._linears.active(), nullcontext() if lora is None else lora.active():
-            return self._forward(self.model, inputs, self.cache, self._linears, lora)
+            return self._forward(self.model, inputs, self.cache, self._linears, lora, head)
 
     def _steps_on_device(self, tables: BlockTables) -> DeviceSteps | None:
         """Runs the steps on an accelerator; None on a CPU, and for a model that FlexAttention rejects.
@@ -171,7 +177,12 @@ class ModelRunner:
         cache.updates = []
         try:
             inner = causal_lm(self.model)
-            with recorded_groups(inner, native_linear.pack) as groups, recorded_readers(inner) as readers:
+            head: Any = inner.get_output_embeddings()
+            with (
+                recorded_groups(inner, native_linear.pack) as groups,
+                recorded_readers(inner) as readers,
+                recorded_outputs(head) as outputs,
+            ):
                 logits = self._forward(self.model, inputs, cache)
         except IndirectCacheError:
             self._is_direct, self._attention_name = False, ""
@@ -179,6 +190,7 @@ class ModelRunner:
         finally:
             cache.updates = None
         self._linears, self._readers = PackedLinears(groups), readers
+        self._head = GreedyHead.find(head, groups) if is_last(outputs, logits) else None
         self._find_adapters()
         return logits
 
@@ -241,16 +253,20 @@ class ModelRunner:
         cache: PagedKVCache,
         linears: PackedLinears | None = None,
         lora: LoraRows | None = None,
+        head: GreedyHead | None = None,
     ) -> Tensor:
+        """`[sampled, vocab]` logits; `[sampled]` tokens with a head that finds them."""
         self._choose_attention()
         device = self.model.device
         columns = np.stack([inputs.ids, inputs.branch, inputs.time, inputs.position, inputs.slots])
         tokens = torch.from_numpy(columns).to(device)  # one copy to the device
         masks = self._masks(inputs, tokens[-1], cache)
-        penalties = self._penalties.of(inputs.adapters)
-        groups = linears.groups if linears else ()
-        step = Step(inputs, cache, self._windows, groups, self._kernels, lora, penalties=penalties)
-        return self._call(call, step, tokens, masks, torch.from_numpy(inputs.logits_indices).to(device))
+        if head is not None and lora is not None and lora.adapts(head.group):
+            head = None
+        groups, penalties = linears.groups if linears else (), self._penalties.of(inputs.adapters)
+        step = Step(inputs, cache, self._windows, groups, self._kernels, lora, penalties=penalties, head=head)
+        logits = self._call(call, step, tokens, masks, torch.from_numpy(inputs.logits_indices).to(device))
+        return logits if head is None else step.largest
 
     def _call(self, call: Any, step: Step, columns: Tensor, masks: Any, sampled: Tensor) -> Tensor:
         """`[sampled, vocab]` logits. columns: `[5, tokens]`, as in `StepBuffers`."""

@@ -41,7 +41,9 @@ class NativeProduct:
             self._bias[:outputs] = bias
         pointers = (None if bias is None else self._bias.data_ptr()), inputs, outputs
         self.weights = _Weights(self._packed.data_ptr(), *pointers)
-        self._multiply = _function("multiply", weight.dtype, _P, _P, _P, _I)
+        self._multiply, self._find_largest = (
+            _function(name, weight.dtype, _P, _P, _P, _I) for name in ("multiply", "find_largest")
+        )
 
     def __call__(self, input: Tensor) -> Tensor:
         """`[..., outputs]` of `[..., inputs]`, in the dtype of the weights."""
@@ -50,6 +52,15 @@ class NativeProduct:
         rows = input.numel() // self.weights.inputs
         self._multiply(input.data_ptr(), ctypes.addressof(self.weights), out.data_ptr(), rows)
         return out
+
+    def find_largest(self, input: Tensor, outputs: Tensor) -> None:
+        """Write the first largest output of each row to `outputs`; -1 if it is infinite or if any is NaN.
+
+        input: `[..., inputs]`. outputs: `[rows]` int64. The product itself is not written to memory.
+        """
+        input = input.contiguous()
+        pointers = input.data_ptr(), ctypes.addressof(self.weights), outputs.data_ptr()
+        self._find_largest(*pointers, len(outputs))
 
 
 def pack(weight: Tensor, bias: Tensor | None) -> Product:

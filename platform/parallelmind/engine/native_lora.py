@@ -84,6 +84,10 @@ class LoraRows:
             self._adapters[version] = _Adapter(version, self._owners, self._sizes)
         return self._adapters[version]
 
+    def adapts(self, group: int) -> bool:
+        """Whether an adapter of the model has any of the group's layers."""
+        return bool(self._columns[group])
+
     def add(self, group: int, input: Tensor, product: Tensor) -> None:
         """Add the adapters of the step's samples to `product`, the group's product with `input`, in place."""
         columns, adapters, reads_sampled = self._pointers[group].tolist()

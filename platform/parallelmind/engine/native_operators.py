@@ -18,7 +18,7 @@ from parallelmind.engine.step import Step
 from parallelmind.model import step_ops
 from parallelmind.model.packed_linear import OneDnnProduct, PackedLinears, Product, product_dtype
 
-_P = ctypes.c_void_p
+_P, _I = ctypes.c_void_p, ctypes.c_int64
 _LINEAR = "int32_t aoti_torch_cpu_step_linear(AtenTensorHandle, int64_t, int64_t, AtenTensorHandle*)"
 _ATTEND = (
     "int32_t aoti_torch_cpu_step_attend(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, "
@@ -35,9 +35,11 @@ class _Pool(ctypes.Structure):
 
 
 class _Pass(ctypes.Structure):
-    _fields_ = tuple(
-        (name, _P)
-        for name in ("linears", "adapters", "pools", "windows", "adapter", "sampled_adapter", "penalties")
+    _fields_ = (
+        *((name, _P) for name in ("linears", "adapters", "pools", "windows", "adapter", "sampled_adapter")),
+        ("penalties", _P),
+        ("head", _I),
+        ("largest", _P),
     )
 
 
@@ -96,6 +98,8 @@ class NativeOperators:
             current.adapters, current.adapter, current.sampled_adapter = step.lora.pointers()
         penalties = _addresses(step.penalties)
         current.penalties = ctypes.addressof(penalties) if penalties else None
+        if step.head is not None:
+            current.head, current.largest = step.head.group, step.largest.data_ptr()
         self._run(ctypes.byref(current))
         try:
             yield

@@ -167,6 +167,12 @@ class Sampler:
         self._params: list[SamplingParams] = []
         self._metadata: _SamplingMetadata | None = None
 
+    def is_greedy(self, rows: Sequence[SamplingRow], device: torch.device) -> bool:
+        """Whether the next token of every row is its most likely one, and nothing else is asked for."""
+        settings = self._settings([row.params for row in rows], device)
+        changes = settings.random, settings.repetition_penalty, settings.logit_bias
+        return not settings.has_logprobs and all(change is None for change in changes)
+
     @torch.inference_mode()
     def __call__(
         self, logits: Tensor, rows: Sequence[SamplingRow], masks: TokenMasks | None = None
@@ -174,9 +180,11 @@ class Sampler:
         """Sample the next token of every row.
 
         logits: `[rows, vocab]`; not modified. The token of a row does not depend on the other rows. A row
-            whose largest logit is NaN or infinite gets no token.
+            whose largest logit is NaN or infinite gets no token. Or `[rows]` tokens that the model has found.
         masks: the tokens that the grammars of rows allow; all others have the probability 0 there.
         """
+        if logits.dim() == 1:
+            return PendingTokens(logits, logits)
         logits = _apply_masks(logits, masks)
         settings = self._settings([row.params for row in rows], logits.device)
         scores = _apply_repetition_penalty(_apply_logit_bias(logits, settings), settings, rows)

@@ -74,7 +74,9 @@ class SequentialRunner:
         return forward.each()
 
     @torch.inference_mode()
-    def __call__(self, scheduled: Sequence[ScheduledGroup], ids: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, scheduled: Sequence[ScheduledGroup], ids: Tensor | None = None, greedy: bool = False
+    ) -> Tensor:
         """`[sampled + labels, vocab]` logits, in the order of `ModelInput.logits_indices`.
 
         ids: not used, because it does not compute ahead.

@@ -12,6 +12,7 @@ from parallelmind.engine import native_attention
 from parallelmind.engine.attention import CascadeAttention
 from parallelmind.engine.batch import ModelInput
 from parallelmind.engine.flex_attention import FlexAttention, without_nan
+from parallelmind.engine.greedy_head import GreedyHead
 from parallelmind.engine.kv_cache import PagedKVCache
 from parallelmind.engine.native_attention import NativeAttention, NativeLayer
 from parallelmind.engine.native_lora import LoraRows
@@ -40,14 +41,17 @@ class Step:
         lora: LoraRows | None = None,
         flex: FlexAttention | None = None,
         penalties: Mapping[int, Tensor] | None = None,
+        head: GreedyHead | None = None,
     ) -> None:
         """kernels: by layer; kept from step to step. lora: adapters that the step computes by row.
 
         flex: computes the attention of the step, on an accelerator. penalties: as in `SiblingPenalties.of`.
+        head: finds the most likely tokens, `largest`, and writes no logits.
         """
         self.attends, self._flex = cache.kv_indices is None, flex
         self._inputs, self.cache, self._windows, self._linears = inputs, cache, windows, linears
-        self._kernels, self.lora, self.penalties = kernels, lora, penalties or {}
+        self._kernels, self.lora, self.head, self.penalties = kernels, lora, head, penalties or {}
+        self.largest = torch.empty(len(inputs.logits_indices), dtype=torch.int64)
         if lora is not None:
             lora.begin(inputs)
         self._native: NativeAttention | None = None
@@ -55,6 +59,8 @@ class Step:
         self._cascades: dict[tuple[AttentionWindow, torch.dtype], CascadeAttention] = {}
 
     def linear(self, input: Tensor, group: int) -> Tensor:
+        if self.head is not None and self.head.group == group:
+            return self.head.find_largest(input, self.largest)
         product = self._linears[group](input)
         if self.lora is not None:
             self.lora.add(group, input, product)

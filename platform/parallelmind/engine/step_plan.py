@@ -107,6 +107,11 @@ class ForwardPlan(NamedTuple):
             sampled.add_item(item)
         return sampled
 
+    @property
+    def scores_prompts(self) -> bool:
+        """Whether the pass computes log-probabilities of prompt tokens."""
+        return any(len(item.tokens.labels.positions) for item in self.scheduled)
+
     def filled(self) -> list[FilledBlocks]:
         """The blocks of all samples that the pass fills."""
         decoding = _filled(self.decoding) if self.decoding else ()

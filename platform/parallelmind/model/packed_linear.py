@@ -42,12 +42,14 @@ class LinearGroup:
 
     reads_tokens: whether the tensor has the form `[1, tokens, inputs]`, with one row for each token.
     product: of weight and bias of all layers.
+    computes_in_own_dtype: whether the product has the dtype of the weights.
     """
 
     def __init__(self, layers: Sequence[nn.Linear], reads_tokens: bool, pack: Pack = OneDnnProduct) -> None:
         self.layers, self.reads_tokens = tuple(layers), reads_tokens
         weight = torch.cat([layer.weight.detach() for layer in layers])
         self._dtype = product_dtype(weight.dtype)
+        self.computes_in_own_dtype = self._dtype == weight.dtype
         biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
         bias = torch.cat(biases).to(self._dtype) if biases else None
         self.product = pack(weight.to(self._dtype), bias)

@@ -77,14 +77,15 @@ def step_mask(window: int) -> Tensor:
     return torch.full((1, 1, 1, 1), float(window))
 
 
-def _step() -> RunningStep:
+def running_step() -> RunningStep:
+    """The step that runs."""
     step = _RUNNING.get()
     assert step is not None, "the operators are called within a step"
     return step
 
 
 def _linear(input: Tensor, group: int, outputs: int) -> Tensor:
-    return _step().linear(input, group)
+    return running_step().linear(input, group)
 
 
 def _linear_shape(input: Tensor, group: int, outputs: int) -> Tensor:
@@ -92,7 +93,7 @@ def _linear_shape(input: Tensor, group: int, outputs: int) -> Tensor:
 
 
 def _attend(*args: Any) -> Tensor:
-    return _step().attend(*args)
+    return running_step().attend(*args)
 
 
 def _attend_shape(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:

@@ -56,6 +56,32 @@ def test_a_row_does_not_depend_on_the_other_rows(dtype: torch.dtype) -> None:
         assert torch.equal(product(rows[:count])[0], together[0])
 
 
+@pytest.mark.parametrize("outputs", [1, 33, 64, 1000])
+@pytest.mark.parametrize("rows", [1, 13, 40])
+def test_the_first_largest_output_of_each_row(rows: int, outputs: int, dtype: torch.dtype) -> None:
+    """Coarse weights make many outputs equal."""
+    weight, input = random(outputs, 16, dtype=dtype).round(), random(rows, 16, dtype=dtype).round()
+    input[0], input[-1] = 0, 1
+    product = NativeProduct(weight, random(outputs, dtype=dtype).round())
+    logits = product(input)
+    found = torch.empty(rows, dtype=torch.int64)
+    product.find_largest(input, found)
+    first = (logits == logits.max(dim=-1, keepdim=True).values).int().argmax(dim=-1)
+    assert torch.equal(found, first)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_rows_that_are_not_finite_have_no_largest_output(value: float, dtype: torch.dtype) -> None:
+    weight, input = torch.ones(70, 16, dtype=dtype), torch.ones(3, 16, dtype=dtype)
+    input[1, 5] = value
+    found = torch.empty(3, dtype=torch.int64)
+    NativeProduct(weight, None).find_largest(input, found)
+    assert found.tolist() == [0, -1, 0]
+    weight[40] = float("nan")
+    NativeProduct(weight, None).find_largest(input, found)
+    assert found.tolist() == [-1, -1, -1]
+
+
 def test_an_input_with_gaps_between_its_rows(dtype: torch.dtype) -> None:
     weight, wide = random(32, 16, dtype=dtype), random(5, 40, dtype=dtype)
     product = NativeProduct(weight, None)

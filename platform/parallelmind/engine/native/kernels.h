@@ -58,6 +58,8 @@ void attend_float32(const Step* step, const Layer* layer);
 void attend_bfloat16(const Step* step, const Layer* layer);
 void multiply_float32(const float* input, const Weights* weights, float* out, int64_t rows);
 void multiply_bfloat16(const bf16* input, const Weights* weights, bf16* out, int64_t rows);
+void find_largest_float32(const float* input, const Weights* weights, int64_t* outputs, int64_t rows);
+void find_largest_bfloat16(const bf16* input, const Weights* weights, int64_t* outputs, int64_t rows);
 void add_low_rank_float32(const float* input, float* product, int64_t rows, int64_t inputs, int64_t columns,
                           const Adapter* adapters, const int32_t* adapter);
 void add_low_rank_bfloat16(const bf16* input, bf16* product, int64_t rows, int64_t inputs, int64_t columns,

@@ -5,7 +5,10 @@
 // step of few tokens takes as long as reading the weights. Sums are float32, and the result of a row depends on that
 // row alone, not on how many others there are.
 
+#include <omp.h>
+
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -24,9 +27,10 @@ void put_row(const float* sums, T* to, int64_t count) {
   std::memcpy(to, words, count * sizeof(T));
 }
 
-// out[row, output] = input[row] . weights[output] + bias[output]
-template <typename T>
-void multiply(const T* input, const Weights& weights, T* out, int64_t rows) {
+// Calls use(row, output, sums, count) with input[row] . weights[output] + bias[output] of `count` outputs, from
+// `output` on. A thread has a row's outputs in ascending order.
+template <typename T, typename Use>
+void multiply(const T* input, const Weights& weights, int64_t rows, const Use& use) {
   static thread_local std::vector<const float*> starts;
   static thread_local std::vector<float> copies;
   const int64_t words = (weights.inputs + PER<T> - 1) / PER<T>, blocks = (weights.outputs + COLUMNS - 1) / COLUMNS;
@@ -46,9 +50,54 @@ void multiply(const T* input, const Weights& weights, T* out, int64_t rows) {
     for (int64_t t = 0; t < tiles; t++) {
       const int64_t begin = rows * t / tiles, end = rows * (t + 1) / tiles, lines = t < readers ? 2 / readers : 0;
       add_products<T>(from + begin, end - begin, {first, next, words, COLUMNS, lines}, bias, to);
-      for (int64_t r = begin; r < end; r++) put_row(sums[r - begin], out + r * weights.outputs + b * COLUMNS, width);
+      for (int64_t r = begin; r < end; r++) use(r, b * COLUMNS, sums[r - begin], width);
       next += words * lines * LANES;
     }
+  }
+}
+
+// out[row, output] = input[row] . weights[output] + bias[output]
+template <typename T>
+void multiply(const T* input, const Weights& weights, T* out, int64_t rows) {
+  multiply(input, weights, rows, [&](int64_t row, int64_t output, const float* sums, int64_t count) {
+    put_row(sums, out + row * weights.outputs + output, count);
+  });
+}
+
+struct Largest {  // of the outputs of a row, as numbers of the model's type
+  float number = -INFINITY;
+  int64_t output = -1;
+  bool has_nan = false;
+
+  template <typename T>
+  void add(int64_t first, const float* sums, int64_t count) {
+    const Vec low = load(sums), high = load(sums + LANES);
+    has_nan |= any((low != low) | (high != high));
+    if (!any((low > splat(number)) | (high > splat(number)))) return;
+    T numbers[COLUMNS];
+    put_row(sums, numbers, count);
+    for (int64_t i = 0; i < count; i++)
+      if (to_float(numbers[i]) > number) number = to_float(numbers[i]), output = first + i;
+  }
+
+  void add(const Largest& other) {
+    has_nan |= other.has_nan;
+    const bool is_first = other.number == number && other.output < output;
+    if (other.number > number || is_first) number = other.number, output = other.output;
+  }
+};
+
+// outputs[row]: the first largest output; -1 if it is infinite or if any is NaN.
+template <typename T>
+void find_largest(const T* input, const Weights& weights, int64_t* outputs, int64_t rows) {
+  std::vector<Largest> found(rows * omp_get_max_threads());  // by thread
+  multiply(input, weights, rows, [&](int64_t row, int64_t output, const float* sums, int64_t count) {
+    found[omp_get_thread_num() * rows + row].add<T>(output, sums, count);
+  });
+  for (int64_t row = 0; row < rows; row++) {
+    Largest largest;
+    for (size_t i = row; i < found.size(); i += rows) largest.add(found[i]);
+    outputs[row] = largest.has_nan || std::isinf(largest.number) ? -1 : largest.output;
   }
 }
 
@@ -83,6 +132,10 @@ extern "C" void multiply_float32(const float* input, const Weights* weights, flo
   multiply(input, *weights, out, rows);
 }
 
+extern "C" void find_largest_float32(const float* input, const Weights* weights, int64_t* outputs, int64_t rows) {
+  find_largest(input, *weights, outputs, rows);
+}
+
 #ifdef __AVX512BF16__
 extern "C" void pack_bfloat16(const bf16* weights, float* packed, int64_t inputs, int64_t outputs) {
   pack(weights, packed, inputs, outputs);
@@ -90,5 +143,9 @@ extern "C" void pack_bfloat16(const bf16* weights, float* packed, int64_t inputs
 
 extern "C" void multiply_bfloat16(const bf16* input, const Weights* weights, bf16* out, int64_t rows) {
   multiply(input, *weights, out, rows);
+}
+
+extern "C" void find_largest_bfloat16(const bf16* input, const Weights* weights, int64_t* outputs, int64_t rows) {
+  find_largest(input, *weights, outputs, rows);
 }
 #endif

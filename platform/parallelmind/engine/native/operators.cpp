@@ -33,6 +33,8 @@ struct Pass {  // one forward pass
   const Step* const* windows;  // by the number that a layer's mask holds
   const int32_t *adapter, *sampled_adapter;  // of each token, and of each token that is sampled
   const float* const* penalties;             // by layer, as in `Layer`; null for none
+  int64_t head;                // the group that logits come from, if only the largest of each are needed
+  int64_t* largest;            // [sampled tokens] of these; null if all logits are
 };
 
 }  // extern "C"
@@ -103,20 +105,25 @@ float first_number(const Tensor& tensor) {
   return tensor.is_float() ? *(const float*)tensor.data : to_float(*(const bf16*)tensor.data);
 }
 
-AtenTensorHandle multiply(const Weights& weights, AtenTensorHandle input_handle) {
+// largest: where the largest outputs go; the product is not written then. Null if it is.
+AtenTensorHandle multiply(const Weights& weights, AtenTensorHandle input_handle, int64_t* largest) {
   const Tensor input = dense(input_handle, 0);
   std::vector<int64_t> sizes(input.sizes, input.sizes + input.dims);
   sizes.back() = weights.outputs;
   const Tensor out(empty(sizes, input.dtype));
-  if (input.is_float()) multiply_float32((const float*)input.data, &weights, (float*)out.data, input.rows());
+  if (input.is_float()) {
+    if (largest) find_largest_float32((const float*)input.data, &weights, largest, input.rows());
+    else multiply_float32((const float*)input.data, &weights, (float*)out.data, input.rows());
+  }
 #ifdef __AVX512BF16__
+  else if (largest) find_largest_bfloat16((const bf16*)input.data, &weights, largest, input.rows());
   else multiply_bfloat16((const bf16*)input.data, &weights, (bf16*)out.data, input.rows());
 #endif
   return out.handle;
 }
 
-AtenTensorHandle multiply(const Linear& linear, AtenTensorHandle input) {
-  if (linear.own) return multiply(*linear.own, input);
+AtenTensorHandle multiply(const Linear& linear, AtenTensorHandle input, int64_t* largest) {
+  if (linear.own) return multiply(*linear.own, input, largest);
   AtenTensorHandle bias = linear.bias, out;
   const char* algorithm = "";
   check(aoti_torch_cpu__linear_pointwise(input, linear.weight, bias ? &bias : nullptr, "none", nullptr, 0, &algorithm,
@@ -154,7 +161,7 @@ extern "C" void set_pass(const Pass* pass) { running = pass; }
 
 extern "C" AOTITorchError aoti_torch_cpu_step_linear(AtenTensorHandle input, int64_t group, int64_t, AtenTensorHandle* out) {
   try {
-    *out = multiply(running->linears[group], input);
+    *out = multiply(running->linears[group], input, group == running->head ? running->largest : nullptr);
     const Adapters* adapters = running->adapters ? running->adapters + group : nullptr;
     if (adapters && adapters->columns) add_adapters(*adapters, input, *out);
     return 0;
