@@ -42,6 +42,9 @@ class ScriptedEngine(Engine):
 
     script: Script = staticmethod(lambda seed, branch: "")
 
+    def takes_most_likely(self, rows: Sequence[SamplingRow]) -> bool:
+        return False
+
     def sample(
         self, logits: Tensor, rows: Sequence[SamplingRow], masks: TokenMasks | None = None
     ) -> PendingTokens:
