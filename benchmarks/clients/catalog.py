@@ -110,6 +110,7 @@ CLIENTS = {
     ),
     "lm-eval": Client(
         "local-completions: log-likelihoods as in transformers, alone and in batches, rolling ones, texts; "
+        "the command of docs/serving.md on a task of options and a task of texts; "
         "local-chat-completions: texts",
         "lm_eval_client.py",
         client_python,

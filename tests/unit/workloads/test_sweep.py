@@ -51,6 +51,17 @@ def journal(tmp_path: Path) -> Journal:
     return Journal(RemotePath(tmp_path / "journal.jsonl"))
 
 
+def test_trials_are_tracked_as_the_sweep_says_and_not_uploaded() -> None:
+    """The winner alone is uploaded, by the sweep."""
+    config = sweep_config(train={**RUN, "track": "wandb", "push_to": "me/mine"})
+    trial = config.trial_config(0, {"lora_rank": 4}, "trials")
+    assert trial.services.track == "wandb"
+    assert trial.hub.push_to is None
+    assert config.train.hub.push_to == "me/mine"
+    plain = sweep_config()
+    assert command.sweep_dir_of(config) == command.sweep_dir_of(plain)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
