@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -37,7 +38,7 @@ from parallelmind.engine.sibling_penalties import SiblingPenalties
 from parallelmind.engine.step import IndirectCacheError, Step
 from parallelmind.engine.step_buffers import StepBuffers
 from parallelmind.engine.step_plan import ForwardPlan
-from parallelmind.errors import UserError, UserNotice, first_line
+from parallelmind.errors import UserNotice, first_line
 from parallelmind.layout import is_free_order
 from parallelmind.model import step_ops
 from parallelmind.model.attention import fits_heads
@@ -45,6 +46,7 @@ from parallelmind.model.hf_compat import OwnAttention, attention_name, hands_ove
 from parallelmind.model.mask import layer_windows
 from parallelmind.model.packed_linear import PackedLinears, recorded_groups
 from parallelmind.model.patch_state import is_patched, rope_config
+from parallelmind.model.penalty_attention import DensePenaltyMask
 from parallelmind.model.rotary import depends_on_length
 from parallelmind.model.structure import causal_lm, eval_mode
 from parallelmind.visibility import AttentionWindow
@@ -168,9 +170,13 @@ class ModelRunner:
 
     @property
     def batches_adapters(self) -> bool:
-        """Whether samples with different adapters can share a forward pass."""
+        """Whether samples with different adapters can share a forward pass.
+
+        With dense masks, layers with learned penalties read those of the active adapter.
+        """
         on_device = self._device_lora is not None and self._device_steps is not None
-        return self._lora is not None or on_device
+        by_row = self._lora is not None or on_device
+        return by_row and (self._attends_in_step or not self._penalties)
 
     def _record_linears(self, inputs: ModelInput, cache: PagedKVCache) -> Tensor:
         """A forward pass that finds out how the model computes."""
@@ -291,26 +297,28 @@ class ModelRunner:
 
     def _masks(self, inputs: ModelInput, slots: Tensor, cache: PagedKVCache) -> Any:
         """Set the cache to the slots of this step; returns the masks in the form that the model takes."""
-        dtype, device = self.model.dtype, self.model.device
         if self._attends_in_step:
             cache.set_step(slots, None)
             return self._step_masks()
-        if self._penalties:
-            raise UserError(
-                "sibling_penalty=learned: the engine has one mask for all layers of this model with "
-                f"attn_implementation={self._attention_name}; choose sdpa, or another model"
-            )
         kv_indices, biases = dense_masks(inputs.segments, len(inputs.ids), self._windows)
-        cache.set_step(slots, torch.from_numpy(kv_indices).to(device))
-        return self._by_layer_type(
-            {window: additive_mask(bias[None, None], dtype, device) for window, bias in biases.items()}
-        )
+        cache.set_step(slots, torch.from_numpy(kv_indices).to(self.model.device))
+        return self._by_layer_type({window: self._dense_mask(bias) for window, bias in biases.items()})
+
+    def _dense_mask(self, bias: NDArray[np.float32]) -> Tensor | DensePenaltyMask:
+        """The mask of a step from the `[tokens, keys]` summand of its scores."""
+        dtype, device = self.model.dtype, self.model.device
+        if not self._penalties:
+            return additive_mask(bias[None, None], dtype, device)
+        scores = torch.from_numpy(bias)[None, None].to(device, dtype)
+        is_sibling = scores == -1  # as `effective_penalty` marks them
+        siblings = torch.full_like(scores, -torch.inf).masked_fill_(is_sibling, 0)
+        return DensePenaltyMask(scores.masked_fill(is_sibling, -torch.inf), siblings)
 
     def _step_masks(self) -> Any:
         """The numbers of the windows, for attention that is computed by the step."""
         return self._by_layer_type({window: step_ops.step_mask(i) for i, window in enumerate(self._windows)})
 
-    def _by_layer_type(self, masks: dict[AttentionWindow, Tensor]) -> Any:
+    def _by_layer_type(self, masks: Mapping[AttentionWindow, Any]) -> Any:
         if len(masks) == 1:
             return next(iter(masks.values()))
         return {layer_type: masks[window] for layer_type, window in self._layer_windows.items()}

@@ -34,13 +34,13 @@ class DensePenaltyMask(LayerMask):
     """A dense mask for each layer."""
 
     def __init__(self, own: Tensor, siblings: Tensor) -> None:
-        """own, siblings: `[rows, 1, tokens, tokens]`, 0 where a key is visible, else minus infinity."""
+        """own, siblings: `[rows, 1, queries, keys]`, 0 where a key is visible, else minus infinity."""
         super().__init__(own.shape[-1])
         self._is_sibling = (siblings == 0).to(own.dtype)
         self._bias = torch.maximum(own, siblings).clamp(min=torch.finfo(own.dtype).min)
 
     def of_layer(self, attention: nn.Module) -> Tensor:
-        """`[rows, heads, tokens, tokens]` summand of the scores."""
+        """`[rows, heads, queries, keys]` summand of the scores."""
         penalty = layer_penalty(attention).to(self._bias.dtype)
         return self._bias - penalty[:, None, None] * self._is_sibling
 
