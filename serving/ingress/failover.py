@@ -151,9 +151,12 @@ async def stream_with_failover(
                         if message[0]:  # a start is no progress: a sample that crashes engines starts too
                             attempts = kills = 0
                         yield replay.record(message)
+        except _EngineNotStartedError:
+            attempts -= 1
+            log.warning("no engine has taken %s yet; asking again", request.id)
+            continue
         except _ENGINE_ERRORS as error:
             failure = f"failed ({type(error).__name__})"
-            attempts -= isinstance(error, _EngineNotStartedError)
             kills += has_begun and not isinstance(error, SilentEngineError)
         if not replay.is_complete:
             log.warning("engine of %s %s; retrying (%d/%d)", request.id, failure, attempts, MAX_ATTEMPTS)

@@ -335,7 +335,7 @@ def test_an_engine_that_sends_nothing_is_not_waited_for_without_a_limit(
     outputs, _, metrics = follow(engines, sample_request())
     assert outputs == follow(SilentEngines(steps), sample_request())[0]
     assert [stream.cancelled for stream in engines.streams] == [True, True]
-    assert metrics.moved_samples._value.get() == 1
+    assert metrics.moved_samples._value.get() == (sent > 0)
 
 
 def test_steps_that_take_too_long_end_in_a_timeout() -> None:
