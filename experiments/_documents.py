@@ -1,9 +1,10 @@
 """Train, evaluate and compare the adapters of `007_documents`: documents as branches, and as one text.
 
-    python -m experiments._documents path/to/xquad.en.json [runs]
+    python -m experiments._documents path/to/xquad.en.json
 
-Every training and every evaluation is a command of its own, and is left out if its result is there. Writes
-results/007_documents.csv and .png, and the row of the comparison to results/bench.json.
+One command makes the data, runs the sweep, evaluates every adapter with 2, 4 and 8 documents, and writes
+results/007_documents.csv and .png, and the row of the comparison to results/bench.json. What is finished is
+not repeated. SETTING=VALUE after the path overrides the sweep.
 """
 
 from __future__ import annotations
@@ -12,22 +13,26 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from experiments._results import RESULTS, write_table
+from experiments._results import RESULTS, trained, write_table
+from parallelmind.config.yaml_file import load_yaml
 from parallelmind.data.convert.passages import QuestionTemplates, expand_articles, passage_questions
 from parallelmind.data.convert.source_records import SourceRecord
+from workloads.common.read_config import read_config
+from workloads.sweep.command import run_sweep
+from workloads.sweep.config import SweepConfig
 
 _COUNTS = (2, 4, 8)  # documents of a record; one holds the answers
-_SEEDS = (0, 1, 2)
 _KINDS = ("documents", "concatenated")
 _HELD_OUT = 1 / 4  # of the passages, the last ones
-_DRAWS = 3  # records of each passage for training, with other documents beside it
+_DRAWS = 2  # records of each passage for training, with other documents beside it
+_RUNS = Path("runs")
 _TEMPLATES = QuestionTemplates(" Question: {question}\nAnswer:", " {answer}")
 
 Passage = tuple[str, list[dict[str, Any]]]  # a text, and its questions as branches
@@ -89,18 +94,6 @@ def run(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", *arguments], check=True)
 
 
-def train(kind: str, seed: int, runs: Path) -> Path:
-    """Train one adapter, unless it is there; returns its folder."""
-    name = f"documents-{kind}-{seed}"
-    found = sorted(runs.glob(f"{name}-*/adapter"))
-    if not found:
-        settings = {"name": name, "seed": seed, "data_path": runs / "data" / f"{kind}.train.jsonl"}
-        settings["output_dir"] = runs
-        run("workloads.train", "007_documents", *(f"{key}={value}" for key, value in settings.items()))
-        found = sorted(runs.glob(f"{name}-*/adapter"))
-    return found[0]
-
-
 def evaluate(kind: str, seed: int, count: int, adapter: Path, runs: Path) -> dict[str, Any]:
     """The scores of an adapter on held-out records with this many documents."""
     output = runs / "documents-answers" / f"{kind} {seed} {count}.json"
@@ -120,17 +113,18 @@ def evaluate(kind: str, seed: int, count: int, adapter: Path, runs: Path) -> dic
     return scores
 
 
-def measured(runs: Path) -> list[dict[str, Any]]:
+def measured(runs: Path, overrides: Sequence[str]) -> list[dict[str, Any]]:
     """A row for every kind, seed and number of documents."""
+    config = read_config(SweepConfig, ["007_documents", *overrides])
     rows = []
-    for seed in _SEEDS:
-        for kind in _KINDS:
-            adapter = train(kind, seed, runs)
-            for count in _COUNTS:
-                scores = evaluate(kind, seed, count, adapter, runs)
-                names = ("questions", "exact_match", "f1", "questions_per_second")
-                own = {name: scores[name] for name in names}
-                rows.append({"kind": kind, "seed": seed, "documents": count, **own})
+    for trial in trained(Path(run_sweep(config).location)):
+        settings = load_yaml(trial / "config.yaml")
+        kind, seed = Path(settings["data_path"]).name.partition(".")[0], settings["seed"]
+        for count in _COUNTS:
+            scores = evaluate(kind, seed, count, trial / "adapter", runs)
+            names = ("questions", "exact_match", "f1", "questions_per_second")
+            own = {name: scores[name] for name in names}
+            rows.append({"kind": kind, "seed": seed, "documents": count, **own})
     return rows
 
 
@@ -154,11 +148,11 @@ def figure(rows: list[dict[str, Any]]) -> Figure:
     return fig
 
 
-def main(source: str, runs_folder: str = "runs") -> None:
-    runs = Path(runs_folder)
-    if not (runs / "data" / f"{_KINDS[-1]}.{_COUNTS[-1]}.jsonl").exists():
-        write_data(Path(source), runs / "data")
-    rows = measured(runs)
+def main(source: str, *overrides: str) -> None:
+    """Make, train, evaluate; write results/007_documents.csv and .png."""
+    if not (_RUNS / "data" / f"{_KINDS[-1]}.{_COUNTS[-1]}.jsonl").exists():
+        write_data(Path(source), _RUNS / "data")
+    rows = measured(_RUNS, overrides)
     write_table(RESULTS / "007_documents.csv", rows)
     figure(rows).savefig(RESULTS / "007_documents.png", dpi=110)
     run("benchmarks", "branches.documents_f1")
