@@ -69,6 +69,11 @@ def pack(weight: Tensor, bias: Tensor | None) -> Product:
     return fastest(weight, bias)
 
 
+def multiplied_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the packed weights that the kernels multiply with numbers of this dtype."""
+    return dtype if hasattr(kernels(), f"pack_{_NAMES[dtype]}") else torch.float32
+
+
 def _is_fastest(dtype: torch.dtype) -> bool:
     """Whether the kernel has this dtype, and the processor has no units for matrices, which oneDNN uses."""
     has = torch.cpu.get_capabilities()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from parallelmind.engine.batch import ModelInput
 from parallelmind.engine.native import kernels
+from parallelmind.engine.native_linear import NativeProduct, multiplied_dtype
 from parallelmind.model import step_ops
 from parallelmind.model.packed_linear import LinearGroup, set_class
 from parallelmind.model.penalty import adapted_layers
@@ -29,8 +30,8 @@ _P, _I = ctypes.c_void_p, ctypes.c_int64
 
 class _LowRank(ctypes.Structure):
     _fields_ = (
-        *((name, _P) for name in ("down", "up")),
-        *((name, _I) for name in ("rank", "first", "outputs")),
+        ("up", _P),
+        *((name, _I) for name in ("first", "first_rank")),
         ("scale", ctypes.c_float),
     )
 
@@ -67,7 +68,7 @@ class LoraRows:
         ]
         self._kernels = {dtype: _kernel(name) for dtype, name in _KERNELS.items()}
         self._adapters: dict[str, _Adapter] = {}  # by version
-        self._table = np.empty((len(groups), 0, 2), np.int64)
+        self._table = np.empty((len(groups), 0, 3), np.int64)
         self._pointers = np.zeros((len(groups), 3), np.int64)  # `Adapters` of each group in operators.cpp
         self._rows = self._sampled_rows = np.empty(0, np.int32)
 
@@ -142,39 +143,50 @@ def _is_plain(layer: nn.Module) -> bool:
 
 
 class _Adapter:
-    """One version of an adapter on all groups, its weights in the dtype of the layers that they adapt.
+    """One version of an adapter on all groups, its weights packed in the dtype that the kernel multiplies.
 
-    groups: `[groups, 2]` address and number of the group's adapted layers.
+    groups: `[groups, 3]` the group's adapted layers, their number, and the product of their first matrices.
     """
 
     def __init__(
         self, version: str, owners: Sequence[Sequence[LoraLinear | None]], sizes: Sequence[Sequence[int]]
     ) -> None:
         """owners, sizes: adapted layer and number of outputs of every layer of each group."""
-        self._converted: list[Tensor] = []
-        self._entries = [self._group(version, *group) for group in zip(owners, sizes, strict=True)]
-        addresses = [[ctypes.addressof(entries), len(entries)] for entries in self._entries]
-        self.groups = np.array(addresses, np.int64)
+        self._packed: list[NativeProduct] = []
+        self._entries: list[ctypes.Array[_LowRank]] = []
+        self.groups = np.array([self._group(version, *group) for group in zip(owners, sizes, strict=True)])
 
     def _group(
         self, version: str, owners: Sequence[LoraLinear | None], sizes: Sequence[int]
-    ) -> ctypes.Array[_LowRank]:
+    ) -> tuple[int, int, int]:
         firsts = np.cumsum([0, *sizes]).tolist()
-        entries = [
-            self._entry(owner, version, first, outputs)
-            for owner, first, outputs in zip(owners, firsts, sizes, strict=False)
+        adapted = [
+            (owner, first)
+            for owner, first in zip(owners, firsts, strict=False)
             if owner is not None and version in owner.lora_A
         ]
-        return (_LowRank * len(entries))(*entries)
+        entries = (_LowRank * len(adapted))()
+        self._entries.append(entries)
+        if not adapted:
+            return 0, 0, 0
+        downs = [_weight(owner.lora_A[version]) for owner, _ in adapted]
+        dtype = multiplied_dtype(_weight(adapted[0][0].base_layer).dtype)
+        first_rank = 0
+        for index, (owner, first) in enumerate(adapted):
+            up = self._pack(_weight(owner.lora_B[version]), dtype)
+            entries[index] = _LowRank(up, first, first_rank, owner.scaling[version])
+            first_rank += len(downs[index])
+        return ctypes.addressof(entries), len(entries), self._pack(torch.cat(downs), dtype)
 
-    def _entry(self, owner: LoraLinear, version: str, first: int, outputs: int) -> _LowRank:
-        layers: list[Any] = [owner.lora_A[version], owner.lora_B[version]]
-        weights: list[Tensor] = [layer.weight.detach() for layer in layers]
-        base: Any = owner.base_layer
-        dtype: torch.dtype = base.weight.dtype
-        down, up = weights[0].to(dtype).contiguous(), weights[1].t().to(dtype).contiguous()
-        self._converted += [down, up]
-        return _LowRank(down.data_ptr(), up.data_ptr(), len(down), first, outputs, owner.scaling[version])
+    def _pack(self, weight: Tensor, dtype: torch.dtype) -> int:
+        """The address of packed weights, which stay as long as the adapter."""
+        self._packed.append(NativeProduct(weight.to(dtype), None))
+        return ctypes.addressof(self._packed[-1].weights)
+
+
+def _weight(layer: Any) -> Tensor:
+    weight: Tensor = layer.weight.detach()
+    return weight
 
 
 def _kernel(name: str) -> Any:

@@ -82,3 +82,34 @@ def test_the_head_reads_the_sampled_tokens_in_their_order() -> None:
     for rows, product in zip((head, other), products, strict=True):
         rows.add(0, input, product)
     assert products[0].equal(products[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_a_row_does_not_depend_on_the_other_rows(dtype: torch.dtype) -> None:
+    """With more rows, ranks and outputs than the kernel computes together."""
+    torch.manual_seed(0)
+    layer = nn.ModuleDict({"q": nn.Linear(64, 1100)}).to(dtype)
+    config = peft.LoraConfig(r=40, target_modules=["q"], init_lora_weights=False)
+    model = peft.get_peft_model(layer, config, "a")
+    adapted = model.base_model.model["q"]
+    rows = LoraRows(model, [LinearGroup([adapted.base_layer], reads_tokens=True)])
+    input = torch.randn(1, 30, 64).to(dtype)
+
+    def added(count: int) -> Tensor:
+        rows.begin(
+            SimpleNamespace(adapter=np.zeros(count, int), adapters=("a",), logits_indices=np.array([0]))
+        )
+        product = torch.zeros(1, count, 1100, dtype=dtype)
+        rows.add(0, input[:, :count].clone(), product)
+        return product[0]
+
+    together = added(30)
+    down, up = (layers["a"].weight.double() for layers in (adapted.lora_A, adapted.lora_B))
+    exact = adapted.scaling["a"] * (input[0].double() @ down.T @ up.T)
+    assert (together - exact).abs().max() < {torch.float32: 1e-5, torch.bfloat16: 2e-2}[
+        dtype
+    ] * exact.abs().max()
+    input[:, 1:] = float("nan")
+    for count in (1, 2, 12, 13, 25):
+        assert torch.equal(added(count)[0], together[0])

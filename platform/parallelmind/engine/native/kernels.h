@@ -44,14 +44,15 @@ struct Weights {  // of linear layers that read the same tensor, as linear.cpp p
 };
 
 struct LowRank {  // one adapter of one layer of a group
-  const void *down, *up;         // [rank, inputs], [rank, outputs], numbers of the model's type
-  int64_t rank, first, outputs;  // `first` is the layer's first column in the group's product
+  const Weights* up;          // [outputs, rank]
+  int64_t first, first_rank;  // the layer's first column in the group's product, and in that with `down`
   float scale;
 };
 
 struct Adapter {  // of one group
   const LowRank* layers;
   int64_t count;
+  const Weights* down;  // of all layers side by side, [ranks, inputs]
 };
 
 void attend_float32(const Step* step, const Layer* layer);
