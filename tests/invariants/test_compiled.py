@@ -6,6 +6,8 @@ import random
 
 import pytest
 from engines import COLUMNAR, ISOLATED, decode, run_to_end, save_random_adapter, tiny_engine, tokens_by_branch
+from penalties import LEARNED, LORA, learning
+from tiny import tiny_llama, tiny_tokenizer
 from torch._dynamo.utils import counters
 
 from parallelmind.config import ModelConfig, RopeConfig
@@ -13,6 +15,7 @@ from parallelmind.engine import compiled_forward, model_runner
 from parallelmind.engine.engine import Engine
 from parallelmind.engine.request import Sample
 from parallelmind.errors import UserNotice
+from parallelmind.model.adapter import save_adapter
 
 MAIN = list(range(50, 90))
 SAMPLES = (Sample(MAIN, [[5, 6, 7], [8], list(range(100, 120))]), Sample([], [[9, 10]]), Sample(MAIN, [[11]]))
@@ -59,6 +62,21 @@ def test_an_adapter_that_is_loaded_later_is_computed(tmp_path) -> None:
         tokens.append([[decoded[number, branch] for branch in range(3)] for number in ids])
     assert tokens[0] == tokens[1]
     assert tokens[0][0] != tokens[0][1], "the adapter changes tokens"
+
+
+def test_a_compiled_engine_has_the_penalties_of_every_adapter(tmp_path) -> None:
+    for name, seed in (("a", 0), ("b", 1)):
+        model = learning(tiny_llama(), seed=seed)
+        save_adapter(model, tiny_tokenizer(), tmp_path / name, ModelConfig(base_model="tiny"), LEARNED, LORA)
+    tokens = []
+    for each in (tiny_engine(LEARNED), compiled_engine(LEARNED)):
+        for name in ("a", "b"):
+            each.load_adapter(name, tmp_path / name)
+        ids = [each.submit(SAMPLES[0], adapter=name, **SETTINGS) for name in ("a", "b", "base")]
+        decoded = tokens_by_branch(run_to_end(each))
+        tokens.append([[decoded[number, branch] for branch in range(3)] for number in ids])
+    assert tokens[0] == tokens[1]
+    assert len({str(branches) for branches in tokens[0]}) == 3
 
 
 def test_a_compiler_that_fails_is_told_and_the_engine_runs_uncompiled(
