@@ -44,13 +44,13 @@ inline void transpose(Vec (&rows)[LANES]) {
   swap_blocks<8>(rows);
 }
 
-// Lane i of the result is lane `index[i]` of x.
+// Lane i of the result is lane `index[i] % LANES` of x.
 inline Vec permuted(Vec x, IntVec index) {
 #ifdef __AVX512F__
   return (Vec)_mm512_permutexvar_ps((__m512i)index, (__m512)x);
 #else
   Vec y;
-  for (int i = 0; i < LANES; i++) y[i] = x[index[i]];
+  for (int i = 0; i < LANES; i++) y[i] = x[index[i] % LANES];
   return y;
 #endif
 }
