@@ -1,14 +1,16 @@
-"""How does the penalty of siblings' scores change what branches learn from each other?
+"""How do the penalty of siblings' scores and the rotation by branch change what branches learn of each other?
 
-python -m experiments._siblings 009_sibling_penalty
+Branches are asked for a fact of a sibling's, with three penalties, with a learned one, and without a penalty
+in two other schemes: one clock for all branches (no rotation by branch, as in Multi-Stream LLMs, whose
+stream embeddings are left out), and a rotation by branch that replaces time in its pairs (as published).
+`006_siblings` holds the same with penalty 0.
+
+    python -m experiments._siblings 009_sibling_penalty
 """
 
 from experiments._sibling_tasks import data_path
 from parallelmind.config import TrainConfig
 from workloads.sweep.config import SweepConfig
-
-_TASKS = ("relay", "choose")
-_PENALTIES = (1.0, 3.0)
 
 
 def config() -> SweepConfig:
@@ -25,9 +27,12 @@ def config() -> SweepConfig:
             log_every=20,
         ),
         points=[
-            {"data_path": data_path(task, "columnar"), "sibling_penalty": penalty}
-            for task in _TASKS
-            for penalty in _PENALTIES
+            {"sibling_penalty": 0.0},
+            {"sibling_penalty": 1.0},
+            {"sibling_penalty": 3.0},
+            {"sibling_penalty": "learned"},
+            {"sibling_penalty": 0.0, "rope_2d_ratio": 0.0},
+            {"sibling_penalty": 0.0, "branch_angle": "alone"},
         ],
         seeds=[0, 1, 2],
         metrics=["loss"],

@@ -112,8 +112,13 @@ def measure(trial: Path) -> dict[str, Any]:
 
 
 def _label(form: Form, config: dict[str, Any]) -> str:
-    penalty = config["sibling_penalty"]
-    return f"{form}, penalty {penalty}" if form == "columnar" and penalty else form
+    """The form, and what differs from branches that see each other without a penalty."""
+    if form != "columnar":
+        return form
+    parts = [f"penalty {config['sibling_penalty']}"] if config["sibling_penalty"] else []
+    parts += ["one clock"] if config["rope_2d_ratio"] == 0 else []
+    parts += [f"branch angle {config['branch_angle']}"] if config["branch_angle"] != "added" else []
+    return ", ".join([form, *parts])
 
 
 def figure(rows: Sequence[dict[str, Any]]) -> Figure:
