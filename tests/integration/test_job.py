@@ -144,7 +144,7 @@ def test_the_upload_of_a_job_is_small_and_complete(tmp_path):
     excluded = yaml.safe_load((ROOT / "runtime_env.yaml").read_text())["excludes"]
     target = tmp_path / "package.zip"
     create_package(str(ROOT), target, include_gitignore=True, excludes=excluded)
-    assert target.stat().st_size < 2 * 2**20  # stored without compression
+    assert target.stat().st_size < 2.5e6  # stored without compression
     with zipfile.ZipFile(target) as package:
         names = set(package.namelist())
     for folder in ("platform/parallelmind", "workloads", "serving", "experiments"):

@@ -196,7 +196,8 @@ class ModelRunner:
         finally:
             cache.updates = None
         self._linears, self._readers = PackedLinears(groups), readers
-        self._head = GreedyHead.find(head, groups) if is_last(outputs, logits) else None
+        greedy = GreedyHead.find(head, groups)
+        self._head = greedy if greedy and is_last(outputs, logits) else None
         self._find_adapters()
         return logits
 

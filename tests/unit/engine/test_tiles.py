@@ -23,9 +23,9 @@ BRANCHES = [[20 + index] for index in range(2 * TILE + 3)]
 class InputRecorder(Engine):
     """Records the inputs of every forward pass, their tiles and their segments."""
 
-    def _run(self, forward, inputs):
+    def _run(self, forward, inputs, greedy=False):
         self.__dict__.setdefault("inputs", []).append((inputs, Tiles.of(inputs), inputs.segments))
-        return super()._run(forward, inputs)
+        return super()._run(forward, inputs, greedy=greedy)
 
 
 def recorded(config: RopeConfig) -> list[tuple[ModelInput, Tiles, list]]:
