@@ -33,7 +33,7 @@ from serving.runtime.ports import free_port
 
 _PROJECT_FOLDERS = "platform workloads serving experiments tools benchmarks".split()
 _PROJECT_FILES = "Makefile pyproject.toml constraints.txt runtime_env.yaml .gitignore".split()
-_PROGRAMS = "python parallelmind make ray serve pip docker kubectl".split()
+_PROGRAMS = "python parallelmind make ray serve pip docker kubectl lm_eval wandb hf".split()
 _ASK = '#!/bin/sh\nexec {python} -SE {here}/resident.py ask {word} "$@"\n'
 _HUB = "Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen2.5-7B-Instruct"
 # Variables that a block exports are set in the next block of the page.
@@ -126,11 +126,11 @@ class Reader:
     def newest(self, name: str) -> str:
         """Return the newest folder of a run; create the run if there is none.
 
-        NAME stands for a run whose adapter can be merged.
+        NAME stands for a run whose adapter can be merged, and that two workers can resume.
         """
         commands = {
             "demo": "make demo",
-            "NAME": "python -m workloads.train CONFIG.yaml name=plain rope_2d_ratio=0",
+            "NAME": "python -m workloads.train CONFIG.yaml name=plain rope_2d_ratio=0 global_batch_size=8",
         }
         run_name = "plain" if name == "NAME" else name
         if name in commands and not list(self.folder.glob(f"runs/{run_name}-*/adapter")):
@@ -152,6 +152,7 @@ def reader(parent: Path) -> Iterator[Reader]:
     (parent / "standing").mkdir()
     (parent / "standing" / "datasets.py").write_text(_DATASETS)
     env["PYTHONPATH"] = os.pathsep.join(map(str, (folder / "platform", folder, parent / "standing")))
+    env["WANDB_MODE"] = "offline"
     env |= {"SHARED": str(parent / "shared"), "MLFLOW_TRACKING_URI": f"sqlite:///{parent}/shared/mlflow.db"}
     python, gcs = Path(sys.executable), free_port()
     with (
@@ -226,6 +227,9 @@ def _write_data(folder: Path) -> None:
     rows = [{"main": main, "branches": branches}] * 16
     _lines(folder / "train.jsonl", rows)
     _lines(folder / "held_out.jsonl", rows[:4])
+    parts = [{"prompt": f"\n{name}", "completion": f": {food}"} for name, food in facts[:4]]
+    answer = {"prompt": main + " Who likes what?", "completion": " These", "branches": parts}
+    _lines(folder / "trees.jsonl", [{"branches": [answer]}] * 16)
     texts = [{"main": "Vera keeps a goat.", "branches": [" Who?", " What?"]}] * 3
     _lines(folder / "samples.jsonl", texts)
     for name in ("a", "b"):

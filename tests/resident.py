@@ -29,6 +29,13 @@ from docs import as_module
 # Commands that cannot run in the test, by their first words. All other commands on the pages run.
 NOT_HERE = {
     "pip install boto3": "needs a package index",
+    "pip install lm-eval[api]==0.4.13": "needs a package index",
+    "pip install wandb": "needs a package index",
+    "lm_eval": "has an environment of its own; tests/integration/test_clients.py runs it",
+    "wandb login": "needs an account",
+    "hf auth login": "needs an account",
+    "parallelmind train CONFIG.yaml push_to=USER/NAME": "needs an account",
+    "parallelmind push": "needs an account",
     "ray up": "rents machines",
     "ray down": "rents machines",
     "ray dashboard": "needs a rented machine",
@@ -37,7 +44,7 @@ NOT_HERE = {
     "docker": "needs a daemon and a registry",
     "kubectl": "needs Kubernetes",
 }
-# Fields appended to long commands. num_workers is appended only where the page sets it.
+# Fields appended to long commands: num_workers only where the page sets it, trials not to a grid.
 EXTRA_FIELDS = {
     "workloads.train": ["max_steps=2", "num_workers=2"],
     "workloads.sweep": ["trials=1", "train.max_steps=2"],
@@ -131,10 +138,12 @@ class Resident:
 
 def extra_fields(module: str, arguments: list[str]) -> list[str]:
     """Return fields that shorten a command."""
-    sets_workers = any(item.startswith("num_workers=") for item in arguments)
-    return [
-        item for item in EXTRA_FIELDS.get(module, []) if sets_workers or not item.startswith("num_workers=")
-    ]
+    fields = EXTRA_FIELDS.get(module, [])
+    if not any(item.startswith("num_workers=") for item in arguments):
+        fields = [item for item in fields if not item.startswith("num_workers=")]
+    if any(item.startswith("points=") for item in arguments):  # a grid tries all of them
+        fields = [item for item in fields if not item.startswith("trials=")]
+    return fields
 
 
 @contextmanager
