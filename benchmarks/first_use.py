@@ -17,6 +17,11 @@ from xml.etree import ElementTree
 from benchmarks.harness import Bench, UnavailableError
 from tools import refusals
 
+_PIP_SOURCES = (
+    "PIP_INDEX_URL",
+    "PIP_EXTRA_INDEX_URL",
+    "PIP_FIND_LINKS",
+)  # without these variables pip reads PyPI
 _TORCH = "torch", "nvidia", "triton", "cuda"  # folders
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -64,8 +69,8 @@ def _cuda_megabytes() -> float:
     """
     with tempfile.TemporaryDirectory() as name:
         venv.create(name, with_pip=True)
-        env = {key: value for key, value in os.environ.items() if key != "PIP_FIND_LINKS"}
-        pip = [f"{name}/bin/pip", "install", "--no-cache-dir", "--index-url", "https://pypi.org/simple"]
+        env = {key: value for key, value in os.environ.items() if key not in _PIP_SOURCES}
+        pip = [f"{name}/bin/pip", "install", "--no-cache-dir"]
         torch = f"torch=={version('torch').partition('+')[0]}"
         completed = subprocess.run([*pip, torch], env={**env, "PIP_CONFIG_FILE": os.devnull}, check=False)
         if completed.returncode:

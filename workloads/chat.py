@@ -31,7 +31,7 @@ from parallelmind.engine.output import FinishReason
 from parallelmind.engine.prompt import chat_ids
 from parallelmind.errors import DecodingError, UserError, format_value
 from parallelmind.storage import cache_dir
-from workloads.common.empty_answers import ended_at_once
+from workloads.common.empty_answers import ended_at_once, is_empty
 from workloads.common.inference_config import InferenceModelConfig, SamplingConfig
 
 COMMANDS = """/main TEXT          set the passage that all prompts share; /main alone removes it
@@ -175,7 +175,7 @@ class Conversation:
     def _tell_empty(self, texts: Sequence[str], reasons: Sequence[FinishReason | None]) -> None:
         """Say why answers are empty that the model has ended."""
         for number, (text, reason) in enumerate(zip(texts, reasons, strict=True), start=1):
-            if reason == "stop" and not text.strip():
+            if is_empty(text, reason):
                 subject = f"branch {number}" if len(texts) > 1 else "answer"
                 self._say(ended_at_once(subject, self._lora_path, bool(self.sampling.stop)))
 

@@ -5,11 +5,17 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from parallelmind.engine.output import FinishReason
 from parallelmind.errors import UserError
 from parallelmind.model.manifest import MANIFEST, SAMPLES
 from parallelmind.remote import RemotePath
 
 _MAX_CHARS = 80  # of a text of the sample
+
+
+def is_empty(text: str, reason: FinishReason | None) -> bool:
+    """Whether the model has ended a segment without any text."""
+    return reason == "stop" and not text.strip()
 
 
 def ended_at_once(subject: str, lora_path: str | None, has_stops: bool = False) -> str:

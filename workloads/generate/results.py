@@ -8,6 +8,7 @@ from typing import Any, Self
 import parallelmind as pm
 from parallelmind.engine.output import FinishReason
 from parallelmind.engine.record_prompt import RecordPrompt
+from workloads.common.empty_answers import is_empty
 from workloads.generate.lines import InputLine
 
 
@@ -37,7 +38,7 @@ class GeneratedSample:
     def empty_segments(self) -> list[int]:
         """Indices of the segments that the model ended without any text."""
         ends = zip(self.texts, self.finish_reasons, strict=True)
-        return [index for index, (text, reason) in enumerate(ends) if reason == "stop" and not text.strip()]
+        return [index for index, end in enumerate(ends) if is_empty(*end)]
 
     def to_row(self) -> dict[str, Any]:
         """One JSON object of the output."""

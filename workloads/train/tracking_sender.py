@@ -32,7 +32,7 @@ class TrackedRun(Protocol):
 class TrackingSender(ABC):
     """Sends the points of a run in order, and its result.
 
-    While the store does not take them, training goes on and the sender tries again. What is left at the end
+    If the store refuses them, training continues and the sender tries again. What is left at the end
     is listed in the run's folder; `workloads.train.run` sends it when the same command is given again.
 
     points: grows while the run trains; call `wake` then.
@@ -121,7 +121,7 @@ class TrackingSender(ABC):
             # Opened again after a failure: it may not be known whether the store has the last point.
             self._run = self._run or self._open()
             work(self._run)
-        except Exception as error:  # whatever the library raises, training goes on
+        except Exception as error:  # a failure of the library does not end training
             self._run = None
             if not self._problem:
                 self._print_line(

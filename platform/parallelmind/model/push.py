@@ -65,7 +65,7 @@ def push(folder: str | Path, push_to: str, private: bool = False) -> str:
         url = api.create_repo(push_to, private=private or None, exist_ok=True)
         files = [CommitOperationAdd(name, local / name) for name in names]
         api.create_commit(push_to, files, commit_message=f"Upload {manifest.kind} with parallelmind")
-    except Exception as error:  # HTTP and storage libraries are huggingface_hub's choice; the reason is told
+    except Exception as error:  # huggingface_hub does not say which libraries it calls
         command = ["python", "-m", "workloads.push", f"folder={folder}", f"push_to={push_to}"]
         raise UserError(
             f"push_to={push_to}: the upload failed ({first_line(error)}); {folder} is complete, and "

@@ -1,4 +1,4 @@
-"""Uploads to the hub: every byte of a folder, what is refused before, and what is told of a failure."""
+"""Uploads to the hub: every byte of a folder, early refusals, and the messages of failures."""
 
 from __future__ import annotations
 

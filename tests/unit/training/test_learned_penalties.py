@@ -1,4 +1,4 @@
-"""A run that learns penalties: they move, and an interrupted run goes on with them bit for bit."""
+"""A run that learns penalties: they change, and an interrupted run resumes with the same bits."""
 
 from __future__ import annotations
 
