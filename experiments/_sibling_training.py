@@ -10,7 +10,7 @@ from workloads.sweep.config import SweepConfig
 
 
 def sibling_sweep(name: str, points: list[dict[str, Any]]) -> SweepConfig:
-    """A sweep with three seeds of every point, each on 120 steps of 512 tokens."""
+    """A sweep with three seeds of every point, on 512 tokens a step; 120 steps unless a point differs."""
     return SweepConfig(
         name=name,
         train=TrainConfig(
