@@ -75,17 +75,19 @@ def decode(engine: Engine, *args: Any, **settings: Any) -> list[list[int]]:
     return [tokens[sample, branch] for sample, branch in sorted(tokens) if sample == sample_id]
 
 
-def save_random_adapter(folder: Path, base: ModelConfig, seed: int) -> None:
-    """Save an adapter that changes the tokens of the tiny model."""
+def save_random_adapter(
+    folder: Path, base: ModelConfig, seed: int, config: RopeConfig = ISOLATED, **settings: Any
+) -> None:
+    """Save an adapter that changes the tokens of the tiny model. settings: more of `save_adapter`."""
     model = tiny_llama()
-    patch(model, ISOLATED)
+    patch(model, config)
     adapted = add_lora(model, LORA, seed)
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
         for name, weight in adapted.named_parameters():
             if "lora_B" in name:
                 weight.normal_(0, 0.2)
-    save_adapter(adapted, tiny_tokenizer(), folder, base, ISOLATED, LORA)
+    save_adapter(adapted, tiny_tokenizer(), folder, base, config, LORA, **settings)
 
 
 def saved_adapters(root: Path) -> list[Path]:
