@@ -58,6 +58,8 @@ class ModelConfig(FrozenConfig):
 class RopeConfig(FrozenConfig):
     """Branches: 2D RoPE, positions and visibility."""
 
+    LATER_FIELDS: ClassVar[frozenset[str]] = frozenset({"branch_embeddings"})
+
     patch_rope: bool = Field(
         True, description="patch the model with 2D RoPE; false trains plain sequences of one branch"
     )
@@ -86,9 +88,24 @@ class RopeConfig(FrozenConfig):
         description="columnar: subtracted from attention scores of sibling branches, in nats; learned: a "
         "number for each layer and head, trained with the adapter; published: 0",
     )
+    branch_embeddings: int = Field(
+        0,
+        ge=0,
+        description="columnar: number of embeddings, trained with the adapter, which are added to those of a "
+        "branch's tokens by the number of the branch; 0: none",
+    )
     align_to: Alignment = Field(
         "left", description="left: branches start together after main; right: they end together"
     )
+
+    @model_validator(mode="after")
+    def _check_branch_embeddings(self) -> Self:
+        if self.branch_embeddings and self.visibility == "isolated":
+            raise ValueError(
+                f"branch_embeddings={self.branch_embeddings}: needs visibility=columnar; "
+                "set it, or branch_embeddings=0"
+            )
+        return self
 
 
 class LoraConfig(FrozenConfig):

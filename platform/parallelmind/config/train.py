@@ -195,6 +195,20 @@ class TrainConfig(GroupedConfig):
         return self
 
     @model_validator(mode="after")
+    def _check_branch_embeddings(self) -> Self:
+        if not (count := self.rope.branch_embeddings):
+            return self
+        for field, value, reason in (
+            ("tuning", self.optimizer.tuning, "are kept in an adapter, which tuning=full does not train"),
+            ("sharding", self.workers.sharding, "are not sharded"),
+        ):
+            if value == "full":
+                raise ValueError(f"branch_embeddings={count}: {reason}; set 0, or drop {field}=full")
+        if self.model.add_tokens:
+            raise ValueError(f"branch_embeddings={count}: not supported with add_tokens; drop one of them")
+        return self
+
+    @model_validator(mode="after")
     def _check_tuning(self) -> Self:
         if self.optimizer.tuning == "full" and self.optimizer.resume_adapter:
             raise ValueError(

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parallelmind.config import GroupedConfig, LoraConfig, ModelConfig, RopeConfig, TrainConfig, resolve
 from parallelmind.errors import UserError, first_line
-from parallelmind.model import pissa
+from parallelmind.model import branch_embedding, penalty, pissa
 from parallelmind.model.adapter_files import read_settings, read_weights, write_adapter
 from parallelmind.model.base_identity import base_identity, sample_weights
 from parallelmind.model.base_model import base_location, load_base, load_meta_model
@@ -45,7 +45,7 @@ from parallelmind.model.peft_folder import (
     peft_values,
     read_peft_folder,
 )
-from parallelmind.model.penalty import check_takes_penalties, modules_to_save
+from parallelmind.model.penalty import check_takes_penalties
 from parallelmind.model.structure import to_device
 from parallelmind.model.support import check_supported
 from parallelmind.model.targets import excluded_modules, parse_targets
@@ -84,7 +84,7 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel
         target_modules="all-linear" if all_linear else parse_targets(model, config.lora_targets),
         exclude_modules=excluded_modules(model, all_linear) or None,
         trainable_token_indices=trainable_token_indices(model),
-        modules_to_save=modules_to_save(model),
+        modules_to_save=_modules_to_save(model),
     )
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
@@ -96,6 +96,12 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel
         if config.lora_init == "pissa":
             pissa.initialize_pissa(adapted)
     return adapted
+
+
+def _modules_to_save(model: PreTrainedModel) -> list[str] | None:
+    """peft's setting that gives an adapter its own copies of the modules that the patch added."""
+    present = {name.rpartition(".")[-1] for name, _ in model.named_modules()}
+    return [name for name in (penalty.NAME, branch_embedding.NAME) if name in present] or None
 
 
 def _check_dora(model: PreTrainedModel | PeftModel, config: LoraConfig | None) -> None:

@@ -19,7 +19,7 @@ _VALUES = 8  # of each weight
 _SAMPLE = "_base_weight_sample"
 # What peft inserts into the names of a base's weights, and the names of those that it adds.
 _INSERTED = re.compile(r"\.(base_layer|token_adapter|original_module)\b")
-_ADDED = re.compile(r"\.(lora_\w+|trainable_tokens_\w+|modules_to_save|sibling_penalty)\b")
+_ADDED = re.compile(r"\.(lora_\w+|trainable_tokens_\w+|modules_to_save|sibling_penalty|branch_embedding)\b")
 _RELATIVE, _ABSOLUTE = 2.0**-7, 1e-6  # by which rounding to another dtype may change a value
 
 # Fields of the configuration that change what the same weights compute. A model has some of them.

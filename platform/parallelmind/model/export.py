@@ -137,6 +137,9 @@ def _check_exact(lora_path: str | Path, rope: RopeConfig, lone: bool) -> None:
     elif learns_penalty(rope):
         reason = "sibling_penalty=learned, and plain weights hold no penalty for each head"
         lone_remedy, trained = ", export one branch alone (lone=true)", "sibling_penalty=0"
+    elif rope.branch_embeddings:
+        reason = f"branch_embeddings={rope.branch_embeddings}, and plain weights hold none"
+        lone_remedy, trained = ", export one branch alone (lone=true)", "branch_embeddings=0"
     else:
         return
     remedy = f"load it with load_model_with_lora{lone_remedy}, or train with {trained}"

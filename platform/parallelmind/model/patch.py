@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from parallelmind.config import Positions, RopeConfig
 from parallelmind.errors import UserError
 from parallelmind.model import forward_context
+from parallelmind.model.branch_embedding import add_branch_embeddings, remove_branch_embeddings
 from parallelmind.model.hf_compat import OwnAttention, compares_attention_name, hands_over_masks
 from parallelmind.model.patch_state import ATTRIBUTE, PatchState, is_patched, patch_state, rope_config
 from parallelmind.model.penalty import add_penalties, check_takes_penalties, remove_penalties
@@ -49,6 +50,8 @@ def patch(model: PreTrainedModel, config: RopeConfig) -> None:
         attention.acquire()
     if learns_penalty(config):
         hooks += add_penalties(model)
+    if config.branch_embeddings:
+        hooks.append(add_branch_embeddings(model, config))
     object.__setattr__(model, ATTRIBUTE, PatchState(config, tuple(hooks), attention))
 
 
@@ -61,6 +64,7 @@ def unpatch(model: PreTrainedModel) -> None:
         state.attention.release()
     unpatch_rotary(model)
     remove_penalties(model)
+    remove_branch_embeddings(model)
     object.__delattr__(model, ATTRIBUTE)
 
 

@@ -90,16 +90,6 @@ def remove_penalties(model: nn.Module) -> None:
             del module._modules[NAME]
 
 
-def modules_to_save(model: nn.Module) -> list[str] | None:
-    """peft's setting that gives an adapter penalties of its own; None for a model without penalties."""
-    return [NAME] if has_penalties(model) else None
-
-
-def has_penalties(model: nn.Module) -> bool:
-    """Whether the model learns its sibling penalty."""
-    return any(isinstance(module, SiblingPenalty) for module in model.modules())
-
-
 def layer_penalty(attention: nn.Module) -> Tensor:
     """`[heads]` penalty of an attention module: of its active adapter, or the starting value without one."""
     module: Any = attention.get_submodule(NAME)
