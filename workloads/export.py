@@ -3,11 +3,11 @@
     python -m workloads.export lora_path=runs/demo-HASH output_path=merged
     python -m workloads.export lora_path=runs/demo-HASH output_path=plain lone=true merge=false
 
-Only what is exact can be exported: adapters trained with patch_rope=false, or with rope_2d_ratio=0 and
-positions=time, where a single branch has the positions of the base model. With lone=true an adapter trained
-with branch_angle=added, the default, is exact too: one branch alone has the coordinate 0, and siblings are
-lost. The result is a model with float32 weights, or with merge=false an adapter of peft. Before the folder
-appears, its logits are compared with those of the adapter.
+Only what is exact can be exported: adapters trained with patch_rope=false, or with rope_2d_ratio=0,
+positions=time and no branch_embeddings, where a single branch has the positions of the base model. With
+lone=true an adapter trained with branch_angle=added, the default, is exact too: one branch alone has the
+coordinate 0, and siblings are lost. The result is a model with float32 weights, or with merge=false an
+adapter of peft. Before the folder appears, its logits are compared with those of the adapter.
 """
 
 from __future__ import annotations

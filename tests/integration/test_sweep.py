@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,7 +56,7 @@ def cwd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(cwd: Path) -> subprocess.Popen[str]:
+def start(cwd: Path, *arguments: str) -> subprocess.Popen[str]:
     paths = os.pathsep.join([str(ROOT / "platform"), str(ROOT)])
     env = {
         **os.environ,
@@ -64,7 +65,7 @@ def start(cwd: Path) -> subprocess.Popen[str]:
         "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",
     }
-    command = [sys.executable, "-m", "workloads.sweep", "sweep.yaml"]
+    command = [sys.executable, "-m", "workloads.sweep", "sweep.yaml", *arguments]
     return subprocess.Popen(
         command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -168,3 +169,17 @@ def test_a_sweep_on_a_full_disk_ends_in_one_line_and_goes_on_when_there_is_space
     output = wait_for_output(start(tmp_path))
     assert "winner   trial 0" in output
     assert "hold no whole event" not in output
+
+
+def test_a_trial_reads_data_of_its_own_in_many_parts(cwd: Path) -> None:
+    """More parts than a process reads by itself are read by Ray Data, in the process of the trial."""
+    (cwd / "many").mkdir()
+    for number in range(6):
+        shutil.copy(cwd / "data.jsonl", cwd / "many" / f"{number}.jsonl")
+    arguments = (
+        "name=many",
+        'points=[{"data_path": "data.jsonl"}, {"data_path": "many"}]',
+        "train.max_steps=4",
+    )
+    output = wait_for_output(start(cwd, *arguments))
+    assert "trials   2 finished" in output, output

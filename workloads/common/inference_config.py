@@ -55,6 +55,7 @@ class InferenceModelConfig(FrozenConfig):
     sibling_penalty: SiblingPenalty | None = Field(
         None, description="columnar: subtracted from the attention scores of other branches"
     )
+    branch_embeddings: int | None = Field(None, ge=0, description="number of learned embeddings of branches")
     visibility: Visibility | None = Field(None, description="what branches see of each other")
     align_to: Alignment | None = Field(None, description="whether prompts start or end together")
 

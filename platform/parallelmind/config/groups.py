@@ -100,10 +100,10 @@ class RopeConfig(FrozenConfig):
 
     @model_validator(mode="after")
     def _check_branch_embeddings(self) -> Self:
-        if self.branch_embeddings and self.visibility == "isolated":
+        if self.branch_embeddings and (self.visibility == "isolated" or not self.patch_rope):
+            needed = "visibility=columnar" if self.patch_rope else "patch_rope=true"
             raise ValueError(
-                f"branch_embeddings={self.branch_embeddings}: needs visibility=columnar; "
-                "set it, or branch_embeddings=0"
+                f"branch_embeddings={self.branch_embeddings}: needs {needed}; set it, or branch_embeddings=0"
             )
         return self
 

@@ -91,6 +91,8 @@ def map_parts(
         compute=readers,
         **remote_options,
     )
+    # Trials read data, too: the object that is their output does not tell whether it is a terminal.
+    mapped.context.enable_progress_bars = False
     options = mapped.context.execution_options
     options.preserve_order = True
     options.resource_limits = options.resource_limits.copy(object_store_memory=_IN_FLIGHT_BYTES)

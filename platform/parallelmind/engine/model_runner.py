@@ -125,9 +125,8 @@ class ModelRunner:
             return steps(self._device_lora.numbered(inputs) if self._device_lora else inputs, ids)
         assert self._linears is not None, "they are recorded"
         lora, num_sampled = self._lora, len(inputs.logits_indices)
-        by_row = lora is not None or not isinstance(self.model, PeftModel)
-        head = self._head if greedy and by_row else None
-        if self._compiled is not None and by_row:
+        head = self._head if greedy and self._adapts_by_row else None
+        if self._compiled is not None and self._adapts_by_row:
             padded = inputs.padded()
             return self._forward(self._compiled, padded, self.cache, self._linears, lora, head)[:num_sampled]
         with self._linears.active(), nullcontext() if lora is None else lora.active():
@@ -228,7 +227,7 @@ class ModelRunner:
             self._record_linears(single_token(), _probe_cache())
         inner = causal_lm(self.model)
         is_large = sum(weight.numel() for weight in inner.parameters()) >= _MIN_COMPILED_PARAMETERS
-        if self.can_compile and (is_large or always):
+        if self.can_compile and self._adapts_by_row and (is_large or always):
             try:
                 self._compile(inner)
             except Exception as error:  # of the compiler, whose code this is not
@@ -236,6 +235,11 @@ class ModelRunner:
                 reason = f"{type(error).__name__}: {first_line(error)}"
                 warnings.warn(f"decoding runs uncompiled ({reason})", UserNotice, stacklevel=3)
         return self._compiled is not None
+
+    @property
+    def _adapts_by_row(self) -> bool:
+        """Whether one forward pass computes samples with any adapter, or the model has none."""
+        return self._lora is not None or not isinstance(self.model, PeftModel)
 
     @property
     def can_compile(self) -> bool:

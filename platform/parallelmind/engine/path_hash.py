@@ -1,9 +1,10 @@
 """Hashes of paths: equal for two tokens exactly if their keys and values are equal. No torch.
 
 Where branches are isolated and rotate by time, the keys and values of a token depend on the tokens of its
-path, on their time coordinates, on their branch coordinates if these rotate anything, and on the adapter. A
-hash is made of just these, token by token, so that it does not depend on how a path is divided into segments
-and blocks: a turn that was decoded by a branch is found by the next turn, whose main holds it.
+path, on their time coordinates, on their branch coordinates if these rotate anything or have embeddings, and
+on the adapter. A hash is made of just these, token by token, so that it does not depend on how a path is
+divided into segments and blocks: a turn that was decoded by a branch is found by the next turn, whose main
+holds it.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class PathHash:
     def child(self, token_ids: Sequence[int], coordinate: int, time: int) -> PathHash:
         """The hash at the start of a segment that continues a whole segment with these tokens.
 
-        coordinate: its branch coordinate, 0 where branch coordinates rotate nothing. time: its start time.
+        coordinate: its branch coordinate, 0 where keys do not depend on it. time: its start time.
         """
         whole, (own_coordinate, start_time) = self.start(), self._starts_at
         whole.extend(token_ids)

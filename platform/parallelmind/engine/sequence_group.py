@@ -321,8 +321,9 @@ class SequenceGroup:
         return parent.path.child(parent.token_ids, self.path_coordinate(branch.number), time)
 
     def path_coordinate(self, number: int) -> int:
-        """The branch coordinate of a segment as hashes of paths take it: 0 where it rotates nothing."""
-        return int(self.shape.coordinates[number]) if self.config.rope_2d_ratio else 0
+        """The branch coordinate of a segment as hashes of paths take it: 0 where keys do not depend on it."""
+        is_read = self.config.rope_2d_ratio or self.config.branch_embeddings
+        return int(self.shape.coordinates[number]) if is_read else 0
 
     # Cache blocks
 

@@ -72,6 +72,9 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel
     do not support.
     """
     _check_dora(model, config)
+    tokens, own_modules = trainable_token_indices(model), _modules_to_save(model)
+    if tokens and branch_embedding.NAME in own_modules:
+        raise UserError("branch_embeddings: not supported with add_tokens; drop one of them")
     sample_weights(model)
     all_linear = config.lora_targets == "all-linear"
     settings = peft.LoraConfig(
@@ -83,8 +86,8 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel
         use_dora=config.use_dora,
         target_modules="all-linear" if all_linear else parse_targets(model, config.lora_targets),
         exclude_modules=excluded_modules(model, all_linear) or None,
-        trainable_token_indices=trainable_token_indices(model),
-        modules_to_save=_modules_to_save(model),
+        trainable_token_indices=tokens,
+        modules_to_save=own_modules or None,
     )
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
@@ -98,10 +101,20 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel
     return adapted
 
 
-def _modules_to_save(model: PreTrainedModel) -> list[str] | None:
-    """peft's setting that gives an adapter its own copies of the modules that the patch added."""
+def _modules_to_save(model: PreTrainedModel) -> list[str]:
+    """The modules that the patch added, of which an adapter has its own copies."""
     present = {name.rpartition(".")[-1] for name, _ in model.named_modules()}
-    return [name for name in (penalty.NAME, branch_embedding.NAME) if name in present] or None
+    return [name for name in (penalty.NAME, branch_embedding.NAME) if name in present]
+
+
+def _check_holds_modules(stored: Mapping[str, Tensor], model: PeftModel) -> None:
+    """Raise UserError if an adapter lacks weights of its own for a module that the patch added."""
+    for name in _modules_to_save(cast(PreTrainedModel, model.get_base_model())):
+        if not any(name in weight for weight in stored):
+            raise UserError(
+                f"modules_to_save: the adapter has no {name} of its own; "
+                f'give peft.LoraConfig modules_to_save=["{name}"]'
+            )
 
 
 def _check_dora(model: PreTrainedModel | PeftModel, config: LoraConfig | None) -> None:
@@ -133,6 +146,7 @@ def save_adapter(
     rope = rope or (rope_config(model) if is_patched(model) else RopeConfig(patch_rope=False))
     lora = lora or lora_of(model)
     stored, lora = pissa.to_plain_lora(model, trained_weights(model) if weights is None else weights, lora)
+    _check_holds_modules(stored, model)
     with atomic_dir(folder) as new_folder:
         write_adapter(new_folder, model, stored, lora.lora_rank, base_location(base.base_model))
         base_model = cast(PreTrainedModel, model.get_base_model())

@@ -15,6 +15,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from parallelmind.model.branch_embedding import BranchEmbedding
 from parallelmind.model.penalty import adapted_layers
 from parallelmind.model.structure import causal_lm
 
@@ -59,7 +60,12 @@ def _wrapped(module: nn.Module) -> nn.Module | None:
 
 def is_movable(adapted: PeftModel) -> bool:
     """Whether `move_adapter` can move the adapter of this model: it is plain LoRA on linear layers."""
-    return all(map(_is_plain, adapted_layers(adapted)))
+    return all(_is_plain(module) or _is_added(module) for module in adapted_layers(adapted))
+
+
+def _is_added(module: nn.Module) -> bool:
+    """Whether peft has wrapped a module that the patch added."""
+    return isinstance(getattr(module, "original_module", None), BranchEmbedding)
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -7,7 +7,6 @@ is trained, saved, switched and deleted with the adapter. Without an adapter all
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from parallelmind.config import RopeConfig
-from parallelmind.model.forward_context import CURRENT_CALL
+from parallelmind.model.forward_context import CURRENT_CALL, ForwardCall
 from parallelmind.model.structure import decoder
 
 NAME = "branch_embedding"  # of the module in the decoder, and in the name of its weight
@@ -47,7 +46,7 @@ def add_branch_embeddings(model: PreTrainedModel, config: RopeConfig) -> Removab
     device, hidden = tokens.weight.device, tokens.weight.shape[1]
     own = BranchEmbedding(config.branch_embeddings, hidden, config.branch_stride, device)
     decoder(model).add_module(NAME, own)
-    handle: RemovableHandle = tokens.register_forward_hook(partial(_add, decoder(model)))
+    handle: RemovableHandle = tokens.register_forward_hook(_add)
     return handle
 
 
@@ -56,9 +55,19 @@ def remove_branch_embeddings(model: PreTrainedModel) -> None:
     decoder(model)._modules.pop(NAME, None)
 
 
-def _add(decoder: nn.Module, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-    call = CURRENT_CALL.get()
-    if call is None or call.pos2d is None:
-        return None
-    embeddings: Tensor = decoder.get_submodule(NAME)(call.pos2d[..., 0])
-    return output + embeddings.to(output.dtype)
+def branch_embeddings(model: PreTrainedModel, pos2d: Tensor | None) -> Tensor | None:
+    """`[batch, seq, hidden]` of the tokens at `[batch, seq, 2]` coordinates; None for a model without any."""
+    module = decoder(model)._modules.get(NAME)
+    return None if module is None or pos2d is None else module(pos2d[..., 0])
+
+
+def add_to(embeddings: Tensor, call: ForwardCall | None) -> Tensor:
+    """Embeddings of tokens with those of their branches."""
+    if call is None or call.embeddings is None:
+        return embeddings
+    return embeddings + call.embeddings.to(embeddings.dtype)
+
+
+def _add(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    """Not bound to a model: peft copies modules with their hooks."""
+    return add_to(output, CURRENT_CALL.get())

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -40,19 +40,29 @@ class ForwardContext(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class ForwardCall:
-    """A running forward pass. pos2d: None for a single branch. outer: the call in which it is nested."""
+    """A running forward pass.
+
+    pos2d: None for a single branch. embeddings: `[batch, seq, hidden]` of branches, which are added to those
+    of tokens, or None. outer: the call in which it is nested.
+    """
 
     pos2d: Tensor | None
+    embeddings: Tensor | None
     outer: ForwardCall | None
 
 
 CURRENT_CALL: ForwardContext[ForwardCall] = ForwardContext("parallelmind_pos2d")
 
 
-def push(pos2d: Tensor | None, inherit: bool) -> None:
-    """Begin a forward pass. inherit: take the coordinates of the enclosing pass, if there is one."""
+def push(pos2d: Tensor | None, embeddings: Tensor | None = None) -> None:
+    """Begin a forward pass with coordinates of its own."""
+    CURRENT_CALL.set(ForwardCall(pos2d, embeddings, CURRENT_CALL.get()))
+
+
+def push_nested() -> None:
+    """Begin a forward pass with the coordinates of the enclosing pass, if there is one."""
     outer = CURRENT_CALL.get()
-    CURRENT_CALL.set(ForwardCall(outer.pos2d if inherit and outer else pos2d, outer))
+    CURRENT_CALL.set(replace(outer, outer=outer) if outer else ForwardCall(None, None, None))
 
 
 def pop() -> None:

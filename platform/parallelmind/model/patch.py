@@ -17,7 +17,12 @@ from transformers import PreTrainedModel
 from parallelmind.config import Positions, RopeConfig
 from parallelmind.errors import UserError
 from parallelmind.model import forward_context
-from parallelmind.model.branch_embedding import add_branch_embeddings, remove_branch_embeddings
+from parallelmind.model.branch_embedding import (
+    add_branch_embeddings,
+    add_to,
+    branch_embeddings,
+    remove_branch_embeddings,
+)
 from parallelmind.model.hf_compat import OwnAttention, compares_attention_name, hands_over_masks
 from parallelmind.model.patch_state import ATTRIBUTE, PatchState, is_patched, patch_state, rope_config
 from parallelmind.model.penalty import add_penalties, check_takes_penalties, remove_penalties
@@ -76,10 +81,12 @@ def _before_forward(
     A nested call without pos2d inherits that of the enclosing call.
     """
     if not any(name in kwargs for name in LAYOUT):
-        forward_context.push(None, inherit=True)
+        forward_context.push_nested()
         return args, kwargs
     kwargs = dict(kwargs)
-    forward_context.push(kwargs.get("pos2d"), inherit=False)
+    forward_context.push(kwargs.get("pos2d"), branch_embeddings(model, kwargs.get("pos2d")))
+    if kwargs.get("inputs_embeds") is not None:
+        kwargs["inputs_embeds"] = add_to(kwargs["inputs_embeds"], forward_context.CURRENT_CALL.get())
     replace_layout(model, kwargs)
     pos2d = kwargs.pop("pos2d")
     if pos2d is not None:

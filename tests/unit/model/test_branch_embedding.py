@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from engines import decode, run_to_end, tokens_by_branch
@@ -18,6 +20,7 @@ from parallelmind.engine.decoding_check import CHECK_SAMPLE, CHECK_TREE, decodin
 from parallelmind.engine.engine import Engine
 from parallelmind.engine.request import Sample
 from parallelmind.engine.scheduler import EngineConfig
+from parallelmind.engine.tokenization import tokenize_request
 from parallelmind.errors import UserError
 from parallelmind.evaluation.probes import ROUNDING_TOLERANCE
 from parallelmind.model.adapter import (
@@ -29,9 +32,11 @@ from parallelmind.model.adapter import (
     resume_adapter,
     save_adapter,
 )
+from parallelmind.model.adapter_copy import is_movable, move_adapter, shared_copy
 from parallelmind.model.base_identity import base_identity
 from parallelmind.model.branch_embedding import NAME, BranchEmbedding
 from parallelmind.model.export import export
+from parallelmind.model.mask import attention_masks
 from parallelmind.model.patch import patch, unpatch
 
 ROPE = RopeConfig(branch_embeddings=2)
@@ -132,10 +137,48 @@ def test_samples_of_several_adapters_have_their_own_embeddings(folder: Path) -> 
     assert decoded == [expected[index] for index in (0, 1, 2, 0)]
 
 
+def test_a_text_does_not_take_the_keys_of_a_branch_with_an_embedding() -> None:
+    """An independent branch caches keys, which have its embedding; the same tokens in main have none."""
+    model = embedding(rope=ROPE.model_copy(update={"rope_2d_ratio": 0.0})).eval()
+    document, question = list(range(40, 77)), list(range(100, 121))
+    settings: dict[str, Any] = {"max_new_tokens": 6, "ignore_eos": True}
+
+    def decoded(engine: Engine, main: list[int], branch: list[int]) -> list[list[int]]:
+        sample = tokenize_request(tiny_tokenizer(), Sample(main, [branch]), None, None, settings)
+        engine.enqueue(replace(sample, branch_number=1))
+        return list(tokens_by_branch(run_to_end(engine)).values())
+
+    used, fresh = (Engine(model, tiny_tokenizer(), EngineConfig(cache_tokens=1024)) for _ in range(2))
+    decoded(used, document, question)
+    assert decoded(used, document + question, [9]) == decoded(fresh, document + question, [9])
+    assert decoded(used, document, question) == decoded(fresh, document, question)
+
+
+def test_embeddings_of_tokens_may_be_given() -> None:
+    adapted, batch = embedding().eval(), long_batch(ROPE)
+    mask = attention_masks(adapted, batch.placement, ROPE.visibility, batch.is_flat)
+    settings = {"attention_mask": mask, "position_ids": batch.position, "pos2d": batch.pos2d}
+    with torch.no_grad():
+        vectors = adapted.get_input_embeddings()(batch.ids)
+        given = adapted(inputs_embeds=vectors, **settings).logits
+        assert torch.equal(given, adapted(input_ids=batch.ids, **settings).logits)
+
+
+def test_an_adapter_without_embeddings_of_its_own_is_not_saved(tmp_path: Path) -> None:
+    settings = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(patched(), settings)
+    with pytest.raises(UserError, match=r'modules_to_save=\["branch_embedding"\]'):
+        save_adapter(adapted, tiny_tokenizer(), tmp_path / "adapter", ModelConfig(base_model="tiny"))
+
+
 def test_several_adapters_are_attached_and_deleted(folder: Path) -> None:
     model = patched()
     for name in ("v0", "v1"):
-        model = attach(model, read_saved(model, tiny_tokenizer(), folder / name[1:]), name).eval()
+        adapted = attach(
+            shared_copy(model), read_saved(model, tiny_tokenizer(), folder / name[1:]), name
+        ).eval()
+        assert is_movable(adapted)
+        model = move_adapter(adapted, model, name)
     model.set_adapter("v0")
     assert torch.equal(logits(model), logits(embedding(0)))
     model.delete_adapter("v0")
@@ -154,7 +197,8 @@ def test_unpatch_removes_the_embeddings() -> None:
 @pytest.mark.parametrize(
     ("settings", "remedy"),
     [
-        ({"visibility": "isolated"}, "set it, or branch_embeddings=0"),
+        ({"visibility": "isolated"}, "needs visibility=columnar; set it, or branch_embeddings=0"),
+        ({"patch_rope": False}, "needs patch_rope=true; set it, or branch_embeddings=0"),
         ({"tuning": "full"}, "set 0, or drop tuning=full"),
         ({"sharding": "full"}, "set 0, or drop sharding=full"),
         ({"add_tokens": ["<new>"]}, "drop one of them"),
