@@ -1,8 +1,8 @@
 """How do the penalty of siblings' scores and the rotation by branch change what branches learn of each other?
 
 Branches are asked for a fact of a sibling's, with three penalties, with a learned one, and without a penalty
-in three other schemes: one clock for all branches, which no rotation by branch tells apart, the same with an
-embedding for each branch (as in Multi-Stream LLMs), and a rotation by branch that replaces time in its pairs
+in three other schemes: one clock for all branches, which no rotation by branch tells apart, the same with
+embeddings of branches (as in Multi-Stream LLMs), and a rotation by branch that replaces time in its pairs
 (as published).
 
     python -m experiments._siblings 009_sibling_penalty

@@ -29,7 +29,6 @@ from docs import as_module
 # Commands that cannot run in the test, by their first words. All other commands on the pages run.
 NOT_HERE = {
     "pip install boto3": "needs a package index",
-    "pip install lm-eval[api]==0.4.13": "needs a package index",
     "pip install wandb": "needs a package index",
     "lm_eval": "has an environment of its own; tests/integration/test_clients.py runs it",
     "wandb login": "needs an account",
