@@ -20,6 +20,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from experiments._command import run as run_command
 from experiments._results import RESULTS, trained, write_table
 from parallelmind.config.yaml_file import load_yaml
 from parallelmind.data.convert.passages import QuestionTemplates, expand_articles, passage_questions
@@ -159,4 +160,4 @@ def main(source: str, *overrides: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_command(main)

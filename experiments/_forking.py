@@ -10,7 +10,6 @@ figure to results/. What is finished is not repeated. SETTING=VALUE after the pa
 from __future__ import annotations
 
 import json
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 import parallelmind as pm
+from experiments._command import run as run_command
 from experiments._forking_data import QUESTIONS, Passage, answers_in, prompt_of, write
 from experiments._results import RESULTS, trained, write_table
 from parallelmind.config.yaml_file import load_yaml
@@ -132,4 +132,4 @@ def main(source: str, *overrides: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_command(main)

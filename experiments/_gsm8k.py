@@ -10,10 +10,10 @@ is branch tax.
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
+from experiments._command import run as run_command
 from parallelmind.config import TrainConfig
 
 # The published scheme: the low pairs rotate by branch, all other pairs by the flat index.
@@ -55,4 +55,4 @@ def main(source: str, output: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_command(main)

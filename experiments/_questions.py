@@ -17,6 +17,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from experiments._command import run as run_command
 from experiments._results import RESULTS, write_table
 from parallelmind.config.yaml_file import load_yaml
 from parallelmind.programs import module_name
@@ -128,4 +129,4 @@ def main(run: str, data: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_command(main)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 import parallelmind as pm
+from experiments._command import run as run_command
 from experiments._results import RESULTS, trained, write_table
 from experiments._sibling_tasks import FORMS, TASKS, Form, data_path, records
 from parallelmind.config.yaml_file import load_yaml
@@ -162,4 +162,4 @@ def main(*arguments: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_command(main)

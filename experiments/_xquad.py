@@ -13,9 +13,10 @@ the Chinese passages is used for training.
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
+
+from experiments._command import run as run_command
 
 _QUESTIONS = 8  # per held-out passage
 
@@ -46,4 +47,4 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_command(main)
