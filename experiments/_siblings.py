@@ -117,7 +117,7 @@ def _label(form: Form, config: dict[str, Any]) -> str:
         return form
     parts = [f"penalty {config['sibling_penalty']}"] if config["sibling_penalty"] else []
     parts += ["one clock"] if config["rope_2d_ratio"] == 0 else []
-    parts += ["branch embeddings"] if config["branch_embeddings"] else []
+    parts += ["branch embeddings"] if config.get("branch_embeddings") else []  # not in older runs
     parts += [f"branch angle {config['branch_angle']}"] if config["branch_angle"] != "added" else []
     return ", ".join([form, *parts])
 
