@@ -22,15 +22,20 @@ class ResultTable:
         Raises:
             UnavailableError: the table does not exist, or has no such row.
         """
-        path = RESULTS.with_name(self.name)
-        if not path.is_file():
-            raise UnavailableError(f"no {self.name}; run {self.command}")
         wanted = {name: str(value) for name, value in where.items()}
-        with path.open(newline="", encoding="utf-8") as file:
-            values = [
-                row[field] for row in csv.DictReader(file) if wanted.items() <= row.items() and row[field]
-            ]
+        values = [row[field] for row in self._rows() if wanted.items() <= row.items() and row[field]]
         if not values:
             given = " ".join(f"{name}={value}" for name, value in where.items())
             raise UnavailableError(f"{self.name}: no {field} with {given}; run {self.command}")
         return fmean(float(value) for value in values)
+
+    def values(self, field: str) -> list[str]:
+        """The different values of a column, in their order. Raises UnavailableError if there is no table."""
+        return list(dict.fromkeys(row[field] for row in self._rows()))
+
+    def _rows(self) -> list[dict[str, str]]:
+        path = RESULTS.with_name(self.name)
+        if not path.is_file():
+            raise UnavailableError(f"no {self.name}; run {self.command}")
+        with path.open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
