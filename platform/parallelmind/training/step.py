@@ -161,8 +161,8 @@ class NoMemoryError(UserError):
 
     def __init__(self, batch: str) -> None:
         super().__init__(
-            f"batch_size: {batch}; lower batch_size, max_branches_per_sample or max_sample_tokens, or set "
-            "gradient_checkpointing=true"
+            f"batch_size: {batch}; lower batch_tokens or batch_size, max_branches_per_sample or "
+            "max_sample_tokens, set gradient_checkpointing=true, or quantize"
         )
         self.batch = batch
 
