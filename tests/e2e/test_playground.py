@@ -230,6 +230,7 @@ def test_coordinates_are_hidden_until_they_are_asked_for(playground: Playground)
 @pytest.mark.parametrize("playground", [(390, 844), (1280, 800)], indirect=True)
 def test_nothing_scrolls_away_on_run(playground: Playground) -> None:
     playground.fill_form(MAIN, *QUESTIONS, max_tokens=FEW)
+    playground.page.wait_for_load_state("networkidle")  # what the page loads late may move its form
     before = playground.run_button.bounding_box()
     playground.run()
     playground.finish_reason(2)
