@@ -1,4 +1,4 @@
-"""The command line of an experiment that measures what a sweep has trained."""
+"""The command line of the modules that make data of experiments and measure adapters."""
 
 from __future__ import annotations
 

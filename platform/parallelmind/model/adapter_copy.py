@@ -60,11 +60,10 @@ def _wrapped(module: nn.Module) -> nn.Module | None:
 
 def is_movable(adapted: PeftModel) -> bool:
     """Whether `move_adapter` can move the adapter of this model: it is plain LoRA on linear layers."""
-    return all(_is_plain(module) or _is_added(module) for module in adapted_layers(adapted))
+    return all(_is_plain(module) or _is_branch_embedding(module) for module in adapted_layers(adapted))
 
 
-def _is_added(module: nn.Module) -> bool:
-    """Whether peft has wrapped a module that the patch added."""
+def _is_branch_embedding(module: nn.Module) -> bool:
     return isinstance(getattr(module, "original_module", None), BranchEmbedding)
 
 

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from parallelmind.config import RopeConfig
-from parallelmind.model.forward_context import CURRENT_CALL, ForwardCall
+from parallelmind.model.forward_context import CURRENT_CALL
 from parallelmind.model.structure import decoder
 
 NAME = "branch_embedding"  # of the module in the decoder, and in the name of its weight
@@ -61,13 +61,12 @@ def branch_embeddings(model: PreTrainedModel, pos2d: Tensor | None) -> Tensor | 
     return None if module is None or pos2d is None else module(pos2d[..., 0])
 
 
-def add_to(embeddings: Tensor, call: ForwardCall | None) -> Tensor:
-    """Embeddings of tokens with those of their branches."""
-    if call is None or call.embeddings is None:
-        return embeddings
-    return embeddings + call.embeddings.to(embeddings.dtype)
+def with_branches(tokens: Tensor, branches: Tensor | None) -> Tensor:
+    """Embeddings of tokens with those of their branches, if there are any."""
+    return tokens if branches is None else tokens + branches.to(tokens.dtype)
 
 
 def _add(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
     """Not bound to a model: peft copies modules with their hooks."""
-    return add_to(output, CURRENT_CALL.get())
+    call = CURRENT_CALL.get()
+    return with_branches(output, call.embeddings if call else None)

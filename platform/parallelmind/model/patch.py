@@ -19,9 +19,9 @@ from parallelmind.errors import UserError
 from parallelmind.model import forward_context
 from parallelmind.model.branch_embedding import (
     add_branch_embeddings,
-    add_to,
     branch_embeddings,
     remove_branch_embeddings,
+    with_branches,
 )
 from parallelmind.model.hf_compat import OwnAttention, compares_attention_name, hands_over_masks
 from parallelmind.model.patch_state import ATTRIBUTE, PatchState, is_patched, patch_state, rope_config
@@ -84,9 +84,10 @@ def _before_forward(
         forward_context.push_nested()
         return args, kwargs
     kwargs = dict(kwargs)
-    forward_context.push(kwargs.get("pos2d"), branch_embeddings(model, kwargs.get("pos2d")))
+    embeddings = branch_embeddings(model, kwargs.get("pos2d"))
+    forward_context.push(kwargs.get("pos2d"), embeddings)
     if kwargs.get("inputs_embeds") is not None:
-        kwargs["inputs_embeds"] = add_to(kwargs["inputs_embeds"], forward_context.CURRENT_CALL.get())
+        kwargs["inputs_embeds"] = with_branches(kwargs["inputs_embeds"], embeddings)
     replace_layout(model, kwargs)
     pos2d = kwargs.pop("pos2d")
     if pos2d is not None:

@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from added import attach_by_copy, save_two
 from engines import decode, run_to_end, tokens_by_branch
 from flexing import long_batch, real_logits
 from peft import PeftModel
@@ -25,14 +26,11 @@ from parallelmind.errors import UserError
 from parallelmind.evaluation.probes import ROUNDING_TOLERANCE
 from parallelmind.model.adapter import (
     add_lora,
-    attach,
     load_adapter,
     load_model_with_lora,
-    read_saved,
     resume_adapter,
     save_adapter,
 )
-from parallelmind.model.adapter_copy import is_movable, move_adapter, shared_copy
 from parallelmind.model.base_identity import base_identity
 from parallelmind.model.branch_embedding import NAME, BranchEmbedding
 from parallelmind.model.export import export
@@ -72,11 +70,7 @@ def logits(model: nn.Module, rope: RopeConfig = ROPE) -> Tensor:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base in `base`, and two adapters in `0` and `1`."""
-    root = tmp_path_factory.mktemp("embeddings")
-    base = ModelConfig(base_model=save_tiny(root / "base"))
-    for seed in range(2):
-        save_adapter(embedding(seed), tiny_tokenizer(), root / str(seed), base, ROPE, LORA)
-    return root
+    return save_two(tmp_path_factory.mktemp("embeddings"), embedding, ROPE, LORA)
 
 
 def test_a_branch_gets_the_embedding_of_its_number() -> None:
@@ -174,11 +168,7 @@ def test_an_adapter_without_embeddings_of_its_own_is_not_saved(tmp_path: Path) -
 def test_several_adapters_are_attached_and_deleted(folder: Path) -> None:
     model = patched()
     for name in ("v0", "v1"):
-        adapted = attach(
-            shared_copy(model), read_saved(model, tiny_tokenizer(), folder / name[1:]), name
-        ).eval()
-        assert is_movable(adapted)
-        model = move_adapter(adapted, model, name)
+        model = attach_by_copy(model, folder / name[1:], name)
     model.set_adapter("v0")
     assert torch.equal(logits(model), logits(embedding(0)))
     model.delete_adapter("v0")

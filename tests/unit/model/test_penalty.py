@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from added import attach_by_copy, save_two
 from flexing import long_batch, real_logits
 from peft import AutoPeftModelForCausalLM
 from penalties import LEARNED, LORA, learning
@@ -26,7 +27,6 @@ from parallelmind.model.adapter import (
     resume_adapter,
     save_adapter,
 )
-from parallelmind.model.adapter_copy import is_movable, move_adapter, shared_copy
 from parallelmind.model.base_identity import base_identity
 from parallelmind.model.export import export
 from parallelmind.model.fingerprint import fingerprint
@@ -49,12 +49,7 @@ def logits(model: nn.Module) -> Tensor:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base in `base`, and two adapters in `0` and `1`."""
     root = tmp_path_factory.mktemp("penalties")
-    base = ModelConfig(base_model=save_tiny(root / "base"))
-    for seed in range(2):
-        save_adapter(
-            learning(tiny_llama(), seed=seed), tiny_tokenizer(), root / str(seed), base, LEARNED, LORA
-        )
-    return root
+    return save_two(root, lambda seed: learning(tiny_llama(), seed=seed), LEARNED, LORA)
 
 
 def test_a_loaded_adapter_has_its_penalties(folder: Path) -> None:
@@ -96,11 +91,7 @@ def test_without_an_adapter_every_head_has_the_starting_value(folder: Path) -> N
 def test_several_adapters_on_a_model_have_their_own_penalties(folder: Path) -> None:
     model, expected = patched(), patched()
     for name in ("v0", "v1"):
-        adapted = attach(
-            shared_copy(model), read_saved(model, tiny_tokenizer(), folder / name[1:]), name
-        ).eval()
-        assert is_movable(adapted)
-        model = move_adapter(adapted, model, name)
+        model = attach_by_copy(model, folder / name[1:], name)
         expected = attach(expected, read_saved(expected, tiny_tokenizer(), folder / name[1:]), name).eval()
     found = []
     for name in ("v0", "v1", "v0"):

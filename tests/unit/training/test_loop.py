@@ -205,7 +205,8 @@ def test_running_out_of_memory_names_the_shape_and_what_to_lower() -> None:
     inputs.model.get_base_model().model.forward = forward
     with pytest.raises(
         UserError,
-        match=r"a batch of 3 x 10 tokens with 6 branches; lower batch_tokens or batch_size, .*max_sample",
+        match=r"a batch of 3 x 10 tokens with 6 branches; lower batch_tokens or batch_size, "
+        r".*max_sample_tokens",
     ):
         train(inputs)
 
