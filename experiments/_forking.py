@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 import parallelmind as pm
 from experiments._command import run as run_command
-from experiments._forking_data import QUESTIONS, Passage, answers_in, prompt_of, write
+from experiments._forking_data import QUESTIONS, Request, answers_in, prompt_of, write
 from experiments._results import RESULTS, trained, write_table
 from parallelmind.config.yaml_file import load_yaml
 from parallelmind.engine.linear import linearized
@@ -38,13 +38,12 @@ _HANG_ANSWERS, _HANG_TOKENS, _HANG_AT_ONCE = 1000, 256, 20
 _COLOURS = {"sequential": "#8d99ae", "forking": "#2e86ab"}
 
 
-def answer_all(engine: pm.Engine, passages: Sequence[Passage]) -> dict[str, float]:
+def answer_all(engine: pm.Engine, requests: Sequence[Request]) -> dict[str, float]:
     """F1 of the answers, and steps and seconds of a request, decoded one at a time."""
     scores, steps, seconds, forks = list[float](), list[int](), list[float](), 0
-    for passage in passages:
-        prompt = prompt_of([passage.text], passage.questions)
+    for request in requests:
         start, num_steps, events = perf_counter(), 0, list[pm.Event]()
-        engine.submit(pm.Sample(branches=[prompt]), max_new_tokens=_MAX_NEW_TOKENS)
+        engine.submit(pm.Sample(branches=[prompt_of(request)]), max_new_tokens=_MAX_NEW_TOKENS)
         while engine.busy:
             events += engine.step()
             num_steps += 1
@@ -54,24 +53,23 @@ def answer_all(engine: pm.Engine, passages: Sequence[Passage]) -> dict[str, floa
         given = answers_in("".join(event.text for event in linearized(events)))
         scores += [
             f1(given.get(number, ""), question.answers)
-            for number, question in enumerate(passage.questions, 1)
+            for number, question in enumerate(request.questions, 1)
         ]
     return {
         "f1": fmean(scores),
         "steps": fmean(steps),
         "seconds": fmean(seconds),
-        "forked": forks / len(passages),
+        "forked": forks / len(requests),
     }
 
 
-def count_hangs(engine: pm.Engine, passages: Sequence[Passage]) -> dict[str, float]:
+def count_hangs(engine: pm.Engine, requests: Sequence[Request]) -> dict[str, float]:
     """Answers at temperature 1 that do not end within their limits of tokens, branches and depth."""
     hangs, forked = 0, 0
     for first in range(0, _HANG_ANSWERS, _HANG_AT_ONCE):
         groups = dict[int, dict[int, int]]()
         for seed in range(first, first + _HANG_AT_ONCE):
-            passage = passages[seed % len(passages)]
-            sample = pm.Sample(branches=[prompt_of([passage.text], passage.questions)])
+            sample = pm.Sample(branches=[prompt_of(requests[seed % len(requests)])])
             number = engine.submit(sample, max_new_tokens=_HANG_TOKENS, temperature=1.0, seed=seed)
             groups[number] = defaultdict[int, int](int)
         most_steps = engine.scheduler.num_steps + _HANG_AT_ONCE * (_HANG_TOKENS + 64)  # one after another
@@ -86,7 +84,7 @@ def count_hangs(engine: pm.Engine, passages: Sequence[Passage]) -> dict[str, flo
     return {"hangs": hangs, "forks_at_temperature_1": forked}
 
 
-def measure(trial: Path, passages: Sequence[Passage]) -> dict[str, Any]:
+def measure(trial: Path, requests: Sequence[Request]) -> dict[str, Any]:
     """The row of an adapter; measured unless its file exists."""
     output = trial / "forking.json"
     if not output.exists():
@@ -94,10 +92,10 @@ def measure(trial: Path, passages: Sequence[Passage]) -> dict[str, Any]:
         form = str(config["data_path"]).rsplit(".", 2)[-2]
         model, tokenizer = pm.load_model_with_lora(lora_path=trial / "adapter", dtype=config["dtype"])
         engine = pm.Engine(model, tokenizer, EngineConfig(cache_tokens=1 << 15))
-        answer_all(engine, passages[:1])  # what is done once
-        row = {"form": form, "seed": config["seed"], **answer_all(engine, passages)}
+        answer_all(engine, requests[:1])  # what is done once
+        row = {"form": form, "seed": config["seed"], **answer_all(engine, requests)}
         if form == "forking" and config["seed"] == 0:
-            row |= count_hangs(engine, passages)
+            row |= count_hangs(engine, requests)
         print(json.dumps(row), flush=True)
         output.write_text(json.dumps(row), encoding="utf-8")
     row = json.loads(output.read_text(encoding="utf-8"))
@@ -123,9 +121,9 @@ def figure(rows: Sequence[dict[str, Any]]) -> Figure:
 
 def main(source: str, *overrides: str) -> None:
     """Make, train, measure; write results/008_forking.csv and .png."""
-    passages = write(Path(source), _DATA)
+    requests = write(Path(source), _DATA)
     config = read_config(SweepConfig, ["008_forking", *overrides])
-    rows = [measure(trial, passages) for trial in trained(Path(run_sweep(config).location))]
+    rows = [measure(trial, requests) for trial in trained(Path(run_sweep(config).location))]
     write_table(TABLE, rows)
     figure(rows).savefig(RESULTS / "008_forking.png", dpi=110)
     print(f"{TABLE}: {len(rows)} adapters, {QUESTIONS} questions a request")

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-QUESTIONS = 8  # of a held-out request
-_PAIRINGS = 3  # how often a passage is paired with another one, so that a request has eight questions
+QUESTIONS = 8  # of a held-out request, and the most of any
+_HELD_OUT = 1 / 4  # of the passages, the last ones
+_PAIRINGS = 2  # how often a passage for training is paired with another one
 _ITEM = re.compile(r"\n(?P<number>\d+)\. (?P<item>[^\n]*)")
 _OPENING = ":"  # of an answer
 _SENTENCE_END = re.compile(r"(?<=[.!?]) +(?=[A-Z\"(])")
@@ -26,6 +27,13 @@ class Question(NamedTuple):
 
 class Passage(NamedTuple):
     text: str
+    questions: list[Question]
+
+
+class Request(NamedTuple):
+    """Passages, and questions about them."""
+
+    texts: list[str]
     questions: list[Question]
 
 
@@ -54,11 +62,11 @@ def _sentence(text: str, place: int) -> str:
     return text[starts[number - 1] : starts[number] - 1].strip()
 
 
-def prompt_of(texts: Sequence[str], questions: Sequence[Question]) -> str:
-    """The request: what comes before the list of answers."""
-    passages = "\n".join(texts)
-    asked = "".join(f"\n{number}. {question.text}" for number, question in enumerate(questions, 1))
-    return f"{passages}\nQuestions:{asked}\nSentences and answers"
+def prompt_of(request: Request) -> str:
+    """What comes before the list of answers."""
+    passages = "\n".join(request.texts)
+    asked = "".join(f"\n{number}. {question.text}" for number, question in enumerate(request.questions, 1))
+    return f"{passages}\nQuestions:{asked}\nQuestions, sentences and answers"
 
 
 def title(number: int) -> str:
@@ -67,8 +75,8 @@ def title(number: int) -> str:
 
 
 def completion(question: Question) -> str:
-    """What follows the title: the sentence that holds the answer, and the answer."""
-    return f". {question.sentence} => {question.answers[0].strip()}"
+    """What follows the title: the question, the sentence that holds the answer, and the answer."""
+    return f". {question.text} {question.sentence} => {question.answers[0].strip()}"
 
 
 def answers_in(text: str) -> dict[int, str]:
@@ -77,48 +85,46 @@ def answers_in(text: str) -> dict[int, str]:
     return {int(item["number"]): item["item"].rpartition("=>")[2].strip() for item in items}
 
 
-def sequential(texts: Sequence[str], questions: Sequence[Question]) -> dict[str, Any]:
+def sequential(request: Request) -> dict[str, Any]:
     """The record whose answer is one text."""
-    parts = [title(number) + completion(question) for number, question in enumerate(questions, 1)]
-    return {"branches": [{"prompt": prompt_of(texts, questions), "completion": _OPENING + "".join(parts)}]}
+    parts = [title(number) + completion(question) for number, question in enumerate(request.questions, 1)]
+    return {"branches": [{"prompt": prompt_of(request), "completion": _OPENING + "".join(parts)}]}
 
 
-def forking(texts: Sequence[str], questions: Sequence[Question]) -> dict[str, Any]:
+def forking(request: Request) -> dict[str, Any]:
     """The record whose answer forks into a branch for every question; as one text it is `sequential`'s."""
     branches = [
         {"prompt": title(number), "completion": completion(question)}
-        for number, question in enumerate(questions, 1)
+        for number, question in enumerate(request.questions, 1)
     ]
-    root = {"prompt": prompt_of(texts, questions), "completion": _OPENING, "branches": branches}
-    return {"branches": [root]}
+    return {"branches": [{"prompt": prompt_of(request), "completion": _OPENING, "branches": branches}]}
 
 
-def training_requests(passages: Sequence[Passage]) -> Iterator[tuple[list[str], list[Question]]]:
-    """Each passage with its questions, and pairs of passages with up to eight questions about both."""
-    rng = random.Random(0)
+def paired(passages: Sequence[Passage], rng: random.Random) -> Iterator[Request]:
+    """Two passages in random order, and up to eight questions about both."""
+    order = rng.sample(passages, len(passages))
+    for one, other in zip(order[::2], order[1::2], strict=False):
+        questions = [*one.questions, *other.questions]
+        yield Request([one.text, other.text], rng.sample(questions, min(len(questions), QUESTIONS)))
+
+
+def training_requests(passages: Sequence[Passage]) -> Iterator[Request]:
+    """Each passage alone, and in pairs."""
     for passage in passages:
-        yield [passage.text], passage.questions
+        yield Request([passage.text], passage.questions[:QUESTIONS])
+    rng = random.Random(0)
     for _ in range(_PAIRINGS):
-        order = rng.sample(list(passages), len(passages))
-        for one, other in zip(order[::2], order[1::2], strict=False):
-            questions = [*one.questions, *other.questions]
-            yield [one.text, other.text], rng.sample(questions, min(len(questions), QUESTIONS))
+        yield from paired(passages, rng)
 
 
-def write(source: Path, folder: Path) -> list[Passage]:
-    """Write forking.sequential.jsonl and forking.forking.jsonl; returns the held-out passages.
-
-    These are the ones with at least eight questions, cut to eight.
-    """
+def write(source: Path, folder: Path) -> list[Request]:
+    """Write forking.sequential.jsonl and forking.forking.jsonl; returns the held-out requests."""
     passages = read(source)
-    rest = [passage for passage in passages if len(passage.questions) < QUESTIONS]
-    requests = list(training_requests(rest))
+    first_held_out = round(len(passages) * (1 - _HELD_OUT))
+    requests = list(training_requests(passages[:first_held_out]))
     folder.mkdir(parents=True, exist_ok=True)
     for form in (sequential, forking):
-        lines = (json.dumps(form(*request), ensure_ascii=False) + "\n" for request in requests)
+        lines = (json.dumps(form(request), ensure_ascii=False) + "\n" for request in requests)
         (folder / f"forking.{form.__name__}.jsonl").write_text("".join(lines), encoding="utf-8")
-    return [
-        Passage(passage.text, passage.questions[:QUESTIONS])
-        for passage in passages
-        if len(passage.questions) >= QUESTIONS
-    ]
+    held_out = paired(passages[first_held_out:], random.Random(0))
+    return [request for request in held_out if len(request.questions) == QUESTIONS]

@@ -4,7 +4,7 @@
 
 One command makes the data, trains an adapter per task, form and seed, and lets each answer held-out samples.
 It writes a table and a figure to results/. What is finished is not repeated. SETTING=VALUE overrides the
-sweep.
+sweep; rows of adapters that are not in it stay in the table.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 import parallelmind as pm
 from experiments._command import run as run_command
-from experiments._results import RESULTS, trained, write_table
+from experiments._results import RESULTS, read_table, trained, write_table
 from experiments._sibling_tasks import FORMS, TASKS, Form, data_path, records
 from parallelmind.config.yaml_file import load_yaml
 from parallelmind.engine.scheduler import EngineConfig
@@ -33,6 +33,8 @@ _SAMPLES, _HELD_OUT, _HELD_OUT_SEED = 4000, 64, 1
 _MAX_NEW_TOKENS = 160
 _LINE = re.compile(r"^\d+\.", re.MULTILINE)
 _COLOURS = ("#2d7d46", "#7fb069", "#c5d86d", "#2e86ab", "#8d99ae", "#f18f01", "#a23b72")
+
+Row = dict[str, Any]  # of an adapter
 
 
 def write_data() -> None:
@@ -95,7 +97,7 @@ def _is_right(task: str, given: Sequence[str], wanted: Sequence[str]) -> bool:
     return list(given) == list(wanted) if task == "find" else given[-1:] == wanted[-1:]
 
 
-def measure(trial: Path) -> dict[str, Any]:
+def measure(trial: Path) -> Row:
     """The row of an adapter; measured unless its file exists."""
     output = trial / "siblings.json"
     if not output.exists():
@@ -122,7 +124,13 @@ def _label(form: Form, config: dict[str, Any]) -> str:
     return ", ".join([form, *parts])
 
 
-def figure(rows: Sequence[dict[str, Any]]) -> Figure:
+def merged(rows: Sequence[Row], measured: Sequence[Row]) -> list[Row]:
+    """The rows of a table with those that were measured now, which replace older ones; sorted."""
+    by_key = {(list(TASKS).index(row["task"]), row["form"], row["seed"]): row for row in [*rows, *measured]}
+    return [by_key[key] for key in sorted(by_key)]
+
+
+def figure(rows: Sequence[Row]) -> Figure:
     """Draw right answers, conflicts and steps of every task and form; a dot for each seed."""
     fig = Figure(figsize=(11, 8), layout="constrained")
     forms, tasks = (list(dict.fromkeys(row[field] for row in rows)) for field in ("form", "task"))
@@ -153,9 +161,9 @@ def main(*arguments: str) -> None:
     named = [argument for argument in arguments if "=" not in argument] or ["006_siblings"]
     write_data()
     config = read_config(SweepConfig, [*named, *(argument for argument in arguments if "=" in argument)])
-    rows = [measure(trial) for trial in trained(Path(run_sweep(config).location))]
-    rows.sort(key=lambda row: (list(TASKS).index(row["task"]), row["form"], row["seed"]))
+    measured = [measure(trial) for trial in trained(Path(run_sweep(config).location))]
     table = (RESULTS / named[0]).with_suffix(".csv")
+    rows = merged(read_table(table), measured)
     write_table(table, rows)
     figure(rows).savefig(table.with_suffix(".png"), dpi=110)
     print(f"{table}: {len(rows)} adapters")

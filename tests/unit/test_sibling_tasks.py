@@ -3,11 +3,14 @@
 import re
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from experiments._results import read_table, write_table
 from experiments._sibling_tasks import TASKS, conflict_floor, records
+from experiments._siblings import merged
 
 SAMPLES = 50
 
@@ -99,3 +102,20 @@ def test_isolated_branches_cannot_avoid_conflicts() -> None:
         Counter(answer.split()[-1] for _, answer in sample) for sample in branches("choose", "isolated")
     ]
     assert all(max(counts.values()) == 1 for counts in chosen)  # where all see each other, none conflicts
+
+
+def test_a_measured_adapter_replaces_its_row_and_no_other(tmp_path: Path) -> None:
+    def row(task: str, form: str, seed: int, right: float) -> dict[str, Any]:
+        return {"task": task, "form": form, "seed": seed, "right": right}
+
+    table = tmp_path / "table.csv"
+    write_table(
+        table, [row("relay", "text", 0, 0.5), row("relay", "text", 1, 0.25), row("add", "text", 0, 1.0)]
+    )
+    rows = merged(read_table(table), [row("relay", "text", 1, 0.75), row("relay", "columnar", 0, 1.0)])
+    assert rows == [
+        row("relay", "columnar", 0, 1.0),
+        row("relay", "text", 0, 0.5),
+        row("relay", "text", 1, 0.75),
+        row("add", "text", 0, 1.0),
+    ]
