@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, TextIO, cast
+from uuid import uuid4
 
 from filelock import BaseFileLock, FileLock, lock_descriptor
 
@@ -168,9 +169,9 @@ def atomic_binary_file(path: Path) -> Iterator[BinaryIO]:
     """
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    partial = path.with_name(f".{path.name}.{uuid4().hex}.part")  # as other hosts write to the folder, too
     try:
-        with open(partial, "wb") as file:
+        with open(partial, "xb") as file:
             yield file
         fsync(partial)
         os.replace(partial, path)

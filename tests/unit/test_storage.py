@@ -168,6 +168,16 @@ def test_old_file_is_unchanged_after_an_error(tmp_path: Path, open_file) -> None
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_two_writers_of_a_file_do_not_share_its_partial_one(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with atomic_file(path) as first:
+        with atomic_file(path) as second:
+            first.write("first")
+            second.write("second")
+        assert path.read_text() == "second"
+    assert path.read_text() == "first"
+
+
 def test_partial_folders_of_killed_writers_are_removed(tmp_path: Path) -> None:
     (tmp_path / ".hidden").mkdir()
     writer = atomic_dir(tmp_path / "folder")

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from parallelmind.engine.tokenization import fork_syntax
 from parallelmind.errors import UserError
 from parallelmind.model.adapter import attach, read_saved
 from parallelmind.model.adapter_copy import is_movable, move_adapter
-from parallelmind.model.fingerprint import fingerprint
+from parallelmind.model.fingerprint import base_fingerprint, fingerprint
 from parallelmind.model.fork_markers import fork_markers
 from parallelmind.model.patch_state import rope_config
 from parallelmind.model.peft_folder import SavedAdapter
@@ -137,9 +138,13 @@ class AdapterManager:
     def fingerprint(self, version: str) -> str:
         """What computes keys and values with this version, the same in every process."""
         if version not in self._fingerprints:
-            rope = rope_config(self.model)
-            self._fingerprints[version] = fingerprint(self.model, None if version == BASE else version, rope)
+            adapter, rope = None if version == BASE else version, rope_config(self.model)
+            self._fingerprints[version] = fingerprint(self._base_fingerprint, self.model, adapter, rope)
         return self._fingerprints[version]
+
+    @cached_property
+    def _base_fingerprint(self) -> str:
+        return base_fingerprint(self.model)
 
     def acquire(self, version: str) -> None:
         """Count a sample that uses this version."""

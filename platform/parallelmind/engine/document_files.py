@@ -21,7 +21,8 @@ from parallelmind.storage import atomic_binary_file, expand_home
 MAX_DOCUMENT_BYTES = 10 << 30  # of a folder, by default
 
 _FORMAT = "parallelmind-document-1"
-_FILE = re.compile(r"[0-9a-f]{32}-\d+\.safetensors")  # of a document; no other file is removed
+# Of a document, or what a killed writer has left of one; no other file is removed.
+_FILE = re.compile(r"\.?[0-9a-f]{32}-\d+\.safetensors(\.[0-9a-f]+\.part)?")
 
 States = Mapping[str, Tensor]  # `[tokens, …]` each, by layer and kind
 
@@ -59,7 +60,6 @@ class DocumentFiles:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 states = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-            os.utime(path)
         except FileNotFoundError:
             return None
         except (OSError, SafetensorError) as error:
@@ -70,6 +70,8 @@ class DocumentFiles:
             return self._refuse(name, f"does not hold {num_tokens} tokens")
         if metadata.get("checksum") != _checksum(states):
             return self._refuse(name, "is damaged (its checksum differs)")
+        with suppress(OSError):  # the file of another user, or one that has just been removed
+            os.utime(path)
         return states
 
     def write(self, name: str, states: States) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import Field
 
@@ -14,6 +14,8 @@ from parallelmind.config import FrozenConfig
 if TYPE_CHECKING:  # processes that only read a manifest do not import a model library
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Value = TypeVar("Value")
 
 _VALUES = 8  # of each weight
 _SAMPLE = "_base_weight_sample"
@@ -134,14 +136,16 @@ def sample_weights(model: PreTrainedModel) -> dict[str, list[float]]:
     first call remembers it on the model: PiSSA changes weights.
     """
     if not hasattr(model, _SAMPLE):
-        weights = {
-            _INSERTED.sub("", name): weight
-            for name, weight in model.named_parameters()
-            if weight.is_floating_point() and not _ADDED.search(name)
-        }
-        setattr(model, _SAMPLE, {name: _values(weight) for name, weight in weights.items()})
+        weights = of_base(model.named_parameters())
+        sampled = {name: _values(weight) for name, weight in weights if weight.is_floating_point()}
+        setattr(model, _SAMPLE, sampled)
     sample: dict[str, list[float]] = getattr(model, _SAMPLE)
     return sample
+
+
+def of_base(named: Iterable[tuple[str, Value]]) -> Iterator[tuple[str, Value]]:
+    """The base's among the weights of a model, by their names without an adapter."""
+    return ((_INSERTED.sub("", name), weight) for name, weight in named if not _ADDED.search(name))
 
 
 def _values(weight: nn.Parameter) -> list[float]:

@@ -101,7 +101,7 @@ def test_several_adapters_on_a_model_have_their_own_penalties(folder: Path) -> N
         assert torch.equal(found[-1], logits(expected))
     assert torch.equal(found[0], found[2])
     assert not torch.equal(found[0], found[1])
-    assert fingerprint(model, "v0", LEARNED) != fingerprint(model, "v1", LEARNED)
+    assert fingerprint("", model, "v0", LEARNED) != fingerprint("", model, "v1", LEARNED)
     model.delete_adapter("v0")
     model.set_adapter("v1")
     assert torch.equal(logits(model), found[1])
