@@ -11,9 +11,11 @@ _ADD_BRANCH = f"/v1/branches/{LIVE}/branches"
 
 _COMPLETION = """{"model": "base", "prompt": ["The sky is", [5, 6, 7]], "max_tokens": 4, "n": 2, "seed": 1,
     "temperature": 0.8, "top_p": 0.9, "top_k": 40, "min_p": 0.01, "repetition_penalty": 1.1,
-    "stop": ["x", "\\n"], "logit_bias": {"5": 1, "6": -1.5}, "logprobs": 2, "ignore_eos": true,
+    "stop": ["x", "\\n"], "logit_bias": {"5": 1, "6": -1.5}, "logprobs": 2, "ignore_eos": true, "echo": true,
     "stream": true, "stream_options": {"include_usage": true}, "user": "me",
     "main": "At dusk. ", "visibility": "isolated"}"""
+_RESPONSE = """{"model": "base", "input": "Name a colour.", "instructions": "Be brief.", "user": "me",
+    "max_output_tokens": 4, "metadata": {"a": "b"}, "text": {"format": {"type": "text"}}, "stream": true}"""
 _CHAT = """{"model": "base", "max_completion_tokens": 4, "n": 2, "logprobs": true, "top_logprobs": 3,
     "seed": 1, "messages": [
     {"role": "system", "content": "Be brief.", "name": "me"},
@@ -26,6 +28,7 @@ _BRANCHES = """{"model": "base", "main": "The sea", "reduce": " So", "stream": t
 VALID: dict[str, dict[str, Any]] = {
     "/v1/completions": json.loads(_COMPLETION),
     "/v1/chat/completions": json.loads(_CHAT),
+    "/v1/responses": json.loads(_RESPONSE),
     "/v1/branches": json.loads(_BRANCHES),
     _ADD_BRANCH: {"text": " was", "max_tokens": 4, "temperature": 0.5, "seed": 1},
     "/tokenize": {"prompt": "The sky is", "model": "base"},

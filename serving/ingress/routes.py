@@ -110,8 +110,8 @@ def _add_openai_routes(
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue one prompt, or several, each n times; no answer depends on another one."""
         work, position = await reader.read(preprocessor.completion, body, request)
-        echoes = [vocabulary.prompt_text(prompt) for prompt in body.prompt] if body.echo else []
-        formatter = CompletionFormatter(work.id, body.model, vocabulary, echoes, body.n)
+        echoed = body.prompt if body.echo else []
+        formatter = CompletionFormatter(work.id, body.model, vocabulary, echoed, body.n)
         return await _respond(engines, body, work, formatter, position)
 
     @app.post("/v1/chat/completions", response_model=None)

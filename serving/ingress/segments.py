@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 import parallelmind as pm
+from parallelmind.data.records import MAX_DEPTH
 from parallelmind.engine.sampling_params import SamplingParams
 from serving.protocol.branches import Branch, BranchesRequest, BranchSettings, ForkRequest, Segment
 
@@ -55,7 +56,9 @@ def with_params(segment: pm.Segment, params: Iterator[SamplingParams]) -> pm.Seg
 
 
 def _segment(path: str, request: Segment, encode: Encode) -> pm.Segment:
-    """path: of the segment, with a dot at its end."""
+    """path: of the segment, with a dot at its end. Raises UserError for one that is nested too deeply."""
+    if path.count(".") > MAX_DEPTH:
+        raise pm.UserError(f"branches: are nested more than {MAX_DEPTH} deep; nest fewer of them")
     text = encode(f"{path}text", request.text, False)
     return pm.Segment(text, *_below(path, request, encode), sampling=own_settings(path, request))
 

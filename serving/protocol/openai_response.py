@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Sequence
+from functools import cache
 from typing import Any, Protocol
 
 import parallelmind as pm
@@ -22,6 +23,8 @@ class TokenTexts(Protocol):
     """How tokens are written in log-probabilities."""
 
     def token_text(self, token: int) -> str: ...
+
+    def prompt_text(self, prompt: str | list[int]) -> str: ...
 
     def token_bytes(self, token: int) -> bytes | None: ...
 
@@ -49,11 +52,12 @@ class CompletionFormatter:
     """Format of /v1/completions."""
 
     def __init__(
-        self, id: str, model: str, texts: TokenTexts, echoes: Sequence[str] = (), n: int = 1
+        self, id: str, model: str, texts: TokenTexts, echoed: Sequence[str | list[int]] = (), n: int = 1
     ) -> None:
-        """echoes: the prompts, if they are part of the answers. n: answers to each of them."""
+        """echoed: the prompts, if they are part of the answers. n: answers to each of them."""
         self._head = {"id": id, "object": "text_completion", "created": int(time.time()), "model": model}
-        self._texts, self._echoes, self._n = texts, echoes, n
+        self._texts, self._echoed, self._n = texts, echoed, n
+        self._prompt_text = cache(lambda number: texts.prompt_text(echoed[number]))
 
     def choice(self, index: int, events: Sequence[pm.Event]) -> Json:
         return self._choice(index, events, None)
@@ -66,7 +70,7 @@ class CompletionFormatter:
 
     def _choice(self, index: int, events: Sequence[pm.Event], text_offset: int | None) -> Json:
         """text_offset: characters of the branch before the events; None: nothing is returned yet."""
-        echo = self._echoes[index // self._n] if self._echoes else ""
+        echo = self._prompt_text(index // self._n) if self._echoed else ""
         return {
             "index": index,
             "text": (echo if text_offset is None else "") + _joined_text(events),

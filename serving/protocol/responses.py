@@ -11,6 +11,7 @@ from parallelmind.engine.grammar import Grammar
 from serving.protocol.fields import Ignored, Items, Str, StrictRequest, Unsupported
 from serving.protocol.openai import ChatRequest, HarmlessFields, Message, Sampling, drop_nulls
 from serving.protocol.responses_input import InputItem, chat_messages
+from serving.protocol.strict_json import AnyJson, JsonObject
 from serving.protocol.structured import NamedSchema, ResponseFormat
 from serving.protocol.tools import MAX_TOOLS, Function, FunctionName, Name, NamedTool, Tool
 
@@ -23,7 +24,7 @@ class FunctionTool(StrictRequest):
     type: Literal["function"]
     name: Name
     description: Str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: JsonObject | None = None
     strict: bool | None = None
     allowed_callers: Unsupported = None
     async_: Unsupported = Field(None, alias="async")
@@ -45,7 +46,7 @@ class TextFormat(StrictRequest):
 
     type: Literal["text", "json_object", "json_schema"] = "text"
     name: Str | None = None
-    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    schema_: JsonObject | None = Field(None, alias="schema")
     strict: bool | None = None
     description: Str | None = None
 
@@ -76,6 +77,8 @@ class ResponsesRequest(Sampling, HarmlessFields):
     """
 
     model: str
+    metadata: AnyJson = None
+    user: AnyJson = None
     input: Str | Items[InputItem] = Field(min_length=1)
     instructions: Str | None = None
     max_output_tokens: int | None = None

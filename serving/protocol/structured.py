@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
 import parallelmind as pm
 from parallelmind.engine.grammar import Grammar
 from serving.protocol.fields import Items, Str, StrictRequest
+from serving.protocol.strict_json import JsonObject
 
 _ANY_OBJECT = {"type": "object"}
 
@@ -16,7 +17,7 @@ _ANY_OBJECT = {"type": "object"}
 class NamedSchema(StrictRequest):
     name: Str
     description: Str | None = None
-    schema_: dict[str, Any] = Field(_ANY_OBJECT, alias="schema")
+    schema_: JsonObject = Field(_ANY_OBJECT, alias="schema")
     strict: bool | None = None  # a schema is always followed
 
 
@@ -39,7 +40,7 @@ class ResponseFormat(StrictRequest):
 class StructuredOutputs(StrictRequest):
     """One of several kinds of grammar, as vLLM's field of this name has them."""
 
-    json_: Str | dict[str, Any] | None = Field(None, alias="json")
+    json_: Str | JsonObject | None = Field(None, alias="json")
     regex: Str | None = None
     choice: Items[Str] | None = None
     json_object: bool | None = None
@@ -56,7 +57,7 @@ class Structured(StrictRequest):
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    guided_json: Str | dict[str, Any] | None = None
+    guided_json: Str | JsonObject | None = None
     guided_regex: Str | None = None
     guided_choice: Items[Str] | None = None
 

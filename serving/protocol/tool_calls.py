@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import parallelmind as pm
 from serving.protocol.openai_response import ChatFormatter, Json
+from serving.protocol.strict_json import parse_json
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
@@ -72,8 +73,8 @@ class ToolCallParser:
     def _parse(self, text: str) -> list[tuple[str, str]]:
         """The calls in a JSON text; empty if it holds anything else."""
         try:
-            value = json.loads(text)
-        except (ValueError, RecursionError):
+            value = parse_json(text)
+        except ValueError:
             return []
         calls = [self._call(item) for item in (value if isinstance(value, list) else [value])]
         return [call for call in calls if call is not None] if None not in calls else []

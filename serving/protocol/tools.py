@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, StringConstraints
 
 import parallelmind as pm
 from serving.protocol.fields import Items, Str, StrictRequest
+from serving.protocol.strict_json import JsonObject, parse_json
 
 MAX_TOOLS = 128
 
@@ -18,8 +19,8 @@ Name = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 def check_object(text: str) -> str:
     """A JSON object as text, such as the arguments of a call. Raises ValueError for anything else."""
     try:
-        is_object = isinstance(json.loads(text or "{}"), dict)
-    except (ValueError, RecursionError):
+        is_object = isinstance(parse_json(text or "{}"), dict)
+    except ValueError:
         is_object = False
     if not is_object:
         raise ValueError("give a JSON object as text")
@@ -31,7 +32,7 @@ class Function(StrictRequest):
 
     name: Name
     description: Str | None = None
-    parameters: dict[str, Any] = Field(default_factory=lambda: {"type": "object", "properties": {}})
+    parameters: JsonObject = Field(default_factory=lambda: {"type": "object", "properties": {}})
     strict: bool | None = None
 
 

@@ -290,6 +290,14 @@ def test_routes_keep_the_error_of_the_limits(
     assert (reply.status, reply.error["code"]) == (status, code)
 
 
+@pytest.mark.parametrize("header", ["authorization", "idempotency-key", "x-stainless-lang"])
+def test_a_page_of_an_allowed_origin_may_send_any_header(tmp_path: Path, header: str) -> None:
+    asked = {"origin": "http://page", "access-control-request-method": "POST"}
+    asked["access-control-request-headers"] = header
+    reply = send_to_routes(tmp_path, "OPTIONS", ROUTE, asked, [])
+    assert reply.status == 200
+
+
 @pytest.mark.parametrize("stream", ["true", "false"])
 def test_a_client_that_does_not_read_is_dropped_without_an_error(tmp_path: Path, stream: str) -> None:
     body = [b'{"model": "tiny", "prompt": "who", "stream": %s}' % stream.encode()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,12 @@ def test_the_conversation_is_that_of_a_chat(tmp_path: Path) -> None:
         ("max_output_tokens", 10**6),
         ("input", "word " * 5000),
         ("max_tokens", 5),
+        ("metadata", {"a": math.nan}),
+        ("metadata", {"a": "\ud83d"}),
+        ("user", "\ud83d"),
+        ("tools", [{"type": "function", "name": "a", "parameters": {"default": math.inf}}]),
+        ("text", {"format": {"type": "json_schema", "name": "a", "schema": {"description": "\ud83d"}}}),
+        ("input", [{"type": "function_call", "call_id": "1", "name": "a", "arguments": '{"a": "\\ud83d"}'}]),
     ],
 )
 def test_what_is_not_done_is_refused_by_name(tmp_path: Path, field: str, value: Any) -> None:

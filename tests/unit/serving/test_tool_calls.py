@@ -59,6 +59,8 @@ def parsed(pieces: list[str], only_one: bool = False) -> tuple[str, list[tuple[s
     return "".join(piece.content for piece in found), [call for piece in found for call in piece.calls]
 
 
+HALF = '{"name": "stop", "arguments": {"a": "\\ud83d"}}'
+NAN = '{"name": "stop", "arguments": {"a": NaN}}'
 ANSWERS = {
     "no call": ("It rains < in Oslo.", ("It rains < in Oslo.", [])),
     "tags": (CALL, ("", [OSLO])),
@@ -76,6 +78,8 @@ ANSWERS = {
     "not a call": ("<tool_call>x</tool_call>!", ("<tool_call>x</tool_call>!", [])),
     "JSON": ('{"a": 1}', ('{"a": 1}', [])),
     "half a tag": ("a <tool_", ("a <tool_", [])),
+    "half a character": (HALF, (HALF, [])),
+    "NaN": (NAN, (NAN, [])),
 }
 
 
