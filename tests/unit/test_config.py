@@ -132,6 +132,8 @@ def test_config_yaml_and_hash_stay_as_an_earlier_version_wrote_them(tmp_path: Pa
         ("min_branches_per_sample=9", ["min_branches_per_sample=9", "max_branches_per_sample=8", "lower"]),
         ("branches_per_sample=9", ["branches_per_sample=9", "max_branches_per_sample=8", "raise"]),
         ("patch_rope=false", ["patch_rope=false", "branches_per_sample=1"]),
+        ("patch_rope=false branches_per_sample=1", ["patch_rope=false", "max_branches_per_sample=1"]),
+        ("patch_rope=false max_branches_per_sample=8", ["patch_rope=false", "max_branches_per_sample=1"]),
         ("name=a/b", ["name=a/b", "pattern"]),
         ("learning_rate=0", ["learning_rate=0", "greater than 0"]),
         ("rope={patch_rope: false}", ["rope: unknown field", "--help"]),

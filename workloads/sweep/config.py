@@ -172,6 +172,10 @@ class SweepConfig(GroupedConfig):
                 raise ValueError(
                     f"{field} needs search=random or search=optuna; a grid tries every value of its lists"
                 )
+            if twice := [name for name in space if any(name in point for point in self.search_space.points)]:
+                raise ValueError(
+                    f"space.{twice[0]}: points have values of it, too; give each field in one of the two"
+                )
         elif trials is None or not space:
             raise ValueError(
                 f"search={search}: draws points from a space; "

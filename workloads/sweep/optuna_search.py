@@ -62,7 +62,9 @@ def _distribution(name: str, values: list[Any] | Between) -> BaseDistribution:
 
 
 def _contains(values: list[Any] | Between, value: Any) -> bool:
-    return value in values if isinstance(values, list) else values.low <= value <= values.high
+    if isinstance(values, list):
+        return value in values
+    return isinstance(value, int | float) and values.low <= value <= values.high
 
 
 def _encode(values: list[Any] | Between, value: Any) -> Any:

@@ -16,6 +16,8 @@ def check_space(config: SweepConfig) -> None:
     A grid is checked point by point; for the other searches, every point of `points` and every value or end
     of a range alone.
     """
+    for name, values in config.search_space.space.items():
+        _check_range(name, values)
     if config.strategy.search == "grid":
         points = list(config.search_space.grid())
     else:
@@ -31,6 +33,14 @@ def check_space(config: SweepConfig) -> None:
         except UserError as error:
             written = " ".join(f"{name}={format_value(value)}" for name, value in settings.items())
             raise UserError(f"space: {written}: {error}") from error
+
+
+def _check_range(name: str, values: list[Any] | Between) -> None:
+    """Raise UserError for a range of an integer field without an integer."""
+    if isinstance(values, Between) and is_integer_field(name) and math.ceil(values.low) > values.high:
+        raise UserError(
+            f"space.{name}: holds no whole number from {values.low} to {values.high}; widen the range"
+        )
 
 
 def is_integer_field(name: str) -> bool:

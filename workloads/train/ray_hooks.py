@@ -57,4 +57,6 @@ class RayHooks:
         return self._stop_file is not None and self._stop_file.is_requested()
 
     def report(self, metrics: Mapping[str, float], step: int) -> None:
+        if self._tracking:
+            self._tracking.upload()
         ray.train.report({**metrics, "step": step})

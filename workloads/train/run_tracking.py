@@ -75,17 +75,21 @@ class RunTracking:
         for sender in self._senders:
             sender.wake()
 
+    def upload(self) -> None:
+        """Copy the metrics to the run's URI, so that a killed run finds them beside its checkpoint."""
+        self._file.upload()
+
     def close(self, status: str) -> None:
         """Send what is left, for some seconds. May be called twice. status: that the run is left with."""
         for sender in self._senders:
             sender.close(status)
-        self._file.upload()
+        self.upload()
 
     def finish(self, result: Path) -> None:
         """Send what is left, store the result and the loss plot, and end the run; list what is not stored."""
         for sender in self._senders:
             sender.finish(result)
-        self._file.upload()
+        self.upload()
 
 
 class MlflowSender(TrackingSender):

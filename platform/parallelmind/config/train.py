@@ -124,7 +124,7 @@ class TrainConfig(GroupedConfig):
         data = self.data
         if data.packing and not self.rope.patch_rope:
             raise ValueError("packing=true: needs the masks of patch_rope=true; drop one of the two")
-        if not self.rope.patch_rope and (data.branches_per_sample or data.max_branches_per_sample) != 1:
+        if not self.rope.patch_rope and {data.branches_per_sample or 1, data.max_branches_per_sample} != {1}:
             raise ValueError(
                 "patch_rope=false: trains one branch per sample; "
                 "set branches_per_sample=1 max_branches_per_sample=1"

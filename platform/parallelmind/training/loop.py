@@ -281,7 +281,7 @@ class Trainer:
         if not losses:
             return False
         mean = sum(losses) / len(losses)
-        if self.state.best_loss is not None and not mean < self.state.best_loss:
+        if not mean < (math.inf if self.state.best_loss is None else self.state.best_loss):
             return False
         self.state.best_loss, self.state.best_step = mean, self.state.step
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -101,7 +102,7 @@ def test_every_checkpoint_leads_to_the_same_end(tmp_path: Path) -> None:
 
 
 def test_the_newest_and_the_best_checkpoint_are_kept(tmp_path: Path) -> None:
-    """The learning rate is absurd after a good start, so the best validation is an early one."""
+    """The learning rate is absurd after a good start, so the best validation is an early one; none is NaN."""
     settings = config(
         epochs=4,
         schedule="constant",
@@ -110,14 +111,14 @@ def test_the_newest_and_the_best_checkpoint_are_kept(tmp_path: Path) -> None:
         validate_every=1,
         keep_checkpoints=1,
     )
-    losses = iter([3.0, 2.0, *[5.0] * 20])
+    losses = iter([math.nan, 3.0, 2.0, *[5.0] * 20])
     with pytest.MonkeyPatch.context() as patch_:
         patch_.setattr(loop, "validation_metrics", lambda *_: {"validation/loss_1": next(losses)})
         outcome = run(settings, tmp_path).outcome
-    assert checkpoint_steps(tmp_path) == ["step-2", f"step-{outcome.step}"]
+    assert checkpoint_steps(tmp_path) == ["step-3", f"step-{outcome.step}"]
     state = read_state(tmp_path / f"step-{outcome.step}")
     assert state is not None
-    assert (state.best_loss, state.best_step) == (2.0, 2)
+    assert (state.best_loss, state.best_step) == (2.0, 3)
 
 
 def test_max_steps_ends_the_run(tmp_path: Path) -> None:

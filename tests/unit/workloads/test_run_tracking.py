@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from mlflow.exceptions import MlflowException
 
 from parallelmind import tracking
@@ -19,6 +20,7 @@ from parallelmind.remote import RemotePath
 from parallelmind.wandb_run import WandbTarget
 from workloads.train import run_tracking, tracking_sender
 from workloads.train.metrics_file import MetricsFile, histories, read_points
+from workloads.train.ray_hooks import RayHooks
 from workloads.train.run_dir import RunDir
 from workloads.train.run_tracking import RunTracking
 
@@ -135,6 +137,23 @@ def test_what_is_missing_at_the_end_is_listed_and_sent_later(
     assert store.logged == [(1, 1.0), (2, 2.0)]
     assert store.stored == ["adapter", "loss.png", "FINISHED"]
     assert not run_dir.has_unsent()
+
+
+def test_metrics_are_at_the_uri_when_a_checkpoint_is(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is killed later is resumed on another machine, which has the files at the URI alone."""
+    monkeypatch.setattr(ray.train, "report", lambda metrics: None)
+    uri = (tmp_path / "there").as_uri()
+    run_dir = RunDir(RemotePath(tmp_path / "here", uri), "adapter", "")
+    run_dir.path.local.mkdir()
+    hooks = RayHooks(run_dir, "uri", "run", is_leader=True)
+    for step in (1, 2):
+        hooks.log({"loss": float(step)}, step)
+    hooks.report({}, 2)
+    other = RunDir(RemotePath(tmp_path / "other", uri), "adapter", "")
+    assert [point.step for point in read_points(other.metrics_file)] == [1, 2]
+    hooks.__exit__(None)
 
 
 def test_training_does_not_wait_for_a_slow_store(store: Store, run_dir: RunDir) -> None:

@@ -75,6 +75,10 @@ def test_trials_are_tracked_as_the_sweep_says_and_not_uploaded() -> None:
         ({"space": {"lora_rank": []}}, r"space.lora_rank=\[\]: has no values; give at least one"),
         ({"space": SPACE}, "space.lora_rank: a range needs search=random or search=optuna"),
         ({"space": {"lora_rank": {"low": 8, "high": 2}}, "search": "random", "trials": 1}, "low < high"),
+        (
+            {"points": [{"lora_rank": 32}], "space": {"lora_rank": [4]}},
+            "space.lora_rank: points have values of",
+        ),
         ({"search": "optuna"}, "search=optuna: draws points from a space; give trials=NUMBER and space="),
         ({"trials": 4}, "trials=4: needs search=random or search=optuna"),
         (
@@ -174,6 +178,21 @@ def test_optuna_bears_failed_trials_and_suggests_no_point_twice() -> None:
         status = "failed" if index == 5 else "finished"
         trials.append(ended_trial(index, point, point["rope_2d_ratio"], 1 / point["lora_rank"], status))
     assert len({repr(trial.point) for trial in trials}) == 12
+
+
+def test_a_point_outside_the_space_is_tried_and_does_not_disturb_optuna() -> None:
+    space, learned = {"sibling_penalty": {"low": 0.0, "high": 3.0}}, {"sibling_penalty": "learned"}
+    config = sweep_config(space=space, search="optuna", trials=9, points=[learned])
+    assert choose_point(config, 0, []) == learned
+    point = choose_point(config, 1, [ended_trial(0, learned, 1.0)])
+    assert point is not None
+    assert 0 <= point["sibling_penalty"] <= 3
+
+
+def test_a_range_of_whole_numbers_that_holds_none_is_refused() -> None:
+    space = {"lora_rank": {"low": 8.2, "high": 8.9}}
+    with pytest.raises(UserError, match=r"space.lora_rank: holds no whole number from 8.2 to 8.9; widen"):
+        check_space(sweep_config(space=space, search="random", trials=9))
 
 
 PLANE = {"rope_2d_ratio": {"low": 0.0, "high": 1.0}, "lora_dropout": {"low": 0.0, "high": 0.9}}
