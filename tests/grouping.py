@@ -51,9 +51,11 @@ def sequence_group(
     return group
 
 
-def add_branch(group: SequenceGroup, prompt: Sequence[int], **sampling: Any) -> BranchState:
-    """Add a branch to main, which starts."""
-    group.add(TokenizedRequest(Tokens.of([], [prompt]), [SamplingParams(**sampling)]))
+def add_branch(
+    group: SequenceGroup, prompt: Sequence[int], parent: int = MAIN, **sampling: Any
+) -> BranchState:
+    """Add a branch to a segment, main by default; it starts if that has ended."""
+    group.add(TokenizedRequest(Tokens.of([], [prompt]), [SamplingParams(**sampling)]), parent)
     group.start_ready()
     return group.branches[-1]
 

@@ -6,9 +6,11 @@ full forward pass over its tree.
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -17,6 +19,8 @@ from engines import ISOLATED, decode, saved_adapters, tiny_engine
 from families import FAMILIES, variant
 from recording import MODELS, RecordingEngine, full_forward_logits, prompt
 from tiny import tiny_llama, tiny_tokenizer
+from torch import nn
+from transformers import PreTrainedModel
 
 import parallelmind as pm
 from parallelmind.config import RopeConfig
@@ -28,6 +32,7 @@ from parallelmind.engine.scheduler import EngineConfig
 from parallelmind.errors import UserError, UserNotice
 from parallelmind.evaluation.probes import check_close, patched
 from parallelmind.layout import arrange
+from parallelmind.model.fingerprint import base_fingerprint
 from parallelmind.model.patch import patch
 
 LENGTHS = (1, 5, 16, 21, 40)
@@ -148,6 +153,33 @@ def test_another_adapter_main_or_coordinate_finds_no_document(tmp_path: Path) ->
     assert engine.stats().documents_read == 0
 
 
+def test_a_changed_model_finds_no_document(tmp_path: Path) -> None:
+    sample, model = Sample([9, 8], reduce=[5, 6], documents=DOCUMENTS), tiny_llama()
+    patch(model, ISOLATED)
+    for turn in range(2):
+        with torch.no_grad():  # one value, as far as possible from those that an adapter's manifest holds
+            model.get_submodule("model.layers.0.self_attn.k_proj").weight[3, 5] += turn
+        engine = pm.Engine(model, tiny_tokenizer(), EngineConfig(cache_tokens=1024), document_cache=tmp_path)
+        decode(engine, sample, max_new_tokens=1)
+        engine.flush_documents()
+        assert engine.stats().documents_read == 0
+    assert len(list(tmp_path.iterdir())) == 2 * len(DOCUMENTS)
+
+
+def test_quantised_weights_and_their_scales_are_in_the_fingerprint() -> None:
+    def quantised(weight: int, scale: float) -> PreTrainedModel:
+        model = tiny_llama()
+        layer = model.get_submodule("model.layers.0.mlp.up_proj")
+        layer.weight = nn.Parameter(
+            torch.full_like(layer.weight, weight, dtype=torch.int8), requires_grad=False
+        )
+        layer.register_buffer("scale", torch.tensor(scale))
+        return model
+
+    found = {base_fingerprint(quantised(*values)) for values in ((1, 1.0), (2, 1.0), (1, 2.0), (1, 1.0))}
+    assert len(found) == 3
+
+
 def written(folder: Path, documents: list[list[int]] = DOCUMENTS, **settings: Any) -> list[Path]:
     """The files of one sample, which a new engine has written."""
     engine = tiny_engine(ISOLATED, document_cache=folder, **settings)
@@ -204,6 +236,24 @@ def test_the_folder_has_a_bounded_size_and_keeps_files_of_others(tmp_path: Path)
         files.remove(other)
         assert sum(file.stat().st_size for file in files) <= 2 * size
     assert any(file.name.endswith(f"-{LENGTHS[-1]}.safetensors") for file in files)
+
+
+def test_what_a_killed_writer_left_is_removed_like_an_unused_document(tmp_path: Path) -> None:
+    size = sum(file.stat().st_size for file in written(tmp_path))
+    left = tmp_path / f".{'0' * 32}-5.safetensors.{'1' * 32}.part"
+    left.write_bytes(bytes(size))
+    os.utime(left, (0, 0))
+    written(tmp_path, [prompt(5, 7)], document_cache_bytes=2 * size)
+    assert not left.exists()
+    assert len(list(tmp_path.iterdir())) == len(LENGTHS) + 1
+
+
+def test_documents_of_another_user_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(tmp_path)
+    monkeypatch.setattr(os, "utime", Mock(side_effect=PermissionError(1, "Operation not permitted")))
+    engine = tiny_engine(ISOLATED, document_cache=tmp_path)
+    decode(engine, Sample([9], reduce=[5, 6], documents=DOCUMENTS), max_new_tokens=1)
+    assert engine.stats().documents_read == len(DOCUMENTS)
 
 
 def test_a_folder_or_model_that_cannot_serve_is_refused(tmp_path: Path) -> None:

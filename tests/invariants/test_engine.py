@@ -207,3 +207,39 @@ def test_every_sample_equals_one_full_forward_pass(config: RopeConfig) -> None:
     kinds = {"joined late", "waited for room", "stopped within a prompt", "read by all", "reused blocks"}
     kinds |= {"only read", "preempted"}
     assert set(+events) == kinds
+
+
+@pytest.mark.parametrize(("max_prefill_tokens", "new_tokens"), [(512, 4), (24, 4), (24, 30)])
+def test_frequencies_that_depend_on_the_length_are_those_of_the_whole_sample(
+    max_prefill_tokens: int, new_tokens: int
+) -> None:
+    """longrope has other frequencies above 64 positions: neither chunks nor the cache may mix them."""
+    model = variant("longrope")
+    with patched(model, RopeConfig(visibility="isolated", positions="time", rope_2d_ratio=0)):
+        limits = EngineConfig(cache_tokens=2048, max_prefill_tokens=max_prefill_tokens)
+        engine, main, groups = RecordingEngine(model, limits), prompt(48, 1), list[Any]()
+        for seed, length in enumerate((4, 60 - new_tokens, 4, 9)):
+            engine.submit(
+                Sample(main, [prompt(length, 2)]), seed=seed, max_new_tokens=new_tokens, ignore_eos=True
+            )
+            groups += engine.samples.groups.values()
+            while engine.busy:
+                engine.step()
+        assert engine.scheduler.num_reused_tokens > 48
+        for group in groups:
+            (branch,) = group.branches
+            assert len(group.main) + branch.num_tokens <= 64 or group.has_long_frequencies
+            expected = full_forward_logits(model, group)[branch.number][branch.num_prompt - 1 : -1]
+            check_close(torch.stack(engine.logits[group.id, 0]), expected, f"sample {group.id}")
+
+
+def test_a_branch_that_would_change_the_frequencies_of_a_sample_is_refused() -> None:
+    model = variant("longrope")
+    with patched(model, RopeConfig(visibility="isolated", positions="time", rope_2d_ratio=0)):
+        engine = RecordingEngine(model, EngineConfig(cache_tokens=2048))
+        number = engine.submit(Sample(prompt(48, 1), [prompt(4, 2)]), max_new_tokens=9)
+        with pytest.raises(
+            UserError, match=r"max_new_tokens=4: 92 positions; above 64 .* submit all branches"
+        ):
+            engine.join(number, prompt(40, 3), max_new_tokens=4)
+        engine.join(number, prompt(4, 3), max_new_tokens=4)

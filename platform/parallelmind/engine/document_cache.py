@@ -13,7 +13,6 @@ from parallelmind.engine.block_manager import BLOCK, BlockDraft, BlockKey, block
 from parallelmind.engine.document_files import DocumentFiles
 from parallelmind.engine.fair_lock import FairLock
 from parallelmind.engine.model_runner import ModelRunner
-from parallelmind.engine.path_hash import PathHash
 from parallelmind.engine.scheduler import Scheduler
 from parallelmind.engine.sequence import SegmentState
 from parallelmind.engine.sequence_group import SequenceGroup
@@ -125,7 +124,7 @@ class DocumentCache:
 
     def _name(self, group: SequenceGroup, segment: SegmentState) -> str:
         """The name of a document: a hash of all that its keys and values depend on, and its length."""
-        root = PathHash.root(self._fingerprint(group.adapter_version))
+        root = group.root_path(self._fingerprint(group.adapter_version))
         main = group.segments[MAIN].token_ids
         path = root.child(main, group.path_coordinate(segment.number), segment.start_time)
         return f"{path.extend(segment.token_ids).hex()}-{segment.num_tokens}"

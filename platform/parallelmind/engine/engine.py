@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parallelmind.config import RopeConfig
-from parallelmind.engine.adapters import AdapterManager
+from parallelmind.engine.adapters import BASE, AdapterManager
 from parallelmind.engine.detokenizer import TokenDecoder
 from parallelmind.engine.document_cache import DocumentCache
 from parallelmind.engine.document_files import MAX_DOCUMENT_BYTES, DocumentFiles
@@ -154,6 +154,7 @@ class Engine:
             reason = self.fallback_reason or "needs visibility=isolated and positions=time"
             raise UserError(f"document_cache={folder}: the model {reason}; leave document_cache out")
         files = DocumentFiles(folder, max_bytes)
+        self.adapters.fingerprint(BASE)  # reads all weights, before the first sample waits for it
         return DocumentCache(files, self.scheduler, self.runner, self.state_lock, self.adapters.fingerprint)
 
     def flush_documents(self) -> None:
@@ -528,7 +529,7 @@ class Engine:
         start = perf_counter()
         version = forward.groups[0].adapter_version
         active = nullcontext() if self.runner.batches_adapters else self.adapters.active(version)
-        with active, forward_context.restored():
+        with active, forward_context.restored(), forward_context.for_length(_text_length(forward)):
             logits = self.runner(inputs, token_ids, greedy)
         self.seconds_in_model += perf_counter() - start
         return logits
@@ -569,12 +570,20 @@ class Engine:
         group = SequenceGroup(
             request, self.rope_config, make_output, adapter_version=version, seed=random_seed()
         )
+        if (limit := self.runner.frequency_limit) is not None:
+            group.choose_frequencies(limit, self.runner.has_long_frequencies)
         if resume is not None:
             group.resume(resume)
         self.samples.check(group)
         if group.is_running:
             group.start_ready()
         return group
+
+
+def _text_length(forward: ForwardPlan) -> int | None:
+    """The length that sets the rotary frequencies of a pass over one sample; None: that of its tokens."""
+    group = forward.groups[0]
+    return group.frequency_limit + 1 if group.frequency_limit and group.has_long_frequencies else None
 
 
 def _not_finite(sampled: SampledBranches, tokens: Sequence[SampledToken]) -> list[SequenceGroup]:

@@ -42,12 +42,13 @@ from parallelmind.errors import UserNotice, first_line
 from parallelmind.layout import is_free_order
 from parallelmind.model import step_ops
 from parallelmind.model.attention import fits_heads
+from parallelmind.model.forward_context import text_length
 from parallelmind.model.hf_compat import OwnAttention, attention_name, hands_over_masks
 from parallelmind.model.mask import layer_windows
 from parallelmind.model.packed_linear import PackedLinears, recorded_groups
 from parallelmind.model.patch_state import is_patched, rope_config
 from parallelmind.model.penalty_attention import DensePenaltyMask
-from parallelmind.model.rotary import depends_on_length
+from parallelmind.model.rotary import depends_on_length, frequency_limit
 from parallelmind.model.structure import causal_lm, eval_mode
 from parallelmind.visibility import AttentionWindow
 
@@ -62,6 +63,8 @@ class ModelRunner:
     """One forward pass over samples side by side, on one paged KV cache.
 
     one_sample_per_forward: whether samples must not share a forward pass.
+    frequency_limit: positions above which the model has other rotary frequencies; None: it never has.
+    has_long_frequencies: whether samples above that limit can be computed.
     """
 
     def __init__(self, model: Model) -> None:
@@ -69,8 +72,10 @@ class ModelRunner:
         inner = causal_lm(model)
         # On such a model the longest sample of a forward pass sets the rotary frequencies of all its samples.
         self.one_sample_per_forward = depends_on_length(inner)
-        self.cache = PagedKVCache()
         self._patched = is_patched(inner)
+        self.frequency_limit = frequency_limit(inner)
+        self.has_long_frequencies = self._patched and not is_chosen(inner.device)
+        self.cache = PagedKVCache()
         self._has_scores = self._patched and not is_free_order(rope_config(inner))
         self._layer_windows = layer_windows(model)
         self._windows = list(dict.fromkeys(self._layer_windows.values()))
@@ -126,7 +131,7 @@ class ModelRunner:
         assert self._linears is not None, "they are recorded"
         lora, num_sampled = self._lora, len(inputs.logits_indices)
         head = self._head if greedy and self._adapts_by_row else None
-        if self._compiled is not None and self._adapts_by_row:
+        if self._compiled is not None and self._adapts_by_row and text_length() is None:
             padded = inputs.padded()
             return self._forward(self._compiled, padded, self.cache, self._linears, lora, head)[:num_sampled]
         with self._linears.active(), nullcontext() if lora is None else lora.active():

@@ -18,6 +18,7 @@ class TokenLogprob(NamedTuple):
     """A token of a prompt. logprob, top: as `SamplingParams.prompt_logprobs` asks.
 
     logprob is None for a token that no computed token precedes: the first of a sample, and that of a reduce.
+    It is None, too, for the first of a branch that is added when the token before it has been computed.
     """
 
     token: int

@@ -95,8 +95,9 @@ class Planner:
             adopted=tuple(chain.from_iterable(adopted)),
             forward=forward,
         )
-        is_stuck = not (plan.groups or plan.adopted or self._is_interrupted)
-        return replace(plan, stuck=tuple([*running, *waiting][:1])) if is_stuck else plan
+        if plan.groups or plan.adopted or self._is_interrupted:
+            return plan
+        return _without_progress(plan, [*running, *waiting])
 
     def _pause(self) -> None:
         """Let other threads in."""
@@ -254,7 +255,7 @@ class Planner:
 
     def _max_partial(self, group: SequenceGroup, adopted: Sequence[Adoption]) -> int:
         """How many more blocks a sample may use in part, so that it still fits an empty cache."""
-        num_partial = sum(segment.table.num_partial for segment in group.segments)
+        num_partial = group.num_partial
         num_partial += sum(count < BLOCK for adoption in adopted for _, count in adoption.blocks)
         return self._manager.num_blocks - group.max_blocks - num_partial
 
@@ -384,3 +385,15 @@ def _place(
         int(number): blocks[ends[number] - needed[number] : ends[number]] for number in np.flatnonzero(needed)
     }
     return slots, by_segment
+
+
+def _without_progress(plan: Plan, groups: Sequence[SequenceGroup]) -> Plan:
+    """The plan in which no sample can go on. groups: all samples, the oldest first.
+
+    Blocks that the oldest one uses in part may be too many for branches that were added later. It then begins
+    again, and adopts fewer of them.
+    """
+    oldest = tuple(groups[:1])
+    if oldest and oldest[0].num_partial:
+        return replace(plan, preempted=oldest)
+    return replace(plan, stuck=oldest)

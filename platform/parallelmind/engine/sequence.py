@@ -50,6 +50,11 @@ class SegmentState:
         return len(self.token_ids)
 
     @property
+    def num_prompt(self) -> int:
+        """Tokens that are given, not decoded."""
+        return len(self.token_ids)
+
+    @property
     def end_time(self) -> int:
         """Time coordinate of the next token."""
         return self.start_time + len(self.token_ids)
@@ -93,7 +98,6 @@ class BranchState(SegmentState):
     prompt: the tokens that it starts with.
     params: how it is continued. seed: `params.seed`, or that of the sample.
     output: turns decoded tokens into text and detects the end.
-    shift: time steps between the end of the parent and the start of a branch.
     finish_reason: None while the segment waits or runs.
     prompt_logprobs: of the prompt's tokens by their index, until the first token is decoded.
     """
@@ -104,7 +108,6 @@ class BranchState(SegmentState):
     seed: int
     output: OutputProcessor
     parent: int = MAIN
-    shift: int = 0
     has_started: bool = False
     finish_reason: FinishReason | None = None
     prompt_logprobs: dict[int, TokenLogprob] = field(default_factory=dict)

@@ -67,6 +67,8 @@ class SequenceGroup:
         self.next_column = self.frontier = self.num_preemptions = self.waits_since_step = self.version = 0
         self.is_admitted, self.is_finite, self.has_adopted = False, True, False
         self.has_sought_documents = self.has_written_documents = False
+        self.frequency_limit: int | None = None
+        self.has_long_frequencies = False
         self._shape: GroupShape | None = None
         self._start_times: Ints | None = None
         self._is_kept: Mask | None = None
@@ -181,7 +183,7 @@ class SequenceGroup:
         """
         tokens, last = request.tokens, len(self.segments) - 1
         parents, is_reduce = tokens.tree.parents.tolist(), tokens.tree.is_reduce.tolist()
-        shifts, context = self._shifts(tokens, parent).tolist(), self._output_context()
+        context = self._output_context()
         for number, (prompt, params) in enumerate(zip(tokens.split()[1:], request.params, strict=True), 1):
             is_below = parents[number] != MAIN
             branch = BranchState(
@@ -189,7 +191,6 @@ class SequenceGroup:
                 prompt=prompt,
                 parent=last + parents[number] if is_below else parent,
                 is_reduce=is_reduce[number] or (as_reduce and not is_below),
-                shift=shifts[number],
                 params=params,
                 seed=self._seed if params.seed is None else params.seed,
                 output=self._make_output([*context, *prompt], params),
@@ -258,6 +259,26 @@ class SequenceGroup:
         is_open = self._is_open()
         return any(is_open[branch.number] for branch in self.children(number) if not branch.is_reduce)
 
+    def choose_frequencies(self, limit: int, may_exceed: bool) -> None:
+        """Choose rotary frequencies by the sample's largest length. Call before the first branch starts.
+
+        limit: positions above which a model has other frequencies. may_exceed: whether it can use them.
+        """
+        self.frequency_limit = limit
+        self.has_long_frequencies = may_exceed and self.max_positions > limit
+        self.segments[MAIN].path = self.root_path(self.adapter_version)
+
+    def root_path(self, adapter_version: str) -> PathHash:
+        """The hash of a path that begins with main."""
+        return PathHash.root(f"{adapter_version} long" if self.has_long_frequencies else adapter_version)
+
+    @property
+    def max_positions(self) -> int:
+        """Upper bound of the positions of the sample."""
+        if self.config.positions == "flat":
+            return sum(segment.max_tokens for segment in self.segments)
+        return int(self.latest_ends().max())
+
     def latest_ends(self) -> Ints:
         """`[segments]` upper bounds of the time coordinates after the last token."""
         ends, branches = np.full(len(self.segments), len(self.main)), self.branches
@@ -288,22 +309,8 @@ class SequenceGroup:
         if branch.is_reduce:
             start = int(ends[[branch.parent, *self.shape.joined[branch.number]]].max())
         else:
-            start = int(ends[branch.parent]) + branch.shift
+            start = int(ends[branch.parent] + self.shape.shifts[branch.number])
         return start if self.free_order else max(start, self.frontier)
-
-    def _shifts(self, tokens: Tokens, parent: int) -> Ints:
-        """`[segments]` time steps before the segments of a request. With align_to=right prompts end together.
-
-        parent: what the branches of its main continue.
-        """
-        shifts = np.zeros_like(tokens.lengths)
-        if self.config.align_to == "right":
-            shifts += shifts_to_the_right(tokens.lengths, tokens.tree)
-            is_leaf = tokens.tree.is_branch & (tokens.tree.parents == MAIN)
-            is_leaf[tokens.tree.parents[1:]] = False
-            siblings = max((branch.num_prompt for branch in self.children(parent)), default=0)
-            shifts[is_leaf] += max(siblings - tokens.lengths[is_leaf].max(initial=0), 0)
-        return shifts
 
     def _output_context(self) -> list[int]:
         """The text of main, if a branch continues it."""
@@ -338,6 +345,11 @@ class SequenceGroup:
             self._is_kept = is_open | (self.shape.reads[is_open].any(axis=0) & self.free_order)
             self._is_kept[MAIN] = True
         return self._is_kept
+
+    @property
+    def num_partial(self) -> int:
+        """Cached blocks that segments use in part."""
+        return sum(segment.table.num_partial for segment in self.segments)
 
     @property
     def max_blocks(self) -> int:
@@ -377,6 +389,7 @@ class GroupShape:
     paths: for each segment the segments from main to itself.
     joined: for each segment those that it joins.
     ranks: for each segment its number among those of its branch of main, which has 0.
+    shifts: `[segments]` time steps between the end of the parent and the start of a branch.
     """
 
     tree: GrowingTree
@@ -386,6 +399,7 @@ class GroupShape:
     paths: list[tuple[int, ...]]
     joined: list[tuple[int, ...]]
     ranks: list[int]
+    shifts: Ints
 
     @staticmethod
     def of(
@@ -408,6 +422,8 @@ class GroupShape:
         ranks = _ranks(paths)
         if branch_number is not None:
             coordinates = _independent_coordinates(tree, ranks, branch_number) * config.branch_stride
+        prompts = np.array([segment.num_prompt for segment in segments])
+        is_right = config.align_to == "right"
         order = tree.pre_order.tolist()
         for number, _, joins in tree.complete().walk():
             joined[order[number]] = tuple(order[joins.start : joins.stop])
@@ -419,6 +435,7 @@ class GroupShape:
             paths=paths,
             joined=joined,
             ranks=ranks,
+            shifts=shifts_to_the_right(prompts, tree) if is_right else np.zeros_like(prompts),
         )
 
 

@@ -41,7 +41,8 @@ class SequentialRunner:
     """
 
     one_sample_per_forward = True  # so that an error ends one sample
-    batches_adapters = computes_ahead = False
+    batches_adapters = computes_ahead = has_long_frequencies = False
+    frequency_limit = None  # the model computes a branch in a sequence of its own
 
     def __init__(self, model: Model) -> None:
         self.model = model

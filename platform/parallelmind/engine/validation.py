@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, get_args
 
-from parallelmind.config import RopeConfig
 from parallelmind.data.records import MAX_DEPTH
 from parallelmind.engine.model_runner import Model
 from parallelmind.engine.output import FinishReason
@@ -33,9 +32,15 @@ def check_group(model: Model, group: SequenceGroup, fallback_reason: str | None)
             f"branches: the model {fallback_reason}, so a branch has no branches and no reduce; "
             "give main and branches alone"
         )
-    ends, total = group.latest_ends(), sum(segment.max_tokens for segment in group.segments)
-    last = branches[int(ends[1:].argmax())]
-    _check_context(model, group.config, int(ends[last.number]), total, last)
+    last = branches[int(group.latest_ends()[1:].argmax())]
+    _check_context(model, group.max_positions, last)
+    limit = group.frequency_limit
+    if limit is not None and group.max_positions > limit and not group.has_long_frequencies:
+        raise UserError(
+            f"max_new_tokens={last.max_tokens - last.num_prompt}: {group.max_positions} positions; above "
+            f"{limit} the model has other rotary frequencies, which a sample cannot change to, and which an "
+            "accelerator and an unpatched model cannot use; submit all branches at once, or shorten them"
+        )
 
 
 def check_join(group: SequenceGroup, parent: int) -> None:
@@ -112,17 +117,16 @@ def _check_patched(model: Model, given: str, fallback_reason: str | None) -> Non
         raise UserError(f"branches: {given}, but the model is not patched; load it with load_model_with_lora")
 
 
-def _check_context(model: Model, config: RopeConfig, end: int, total: int, last: BranchState) -> None:
+def _check_context(model: Model, positions: int, last: BranchState) -> None:
     """Raise UserError for a sample that exceeds the model's positions.
 
-    end: upper bound of its end time. total: upper bound of its tokens. last: the segment with this end.
+    positions: upper bound of those of the sample. last: the segment that ends last.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or -1  # -1: none
     num_new = last.max_tokens - last.num_prompt
-    if 0 <= limit < (total if config.positions == "flat" else end):
-        before = (total if config.positions == "flat" else end) - last.max_tokens
+    if 0 <= limit < positions:
         raise UserError(
             f"max_new_tokens={num_new}: {last.num_prompt} prompt tokens and {num_new} new ones, after "
-            f"{before} others, exceed the model's {limit} positions; "
+            f"{positions - last.max_tokens} others, exceed the model's {limit} positions; "
             "shorten the sample or lower max_new_tokens"
         )

@@ -84,6 +84,27 @@ def restored() -> Iterator[None]:
         CURRENT_CALL.set(before)
 
 
+@contextmanager
+def for_length(length: int | None) -> Iterator[None]:
+    """Context in which the tokens belong to a text of this length; None: they are all of it.
+
+    Rotary frequencies that depend on the length of a text follow it, except in a compiled forward pass.
+    """
+    token = _LENGTH.set(length)
+    try:
+        yield
+    finally:
+        _LENGTH.reset(token)
+
+
+def text_length() -> int | None:
+    """The length of the text that the tokens belong to, where `for_length` gives one."""
+    return None if torch.compiler.is_compiling() else _LENGTH.get()
+
+
+_LENGTH: ContextVar[int | None] = ContextVar("parallelmind_length", default=None)
+
+
 def coordinates(position_ids: Tensor, angle: BranchAngle) -> tuple[Tensor, Tensor, Tensor]:
     """The coordinates that drive flat, branch and time pairs, each in the shape of `position_ids`.
 

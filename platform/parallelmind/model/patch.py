@@ -26,7 +26,7 @@ from parallelmind.model.branch_embedding import (
 from parallelmind.model.hf_compat import OwnAttention, compares_attention_name, hands_over_masks
 from parallelmind.model.patch_state import ATTRIBUTE, PatchState, is_patched, patch_state, rope_config
 from parallelmind.model.penalty import add_penalties, check_takes_penalties, remove_penalties
-from parallelmind.model.rotary import patch_rotary, unpatch_rotary
+from parallelmind.model.rotary import frequency_limit, patch_rotary, unpatch_rotary
 from parallelmind.model.structure import decoder
 from parallelmind.model.support import check_supported
 from parallelmind.model.tree_inputs import LAYOUT, replace_layout
@@ -42,7 +42,7 @@ def patch(model: PreTrainedModel, config: RopeConfig) -> None:
         raise UserError("model: is already patched; unpatch it first")
     check_supported(model)
     check_takes_penalties(model, config)
-    if config.rope_2d_ratio > 0:
+    if config.rope_2d_ratio > 0 or frequency_limit(model) is not None:
         patch_rotary(model, config)
     hooks = []
     # Both take pos2d: peft calls the model's forward without its hooks, and training calls the decoder alone.

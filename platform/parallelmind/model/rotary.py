@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from parallelmind.config import BranchAngle, RopeConfig
 from parallelmind.errors import UserError
-from parallelmind.model.forward_context import ForwardContext, coordinates
+from parallelmind.model.forward_context import ForwardContext, coordinates, text_length
 from parallelmind.model.hf_compat import CheckpointedLayer, restore_class, swap_class, undecorated_forward
 from parallelmind.model.rope2d import mix, pair_axes
 from parallelmind.model.structure import text_modules
@@ -65,7 +66,15 @@ class BranchRotary(Pos2dModule):
     def _angles(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Angles, Any]:
         """Angles of 1D positions `[batch, seq, columns]`, and of branch and time `[2 * batch, …]`."""
         flat, branch, time = coordinates(position_ids, self.pos2d_angle)
-        flat_angles = super().forward(x, flat, *args, **kwargs)
+        length = text_length()
+        if length is None:
+            flat_angles = super().forward(x, flat, *args, **kwargs)
+        else:  # one more position, the last one of the text, sets the frequencies
+            last = flat.new_full((*flat.shape[:-1], 1), length - 1)
+            longer = super().forward(x, torch.cat([flat, last], dim=-1), *args, **kwargs)
+            flat_angles = (
+                longer[:, :-1] if isinstance(longer, Tensor) else tuple(part[:, :-1] for part in longer)
+            )
         return flat_angles, self._undecorated_forward(x, torch.cat([branch, time], dim=-2), *args, **kwargs)
 
 
@@ -213,6 +222,17 @@ def depends_on_length(model: nn.Module) -> bool:
     rope_types = (getattr(module, "rope_type", None) for module in rotary_modules(model).values())
     names = {name for kind in rope_types for name in (kind.values() if isinstance(kind, dict) else [kind])}
     return bool(names & {"dynamic", "longrope"})
+
+
+def frequency_limit(model: PreTrainedModel) -> int | None:
+    """The number of positions above which a text has other frequencies (longrope); None if there is none."""
+    config = model.config.get_text_config(decoder=True)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = [parameters, *(kind for kind in parameters.values() if isinstance(kind, dict))]
+    limits = [
+        kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"
+    ]
+    return min(limits, default=None)
 
 
 def is_complex(rotary: nn.Module) -> bool:

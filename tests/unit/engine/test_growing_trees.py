@@ -299,3 +299,21 @@ def test_a_repetition_penalty_counts_the_tokens_of_the_path() -> None:
     engine.submit(Sample([5, 6], [Segment([7], [[8]], sampling={"max_new_tokens": 0}), [9]]), **SETTINGS)
     group = engine.samples.groups[0]
     assert group.path_tokens(group.branches[1]) == [5, 6, 7, 8]
+
+
+def test_a_join_that_is_accepted_fits_whatever_the_cache_holds() -> None:
+    """Before, blocks that the sample used in part took the room of the branch, and ended both."""
+
+    def decode_joined(engine: Engine) -> dict[tuple[int, int], list[int]]:
+        sample_id = engine.submit(Sample(main, [[60] * 4]), max_new_tokens=44, ignore_eos=True)
+        events = engine.step()
+        engine.join(sample_id, [70] * 16, max_new_tokens=32, ignore_eos=True)
+        events += run_to_end(engine)
+        assert {event.finish_reason for event in events} == {None, "length"}
+        return {(0, branch): tokens for (_, branch), tokens in tokens_by_branch(events).items()}
+
+    main = [*range(5, 29)]
+    cold, warm = (tiny_engine(ISOLATED, cache_tokens=128) for _ in range(2))
+    decode(warm, Sample(main[:20], [[50]]), max_new_tokens=1)
+    assert decode_joined(warm) == decode_joined(cold)
+    assert warm.scheduler.num_preemptions == 1

@@ -167,6 +167,26 @@ def test_a_late_branch_in_free_order_starts_as_if_it_had_been_submitted(align_to
     assert tokens.sampled_branches.tolist() == [0, 1, 2, 4]
 
 
+def test_a_late_branch_is_aligned_with_the_branches_beside_it_alone():
+    """A reduce and a branch that forks do not end where the other prompts do."""
+    right, reduce = FREE.model_copy(update={"align_to": "right"}), ReduceSpec(30, 1)
+    late = sequence_group(MAIN, [[21], [31] * 9], right, reduce=reduce)
+    group = sequence_group(MAIN, [[21], [31] * 9, [41, 42]], right, reduce=reduce)
+    late.finish(late.branches[1], "forked")
+    add_branch(late, [51], parent=2)
+    assert add_branch(late, [41, 42]).start_time == len(MAIN)
+    assert group.branches[2].start_time == len(MAIN) + 7
+
+
+def test_branches_that_wait_are_aligned_with_one_that_joins_them():
+    """As in a sample that is moved to another engine, which is given all of them at once."""
+    group = sequence_group(MAIN, [[11]], FREE.model_copy(update={"align_to": "right"}))
+    waiting = [add_branch(group, prompt, parent=1) for prompt in ([21], [22, 23, 24], [31] * 10)]
+    group.finish(group.branches[0], "forked")
+    group.start_ready()
+    assert {branch.end_time for branch in waiting} == {len(MAIN) + 1 + 10}
+
+
 @BOTH
 def test_the_reduce_branch_starts_after_all_decoded_tokens(config):
     group = start(config)
