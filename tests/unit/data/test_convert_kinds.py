@@ -369,6 +369,40 @@ def test_the_chosen_answer_alone_is_a_completion() -> None:
     assert convert([value], columns={"completion": "chosen"}) == [{"prompt": "who ", "completion": "it"}]
 
 
+def test_a_chosen_conversation_alone_follows_its_prompt() -> None:
+    """As in UltraFeedback, where it begins with the prompt's turns."""
+    asked, answered = [user("who")], [assistant("it")]
+    expected = convert([{"prompt": asked, "completion": answered}])
+    columns = {"completion": "chosen"}
+    for prompt in (asked, "who"):
+        value = {"prompt": prompt, "chosen": [*asked, *answered], "rejected": [*asked, assistant("they")]}
+        assert convert([value], columns=columns) == expected
+    assert "nothing but the prompt" in bad_reason({"prompt": asked, "completion": asked})
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"prompt": "who", "completion": str([assistant("it")])},
+        {"prompt": str([user("who")]), "chosen": "it", "rejected": "they"},
+        {"context": "a text", "question": "who", "answers": str({"text": ["it"], "answer_start": [1]})},
+        {"context": "a text", "question": "who", "answers": "{'text': array(['it'], dtype=object)}"},
+    ],
+)
+def test_lists_as_python_writes_them_are_no_text(value: dict[str, Any]) -> None:
+    """pandas writes a column of lists to CSV like this."""
+    assert "as Python writes them; write the file as JSON or Parquet" in bad_reason(value)
+
+
+def test_titles_with_sentences_may_be_json_text() -> None:
+    asked = {"question": "who", "answer": "it"}
+    for context in ([["a", ["b. ", "c."]]], {"title": ["a"], "sentences": [["b. ", "c."]]}):
+        assert convert([{**asked, "context": json.dumps(context)}]) == convert(
+            [{**asked, "context": context}]
+        )
+    assert convert([{**asked, "context": "[a] b"}])[0]["main"].startswith("[a] b")
+
+
 def test_mistakes_in_columns_are_told() -> None:
     with pytest.raises(ValueError, match=r"columns.promt=q: .* has the key promt \(did you mean prompt\?\)"):
         ConvertSettings(columns={"promt": "q"})

@@ -130,5 +130,15 @@ def _conversation(prompt: list[Message], answer: Any, key: str) -> list[Message]
     return [*prompt, *turns]
 
 
+def turns_after(prompt: list[Message], answer: Any, key: str) -> list[Message]:
+    """The turns of an answer without those of the prompt, with which it may begin. Raises RecordError."""
+    turns = turns_of(answer, key, "assistant")
+    if _contents(turns[: len(prompt)]) != _contents(prompt):
+        return turns
+    if len(turns) == len(prompt):
+        raise RecordError(f"{key} holds nothing but the prompt")
+    return turns[len(prompt) :]
+
+
 def _contents(turns: list[Message]) -> list[tuple[str, str]]:
     return [(turn["role"], turn["content"]) for turn in turns]

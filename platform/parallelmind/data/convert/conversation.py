@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,7 @@ TURN_KEYS = frozenset(
 )
 
 _CALL_ROLES = ("function_call", "tool_call")  # the text of such a turn is a call, or a list of calls
+_PYTHON = re.compile(r"\s*\[?\s*\{'(role|from|content|value|text|answer_start)': ")
 _ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human"), "user"),
@@ -50,6 +52,12 @@ def parse_turns(turns: Any, where: str) -> list[Message]:
         raise RecordError(f"has no list of turns under {where}")
     messages = [_message(turn, f"{where}[{index}]") for index, turn in enumerate(parsed)]
     return [message for message in messages if message["role"] != "system" or message["content"]]
+
+
+def check_not_python(value: Any, key: str) -> None:
+    """Raise RecordError for turns or answers as Python writes them, which pandas does in columns of CSV."""
+    if isinstance(value, str) and _PYTHON.match(value):
+        raise RecordError(f"{key} holds lists as Python writes them; write the file as JSON or Parquet")
 
 
 def parse_turns_text(value: Any) -> Any:

@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from parallelmind.data.convert.answers import ANSWER_TEXT_KEYS
-from parallelmind.data.convert.conversation import CONVERSATION_KEYS, TURN_KEYS, parse_turns_text
+from parallelmind.data.convert.conversation import (
+    CONVERSATION_KEYS,
+    TURN_KEYS,
+    check_not_python,
+    parse_turns_text,
+)
 
 Source = Literal[
     "messages",
@@ -52,6 +57,12 @@ class Kind:
     source: Source
     required: tuple[str, ...]
     keys: Keys
+
+    def check_turns(self, value: dict[str, Any]) -> None:
+        """Raise RecordError for turns in a text that is not JSON."""
+        for key, item in value.items():
+            if self.keys.get(key) is _TURN:
+                check_not_python(item, key)
 
     def with_turns(self, value: dict[str, Any]) -> dict[str, Any]:
         """A record of this kind with turns in place of their JSON text."""

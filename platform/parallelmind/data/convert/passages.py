@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from parallelmind.data.convert.conversation import check_not_python
 from parallelmind.data.convert.source_records import (
     BadRecord,
     ParallelRecord,
@@ -123,6 +124,7 @@ def _parse_answers_text(answers: Any) -> Any:
     """The answers in a JSON text, as a column of CSV has them; any other value as it is."""
     if not isinstance(answers, str):
         return answers
+    check_not_python(answers, "answers")
     try:
         parsed = json.loads(answers)
     except (ValueError, RecursionError):
@@ -131,10 +133,26 @@ def _parse_answers_text(answers: Any) -> Any:
     return parsed if are_answers or isinstance(parsed, dict) else answers
 
 
+def _parse_titles(context: str) -> Any:
+    """Titles with sentences in a JSON text, as a column of CSV has them; None for any other text."""
+    if not context.lstrip().startswith(("[", "{")):
+        return None
+    try:
+        parsed = json.loads(context)
+    except (ValueError, RecursionError):
+        return None
+    is_table = isinstance(parsed, dict) and parsed.keys() >= {"title", "sentences"}
+    are_pairs = isinstance(parsed, list) and bool(parsed) and all(isinstance(pair, list) for pair in parsed)
+    return parsed if is_table or are_pairs else None
+
+
 def _documents(context: Any) -> list[str]:
     """The context as one text, a list of texts, or titles with sentences, as pairs or in two columns."""
     if isinstance(context, str):
-        return [check_text(context, "context")]
+        titles = _parse_titles(context)
+        if titles is None:
+            return [check_text(context, "context")]
+        context = titles
     if isinstance(context, list) and isinstance(context[0], str):
         return [check_text(text, "documents") for text in context]
     try:

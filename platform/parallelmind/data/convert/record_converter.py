@@ -15,6 +15,7 @@ from parallelmind.data.convert.answers import (
     record_of_conversations,
     record_of_texts,
     split_prompt,
+    turns_after,
 )
 from parallelmind.data.convert.chat import ChatRenderer
 from parallelmind.data.convert.chunks import chunk_text
@@ -66,6 +67,7 @@ class RecordConverter:
         kind = find_kind(value, source, self._settings.text_column)
         if kind is None:
             raise RecordError(f"has none of {', '.join(required_keys(source, self._settings.text_column))}")
+        kind.check_turns(value)
         converters: dict[Source, Callable[[Kind, dict[str, Any]], Iterable[Any]]] = {
             "messages": self._conversation,
             "sharegpt": self._conversation,
@@ -109,7 +111,7 @@ class RecordConverter:
             return self._exchange(kind, value)
         prompt_key, completion_key = kind.required
         prompt = [{**turn, "train": False} for turn in turns_of(value[prompt_key], prompt_key, "user")]
-        completion = turns_of(value[completion_key], completion_key, "assistant")
+        completion = turns_after(prompt, value[completion_key], completion_key)
         turns = [*exchange_turns(parse_history(value.get("history"))), *prompt, *completion]
         messages = with_system(turns, system_text(value))
         each_turn = self._settings.each_turn
