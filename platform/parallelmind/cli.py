@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
+import select
 import shutil
 import sys
 import textwrap
@@ -45,6 +47,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     """Call `main` with the arguments.
 
     A UserError and a file that this user may not open print one line and exit with 2. Ctrl-C exits with 130.
+    If what reads the output has ended, as `head` does, it ends, too, with 141.
     Any other exception prints its last frames and exits with 1. It must not reach `sys.excepthook`: that of
     Ray calls the cluster, and blocks for a minute if the cluster is gone.
     """
@@ -61,8 +64,20 @@ def run(main: Callable[[list[str]], None]) -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_ended():
+            sys.exit(141)
         print(f"Traceback (last frames):\n{crash_report(error)}", file=sys.stderr, flush=True)
         sys.exit(1)
+
+
+def _reader_has_ended() -> bool:
+    """Whether nothing reads stdout any more; it is closed then, as Python would flush it at its end."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # an error is always told
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 _format_warning = warnings.formatwarning

@@ -10,7 +10,7 @@ import pytest
 from parallelmind.adapter_location import locate_adapter
 from parallelmind.config import OptimizerConfig
 from parallelmind.errors import UserError
-from parallelmind.model.manifest import fetch_adapter, read_adapter
+from parallelmind.model.manifest import MANIFEST, fetch_adapter, read_adapter
 
 
 def finished_run(folder: Path, saved_at: float) -> Path:
@@ -65,3 +65,11 @@ def test_a_run_at_a_uri_means_its_adapter(runs: Path) -> None:
     folder = fetch_adapter(f"file://{runs}/demo-1")
     assert folder.name == "adapter"
     assert (folder / "parallelmind.json").is_file()
+
+
+def test_a_run_with_a_whole_model_names_it(tmp_path: Path) -> None:
+    for name in ("checkpoints", "model"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "model" / MANIFEST).write_text("{}")
+    with pytest.raises(UserError, match=r"holds a whole model; give .*/model$"):
+        read_adapter(tmp_path)

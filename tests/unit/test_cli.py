@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from functools import partial
+from subprocess import PIPE
 
 import pytest
 from permissions import obeying_permissions
@@ -57,3 +59,13 @@ def test_user_error_exits_with_code_2(monkeypatch, capsys):
         cli.run(fail)
     assert stop.value.code == 2
     assert capsys.readouterr().err == "error: field=1: too low; give 2\n"
+
+
+def test_a_command_ends_quietly_when_nothing_reads_its_output():
+    """As `parallelmind … | head -1`. Before, it ended with a traceback."""
+    code = "from parallelmind import cli; cli.run(lambda argv: [print('x' * 9999) for _ in range(99)])"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=PIPE, stderr=PIPE) as process:
+        assert process.stdout.readline() == b"x" * 9999 + b"\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141

@@ -14,6 +14,7 @@ import parallelmind as pm
 from parallelmind import cli
 from parallelmind.config import FrozenConfig, GroupedConfig, OutputPath
 from parallelmind.engine.tokenization import tokenize, tokenize_sample
+from parallelmind.engine.validation import check_token_ids
 from parallelmind.evaluation.attention_maps import AttentionMap, QueryTokens, attention_map
 from parallelmind.layout import Tokens
 from parallelmind.tree import Tree
@@ -70,6 +71,7 @@ def evaluate_attention(argv: list[str]) -> None:
     assert output is not None, "output_path is a required field"
     model, tokenizer = config.model.load(attn_implementation="eager")
     tokens = _tokenize(tokenizer, config.sample)
+    check_token_ids(model, tokens.ids.tolist(), ())
     attention = attention_map(model, tokens, config.query.branch, config.query.tokens)
     shares = attention.shares()
     texts = [[_shown(tokenizer.decode([token])) for token in part] for part in tokens.split()]

@@ -16,6 +16,7 @@ from parallelmind.config import DataConfig, FrozenConfig, GroupedConfig, OutputP
 from parallelmind.data.files import file_parts, find_files
 from parallelmind.data.held_out import HeldOut
 from parallelmind.data.survey import combine_surveys, survey_part
+from parallelmind.engine.validation import check_token_ids
 from parallelmind.errors import UserError
 from parallelmind.evaluation.branch_tax import SampleBatches, TaxPoint, max_branches, tax_curve
 from parallelmind.model.patch_state import is_patched
@@ -100,6 +101,7 @@ def evaluate_tax(argv: list[str]) -> None:
     model, tokenizer = config.model.load()
     _report_bad_lines(files, config.held_out.data_config(), len(tokenizer))
     held_out = _read_held_out(files, tokenizer, config.held_out)
+    check_token_ids(model, [held_out.highest_id], ())
     batches_by_count, not_measured = _select_counts(held_out, _branch_counts(model, config.held_out))
     curve = tax_curve(model, batches_by_count, tokenizer.pad_token_id or 0)
     points = _collect(curve, len(batches_by_count), config.held_out)

@@ -64,6 +64,11 @@ def _write_folder(config: GenerateConfig, dataset: InputDataset, folder: Path) -
                 stats.report_skip(location, reason)
             report_progress(stats.processed, stats.progress_line)
     _remove_temporary_files(folder)
+    if lost := [file for file in files if not file.exists()]:
+        raise UserError(
+            f"output_path={folder}: {len(lost)} of {len(files)} parts are not in it, as workers have written "
+            "them to disks of their own; give a path that all nodes of the cluster share"
+        )
     stats.report_end(config.input.data_path or "", has_rows=any(file.stat().st_size for file in files))
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from parallelmind import cli, hardware
+from parallelmind.data.files import COMPRESSIONS
 from parallelmind.errors import UserError, translate_write_errors
 from parallelmind.storage import fsync, write_line
 from workloads.common.empty_answers import ended_at_once
@@ -38,6 +39,11 @@ def generate_in_process(config: GenerateConfig) -> None:
     if output.is_dir():
         raise UserError(
             f"output_path={output}: is a folder, and num_workers=0 writes a file; choose another name"
+        )
+    if output.suffix in COMPRESSIONS:
+        raise UserError(
+            f"output_path={output}: rows are added to the file, which {output.suffix} does not allow; "
+            f"choose {output.with_suffix('').name}"
         )
     dataset = open_dataset(data_path, output)
     with translate_write_errors("output_path", output):

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from parallelmind.errors import UserError, format_value, translate_write_errors
-from parallelmind.model.manifest import MANIFEST
+from parallelmind.model.manifest import MANIFEST, WEIGHTS, fetch_adapter
+from parallelmind.remote import is_uri
 from parallelmind.storage import atomic_file, expand_home, sha256
 from workloads.generate.config import GenerateConfig
 from workloads.generate.dataset import InputDataset
@@ -17,11 +18,16 @@ def run_settings(config: GenerateConfig, dataset: InputDataset) -> dict[str, Any
     """All settings that the rows of an output depend on, by field name."""
     settings = {**config.model.load_kwargs(), **config.sampling.to_kwargs(), "reduce": config.input.reduce}
     for name in ("base_model", "lora_path"):
-        path = settings.get(name)
-        adapter_manifest = Path(expand_home(path or "")) / MANIFEST
-        if path and adapter_manifest.is_file():  # it holds the checksums of all trained weights
-            settings[name] = f"{path} (sha256 {sha256(adapter_manifest)[:12]})"
+        if path := settings.get(name):
+            settings[name] = f"{path}{_checksum(path)}"
     return {**settings, "data_path": f"{dataset.count()} lines (sha256 {dataset.fingerprint})"}
+
+
+def _checksum(path: str) -> str:
+    """That of a folder or URI which is an adapter or a model of ours, or an adapter of peft; else nothing."""
+    folder = fetch_adapter(path) if is_uri(path) else Path(expand_home(path))
+    files = [folder / MANIFEST, folder / WEIGHTS]  # a manifest has the checksums of all trained weights
+    return next((f" (sha256 {sha256(file)[:12]})" for file in files if file.is_file()), "")
 
 
 class OutputManifest:

@@ -67,7 +67,7 @@ class PartWriter:
                     else:
                         file.write(json.dumps(result.to_row(), ensure_ascii=False) + "\n")
                         samples += 1
-        except OSError as error:
+        except (OSError, UserError) as error:
             self.error = (
                 f"num_workers: a worker cannot read or write a file ({error}); "
                 "give paths that exist on every node of the cluster, on disks with free space"

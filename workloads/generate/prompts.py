@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import parallelmind as pm
+from parallelmind.engine.linear import linearized
 from parallelmind.engine.record_prompt import RecordPrompt
 from parallelmind.errors import UserError, translate_write_errors
 from parallelmind.storage import atomic_file
@@ -30,12 +31,12 @@ def generate_from_prompts(config: GenerateConfig) -> None:
     plain_text = bool(prompt) and output is None and reduce is None
     sample = pm.Sample(config.input.main, prompts or [prompt or ""], reduce)
     generated = GeneratedSample.empty(RecordPrompt(sample))
-    events = pm.stream(*config.model.load(), sample, **config.sampling.to_kwargs())
+    events = linearized(pm.stream(*config.model.load(), sample, **config.sampling.to_kwargs()))
     started, tokens = time.monotonic(), 0
     for event in events:
         event.raise_error()
         generated.append(event)
-        tokens += 1
+        tokens += event.token is not None
         if plain_text:
             print(event.text, end="", flush=True)
     row = json.dumps(generated.to_row(), ensure_ascii=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -66,7 +67,8 @@ def export(
     model, tokenizer = load_model_with_lora(
         base.base_model, folder, dtype=base.dtype, trust_remote_code=base.trust_remote_code
     )
-    ids = _probe_ids(tokenizer)
+    embeddings: Any = model.get_input_embeddings()
+    ids = _probe_ids(min(len(tokenizer), len(embeddings.weight)))
     expected = _branch_logits(model, manifest.rope, ids)
     manifest = manifest.model_copy(update={"extra": {**manifest.extra, EXPORTED: manifest.files[WEIGHTS]}})
     with translate_write_errors("output_path", output, SafetensorError), atomic_dir(output) as new_folder:
@@ -146,9 +148,9 @@ def _check_exact(lora_path: str | Path, rope: RopeConfig, lone: bool) -> None:
     raise UserError(f"lora_path={lora_path}: was trained with {reason}; {remedy}")
 
 
-def _probe_ids(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def _probe_ids(vocabulary: int) -> Tensor:
     """`[tokens]` random ids, the same in every process."""
-    return torch.randint(len(tokenizer), (_PROBE_TOKENS,), generator=torch.Generator().manual_seed(0))
+    return torch.randint(vocabulary, (_PROBE_TOKENS,), generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()

@@ -189,6 +189,8 @@ def _parse(folder: Path, field: str) -> Manifest:
         values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         format_version = values["format_version"]
     except FileNotFoundError as error:
+        if (folder / "model" / MANIFEST).is_file():
+            raise UserError(f"{field}={folder}: holds a whole model; give {folder / 'model'}") from error
         if (folder / "checkpoints").is_dir():
             raise UserError(
                 f"{field}={folder}: its run is not finished; repeat the command that started it"

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny import save_tiny
+from tiny import save_tiny, tiny_tokenizer
 
 from parallelmind.config import RopeConfig
 from parallelmind.errors import UserError
@@ -128,3 +128,15 @@ def test_command_writes_maps_and_shares(tmp_path, capsys):
         evaluate([*argv, "output_path=map.jpg"])
     with pytest.raises(UserError, match="prompts"):
         evaluate(["attention", "output_path=map.png"])
+
+
+def test_a_token_without_a_row_in_the_embedding_is_refused(tmp_path):
+    tiny, tokenizer = save_tiny(tmp_path / "tiny"), tiny_tokenizer()
+    tokenizer.add_tokens([f"<more{number}>" for number in range(500)])
+    tokenizer.save_pretrained(tiny)
+    (tmp_path / "in.jsonl").write_text(json.dumps({"main": "the", "branches": [" who <more499>"] * 2}))
+    attention = ["attention", 'prompts=["<more499>", "who"]', f"output_path={tmp_path}/a.png"]
+    tax = ["tax", f"data_path={tmp_path}/in.jsonl", "branches=[1, 2]"]
+    for command in (attention, tax):
+        with pytest.raises(UserError, match=r"token id \d+: the model's vocabulary is 0\.\."):
+            evaluate([*command, f"base_model={tiny}"])

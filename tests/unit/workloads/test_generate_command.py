@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import pytest
+from forking import MARKERS, ScriptedEngine
 from generating import parse_rows
-from tiny import save_tiny, tiny_tokenizer
+from tiny import save_tiny, tiny_llama, tiny_tokenizer
 
 from parallelmind import cli
+from parallelmind.config import RopeConfig
 from parallelmind.errors import UserError, UserNotice
 from parallelmind.evaluation.tiny_models import tiny_model
+from parallelmind.model.fork_markers import set_fork_markers
+from parallelmind.model.patch import patch
+from workloads.common.inference_config import InferenceModelConfig
 from workloads.generate.command import main as generate
 from workloads.generate.config import GenerateConfig
 
@@ -105,3 +110,18 @@ def test_help_shows_every_field(capsys, monkeypatch):
             for line in out.splitlines()
             if line.startswith("  ")
         )
+
+
+def test_an_adapter_that_forks_by_itself_writes_one_text(tiny, monkeypatch, capsys):
+    model = tiny_llama()
+    patch(model, RopeConfig(rope_2d_ratio=0, visibility="isolated"))
+    set_fork_markers(model, MARKERS)
+    texts = {0: "see {one|two}", 1: " is</s>", 2: " are in</s>", 3: " so</s>"}
+    monkeypatch.setattr(ScriptedEngine, "script", staticmethod(lambda seed, branch: texts.get(branch, "")))
+    monkeypatch.setattr("parallelmind.engine.generate.Engine", ScriptedEngine)
+    monkeypatch.setattr(InferenceModelConfig, "load", lambda self, **_: (model, tiny_tokenizer()))
+    for field, end in (("prompt=Who", "\n"), ("prompts=[Who]", "")):
+        generate([f"base_model={tiny}", field, "max_new_tokens=60"])
+        out = capsys.readouterr().out
+        assert "one is" in out
+        assert out.endswith(end)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from unittest.mock import Mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,13 +15,15 @@ from tiny import save_tiny, tiny_tokenizer
 
 import parallelmind as pm
 from parallelmind.errors import UserError, UserNotice
-from parallelmind.model.manifest import MANIFEST
+from parallelmind.model.manifest import MANIFEST, WEIGHTS
 from parallelmind.storage import try_lock_path
 from workloads.generate import decoder as decoder_module
+from workloads.generate import distributed
 from workloads.generate.command import main as generate
 from workloads.generate.config import GenerateConfig
 from workloads.generate.dataset import InputDataset, scan_files
 from workloads.generate.manifest import run_settings
+from workloads.generate.part_writer import PartWriter
 
 # With these stop strings, branches end at many different steps.
 SAMPLING = {"max_new_tokens": 12, "stop": ["e", "o", "t"]}
@@ -262,11 +265,13 @@ def test_output_of_other_settings_is_refused(run_generate, tmp_path):
 def test_manifest_distinguishes_retrained_adapters(tmp_path):
     config = GenerateConfig(data_path="x", lora_path=str(tmp_path))
     settings = []
-    for text in ("{}", "{ }"):
-        (tmp_path / MANIFEST).write_text(text)
+    for name, text in ((WEIGHTS, "a"), (WEIGHTS, "b"), (MANIFEST, "{}"), (MANIFEST, "{ }")):
+        (tmp_path / name).write_text(text)
         settings.append(run_settings(config, InputDataset())["lora_path"])
-    assert settings[0] != settings[1]
+    assert len(set(settings)) == 4
     assert all(text.startswith(f"{tmp_path} (sha256 ") for text in settings)
+    at_uri = GenerateConfig(data_path="x", lora_path=tmp_path.as_uri())
+    assert settings[-1].endswith(run_settings(at_uri, InputDataset())["lora_path"].partition(" ")[2])
 
 
 def test_manifest_does_not_depend_on_the_data_path(run_generate, tmp_path, capsys):
@@ -338,3 +343,36 @@ def test_shards_preserve_line_numbers_and_locations(tmp_path):
     assert dataset.count() == len(read)
     after = read[700][0]
     assert dataset.count(after) == len(list(dataset.read(after))) == len(read) - 701
+
+
+def test_a_compressed_output_is_refused(run_generate, tmp_path):
+    with pytest.raises(UserError, match=r"out.jsonl.gz: rows are added to the file, .*; choose out.jsonl$"):
+        run_generate(output_path=tmp_path / "out.jsonl.gz")
+    assert not (tmp_path / "out.jsonl.gz").exists()
+
+
+def test_parts_on_disks_of_other_nodes_are_missed(tmp_path, monkeypatch):
+    """Before, the command ended as if all rows had been written."""
+
+    def run_tasks(config, folder, tasks):
+        """A cluster whose second node has a disk of its own at the same path."""
+        for number, task in enumerate(tasks):
+            node = folder if number == 0 else tmp_path / "node"
+            node.mkdir(exist_ok=True)
+            (node / f"part-{task['index']:05}.jsonl").write_text("{}\n" * task["samples"])
+            yield {"samples": task["samples"], "tokens": 1, "skipped": []}
+
+    monkeypatch.setattr(distributed, "_run_tasks", run_tasks)
+    (tmp_path / "in.jsonl").write_text(('{"branches": ["%s"]}\n' % ("a" * 4000)) * 20)
+    fields = {"data_path": str(tmp_path / "in.jsonl"), "output_path": str(tmp_path / "out")}
+    with pytest.raises(UserError, match=r"out: \d+ of \d+ parts are not in it, .* all nodes .* share"):
+        distributed.generate_on_cluster(GenerateConfig(**fields, num_workers=2))
+
+
+def test_a_worker_that_lacks_the_input_is_told_in_one_line(tmp_path):
+    writer = PartWriter.__new__(PartWriter)
+    writer.config, writer.error = Mock(folder=tmp_path), ""
+    writer.decoder = Mock(tokens=0, decode=lambda lines: map(list, [lines]))
+    part = {"file": str(tmp_path / "absent.jsonl"), "start": 0, "end": 9}
+    writer._write_part(0, part, lines=1, lines_before=0, lines_before_in_file=0, samples=1)
+    assert writer.error.startswith("num_workers: a worker cannot read or write a file (")
