@@ -33,7 +33,7 @@ from workloads.sweep.config import SweepConfig
 
 TABLE = RESULTS / "008_forking.csv"
 _DATA = Path("runs/data")
-_MAX_NEW_TOKENS = 1024
+_MAX_NEW_TOKENS = 2048
 _HANG_ANSWERS, _HANG_TOKENS, _HANG_AT_ONCE = 1000, 256, 20
 _COLOURS = {"sequential": "#8d99ae", "forking": "#2e86ab"}
 

@@ -12,16 +12,14 @@ from typing import Any, NamedTuple
 QUESTIONS = 8  # of a held-out request, and the most of any
 _HELD_OUT = 1 / 4  # of the passages, the last ones
 _PAIRINGS = 2  # how often a passage for training is paired with another one
-_ITEM = re.compile(r"\n(?P<number>\d+)\. (?P<item>[^\n]*)")
-_OPENING = ":"  # of an answer
-_SENTENCE_END = re.compile(r"(?<=[.!?]) +(?=[A-Z\"(])")
+_ITEM = re.compile(r"^(?P<number>\d+)\. (?P<item>.*)$", re.MULTILINE)
+_OPENING = ":\n"  # of an answer
 
 
 class Question(NamedTuple):
-    """A question. sentence: of the passage, with the answer in it. answers: all that are correct."""
+    """A question. answers: all that are correct."""
 
     text: str
-    sentence: str
     answers: tuple[str, ...]
 
 
@@ -44,39 +42,28 @@ def read(path: Path) -> list[Passage]:
 
 
 def _passage(paragraph: dict[str, Any]) -> Passage:
-    text = paragraph["context"]
     questions = [
-        Question(
-            asked["question"].strip(),
-            _sentence(text, asked["answers"][0]["answer_start"]),
-            tuple(answer["text"] for answer in asked["answers"]),
-        )
+        Question(asked["question"].strip(), tuple(answer["text"] for answer in asked["answers"]))
         for asked in paragraph["qas"]
     ]
-    return Passage(text, questions)
-
-
-def _sentence(text: str, place: int) -> str:
-    starts = [0, *(match.end() for match in _SENTENCE_END.finditer(text)), len(text) + 1]
-    number = next(number for number, start in enumerate(starts) if start > place)
-    return text[starts[number - 1] : starts[number] - 1].strip()
+    return Passage(paragraph["context"], questions)
 
 
 def prompt_of(request: Request) -> str:
     """What comes before the list of answers."""
     passages = "\n".join(request.texts)
     asked = "".join(f"\n{number}. {question.text}" for number, question in enumerate(request.questions, 1))
-    return f"{passages}\nQuestions:{asked}\nQuestions, sentences and answers"
+    return f"{passages}\nQuestions:{asked}\nQuestions and answers"
 
 
 def title(number: int) -> str:
     """How the part of the answer to question `number` begins."""
-    return f"\n{number}"
+    return str(number)
 
 
 def completion(question: Question) -> str:
-    """What follows the title: the question, the sentence that holds the answer, and the answer."""
-    return f". {question.text} {question.sentence} => {question.answers[0].strip()}"
+    """What follows the title: the question, so that the branch reads it once more, and the answer."""
+    return f". {question.text} => {question.answers[0].strip()}\n"
 
 
 def answers_in(text: str) -> dict[int, str]:
