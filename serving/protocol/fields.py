@@ -54,7 +54,7 @@ def _by_token_id(value: Any) -> Any:
     return {int(key) if _is_token_id(key) else key: value[key] for key in wrong[:1] or value}
 
 
-def _require_encodable(value: str) -> str:
+def require_encodable(value: str) -> str:
     """Refuse lone surrogates, which JSON can escape and UTF-8 cannot encode."""
     try:
         value.encode()  # in C; a loop over the characters would block the event loop
@@ -66,7 +66,7 @@ def _require_encodable(value: str) -> str:
 ItemT = TypeVar("ItemT")
 Ignored = Any  # a field that does not change the answer
 Unsupported = Annotated[None, BeforeValidator(_refuse, json_schema_input_type=None)]
-Str = Annotated[str, AfterValidator(_require_encodable)]
+Str = Annotated[str, AfterValidator(require_encodable)]
 # Validation stops at the first wrong item: reporting every item of a long list takes seconds.
 Items = Annotated[list[ItemT], Field(fail_fast=True)]
 Text = Str | Items[int]

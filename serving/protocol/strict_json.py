@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator
 
+from serving.protocol.fields import require_encodable
+
 
 def parse_json(text: str) -> Any:
     """The value of a JSON text. Raises ValueError for anything else, also if nested too deeply."""
@@ -19,13 +21,12 @@ def parse_json(text: str) -> Any:
 def require_json(value: Any) -> Any:
     """The value itself. Raises ValueError if its JSON text is not valid or has no encoding."""
     try:
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except RecursionError:
         raise ValueError("is nested too deeply") from None
-    except UnicodeEncodeError:
-        raise ValueError("holds half a character (a lone surrogate); send whole ones") from None
     except ValueError:
         raise ValueError("holds NaN or infinity, which JSON does not have; send numbers or null") from None
+    require_encodable(text)
     return value
 
 

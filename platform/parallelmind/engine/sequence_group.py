@@ -265,19 +265,18 @@ class SequenceGroup:
         limit: positions above which a model has other frequencies. may_exceed: whether it can use them.
         """
         self.frequency_limit = limit
-        self.has_long_frequencies = may_exceed and self.max_positions > limit
+        self.has_long_frequencies = may_exceed and self.max_positions(self.latest_ends()) > limit
         self.segments[MAIN].path = self.root_path(self.adapter_version)
 
     def root_path(self, adapter_version: str) -> PathHash:
         """The hash of a path that begins with main."""
         return PathHash.root(f"{adapter_version} long" if self.has_long_frequencies else adapter_version)
 
-    @property
-    def max_positions(self) -> int:
-        """Upper bound of the positions of the sample."""
+    def max_positions(self, latest_ends: Ints) -> int:
+        """Upper bound of the positions of the sample. latest_ends: those of its segments."""
         if self.config.positions == "flat":
             return sum(segment.max_tokens for segment in self.segments)
-        return int(self.latest_ends().max())
+        return int(latest_ends.max())
 
     def latest_ends(self) -> Ints:
         """`[segments]` upper bounds of the time coordinates after the last token."""

@@ -32,12 +32,13 @@ def check_group(model: Model, group: SequenceGroup, fallback_reason: str | None)
             f"branches: the model {fallback_reason}, so a branch has no branches and no reduce; "
             "give main and branches alone"
         )
-    last = branches[int(group.latest_ends()[1:].argmax())]
-    _check_context(model, group.max_positions, last)
+    ends = group.latest_ends()
+    positions, last = group.max_positions(ends), branches[int(ends[1:].argmax())]
+    _check_context(model, positions, last)
     limit = group.frequency_limit
-    if limit is not None and group.max_positions > limit and not group.has_long_frequencies:
+    if limit is not None and positions > limit and not group.has_long_frequencies:
         raise UserError(
-            f"max_new_tokens={last.max_tokens - last.num_prompt}: {group.max_positions} positions; above "
+            f"max_new_tokens={last.max_tokens - last.num_prompt}: {positions} positions; above "
             f"{limit} the model has other rotary frequencies, which a sample cannot change to, and which an "
             "accelerator and an unpatched model cannot use; submit all branches at once, or shorten them"
         )

@@ -123,7 +123,7 @@ def _with_earlier(value: dict[str, Any], turns: list[Message]) -> list[Message]:
 def _conversation(prompt: list[Message], answer: Any, key: str) -> list[Message]:
     """The turns of the prompt and of an answer."""
     turns = turns_of(answer, key, "assistant")
-    if not prompt or _contents(turns[: len(prompt)]) == _contents(prompt):
+    if _begins_with(turns, prompt):
         return turns
     if turns[0]["role"] != "assistant":
         raise RecordError(f"{key} begins with another {turns[0]['role']} turn than the prompt")
@@ -133,11 +133,15 @@ def _conversation(prompt: list[Message], answer: Any, key: str) -> list[Message]
 def turns_after(prompt: list[Message], answer: Any, key: str) -> list[Message]:
     """The turns of an answer without those of the prompt, with which it may begin. Raises RecordError."""
     turns = turns_of(answer, key, "assistant")
-    if _contents(turns[: len(prompt)]) != _contents(prompt):
+    if not _begins_with(turns, prompt):
         return turns
     if len(turns) == len(prompt):
         raise RecordError(f"{key} holds nothing but the prompt")
     return turns[len(prompt) :]
+
+
+def _begins_with(turns: list[Message], prompt: list[Message]) -> bool:
+    return _contents(turns[: len(prompt)]) == _contents(prompt)
 
 
 def _contents(turns: list[Message]) -> list[tuple[str, str]]:
