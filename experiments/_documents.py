@@ -4,7 +4,8 @@
 
 One command makes the data, runs the sweep, evaluates every adapter with 2, 4 and 8 documents, and writes
 results/007_documents.csv and .png, and the row of the comparison to results/bench.json. What is finished is
-not repeated. SETTING=VALUE after the path overrides the sweep.
+not repeated. SETTING=VALUE after the path overrides the sweep; the table keeps the rows of adapters that are
+not in it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -21,7 +23,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from experiments._command import run as run_command
-from experiments._results import RESULTS, trained, write_table
+from experiments._results import RESULTS, Row, trained, updated
 from parallelmind.config.yaml_file import load_yaml
 from parallelmind.data.convert.passages import QuestionTemplates, expand_articles, passage_questions
 from parallelmind.data.convert.source_records import SourceRecord
@@ -95,14 +97,13 @@ def run(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", *arguments], check=True)
 
 
-def evaluate(kind: str, seed: int, count: int, adapter: Path, runs: Path) -> dict[str, Any]:
-    """The scores of an adapter on held-out records with this many documents."""
-    output = runs / "documents-answers" / f"{kind} {seed} {count}.json"
+def evaluate(trial: Path, kind: str, count: int) -> Row:
+    """The scores of an adapter on held-out records with this many documents, kept in a file of its folder."""
+    output = trial / f"documents.{count}.json"
     if not output.exists():
-        output.parent.mkdir(parents=True, exist_ok=True)
         settings = {
-            "data_path": runs / "data" / f"{kind}.{count}.jsonl",
-            "lora_path": adapter,
+            "data_path": _RUNS / "data" / f"{kind}.{count}.jsonl",
+            "lora_path": trial / "adapter",
             "dtype": "bfloat16",
             "max_records": 1000,
             "max_new_tokens": 16,
@@ -110,32 +111,33 @@ def evaluate(kind: str, seed: int, count: int, adapter: Path, runs: Path) -> dic
             "output_path": output,
         }
         run("workloads.evaluate", "answers", *(f"{key}={value}" for key, value in settings.items()))
-    scores: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
-    return scores
+    return dict(json.loads(output.read_text(encoding="utf-8")))
 
 
-def measured(runs: Path, overrides: Sequence[str]) -> list[dict[str, Any]]:
-    """A row for every kind, seed and number of documents."""
-    config = read_config(SweepConfig, ["007_documents", *overrides])
+def measure(trial: Path) -> list[Row]:
+    """A row of an adapter for every number of documents."""
+    config = load_yaml(trial / "config.yaml")
+    kind = Path(config["data_path"]).name.partition(".")[0]
     rows = []
-    for trial in trained(Path(run_sweep(config).location)):
-        settings = load_yaml(trial / "config.yaml")
-        kind, seed = Path(settings["data_path"]).name.partition(".")[0], settings["seed"]
-        for count in _COUNTS:
-            scores = evaluate(kind, seed, count, trial / "adapter", runs)
-            names = ("questions", "exact_match", "f1", "questions_per_second")
-            own = {name: scores[name] for name in names}
-            rows.append({"kind": kind, "seed": seed, "documents": count, **own})
+    for count in _COUNTS:
+        scores = evaluate(trial, kind, count)
+        own = {name: scores[name] for name in ("questions", "exact_match", "f1", "questions_per_second")}
+        rows.append({"kind": kind, "seed": config["seed"], "documents": count, **own})
     return rows
 
 
-def mean_f1(rows: list[dict[str, Any]], kind: str, count: int) -> float:
+def key_of(row: Row) -> tuple[int, int, int]:
+    """What tells a row from the others, in the order of the table."""
+    return _KINDS.index(row["kind"]), row["seed"], row["documents"]
+
+
+def mean_f1(rows: list[Row], kind: str, count: int) -> float:
     """F1 in points, the mean over seeds."""
     own = [row["f1"] for row in rows if (row["kind"], row["documents"]) == (kind, count)]
     return 100 * fmean(own)
 
 
-def figure(rows: list[dict[str, Any]]) -> Figure:
+def figure(rows: list[Row]) -> Figure:
     """F1 against the number of documents: a line per kind, a point per seed."""
     fig = Figure(figsize=(6, 4), layout="constrained")
     axes = fig.subplots()
@@ -153,8 +155,9 @@ def main(source: str, *overrides: str) -> None:
     """Make, train, evaluate; write results/007_documents.csv and .png."""
     if not (_RUNS / "data" / f"{_KINDS[-1]}.{_COUNTS[-1]}.jsonl").exists():
         write_data(Path(source), _RUNS / "data")
-    rows = measured(_RUNS, overrides)
-    write_table(RESULTS / "007_documents.csv", rows)
+    config = read_config(SweepConfig, ["007_documents", *overrides])
+    measured = chain.from_iterable(measure(trial) for trial in trained(Path(run_sweep(config).location)))
+    rows = updated(RESULTS / "007_documents.csv", measured, key_of)
     figure(rows).savefig(RESULTS / "007_documents.png", dpi=110)
     run("benchmarks", "branches.documents_f1")
 

@@ -4,7 +4,8 @@
 
 One command makes the data, trains an adapter per form and seed, answers the held-out requests with each, one
 request at a time, and lets the forking one generate 1,000 answers at temperature 1. It writes a table and a
-figure to results/. What is finished is not repeated. SETTING=VALUE after the path overrides the sweep.
+figure to results/. What is finished is not repeated. SETTING=VALUE after the path overrides the sweep; the
+table keeps the rows of adapters that are not in it.
 """
 
 from __future__ import annotations
@@ -15,14 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from time import perf_counter
-from typing import Any
 
 from matplotlib.figure import Figure
 
 import parallelmind as pm
 from experiments._command import run as run_command
 from experiments._forking_data import QUESTIONS, Request, answers_in, prompt_of, write
-from experiments._results import RESULTS, trained, write_table
+from experiments._results import RESULTS, Row, trained, updated
 from parallelmind.config.yaml_file import load_yaml
 from parallelmind.engine.linear import linearized
 from parallelmind.engine.scheduler import EngineConfig
@@ -84,7 +84,7 @@ def count_hangs(engine: pm.Engine, requests: Sequence[Request]) -> dict[str, flo
     return {"hangs": hangs, "forks_at_temperature_1": forked}
 
 
-def measure(trial: Path, requests: Sequence[Request]) -> dict[str, Any]:
+def measure(trial: Path, requests: Sequence[Request]) -> Row:
     """The row of an adapter; measured unless its file exists."""
     output = trial / "forking.json"
     if not output.exists():
@@ -102,7 +102,7 @@ def measure(trial: Path, requests: Sequence[Request]) -> dict[str, Any]:
     return dict(row)
 
 
-def figure(rows: Sequence[dict[str, Any]]) -> Figure:
+def figure(rows: Sequence[Row]) -> Figure:
     """Draw F1 and steps of every adapter."""
     fig = Figure(figsize=(8, 3.2), layout="constrained")
     for axes, (field, label) in zip(
@@ -123,8 +123,8 @@ def main(source: str, *overrides: str) -> None:
     """Make, train, measure; write results/008_forking.csv and .png."""
     requests = write(Path(source), _DATA)
     config = read_config(SweepConfig, ["008_forking", *overrides])
-    rows = [measure(trial, requests) for trial in trained(Path(run_sweep(config).location))]
-    write_table(TABLE, rows)
+    measured = [measure(trial, requests) for trial in trained(Path(run_sweep(config).location))]
+    rows = updated(TABLE, measured, lambda row: (list(_COLOURS).index(row["form"]), row["seed"]))
     figure(rows).savefig(RESULTS / "008_forking.png", dpi=110)
     print(f"{TABLE}: {len(rows)} adapters, {QUESTIONS} questions a request")
 

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 import parallelmind as pm
 from experiments._command import run as run_command
-from experiments._results import RESULTS, read_table, trained, write_table
+from experiments._results import RESULTS, Row, trained, updated
 from experiments._sibling_tasks import FORMS, TASKS, Form, data_path, records
 from parallelmind.config.yaml_file import load_yaml
 from parallelmind.engine.scheduler import EngineConfig
@@ -33,8 +33,6 @@ _SAMPLES, _HELD_OUT, _HELD_OUT_SEED = 4000, 64, 1
 _MAX_NEW_TOKENS = 160
 _LINE = re.compile(r"^\d+\.", re.MULTILINE)
 _COLOURS = ("#2d7d46", "#7fb069", "#c5d86d", "#2e86ab", "#8d99ae", "#f18f01", "#a23b72")
-
-Row = dict[str, Any]  # of an adapter
 
 
 def write_data() -> None:
@@ -124,10 +122,9 @@ def _label(form: Form, config: dict[str, Any]) -> str:
     return ", ".join([form, *parts])
 
 
-def merged(rows: Sequence[Row], measured: Sequence[Row]) -> list[Row]:
-    """The rows of a table with those that were measured now, which replace older ones; sorted."""
-    by_key = {(list(TASKS).index(row["task"]), row["form"], row["seed"]): row for row in [*rows, *measured]}
-    return [by_key[key] for key in sorted(by_key)]
+def key_of(row: Row) -> tuple[int, str, int]:
+    """What tells an adapter from the others, in the order of the table."""
+    return list(TASKS).index(row["task"]), row["form"], row["seed"]
 
 
 def figure(rows: Sequence[Row]) -> Figure:
@@ -161,10 +158,9 @@ def main(*arguments: str) -> None:
     named = [argument for argument in arguments if "=" not in argument] or ["006_siblings"]
     write_data()
     config = read_config(SweepConfig, [*named, *(argument for argument in arguments if "=" in argument)])
-    measured = [measure(trial) for trial in trained(Path(run_sweep(config).location))]
     table = (RESULTS / named[0]).with_suffix(".csv")
-    rows = merged(read_table(table), measured)
-    write_table(table, rows)
+    measured = [measure(trial) for trial in trained(Path(run_sweep(config).location))]
+    rows = updated(table, measured, key_of)
     figure(rows).savefig(table.with_suffix(".png"), dpi=110)
     print(f"{table}: {len(rows)} adapters")
 

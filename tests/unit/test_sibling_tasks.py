@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from experiments._results import read_table, write_table
+from experiments._results import read_table, updated, write_table
 from experiments._sibling_tasks import TASKS, conflict_floor, records
-from experiments._siblings import merged
+from experiments._siblings import key_of
 
 SAMPLES = 50
 
@@ -112,10 +112,14 @@ def test_a_measured_adapter_replaces_its_row_and_no_other(tmp_path: Path) -> Non
     write_table(
         table, [row("relay", "text", 0, 0.5), row("relay", "text", 1, 0.25), row("add", "text", 0, 1.0)]
     )
-    rows = merged(read_table(table), [row("relay", "text", 1, 0.75), row("relay", "columnar", 0, 1.0)])
-    assert rows == [
-        row("relay", "columnar", 0, 1.0),
-        row("relay", "text", 0, 0.5),
-        row("relay", "text", 1, 0.75),
-        row("add", "text", 0, 1.0),
-    ]
+    rows = updated(table, [row("relay", "text", 1, 0.75), row("relay", "columnar", 0, 1.0)], key_of)
+    assert (
+        read_table(table)
+        == rows
+        == [
+            row("relay", "columnar", 0, 1.0),
+            row("relay", "text", 0, 0.5),
+            row("relay", "text", 1, 0.75),
+            row("add", "text", 0, 1.0),
+        ]
+    )
