@@ -64,11 +64,9 @@ def parse_turns_text(value: Any) -> Any:
     """The turns in a JSON text, as a column of CSV has them; any other value as it is."""
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
-    try:
-        turns = json.loads(value)
-    except (ValueError, RecursionError):
-        return value
-    are_turns = turns and all(isinstance(turn, dict) and turn.keys() & {"role", "from"} for turn in turns)
+    turns = json_or_text(value)
+    is_list = isinstance(turns, list) and bool(turns)
+    are_turns = is_list and all(isinstance(turn, dict) and turn.keys() & {"role", "from"} for turn in turns)
     return turns if are_turns else value
 
 
@@ -214,6 +212,14 @@ def _json_list(value: Any, where: str) -> list[Any]:
     if not isinstance(parsed, list | None):
         raise RecordError(f"{where} is not a list of JSON objects")
     return parsed or []
+
+
+def json_or_text(text: str) -> Any:
+    """The value of a JSON text; any other text as it is."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def parse_json(value: Any, where: str) -> Any:

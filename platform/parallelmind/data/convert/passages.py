@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from parallelmind.data.convert.conversation import check_not_python
+from parallelmind.data.convert.conversation import check_not_python, json_or_text
 from parallelmind.data.convert.source_records import (
     BadRecord,
     ParallelRecord,
@@ -125,10 +124,7 @@ def _parse_answers_text(answers: Any) -> Any:
     if not isinstance(answers, str):
         return answers
     check_not_python(answers, "answers")
-    try:
-        parsed = json.loads(answers)
-    except (ValueError, RecursionError):
-        return answers
+    parsed = json_or_text(answers)
     are_answers = isinstance(parsed, list) and all(isinstance(item, str | dict) for item in parsed)
     return parsed if are_answers or isinstance(parsed, dict) else answers
 
@@ -137,10 +133,7 @@ def _parse_titles(context: str) -> Any:
     """Titles with sentences in a JSON text, as a column of CSV has them; None for any other text."""
     if not context.lstrip().startswith(("[", "{")):
         return None
-    try:
-        parsed = json.loads(context)
-    except (ValueError, RecursionError):
-        return None
+    parsed = json_or_text(context)
     is_table = isinstance(parsed, dict) and parsed.keys() >= {"title", "sentences"}
     are_pairs = isinstance(parsed, list) and bool(parsed) and all(isinstance(pair, list) for pair in parsed)
     return parsed if is_table or are_pairs else None
