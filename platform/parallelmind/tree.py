@@ -239,10 +239,13 @@ def with_readers(chosen: Mask, tree: Tree) -> Mask:
 def divide(lengths: Sequence[int], tree: Tree, max_branches: int, max_tokens: int) -> Iterator[Ints]:
     """Divide the segments into samples of at most `max_branches` branches and `max_tokens` tokens.
 
+    Documents are no branches here.
     Yields the numbers of the segments of each, ascending. Every segment is in the same sample as all that it
     reads, so a sample that cannot be divided further may be larger.
     """
-    parents, is_branch, joined = tree.parents.tolist(), tree.is_branch.tolist(), [range(0)]
+    is_branch = tree.is_branch
+    is_branch[1 : 1 + tree.documents] = False
+    parents, joined = tree.parents.tolist(), [range(0)]
     is_read = np.zeros(tree.segments, dtype=bool)
     for _, parent, joins in tree.walk():
         joined.append(joins)

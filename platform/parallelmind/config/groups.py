@@ -144,7 +144,7 @@ class DataConfig(FrozenConfig):
     )
     min_branches_per_sample: int = Field(1, ge=1, description="minimum branches of a randomly grouped sample")
     max_branches_per_sample: int = Field(
-        8, ge=1, description="maximum branches of a sample, nested ones included"
+        8, ge=1, description="maximum branches of a sample, nested ones included, documents not"
     )
     overfull: Literal["split", "refuse"] = Field(
         "split",

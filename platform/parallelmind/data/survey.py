@@ -115,9 +115,9 @@ def check_line(line: Line, data: DataConfig, vocab_size: int | None) -> Record |
             write_forks(record, markers)
     except RecordError as error:
         return str(error)
-    limit = data.max_branches_per_sample
-    if data.overfull == "refuse" and record.num_branches > limit:
-        return f"has {record.num_branches} branches, more than max_branches_per_sample={limit}"
+    limit, given = data.max_branches_per_sample, record.num_branches - record.documents
+    if data.overfull == "refuse" and given > limit:
+        return f"has {given} branches, more than max_branches_per_sample={limit}"
     return record
 
 

@@ -96,6 +96,21 @@ def test_records_keep_their_branches_and_repeat_main_when_split() -> None:
     assert all(len(piece.ids) <= 10 for piece in split(tokens, max_branches=8, max_tokens=10))
 
 
+def test_documents_are_no_branches_of_the_limit_and_stay_together() -> None:
+    documents, questions = 4, 5
+    reduce = 1 + documents
+    parents = np.array([-1, *[0] * documents, 0, *[reduce] * questions])
+    tree = Tree(parents, np.arange(len(parents)) == reduce, documents)
+    lengths = [1, *range(2, 2 + documents), 1, *[3] * questions]
+    targets = np.repeat(np.arange(len(parents)) > reduce, lengths)
+    tokens = Tokens(np.arange(sum(lengths)), np.array(lengths), targets, tree)
+    (whole,) = split(tokens, max_branches=questions, max_tokens=100)
+    assert whole is tokens
+    pieces = list(split(tokens, max_branches=2, max_tokens=100))
+    kept = [(piece.tree.documents, piece.branches - documents) for piece in pieces]
+    assert kept == [(4, 2), (4, 2), (4, 1)]
+
+
 def test_targets_of_any_tokens_survive_every_grouping() -> None:
     targets = [[False, True, False, True], [False, False, True], [False, True]]
     tokens = Tokens.of([7], [[5] * len(mask) for mask in targets], targets=targets)

@@ -200,6 +200,9 @@ def test_branches_of_all_depths_count_towards_the_limit(tmp_path):
     assert survey_of(file, max_branches_per_sample=4, overfull="refuse").records == 1
     (bad,) = survey_of(file, max_branches_per_sample=3, overfull="refuse").bad
     assert "has 4 branches, more than max_branches_per_sample=3" in bad.reason
+    questions = {"text": "?", "branches": ["a", "b"]}
+    file.write_text(json.dumps({"documents": ["x", "y", "z"], "reduce": questions}))
+    assert survey_of(file, max_branches_per_sample=2, overfull="refuse").records == 1
 
 
 @pytest.mark.parametrize(
