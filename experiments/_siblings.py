@@ -18,6 +18,7 @@ from statistics import fmean
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 import parallelmind as pm
 from experiments._command import run as run_command
@@ -143,13 +144,13 @@ def figure(rows: Sequence[Row]) -> Figure:
                 values = [row[field] for row in rows if (row["task"], row["form"]) == (task, form)]
                 if values:
                     at = number + (place - (len(forms) - 1) / 2) * width
-                    name = form if number == 0 else None
-                    axes.bar(at, fmean(values), 0.94 * width, color=_COLOURS[place], label=name)
+                    axes.bar(at, fmean(values), 0.94 * width, color=_COLOURS[place])
                     axes.scatter([at] * len(values), values, color="black", s=8, zorder=3)
         axes.set_xticks(range(len(tasks)), tasks)
         axes.set_ylabel(label)
         axes.spines[["top", "right"]].set_visible(False)
-    fig.axes[0].legend(frameon=False, ncols=len(forms), loc="upper center", bbox_to_anchor=(0.5, 1.2))
+    handles = [Patch(color=colour, label=form) for form, colour in zip(forms, _COLOURS, strict=False)]
+    fig.legend(handles=handles, frameon=False, loc="outside right upper")
     return fig
 
 
