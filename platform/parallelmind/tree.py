@@ -76,6 +76,11 @@ class Tree:
         return len(self.parents) - 1 - self.reduces
 
     @property
+    def limited_branches(self) -> int:
+        """Number of branches that a limit on those of a sample counts: all but documents."""
+        return self.branches - self.documents
+
+    @property
     def reduces(self) -> int:
         """Number of reduces, at all depths."""
         return int(np.count_nonzero(self.is_reduce))
@@ -237,14 +242,13 @@ def with_readers(chosen: Mask, tree: Tree) -> Mask:
 
 
 def divide(lengths: Sequence[int], tree: Tree, max_branches: int, max_tokens: int) -> Iterator[Ints]:
-    """Divide the segments into samples of at most `max_branches` branches and `max_tokens` tokens.
+    """Divide the segments into samples of at most `max_branches` limited branches and `max_tokens` tokens.
 
-    Documents are no branches here.
     Yields the numbers of the segments of each, ascending. Every segment is in the same sample as all that it
     reads, so a sample that cannot be divided further may be larger.
     """
-    is_branch = tree.is_branch
-    is_branch[1 : 1 + tree.documents] = False
+    is_limited = tree.is_branch
+    is_limited[1 : 1 + tree.documents] = False
     parents, joined = tree.parents.tolist(), [range(0)]
     is_read = np.zeros(tree.segments, dtype=bool)
     for _, parent, joins in tree.walk():
@@ -258,7 +262,7 @@ def divide(lengths: Sequence[int], tree: Tree, max_branches: int, max_tokens: in
             new.update((segment, *joined[segment]))
             segment = parents[segment]
         new -= sample
-        return new, sum(is_branch[segment] for segment in new), sum(lengths[segment] for segment in new)
+        return new, sum(is_limited[segment] for segment in new), sum(lengths[segment] for segment in new)
 
     sample, branches, tokens = set[int](), 0, 0
     for leaf in np.flatnonzero(~is_read).tolist():

@@ -135,13 +135,13 @@ def merge(samples: Sequence[Tokens]) -> Tokens:
 
 
 def split(tokens: Tokens, max_branches: int, max_tokens: int) -> Iterator[Tokens]:
-    """Samples of at most `max_branches` branches, besides documents, and `max_tokens` tokens.
+    """Samples of at most `max_branches` limited branches and `max_tokens` tokens.
 
     Each repeats main and the segments that its own ones continue; a target is one in its first sample only.
     What a reduce reads stays together, so a sample may have more branches. `tokenise` has already skipped a
     segment that exceeds `max_tokens` together with all that it reads.
     """
-    if tokens.branches - tokens.tree.documents <= max_branches and len(tokens.ids) <= max_tokens:
+    if tokens.tree.limited_branches <= max_branches and len(tokens.ids) <= max_tokens:
         yield tokens
         return
     remaining = replace(tokens, targets=tokens.targets.copy())

@@ -115,8 +115,8 @@ def check_line(line: Line, data: DataConfig, vocab_size: int | None) -> Record |
             write_forks(record, markers)
     except RecordError as error:
         return str(error)
-    limit, given = data.max_branches_per_sample, record.num_branches - record.documents
-    if data.overfull == "refuse" and given > limit:
+    limit = data.max_branches_per_sample
+    if data.overfull == "refuse" and (given := record.tree.limited_branches) > limit:
         return f"has {given} branches, more than max_branches_per_sample={limit}"
     return record
 
