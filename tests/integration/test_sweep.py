@@ -1,4 +1,4 @@
-"""`python -m workloads.sweep` with Ray, MLflow and a tiny model; its driver is killed, and its disk fills."""
+"""`python -m workloads.sweep` with Ray, MLflow and a tiny model; processes are killed, and its disk fills."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
+from processes import family
 from tiny import save_tiny
 
 from parallelmind.model.adapter import load_model_with_lora
@@ -49,11 +50,16 @@ pytestmark = [pytest.mark.slow, pytest.mark.full]
 @pytest.fixture(scope="module")
 def cwd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sweep")
+    write_sweep(folder)
+    return folder
+
+
+def write_sweep(folder: Path) -> None:
+    """A tiny model, data and a sweep of it."""
     save_tiny(folder / "tiny")
     lines = [{"text": f"Question: {i % 5} Answer: the {i % 5} lives", "answer_offset": 4} for i in range(60)]
     (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "sweep.yaml").write_text(SWEEP)
-    return folder
 
 
 def start(cwd: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -148,6 +154,17 @@ def _check_tracking(cwd: Path, journal: Journal) -> None:
         lora_path=str(Path(str(winner.folder)) / "adapter"), base_model=str(cwd / "tiny")
     )
     assert model is not None
+
+
+def test_a_trial_that_loses_a_worker_says_so_and_goes_on(tmp_path: Path) -> None:
+    write_sweep(tmp_path)
+    process = start(tmp_path, "points=[{}]", "train.epochs=10")
+    wait_until(process, lambda: any("metrics" in event for event in journal_events(tmp_path)))
+    (worker,) = family(process.pid, "ray::RayTrainWorker")
+    worker.kill()
+    output = wait_for_output(process)
+    assert output.count("lost a worker; restarting from the newest checkpoint") == 1, output
+    assert "trials   1 finished" in output
 
 
 def test_a_sweep_on_a_full_disk_ends_in_one_line_and_goes_on_when_there_is_space(tmp_path: Path) -> None:

@@ -97,6 +97,10 @@ class Journal:
             self.end_trial(number, status)
         return is_new
 
+    def add_restart(self, number: int, line: str) -> None:
+        """Record that a trial lost a process and restarts. line: what was lost, and why."""
+        self._append({"trial": number, "restart": line})
+
     def end_trial(self, number: int, status: Status, error: str | None = None) -> None:
         """Record how a trial ended, unless it has ended already."""
         if not self.trials[number].ended:
@@ -152,6 +156,8 @@ class Journal:
             self.reports.append(MetricsReport(number, trial.step, trial.metrics))
         if "folder" in event:
             trial.status, trial.error = "running", None
+        if "restart" in event:
+            trial.restarts.append(event["restart"])
         for name in ("folder", "run_id", "status", "error"):
             if name in event:
                 setattr(trial, name, event[name])

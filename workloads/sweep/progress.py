@@ -27,6 +27,7 @@ class ProgressView:
         self._started_at = time.monotonic()
         self._ended_before = sum(trial.ended for trial in journal.trials.values())
         self._shown_states = {trial.number: _state(trial) for trial in journal.trials.values()}
+        self._shown_restarts = {trial.number: len(trial.restarts) for trial in journal.trials.values()}
         is_terminal = sys.stdout.isatty()
         self._live = Live(console=Console(), get_renderable=self._table) if is_terminal else None
 
@@ -45,8 +46,11 @@ class ProgressView:
                     print(f"trial {trial.number} failed: {trial.error}", flush=True)
 
     def update(self, number: int) -> None:
-        """Print a line for a trial whose status or step has changed; a terminal's table draws itself."""
+        """Print what is new of a trial: its restarts, and its status or step unless a table shows them."""
         trial = self._journal.trials[number]
+        for line in trial.restarts[self._shown_restarts.get(number, 0) :]:
+            print(f"trial {number}  {trial.describe()}  {line}", flush=True)
+        self._shown_restarts[number] = len(trial.restarts)
         if not self._live and self._shown_states.get(number) != _state(trial):
             self._shown_states[number] = _state(trial)
             print(self._line(trial), flush=True)

@@ -62,6 +62,8 @@ class JournalingScheduler(StatelessPickle, FIFOScheduler):
         number = trial.config["number"]
         if "folder" in result:
             self._record_start(number, result)
+        if "restart" in result:
+            self._journal.add_restart(number, result["restart"])
         self._record_metrics(number, result)
         if result.get("status") in ("finished", "failed"):
             self._journal.end_trial(number, result["status"], result.get("error"))

@@ -64,6 +64,10 @@ def run_trial(trial: dict[str, Any], context: SweepContext) -> None:
         tune.report({"status": "failed", "error": crash_line(error)})
 
 
+def _report_restart(line: str) -> None:
+    tune.report({"restart": line})
+
+
 def _train(config: TrainConfig, context: SweepContext, data: str | None) -> dict[str, Any]:
     """Train the run, unless it is complete; returns the last report."""
     run_dir = find_run_dir(config)
@@ -83,7 +87,9 @@ def _train(config: TrainConfig, context: SweepContext, data: str | None) -> dict
             {"folder": run_dir.path.location, "run_id": run.tracker.run_id, "data": run.data_fingerprint}
         )
         with close_tracker(run.tracker) as set_outcome:
-            outcome = fit(run, context.config.resources.cpus_per_trial, [TuneReportCallback()])
+            outcome = fit(
+                run, context.config.resources.cpus_per_trial, [TuneReportCallback()], _report_restart
+            )
             set_outcome(outcome)
         if not outcome.finished:
             save_loss_plot(run_dir)

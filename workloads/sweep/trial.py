@@ -15,7 +15,8 @@ class Trial:
 
     settings: the swept fields and `seed`. status: `stopped` means ended early by the scheduler. metrics: the
     last reported ones, by their MLflow names. curve: (step, metrics) of every report. seconds: spent in
-    training, over all restarts. folder, run_id: the trial's run folder and MLflow run.
+    training, over all restarts. restarts: what was lost before each one, and why. folder, run_id: the trial's
+    run folder and MLflow run.
     """
 
     number: int
@@ -25,6 +26,7 @@ class Trial:
     metrics: dict[str, float] = field(default_factory=dict)
     curve: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     seconds: float = 0.0
+    restarts: list[str] = field(default_factory=list)
     folder: str | None = None
     run_id: str | None = None
     error: str | None = None

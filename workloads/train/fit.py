@@ -36,13 +36,20 @@ _LOSS_ERRORS = (
 )
 
 
+def _print_restart(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def fit(
-    run: PreparedRun, cpus_per_trial: int | None = None, callbacks: Sequence[UserCallback] = ()
+    run: PreparedRun,
+    cpus_per_trial: int | None = None,
+    callbacks: Sequence[UserCallback] = (),
+    on_restart: Callable[[str], None] = _print_restart,
 ) -> Outcome:
     """Train with Ray Train, and restart from the newest checkpoint when a worker, node or controller is lost.
 
     cpus_per_trial: CPUs of the run if it is a trial of a sweep; None: it has the cluster. callbacks: passed
-    to Ray Train.
+    to Ray Train. on_restart: receives a line before each restart: what was lost, and why.
 
     Raises:
         UserError: an error that the user can correct, or repeated losses without progress. An exception of
@@ -59,11 +66,7 @@ def fit(
             losses = losses + 1 if previous == progress else 1
             raise_if_final(error, losses)
             lost = "worker" if isinstance(error, WorkerGroupError) else "controller"
-            print(
-                f"lost a {lost}; restarting from the newest checkpoint ({_reason(error)})",
-                file=sys.stderr,
-                flush=True,
-            )
+            on_restart(f"lost a {lost}; restarting from the newest checkpoint ({_reason(error)})")
         else:
             outcome = result.return_value  # type: ignore[attr-defined]  # Ray types its V1 classes
             assert isinstance(outcome, Outcome)

@@ -17,6 +17,7 @@ from parallelmind.remote import RemotePath
 from workloads.sweep import command
 from workloads.sweep.config import SweepConfig
 from workloads.sweep.journal import Journal
+from workloads.sweep.progress import ProgressView
 from workloads.sweep.ranking import find_winner
 from workloads.sweep.scheduler import JournalingScheduler
 from workloads.sweep.search import choose_point, draw_point
@@ -335,6 +336,30 @@ def test_a_trial_that_was_starting_at_a_stop_is_stopped_too(
     trial: Any = FakeTuneTrial(0)
     scheduler.on_trial_result(None, trial, {"folder": str(tmp_path / "trial"), "run_id": "run"})
     assert stop_file(RemotePath(tmp_path / "trial")).is_requested() == stopping
+
+
+def test_a_trial_that_restarts_says_so_once(journal: Journal, capsys: pytest.CaptureFixture[str]) -> None:
+    journal.add_trial(0, {"seed": 3})
+    view = ProgressView("sweep", ["loss"], journal, planned=1)
+    scheduler = JournalingScheduler(sweep_config(), journal, view.update)
+    reports: list[dict[str, Any]] = [
+        {"folder": "trial", "run_id": "run"},
+        {"step": 2, "loss": 1.5},
+        {"restart": "lost a worker; restarting from the newest checkpoint (memory)"},
+        {"step": 4, "loss": 1.25},
+    ]
+    for report in reports:
+        scheduler.on_trial_result(None, FakeTuneTrial(0), report)  # type: ignore[arg-type]
+    assert capsys.readouterr().out.splitlines() == [
+        "trial 0  seed=3  running",
+        "trial 0  seed=3  running  step 2  loss 1.500",
+        "trial 0  seed=3  lost a worker; restarting from the newest checkpoint (memory)",
+        "trial 0  seed=3  running  step 4  loss 1.250",
+    ]
+    replayed = Journal.open(journal.file)
+    assert replayed.trials == journal.trials
+    ProgressView("sweep", ["loss"], replayed, planned=1).update(0)
+    assert capsys.readouterr().out == ""
 
 
 def test_all_trials_have_the_data_of_the_first(journal: Journal) -> None:
