@@ -93,10 +93,15 @@ def table() -> str:
     """The table as Markdown."""
     rows = ["| command | output | seconds |", "| --- | --- | ---: |"]
     for refusal in refusals():
-        text = refusal.text.replace("|", "\\|").replace("python -m workloads.", "parallelmind ")
-        cell = f"`` {text} ``" if "`" in text else f"`{text}`"
-        rows.append(f"| `parallelmind {refusal.command}` | {cell} | {refusal.seconds:.1f} |")
+        rows.append(f"{first_cells(refusal.command, refusal.text)} {refusal.seconds:.1f} |")
     return "\n".join(rows)
+
+
+def first_cells(command: str, text: str) -> str:
+    """The cells of a command and of its output."""
+    text = text.replace("|", "\\|").replace("python -m workloads.", "parallelmind ")
+    cell = f"`` {text} ``" if "`" in text else f"`{text}`"
+    return f"| `parallelmind {command}` | {cell} |"
 
 
 if __name__ == "__main__":
