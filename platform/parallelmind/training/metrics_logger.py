@@ -55,7 +55,9 @@ class MetricsLogger:
             "peak_memory_gib": peak_memory() / 2**30,
         }
         self._add_seconds(state, now)
-        self._hooks.log(state.metrics, state.step)
+        # The state also holds the values of the last validation, which belong to another step.
+        own = {name: value for name, value in state.metrics.items() if not name.startswith("validation/")}
+        self._hooks.log(own, state.step)
         self._hooks.print_line(
             f"step {state.step}/{max(planned_steps, state.step)}  loss {state.metrics['loss']:.3f}  "
             f"lr {state.metrics['learning_rate']:.1e}  {speed:.0f} tok/s  "

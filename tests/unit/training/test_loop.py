@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,6 +55,18 @@ def test_a_line_after_a_validation_counts_the_tokens_before_it(tmp_path: Path) -
     _, hooks, _ = run(config(log_every=100, validate_every=6), tmp_path)
     assert hooks.lines[-1].startswith("step 6/6  loss ")
     assert hooks.metrics[6]["tokens_per_second"] > 0
+
+
+def test_a_validation_is_logged_at_its_step_alone(tmp_path: Path) -> None:
+    class Points(Recorder):
+        def log(self, metrics: Mapping[str, float], step: int) -> None:
+            assert not self.metrics.get(step, {}).keys() & metrics.keys(), "a store keeps the first of two"
+            super().log(metrics, step)
+
+    _, hooks, _ = run(config(log_every=1, validate_every=3, checkpoint_every=1), tmp_path, Points())
+    validated = [step for step, metrics in hooks.metrics.items() if "validation/loss_1" in metrics]
+    assert validated == [3, 6]
+    assert len({hooks.metrics[step]["validation/loss_1"] for step in validated}) == 2
 
 
 def test_attention_is_printed_once_for_all_shorter_batches(monkeypatch: pytest.MonkeyPatch) -> None:
