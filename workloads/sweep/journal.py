@@ -87,10 +87,12 @@ class Journal:
     ) -> bool:
         """Record metrics, and the status of a trial that ends with them.
 
-        Returns False for a step that a trial repeats after a crash; its metrics are dropped.
+        Returns whether the step is new. One that a trial repeats after a crash is dropped. The last report of
+        a trial replaces an earlier one of its step, which may lack the validation.
         """
-        is_new = step > self.trials[number].step
-        if is_new:
+        trial = self.trials[number]
+        is_new = step > trial.step
+        if is_new or (status and not trial.ended and metrics != trial.metrics):
             end = {"status": status, "error": None} if status else {}
             self._append({"trial": number, "step": step, "metrics": dict(metrics), **end})
         elif status:
@@ -152,8 +154,11 @@ class Journal:
         if "metrics" in event:
             trial.step, trial.metrics = event["step"], event["metrics"]
             trial.seconds = trial.metrics.get("seconds", 0.0)
+            if trial.curve and trial.curve[-1][0] == trial.step:
+                trial.curve.pop()
+            else:
+                self.reports.append(MetricsReport(number, trial.step, trial.metrics))
             trial.curve.append((trial.step, trial.metrics))
-            self.reports.append(MetricsReport(number, trial.step, trial.metrics))
         if "folder" in event:
             trial.status, trial.error = "running", None
         if "restart" in event:

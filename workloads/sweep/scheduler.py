@@ -88,8 +88,8 @@ class JournalingScheduler(StatelessPickle, FIFOScheduler):
 
         The last result of a run is one event with its status: a crash cannot separate the two.
         """
-        reported = result.get("metrics") or {
-            name: value for name, value in result.items() if _is_metric(name)
+        reported = {
+            name: value for name, value in (result.get("metrics") or result).items() if _is_metric(name)
         }
         if not reported or "step" not in result:
             return

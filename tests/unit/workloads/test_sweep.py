@@ -456,6 +456,27 @@ def test_the_last_report_of_a_run_counts_before_and_after_an_interruption(
     assert whole[4:] == ["stopped"] * 2
 
 
+def test_the_validation_at_the_end_counts_where_the_last_checkpoint_was_reported_before(
+    journal: Journal,
+) -> None:
+    journal.add_trial(0, {})
+    scheduler = JournalingScheduler(sweep_config(), journal, lambda number: None)
+    validated = {"loss": 1.0, LOSS: 2.0}
+    results: list[dict[str, Any]] = [
+        {"step": 5, "loss": 1.5},
+        {"step": 9, "loss": 1.0},  # a checkpoint
+        {"step": 9, **validated},
+        {"status": "finished", "step": 9, "metrics": validated | {"learning_rate": 0.1}},
+    ]
+    for result in results:
+        scheduler.on_trial_result(None, FakeTuneTrial(0), result)  # type: ignore[arg-type]
+    assert journal.trials[0].status == "finished"
+    assert journal.trials[0].curve == [(5, {"loss": 1.5}), (9, validated)]
+    assert [report.step for report in journal.reports] == [5, 9]
+    replayed = Journal.open(journal.file)
+    assert (replayed.trials, replayed.reports) == (journal.trials, journal.reports)
+
+
 def test_a_run_ends_in_the_event_of_its_last_report(journal: Journal) -> None:
     journal.add_trial(0, {})
     scheduler = JournalingScheduler(sweep_config(), journal, lambda number: None)
