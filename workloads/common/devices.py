@@ -27,13 +27,16 @@ class Gpus:
         return cls(count, count > 0 and hardware.has_native_bfloat16())  # without a GPU, no torch is imported
 
     @classmethod
-    def of_cluster(cls, address: str | None) -> Gpus:
-        """GPUs of the cluster that is to be joined, which is joined for this, or of this machine."""
+    def of_cluster(cls, address: str | None, forward_output: bool = True) -> Gpus:
+        """GPUs of the cluster that is to be joined, or of this machine.
+
+        The cluster is joined for this. forward_output: as for `cluster.connect`.
+        """
         if not (address or os.environ.get("RAY_ADDRESS")):
             return cls.of_this_machine()
         from workloads.common import cluster, resources
 
-        cluster.connect(address)
+        cluster.connect(address, forward_output)
         nodes = resources.nodes()
         return cls(cluster_nodes.total(nodes, "GPU"), cluster_nodes.have_native_bfloat16(nodes))
 
@@ -62,8 +65,11 @@ class Gpus:
         return f"num_workers={processes} needs as many GPUs, and there are {self.count:g}"
 
 
-def decide_training(config: TrainConfig) -> TrainConfig:
-    """The settings without `auto`. Joins the cluster, if there is one to join."""
-    gpus = Gpus.of_cluster(config.services.ray_address)
+def decide_training(config: TrainConfig, forward_output: bool = True) -> TrainConfig:
+    """The settings without `auto`. Joins the cluster, if there is one to join.
+
+    forward_output: as for `cluster.connect`.
+    """
+    gpus = Gpus.of_cluster(config.services.ray_address, forward_output)
     use_gpu, dtype = gpus.decide(config.workers.use_gpu, config.model.dtype, config.workers.num_workers)
     return config.replace(use_gpu=use_gpu, dtype=dtype)

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from parallelmind import cli
 from parallelmind.config import FrozenConfig, OutputPath
-from parallelmind.errors import UserError, translate_write_errors
+from parallelmind.errors import UserError, translate_read_errors, translate_write_errors
 from parallelmind.evaluation.model_support import COLUMNS, FALLBACK, SupportRow, check_model_types
 from parallelmind.evaluation.tiny_models import causal_lm_types
 from parallelmind.storage import atomic_file
@@ -39,6 +39,7 @@ def evaluate_support(argv: list[str]) -> None:
     """Check the model types; print the table, and write it to a Markdown file if requested."""
     config = cli.parse(SupportConfig, argv)
     model_types = _parse_model_types(config.model_types)
+    kept = text_above_table(Path(config.output_path)) if config.output_path else ""
     logging.set_verbosity_error()  # tiny models cause warnings about checkpoints, kernels and padding
     stderr = Console(stderr=True)
     rows = list(
@@ -50,12 +51,12 @@ def evaluate_support(argv: list[str]) -> None:
             disable=not stderr.is_terminal,
         )
     )
-    if config.output_path:
-        write_markdown(Path(config.output_path), rows)
     if config.csv:
         csv.writer(sys.stdout, lineterminator="\n").writerows([COLUMNS, *(row.cells() for row in rows)])
     else:
         _print_table(rows)
+    if config.output_path:
+        write_markdown(Path(config.output_path), kept, rows)
 
 
 def _parse_model_types(names: str | None) -> list[str]:
@@ -89,20 +90,27 @@ def summary(rows: Sequence[SupportRow]) -> str:
     )
 
 
-def write_markdown(path: Path, rows: Sequence[SupportRow]) -> None:
-    """Replace everything below the marker line with the table.
+def text_above_table(path: Path) -> str:
+    """The text of a Markdown file up to the marker line, that line included.
 
-    Raises UserError if the file exists and has no marker line.
+    Raises UserError if the file exists and cannot be read, or has no marker line.
     """
-    text = path.read_text(encoding="utf-8") if path.exists() else f"{_MARKER}\n"
+    if not path.exists():
+        return _MARKER
+    with translate_read_errors("output_path", path):
+        text = path.read_text(encoding="utf-8")
     if _MARKER not in text:
         raise UserError(f"output_path={path}: has no line {_MARKER}; add it where the table should begin")
+    return text[: text.index(_MARKER) + len(_MARKER)]
+
+
+def write_markdown(path: Path, kept: str, rows: Sequence[SupportRow]) -> None:
+    """Write the text that is kept, and the table below it."""
     header, *lines = [
         "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
         for cells in (COLUMNS, *(row.cells() for row in rows))
     ]
     rule = "|" + " --- |" * len(COLUMNS)
-    handwritten = text[: text.index(_MARKER) + len(_MARKER)]
-    parts = [handwritten, "", f"{summary(rows)}.", "", header, rule, *lines]
+    parts = [kept, "", f"{summary(rows)}.", "", header, rule, *lines]
     with translate_write_errors("output_path", path), atomic_file(path) as file:
         file.write("\n".join(parts) + "\n")

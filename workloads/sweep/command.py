@@ -46,7 +46,7 @@ def run_sweep(config: SweepConfig) -> RemotePath:
     """
     check_space(config)
     check_run(config.train, DataFiles.find(config.train.data))
-    config = config.replace(train=decide_training(config.train))
+    config = config.replace(train=decide_training(config.train, forward_output=False))
     sweep_dir = sweep_dir_of(config)
     with lock_dir(sweep_dir, config.name, config.train.run.output_dir):
         from workloads.sweep.driver import execute  # imports Ray

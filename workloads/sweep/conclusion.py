@@ -37,6 +37,8 @@ def conclude(context: SweepContext, journal: Journal, tracker: Tracker, all_ende
     if winner:
         _log_winner(context, winner, trials, tracker)
         result = _register_winner(context, winner, tracker)
+    elif all_ended:
+        print(f"winner   none: no point has finished all its trials with {', '.join(context.config.metrics)}")
     counts = {status: sum(trial.status == status for trial in trials) for status in END_STATUSES}
     summary = ", ".join(f"{count} {status}" for status, count in counts.items() if count) or "none ended"
     if all_ended and counts["failed"]:

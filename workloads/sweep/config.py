@@ -74,6 +74,12 @@ class SearchSpaceConfig(FrozenConfig):
             raise ValueError(f"space.{empty[0]}=[]: has no values; give at least one")
         return self
 
+    def values_of(self, name: str, default: Any) -> list[Any]:
+        """The values that a field has in the trials. default: in those that do not set it."""
+        swept = self.space.get(name)
+        values = swept if isinstance(swept, list) else []
+        return [*values, *(point.get(name, default) for point in self.points)] or [default]
+
     def grid(self) -> Iterator[dict[str, Any]]:
         """Every combination of the lists of `space`, for each of `points`."""
         lists = {name: values for name, values in self.space.items() if isinstance(values, list)}
@@ -196,13 +202,21 @@ class SweepConfig(GroupedConfig):
         """The metrics that every trial reports and can be compared by."""
         if self.train.data.validation_path is None:
             return ["loss"]
-        counts = sorted(set(self.train.metrics.validation_branches))
-        tax_counts = [count for count in counts if count > 1 and counts[0] == 1]
+        counts = self._validated_counts()
+        tax_counts = counts[1:] if counts[:1] == [1] else []
         return [
             "loss",
             *(f"validation/loss_{count}" for count in counts),
             *(f"validation/branch_tax_{count}" for count in tax_counts),
         ]
+
+    def _validated_counts(self) -> list[int]:
+        """The branch counts that every trial is validated at. Without the patch, that is one branch."""
+        counts = sorted(set(self.train.metrics.validation_branches))
+        patched = self.search_space.values_of("patch_rope", self.train.rope.patch_rope)
+        if all(patched):
+            return counts
+        return [1] if not any(patched) or 1 in counts else []
 
     def trial_config(self, number: int, settings: dict[str, Any], output_dir: str) -> TrainConfig:
         """The configuration of a trial's run. Raises UserError if training rejects the settings."""

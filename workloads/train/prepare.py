@@ -31,7 +31,7 @@ from workloads.train.metrics_file import MetricPoint, read_points, write_points
 from workloads.train.provenance import code_version
 from workloads.train.run_dir import RunDir
 from workloads.train.run_tracking import wandb_target
-from workloads.train.survey import changed_data, check_limits, survey_data
+from workloads.train.survey import changed_data, check_limits, data_fields, survey_data
 from workloads.train.worker import WorkerTask
 
 
@@ -115,7 +115,7 @@ def prepare(
     if shared.data_fingerprint not in (None, data_fingerprint):
         raise changed_data(data)
     epoch = check_limits(survey, files, config, tokenizer)
-    tracker = open_tracker(config, run_dir, survey.fingerprint, shared.parent)
+    tracker = open_tracker(config, run_dir, data_fingerprint, shared.parent)
     tags = {
         "bad_lines": len(survey.bad),
         "folder": run_dir,
@@ -141,6 +141,8 @@ def open_tracker(
 ) -> Tracker:
     """Start the run in MLflow, or continue it after an interruption.
 
+    data_fingerprint: `PreparedRun.data_fingerprint`; earlier versions recorded that of the training data.
+
     Raises:
         UserError: the data has changed since the first checkpoint.
     """
@@ -149,10 +151,11 @@ def open_tracker(
         record = json.loads(record_file.local.read_text(encoding="utf-8"))
     else:  # written before the MLflow run exists: a run whose start is interrupted is found by this key
         record = {"mlflow_key": uuid4().hex, "data_sha256": data_fingerprint}
-    if record["data_sha256"] != data_fingerprint and checkpoint_names(run_dir.checkpoints):
+    recorded, of_training = record["data_sha256"], data_fingerprint.split()[0]
+    if recorded not in (data_fingerprint, of_training) and checkpoint_names(run_dir.checkpoints):
         raise UserError(
-            f"data_path={config.data.data_path}: its records are not those that {run_dir} was started with "
-            f"({data_fingerprint}, not {record['data_sha256']}); restore them, or choose another name"
+            f"{data_fields(config.data)}: the records are not those that {run_dir} was started with "
+            f"({data_fingerprint}, not {recorded}); restore them, or choose another name"
         )
     with atomic_file(record_file.local) as file:
         file.write(json.dumps({**record, "data_sha256": data_fingerprint}) + "\n")

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import parallelmind
 from workloads.train.metrics_file import histories, read_points
 from workloads.train.run_dir import RunDir
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _ROOT = Path(__file__).resolve().parents[2]
-_SOURCES = ("platform", "workloads")
+_PACKAGES = (Path(parallelmind.__file__).parent, Path(__file__).parents[1])  # the library and workloads
 _VALIDATION = "validation/loss_"  # and a number of branches
 _LIBRARIES = ("torch", "transformers", "peft", "ray", "mlflow", "numpy", "pyarrow")
 
@@ -25,8 +26,8 @@ _LIBRARIES = ("torch", "transformers", "peft", "ray", "mlflow", "numpy", "pyarro
 def code_version() -> dict[str, str]:
     """MLflow tags: SHA-256 of this project's source, git commit if there is one, versions of libraries."""
     digest = hashlib.sha256()
-    for path in sorted(path for folder in _SOURCES for path in (_ROOT / folder).rglob("*.py")):
-        digest.update(f"{path.relative_to(_ROOT)}\n".encode() + path.read_bytes())
+    for name, path in source_files():
+        digest.update(f"{name}\n".encode() + path.read_bytes())
     tags = {
         "code_sha256": digest.hexdigest()[:12],
         **{f"version.{name}": version(name) for name in _LIBRARIES},
@@ -39,6 +40,15 @@ def code_version() -> dict[str, str]:
         ):  # fails before the first commit, and if git does not trust the folder's owner
             tags["mlflow.source.git.commit"] = result.stdout.strip()
     return tags
+
+
+def source_files() -> list[tuple[str, Path]]:
+    """The source files of the library and of the workloads, with their names, sorted."""
+    return sorted(
+        (str(path.relative_to(package.parent)), path)
+        for package in _PACKAGES
+        for path in package.rglob("*.py")
+    )
 
 
 def save_loss_plot(run_dir: RunDir) -> None:

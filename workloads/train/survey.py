@@ -114,12 +114,16 @@ def print_estimate(
 
 def changed_data(data: DataConfig) -> UserError:
     """The error for a trial whose data differs from that of the earlier trials of its sweep."""
-    fields = f"data_path={data.data_path}"
-    if data.validation_path:
-        fields += f" or validation_path={data.validation_path}"
     return UserError(
-        f"{fields}: the records differ from those of the earlier trials; restore them, or choose another name"
+        f"{data_fields(data)}: the records differ from those of the earlier trials; restore them, or choose "
+        "another name"
     )
+
+
+def data_fields(data: DataConfig) -> str:
+    """The fields that name the data, for an error about one of them."""
+    fields = f"data_path={data.data_path}"
+    return f"{fields} or validation_path={data.validation_path}" if data.validation_path else fields
 
 
 def _quarantine(bad: Sequence[BadLine], file: RemotePath) -> None:

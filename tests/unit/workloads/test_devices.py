@@ -60,17 +60,17 @@ def test_training_takes_the_gpus_of_this_machine(
 
 def test_training_takes_the_gpus_of_a_cluster(this_machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     this_machine(0)  # of the head
-    joined: list[str | None] = []
+    joined: list[tuple[str | None, bool]] = []
     node = {"CPU": 8.0, "GPU": 1.0, "accelerator_type:L4": 1.0}
-    monkeypatch.setattr(cluster, "connect", joined.append)
+    monkeypatch.setattr(cluster, "connect", lambda *arguments: joined.append(arguments))
     monkeypatch.setattr(resources.ray, "nodes", lambda: [{"Alive": True, "Resources": node}])
     monkeypatch.delenv("PARALLELMIND_GROWS_TO", raising=False)
     decided = decide_training(config(ray_address="10.0.0.1:6379"))
     assert (decided.workers.use_gpu, decided.model.dtype) == (True, "bfloat16")
     monkeypatch.setenv("PARALLELMIND_GROWS_TO", "4xCPU=8,GPU=1,accelerator_type:T4=1+8xCPU=8")
-    decided = decide_training(config(ray_address="10.0.0.1:6379", num_workers=4))
+    decided = decide_training(config(ray_address="10.0.0.1:6379", num_workers=4), forward_output=False)
     assert (decided.workers.use_gpu, decided.model.dtype) == (True, "float32")
-    assert joined == ["10.0.0.1:6379"] * 2
+    assert joined == [("10.0.0.1:6379", True), ("10.0.0.1:6379", False)]
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,16 @@ def test_trials_are_tracked_as_the_sweep_says_and_not_uploaded() -> None:
             {"metrics": ["validation/loss_3"]},
             "metrics=validation/loss_3: is not reported by these trials; choose from loss, valid",
         ),
+        (
+            {"train": {**RUN, "patch_rope": False, "branches_per_sample": 1, "max_branches_per_sample": 1}},
+            "metrics=validation/branch_tax_8: is not reported by these trials; choose from loss, "
+            "validation/loss_1$",
+        ),
+        (
+            {"points": [{"patch_rope": False}, {}]},
+            "metrics=validation/branch_tax_8: is not reported by these trials; choose from loss, "
+            "validation/loss_1$",
+        ),
         ({"seeds": [0, -1]}, "seeds"),
         ({"register_as": "org/model"}, "register_as=org/model"),
         ({"alias": "no name"}, "alias=no name"),

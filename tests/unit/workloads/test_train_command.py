@@ -21,7 +21,7 @@ from workloads.train import fit, provenance
 from workloads.train.fit import raise_if_final
 from workloads.train.metrics_file import MetricsFile
 from workloads.train.prepare import open_tracker
-from workloads.train.provenance import code_version, save_loss_plot
+from workloads.train.provenance import code_version, save_loss_plot, source_files
 from workloads.train.run import run_training
 from workloads.train.run_dir import RunDir, lock_dir
 from workloads.train.same_name import check_no_changed_run, find_run_dir
@@ -140,9 +140,11 @@ def test_a_finished_run_refuses_nothing(unfinished: TrainConfig) -> None:
 def test_other_records_under_the_same_path_are_refused(unfinished: TrainConfig, tmp_path: Path) -> None:
     config = changed(unfinished, mlflow_uri=f"sqlite:///{tmp_path}/mlflow.db")
     run_dir = RunDir.of(config)
-    first = open_tracker(config, run_dir, "aaa")
-    with pytest.raises(UserError, match="data_path=.*its records are not those"):
-        open_tracker(config, run_dir, "bbb")
+    first = open_tracker(config, run_dir, "aaa")  # as earlier versions record it
+    assert open_tracker(config, run_dir, "aaa 111").run_id == first.run_id
+    for other in ("bbb 111", "aaa 222", "bbb"):  # of training and held-out data
+        with pytest.raises(UserError, match="data_path=.*the records are not those"):
+            open_tracker(config, run_dir, other)
     (run_dir.checkpoints.local / "step-100").rmdir()  # nothing was trained on the first ones
     assert open_tracker(config, run_dir, "bbb").run_id == first.run_id
 
@@ -297,6 +299,11 @@ def test_without_a_commit_only_its_tag_is_missing(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(provenance, "_ROOT", tmp_path)
     assert {"code_sha256", "version.torch"} <= code_version().keys()
     assert "mlflow.source.git.commit" not in code_version()
+
+
+def test_the_code_version_covers_library_and_workloads() -> None:
+    names = [name for name, _ in source_files()]
+    assert {"parallelmind/visibility.py", "workloads/train/provenance.py"} <= set(names)
 
 
 def test_code_version_and_loss_plot_are_recorded(tmp_path: Path) -> None:
