@@ -5,16 +5,25 @@ from __future__ import annotations
 import shlex
 
 from parallelmind import cli
-from parallelmind.remote import RemotePath
-from parallelmind.tracking import Tracker, go_on_without_store, register_model
+from parallelmind.errors import UserError
+from parallelmind.redaction import redact_uri
+from parallelmind.tracking import (
+    STORE_ERRORS,
+    Tracker,
+    go_on_without_store,
+    register_model,
+    store_problem,
+)
 from workloads.sweep.journal import Journal
 from workloads.sweep.progress import format_metrics
 from workloads.sweep.ranking import find_winner
 from workloads.sweep.report import write_report
 from workloads.sweep.trainable import SweepContext
 from workloads.sweep.trial import END_STATUSES, Trial
+from workloads.train.conclude import send_missing
 from workloads.train.run import push_result
 from workloads.train.run_dir import ADAPTER, RunDir
+from workloads.train.same_name import find_run_dir
 
 
 def close_trial_runs(journal: Journal, tracker: Tracker) -> None:
@@ -33,10 +42,12 @@ def conclude(context: SweepContext, journal: Journal, tracker: Tracker, all_ende
     trials = list(journal.trials.values())
     winner = find_winner(context.config, trials) if all_ended else None
     _publish_report(context, trials, winner, tracker)
-    result = None
+    _send_missing_results(context, trials)
     if winner:
         _log_winner(context, winner, trials, tracker)
-        result = _register_winner(context, winner, tracker)
+        metrics = format_metrics(winner, context.config.metrics)
+        print(f"winner   trial {winner.number}: {winner.describe()}  {metrics}")
+        print(f"{_run_dir(context, winner).result_name:8} {_run_dir(context, winner).result}")
     elif all_ended:
         print(f"winner   none: no point has finished all its trials with {', '.join(context.config.metrics)}")
     counts = {status: sum(trial.status == status for trial in trials) for status in END_STATUSES}
@@ -45,8 +56,9 @@ def conclude(context: SweepContext, journal: Journal, tracker: Tracker, all_ende
         summary += "; the same command repeats the failed trials"
     print(f"trials   {summary}")
     print(f"report   {context.sweep_dir.child('report.html')}\nmlflow   run {tracker.run_id}", flush=True)
-    if result:
-        push_result(context.config.train.hub, result)
+    if winner:
+        _register(context, winner, tracker.uri)
+        push_result(context.config.train.hub, _run_dir(context, winner).result)
 
 
 def train_command(trial: Trial) -> str:
@@ -84,16 +96,38 @@ def _log_winner(context: SweepContext, winner: Trial, trials: list[Trial], track
         tracker.set_tags({"winner": winner.number, "winner_run": winner.run_id})
 
 
-def _register_winner(context: SweepContext, winner: Trial, tracker: Tracker) -> RemotePath:
-    """Print the winner, and register its adapter as `register_as` if that is set; returns its result."""
-    config, registry = context.config, context.config.registry
+def _run_dir(context: SweepContext, trial: Trial) -> RunDir:
+    return find_run_dir(context.trial_config(trial.number, trial.settings))
+
+
+def _send_missing_results(context: SweepContext, trials: list[Trial]) -> None:
+    """Send what the tracking stores lack of finished trials, until a store fails again."""
+    for trial in trials:
+        if trial.status == "finished" and (run_dir := _run_dir(context, trial)).has_unsent():
+            config = context.trial_config(trial.number, trial.settings)
+            send_missing(config, run_dir, context.sweep_dir.local.name)
+            if run_dir.has_unsent():
+                return
+
+
+def _register(context: SweepContext, winner: Trial, uri: str) -> None:
+    """Register the winner's adapter as `register_as`, if that is set.
+
+    Raises UserError if the store fails or lacks the adapter.
+    """
+    registry, run_dir = context.config.registry, _run_dir(context, winner)
+    if not registry.register_as or run_dir.result_name != ADAPTER:
+        return
     assert winner.run_id is not None
-    metrics = format_metrics(winner, config.metrics)
-    print(f"winner   trial {winner.number}: {winner.describe()}  {metrics}")
-    result_name = RunDir.of(context.trial_config(winner.number, winner.settings)).result_name
-    result = RemotePath.at(str(winner.folder)).child(result_name)
-    if registry.register_as and result.local.name == ADAPTER:
-        version = register_model(tracker.uri, winner.run_id, ADAPTER, registry.register_as, registry.alias)
-        print(f"model    models:/{registry.register_as}@{registry.alias}, version {version}")
-    print(f"{result.local.name:8} {result}")
-    return result
+    problem = "it lacks the adapter"
+    try:
+        if run_dir.unsent_file("mlflow").read_bytes() is None:
+            version = register_model(uri, winner.run_id, ADAPTER, registry.register_as, registry.alias)
+            print(f"model    models:/{registry.register_as}@{registry.alias}, version {version}", flush=True)
+            return
+    except STORE_ERRORS as error:
+        problem = store_problem(error)
+    raise UserError(
+        f"register_as={registry.register_as}: is not registered in mlflow_uri={redact_uri(uri)} ({problem}); "
+        "the same command registers it"
+    )

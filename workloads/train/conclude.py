@@ -62,12 +62,12 @@ def conclude(run: PreparedRun, outcome: Outcome) -> None:
     )
 
 
-def send_missing(config: TrainConfig, run_dir: RunDir) -> None:
-    """Send what the tracking stores lack of a finished run."""
+def send_missing(config: TrainConfig, run_dir: RunDir, group: str | None = None) -> None:
+    """Send what the tracking stores lack of a finished run. group: that of the run in Weights & Biases."""
     manifest = run_dir.result.child(MANIFEST).read_bytes() or b"{}"
     run_id = json.loads(manifest)["extra"]["mlflow_run"]
     run_dir.path.download(exclude="checkpoints/*")
-    target = wandb_target(config, run_dir, run_id)
+    target = wandb_target(config, run_dir, run_id, group)
     RunTracking(run_dir, absolute_uri(config.services.mlflow_uri), run_id, target, print).finish(
         run_dir.result.local
     )
