@@ -267,7 +267,9 @@ class AppConfig(GroupedConfig):
     log: LogConfig
 
     @model_validator(mode="after")
-    def _check_adapter_names(self) -> Self:
+    def _check_names(self) -> Self:
+        if self.model.lora_path and self.model.name == BASE:
+            raise ValueError(f"served_name={BASE}: requests name the bare model so; give another served_name")
         for name in self.adapter_sources.adapters:
             if name in (BASE, self.model.name) or ":" in name or "/" in name:
                 raise ValueError(

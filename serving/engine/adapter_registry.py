@@ -18,6 +18,7 @@ from time import monotonic
 from typing import Any
 
 import parallelmind as pm
+from parallelmind.errors import first_line
 from parallelmind.hardware import decided_dtype
 from parallelmind.ray_env import MLFLOW_FAIL_FAST_ENV, set_env_defaults
 from serving.config import BASE, AppConfig
@@ -156,8 +157,14 @@ class AdapterRegistry:
         loaded = self._loaded.get(model)
         try:
             new = await self._in_thread(self._load_in_thread, model, loaded)
-        except Exception as error:
+        except pm.UserError as error:
             self._note_failure(model, loaded, error)
+            return
+        except Exception as error:  # it would count as a loss of the engine, and be tried again elsewhere
+            if loaded is None:
+                log.exception("adapter %r cannot be loaded", model)
+            reason = pm.UserError(f"model={model!r}: cannot be loaded ({first_line(error)})")
+            self._note_failure(model, loaded, reason)
             return
         if new is not None:
             self._loaded[model] = new

@@ -101,7 +101,7 @@ class EngineReplica:
                         yield packed
                     step = await self._loop.next_output(running)
         finally:
-            if self._admitted[request.id] is admitted:  # and not one that resumes its stream
+            if self._admitted.get(request.id) is admitted:  # and not one that resumes its stream
                 del self._admitted[request.id]
             self._loop.release(running)
 

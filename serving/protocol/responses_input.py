@@ -19,6 +19,7 @@ class TextItem(StrictRequest):
     text: Str
     annotations: Ignored = None
     logprobs: Ignored = None
+    parsed: Ignored = None
 
 
 class InputMessage(StrictRequest):
@@ -60,6 +61,7 @@ class FunctionCallItem(_CallPart):
     type: Literal["function_call"]
     name: Name
     arguments: Annotated[Str, AfterValidator(check_object)]
+    parsed_arguments: Ignored = None
     async_: Unsupported = Field(None, alias="async")
 
     def as_call(self) -> ToolCall:

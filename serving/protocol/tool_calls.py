@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import parallelmind as pm
 from serving.protocol.openai_response import ChatFormatter, Json
 from serving.protocol.strict_json import parse_json
+from serving.protocol.tools import check_object
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
@@ -83,9 +84,13 @@ class ToolCallParser:
         if not isinstance(value, dict) or value.get("name") not in self._names:
             return None
         arguments = value.get("arguments", value.get("parameters", {}))
-        if isinstance(arguments, str):
-            return value["name"], arguments
-        return value["name"], json.dumps(arguments, ensure_ascii=False)
+        if arguments is None:
+            arguments = {}
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        try:
+            return value["name"], check_object(text)
+        except ValueError:
+            return None
 
 
 def _overlap(text: str, tag: str) -> int:

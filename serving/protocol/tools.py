@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, StringConstraints
 
 import parallelmind as pm
-from serving.protocol.fields import Items, Str, StrictRequest
+from serving.protocol.fields import Ignored, Items, Str, StrictRequest
 from serving.protocol.strict_json import JsonObject, parse_json
 
 MAX_TOOLS = 128
@@ -51,8 +51,11 @@ class NamedTool(StrictRequest):
 
 
 class CalledFunction(StrictRequest):
+    """parsed_arguments: what `parse()` of OpenAI's client adds to an answer."""
+
     name: Str
     arguments: Annotated[Str, AfterValidator(check_object)]
+    parsed_arguments: Ignored = None
 
 
 class ToolCall(StrictRequest):

@@ -156,6 +156,6 @@ class DocumentCache:
         self._noted.clear()
 
     def flush(self) -> None:
-        """Wait until all documents are written."""
-        for write in self._unwritten.values():
+        """Wait until all documents are written. May be called from any thread."""
+        for write in list(self._unwritten.values()):
             write.result()

@@ -164,11 +164,11 @@ class TokenizedRequest:
     def as_trained(self) -> TokenizedRequest:
         """The request whose only branch is no independent one, if that changes nothing but what follows it.
 
-        What it forks into is decoded with the model's own visibility then.
+        What it forks into is decoded with the model's own visibility then, also if it has forked already.
         """
         has_main = bool(self.tokens.lengths[MAIN])
-        is_alone = self.num_branches == 1 and self.branch_number == int(has_main)
-        return replace(self, branch_number=None) if is_alone else self
+        is_alone = np.count_nonzero(self.tokens.tree.parents[1:] == MAIN) == 1
+        return replace(self, branch_number=None) if is_alone and self.branch_number == has_main else self
 
     def without_forks(self) -> TokenizedRequest:
         """The request whose segments do not fork by themselves."""

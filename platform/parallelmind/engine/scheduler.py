@@ -13,6 +13,7 @@ from bisect import insort
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from time import monotonic
 from typing import Literal, get_args
 
@@ -47,7 +48,8 @@ class EngineConfig(NamedFields):
         much long prompts slow down running branches.
     max_overtaken_steps: steps for which younger samples that fit are admitted past a waiting sample that does
         not. After that, younger ones wait until it is admitted.
-    Raises UserError for a share that is not above 0 and up to 1.
+    Raises UserError for a share that is not above 0 and up to 1, and for any other field that is no whole
+    number, or too low.
     """
 
     cache_tokens: int
@@ -59,6 +61,11 @@ class EngineConfig(NamedFields):
     def __post_init__(self) -> None:
         if not 0 < self.prefill_share <= 1:
             raise UserError(f"prefill_share={self.prefill_share!r}: give a number above 0 and up to 1")
+        least = {"cache_tokens": 1, "max_prefill_tokens": 1, "max_branches": 1, "max_overtaken_steps": 0}
+        for name, lowest in least.items():
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < lowest:
+                raise UserError(f"{name}={value!r}: give a whole number from {lowest}")
 
 
 @dataclass(frozen=True, slots=True)

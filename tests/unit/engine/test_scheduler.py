@@ -424,6 +424,22 @@ def test_prompts_take_a_share_of_a_step_while_branches_decode():
     assert num_tokens(step(scheduler)) == [20]
 
 
+@pytest.mark.parametrize(
+    "limit",
+    [
+        {"cache_tokens": -1},
+        {"cache_tokens": "4096"},
+        {"max_prefill_tokens": 0},
+        {"max_branches": 1.5},
+        {"max_overtaken_steps": True},
+    ],
+)
+def test_a_limit_that_is_no_whole_number_is_refused_by_name(limit):
+    (name,) = limit
+    with pytest.raises(UserError, match=rf"^{name}=.*: give a whole number from [01]$"):
+        EngineConfig(**{"cache_tokens": 1024, **limit})
+
+
 @pytest.mark.parametrize("share", [0, -1, 1.5, float("nan")])
 def test_a_share_that_is_none_is_refused(share):
     with pytest.raises(UserError, match=r"prefill_share=.*: give a number above 0 and up to 1"):

@@ -145,6 +145,18 @@ def test_an_adapter_that_fails_its_check_is_refused(folders: list[Path], monkeyp
     assert decode(engine, SAMPLE, adapter=resolve(registry, "one"), **SETTINGS)
 
 
+def test_a_file_that_cannot_be_read_is_told_as_an_error_of_the_request(
+    folders: list[Path], monkeypatch: Any
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise PermissionError(13, "Permission denied", "parallelmind.json")
+
+    registry = make_registry(tiny_engine(ISOLATED), folders, adapters=adapter_names(folders))
+    monkeypatch.setattr(adapter_registry, "find_newest", fail)
+    with pytest.raises(UserError, match=r"^model='one': cannot be loaded \(.*Permission denied"):
+        resolve(registry, "one")
+
+
 @pytest.mark.parametrize("name", ["base:none", "other", "models:/demo@champion", "base:../0", ""])
 def test_a_model_that_is_not_served_is_refused(folders: list[Path], name: str) -> None:
     registry = make_registry(

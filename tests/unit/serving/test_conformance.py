@@ -104,6 +104,8 @@ def test_history_goes_in_as_the_clients_model_dump_gives_it(app: ASGIApp) -> Non
         {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]},
         {"role": "assistant", "content": None, "refusal": "no"},
     ]
+    call = {"name": "weather", "arguments": "{}", "parsed_arguments": None}  # of a parsed answer
+    turns.append({"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": call}]})
     for turn in turns:
         history = [*CHAT["messages"], turn, {"role": "user", "content": "go on", "name": None}]
         assert post(app, "/v1/chat/completions", {**CHAT, "messages": history}).status == 200, turn

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from serving.engine.messages import (
     unpack_step,
 )
 from serving.ingress.failover import RequestReplay
+from serving.protocol.openai_response import linear
 
 END = "</s>"
 LIST = {0: "see {one|two}", 1: " is" + END, 2: " are in" + END, 3: " so" + END}
@@ -147,6 +148,28 @@ def test_another_engine_goes_on_wherever_the_first_one_was_lost(config: RopeConf
             continue
         rest = decoded(replay.remaining_request(), config)
         assert tokens_of([*steps[:cut], *rest]) == tokens_of(steps), f"after {cut} steps"
+
+
+def test_a_chat_client_gets_one_text_of_two_engines() -> None:
+    """The second engine has decoded other samples before."""
+    sample = tokenize_request(
+        forking_engine(ISOLATED, LIST).tokenizer, Sample("The passage.", ["Who"]), None, None, {"seed": 5}
+    )
+    steps = [unpack_step(step) for step in decoded(EngineRequest("smp-1", "base", [sample]), ISOLATED)]
+
+    async def text(cut: int) -> str:
+        async def moved() -> AsyncIterator[StepOutput]:
+            for number, step in enumerate(steps):
+                yield step._replace(
+                    events=[event._replace(sample=5 * (number >= cut)) for event in step.events]
+                )
+
+        shown = [event async for step in linear(moved()) for event in step.events]
+        assert [event.finish_reason for event in shown if event.finish_reason] == ["stop"]
+        assert {event.branch for event in shown} == {0}
+        return "".join(event.text for event in shown)
+
+    assert {asyncio.run(text(cut)) for cut in range(len(steps))} == {TEXT}
 
 
 def test_a_fork_survives_json() -> None:

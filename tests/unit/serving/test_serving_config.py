@@ -49,6 +49,8 @@ def config(**values: Any) -> AppConfig:
         ({"adapters": {"a/b": "x"}}, ["adapters.a/b", "slash"]),
         ({"adapters": {"base": "x"}}, ["adapters.base", "taken"]),
         ({"adapters": {"tiny": "x"}}, ["adapters.tiny", "taken"]),
+        ({"lora_path": "adapters/base"}, ["served_name=base", "another served_name"]),
+        ({"lora_path": "a", "served_name": "base"}, ["served_name=base", "another served_name"]),
         ({"slow_client_s": 0}, ["slow_client_s=0", "greater than 0"]),
         ({"log_level": "loud"}, ["log_level=loud", "'warning'"]),
     ],

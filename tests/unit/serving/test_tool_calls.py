@@ -72,6 +72,11 @@ ANSWERS = {
     ),
     "bare": (' {"name": "stop", "parameters": {"é": 1}}', ("", [("stop", '{"é": 1}')])),
     "arguments as text": ('{"name": "stop", "arguments": "{}"}', ("", [("stop", "{}")])),
+    "arguments null": ('{"name": "stop", "arguments": null}', ("", [("stop", "{}")])),
+    **{
+        f"arguments {given}": (text := f'{{"name": "stop", "arguments": {given}}}', (text, []))
+        for given in ("[1]", "5", '"Oslo"')
+    },
     "not closed": (CALL.removesuffix("</tool_call>"), ("", [OSLO])),
     "cut off": (CALL[:30], (CALL[:30], [])),
     "another name": ('{"name": "rain"}', ('{"name": "rain"}', [])),
