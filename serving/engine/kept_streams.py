@@ -35,6 +35,7 @@ class KeptStreams:
 
     def __init__(self) -> None:
         self._streams: dict[str, _KeptStream] = {}
+        self._num_items = 0  # of all streams
 
     @contextmanager
     def keep(self, request: EngineRequest) -> Iterator[Callable[[PackedStep], None]]:
@@ -43,13 +44,19 @@ class KeptStreams:
             yield lambda step: None
             return
         stream = _KeptStream(request.history.request)
-        for step in request.history.steps:
-            stream.add(step)
+        if request.id in self._streams:
+            self._remove(request.id)
         self._streams[request.id] = stream
 
         def add(step: PackedStep) -> None:
             if any(step) and stream.expires is None:
                 stream.add(step)
+                self._num_items += num_items(step)
+                if self._num_items > _MAX_ITEMS:
+                    self._drop()
+
+        for step in request.history.steps:
+            add(step)
 
         try:
             yield add
@@ -67,14 +74,20 @@ class KeptStreams:
         return StreamHistory(stream.request, tuple(stream.steps))
 
     def _drop(self) -> None:
-        now, total = monotonic(), sum(stream.num_items for stream in self._streams.values())
+        now = monotonic()
         first_ended = sorted(
             self._streams.items(), key=lambda item: (item[1].expires is None, item[1].expires or 0)
         )
         for id, stream in first_ended:
-            if total > _MAX_ITEMS or (stream.expires is not None and stream.expires <= now):
-                del self._streams[id]
-                total -= stream.num_items
+            if self._num_items > _MAX_ITEMS or (stream.expires is not None and stream.expires <= now):
+                self._remove(id)
+
+    def _remove(self, id: str) -> None:
+        """Remove a stream, to which nothing is added any more."""
+        stream = self._streams.pop(id)
+        _end(stream)
+        self._num_items -= stream.num_items
+        stream.steps.clear()
 
 
 def _end(stream: _KeptStream) -> None:

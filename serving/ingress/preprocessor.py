@@ -153,6 +153,9 @@ class RequestPreprocessor:
 
     def branches(self, request: BranchesRequest) -> EngineRequest:
         self.require_model(request.model)
+        # Before the conversation is rendered and tokenised once for each.
+        self._limits.require_branches("branches", len(request.branches))
+        self._limits.require_branches("documents", len(request.documents))
         request.check_tools()
         settings = [
             self._own_settings(f"branches[{index}].", branch, request)

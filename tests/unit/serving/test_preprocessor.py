@@ -21,6 +21,7 @@ from parallelmind.engine.request import TokenizedRequest
 from parallelmind.engine.sampling_params import SamplingParams
 from serving.config import AppConfig
 from serving.engine.messages import EngineRequest
+from serving.ingress.chat_prompts import ChatPrompts
 from serving.ingress.preprocessor import RequestPreprocessor
 from serving.protocol.branches import BranchesRequest, ForkRequest, Segment
 from serving.protocol.errors import ErrorInfo, user_error
@@ -68,6 +69,23 @@ def complete(preprocessor: RequestPreprocessor | None = None, **fields: Any) -> 
     return (preprocessor or make_preprocessor()).completion(
         CompletionRequest(**{"model": "tiny", "prompt": "who", **fields})
     )
+
+
+@pytest.mark.parametrize(
+    ("field", "body"),
+    [
+        ("branches", {"branches": [{"messages": TALK}] * 65}),
+        ("documents", {"documents": ["a"] * 65, "reduce": "b"}),
+    ],
+)
+def test_too_many_branches_are_refused_before_any_is_rendered(
+    monkeypatch: pytest.MonkeyPatch, field: str, body: dict[str, Any]
+) -> None:
+    """Each would hold the whole conversation."""
+    monkeypatch.setattr(ChatPrompts, "_render", lambda *arguments: pytest.fail("rendered"))
+    request = BranchesRequest(**{"model": "tiny", "messages": TALK, **body})
+    with pytest.raises(pm.UserError, match=f"^{field}: 65 branches, 64 allowed in one request"):
+        make_preprocessor().branches(request)
 
 
 def chat(preprocessor: RequestPreprocessor | None = None, **fields: Any) -> EngineRequest:

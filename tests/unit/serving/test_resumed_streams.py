@@ -225,6 +225,22 @@ def test_streams_are_kept_for_a_while_and_within_a_limit(monkeypatch: pytest.Mon
     assert streams.end("three") is not None
 
 
+def test_an_open_stream_beyond_the_limit_is_dropped_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_streams, "_MAX_ITEMS", 10)
+    streams = KeptStreams()
+    keep(streams, "ended", num_steps=4)
+    request = replace(sample_request(), id="open").with_history()
+    with streams.keep(request) as add:
+        for _ in range(10):
+            add(token_step())
+        assert streams._num_items == 10  # in place of the one that has ended
+        add(token_step())
+        assert (streams._num_items, streams._streams) == (0, {})
+        add(token_step())
+        assert streams._num_items == 0
+    assert streams.end("open") is None
+
+
 def test_what_comes_after_a_stream_was_ended_is_not_part_of_it() -> None:
     streams = KeptStreams()
     request = sample_request().with_history()
