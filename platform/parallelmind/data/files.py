@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import glob
+import io
 import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,6 +24,7 @@ COMPRESSIONS = (".gz", ".zst")
 _MIN_PART_BYTES, _MAX_PART_BYTES = 1 << 20, 1 << 26  # of uncompressed JSONL
 # Planning a part takes milliseconds in one process, so parts grow with the corpus to stay within this number.
 _TARGET_PARTS = 1 << 14
+_BUFFER_BYTES = 1 << 16
 _MAX_NAMED = 5  # skipped files
 _MAX_COMMAS = 32  # in one path
 _ARROW_FILE = b"ARROW1"  # how an Arrow IPC file starts, and a stream does not
@@ -182,12 +184,53 @@ def _glob(filesystem: Any, pattern: str) -> list[str]:
 
 
 def open_file(file: str) -> BinaryIO:
-    """Open a file for reading. Raises UserError if it was removed after `find_files` found it."""
+    """Open a file for reading.
+
+    Raises UserError if it was removed after `find_files` found it, or cannot be read, also from the file that
+    is returned: what its content raises as an OSError is damage.
+    """
     with _explain_missing(file):
-        if not is_uri(file):
-            return open(file, "rb")
-        filesystem, inner = resolve_filesystem(file)
-        return cast(BinaryIO, filesystem.open(inner, "rb"))
+        return io.BufferedReader(_CheckedFile(_open_raw(file), file), _BUFFER_BYTES)
+
+
+def _open_raw(file: str) -> Any:
+    if not is_uri(file):
+        return open(file, "rb", buffering=0)
+    filesystem, inner = resolve_filesystem(file)
+    return filesystem.open(inner, "rb")
+
+
+class _CheckedFile(io.RawIOBase):
+    """A file whose OSErrors, of a disk or a network, are a UserError."""
+
+    def __init__(self, stream: Any, file: str) -> None:
+        self._stream, self._file = stream, file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return bool(self._stream.seekable())
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            return int(self._stream.readinto(buffer))
+        except OSError as error:
+            reason = error.strerror or first_line(error) or type(error).__name__
+            raise UserError(
+                f"data_path={self._file}: cannot be read ({reason}); check the disk or the network, and run "
+                "the same command again"
+            ) from error
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return int(self._stream.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._stream.tell())
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
 
 
 @contextmanager

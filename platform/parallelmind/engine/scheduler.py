@@ -64,7 +64,7 @@ class EngineConfig(NamedFields):
         least = {"cache_tokens": 1, "max_prefill_tokens": 1, "max_branches": 1, "max_overtaken_steps": 0}
         for name, lowest in least.items():
             value = getattr(self, name)
-            if not isinstance(value, Integral) or isinstance(value, bool) or value < lowest:
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < lowest:
                 raise UserError(f"{name}={value!r}: give a whole number from {lowest}")
 
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import io
+import json
+import random
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,9 +16,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from parallelmind.data import files
 from parallelmind.data import lines as lines_module
 from parallelmind.data.files import FilePart, file_parts
 from parallelmind.data.lines import Line, read_lines
+from parallelmind.errors import UserError
 
 PIECES = [b"a", b"bb", b"\n", b"\r", "\u2028".encode(), "\u0085".encode(), b"\xff", b"\x00"]
 
@@ -97,6 +103,36 @@ def test_damaged_gzip_file_yields_the_lines_before_the_damage(tmp_path):
         assert good
         assert [line.raw for line in good] == TEXT.splitlines()[: len(good)]
         assert last.offset <= len(TEXT)
+
+
+class Unreliable(io.BytesIO):
+    """A file whose second half cannot be read in a sequence, as a lost connection does; its end can."""
+
+    def readinto(self, buffer):
+        if len(self.getvalue()) / 2 <= self.tell() < len(self.getvalue()) * 0.9:
+            raise TimeoutError
+        return super().readinto(buffer)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet", "arrow"])
+def test_a_file_that_cannot_be_read_is_not_a_damaged_one(tmp_path, monkeypatch, ending):
+    """Training leaves out damage: it would go on without the rest of the file."""
+    file = tmp_path / f"data.{ending}"
+    table = pa.table({"text": [random.Random(number).randbytes(30).hex() for number in range(20_000)]})
+    if ending == "parquet":
+        pq.write_table(table, file, use_dictionary=False, row_group_size=2000)
+    elif ending == "arrow":
+        with pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table, max_chunksize=1000)
+    else:
+        compression = {"jsonl": None, "jsonl.gz": "gzip", "jsonl.zst": "zstd"}[ending]
+        with pa.output_stream(str(file), compression=compression) as stream:
+            stream.writelines(json.dumps(row).encode() + b"\n" for row in table.to_pylist())
+    parts = file_parts([str(file)])
+    content = file.read_bytes()
+    monkeypatch.setattr(files, "_open_raw", lambda file: Unreliable(content))
+    with pytest.raises(UserError, match=rf"^data_path={file}: cannot be read \(TimeoutError\); check"):
+        list(chain.from_iterable(map(read_lines, parts)))
 
 
 def test_rows_of_parquet(tmp_path):
