@@ -121,7 +121,7 @@ def measure(trial: Path) -> list[Row]:
     rows = []
     for count in _COUNTS:
         scores = evaluate(trial, kind, count)
-        own = {name: scores[name] for name in ("questions", "exact_match", "f1", "questions_per_second")}
+        own = {name: scores[name] for name in ("questions", "exact_match", "f1")}
         rows.append({"kind": kind, "seed": config["seed"], "documents": count, **own})
     return rows
 
