@@ -70,7 +70,7 @@ BENCHES = [
         "higher",
         "points",
         _f1_difference,
-        "results of python -m experiments._documents: bfloat16, means over seeds, the lower of 4 and 8 documents",
+        "results of python -m experiments._documents: bfloat16, means over seeds, lower of 4 and 8 documents",
     ),
     _row("ttft_vs_prefill", 10, "parallelmind, new"),
     _row("ttft_vs_vllm", 5, "vLLM, reordered"),
