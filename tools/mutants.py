@@ -200,7 +200,7 @@ MUTATIONS = [
     Mutation(
         "sweep: a repeated step counts twice",
         "workloads/sweep/journal.py",
-        "is_new = step > self.trials[number].step",
+        "is_new = step > trial.step",
         "is_new = True",
         "tests/unit/workloads/test_sweep.py",
     ),
