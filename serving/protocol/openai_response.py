@@ -191,7 +191,7 @@ async def linear(steps: AsyncIterator[StepOutput]) -> AsyncIterator[StepOutput]:
     """The steps of answers that fork by themselves, as those of ordinary answers."""
     linearizer = Linearizer()
     async for step in steps:
-        # An engine that goes on with the request gives its sample another number.
+        # An engine that resumes the request numbers its sample anew.
         events = [event._replace(sample=0) for event in step.events]
         yield step._replace(events=[shown for event in events for shown in linearizer.push(event)])
 

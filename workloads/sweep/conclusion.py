@@ -47,7 +47,8 @@ def conclude(context: SweepContext, journal: Journal, tracker: Tracker, all_ende
         _log_winner(context, winner, trials, tracker)
         metrics = format_metrics(winner, context.config.metrics)
         print(f"winner   trial {winner.number}: {winner.describe()}  {metrics}")
-        print(f"{_run_dir(context, winner).result_name:8} {_run_dir(context, winner).result}")
+        run_dir = find_run_dir(context.trial_config(winner.number, winner.settings))
+        print(f"{run_dir.result_name:8} {run_dir.result}")
     elif all_ended:
         print(f"winner   none: no point has finished all its trials with {', '.join(context.config.metrics)}")
     counts = {status: sum(trial.status == status for trial in trials) for status in END_STATUSES}
@@ -57,8 +58,8 @@ def conclude(context: SweepContext, journal: Journal, tracker: Tracker, all_ende
     print(f"trials   {summary}")
     print(f"report   {context.sweep_dir.child('report.html')}\nmlflow   run {tracker.run_id}", flush=True)
     if winner:
-        _register(context, winner, tracker.uri)
-        push_result(context.config.train.hub, _run_dir(context, winner).result)
+        _register(context, winner, run_dir, tracker.uri)
+        push_result(context.config.train.hub, run_dir.result)
 
 
 def train_command(trial: Trial) -> str:
@@ -96,26 +97,25 @@ def _log_winner(context: SweepContext, winner: Trial, trials: list[Trial], track
         tracker.set_tags({"winner": winner.number, "winner_run": winner.run_id})
 
 
-def _run_dir(context: SweepContext, trial: Trial) -> RunDir:
-    return find_run_dir(context.trial_config(trial.number, trial.settings))
-
-
 def _send_missing_results(context: SweepContext, trials: list[Trial]) -> None:
     """Send what the tracking stores lack of finished trials, until a store fails again."""
     for trial in trials:
-        if trial.status == "finished" and (run_dir := _run_dir(context, trial)).has_unsent():
-            config = context.trial_config(trial.number, trial.settings)
+        if trial.status != "finished":
+            continue
+        config = context.trial_config(trial.number, trial.settings)
+        run_dir = find_run_dir(config)
+        if run_dir.has_unsent():
             send_missing(config, run_dir, context.sweep_dir.local.name)
             if run_dir.has_unsent():
                 return
 
 
-def _register(context: SweepContext, winner: Trial, uri: str) -> None:
+def _register(context: SweepContext, winner: Trial, run_dir: RunDir, uri: str) -> None:
     """Register the winner's adapter as `register_as`, if that is set.
 
     Raises UserError if the store fails or lacks the adapter.
     """
-    registry, run_dir = context.config.registry, _run_dir(context, winner)
+    registry = context.config.registry
     if not registry.register_as or run_dir.result_name != ADAPTER:
         return
     assert winner.run_id is not None

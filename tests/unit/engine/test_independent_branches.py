@@ -36,7 +36,7 @@ def request(
 
 @pytest.mark.parametrize(("branches", "expected"), [(1, None), (2, 1)])
 def test_a_request_that_has_forked_keeps_its_visibility(branches: int, expected: int | None) -> None:
-    """An engine that goes on with it decodes it as the first one did."""
+    """The engine that resumes a request decodes it as the first engine did."""
     whole = request(DOCUMENT, QUESTIONS[:branches], 1)
     forked = whole.extend(request([], [[5], [6]], None), parent=1)
     assert [each.as_trained().branch_number for each in (whole, forked)] == [expected, expected]
