@@ -39,6 +39,7 @@ from parallelmind.tracking_database import ensure_database
 _SQLITE = "sqlite:///"
 _KEY_TAG = "run_key"  # identifies a run from its creation on, before its id is written down anywhere
 _EXISTS = "RESOURCE_ALREADY_EXISTS"
+_ARTIFACT_STORE = "its artifact store refuses"
 _MAX_PARAMS_PER_REQUEST = 100  # MLflow's limit
 # In the reason: of a file that is no database, or whose upgrade was interrupted.
 _DAMAGED = (
@@ -129,7 +130,7 @@ class Tracker:
         uri: absolute (see `absolute_uri`). config: its fields become parameters, its fingerprint the tag
         `config_hash`. Raises UserError if the tracking store cannot be used.
         """
-        with _store_errors(uri):
+        with store_errors(uri):
             client = _connect(uri)
             experiment_id = _experiment_id(client, uri, experiment)
             run = _find_run(client, experiment_id, key)
@@ -178,11 +179,13 @@ class Tracker:
 
     def log_folder(self, folder: Path, name: str) -> None:
         """Store all files of a folder as artifacts under `name`."""
-        self._client.log_artifacts(self.run_id, str(folder), name)
+        with _library_errors():
+            self._client.log_artifacts(self.run_id, str(folder), name)
 
     def log_file(self, path: Path) -> None:
         """Store a file as an artifact."""
-        self._client.log_artifact(self.run_id, str(path))
+        with _library_errors():
+            self._client.log_artifact(self.run_id, str(path))
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Set tags; values are converted to text, without passwords."""
@@ -214,7 +217,18 @@ def go_on_without_store(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def _store_errors(uri: str) -> Iterator[None]:
+def _library_errors() -> Iterator[None]:
+    """Turn errors of the artifact store's own library, such as boto3, into errors of MLflow."""
+    try:
+        yield
+    except STORE_ERRORS:
+        raise
+    except Exception as error:
+        raise MlflowException(f"{_ARTIFACT_STORE}: {first_line(error)}") from error
+
+
+@contextmanager
+def store_errors(uri: str) -> Iterator[None]:
     """Turn errors of a tracking store into a UserError of one line."""
     try:
         yield
@@ -228,6 +242,8 @@ def _store_errors(uri: str) -> Iterator[None]:
 def _remedy(uri: str, reason: str) -> str:
     """What to do about a tracking store that fails with this reason."""
     file, version = sqlite_file(uri), re.search(r"found version (\w+)", reason)
+    if reason.startswith(_ARTIFACT_STORE):
+        return "give this process access to it, or use a server that stores artifacts itself"
     if "No module named" in reason:
         return "install that driver, or give sqlite:///FILE"
     if file and "locked" in reason:
@@ -263,7 +279,7 @@ def check_store(uri: str, experiment: str) -> bool:
     The run belongs to `experiment` if that exists, else to any existing experiment. Raises UserError if the
     tracking store cannot be used.
     """
-    with _store_errors(uri):
+    with store_errors(uri):
         client = _connect(uri)
         exists = client.get_experiment_by_name(experiment) is not None
         substitutes = [] if exists else client.search_experiments(max_results=1)
@@ -395,8 +411,9 @@ def download_artifact(uri: str, source: str, folder: Path) -> Path:
 @contextmanager
 def _artifact_errors(source: str) -> Iterator[None]:
     try:
-        yield
-    except (MlflowException, OSError) as error:
+        with _library_errors():
+            yield
+    except STORE_ERRORS as error:
         raise UserError(
             f"model: {source} cannot be fetched ({first_line(error)}); check the artifact store"
         ) from error

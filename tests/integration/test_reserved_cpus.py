@@ -62,6 +62,7 @@ def test_readers_never_wait_for_a_cpu(cwd: Path, cpus: int, workers: int, thread
     assert completed.returncode == 0, completed.stderr[-3000:]
     assert f"{workers} of {workers} workers, threads of each: {threads}" in completed.stdout
     assert f"step {10 // workers}/{10 // workers}" in completed.stdout
+    assert "Deprecat" not in completed.stderr
 
 
 @pytest.mark.full

@@ -89,6 +89,29 @@ def test_an_unusable_store_is_a_user_error(uri: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_an_artifact_store_that_refuses_is_a_user_error_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The errors of its library are no errors of MLflow, as those of botocore."""
+
+    class NoCredentialsError(Exception):
+        pass
+
+    def refuse(*_: object) -> None:
+        raise NoCredentialsError("Unable to locate credentials")
+
+    monkeypatch.setattr(MlflowClient, "log_artifact", refuse)
+    tracker = Tracker.start(f"sqlite:///{tmp_path}/mlflow.db", "tests", "one", CONFIG, "key")
+    expected = r"refuses: Unable to locate credentials\); give this process access"
+    with pytest.raises(UserError, match=expected), tracking.store_errors(tracker.uri):
+        tracker.log_file(tmp_path / "config.yaml")
+    with tracking.go_on_without_store("the plot"):
+        tracker.log_file(tmp_path / "loss.png")
+    assert capfd.readouterr().err == (
+        "mlflow: lacks the plot (its artifact store refuses: Unable to locate credentials)\n"
+    )
+
+
 def test_a_finished_run_keeps_its_end_time(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     tracker = Tracker.start(uri, "tests", "one", CONFIG, "key")

@@ -11,7 +11,7 @@ import workloads.sweep.tune_env  # noqa: F401  (before Ray)
 # isort: split
 from parallelmind.config.yaml_file import save_yaml
 from parallelmind.remote import RemotePath
-from parallelmind.tracking import Tracker, absolute_uri, go_on_without_store
+from parallelmind.tracking import Tracker, absolute_uri, go_on_without_store, store_errors
 from workloads.common import cluster, resources
 from workloads.common.stopping import run_stoppable
 from workloads.sweep.conclusion import close_trial_runs, conclude
@@ -65,7 +65,8 @@ def _start_tracker(config: SweepConfig, config_file: RemotePath, journal: Journa
         config,
         journal.notes["mlflow_key"],
     )
-    tracker.log_file(config_file.local)
+    with store_errors(tracker.uri):
+        tracker.log_file(config_file.local)
     return tracker
 
 

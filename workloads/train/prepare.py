@@ -24,7 +24,7 @@ from parallelmind.model.penalty import check_takes_penalties
 from parallelmind.model.support import check_supported
 from parallelmind.model.vocabulary import check_vocabulary
 from parallelmind.storage import atomic_file
-from parallelmind.tracking import Tracker, absolute_uri
+from parallelmind.tracking import Tracker, absolute_uri, store_errors
 from parallelmind.training.checkpoint_manager import checkpoint_names
 from workloads.train.data_files import DataFiles
 from workloads.train.metrics_file import MetricPoint, read_points, write_points
@@ -169,7 +169,8 @@ def open_tracker(
         record["mlflow_key"],
         parent,
     )
-    tracker.log_file(run_dir.config_file.local)
+    with store_errors(tracker.uri):
+        tracker.log_file(run_dir.config_file.local)
     if not read_points(run_dir.metrics_file):  # a run of version 0.1.0 has its metrics in MLflow only
         write_points(run_dir.metrics_file, _points_of(tracker))
     return tracker

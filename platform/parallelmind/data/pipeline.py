@@ -12,12 +12,14 @@ import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 import ray.data
+from ray.util.placement_group import NODE_ID_LABEL_KEY
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from parallelmind.config import DataConfig, ModelConfig
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 _READER_CPUS = 0.9  # of a reader before training: fits on one CPU beside the driver of a trial
 _PARTS_PER_READER = 16
 _FEW_PARTS = 4  # up to this number, parts are read in this process; starting reader processes takes longer
+_FEW_BYTES = 4 << 20  # of files that are tokenised in this process, where all their tables are in memory
+_RECORDS_PER_TABLE = 4096  # a compressed file is one part, whatever its size
 # Sampled characters, as a multiple of the sample's size: some draws are unlucky, and some records are longer
 # than the whole sample.
 _OVERSAMPLING = 4
@@ -69,16 +73,16 @@ def survey_files(
 
 def map_parts(
     parts: Sequence[FilePart],
-    function: Callable[[pa.Table], pa.Table],
+    function: Callable[[pa.Table], pa.Table | Iterator[pa.Table]],
     max_readers: int,
     num_cpus: float = _READER_CPUS,
-    **remote_options: Any,
+    node_id: str | None = None,
 ) -> ray.data.Dataset:
-    """Map every file part to one Arrow table, in order. The number of reader processes follows the work.
+    """Map every file part to Arrow tables, in order. The number of reader processes follows the work.
 
     function: receives a table of one row with the fields of a `FilePart`. max_readers: a reader process holds
     a tokenizer and the libraries under it, so there should be at most one per CPU. num_cpus: reserved by each
-    reader. remote_options: more options of its tasks.
+    reader. node_id: of the node that runs the readers; any node by default.
     """
     readers = ray.data.TaskPoolStrategy(size=max(1, min(len(parts) // _PARTS_PER_READER, max_readers)))
     items = [{"file": part.file, "start": part.start, "end": part.end} for part in parts]
@@ -89,7 +93,7 @@ def map_parts(
         batch_format="pyarrow",
         num_cpus=num_cpus,
         compute=readers,
-        **remote_options,
+        label_selector=None if node_id is None else {NODE_ID_LABEL_KEY: node_id},
     )
     # Trials read data, too: the object that is their output does not tell whether it is a terminal.
     mapped.context.enable_progress_bars = False
@@ -109,19 +113,21 @@ def _survey_table(
     return pa.Table.from_pylist([survey_part(_part_of(table), config, vocab_size, **shares)])
 
 
-def _tokenise_table(table: pa.Table, config: DataConfig, model: ModelConfig) -> pa.Table:
-    return _tokenise_to_table(_part_of(table), config, model)
+def _tokenise_table(table: pa.Table, config: DataConfig, model: ModelConfig) -> Iterator[pa.Table]:
+    return _tokenise_to_tables(_part_of(table), config, model)
 
 
-def _tokenise_to_table(part: FilePart, config: DataConfig, model: ModelConfig) -> pa.Table:
+def _tokenise_to_tables(part: FilePart, config: DataConfig, model: ModelConfig) -> Iterator[pa.Table]:
     """One row per good record of the part. Raises UserError for an id that the model has no embedding of."""
     from parallelmind.model.vocabulary import check_highest_id
 
     tokenizer = _load_tokenizer(model)
-    table = to_table(tokenise_part(part, tokenizer, config))
-    highest = pc.max(table.column("ids").combine_chunks().flatten()).as_py()
-    check_highest_id(highest or 0, part.file, tokenizer, model)
-    return table
+    records = tokenise_part(part, tokenizer, config)
+    while chunk := list(islice(records, _RECORDS_PER_TABLE)):
+        table = to_table(chunk)
+        highest = pc.max(table.column("ids").combine_chunks().flatten()).as_py()
+        check_highest_id(highest or 0, part.file, tokenizer, model)
+        yield table
 
 
 @functools.cache
@@ -150,24 +156,25 @@ def start_batch_server(
     read: Callable[[], Iterable[pa.Table]] = functools.partial(
         _tokenise_with_ray_data, list(files), config, model, max_readers
     )
-    if len(parts) <= _FEW_PARTS:
-        tables = [_tokenise_to_table(part, config, model) for part in parts]
+    if len(parts) <= _FEW_PARTS and total_bytes(files) <= _FEW_BYTES:
+        tables = [table for part in parts for table in _tokenise_to_tables(part, config, model)]
         read = functools.partial(iter, tables)
-    options = {"num_cpus": 0, "max_concurrency": 2 * num_workers + 2, "scheduling_strategy": _this_node()}
+    here = NodeAffinitySchedulingStrategy(_this_node(), soft=False)
+    options = {"num_cpus": 0, "max_concurrency": 2 * num_workers + 2, "scheduling_strategy": here}
     return ray.remote(BatchServer).options(**options).remote(read, config, seed)
 
 
-def _this_node() -> NodeAffinitySchedulingStrategy:
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+def _this_node() -> str:
+    return str(ray.get_runtime_context().get_node_id())
 
 
 def _tokenise_with_ray_data(
     files: Sequence[str], config: DataConfig, model: ModelConfig, max_readers: int
 ) -> Iterable[pa.Table]:
-    """One table per file part, with one row per good record, in the order of the files."""
+    """Tables with one row per good record, in the order of the files."""
     silence_ray_data()
     function = functools.partial(_tokenise_table, config=config, model=model)
-    mapped = map_parts(file_parts(files), function, max_readers, num_cpus=0, scheduling_strategy=_this_node())
+    mapped = map_parts(file_parts(files), function, max_readers, num_cpus=0, node_id=_this_node())
     tables: Iterable[pa.Table] = mapped.iter_batches(batch_size=None, batch_format="pyarrow")
     return tables
 
