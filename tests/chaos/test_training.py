@@ -52,8 +52,8 @@ def cwd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class TrainingCommand:
     """A running training command with its own Ray cluster."""
 
-    def __init__(self, cwd: Path, name: str, workers: int) -> None:
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    def __init__(self, cwd: Path, name: str, workers: int, **variables: str) -> None:
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **variables}
         env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "platform"), str(ROOT)])
         command = [
             sys.executable,
@@ -170,3 +170,23 @@ def test_a_run_that_is_killed_and_resumed_equals_an_undisturbed_one(
     assert restarted.end().count("resuming from") == 3
     assert outcome(cwd, restarted) == (points, adapter)
     assert all_ended(family), "processes of the killed driver's cluster still run"
+
+
+def test_a_worker_that_is_killed_for_lack_of_memory_leaves_its_cpus_to_the_next(cwd: Path) -> None:
+    memory = psutil.virtual_memory()
+    if memory.available < 8 << 30:
+        pytest.skip("needs 8 GiB of free memory")
+    least = memory.available - (5 << 30)
+    limit = (memory.total - memory.available + (4 << 30)) / memory.total
+    running = TrainingCommand(cwd, "memory", 1, RAY_memory_usage_threshold=f"{limit:.3f}")
+    running.wait_for(lambda: running.checkpoint_step() >= CHECKPOINT_EVERY)
+    held: list[bytes] = []
+
+    def is_killed() -> bool:
+        if psutil.virtual_memory().available > least:
+            held.append(os.urandom(1 << 20) * 64)
+        return "running low on memory" in running.log.read_text()
+
+    running.wait_for(is_killed)
+    held.clear()
+    assert running.end().count("resuming from") >= 1

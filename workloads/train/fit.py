@@ -21,12 +21,15 @@ from parallelmind.errors import UserError, first_line
 from parallelmind.training.checkpoint_manager import checkpoint_names
 from parallelmind.training.outcome import Outcome
 from workloads.common import resources
+from workloads.common.placement_groups import remove_placement_groups_of_lost_actors
 from workloads.train.prepare import PreparedRun
 from workloads.train.run_dir import is_write_error
 from workloads.train.torch_backend import CheckedTorchConfig
 from workloads.train.worker import WorkerTask, run_worker
 
 _MAX_RESTARTS = 3  # without a new checkpoint between them
+# A process that was ended for lack of memory is a RayActorError or an OutOfMemoryError, which is none.
+_LOST_CONTROLLER = (ray.train.ControllerError, ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)
 _LOSS_ERRORS = (
     ray.exceptions.RayError,
     ray.train.ControllerError,
@@ -61,11 +64,12 @@ def fit(
     while True:
         try:
             result = _trainer(run.task, cpus_per_worker(), callbacks).fit()
-        except (WorkerGroupError, ray.train.ControllerError, ray.exceptions.RayActorError) as error:
+        except (WorkerGroupError, *_LOST_CONTROLLER) as error:
             previous, progress = progress, checkpoint_names(run_dir.checkpoints)
             losses = losses + 1 if previous == progress else 1
             raise_if_final(error, losses)
             lost = "worker" if isinstance(error, WorkerGroupError) else "controller"
+            remove_placement_groups_of_lost_actors()
             on_restart(f"lost a {lost}; restarting from the newest checkpoint ({_reason(error)})")
         else:
             outcome = result.return_value  # type: ignore[attr-defined]  # Ray types its V1 classes
