@@ -266,6 +266,7 @@ def test_a_restart_reserves_a_share_of_the_cpus_that_are_left(
 
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     monkeypatch.setattr(fit, "_trainer", Trainer)
+    monkeypatch.setattr(fit, "remove_placement_groups_of_lost_actors", lambda: None)  # no Ray runs here
     config = changed(unfinished, num_workers=2, **workers)
     task = WorkerTask(config, RunDir.of(config), (), (), "", "", batches_per_epoch=1)
     run: Any = SimpleNamespace(task=task, files=SimpleNamespace(train=[]))
