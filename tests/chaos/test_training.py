@@ -175,7 +175,7 @@ def test_a_run_that_is_killed_and_resumed_equals_an_undisturbed_one(
 def test_a_worker_that_is_killed_for_lack_of_memory_leaves_its_cpus_to_the_next(cwd: Path) -> None:
     memory = psutil.virtual_memory()
     if memory.available < 8 << 30:
-        pytest.skip("needs 8 GiB of free memory")
+        pytest.skip("needs 8 GiB of free memory, of which it fills 5")
     least = memory.available - (5 << 30)
     limit = (memory.total - memory.available + (4 << 30)) / memory.total
     running = TrainingCommand(cwd, "memory", 1, RAY_memory_usage_threshold=f"{limit:.3f}")

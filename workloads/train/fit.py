@@ -28,7 +28,7 @@ from workloads.train.torch_backend import CheckedTorchConfig
 from workloads.train.worker import WorkerTask, run_worker
 
 _MAX_RESTARTS = 3  # without a new checkpoint between them
-# A process that was ended for lack of memory is a RayActorError or an OutOfMemoryError, which is none.
+# If Ray ends an actor for lack of memory, it may raise OutOfMemoryError, which is no RayActorError.
 _LOST_CONTROLLER = (ray.train.ControllerError, ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)
 _LOSS_ERRORS = (
     ray.exceptions.RayError,
