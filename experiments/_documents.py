@@ -65,9 +65,12 @@ def records(passages: list[Passage], counts: Iterable[int], seed: int) -> Iterat
 
 
 def as_documents(texts: list[str], questions: list[Any]) -> Record:
-    """The questions stand side by side below the reduce, and read all documents."""
+    """The questions stand side by side below the reduce, and read all documents.
+
+    A document begins with a line break: the first token of a text attracts attention, whatever it is.
+    """
     reduce = {"text": "\n", "targets": [], "rendered": True, "branches": questions}
-    return {"documents": texts, "reduce": reduce}
+    return {"documents": [f"\n{text}" for text in texts], "reduce": reduce}
 
 
 def concatenated(texts: list[str], questions: list[Any]) -> Record:

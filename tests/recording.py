@@ -17,6 +17,7 @@ from parallelmind.engine.grammar_matcher import TokenMasks
 from parallelmind.engine.sampler import PendingTokens, SamplingRow
 from parallelmind.engine.scheduler import EngineConfig
 from parallelmind.engine.sequence_group import SequenceGroup
+from parallelmind.evaluation.probes import check_close
 from parallelmind.evaluation.rope_configs import rope_config_grid
 from parallelmind.evaluation.tiny_models import VOCABULARY, tiny_tokenizer
 
@@ -66,3 +67,17 @@ def prompt(length: int, *key: int) -> list[int]:
 def full_forward_logits(model: PreTrainedModel, group: SequenceGroup) -> list[Tensor]:
     """`[length, vocab]` logits of main and each branch, from one forward pass without a cache."""
     return layout_logits(model, group.final_layout(), group.config)
+
+
+def run_and_check(engine: RecordingEngine, groups: Sequence[SequenceGroup]) -> None:
+    """Decode all samples, whose seeds are their numbers: all logits are those of one full forward pass."""
+    while engine.busy:
+        engine.step()
+    for group in groups:
+        expected = full_forward_logits(engine.model, group)
+        for branch in group.branches:
+            logits = engine.logits[group.id, branch.index]
+            assert len(logits) == len(branch.generated)
+            if logits:
+                own = expected[branch.number][branch.num_prompt - 1 :][: len(logits)]
+                check_close(torch.stack(logits), own, f"sample {group.id}, branch {branch.index}")

@@ -1,7 +1,7 @@
 """The scheme computed token by token, and segment by segment: the slow reference for the vectorised code.
 
 A segment is a dict: `tokens`, and optionally `offset` (the index of its first target; without one, none is a
-target), `branches` and `reduce`.
+target), `branches` and `reduce`. The root may have `documents`: how many of its first branches are documents.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def reference_tree(root: Segment, config: RopeConfig) -> dict[str, list]:
     for number, segment in enumerate(walk(root)):
         segment["number"] = number
     root["coordinate"] = 0
-    _place(root, 0, [], [], config, first=0 if root["tokens"] else 1)
+    documents = root.get("documents", 0)
+    _place(root, 0, [], [], config, first=documents + (0 if root["tokens"] else 1))
     rows = [row for segment in walk(root) for row in _rows(segment)]
     if not (config.visibility == "isolated" and config.positions == "time"):
         rows = sorted(rows, key=lambda row: (row["time"], row["sequence"]))
@@ -63,7 +64,10 @@ def _place(
     """Place a segment and all below it; returns the latest end of them. path, joined: what it continues."""
     segment["start"], segment["path"], segment["joined"] = start, [*path, segment["number"]], joined
     end = latest = start + len(segment["tokens"])
-    branches = segment.get("branches", [])
+    branches = segment.get("branches", [])[segment.get("documents", 0) :]
+    for document in segment.get("branches", [])[: segment.get("documents", 0)]:
+        document["coordinate"] = 0
+        latest = _place(document, latest, [], [], config, first)
     longest = max((len(branch["tokens"]) for branch in branches if "branches" not in branch), default=0)
     for branch in branches:
         is_shifted = config.align_to == "right" and "branches" not in branch
@@ -71,7 +75,7 @@ def _place(
         branch["coordinate"] = (branch["number"] - first) * config.branch_stride
         latest = max(latest, _place(branch, end + shift, segment["path"], joined, config, first))
     if "reduce" in segment:
-        below = [inner["number"] for branch in branches for inner in walk(branch)]
+        below = [inner["number"] for branch in segment["branches"] for inner in walk(branch)]
         segment["reduce"]["coordinate"] = segment["coordinate"]
         latest = _place(segment["reduce"], latest, segment["path"], [*joined, *below], config, first)
     return latest

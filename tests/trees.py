@@ -31,6 +31,19 @@ _MAIN = {
 TREES = st.one_of(st.fixed_dictionaries(_MAIN), st.fixed_dictionaries({**_MAIN, "reduce": SEGMENTS}))
 
 
+def with_documents(documents: list[list[int]], root: Segment) -> Segment:
+    """The segment with these texts as its first branches."""
+    texts: list[Segment] = [{"tokens": tokens} for tokens in documents]
+    return {**root, "documents": len(documents), "branches": texts + root["branches"]}
+
+
+DOCUMENT_TREES = st.builds(
+    with_documents,
+    st.lists(TEXTS, min_size=1, max_size=4),
+    st.fixed_dictionaries({**_MAIN, "reduce": SEGMENTS}),
+)
+
+
 def shape_of(root: Segment) -> Tree:
     """The tree of a segment of `reference`, which gets its numbers."""
     segments = list(walk(root))
@@ -43,7 +56,7 @@ def shape_of(root: Segment) -> Tree:
         if "reduce" in segment:
             parents[segment["reduce"]["number"]] = segment["number"]
             is_reduce[segment["reduce"]["number"]] = True
-    return Tree(parents, is_reduce)
+    return Tree(parents, is_reduce, root.get("documents", 0))
 
 
 def tokens_of(root: Segment) -> Tokens:

@@ -205,6 +205,27 @@ MUTATIONS = [
         "tests/unit/workloads/test_sweep.py",
     ),
     Mutation(
+        "documents: what was rotated is rotated again",
+        "platform/parallelmind/engine/document_cache.py",
+        "            return  # what was rotated twice would be less exact\n",
+        "            pass\n",
+        "tests/invariants/test_documents.py",
+    ),
+    Mutation(
+        "documents: keys are rotated backwards",
+        "platform/parallelmind/engine/document_cache.py",
+        "return self.segment.start_time - self.found.start_time",
+        "return self.found.start_time - self.segment.start_time",
+        "tests/invariants/test_documents.py",
+    ),
+    Mutation(
+        "documents: a document reads main",
+        "platform/parallelmind/tree.py",
+        "    table[1 : 1 + tree.documents, MAIN] = SIBLING\n",
+        "",
+        "tests/unit/test_layout.py",
+    ),
+    Mutation(
         "serving: an abandoned stream is not cancelled",
         "serving/ingress/failover.py",
         "            stream.cancel()\n",

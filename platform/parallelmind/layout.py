@@ -155,13 +155,10 @@ class Batch:
 def start_times(lengths: Ints, tree: Tree, align_to: Alignment, delays: Ints | None = None) -> Ints:
     """`[segments]` time coordinates of the first token of every segment.
 
-    A branch starts where its parent ends. With align_to=right, the branches of one parent that do not fork
-    end together. A reduce starts at the latest end of all that it joins. delays: `[branches]` time steps
-    added before each branch; none by default.
+    A branch starts `branch_shifts` after its parent ends. A reduce starts at the latest end of all that it
+    joins. delays: `[branches]` time steps added before each branch; none by default.
     """
-    shifts = np.zeros(len(lengths), dtype=np.int64)
-    if align_to == "right":
-        shifts += shifts_to_the_right(lengths, tree)
+    shifts = branch_shifts(lengths, tree, align_to)
     if delays is not None:
         shifts[tree.is_branch] += delays
     if tree.is_flat:
@@ -175,11 +172,26 @@ def start_times(lengths: Ints, tree: Tree, align_to: Alignment, delays: Ints | N
     return np.array(starts)
 
 
-def shifts_to_the_right(lengths: Ints, tree: Tree) -> Ints:
+def branch_shifts(lengths: Ints, tree: Tree, align_to: Alignment) -> Ints:
+    """`[segments]` time steps between the end of a segment and the start of a branch that continues it.
+
+    A document starts where the one before it ends. Other branches start at once, or with align_to=right, if
+    they do not fork, so that they end together.
+    """
+    documents = slice(1, 1 + tree.documents)
+    shifts = np.zeros(len(lengths), dtype=np.int64)
+    if align_to == "right":
+        shifts += _shifts_to_the_right(lengths, tree, documents)
+    shifts[documents] = np.cumsum(lengths[documents]) - lengths[documents]
+    return shifts
+
+
+def _shifts_to_the_right(lengths: Ints, tree: Tree, documents: slice) -> Ints:
     """`[segments]` time steps by which a branch is shorter than its longest sibling, if neither forks."""
     forks = np.zeros(len(lengths), dtype=bool)
     forks[tree.parents[1:]] = True
     is_leaf = tree.is_branch & ~forks
+    is_leaf[documents] = False
     longest = np.zeros(len(lengths), dtype=np.int64)
     np.maximum.at(longest, tree.parents[is_leaf], lengths[is_leaf])
     return np.where(is_leaf, longest[tree.parents] - lengths, 0)

@@ -6,8 +6,9 @@ The segments of a complete tree are numbered in pre-order: main is 0, the first 
 below it, and so on. A reduce comes after everything below the branches that it reads. So the segments that a
 reduce joins are those between its parent and itself.
 
-Documents are the first branches of main: texts that are only read. They share one branch coordinate, so that
-the coordinates of a document do not depend on the others.
+Documents are the first branches of main: texts that are only read. A document reads itself alone, and has the
+branch coordinate of main. So its keys and values depend on its text and its start time, and another start
+time rotates the keys.
 
 A tree that grows while it is decoded (`GrowingTree`) keeps its numbers, because computed tokens keep their
 coordinates. A segment that is added gets the next free number, wherever it stands in the tree.
@@ -96,7 +97,7 @@ class Tree:
     @cached_property
     def is_flat(self) -> bool:
         """Whether the sample is main and branches alone."""
-        return not self.parents[1:].any() and not self.is_reduce.any()
+        return not (self.documents or self.parents[1:].any() or self.is_reduce.any())
 
     def walk(self) -> Iterator[tuple[int, int, range]]:
         """Every segment after main in pre-order: its number, its parent, and the segments that it joins."""
@@ -186,6 +187,7 @@ def relations(tree: Tree) -> NDArray[np.int8]:
         row[:segment] = table[parent, :segment]  # no later segment is read
         if joined:
             row[joined.start : joined.stop] = JOINED
+    table[1 : 1 + tree.documents, MAIN] = SIBLING
     return table
 
 
@@ -202,11 +204,10 @@ def _flat_relations(segments: int) -> NDArray[np.int8]:
 def branch_coordinates(tree: Tree, has_main: bool, stride: int) -> Ints:
     """`[segments]` branch coordinates: number × stride, and that of its parent for a reduce.
 
-    Main is at 0; without a main the first branch is at 0, too. All documents have that of the first branch.
+    Main and documents are at 0; without a main the first branch is at 0, too. Documents are not numbered.
     """
-    numbers = np.arange(tree.segments) - (not has_main)
-    numbers[MAIN] = 0
-    numbers[1 : 1 + tree.documents] = int(has_main)
+    numbers = np.arange(tree.segments) - (not has_main) - tree.documents
+    numbers[: 1 + tree.documents] = 0
     for reduce in np.flatnonzero(tree.is_reduce):
         numbers[reduce] = numbers[tree.parents[reduce]]
     return numbers * stride
@@ -220,7 +221,8 @@ def context_lengths(lengths: Sequence[int], tree: Tree) -> list[int]:
     before = [0, *np.cumsum(lengths).tolist()]
     context = [lengths[MAIN]]
     for segment, parent, joined in tree.walk():
-        context.append(context[parent] + before[joined.stop] - before[joined.start] + lengths[segment])
+        inherited = 0 if segment <= tree.documents else context[parent]
+        context.append(inherited + before[joined.stop] - before[joined.start] + lengths[segment])
     return context
 
 

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 from _pytest.mark import ParameterSet
 from engines import run_to_end
+from recording import RecordingEngine, prompt, run_and_check
 from transformers import PreTrainedModel
 
 from parallelmind.config import RopeConfig
 from parallelmind.engine.engine import Engine
+from parallelmind.engine.key_rotation import KeyRotation
 from parallelmind.engine.model_runner import ModelRunner
 from parallelmind.engine.request import Sample
 from parallelmind.engine.scheduler import EngineConfig
@@ -23,6 +25,7 @@ from parallelmind.evaluation.model_support import COLUMNS, SupportRow, check_mod
 from parallelmind.evaluation.probes import patched
 from parallelmind.evaluation.tiny_models import causal_lm_types, tiny_model, tiny_tokenizer
 
+_NOT_ROTATED = {"llama4", "llama4_text", "ministral3"}  # docs/inference.md tells why
 _STRIDE = {True: 30, False: 50}  # within a family
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 
@@ -71,6 +74,24 @@ def test_types_that_are_not_compiled_are_listed(row: SupportRow) -> None:
         engine.step()
         assert isinstance(engine.runner, ModelRunner)
         assert engine.runner.can_compile != (row.model_type in not_compiled())
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("row", cases())
+def test_documents_of_a_type_are_found_in_another_order(row: SupportRow) -> None:
+    if not row.supported:
+        return
+    model = tiny_model(row.model_type, "eager")
+    documents = [prompt(length, length) for length in (1, 5, 21, 40)]
+    with patched(model, RopeConfig(visibility="isolated", rope_2d_ratio=0.5)):
+        engine = RecordingEngine(model, EngineConfig(cache_tokens=1024))
+        for seed, order in enumerate(((0, 1, 2, 3), (3, 1, 2, 0), (2, 3))):
+            sample = Sample([9, 8, 7][:seed], reduce=[5, 6], documents=[documents[index] for index in order])
+            engine.submit(sample, seed=seed, max_new_tokens=3)
+            run_and_check(engine, [engine.samples.groups[seed]])
+        can_rotate = row.model_type not in _NOT_ROTATED
+        assert (KeyRotation.find(model) is not None) == can_rotate
+        assert engine.scheduler.num_reused["document"] >= can_rotate * 2 * (21 + 40)
 
 
 @pytest.mark.matrix

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import reference_sample, reference_tree
-from trees import TREES, tokens_of
+from trees import DOCUMENT_TREES, TREES, tokens_of
 
 from parallelmind.config import RopeConfig
 from parallelmind.errors import UserError
@@ -45,7 +45,7 @@ def test_layout_equals_the_reference(main, branches, data, config):
 
 
 @settings(max_examples=150)
-@given(TREES, CONFIGS)
+@given(st.one_of(TREES, DOCUMENT_TREES), CONFIGS)
 def test_the_layout_of_a_tree_equals_the_reference(root, config):
     layout = arrange(tokens_of(root), config)
     expected = reference_tree(root, config)

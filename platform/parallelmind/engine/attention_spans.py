@@ -73,7 +73,8 @@ def free_order_spans(group: SequenceGroup, segment: Sequence[int]) -> AttentionS
     shape, readers = group.shape, defaultdict[int, list[int]](list)
     for token, number in enumerate(segment):
         for read in shape.paths[number]:
-            readers[read].append(token)
+            if shape.reads[number, read]:
+                readers[read].append(token)
     level, queries, tables = list[int](), list[list[int]](), list[list[int]]()
     for read, tokens in readers.items():
         rows = [group.segments[number].table.row for number in (*shape.joined[read], read)]

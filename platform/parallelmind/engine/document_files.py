@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,11 +21,18 @@ from parallelmind.storage import atomic_binary_file, expand_home
 
 MAX_DOCUMENT_BYTES = 10 << 30  # of a folder, by default
 
-_FORMAT = "parallelmind-document-1"
+_FORMAT = "parallelmind-document-2"
 # Of a document, or what a killed writer has left of one; no other file is removed.
 _FILE = re.compile(r"\.?[0-9a-f]{32}-\d+\.safetensors(\.[0-9a-f]+\.part)?")
 
 States = Mapping[str, Tensor]  # `[tokens, …]` each, by layer and kind
+
+
+class SavedDocument(NamedTuple):
+    """The states of a document whose first token has this time coordinate."""
+
+    states: States
+    start_time: int
 
 
 class DocumentFiles:
@@ -50,7 +58,7 @@ class DocumentFiles:
         """Whether there is a file of this document that was not refused."""
         return name not in self._refused and self._path(name).is_file()
 
-    def read(self, name: str, num_tokens: int) -> States | None:
+    def read(self, name: str, num_tokens: int) -> SavedDocument | None:
         """The states of a document; None if there are none.
 
         A file that is damaged or not of this document is refused with a UserNotice. `write` replaces it.
@@ -68,18 +76,25 @@ class DocumentFiles:
             return self._refuse(name, "is not the file of this document")
         if not states or any(len(rows) != num_tokens for rows in states.values()):
             return self._refuse(name, f"does not hold {num_tokens} tokens")
-        if metadata.get("checksum") != _checksum(states):
+        start_time = int(metadata["start_time"])
+        if metadata.get("checksum") != _checksum(states, start_time):
             return self._refuse(name, "is damaged (its checksum differs)")
         with suppress(OSError):  # the file of another user, or one that has just been removed
             os.utime(path)
-        return states
+        return SavedDocument(states, start_time)
 
-    def write(self, name: str, states: States) -> None:
-        """Write the states of a document, and remove files while there are too many.
+    def write(self, name: str, document: SavedDocument) -> None:
+        """Write a document, and remove files while there are too many.
 
         If they cannot be written, a UserNotice tells why.
         """
-        metadata = {"format": _FORMAT, "document": name, "checksum": _checksum(states)}
+        states, start_time = document
+        metadata = {
+            "format": _FORMAT,
+            "document": name,
+            "start_time": str(start_time),
+            "checksum": _checksum(states, start_time),
+        }
         try:
             with atomic_binary_file(self._path(name)) as file:
                 file.write(save(dict(states), metadata))
@@ -95,8 +110,8 @@ class DocumentFiles:
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
 
-    def _refuse(self, name: str, reason: str) -> States | None:
-        """Tell why a file is not used; returns None, which stands for no states."""
+    def _refuse(self, name: str, reason: str) -> SavedDocument | None:
+        """Tell why a file is not used; returns None, which stands for no document."""
         self._refused.add(name)
         warnings.warn(
             f"document_cache: {self._path(name)} {reason}; the document is computed anew",
@@ -120,8 +135,8 @@ class DocumentFiles:
             total -= size
 
 
-def _checksum(states: States) -> str:
-    checksum = 0
+def _checksum(states: States, start_time: int) -> str:
+    checksum = zlib.crc32(str(start_time).encode())
     for _, rows in sorted(states.items()):
         checksum = zlib.crc32(rows.contiguous().reshape(-1).view(torch.uint8).numpy().data, checksum)
     return f"{checksum:08x}"

@@ -134,9 +134,7 @@ class Engine:
         self.samples = UnfinishedSamples(
             tokenizer, self.scheduler, self.runner, self.adapters, self.fallback_reason
         )
-        self._documents: DocumentCache | None = None
-        if document_cache is not None:
-            self._documents = self._open_documents(document_cache, document_cache_bytes)
+        self._documents = self._make_document_cache(document_cache, document_cache_bytes)
         self._sampler = Sampler()
         self._eos_token_ids = eos_token_ids(model, tokenizer)
         embeddings: Any = model.get_input_embeddings()
@@ -149,10 +147,15 @@ class Engine:
     def model(self) -> Model:
         return self.adapters.model
 
-    def _open_documents(self, folder: str | Path, max_bytes: int) -> DocumentCache:
+    def _make_document_cache(self, folder: str | Path | None, max_bytes: int) -> DocumentCache | None:
+        """None for a model whose documents depend on more than their path."""
         if not (isinstance(self.runner, ModelRunner) and is_free_order(self.rope_config)):
-            reason = self.fallback_reason or "needs visibility=isolated and positions=time"
-            raise UserError(f"document_cache={folder}: the model {reason}; leave document_cache out")
+            if folder is not None:
+                reason = self.fallback_reason or "needs visibility=isolated and positions=time"
+                raise UserError(f"document_cache={folder}: the model {reason}; leave document_cache out")
+            return None
+        if folder is None:
+            return DocumentCache(None, self.scheduler, self.runner, self.state_lock, str)
         files = DocumentFiles(folder, max_bytes)
         self.adapters.fingerprint(BASE)  # reads all weights, before the first sample waits for it
         return DocumentCache(files, self.scheduler, self.runner, self.state_lock, self.adapters.fingerprint)

@@ -7,15 +7,18 @@ has assigned to it; attention windows are part of the mask.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+from parallelmind.tree import Ints
+
+Change = Callable[[str, Tensor], Tensor]  # of `[slots, …]` states of a layer and kind, which it may change
 
 
 class PagedKVLayer(CacheLayerMixin):
@@ -155,7 +158,7 @@ class PagedKVCache(Cache):
         self.past_length = max(num_read - len(slot_mapping), 0)
 
     @torch.inference_mode()
-    def read_slots(self, slots: NDArray[np.int64]) -> dict[str, Tensor]:
+    def read_slots(self, slots: Ints) -> dict[str, Tensor]:
         """Copies of what these slots hold, `[slots, …]` each, on the CPU, by layer and kind of state."""
         index = torch.from_numpy(slots)
         return {
@@ -165,9 +168,17 @@ class PagedKVCache(Cache):
         }
 
     @torch.inference_mode()
-    def write_slots(
-        self, slots: NDArray[np.int64], states: Mapping[str, Tensor], device: torch.device
-    ) -> None:
+    def copy_slots(self, sources: Ints, targets: Ints, change: Change) -> None:
+        """Copy what these slots hold to others, changed by `change`."""
+        self.reserve(1 + int(targets.max()))
+        for number, layer in enumerate(self._paged_layers()):
+            for kind, pool in [*layer.pools_by_kind.items()]:
+                index = torch.from_numpy(np.stack([sources, targets])).to(pool.device)
+                states = change(f"{number}.{kind}", pool.index_select(0, index[0]))
+                layer.pool_for(kind, states).index_copy_(0, index[1], states)
+
+    @torch.inference_mode()
+    def write_slots(self, slots: Ints, states: Mapping[str, Tensor], device: torch.device) -> None:
         """Write what `read_slots` has returned to these slots. device: of the model."""
         self.reserve(1 + int(slots.max()))
         index = torch.from_numpy(slots).to(device)

@@ -50,8 +50,8 @@ class Sample(NamedFields):
     """A main (may be empty), the documents and branches that share it, and a reduce that reads them all.
 
     A branch or a reduce is a text, token ids, or a `Segment`. Lists may be arrays.
-    documents: texts or token ids that are only read, by the reduce. They share one branch coordinate, so that
-        a document has the same keys and values whatever stands beside it.
+    documents: texts or token ids that are only read, by the reduce. A document reads itself alone, so that
+        its keys and values are found again whatever stands beside it.
     Raises UserError as `Segment` does, and for documents that are not a list.
     """
 

@@ -18,7 +18,7 @@ from parallelmind.engine.path_hash import PathHash
 from parallelmind.engine.request import ResumeState, TokenizedRequest
 from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.engine.sequence import BranchState, SegmentState
-from parallelmind.layout import Layout, Tokens, is_free_order, place, shifts_to_the_right
+from parallelmind.layout import Layout, Tokens, branch_shifts, is_free_order, place
 from parallelmind.tree import MAIN, GrowingTree, Ints, Mask, branch_coordinates, relations
 from parallelmind.visibility import effective_penalty, relation_scores
 
@@ -41,7 +41,8 @@ class SequenceGroup:
     is_admitted: whether the sample is running and may hold cache blocks.
     is_finite: whether all logits were finite so far. If not, the sample shares no blocks with others.
     has_adopted: whether the sample reads blocks that another one has computed.
-    has_sought_documents, has_written_documents: whether a document cache was read and written for it.
+    has_sought_documents, has_noted_documents: whether its documents were looked for elsewhere in the cache
+        and in a folder, and whether they can be found there by others.
     num_preemptions: how often its blocks were taken from it.
     version: changes whenever segments are added, start or end, and when all of them lose their blocks.
     submitted_at: `time.monotonic` of the submission. waits_since_step: number of the engine's steps when the
@@ -66,7 +67,7 @@ class SequenceGroup:
         self._seed, self._make_output = seed, make_output
         self.next_column = self.frontier = self.num_preemptions = self.waits_since_step = self.version = 0
         self.is_admitted, self.is_finite, self.has_adopted = False, True, False
-        self.has_sought_documents = self.has_written_documents = False
+        self.has_sought_documents = self.has_noted_documents = False
         self.frequency_limit: int | None = None
         self.has_long_frequencies = False
         self._shape: GroupShape | None = None
@@ -324,7 +325,13 @@ class SequenceGroup:
         parent = self.segments[branch.parent]
         if parent.path is None or branch.is_reduce or not self.free_order:
             return None
+        if branch.number <= self.num_documents:
+            return self.document_path(self.adapter_version, branch.number, time)
         return parent.path.child(parent.token_ids, self.path_coordinate(branch.number), time)
+
+    def document_path(self, adapter_version: str, number: int, start_time: int) -> PathHash:
+        """The hash at the start of a document, which reads nothing before it."""
+        return self.root_path(adapter_version).child([], self.path_coordinate(number), start_time)
 
     def path_coordinate(self, number: int) -> int:
         """The branch coordinate of a segment as hashes of paths take it: 0 where keys do not depend on it."""
@@ -422,7 +429,6 @@ class GroupShape:
         if branch_number is not None:
             coordinates = _independent_coordinates(tree, ranks, branch_number) * config.branch_stride
         prompts = np.array([segment.num_prompt for segment in segments])
-        is_right = config.align_to == "right"
         order = tree.pre_order.tolist()
         for number, _, joins in tree.complete().walk():
             joined[order[number]] = tuple(order[joins.start : joins.stop])
@@ -434,7 +440,7 @@ class GroupShape:
             paths=paths,
             joined=joined,
             ranks=ranks,
-            shifts=shifts_to_the_right(prompts, tree) if is_right else np.zeros_like(prompts),
+            shifts=branch_shifts(prompts, tree, config.align_to),
         )
 
 

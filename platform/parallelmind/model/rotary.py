@@ -20,7 +20,7 @@ from parallelmind.config import BranchAngle, RopeConfig
 from parallelmind.errors import UserError
 from parallelmind.model.forward_context import ForwardContext, coordinates, text_length
 from parallelmind.model.hf_compat import CheckpointedLayer, restore_class, swap_class, undecorated_forward
-from parallelmind.model.rope2d import mix, pair_axes
+from parallelmind.model.rope2d import BRANCH, mix, pair_axes
 from parallelmind.model.structure import text_modules
 
 Angles = Tensor | tuple[Tensor, Tensor]  # complex, or (cos, sin)
@@ -175,19 +175,28 @@ def _probe_axes(rotary: nn.Module, config: RopeConfig, model: Any) -> Iterator[t
         yield _axes_name(""), _frequency_axes(frequencies, config).repeat(2)
         return
     for layer_type in layer_types(rotary):
-        buffer_name = f"{layer_type}_{_FREQUENCIES}".lstrip("_")
-        frequencies = getattr(rotary, buffer_name).detach().float().flatten()
+        frequencies = _frequencies(rotary, layer_type)
         try:
-            angles = _column_angles(rotary, layer_type)
+            nearest, distance = _nearest_frequencies(rotary, layer_type)
         except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
             raise _unsupported_rotary(model.config.model_type, str(error)) from error
-        distance = (angles[:, None] - frequencies[None, :]).abs()  # [columns, frequencies]
-        nearest = distance.min(dim=1)
-        if (nearest.values > 1e-3 * frequencies[nearest.indices]).any():
+        if (distance > 1e-3 * frequencies[nearest]).any():
             raise _unsupported_rotary(
                 model.config.model_type, "its angles at position 1 are not its frequencies"
             )
-        yield _axes_name(layer_type), _frequency_axes(frequencies, config)[nearest.indices]
+        yield _axes_name(layer_type), _frequency_axes(frequencies, config)[nearest]
+
+
+def _frequencies(rotary: nn.Module, layer_type: str) -> Tensor:
+    frequencies: Tensor = getattr(rotary, f"{layer_type}_{_FREQUENCIES}".lstrip("_"))
+    return frequencies.detach().float().flatten()
+
+
+def _nearest_frequencies(rotary: nn.Module, layer_type: str) -> tuple[Tensor, Tensor]:
+    """`[columns]` index of the frequency nearest to the angle at position 1, and the distance to it."""
+    angles, frequencies = _column_angles(rotary, layer_type), _frequencies(rotary, layer_type)
+    nearest = (angles[:, None] - frequencies[None, :]).abs().min(dim=1)
+    return nearest.indices, nearest.values
 
 
 def _frequency_axes(frequencies: Tensor, config: RopeConfig) -> Tensor:
@@ -222,6 +231,32 @@ def depends_on_length(model: nn.Module) -> bool:
     rope_types = (getattr(module, "rope_type", None) for module in rotary_modules(model).values())
     names = {name for kind in rope_types for name in (kind.values() if isinstance(kind, dict) else [kind])}
     return bool(names & {"dynamic", "longrope"})
+
+
+def time_frequencies(model: nn.Module) -> Iterator[Tensor]:
+    """The `[pairs]` float64 angles by which a time step turns the pairs of a head, for each kind of layer.
+
+    Pairs that follow the branch alone do not turn. For a model whose frequencies do not depend on a length.
+    """
+    for rotary in rotary_modules(model).values():
+        for layer_type in layer_types(rotary) or [""]:
+            if is_table(rotary):
+                angles = table_frequencies(rotary._buffers[_TABLE]).repeat(2)  # type: ignore[arg-type]
+            else:
+                nearest, _ = _nearest_frequencies(rotary, layer_type)
+                angles = _frequencies(rotary, layer_type).double()[nearest]
+            axes = getattr(rotary, _axes_name(layer_type), None)
+            if axes is not None and rotary.__dict__.get("pos2d_angle") != "added":
+                angles = angles.where(axes != BRANCH, 0.0)
+            yield _one_of_each_pair(angles).cpu()
+
+
+def _one_of_each_pair(angles: Tensor) -> Tensor:
+    """The angle of each pair from those of columns, which may be given once or twice for each pair."""
+    first, second = angles.chunk(2) if len(angles) % 2 == 0 else (angles, angles[:0])
+    if torch.equal(first, second):
+        return first
+    return angles[::2] if torch.equal(angles[::2], angles[1::2]) else angles
 
 
 def frequency_limit(model: PreTrainedModel) -> int | None:
