@@ -132,8 +132,9 @@ class DocumentCache:
 
     def _move(self, group: SequenceGroup, segment: SegmentState, held: list[int]) -> Move | None:
         """What to move for a document; None if nothing is found. `held` gets all blocks that it needs."""
-        blocks = self._blocks(segment)
-        self._hold([block.block for block in blocks if block.block is not None], held)
+        with self._state_lock:
+            blocks = self._blocks(segment)
+            self._hold([block.block for block in blocks if block.block is not None], held)
         missing = [block for block in blocks if block.block is None]
         found = self._find(self._name(group, segment), segment.num_tokens, held) if missing else None
         if found is None:
@@ -143,7 +144,7 @@ class DocumentCache:
             if new is None:
                 return None
             self._scheduler.block_manager.uncache(new)
-        self._hold(new, held)
+            self._hold(new, held)
         move = Move(segment, list(zip(missing, new, strict=True)), found)
         if move.steps:
             self._rotated |= {new: block.key for block, new in move.blocks}
@@ -153,12 +154,13 @@ class DocumentCache:
         """Copy documents within the cache, all at once."""
         if not moves:
             return
-        placed = [self._place(move) for move in moves]
-        steps = [np.full(len(rows), move.steps) for move, (rows, _) in zip(moves, placed, strict=True)]
-        sources = [slots_of(move.found.blocks)[rows] for move, (rows, _) in zip(moves, placed, strict=True)]
-        targets = [slots for _, slots in placed]
-        change = self._rotation_by(np.concatenate(steps))
-        self._runner.cache.copy_slots(np.concatenate(sources), np.concatenate(targets), change)
+        parts = []
+        for move in moves:
+            rows, slots = self._place(move)
+            parts.append((slots_of(move.found.blocks)[rows], slots, np.full(len(rows), move.steps)))
+        sources, targets, steps = map(np.concatenate, zip(*parts, strict=True))
+        change, device = self._rotation_by(steps), self._runner.model.device
+        self._runner.cache.copy_slots(sources, targets, change, device)
 
     def _write(self, move: Move) -> None:
         """Write a document of the folder to the cache."""
@@ -187,10 +189,10 @@ class DocumentCache:
         if (computed := self._computed.get(name)) is not None:
             with self._state_lock:
                 blocks = [self._scheduler.block_manager.find(key) for key in computed.keys]
-            found = [block for block in blocks if block is not None]
-            if len(found) == len(blocks):
-                self._hold(found, held)
-                return FoundDocument(computed.start_time, found, {})
+                found = [block for block in blocks if block is not None]
+                if len(found) == len(blocks):
+                    self._hold(found, held)
+                    return FoundDocument(computed.start_time, found, {})
             del self._computed[name]
         saved = self._files.read(name, num_tokens) if self._files and self._files.has(name) else None
         if saved is None:
@@ -199,8 +201,8 @@ class DocumentCache:
         return FoundDocument(saved.start_time, [], saved.states)
 
     def _hold(self, blocks: list[int], held: list[int]) -> None:
-        with self._state_lock:
-            self._scheduler.block_manager.hold(blocks)
+        """Hold blocks until the documents are moved. Call with the state lock under which they were found."""
+        self._scheduler.block_manager.hold(blocks)
         held += blocks
 
     def _blocks(self, segment: SegmentState) -> list[DocumentBlock]:

@@ -168,14 +168,14 @@ class PagedKVCache(Cache):
         }
 
     @torch.inference_mode()
-    def copy_slots(self, sources: Ints, targets: Ints, change: Change) -> None:
-        """Copy what these slots hold to others, changed by `change`."""
+    def copy_slots(self, sources: Ints, targets: Ints, change: Change, device: torch.device) -> None:
+        """Copy what these slots hold to others, changed by `change`. device: of the model."""
         self.reserve(1 + int(targets.max()))
+        source, target = torch.from_numpy(np.stack([sources, targets])).to(device)
         for number, layer in enumerate(self._paged_layers()):
             for kind, pool in [*layer.pools_by_kind.items()]:
-                index = torch.from_numpy(np.stack([sources, targets])).to(pool.device)
-                states = change(f"{number}.{kind}", pool.index_select(0, index[0]))
-                layer.pool_for(kind, states).index_copy_(0, index[1], states)
+                states = change(f"{number}.{kind}", pool.index_select(0, source))
+                layer.pool_for(kind, states).index_copy_(0, target, states)
 
     @torch.inference_mode()
     def write_slots(self, slots: Ints, states: Mapping[str, Tensor], device: torch.device) -> None:
