@@ -57,7 +57,12 @@ def _vllm_rate(folder: Path, vocabulary: int, tokens: int) -> float:
     command = [peer_python("vllm"), "-m", "benchmarks.peers.vllm_driver"]
     engine = EngineProcess(
         [*command, str(folder / "base"), "bfloat16", str(folder / "adapter")],
-        {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.getcwd()},
+        {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CPU_KVCACHE_SPACE": "1",  # where there is no GPU, it reserves most of the memory by default
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": os.getcwd(),
+        },
     )
     _, prompts = texts(0, vocabulary)
     request = Request(prompts, tokens, [])
