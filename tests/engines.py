@@ -45,10 +45,10 @@ class InterruptedRunner:
 
 def step_interrupted(engine: Engine, act: Callable[[], object]) -> list[Event]:
     """Step the engine; `act` is called after scheduling and before the forward pass."""
-    runner = engine.runner
-    engine.runner = InterruptedRunner(runner, act)  # type: ignore[assignment]
+    core, runner = engine._core, engine.runner
+    core._runner = InterruptedRunner(runner, act)  # type: ignore[assignment]
     events = engine.step()
-    engine.runner = runner
+    core._runner = runner
     return events
 
 

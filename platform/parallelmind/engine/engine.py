@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from threading import RLock
-from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
@@ -22,39 +19,20 @@ from parallelmind.engine.adapters import BASE, AdapterManager
 from parallelmind.engine.detokenizer import TokenDecoder
 from parallelmind.engine.document_cache import DocumentCache
 from parallelmind.engine.document_files import MAX_DOCUMENT_BYTES, DocumentFiles
+from parallelmind.engine.engine_core import EngineCore
 from parallelmind.engine.fair_lock import FairLock
 from parallelmind.engine.fork_parser import ForkParser, ForkSyntax
 from parallelmind.engine.grammar_compiler import GrammarCompiler
 from parallelmind.engine.grammar_matcher import TokenMasks
-from parallelmind.engine.look_ahead import LookAhead
 from parallelmind.engine.model_runner import Model, ModelRunner
-from parallelmind.engine.output import Event, OutputProcessor, TokenLogprob
-from parallelmind.engine.request import (
-    ResumeState,
-    Sample,
-    Segment,
-    Text,
-    TokenizedRequest,
-)
-from parallelmind.engine.sampler import (
-    PendingTokens,
-    SampledToken,
-    Sampler,
-    SamplingRow,
-    prompt_logprobs,
-    random_seed,
-)
+from parallelmind.engine.output import Event, OutputProcessor
+from parallelmind.engine.request import ResumeState, Sample, Segment, Text, TokenizedRequest
+from parallelmind.engine.sampler import PendingTokens, Sampler, SamplingRow, random_seed
 from parallelmind.engine.sampling_params import SamplingParams
 from parallelmind.engine.scheduler import EngineConfig, EngineStats, Scheduler
-from parallelmind.engine.sequence import BranchState
 from parallelmind.engine.sequence_group import SequenceGroup
 from parallelmind.engine.sequential_runner import SequentialRunner
-from parallelmind.engine.step_plan import ForwardPlan, SampledBranches, ScheduledGroup
-from parallelmind.engine.tokenization import (
-    eos_token_ids,
-    tokenize_branches,
-    tokenize_request,
-)
+from parallelmind.engine.tokenization import eos_token_ids, tokenize_branches, tokenize_request
 from parallelmind.engine.unfinished_samples import UnfinishedSamples, start_pos2d
 from parallelmind.engine.validation import (
     check_fork,
@@ -63,9 +41,8 @@ from parallelmind.engine.validation import (
     check_resume,
     check_token_ids,
 )
-from parallelmind.errors import UserError, first_line
+from parallelmind.errors import UserError
 from parallelmind.layout import is_free_order
-from parallelmind.model import forward_context
 from parallelmind.model.adapter_copy import shared_copy
 from parallelmind.model.patch_state import is_patched, rope_config
 from parallelmind.model.structure import causal_lm
@@ -78,14 +55,6 @@ _load_locks: WeakKeyDictionary[PreTrainedModel, RLock] = WeakKeyDictionary()
 
 # The settings that describe how an unpatched model decodes a single branch.
 _UNPATCHED = RopeConfig(patch_rope=False, rope_2d_ratio=0, visibility="isolated", positions="time")
-
-
-class _Pass(NamedTuple):
-    """A forward pass of a step. inputs: those of the runner. logits: if they were computed ahead."""
-
-    forward: ForwardPlan
-    inputs: Any = None
-    logits: Tensor | None = None
 
 
 class Engine:
@@ -102,7 +71,6 @@ class Engine:
         decodes each branch isolated, in a row of its own.
     state_lock: guards the state of all samples. Hold it for calls that belong together.
     samples: those that have not finished, under this lock.
-    seconds_in_model: total time of all forward passes.
     """
 
     def __init__(
@@ -135,17 +103,28 @@ class Engine:
             tokenizer, self.scheduler, self.runner, self.adapters, self.fallback_reason
         )
         self._documents = self._make_document_cache(document_cache, document_cache_bytes)
-        self._sampler = Sampler()
         self._eos_token_ids = eos_token_ids(model, tokenizer)
         embeddings: Any = model.get_input_embeddings()
         self._grammars = GrammarCompiler(tokenizer, len(embeddings.weight), self._eos_token_ids)
-        self._decoder = TokenDecoder(tokenizer)
-        self.seconds_in_model = 0.0
-        self._ahead: LookAhead | None = None  # the step that follows the last one
+        self._decoder, self._sampler = TokenDecoder(tokenizer), Sampler()
+        self._core = EngineCore(
+            self.scheduler,
+            self.runner,
+            self.adapters,
+            self.samples,
+            self._grammars,
+            self._documents,
+            self.state_lock,
+        )
 
     @property
     def model(self) -> Model:
         return self.adapters.model
+
+    @property
+    def seconds_in_model(self) -> float:
+        """Total time of all forward passes."""
+        return self._core.seconds_in_model
 
     def _make_document_cache(self, folder: str | Path | None, max_bytes: int) -> DocumentCache | None:
         """None for a model whose documents depend on more than their path."""
@@ -390,19 +369,7 @@ class Engine:
         pass raises, once the others are computed; the next step or `take_events` returns the events then.
         """
         with self._step_lock:
-            passes = self._prepare()
-            failure = None
-            for index, item in enumerate(passes):
-                try:
-                    self._compute(item, may_look_ahead=len(passes) == 1)
-                except Exception as error:
-                    self._fail(item.forward.groups, error)
-                    failure = failure or error
-                except BaseException as error:  # Ctrl-C: the remaining passes are not computed
-                    self._fail([group for left in passes[index:] for group in left.forward.groups], error)
-                    raise
-            if self._documents is not None:
-                self._documents.write_noted()
+            failure = self._core.step(self)
             self._collect_adapters()
             if failure is not None:
                 raise failure
@@ -412,130 +379,6 @@ class Engine:
         """Events that no step has returned: of cancelled branches, and of a step that raised."""
         with self.state_lock:
             return self.samples.take_events()
-
-    def _prepare(self) -> list[_Pass]:
-        """Plan a step; returns its forward passes."""
-        if self._documents is not None and self._documents.restore():
-            self._ahead = None  # its blocks may be taken
-        with self.state_lock:
-            ahead, self._ahead = self._ahead, None
-            plan = self.scheduler.schedule(self.state_lock.give_way, ahead.step if ahead else None)
-            try:
-                for group in plan.stuck:
-                    self.samples.abort(
-                        group, "error", "the cache has no room for the sample; raise cache_tokens"
-                    )
-                for group in plan.preempted:
-                    self.runner.forget(group)
-                self.scheduler.begin(plan)
-                return self._passes(plan.forward, ahead)
-            except BaseException as error:
-                self._fail(plan.groups, error)
-                raise
-
-    def _passes(self, forward: ForwardPlan, ahead: LookAhead | None) -> list[_Pass]:
-        """The forward passes of a plan that has begun. What was computed ahead is a pass of its own."""
-        decoding, passes = forward.decoding, list[_Pass]()
-        logits = ahead.logits_of(decoding) if ahead and decoding else None
-        if logits is not None:
-            passes = [_Pass(ForwardPlan(decoding, []), logits=logits)]
-            forward = ForwardPlan(None, forward.scheduled)
-        return passes + [_Pass(part, self._prepare_inputs(part)) for part in self._split(forward)]
-
-    def _prepare_inputs(self, forward: ForwardPlan) -> Any:
-        return self.runner.prepare_inputs(forward, self.scheduler.tables)
-
-    def _compute(self, item: _Pass, may_look_ahead: bool = False) -> None:
-        """One forward pass and its events.
-
-        Through a dense mask a NaN of one sample reaches all others: each is computed alone then.
-        """
-        forward, inputs, logits = item
-        sampled = forward.sampled()
-        masks = self._grammars.begin_masks([row.matcher for row in sampled.rows])
-        if logits is None:
-            greedy = masks is None and not forward.scores_prompts and self.takes_most_likely(sampled.rows)
-            logits = self._run(forward, inputs, greedy=greedy)
-        num_sampled = len(sampled.rows)
-        pending = self.sample(logits[:num_sampled], sampled.rows, masks.result() if masks else None)
-        if may_look_ahead and self.runner.computes_ahead:
-            self._look_ahead(forward, pending.ids)
-        tokens = pending.read()
-        labels = _prompt_labels(forward.scheduled)
-        scores = _score_prompts(logits[num_sampled:], labels) if labels else []
-        filled = self.scheduler.filled(forward)
-        with self.state_lock:
-            not_finite = _not_finite(sampled, tokens)
-            if not not_finite or len(forward.groups) == 1:
-                for group in not_finite:
-                    self._distrust(group)
-                    self._ahead = None
-                self.scheduler.commit(forward, filled)
-                for (branch, position), score in zip(labels, scores, strict=True):
-                    branch.prompt_logprobs[position] = score
-                if self._documents is not None:
-                    self._documents.note_computed(sampled.groups)
-                self.samples.emit_all(sampled, tokens, self.state_lock.give_way)
-                return
-            self._ahead = None  # it read what is computed again
-            inputs = self._prepare_inputs(forward) if inputs is None else inputs
-        each = forward.each()
-        parts = inputs.split([len(scheduled.tokens.ids) for scheduled in each])
-        for scheduled, part in zip(each, parts, strict=True):
-            self._compute(_Pass(ForwardPlan(None, [scheduled]), part))
-
-    def _look_ahead(self, forward: ForwardPlan, token_ids: Tensor) -> None:
-        """Begin the next step, if it is known what it computes: the tokens that are being sampled."""
-        if forward.decoding is None or forward.scheduled:
-            return
-        with self.state_lock:
-            step = self.scheduler.look_ahead(forward.decoding)
-            if step is None:
-                return
-            following = ForwardPlan(step, [])
-            inputs = self._prepare_inputs(following)
-            step.unstage(self.scheduler.tables)
-        self._ahead = LookAhead(step, self._run(following, inputs, token_ids))
-
-    def _distrust(self, group: SequenceGroup) -> None:
-        """Share no blocks of a sample with logits that are not finite; if it read others, compute it anew."""
-        if not group.has_adopted:
-            self.scheduler.mark_not_finite(group)
-            return
-        self.runner.forget(group)
-        self.scheduler.recompute(group)
-
-    def _fail(self, groups: Sequence[SequenceGroup], error: BaseException) -> None:
-        """End the samples of a forward pass that raised. Their blocks hold nothing that was computed."""
-        reason = f"the forward pass failed ({type(error).__name__}: {first_line(error)})"
-        with self.state_lock:
-            for group in [group for group in dict.fromkeys(groups) if group.is_running]:
-                self.samples.abort(group, "error", reason)
-
-    def _split(self, forward: ForwardPlan) -> list[ForwardPlan]:
-        """Divide a step into forward passes: one for each adapter, or for each sample."""
-        alone, together = self.runner.one_sample_per_forward, self.runner.batches_adapters
-        passes: dict[Any, list[ScheduledGroup]] = defaultdict(list)
-        if not alone and (together or len({group.adapter_version for group in forward.groups}) == 1):
-            return [forward] if forward.groups else []
-        for item in forward.each():
-            passes[item.group.adapter_version, item.group.id if alone else None].append(item)
-        return [ForwardPlan(None, items) for items in passes.values()]
-
-    def _run(
-        self, forward: ForwardPlan, inputs: Any, token_ids: Tensor | None = None, greedy: bool = False
-    ) -> Tensor:
-        """`[sampled, vocab]` logits of one forward pass. token_ids: in place of those of the inputs.
-
-        greedy: as in `ModelRunner`.
-        """
-        start = perf_counter()
-        version = forward.groups[0].adapter_version
-        active = nullcontext() if self.runner.batches_adapters else self.adapters.active(version)
-        with active, forward_context.restored(), forward_context.for_length(_text_length(forward)):
-            logits = self.runner(inputs, token_ids, greedy)
-        self.seconds_in_model += perf_counter() - start
-        return logits
 
     def takes_most_likely(self, rows: Sequence[SamplingRow]) -> bool:
         """Whether `sample` needs nothing but the most likely token of every row."""
@@ -581,35 +424,6 @@ class Engine:
         if group.is_running:
             group.start_ready()
         return group
-
-
-def _text_length(forward: ForwardPlan) -> int | None:
-    """The length that sets the rotary frequencies of a pass over one sample; None: that of its tokens."""
-    group = forward.groups[0]
-    return group.frequency_limit + 1 if group.frequency_limit and group.has_long_frequencies else None
-
-
-def _not_finite(sampled: SampledBranches, tokens: Sequence[SampledToken]) -> list[SequenceGroup]:
-    """Samples with a running branch that no token could be sampled for."""
-    missing = [number for number, token in enumerate(tokens) if token.token is None]
-    running = [number for number in missing if sampled.branches[number].is_running]
-    return list(dict.fromkeys(sampled.groups[number] for number in running))
-
-
-def _prompt_labels(scheduled: Sequence[ScheduledGroup]) -> list[tuple[BranchState, int]]:
-    """The prompt tokens that the rows of logits after the sampled ones belong to: branches and indices."""
-    return [
-        (item.group.branches[branch], position)
-        for item in scheduled
-        for branch, position in zip(
-            item.tokens.labels.branches.tolist(), item.tokens.labels.positions.tolist(), strict=True
-        )
-    ]
-
-
-def _score_prompts(logits: Tensor, labels: Sequence[tuple[BranchState, int]]) -> list[TokenLogprob]:
-    token_ids = [branch.prompt[position] for branch, position in labels]
-    return prompt_logprobs(logits, token_ids, [branch.params.prompt_logprobs for branch, _ in labels])
 
 
 def _number_of(group: SequenceGroup, branch: int | None) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,6 @@ from engines import COLUMNAR, ISOLATED, tiny_engine
 from parallelmind.config import RopeConfig
 from parallelmind.engine.batch import ModelInput
 from parallelmind.engine.block_manager import BLOCK
-from parallelmind.engine.engine import Engine
 from parallelmind.engine.request import Sample, Segment
 from parallelmind.engine.step_buffers import Bucket, StepBuffers
 from parallelmind.engine.tiles import NO_PART, TILE, Tiles
@@ -20,24 +21,33 @@ TREE = Segment([5, 6], [[7], [8, 9]], reduce=[10, 11], sampling={"max_new_tokens
 BRANCHES = [[20 + index] for index in range(2 * TILE + 3)]
 
 
-class InputRecorder(Engine):
-    """Records the inputs of every forward pass, their tiles and their segments."""
+class InputRecorder:
+    """A model runner that records the inputs of every forward pass, their tiles and their segments."""
 
-    def _run(self, forward, inputs, greedy=False):
-        self.__dict__.setdefault("inputs", []).append((inputs, Tiles.of(inputs), inputs.segments))
-        return super()._run(forward, inputs, greedy=greedy)
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+        self.inputs: list[tuple[ModelInput, Tiles, list]] = []
+
+    def __call__(self, inputs: ModelInput, *args: Any) -> Any:
+        self.inputs.append((inputs, Tiles.of(inputs), inputs.segments))
+        return self._runner(inputs, *args)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
 
 
 def recorded(config: RopeConfig) -> list[tuple[ModelInput, Tiles, list]]:
     """Steps with prompts of any length, more branches than a tile has, a tree and its reduce."""
-    engine = tiny_engine(config, InputRecorder, max_prefill_tokens=50)
+    engine = tiny_engine(config, max_prefill_tokens=50)
+    recorder = InputRecorder(engine.runner)
+    engine._core._runner = recorder  # type: ignore[assignment]
     settings = {"max_new_tokens": 3, "ignore_eos": True}
     engine.submit(Sample(MAIN, BRANCHES), **settings)
     engine.submit(Sample(MAIN[:20], [TREE, [3]], reduce=[4]), **settings)
     engine.submit(Sample([], [[9] * 33]), **settings)
     while engine.busy:
         engine.step()
-    return engine.inputs  # type: ignore[attr-defined]
+    return recorder.inputs
 
 
 def slots_of(tiles: Tiles, tile: int) -> list[int]:
