@@ -79,3 +79,19 @@ def test_a_gpu_that_torch_cannot_use_is_an_error_of_one_line(cwd: Path) -> None:
     assert "install a torch that is built for its driver, or set use_gpu=false" in line
     assert unused.returncode == 0, unused.stderr[-3000:]
     assert "note: 1 GPU(s) stay unused: use_gpu=false" in unused.stderr
+
+
+@pytest.mark.full
+@pytest.mark.slow
+def test_a_run_on_a_busy_cluster_says_what_it_waits_for(cwd: Path) -> None:
+    port = free_port()
+    hold = "ray.remote(num_cpus=2)(lambda: time.sleep(15)).remote(); time.sleep(16)"
+    with clusters.cluster(PYTHON, 2, gcs_port=port):
+        address = {"RAY_ADDRESS": f"127.0.0.1:{port}"}
+        with subprocess.Popen(
+            [PYTHON, "-c", f"import ray, time; ray.init(); {hold}"],
+            env=clusters.environment(PYTHON, **address),
+        ):
+            completed = train(cwd, port, "max_steps=1")
+    assert completed.returncode == 0, completed.stderr[-3000:]
+    assert "waiting for 2 CPUs (0 free); training starts when they are free" in completed.stderr

@@ -15,6 +15,7 @@ from parallelmind.errors import UserError
 # have all other CPUs of a node, so that the drivers of many trials take no worker's place.
 TRIAL_DRIVER_CPUS = 0.001
 _LEFT_FOR_DRIVERS = 0.02
+_ROUNDING = 1e-6  # of Ray's amounts
 
 
 def nodes() -> list[Node]:
@@ -40,6 +41,17 @@ def cpus_per_trial_worker(cpus_per_trial: int, workers: int) -> float:
     """CPUs to reserve for each worker of a sweep's trial, which leave room for the trial's driver."""
     share = max(1.0, cpus_per_trial // workers) if cpus_per_trial >= workers else cpus_per_trial / workers
     return round(share - _LEFT_FOR_DRIVERS * min(1.0, share), 3)
+
+
+def shortage(workers: int, cpus: float, use_gpu: bool) -> str | None:
+    """What the workers of a run must wait for, in words; None if all of it is free.
+
+    cpus: CPUs of each worker.
+    """
+    needed = {"CPU": workers * cpus, "GPU": float(workers * use_gpu)}
+    free = ray.available_resources()
+    short = [name for name, amount in needed.items() if free.get(name, 0.0) < amount - _ROUNDING]
+    return " and ".join(f"{needed[name]:g} {name}s ({free.get(name, 0.0):g} free)" for name in short) or None
 
 
 def use_reserved_cpus() -> int:

@@ -60,6 +60,8 @@ def fit(
     """
     config, run_dir = run.task.config, run.task.run_dir
     cpus_per_worker = _worker_reservation(config.workers, cpus_per_trial)
+    if cpus_per_trial is None:
+        _print_shortage(config.workers, cpus_per_worker())
     losses, progress = 0, checkpoint_names(run_dir.checkpoints)
     while True:
         try:
@@ -92,6 +94,13 @@ def _worker_reservation(workers: WorkersConfig, cpus_per_trial: int | None) -> C
         share = resources.cpus_per_worker(workers.num_workers, workers.use_gpu is True)
         return lambda: share
     return lambda: resources.cpus_per_worker(workers.num_workers, workers.use_gpu is True)
+
+
+def _print_shortage(workers: WorkersConfig, cpus: float) -> None:
+    """Say what the run waits for, if other jobs have the cluster. cpus: CPUs of each worker."""
+    lacking = resources.shortage(workers.min_workers or workers.num_workers, cpus, workers.use_gpu is True)
+    if lacking:
+        print(f"waiting for {lacking}; training starts when they are free", file=sys.stderr, flush=True)
 
 
 def raise_if_final(error: Exception, losses: int) -> None:

@@ -95,6 +95,23 @@ def test_a_worker_on_a_gpu_reserves_the_cpus_of_that_gpu(
     assert resources.cpus_per_worker(workers, use_gpu=True) == cpus
 
 
+@pytest.mark.parametrize(
+    ("free", "expected"),
+    [
+        ({"CPU": 8.0, "GPU": 2.0}, None),
+        ({"CPU": 7.9999999, "GPU": 2.0}, None),
+        ({"CPU": 3.0, "GPU": 2.0}, "8 CPUs (3 free)"),
+        ({"CPU": 8.0}, "2 GPUs (0 free)"),
+        ({"CPU": 0.5, "GPU": 1.0}, "8 CPUs (0.5 free) and 2 GPUs (1 free)"),
+    ],
+)
+def test_a_run_tells_what_it_waits_for(
+    monkeypatch: pytest.MonkeyPatch, free: dict[str, float], expected: str | None
+) -> None:
+    monkeypatch.setattr(resources.ray, "available_resources", lambda: free)
+    assert resources.shortage(2, 4, use_gpu=True) == expected
+
+
 @pytest.mark.parametrize("cpus_per_trial", [1, 2, 3, 8])
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_a_trial_and_its_driver_fit_its_cpus(cpus_per_trial: int, workers: int) -> None:
