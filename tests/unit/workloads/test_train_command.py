@@ -265,6 +265,7 @@ def test_a_restart_reserves_a_share_of_the_cpus_that_are_left(
             return SimpleNamespace(return_value=Outcome(finished=True, step=1, metrics={}))
 
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 2.0})
     monkeypatch.setattr(fit, "_trainer", Trainer)
     monkeypatch.setattr(fit, "remove_placement_groups_of_lost_actors", lambda: None)  # no Ray runs here
     config = changed(unfinished, num_workers=2, **workers)
