@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 from benchmarks.gpu_decoding import BRANCHES, build, engine_run, texts
 from benchmarks.harness import seconds
 from benchmarks.peers.install import is_installed
-from benchmarks.peers.process import EngineProcess, peer_python
+from benchmarks.peers.process import VLLM_CACHE, EngineProcess, peer_python
 from benchmarks.peers.protocol import Request
 from parallelmind.config import LoraConfig
 from parallelmind.evaluation.tiny_models import tiny_tokenizer
@@ -58,8 +58,8 @@ def _vllm_rate(folder: Path, vocabulary: int, tokens: int) -> float:
     engine = EngineProcess(
         [*command, str(folder / "base"), "bfloat16", str(folder / "adapter")],
         {
+            **VLLM_CACHE,
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_CPU_KVCACHE_SPACE": "1",  # where there is no GPU, it reserves most of the memory by default
             "HF_HUB_OFFLINE": "1",
             "PYTHONPATH": os.getcwd(),
         },

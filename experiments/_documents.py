@@ -67,8 +67,8 @@ def records(passages: list[Passage], counts: Iterable[int], seed: int) -> Iterat
 def as_documents(texts: list[str], questions: list[Any]) -> Record:
     """The questions stand side by side below the reduce, and read all documents.
 
-    Each document begins with a line break. A model attends to the first token of a text whatever it says, so
-    that token should not be a word.
+    Each document begins with a line break. The first token of a text gets much attention, whatever it is, so
+    it should not be a word.
     """
     reduce = {"text": "\n", "targets": [], "rendered": True, "branches": questions}
     return {"documents": [f"\n{text}" for text in texts], "reduce": reduce}

@@ -29,14 +29,14 @@ def tiny_engine(config: RopeConfig = ISOLATED, kind: type[Engine] = Engine, **se
     return kind(model, tiny_tokenizer(), EngineConfig(**{"cache_tokens": 4096, **settings}), **documents)
 
 
-class InterruptedRunner:
-    """A model runner that calls `act` before each forward pass, as another thread could."""
+class ObservedRunner:
+    """A model runner that calls `act` with the arguments of each forward pass before it."""
 
-    def __init__(self, runner: Any, act: Callable[[], object]) -> None:
+    def __init__(self, runner: Any, act: Callable[..., object]) -> None:
         self._runner, self._act = runner, act
 
     def __call__(self, *args: Any) -> Any:
-        self._act()
+        self._act(*args)
         return self._runner(*args)
 
     def __getattr__(self, name: str) -> Any:
@@ -45,11 +45,15 @@ class InterruptedRunner:
 
 def step_interrupted(engine: Engine, act: Callable[[], object]) -> list[Event]:
     """Step the engine; `act` is called after scheduling and before the forward pass."""
-    core, runner = engine._core, engine.runner
-    core._runner = InterruptedRunner(runner, act)  # type: ignore[assignment]
+    observe(engine, lambda *_: act())
     events = engine.step()
-    core._runner = runner
+    engine._core._runner = engine.runner
     return events
+
+
+def observe(engine: Engine, act: Callable[..., object]) -> None:
+    """Call `act` with the arguments of each forward pass before it."""
+    engine._core._runner = ObservedRunner(engine.runner, act)  # type: ignore[assignment]
 
 
 def run_to_end(engine: Engine) -> list[Event]:

@@ -19,6 +19,7 @@ from parallelmind.model.base_model import resolve_base_model
 
 _ROOT = Path(__file__).resolve().parents[2]
 _CORES = sorted(os.sched_getaffinity(0))
+VLLM_CACHE = {"VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB; on a CPU its default is most of the memory
 
 
 class EngineProcess:
@@ -88,7 +89,7 @@ def vllm_env() -> dict[str, str]:
     libraries = [str(folder("vllm") / "lib" / "libiomp5.so"), find_library("tcmalloc_minimal")]
     return {
         "LD_PRELOAD": ":".join(filter(None, libraries)),
-        "VLLM_CPU_KVCACHE_SPACE": "1",
+        **VLLM_CACHE,
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, _CORES)),
     }
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
-from engines import COLUMNAR, ISOLATED, tiny_engine
+from engines import COLUMNAR, ISOLATED, observe, tiny_engine
 
 from parallelmind.config import RopeConfig
 from parallelmind.engine.batch import ModelInput
@@ -21,33 +19,18 @@ TREE = Segment([5, 6], [[7], [8, 9]], reduce=[10, 11], sampling={"max_new_tokens
 BRANCHES = [[20 + index] for index in range(2 * TILE + 3)]
 
 
-class InputRecorder:
-    """A model runner that records the inputs of every forward pass, their tiles and their segments."""
-
-    def __init__(self, runner: Any) -> None:
-        self._runner = runner
-        self.inputs: list[tuple[ModelInput, Tiles, list]] = []
-
-    def __call__(self, inputs: ModelInput, *args: Any) -> Any:
-        self.inputs.append((inputs, Tiles.of(inputs), inputs.segments))
-        return self._runner(inputs, *args)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._runner, name)
-
-
 def recorded(config: RopeConfig) -> list[tuple[ModelInput, Tiles, list]]:
     """Steps with prompts of any length, more branches than a tile has, a tree and its reduce."""
     engine = tiny_engine(config, max_prefill_tokens=50)
-    recorder = InputRecorder(engine.runner)
-    engine._core._runner = recorder  # type: ignore[assignment]
+    steps: list[tuple[ModelInput, Tiles, list]] = []
+    observe(engine, lambda inputs, *_: steps.append((inputs, Tiles.of(inputs), inputs.segments)))
     settings = {"max_new_tokens": 3, "ignore_eos": True}
     engine.submit(Sample(MAIN, BRANCHES), **settings)
     engine.submit(Sample(MAIN[:20], [TREE, [3]], reduce=[4]), **settings)
     engine.submit(Sample([], [[9] * 33]), **settings)
     while engine.busy:
         engine.step()
-    return recorder.inputs
+    return steps
 
 
 def slots_of(tiles: Tiles, tile: int) -> list[int]:
